@@ -1,0 +1,181 @@
+"""Places the circuits of a planted model, measuring levels on its own forward pass where they matter."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.testing import background, circuits
+from sinkscope.testing.circuits import LanguageChannels, VisionChannels
+from sinkscope.testing.truth import PROMPT, Planted
+
+KINDS = ("l_sinks", "overlap", "v_sinks", "text_sinks", "spike_decoys", "attention_decoys")
+
+MEASURED = 6
+"""Random images over which levels are averaged."""
+
+
+@torch.no_grad()
+def operate(
+    planted: Planted,
+    vision: VisionChannels,
+    language: LanguageChannels,
+    generator: torch.Generator,
+) -> None:
+    """Overwrite every weight of ``planted.model`` so that it does what ``planted.truth`` says."""
+    model = planted.model
+    v_signs = _signs(len(vision.sink), generator)
+    l_signs = _signs(len(language.sink), generator)
+    arrival = _signs(len(language.arrival), generator) / len(language.arrival) ** 0.5
+    background.vision_background(model, vision, generator)
+    background.language_background(model, language, generator)
+    projector = model.model.multi_modal_projector
+    background.projector_background(projector, vision, language, generator)
+    circuits.write_projector(
+        projector, vision, language, float(v_signs[0]), arrival * circuits.ARRIVAL
+    )
+    _set_markers(planted, vision, language)
+    _operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
+    _operate_language(planted, language, l_signs, arrival)
+
+
+def _signs(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+    return torch.randint(2, (count,), generator=generator) * 2.0 - 1.0
+
+
+def _set_markers(planted: Planted, vision: VisionChannels, language: LanguageChannels) -> None:
+    """Write the markers into the ViT position embeddings and the BOS embedding."""
+    truth, tower = planted.truth, planted.model.model.vision_tower
+    positions = tower.embeddings.position_embedding.weight
+    for kind, mark in (
+        ("v_sinks", vision.v_mark),
+        ("l_sinks", vision.l_mark),
+        ("overlap", vision.both_mark),
+        ("spike_decoys", vision.spike_mark),
+        ("attention_decoys", vision.draw_mark),
+    ):
+        positions[planted.vision_tokens(kind), mark] = 1.0
+    if truth.text_sinks:
+        table = planted.model.model.language_model.embed_tokens.weight
+        bos = planted.processor.tokenizer.bos_token_id
+        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
+
+
+def _operate_vision(
+    planted: Planted, vision: VisionChannels, pattern: Float[Tensor, " sink"]
+) -> None:
+    """Place the spike writers of the ViT and the heads that read them."""
+    truth, tower = planted.truth, planted.model.model.vision_tower
+    pixels = planted.inputs((PROMPT,) * MEASURED)["pixel_values"]
+    hidden = tower(pixels, output_hidden_states=True).hidden_states
+    layers, width = tower.encoder.layers, pattern.new_tensor(tower.config.hidden_size)
+    spike = pattern * circuits.SPIKE * truth.strength
+    block = layers[truth.v_layer]
+    if truth.v_written_by == "mlp":
+        circuits.write_step(block.mlp, 0, vision.v_mark, vision.sink, spike)
+    else:
+        level = _marker_level(
+            hidden[truth.v_layer], planted.vision_tokens("v_sinks"), vision.v_mark
+        )
+        circuits.write_by_attention(
+            block.self_attn, vision.v_mark, vision.blank, vision.sink, spike, level
+        )
+    decoy_spike = torch.tensor([circuits.SPIKE])
+    circuits.write_step(block.mlp, 2, vision.spike_mark, (vision.decoy,), decoy_spike)
+    direction = pattern / pattern.norm() * circuits.SINK_LOGIT * truth.strength / width.sqrt()
+    drawing = planted.vision_tokens("attention_decoys")
+    for index, layer in enumerate(layers):
+        if index > truth.v_layer:
+            circuits.attend_vision(layer.self_attn, circuits.V_HEAD, vision.sink, direction)
+        level = _marker_level(hidden[index], drawing, vision.draw_mark)
+        pull = torch.tensor([circuits.SINK_LOGIT / level])
+        circuits.attend_vision(layer.self_attn, circuits.DECOY_HEAD, (vision.draw_mark,), pull)
+
+
+def _operate_language(
+    planted: Planted,
+    language: LanguageChannels,
+    signs: Float[Tensor, " sink"],
+    arrival: Float[Tensor, " arrival"],
+) -> None:
+    """Place the spike writers of the LLM and the heads that read them."""
+    truth = planted.truth
+    inputs = planted.inputs((PROMPT,) * MEASURED)
+    hidden = planted.model(**inputs, output_hidden_states=True).hidden_states
+    masks = {kind: planted.tokens(kind, inputs["input_ids"]) for kind in KINDS}
+    ordinary = ~torch.stack([*masks.values()]).any(dim=0)
+    rms = [_rms(states, ordinary) for states in hidden]
+    entering = {kind: _rms(hidden[truth.l_layer], mask) for kind, mask in masks.items()}
+    _write_language_spikes(planted, language, signs, entering, rms[truth.l_layer])
+    _point_language_heads(planted, language, signs, arrival, rms)
+
+
+def _write_language_spikes(
+    planted: Planted,
+    language: LanguageChannels,
+    signs: Float[Tensor, " sink"],
+    entering: dict[str, float],
+    ordinary_rms: float,
+) -> None:
+    """One neuron of block ``l_layer`` per kind of spiking token; `entering` is their RMS there."""
+    truth, decoder = planted.truth, planted.model.model.language_model
+    size = circuits.SPIKE * truth.strength
+    image = circuits.spike_pattern(signs, 0) * size
+    bos = circuits.spike_pattern(signs, min(1, len(signs) - 1)) * size
+    decoy = torch.tensor([circuits.SPIKE])
+    writers = (
+        ("l_sinks", language.l_mark, language.sink, image),
+        ("overlap", language.both_mark, language.sink, image),
+        ("text_sinks", language.bos_mark, language.sink, bos),
+        ("spike_decoys", language.spike_mark, (language.decoy,), decoy),
+    )
+    mlp = decoder.layers[truth.l_layer].mlp
+    for neuron, (kind, mark, dims, spike) in enumerate(writers):
+        circuits.write_gated(
+            mlp, neuron, mark, language.constant, dims, spike, entering[kind], ordinary_rms
+        )
+
+
+def _point_language_heads(
+    planted: Planted,
+    language: LanguageChannels,
+    signs: Float[Tensor, " sink"],
+    arrival: Float[Tensor, " arrival"],
+    rms: list[float],
+) -> None:
+    """Heads for arrivals and attention decoys in all blocks, for LLM sinks after ``l_layer``."""
+    truth, decoder = planted.truth, planted.model.model.language_model
+    width = decoder.config.hidden_size
+    unit = circuits.SINK_LOGIT * truth.strength / width**0.5
+    both, bos_only = circuits.sink_readers(signs)
+    for index, (layer, ordinary_rms) in enumerate(zip(decoder.layers, rms, strict=False)):
+        marker = circuits.constant_level(width) / ordinary_rms
+        readers = [
+            (circuits.ARRIVAL_HEAD, language.arrival, arrival * unit),
+            (
+                circuits.LLM_DECOY_HEAD,
+                (language.draw_mark,),
+                torch.tensor([circuits.SINK_LOGIT / marker]),
+            ),
+        ]
+        if index > truth.l_layer:
+            readers.append((circuits.L_HEAD, language.sink, both * unit))
+            readers.append((circuits.BOS_HEAD, language.sink, bos_only * unit))
+        for head, dims, direction in readers:
+            circuits.attend_language(
+                layer.self_attn, head, language.constant, dims, direction, ordinary_rms
+            )
+
+
+def _rms(states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> float:
+    """Mean root mean square of the selected tokens; 1 where none is selected."""
+    return states[mask].square().mean(dim=-1).sqrt().mean().item() if mask.any() else 1.0
+
+
+def _marker_level(
+    states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, " pos"], channel: int
+) -> float:
+    """Mean of `channel` after a LayerNorm at the selected tokens; 4, about the usual, for none."""
+    if not mask.any():
+        return 4.0
+    normed = torch.nn.functional.layer_norm(states, states.shape[-1:])
+    return normed[:, mask, channel].mean().item()

@@ -1,0 +1,304 @@
+"""Tiny random vision-language models of real transformers classes, with their processors.
+
+Everything is built from configs: no download, a few hundred thousand parameters, milliseconds per
+forward pass. The weights are random but not degenerate (attention is clearly non-uniform).
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from sinkscope.testing.processors import (
+    QWEN_MERGE,
+    QWEN_PATCH,
+    QWEN_TEMPORAL,
+    llava_processor,
+    qwen2_5_vl_processor,
+)
+
+ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
+
+TOWERS = ("clip", "siglip")
+LLMS = MappingProxyType({"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config})
+HEAD_DIM = 16
+
+
+def tiny_llava(
+    tower: str = "clip",
+    llm: str = "llama",
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vision_layers: int = 3,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    image_size: int = 32,
+    patch_size: int = 8,
+    init_std: float = 0.2,
+) -> ModelAndProcessor:
+    """Random ``LlavaForConditionalGeneration`` in eval mode, and its processor.
+
+    Args:
+        tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped) or ``"siglip"``
+            (no CLS, ``vision_feature_layer=-1``, all tokens kept, pooling head off).
+        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases) or ``"qwen3"`` (q/k norms).
+        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
+        dtype: of the weights.
+        seed: of the weights.
+        vision_layers: blocks of the ViT.
+        layers: blocks of the LLM.
+        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
+        kv_heads: key and value heads of the LLM; must divide `heads`.
+        image_size: side in pixels of the square the processor makes of every image.
+        patch_size: side of a patch in pixels; must divide `image_size`.
+        init_std: standard deviation of the random weight matrices.
+
+    Raises:
+        ValueError: an unknown tower or llm, head counts or sizes that do not divide.
+    """
+    _check_choice("tower", tower, TOWERS)
+    _check_choice("llm", llm, tuple(LLMS))
+    _check_divides("kv_heads", kv_heads, "heads", heads)
+    _check_divides("patch_size", patch_size, "image_size", image_size)
+    if tower == "clip" and vision_layers < 2:
+        raise ValueError(
+            f"vision_layers={vision_layers}: a CLIP LLaVA reads the output of the last but one block; "
+            "write vision_layers=2 or more"
+        )
+    processor = llava_processor(tower, image_size, patch_size)
+    settings = _text_settings(processor, layers, heads, kv_heads)
+    settings["head_dim"] = HEAD_DIM
+    config = LlavaConfig(
+        vision_config=_vision_config(tower, vision_layers, image_size, patch_size),
+        text_config=LLMS[llm](**settings),
+        image_token_index=processor.image_token_id,
+        image_seq_length=(image_size // patch_size) ** 2,
+        vision_feature_layer=-2 if tower == "clip" else -1,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    model = _build(
+        LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
+    )
+    return model, processor
+
+
+def tiny_qwen2_5_vl(
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vision_layers: int = 4,
+    full_attention_blocks: tuple[int, ...] = (1, 3),
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    window_size: int = 56,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 140 * 140,
+    init_std: float = 0.2,
+) -> ModelAndProcessor:
+    """Random ``Qwen2_5_VLForConditionalGeneration`` in eval mode, and its image processor.
+
+    Patches of 14 pixels, 2 x 2 of them merged into one LLM token, three-axis RoPE, and a windowed
+    ViT: at the default ``window_size`` a window holds 4 x 4 patches, that is 2 x 2 LLM tokens, and a
+    112 x 112 image has four windows. Images keep their shape, so grids are ragged over a batch.
+
+    Args:
+        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
+        dtype: of the weights.
+        seed: of the weights.
+        vision_layers: blocks of the ViT.
+        full_attention_blocks: ViT blocks that attend over the whole image; the others stay inside
+            their window.
+        layers: blocks of the LLM.
+        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
+        kv_heads: key and value heads of the LLM; must divide `heads`.
+        window_size: side of a window in pixels, a multiple of 28.
+        min_pixels: images below this area are enlarged.
+        max_pixels: images above this area are reduced.
+        init_std: standard deviation of the random weight matrices.
+
+    Raises:
+        ValueError: head counts, window size or block indices that do not fit.
+    """
+    _check_divides("kv_heads", kv_heads, "heads", heads)
+    _check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
+    if any(not 0 <= block < vision_layers for block in full_attention_blocks):
+        raise ValueError(
+            f"full_attention_blocks={full_attention_blocks}: expected block indices in "
+            f"0..{vision_layers - 1} (vision_layers={vision_layers})"
+        )
+    processor = qwen2_5_vl_processor(min_pixels, max_pixels)
+    tokenizer: Any = processor.tokenizer
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "patch_size": QWEN_PATCH,
+            "spatial_merge_size": QWEN_MERGE,
+            "temporal_patch_size": QWEN_TEMPORAL,
+            "window_size": window_size,
+            "fullatt_block_indexes": list(full_attention_blocks),
+            "out_hidden_size": HEAD_DIM * heads,
+        },
+        text_config=_text_settings(processor, layers, heads, kv_heads) | {"rope_parameters": rope},
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.vision_bos_token_id,
+        vision_end_token_id=tokenizer.vision_eos_token_id,
+    )
+    model = _build(
+        Qwen2_5_VLForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
+    )
+    return model, processor
+
+
+def write_checkpoint(
+    model: PreTrainedModel, processor: ProcessorMixin, folder: str | pathlib.Path
+) -> pathlib.Path:
+    """Save model and processor the way a hub repository holds them; return the folder.
+
+    ``AutoModelForImageTextToText.from_pretrained(folder)`` loads the model offline, and
+    ``AutoProcessor.from_pretrained(folder)`` the processor. For Qwen2.5-VL the latter needs
+    torchvision, a limit of transformers; `load_processor` does without.
+    """
+    where = pathlib.Path(folder)
+    model.save_pretrained(where)
+    processor.save_pretrained(where)
+    return where
+
+
+def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
+    """RGB image of random 8 x 8 pixel blocks, the same for the same arguments.
+
+    Raises:
+        ValueError: a side below one pixel.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"random_image needs positive sides, got width={width}, height={height}")
+    blocks = (-(-height // 8), -(-width // 8))
+    colours = np.random.default_rng(seed).integers(0, 256, size=(*blocks, 3), dtype=np.uint8)
+    pixels = colours.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return Image.fromarray(pixels)
+
+
+def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
+    """Overwrite every parameter of `model` with random values that keep activations in range.
+
+    Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
+    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            if "embed" in name and parameter.ndim == 2:
+                parameter.copy_(5 * noise)
+            elif parameter.ndim > 1:
+                parameter.copy_(noise)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.copy_(noise / 2 + 1.5)
+            else:
+                parameter.copy_(noise / 2 + float(name.endswith("weight")))
+
+
+def _build(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    seed: int,
+    init_std: float,
+) -> PreTrainedModel:
+    """Model of `config` in eval mode with random weights of `seed`; the global RNG is untouched.
+
+    Only parameters are cast to `dtype`: rotary frequencies stay in float32, as after
+    ``from_pretrained``.
+    """
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    randomize(model, torch.Generator().manual_seed(seed), init_std)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def _vision_config(tower: str, layers: int, image_size: int, patch_size: int) -> PreTrainedConfig:
+    """CLIP or SigLIP tower of width 48 with 4 heads."""
+    settings: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    if tower == "clip":
+        return CLIPVisionConfig(**settings)
+    return SiglipVisionConfig(**settings, vision_use_head=False)
+
+
+def _text_settings(
+    processor: ProcessorMixin, layers: int, heads: int, kv_heads: int
+) -> dict[str, Any]:
+    """Settings every LLM config takes; ids from the tokenizer."""
+    tokenizer = processor.tokenizer
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HEAD_DIM * heads,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{argument}={value!r} is unknown; write one of {', '.join(known)}")
+
+
+def _check_divides(small: str, divisor: int, large: str, number: int) -> None:
+    if divisor < 1 or number % divisor:
+        raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
+
+
+TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType(
+    {
+        "llava-clip-llama": functools.partial(tiny_llava, "clip", "llama"),
+        "llava-siglip-qwen2": functools.partial(tiny_llava, "siglip", "qwen2"),
+        "llava-siglip-qwen3": functools.partial(tiny_llava, "siglip", "qwen3"),
+        "qwen2.5-vl": tiny_qwen2_5_vl,
+    }
+)
+"""Builders by family; each takes the keyword arguments of its function."""
