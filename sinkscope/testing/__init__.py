@@ -1,29 +1,31 @@
 """Models to test against: tiny random ones per family, and ones with sinks planted in them.
 
-Depends on torch, transformers, tokenizers and PIL only, never on the rest of the package.
+Depends on torch, transformers, tokenizers and PIL only; of the package it knows nothing but how
+processors are loaded (`sinkscope.models.processors`).
 """
 
+from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
+from sinkscope.testing.building import random_image, write_checkpoint
+from sinkscope.testing.contracts import ContractError, check_intervention, check_probe
+from sinkscope.testing.gemma3 import tiny_gemma3
 from sinkscope.testing.planted import plant, random_plant, sink_free
-from sinkscope.testing.processors import ImageQwen2_5_VLProcessor, load_processor
-from sinkscope.testing.tiny import (
-    TINY,
-    random_image,
-    tiny_llava,
-    tiny_qwen2_5_vl,
-    write_checkpoint,
-)
+from sinkscope.testing.tiny import TINY, tiny_llava, tiny_qwen2_5_vl
 from sinkscope.testing.truth import Planted, Truth
 
 __all__ = [
     "TINY",
+    "ContractError",
     "ImageQwen2_5_VLProcessor",
     "Planted",
     "Truth",
+    "check_intervention",
+    "check_probe",
     "load_processor",
     "plant",
     "random_image",
     "random_plant",
     "sink_free",
+    "tiny_gemma3",
     "tiny_llava",
     "tiny_qwen2_5_vl",
     "write_checkpoint",

@@ -5,23 +5,17 @@ forward pass. The weights are random but not degenerate (attention is clearly no
 """
 
 import functools
-import pathlib
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -29,6 +23,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from sinkscope.testing.building import (
+    HEAD_DIM,
+    ModelAndProcessor,
+    build,
+    check_choice,
+    check_divides,
+    text_settings,
+)
+from sinkscope.testing.gemma3 import tiny_gemma3
 from sinkscope.testing.processors import (
     QWEN_MERGE,
     QWEN_PATCH,
@@ -37,11 +40,8 @@ from sinkscope.testing.processors import (
     qwen2_5_vl_processor,
 )
 
-ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
-
 TOWERS = ("clip", "siglip")
 LLMS = MappingProxyType({"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config})
-HEAD_DIM = 16
 
 
 def tiny_llava(
@@ -79,17 +79,17 @@ def tiny_llava(
     Raises:
         ValueError: an unknown tower or llm, head counts or sizes that do not divide.
     """
-    _check_choice("tower", tower, TOWERS)
-    _check_choice("llm", llm, tuple(LLMS))
-    _check_divides("kv_heads", kv_heads, "heads", heads)
-    _check_divides("patch_size", patch_size, "image_size", image_size)
+    check_choice("tower", tower, TOWERS)
+    check_choice("llm", llm, tuple(LLMS))
+    check_divides("kv_heads", kv_heads, "heads", heads)
+    check_divides("patch_size", patch_size, "image_size", image_size)
     if tower == "clip" and vision_layers < 2:
         raise ValueError(
             f"vision_layers={vision_layers}: a CLIP LLaVA reads the output of the last but one block; "
             "write vision_layers=2 or more"
         )
     processor = llava_processor(tower, image_size, patch_size)
-    settings = _text_settings(processor, layers, heads, kv_heads)
+    settings = text_settings(processor, layers, heads, kv_heads)
     settings["head_dim"] = HEAD_DIM
     config = LlavaConfig(
         vision_config=_vision_config(tower, vision_layers, image_size, patch_size),
@@ -99,7 +99,7 @@ def tiny_llava(
         vision_feature_layer=-2 if tower == "clip" else -1,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
-    model = _build(
+    model = build(
         LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
     )
     return model, processor
@@ -144,8 +144,8 @@ def tiny_qwen2_5_vl(
     Raises:
         ValueError: head counts, window size or block indices that do not fit.
     """
-    _check_divides("kv_heads", kv_heads, "heads", heads)
-    _check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
+    check_divides("kv_heads", kv_heads, "heads", heads)
+    check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
     if any(not 0 <= block < vision_layers for block in full_attention_blocks):
         raise ValueError(
             f"full_attention_blocks={full_attention_blocks}: expected block indices in "
@@ -167,86 +167,16 @@ def tiny_qwen2_5_vl(
             "fullatt_block_indexes": list(full_attention_blocks),
             "out_hidden_size": HEAD_DIM * heads,
         },
-        text_config=_text_settings(processor, layers, heads, kv_heads) | {"rope_parameters": rope},
+        text_config=text_settings(processor, layers, heads, kv_heads) | {"rope_parameters": rope},
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
         vision_start_token_id=tokenizer.vision_bos_token_id,
         vision_end_token_id=tokenizer.vision_eos_token_id,
     )
-    model = _build(
+    model = build(
         Qwen2_5_VLForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
     )
     return model, processor
-
-
-def write_checkpoint(
-    model: PreTrainedModel, processor: ProcessorMixin, folder: str | pathlib.Path
-) -> pathlib.Path:
-    """Save model and processor the way a hub repository holds them; return the folder.
-
-    ``AutoModelForImageTextToText.from_pretrained(folder)`` loads the model offline, and
-    ``AutoProcessor.from_pretrained(folder)`` the processor. For Qwen2.5-VL the latter needs
-    torchvision, a limit of transformers; `load_processor` does without.
-    """
-    where = pathlib.Path(folder)
-    model.save_pretrained(where)
-    processor.save_pretrained(where)
-    return where
-
-
-def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
-    """RGB image of random 8 x 8 pixel blocks, the same for the same arguments.
-
-    Raises:
-        ValueError: a side below one pixel.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"random_image needs positive sides, got width={width}, height={height}")
-    blocks = (-(-height // 8), -(-width // 8))
-    colours = np.random.default_rng(seed).integers(0, 256, size=(*blocks, 3), dtype=np.uint8)
-    pixels = colours.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
-    return Image.fromarray(pixels)
-
-
-def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
-    """Overwrite every parameter of `model` with random values that keep activations in range.
-
-    Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
-    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that.
-    """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            if "embed" in name and parameter.ndim == 2:
-                parameter.copy_(5 * noise)
-            elif parameter.ndim > 1:
-                parameter.copy_(noise)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter.copy_(noise / 2 + 1.5)
-            else:
-                parameter.copy_(noise / 2 + float(name.endswith("weight")))
-
-
-def _build(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    attn_implementation: str,
-    dtype: torch.dtype,
-    seed: int,
-    init_std: float,
-) -> PreTrainedModel:
-    """Model of `config` in eval mode with random weights of `seed`; the global RNG is untouched.
-
-    Only parameters are cast to `dtype`: rotary frequencies stay in float32, as after
-    ``from_pretrained``.
-    """
-    config._attn_implementation = attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        model = model_class(config)
-    randomize(model, torch.Generator().manual_seed(seed), init_std)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
 
 
 def _vision_config(tower: str, layers: int, image_size: int, patch_size: int) -> PreTrainedConfig:
@@ -264,41 +194,13 @@ def _vision_config(tower: str, layers: int, image_size: int, patch_size: int) ->
     return SiglipVisionConfig(**settings, vision_use_head=False)
 
 
-def _text_settings(
-    processor: ProcessorMixin, layers: int, heads: int, kv_heads: int
-) -> dict[str, Any]:
-    """Settings every LLM config takes; ids from the tokenizer."""
-    tokenizer = processor.tokenizer
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": HEAD_DIM * heads,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument}={value!r} is unknown; write one of {', '.join(known)}")
-
-
-def _check_divides(small: str, divisor: int, large: str, number: int) -> None:
-    if divisor < 1 or number % divisor:
-        raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
-
-
 TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType(
     {
         "llava-clip-llama": functools.partial(tiny_llava, "clip", "llama"),
         "llava-siglip-qwen2": functools.partial(tiny_llava, "siglip", "qwen2"),
         "llava-siglip-qwen3": functools.partial(tiny_llava, "siglip", "qwen3"),
         "qwen2.5-vl": tiny_qwen2_5_vl,
+        "gemma3": tiny_gemma3,
     }
 )
 """Builders by family; each takes the keyword arguments of its function."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from sinkscope.testing import circuits
-from sinkscope.testing.tiny import random_image
+from sinkscope.testing.building import random_image
 
 Writer = Literal["mlp", "attention"]
 """Sub-modules that can write a spike."""

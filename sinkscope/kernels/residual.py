@@ -1,0 +1,125 @@
+"""Questions asked to the residual stream. Every function takes states ``[batch pos d_model]``.
+
+Everything is computed in fp32: squared norms of large towers overflow fp16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rows_of(states, layout):
+    """States of a packed tower, ``[packed d]`` or ``[1 packed d]``, as ``[image pos d]``."""
+    if layout is None:
+        return states
+    flat = states.reshape(-1, states.shape[-1])
+    return flat[layout.clamp(min=0)]
+
+
+def live_at(live, states):
+    """The live mask cut or extended to the positions of ``states`` (decode steps are live)."""
+    n = states.shape[1]
+    if live.shape[1] == n:
+        return live
+    return torch.ones(states.shape[0], n, dtype=torch.bool, device=states.device)
+
+
+def massive(states, state, live, k=4, layout=None):
+    """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
+
+    Args:
+        states: ``[batch pos d_model]``.
+        state: The run's scratch space (unused).
+        live: ``[batch pos]`` bool, False at padding.
+        k: How many channels.
+        layout: Packed layout or None.
+
+    Returns:
+        ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``.
+    """
+    h = rows_of(states, layout).float()
+    live = live_at(live, h)
+    top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
+    medians = []
+    for row in range(h.shape[0]):
+        mine = h[row][live[row]]
+        medians.append(mine.abs().median() if mine.numel() else h.new_tensor(float("nan")))
+    return {"values": h.gather(-1, top), "channels": top, "median": torch.stack(medians)}
+
+
+def norms(states, state, layout=None):
+    """L2 norm of every token, ``[batch pos]``."""
+    return rows_of(states, layout).float().norm(dim=-1)
+
+
+def dimension_scores(states, state, dims, rms=True, layout=None):
+    """Sink-dimension value: ``max over dims of |h_d|``, divided by the token's RMS if ``rms``.
+
+    Args:
+        states: ``[batch pos d_model]``.
+        state: The run's scratch space (unused).
+        dims: Channel indices.
+        rms: Whether to divide by ``sqrt(mean_d h_d^2 + 1e-6)``, which bounds the score by sqrt(D).
+        layout: Packed layout or None.
+
+    Returns:
+        ``[batch pos]`` fp32.
+    """
+    h = rows_of(states, layout).float()
+    peak = h[..., dims].abs().amax(dim=-1)
+    if rms:
+        peak = peak / (h.pow(2).mean(dim=-1) + 1e-6).sqrt()
+    return peak
+
+
+def cosine_to(states, state, anchor, layout=None):
+    """Absolute cosine of every token with the token at position ``anchor`` ``[batch]``.
+
+    At a decode step the anchor is remembered from the prompt.
+    """
+    h = rows_of(states, layout).float()
+    rows = torch.arange(h.shape[0], device=h.device)
+    reference = h[rows, anchor.clamp(max=h.shape[1] - 1)]
+    dot = torch.einsum("bpd,bd->bp", h, reference).abs()
+    return dot / (h.norm(dim=-1) * reference.norm(dim=-1)[:, None]).clamp(min=1e-12)
+
+
+def lens(states, state, norm, head, positions=None, k=5, layout=None):
+    """Logit lens: the model's own final norm and LM head applied to intermediate states.
+
+    Args:
+        states: ``[batch pos d_model]``.
+        state: The run's scratch space (unused).
+        norm: The final norm module.
+        head: The LM head module.
+        positions: ``[batch row]`` positions to read, -1 where absent, or None for all.
+        k: How many tokens to keep.
+        layout: Unused; the lens reads the language tower only.
+
+    Returns:
+        ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1
+        where absent.
+    """
+    gone = None
+    if positions is not None and states.shape[1] > 1:
+        index = positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
+        states, gone = states.gather(1, index), positions < 0
+    logprobs = head(norm(states)).float().log_softmax(dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
+    values, tokens = top.values, top.indices
+    if gone is not None:
+        values = values.masked_fill(gone[..., None], float("nan"))
+        tokens = tokens.masked_fill(gone[..., None], -1)
+        entropy = entropy.masked_fill(gone, float("nan"))
+    return {"tokens": tokens, "logprobs": values, "entropy": entropy}
+
+
+def channels(states, state, index, layout=None):
+    """The values of given channels, ``[batch pos channel]`` in fp32."""
+    return rows_of(states, layout).float()[..., index]
+
+
+def keep(states, state, layout=None):
+    """The states themselves, ``[batch pos d_model]`` in fp32."""
+    return rows_of(states, layout).float()

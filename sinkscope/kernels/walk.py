@@ -1,0 +1,199 @@
+"""The one loop that runs inside a trace: visit the sites in forward order, ask each its questions.
+
+A plan is plain data, so that it can travel: a list of steps, one per site, each a dict with
+
+* ``tower``, ``name``, ``layer``: the site;
+* ``path``: the module whose input or output is read (``model.language_model.layers.3``);
+* ``how``: ``"input"``, ``"output"`` or ``"attention"``;
+* ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
+* ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
+* ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in list order, so
+  that reads see what the model really uses.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def locate(root, path):
+    """The envoy at a dotted path; digits index lists."""
+    here = root
+    for part in path.split("."):
+        here = here[int(part)] if part.isdigit() else getattr(here, part)
+    return here
+
+
+def first_tensor(value):
+    """The tensor a module passes on: the value itself or the first of a tuple."""
+    while isinstance(value, (tuple, list)):
+        value = value[0]
+    return value
+
+
+def attention_calls(root, tracer, step, state, out):
+    """The attention calls of one site after its edits; all windows of a packed tower, in order.
+
+    Edits replace the callee where the module binds it, so the model itself calls the edited
+    function: one call, at every window and every decode step.
+
+    Raises:
+        RuntimeError: If the windows do not tile the sequence.
+    """
+    here = locate(root, step["path"])
+    source = here.source
+    once = step["fires"] == "once"
+    length = None if once else first_tensor(here.input).shape[0]
+    function = getattr(source, step["bind"]).output
+    if not callable(function):
+        raise RuntimeError(
+            f"{step['path']}: {step['bind']} holds {type(function).__name__}; expected the "
+            "attention function. The model's source does not match its anatomy."
+        )
+    now = {"function": function}
+    if step["edits"]:
+        getattr(source, step["bind"]).output = lambda *args, **kwargs: now["function"](
+            *args, **kwargs
+        )
+    if once:
+        call = (function, *getattr(source, step["call"]).inputs)
+        return [edit_call(source, step, call, None, now, state, out)]
+    calls, covered = [], 0
+    for _ in tracer.iter[:]:
+        call = (function, *getattr(source, step["call"]).inputs)
+        size = query_of(call).shape[2]
+        span = (covered, covered + size)
+        calls.append(edit_call(source, step, call, span, now, state, out))
+        covered += size
+        if covered >= length:
+            break
+    if covered != length:
+        raise RuntimeError(
+            f"The attention windows of {step['path']} cover {covered} tokens; expected {length}."
+        )
+    return calls
+
+
+def query_of(call):
+    """The query of an attention call."""
+    _, args, kwargs = call
+    return args[1] if len(args) > 1 else kwargs["query"]
+
+
+def edit_call(source, step, call, span, now, state, out):
+    """Apply the site's edits to one call, in list order, and have the model make the edited one."""
+    before = call
+    device = query_of(call).device
+    for slot, kernel, parameters in step["edits"]:
+        ready = resolve(None, parameters, device, state)
+        call, effect = kernel(call, state, span, **ready)
+        note_effect(out, slot, step, effect)
+    if call is not before:
+        now["function"] = call[0]
+        if call[1] is not before[1] or call[2] is not before[2]:
+            getattr(source, step["call"]).inputs = (call[1], call[2])
+    return call
+
+
+def note_effect(out, slot, step, effect):
+    """Add an effect to those of the same edit at the same site (one per window)."""
+    key = (step["tower"], step["name"], step["layer"])
+    effect = detached(effect)
+    of_edit = out.setdefault(("edit", slot), {})
+    if key in of_edit:
+        effect = {name: of_edit[key][name] + value for name, value in effect.items()}
+    of_edit[key] = effect
+
+
+def edit_value(here, step, value, state, out):
+    """Apply the site's edits to states, in list order, and hand the result to the model."""
+    new = value
+    for slot, kernel, parameters in step["edits"]:
+        new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
+        note_effect(out, slot, step, effect)
+    if new is value:
+        return value
+    if step["how"] == "input":
+        here.input = new
+        return new
+    whole = here.output
+    here.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
+    return new
+
+
+def read_site(root, tracer, step, state, out):
+    """The value at a site after its edits: states, or the list of attention calls."""
+    if step["how"] == "attention":
+        return attention_calls(root, tracer, step, state, out)
+    here = locate(root, step["path"])
+    value = first_tensor(here.input if step["how"] == "input" else here.output)
+    return edit_value(here, step, value, state, out) if step["edits"] else value
+
+
+def device_of(value):
+    """The device of a site's value."""
+    return query_of(value[0]).device if isinstance(value, list) else value.device
+
+
+def resolve(root, parameters, device, state):
+    """Parameters ready for a kernel: modules looked up, tensors on the site's device.
+
+    ``("@module", path)`` stands for the module at that path. A tensor is moved once per run, so
+    that kernels may compare it by identity.
+    """
+    placed = state.setdefault("placed", {})
+    out = {}
+    for name, value in parameters.items():
+        if isinstance(value, tuple) and len(value) == 2 and value[0] == "@module":
+            value = locate(root, value[1])
+        elif hasattr(value, "device"):
+            key = (id(value), str(device))
+            if key not in placed:
+                placed[key] = value.to(device)
+            value = placed[key]
+        out[name] = value
+    return out
+
+
+def detached(value):
+    """The same nested value with every tensor cut from the graph and moved to the CPU."""
+    if isinstance(value, dict):
+        return {key: detached(part) for key, part in value.items()}
+    return value.detach().cpu()
+
+
+def walk(root, tracer, plan, number=0):
+    """Run a plan inside a trace.
+
+    Args:
+        root: The root envoy.
+        tracer: The running tracer.
+        plan: The steps, in forward order.
+        number: 0 for the prompt, 1, 2, ... for decode steps.
+
+    Returns:
+        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects
+        of edits.
+    """
+    out, state = {}, {"step": number}
+    for step in plan:
+        value = read_site(root, tracer, step, state, out)
+        key = (step["tower"], step["name"], step["layer"])
+        device = device_of(value)
+        for slot, kernel, parameters in step["reads"]:
+            answer = kernel(value, state, **resolve(root, parameters, device, state))
+            out.setdefault(slot, {})[key] = detached(answer)
+    return out
+
+
+def last_logits(logits, last=None):
+    """All logits, or those of one position per row.
+
+    Args:
+        logits: ``[batch pos vocab]``.
+        last: ``[batch]`` positions, negative ones counted from the end; None for all.
+    """
+    if last is not None:
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        logits = logits[rows, last.to(logits.device)][:, None]
+    return logits.detach().cpu()

@@ -1,0 +1,162 @@
+"""Anatomy: where a model keeps its blocks, attention calls, projector and head.
+
+Only paths and numbers are kept, no modules, so an anatomy can be printed, compared and shipped. How
+it is found is in `sinkscope.models.reading`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from sinkscope.errors import AttentionCallError, LayerError, ProbeError
+from sinkscope.models.families import Family
+from sinkscope.models.source import AttentionCall, NoAttentionCall
+
+
+@dataclass(frozen=True)
+class TowerAnatomy:
+    """One tower of transformer blocks.
+
+    Attributes:
+        tower: ``"vision"`` or ``"language"``.
+        blocks: Dotted path of every block.
+        attention: Dotted path of every block's attention module.
+        mlp: Dotted path of every block's MLP.
+        neurons: Dotted path of every MLP's last projection, whose input are the neurons; empty
+            where there is none.
+        projection: Dotted path of every block's attention output projection, "" if none was found.
+        calls: The attention call of every block, or why it was not found.
+        d_model: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key-value heads.
+        d_head: Head dimension.
+        packed: Whether all images share one sequence without a batch axis.
+        kernel: The attention implementation, such as ``"sdpa"``.
+        learned_sink: Whether attention has a learned sink, which takes a share of no token.
+    """
+
+    tower: str
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    neurons: tuple[str, ...]
+    projection: tuple[str, ...]
+    calls: tuple[AttentionCall | NoAttentionCall, ...]
+    d_model: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    packed: bool
+    kernel: str = "sdpa"
+    learned_sink: bool = False
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def call(self, layer: int) -> AttentionCall:
+        """The attention call of a block.
+
+        Raises:
+            AttentionCallError: If it was not found in the module's source.
+        """
+        found = self.calls[layer]
+        if isinstance(found, NoAttentionCall):
+            raise AttentionCallError(found.reason)
+        return found
+
+    def layers(self, layers: Any) -> tuple[int, ...]:
+        """Check and expand a layer selection.
+
+        Args:
+            layers: None for all, one 0-based block index, or several.
+
+        Returns:
+            Ascending layer indices without repeats.
+
+        Raises:
+            LayerError: If an index is negative, no integer, or beyond the last block.
+        """
+        if layers is None:
+            return tuple(range(self.n_layers))
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        wanted = list(layers) if several else [layers]
+        for layer in wanted:
+            if isinstance(layer, bool) or not isinstance(layer, Integral):
+                raise LayerError(
+                    f"Got layer {layer!r} of type {type(layer).__name__}; expected a block index "
+                    f"from 0 to {self.n_layers - 1}. Write layers=[0, 1] or layers=None for all."
+                )
+            if not 0 <= int(layer) < self.n_layers:
+                raise LayerError(
+                    f"Got layer {layer} in the {self.tower} tower; expected 0 to "
+                    f"{self.n_layers - 1}. Layers are block indices and never negative: write "
+                    f"{self.n_layers - 1} for the last block."
+                )
+        if not wanted:
+            raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
+        return tuple(sorted({int(layer) for layer in wanted}))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything sinkscope knows about a model's layout.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        family: The family's row of data.
+        vision: The vision tower.
+        language: The decoder.
+        projector: Dotted path of the projector.
+        feed_layers: Vision blocks whose ``resid_post`` feeds the projector.
+        drops: How many leading ViT tokens (CLS) the projector does not see.
+        merge: How many patches per side become one LLM token.
+        final_norm: Dotted path of the decoder's final norm.
+        head: Dotted path of the LM head.
+        image_token_id: The id of image positions.
+        vocab: Number of token ids.
+    """
+
+    model_type: str
+    family: Family
+    vision: TowerAnatomy
+    language: TowerAnatomy
+    projector: str
+    feed_layers: tuple[int, ...]
+    drops: int
+    merge: int
+    final_norm: str
+    head: str
+    image_token_id: int
+    vocab: int
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
+        return (
+            self.model_type,
+            self.image_token_id,
+            self.vocab,
+            self.drops,
+            self.merge,
+            (self.vision.n_layers, self.vision.d_model),
+            (self.language.n_layers, self.language.d_model),
+        )
+
+    def tower(self, name: str) -> TowerAnatomy:
+        """The tower of that name.
+
+        Raises:
+            ProbeError: If it is neither ``"vision"`` nor ``"language"``.
+        """
+        if name == "vision":
+            return self.vision
+        if name == "language":
+            return self.language
+        raise ProbeError(
+            f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for the ViT."
+        )

@@ -1,0 +1,177 @@
+"""Load a model and its processor by name, with errors that say what is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+
+from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.models import processors, runner
+from sinkscope.models.families import family_of
+
+# What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
+# cut off, of another model, or ask for a package that is not there.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+EXPECTED = "expected a hub repository you may read, or a folder written by save_pretrained()."
+
+
+def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A model with weights, in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+        ModelError: If it is no vision-language model of a known family.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(name, options)
+    processor = load_processor(name, options)
+    loader: Any = AutoModelForImageTextToText
+    rest = {k: v for k, v in options.items() if v is not None}
+    try:
+        model, info = loader.from_pretrained(name, config=config, output_loading_info=True, **rest)
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+    missing = sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key)
+    if missing:
+        raise CheckpointError(
+            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected a whole "
+            "checkpoint. They would be random: download it again, or write the config that belongs "
+            "to these weights."
+        )
+    return model.eval(), processor
+
+
+def load_remote(name: str, options: dict[str, Any]) -> Any:
+    """The architecture without weights, for remote runs.
+
+    Raises:
+        CheckpointError: If config or processor cannot be read.
+        ModelError: If it is no vision-language model of a known family.
+    """
+    load_config(name, options)
+    processor = load_processor(name, options)
+    rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
+    trusted = bool(options.get("trust_remote_code"))
+    try:
+        return runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+
+
+def load_config(name: str, options: dict[str, Any]) -> Any:
+    """The config, checked to be of a vision-language model that sinkscope knows.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+        ModelError: If the model is text-only or of an unknown family.
+    """
+    from transformers import AutoConfig
+
+    check_name(name, options)
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=options.get("revision"),
+            trust_remote_code=bool(options.get("trust_remote_code")),
+        )
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+    if getattr(config, "vision_config", None) is None:
+        raise ModelError(
+            f"Got {name!r}, a {config.model_type!r} model without a vision tower; expected a "
+            "vision-language model such as 'llava-hf/llava-1.5-7b-hf'."
+        )
+    family_of(config.model_type)
+    return config
+
+
+def check_name(name: str, options: dict[str, Any]) -> None:
+    """Refuse a folder that is none and a dtype that is none, before anything is read.
+
+    Raises:
+        CheckpointError: If the folder is missing or holds no config, or the dtype is unknown.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"The folder {name!r} holds no config.json; expected a checkpoint written by "
+            "save_pretrained()."
+        )
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or path.is_file()):
+        raise CheckpointError(
+            f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
+            "a repository id such as 'llava-hf/llava-1.5-7b-hf'."
+        )
+    dtype = options.get("dtype")
+    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
+    if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise CheckpointError(
+            f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
+        )
+
+
+def load_processor(name: str, options: dict[str, Any]) -> Any:
+    """The processor.
+
+    Raises:
+        CheckpointError: If it cannot be read, or has no tokenizer or no image processor.
+    """
+    try:
+        processor: Any = processors.load_processor(
+            name,
+            revision=options.get("revision"),
+            trust_remote_code=bool(options.get("trust_remote_code")),
+        )
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"The processor of {name!r} could not be read ({type(error).__name__}: "
+            f"{first_line(error)}); expected processor_config.json or preprocessor_config.json, and "
+            "tokenizer files, beside the weights."
+        ) from error
+    lacks = [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]
+    if lacks:
+        raise CheckpointError(
+            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; expected "
+            "processor_config.json or preprocessor_config.json beside the weights."
+        )
+    return processor
+
+
+def unreadable(name: str, error: Exception) -> CheckpointError:
+    """One message for every way a checkpoint can fail to load, with what helps in each."""
+    hint = EXPECTED
+    if "trust_remote_code" in str(error):
+        hint = (
+            "it holds its own code; expected a model of transformers itself. If you have read and "
+            "trust that code, write trust_remote_code=True."
+        )
+    elif isinstance(error, SafetensorError):
+        hint = "expected whole weight files: this one is damaged or cut off. Download it again."
+    elif isinstance(error, ImportError):
+        hint = "expected that package: install it, or choose another attn_implementation."
+    return CheckpointError(
+        f"{name!r} could not be loaded ({type(error).__name__}: {first_line(error)}); {hint}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, which is all a message has room for."""
+    return (str(error).strip().splitlines() or [""])[0][:200]

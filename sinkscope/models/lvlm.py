@@ -1,0 +1,383 @@
+"""LVLM: a vision-language model, what it is made of, and everything one can ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.errors import CheckpointError, InputError, ModelError
+from sinkscope.interventions.edited import Edited
+from sinkscope.interventions.protocol import Intervention
+from sinkscope.interventions.running import (
+    check_beside,
+    check_interventions,
+    require_effects,
+    with_kl,
+)
+from sinkscope.models import options as checking
+from sinkscope.models import prepare as preparing
+from sinkscope.models import runner
+from sinkscope.models.anatomy import Anatomy
+from sinkscope.models.context import Context
+from sinkscope.models.outputs import Generation, Run, finish_run
+from sinkscope.models.prepare import Sample
+from sinkscope.models.reading import read_anatomy
+from sinkscope.models.source import kernel_of
+from sinkscope.probes.protocol import Probe
+
+if TYPE_CHECKING:
+    from sinkscope.models.report import Report
+
+
+class LVLM:
+    """A vision-language model with named sites.
+
+    Args:
+        module: A ``transformers`` image-text-to-text model.
+        processor: Its processor, or None: then `prepare` takes ready inputs only.
+        verify: Whether to run one small forward pass now that proves the anatomy (needs a
+            processor and real weights).
+
+    Raises:
+        ModelError: If the model is no LVLM that sinkscope can read.
+    """
+
+    def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
+        self._anatomy = read_anatomy(module)
+        self._module: Any = module
+        self._processor = processor
+        self._local: Any = None
+        self._remote: Any = None
+        self._always_remote: bool | str = False
+        self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
+        self._verified = False
+        if verify and processor is not None and not self._weightless:
+            from sinkscope.models.verify import verify_anatomy
+
+            verify_anatomy(self)
+            self._verified = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        remote: bool | str = False,
+        trust_remote_code: bool = False,
+        verify: bool = True,
+    ) -> LVLM:
+        """Load a model and its processor from a hub repository or a folder.
+
+        Args:
+            name: Repository id or folder.
+            revision: Branch, tag or commit.
+            dtype: ``"auto"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
+            device_map: Passed to ``transformers``, such as ``"auto"``.
+            attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
+            remote: True to run on NDIF: only the architecture is built here, no weights.
+                ``"local"`` takes the same path without a server, with the weights here.
+            trust_remote_code: Never implied; True runs code from the repository.
+            verify: See the class.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, incomplete or corrupt.
+            ModelError: If it is no LVLM that sinkscope can read.
+        """
+        from sinkscope.models.loading import load, load_remote
+
+        options = {
+            "revision": revision,
+            "dtype": dtype,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+        }
+        if not isinstance(name, (str, Path)):
+            raise CheckpointError(
+                f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a "
+                "folder. For a model you already hold write ss.LVLM(model, processor)."
+            )
+        folder = Path(name).expanduser()
+        where = str(folder) if folder.is_dir() else str(name)
+        if checking.check_remote(remote) in (False, "local"):
+            module, processor = load(where, options)
+            lvlm = cls(module, processor, verify=verify)
+        else:
+            wrapped = load_remote(where, options)
+            lvlm = cls(runner.module_of(wrapped), wrapped.processor, verify=False)
+            lvlm._remote = wrapped
+        lvlm._always_remote, lvlm._name = remote, str(name)
+        return lvlm
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where the model keeps its parts, under its present attention kernel."""
+        config, known = self._module.config, self._anatomy
+        kernels = (kernel_of(config.vision_config), kernel_of(config.get_text_config()))
+        if kernels != (known.vision.kernel, known.language.kernel):
+            self._anatomy = read_anatomy(self._module)
+        return self._anatomy
+
+    @property
+    def verified(self) -> bool:
+        """Whether a forward pass has proven the anatomy when the model was loaded."""
+        return self._verified
+
+    @property
+    def module(self) -> nn.Module:
+        """The ``transformers`` model itself."""
+        return self._module
+
+    @property
+    def processor(self) -> Any:
+        """The processor, or None."""
+        return self._processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer, or None."""
+        return getattr(self._processor, "tokenizer", None)
+
+    @property
+    def name(self) -> str:
+        """Repository id, folder, or class name."""
+        return self._name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self._module.get_input_embeddings().weight.device
+
+    def __repr__(self) -> str:
+        a = self._anatomy
+        return (
+            f"LVLM({self._name!r}, {a.family.name}: vision {a.vision.n_layers} x {a.vision.d_model}, "
+            f"language {a.language.n_layers} x {a.language.d_model})"
+        )
+
+    def prepare(
+        self, images: Any = None, text: Any = None, *, inputs: Mapping[str, Any] | None = None
+    ) -> Sample:
+        """Images and text as model inputs, with a map of every token.
+
+        Args:
+            images: One image, or a list. With one text all images belong to it; with a list of
+                texts there is one entry (an image or a list of images) per text. PIL images, paths
+                or uint8 arrays.
+            text: A question, or a list of questions: one batch row each, left-padded. It goes
+                through the model's chat template unless it already holds image tokens.
+            inputs: Instead of both, the processor output you made yourself.
+
+        Returns:
+            The sample.
+
+        Raises:
+            InputError: If something is missing or does not fit.
+        """
+        return preparing.make_sample(
+            self._module, self._processor, self.anatomy, images, text, inputs
+        )
+
+    def run(
+        self,
+        sample: Sample,
+        probes: Sequence[Probe] = (),
+        interventions: Sequence[Intervention] = (),
+        *,
+        logits: Literal["all", "last"] | None = None,
+        remote: bool | str | None = None,
+        kl: bool = False,
+    ) -> Run:
+        """One forward pass with any number of probes and interventions.
+
+        Sites are visited in forward order; at one site interventions apply in list order, and then
+        probes see what the model really uses.
+
+        Args:
+            sample: From `prepare`.
+            probes: The probes; their results are found by the probe object.
+            interventions: The interventions; what they did stands in ``run.effects``.
+            logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
+            remote: True for NDIF, ``"local"`` for the same path without a server; None for what
+                the model was loaded with.
+            kl: Whether to run once more without interventions and put the KL divergence of the
+                next token, ``KL(unedited || edited)`` in nats, into the effects.
+
+        Returns:
+            Logits, results and effects.
+
+        Raises:
+            ProbeError: If a probe does not fit the model or the sample.
+            InterventionError: If an intervention does not fit; its child NoEffectError if it
+                touched nothing.
+            NonFiniteError: If live logits hold NaN.
+        """
+        checking.check_sample(sample, self.anatomy.fingerprint)
+        asked, edits = checking.check_probes(probes), check_interventions(interventions)
+        check_beside(edits, asked)
+        where = self._where(remote)
+        keep_all = checking.check_logits(logits, "last" if where else "all")
+        context = Context(self.anatomy, sample.tokens)
+        plan = self._plan(asked, edits, context)
+        last = None if keep_all else sample.tokens.last
+        raw = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where)
+        out = finish_run(raw, asked, context, edits, keep_all=keep_all)
+        require_effects(edits, [out.effects])
+        if not (kl and edits):
+            return out
+        plain = self.run(sample, logits="last", remote=remote)
+        return with_kl(out, plain, sample.tokens.last)
+
+    def generate(
+        self,
+        sample: Sample,
+        probes: Sequence[Probe] = (),
+        interventions: Sequence[Intervention] = (),
+        *,
+        max_new_tokens: int = 32,
+        remote: bool | str | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Generate an answer with the KV cache, probing every forward pass.
+
+        Probes of the vision tower have a result at the prompt only. At a decode step there is one
+        query, and keys are the prompt's and those generated so far.
+
+        Args:
+            sample: From `prepare`.
+            probes: The probes.
+            interventions: The interventions, each at the steps it names.
+            max_new_tokens: Upper bound on the answer's length.
+            remote: See `run`.
+            options: Further options of ``transformers``' ``generate``; greedy by default.
+
+        Returns:
+            Sequences, text and one `Run` per forward pass.
+
+        Raises:
+            ProbeError: If a probe does not fit the model or the sample.
+            InterventionError: If an intervention does not fit; its child NoEffectError if it
+                touched nothing at any step.
+        """
+        checking.check_sample(sample, self.anatomy.fingerprint)
+        asked, edits = checking.check_probes(probes), check_interventions(interventions)
+        check_beside(edits, asked)
+        where = self._where(remote)
+        defaults = getattr(self._module, "generation_config", None)
+        checking.check_generation(sample, max_new_tokens, options, defaults)
+        later = [probe for probe in asked if probe.tower == "language"]
+        plans = (
+            self._plan(asked, edits, Context(self.anatomy, sample.tokens)),
+            self._plan(later, edits, Context(self.anatomy, sample.tokens, step=1)),
+        )
+        given = {"max_new_tokens": int(max_new_tokens), "do_sample": False, **options}
+        raws, sequences = runner.generate_plan(
+            self._traced(where), self._placed(sample), plans, given, where
+        )
+        prompt, steps = sample.tokens.ids.shape[1], []
+        for step, raw in enumerate(raws):
+            ended = checking.ended_rows(sequences, prompt, step, options, defaults)
+            context = Context(self.anatomy, sample.tokens, step, ended)
+            steps.append(finish_run(raw, later if step else asked, context, edits))
+        require_effects(edits, [step.effects for step in steps])
+        text = None
+        if self.tokenizer is not None:
+            answers = sequences[:, prompt:]
+            text = tuple(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+        return Generation(sequences, text, tuple(steps))
+
+    @contextmanager
+    def edited(self, interventions: Sequence[Intervention]) -> Iterator[Edited]:
+        """The same model with interventions on, until the block ends.
+
+        ::
+
+            with lvlm.edited([ss.MaskKeys("image:0", layers=[4])]) as edited:
+                edited.generate(sample)
+
+        Args:
+            interventions: The interventions.
+
+        Yields:
+            A model with `run` and `generate`.
+
+        Raises:
+            InterventionError: If something else came.
+        """
+        edited = Edited(self, check_interventions(interventions))
+        try:
+            yield edited
+        finally:
+            edited.close()
+
+    def report(self) -> Report:
+        """Anatomy and, per probe, whether it is exact, approximate or unavailable, and why.
+
+        Returns:
+            A `sinkscope.models.report.Report`; print it, or show it in a notebook.
+        """
+        from sinkscope.models.report import make_report
+
+        return make_report(self)
+
+    @property
+    def _weightless(self) -> bool:
+        """Whether only the architecture is here."""
+        return self.device.type == "meta"
+
+    def _plan(
+        self, probes: Sequence[Probe], edits: Sequence[Intervention], context: Context
+    ) -> runner.Plan:
+        """The plan of all probes and interventions."""
+        reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
+        changes = [(slot, edit) for slot, it in enumerate(edits) for edit in it.edits(context)]
+        return runner.make_plan(context.anatomy, reads, changes)
+
+    def _where(self, remote: bool | str | None) -> bool | str:
+        """Where to run: what was asked, or what the model was loaded with."""
+        where = checking.check_remote(self._always_remote if remote is None else remote)
+        checking.check_weights(where, weightless=self._weightless)
+        return where
+
+    def _traced(self, where: bool | str) -> Any:
+        """The nnsight model for a local or remote run."""
+        if not where:
+            if self._local is None:
+                self._local = runner.wrap(self._module)
+            return self._local
+        if self._remote is None:
+            if self._processor is None:
+                raise InputError(
+                    "Got remote=... for a model without a processor; expected one. Write "
+                    "ss.LVLM(model, processor)."
+                )
+            self._remote = runner.wrap_remote(self._module, self._processor)
+        if where != "local":
+            runner.check_reachable(self._remote, self._name)
+        return self._remote
+
+    def _placed(self, sample: Sample) -> dict[str, Any]:
+        """The inputs on the model's device; where there are no weights they stay where they are."""
+        device = None if self._weightless else self.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and device else value
+            for name, value in sample.inputs.items()
+        }
+
+    def __iter__(self) -> Iterator[Any]:
+        raise ModelError(
+            "Got iteration over an LVLM, which has no order; expected a use of its parts. They are in "
+            "lvlm.anatomy: write lvlm.module.get_submodule(path) for the module at one of its paths."
+        )

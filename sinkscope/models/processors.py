@@ -1,0 +1,98 @@
+"""Load a processor, also where transformers' own class would need torchvision for its video part.
+
+Imports transformers only, so that `sinkscope.testing` may use it too.
+"""
+
+from __future__ import annotations
+
+import os
+from types import MappingProxyType
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLProcessor
+
+
+class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transformers writes it
+    """``Qwen2_5_VLProcessor`` without its video slot, for machines without torchvision.
+
+    transformers' video processors need torchvision, and without it the parent class cannot be built
+    at all. Text and images take the parent's own path. What is saved names the parent class and the
+    real video processor, so the folder loads with ``AutoProcessor`` where torchvision is installed;
+    elsewhere use `load_processor`.
+
+    Args:
+        image_processor: A Qwen2-VL image processor, such as ``Qwen2VLImageProcessorPil``.
+        tokenizer: A tokenizer with ``image_token`` and ``video_token``.
+        chat_template: The chat template, if not the tokenizer's.
+    """
+
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, chat_template: str | None = None
+    ) -> None:
+        self.image_token = tokenizer.image_token
+        self.video_token = tokenizer.video_token
+        self.image_token_id = tokenizer.image_token_id
+        self.video_token_id = tokenizer.video_token_id
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def validate_inputs(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise ``ValueError`` for videos, then check as the parent does."""
+        if videos is not None:
+            raise ValueError(
+                "this processor takes images and text, but videos came; pass images=..., or install "
+                "torchvision and build transformers' Qwen2_5_VLProcessor"
+            )
+        super().validate_inputs(images=images, text=text, videos=None, audio=audio, **kwargs)
+
+    def to_dict(self) -> dict[str, object]:
+        """Settings as the parent class would save them, its default video settings included."""
+        settings = super().to_dict()
+        settings["processor_class"] = Qwen2_5_VLProcessor.__name__
+        images: Any = self.image_processor
+        settings["video_processor"] = {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "patch_size": images.patch_size,
+            "merge_size": images.merge_size,
+            "temporal_patch_size": images.temporal_patch_size,
+        }
+        return settings
+
+
+IMAGES_ONLY = MappingProxyType({"qwen2_5_vl": ImageQwen2_5_VLProcessor})
+"""Processors without a video slot, by model type, for machines without torchvision."""
+
+
+def load_processor(
+    name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> ProcessorMixin:
+    """The processor of a repository or folder.
+
+    What ``AutoProcessor`` gives; where that needs a package that is missing (torchvision, for the
+    video half of Qwen2.5-VL's processor), the family's processor without its video slot.
+
+    Args:
+        name: Repository id or folder.
+        revision: Branch, tag or commit.
+        trust_remote_code: Whether to run code from the repository.
+
+    Raises:
+        ImportError: If a package is missing and the family has no processor without it.
+        OSError: If it cannot be read; ``ValueError`` if its files make no sense.
+    """
+    where = str(name)
+    try:
+        return AutoProcessor.from_pretrained(
+            where, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except ImportError:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        if config.model_type not in IMAGES_ONLY:
+            raise
+    return IMAGES_ONLY[config.model_type].from_pretrained(where, revision=revision)

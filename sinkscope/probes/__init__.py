@@ -1,0 +1,62 @@
+"""Probes: what to read, reduced inside the forward pass, as small typed results."""
+
+from sinkscope.probes.attention import (
+    AttentionMass,
+    AttentionPatterns,
+    MassResult,
+    PatternResult,
+    ReceivedAttention,
+    ReceivedResult,
+)
+from sinkscope.probes.channels import ChannelResult, ChannelValues
+from sinkscope.probes.lens import LensResult, LogitLens
+from sinkscope.probes.protocol import Probe, Read, Result
+from sinkscope.probes.residual import (
+    CosineToFirst,
+    MassiveActivations,
+    MassiveResult,
+    NormResult,
+    ResidualStates,
+    ScoreResult,
+    SinkDimensionScores,
+    StateResult,
+    TokenNorms,
+)
+from sinkscope.probes.values import (
+    ContributionNorms,
+    ContributionResult,
+    ValueNormResult,
+    ValueNorms,
+)
+from sinkscope.probes.writes import HeadWrites, WriteResult
+
+__all__ = [
+    "AttentionMass",
+    "AttentionPatterns",
+    "ChannelResult",
+    "ChannelValues",
+    "ContributionNorms",
+    "ContributionResult",
+    "CosineToFirst",
+    "HeadWrites",
+    "LensResult",
+    "LogitLens",
+    "MassResult",
+    "MassiveActivations",
+    "MassiveResult",
+    "NormResult",
+    "PatternResult",
+    "Probe",
+    "Read",
+    "ReceivedAttention",
+    "ReceivedResult",
+    "ResidualStates",
+    "Result",
+    "ScoreResult",
+    "SinkDimensionScores",
+    "StateResult",
+    "TokenNorms",
+    "ValueNormResult",
+    "ValueNorms",
+    "WriteResult",
+]

@@ -1,0 +1,305 @@
+"""Attention probes: exact, under the model's own kernel, and never an N x N matrix at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkscope.errors import ProbeError
+from sinkscope.kernels import attention as kernels
+from sinkscope.models.context import Context, indices_of
+from sinkscope.probes.protocol import Read
+from sinkscope.probes.results import at_positions, mask_padding, stack_layers, tidy
+from sinkscope.sites import Site, Tower
+from sinkscope.tokens import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def refuse_flash(context: Context, tower: str, what: str) -> None:
+    """Refuse what needs attention in fp32 on kernels that have none.
+
+    Raises:
+        ProbeError: If the tower attends through a flash kernel.
+    """
+    kernel = context.tower(tower).kernel
+    if "flash" in kernel:
+        raise ProbeError(
+            f"Got {what} on the {tower} tower under {kernel!r}, which computes in half precision "
+            "only; expected a kernel that can compute in fp32. Write "
+            "lvlm.module.set_attn_implementation('sdpa'), or load with attn_implementation='sdpa'."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MassResult:
+    """Attention mass per key group.
+
+    Attributes:
+        mass: Float ``[batch layer head query group]`` in [0, 1]; NaN at padding.
+        null: Float ``[batch layer query group]``: uniform attention under the model's own mask, or
+            None if it was not asked for.
+        groups: The group names, in order.
+        layers: The block indices, in order.
+        queries: Int ``[batch query]`` position of every query, -1 padded.
+    """
+
+    mass: Float[Tensor, "batch layer head query group"]
+    null: Float[Tensor, "batch layer query group"] | None
+    groups: tuple[str, ...]
+    layers: tuple[int, ...]
+    queries: Int[Tensor, "batch query"]
+
+    def group(self, name: str) -> Tensor:
+        """The mass on one group, ``[batch layer head query]``.
+
+        Raises:
+            ProbeError: If there is no such group.
+        """
+        if name not in self.groups:
+            raise ProbeError(
+                f"Got the group {name!r}; expected one of {self.groups}. Name what you want to "
+                "measure in AttentionMass(groups={...})."
+            )
+        return self.mass[..., self.groups.index(name)]
+
+    def by_layer(self) -> Float[Tensor, "layer group"]:
+        """Mean mass over rows, heads and queries."""
+        return self.mass.nanmean(dim=(0, 2, 3))
+
+    def null_by_layer(self) -> Float[Tensor, "layer group"] | None:
+        """Mean null over rows and queries."""
+        return None if self.null is None else self.null.nanmean(dim=(0, 2))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, head, query, group, mass and, if asked for, null."""
+        columns = {"mass": self.mass}
+        if self.null is not None:
+            columns["null"] = self.null[:, :, None].expand_as(self.mass)
+        axes = ("batch", "layer", "head", "query", "group")
+        table = tidy(columns, axes, {"layer": self.layers, "group": self.groups})
+        return at_positions(table, "query", self.queries)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMass:
+    """How much attention each query pays to each group of keys, per head. Exact.
+
+    ``mass[q, g] = sum_{k in g} A[q, k]``, computed as the model's own attention on one-hot values.
+    Groups may overlap; what is in no group (and, at decode steps, what was generated) is the rest.
+
+    Args:
+        groups: Name -> selection, such as ``{"bos": "bos", "image": "image"}``; masks may differ
+            by layer.
+        layers: Block indices, or None for all.
+        queries: A selection of queries, or None for all. At a decode step the one query is used.
+        tower: ``"language"`` or ``"vision"``.
+        null: Whether to compute the null too (one more attention call per kind of mask).
+        precision: ``"model"`` for the model's dtype, whose rounding in bf16 is about 6e-3, or
+            ``"float32"``.
+    """
+
+    groups: Mapping[str, Selection]
+    layers: Any = None
+    queries: Selection | None = None
+    tower: Tower = "language"
+    null: bool = True
+    precision: str = "model"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        if self.precision not in ("model", "float32"):
+            raise ProbeError(f"Got precision={self.precision!r}; expected 'model' or 'float32'.")
+        if self.precision == "float32":
+            refuse_flash(context, self.tower, "AttentionMass(precision='float32')")
+        _, onehot = context.groups(self.tower, self.groups)
+        rows = None
+        if self.queries is not None and not context.step:
+            rows = indices_of(context.flat(self.tower, self.queries))
+        # One tensor per layer or one for all: the kernel shares nulls between equal tensors.
+        by_layer = [onehot[:, i].contiguous() for i in range(onehot.shape[1])]
+        return [
+            Read(
+                Site(self.tower, "attention", layer),
+                kernels.group_mass,
+                {
+                    "groups": by_layer[layer if len(by_layer) > 1 else 0],
+                    "rows": rows,
+                    "null": self.null,
+                    "float32": self.precision == "float32",
+                    "layout": context.layout(self.tower),
+                },
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> MassResult:
+        """Stack the layers and mask the padding."""
+        mass = stack_layers(answers, "mass")
+        null = stack_layers(answers, "null") if self.null else None
+        live = context.live(self.tower)
+        queries = indices_of(live) if context.step else torch.arange(live.shape[1])[None]
+        queries = torch.where(live, queries, -1)
+        if context.step:
+            queries = torch.full_like(queries, context.tokens.live.shape[1] + context.step - 1)
+        elif self.queries is not None:
+            queries = indices_of(context.flat(self.tower, self.queries))
+            live = queries >= 0
+        mass = mask_padding(mass, live, 3)
+        null = None if null is None else mask_padding(null, live, 2)
+        names, _ = context.groups(self.tower, self.groups)
+        return MassResult(mass, null, names, context.layers(self.tower, self.layers), queries)
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedResult:
+    """Mean attention received by every key.
+
+    Attributes:
+        received: Float ``[batch layer head key]`` in [0, 1]; NaN at padding.
+        null: Float ``[batch layer key]``: the same under uniform attention.
+        layers: The block indices, in order.
+    """
+
+    received: Float[Tensor, "batch layer head key"]
+    null: Float[Tensor, "batch layer key"] | None
+    layers: tuple[int, ...]
+
+    def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
+        """The share of rows and heads in which a key receives more than ``epsilon``.
+
+        ``Sink_k^eps`` of Gu et al. (2410.10781) by layer; it depends on the length of the prompt.
+        """
+        above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
+        return above.nanmean(dim=(0, 2))
+
+    def over_null(self) -> Float[Tensor, "batch layer head key"]:
+        """Received attention as a multiple of its null.
+
+        Raises:
+            ProbeError: If the null was not computed.
+        """
+        if self.null is None:
+            raise ProbeError(
+                "Got a result without its null; expected one. Write ReceivedAttention(null=True)."
+            )
+        return self.received / self.null[:, :, None]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, head, key, received and, if asked for, null."""
+        columns = {"received": self.received}
+        if self.null is not None:
+            columns["null"] = self.null[:, :, None].expand_as(self.received)
+        return tidy(columns, ("batch", "layer", "head", "key"), {"layer": self.layers})
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedAttention:
+    """Mean attention each key receives from the queries that can see it, per head. Exact.
+
+    ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
+    computed in fp32 as the gradient of the model's own attention with respect to its values.
+
+    Args:
+        layers: Block indices, or None for all.
+        queries: A selection that restricts the queries, or None for all live ones.
+        tower: ``"language"`` or ``"vision"``.
+        null: Whether to compute the null too.
+    """
+
+    layers: Any = None
+    queries: Selection | None = None
+    tower: Tower = "language"
+    null: bool = True
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        refuse_flash(context, self.tower, "ReceivedAttention")
+        live = context.live(self.tower)
+        if self.queries is not None and not context.step:
+            live = live & context.flat(self.tower, self.queries)
+        live = context.pack(self.tower, live, dim=1)
+        layout = context.layout(self.tower)
+        return [
+            Read(
+                Site(self.tower, "attention", layer),
+                kernels.received,
+                {"live": live, "layout": layout, "null": self.null},
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
+        """Stack the layers and mask the padding."""
+        live = context.live_keys(self.tower)
+        got = mask_padding(stack_layers(answers, "received"), live, 3)
+        null = mask_padding(stack_layers(answers, "null"), live, 2) if self.null else None
+        return ReceivedResult(got, null, context.layers(self.tower, self.layers))
+
+
+@dataclass(frozen=True, eq=False)
+class PatternResult:
+    """Attention weights of chosen queries.
+
+    Attributes:
+        patterns: Float ``[batch layer head row key]``; rows sum to 1 (less where the model has a
+            learned sink); NaN where a row is absent or a key is padding.
+        rows: Int ``[batch row]`` query positions, -1 padded.
+        layers: The block indices, in order.
+    """
+
+    patterns: Float[Tensor, "batch layer head row key"]
+    rows: Int[Tensor, "batch row"]
+    layers: tuple[int, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, head, row (the query's position), key, attention."""
+        axes = ("batch", "layer", "head", "row", "key")
+        table = tidy({"attention": self.patterns}, axes, {"layer": self.layers})
+        return at_positions(table, "row", self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPatterns:
+    """Attention weights of chosen queries, and only those. Exact.
+
+    Args:
+        rows: A selection of queries, such as ``"last"``. At a decode step the one query is used.
+        layers: Block indices, or None for all.
+        tower: ``"language"`` or ``"vision"``.
+    """
+
+    rows: Selection = "last"
+    layers: Any = None
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        refuse_flash(context, self.tower, "AttentionPatterns")
+        mask = context.flat(self.tower, self.rows)
+        rows = context.packed_rows(self.tower, mask)
+        if context.step:
+            rows = torch.zeros(rows.shape[0], 1, dtype=torch.long)
+        return [
+            Read(
+                Site(self.tower, "attention", layer),
+                kernels.patterns,
+                {"rows": rows, "layout": context.layout(self.tower)},
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> PatternResult:
+        """Stack the layers and mask the padding."""
+        patterns = mask_padding(stack_layers(answers), context.live_keys(self.tower), 4)
+        rows = indices_of(context.flat(self.tower, self.rows))
+        if context.step:
+            at = context.tokens.live.shape[1] + context.step - 1
+            rows = torch.full((patterns.shape[0], 1), at)
+        return PatternResult(patterns, rows, context.layers(self.tower, self.layers))

@@ -1,0 +1,145 @@
+"""What attention carries: the size of values, and what each key group writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.kernels import attention as kernels
+from sinkscope.models.context import Context
+from sinkscope.probes.protocol import Read
+from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.sites import Site, Tower
+from sinkscope.tokens import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class ValueNormResult:
+    """Norms of the value vectors.
+
+    Attributes:
+        norms: Float ``[batch layer kv_head pos]``; NaN at padding.
+        layers: The block indices, in order.
+    """
+
+    norms: Float[Tensor, "batch layer kv_head pos"]
+    layers: tuple[int, ...]
+
+    def ratio(self) -> Float[Tensor, "batch layer kv_head pos"]:
+        """Every token's norm over the mean norm of the other live tokens of its row.
+
+        ``ratio_head`` of Fesser et al. (2606.08105): at most 0.2 means that a sink writes next to
+        nothing.
+        """
+        live = ~self.norms.isnan()
+        total = self.norms.nansum(dim=-1, keepdim=True)
+        others = (live.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
+        return self.norms / ((total - self.norms) / others)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, kv_head, pos, norm."""
+        axes = ("batch", "layer", "kv_head", "pos")
+        return tidy({"norm": self.norms}, axes, {"layer": self.layers})
+
+
+@dataclass(frozen=True, eq=False)
+class ValueNorms:
+    """L2 norm of every value vector. With GQA there is one per key-value head.
+
+    Args:
+        layers: Block indices, or None for all.
+        tower: ``"language"`` or ``"vision"``.
+    """
+
+    layers: Any = None
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        layout = context.layout(self.tower)
+        return [
+            Read(Site(self.tower, "attention", layer), kernels.value_norms, {"layout": layout})
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> ValueNormResult:
+        """Stack the layers and mask the padding."""
+        norms = mask_padding(stack_layers(answers), context.live_keys(self.tower), 3)
+        return ValueNormResult(norms, context.layers(self.tower, self.layers))
+
+
+@dataclass(frozen=True, eq=False)
+class ContributionResult:
+    """What each key group writes into the residual stream.
+
+    Attributes:
+        norms: Float ``[batch layer query group]``, L2 norm of the group's write over all heads.
+        per_head: Float ``[batch layer head query group]``, the same for each head alone.
+        groups: The group names.
+        layers: The block indices, in order.
+    """
+
+    norms: Float[Tensor, "batch layer query group"]
+    per_head: Float[Tensor, "batch layer head query group"]
+    groups: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, query, group, norm."""
+        axes = ("batch", "layer", "query", "group")
+        return tidy({"norm": self.norms}, axes, {"layer": self.layers, "group": self.groups})
+
+
+@dataclass(frozen=True, eq=False)
+class ContributionNorms:
+    """How much each group of keys writes through the output projection. Exact.
+
+    ``|| sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
+    anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). One attention call
+    per group and layer.
+
+    Args:
+        groups: Name -> selection.
+        layers: Block indices, or None for all.
+        tower: ``"language"`` or ``"vision"``.
+    """
+
+    groups: Mapping[str, Selection]
+    layers: Any = None
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        _, onehot = context.groups(self.tower, self.groups)
+        shared = onehot.shape[1] == 1
+        tower = context.tower(self.tower)
+        return [
+            Read(
+                Site(self.tower, "attention", layer),
+                kernels.contribution_norms,
+                {
+                    "groups": onehot[:, 0 if shared else layer].contiguous(),
+                    "projection": ("@module", tower.projection[layer]),
+                    "layout": context.layout(self.tower),
+                },
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> ContributionResult:
+        """Stack the layers and mask the padding."""
+        live = context.live(self.tower)
+        names, _ = context.groups(self.tower, self.groups)
+        return ContributionResult(
+            mask_padding(stack_layers(answers, "norms"), live, 2),
+            mask_padding(stack_layers(answers, "per_head"), live, 3),
+            names,
+            context.layers(self.tower, self.layers),
+        )

@@ -1,0 +1,85 @@
+"""What heads write: per key through the output projection, and in how many directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.kernels import writes as kernels
+from sinkscope.models.context import Context
+from sinkscope.probes.protocol import Read
+from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.sites import Site, Tower
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class WriteResult:
+    """Writes of every key and head.
+
+    Attributes:
+        norms: Float ``[batch layer head key]``, ``||W_O^h v_j||_2``; NaN at padding.
+        stable_rank: Float ``[batch layer head]``, at least 1, of the head's outputs.
+        layers: The block indices, in order.
+    """
+
+    norms: Float[Tensor, "batch layer head key"]
+    stable_rank: Float[Tensor, "batch layer head"]
+    layers: tuple[int, ...]
+
+    def ratio(self) -> Float[Tensor, "batch layer head key"]:
+        """Every key's write over the mean of the other live keys: ``ratio_out`` of 2606.08105."""
+        live = ~self.norms.isnan()
+        total = self.norms.nansum(dim=-1, keepdim=True)
+        others = (live.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
+        return self.norms / ((total - self.norms) / others)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, head, key, norm."""
+        axes = ("batch", "layer", "head", "key")
+        return tidy({"norm": self.norms}, axes, {"layer": self.layers})
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWrites:
+    """What every key would write through the output projection, per head, were it fully attended.
+
+    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
+    definitions of Fesser et al. (2606.08105); see `sinkscope.experiments.nop_or_broadcast`.
+
+    Args:
+        layers: Block indices, or None for all.
+        tower: ``"language"`` or ``"vision"``.
+    """
+
+    layers: Any = None
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        tower = context.tower(self.tower)
+        live = context.pack(self.tower, context.live(self.tower), dim=1)
+        return [
+            Read(
+                Site(self.tower, "attention", layer),
+                kernels.head_writes,
+                {
+                    "projection": ("@module", tower.projection[layer]),
+                    "live": live,
+                    "layout": context.layout(self.tower),
+                },
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
+        """Stack the layers and mask the padding."""
+        norms = mask_padding(stack_layers(answers, "norms"), context.live_keys(self.tower), 3)
+        rank = stack_layers(answers, "rank")
+        return WriteResult(norms, rank, context.layers(self.tower, self.layers))

@@ -1,0 +1,68 @@
+"""A `Site` is one place in the forward pass; sites sort in the order the model reaches them.
+
+::
+
+    vision 0 ... vision L_v-1      projector        language 0 ... language L-1
+    resid_pre -> attention -> attn_out -> mlp_hidden -> mlp_out -> resid_post   (in every block)
+                                   input -> output                              (the projector)
+
+``resid_pre(l)`` is what block ``l`` reads and ``resid_post(l)`` what it writes, so
+``resid_post(l) == resid_pre(l + 1)``; ``resid_pre(0)`` of the language tower are the embeddings.
+``mlp_hidden(l)`` are the MLP's neurons after the nonlinearity: what its last projection reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sinkscope.errors import ProbeError, nearest
+
+Tower = Literal["vision", "projector", "language"]
+BLOCK_SITES = ("resid_pre", "attention", "attn_out", "mlp_hidden", "mlp_out", "resid_post")
+STATE_SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""Sites that hold states of the residual stream's width."""
+PROJECTOR_SITES = ("input", "output")
+TOWERS = ("vision", "projector", "language")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the forward pass.
+
+    Attributes:
+        tower: ``"vision"``, ``"projector"`` or ``"language"``.
+        name: One of `BLOCK_SITES`, or of `PROJECTOR_SITES` for the projector.
+        layer: 0-based block index (0 for the projector).
+
+    Raises:
+        ProbeError: If the tower or the name does not exist.
+    """
+
+    tower: Tower
+    name: str
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tower not in TOWERS:
+            raise ProbeError(
+                f"Got tower={self.tower!r}; expected one of {TOWERS}. {nearest(self.tower, TOWERS)}"
+            )
+        known = PROJECTOR_SITES if self.tower == "projector" else BLOCK_SITES
+        if self.name not in known:
+            raise ProbeError(
+                f"Got site {self.name!r} in the {self.tower} tower; expected one of {known}. "
+                f"{nearest(self.name, known)}"
+            )
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: the order in which one forward pass reaches the site."""
+        names = PROJECTOR_SITES if self.tower == "projector" else BLOCK_SITES
+        return TOWERS.index(self.tower), self.layer, names.index(self.name)
+
+    def __lt__(self, other: Site) -> bool:
+        return self.order < other.order
+
+    def __str__(self) -> str:
+        return f"{self.tower}.{self.name}({self.layer})"

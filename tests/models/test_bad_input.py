@@ -1,0 +1,802 @@
+"""Every wrong use is refused before the model runs: what came, what was expected, what to write."""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sinkscope as ss
+from sinkscope.errors import (
+    AttentionCallError,
+    CheckpointError,
+    InputError,
+    LayerError,
+    ModelError,
+    NonFiniteError,
+    ProbeError,
+    SelectionError,
+    SinkscopeError,
+)
+from sinkscope.models import source
+from sinkscope.testing import random_image, tiny_llava, write_checkpoint
+
+IMAGE = random_image(40, 40, 0)
+
+
+@dataclass
+class World:
+    """What the cases may use."""
+
+    lvlm: ss.LVLM
+    qwen: ss.LVLM
+    sample: ss.Sample
+    folder: Path
+    model: Any = field(default=None)
+
+    def prepare(self, images=IMAGE, text="what is it", **kwargs):
+        return self.lvlm.prepare(images, text, **kwargs)
+
+    def run(self, *probes, **kwargs):
+        return self.lvlm.run(self.sample, list(probes), **kwargs)
+
+    def inputs(self, **changes):
+        return self.lvlm.prepare(inputs={**self.sample.inputs, **changes})
+
+    def load(self, change, **options):
+        """Load a copy of a good checkpoint after ``change(folder)``."""
+        broken = self.folder.parent / "broken"
+        shutil.copytree(self.folder, broken)
+        change(broken)
+        return ss.LVLM.from_pretrained(broken, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(*tiny_llava(), tmp_path_factory.mktemp("good") / "model")
+
+
+@pytest.fixture
+def world(tiny, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    lvlm, qwen = tiny("llava-clip-llama"), tiny("qwen2.5-vl")
+    return World(lvlm, qwen, lvlm.prepare(images=IMAGE, text="what is it"), folder)
+
+
+@pytest.fixture
+def passes(tiny):
+    """How many forward passes a test made."""
+    made = []
+    hooks = [
+        tiny(family).module.register_forward_pre_hook(lambda *_: made.append(1))
+        for family in ("llava-clip-llama", "qwen2.5-vl")
+    ]
+    yield made
+    for hook in hooks:
+        hook.remove()
+
+
+def having(probe, **fields):
+    """A probe with wrong fields, as an untyped caller makes it: under pytest types are checked."""
+    wrong = copy.copy(probe)
+    for name, value in fields.items():
+        object.__setattr__(wrong, name, value)
+    return wrong
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(json.dumps(config))
+
+
+def cut(folder, name, keep=0.5):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+
+def own_code(folder, model_type="custom"):
+    """A checkpoint with code of its own, which leaves a mark if it is ever run."""
+    code = f"open({str(folder / 'ran')!r}, 'w').write('it ran')\n"
+    for name in ("configuration_own.py", "modeling_own.py", "processing_own.py"):
+        (folder / name).write_text(code)
+    edit_config(
+        folder,
+        model_type=model_type,
+        auto_map={
+            "AutoConfig": "configuration_own.Config",
+            "AutoModelForImageTextToText": "modeling_own.Model",
+            "AutoProcessor": "processing_own.Processor",
+        },
+    )
+
+
+def sharded(folder):
+    model, _ = tiny_llava()
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def text_only():
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def mask(world, *shape, dtype=torch.bool):
+    return torch.zeros(shape or tuple(world.sample.tokens.live.shape), dtype=dtype)
+
+
+MASS = ss.AttentionMass({"image": "image"})
+
+
+def per_layer(world):
+    return mask(world, 1, 3, world.sample.tokens.live.shape[1])
+
+
+# name -> (wrong use, error, what its message must say)
+INPUTS = {
+    "no image": (lambda w: w.prepare(images=None), InputError, "no image; expected at least one"),
+    "empty list of images": (lambda w: w.prepare(images=[]), InputError, "no image"),
+    "a row without image": (
+        lambda w: w.prepare([[IMAGE], []], ["a", "b"]),
+        InputError,
+        "no image in row 1",
+    ),
+    "no text": (lambda w: w.prepare(text=None), InputError, "no text; expected a question"),
+    "empty text": (lambda w: w.prepare(text=""), InputError, "no text"),
+    "text of another type": (lambda w: w.prepare(text=5), InputError, "text of type int"),
+    "texts of another type": (
+        lambda w: w.prepare([IMAGE, IMAGE], ["a", b"b"]),
+        InputError,
+        "text of type bytes; expected a str",
+    ),
+    "fewer images than rows": (
+        lambda w: w.prepare([IMAGE], ["a", "b"]),
+        InputError,
+        "1 image entries for 2 texts",
+    ),
+    "one image for several rows": (
+        lambda w: w.prepare(IMAGE, ["a", "b"]),
+        InputError,
+        r"images=\[a, b\], text=",
+    ),
+    "more image tokens than images": (
+        lambda w: w.prepare(text="<image> and <image>"),
+        InputError,
+        "2 '<image>' tokens and 1 images in row 0",
+    ),
+    "fewer image tokens than images": (
+        lambda w: w.prepare([IMAGE, IMAGE], "<image> what"),
+        InputError,
+        "1 '<image>' tokens and 2 images",
+    ),
+    "missing image path": (
+        lambda w: w.prepare("nowhere.png"),
+        InputError,
+        "'nowhere.png', which does not exist",
+    ),
+    "a file that is no image": (
+        lambda w: w.prepare(write(w.folder, "notes.png", "no pixels here")),
+        InputError,
+        "no readable image .*PNG, JPEG",
+    ),
+    "a truncated image": (
+        lambda w: (
+            IMAGE.resize((400, 400)).save(w.folder / "cut.png"),
+            cut(w.folder, "cut.png"),
+            w.prepare(w.folder / "cut.png"),
+        ),
+        InputError,
+        "no readable image",
+    ),
+    "image of another type": (lambda w: w.prepare(3.5), InputError, "image of type float"),
+    "float image": (
+        lambda w: w.prepare(np.zeros((32, 32, 3))),
+        InputError,
+        r"shape \(32, 32, 3\) and dtype float64; expected .* uint8",
+    ),
+    "channels first": (
+        lambda w: w.prepare(torch.zeros(3, 32, 32, dtype=torch.uint8)),
+        InputError,
+        r"\[height width 3\]",
+    ),
+    "an image the processor refuses": (
+        lambda w: w.qwen.prepare(Image.new("RGB", (6000, 10)), "what"),
+        InputError,
+        r"images of \[\(6000, 10\)\] pixels .* aspect ratio",
+    ),
+    "inputs together with images": (
+        lambda w: w.prepare(inputs={}),
+        InputError,
+        "inputs together with images or text",
+    ),
+    "images without a processor": (
+        lambda w: ss.LVLM(w.lvlm.module).prepare(IMAGE, "what"),
+        InputError,
+        "no processor; expected one",
+    ),
+    "inputs that are no dict": (
+        lambda w: w.lvlm.prepare(inputs="what"),
+        InputError,
+        "inputs of type str; expected the processor's output",
+    ),
+    "inputs without pixels": (
+        lambda w: w.lvlm.prepare(inputs={"input_ids": w.sample.inputs["input_ids"]}),
+        InputError,
+        r"missing \['pixel_values'\]",
+    ),
+    "inputs without ids": (
+        lambda w: w.inputs(input_ids=None),
+        InputError,
+        r"missing \['input_ids'\]",
+    ),
+    "ids as lists": (
+        lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"].tolist()),
+        InputError,
+        "input_ids of type list; expected a tensor. Write return_tensors='pt'",
+    ),
+    "one row without batch": (
+        lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"][0]),
+        InputError,
+        r"expected a tensor \[batch pos\]. Write input_ids\[None\]",
+    ),
+    "mask of another length": (
+        lambda w: w.inputs(attention_mask=torch.ones(1, 3)),
+        InputError,
+        r"attention_mask of shape \(1, 3\)",
+    ),
+    "a row of padding": (
+        lambda w: w.inputs(attention_mask=torch.zeros_like(w.sample.inputs["input_ids"])),
+        InputError,
+        r"rows \[0\] with nothing but padding",
+    ),
+    "ids of another tokenizer": (
+        lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"] + 30000),
+        InputError,
+        "token id 3.*another model's processor",
+    ),
+    "truncated prompt": (
+        lambda w: w.inputs(
+            input_ids=w.sample.inputs["input_ids"][:, :9],
+            attention_mask=w.sample.inputs["attention_mask"][:, :9],
+        ),
+        InputError,
+        r"expected the row of image 0 to hold 16 more. Was the prompt truncated",
+    ),
+    "pixels of fewer images": (
+        lambda w: w.lvlm.prepare(
+            inputs={
+                **w.prepare([IMAGE, IMAGE]).inputs,
+                "pixel_values": w.sample.inputs["pixel_values"],
+            }
+        ),
+        InputError,
+        r"Got \[32\] image tokens per row for 1 images of \[16\] tokens",
+    ),
+    "NaN pixels": (
+        lambda w: w.inputs(pixel_values=w.sample.inputs["pixel_values"] * float("nan")),
+        InputError,
+        "NaN or infinite pixel_values",
+    ),
+    "infinite pixels": (
+        lambda w: w.inputs(pixel_values=w.sample.inputs["pixel_values"] / 0),
+        InputError,
+        "NaN or infinite pixel_values",
+    ),
+    "pixels without grid": (
+        lambda w: w.qwen.prepare(
+            inputs={
+                k: v
+                for k, v in w.qwen.prepare(IMAGE, "what").inputs.items()
+                if k != "image_grid_thw"
+            }
+        ),
+        InputError,
+        "pixel_values without image_grid_thw",
+    ),
+    "pixels of another rank": (
+        lambda w: w.inputs(pixel_values=torch.zeros(4, 4)),
+        InputError,
+        r"pixel_values of shape \(4, 4\); expected \[image channel height width\]",
+    ),
+}
+RUNS = {
+    "no sample": (lambda w: w.lvlm.run("what"), InputError, "Got str as sample"),
+    "images instead of a sample": (lambda w: w.lvlm.run(IMAGE, []), InputError, "lvlm.prepare"),
+    "a sample of another model": (
+        lambda w: w.qwen.run(w.sample),
+        InputError,
+        "a sample of a 'llava' model of another layout",
+    ),
+    "a single probe": (
+        lambda w: w.lvlm.run(w.sample, MASS),
+        ProbeError,
+        r"one AttentionMass; expected a list of probes. Write probes=\[probe\]",
+    ),
+    "a class for a probe": (
+        lambda w: w.run(ss.TokenNorms),
+        ProbeError,
+        r"the class TokenNorms .* Write TokenNorms\(...\)",
+    ),
+    "a name for a probe": (lambda w: w.run("mass"), ProbeError, "Got 'mass' among the probes"),
+    "None for the probes": (lambda w: w.lvlm.run(w.sample, None), ProbeError, "probes=None"),
+    "unknown logits": (
+        lambda w: w.run(logits="foo"),
+        ProbeError,
+        "logits='foo'; expected 'all' or 'last'",
+    ),
+    "unknown remote": (
+        lambda w: w.run(remote="ndif"),
+        InputError,
+        "remote='ndif'; expected True for NDIF",
+    ),
+    "remote without a processor": (
+        lambda w: ss.LVLM(w.lvlm.module).run(w.sample, remote="local"),
+        InputError,
+        "remote=... for a model without a processor",
+    ),
+    "no new tokens": (
+        lambda w: w.lvlm.generate(w.sample, max_new_tokens=0),
+        InputError,
+        "max_new_tokens=0; expected an int of at least 1",
+    ),
+    "new tokens that are no int": (
+        lambda w: w.lvlm.generate(w.sample, max_new_tokens="many"),
+        InputError,
+        "max_new_tokens='many'",
+    ),
+    "beams": (
+        lambda w: w.lvlm.generate(w.sample, num_beams=3),
+        InputError,
+        "num_beams=3; expected 1. Every decode step is probed with one query per row",
+    ),
+    "no cache": (
+        lambda w: w.lvlm.generate(w.sample, use_cache=False),
+        InputError,
+        "use_cache=False; expected True",
+    ),
+    "inputs as options": (
+        lambda w: w.lvlm.generate(w.sample, input_ids=w.sample.inputs["input_ids"]),
+        InputError,
+        r"\['input_ids'\] as options of generate",
+    ),
+    "padding on the right": (
+        lambda w: w.lvlm.generate(
+            w.inputs(
+                **{
+                    k: torch.nn.functional.pad(w.sample.inputs[k], (0, 2))
+                    for k in ("input_ids", "attention_mask")
+                }
+            )
+        ),
+        InputError,
+        "right-padded batch .*padding_side = 'left'",
+    ),
+    "a probe that did not run": (
+        lambda w: ss.Run(torch.zeros(1), {MASS: None})[ss.TokenNorms()],
+        ProbeError,
+        r"TokenNorms, which did not run; expected one of this run's, \['AttentionMass'\]",
+    ),
+    "a result by name": (
+        lambda w: ss.Run(torch.zeros(1), {})["AttentionMass"],
+        ProbeError,
+        "'AttentionMass', which did not run",
+    ),
+}
+SELECTIONS = {
+    "unknown selection": (
+        lambda w: w.run(ss.AttentionMass({"a": "imgae"})),
+        SelectionError,
+        "'imgae'; expected one of .* Did you mean 'image'",
+    ),
+    "an image that is not there": (
+        lambda w: w.run(ss.AttentionMass({"a": "image:1"})),
+        SelectionError,
+        "'image:1'.*Did you mean 'image:0'",
+    ),
+    "unknown vision selection": (
+        lambda w: w.run(ss.AttentionMass({"a": "patches"}, tower="vision")),
+        SelectionError,
+        "'patches'.*Did you mean 'patch'",
+    ),
+    "a name that is empty here": (
+        lambda w: w.qwen.run(w.qwen.prepare(IMAGE, "what"), [ss.AttentionPatterns("bos")]),
+        SelectionError,
+        "'bos' as queries or rows, which stands for no token .* write 'first'",
+    ),
+    "mask of another batch": (
+        lambda w: w.run(ss.AttentionMass({"a": mask(w, 2, 5)})),
+        SelectionError,
+        r"mask of shape \(2, 5\).*belongs to the sample it was made from",
+    ),
+    "int mask": (
+        lambda w: w.run(ss.AttentionMass({"a": mask(w, dtype=torch.long)})),
+        SelectionError,
+        r"dtype torch.int64.*mask\[row, index\] = True",
+    ),
+    "indices": (
+        lambda w: w.run(ss.AttentionMass({"a": [0, 3]})),
+        SelectionError,
+        "selection of type list.*expected a boolean tensor",
+    ),
+    "per-layer mask as queries": (
+        lambda w: w.run(ss.AttentionMass({"a": "image"}, queries=per_layer(w))),
+        ProbeError,
+        r"per-layer mask of shape \(1, 3, \d+\) as queries .* Write mask.any\(dim=1\)",
+    ),
+    "no groups": (lambda w: w.run(ss.AttentionMass({})), ProbeError, "groups={}; expected a dict"),
+    "groups that are no dict": (
+        lambda w: w.run(having(ss.ContributionNorms({}), groups=["image"])),
+        ProbeError,
+        r"groups=\['image'\]; expected a dict",
+    ),
+    "a group without a name": (
+        lambda w: w.run(having(MASS, groups={0: "image"})),
+        ProbeError,
+        r"group names \[0\]; expected strings",
+    ),
+    "unknown merge": (
+        lambda w: w.sample.tokens.from_vision(torch.zeros(1, 17), merge="sum"),
+        SelectionError,
+        "merge='sum'; expected 'max', 'mean' or 'any'",
+    ),
+    "scores of other images": (
+        lambda w: w.sample.tokens.from_vision(torch.zeros(2, 17)),
+        SelectionError,
+        r"scores of shape \(2, 17\); expected \(1, 17\)",
+    ),
+}
+PROBES = {
+    "negative layer": (
+        lambda w: w.run(ss.TokenNorms(layers=[-1])),
+        LayerError,
+        "layer -1 .*never negative: write 2 for the last block",
+    ),
+    "layer beyond the last": (
+        lambda w: w.run(ss.TokenNorms(layers=[3])),
+        LayerError,
+        "layer 3 in the language tower; expected 0 to 2",
+    ),
+    "layer that is no int": (
+        lambda w: w.run(ss.TokenNorms(layers=1.0)),
+        LayerError,
+        r"layer 1.0 of type float.*Write layers=\[0, 1\]",
+    ),
+    "layer by name": (
+        lambda w: w.run(ss.TokenNorms(layers="all")),
+        LayerError,
+        "'all' of type str.*layers=None for all",
+    ),
+    "True for a layer": (lambda w: w.run(ss.TokenNorms(layers=[True])), LayerError, "layer True"),
+    "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
+    "unknown tower": (
+        lambda w: w.run(having(ss.TokenNorms(), tower="visual")),
+        ProbeError,
+        "tower='visual'; expected 'vision' or 'language'. Write tower='vision'",
+    ),
+    "unknown site": (
+        lambda w: w.run(ss.TokenNorms(site="resid_mid")),
+        ProbeError,
+        "site='resid_mid'; expected one of",
+    ),
+    "the attention site for states": (
+        lambda w: w.run(ss.MassiveActivations(site="attention")),
+        ProbeError,
+        "site='attention'",
+    ),
+    "a site of the wrong tower": (
+        lambda w: ss.Site("projector", "resid_pre"),
+        ProbeError,
+        r"site 'resid_pre' in the projector tower; expected one of \('input', 'output'\)",
+    ),
+    "dimensions out of range": (
+        lambda w: w.run(ss.SinkDimensionScores([1415])),
+        ProbeError,
+        "dimension 1415 in the language tower; expected 0 to 63. Sink dimensions belong to one",
+    ),
+    "no dimensions": (
+        lambda w: w.run(ss.SinkDimensionScores([])),
+        ProbeError,
+        "no dimensions; expected at least one",
+    ),
+    "a bare dimension": (
+        lambda w: w.run(having(ss.ChannelValues([5]), channels=5)),
+        ProbeError,
+        r"dimensions 5; expected a list of channel indices. Write \[5\]",
+    ),
+    "unknown normalisation": (
+        lambda w: w.run(ss.SinkDimensionScores([0], normalize="l2")),
+        ProbeError,
+        "normalize='l2'; expected 'rms' or 'none'",
+    ),
+    "more channels than there are": (
+        lambda w: w.run(ss.MassiveActivations(k=65)),
+        ProbeError,
+        "k=65; expected 1 to 64 channels",
+    ),
+    "no tokens of the lens": (
+        lambda w: w.run(ss.LogitLens(k=0)),
+        ProbeError,
+        "k=0; expected 1 to 4.. tokens",
+    ),
+    "the lens on the vision tower": (
+        lambda w: w.run(ss.LogitLens(tower="vision")),
+        ProbeError,
+        "vision tower has no LM head",
+    ),
+    "unknown precision": (
+        lambda w: w.run(ss.AttentionMass({"a": "image"}, precision="fp32")),
+        ProbeError,
+        "precision='fp32'; expected 'model' or 'float32'",
+    ),
+    "a group that was not asked for": (
+        lambda w: w.run(MASS)[MASS].group("text"),
+        ProbeError,
+        r"the group 'text'; expected one of \('image',\)",
+    ),
+    "over a null that was not asked for": (
+        lambda w: (lambda p: w.run(p)[p].over_null())(ss.ReceivedAttention(null=False)),
+        ProbeError,
+        r"without its null; expected one. Write ReceivedAttention\(null=True\)",
+    ),
+}
+MODELS = {
+    "a name as model": (
+        lambda w: ss.LVLM("llava-hf/llava-1.5-7b-hf"),
+        ModelError,
+        r"Got str; .*ss.LVLM.from_pretrained\(name\)",
+    ),
+    "a layer": (
+        lambda w: ss.LVLM(torch.nn.Linear(2, 2)),
+        ModelError,
+        "Got a Linear; expected a transformers image-text-to-text model",
+    ),
+    "a text-only model": (
+        lambda w: ss.LVLM(text_only()),
+        ModelError,
+        "LlamaForCausalLM .*without a vision tower",
+    ),
+    "a model without head": (
+        lambda w: ss.LVLM(w.lvlm.module.model),
+        ModelError,
+        "LlavaModel without an LM head; expected the ...ForConditionalGeneration class",
+    ),
+    "iteration over a model": (
+        lambda w: list(w.lvlm),
+        ModelError,
+        "They are in lvlm.anatomy: write lvlm.module.get_submodule",
+    ),
+    "a module without attention": (
+        lambda w: source.find_attention_call(torch.nn.Linear(2, 2), "model.lin"),
+        AttentionCallError,
+        "model.lin .Linear. does not call attention through transformers' attention interface",
+    ),
+}
+CHECKPOINTS = {
+    "a model as name": (
+        lambda w: ss.LVLM.from_pretrained(w.lvlm.module),
+        CheckpointError,
+        r"checkpoint of type Llava.*write ss.LVLM\(model, processor\)",
+    ),
+    "a folder that is not there": (
+        lambda w: ss.LVLM.from_pretrained("./nowhere/at-all"),
+        CheckpointError,
+        "'./nowhere/at-all', which is no folder",
+    ),
+    "a file": (
+        lambda w: ss.LVLM.from_pretrained(w.folder / "config.json"),
+        CheckpointError,
+        "which is no folder; expected the folder that save_pretrained",
+    ),
+    "no config": (
+        lambda w: w.load(lambda f: (f / "config.json").unlink()),
+        CheckpointError,
+        "holds no config.json",
+    ),
+    "broken config": (
+        lambda w: w.load(lambda f: write(f, "config.json", '{"model_type": ')),
+        CheckpointError,
+        "not a valid JSON file.*folder written by save_pretrained",
+    ),
+    "config of no model": (
+        lambda w: w.load(lambda f: write(f, "config.json", "{}")),
+        CheckpointError,
+        "Unrecognized model",
+    ),
+    "config of a wrong type": (
+        lambda w: w.load(lambda f: edit_config(f, text_config__hidden_size="wide")),
+        CheckpointError,
+        "hidden_size",
+    ),
+    "unknown model type": (
+        lambda w: w.load(lambda f: edit_config(f, model_type="llawa")),
+        CheckpointError,
+        "model type `llawa`",
+    ),
+    "a family without a row": (
+        lambda w: w.load(lambda f: edit_config(f, model_type="llava_next_video")),
+        ModelError,
+        "model_type 'llava_next_video'; expected one of .*contributing page",
+    ),
+    "a text-only checkpoint": (
+        lambda w: w.load(lambda f: text_only().save_pretrained(f)),
+        ModelError,
+        "a 'llama' model without a vision tower",
+    ),
+    "truncated weights": (
+        lambda w: w.load(lambda f: cut(f, "model.safetensors")),
+        CheckpointError,
+        "SafetensorError.*damaged or cut off. Download it again",
+    ),
+    "empty weights": (
+        lambda w: w.load(lambda f: cut(f, "model.safetensors", 0)),
+        CheckpointError,
+        "damaged or cut off",
+    ),
+    "no weights": (
+        lambda w: w.load(lambda f: (f / "model.safetensors").unlink()),
+        CheckpointError,
+        "no file named model.safetensors",
+    ),
+    "a missing shard": (
+        lambda w: w.load(lambda f: sharded(f)[1].unlink()),
+        CheckpointError,
+        "No such file or directory: .*model-00002",
+    ),
+    "a broken index": (
+        lambda w: w.load(lambda f: (sharded(f), cut(f, "model.safetensors.index.json"))),
+        CheckpointError,
+        "JSONDecodeError",
+    ),
+    "weights of another size": (
+        lambda w: w.load(lambda f: edit_config(f, text_config__intermediate_size=32)),
+        CheckpointError,
+        "could not be loaded .RuntimeError",
+    ),
+    "weights of fewer layers": (
+        lambda w: w.load(lambda f: edit_config(f, text_config__num_hidden_layers=4)),
+        CheckpointError,
+        "lacks 9 weights, such as .*layers.3.*They would be random",
+    ),
+    "no tokenizer": (
+        lambda w: w.load(lambda f: (f / "tokenizer.json").unlink()),
+        CheckpointError,
+        "The processor of .* could not be read .*tokenizer files",
+    ),
+    "a broken tokenizer": (
+        lambda w: w.load(lambda f: cut(f, "tokenizer.json")),
+        CheckpointError,
+        "The processor of .*JSONDecodeError",
+    ),
+    "no processor": (
+        lambda w: w.load(lambda f: (f / "processor_config.json").unlink()),
+        CheckpointError,
+        "The processor of .* could not be read",
+    ),
+    "a broken processor": (
+        lambda w: w.load(lambda f: cut(f, "processor_config.json")),
+        CheckpointError,
+        "The processor of .*not a valid JSON",
+    ),
+    "code of its own": (
+        lambda w: w.load(own_code),
+        CheckpointError,
+        "holds its own code; .* write trust_remote_code=True",
+    ),
+    "unknown dtype": (
+        lambda w: ss.LVLM.from_pretrained(w.folder, dtype="float7"),
+        CheckpointError,
+        "dtype='float7'; expected 'auto'",
+    ),
+    "unknown kernel": (
+        lambda w: ss.LVLM.from_pretrained(w.folder, attn_implementation="magic"),
+        CheckpointError,
+        'attn_implementation="magic"',
+    ),
+    "a kernel that is not installed": (
+        lambda w: ss.LVLM.from_pretrained(w.folder, attn_implementation="flash_attention_2"),
+        CheckpointError,
+        "FlashAttention2 .*install it, or choose another attn_implementation",
+    ),
+    "unknown device": (
+        lambda w: ss.LVLM.from_pretrained(w.folder, device_map="nonsense"),
+        CheckpointError,
+        "device_map",
+    ),
+}
+CASES = {**INPUTS, **RUNS, **SELECTIONS, **PROBES, **MODELS, **CHECKPOINTS}
+AFTER_A_PASS = {"a group that was not asked for", "over a null that was not asked for"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_use_is_refused(world, passes, name):
+    wrong_use, error, says = CASES[name]
+    with pytest.raises(error, match=says) as caught:
+        wrong_use(world)
+    assert isinstance(caught.value, SinkscopeError)
+    assert passes == [] or name in AFTER_A_PASS
+    message = str(caught.value)
+    assert any(word in message for word in ("expected", "Write", "write"))
+    assert message.endswith((".", "?")), message
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 35
+
+
+def test_nan_weights_are_noticed(tiny):
+    """NaN in one weight of the decoder reaches every logit: the run says so."""
+    module, processor = tiny_llava()
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(IMAGE, "what is it")
+    module.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or infinite logits at .* live positions"):
+        lvlm.run(sample)
+    with pytest.raises(NonFiniteError, match="first in row 0"):
+        lvlm.generate(sample, max_new_tokens=2)
+    with pytest.raises(NonFiniteError, match="bfloat16 or float32"):
+        ss.LVLM(module, processor)
+
+
+def test_a_repository_without_network_fails_at_once(monkeypatch):
+    import time
+
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    for remote in (False, True):
+        with pytest.raises(
+            CheckpointError, match="'nobody/nothing' could not be loaded .*hub repo"
+        ):
+            ss.LVLM.from_pretrained("nobody/nothing", remote=remote)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("model_type", ["custom", "llava"])
+def test_code_in_a_checkpoint_never_runs_unasked(world, model_type, remote):
+    """Neither of an unknown type, which is refused, nor beside a type transformers knows."""
+    own_code(world.folder, model_type)
+    if model_type == "custom":
+        with pytest.raises(CheckpointError, match="trust_remote_code"):
+            ss.LVLM.from_pretrained(world.folder, remote=remote)
+    else:
+        ss.LVLM.from_pretrained(world.folder, remote=remote)
+    assert not (world.folder / "ran").exists()
+    assert not list(world.folder.glob("**/__pycache__"))
+
+
+def test_code_in_a_checkpoint_runs_if_trusted(world):
+    """The mark of `own_code` does appear when the code runs, so the test above can fail."""
+    own_code(world.folder)
+    with pytest.raises(CheckpointError):
+        ss.LVLM.from_pretrained(world.folder, trust_remote_code=True)
+    assert (world.folder / "ran").exists()

@@ -1,0 +1,223 @@
+"""Every attention probe equals Hugging Face eager attention: both towers, every family and kernel."""
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.testing import TINY, random_image
+from tests.reference import language_attention, vision_attention
+
+FAMILIES = tuple(TINY)
+KERNELS = ("sdpa", "eager")
+
+
+def close(got, want, tolerance):
+    assert got.shape == want.shape
+    assert torch.equal(got.isnan(), want.isnan())
+    difference = (got - want).abs().nan_to_num().max().item()
+    assert difference <= tolerance, difference
+
+
+def mask_rows(values, live, dim):
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = live.shape
+    return values.masked_fill(~live.reshape(shape), float("nan"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_probes_equal_eager(tiny, batch, family, kernel):
+    lvlm = tiny(family, kernel)
+    sample = batch(lvlm)
+    live = sample.tokens.live
+    groups = {"image:0": "image:0", "image:1": "image:1", "text": "text", "first": "first"}
+    rows = sample.tokens.select("text")
+    mass, received = ss.AttentionMass(groups), ss.ReceivedAttention()
+    patterns, last = ss.AttentionPatterns(rows), ss.AttentionMass(groups, queries="last")
+    run = lvlm.run(sample, probes=[mass, received, patterns, last])
+
+    want = language_attention(lvlm, sample.inputs)
+    onehot = torch.stack([sample.tokens.select(s) for s in groups.values()], -1).float()
+    by_group = mask_rows(torch.einsum("blhqk,bkg->blhqg", want, onehot), live, 3)
+    close(run[mass].mass, by_group, 1e-5)
+    close(run[last].mass, by_group[:, :, :, -1:], 1e-5)
+
+    seen = torch.ones(want.shape[-1], want.shape[-1]).tril()
+    count = torch.einsum("bq,qk->bk", live.float(), seen)
+    column = torch.einsum("blhqk,bq->blhk", want, live.float()) / count[:, None, None]
+    close(run[received].received, mask_rows(column, live, 3), 1e-5)
+
+    for b in range(len(sample)):
+        at = rows[b].nonzero().flatten()
+        got = run[patterns].patterns[b, :, :, : len(at)]
+        close(got[..., live[b]], want[b][:, :, at][..., live[b]], 1e-5)
+        assert run[patterns].patterns[b, :, :, len(at) :].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_probes_equal_eager(tiny, batch, family, kernel):
+    lvlm = tiny(family, kernel)
+    sample = batch(lvlm)
+    vision = sample.tokens.vision
+    some = torch.zeros_like(vision.live)
+    some[:, 2:7] = True
+    groups = {"patch": "patch", "some": some}
+    mass = ss.AttentionMass(groups, tower="vision")
+    received = ss.ReceivedAttention(tower="vision")
+    patterns = ss.AttentionPatterns("patch", tower="vision")
+    run = lvlm.run(sample, probes=[mass, received, patterns])
+
+    want = vision_attention(lvlm, sample)
+    onehot = torch.stack([vision.select(s) for s in groups.values()], -1).float()
+    filled = want.nan_to_num()
+    by_group = mask_rows(torch.einsum("blhqk,bkg->blhqg", filled, onehot), vision.live, 3)
+    close(run[mass].mass, by_group, 1e-5)
+
+    seen = (filled.sum(dim=2, keepdim=True) > 0).float()
+    column = filled.sum(dim=3) / seen.sum(dim=3)
+    close(run[received].received, mask_rows(column, vision.live, 3), 1e-5)
+
+    rows = vision.select("patch")
+    for image in range(len(vision.live)):
+        at = rows[image].nonzero().flatten()
+        got = run[patterns].patterns[image, :, :, : len(at)]
+        alive = vision.live[image]
+        close(got[..., alive], want[image][:, :, at][..., alive], 1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_generation_step_equals_a_full_eager_pass(tiny, batch, family, kernel):
+    lvlm = tiny(family, kernel)
+    sample = batch(lvlm)
+    groups = {"image": "image", "text": "text"}
+    mass, received, patterns = (
+        ss.AttentionMass(groups),
+        ss.ReceivedAttention(),
+        ss.AttentionPatterns("last"),
+    )
+    norms, vision = ss.ValueNorms(), ss.TokenNorms(tower="vision")
+    probes = [mass, received, patterns, norms, vision]
+    out = lvlm.generate(sample, probes=probes, max_new_tokens=5, min_new_tokens=5)
+    assert len(out.steps) == 5
+    prompt = sample.tokens.ids.shape[1]
+    assert torch.equal(out.sequences[:, :prompt], sample.tokens.ids)
+    onehot = torch.stack([sample.tokens.select(s) for s in groups.values()], -1).float()
+    for step, run in enumerate(out.steps):
+        grown = dict(sample.inputs)
+        grown["input_ids"] = out.sequences[:, : prompt + step]
+        grown["attention_mask"] = torch.nn.functional.pad(
+            sample.inputs["attention_mask"], (0, step), value=1
+        )
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in grown:
+                grown[name] = torch.nn.functional.pad(grown[name], (0, step))
+        want = language_attention(lvlm, grown)[:, :, :, -1]
+        of_groups = torch.einsum("blhk,bkg->blhg", want[..., :prompt], onehot)
+        close(run[mass].mass[:, :, :, -1], of_groups, 2e-5)
+        alive = grown["attention_mask"].bool()
+        pattern = run[patterns].patterns[:, :, :, -1]
+        close(pattern, mask_rows(want, alive, 3), 2e-5)
+        if step:
+            assert vision not in run.results
+            close(run[received].received, mask_rows(want, alive, 3), 2e-5)
+            assert run[norms].norms.shape[-1] == prompt + step
+        chosen = run.logits[:, -1].argmax(-1)
+        assert torch.equal(chosen, out.sequences[:, prompt + step])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_without_edits_are_bitwise_the_plain_model(tiny, batch, family):
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    with torch.no_grad():
+        want = lvlm.module(**sample.inputs).logits
+    probes = [ss.AttentionMass({"image": "image"}), ss.ReceivedAttention(), ss.LogitLens()]
+    assert torch.equal(lvlm.run(sample, probes=probes).logits, want)
+    assert torch.equal(lvlm.run(sample, logits="last").logits, want[:, -1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remote_local_equals_local_bitwise(tiny, batch, family):
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    probes = every_probe()
+    here = lvlm.run(sample, probes=probes, logits="all")
+    there = lvlm.run(sample, probes=probes, remote="local", logits="all")
+    assert torch.equal(here.logits, there.logits)
+    for probe in probes:
+        for name, value in vars(here[probe]).items():
+            if isinstance(value, torch.Tensor):
+                other = getattr(there[probe], name)
+                assert torch.equal(value.nan_to_num(), other.nan_to_num()), (probe, name)
+
+
+def every_probe():
+    """One of each, on both towers."""
+    out = [ss.LogitLens()]
+    for tower, chosen in (("language", "image"), ("vision", "patch")):
+        out += [
+            ss.MassiveActivations(tower=tower),
+            ss.TokenNorms(tower=tower),
+            ss.SinkDimensionScores([1, 2], tower=tower),
+            ss.CosineToFirst(tower=tower),
+            ss.ChannelValues([0, 3], tower=tower),
+            ss.AttentionMass({"some": chosen}, tower=tower),
+            ss.ReceivedAttention(tower=tower),
+            ss.AttentionPatterns("last" if tower == "language" else "patch", tower=tower),
+            ss.ValueNorms(tower=tower),
+            ss.ContributionNorms({"some": chosen}, tower=tower),
+        ]
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_remote_local_equals_local(tiny, batch, family):
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    probe = ss.AttentionMass({"image": "image"})
+    here = lvlm.generate(sample, probes=[probe], max_new_tokens=3)
+    there = lvlm.generate(sample, probes=[probe], max_new_tokens=3, remote="local")
+    assert torch.equal(here.sequences, there.sequences)
+    for one, other in zip(here.steps, there.steps, strict=True):
+        assert torch.equal(one[probe].mass.nan_to_num(), other[probe].mass.nan_to_num())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_masses_are_within_the_stated_tolerance(tiny, family):
+    """bf16 holds 8 bits: masses are good to 6e-3 of the same model's eager weights in fp32."""
+    lvlm = tiny(family, "sdpa", torch.bfloat16)
+    sample = lvlm.prepare(images=random_image(96, 96, 3), text="what is it")
+    groups = {"image": "image", "text": "text"}
+    plain = ss.AttentionMass(groups, layers=[0])
+    exact = ss.AttentionMass(groups, layers=[0], precision="float32")
+    run = lvlm.run(sample, probes=[plain, exact])
+    assert (run[plain].mass - run[exact].mass).abs().nan_to_num().max() < 6e-3
+    total = run[exact].mass.sum(-1) + run[exact].mass.new_zeros(())
+    assert (total <= 1 + 1e-5).all()
+
+
+def test_null_is_uniform_attention_by_hand(tiny):
+    """Key 0 of a causal decoder is seen by all T queries: its null is (1/T) sum_i 1/i."""
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(32, 32, 0), text="what")
+    received, mass = ss.ReceivedAttention(), ss.AttentionMass({"first": "first"})
+    run = lvlm.run(sample, probes=[received, mass])
+    n = sample.tokens.ids.shape[1]
+    harmonic = sum(1 / i for i in range(1, n + 1)) / n
+    assert abs(run[received].null[0, 0, 0].item() - harmonic) < 1e-6
+    by_hand = torch.tensor([1 / (q + 1) for q in range(n)])
+    assert torch.allclose(run[mass].null[0, 0, :, 0], by_hand, atol=1e-6)
+
+
+def test_contribution_of_all_groups_is_the_attention_output(tiny, batch):
+    """What all tokens write is the attention module's output without its bias (LLaMA has none)."""
+    lvlm = tiny("llava-clip-llama")
+    sample = batch(lvlm)
+    all_keys = ss.ContributionNorms({"all": "all"})
+    written = ss.TokenNorms(site="attn_out")
+    run = lvlm.run(sample, probes=[all_keys, written])
+    got, want = run[all_keys].norms[..., 0], run[written].norms
+    assert torch.allclose(got.nan_to_num(), want.nan_to_num(), atol=1e-4)
+    assert (run[all_keys].per_head.nan_to_num() >= 0).all()

@@ -1,0 +1,74 @@
+"""Attention as Hugging Face's eager kernel computes it: the reference of every attention probe.
+
+The decoder's weights come from ``output_attentions``. The packed vision tower returns none, so its
+eager attention function is called here, window by window, on queries and keys made by the module.
+"""
+
+import itertools
+
+import torch
+from torch import nn
+
+
+def set_kernel(module, kernel):
+    before = module.config._attn_implementation
+    module.set_attn_implementation(kernel)
+    return before
+
+
+@torch.no_grad()
+def language_attention(lvlm, inputs):
+    """``[batch layer head query key]`` under the eager kernel."""
+    before = set_kernel(lvlm.module, "eager")
+    out = lvlm.module(**inputs, output_attentions=True)
+    set_kernel(lvlm.module, before)
+    return torch.stack(out.attentions, dim=1)
+
+
+@torch.no_grad()
+def vision_attention(lvlm, sample):
+    """``[image layer head query key]`` under the eager kernel, NaN at padding."""
+    inner = lvlm.module.model
+    before = set_kernel(lvlm.module, "eager")
+    if not lvlm.anatomy.vision.packed:
+        out = inner.vision_tower(sample.inputs["pixel_values"], output_attentions=True)
+        set_kernel(lvlm.module, before)
+        return torch.stack(out.attentions, dim=1)
+    weights = []
+    hooks = [
+        block.attn.register_forward_hook(
+            lambda m, args, kwargs, out: weights.append(packed_weights(m, args, kwargs)),
+            with_kwargs=True,
+        )
+        for block in inner.visual.blocks
+    ]
+    inner.visual(sample.inputs["pixel_values"], grid_thw=sample.inputs["image_grid_thw"])
+    for hook in hooks:
+        hook.remove()
+    set_kernel(lvlm.module, before)
+    packed = torch.stack(weights)
+    layout = sample.tokens.vision.layout
+    images = []
+    for index in layout:
+        safe = index.clamp(min=0)
+        one = packed[:, :, safe][:, :, :, safe]
+        one[:, :, index < 0] = float("nan")
+        one[..., index < 0] = float("nan")
+        images.append(one)
+    return torch.stack(images)
+
+
+def packed_weights(attn: nn.Module, args, kwargs):
+    """Block-diagonal softmax weights ``[head packed packed]`` of a Qwen2.5-VL vision block."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    hidden = args[0] if args else kwargs["hidden_states"]
+    n = hidden.shape[0]
+    q, k, _ = attn.qkv(hidden).reshape(n, 3, attn.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
+    scores = torch.einsum("qhd,khd->hqk", q, k) * attn.scaling
+    bounds = kwargs["cu_seqlens"].tolist()
+    mask = torch.full((n, n), float("-inf"))
+    for start, stop in itertools.pairwise(bounds):
+        mask[start:stop, start:stop] = 0.0
+    return (scores + mask).softmax(-1)
