@@ -1,0 +1,228 @@
+"""compare: what interventions do to a model's answers, per task, paired and with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.experiments.trace import SinkTrace, trace_sinks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.detectors.rules import Detector
+    from sinkscope.models.lvlm import LVLM
+    from sinkscope.models.prepare import Sample
+
+Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image.
+
+    Attributes:
+        image: PIL image, path or array.
+        question: The question.
+        answer: The right answer.
+        task: What kind of question it is.
+        image_id: Questions with one id are about one image: they share a batch, and are resampled
+            together.
+    """
+
+    image: Any
+    question: str
+    answer: str
+    task: str = "all"
+    image_id: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Answers under every condition.
+
+    Attributes:
+        table: One line per question and condition: image_id, task, question, answer, condition,
+            given, correct, touched (whether the edit touched that row).
+        base: The condition that others are compared with.
+    """
+
+    table: pd.DataFrame
+    base: str
+
+    def summary(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+        """Accuracy and paired difference to the base, per task, with intervals clustered by image.
+
+        Args:
+            level: Coverage of the intervals.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns task, condition, n, images, accuracy, low, high, delta, delta_low, delta_high,
+            touched. Task ``"all"`` holds every question.
+        """
+        import pandas as pd
+
+        wide = self.table.assign(task="all")
+        tables = [self.table, wide] if self.table["task"].nunique() > 1 else [wide]
+        whole = pd.concat(tables, ignore_index=True)
+        options = {"level": level, "draws": draws, "seed": seed}
+        lines = []
+        for (task, condition), part in whole.groupby(["task", "condition"], sort=False):
+            of_base = whole[(whole["task"] == task) & (whole["condition"] == self.base)]
+            paired = part.merge(of_base, on="item", suffixes=("", "_base"))
+            change = paired["correct"].astype(float) - paired["correct_base"].astype(float)
+            accuracy = cluster_bootstrap(part["correct"], part["image_id"], **options)
+            delta = cluster_bootstrap(change, paired["image_id"], **options)
+            lines.append(
+                {
+                    "task": task,
+                    "condition": condition,
+                    "n": len(part),
+                    "images": part["image_id"].nunique(),
+                    "touched": part["touched"].mean(),
+                    **dict(zip(("accuracy", "low", "high"), accuracy)),
+                    **dict(zip(("delta", "delta_low", "delta_high"), delta)),
+                }
+            )
+        return pd.DataFrame(lines)
+
+
+def as_items(dataset: Iterable[Any]) -> list[Item]:
+    """Questions as `Item` records, in groups of one image.
+
+    Raises:
+        InputError: If a record lacks a field, or there is none.
+    """
+    items = []
+    for i, record in enumerate(dataset):
+        if isinstance(record, Item):
+            item = record
+        elif isinstance(record, Mapping):
+            missing = {"image", "question", "answer"} - set(record)
+            if missing:
+                raise InputError(
+                    f"Record {i} has {sorted(record)}; expected image, question, answer and, if you "
+                    f"like, task and image_id; missing {sorted(missing)}."
+                )
+            known = {k: record[k] for k in Item.__dataclass_fields__ if k in record}
+            item = Item(**known)
+        else:
+            raise InputError(
+                f"Record {i} is a {type(record).__name__}; expected a dict or an Item with image, "
+                "question and answer."
+            )
+        items.append(item if item.image_id is not None else replace(item, image_id=f"item {i}"))
+    if not items:
+        raise InputError("Got an empty dataset; expected at least one question.")
+    return items
+
+
+def compare(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    conditions: Mapping[str, Condition],
+    *,
+    v_detector: Detector | None = None,
+    l_detector: Detector | None = None,
+    batch: int = 16,
+    progress: bool | None = None,
+) -> Comparison:
+    """Answer every question under every condition.
+
+    Args:
+        lvlm: The model.
+        dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task`` and
+            ``image_id``: dicts or `Item`. Questions about one image should stand together.
+        conditions: Name -> interventions, or a function that gets the `SinkTrace` of a batch and
+            gives them. The first is the base, usually ``[]``. Rows without such tokens are answered
+            unedited and counted in ``touched``.
+        v_detector: For the traces; see `trace_sinks`. Calibrate on other images than these.
+        l_detector: Likewise.
+        batch: The most questions per forward pass; a batch holds questions about one image.
+        progress: Whether to show a progress bar; None shows it from 50 questions on.
+
+    Returns:
+        The comparison. An answer counts if it is the right one after stripping and lower case;
+        as many tokens are generated as the longest right answer of the batch has.
+
+    Raises:
+        InputError: If the dataset or the conditions are empty or malformed.
+    """
+    import pandas as pd
+
+    items = as_items(dataset)
+    if not isinstance(conditions, Mapping) or not conditions:
+        raise InputError(
+            f"Got conditions={conditions!r}; expected a dict such as {{'base': [], 'masked': "
+            "lambda trace: [ss.MaskKeys(trace.v_sinks)]}."
+        )
+    if lvlm.tokenizer is None:
+        raise InputError("Got an LVLM without a processor; expected one, to read answers.")
+    rules = {"v_detector": v_detector, "l_detector": l_detector}
+    hidden = len(items) < 50 if progress is None else not progress
+    lines: list[dict[str, Any]] = []
+    with tqdm(total=len(items), desc="comparing", unit="question", disable=hidden) as bar:
+        for _, group in groupby(enumerate(items), key=lambda pair: str(pair[1].image_id)):
+            rows = list(group)
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                lines.extend(_answer(lvlm, part, conditions, rules))
+                bar.update(len(part))
+    return Comparison(pd.DataFrame(lines), next(iter(conditions)))
+
+
+def _answer(
+    lvlm: LVLM, rows: list[tuple[int, Item]], conditions: Mapping[str, Condition], rules: dict
+) -> list[dict[str, Any]]:
+    """One batch under every condition."""
+    items = [item for _, item in rows]
+    sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
+    needs_trace = any(callable(c) for c in conditions.values())
+    trace = trace_sinks(lvlm, sample, **rules) if needs_trace else None
+    out = []
+    for name, condition in conditions.items():
+        edits = condition(trace) if callable(condition) else condition
+        given, touched = _generate(lvlm, sample, items, edits)
+        for (index, item), text, edited in zip(rows, given, touched):
+            out.append(
+                {
+                    "item": index,
+                    "image_id": str(item.image_id),
+                    "task": item.task,
+                    "question": item.question,
+                    "answer": item.answer,
+                    "condition": name,
+                    "given": text,
+                    "correct": text.strip().lower() == item.answer.strip().lower(),
+                    "touched": edited,
+                }
+            )
+    return out
+
+
+def _generate(
+    lvlm: LVLM, sample: Sample, items: list[Item], edits: Sequence[Any]
+) -> tuple[tuple[str, ...], list[bool]]:
+    """The answers, and which rows an edit touched in the prompt pass or later."""
+    tokenizer = lvlm.tokenizer
+    lengths = [
+        len(tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in items
+    ]
+    ready = [replace(it, allow_noop=True) for it in edits]
+    out = lvlm.generate(sample, [], ready, max_new_tokens=max(1, *lengths))
+    touched = [False] * len(items)
+    for step in out.steps:
+        for effect in step.effects.values():
+            if effect.touched.shape[0] != len(items):
+                touched = [bool(effect.touched.any()) or t for t in touched]
+                continue
+            touched = [bool(e) or t for e, t in zip(effect.touched.tolist(), touched)]
+    return out.text or ("",) * len(items), touched

@@ -1,0 +1,142 @@
+"""Detectors and the trace against sinks that were planted, calibrated on other seeds."""
+
+import pytest
+import torch
+from benchmarks.planted_detectors import (
+    LAYOUTS,
+    calibrated,
+    load,
+    make,
+    score_singles,
+    score_trace,
+    single_detectors,
+    truth_of,
+)
+
+import sinkscope as ss
+from sinkscope import detectors
+from sinkscope.testing import random_plant, sink_free
+from sinkscope.testing.scoring import Score
+
+SEEDS = range(50)
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return {layout: calibrated(layout) for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_precision_and_recall_are_one_over_fifty_seeds(rules, layout):
+    totals = {"V": Score(), "L": Score()}
+    for seed in SEEDS:
+        got = score_trace(make(seed, layout), *rules[layout])
+        totals = {kind: totals[kind] + got[kind] for kind in totals}
+    for kind, total in totals.items():
+        assert total.planted >= 3 * len(SEEDS), kind
+        assert (total.precision, total.recall) == (1.0, 1.0), (kind, total)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strength_decides_what_each_detector_still_finds(rules, layout):
+    """Strong sinks are found; at strength 0 nothing is; fixed thresholds fail long before RMS ones."""
+    singles = single_detectors(*rules[layout])
+    recall = {}
+    for strength in (1.0, 0.2, 0.0):
+        got = score_singles(make(7, layout, strength), singles)
+        recall |= {(strength, *key): value.recall for key, value in got.items()}
+    assert recall[1.0, "V", "norm 100"] == recall[1.0, "L", "massive 100 / 1000x"] == 1.0
+    assert recall[0.2, "V", "massive 100 / 1000x"] == recall[0.2, "L", "massive 100 / 1000x"] == 0.0
+    assert recall[0.2, "V", "dims (calibrated)"] == recall[0.2, "L", "dims (calibrated)"] == 1.0
+    assert recall[0.0, "V", "dims (calibrated)"] == recall[0.0, "L", "dims (calibrated)"] == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decoys_are_told_apart(rules, layout):
+    """A spike that no key reads draws nothing; a token that draws without a spike is no sink."""
+    planted = make(3, layout)
+    lvlm, sample = load(planted)
+    ids = sample.tokens.ids
+    spike, draw = (planted.tokens(k, ids) for k in ("spike_decoys", "attention_decoys"))
+    trace = ss.trace_sinks(lvlm, sample, *rules[layout])
+    flagged = trace.v_sinks | trace.l_sinks().any(dim=1)
+    assert not (flagged & (spike | draw)).any()
+
+    by_norm = ss.trace_sinks(lvlm, sample, detectors.Norm(100.0), detectors.Massive())
+    decoys = [r for r in by_norm.records if spike[r.batch, r.pos]]
+    assert [r.verdict for r in decoys] == ["draws nothing"]
+    assert all(r.verdict != "draws nothing" for r in by_norm.records if r not in decoys)
+
+    received = ss.detect(lvlm, sample, detectors.Received(times_null=3.0))
+    assert received.any_layer()[draw].all()
+    assert not received.any_layer()[spike].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_found_where_nothing_was_planted(rules, layout):
+    for seed in range(5):
+        planted = sink_free(layout, seed)
+        lvlm, sample = load(planted)
+        for given in (rules[layout], (None, None)):
+            trace = ss.trace_sinks(lvlm, sample, *given)
+            assert not trace.v_sinks.any()
+            assert not trace.l_sinks().any()
+            assert not trace.text_sinks().any()
+            assert trace.records == ()
+            assert "none found" in trace.summary()
+
+
+def test_overlap_table_counts_v_sinks_that_meet_the_l_rule(rules):
+    planted = make(11, "clip")
+    lvlm, sample = load(planted)
+    trace = ss.trace_sinks(lvlm, sample, *rules["clip"])
+    table = trace.overlap_table().set_index("layer")
+    born = planted.truth.l_layer
+    for layer in range(trace.n_layers):
+        after = layer > born
+        assert table.loc[layer].tolist() == [3, 2 * after, 1 * after, 1 * after]
+    truth = truth_of(planted, sample)
+    assert torch.equal(trace.overlap(born + 1), truth["L rule"] & truth["V"])
+    assert [r.overlap for r in trace.records if r.kind == "V"].count(True) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_calibration_finds_each_models_own_channels(layout):
+    """Every seed has its own sink channels, a decoy channel and channels that V-sinks arrive in."""
+    for seed in range(8):
+        planted = random_plant(seed, layout, n_overlap=1)
+        lvlm = ss.LVLM(planted.model, planted.processor, verify=False)
+        samples = [lvlm.prepare(inputs=planted.inputs(image_seed=i)) for i in (1, 2)]
+        found = ss.calibrate(lvlm, samples)
+        assert set(found.vision.dims) == set(planted.truth.v_dims), seed
+        assert set(found.language.dims) == set(planted.truth.l_dims), seed
+        assert found.confidence > 0.8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_records_tell_birth_writer_and_place(layout):
+    planted = random_plant(5, layout, n_overlap=1)
+    lvlm = ss.LVLM(planted.model, planted.processor)
+    sample = lvlm.prepare(inputs=planted.inputs())
+    truth = planted.truth
+    records = ss.trace_sinks(lvlm, sample).records
+    kinds = [r.kind for r in records]
+    overlap = len(truth.overlap)
+    assert kinds.count("V") == len(truth.v_sinks) + overlap
+    assert kinds.count("L") == len(truth.l_sinks)
+    for r in records:
+        assert r.verdict == "NOP"
+        if r.kind == "V":
+            assert r.vit_birth == truth.v_layer
+            assert r.vit_writer == truth.v_written_by
+            assert r.vit_channels[0][0] in truth.v_dims
+            assert r.llm_channels[0][0] in truth.arrival_dims
+            assert r.first_drawn == 0
+            patch = r.vit_token - truth.cls_tokens
+            assert (r.row, r.column) == divmod(patch, 8)
+            assert r.box is None or r.box[:2] == (8.0 * r.column, 8.0 * r.row)
+        else:
+            assert r.llm_birth == truth.l_layer
+            assert r.llm_writer == "mlp"
+            assert r.first_drawn == truth.l_layer + 1
+            assert r.peak_channels[0][0] in truth.l_dims

@@ -1,0 +1,171 @@
+"""Every detector on states made by hand, its null, and its warnings."""
+
+import math
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope import detectors
+from sinkscope.detectors.detection import Detection, expected_peak, jaccard
+from sinkscope.kernels import residual
+from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
+from sinkscope.probes.attention import ReceivedResult
+from sinkscope.testing import random_image
+
+
+def flagged(detector, result):
+    scores = detector.scores(result)
+    limit = detector.thresholds(result, scores)[..., None]
+    above = scores > limit if detector.strict else scores >= limit
+    if hasattr(detector, "also"):
+        above = above & detector.also(result)
+    return above
+
+
+def test_rms_score_by_hand():
+    """One channel of 3 among three of 0: rms = 3 / 2, score 2 = sqrt(D), the bound."""
+    h = torch.tensor([[[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]])
+    score = residual.dimension_scores(h, {}, [0])
+    assert torch.allclose(score, torch.tensor([[2.0, 1.0]]), atol=1e-5)
+    raw = residual.dimension_scores(h, {}, [0, 2], rms=False)
+    assert torch.equal(raw, torch.tensor([[3.0, 1.0]]))
+
+
+def test_strictness_decides_a_score_equal_to_tau():
+    result = ScoreResult(torch.tensor([[[2.0, 1.0, 3.0]]]), (0,))
+    strict = detectors.SinkDimensions([0], tau=2.0)
+    loose = detectors.SinkDimensions([0], tau=2.0, strict=False)
+    assert flagged(strict, result).tolist() == [[[False, False, True]]]
+    assert flagged(loose, result).tolist() == [[[True, False, True]]]
+
+
+def test_massive_needs_both_limits():
+    values = torch.tensor([[[[150.0], [90.0], [-150.0]]]])
+    channels = torch.zeros(1, 1, 3, 1, dtype=torch.long)
+    close_median = MassiveResult(values, channels, torch.tensor([[0.2]]), (0,), "resid_pre")
+    tiny_median = MassiveResult(values, channels, torch.tensor([[0.05]]), (0,), "resid_pre")
+    assert not flagged(detectors.Massive(), close_median).any()
+    assert flagged(detectors.Massive(), tiny_median).tolist() == [[[True, False, True]]]
+
+
+def test_norm_valley_lies_in_the_widest_gap():
+    norms = torch.tensor([[[10.0, 11.0, 9.0, 10.5, 40.0, 42.0]]])
+    valley = detectors.Norm("valley")
+    limit = valley.thresholds(NormResult(norms, (0,), "resid_post"), norms)
+    assert math.isclose(float(limit), math.sqrt(11 * 40), rel_tol=1e-5)
+    assert flagged(valley, NormResult(norms, (0,), "resid_post")).sum() == 2
+    even = torch.tensor([[[10.0, 11.0, 9.0, 10.5, 12.0, 12.5]]])
+    assert not flagged(valley, NormResult(even, (0,), "resid_post")).any()
+
+
+def test_three_sigma_by_hand():
+    norms = torch.cat([torch.ones(1, 1, 99), torch.full((1, 1, 1), 11.0)], dim=-1)
+    rule = detectors.Norm("3sigma")
+    result = NormResult(norms, (0,), "resid_post")
+    limit = rule.thresholds(result, norms)
+    assert math.isclose(float(limit), 1.1 + 3 * 1.0, rel_tol=1e-4)
+    assert flagged(rule, result).sum() == 1
+
+
+def test_received_by_head_and_as_multiple_of_the_null():
+    got = torch.tensor([[[[0.1, 0.4], [0.1, 0.1]]]])
+    result = ReceivedResult(got, torch.tensor([[[0.5, 0.1]]]), (0,))
+    assert flagged(detectors.Received(0.3), result).tolist() == [[[False, True]]]
+    assert not flagged(detectors.Received(0.3, heads="mean"), result).any()
+    assert flagged(detectors.Received(times_null=3.0), result).tolist() == [[[False, True]]]
+    assert torch.allclose(result.sink_rate(0.3), torch.tensor([[0.0, 0.5]]))
+
+
+def test_expected_peak_of_one_half_normal():
+    assert math.isclose(expected_peak(1), math.sqrt(2 / math.pi), rel_tol=1e-5)
+    draws = torch.randn(200_000, 8, generator=torch.Generator().manual_seed(0)).abs().amax(1).mean()
+    assert math.isclose(expected_peak(8), float(draws), rel_tol=5e-3)
+
+
+def detection(mask):
+    mask = torch.tensor(mask)[:, None]
+    scores = mask.float()
+    return Detection(
+        "it", "language", (0,), mask, scores, torch.ones(1, 1), 0.0, torch.ones_like(mask[:, 0])
+    )
+
+
+def test_jaccard_by_hand():
+    one, other = detection([[True, True, False]]), detection([[True, False, False]])
+    assert jaccard(one, other) == 0.5
+    assert jaccard(one, one) == 1.0
+    empty = detection([[False, False, False]])
+    assert jaccard(empty, empty) == 1.0
+    table = ss.agreement({"one": one, "other": other})
+    assert table.loc["one", "other"] == 0.5
+    with pytest.raises(ValueError, match="expected the same sample"):
+        jaccard(one, detection([[True]]))
+
+
+def test_a_detector_that_flags_a_fifth_of_the_image_says_so(tiny):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    found = ss.detect(lvlm, sample, detectors.SinkDimensions([0, 1, 2], tau=0.5))
+    assert found.saturated
+    assert "over 20%" in found.warnings[0]
+    assert found.fraction.max() > 0.2
+    calm = ss.detect(lvlm, sample, detectors.Norm(1e6))
+    assert not calm.saturated
+    assert calm.warnings == ()
+    assert calm.fraction.max() == 0
+
+
+def test_detectors_run_in_one_pass_and_compare(tiny, batch):
+    lvlm = tiny("qwen2.5-vl")
+    sample = batch(lvlm)
+    rules = {
+        "dims": detectors.SinkDimensions([0, 5], tau=3.0),
+        "norm": detectors.Norm("3sigma"),
+        "cosine": detectors.CosineToBOS(0.5),
+        "massive": detectors.Massive(1.0, 3.0),
+    }
+    for tower in ("language", "vision"):
+        found = ss.detect_all(lvlm, sample, rules, tower=tower)
+        assert ss.agreement(found).shape == (4, 4)
+        for one in found.values():
+            live = sample.tokens.vision.live if tower == "vision" else sample.tokens.live
+            assert not (one.mask & ~live[:, None]).any()
+            assert set(one.to_dataframe().columns) >= {"batch", "layer", "pos", "score", "flagged"}
+
+
+WRONG = [
+    (lambda d: d.SinkDimensions([0], tau=20.0), r"less than sqrt\(64\) = 8.0"),
+    (lambda d: d.SinkDimensions([0], tau=-1.0), "expected a positive threshold"),
+    (lambda d: d.SinkDimensions([99], tau=2.0), "expected 0 to 63"),
+    (lambda d: d.SinkDimensions([0], tau=2.0, normalize="l2"), "expected 'rms' or 'none'"),
+    (lambda d: d.Massive(absolute=-1), "expected both at least 0"),
+    (lambda d: d.Norm("gap"), "'valley' or '3sigma'"),
+    (lambda d: d.Norm(0), "expected a positive norm"),
+    (lambda d: d.Received(eps=1.5), "expected a share between 0 and 1"),
+    (lambda d: d.Received(heads="sum"), "expected 'max' or 'mean'"),
+    (lambda d: d.CosineToBOS(1.0), "expected between 0 and 1"),
+    (lambda d: d.Norm, "expected an object such as"),
+    (lambda d: "norm", "expected an object such as"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_impossible_detectors_are_refused(tiny, make, message):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    with pytest.raises(ss.SinkscopeError, match=message):
+        ss.detect(lvlm, sample, make(detectors))
+
+
+def test_calibration_needs_samples(tiny):
+    with pytest.raises(ss.errors.CalibrationError, match="at least one prepared sample"):
+        ss.calibrate(tiny("llava-clip-llama"), [])
+
+
+def test_known_constants_are_found_by_size_and_only_agreed_ones_are_used(tiny):
+    assert detectors.known_for(tiny("llava-clip-llama")) is None
+    table = detectors.table().set_index("model")
+    assert table.loc["LLaVA-1.5-7B", "LLM sink channels"] == [1415, 2533]
+    assert bool(table.loc["LLaVA-1.5-7B", "used by default"])
+    assert not bool(table.loc["Qwen2.5-VL-3B", "used by default"])
