@@ -1,0 +1,219 @@
+"""The protocol of an intervention: which sites it edits, with which kernel, and what it reports.
+
+An intervention is a frozen dataclass of parameters with one method. Like a probe it never holds a
+model: the runner asks what to edit and the kernel turns the old value into a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import InterventionError, NoEffectError, SelectionError
+from sinkscope.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.models.context import Context
+    from sinkscope.tokens import Selection
+
+STEPS = ("all", "prefill", "decode")
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One edit at one site.
+
+    Attributes:
+        site: Where.
+        kernel: At an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``,
+            elsewhere ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
+        parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
+    """
+
+    site: Site
+    kernel: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """Anything the runner can apply."""
+
+    @property
+    def steps(self) -> str:
+        """``"all"``, ``"prefill"`` or ``"decode"``."""
+        ...
+
+    @property
+    def allow_noop(self) -> bool:
+        """Whether touching nothing is fine; else it raises."""
+        ...
+
+    def edits(self, context: Context) -> Sequence[Edit]:
+        """What to edit at this step; raises if the parameters do not fit the model or the sample."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What one intervention did in one forward pass.
+
+    Attributes:
+        sites: Every site that was edited, in forward order.
+        rows: Int ``[batch site]``: query rows touched (tokens, for edits of states).
+        empty: Int ``[batch site]``: rows left as they were because they see edited keys only.
+        tokens: Int ``[batch site]``: edited keys (or tokens).
+        mass_before: Float ``[batch site]``: mean attention of the touched rows and heads on the
+            edited keys before; NaN where nothing was touched or masses do not change.
+        mass_after: The same after.
+        kl: Float ``[batch]``: KL(unedited || edited) of the next token, if it was asked for; all
+            interventions of the run together.
+        step: 0 for a prompt, 1, 2, ... for decode steps.
+    """
+
+    sites: tuple[Site, ...]
+    rows: Tensor
+    empty: Tensor
+    tokens: Tensor
+    mass_before: Tensor
+    mass_after: Tensor
+    kl: Tensor | None = None
+    step: int = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers in which some row was touched."""
+        touched = self.rows.sum(0) > 0
+        return tuple(sorted({s.layer for s, t in zip(self.sites, touched.tolist()) if t}))
+
+    @property
+    def touched(self) -> Tensor:
+        """Bool ``[batch]``: rows of the batch in which anything was touched."""
+        return self.rows.sum(1) > 0
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line per batch row and site."""
+        import pandas as pd
+
+        lines = [
+            {
+                "batch": b,
+                "site": str(site),
+                "layer": site.layer,
+                "rows": int(self.rows[b, i]),
+                "empty": int(self.empty[b, i]),
+                "tokens": int(self.tokens[b, i]),
+                "mass_before": float(self.mass_before[b, i]),
+                "mass_after": float(self.mass_after[b, i]),
+            }
+            for b in range(self.rows.shape[0])
+            for i, site in enumerate(self.sites)
+        ]
+        return pd.DataFrame(lines)
+
+
+def effect_from(answers: Mapping[Site, Mapping[str, Tensor]], step: int) -> Effect:
+    """An `Effect` from the raw answers of one intervention's sites."""
+    sites = tuple(sorted(answers))
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([answers[s][name] for s in sites], dim=1)
+
+    def mean(name: str) -> Tensor:
+        columns = []
+        for s in sites:
+            one = answers[s]
+            nothing = torch.full(one["count"].shape, float("nan"))
+            columns.append(one[name] / one["count"] if name in one else nothing)
+        out = torch.stack(columns, dim=1)
+        return out.masked_fill(stacked("count") == 0, float("nan"))
+
+    return Effect(
+        sites, stacked("rows"), stacked("empty"), stacked("tokens"), mean("before"),
+        mean("after"), None, step,
+    )
+
+
+def check_steps(steps: str) -> str:
+    """A known value of ``steps``.
+
+    Raises:
+        InterventionError: If it is none.
+    """
+    if steps not in STEPS:
+        raise InterventionError(f"Got steps={steps!r}; expected one of {STEPS}.")
+    return steps
+
+
+def runs_now(steps: str, context: Context, tower: str) -> bool:
+    """Whether an intervention applies at this step; the vision tower runs on the prompt only."""
+    check_steps(steps)
+    if context.step == 0:
+        return steps in ("all", "prefill")
+    return steps in ("all", "decode") and tower == "language"
+
+
+def selected(
+    context: Context, tower: str, tokens: Selection, what: str, allow_empty: bool
+) -> Tensor:
+    """A selection as ``[batch layer|1 pos]`` in the sample's own layout.
+
+    Raises:
+        NoEffectError: If it is empty in every row.
+    """
+    mask = context.select(tower, tokens)
+    mask = mask if mask.ndim == 3 else mask[:, None]
+    if not mask.any() and not allow_empty:
+        raise NoEffectError(
+            f"{what} was given a selection without any token; expected at least one in some row. "
+            "Nothing would change: look at the selection, or write allow_noop=True."
+        )
+    return mask
+
+
+def at_layer(mask: Tensor, layer: int) -> Tensor:
+    """One layer of ``[batch layer|1 pos]``."""
+    return mask[:, layer if mask.shape[1] > 1 else 0]
+
+
+def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
+    """Query heads of a tower.
+
+    Raises:
+        InterventionError: If there is none or one is out of range.
+    """
+    if heads is None:
+        return None
+    wanted = [heads] if isinstance(heads, int) else list(heads)
+    if not wanted:
+        raise InterventionError("Got no heads; expected at least one, or None for all.")
+    for head in wanted:
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
+            raise InterventionError(
+                f"Got head {head!r}; expected query heads from 0 to {count - 1}. With grouped "
+                "queries several query heads share a key-value head: these are query heads."
+            )
+    return sorted(set(wanted))
+
+
+def rows_at(context: Context, tower: str, queries: Selection | None) -> Tensor | None:
+    """Selected query rows in the model's layout, or None for all.
+
+    Raises:
+        SelectionError: If the selection differs by layer.
+    """
+    if queries is None:
+        return None
+    mask = context.select(tower, queries)
+    if mask.ndim != 2:
+        raise SelectionError(
+            f"Got queries of shape {tuple(mask.shape)}; expected one mask for all layers, "
+            "[batch pos]."
+        )
+    return context.pack(tower, mask, dim=1)

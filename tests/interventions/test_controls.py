@@ -1,0 +1,215 @@
+"""RandomControl, edited blocks, eviction and registers on planted and tiny models."""
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope import detectors
+from sinkscope.testing import plant, random_image
+
+
+@pytest.fixture(scope="module")
+def traced():
+    planted = plant("clip", v_sinks=(9, 46), l_sinks=(20, 33), v_layer=1, l_layer=1)
+    lvlm = ss.LVLM(planted.model, planted.processor, verify=False)
+    rules = (detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0))
+    traces = [
+        ss.trace_sinks(lvlm, lvlm.prepare(inputs=planted.inputs(image_seed=seed)), *rules)
+        for seed in (0, 1)
+    ]
+    return lvlm, traces[0], traces[1]
+
+
+def test_count_controls_edit_as_many_ordinary_tokens(traced):
+    lvlm, trace, _ = traced
+    control = ss.RandomControl(ss.MaskKeys(trace.v_sinks, layers=[2, 3]), n=5)
+    draws = control.draws(trace)
+    assert len(draws) == 5
+    sinks = trace.v_sinks | trace.l_sinks().any(dim=1) | trace.text_sinks().any(dim=1)
+    for it in draws:
+        assert it.tokens.sum() == trace.v_sinks.sum() == 2
+        assert not (it.tokens & sinks).any()
+        assert it.layers == [2, 3]
+    again = control.draws(trace)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(draws, again))
+    assert len({tuple(it.tokens.flatten().tolist()) for it in draws}) > 1
+
+
+def test_per_layer_selections_are_matched_layer_by_layer(traced):
+    _, trace, _ = traced
+    (it,) = ss.RandomControl(ss.MaskKeys(trace.l_sinks(), layers=None), n=1).draws(trace)
+    assert torch.equal(it.tokens.sum(-1), trace.l_sinks().sum(-1))
+
+
+def test_mass_controls_take_as_much_attention(traced):
+    _, trace, _ = traced
+    draws = ss.RandomControl(ss.MaskKeys(trace.v_sinks), match="mass", n=4).draws(trace)
+    received = trace.received.nan_to_num().mean(dim=(1, 2))
+    wanted = received[trace.v_sinks].sum()
+    for it in draws:
+        got = received[it.tokens].sum()
+        assert got >= wanted or it.tokens.sum() == trace.ordinary().sum()
+        assert it.tokens.sum() > trace.v_sinks.sum()
+
+
+def test_position_controls_need_another_image(traced):
+    lvlm, trace, other = traced
+    control = ss.RandomControl(ss.MaskKeys(trace.v_sinks), match="position")
+    with pytest.raises(ss.SinkscopeError, match="without a donor"):
+        control.draws(trace)
+    with pytest.raises(ss.SinkscopeError, match="lie where this one has sinks too"):
+        control.draws(trace, other)
+    elsewhere = plant("clip", v_sinks=(1, 2), l_sinks=(3,))
+    second = ss.LVLM(elsewhere.model, elsewhere.processor, verify=False)
+    sample = second.prepare(inputs=elsewhere.inputs())
+    donor = ss.trace_sinks(second, sample, trace_rule(), detectors.SinkDimensions((41, 101), 3.0))
+    (it,) = control.draws(trace, donor)
+    assert it.tokens.sum() == 3
+
+
+def trace_rule():
+    return detectors.Norm("valley")
+
+
+def test_the_result_carries_distribution_interval_and_p(traced):
+    lvlm, trace, _ = traced
+    result = ss.RandomControl(ss.MaskKeys(trace.v_sinks), n=19).run(lvlm, trace)
+    assert result.controls.shape == (19, 1)
+    assert torch.equal(result.base, torch.zeros(1))
+    low, high = result.interval()
+    assert (low <= high).all()
+    assert result.p_value().item() == pytest.approx(
+        (1 + (
+            (result.controls - result.controls.mean()).abs()
+            >= (result.real - result.controls.mean()).abs()
+        ).sum().item()) / 20
+    )
+    assert set(result.to_dataframe().columns) == {"base", "real", "control", "low", "high", "p"}
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (dict(match="size"), "expected one of"),
+        (dict(n=0), "at least 1 draw"),
+        (dict(intervention=ss.EvictKeys()), "one of the fields"),
+        (dict(intervention=ss.MaskKeys("all")), "ordinary tokens to draw from"),
+    ],
+)
+def test_impossible_controls_are_refused(traced, control, message):
+    _, trace, _ = traced
+    given = {"intervention": ss.MaskKeys(trace.v_sinks)} | control
+    with pytest.raises(ss.SinkscopeError, match=message):
+        ss.RandomControl(**given).draws(trace)
+
+
+def test_edited_is_the_same_model_until_the_block_ends(tiny, batch):
+    lvlm = tiny("llava-clip-llama")
+    sample = batch(lvlm)
+    mask = ss.MaskKeys("image:0")
+    plain, want = lvlm.run(sample).logits, lvlm.run(sample, interventions=[mask]).logits
+    with lvlm.edited([mask]) as edited:
+        assert torch.equal(edited.run(sample).logits, want)
+        more = ss.ScaleKeys("text", 0.5)
+        both = edited.run(sample, interventions=[more])
+        assert set(both.effects) == {mask, more}
+        assert edited.generate(sample, max_new_tokens=2).steps[1].effects[mask].touched.all()
+    with pytest.raises(ss.SinkscopeError, match="edits have ended"):
+        edited.run(sample)
+    assert torch.equal(lvlm.run(sample).logits, plain)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+def test_eviction_keeps_first_and_recent_keys(tiny, batch, family, kernel):
+    lvlm = tiny(family, kernel)
+    sample = batch(lvlm)
+    live = sample.tokens.live
+    rows = sample.tokens.select("all")
+    patterns = ss.AttentionPatterns(rows, layers=[0])
+    evict = ss.EvictKeys(start=2, recent=5)
+    plain = lvlm.run(sample, probes=[patterns])[patterns].patterns
+    run = lvlm.run(sample, probes=[patterns], interventions=[evict])
+    got = run[patterns].patterns
+    for b in range(len(sample)):
+        at = live[b].nonzero().flatten()
+        before = plain[b, 0, :, : len(at)][..., at]
+        after = got[b, 0, :, : len(at)][..., at]
+        q, k = torch.arange(len(at))[:, None], torch.arange(len(at))[None]
+        kept = ((k < 2) | (q - k < 5)) & (k <= q)
+        want = before * kept / (before * kept).sum(-1, keepdim=True)
+        assert (after - want).abs().max() < 1e-5
+    out = lvlm.generate(sample, probes=[patterns], interventions=[evict], max_new_tokens=3,
+                        min_new_tokens=3)
+    last = out.steps[2][patterns].patterns[:, 0, :, 0]
+    assert torch.allclose((last.nan_to_num() > 0).sum(-1).float(), torch.tensor(7.0))
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-siglip-qwen2"])
+def test_a_register_takes_over_the_neurons_and_stays_inside_the_tower(tiny, family):
+    lvlm = tiny(family)
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    outlier = torch.zeros_like(sample.tokens.vision.live)
+    outlier[0, 5] = True
+    neurons = ss.find_register_neurons(lvlm, [sample], [outlier], top_k=6, max_layer=1)
+    assert sum(len(v) for v in neurons.values()) == 6
+    probe = ss.NeuronActivity(outlier)
+    activity = lvlm.run(sample, probes=[probe])[probe]
+    best = max(
+        (float(a), layer, n)
+        for layer in (0, 1)
+        for n, a in enumerate(activity.activity[layer][0])
+    )
+    assert best[2] in neurons[best[1]]
+    register = ss.TestTimeRegister(neurons)
+    plain = lvlm.run(sample)
+    run = lvlm.run(sample, interventions=[register])
+    assert run.logits.shape == plain.logits.shape
+    assert not torch.equal(run.logits, plain.logits)
+    assert torch.equal(lvlm.run(sample).logits, plain.logits)
+    want = register_by_hand(lvlm, sample, neurons)
+    assert (run.logits - want).abs().max() < 1e-5
+    with pytest.raises(ss.SinkscopeError, match="adds positions to that tower"):
+        lvlm.run(sample, probes=[ss.TokenNorms(tower="vision")], interventions=[register])
+
+
+@torch.no_grad()
+def register_by_hand(lvlm, sample, neurons):
+    """The same with plain torch hooks: append, shift, drop."""
+    a, root = lvlm.anatomy, lvlm.module
+    module = {name: m for name, m in root.named_modules()}
+    hooks = []
+
+    def append(m, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        longer = torch.cat([states, torch.zeros_like(states[:, :1])], dim=1)
+        if args:
+            return (longer, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": longer}
+
+    first = module[a.vision.blocks[0]]
+    hooks.append(first.register_forward_pre_hook(append, with_kwargs=True))
+    for layer, chosen in neurons.items():
+
+        def shift(m, args, chosen=chosen):
+            out = args[0].clone()
+            for n in chosen:
+                column = args[0][:, :-1, n]
+                peak = column[torch.arange(len(column)), column.abs().argmax(1)]
+                out[:, :-1, n], out[:, -1, n] = 0.0, peak
+            return (out,)
+
+        hooks.append(module[a.vision.neurons[layer]].register_forward_pre_hook(shift))
+    last = module[a.vision.blocks[a.feed_layers[-1]]]
+    hooks.append(
+        last.register_forward_hook(
+            lambda m, args, out: (
+                (out[0][:, :-1], *out[1:]) if isinstance(out, tuple) else out[:, :-1]
+            ),
+            prepend=True,
+        )
+    )
+    logits = root(**sample.inputs).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
