@@ -6,9 +6,10 @@ This is the only room that imports nnsight.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import sinkscope
-from sinkscope.errors import CheckpointError
+from sinkscope.errors import AttentionCallError, CheckpointError
 from sinkscope.interventions.protocol import Edit
 from sinkscope.kernels import walk as walking
 from sinkscope.models.anatomy import Anatomy
@@ -147,12 +148,22 @@ class Raw:
     logits: torch.Tensor
 
 
+ONE_AT_A_TIME = threading.RLock()
+"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
+
+
 @contextmanager
-def ready_to_trace(*plans: Plan) -> Iterator[None]:
-    """No gradients, but tensors that may have them: kernels ask the attention call for gradients."""
+def ready_to_trace(where: bool | str, *plans: Plan) -> Iterator[None]:
+    """No gradients, but tensors that may have them: kernels ask the attention call for gradients.
+
+    Args:
+        where: Where the trace will run; runs on a server may overlap.
+        plans: The plans of the trace.
+    """
     ship_kernels(*plans)
+    turn = ONE_AT_A_TIME if where in (False, "local") else nullcontext()
     # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with turn, torch.inference_mode(mode=False), torch.no_grad():
         yield
 
 
@@ -178,11 +189,18 @@ def run_plan(
         The raw answers.
     """
     walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
+    answers: Any = None
+    logits: Any = None
     if where:
         trace_options["remote"] = where
-    with ready_to_trace(plan), model.trace(**inputs, **trace_options) as tracer:
+    with ready_to_trace(where, plan), model.trace(**inputs, **trace_options) as tracer:
         answers = save(walk(model, tracer, plan))
         logits = save(last_logits(model.output.logits, last))
+    if logits is None:
+        raise AttentionCallError(
+            "The forward pass ended while a probe still waited for attention windows; expected the "
+            "windows to cover the sequence. Please report this model: its anatomy is wrong."
+        )
     return Raw(sited(answers), logits)
 
 
@@ -217,9 +235,9 @@ def generate_plan(
         given["fn"] = "generate"
     if where:
         given["remote"] = where
-    with ready_to_trace(*plans), warnings.catch_warnings():
+    with ready_to_trace(where, *plans), warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
-        warnings.filterwarnings("ignore", message=".*iter.*")
+        warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with begin(**given) as tracer:
             steps = save([])
             with tracer.invoke(**inputs):
@@ -230,6 +248,13 @@ def generate_plan(
             with tracer.invoke():
                 sequences = save(tracer.result)
     raws = [Raw(sited(answers), logits) for answers, logits in steps]
+    made = sequences.shape[1] - inputs["input_ids"].shape[1]
+    if len(raws) != made:
+        raise AttentionCallError(
+            f"Read {len(raws)} of {made} forward passes; expected all. A site was not reached at "
+            "every decode step: probe this model with lvlm.run(...), or leave out the probe of that "
+            "site."
+        )
     return raws, sequences.detach().cpu()
 
 

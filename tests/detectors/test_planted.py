@@ -121,8 +121,7 @@ def test_records_tell_birth_writer_and_place(layout):
     truth = planted.truth
     records = ss.trace_sinks(lvlm, sample).records
     kinds = [r.kind for r in records]
-    overlap = len(truth.overlap)
-    assert kinds.count("V") == len(truth.v_sinks) + overlap
+    assert kinds.count("V") == len(truth.v_sinks)
     assert kinds.count("L") == len(truth.l_sinks)
     for r in records:
         assert r.verdict == "NOP"

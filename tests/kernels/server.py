@@ -2,7 +2,7 @@
 
 Run as a process of its own. Every line of standard input names a request file; the answer is the
 name of a file with the saved values, or ``error`` and the reason. What a request imports is held to
-what NDIF allowed when its source was last public (2026-02), at unpickling and while it runs.
+what NDIF allows (`ndif.py`), at unpickling and while it runs. ``import x`` tries just that.
 """
 
 import builtins
@@ -20,23 +20,19 @@ class NotInstalled(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r} on the server")
-        return None
 
 
 sys.meta_path.insert(0, NotInstalled())
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from ndif import ABSENT_BUILTINS, ALLOWED, ALLOWED_IN_PAYLOAD  # noqa: E402
 from nnsight import TransformersModel  # noqa: E402
 from nnsight.intervention import serialization  # noqa: E402
 from nnsight.schema.request import RequestModel  # noqa: E402
 from nnsight.tracing.backend import Backend  # noqa: E402
 
 torch.set_num_threads(1)
-
-ALLOWED = {"builtins", "torch", "collections", "numpy", "math", "einops", "typing", "operator", "enum"}
-ALLOWED_IN_PAYLOAD = ALLOWED | {"pickle", "cloudpickle", "copyreg", "nnsight", "_operator"}
-ABSENT_BUILTINS = {"bin", "breakpoint", "compile", "exec", "exit", "help", "license", "locals", "open"}
 
 
 def check(name, allowed):
@@ -57,7 +53,9 @@ class Unpickler(serialization.CustomCloudUnpickler):
     def find_class(self, module, name):
         check(module, ALLOWED_IN_PAYLOAD)
         if name == "_make_function":
-            raise ImportError("a function came as bytecode, which needs the client's Python version")
+            raise ImportError(
+                "a function came as bytecode, which needs the client's Python version"
+            )
         if name == "subimport":
             return import_checked
         return super().find_class(module, name)
@@ -108,21 +106,27 @@ def answer(path, models):
     return {name: value for name, value in frame.f_locals.items() if name not in given}
 
 
+def reply(text):
+    sys.stdout.write(text.replace("\n", " ") + "\n")
+    sys.stdout.flush()
+
+
 def main():
     # Functions that are rebuilt from their source get the builtins that this module sees.
     vars(serialization)["__builtins__"] = restricted_builtins()
     models = {}
-    print("ready", flush=True)
-    for line in sys.stdin:
-        path = line.strip()
+    reply("ready")
+    for line in map(str.strip, sys.stdin):
         try:
-            saved = answer(path, models)
-            torch.save(saved, path + ".out")
+            if line.startswith("import "):
+                __import__(line.removeprefix("import "))
+            else:
+                torch.save(answer(line, models), line + ".out")
         except Exception as error:  # noqa: BLE001  whatever it is, the client must hear of it
             traceback.print_exc()
-            print(f"error {type(error).__name__}: {error}".replace("\n", " "), flush=True)
+            reply(f"error {type(error).__name__}: {error}")
         else:
-            print(path + ".out", flush=True)
+            reply(line + ".out")
 
 
 if __name__ == "__main__":

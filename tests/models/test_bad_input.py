@@ -757,7 +757,7 @@ def test_nan_weights_are_noticed(tiny):
     lvlm = ss.LVLM(module, processor)
     sample = lvlm.prepare(IMAGE, "what is it")
     module.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="NaN or infinite logits at .* live positions"):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite logits at .* live positions"):
         lvlm.run(sample)
     with pytest.raises(NonFiniteError, match="first in row 0"):
         lvlm.generate(sample, max_new_tokens=2)
@@ -774,7 +774,7 @@ def test_a_repository_without_network_fails_at_once(monkeypatch):
     start = time.monotonic()
     for remote in (False, True):
         with pytest.raises(
-            CheckpointError, match="'nobody/nothing' could not be loaded .*hub repo"
+            CheckpointError, match=r"'nobody/nothing' could not be loaded .*hub repo"
         ):
             ss.LVLM.from_pretrained("nobody/nothing", remote=remote)
     assert time.monotonic() - start < 5

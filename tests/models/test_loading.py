@@ -157,7 +157,7 @@ def test_a_missing_package_is_named(folders, monkeypatch):
         raise ImportError("SomeProcessor requires the sausage library")
 
     monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", needs_a_package)
-    with pytest.raises(CheckpointError, match="could not be read .*requires the sausage library"):
+    with pytest.raises(CheckpointError, match=r"could not be read .*requires the sausage library"):
         ss.LVLM.from_pretrained(folders["llava-clip-llama"])
 
 

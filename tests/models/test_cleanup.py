@@ -1,0 +1,259 @@
+"""Nothing is left behind: neither after an exception in the middle of a pass, nor in memory."""
+
+import gc
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.kernels import attention, residual, walk
+from sinkscope.models.context import Context
+from sinkscope.models.runner import make_plan
+from sinkscope.probes import Read
+from sinkscope.testing import TINY, random_image
+from tests.probes.everything import every_probe
+
+FAMILIES = ("llava-clip-llama", "qwen2.5-vl")
+
+
+class StopThisError(ValueError):
+    """What a user's kernel raises."""
+
+
+class InterruptedHere(BaseException):
+    """Like KeyboardInterrupt: what no `except Exception` catches."""
+
+
+def counted(value, state, seen, fail_at, error):
+    """A kernel that raises when it is asked for the ``fail_at``-th time."""
+    seen.append(1)
+    if len(seen) == fail_at:
+        raise error(f"in the middle of the pass, at call {len(seen)}")
+    return torch.zeros(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Failing:
+    """A probe whose kernel raises at one of its sites."""
+
+    site: Any
+    error: Any
+    fail_at: int = 1
+    tower: str = "language"
+
+    def reads(self, context):
+        parameters = {"seen": [], "fail_at": self.fail_at, "error": self.error}
+        if not hasattr(self, "seen"):
+            object.__setattr__(self, "seen", parameters["seen"])
+        return [Read(self.site, counted, parameters | {"seen": self.seen})]
+
+    def finish(self, answers, context):
+        return answers
+
+
+SITES = (
+    ss.Site("vision", "attention", 1),
+    ss.Site("vision", "resid_post", 0),
+    ss.Site("projector", "output"),
+    ss.Site("language", "attention", 1),
+    ss.Site("language", "mlp_out", 2),
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def fresh(request):
+    """A model of its own, with what it computes before nnsight has seen it."""
+    module, processor = TINY[request.param]()
+    lvlm = ss.LVLM(module, processor, verify=False)
+    sample = lvlm.prepare(images=random_image(96, 96), text="what is it")
+    with torch.no_grad():
+        logits = module(**sample.inputs).logits
+        ids = module.generate(**sample.inputs, max_new_tokens=4, do_sample=False)
+    return lvlm, sample, logits, ids
+
+
+def assert_untouched(lvlm, sample, logits, ids):
+    """Plain transformers and plain runs compute what they did before, bitwise."""
+    with torch.no_grad():
+        assert torch.equal(lvlm.module(**sample.inputs).logits, logits)
+        again = lvlm.module.generate(**sample.inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, ids)
+    assert torch.equal(lvlm.run(sample).logits, logits)
+    assert torch.equal(lvlm.generate(sample, max_new_tokens=4).sequences, ids)
+
+
+@pytest.mark.parametrize("error", [StopThisError, InterruptedHere])
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_an_exception_in_a_run_keeps_its_type_and_leaves_nothing(fresh, error, remote):
+    lvlm, sample, logits, ids = fresh
+    for site in SITES:
+        failing = Failing(site, error)
+        with pytest.raises(error, match="in the middle of the pass, at call 1"):
+            lvlm.run(sample, [ss.TokenNorms(), failing], remote=remote)
+        assert_untouched(lvlm, sample, logits, ids)
+
+
+@pytest.mark.parametrize("error", [StopThisError, InterruptedHere])
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_exception_in_a_generation_keeps_its_type_and_leaves_nothing(fresh, error, step):
+    lvlm, sample, logits, ids = fresh
+    failing = Failing(ss.Site("language", "attention", 1), error, fail_at=step)
+    with pytest.raises(error, match=f"at call {step}"):
+        lvlm.generate(sample, [failing, ss.AttentionMass({"image": "image"})], max_new_tokens=5)
+    assert len(failing.seen) == step
+    assert_untouched(lvlm, sample, logits, ids)
+
+
+def test_an_exception_of_the_model_keeps_its_type_and_leaves_nothing(fresh):
+    """The model itself fails between two sites, as it does when memory runs out."""
+    lvlm, sample, logits, ids = fresh
+
+    def fail(*_):
+        raise StopThisError("no memory")
+
+    block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+    handle = block.register_forward_pre_hook(fail)
+    with pytest.raises(StopThisError, match="no memory"):
+        lvlm.run(sample, every_probe())
+    with pytest.raises(StopThisError, match="no memory"):
+        lvlm.generate(sample, every_probe())
+    handle.remove()
+    assert_untouched(lvlm, sample, logits, ids)
+
+
+def test_a_run_leaves_no_gradients_and_no_modes(fresh):
+    lvlm, sample, logits, ids = fresh
+    lvlm.run(sample, every_probe())
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in lvlm.module.parameters())
+    assert all(p.requires_grad for p in lvlm.module.parameters())
+    assert not lvlm.module.training
+    assert_untouched(lvlm, sample, logits, ids)
+
+
+def test_probes_that_need_gradients_work_under_inference_mode(fresh):
+    lvlm, sample, _, _ = fresh
+    probe = ss.ReceivedAttention()
+    want = lvlm.run(sample, [probe])
+    with torch.inference_mode():
+        got = lvlm.run(lvlm.prepare(inputs=sample.inputs), [probe])
+    assert torch.equal(want[probe].received, got[probe].received)
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_runs_keep_no_tensors_alive(fresh, remote):
+    """As many tensors after ten runs and generations as after two."""
+    lvlm, sample, _, _ = fresh
+
+    def use():
+        lvlm.run(sample, every_probe(), remote=remote)
+        lvlm.generate(sample, every_probe(), max_new_tokens=2, remote=remote)
+
+    use()
+    use()
+    before = live_tensors()
+    for _ in range(4):
+        use()
+    assert live_tensors() <= before
+
+
+def test_results_do_not_hold_the_model(fresh):
+    """What a run returns is small: no tensor of it needs a graph or lies in a larger storage."""
+    lvlm, sample, _, _ = fresh
+    run = lvlm.run(sample, every_probe())
+    for result in run.results.values():
+        for value in vars(result).values():
+            if torch.is_tensor(value):
+                assert not value.requires_grad
+                assert value.device.type == "cpu"
+
+
+def test_two_lvlms_on_one_module(fresh):
+    """Each has its own nnsight model, and neither disturbs the other."""
+    one, sample, logits, ids = fresh
+    other = ss.LVLM(one.module, one.processor)
+    probe = ss.AttentionMass({"image": "image"})
+    first = one.run(sample, [probe])
+    second = other.run(sample, [probe])
+    third = one.run(sample, [probe])
+    assert torch.equal(first[probe].mass, second[probe].mass)
+    assert torch.equal(first[probe].mass, third[probe].mass)
+    failing = Failing(ss.Site("language", "attention", 1), StopThisError)
+    with pytest.raises(StopThisError):
+        other.run(sample, [failing])
+    assert_untouched(one, sample, logits, ids)
+    assert_untouched(other, sample, logits, ids)
+
+
+def test_threads_take_turns(fresh):
+    """Runs of two threads on one model give what they give alone."""
+    lvlm, sample, _, _ = fresh
+    probe = ss.AttentionMass({"image": "image"})
+    want = lvlm.run(sample, [probe])[probe].mass
+    got, failed = [], []
+
+    def work():
+        try:
+            for _ in range(3):
+                got.append(lvlm.run(sample, [probe])[probe].mass)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(got) == 6
+    assert all(torch.equal(mass, want) for mass in got)
+
+
+def test_kernels_in_a_trace_of_your_own():
+    """The documented use: read the attention call where it is, and ask it your own questions."""
+    module, processor = TINY["llava-clip-llama"]()
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=random_image(), text="what")
+    groups = sample.tokens.select("image")[..., None].float()
+    call = lvlm.anatomy.language.call(1)
+    model = nnsight.NNsight(module)
+    with model.trace(**sample.inputs):
+        here = model.model.language_model.layers[1]
+        norms = residual.norms(here.input, {}).save()
+        source = here.self_attn.source
+        function = getattr(source, call.bind).output
+        args, kwargs = getattr(source, call.call).inputs
+        mass = attention.group_mass([(function, args, kwargs)], {}, groups)["mass"].save()
+    probes = [
+        ss.AttentionMass({"image": "image"}, layers=[1]),
+        ss.TokenNorms(layers=[1], site="resid_pre"),
+    ]
+    run = lvlm.run(sample, probes)
+    assert torch.equal(mass, run[probes[0]].mass[:, 0])
+    assert torch.equal(norms, run[probes[1]].norms[:, 0])
+
+
+def test_a_plan_in_a_trace_of_your_own():
+    """`walk` runs the plan of any probes inside a trace that somebody else opened."""
+    module, processor = TINY["qwen2.5-vl"]()
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=random_image(96, 96), text="what")
+    probe = ss.AttentionMass({"patch": "patch"}, tower="vision")
+    context = Context(lvlm.anatomy, sample.tokens)
+    plan = make_plan(lvlm.anatomy, [(0, read) for read in probe.reads(context)])
+    model = nnsight.NNsight(module)
+    with torch.no_grad(), model.trace(**sample.inputs) as tracer:
+        answers = nnsight.save(walk.walk(model, tracer, plan))
+    mass = torch.stack([answers[0]["vision", "attention", i]["mass"] for i in range(4)], dim=1)
+    want = lvlm.run(sample, [probe])[probe].mass
+    assert torch.equal(mass.nan_to_num(), want.nan_to_num())
