@@ -10,6 +10,39 @@ import torch
 from torch import nn
 
 
+def visible(lvlm, sample, grown=0):
+    """Which keys each query may see, bool ``[batch layer query key]``.
+
+    Causal; in Gemma 3 also both ways inside an image, and in sliding layers only the last
+    ``sliding_window`` positions. ``grown`` generated tokens follow the prompt.
+    """
+    tokens, config = sample.tokens, lvlm.module.config.get_text_config()
+    places = torch.arange(tokens.ids.shape[1] + grown)
+    seen = (places <= places[:, None])[None]
+    live = torch.nn.functional.pad(tokens.live, (0, grown), value=True)
+    if lvlm.anatomy.family.name == "gemma3":
+        image = torch.nn.functional.pad(tokens.image_index, (0, grown), value=-1)
+        seen = seen | (image[:, None] == image[..., None]) & (image[:, None] >= 0)
+    near = places > places[:, None] - (getattr(config, "sliding_window", None) or len(places))
+    layers = [seen & near if kind == "sliding_attention" else seen for kind in layer_kinds(lvlm)]
+    return torch.stack(layers, dim=1) & live[:, None, None]
+
+
+def layer_kinds(lvlm):
+    """``"full_attention"`` or ``"sliding_attention"`` of every decoder layer."""
+    config = lvlm.module.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return kinds or ["full_attention"] * lvlm.anatomy.language.n_layers
+
+
+def in_cache(lvlm, n_keys):
+    """Which keys a decode step still finds in the cache, bool ``[1 layer 1 key]``."""
+    window = getattr(lvlm.module.config.get_text_config(), "sliding_window", None) or n_keys
+    kept = torch.arange(n_keys) >= n_keys - window
+    sliding = torch.tensor([kind == "sliding_attention" for kind in layer_kinds(lvlm)])
+    return (kept | ~sliding[:, None])[None, :, None]
+
+
 def set_kernel(module, kernel):
     before = module.config._attn_implementation
     module.set_attn_implementation(kernel)

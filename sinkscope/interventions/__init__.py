@@ -2,15 +2,14 @@
 
 from sinkscope.interventions.attention import (
     AttentionKnockout,
-    ImageCentric,
     MaskKeys,
-    Redistribute,
     ScaleAttention,
     ScaleKeys,
 )
 from sinkscope.interventions.controls import ControlResult, RandomControl
 from sinkscope.interventions.edited import Edited
 from sinkscope.interventions.protocol import Edit, Effect, Intervention
+from sinkscope.interventions.redistribute import ImageCentric, Redistribute
 from sinkscope.interventions.register import (
     NeuronActivity,
     NeuronResult,
@@ -19,12 +18,12 @@ from sinkscope.interventions.register import (
 )
 from sinkscope.interventions.states import (
     AblateActivations,
-    AblateValues,
     PatchActivations,
     ScaleTokens,
     SinkToFront,
 )
 from sinkscope.interventions.streaming import EvictKeys
+from sinkscope.interventions.values import AblateValues
 
 __all__ = [
     "AblateActivations",

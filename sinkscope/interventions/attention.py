@@ -1,18 +1,19 @@
-"""Interventions on attention: mask, scale, knock out, redistribute; exact under the model's kernel."""
+"""Interventions on keys: mask, scale, knock out; exact under the model's own kernel."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.interventions.protocol import (
     Edit,
     at_layer,
+    check_decodes,
     check_heads,
     rows_at,
     runs_now,
@@ -23,20 +24,44 @@ from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
-    from sinkscope.experiments.trace import SinkTrace
     from sinkscope.models.context import Context
 
+STAGE_OF = MappingProxyType(
+    {
+        "scale": "keys",
+        "mask": "logits",
+        "weight": "logits",
+        "weight without renormalising": "weights",
+    }
+)
 
-def key_edits(intervention: Any, context: Context, how: str, factor: float) -> list[Edit]:
-    """One edit per layer of an intervention with tokens, layers, heads, queries and steps."""
-    it, tower = intervention, intervention.tower
-    anatomy = context.tower(tower)
-    layers, heads = context.layers(tower, it.layers), check_heads(it.heads, anatomy.heads)
-    mask = selected(context, tower, it.tokens, type(it).__name__, it.allow_noop)
-    rows = rows_at(context, tower, it.queries)
+
+def key_edits(
+    it: Any, context: Context, tokens: Selection, how: str, factor: float, neutral: float | None
+) -> list[Edit]:
+    """One edit per layer of an intervention with layers, heads, queries and steps.
+
+    Args:
+        it: The intervention.
+        context: The model's anatomy and the sample's tokens.
+        tokens: The keys.
+        how: See `sinkscope.kernels.edits.edit_keys`.
+        factor: The factor.
+        neutral: The factor that changes nothing: then no key is edited.
+    """
+    tower, name = it.tower, type(it).__name__
+    layers, heads = (
+        context.layers(tower, it.layers),
+        check_heads(it.heads, context.tower(tower).heads),
+    )
+    mask = selected(context, tower, tokens, name, it.allow_noop)
+    rows = rows_at(context, tower, it.queries, name, it.allow_noop)
+    check_decodes(it.steps, it.queries)
     # Queries are prompt positions: none of them is the query of a decode step.
     if not runs_now(it.steps, context, tower) or (context.step and rows is not None):
         return []
+    if factor == neutral:
+        mask = mask & False
     live = context.pack(tower, context.live(tower), dim=1)
     return [
         Edit(
@@ -50,6 +75,7 @@ def key_edits(intervention: Any, context: Context, how: str, factor: float) -> l
                 "rows": rows,
                 "heads": heads,
             },
+            STAGE_OF[how],
         )
         for layer in layers
     ]
@@ -83,7 +109,7 @@ class MaskKeys:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "mask", 0.0)
+        return key_edits(self, context, self.tokens, "mask", 0.0, None)
 
 
 def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
@@ -92,11 +118,10 @@ def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
     Raises:
         InterventionError: If it is none, or below ``least``.
     """
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor != factor:
-        raise InterventionError(f"Got {name}={factor!r}; expected a number.")
-    if abs(factor) == float("inf") or factor < least:
-        bound = "a finite number" if least == float("-inf") else f"a finite number, {least} or more"
-        raise InterventionError(f"Got {name}={factor!r}; expected {bound}.")
+    number = isinstance(factor, Real) and not isinstance(factor, bool)
+    if not number or not math.isfinite(factor) or factor < least:
+        bound = "" if least == float("-inf") else f", {least:g} or more"
+        raise InterventionError(f"Got {name}={factor!r}; expected a finite number{bound}.")
     return float(factor)
 
 
@@ -140,7 +165,7 @@ class ScaleKeys:
         """One edit per layer."""
         factor = check_factor("factor", self.factor)
         check_neutral("ScaleKeys", factor, 1.0, self.allow_noop)
-        return key_edits(self, context, "scale", factor)
+        return key_edits(self, context, self.tokens, "scale", factor, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +198,7 @@ class ScaleAttention:
         factor = check_factor("factor", self.factor, least)
         check_neutral("ScaleAttention", factor, 1.0, self.allow_noop)
         how = "weight" if self.renormalize else "weight without renormalising"
-        return key_edits(self, context, how, factor)
+        return key_edits(self, context, self.tokens, how, factor, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,149 +227,12 @@ class AttentionKnockout:
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         same = MaskKeys(
-            self.keys, self.layers, self.heads, self.queries, self.steps, self.tower,
+            self.keys,
+            self.layers,
+            self.heads,
+            self.queries,
+            self.steps,
+            self.tower,
             self.allow_noop,
         )
         return same.edits(context)
-
-
-@dataclass(frozen=True, eq=False)
-class ImageCentric:
-    """The selection rule of VAR (Kang et al. 2503.03321): which rows and heads look at the image.
-
-    A (layer, head, query) is edited if at least ``least_visual`` of its attention lies on the image
-    and at most ``most_sink_share`` of that on visual sinks.
-
-    Args:
-        visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
-        least_visual: 0.2 in paper and code.
-        most_sink_share: ``rho`` of the code, 0.5; the paper's rho bounds the non-sink share from
-            below, so it is one minus this.
-    """
-
-    visual_sinks: Selection
-    least_visual: float = 0.2
-    most_sink_share: float = 0.5
-
-
-def after_image(context: Context) -> Tensor:
-    """Live positions after the row's last image token."""
-    visual = context.tokens.image >= 0
-    places = torch.arange(visual.shape[1])
-    last = torch.where(visual, places, -1).amax(dim=1)
-    return context.tokens.live & (places > last[:, None])
-
-
-@dataclass(frozen=True, eq=False)
-class Redistribute:
-    """Move attention from source tokens to target tokens in proportion (VAR, ACT).
-
-    Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
-    goes to the target in proportion to its weights. The presets name the two readings of VAR.
-
-    Args:
-        source: Keys that give.
-        target: Keys that receive; must not overlap the source.
-        recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
-            released code keeps ``p = 0.6`` and so takes 0.4.
-        layers: Block indices, or None for all.
-        select: Which rows and heads; None for all.
-        queries: ``"after image"`` for prompt positions after the last image token (and every decode
-            step), a selection of prompt positions, or None for all.
-        heads: Query heads, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether touching nothing is fine.
-    """
-
-    source: Selection
-    target: Selection
-    recycle: float
-    layers: Any = None
-    select: ImageCentric | None = None
-    queries: Selection | None = None
-    heads: Sequence[int] | None = None
-    steps: str = "all"
-    allow_noop: bool = False
-    tower: Tower = "language"
-
-    @classmethod
-    def var_paper(
-        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
-    ) -> Redistribute:
-        """VAR as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
-        return cls._var(trace, layers, p, 1 - rho)
-
-    @classmethod
-    def var_code(
-        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
-    ) -> Redistribute:
-        """VAR as its code does it: keep ``p``, sink share at most ``rho``."""
-        return cls._var(trace, layers, 1 - p, rho)
-
-    @classmethod
-    def _var(cls, trace: SinkTrace, layers: Any, recycle: float, share: float) -> Redistribute:
-        """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
-        rule = trace.l_detection.mask
-        visual = (trace.sample.tokens.image >= 0)[:, None]
-        chosen = tuple(range(2, trace.n_layers)) if layers is None else layers
-        return cls(
-            source=rule,
-            target=visual & ~rule,
-            recycle=recycle,
-            layers=chosen,
-            select=ImageCentric(rule & visual, 0.2, share),
-            queries="after image",
-            allow_noop=not bool((rule & visual).any()),
-        )
-
-    def edits(self, context: Context) -> list[Edit]:
-        """One edit per layer."""
-        recycle = check_factor("recycle", self.recycle, 0.0)
-        if recycle > 1:
-            raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
-        check_neutral("Redistribute", recycle, 0.0, self.allow_noop)
-        what = "Redistribute"
-        source = selected(context, self.tower, self.source, what, self.allow_noop)
-        target = selected(context, self.tower, self.target, what, self.allow_noop)
-        if (source & target).any():
-            raise InterventionError(
-                f"Got {int((source & target).sum())} tokens in both source and target; expected "
-                "disjoint sets. Write target & ~source."
-            )
-        if isinstance(self.queries, str) and self.queries == "after image":
-            rows = None if context.step else after_image(context)
-        else:
-            rows = rows_at(context, self.tower, self.queries)
-            if context.step and rows is not None:
-                return []
-        if not runs_now(self.steps, context, self.tower):
-            return []
-        heads = check_heads(self.heads, context.tower(self.tower).heads)
-        return [
-            Edit(
-                Site(self.tower, "attention", layer),
-                kernels.edit_mass,
-                {
-                    "source": at_layer(source, layer),
-                    "target": at_layer(target, layer),
-                    "live": context.live(self.tower),
-                    "recycle": recycle,
-                    "rows": rows,
-                    "heads": heads,
-                    **self._rule(context, layer),
-                },
-            )
-            for layer in context.layers(self.tower, self.layers)
-        ]
-
-    def _rule(self, context: Context, layer: int) -> dict[str, Any]:
-        """The parameters of the image-centric rule at one layer."""
-        if self.select is None:
-            return {}
-        sinks = selected(context, self.tower, self.select.visual_sinks, "ImageCentric", True)
-        return {
-            "visual": context.tokens.image >= 0,
-            "visual_sinks": at_layer(sinks, layer),
-            "least_visual": self.select.least_visual,
-            "most_sink_share": self.select.most_sink_share,
-        }

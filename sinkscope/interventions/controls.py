@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from sinkscope.errors import InterventionError, NoEffectError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from sinkscope.experiments.trace import SinkTrace
     from sinkscope.models.lvlm import LVLM
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MATCHES = ("count", "mass", "position")
 FIELDS = ("tokens", "keys", "source")
+NEXT_TOKEN_KL = "KL of the next token from the unedited run (nats)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +34,14 @@ class ControlResult:
         controls: Float ``[draw batch]``, the scores of the controls.
         base: Float ``[batch]``, the score without any edit.
         match: What the controls share with the edit.
+        score: What the scores are, with their unit.
     """
 
     real: Float[Tensor, " batch"]
     controls: Float[Tensor, "draw batch"]
     base: Float[Tensor, " batch"]
     match: str
+    score: str = "score"
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The central interval of the controls, per batch row."""
@@ -69,6 +73,19 @@ class ControlResult:
                 "p": self.p_value().tolist(),
             }
         )
+
+    def plot(self, row: int = 0) -> Figure:
+        """The edit as a line over the histogram of its controls.
+
+        Args:
+            row: The row of the batch.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.effects import plot_control
+
+        return plot_control(self, row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +131,7 @@ class RandomControl:
         generator = torch.Generator().manual_seed(self.seed)
         pool = ordinary_like(mask, trace)
         draw = draw_by_count if self.match == "count" else self._draw_by_mass
-        return tuple(
-            self._like(field, draw(mask, pool, generator, trace)) for _ in range(self.n)
-        )
+        return tuple(self._like(field, draw(mask, pool, generator, trace)) for _ in range(self.n))
 
     def run(
         self,
@@ -146,7 +161,8 @@ class RandomControl:
             measure(lvlm.run(sample, interventions=[it], logits="last"))
             for it in self.draws(trace, donor)
         ]
-        return ControlResult(real, torch.stack(controls), base, self.match)
+        name = NEXT_TOKEN_KL if score is None else getattr(score, "__name__", "score")
+        return ControlResult(real, torch.stack(controls), base, self.match, name)
 
     def _like(self, field: str, mask: Tensor) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""
@@ -184,6 +200,7 @@ class KLFrom:
     base: Any
 
     def __call__(self, run: Run) -> Tensor:
+        """The divergence of every row."""
         p = self.base.logits[:, -1].float().log_softmax(-1)
         q = run.logits[:, -1].float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)
@@ -274,5 +291,3 @@ def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace | None) -> 
             "Choose another donor."
         )
     return out
-
-

@@ -44,9 +44,7 @@ class Edited:
         **options: Any,
     ) -> Run:
         """`LVLM.run` with these interventions first, then further ones."""
-        return self._model().run(
-            sample, probes, (*self._interventions, *interventions), **options
-        )
+        return self._model().run(sample, probes, (*self._interventions, *interventions), **options)
 
     def generate(
         self,

@@ -6,14 +6,15 @@ model: the runner asks what to edit and the kernel turns the old value into a ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InterventionError, NoEffectError, SelectionError
+from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
 from sinkscope.sites import Site
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ class Edit:
         kernel: At an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``,
             elsewhere ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
+        stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
+            ``"values"``. The edits of one site apply in this order, and in list order inside a
+            stage: a mask holds whatever is redistributed beside it.
     """
 
     site: Site
     kernel: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    stage: str = "values"
 
 
 @runtime_checkable
@@ -66,8 +71,10 @@ class Effect:
 
     Attributes:
         sites: Every site that was edited, in forward order.
-        rows: Int ``[batch site]``: query rows touched (tokens, for edits of states).
-        empty: Int ``[batch site]``: rows left as they were because they see edited keys only.
+        rows: Int ``[batch site]``: query rows touched in some head (tokens, for edits of states). In
+            the vision tower the first axis counts images; a packed tower has one row for all.
+        empty: Int ``[batch site]``: rows left as they were in some head, because the edit would
+            leave them no key to see.
         tokens: Int ``[batch site]``: edited keys (or tokens).
         mass_before: Float ``[batch site]``: mean attention of the touched rows and heads on the
             edited keys before; NaN where nothing was touched or masses do not change.
@@ -90,7 +97,9 @@ class Effect:
     def layers(self) -> tuple[int, ...]:
         """Layers in which some row was touched."""
         touched = self.rows.sum(0) > 0
-        return tuple(sorted({s.layer for s, t in zip(self.sites, touched.tolist()) if t}))
+        return tuple(
+            sorted({s.layer for s, t in zip(self.sites, touched.tolist(), strict=True) if t})
+        )
 
     @property
     def touched(self) -> Tensor:
@@ -135,8 +144,14 @@ def effect_from(answers: Mapping[Site, Mapping[str, Tensor]], step: int) -> Effe
         return out.masked_fill(stacked("count") == 0, float("nan"))
 
     return Effect(
-        sites, stacked("rows"), stacked("empty"), stacked("tokens"), mean("before"),
-        mean("after"), None, step,
+        sites,
+        stacked("rows"),
+        stacked("empty"),
+        stacked("tokens"),
+        mean("before"),
+        mean("after"),
+        None,
+        step,
     )
 
 
@@ -147,7 +162,9 @@ def check_steps(steps: str) -> str:
         InterventionError: If it is none.
     """
     if steps not in STEPS:
-        raise InterventionError(f"Got steps={steps!r}; expected one of {STEPS}.")
+        raise InterventionError(
+            f"Got steps={steps!r}; expected one of {STEPS}. {nearest(str(steps), STEPS)}"
+        )
     return steps
 
 
@@ -171,10 +188,18 @@ def selected(
     mask = mask if mask.ndim == 3 else mask[:, None]
     if not mask.any() and not allow_empty:
         raise NoEffectError(
-            f"{what} was given a selection without any token; expected at least one in some row. "
-            "Nothing would change: look at the selection, or write allow_noop=True."
+            f"{what} was given {named(tokens)} without any token; expected at least one in some "
+            "row. Nothing would change: look at the selection, or write allow_noop=True."
         )
     return mask
+
+
+def named(selection: Selection) -> str:
+    """What to call a selection in a message."""
+    if not isinstance(selection, str):
+        return "a selection"
+    hint = " (without a BOS token the first one is 'first')" if selection == "bos" else ""
+    return f"the selection {selection!r}{hint}"
 
 
 def at_layer(mask: Tensor, layer: int) -> Tensor:
@@ -190,23 +215,28 @@ def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
     """
     if heads is None:
         return None
-    wanted = [heads] if isinstance(heads, int) else list(heads)
+    several = isinstance(heads, Iterable) and not isinstance(heads, str)
+    wanted = list(heads) if several else [heads]
     if not wanted:
         raise InterventionError("Got no heads; expected at least one, or None for all.")
     for head in wanted:
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
+        whole = isinstance(head, Integral) and not isinstance(head, bool)
+        if not whole or not 0 <= int(head) < count:
             raise InterventionError(
                 f"Got head {head!r}; expected query heads from 0 to {count - 1}. With grouped "
                 "queries several query heads share a key-value head: these are query heads."
             )
-    return sorted(set(wanted))
+    return sorted({int(head) for head in wanted})
 
 
-def rows_at(context: Context, tower: str, queries: Selection | None) -> Tensor | None:
+def rows_at(
+    context: Context, tower: str, queries: Selection | None, what: str, allow_empty: bool
+) -> Tensor | None:
     """Selected query rows in the model's layout, or None for all.
 
     Raises:
         SelectionError: If the selection differs by layer.
+        NoEffectError: If it is empty in every row.
     """
     if queries is None:
         return None
@@ -214,6 +244,38 @@ def rows_at(context: Context, tower: str, queries: Selection | None) -> Tensor |
     if mask.ndim != 2:
         raise SelectionError(
             f"Got queries of shape {tuple(mask.shape)}; expected one mask for all layers, "
-            "[batch pos]."
+            "[batch pos]. Write one intervention per layer, or mask.any(dim=1)."
+        )
+    if not mask.any() and not allow_empty:
+        raise NoEffectError(
+            f"{what} was given queries, {named(queries)}, without any position; expected at least "
+            "one in some row, or None for all."
         )
     return context.pack(tower, mask, dim=1)
+
+
+def check_decodes(steps: str, queries: Selection | None) -> None:
+    """Refuse to edit prompt positions at decode steps only.
+
+    Raises:
+        InterventionError: If so.
+    """
+    if check_steps(steps) == "decode" and queries is not None:
+        raise InterventionError(
+            "Got queries together with steps='decode'; expected either. Queries are prompt "
+            "positions and a decode step has one query, the newest token: write queries=None."
+        )
+
+
+def check_prompt_only(steps: str, what: str) -> None:
+    """Refuse decode steps for an edit of prompt tokens' states.
+
+    Raises:
+        InterventionError: If so.
+    """
+    if check_steps(steps) == "decode":
+        raise InterventionError(
+            f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here. "
+            "It edits states of prompt tokens, which exist in the first pass only and live on in "
+            "the cache."
+        )

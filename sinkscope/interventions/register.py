@@ -114,8 +114,13 @@ def find_register_neurons(
         Layer -> neuron indices.
 
     Raises:
-        InterventionError: If no sample has an outlier.
+        InterventionError: If no sample has an outlier, or there is not one mask per sample.
     """
+    if len(samples) != len(tokens):
+        raise InterventionError(
+            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens per "
+            "sample."
+        )
     if not any(bool(mask.any()) for mask in tokens):
         raise InterventionError(
             "Got no outlier token in any sample; expected some. Detect them first, for instance "
@@ -124,14 +129,18 @@ def find_register_neurons(
     n = lvlm.anatomy.vision.n_layers
     layers = list(range(n if max_layer is None else max_layer + 1))
     total: dict[int, Tensor] = {}
-    for sample, mask in zip(samples, tokens):
+    for sample, mask in zip(samples, tokens, strict=True):
         probe = NeuronActivity(mask, layers)
         found = lvlm.run(sample, probes=[probe], logits="last")[probe].activity
         seen = mask.any(dim=1)
         for layer, activity in found.items():
             total[layer] = total.get(layer, torch.zeros(1)) + activity[seen].sum(0)
     ranked = sorted(
-        ((float(value), layer, neuron) for layer in layers for neuron, value in enumerate(total[layer])),
+        (
+            (float(value), layer, neuron)
+            for layer in layers
+            for neuron, value in enumerate(total[layer])
+        ),
         reverse=True,
     )
     out: dict[int, list[int]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,32 @@ def check_interventions(interventions: Any) -> list[Intervention]:
     Raises:
         InterventionError: If something else came.
     """
-    if isinstance(interventions, Intervention) and not isinstance(interventions, (list, tuple)):
+    if isinstance(interventions, type):
+        raise InterventionError(
+            f"Got the class {interventions.__name__}; expected a list of interventions. Write "
+            f"interventions=[{interventions.__name__}(...)]."
+        )
+    if isinstance(interventions, Intervention):
         raise InterventionError(
             f"Got one {type(interventions).__name__}; expected a list of interventions. Write "
             "interventions=[it]."
         )
+    if not isinstance(interventions, Iterable) or isinstance(interventions, (str, Mapping)):
+        raise InterventionError(
+            f"Got interventions={interventions!r}; expected a list, such as "
+            "[ss.MaskKeys(trace.v_sinks, layers=[4])]."
+        )
     out = list(interventions)
     for it in out:
-        if isinstance(it, type) or not isinstance(it, Intervention):
+        if isinstance(it, type):
             raise InterventionError(
-                f"Got {it!r} among the interventions; expected objects such as "
-                "ss.MaskKeys(trace.v_sinks, layers=[4])."
+                f"Got the class {it.__name__} among the interventions; expected an object of it. "
+                f"Write {it.__name__}(...)."
+            )
+        if not isinstance(it, Intervention):
+            raise InterventionError(
+                f"Got {it!r} among the interventions; expected objects with edits(), steps and "
+                "allow_noop, such as ss.MaskKeys(trace.v_sinks, layers=[4])."
             )
     if len({id(it) for it in out}) < len(out):
         raise InterventionError(
@@ -44,20 +59,23 @@ def check_interventions(interventions: Any) -> list[Intervention]:
 
 
 def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:
-    """Refuse probes of a tower whose positions an intervention changes.
+    """Refuse what counts a tower's positions beside an edit that adds some to it.
 
     Raises:
-        InterventionError: If there is one.
+        InterventionError: If so.
     """
     for it in interventions:
-        hidden = getattr(it, "changes_positions_of", None)
-        for probe in probes:
-            if hidden is not None and probe.tower == hidden:
-                raise InterventionError(
-                    f"Got {type(probe).__name__}(tower={hidden!r}) beside {type(it).__name__}, which "
-                    f"adds positions to that tower; expected probes of the other tower. Run the "
-                    "probe on a pass of its own."
-                )
+        tower = getattr(it, "changes_positions_of", None)
+        if tower is None:
+            continue
+        others = [other for other in (*probes, *interventions) if other is not it]
+        clash = [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]
+        if clash:
+            raise InterventionError(
+                f"Got {clash} of the {tower} tower beside {type(it).__name__}, which adds positions "
+                "to that tower; expected probes and edits of the other one only. Run them in a pass "
+                "of their own."
+            )
 
 
 def require_effects(
@@ -70,21 +88,31 @@ def require_effects(
     """
     for it in interventions:
         mine = [effects[it] for effects in steps if it in effects]
-        if it.allow_noop or any(bool(effect.touched.any()) for effect in mine):
-            continue
-        name = type(it).__name__
-        if not mine:
-            raise NoEffectError(
-                f"{name} never ran in {len(steps)} forward passes; expected at least one at "
-                f"steps={it.steps!r}. A decode-only edit needs an answer of two tokens or more, and "
-                "queries are prompt positions."
-            )
-        empty = sum(int(effect.empty.sum()) for effect in mine)
-        raise NoEffectError(
-            f"{name} touched no row in {len(mine)} forward passes ({empty} rows saw edited keys "
-            "only); expected at least one. Are the tokens visible to the queries? Write "
-            "allow_noop=True if nothing may happen."
+        if not it.allow_noop and not any(bool(effect.touched.any()) for effect in mine):
+            raise NoEffectError(why_nothing(it, mine, len(steps)))
+
+
+def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str:
+    """Why an intervention touched nothing, as far as its effects tell."""
+    name, allow = type(it).__name__, "Write allow_noop=True if nothing may happen."
+    if not effects:
+        return (
+            f"{name} never ran in {passes} forward passes; expected at least one at "
+            f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
+            "decode-only edit needs max_new_tokens=2 or more. " + allow
         )
+    if not any(site.name == "attention" for effect in effects for site in effect.sites):
+        return f"{name} left every token as it was; expected at least one to change. " + allow
+    if empty := sum(int(effect.empty.sum()) for effect in effects):
+        return (
+            f"{name} touched no row: the {empty} that see the edited keys see nothing else, and "
+            "such a row keeps its unedited output. Leave some key to attend to. " + allow
+        )
+    return (
+        f"{name} touched no row in {len(effects)} forward passes; expected at least one. No "
+        "selected query sees the edited tokens: they come later, lie outside the window, or are "
+        "masked already. " + allow
+    )
 
 
 def with_kl(edited: Run, plain: Run, last: Tensor) -> Run:

@@ -1,9 +1,10 @@
-"""Interventions on values and states: ablate, clamp, patch, scale and move tokens."""
+"""Interventions on states: set channels, patch, scale and move tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,141 +12,15 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.attention import check_factor, check_neutral
-from sinkscope.interventions.protocol import (
-    Edit,
-    at_layer,
-    check_heads,
-    rows_at,
-    runs_now,
-    selected,
-)
-from sinkscope.kernels import edits as kernels
+from sinkscope.interventions.protocol import Edit, at_layer, check_prompt_only, selected
+from sinkscope.interventions.values import others
+from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.models.context import Context
-
-
-@dataclass(frozen=True, eq=False)
-class AblateValues:
-    """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
-
-    Report several replacements side by side: zeroing alone can mislead (2604.14433).
-
-    Args:
-        tokens: The keys.
-        replacement: ``"zero"``; ``"mean"`` of the row's other live tokens; ``"resample"``: each takes
-            the value of a random other token (of the image, for image tokens); or a tensor that
-            broadcasts to ``[batch kv_head pos d_head]``.
-        layers: Block indices, or None for all.
-        heads: Query heads, or None for all.
-        queries: Prompt positions, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        tower: ``"language"``, or ``"vision"`` where it is not packed.
-        seed: For resampling.
-        allow_noop: Whether touching nothing is fine.
-    """
-
-    tokens: Selection
-    replacement: str | Tensor = "zero"
-    layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    seed: int = 0
-    allow_noop: bool = False
-
-    def edits(self, context: Context) -> list[Edit]:
-        """One edit per layer."""
-        how = "tensor" if isinstance(self.replacement, Tensor) else self.replacement
-        if how not in ("zero", "mean", "resample", "tensor"):
-            raise InterventionError(
-                f"Got replacement={how!r}; expected 'zero', 'mean', 'resample' or a tensor."
-            )
-        tower = self.tower
-        if context.layout(tower) is not None and how != "zero":
-            raise InterventionError(
-                f"Got replacement={how!r} in a packed vision tower; expected 'zero'."
-            )
-        mask = selected(context, tower, self.tokens, "AblateValues", self.allow_noop)
-        heads = check_heads(self.heads, context.tower(tower).heads)
-        rows = rows_at(context, tower, self.queries)
-        if not runs_now(self.steps, context, tower) or (context.step and rows is not None):
-            return []
-        live = context.tokens.vision.live if tower == "vision" else context.tokens.live
-        return [
-            Edit(
-                Site(tower, "attention", layer),
-                kernels.edit_values,
-                {
-                    "keys": context.pack(tower, at_layer(mask, layer), dim=1),
-                    "live": context.pack(tower, context.live(tower), dim=1),
-                    "how": how,
-                    "donors": self._donors(context, at_layer(mask, layer), live, how),
-                    "tensor": self._tensor(context, live) if how == "tensor" else None,
-                    "rows": rows,
-                    "heads": heads,
-                },
-            )
-            for layer in context.layers(tower, self.layers)
-        ]
-
-    def _donors(self, context: Context, mask: Tensor, live: Tensor, how: str) -> Tensor | None:
-        """Who the mean is over, or which token each takes its value from."""
-        if how == "mean":
-            return live & ~mask
-        if how != "resample":
-            return None
-        visual = context.tokens.image >= 0 if self.tower == "language" else live
-        return random_donors(mask, live, visual, self.seed)
-
-    def _tensor(self, context: Context, live: Tensor) -> Tensor:
-        """The given values, checked to broadcast."""
-        tower = context.tower(self.tower)
-        wanted = (live.shape[0], tower.kv_heads, live.shape[1], tower.d_head)
-        assert isinstance(self.replacement, Tensor)
-        try:
-            return self.replacement.expand(wanted)
-        except RuntimeError as error:
-            raise InterventionError(
-                f"Got values of shape {tuple(self.replacement.shape)}; expected something that "
-                f"broadcasts to [batch kv_head pos d_head] = {wanted}."
-            ) from error
-
-
-def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tensor:
-    """For every selected position a random unselected one of its row; itself for the others.
-
-    Args:
-        mask: Bool ``[batch pos]`` selected positions.
-        live: Bool ``[batch pos]``.
-        visual: Bool ``[batch pos]``: image tokens draw from image tokens, the others from the rest.
-        seed: Of the draw.
-
-    Returns:
-        Int ``[batch pos]``.
-
-    Raises:
-        InterventionError: If there is no unselected token of the kind.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    out = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
-    for b in range(mask.shape[0]):
-        for kind in (visual[b], ~visual[b]):
-            takers = (mask[b] & kind & live[b]).nonzero().flatten()
-            pool = (~mask[b] & kind & live[b]).nonzero().flatten()
-            if not len(takers):
-                continue
-            if not len(pool):
-                raise InterventionError(
-                    f"Got a selection that holds every token of its kind in row {b}; expected some "
-                    "left to resample from. Write replacement='zero' or a tensor."
-                )
-            out[b, takers] = pool[torch.randint(len(pool), (len(takers),), generator=generator)]
-    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,29 +51,51 @@ class AblateActivations:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer; prompt tokens exist in the first pass only."""
-        how = "set" if isinstance(self.replacement, (int, float)) else self.replacement
-        if how not in ("zero", "mean", "clamp", "set"):
-            raise InterventionError(
-                f"Got replacement={how!r}; expected 'zero', 'mean', 'clamp' or a number."
-            )
-        if how == "clamp" and not (self.value is not None and self.value >= 0):
-            raise InterventionError(
-                f"Got value={self.value!r} for 'clamp'; expected a magnitude of 0 or more."
-            )
+        how = self._how()
+        check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
         mask = selected(context, self.tower, self.tokens, "AblateActivations", self.allow_noop)
-        if not runs_now(self.steps, context, self.tower) or context.step:
+        site, layers = check_site(self.site), context.layers(self.tower, self.layers)
+        if context.step:
             return []
-        live = context.live(self.tower)
-        site = check_site(self.site)
         out = []
-        for layer in context.layers(self.tower, self.layers):
+        for layer in layers:
             chosen = at_layer(mask, layer)
-            value = {"mean": live & ~chosen, "set": self.replacement}.get(how, self.value)
+            value: Any = {"set": self.replacement, "clamp": self.value}.get(how)
+            if how == "mean":
+                value = others(context.live(self.tower), chosen, "AblateActivations")
             parameters = {"mask": chosen, "dims": dims, "how": how, "value": value}
             parameters["layout"] = context.layout(self.tower)
             out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, parameters))
         return out
+
+    def _how(self) -> str:
+        """The kind of replacement.
+
+        Raises:
+            InterventionError: If it is unknown, or ``value`` is missing or means nothing.
+        """
+        number = isinstance(self.replacement, Real) and not isinstance(self.replacement, bool)
+        how = "set" if number else self.replacement
+        if how not in ("zero", "mean", "clamp", "set"):
+            raise InterventionError(
+                f"Got replacement={how!r}; expected 'zero', 'mean', 'clamp' or a number."
+            )
+        if how == "set":
+            check_factor("replacement", self.replacement)
+        if how != "clamp" and self.value is not None:
+            raise InterventionError(
+                f"Got value={self.value!r} with replacement={self.replacement!r}; expected it with "
+                f"'clamp' only. To set channels write replacement={self.value!r}."
+            )
+        if how == "clamp":
+            if self.value is None:
+                raise InterventionError(
+                    "Got replacement='clamp' without a value; expected the largest magnitude to "
+                    "keep. Write value=10.0."
+                )
+            check_factor("value", self.value, 0.0)
+        return str(how)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,33 +122,49 @@ class PatchActivations:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        layers = context.layers(self.tower, self.layers)
+        check_prompt_only(self.steps, "PatchActivations")
+        layers, site = context.layers(self.tower, self.layers), check_site(self.site)
+        mask = selected(context, self.tower, self.tokens, "PatchActivations", self.allow_noop)
+        if context.step:
+            return []
+        states = self._donor(context, layers)
+        parts = []
+        for i, layer in enumerate(layers):
+            chosen, donor = at_layer(mask, layer), states[:, i]
+            if donor[chosen].isnan().any():
+                raise InterventionError(
+                    f"Got states with NaN at tokens to overwrite (layer {layer}); expected the "
+                    "donor to have them. They were padding there, or not among the probe's tokens."
+                )
+            parameters = {"mask": chosen, "donor": donor.nan_to_num()}
+            parameters["layout"] = context.layout(self.tower)
+            parts.append(Edit(Site(self.tower, site, layer), kernels.edit_states, parameters))
+        return parts
+
+    def _donor(self, context: Context, layers: tuple[int, ...]) -> Tensor:
+        """The donor's states, ``[batch layer pos d_model]``.
+
+        Raises:
+            InterventionError: If they are of another shape, other layers or another site.
+        """
+        for name, wanted in (("layers", layers), ("site", self.site)):
+            found = getattr(self.states, name, wanted)
+            if found != wanted:
+                raise InterventionError(
+                    f"Got states of {name} {found!r} to patch at {name} {wanted!r}; expected the "
+                    f"same. Write {name}={found!r}, or read others with ss.ResidualStates."
+                )
         states = getattr(self.states, "states", self.states)
-        live = context.live(self.tower) if not context.step else context.tokens.live
+        live = context.live(self.tower)
         wanted = (live.shape[0], len(layers), live.shape[1], context.tower(self.tower).d_model)
         if not isinstance(states, Tensor) or tuple(states.shape) != wanted:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise InterventionError(
                 f"Got states of shape {shape}; expected [batch layer pos d_model] = {wanted}: those "
                 "of a run with a prompt of the same shape. Read them with "
-                "ss.ResidualStates(layers, site=...)."
+                "ss.ResidualStates(layers=..., site=...)."
             )
-        mask = selected(context, self.tower, self.tokens, "PatchActivations", self.allow_noop)
-        if context.step:
-            return []
-        filled = states.nan_to_num()
-        return [
-            Edit(
-                Site(self.tower, check_site(self.site), layer),
-                kernels.edit_states,
-                {
-                    "mask": at_layer(mask, layer) & live,
-                    "donor": filled[:, i],
-                    "layout": context.layout(self.tower),
-                },
-            )
-            for i, layer in enumerate(layers)
-        ]
+        return states.detach().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,10 +190,12 @@ class ScaleTokens:
         """One edit of the embeddings."""
         factor = check_factor("factor", self.factor)
         check_neutral("ScaleTokens", factor, 1.0, self.allow_noop)
+        check_prompt_only(self.steps, "ScaleTokens")
         mask = selected(context, "language", self.tokens, "ScaleTokens", self.allow_noop)
         if context.step:
             return []
-        parameters = {"mask": at_layer(mask, 0), "factor": torch.tensor(factor)}
+        mask = mask & (factor != 1.0)
+        parameters = {"mask": at_layer(mask, 0), "factor": factor}
         return [Edit(Site("language", "resid_pre", 0), kernels.scale_states, parameters)]
 
 
@@ -303,6 +218,7 @@ class SinkToFront:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
+        check_prompt_only(self.steps, "SinkToFront")
         mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
         mask = at_layer(mask, 0)
         image = context.tokens.image
@@ -319,6 +235,4 @@ class SinkToFront:
                 block = (image[b] == index).nonzero().flatten()
                 front = mask[b, block]
                 order[b, block] = torch.cat([block[front], block[~front]])
-        return [
-            Edit(Site("language", "resid_pre", 0), kernels.permute_states, {"order": order})
-        ]
+        return [Edit(Site("language", "resid_pre", 0), kernels.permute_states, {"order": order})]

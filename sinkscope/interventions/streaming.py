@@ -41,11 +41,13 @@ class EvictKeys:
         """One edit per layer."""
         for name, value, least in (("start", self.start, 0), ("recent", self.recent, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InterventionError(f"Got {name}={value!r}; expected an int of {least} or more.")
+                raise InterventionError(
+                    f"Got {name}={value!r}; expected an int of {least} or more."
+                )
         if not runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
         return [
-            Edit(Site("language", "attention", layer), evict_keys, parameters)
+            Edit(Site("language", "attention", layer), evict_keys, parameters, "logits")
             for layer in context.layers("language", self.layers)
         ]

@@ -38,7 +38,7 @@ def arguments(call):
     return named, rest
 
 
-def ask(call, query=None, key=None, value=None, float32=False):
+def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     """The model's own attention on other tensors.
 
     Args:
@@ -47,11 +47,19 @@ def ask(call, query=None, key=None, value=None, float32=False):
         key: Replacement key ``[batch kv_head key d_head]`` or None.
         value: Replacement value ``[batch kv_head key d_head]`` or None.
         float32: Whether to compute in fp32 whatever the model's dtype.
+        keep: ``[batch key]`` weights of the values: what chosen keys write. Values that an edit
+            replaced for some rows or heads are weighed after it.
 
     Returns:
         ``[batch query head d_head]``, as ``transformers`` lays it out.
     """
     named, rest = arguments(call)
+    if keep is not None and hasattr(call[0], "recipe"):
+        rest = {**rest, "keep": keep}
+    elif keep is not None:
+        value = (named["value"] if value is None else value) * keep[:, None, :, None].to(
+            named["value"].dtype
+        )
     mask = named["attention_mask"]
     tensors = [
         named["query"] if query is None else query,
@@ -64,7 +72,10 @@ def ask(call, query=None, key=None, value=None, float32=False):
             mask = mask.float().clamp(min=torch.finfo(torch.float32).min)
     if mask is not None and mask.is_floating_point() and mask.dtype != tensors[0].dtype:
         mask = mask.to(tensors[0].dtype)
-    return call[0](named["module"], *tensors, mask, **rest)[0]
+    # Autocast, which the model or a server may run under, would round what was asked for in fp32.
+    device = tensors[0].device.type
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not float32):
+        return call[0](named["module"], *tensors, mask, **rest)[0]
 
 
 def spans(calls):
@@ -131,6 +142,7 @@ def weigh_values(call, x, null=False, float32=False):
     """
     if null:
         call = (getattr(call[0], "plain", call[0]), *call[1:])
+    call = (getattr(call[0], "attends", call[0]), *call[1:])
     named, _ = arguments(call)
     value = named["value"]
     query = torch.zeros_like(named["query"]) if null else None
@@ -162,6 +174,7 @@ def weigh_queries(call, weights, null=False):
     """
     if null:
         call = (getattr(call[0], "plain", call[0]), *call[1:])
+    call = (getattr(call[0], "attends", call[0]), *call[1:])
     named, _ = arguments(call)
     query, value = named["query"].detach(), named["value"]
     heads, kv_heads, width = query.shape[1], value.shape[1], value.shape[-1]
@@ -343,7 +356,7 @@ def patterns(calls, state, rows, layout=None):
     onehot = (rows[..., None] == places).float()
     parts = [
         weigh_queries(call, onehot[..., q_at:q_to])
-        for call, (q_at, q_to, _, _) in zip(calls, located)
+        for call, (q_at, q_to, _, _) in zip(calls, located, strict=True)
     ]
     pattern = torch.cat(parts, dim=-1)
     absent = (rows < 0)[:, None, :, None].expand(-1, pattern.shape[1], -1, n_key)
@@ -395,14 +408,12 @@ def contribution_norms(calls, state, groups, projection, layout=None):
     weight = projection.weight
     totals, heads_out = [], []
     for call, (_, _, k_at, k_to) in zip(calls, spans(calls), strict=True):
-        value = arguments(call)[0]["value"]
         part = (
             groups[:, k_at:k_to] if len(calls) > 1 else fit_keys(groups, k_to, state.get("step", 0))
         )
         total, per_head = [], []
         for group in range(part.shape[-1]):
-            chosen = part[..., group][:, None, :, None].to(value)
-            written = ask(call, value=value * chosen).float()
+            written = ask(call, keep=part[..., group]).float()
             blocks = weight.float().reshape(weight.shape[0], written.shape[2], written.shape[3])
             gram = torch.einsum("ohd,ohe->hde", blocks, blocks)
             square = torch.einsum("bqhd,hde,bqhe->bhq", written, gram, written)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from sinkscope.kernels.attention import arguments
-from sinkscope.kernels.edits import effect_of, head_mask, masked, named_call, wrap
+from sinkscope.kernels.edits import masked
+from sinkscope.kernels.gates import effect_of, head_mask
+from sinkscope.kernels.recipe import with_change
 
 
 def evict_keys(call, state, span, live, start, recent, measure=True):
@@ -36,12 +38,12 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
     rows = lost.any(-1) & alive[:, -n_query:]
     gate = rows[:, :, None, None] & head_mask(call, None, rows)
 
-    def change(function, named, rest):
+    def change(named, rest):
         zero = torch.zeros(lost.shape[0], n_key, device=lost.device)
         mask = masked(named, rest, zero)
         mask = mask.masked_fill(lost[:, None], torch.finfo(mask.dtype).min)
-        return named_call(function, {**named, "attention_mask": mask}, rest)[0]
+        return {**named, "attention_mask": mask}, rest
 
-    after = (wrap(call[0], change, gate), *call[1:])
+    after = with_change(call, "logits", gate, change)
     empty = torch.zeros_like(rows)
     return after, effect_of(call, after, gate, lost[:, -1], empty, measure)

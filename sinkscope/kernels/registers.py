@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sinkscope.kernels.edits import state_effect
+from sinkscope.kernels.states import state_effect
 
 
 def append_tokens(states, state, live, count):

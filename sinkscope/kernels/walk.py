@@ -86,6 +86,7 @@ def edit_call(source, step, call, span, now, state, out):
     device = query_of(call).device
     for slot, kernel, parameters in step["edits"]:
         ready = resolve(None, parameters, device, state)
+        state["edit"] = (slot, step["tower"], step["name"], step["layer"])
         call, effect = kernel(call, state, span, **ready)
         note_effect(out, slot, step, effect)
     if call is not before:
@@ -162,7 +163,7 @@ def detached(value):
     return value.detach().cpu()
 
 
-def walk(root, tracer, plan, number=0):
+def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan inside a trace.
 
     Args:
@@ -170,12 +171,13 @@ def walk(root, tracer, plan, number=0):
         tracer: The running tracer.
         plan: The steps, in forward order.
         number: 0 for the prompt, 1, 2, ... for decode steps.
+        memory: What edits keep from one step of a generation to the next.
 
     Returns:
         ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects
         of edits.
     """
-    out, state = {}, {"step": number}
+    out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         key = (step["tower"], step["name"], step["layer"])

@@ -25,6 +25,9 @@ class TowerAnatomy:
         blocks: Dotted path of every block.
         attention: Dotted path of every block's attention module.
         mlp: Dotted path of every block's MLP.
+        attention_out: Dotted path of the module whose output attention adds to the residual stream:
+            the attention module, or the norm after it where a block has one.
+        mlp_out: The same for the MLP.
         neurons: Dotted path of every MLP's last projection, whose input are the neurons; empty
             where there is none.
         projection: Dotted path of every block's attention output projection, "" if none was found.
@@ -42,6 +45,8 @@ class TowerAnatomy:
     blocks: tuple[str, ...]
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
+    attention_out: tuple[str, ...]
+    mlp_out: tuple[str, ...]
     neurons: tuple[str, ...]
     projection: tuple[str, ...]
     calls: tuple[AttentionCall | NoAttentionCall, ...]
@@ -58,6 +63,11 @@ class TowerAnatomy:
         """Number of blocks."""
         return len(self.blocks)
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Blocks whose attention call was found; the others have a residual stream only."""
+        return tuple(i for i, call in enumerate(self.calls) if isinstance(call, AttentionCall))
+
     def call(self, layer: int) -> AttentionCall:
         """The attention call of a block.
 
@@ -66,7 +76,8 @@ class TowerAnatomy:
         """
         found = self.calls[layer]
         if isinstance(found, NoAttentionCall):
-            raise AttentionCallError(found.reason)
+            others = f" Write layers={list(self.attending)} for the rest." if self.attending else ""
+            raise AttentionCallError(found.reason + others)
         return found
 
     def layers(self, layers: Any) -> tuple[int, ...]:
@@ -84,7 +95,7 @@ class TowerAnatomy:
         if layers is None:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
-        wanted = list(layers) if several else [layers]
+        wanted: list[Any] = list(layers) if several else [layers]
         for layer in wanted:
             if isinstance(layer, bool) or not isinstance(layer, Integral):
                 raise LayerError(
@@ -112,7 +123,7 @@ class Anatomy:
         vision: The vision tower.
         language: The decoder.
         projector: Dotted path of the projector.
-        feed_layers: Vision blocks whose ``resid_post`` feeds the projector.
+        feeds: Vision blocks whose ``resid_post`` feeds the projector, in the order it reads them.
         drops: How many leading ViT tokens (CLS) the projector does not see.
         merge: How many patches per side become one LLM token.
         final_norm: Dotted path of the decoder's final norm.
@@ -126,13 +137,18 @@ class Anatomy:
     vision: TowerAnatomy
     language: TowerAnatomy
     projector: str
-    feed_layers: tuple[int, ...]
+    feeds: tuple[int, ...]
     drops: int
     merge: int
     final_norm: str
     head: str
     image_token_id: int
     vocab: int
+
+    @property
+    def feed_layers(self) -> tuple[int, ...]:
+        """The blocks of `feeds`, ascending and without repeats."""
+        return tuple(sorted(set(self.feeds)))
 
     @property
     def fingerprint(self) -> tuple[Any, ...]:

@@ -25,7 +25,8 @@ class Family:
         name: How we call it.
         projector: Where its projector may lie; the first path that exists is taken.
         packed: Whether the vision tower packs all images into one sequence without a batch axis.
-        feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``.
+        feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
+            in the order in which it reads them.
         drops: ``config -> leading ViT tokens that the projector does not see``.
         merge: ``config -> patches per side that become one LLM token``.
         prefix: ``config -> kinds of the leading ViT tokens``, such as ``("cls",)``.
@@ -56,8 +57,9 @@ def _llava_feed(config: Any, n_layers: int) -> tuple[int, ...]:
     """``vision_feature_layer`` counts hidden states: -1 is the last block's output."""
     chosen = config.vision_feature_layer
     indices = [chosen] if isinstance(chosen, int) else list(chosen)
-    blocks = tuple(sorted({(i if i >= 0 else n_layers + 1 + i) - 1 for i in indices}))
-    if blocks[0] < 0 or blocks[-1] >= n_layers:
+    # Several are concatenated in the order in which they are named.
+    blocks = tuple((i if i >= 0 else n_layers + 1 + i) - 1 for i in indices)
+    if not blocks or min(blocks) < 0 or max(blocks) >= n_layers:
         raise ModelError(
             f"Got vision_feature_layer={chosen!r} with {n_layers} vision blocks; expected hidden "
             f"states from 1 to {n_layers}, or -1 to -{n_layers}."

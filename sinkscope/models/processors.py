@@ -95,4 +95,4 @@ def load_processor(
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
         if config.model_type not in IMAGES_ONLY:
             raise
-    return IMAGES_ONLY[config.model_type].from_pretrained(where, revision=revision)
+    return IMAGES_ONLY[config.model_type].from_pretrained(where, revision=revision or "main")

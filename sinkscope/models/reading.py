@@ -15,10 +15,16 @@ from sinkscope.models.anatomy import Anatomy, TowerAnatomy
 from sinkscope.models.families import Family, family_of
 from sinkscope.models.source import calls_attention, kernel_of, look_for_attention_call
 
+# Norms on what attention or the MLP has made, before it joins the residual stream. The first name
+# means that only in blocks that also have the second (Gemma 2 and 3, OLMo 2; GLM-4 has its own names).
+NORMS_AFTER_ATTENTION = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
 
 
-def read_anatomy(model: nn.Module) -> Anatomy:
+def read_anatomy(model: Any) -> Anatomy:
     """Find the anatomy of a Hugging Face LVLM.
 
     Args:
@@ -33,8 +39,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     config = check_model(model)
     family = family_of(config.model_type)
     paths = {id(module): path for path, module in model.named_modules()}
-    whole: Any = model
-    decoder: nn.Module = whole.get_decoder()
+    decoder: nn.Module = model.get_decoder()
     language_blocks = find_blocks(decoder)
     vision_blocks = find_blocks(model, skip={id(m) for m in decoder.modules()})
     if not language_blocks or not vision_blocks:
@@ -51,11 +56,11 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         vision=vision,
         language=read_tower("language", language_blocks, paths, text_config, packed=False),
         projector=find_projector(model, family),
-        feed_layers=family.feed_layers(config, vision.n_layers),
+        feeds=family.feed_layers(config, vision.n_layers),
         drops=family.drops(config),
         merge=family.merge(config),
         final_norm=paths[id(find_final_norm(decoder))],
-        head=paths[id(whole.get_output_embeddings())],
+        head=paths[id(model.get_output_embeddings())],
         image_token_id=find_image_token_id(config),
         vocab=int(text_config.vocab_size),
     )
@@ -145,6 +150,15 @@ def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
     return max(others, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
+def norms_after(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The norms through which attention and MLP write, in blocks that have them."""
+    children = dict(block.named_children())
+    for after_attention, after_mlp in NORMS_AFTER_ATTENTION:
+        if after_attention in children and after_mlp in children:
+            return children[after_attention], children[after_mlp]
+    return None
+
+
 def neuron_path(mlp: nn.Module, paths: dict[int, str], width: int) -> str:
     """The path of the MLP's last linear map into the residual stream, or "" if there is none."""
     last = [m for m in mlp.modules() if isinstance(m, nn.Linear) and m.out_features == width]
@@ -166,16 +180,18 @@ def read_tower(
     """Read one tower."""
     pairs = [(block, child) for block in blocks if (child := attention_child(block)) is not None]
     projections = [output_projection(child) for _, child in pairs]
+    mlps = [mlp_child(block, child, paths[id(block)]) for block, child in pairs]
+    inner = [(child, mlp) for (_, child), mlp in zip(pairs, mlps, strict=True)]
+    writers = [norms_after(block) or made for (block, _), made in zip(pairs, inner, strict=True)]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     return TowerAnatomy(
         tower=tower,
         blocks=tuple(paths[id(block)] for block, _ in pairs),
         attention=tuple(paths[id(child)] for _, child in pairs),
-        mlp=tuple(paths[id(mlp_child(b, child, paths[id(b)]))] for b, child in pairs),
-        neurons=tuple(
-            neuron_path(mlp_child(b, child, paths[id(b)]), paths, config.hidden_size)
-            for b, child in pairs
-        ),
+        mlp=tuple(paths[id(mlp)] for mlp in mlps),
+        attention_out=tuple(paths[id(writer)] for writer, _ in writers),
+        mlp_out=tuple(paths[id(writer)] for _, writer in writers),
+        neurons=tuple(neuron_path(mlp, paths, config.hidden_size) for mlp in mlps),
         projection=tuple("" if p is None else paths[id(p)] for p in projections),
         calls=tuple(look_for_attention_call(child, paths[id(child)]) for _, child in pairs),
         d_model=config.hidden_size,

@@ -22,6 +22,7 @@ import sinkscope
 from sinkscope.errors import AttentionCallError, CheckpointError
 from sinkscope.interventions.protocol import Edit
 from sinkscope.kernels import walk as walking
+from sinkscope.kernels.recipe import STAGES
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.probes.protocol import Read
 from sinkscope.sites import Site
@@ -96,13 +97,15 @@ def make_plan(
     Args:
         anatomy: The model's anatomy.
         reads: ``(slot, read)``: the slot is the probe's number.
-        edits: ``(slot, edit)``: the slot is the intervention's number.
+        edits: ``(slot, edit)``: the slot is the intervention's number. At one site they apply in the
+            order of their stages, and in the order given inside a stage.
 
     Returns:
         The plan of `sinkscope.kernels.walk`.
     """
     by_site: dict[Site, tuple[list, list]] = {}
-    for kind, questions in enumerate((reads, edits)):
+    staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
+    for kind, questions in enumerate((reads, staged)):
         for slot, one in questions:
             lists = by_site.setdefault(one.site, ([], []))
             lists[kind].append((slot, one.kernel, dict(one.parameters)))
@@ -132,9 +135,9 @@ def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list) -> dict[str,
         }
     path, how = {
         "resid_pre": (tower.blocks[site.layer], "input"),
-        "attn_out": (tower.attention[site.layer], "output"),
+        "attn_out": (tower.attention_out[site.layer], "output"),
         "mlp_hidden": (tower.neurons[site.layer], "input"),
-        "mlp_out": (tower.mlp[site.layer], "output"),
+        "mlp_out": (tower.mlp_out[site.layer], "output"),
         "resid_post": (tower.blocks[site.layer], "output"),
     }[site.name]
     return step | {"path": path, "how": how}
@@ -239,11 +242,11 @@ def generate_plan(
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with begin(**given) as tracer:
-            steps = save([])
+            steps, memory = save([]), {}
             with tracer.invoke(**inputs):
                 for step in tracer.iter[:]:
                     plan = step_plan if step else prompt_plan
-                    answers = walk(model, tracer, plan, step)
+                    answers = walk(model, tracer, plan, step, memory)
                     steps.append((answers, last_logits(model.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)

@@ -38,7 +38,7 @@ class _States:
 def verify_anatomy(lvlm: LVLM) -> None:
     """Check that the sites are what they are called.
 
-    * attention mass over all live tokens sums to one in every block of both towers;
+    * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
     * what the projector writes is found at the image positions of the decoder's input.
 
@@ -47,7 +47,7 @@ def verify_anatomy(lvlm: LVLM) -> None:
     """
     a = lvlm.anatomy
     sample = lvlm.prepare(images=_test_image(), text="a")
-    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feed_layers)
+    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
     states = _States(
         (
             *feeds,
@@ -57,7 +57,9 @@ def verify_anatomy(lvlm: LVLM) -> None:
         )
     )
     sums = [
-        AttentionMass({"all": "all"}, tower=tower, null=False) for tower in ("vision", "language")
+        AttentionMass({"all": "all"}, layers=found, tower=tower, null=False)
+        for tower in ("vision", "language")
+        if (found := a.tower(tower).attending)
     ]
     run = lvlm.run(sample, probes=[states, *sums], logits="last", remote=False)
     tolerance = 2e-2 if lvlm.module.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -95,7 +97,7 @@ def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
     if made.shape != read.shape or not torch.equal(made, read):
         raise ModelError(
             f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
-            f"vision blocks {a.feed_layers} without {a.drops} leading tokens {tuple(made.shape)}. "
+            f"vision blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. "
             "The family's row is wrong for this model: please report it."
         )
 

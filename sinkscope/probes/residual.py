@@ -16,6 +16,7 @@ from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.results import mask_padding, stack_layers, tidy
 from sinkscope.sites import STATE_SITES, Site, Tower
+from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ def check_count(k: Any, most: int, what: str) -> int:
         ProbeError: If it is no int from 1 to ``most``.
     """
     whole = isinstance(k, Integral) and not isinstance(k, bool)
-    if not whole or not 1 <= k <= most:
+    if not whole or not 1 <= int(k) <= most:
         raise ProbeError(f"Got k={k!r}; expected 1 to {most} {what}.")
     return int(k)
 

@@ -81,5 +81,6 @@ class HeadWrites:
     def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
         """Stack the layers and mask the padding."""
         norms = mask_padding(stack_layers(answers, "norms"), context.live_keys(self.tower), 3)
-        rank = stack_layers(answers, "rank")
+        live = context.live(self.tower).any(dim=1)
+        rank = stack_layers(answers, "rank").masked_fill(~live[:, None, None], float("nan"))
         return WriteResult(norms, rank, context.layers(self.tower, self.layers))

@@ -47,7 +47,8 @@ def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
     """Overwrite every parameter of `model` with random values that keep activations in range.
 
     Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
-    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that.
+    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that; learned
+    sink logits ten times it.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,6 +59,8 @@ def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
                 parameter.copy_(noise)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.copy_(noise / 2 + 1.5)
+            elif name.endswith(".sinks"):
+                parameter.copy_(10 * noise)
             else:
                 parameter.copy_(noise / 2 + float(name.endswith("weight")))
 

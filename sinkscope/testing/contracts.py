@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -19,6 +18,12 @@ def require(holds: bool, promise: str) -> None:
     """Raise `ContractError` with the broken promise unless it holds."""
     if not holds:
         raise ContractError(promise)
+
+
+def is_frozen(record: Any) -> bool:
+    """Whether something is an object of a frozen dataclass."""
+    params = getattr(type(record), "__dataclass_params__", None)
+    return params is not None and params.frozen
 
 
 def tensors_of(result: Any) -> dict[str, Tensor]:
@@ -58,14 +63,12 @@ def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> N
     Raises:
         ContractError: If a promise is broken; the message is the promise.
     """
-    frozen = dataclasses.is_dataclass(probe) and type(probe).__dataclass_params__.frozen
-    require(frozen, "a probe is a frozen dataclass: parameters only, no state")
+    require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
     twin = dataclasses.replace(probe)
     plain = lvlm.run(sample)
     run = lvlm.run(sample, probes=[probe, twin])
     result = run[probe]
-    params = getattr(type(result), "__dataclass_params__", None)
-    require(params is not None and params.frozen, "a result is a frozen dataclass")
+    require(is_frozen(result), "a result is a frozen dataclass")
     require(bool(tensors_of(result)), "a result holds at least one tensor")
     require(len(result.to_dataframe()) > 0, "a result has a table with at least one line")
     require(same(run.logits, plain.logits), "a probe changes no bit of the logits")
@@ -107,8 +110,7 @@ def check_intervention(
         ContractError: If a promise is broken; the message is the promise.
     """
     it = make()
-    frozen = dataclasses.is_dataclass(it) and type(it).__dataclass_params__.frozen
-    require(frozen, "an intervention is a frozen dataclass: parameters only, no state")
+    require(is_frozen(it), "an intervention is a frozen dataclass: parameters only, no state")
     plain = lvlm.run(sample).logits
     run = lvlm.run(sample, interventions=[it])
     require(not same(run.logits, plain), "an intervention changes the logits")
@@ -134,9 +136,7 @@ class _MidwayError(Exception):
     """Thrown on purpose."""
 
 
-def check_clean_after_error(
-    make: Callable[[], Any], lvlm: Any, sample: Any, plain: Tensor
-) -> None:
+def check_clean_after_error(make: Callable[[], Any], lvlm: Any, sample: Any, plain: Tensor) -> None:
     """An exception after the first edit of a pass leaves the model as it was.
 
     Raises:

@@ -59,9 +59,7 @@ def gemma3_processor(image_size: int, tokens: int) -> Gemma3Processor:
     """``Gemma3Processor``: images squeezed to a square, ``tokens`` soft tokens each, no pan and scan."""
     tokenizer = gemma_tokenizer()
     return Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(
-            size={"height": image_size, "width": image_size}
-        ),
+        image_processor=Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size}),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
         image_seq_length=tokens,

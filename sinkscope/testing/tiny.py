@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     CLIPVisionConfig,
+    GptOssConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -41,7 +42,18 @@ from sinkscope.testing.processors import (
 )
 
 TOWERS = ("clip", "siglip")
-LLMS = MappingProxyType({"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config})
+LLMS = MappingProxyType(
+    {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt_oss": GptOssConfig}
+)
+# Both experts are always on: which of them come first would depend on the last bit.
+GPT_OSS = MappingProxyType(
+    {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "sliding_window": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+)
 
 
 def tiny_llava(
@@ -64,7 +76,9 @@ def tiny_llava(
     Args:
         tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped) or ``"siglip"``
             (no CLS, ``vision_feature_layer=-1``, all tokens kept, pooling head off).
-        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases) or ``"qwen3"`` (q/k norms).
+        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases), ``"qwen3"`` (q/k norms) or
+            ``"gpt_oss"`` (a learned sink logit per head, every other block sees the last 12
+            positions only, two experts; needs ``attn_implementation="eager"``).
         attn_implementation: as in transformers; ``"eager"`` can return attention weights.
         dtype: of the weights.
         seed: of the weights.
@@ -91,6 +105,7 @@ def tiny_llava(
     processor = llava_processor(tower, image_size, patch_size)
     settings = text_settings(processor, layers, heads, kv_heads)
     settings["head_dim"] = HEAD_DIM
+    settings |= GPT_OSS if llm == "gpt_oss" else {}
     config = LlavaConfig(
         vision_config=_vision_config(tower, vision_layers, image_size, patch_size),
         text_config=LLMS[llm](**settings),
@@ -99,9 +114,7 @@ def tiny_llava(
         vision_feature_layer=-2 if tower == "clip" else -1,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
-    model = build(
-        LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
-    )
+    model = build(LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std)
     return model, processor
 
 

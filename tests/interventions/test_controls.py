@@ -21,7 +21,7 @@ def traced():
 
 
 def test_count_controls_edit_as_many_ordinary_tokens(traced):
-    lvlm, trace, _ = traced
+    _, trace, _ = traced
     control = ss.RandomControl(ss.MaskKeys(trace.v_sinks, layers=[2, 3]), n=5)
     draws = control.draws(trace)
     assert len(draws) == 5
@@ -31,7 +31,7 @@ def test_count_controls_edit_as_many_ordinary_tokens(traced):
         assert not (it.tokens & sinks).any()
         assert it.layers == [2, 3]
     again = control.draws(trace)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(draws, again))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(draws, again, strict=True))
     assert len({tuple(it.tokens.flatten().tolist()) for it in draws}) > 1
 
 
@@ -53,7 +53,7 @@ def test_mass_controls_take_as_much_attention(traced):
 
 
 def test_position_controls_need_another_image(traced):
-    lvlm, trace, other = traced
+    _, trace, other = traced
     control = ss.RandomControl(ss.MaskKeys(trace.v_sinks), match="position")
     with pytest.raises(ss.SinkscopeError, match="without a donor"):
         control.draws(trace)
@@ -79,10 +79,16 @@ def test_the_result_carries_distribution_interval_and_p(traced):
     low, high = result.interval()
     assert (low <= high).all()
     assert result.p_value().item() == pytest.approx(
-        (1 + (
-            (result.controls - result.controls.mean()).abs()
-            >= (result.real - result.controls.mean()).abs()
-        ).sum().item()) / 20
+        (
+            1
+            + (
+                (result.controls - result.controls.mean()).abs()
+                >= (result.real - result.controls.mean()).abs()
+            )
+            .sum()
+            .item()
+        )
+        / 20
     )
     assert set(result.to_dataframe().columns) == {"base", "real", "control", "low", "high", "p"}
 
@@ -139,8 +145,9 @@ def test_eviction_keeps_first_and_recent_keys(tiny, batch, family, kernel):
         kept = ((k < 2) | (q - k < 5)) & (k <= q)
         want = before * kept / (before * kept).sum(-1, keepdim=True)
         assert (after - want).abs().max() < 1e-5
-    out = lvlm.generate(sample, probes=[patterns], interventions=[evict], max_new_tokens=3,
-                        min_new_tokens=3)
+    out = lvlm.generate(
+        sample, probes=[patterns], interventions=[evict], max_new_tokens=3, min_new_tokens=3
+    )
     last = out.steps[2][patterns].patterns[:, 0, :, 0]
     assert torch.allclose((last.nan_to_num() > 0).sum(-1).float(), torch.tensor(7.0))
 
@@ -156,9 +163,7 @@ def test_a_register_takes_over_the_neurons_and_stays_inside_the_tower(tiny, fami
     probe = ss.NeuronActivity(outlier)
     activity = lvlm.run(sample, probes=[probe])[probe]
     best = max(
-        (float(a), layer, n)
-        for layer in (0, 1)
-        for n, a in enumerate(activity.activity[layer][0])
+        (float(a), layer, n) for layer in (0, 1) for n, a in enumerate(activity.activity[layer][0])
     )
     assert best[2] in neurons[best[1]]
     register = ss.TestTimeRegister(neurons)
@@ -177,7 +182,7 @@ def test_a_register_takes_over_the_neurons_and_stays_inside_the_tower(tiny, fami
 def register_by_hand(lvlm, sample, neurons):
     """The same with plain torch hooks: append, shift, drop."""
     a, root = lvlm.anatomy, lvlm.module
-    module = {name: m for name, m in root.named_modules()}
+    module = dict(root.named_modules())
     hooks = []
 
     def append(m, args, kwargs):

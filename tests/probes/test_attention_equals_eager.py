@@ -5,7 +5,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.testing import TINY, random_image
-from tests.reference import in_cache, language_attention, vision_attention, visible
+from tests.reference import in_cache, language_attention, visible, vision_attention
 
 FAMILIES = tuple(TINY)
 KERNELS = ("sdpa", "eager")

@@ -1,9 +1,9 @@
 """Every probe keeps the promises of `check_probe`, the example of the contributing page too."""
 
 import pytest
-from examples.kurtosis_probe import TokenKurtosis
 
 import sinkscope as ss
+from examples.kurtosis_probe import TokenKurtosis
 from sinkscope.testing import TINY, check_probe
 
 PROBES = [

@@ -26,7 +26,7 @@ def prompt(processor, question="How many red shapes?"):
 def two_rows(processor):
     """Two images of different shape, two texts of different length."""
     return processor(
-        images=[random_image(112, 112, 1), random_image(90, 140, 2)],
+        images=[[random_image(112, 112, 1)], [random_image(90, 140, 2)]],
         text=[prompt(processor), prompt(processor, "Why?")],
         padding=True,
         return_tensors="pt",

@@ -1,0 +1,209 @@
+"""Redistribute: move attention from sinks to where it may do more (VAR, Kang et al. 2503.03321)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import InterventionError
+from sinkscope.interventions.attention import check_factor, check_neutral
+from sinkscope.interventions.protocol import (
+    Edit,
+    at_layer,
+    check_decodes,
+    check_heads,
+    rows_at,
+    runs_now,
+    selected,
+)
+from sinkscope.kernels import edits as kernels
+from sinkscope.sites import Site, Tower
+from sinkscope.tokens import Selection
+
+if TYPE_CHECKING:
+    from sinkscope.experiments.trace import SinkTrace
+    from sinkscope.models.context import Context
+
+AFTER_IMAGE = "after image"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCentric:
+    """The selection rule of VAR (Kang et al. 2503.03321): which rows and heads look at the image.
+
+    A (layer, head, query) is edited if at least ``least_visual`` of its attention lies on the image
+    and at most ``most_sink_share`` of that on visual sinks.
+
+    Args:
+        visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
+        least_visual: 0.2 in paper and code.
+        most_sink_share: ``rho`` of the code, 0.5; the paper's rho bounds the non-sink share from
+            below, so it is one minus this.
+        needs_sink: Whether a batch row without any visual sink in a layer is left alone there, as the
+            code does; by the paper's formula text sinks give there too.
+    """
+
+    visual_sinks: Selection
+    least_visual: float = 0.2
+    most_sink_share: float = 0.5
+    needs_sink: bool = False
+
+
+def after_image(context: Context) -> Tensor:
+    """Live positions after the row's last image token."""
+    visual = context.tokens.image >= 0
+    places = torch.arange(visual.shape[1])
+    last = torch.where(visual, places, -1).amax(dim=1)
+    return context.tokens.live & (places > last[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute:
+    """Move attention from source tokens to target tokens in proportion (VAR, ACT).
+
+    Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
+    goes to the target in proportion to its weights. The presets name the two readings of VAR.
+
+    Args:
+        source: Keys that give.
+        target: Keys that receive; must not overlap the source.
+        recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
+            released code keeps ``p = 0.6`` and so takes 0.4.
+        layers: Block indices, or None for all.
+        select: Which rows and heads; None for all.
+        queries: ``"after image"`` for prompt positions after the last image token (and every decode
+            step), a selection of prompt positions, or None for all.
+        heads: Query heads, or None for all.
+        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
+        allow_noop: Whether touching nothing is fine.
+    """
+
+    source: Selection
+    target: Selection
+    recycle: float
+    layers: Any = None
+    select: ImageCentric | None = None
+    queries: Selection | None = None
+    heads: Sequence[int] | None = None
+    steps: str = "all"
+    allow_noop: bool = False
+    tower: Tower = "language"
+
+    @classmethod
+    def var_paper(
+        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
+    ) -> Redistribute:
+        """VAR as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
+        return cls._var(trace, layers, p, 1 - rho, needs_sink=False)
+
+    @classmethod
+    def var_code(
+        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
+    ) -> Redistribute:
+        """VAR as its code does it: keep ``p``, sink share at most ``rho``."""
+        return cls._var(trace, layers, 1 - p, rho, needs_sink=True)
+
+    @classmethod
+    def _var(
+        cls, trace: SinkTrace, layers: Any, recycle: float, share: float, *, needs_sink: bool
+    ) -> Redistribute:
+        """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
+        rule = trace.l_detection.mask
+        visual = (trace.sample.tokens.image >= 0)[:, None]
+        chosen = tuple(range(2, trace.n_layers)) if layers is None else layers
+        return cls(
+            source=rule,
+            target=visual & ~rule,
+            recycle=recycle,
+            layers=chosen,
+            select=ImageCentric(rule & visual, 0.2, share, needs_sink),
+            queries=AFTER_IMAGE,
+            allow_noop=not bool((rule & visual).any()),
+        )
+
+    def edits(self, context: Context) -> list[Edit]:
+        """One edit per layer."""
+        recycle = check_factor("recycle", self.recycle, 0.0)
+        if recycle > 1:
+            raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
+        check_neutral("Redistribute", recycle, 0.0, self.allow_noop)
+        source, target = self._ends(context)
+        rows = self._rows(context)
+        heads = check_heads(self.heads, context.tower(self.tower).heads)
+        layers = context.layers(self.tower, self.layers)
+        if not runs_now(self.steps, context, self.tower) or (context.step and rows is not None):
+            return []
+        shared = {
+            "live": context.pack(self.tower, context.live(self.tower), dim=1),
+            "recycle": recycle,
+            "rows": rows,
+            "heads": heads,
+        }
+        return [
+            Edit(
+                Site(self.tower, "attention", layer),
+                kernels.edit_mass,
+                {**shared, **self._at(context, source, target, layer)},
+                "weights",
+            )
+            for layer in layers
+        ]
+
+    def _ends(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Source and target, ``[batch layer|1 pos]``; an empty source if nothing is taken.
+
+        Raises:
+            InterventionError: If they overlap.
+        """
+        source = selected(context, self.tower, self.source, "Redistribute", self.allow_noop)
+        target = selected(context, self.tower, self.target, "Redistribute", self.allow_noop)
+        both = source & target
+        if both.any():
+            raise InterventionError(
+                f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
+                "disjoint sets. Write target & ~source."
+            )
+        return (source & False, target) if self.recycle == 0 else (source, target)
+
+    def _rows(self, context: Context) -> Tensor | None:
+        """The selected queries in the model's layout; None for all, and for those after the image.
+
+        Raises:
+            InterventionError: If the rule or the queries do not fit the tower.
+        """
+        after = isinstance(self.queries, str) and self.queries == AFTER_IMAGE
+        if self.tower != "language" and (after or self.select is not None):
+            what = f"queries={AFTER_IMAGE!r}" if after else "select=ImageCentric(...)"
+            raise InterventionError(
+                f"Got {what} in the {self.tower} tower; expected it in the decoder only, where "
+                "image and text meet. Write tower='language', or leave it out."
+            )
+        if after:
+            return None if context.step else after_image(context)
+        check_decodes(self.steps, self.queries)
+        return rows_at(context, self.tower, self.queries, "Redistribute", self.allow_noop)
+
+    def _at(self, context: Context, source: Tensor, target: Tensor, layer: int) -> dict[str, Any]:
+        """The masks of one layer, and the parameters of the image-centric rule."""
+        giving = at_layer(source, layer)
+        rule: dict[str, Any] = {}
+        if self.select is not None:
+            chosen = selected(context, self.tower, self.select.visual_sinks, "ImageCentric", True)
+            sinks = at_layer(chosen, layer)
+            rule = {
+                "visual": context.tokens.image >= 0,
+                "visual_sinks": sinks,
+                "least_visual": check_factor("least_visual", self.select.least_visual),
+                "most_sink_share": check_factor("most_sink_share", self.select.most_sink_share),
+            }
+            if self.select.needs_sink:
+                giving = giving & sinks.any(dim=1, keepdim=True)
+        return {
+            "source": context.pack(self.tower, giving, dim=1),
+            "target": context.pack(self.tower, at_layer(target, layer), dim=1),
+            **rule,
+        }

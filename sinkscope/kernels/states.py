@@ -1,0 +1,79 @@
+"""Edits of states: channels set, tokens overwritten, scaled and moved."""
+
+from __future__ import annotations
+
+import torch
+
+
+def state_effect(mask):
+    """The effect of an edit of states: how many tokens it touched."""
+    zero = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
+    count = mask.sum(1)
+    return {"rows": count, "empty": zero, "tokens": count, "count": count}
+
+
+def by_row(states, layout):
+    """States with one row per image: ``[packed d_model]`` of a packed tower as ``[image pos d_model]``."""
+    if layout is None:
+        return states
+    return states.reshape(-1, states.shape[-1])[layout.clamp(min=0)]
+
+
+def put_back(states, rows, mask, layout):
+    """``states`` with chosen tokens of ``rows`` ``[image pos d_model]`` in their places."""
+    if layout is None:
+        return torch.where(mask[..., None], rows, states)
+    flat = states.reshape(-1, states.shape[-1]).clone()
+    flat[layout[mask]] = rows[mask]
+    return flat.reshape(states.shape)
+
+
+def edit_channels(states, state, mask, dims, how, value=None, layout=None):
+    """Set chosen channels of chosen tokens.
+
+    Args:
+        states: ``[batch pos d_model]``, or ``[packed d_model]``.
+        state: The run's scratch space.
+        mask: ``[batch pos]`` bool.
+        dims: Channel indices.
+        how: ``"zero"``, ``"mean"`` (over the row's tokens in the mask ``value``), ``"set"`` (to
+            ``value``, a number) or ``"clamp"`` (magnitude at most ``value``).
+        value: See ``how``.
+        layout: Packed layout or None.
+
+    Returns:
+        The edited states and the effect.
+    """
+    rows = by_row(states, layout)
+    part = rows[..., dims]
+    if how == "zero":
+        new = torch.zeros_like(part)
+    elif how == "mean":
+        weight = value[..., None].float()
+        total = torch.where(value[..., None], part.float(), 0.0).sum(1, keepdim=True)
+        new = (total / weight.sum(1, keepdim=True).clamp(min=1)).to(part.dtype).expand_as(part)
+    elif how == "clamp":
+        new = part.clamp(min=-value, max=value)
+    else:
+        new = torch.full_like(part, value)
+    edited = rows.clone()
+    edited[..., dims] = new
+    return put_back(states, edited, mask, layout), state_effect(mask)
+
+
+def edit_states(states, state, mask, donor, layout=None):
+    """Overwrite chosen tokens with donor states ``[batch pos d_model]``."""
+    return put_back(states, donor.to(states.dtype), mask, layout), state_effect(mask)
+
+
+def scale_states(states, state, mask, factor):
+    """Multiply chosen tokens by a factor, ``[batch pos]`` mask (DIYSink's reweighting)."""
+    scaled = (states.float() * factor).to(states.dtype)
+    return put_back(states, scaled, mask, None), state_effect(mask)
+
+
+def permute_states(states, state, order):
+    """Reorder tokens: position ``i`` gets the token at ``order[i]``, ``[batch pos]``."""
+    moved = order != torch.arange(order.shape[1], device=order.device)
+    rows = states.gather(1, order[..., None].expand_as(states))
+    return put_back(states, rows, moved, None), state_effect(moved)

@@ -1,0 +1,124 @@
+"""What can be measured on a tower: a rule per kind of probe, by what the probe needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from sinkscope.models.anatomy import TowerAnatomy
+from sinkscope.models.source import NoAttentionCall
+
+Status = Literal["exact", "approximate", "unavailable"]
+Judged = tuple[Status, str]
+MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
+"""How far group masses in half precision lie from those in fp32."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a probe works on a tower of a model.
+
+    Attributes:
+        name: The probe.
+        tower: ``"vision"`` or ``"language"``.
+        status: ``"exact"``, ``"approximate"`` or ``"unavailable"``.
+        why: The reason, or what to know; may be empty.
+    """
+
+    name: str
+    tower: str
+    status: Status
+    why: str = ""
+
+
+def of_states(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes of the residual stream: computed in fp32 from the model's own states."""
+    return "exact", ""
+
+
+def of_the_head(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes that need the LM head."""
+    if tower.tower == "vision":
+        return "unavailable", "the vision tower has no LM head"
+    return "exact", ""
+
+
+def of_attention(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes that read the attention call: its tensors as the model made them."""
+    if not tower.attending:
+        return "unavailable", reason_of(tower)
+    missing = tower.n_layers - len(tower.attending)
+    if missing:
+        return "exact", f"on {len(tower.attending)} of {tower.n_layers} blocks: {reason_of(tower)}"
+    return "exact", ""
+
+
+def of_the_call(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes that ask the attention call again, in the model's dtype."""
+    status, why = of_attention(tower, dtype)
+    if status == "unavailable":
+        return status, why
+    if tower.learned_sink:
+        why = join(why, "a learned sink takes a share: masses sum to less than 1")
+    if dtype in MASS_TOLERANCE:
+        rounding = f"rounded to {str(dtype).removeprefix('torch.')}, about {MASS_TOLERANCE[dtype]}"
+        return "approximate", join(why, rounding)
+    return "exact", why
+
+
+def of_masses(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """As `of_the_call`, with fp32 on request."""
+    status, why = of_the_call(tower, dtype)
+    if status == "approximate" and "flash" not in tower.kernel:
+        why = join(why, "precision='float32' is exact")
+    return status, why
+
+
+def of_gradients(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes that take the gradient of the attention call in fp32."""
+    status, why = of_attention(tower, dtype)
+    if status == "unavailable":
+        return status, why
+    if "flash" in tower.kernel:
+        return "unavailable", f"{tower.kernel} has no fp32 gradient: load with 'sdpa' or 'eager'"
+    if tower.heads // tower.kv_heads > tower.d_head:
+        shared = f"{tower.heads // tower.kv_heads} heads share a key-value head of {tower.d_head}"
+        return "unavailable", f"{shared} dimensions"
+    if tower.learned_sink:
+        why = join(why, "a learned sink takes a share: rows sum to less than 1")
+    return "exact", why
+
+
+JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = MappingProxyType(
+    {
+        "AttentionMass": of_masses,
+        "AttentionPatterns": of_gradients,
+        "ReceivedAttention": of_gradients,
+        "ContributionNorms": of_the_call,
+        "HeadWrites": of_the_call,
+        "ValueNorms": of_attention,
+        "MassiveActivations": of_states,
+        "TokenNorms": of_states,
+        "SinkDimensionScores": of_states,
+        "CosineToFirst": of_states,
+        "ChannelValues": of_states,
+        "ResidualStates": of_states,
+        "LogitLens": of_the_head,
+    }
+)
+"""Every public probe and what decides whether it works."""
+
+
+def reason_of(tower: TowerAnatomy) -> str:
+    """Why a block's attention call was not found, in a few words."""
+    found = next(call for call in tower.calls if isinstance(call, NoAttentionCall))
+    return found.reason.partition(";")[0]
+
+
+def join(first: str, second: str) -> str:
+    """Two remarks as one."""
+    return f"{first}; {second}" if first else second

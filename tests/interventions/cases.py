@@ -1,0 +1,229 @@
+"""Every intervention on attention, beside the formula that it claims to compute."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import sinkscope as ss
+from tests.interventions import reference as by_hand
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``edit(case)`` is ours, ``change(case)`` the reference; ``neutral(case)`` changes nothing."""
+
+    edit: Any
+    change: Any
+    neutral: Any = None
+
+
+def per_layer(case):
+    """Other tokens in every layer, ``[batch layer pos]``."""
+    layers = range(case.lvlm.anatomy.language.n_layers)
+    return torch.stack([case.some.roll(-i, 1) & case.live for i in layers], dim=1)
+
+
+def mean_of_others(case, live, keys):
+    """The mean value over prompt tokens that are not edited."""
+    donors = live & ~keys
+
+    def values(v, at):
+        n = donors.shape[1]
+        weight = donors[:, None, :, None].float()
+        mean = (v[:, :, :n] * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+        return mean.expand_as(v)
+
+    return values
+
+
+def resampled(case):
+    """The values of the donors that ss.AblateValues draws for seed 3."""
+    from sinkscope.interventions.values import random_donors
+
+    tokens = case.sample.tokens
+    at = random_donors(case.some, tokens.live, tokens.image >= 0, 3)
+    for b, p in case.some.nonzero().tolist():
+        donor = int(at[b, p])
+        assert tokens.live[b, donor]
+        assert not case.some[b, donor]
+        assert (tokens.image[b, donor] >= 0) == (tokens.image[b, p] >= 0)
+
+    def values(v, layer):
+        grown = torch.arange(v.shape[2]).expand(v.shape[0], -1).clone()
+        grown[:, : at.shape[1]] = at
+        return v.gather(2, grown[:, None, :, None].expand_as(v))
+
+    return values
+
+
+def given_values(case):
+    """Random values ``[batch kv_head pos d_head]``, and the same for every query head."""
+    tower = case.lvlm.anatomy.language
+    shape = (len(case.sample), tower.kv_heads, case.live.shape[1], tower.d_head)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    heads = made.repeat_interleave(tower.heads // tower.kv_heads, dim=1)
+
+    def values(v, at):
+        return torch.nn.functional.pad(heads, (0, 0, 0, v.shape[2] - heads.shape[2]))
+
+    return made, values
+
+
+def image_centric(case, least, most):
+    """VAR's rule, written from its formula: look at the image, and not mostly at its sinks."""
+    visual = case.sample.tokens.image >= 0
+
+    def narrower(w, at):
+        n = visual.shape[1]
+        on_image = (w[..., :n] * visual[:, None, None]).sum(-1)
+        on_sinks = (w[..., :n] * (case.some & visual)[:, None, None]).sum(-1)
+        return (on_image >= least) & (on_sinks / on_image.clamp(min=1e-30) <= most)
+
+    return narrower
+
+
+def zeros(v, at):
+    return torch.zeros_like(v)
+
+
+H = by_hand
+LANGUAGE = {
+    "MaskKeys": Pair(
+        lambda c: ss.MaskKeys(c.some),
+        lambda c: H.masks(c.some),
+        lambda c: ss.MaskKeys(c.some & False, allow_noop=True),
+    ),
+    "MaskKeys of the first token": Pair(lambda c: ss.MaskKeys("first"), lambda c: H.masks(c.first)),
+    "MaskKeys per layer": Pair(
+        lambda c: ss.MaskKeys(per_layer(c)), lambda c: H.masks(per_layer(c))
+    ),
+    "MaskKeys of heads, layers, queries": Pair(
+        lambda c: ss.MaskKeys(c.some | c.first, [0, 2], heads=[0, 3], queries=c.late),
+        lambda c: H.masks(c.some | c.first, layers=(0, 2), heads=(0, 3), rows=c.late),
+    ),
+    "ScaleKeys": Pair(
+        lambda c: ss.ScaleKeys(c.some, 0.3),
+        lambda c: H.scales_keys(c.some, 0.3),
+        lambda c: ss.ScaleKeys(c.some, 1.0, allow_noop=True),
+    ),
+    "ScaleKeys to nothing": Pair(
+        lambda c: ss.ScaleKeys(c.some | c.first, 0.0),
+        lambda c: H.scales_keys(c.some | c.first, 0.0),
+    ),
+    "ScaleKeys negative, of a head": Pair(
+        lambda c: ss.ScaleKeys(c.some, -1.5, layers=[1], heads=[1], queries=c.late),
+        lambda c: H.scales_keys(c.some, -1.5, layers=(1,), heads=(1,), rows=c.late),
+    ),
+    "ScaleAttention": Pair(
+        lambda c: ss.ScaleAttention(c.some, 0.4),
+        lambda c: H.scales_weights(c.some, 0.4),
+        lambda c: ss.ScaleAttention(c.some, 1.0, allow_noop=True),
+    ),
+    "ScaleAttention up, of queries": Pair(
+        lambda c: ss.ScaleAttention(c.some | c.first, 30.0, heads=[2], queries=c.late),
+        lambda c: H.scales_weights(c.some | c.first, 30.0, heads=(2,), rows=c.late),
+    ),
+    "ScaleAttention to nothing": Pair(
+        lambda c: ss.ScaleAttention("first", 0.0), lambda c: H.scales_weights(c.first, 0.0)
+    ),
+    "ScaleAttention as is": Pair(
+        lambda c: ss.ScaleAttention(c.some, 0.4, renormalize=False),
+        lambda c: H.scales_raw_weights(c.some, 0.4),
+        lambda c: ss.ScaleAttention(c.some, 1.0, renormalize=False, allow_noop=True),
+    ),
+    "ScaleAttention as is, negative": Pair(
+        lambda c: ss.ScaleAttention(c.some, -2.0, [1], renormalize=False, heads=[0]),
+        lambda c: H.scales_raw_weights(c.some, -2.0, layers=(1,), heads=(0,)),
+    ),
+    "AttentionKnockout": Pair(
+        lambda c: ss.AttentionKnockout(c.late, "image", layers=[1, 2]),
+        lambda c: H.masks(c.sample.tokens.image >= 0, layers=(1, 2), rows=c.late),
+        lambda c: ss.AttentionKnockout(c.late, c.some & False, allow_noop=True),
+    ),
+    "Redistribute": Pair(
+        lambda c: ss.Redistribute(c.some | c.first, c.other, 0.6),
+        lambda c: H.redistributes(c.some | c.first, c.other, 0.6),
+        lambda c: ss.Redistribute(c.some, c.other, 0.0, allow_noop=True),
+    ),
+    "Redistribute all, of queries": Pair(
+        lambda c: ss.Redistribute(c.some, c.other, 1.0, queries=c.late, heads=[1, 2]),
+        lambda c: H.redistributes(c.some, c.other, 1.0, rows=c.late, heads=(1, 2)),
+    ),
+    "Redistribute where image-centric": Pair(
+        lambda c: ss.Redistribute(
+            c.some | c.first,
+            c.other,
+            0.4,
+            select=ss.ImageCentric(c.some & (c.sample.tokens.image >= 0)),
+        ),
+        lambda c: H.redistributes(
+            c.some | c.first, c.other, 0.4, narrower=image_centric(c, 0.2, 0.5)
+        ),
+    ),
+    "AblateValues": Pair(
+        lambda c: ss.AblateValues(c.some),
+        lambda c: H.replaces_values(c.some, zeros),
+        lambda c: ss.AblateValues(c.some & False, allow_noop=True),
+    ),
+    "AblateValues of heads and queries": Pair(
+        lambda c: ss.AblateValues(c.some, heads=[1, 2], queries=c.late),
+        lambda c: H.replaces_values(c.some, zeros, heads=(1, 2), rows=c.late),
+    ),
+    "AblateValues mean": Pair(
+        lambda c: ss.AblateValues(c.some, "mean"),
+        lambda c: H.replaces_values(c.some, mean_of_others(c, c.live, c.some)),
+    ),
+    "AblateValues resample": Pair(
+        lambda c: ss.AblateValues(c.some, "resample", seed=3),
+        lambda c: H.replaces_values(c.some, resampled(c)),
+    ),
+    "AblateValues tensor": Pair(
+        lambda c: ss.AblateValues(c.some, given_values(c)[0], layers=[0, 1]),
+        lambda c: H.replaces_values(c.some, given_values(c)[1], layers=(0, 1)),
+    ),
+}
+V = {"tower": "vision"}
+VISION = {
+    "MaskKeys": Pair(lambda c: ss.MaskKeys(c.patches, **V), lambda c: H.masks(c.patches, **V)),
+    "MaskKeys of heads, layers, queries": Pair(
+        lambda c: ss.MaskKeys(c.patches, [1], heads=[0, 3], queries=c.few, **V),
+        lambda c: H.masks(c.patches, layers=(1,), heads=(0, 3), rows=c.few, **V),
+    ),
+    "ScaleKeys": Pair(
+        lambda c: ss.ScaleKeys(c.patches, -0.5, **V), lambda c: H.scales_keys(c.patches, -0.5, **V)
+    ),
+    "ScaleAttention": Pair(
+        lambda c: ss.ScaleAttention(c.patches, 4.0, **V),
+        lambda c: H.scales_weights(c.patches, 4.0, **V),
+    ),
+    "ScaleAttention as is": Pair(
+        lambda c: ss.ScaleAttention(c.patches, 0.2, renormalize=False, **V),
+        lambda c: H.scales_raw_weights(c.patches, 0.2, **V),
+    ),
+    "AttentionKnockout": Pair(
+        lambda c: ss.AttentionKnockout(c.few, c.patches, [0, 1], **V),
+        lambda c: H.masks(c.patches, layers=(0, 1), rows=c.few, **V),
+    ),
+    "AblateValues": Pair(
+        lambda c: ss.AblateValues(c.patches, **V),
+        lambda c: H.replaces_values(c.patches, zeros, **V),
+    ),
+    "AblateValues of a head": Pair(
+        lambda c: ss.AblateValues(c.patches, heads=[1], **V),
+        lambda c: H.replaces_values(c.patches, zeros, heads=(1,), **V),
+    ),
+}
+UNPACKED = {
+    "AblateValues mean": Pair(
+        lambda c: ss.AblateValues(c.patches, "mean", **V),
+        lambda c: H.replaces_values(
+            c.patches, mean_of_others(c, c.sample.tokens.vision.live, c.patches), **V
+        ),
+    ),
+    "Redistribute": Pair(
+        lambda c: ss.Redistribute(c.patches, c.few, 0.5, **V),
+        lambda c: H.redistributes(c.patches, c.few, 0.5, **V),
+    ),
+}
+"""Where the vision tower has one row per image."""

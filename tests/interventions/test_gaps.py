@@ -1,0 +1,233 @@
+"""Edits of a key that outweighs all others by a planted logit gap, under Hugging Face's own kernels.
+
+A quotient of two attention calls would be 0 / 0 here: at a gap of 95 the other keys' weights
+underflow in every dtype. The reference is an explicit softmax in fp64 over the same rounded inputs.
+Tolerances are absolute, on values of size about 1; they are what one plain call of the same kernel
+in the same dtype is off by.
+"""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_eager
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from sinkscope.kernels.edits import edit_keys, edit_mass
+from sinkscope.kernels.values import edit_values
+
+KERNELS = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+INF = float("inf")
+GAPS = (10.0, 20.0, 95.0)
+N, HEADS, KV_HEADS, SINK = 9, 4, 2, 2
+
+
+def planted(gap, dtype, width=16, scaling=None, seed=0):
+    """A causal call of two rows in which key ``SINK`` has ``gap`` more logit than any other."""
+    g = torch.Generator().manual_seed(seed)
+    scaling = width**-0.5 if scaling is None else scaling
+    query = torch.randn(2, HEADS, N, width, generator=g)
+    key = torch.randn(2, KV_HEADS, N, width, generator=g) * 0.3
+    value = torch.randn(2, KV_HEADS, N, width, generator=g)
+    # The last channel belongs to the sink: every query has 4 there, and only its key reads it.
+    query[..., -1], key[..., -1] = 4.0, 0.0
+    key[:, :, SINK] = 0.0
+    share = HEADS // KV_HEADS
+    others = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(share, dim=1)) * scaling
+    key[:, :, SINK, -1] = (others.max() + gap) / (4.0 * scaling)
+    return [x.to(dtype) for x in (query, key, value)], scaling
+
+
+class Module(nn.Module):
+    num_key_value_groups = HEADS // KV_HEADS
+    is_causal = True
+
+
+def call_of(kernel, tensors, scaling, **rest):
+    """A call as a decoder makes it; eager kernels get the causal mask that SDPA implies."""
+    query, key, value = tensors
+    mask = None
+    if kernel != "sdpa":
+        mask = torch.full((N, N), torch.finfo(query.dtype).min, dtype=query.dtype).triu(1)[
+            None, None
+        ]
+    function = KERNELS.get(kernel, kernel)
+    keywords = {"dropout": 0.0, "scaling": scaling, **rest}
+    return function, (Module().eval(), query, key, value, mask), keywords
+
+
+def explicit(tensors, scaling, edit=None, softcap=None, weigh=None, values=None):
+    """fp64: explicit logits, causal mask, softmax, products; ``[batch query head d_head]``."""
+    query, key, value = (x.double() for x in tensors)
+    share = HEADS // KV_HEADS
+    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits if edit is None else edit(logits)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(hidden, -INF).softmax(-1)
+    weights = weights if weigh is None else weigh(weights)
+    value = value if values is None else values(value)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value)
+
+
+SINKS = torch.zeros(2, N, dtype=torch.bool).index_fill(1, torch.tensor([SINK]), value=True)
+OTHERS = torch.zeros(2, N, dtype=torch.bool).index_fill(1, torch.tensor([0, 1, 4, 5]), value=True)
+LIVE = torch.ones(2, N, dtype=torch.bool)
+
+
+def edited(call, **parameters):
+    after, _ = edit_keys(call, {}, None, SINKS, LIVE, measure=False, **parameters)
+    return after[0](*after[1], **after[2])[0]
+
+
+def column(x):
+    return x[:, None, None]
+
+
+def halves(w):
+    """Weights on the sink halved, the rest renormalised."""
+    w = torch.where(column(SINKS), 0.5 * w, w)
+    return w / w.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_masking_a_dominant_key_equals_minus_infinity(kernel, dtype, gap):
+    tensors, scaling = planted(gap, dtype)
+    call = call_of(kernel, tensors, scaling)
+    got = edited(call, how="mask", factor=0.0).double()
+    want = explicit(tensors, scaling, lambda x: x.masked_fill(column(SINKS), -INF))
+    assert (got - want).abs().max() <= TOLERANCE[dtype]
+    # Before the sink nothing changes, and behind it nothing of its value is left.
+    plain = call[0](*call[1], **call[2])[0]
+    assert torch.equal(got[:, :SINK], plain[:, :SINK].double())
+    assert (plain[:, SINK + 1 :] - got[:, SINK + 1 :]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scaling_a_dominant_key_equals_its_formula(kernel, dtype, gap):
+    tensors, scaling = planted(gap, dtype)
+    call, most = call_of(kernel, tensors, scaling), TOLERANCE[dtype]
+    for factor in (0.0, 0.25, -0.5):
+        got = edited(call, how="scale", factor=factor).double()
+        want = explicit(tensors, scaling, lambda x, s=factor: torch.where(column(SINKS), s * x, x))
+        assert (got - want).abs().max() <= most
+    got = edited(call, how="weight", factor=0.5).double()
+    assert (got - explicit(tensors, scaling, weigh=halves)).abs().max() <= most
+    got = edited(call, how="weight without renormalising", factor=0.5).double()
+    want = explicit(tensors, scaling, weigh=lambda w: torch.where(column(SINKS), 0.5 * w, w))
+    assert (got - want).abs().max() <= most
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_tiny_factor_undoes_the_gap(kernel, dtype, gap):
+    """``exp(-gap)`` as a factor puts the sink beside the others: the bias must be right to 1e-2."""
+    tensors, scaling = planted(gap, dtype)
+    factor = torch.tensor(-gap, dtype=torch.float64).exp().item()
+    got = edited(call_of(kernel, tensors, scaling), how="weight", factor=factor).double()
+    want = explicit(tensors, scaling, lambda x: torch.where(column(SINKS), x - gap, x))
+    # The eager kernel rounds logits to its dtype before the softmax, whoever asks.
+    most = TOLERANCE[dtype]
+    if kernel == "eager" and dtype != torch.float32:
+        most *= max(1.0, gap / 10)
+    assert (got - want).abs().max() <= most
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_moving_the_weight_of_a_dominant_key(kernel, dtype, gap):
+    """What is given goes to the target in proportion, though exp(-95) is 0 in every dtype."""
+    tensors, scaling = planted(gap, dtype)
+    call = call_of(kernel, tensors, scaling)
+    after, effect = edit_mass(call, {}, None, SINKS, OTHERS, LIVE, 0.6)
+    got = after[0](*after[1], **after[2])[0].double()
+
+    def moves(w):
+        budget = 0.6 * (w * column(SINKS)).sum(-1, keepdim=True)
+        aim = w * column(OTHERS)
+        return torch.where(column(SINKS), 0.4 * w, w) + budget * aim / aim.sum(-1, keepdim=True)
+
+    want = explicit(tensors, scaling, weigh=moves)
+    assert (got - want).abs().max() <= TOLERANCE[dtype]
+    assert effect["rows"].tolist() == [N - SINK, N - SINK]
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_replacing_the_value_of_a_dominant_key(kernel, dtype, gap):
+    tensors, scaling = planted(gap, dtype)
+    after, _ = edit_values(call_of(kernel, tensors, scaling), {}, None, SINKS, LIVE, "zero")
+    got = after[0](*after[1], **after[2])[0].double()
+    want = explicit(tensors, scaling, values=lambda v: v.masked_fill(SINKS[:, None, :, None], 0.0))
+    assert (got - want).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_quotient_that_we_do_not_use_fails(kernel, dtype):
+    """``A (m v) / A m`` with the sink left out is 0 / 0: in half precision at 95, in fp32 at 110."""
+    gap = 110.0 if dtype == torch.float32 else 95.0
+    (query, key, value), scaling = planted(gap, dtype)
+    keep = (~SINKS)[:, None, :, None].to(dtype)
+    call = call_of(kernel, [query, key, value], scaling)
+    ones = keep.expand_as(value).contiguous()
+    part, rest = (
+        call[0](call[1][0], query, key, x, call[1][4], **call[2])[0] for x in (value * keep, ones)
+    )
+    assert not torch.isfinite((part / rest)[:, SINK + 1 :]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "how", [("mask", 0.0), ("weight", 0.3), ("scale", 0.5), ("weight without renormalising", 0.3)]
+)
+def test_heads_too_wide_for_more_dimensions_get_an_explicit_mask(dtype, how):
+    tensors, scaling = planted(20.0, dtype, width=256)
+    for kernel in KERNELS:
+        got = edited(call_of(kernel, tensors, scaling), how=how[0], factor=how[1]).double()
+        assert (got - by_formula(tensors, scaling, *how)).abs().max() <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "how", [("mask", 0.0), ("weight", 0.3), ("scale", 0.5), ("weight without renormalising", 0.3)]
+)
+def test_under_a_soft_cap_the_bias_comes_after_it(dtype, how):
+    """Gemma 2 squeezes logits by ``cap tanh(x / cap)``; a mask inside it would be capped too."""
+    kernel = functools.partial(gemma2_eager)
+    assert "softcap" in inspect.signature(gemma2_eager).parameters
+    tensors, scaling = planted(20.0, dtype)
+    call = call_of(kernel, tensors, scaling, softcap=15.0)
+    got = edited(call, how=how[0], factor=how[1]).double()
+    want = by_formula(tensors, scaling, *how, softcap=15.0)
+    assert (got - want).abs().max() <= 2 * TOLERANCE[dtype]
+
+
+def by_formula(tensors, scaling, how, factor, softcap=None):
+    """The four ways of `edit_keys`, written out."""
+    if how == "scale":
+        query, key, value = tensors
+        key = torch.where(SINKS[:, None, :, None], key.double() * factor, key.double())
+        return explicit([query, key, value], scaling, softcap=softcap)
+
+    def weigh(w):
+        scaled = torch.where(column(SINKS), factor * w, w)
+        if how == "weight without renormalising":
+            return scaled
+        kept = scaled / scaled.sum(-1, keepdim=True)
+        return torch.where(scaled.sum(-1, keepdim=True) > 0, kept, w)
+
+    return explicit(tensors, scaling, softcap=softcap, weigh=weigh)

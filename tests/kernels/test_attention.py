@@ -1,0 +1,156 @@
+"""Kernels on one attention call that is made here, against weights computed by hand."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sinkscope.kernels import attention
+
+HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
+
+
+class Module(nn.Module):
+    """What a kernel function asks of its attention module."""
+
+    num_key_value_groups = HEADS // KV_HEADS
+
+    def __init__(self, is_causal=True):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def visible(kind):
+    """Which keys every query sees, ``[query key]``."""
+    seen = torch.ones(N, N, dtype=torch.bool)
+    if kind == "bidirectional":
+        return seen
+    seen = seen.tril()
+    return seen.triu(-2) if kind == "window" else seen  # a window of 3 keys
+
+
+def make_call(kind="causal", seed=0, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, HEADS, N, WIDTH, generator=generator)
+    key, value = (torch.randn(batch, KV_HEADS, N, WIDTH, generator=generator) for _ in range(2))
+    mask = None
+    if kind in ("bool", "additive", "window"):
+        mask = visible(kind).expand(batch, 1, N, N)
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    module = Module(is_causal=kind != "bidirectional")
+    return (
+        sdpa_attention_forward,
+        (module, query, key, value),
+        {
+            "attention_mask": mask,
+            "scaling": 0.5,
+            "dropout": 0.0,
+        },
+    )
+
+
+def weights_of(call, kind):
+    """Softmax weights by hand, ``[batch head query key]``."""
+    _, (_, query, key, _), options = call
+    logits = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * options["scaling"]
+    return logits.masked_fill(~visible(kind), float("-inf")).softmax(dim=-1)
+
+
+KINDS = ("causal", "bidirectional", "bool", "additive", "window")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masses_received_and_patterns_by_hand(kind):
+    call = make_call(kind)
+    want = weights_of(call, kind)
+    groups = torch.zeros(2, N, 2)
+    groups[0, 1:3, 0] = groups[1, 0, 0] = groups[:, 4, 1] = 1
+    out = attention.group_mass([call], {}, groups)
+    assert torch.allclose(out["mass"], torch.einsum("bhqk,bkg->bhqg", want, groups), atol=1e-6)
+    uniform = visible(kind).float() / visible(kind).sum(dim=1, keepdim=True)
+    assert torch.allclose(out["null"], torch.einsum("qk,bkg->bqg", uniform, groups), atol=1e-6)
+
+    live = torch.ones(2, N, dtype=torch.bool)
+    live[1, :2] = False
+    seen = torch.einsum("bq,qk->bk", live.float(), visible(kind).float())
+    assert torch.equal(attention.visible_queries(call, live), seen)
+    got = attention.received([call], {}, live)
+    column = torch.einsum("bhqk,bq->bhk", want, live.float()) / seen[:, None]
+    assert torch.allclose(got["received"].nan_to_num(), column.nan_to_num(), atol=1e-6)
+    flat = torch.einsum("qk,bq->bk", uniform, live.float()) / seen
+    assert torch.allclose(got["null"].nan_to_num(), flat.nan_to_num(), atol=1e-6)
+
+    rows = torch.tensor([[5, 0], [3, -1]])
+    pattern = attention.patterns([call], {}, rows)
+    assert torch.allclose(pattern[0], want[0][:, [5, 0]], atol=1e-6)
+    assert torch.allclose(pattern[1][:, 0], want[1][:, 3], atol=1e-6)
+    assert pattern[1][:, 1].isnan().all()
+
+
+def test_what_groups_write_adds_up_to_what_attention_writes():
+    call = make_call()
+    projection = nn.Linear(HEADS * WIDTH, 10, bias=False)
+    want = torch.einsum(
+        "bhqk,bhkd->bqhd", weights_of(call, "causal"), call[1][3].repeat_interleave(2, dim=1)
+    )
+    everything = torch.ones(2, N, 1)
+    out = attention.contribution_norms([call], {}, everything, projection)
+    assert torch.allclose(out["norms"][..., 0], projection(want.flatten(2)).norm(dim=-1), atol=1e-5)
+    blocks = projection.weight.reshape(10, HEADS, WIDTH)
+    by_head = torch.einsum("bqhd,ohd->bhqo", want, blocks).norm(dim=-1)
+    assert torch.allclose(out["per_head"][..., 0], by_head, atol=1e-5)
+
+
+def test_more_groups_than_head_dimensions():
+    """Groups are asked for in portions of the head dimension; here 12 groups in heads of 8."""
+    call, groups = make_call(), torch.eye(N).repeat(1, 2).expand(2, N, 2 * N)
+    mass = attention.group_mass([call], {}, groups)["mass"]
+    want = weights_of(call, "causal")
+    assert torch.allclose(mass, torch.cat([want, want], dim=-1), atol=1e-6)
+
+
+def test_nulls_are_shared_by_calls_with_one_mask_only():
+    """Layers share a null, but not with another mask, another causality, or other queries."""
+    groups = torch.eye(N)[None, :, :3].expand(2, -1, -1).contiguous()
+    live = torch.ones(2, N, dtype=torch.bool)
+    some = live.clone()
+    some[:, :3] = False
+    shared, asked = {}, []
+
+    def counting(*args, **kwargs):
+        asked.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    for kind in ("causal", "bidirectional", "window", "causal"):
+        call = (counting, *make_call(kind)[1:])
+        for rows in (live, some):
+            alone = attention.received([call], {}, rows)["null"]
+            beside = attention.received([call], shared, rows)["null"]
+            assert torch.equal(alone.nan_to_num(), beside.nan_to_num())
+        alone = attention.group_mass([call], {}, groups)["null"]
+        assert torch.equal(alone, attention.group_mass([call], shared, groups)["null"])
+    asked.clear()
+    attention.group_mass([call], shared, groups)
+    assert len(asked) == 1  # the masses; their null is known
+
+
+def test_heads_that_cannot_be_told_apart_are_refused():
+    call = make_call()
+    narrow = (call[0], (*call[1][:2], *(x[..., :1] for x in call[1][2:])), call[2])
+    narrow[1][1].resize_(2, HEADS, N, 1)
+    with pytest.raises(ValueError, match="2 query heads share one key-value head of 1 dimensions"):
+        attention.weigh_queries(narrow, torch.ones(2, 1, N))
+
+
+def test_nothing_is_written_in_place():
+    call = make_call("additive")
+    before = [tensor.clone() for tensor in (*call[1][1:], call[2]["attention_mask"])]
+    groups, live = torch.ones(2, N, 1), torch.ones(2, N, dtype=torch.bool)
+    attention.group_mass([call], {}, groups)
+    attention.received([call], {}, live)
+    attention.patterns([call], {}, torch.zeros(2, 1, dtype=torch.long))
+    attention.contribution_norms([call], {}, groups, nn.Linear(HEADS * WIDTH, 4))
+    for tensor, copy in zip((*call[1][1:], call[2]["attention_mask"]), before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor.grad is None

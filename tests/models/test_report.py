@@ -1,0 +1,204 @@
+"""The report says what is there and what works, and why not; what it says is true."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import SinkscopeError
+from sinkscope.models.judging import JUDGES
+from sinkscope.testing import TINY, random_image, tiny_llava
+from tests.models.test_anatomy import without_interface
+from tests.probes.everything import every_probe, exported
+
+FAMILIES = tuple(TINY)
+
+
+def facts(lvlm):
+    return dict(lvlm.report().facts)
+
+
+def test_every_public_probe_is_judged():
+    assert set(JUDGES) == {probe.__name__ for probe in exported()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_said_to_work_works_and_the_rest_does_not(tiny, family):
+    lvlm = tiny(family)
+    report = lvlm.report()
+    sample = lvlm.prepare(images=random_image(), text="what")
+    for probe in every_probe():
+        said = report.verdict(type(probe).__name__, probe.tower)
+        assert said.status in ("exact", "unavailable")
+        lvlm.run(sample, [probe])
+    with pytest.raises(SinkscopeError, match="vision tower has no LM head"):
+        lvlm.run(sample, [ss.LogitLens(tower="vision")])
+    assert report.verdict("LogitLens", "vision").why == "the vision tower has no LM head"
+
+
+def test_anatomy_of_llava_in_words(tiny):
+    clip = facts(tiny("llava-clip-llama"))
+    assert clip["vision"] == "3 blocks of width 48, 4 heads of 12, patches of 8 pixels, CLS first"
+    assert clip["projector"] == "model.multi_modal_projector, reads vision block 1, CLS dropped"
+    assert clip["language"].startswith("3 blocks of width 64, 4 heads of 16 on 2 key-value heads")
+    assert clip["language attention"] == "sdpa"
+    assert clip["image token"] == "id 4"
+    assert clip["head"] == "lm_head, after model.language_model.norm"
+    assert clip["parameters"].endswith("k, float32 on cpu")
+    siglip = facts(tiny("llava-siglip-qwen2"))
+    assert siglip["vision"].endswith("no CLS")
+    assert siglip["projector"] == "model.multi_modal_projector, reads vision block 2"
+
+
+def test_anatomy_of_qwen_in_words(tiny):
+    qwen = facts(tiny("qwen2.5-vl"))
+    packed = "sdpa, all images packed into one sequence, one call per window"
+    assert qwen["vision attention"] == packed
+    assert qwen["merge"] == "2 x 2 patches to one language token"
+    assert qwen["vision"] == "4 blocks of width 64, 4 heads of 16, patches of 14 pixels, no CLS"
+
+
+def test_verification_is_reported(tiny):
+    full = tiny("llava-clip-llama")
+    assert full.report().verification.startswith("yes: attention sums to 1")
+    unchecked = ss.LVLM(full.module, full.processor, verify=False).report()
+    assert unchecked.verification == "no: loaded with verify=False"
+    bare = ss.LVLM(full.module).report()
+    assert bare.verification == "no: there is no processor to make a test image with"
+    assert bare.notes == (
+        "No processor: write lvlm.prepare(inputs=...) with inputs you made yourself.",
+    )
+
+
+def test_a_missing_bos_is_reported(tiny):
+    assert tiny("llava-clip-llama").report().notes == ()
+    (note,) = tiny("qwen2.5-vl").report().notes
+    assert note == "No BOS: the selection 'bos' is empty; 'first' is each row's first token."
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.bfloat16, "bfloat16, about 6e-3"), (torch.float16, "float16, about 1e-3")],
+)
+def test_half_precision_is_approximate(dtype, rounding):
+    module, processor = tiny_llava(dtype=dtype)
+    report = ss.LVLM(module, processor, verify=False).report()
+    said = report.verdict("AttentionMass")
+    assert said.status == "approximate"
+    assert said.why == f"rounded to {rounding}; precision='float32' is exact"
+    assert report.verdict("ContributionNorms").why == f"rounded to {rounding}"
+    assert report.verdict("ReceivedAttention").status == "exact"
+    assert report.verdict("TokenNorms").status == "exact"
+
+
+def test_flash_kernels_are_reported(tiny):
+    module, _ = tiny_llava()
+    module.config.text_config._attn_implementation = "flash_attention_2"
+    report = ss.LVLM(module).report()
+    for name in ("ReceivedAttention", "AttentionPatterns"):
+        assert report.verdict(name).status == "unavailable"
+        assert "flash_attention_2 has no fp32 gradient" in report.verdict(name).why
+        assert report.verdict(name, "vision").status == "exact"
+    assert report.verdict("AttentionMass").status == "exact"
+
+
+def test_unreadable_attention_is_reported():
+    report = ss.LVLM(*without_interface()).report()
+    for name in ("AttentionMass", "ValueNorms", "ReceivedAttention", "HeadWrites"):
+        said = report.verdict(name, "vision")
+        assert said.status == "unavailable"
+        assert "layers.0.self_attn (ByHand) does not call attention through" in said.why
+        assert report.verdict(name).status == "exact"
+    assert report.verdict("TokenNorms", "vision").status == "exact"
+    assert "ByHand" in dict(report.facts)["vision attention"]
+
+
+def changed(tower="language", **fields):
+    """A report on a model whose tower has other properties."""
+    lvlm = ss.LVLM(*tiny_llava())
+    other = dataclasses.replace(lvlm.anatomy.tower(tower), **fields)
+    lvlm._anatomy = dataclasses.replace(lvlm.anatomy, **{tower: other})
+    return lvlm.report()
+
+
+def test_learned_sinks_are_reported():
+    report = changed(learned_sink=True)
+    assert "masses sum to less than 1" in report.verdict("AttentionMass").why
+    assert "rows sum to less than 1" in report.verdict("AttentionPatterns").why
+    assert dict(report.facts)["language attention"] == "sdpa, with a learned sink"
+    assert report.verdict("AttentionMass", "vision").why == ""
+
+
+def test_learned_sinks_are_found(tiny):
+    module, _ = tiny_llava()
+    assert not ss.LVLM(module).anatomy.language.learned_sink
+    for layer in module.model.language_model.layers:
+        layer.self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    anatomy = ss.LVLM(module).anatomy
+    assert anatomy.language.learned_sink
+    assert not anatomy.vision.learned_sink
+
+
+def test_too_many_shared_heads_are_reported():
+    said = changed(heads=40, kv_heads=1).verdict("ReceivedAttention")
+    assert (said.status, said.why) == (
+        "unavailable",
+        "40 heads share a key-value head of 16 dimensions",
+    )
+
+
+def test_some_blocks_without_attention_are_reported():
+    lvlm = ss.LVLM(*tiny_llava())
+    lost = ss.LVLM(*without_interface()).anatomy.vision.calls[0]
+    vision = lvlm.anatomy.vision
+    vision = dataclasses.replace(vision, calls=(lost, *vision.calls[1:]))
+    lvlm._anatomy = dataclasses.replace(lvlm.anatomy, vision=vision)
+    said = lvlm.report().verdict("AttentionMass", "vision")
+    assert said.status == "exact"
+    assert said.why.startswith("on 2 of 3 blocks: ")
+    sample = lvlm.prepare(images=random_image(), text="what")
+    with pytest.raises(SinkscopeError, match=r"Write layers=\[1, 2\] for the rest"):
+        lvlm.run(sample, [ss.ValueNorms(tower="vision")])
+    lvlm.run(sample, [ss.ValueNorms(tower="vision", layers=[1, 2])])
+
+
+def test_the_report_as_text_table_and_html(tiny):
+    report = tiny("qwen2.5-vl").report()
+    text = str(report)
+    assert text.splitlines()[0] == report.name
+    for verdict in report.probes:
+        line = next(x for x in text.splitlines() if x.startswith(verdict.name))
+        assert verdict.status in line
+        assert verdict.why in line
+    lens = next(x for x in text.splitlines() if x.startswith("LogitLens"))
+    assert lens.split() == [
+        "LogitLens",
+        "unavailable",
+        "exact",
+        "vision:",
+        "the",
+        "vision",
+        "tower",
+        "has",
+        "no",
+        "LM",
+        "head",
+    ]
+    assert text.endswith(report.notes[0])
+    page = report._repr_html_()
+    assert page.count("<tr>") == len(report.facts) + len(report.probes) // 2 + 3
+    assert "<h3>" in page
+    table = report.to_dataframe()
+    assert list(table.columns) == ["name", "tower", "status", "why"]
+    assert len(table) == len(report.probes)
+
+
+def test_html_is_escaped(tiny):
+    report = dataclasses.replace(tiny("qwen2.5-vl").report(), name="<script>")
+    assert "<script>" not in report._repr_html_()
+
+
+def test_an_unknown_probe_has_no_verdict(tiny):
+    with pytest.raises(KeyError, match="Magic"):
+        tiny("qwen2.5-vl").report().verdict("Magic")
