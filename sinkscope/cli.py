@@ -1,0 +1,295 @@
+"""The command line: ``sinkscope demo``, ``trace``, ``doctor`` and ``models``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.specs import HELP, parse_detector
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from tqdm.auto import tqdm
+
+    from sinkscope.detectors import Calibration, Detector, TowerCalibration
+    from sinkscope.experiments import SinkTrace
+    from sinkscope.models import LVLM, Sample
+
+DEMO = "draw a scene, ask the bundled model about it, trace its attention sinks, write a report"
+PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after ``sinkscope``; None for those of the process.
+
+    Returns:
+        The exit status: 0, 2 after an error that was explained, 130 if interrupted.
+    """
+    given = make_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            # transformers says once per class that torchvision, which is not needed, is not there.
+            warnings.filterwarnings("ignore", message=".*torchvision.*")
+            return given.command(given)
+    except SinkscopeError as error:
+        if given.debug:
+            raise
+        print(f"sinkscope: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from sinkscope import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sinkscope",
+        description="Attention sinks in vision-language models: see, trace, measure.",
+    )
+    parser.add_argument("--version", action="version", version=f"sinkscope {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _demo_parser(commands, common)
+    _trace_parser(commands, common)
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what can be measured on a model, and how exactly"
+    )
+    _model_options(doctor)
+    doctor.set_defaults(command=run_doctor)
+    models = commands.add_parser(
+        "models", parents=[common], help="supported families and published sink constants"
+    )
+    models.set_defaults(command=run_models)
+    return parser
+
+
+def _demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    demo = commands.add_parser("demo", parents=[common], help=DEMO, description=DEMO + ".")
+    demo.add_argument(
+        "--out", default="sinkscope-demo", metavar="DIR", help="folder of the report (%(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=int, default=11_000_000, metavar="N", help="seed of the scene (%(default)s)"
+    )
+    demo.add_argument(
+        "--questions", type=int, default=6, metavar="K", help="how many to ask (%(default)s)"
+    )
+    demo.add_argument("--planted", action="store_true", help=PLANTED)
+    demo.set_defaults(command=run_demo)
+
+
+def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    trace = commands.add_parser(
+        "trace",
+        parents=[common],
+        help="trace the sinks of an image and a prompt",
+        description="Trace the sinks of an image and a prompt: a table here, a report in a folder.",
+        epilog=HELP + " Without one: published constants of the model, else a calibration on "
+        "the image itself, or on the images of --calibrate, which is better.",
+    )
+    _model_options(trace)
+    add = trace.add_argument
+    add("--image", nargs="+", required=True, metavar="PATH", help="one image or several")
+    add("--prompt", required=True, metavar="TEXT", help="what to ask; the chat template is added")
+    add("--out", metavar="DIR", help="folder of the report (sinkscope-trace; with --json: none)")
+    add("--v-detector", type=str, metavar="SPEC", help="rule for V-sinks, such as norm:100")
+    add(
+        "--l-detector", type=str, metavar="SPEC", help="rule for L-sinks, such as dims:1415,2533:20"
+    )
+    add("--calibrate", nargs="+", metavar="PATH", help="other images to find the detectors on")
+    add("--json", action="store_true", help="print the trace as JSON instead of a table")
+    trace.set_defaults(command=run_trace)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub repository, checkpoint folder, or 'bundled'")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, default="auto", help="what to compute in (%(default)s)")
+    add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
+    add("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    add("--remote", action="store_true", help="run on NDIF; no weights are loaded here")
+
+
+def run_demo(given: argparse.Namespace) -> int:
+    """Scene, questions, trace, table, folder."""
+    print(f"sinkscope demo: {PLANTED if given.planted else DEMO}.", flush=True)
+    from tqdm.auto import tqdm
+
+    from sinkscope import demo
+    from sinkscope.bundled import draw_scene
+    from sinkscope.detectors import calibrate
+
+    scene = draw_scene(given.seed)
+    questions = demo.choose_questions(scene, given.questions)
+    with tqdm(total=3, desc="loading the model", disable=None, leave=False) as bar:
+        _without_bars()
+        lvlm, truth, tables = demo.meet_model(scene, questions, given.planted)
+        step(bar, "calibrating")
+        calibration = calibrate(lvlm, demo.other_samples(lvlm, questions[0].text), progress=False)
+        step(bar, "tracing")
+        sample = lvlm.prepare(images=scene.image, text=questions[0].text)
+        trace = trace_calibrated(lvlm, sample, None, None, calibration)
+    if truth is not None:
+        tables |= demo.planted_and_found(trace, truth)
+    print(f"\n{demo.describe(scene)}")
+    for head, table in tables.items():
+        print(f"\n{head}:\n{demo.as_text(table)}")
+    print()
+    hint = "" if trace.records else "\nFor a model that has sinks: sinkscope demo --planted"
+    return _show(given.out, lvlm, sample, trace, tables, hint)
+
+
+def run_trace(given: argparse.Namespace) -> int:
+    """Load, calibrate if asked, trace, show."""
+    asked = (given.v_detector, given.l_detector)
+    v, low = (None if spec is None else parse_detector(spec) for spec in asked)
+    from tqdm.auto import tqdm
+
+    from sinkscope.detectors import calibrate
+
+    with tqdm(total=4, desc="loading the model", disable=None, leave=False) as bar:
+        lvlm = load(given)
+        step(bar, "preparing")
+        sample = lvlm.prepare(images=given.image, text=given.prompt)
+        paths = given.calibrate or []
+        step(bar, f"calibrating on {len(paths)} images" if paths else "preparing")
+        calibration = None
+        if paths:
+            samples = [lvlm.prepare(images=path, text=given.prompt) for path in paths]
+            calibration = calibrate(lvlm, samples, progress=sys.stderr.isatty())
+        step(bar, "tracing")
+        trace = trace_calibrated(lvlm, sample, v, low, calibration)
+    if given.json:
+        print(trace.to_json())
+        if given.out is not None:
+            write_folder(given.out, lvlm, sample, trace, {})
+        return 0
+    print(f"{lvlm.name}: {given.prompt}\n")
+    return _show(given.out or "sinkscope-trace", lvlm, sample, trace, {})
+
+
+def run_doctor(given: argparse.Namespace) -> int:
+    """The model's report."""
+    print(load(given).report())
+    return 0
+
+
+def run_models(given: argparse.Namespace) -> int:
+    """Families and constants."""
+    from sinkscope.detectors import KNOWN
+    from sinkscope.models.families import FAMILIES
+
+    print("Families, by model_type of the configuration:")
+    for model_type, family in FAMILIES.items():
+        print(f"  {model_type:<14} {family.name}")
+    print("\nPublished sink constants (channels from 0, tau on the RMS score):")
+    for row in KNOWN:
+        use = "used by default" if row.default else "listed only, never used unasked"
+        dims = ", ".join(str(d) for d in row.l_dims)
+        rule = row.v_detector or "not published"
+        print(f"  {row.name}: L channels {dims}, tau {row.tau:g}; V rule {rule}; {use}")
+        print(textwrap.fill(row.source, 100, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def load(given: argparse.Namespace) -> LVLM:
+    """The model that was asked for.
+
+    Raises:
+        SinkscopeError: If it cannot be read.
+    """
+    if given.model == "bundled" or not sys.stderr.isatty():
+        _without_bars()
+    if given.model == "bundled":
+        from sinkscope.bundled.load import load_bundled
+
+        return load_bundled("float32" if given.dtype == "auto" else given.dtype)
+    from sinkscope.models import LVLM
+
+    return LVLM.from_pretrained(
+        given.model,
+        revision=given.revision,
+        dtype=given.dtype,
+        device_map=given.device_map,
+        remote=given.remote,
+    )
+
+
+def trace_calibrated(
+    lvlm: LVLM,
+    sample: Sample,
+    v: Detector | None,
+    low: Detector | None,
+    calibration: Calibration | None,
+) -> SinkTrace:
+    """A trace with the given detectors; what is not given comes from the calibration, if there is one."""
+    from sinkscope.experiments import trace_sinks
+
+    if calibration is None:
+        return trace_sinks(lvlm, sample, v, low)
+    trace = trace_sinks(lvlm, sample, v or calibration.v_detector, low or calibration.l_detector)
+    towers = {"V": (v, calibration.vision), "L": (low, calibration.language)}
+    words = [
+        f"{name}: " + ("given" if rule else _found(tower)) for name, (rule, tower) in towers.items()
+    ]
+    chosen = f"calibrated on {calibration.n_samples} other images ({', '.join(words)})"
+    return replace(trace, chosen=chosen, calibration=calibration)
+
+
+def _found(tower: TowerCalibration) -> str:
+    return "none found" if tower.tau is None else f"confidence {tower.confidence:.2f}"
+
+
+def _show(
+    out: str,
+    lvlm: LVLM,
+    sample: Sample,
+    trace: SinkTrace,
+    tables: Mapping[str, DataFrame],
+    hint: str = "",
+) -> int:
+    """Print the table, write the folder, say where it is."""
+    print(trace.summary() + hint, flush=True)
+    page = write_folder(out, lvlm, sample, trace, tables)
+    print(f"\nReport: {page}")
+    return 0
+
+
+def write_folder(
+    out: str, lvlm: LVLM, sample: Sample, trace: SinkTrace, tables: Mapping[str, DataFrame]
+) -> Path:
+    """Measure the masses of the groups and write the report."""
+    from sinkscope.probes import AttentionMass
+    from sinkscope.viz import write_report
+
+    mass = AttentionMass(trace.groups)
+    result = lvlm.run(sample, [mass], logits="last")[mass]
+    title = f"Attention sinks: {lvlm.name}"
+    return write_report(out, trace, mass=result, title=title, tables=tables)
+
+
+def step(bar: tqdm, next_one: str) -> None:
+    """One stage is done; name the next."""
+    bar.update()
+    bar.set_description(next_one)
+
+
+def _without_bars() -> None:
+    """No progress bars of transformers where nobody watches, or where loading takes no time."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

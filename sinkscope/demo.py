@@ -1,0 +1,123 @@
+"""What the demo asks about a scene, and how it compares answers and sinks with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from sinkscope.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from sinkscope.bundled import Question, Scene
+    from sinkscope.experiments import SinkTrace
+    from sinkscope.models import LVLM, Sample
+    from sinkscope.testing import Truth
+
+CALIBRATION_SCENES = 6
+
+
+def choose_questions(scene: Scene, count: int) -> list[Question]:
+    """Global and local questions by turns.
+
+    Raises:
+        InputError: If the scene does not hold as many.
+    """
+    from sinkscope.bundled import all_questions, ask
+
+    most = len(all_questions(scene))
+    if not 1 <= count <= most:
+        raise InputError(
+            f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}. Write "
+            "--questions 6, or another --seed."
+        )
+    drawn = ask(scene, 0, most)
+    sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
+    turns = [side[i] for i in range(most) for side in sides if i < len(side)]
+    return turns[:count]
+
+
+def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFrame:
+    """The model's answers beside the truth, as a table."""
+    import pandas as pd
+
+    texts = [question.text for question in questions]
+    sample = lvlm.prepare(images=[scene.image] * len(texts), text=texts)
+    said = lvlm.generate(sample, max_new_tokens=3).text or ()
+    lines = [
+        {
+            "question": question.text,
+            "scope": question.scope,
+            "answer": answer.strip(),
+            "truth": question.answer,
+            "right": "yes" if answer.strip() == question.answer else "no",
+        }
+        for question, answer in zip(questions, said, strict=True)
+    ]
+    return pd.DataFrame(lines)
+
+
+def meet_model(
+    scene: Scene, questions: Sequence[Question], planted: bool
+) -> tuple[LVLM, Truth | None, dict[str, DataFrame]]:
+    """The model of the demo, the truth about its sinks where they were planted, and its answers.
+
+    A planted model cannot answer; it has a V-sink that meets the L rule too.
+    """
+    if not planted:
+        from sinkscope.bundled.load import load_bundled
+
+        lvlm = load_bundled()
+        return lvlm, None, {"What the model answered": ask_model(lvlm, scene, questions)}
+    from sinkscope.models import LVLM
+    from sinkscope.testing import random_plant
+
+    made = random_plant(scene.seed, n_overlap=1)
+    made.model.name_or_path = "a planted model"
+    return LVLM(made.model, made.processor), made.truth, {}
+
+
+def other_samples(lvlm: LVLM, text: str) -> list[Sample]:
+    """Other scenes with the same question, to calibrate on."""
+    from sinkscope.bundled import VALIDATION_SEEDS, draw_scene
+
+    scenes = [draw_scene(seed) for seed in VALIDATION_SEEDS[:CALIBRATION_SCENES]]
+    return [lvlm.prepare(images=scene.image, text=text) for scene in scenes]
+
+
+def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
+    """What was planted in the image, what the trace found of it, and what it made up, as patches."""
+    import pandas as pd
+
+    columns = int(trace.sample.tokens.column.max()) + 1
+    lines = []
+    for kind, planted in (("V", truth.v_sinks), ("L", truth.l_sinks)):
+        found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
+        lines.append(
+            {
+                "kind": f"{kind}-sinks",
+                "planted": _patches(planted),
+                "found": _patches(found & set(planted)),
+                "missed": _patches(set(planted) - found),
+                "wrong": _patches(found - set(planted)),
+            }
+        )
+    return {"What was planted, as patches counted by rows": pd.DataFrame(lines)}
+
+
+def describe(scene: Scene) -> str:
+    """One line about a scene."""
+    shapes = "1 shape" if scene.count == 1 else f"{scene.count} shapes"
+    return f"Scene {scene.seed}: {shapes} on a {scene.background} background."
+
+
+def _patches(patches: Iterable[int]) -> str:
+    return ", ".join(str(p) for p in sorted(patches)) or "none"
+
+
+def as_text(table: DataFrame) -> str:
+    """A small table for the terminal."""
+    from sinkscope.viz.words import aligned
+
+    return aligned([list(table.columns), *table.astype(str).to_numpy().tolist()])

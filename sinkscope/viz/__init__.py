@@ -1,0 +1,34 @@
+"""Figures, tables and reports of sink traces.
+
+Every ``plot_...`` function returns its matplotlib figure, shows nothing by itself, and draws into
+axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())`` are the short ways in.
+"""
+
+from sinkscope.viz.effects import effects_text, plot_control, plot_effects
+from sinkscope.viz.html import trace_html
+from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
+from sinkscope.viz.layers import (
+    plot_detections,
+    plot_mass_by_layer,
+    plot_received_by_layer,
+    plot_spikes,
+)
+from sinkscope.viz.report import write_report
+from sinkscope.viz.text import trace_summary
+from sinkscope.viz.trace import plot_trace
+
+__all__ = [
+    "effects_text",
+    "plot_control",
+    "plot_detections",
+    "plot_effects",
+    "plot_mass_by_layer",
+    "plot_received_by_layer",
+    "plot_received_map",
+    "plot_sinks_on_image",
+    "plot_spikes",
+    "plot_trace",
+    "trace_html",
+    "trace_summary",
+    "write_report",
+]

@@ -1,0 +1,299 @@
+"""What edits did: changes of accuracy with intervals, and an edit beside its random controls."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sinkscope.errors import InputError, SelectionError
+from sinkscope.viz.style import (
+    LABEL,
+    QUIET,
+    SMALL,
+    STYLES,
+    TITLE,
+    dress,
+    figure_of,
+    legend_below,
+    new_axes,
+    new_figure,
+)
+from sinkscope.viz.words import aligned
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from sinkscope.interventions.controls import ControlResult
+
+COLUMNS = frozenset(
+    {"task", "condition", "n", "accuracy", "delta", "delta_low", "delta_high", "touched"}
+)
+NONE = "none found"
+REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]
+"""The edit, and other tokens edited in the same way."""
+ACROSS = 6
+"""Tasks side by side."""
+WIDTH = 110
+"""Characters of a line in a terminal."""
+
+
+def plot_effects(
+    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+) -> Figure:
+    """The change of accuracy under every condition, task by task, with intervals.
+
+    A filled point has an interval that excludes zero. Conditions whose names say "random" (the
+    controls of `sinkscope.experiments.effect_table`) are squares of another colour. Where no row
+    was touched, because there is no such token, it says "none found"; controls of such conditions
+    are left out.
+
+    Args:
+        summary: Of ``Comparison.summary()``.
+        tasks: Which tasks to show, in this order; None for all.
+        base: The condition that the others are compared with; None for the first.
+
+    Returns:
+        The figure: one panel per task, with the accuracy of the base above it.
+
+    Raises:
+        InputError: If the table is not such a summary.
+        SelectionError: If there is no such task or condition.
+    """
+    shown, base, others = _parts(summary, tasks, base)
+    across = min(ACROSS, len(shown))
+    down = -(-len(shown) // across)
+    others = [c for c in others if "random" not in c or _anywhere(summary, shown, c)]
+    width = 3.1 + 1.75 * across
+    figure = new_figure((width, down * (1.3 + 0.3 * len(others)) + 1.1))
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    reach = _reach(summary, shown)
+    for i, (ax, task) in enumerate(zip(grid, shown, strict=False)):
+        lines = summary[summary["task"] == task].set_index("condition")
+        _draw_task(ax, lines, others)
+        before = lines.loc[base]
+        head = f"{task}\n{before['accuracy']:.0%}, n = {before['n']:.0f}"
+        ax.set_title(head, fontsize=LABEL, loc="left")
+        ax.set_xlim(-reach, reach)
+        if i + across >= len(shown):
+            ax.set_xlabel("change (points)", fontsize=LABEL)
+            ax.tick_params(labelbottom=True)
+    for ax in grid[len(shown) :]:
+        ax.set_visible(False)
+    grid[0].set_yticks(range(len(others)), others)
+    grid[0].set_ylim(len(others) - 0.4, -0.6)
+    text = (
+        "Change of accuracy in percentage points, with intervals over images. "
+        f"Above each panel: accuracy of “{base}”."
+    )
+    figure.suptitle(textwrap.fill(text, int(11.5 * width)), fontsize=TITLE, x=0.01, ha="left")
+    _legend(figure, others, across)
+    return figure
+
+
+def plot_control(
+    result: ControlResult, row: int = 0, *, label: str | None = None, ax: Axes | None = None
+) -> Figure:
+    """The edit as a line over the histogram of its random controls, with its two-sided p value.
+
+    Args:
+        result: Of ``RandomControl(...).run(...)``.
+        row: The row of the batch.
+        label: What the score is, with its unit; None for what the result says.
+        ax: Where to draw, or None for a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        SelectionError: If there is no such row.
+    """
+    rows = len(result.real)
+    if not 0 <= row < rows:
+        raise SelectionError(f"Got row {row}; expected 0 to {rows - 1}: a row of the batch.")
+    controls, real = result.controls[:, row].tolist(), float(result.real[row])
+    base, p = float(result.base[row]), float(result.p_value()[row])
+    low, high = (float(edge[row]) for edge in result.interval())
+    ax = new_axes(ax, (5.6, 3.8))
+    name = f"{len(controls)} random controls (same {result.match})"
+    edges = _edges([*controls, real, base])
+    ax.hist(controls, edges, color=RANDOM.colour, alpha=0.55, edgecolor="white", label=name)
+    ax.axvspan(low, high, ymax=0.035, color=RANDOM.colour, label="their central 95 %")
+    ax.axvline(real, color=REAL.colour, linewidth=2.2, label=f"the edit, p = {p:.2g}")
+    ax.axvline(base, color=QUIET, linewidth=1.2, linestyle=":", label="without an edit")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    ax.margins(x=0.04)
+    dress(
+        ax, "The edit and the same edit of other tokens", label or result.score, "number of draws"
+    )
+    legend_below(ax, points=40.0)
+    return figure_of(ax)
+
+
+def effects_text(
+    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+) -> str:
+    """The same as `plot_effects`, as a table for a terminal.
+
+    Args:
+        summary: Of ``Comparison.summary()``.
+        tasks: Which tasks to show, in this order; None for all.
+        base: The condition that the others are compared with; None for the first.
+
+    Returns:
+        Several lines: the accuracy of the base, the change in percentage points with its interval,
+        a star where the interval excludes zero, and which conditions found nothing to edit.
+
+    Raises:
+        InputError: If the table is not such a summary.
+        SelectionError: If there is no such task or condition.
+    """
+    shown, base, others = _parts(summary, tasks, base)
+    cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
+    alive = [c for c in others if _anywhere(summary, shown, c)]
+    heads = [f"{task} ({cells[task, base]['n']})" for task in shown]
+    lines = [["accuracy, then changes in points", *heads]]
+    lines.append([base, *(f"{cells[task, base]['accuracy']:.0%}" for task in shown)])
+    lines += [[c, *(_change(cells[task, c]) for task in shown)] for c in alive]
+    out = [aligned(part) for part in _blocks(lines)]
+    missing = [c for c in others if c not in alive]
+    if missing:
+        own = [c for c in missing if "random" not in c] or missing
+        text = f"{NONE}, so nothing was edited: {', '.join(own)}"
+        out.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    out.append("[...]: interval, resampling images. *: it excludes zero. In brackets: questions.")
+    return "\n\n".join(out)
+
+
+def _parts(
+    summary: pd.DataFrame, tasks: Sequence[str] | None, base: str | None
+) -> tuple[list[str], str, list[str]]:
+    """The tasks to show, the base and the other conditions, after a look at the table."""
+    missing = COLUMNS - set(getattr(summary, "columns", ()))
+    if missing or not len(summary):
+        raise InputError(
+            f"Got a table that lacks {sorted(missing) or 'lines'}; expected what "
+            "Comparison.summary() returns."
+        )
+    known = list(dict.fromkeys(summary["task"]))
+    conditions: list[str] = list(dict.fromkeys(summary["condition"]))
+    shown = sorted(known, key=lambda task: task != "all") if tasks is None else list(tasks)
+    first = conditions[0] if base is None else base
+    for kind, asked, there in (("task", shown, known), ("base", [first], conditions)):
+        wrong = [name for name in asked if name not in there]
+        if wrong or not asked:
+            raise SelectionError(f"Got {kind} {wrong or asked}; expected some of {there}.")
+    others = [condition for condition in conditions if condition != first]
+    if not others:
+        raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
+    return shown, first, others
+
+
+def _found(line: Any) -> bool:
+    return bool(line["touched"] > 0)
+
+
+def _anywhere(summary: pd.DataFrame, shown: list[str], condition: str) -> bool:
+    """Whether a condition touched a row in some of the tasks."""
+    own = summary[(summary["condition"] == condition) & summary["task"].isin(shown)]
+    return bool((own["touched"] > 0).any())
+
+
+def _clear(line: Any) -> bool:
+    """Whether the interval excludes zero."""
+    return bool(line["delta_low"] > 0 or line["delta_high"] < 0)
+
+
+def _draw_task(ax: Axes, lines: pd.DataFrame, others: list[str]) -> None:
+    """One point and its interval per condition."""
+    ax.axvline(0, color=QUIET, linewidth=1)
+    for y, condition in enumerate(others):
+        line = lines.loc[condition]
+        if not _found(line):
+            ax.text(0, y, f" {NONE} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
+                    backgroundcolor="white")  # fmt: skip
+            continue
+        style = _style(condition)
+        ends = [100 * line["delta_low"], 100 * line["delta_high"]]
+        ax.plot(ends, [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
+        face = style.colour if _clear(line) else "white"
+        ax.plot(100 * line["delta"], y, style.marker, color=style.colour, markerfacecolor=face,
+                markersize=6, markeredgewidth=1.5)  # fmt: skip
+    ax.tick_params(labelsize=SMALL)
+    ax.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+
+
+def _style(condition: str) -> Any:
+    return RANDOM if "random" in condition else REAL
+
+
+def _reach(summary: pd.DataFrame, shown: list[str]) -> float:
+    """Half of the x axis: all intervals fit, zero is in the middle."""
+    own = summary[summary["task"].isin(shown)]
+    numbers = [abs(x) for name in ("delta", "delta_low", "delta_high") for x in own[name].tolist()]
+    return max(2.0, 108 * max(x for x in numbers if x == x))
+
+
+def _legend(figure: Figure, others: list[str], across: int) -> None:
+    """What the marks mean, under the panels."""
+    kinds = {"edited tokens": REAL}
+    if any("random" in condition for condition in others):
+        kinds["random tokens"] = RANDOM
+    marks = {
+        name: Line2D([], [], color=style.colour, marker=style.marker, markersize=6)
+        for name, style in kinds.items()
+    }
+    hollow = {"color": QUIET, "linestyle": "", "marker": "o", "markersize": 6}
+    marks["interval excludes 0"] = Line2D([], [], **hollow)
+    marks["interval holds 0"] = Line2D([], [], **hollow, markerfacecolor="white")
+    figure.legend(
+        marks.values(),
+        marks.keys(),
+        loc="outside lower left",
+        ncols=4 if across > 1 else 2,
+        fontsize=SMALL,
+        frameon=False,
+    )
+
+
+def _edges(values: list[float], bins: int = 24) -> list[float]:
+    """Edges of equal bins over all values."""
+    low, high = min(values), max(values)
+    step = (high - low) / bins or max(abs(low), 1.0) / bins
+    return [low + i * step for i in range(bins + 1)]
+
+
+def _change(line: Any) -> str:
+    if not _found(line):
+        return NONE
+    parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
+    change, low, high = (p if abs(p) >= 0.5 else 0.0 for p in parts)
+    if low != low or high != high:
+        return f"{change:+.0f}"
+    star = "*" if _clear(line) else ""
+    return f"{change:+.0f} [{low:+.0f}, {high:+.0f}]{star}"
+
+
+def _blocks(lines: list[list[str]]) -> list[list[list[str]]]:
+    """The columns cut into tables that fit into a line, each with the first column."""
+    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
+    parts, used = [[0]], widths[0]
+    for i in range(1, len(widths)):
+        if used + widths[i] > WIDTH and len(parts[-1]) > 1:
+            parts.append([0])
+            used = widths[0]
+        parts[-1].append(i)
+        used += widths[i]
+    return [[[line[i] for i in part] for line in lines] for part in parts]

@@ -1,0 +1,116 @@
+"""A trace as HTML: for notebooks, and the parts of which a report is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from sinkscope.viz.style import GROUP_OF, STYLES
+from sinkscope.viz.table import KINDS, by_row, columns_for, counts, of_kind
+from sinkscope.viz.text import rules
+from sinkscope.viz.words import neat
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.experiments.records import SinkRecord
+    from sinkscope.experiments.trace import SinkTrace
+
+MARKS = {"V": "●", "L": "■", "text": "▲"}
+
+NOTEBOOK = (
+    ".sinkscope-trace table { border-collapse: collapse; font-size: 85%; }"
+    ".sinkscope-trace table th, .sinkscope-trace table td { text-align: left; padding: 2px 8px;"
+    " white-space: nowrap; min-width: 0; border: 0; border-bottom: 1px solid #8884; }"
+)
+"""Small and left-aligned in every notebook and on every site that has a style of its own."""
+
+
+def trace_html(trace: SinkTrace, *, limit: int = 10) -> str:
+    """The table of `trace_summary` as HTML, for a notebook.
+
+    Args:
+        trace: The trace.
+        limit: The most sinks of each kind to list.
+
+    Returns:
+        A ``<div>``.
+    """
+    found = "".join(f"<div>{escape(' '.join(line.split()))}</div>" for line in rules(trace))
+    return (
+        f'<div class="sinkscope-trace"><style>{NOTEBOOK}</style>'
+        f"<p><strong>{escape(counts(trace))}</strong></p>"
+        f"{sink_table(trace, limit=limit)}"
+        f'<div style="margin-top:.6em;font-size:90%">{found}</div>{warnings_html(trace)}</div>'
+    )
+
+
+def sink_table(trace: SinkTrace, *, limit: int | None = None) -> str:
+    """A table of the sinks; every kind without any has a line that says so.
+
+    Args:
+        trace: The trace.
+        limit: The most sinks of each kind to list; None for all.
+    """
+    columns = columns_for(trace)
+    heads = "".join(
+        f'<th scope="col" title="{escape(c.meaning)}">{_head(c.head)}</th>' for c in columns
+    )
+    lines = []
+    for kind, noun in KINDS.items():
+        records = of_kind(trace, kind)
+        lines += [_line(columns, record) for record in by_row(records[:limit])]
+        if not records:
+            lines.append(_remark(f"{noun}s: none found", len(columns)))
+        elif limit is not None and len(records) > limit:
+            lines.append(_remark(f"{len(records) - limit} more {noun}s", len(columns)))
+    return (
+        '<div style="overflow-x:auto"><table class="sinkscope">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def frame_table(frame: pd.DataFrame) -> str:
+    """Any small table as HTML."""
+    heads = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
+    lines = [
+        "<tr>" + "".join(f"<td>{escape(_plain(value))}</td>" for value in line) + "</tr>"
+        for line in frame.itertuples(index=False)
+    ]
+    return (
+        '<div style="overflow-x:auto"><table class="sinkscope">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def warnings_html(trace: SinkTrace) -> str:
+    """The warnings, or nothing."""
+    if not trace.warnings:
+        return ""
+    items = "".join(f"<li>{escape(neat(text))}</li>" for text in trace.warnings)
+    return f'<div class="warnings" role="note"><strong>Warnings</strong><ul>{items}</ul></div>'
+
+
+def _line(columns: Sequence[Any], record: SinkRecord) -> str:
+    colour = STYLES[GROUP_OF[record.kind]].colour
+    mark = f'<span aria-hidden="true" style="color:{colour}">{MARKS[record.kind]}</span> '
+    cells = [escape(column.cell(record)) for column in columns]
+    at = next(i for i, column in enumerate(columns) if column.head == "kind")
+    cells[at] = mark + cells[at]
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _remark(text: str, across: int) -> str:
+    return f'<tr><td colspan="{across}"><em>{escape(text)}</em></td></tr>'
+
+
+def _head(head: str) -> str:
+    """``re-|ceived`` is one word in a table that has room; so is ``norm|ViT > LLM`` three."""
+    return escape(head.replace("-|", "").replace("|", " "))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

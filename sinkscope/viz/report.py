@@ -1,0 +1,106 @@
+"""A trace as a folder that can be kept, mailed and opened without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.viz.gallery import pictures_of
+from sinkscope.viz.page import Shown, make_page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.experiments.trace import SinkTrace
+    from sinkscope.probes import MassResult
+
+DPI = 130
+
+
+def write_report(
+    folder: str | Path,
+    trace: SinkTrace,
+    *,
+    mass: MassResult | None = None,
+    title: str = "Sink trace",
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Write figures, tables and a page about a trace.
+
+    ::
+
+        folder/index.html    everything on one page, pictures inside
+        folder/sinks.csv     one line per sink: every field of its record
+        folder/tokens.csv    one line per position of the prompt
+        folder/trace.json    detectors, warnings, overlap and records
+        folder/figures/      PNG files
+
+    Files of these names are replaced, others are left alone.
+
+    Args:
+        folder: Where to write; made if it is not there.
+        trace: The trace.
+        mass: The result of ``AttentionMass(trace.groups)``, for one more figure per row.
+        title: Of the page.
+        tables: Heading -> table, shown on the page before the figures.
+        progress: Whether to show a progress bar; None shows it in a terminal.
+
+    Returns:
+        The path of ``index.html``.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        sinks_table(trace).to_csv(folder / "sinks.csv", index=False)
+        tokens_table(trace).to_csv(folder / "tokens.csv", index=False)
+        trace.to_json(folder / "trace.json")
+        shown = []
+        hidden = None if progress is None else not progress
+        for picture in tqdm(list(pictures_of(trace, mass)), "drawing", disable=hidden, leave=False):
+            path = folder / "figures" / f"{picture.name}.png"
+            picture.draw().savefig(path, dpi=DPI, facecolor="white")
+            shown.append(Shown(picture, path.read_bytes()))
+        page = folder / "index.html"
+        page.write_text(make_page(trace, shown, title, tables or {}), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"Got the report folder {str(folder)!r}, which cannot be written ({error}); expected a "
+            "folder of yours or a name that is still free."
+        ) from error
+    return page
+
+
+def sinks_table(trace: SinkTrace) -> pd.DataFrame:
+    """The records as a table for CSV: lists are written as JSON."""
+    table = trace.to_dataframe()
+    for name in table.columns:
+        nested = table[name].map(lambda value: isinstance(value, tuple))
+        if nested.any():
+            table[name] = table[name].map(lambda value: json.dumps(value) if value else "")
+    return table
+
+
+def tokens_table(trace: SinkTrace) -> pd.DataFrame:
+    """The token map with what is known of each position.
+
+    ``sink`` is ``V``, ``L``, ``text`` or empty; ``over_null`` is the largest attention received over
+    its null, over layers and heads.
+    """
+    table = trace.sample.tokens.to_dataframe()
+    kinds = {(r.batch, r.pos): r.kind for r in trace.records}
+    over = (trace.received / trace.null[:, :, None]).amax(dim=(1, 2))
+    places = list(zip(table["batch"], table["pos"], strict=True))
+    return table.assign(
+        vit_tokens=table["vit_tokens"].map(json.dumps),
+        sink=[kinds.get(place, "") for place in places],
+        over_null=[float(over[place]) for place in places],
+    )

@@ -1,0 +1,170 @@
+"""The columns of a sink table: what they say, how they are written, what they mean.
+
+One list serves the terminal, the notebook and the report, so that the three cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sinkscope.viz.words import plural, ranges, readable, short
+
+if TYPE_CHECKING:
+    from sinkscope.experiments.records import SinkRecord
+    from sinkscope.experiments.trace import SinkTrace
+
+KINDS = {"V": "V-sink", "L": "L-sink", "text": "text sink"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        head: Its name; a line break for narrow tables at ``|``.
+        cell: What to write for a sink.
+        meaning: For the glossary.
+    """
+
+    head: str
+    cell: Callable[[SinkRecord], str]
+    meaning: str
+
+
+def _token(record: SinkRecord) -> str:
+    if record.image < 0:
+        return f"{record.pos} {readable(record.word)}"
+    return f"{record.pos} image {record.image}"
+
+
+def _cell(record: SinkRecord) -> str:
+    return "-" if record.image < 0 else f"{record.row},{record.column}"
+
+
+def _box(record: SinkRecord) -> str:
+    if record.box is None:
+        return "-"
+    x0, y0, x1, y1 = (round(edge) for edge in record.box)
+    return f"{x0},{y0}-{x1},{y1}"
+
+
+def _born(record: SinkRecord) -> str:
+    vision = record.kind == "V"
+    block = record.vit_birth if vision else record.llm_birth
+    half = record.vit_writer if vision else record.llm_writer
+    if block is None:
+        return "-"
+    if block < 0:
+        return "embeddings"
+    return f"{'ViT' if vision else 'LLM'} {block} {half or ''}".strip()
+
+
+def _layers(record: SinkRecord) -> str:
+    layers = record.llm_layers
+    if ranges(layers).count(",") < 3:
+        return ranges(layers)
+    return f"{layers[0]}-{layers[-1]} ({len(layers)})"
+
+
+def _norms(record: SinkRecord) -> str:
+    return f"{short(record.vit_norm)} > {short(record.llm_norm)}"
+
+
+COLUMNS = (
+    Column(
+        "kind",
+        lambda r: r.kind,
+        "V: a visual token that left the vision tower as a sink. L: a visual token that became one "
+        "in the LLM. text: a token outside the image that meets the L rule, such as BOS.",
+    ),
+    Column("token", _token, "Position in the prompt, and the word or the image it belongs to."),
+    Column("cell", _cell, "Row and column of the token in the image's grid, from 0."),
+    Column("pixels", _box, "The pixels that the token covers: left, top - right, bottom."),
+    Column(
+        "born in",
+        _born,
+        "The first block whose output shows the spike without a break up to where it is judged, and "
+        "which half of the block wrote the largest channel: attention or MLP.",
+    ),
+    Column(
+        "norm|ViT > LLM",
+        _norms,
+        "L2 norm of the state where the projector reads, and after the projector, in the embeddings "
+        "of the LLM.",
+    ),
+    Column(
+        "L rule|in layers",
+        _layers,
+        "LLM layers on whose input the L rule holds; the first, the last and how many, where they are "
+        "scattered.",
+    ),
+    Column(
+        "draws|from",
+        lambda r: "-" if r.first_drawn is None else str(r.first_drawn),
+        "First LLM layer in which some head gives the token several times (3 by default) its null.",
+    ),
+    Column(
+        "top|head",
+        lambda r: f"{r.head[0]}.{r.head[1]}",
+        "LLM layer and head in which the token receives the most over its null.",
+    ),
+    Column(
+        "re-|ceived",
+        lambda r: short(r.head_received, 2),
+        "Attention received in that head, 0 to 1: the mean over the queries that can see the token.",
+    ),
+    Column(
+        "times|null",
+        lambda r: short(r.over_null, 2),
+        "The same as a multiple of its null: what the token would receive under uniform attention.",
+    ),
+    Column(
+        "writes",
+        lambda r: short(r.value_ratio, 2),
+        "Norm of what the token writes in that head, over the mean of the other tokens. Near 0: "
+        "attention is parked on it and nothing is said.",
+    ),
+    Column(
+        "verdict",
+        lambda r: r.verdict,
+        "NOP: it writes at most 0.2 of what others write. broadcast: at least 0.5, and the head "
+        "writes one direction (stable rank at most 1.5). mixed: neither. draws nothing: flagged, but "
+        "no head attends to it (Fesser et al., 2606.08105).",
+    ),
+    Column(
+        "over-|lap",
+        lambda r: "yes" if r.overlap else "-",
+        "Whether a V-sink meets the L rule too, in some layer. V wins, so it is not counted as L.",
+    ),
+)
+ROW = Column("row", lambda r: str(r.batch), "Row of the batch.")
+
+
+def columns_for(trace: SinkTrace) -> tuple[Column, ...]:
+    """The columns; with the batch row where there are several."""
+    return COLUMNS if len(trace.sample) == 1 else (ROW, *COLUMNS)
+
+
+def of_kind(trace: SinkTrace, kind: str, row: int | None = None) -> list[SinkRecord]:
+    """The sinks of one kind, those that draw most over their null first."""
+    own = [r for r in trace.records if r.kind == kind and row in (None, r.batch)]
+    return sorted(own, key=lambda r: -r.over_null)
+
+
+def by_row(records: Iterable[SinkRecord]) -> list[SinkRecord]:
+    """The same, row by row."""
+    return sorted(records, key=lambda r: r.batch)
+
+
+def counts(trace: SinkTrace, row: int | None = None) -> str:
+    """``2 V-sinks, no L-sinks, 1 text sink``."""
+    return ", ".join(plural(len(of_kind(trace, kind, row)), noun) for kind, noun in KINDS.items())
+
+
+def flagged_share(trace: SinkTrace) -> tuple[float, float]:
+    """The shares of image tokens that are V-sinks, and that meet the L rule in the worst layer."""
+    visual = (trace.sample.tokens.image >= 0).sum(dim=1).clamp(min=1)
+    share = (trace.v_sinks.sum(dim=1) / visual).max()
+    return float(share), float(trace.l_detection.fraction.max())

@@ -1,0 +1,208 @@
+"""Figures and tables of what edits did: they show the numbers of the summary, and what is missing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import InputError, SelectionError
+from sinkscope.experiments import Comparison
+from sinkscope.interventions import ControlResult
+from sinkscope.viz import effects_text, plot_control, plot_effects
+
+RIGHT = {"mask V-sinks": 0.4, "mask random, as many": 0.9, "mask L-sinks": 0.9, "base": 0.9}
+
+
+def comparison(images=30, tasks=("count", "colour")):
+    """Answers that a mask of V-sinks makes wrong; there are no L-sinks."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for item in range(images * len(tasks)):
+        task, luck = tasks[item % len(tasks)], rng.random()
+        for condition in ("base", "mask V-sinks", "mask random, as many", "mask L-sinks"):
+            lines.append(
+                {
+                    "item": item,
+                    "image_id": str(item // len(tasks)),
+                    "task": task,
+                    "condition": condition,
+                    "correct": bool(luck < RIGHT[condition]),
+                    "touched": condition not in ("base", "mask L-sinks"),
+                }
+            )
+    return Comparison(pd.DataFrame(lines), "base")
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return comparison().summary()
+
+
+def points(ax):
+    """Height of a condition -> its point, and the ends of its interval."""
+    dots = [li for li in ax.lines if li.get_marker() not in ("", "None", None)]
+    bars = [li for li in ax.lines if len(li.get_xdata()) == 2 and li.get_ydata()[0] >= 0]
+    ends = {li.get_ydata()[0]: tuple(li.get_xdata()) for li in bars if li.get_ydata()[1] != 1}
+    ends |= {
+        li.get_ydata()[0]: tuple(li.get_xdata()) for li in bars if len(set(li.get_ydata())) < 2
+    }
+    return {li.get_ydata()[0]: (li, li.get_xdata()[0], ends[li.get_ydata()[0]]) for li in dots}
+
+
+def test_points_and_intervals_are_those_of_the_summary(summary) -> None:
+    figure = plot_effects(summary)
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
+        "all",
+        "count",
+        "colour",
+    ]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["mask V-sinks", "mask random, as many", "mask L-sinks"]
+    for ax, task in zip(figure.axes, ("all", "count", "colour"), strict=True):
+        lines = summary[summary["task"] == task].set_index("condition")
+        shown = points(ax)
+        assert set(shown) == {0, 1}, "nothing was touched in the third"
+        for place, name in enumerate(names[:2]):
+            dot, x, ends = shown[place]
+            line = lines.loc[name]
+            assert x == pytest.approx(100 * line["delta"])
+            assert ends == pytest.approx((100 * line["delta_low"], 100 * line["delta_high"]))
+            clear = line["delta_low"] > 0 or line["delta_high"] < 0
+            assert (dot.get_markerfacecolor() != "white") == clear
+        assert [t.get_text().strip() for t in ax.texts] == ["none found"]
+        assert f"{lines.loc['base', 'accuracy']:.0%}" in ax.get_title(loc="left")
+        assert "points" in ax.get_xlabel()
+    assert "percentage points" in figure.get_suptitle()
+
+
+def test_controls_of_what_was_not_found_are_left_out() -> None:
+    made = comparison()
+    made.table.loc[made.table["condition"].str.contains("random"), "touched"] = False
+    summary = Comparison(made.table, "base").summary(draws=50)
+    names = [text.get_text() for text in plot_effects(summary).axes[0].get_yticklabels()]
+    assert names == ["mask V-sinks", "mask L-sinks"]
+    assert "random" not in effects_text(summary)
+
+
+def test_controls_have_a_colour_and_a_marker_of_their_own(summary) -> None:
+    real, control = (points(plot_effects(summary).axes[0])[i][0] for i in (0, 1))
+    assert real.get_color() != control.get_color()
+    assert real.get_marker() != control.get_marker()
+
+
+def test_everything_fits_and_zero_is_in_the_middle(summary) -> None:
+    low, high = plot_effects(summary).axes[0].get_xlim()
+    assert low == -high
+    assert high >= 100 * summary[["delta_low", "delta_high"]].abs().max().max()
+
+
+def test_tasks_and_base_can_be_chosen(summary) -> None:
+    figure = plot_effects(summary, tasks=["colour"], base="base")
+    assert len([ax for ax in figure.axes if ax.get_visible()]) == 1
+    many = comparison(tasks=tuple("abcdefgh")).summary()
+    visible = [ax for ax in plot_effects(many).axes if ax.get_visible()]
+    assert len(visible) == 9
+    with pytest.raises(SelectionError, match="expected some of"):
+        plot_effects(summary, tasks=["shape"])
+    with pytest.raises(SelectionError, match="expected some of"):
+        plot_effects(summary, base="nothing")
+    with pytest.raises(SelectionError, match="expected some of"):
+        effects_text(summary, tasks=[])
+
+
+@pytest.mark.parametrize("show", [plot_effects, effects_text])
+def test_other_tables_are_refused(show, summary) -> None:
+    with pytest.raises(InputError, match="lacks"):
+        show(summary.drop(columns="delta"))
+    with pytest.raises(InputError, match="lacks"):
+        show(summary.iloc[:0])
+    with pytest.raises(InputError, match="second condition"):
+        show(summary[summary["condition"] == "base"])
+
+
+def test_one_image_has_no_interval() -> None:
+    one = comparison(images=1).summary()
+    assert np.isnan(one["delta_low"]).all()
+    plot_effects(one).canvas.draw()
+    text = effects_text(one)
+    assert "nan" not in text
+    assert "*" not in text.split("\n\n")[0]
+
+
+def test_text_has_every_number(summary) -> None:
+    text = effects_text(summary)
+    lines = summary.set_index(["task", "condition"])
+    masked = next(line for line in text.splitlines() if line.startswith("mask V-sinks"))
+    for task in ("all", "count", "colour"):
+        line = lines.loc[(task, "mask V-sinks")]
+        assert f"{100 * line['delta']:+.0f} [" in masked
+        assert f"{task} ({line['n']:.0f})" in text
+    assert masked.count("*") == 3
+    assert "none found, so nothing was edited: mask L-sinks" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_text_of_many_tasks_is_cut_into_blocks() -> None:
+    tasks = tuple(f"a long name of task {i}" for i in range(9))
+    text = effects_text(comparison(tasks=tasks).summary())
+    assert max(len(line) for line in text.splitlines()) <= 110
+    assert text.count("\nbase") > 1
+    assert all(task in text for task in tasks)
+
+
+def test_a_task_without_such_tokens_says_so() -> None:
+    made = comparison()
+    table = made.table
+    table.loc[table["task"] == "count", "touched"] = False
+    masked = next(
+        line
+        for line in effects_text(Comparison(table, "base").summary()).splitlines()
+        if line.startswith("mask V-sinks")
+    )
+    assert masked.count("none found") == 1
+
+
+def test_comparison_plots_itself() -> None:
+    assert len(comparison().plot(draws=50).axes) == 3
+
+
+@pytest.fixture
+def control():
+    scores = torch.linspace(0.0, 0.2, 20)[:, None].repeat(1, 2)
+    return ControlResult(torch.tensor([0.5, 0.1]), scores, torch.zeros(2), "count", "KL (nats)")
+
+
+def test_control_figure_shows_the_edit_over_its_controls(control) -> None:
+    ax = plot_control(control).axes[0]
+    assert sum(patch.get_height() for patch in ax.patches if patch.get_height() >= 1) == 20
+    lines = {li.get_label(): li.get_xdata()[0] for li in ax.lines}
+    assert lines["the edit, p = 0.048"] == pytest.approx(0.5)
+    assert lines["without an edit"] == 0
+    assert ax.get_xlabel() == "KL (nats)"
+    assert "number" in ax.get_ylabel()
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "20 random controls (same count)" in legend
+    own = control.plot(1).axes[0]
+    assert float(own.lines[0].get_xdata()[0]) == pytest.approx(0.1)
+    assert plot_control(control, label="mine").axes[0].get_xlabel() == "mine"
+
+
+def test_control_figure_of_equal_scores(control) -> None:
+    same = ControlResult(torch.zeros(1), torch.zeros(1, 1), torch.zeros(1), "position")
+    plot_control(same).canvas.draw()
+    with pytest.raises(SelectionError, match="row"):
+        plot_control(control, 2)
+
+
+def test_control_result_knows_its_score(traces) -> None:
+    trace = traces["one"]
+    control = ss.RandomControl(ss.MaskKeys(trace.v_sinks), n=3)
+    assert "nats" in control.run(traces.lvlm, trace).score
+
+    def margin(run):
+        return run.logits[:, -1].max(-1).values
+
+    assert control.run(traces.lvlm, trace, margin).plot().axes[0].get_xlabel() == "margin"
