@@ -168,7 +168,7 @@ def calibrate(
         channels = _candidates(firsts, rules)
         evidence = [
             _second_look(lvlm, sample, tower, channels, drawn, rules, remote)
-            for sample, (_, drawn) in zip(samples, firsts)
+            for sample, (_, drawn) in zip(samples, firsts, strict=True)
         ]
         found[tower] = _conclude(tower, channels, evidence, rules)
     return Calibration(found["vision"], found["language"], len(samples))
@@ -195,7 +195,9 @@ def _candidates(firsts: list, rules: _Rules) -> list[int]:
         values = massive.values.abs() / massive.median[..., None, None]
         values = torch.where(drawing.expand_as(values), values, torch.zeros_like(values))
         for channel, value in zip(
-            massive.channels.flatten().tolist(), values.nan_to_num().flatten().tolist()
+            massive.channels.flatten().tolist(),
+            values.nan_to_num().flatten().tolist(),
+            strict=True,
         ):
             if channel >= 0 and value > 0:
                 votes[channel] = max(votes.get(channel, 0.0), value)
@@ -255,7 +257,7 @@ def _conclude(
     if not seen:
         return TowerCalibration(tower, NoSinks(nothing), reason=nothing)
     kept: list[tuple[float, int]] = []
-    for i, channel in enumerate(channels):
+    for i in range(len(channels)):
         low, high, count = _separation(seen, [i], rules, tower)
         if count and low >= rules.distinct * high:
             kept.append((low / high, i))

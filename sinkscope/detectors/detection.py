@@ -84,7 +84,7 @@ def saturation_warning(detection: Detection) -> Detection:
 
     worst = detection.fraction.amax(dim=0)
     layers = [
-        layer for layer, f in zip(detection.layers, worst.tolist()) if f > SATURATION
+        layer for layer, f in zip(detection.layers, worst.tolist(), strict=True) if f > SATURATION
     ]
     text = (
         f"{detection.detector} flags up to {float(worst.max()):.0%} of the image tokens in the "

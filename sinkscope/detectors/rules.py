@@ -222,9 +222,7 @@ class Norm:
             DetectorError: If tau is neither a positive number nor a known rule.
         """
         if isinstance(self.tau, str) and self.tau not in ("valley", "3sigma"):
-            raise DetectorError(
-                f"Got tau={self.tau!r}; expected a number, 'valley' or '3sigma'."
-            )
+            raise DetectorError(f"Got tau={self.tau!r}; expected a number, 'valley' or '3sigma'.")
         if not isinstance(self.tau, str) and not self.tau > 0:
             raise DetectorError(f"Got tau={self.tau}; expected a positive norm.")
         return TokenNorms(layers, tower, STATE_SITE[tower])

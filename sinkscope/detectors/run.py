@@ -71,9 +71,9 @@ def detect(
     Raises:
         DetectorError: If the detector cannot work on this tower.
     """
-    return detect_all(
-        lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote
-    )["it"]
+    return detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)[
+        "it"
+    ]
 
 
 def detect_all(

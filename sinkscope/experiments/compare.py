@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm
 
@@ -15,6 +15,7 @@ from sinkscope.experiments.trace import SinkTrace, trace_sinks
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from sinkscope.detectors.rules import Detector
     from sinkscope.models.lvlm import LVLM
@@ -75,12 +76,14 @@ class Comparison:
         whole = pd.concat(tables, ignore_index=True)
         options = {"level": level, "draws": draws, "seed": seed}
         lines = []
-        for (task, condition), part in whole.groupby(["task", "condition"], sort=False):
+        for names, part in whole.groupby(["task", "condition"], sort=False):
+            task, condition = cast("tuple[str, str]", names)
             of_base = whole[(whole["task"] == task) & (whole["condition"] == self.base)]
             paired = part.merge(of_base, on="item", suffixes=("", "_base"))
             change = paired["correct"].astype(float) - paired["correct_base"].astype(float)
-            accuracy = cluster_bootstrap(part["correct"], part["image_id"], **options)
-            delta = cluster_bootstrap(change, paired["image_id"], **options)
+            images = part["image_id"].tolist()
+            accuracy = cluster_bootstrap(part["correct"].tolist(), images, **options)
+            delta = cluster_bootstrap(change.tolist(), paired["image_id"].tolist(), **options)
             lines.append(
                 {
                     "task": task,
@@ -88,11 +91,26 @@ class Comparison:
                     "n": len(part),
                     "images": part["image_id"].nunique(),
                     "touched": part["touched"].mean(),
-                    **dict(zip(("accuracy", "low", "high"), accuracy)),
-                    **dict(zip(("delta", "delta_low", "delta_high"), delta)),
+                    **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
+                    **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
                 }
             )
         return pd.DataFrame(lines)
+
+    def plot(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Figure:
+        """The change of accuracy per task and condition, with intervals.
+
+        Args:
+            level: See `summary`.
+            draws: See `summary`.
+            seed: See `summary`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.effects import plot_effects
+
+        return plot_effects(self.summary(level=level, draws=draws, seed=seed), base=self.base)
 
 
 def as_items(dataset: Iterable[Any]) -> list[Item]:
@@ -185,13 +203,19 @@ def _answer(
     """One batch under every condition."""
     items = [item for _, item in rows]
     sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
-    needs_trace = any(callable(c) for c in conditions.values())
-    trace = trace_sinks(lvlm, sample, **rules) if needs_trace else None
+    trace: Any = None
+    if any(callable(condition) for condition in conditions.values()):
+        trace = trace_sinks(lvlm, sample, **rules)
     out = []
+    plain: Any = None
     for name, condition in conditions.items():
         edits = condition(trace) if callable(condition) else condition
-        given, touched = _generate(lvlm, sample, items, edits)
-        for (index, item), text, edited in zip(rows, given, touched):
+        if edits:
+            given, touched = _generate(lvlm, sample, items, edits)
+        else:  # greedy answers without an edit are the same every time
+            plain = plain or _generate(lvlm, sample, items, [])
+            given, touched = plain
+        for (index, item), text, edited in zip(rows, given, touched, strict=True):
             out.append(
                 {
                     "item": index,
@@ -213,9 +237,7 @@ def _generate(
 ) -> tuple[tuple[str, ...], list[bool]]:
     """The answers, and which rows an edit touched in the prompt pass or later."""
     tokenizer = lvlm.tokenizer
-    lengths = [
-        len(tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in items
-    ]
+    lengths = [len(tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in items]
     ready = [replace(it, allow_noop=True) for it in edits]
     out = lvlm.generate(sample, [], ready, max_new_tokens=max(1, *lengths))
     touched = [False] * len(items)
@@ -224,5 +246,5 @@ def _generate(
             if effect.touched.shape[0] != len(items):
                 touched = [bool(effect.touched.any()) or t for t in touched]
                 continue
-            touched = [bool(e) or t for e, t in zip(effect.touched.tolist(), touched)]
+            touched = [bool(e) or t for e, t in zip(effect.touched.tolist(), touched, strict=True)]
     return out.text or ("",) * len(items), touched

@@ -23,7 +23,7 @@ def top_channels(result: MassiveResult, batch: int, layer: int, pos: int) -> Cha
     """The largest channels of a token, as ``(channel, value)``."""
     channels = result.channels[batch, layer, pos].tolist()
     values = result.values[batch, layer, pos].tolist()
-    return tuple(zip(channels, values))
+    return tuple(zip(channels, values, strict=True))
 
 
 def writer(
@@ -176,9 +176,8 @@ def attention_part(run: Run, probes: Probes, batch: int, pos: int, draw: float) 
         "head": (layer, head),
         "head_received": float(received[layer, head]),
         "over_null": float(over[layer, head]),
+        "contribution": float(received[layer, head] * writes.norms[batch, layer, head, pos]),
         "value_ratio": ratio,
         "stable_rank": rank,
         "verdict": verdict,
     }
-
-

@@ -62,6 +62,8 @@ class SinkRecord:
         head: ``(layer, head)`` where it receives the most over its null.
         head_received: Attention received there.
         over_null: The multiple of the null there.
+        contribution: What it writes there: mean over the queries that see it of
+            ``||A_qs W_O^h v_s||_2``, which is the attention received times the norm of its write.
         value_ratio: ``ratio_out`` there: its write over the mean write of the other tokens.
         stable_rank: Of that head's output.
         verdict: ``"NOP"``, ``"broadcast"``, ``"mixed"``; ``"draws nothing"`` for a flagged token that
@@ -96,6 +98,7 @@ class SinkRecord:
     head: tuple[int, int]
     head_received: float
     over_null: float
+    contribution: float
     value_ratio: float
     stable_rank: float
     verdict: str

@@ -190,6 +190,12 @@ class SinkTrace:
 
         return trace_summary(self)
 
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        from sinkscope.viz.html import trace_html
+
+        return trace_html(self)
+
     def plot(self, row: int = 0) -> Figure:
         """Sinks over the image, attention by layer and kind, and spike sizes in both towers.
 
@@ -307,9 +313,7 @@ def trace_sinks(
         DetectorError: If a detector cannot work on this model.
         SelectionError: If ``merge`` is unknown.
     """
-    v, low, chosen, calibration = choose_detectors(
-        lvlm, sample, v_detector, l_detector, remote
-    )
+    v, low, chosen, calibration = choose_detectors(lvlm, sample, v_detector, l_detector, remote)
     probes = make_probes(lvlm, v, low)
     run = lvlm.run(sample, probes.all(), logits="last", remote=remote)
     v_detection = decided(v, run, probes.v, lvlm, sample)
@@ -319,9 +323,7 @@ def trace_sinks(
     from sinkscope.experiments.evidence import collect_records
 
     received = run[probes.received]
-    records = collect_records(
-        lvlm, sample, run, probes, v_detection, l_detection, v_sinks, draw
-    )
+    records = collect_records(lvlm, sample, run, probes, v_detection, l_detection, v_sinks, draw)
     return SinkTrace(
         sample=sample,
         v_detection=v_detection,

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import sinkscope as ss
 from benchmarks.planted_detectors import (
     LAYOUTS,
     calibrated,
@@ -12,8 +14,6 @@ from benchmarks.planted_detectors import (
     single_detectors,
     truth_of,
 )
-
-import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.testing import random_plant, sink_free
 from sinkscope.testing.scoring import Score
@@ -139,3 +139,17 @@ def test_records_tell_birth_writer_and_place(layout):
             assert r.llm_writer == "mlp"
             assert r.first_drawn == truth.l_layer + 1
             assert r.peak_channels[0][0] in truth.l_dims
+
+
+def test_contribution_of_a_record_is_what_the_head_writes():
+    """The mean over queries of what one token alone writes through one head's projection."""
+    planted = random_plant(2, "clip")
+    lvlm = ss.LVLM(planted.model, planted.processor)
+    sample = lvlm.prepare(inputs=planted.inputs())
+    for record in ss.trace_sinks(lvlm, sample).records:
+        alone = torch.zeros_like(sample.tokens.live)
+        alone[record.batch, record.pos] = True
+        probe = ss.ContributionNorms({"it": alone}, layers=[record.head[0]])
+        written = lvlm.run(sample, probes=[probe])[probe].per_head
+        by_query = written[record.batch, 0, record.head[1], record.pos :, 0]
+        assert abs(by_query.mean().item() - record.contribution) < 1e-4 * max(1, record.contribution)

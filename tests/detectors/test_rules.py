@@ -9,8 +9,8 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
 from sinkscope.kernels import residual
-from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
 from sinkscope.probes.attention import ReceivedResult
+from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
 from sinkscope.testing import random_image
 
 

@@ -1,0 +1,117 @@
+"""Ready-made conditions for `compare`: mask and scale sinks, and the same for random tokens."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import InputError, InterventionError
+from sinkscope.experiments.trace import SinkTrace
+from sinkscope.interventions import AblateValues, MaskKeys, RandomControl, ScaleAttention
+from sinkscope.models.prepare import Sample
+
+KINDS = ("V-sinks", "L-sinks", "text sinks")
+TOP = "top attended"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A kind of edit of a token mask, by name: mask, halve, or replace the values."""
+
+    name: str
+    make: Callable[[Any, Any], Any]
+
+
+EDITS = (
+    Edit("mask", lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True)),
+    Edit("halve", lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True)),
+    Edit(
+        "mean value", lambda tokens, layers: AblateValues(tokens, "mean", layers, allow_noop=True)
+    ),
+)
+
+
+def sink_masks(trace: SinkTrace) -> dict[str, Tensor]:
+    """The masks of a trace that can be edited, by name: `KINDS`."""
+    masks = (trace.v_sinks, trace.l_sinks(), trace.text_sinks())
+    return dict(zip(KINDS, masks, strict=True))
+
+
+def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
+    """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``.
+
+    Not sinks by any activation rule: what a model's strongest attractors are where no sink is found.
+    """
+    visual = trace.sample.tokens.image >= 0
+    received = trace.received.nan_to_num().mean(dim=(1, 2)).masked_fill(~visual, -1.0)
+    out = torch.zeros_like(visual)
+    out.scatter_(1, received.topk(min(k, received.shape[1]), dim=1).indices, True)
+    return out & visual
+
+
+@dataclass(frozen=True)
+class EditSinks:
+    """A condition: one edit of one kind of sink, or of as many random ordinary tokens.
+
+    Args:
+        kind: A key of `sink_masks`, or ``"top attended"``.
+        edit: A name among `EDITS`.
+        layers: Block indices, or None for all.
+        control: Whether to edit random tokens of the same number instead. A batch with too few
+            ordinary tokens is left unedited.
+        k: How many tokens ``"top attended"`` takes per row.
+        seed: Of the control's draw, which also depends on the images and texts of the batch: other
+            images, other positions.
+
+    Raises:
+        InputError: If the kind or the edit is unknown.
+    """
+
+    kind: str
+    edit: str = "mask"
+    layers: Any = None
+    control: bool = False
+    k: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("kind", self.kind, (*KINDS, TOP)), ("edit", self.edit, [e.name for e in EDITS])
+        for field, value, choices in known:
+            if value not in choices:
+                raise InputError(f"Got {field}={value!r}; expected one of {tuple(choices)}.")
+
+    def __call__(self, trace: SinkTrace) -> Sequence[Any]:
+        """The interventions for the trace of a batch; none if it has no such token."""
+        if self.kind == TOP:
+            mask = top_received(trace, self.k)
+        else:
+            mask = sink_masks(trace)[self.kind]
+        make = next(edit.make for edit in EDITS if edit.name == self.edit)
+        if not mask.any():
+            return []
+        real = make(mask, self.layers)
+        if not self.control:
+            return [real]
+        drawn = RandomControl(real, "count", n=1, seed=content_seed(trace.sample, self.seed))
+        try:
+            return list(drawn.draws(trace))
+        except InterventionError:
+            return []
+
+
+def content_seed(sample: Sample, seed: int) -> int:
+    """A seed that differs from sample to sample, and is the same for the same one.
+
+    With one seed for a whole data set the "random" tokens would be the same positions of every image.
+    """
+    digest = seed
+    for name in sorted(sample.inputs):
+        value = sample.inputs[name]
+        if isinstance(value, Tensor):
+            digest = zlib.crc32(value.detach().cpu().double().numpy().tobytes(), digest)
+    return digest
