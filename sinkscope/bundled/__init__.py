@@ -1,0 +1,67 @@
+"""The small trained vision-language model that ships with the package, and the scenes it knows.
+
+The model answers questions about drawn shapes. It is two million parameters in the LLaVA-1.5 layout,
+loads without a network, and is real in the one sense that matters here: it was trained until it
+answers correctly, and nothing about its attention was planted. Its model card,
+`bundled_path() / "README.md"`, has the measured accuracies and attention sinks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkscope.bundled.dataset import scene_questions
+from sinkscope.bundled.scenes import (
+    TASKS,
+    TEST_SEEDS,
+    TRAIN_SEEDS,
+    VALIDATION_SEEDS,
+    Question,
+    Scene,
+    SceneObject,
+    all_questions,
+    ask,
+    draw_scene,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+__all__ = [
+    "TASKS",
+    "TEST_SEEDS",
+    "TRAIN_SEEDS",
+    "VALIDATION_SEEDS",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "all_questions",
+    "ask",
+    "bundled_path",
+    "draw_scene",
+    "load_bundled_hf",
+    "scene_questions",
+]
+
+
+def bundled_path() -> Path:
+    """The folder of the stored model, as `from_pretrained` takes it."""
+    return Path(__file__).parent / "weights"
+
+
+def load_bundled_hf(
+    dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load the stored model, in evaluation mode on the CPU, and its processor; no network is used.
+
+    `attn_implementation` goes to transformers: `"eager"` is the one that returns attention patterns.
+    """
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    path = bundled_path()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
+    )
+    return model.eval(), LlavaProcessor.from_pretrained(path, local_files_only=True)

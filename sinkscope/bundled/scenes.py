@@ -1,0 +1,218 @@
+"""Small drawn scenes, and questions whose answers are right by construction.
+
+A scene is a 64x64 image: one to six shapes on a 3x3 grid of places, on a plain, slightly noisy
+background. Everything follows from one integer seed, so a data split is a range of seeds and
+nothing has to be downloaded.
+
+    place names        columns   left        centre        right
+    rows  top                    top left    top centre    top right
+          middle                 middle left middle centre middle right
+          bottom                 bottom left bottom centre bottom right
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sinkscope.errors import InputError
+
+IMAGE_SIZE = 64  # pixels, both sides
+GRID = 3  # places per side
+MAX_OBJECTS = 6
+SUPERSAMPLING = 4
+
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 13, "large": 18}  # side of the bounding box in pixels, before jitter
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 205, 40),
+    "purple": (150, 60, 180),
+}
+BACKGROUNDS = {
+    "black": (16, 16, 16),
+    "grey": (120, 120, 120),
+    "white": (238, 238, 238),
+    "brown": (110, 70, 40),
+}
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
+
+TASKS = {  # task -> scope
+    "count": "global",
+    "colour_count": "global",
+    "background": "global",
+    "colour": "local",
+    "shape": "local",
+}
+
+TRAIN_SEEDS = range(10_000_000)
+VALIDATION_SEEDS = range(10_000_000, 11_000_000)
+TEST_SEEDS = range(11_000_000, 12_000_000)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: its names, its place on the grid, and where it was drawn.
+
+    `row` and `column` are 0-based, in `0..GRID - 1`. `box` is `(left, top, right, bottom)` in pixels
+    of the 64x64 image, right and bottom exclusive; boxes of one scene never overlap.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    row: int
+    column: int
+    box: tuple[int, int, int, int]
+
+    @property
+    def place(self) -> str:
+        """The name of the place in questions, such as `"top left"`."""
+        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An RGB image of 64x64 pixels and the truth about it. `objects` are in reading order."""
+
+    image: Image.Image
+    objects: tuple[SceneObject, ...]
+    background: str
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Number of shapes, 1 to 6."""
+        return len(self.objects)
+
+    @property
+    def largest_size(self) -> str:
+        """`"large"` if any shape is large, else `"small"`."""
+        return max((obj.size for obj in self.objects), key=SIZES.__getitem__)
+
+    @property
+    def colours_present(self) -> frozenset[str]:
+        """Names of the colours that at least one shape has."""
+        return frozenset(obj.colour for obj in self.objects)
+
+    @property
+    def shapes_present(self) -> frozenset[str]:
+        """Names of the shapes that occur."""
+        return frozenset(obj.shape for obj in self.objects)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its one-word answer. `task` is a key of `TASKS`, `scope` its value there."""
+
+    text: str
+    answer: str
+    task: str
+    scope: str
+
+
+def draw_scene(seed: int) -> Scene:
+    """Draw the scene of this seed; the same seed gives the same pixels.
+
+    The count is uniform on 1..6. Colours come from a palette of one to four colours drawn per
+    scene, and half of the scenes hold small shapes only, so that no attribute is nearly constant.
+
+    Raises:
+        InputError: if `seed` is negative.
+    """
+    if seed < 0:
+        raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
+    rng = np.random.default_rng(seed)
+    background = str(rng.choice(list(BACKGROUNDS)))
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    palette = rng.permutation(list(COLOURS))[: int(rng.integers(1, 5))]
+    sizes = ["small"] if rng.random() < 0.5 else list(SIZES)
+    places = sorted(int(place) for place in rng.permutation(GRID * GRID)[:count])
+    objects = tuple(
+        _place_object(rng, divmod(place, GRID), str(rng.choice(palette)), str(rng.choice(sizes)))
+        for place in places
+    )
+    return Scene(_render(rng, objects, background), objects, background, seed)
+
+
+def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
+    """Draw `n` different questions about the scene, every task being equally likely at each draw.
+
+    Raises:
+        InputError: if the scene does not hold `n` different questions, or `n` is not positive.
+    """
+    pool: dict[str, list[Question]] = {}
+    for question in all_questions(scene):
+        pool.setdefault(question.task, []).append(question)
+    available = sum(len(questions) for questions in pool.values())
+    if not 1 <= n <= available:
+        raise InputError(f"Scene {scene.seed} has 1 to {available} questions to ask, got n={n}.")
+    rng = np.random.default_rng([scene.seed, seed])
+    chosen = []
+    for _ in range(n):
+        questions = pool[list(pool)[int(rng.integers(len(pool)))]]
+        chosen.append(questions.pop(int(rng.integers(len(questions)))))
+        if not questions:
+            del pool[chosen[-1].task]
+    return chosen
+
+
+def all_questions(scene: Scene) -> list[Question]:
+    """Every question the scene can answer. Empty places are never asked about."""
+    asked = [("count", "how many shapes are there?", str(scene.count))]
+    asked.append(("background", "what colour is the background?", scene.background))
+    for colour in COLOURS:
+        number = sum(obj.colour == colour for obj in scene.objects)
+        asked.append(("colour_count", f"how many {colour} shapes are there?", str(number)))
+    for obj in scene.objects:
+        asked.append(("colour", f"what colour is the shape at the {obj.place}?", obj.colour))
+        asked.append(("shape", f"what shape is at the {obj.place}?", obj.shape))
+    return [Question(text, answer, task, TASKS[task]) for task, text, answer in asked]
+
+
+def _place_object(
+    rng: np.random.Generator, place: tuple[int, int], colour: str, size: str
+) -> SceneObject:
+    """Choose a shape and a box inside the place; the box is jittered by up to two pixels."""
+    row, column = place
+    side = SIZES[size] + int(rng.integers(-1, 2))
+    pitch = IMAGE_SIZE / GRID
+    slack = min(2.0, (pitch - side) / 2 - 0.5)
+    centre = (np.array([column, row]) + 0.5) * pitch + rng.uniform(-slack, slack, size=2)
+    left, top = (int(edge) for edge in np.floor(centre - side / 2 + 0.5))
+    shape = str(rng.choice(SHAPES))
+    return SceneObject(shape, colour, size, row, column, (left, top, left + side, top + side))
+
+
+def _render(
+    rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
+) -> Image.Image:
+    """Draw large, shrink, and add pixel noise with a standard deviation of 5 grey levels."""
+    side = IMAGE_SIZE * SUPERSAMPLING
+    canvas = Image.new("RGB", (side, side), _tinted(rng, BACKGROUNDS[background], 8))
+    pen = ImageDraw.Draw(canvas)
+    for obj in objects:
+        left, top, right, bottom = (edge * SUPERSAMPLING for edge in obj.box)
+        fill = _tinted(rng, COLOURS[obj.colour], 15)
+        if obj.shape == "circle":
+            pen.ellipse((left, top, right - 1, bottom - 1), fill=fill)
+        elif obj.shape == "square":
+            pen.rectangle((left, top, right - 1, bottom - 1), fill=fill)
+        else:
+            pen.polygon(
+                [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=fill
+            )
+    small = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
+    noisy = small + 5.0 * rng.standard_normal(small.shape, dtype=np.float32)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def _tinted(rng: np.random.Generator, colour: tuple[int, int, int], spread: int) -> tuple[int, ...]:
+    """Shift each channel of a colour by at most `spread` grey levels."""
+    shifted = np.array(colour) + rng.integers(-spread, spread + 1, size=3)
+    return tuple(int(channel) for channel in shifted.clip(0, 255))
