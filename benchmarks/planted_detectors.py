@@ -155,22 +155,27 @@ def main():
                     "recall": round(total.recall, 4),
                 }
             )
-    table(rows)
+    text = table(rows)
+    print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(text + "\n")
         body = {"seeds": args.seeds, "layouts": LAYOUTS, "rows": rows}
         args.out.write_text(json.dumps(body, indent=1))
 
 
 def table(rows):
-    """Print precision / recall by detector and strength, as Markdown."""
+    """Precision / recall by detector and strength, as Markdown."""
     names = sorted({(r["kind"], r["detector"]) for r in rows})
-    print("| sinks | detector | " + " | ".join(f"{s:g}" for s in STRENGTHS) + " |")
-    print("|---|---|" + "---|" * len(STRENGTHS))
+    lines = [
+        "| sinks | detector | " + " | ".join(f"{s:g}" for s in STRENGTHS) + " |",
+        "|---|---|" + "---|" * len(STRENGTHS),
+    ]
     for kind, name in names:
         cells = {r["strength"]: r for r in rows if (r["kind"], r["detector"]) == (kind, name)}
         values = [f"{cells[s]['precision']:.2f} / {cells[s]['recall']:.2f}" for s in STRENGTHS]
-        print(f"| {kind} | {name} | " + " | ".join(values) + " |")
+        lines.append(f"| {kind} | {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

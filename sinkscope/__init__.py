@@ -10,126 +10,26 @@ The usual way in::
     print(trace.summary())
 """
 
-from sinkscope import (
-    bundled,
-    detectors,
-    errors,
-    experiments,
-    interventions,
-    probes,
-    testing,
-    viz,
-)
-from sinkscope.bundled.load import load_bundled
-from sinkscope.detectors import Calibration, Detection, agreement, calibrate, detect, detect_all
-from sinkscope.errors import SinkscopeError
-from sinkscope.experiments import (
-    Comparison,
-    SinkRecord,
-    SinkTrace,
-    compare,
-    nop_or_broadcast,
-    trace_sinks,
-)
-from sinkscope.interventions import (
-    AblateActivations,
-    AblateValues,
-    AttentionKnockout,
-    Effect,
-    EvictKeys,
-    ImageCentric,
-    MaskKeys,
-    NeuronActivity,
-    PatchActivations,
-    RandomControl,
-    Redistribute,
-    ScaleAttention,
-    ScaleKeys,
-    ScaleTokens,
-    SinkToFront,
-    TestTimeRegister,
-    find_register_neurons,
-)
-from sinkscope.models import LVLM, Generation, Run, Sample
-from sinkscope.probes import (
-    AttentionMass,
-    AttentionPatterns,
-    ChannelValues,
-    ContributionNorms,
-    CosineToFirst,
-    HeadWrites,
-    LogitLens,
-    MassiveActivations,
-    ReceivedAttention,
-    ResidualStates,
-    SinkDimensionScores,
-    TokenNorms,
-    ValueNorms,
-)
-from sinkscope.sites import Site
-from sinkscope.tokens import TokenMap, VisionMap
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LVLM",
-    "AblateActivations",
-    "AblateValues",
-    "AttentionKnockout",
-    "AttentionMass",
-    "AttentionPatterns",
-    "Calibration",
-    "ChannelValues",
-    "Comparison",
-    "ContributionNorms",
-    "CosineToFirst",
-    "Detection",
-    "Effect",
-    "EvictKeys",
-    "Generation",
-    "HeadWrites",
-    "ImageCentric",
-    "LogitLens",
-    "MaskKeys",
-    "MassiveActivations",
-    "NeuronActivity",
-    "PatchActivations",
-    "RandomControl",
-    "ReceivedAttention",
-    "Redistribute",
-    "ResidualStates",
-    "Run",
-    "Sample",
-    "ScaleAttention",
-    "ScaleKeys",
-    "ScaleTokens",
-    "SinkDimensionScores",
-    "SinkRecord",
-    "SinkToFront",
-    "SinkTrace",
-    "SinkscopeError",
-    "Site",
-    "TestTimeRegister",
-    "TokenMap",
-    "TokenNorms",
-    "ValueNorms",
-    "VisionMap",
-    "__version__",
-    "agreement",
-    "bundled",
-    "calibrate",
-    "compare",
-    "detect",
-    "detect_all",
-    "detectors",
-    "errors",
-    "experiments",
-    "find_register_neurons",
-    "interventions",
-    "load_bundled",
-    "nop_or_broadcast",
-    "probes",
-    "testing",
-    "trace_sinks",
-    "viz",
-]
+if TYPE_CHECKING:
+    from sinkscope._public import *  # noqa: F403
+    from sinkscope._public import __all__ as __all__
+else:
+
+    def __getattr__(name):
+        """Import all public names when the first is asked for: the command line needs none to start."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
+        public = import_module("sinkscope._public")
+        if name == "__all__" or name in public.__all__:
+            return getattr(public, name)
+        if name in globals():  # a submodule that came with them
+            return globals()[name]
+        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *import_module("sinkscope._public").__all__})

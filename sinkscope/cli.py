@@ -87,6 +87,13 @@ def _demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--questions", type=int, default=6, metavar="K", help="how many to ask (%(default)s)"
     )
+    demo.add_argument(
+        "--effects",
+        type=int,
+        default=8,
+        metavar="N",
+        help="scenes on which to show what editing sinks does to the answers, 0 for none (%(default)s)",
+    )
     demo.add_argument("--planted", action="store_true", help=PLANTED)
     demo.set_defaults(command=run_demo)
 
@@ -135,6 +142,7 @@ def run_demo(given: argparse.Namespace) -> int:
 
     scene = draw_scene(given.seed)
     questions = demo.choose_questions(scene, given.questions)
+    demo.check_effects(given.effects)
     with tqdm(total=3, desc="loading the model", disable=None, leave=False) as bar:
         _without_bars()
         lvlm, truth, tables = demo.meet_model(scene, questions, given.planted)
@@ -148,6 +156,10 @@ def run_demo(given: argparse.Namespace) -> int:
     print(f"\n{demo.describe(scene)}")
     for head, table in tables.items():
         print(f"\n{head}:\n{demo.as_text(table)}")
+    if given.effects and truth is None:
+        text, table = demo.effects_of(lvlm, calibration, given.effects)
+        print(f"\n{demo.EFFECTS}:\n{text}")
+        tables[demo.EFFECTS] = table
     print()
     hint = "" if trace.records else "\nFor a model that has sinks: sinkscope demo --planted"
     return _show(given.out, lvlm, sample, trace, tables, hint)

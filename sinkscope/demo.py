@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from sinkscope.bundled import Question, Scene
+    from sinkscope.detectors import Calibration
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
     from sinkscope.testing import Truth
 
 CALIBRATION_SCENES = 6
+EFFECT_QUESTIONS = 6
+EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
 
 
 def choose_questions(scene: Scene, count: int) -> list[Question]:
@@ -84,6 +87,36 @@ def other_samples(lvlm: LVLM, text: str) -> list[Sample]:
 
     scenes = [draw_scene(seed) for seed in VALIDATION_SEEDS[:CALIBRATION_SCENES]]
     return [lvlm.prepare(images=scene.image, text=text) for scene in scenes]
+
+
+def check_effects(scenes: int) -> None:
+    """Refuse a number of scenes that there is not.
+
+    Raises:
+        InputError: If it is negative or beyond the test split.
+    """
+    from sinkscope.bundled import TEST_SEEDS
+
+    if not 0 <= scenes <= len(TEST_SEEDS):
+        raise InputError(f"Got --effects {scenes}; expected 0 to {len(TEST_SEEDS)} scenes.")
+
+
+def effects_of(lvlm: LVLM, calibration: Calibration, scenes: int) -> tuple[str, DataFrame]:
+    """Base, masked sinks, scaled sinks and random tokens, on global and local questions.
+
+    Returns:
+        The table for the terminal, and its numbers.
+    """
+    from sinkscope.bundled import scene_questions
+    from sinkscope.experiments.effects import effect_table
+    from sinkscope.viz import effects_text
+
+    asked = [{**q, "task": q["scope"]} for q in scene_questions(scenes, EFFECT_QUESTIONS)]
+    result = effect_table(
+        lvlm, asked, v_detector=calibration.v_detector, l_detector=calibration.l_detector
+    )
+    summary = result.summary()
+    return effects_text(summary), summary.round(3)
 
 
 def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:

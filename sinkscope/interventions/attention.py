@@ -86,7 +86,8 @@ class MaskKeys:
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
-    counted in ``run.effects``. The cache stays clean, and the mask holds at every decode step.
+    counted in ``run.effects``; where the model has a learned sink, which takes attention too, it
+    reads nothing instead. The cache stays clean, and the mask holds at every decode step.
 
     Args:
         tokens: The keys.
@@ -173,7 +174,9 @@ class ScaleAttention:
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
-    `MaskKeys`). Without, the rest of the row keeps its weights and the sum changes.
+    `MaskKeys`). Without, the rest of the row keeps its weights and the sum changes. The bias is exact
+    to 16 bits in bf16; under a soft-cap or with heads of more than 248 dimensions it is rounded to
+    the model's dtype (in bf16 the factor is then good to 0.4 % of its logarithm).
 
     Args:
         tokens: The keys.

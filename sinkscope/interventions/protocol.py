@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
+from sinkscope.kernels.recipe import STAGES
 from sinkscope.sites import Site
 
 if TYPE_CHECKING:
@@ -38,12 +39,22 @@ class Edit:
         stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
             ``"values"``. The edits of one site apply in this order, and in list order inside a
             stage: a mask holds whatever is redistributed beside it.
+
+    Raises:
+        InterventionError: If the stage is none.
     """
 
     site: Site
     kernel: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     stage: str = "values"
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise InterventionError(
+                f"Got stage={self.stage!r}; expected one of {STAGES}. "
+                f"{nearest(str(self.stage), STAGES)}"
+            )
 
 
 @runtime_checkable

@@ -66,7 +66,8 @@ class Redistribute:
     """Move attention from source tokens to target tokens in proportion (VAR, ACT).
 
     Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
-    goes to the target in proportion to its weights. The presets name the two readings of VAR.
+    goes to the target in proportion to its weights, however small they are beside a sink's. Rows
+    that see no target are left alone. The presets name the two readings of VAR.
 
     Args:
         source: Keys that give.

@@ -90,10 +90,11 @@ def masked(named, rest, bias):
         causal = getattr(named["module"], "is_causal", True) if causal is None else causal
         allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
         if causal and n_query > 1:
-            allowed = allowed.tril(n_key - n_query)
+            # Further keys are those of a static cache, not filled yet.
+            allowed = allowed.tril()
             window = rest.get("sliding_window")
             if window is not None:
-                allowed = allowed & ~allowed.tril(n_key - n_query - window)
+                allowed = allowed & ~allowed.tril(-window)
         mask = allowed[None, None]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(

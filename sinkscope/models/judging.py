@@ -1,4 +1,4 @@
-"""What can be measured on a tower: a rule per kind of probe, by what the probe needs."""
+"""What can be measured and edited on a tower: a rule per kind, by what it needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.models.anatomy import TowerAnatomy
 from sinkscope.models.source import NoAttentionCall
 
@@ -20,10 +21,10 @@ MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a probe works on a tower of a model.
+    """Whether a probe or an intervention works on a tower of a model.
 
     Attributes:
-        name: The probe.
+        name: The probe or intervention.
         tower: ``"vision"`` or ``"language"``.
         status: ``"exact"``, ``"approximate"`` or ``"unavailable"``.
         why: The reason, or what to know; may be empty.
@@ -111,6 +112,87 @@ JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = M
     }
 )
 """Every public probe and what decides whether it works."""
+
+
+def of_weights(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Edits of keys, values and weights: the model's own call on other tensors."""
+    status, why = of_attention(tower, dtype)
+    if status == "unavailable":
+        return status, why
+    if dtype in MASS_TOLERANCE:
+        rounding = f"what is edited is rounded to {str(dtype).removeprefix('torch.')}"
+        return "approximate", join(why, rounding)
+    return "exact", why
+
+
+def of_bias(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Edits that ride as a bias in extra head dimensions, or as an explicit mask."""
+    status, why = of_weights(tower, dtype)
+    if status != "unavailable" and tower.d_head + EXTRA > WIDEST:
+        why = join(why, f"by an explicit mask: heads of {tower.d_head} leave no room for a bias")
+    return status, why
+
+
+def of_the_decoder(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Edits of attention that are defined on the decoder only."""
+    if tower.tower == "vision":
+        return "unavailable", "defined on the decoder only"
+    return of_weights(tower, dtype)
+
+
+def of_eviction(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """The streaming baseline."""
+    status, why = of_the_decoder(tower, dtype)
+    if status == "unavailable":
+        return status, why
+    return status, join(why, "by an explicit mask; positions keep their angle")
+
+
+def of_embeddings(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Edits of image tokens where they enter the decoder."""
+    if tower.tower == "vision":
+        return "unavailable", "image tokens are edited where they enter the decoder"
+    return "exact", ""
+
+
+def of_packed_values(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Replacements of values: a packed tower has no row of its own per image."""
+    status, why = of_weights(tower, dtype)
+    if status != "unavailable" and tower.packed:
+        why = join(why, "in a packed tower 'zero' only")
+    return status, why
+
+
+def of_registers(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Test-time registers."""
+    if tower.tower == "language":
+        return "unavailable", "a register is a token of the vision tower"
+    if tower.packed:
+        return "unavailable", "images share one sequence: registers have no place in it"
+    if not all(tower.neurons):
+        return "unavailable", "its MLPs have no last linear map, so no neurons"
+    return "exact", ""
+
+
+EDIT_JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = (
+    MappingProxyType(
+        {
+            "MaskKeys": of_bias,
+            "AttentionKnockout": of_bias,
+            "ScaleKeys": of_weights,
+            "ScaleAttention": of_bias,
+            "Redistribute": of_the_decoder,
+            "EvictKeys": of_eviction,
+            "AblateValues": of_packed_values,
+            "AblateActivations": of_states,
+            "PatchActivations": of_states,
+            "ScaleTokens": of_embeddings,
+            "SinkToFront": of_embeddings,
+            "TestTimeRegister": of_registers,
+        }
+    )
+)
+"""Every public intervention and what decides whether it works."""
 
 
 def reason_of(tower: TowerAnatomy) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.models.anatomy import TowerAnatomy
-from sinkscope.models.judging import JUDGES, Verdict, reason_of
+from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, reason_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ class Report:
         verification: Whether a forward pass has proven the anatomy.
         notes: What to know before the first measurement.
         probes: One `Verdict` per probe and tower.
+        edits: One `Verdict` per intervention and tower.
     """
 
     name: str
@@ -33,28 +34,31 @@ class Report:
     verification: str
     notes: tuple[str, ...]
     probes: tuple[Verdict, ...]
+    edits: tuple[Verdict, ...] = ()
 
     def verdict(self, name: str, tower: str = "language") -> Verdict:
-        """The verdict on one probe, by the name of its class.
+        """The verdict on one probe or intervention, by the name of its class.
 
         Raises:
-            KeyError: If there is no such probe.
+            KeyError: If there is none of that name.
         """
-        return {(v.name, v.tower): v for v in self.probes}[name, tower]
+        return {(v.name, v.tower): v for v in (*self.probes, *self.edits)}[name, tower]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns name, tower, status, why."""
         import pandas as pd
 
-        return pd.DataFrame([vars(verdict) for verdict in self.probes])
+        return pd.DataFrame([vars(verdict) for verdict in (*self.probes, *self.edits)])
 
     def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-        """The two tables as headings and lines."""
-        names = dict.fromkeys(verdict.name for verdict in self.probes)
-        return [
-            (("part", ""), [*self.facts, ("verified", self.verification)]),
-            (("probe", "vision", "language", ""), [self._line(name) for name in names]),
+        """The tables as headings and lines."""
+        tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [
+            (("part", ""), [*self.facts, ("verified", self.verification)])
         ]
+        for kind, verdicts in (("probe", self.probes), ("edit", self.edits)):
+            names = dict.fromkeys(verdict.name for verdict in verdicts)
+            tables.append(((kind, "vision", "language", ""), [self._line(name) for name in names]))
+        return tables
 
     def _line(self, name: str) -> tuple[str, ...]:
         """One probe on both towers: the remark once if it holds for both."""
@@ -93,6 +97,11 @@ def make_report(lvlm: LVLM) -> Report:
         probes=tuple(
             Verdict(name, tower.tower, *judge(tower, module.dtype))
             for name, judge in JUDGES.items()
+            for tower in towers
+        ),
+        edits=tuple(
+            Verdict(name, tower.tower, *judge(tower, module.dtype))
+            for name, judge in EDIT_JUDGES.items()
             for tower in towers
         ),
     )

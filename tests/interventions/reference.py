@@ -256,7 +256,8 @@ def hook_on(module, side, function):
 
     if side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+    # Before the hook by which transformers collects hidden states for the projector.
+    return module.register_forward_hook(after, prepend=True)
 
 
 def grown_inputs(sample, sequences, steps):

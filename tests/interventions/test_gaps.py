@@ -16,8 +16,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_eager
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+import sinkscope as ss
 from sinkscope.kernels.edits import edit_keys, edit_mass
 from sinkscope.kernels.values import edit_values
+from sinkscope.testing import TINY
+from tests.interventions import reference as by_hand
+from tests.interventions.conftest import make_case
+from tests.interventions.test_exact import agree, off
+from tests.interventions.test_untouched import half
 
 KERNELS = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -231,3 +237,88 @@ def by_formula(tensors, scaling, how, factor, softcap=None):
         return torch.where(scaled.sum(-1, keepdim=True) > 0, kept, w)
 
     return explicit(tensors, scaling, softcap=softcap, weigh=weigh)
+
+
+# ----------------------------------------------------------------------------------- in a whole model
+
+
+def plant_in(module, gap, case):
+    """Give the first token of every row a logit gap in every layer and head of a LLaMA decoder.
+
+    Channel 7 of a head turns by 3e-4 per position, so what it adds to a logit hardly depends on the
+    distance: queries get 20 there, the first key ``gap * 4 / 20``, the other keys nothing.
+    """
+    first, tower = case.first, case.lvlm.anatomy.language
+
+    def queries(m, args, out):
+        out = out.clone()
+        out.view(*out.shape[:2], -1, tower.d_head)[..., [7, 15]] = out.new_tensor([20.0, 0.0])
+        return out
+
+    def keys(m, args, out):
+        out = out.clone()
+        heads = out.view(*out.shape[:2], -1, tower.d_head)
+        heads[..., [7, 15]] = 0.0
+        heads[..., 7][first] = gap * 4 / 20
+        return out
+
+    for path in tower.attention:
+        attention = module.get_submodule(path)
+        attention.q_proj.register_forward_hook(queries)
+        attention.k_proj.register_forward_hook(keys)
+
+
+@pytest.fixture(scope="module")
+def sunk(batch):
+    """``sunk(gap, dtype)``: a case whose first tokens are real sinks, in model and twin."""
+    made = {}
+
+    def get(gap, dtype):
+        if (gap, dtype) not in made:
+            lvlm = ss.LVLM(*TINY["llava-clip-llama"](dtype=dtype))
+            twin = TINY["llava-clip-llama"](attn_implementation="eager", dtype=dtype)[0]
+            case = make_case(lvlm, twin, batch(lvlm))
+            for module in (lvlm.module, twin):
+                plant_in(module, gap, case)
+            made[gap, dtype] = case
+        return made[gap, dtype]
+
+    return get
+
+
+EDITS = {
+    "mask": lambda c: (ss.MaskKeys("first"), by_hand.masks(c.first)),
+    "halve": lambda c: (ss.ScaleAttention("first", 0.5), by_hand.scales_weights(c.first, 0.5)),
+    "move": lambda c: (
+        ss.Redistribute("first", "image", 0.6),
+        by_hand.redistributes(c.first, c.sample.tokens.image >= 0, 0.6),
+    ),
+    "zero": lambda c: (
+        ss.AblateValues("first"),
+        by_hand.replaces_values(c.first, lambda v, at: torch.zeros_like(v)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("gap", GAPS)
+def test_edits_of_a_real_sink_in_a_model(sunk, gap, name):
+    c = sunk(gap, torch.float32)
+    probe = ss.AttentionMass({"first": "first"})
+    taken = c.lvlm.run(c.sample, probes=[probe])[probe].mass.nan_to_num()
+    assert taken[c.late[:, None, None, :, None].expand_as(taken)].min() > (0.5 if gap > 10 else 0)
+    edit, change = EDITS[name](c)
+    answer = by_hand.reference_run(c, [change])
+    agree(c, [edit], answer, "language", 2e-5)
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_edits_of_a_real_sink_in_half_precision(sunk, dtype, name):
+    c = sunk(95.0, dtype)
+    edit, change = EDITS[name](c)
+    inputs = half(c.sample.inputs, dtype)
+    answer = by_hand.reference_run(c, [change], inputs=inputs)
+    run = c.lvlm.run(c.sample, interventions=[edit])
+    most = {torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype]
+    assert off(run.logits[c.live], answer.logits[c.live]) <= most

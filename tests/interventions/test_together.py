@@ -120,7 +120,7 @@ def test_what_is_masked_already_cannot_be_scaled(case):
     c = case("llava-clip-llama")
     edits = [ss.MaskKeys(c.some), ss.ScaleAttention(c.some, 0.5)]
     with pytest.raises(
-        ss.errors.NoEffectError, match="ScaleAttention touched no row.*masked already"
+        ss.errors.NoEffectError, match=r"ScaleAttention touched no row.*masked already"
     ):
         c.lvlm.run(c.sample, interventions=edits)
 

@@ -161,6 +161,26 @@ def test_every_step_of_generate_gives_the_same_numbers_bitwise(tiny, batch, remo
             assert_same(one[probe], other[probe], (one.step, probe), EIGENVALUES)
 
 
+EDITS = [
+    ss.MaskKeys("image", [1]),
+    ss.ScaleKeys("image", 0.5, [1]),
+    ss.ScaleAttention("image", 0.5, [1]),
+    ss.AttentionKnockout("last", "image", [1]),
+    ss.AblateValues("image", "zero", [1]),
+    ss.AblateActivations([1, 2], "image", "zero", [1]),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: type(edit).__name__)
+def test_interventions_travel_too(tiny, batch, remote, edit):
+    here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
+    probe = ss.AttentionMass({"image": "image"})
+    local = here.run(batch(here), [probe], [edit], logits="last")
+    away = there.run(batch(there), [probe], [edit])
+    assert torch.equal(local.logits, away.logits)
+    assert_same(local[probe], away[probe])
+
+
 def test_all_logits_on_request(tiny, remote):
     here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
     sample = here.prepare(images=random_image(), text="what")

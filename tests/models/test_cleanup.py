@@ -11,7 +11,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.kernels import attention, residual, walk
-from sinkscope.models.context import Context
+from sinkscope.models import Context
 from sinkscope.models.runner import make_plan
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image

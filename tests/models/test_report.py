@@ -7,7 +7,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import SinkscopeError
-from sinkscope.models.judging import JUDGES
+from sinkscope.models.judging import EDIT_JUDGES, JUDGES
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.models.test_anatomy import without_interface
 from tests.probes.everything import every_probe, exported
@@ -167,7 +167,7 @@ def test_the_report_as_text_table_and_html(tiny):
     report = tiny("qwen2.5-vl").report()
     text = str(report)
     assert text.splitlines()[0] == report.name
-    for verdict in report.probes:
+    for verdict in (*report.probes, *report.edits):
         line = next(x for x in text.splitlines() if x.startswith(verdict.name))
         assert verdict.status in line
         assert verdict.why in line
@@ -187,11 +187,36 @@ def test_the_report_as_text_table_and_html(tiny):
     ]
     assert text.endswith(report.notes[0])
     page = report._repr_html_()
-    assert page.count("<tr>") == len(report.facts) + len(report.probes) // 2 + 3
+    lines = (len(report.probes) + len(report.edits)) // 2
+    assert page.count("<tr>") == len(report.facts) + lines + 4
     assert "<h3>" in page
     table = report.to_dataframe()
     assert list(table.columns) == ["name", "tower", "status", "why"]
-    assert len(table) == len(report.probes)
+    assert len(table) == len(report.probes) + len(report.edits)
+
+
+def test_every_public_intervention_is_judged():
+    edits = {
+        name
+        for name in ss.interventions.__all__
+        if name != "Intervention" and hasattr(getattr(ss.interventions, name), "edits")
+    }
+    assert set(EDIT_JUDGES) == edits
+
+
+def test_edits_that_are_said_not_to_work_are_refused(tiny):
+    packed = tiny("qwen2.5-vl")
+    sample = packed.prepare(images=random_image(), text="what")
+    report = packed.report()
+    assert report.verdict("TestTimeRegister", "vision").status == "unavailable"
+    with pytest.raises(SinkscopeError, match="packed vision tower"):
+        packed.run(sample, interventions=[ss.TestTimeRegister({0: [1]})])
+    assert "'zero' only" in report.verdict("AblateValues", "vision").why
+    with pytest.raises(SinkscopeError, match="packed vision tower"):
+        packed.run(sample, interventions=[ss.AblateValues("patch", "mean", tower="vision")])
+    clip = tiny("llava-clip-llama").report()
+    assert clip.verdict("TestTimeRegister", "vision").status == "exact"
+    assert clip.verdict("MaskKeys", "vision").status == "exact"
 
 
 def test_html_is_escaped(tiny):

@@ -1,0 +1,379 @@
+"""Wrong uses, each refused with what came, what was expected and what to write instead."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import (
+    InterventionError,
+    LayerError,
+    NoEffectError,
+    ProbeError,
+    SelectionError,
+    SinkscopeError,
+)
+from sinkscope.testing import random_image
+
+LLAVA, QWEN = "llava-clip-llama", "qwen2.5-vl"
+NAN, INF = float("nan"), float("inf")
+
+
+def states(c, layers=(0,), site="resid_post", tokens="all"):
+    probe = ss.ResidualStates(tokens=tokens, layers=list(layers), site=site)
+    return c.lvlm.run(c.sample, probes=[probe])[probe]
+
+
+def of_other_sample(c):
+    other = c.lvlm.prepare(images=random_image(32, 32, 0), text="a")
+    return other.tokens.select("image")
+
+
+def per_layer_rows(c):
+    return c.late[:, None].expand(-1, 3, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Unfinished:
+    """Someone's intervention that forgot what the protocol asks for."""
+
+    def edits(self, context):
+        return []
+
+
+@dataclass(frozen=True, eq=False)
+class AtNoStage:
+    """Someone's intervention at a stage of attention that does not exist."""
+
+    steps: str = "all"
+    allow_noop: bool = False
+
+    def edits(self, context):
+        return [ss.Edit(ss.Site("language", "attention", 0), print, stage="softmax")]
+
+
+def moves(c, **options):
+    return ss.Redistribute(**{"source": c.some, "target": c.other, "recycle": 0.5, **options})
+
+
+RUN = {
+    # selections
+    "a name nobody knows": (
+        lambda c: ss.MaskKeys("imag"), SelectionError,
+        r"Got the selection 'imag'; expected one of \('all', .*\) or a boolean mask. Did you mean 'image'\?",
+    ),
+    "a vision name nobody knows": (
+        lambda c: ss.MaskKeys("patches", tower="vision"), SelectionError,
+        r"Got the vision selection 'patches'.*Did you mean 'patch'\?",
+    ),
+    "an image that is not there": (
+        lambda c: ss.MaskKeys("image:7"), SelectionError, r"'image:7'; expected one of .*'image:1'",
+    ),
+    "a mask of another sample": (
+        lambda c: ss.MaskKeys(of_other_sample(c)), SelectionError,
+        r"Got a mask of shape \(1, \d+\).*for this sample. A mask belongs to the sample it was made from",
+    ),
+    "a mask of the other tower": (
+        lambda c: ss.MaskKeys(c.patches), SelectionError, r"Got a mask of shape \(3, 17\) in the language",
+    ),
+    "indices": (
+        lambda c: ss.MaskKeys(c.some.nonzero()), SelectionError,
+        r"dtype torch.int64.*expected torch.bool. Indices are ambiguous in a padded batch",
+    ),
+    "a list": (lambda c: ss.MaskKeys([3, 4]), SelectionError, "Got a selection of type list"),
+    "an empty mask": (
+        lambda c: ss.MaskKeys(c.some & False), NoEffectError,
+        "MaskKeys was given a selection without any token; expected at least one.*allow_noop=True",
+    ),
+    "no BOS": (
+        lambda c: ss.MaskKeys("bos"), NoEffectError,
+        r"the selection 'bos' \(without a BOS token the first one is 'first'\) without any token", QWEN,
+    ),
+    "queries without a position": (
+        lambda c: ss.MaskKeys(c.some, queries=c.some & False), NoEffectError,
+        "MaskKeys was given queries, a selection, without any position",
+    ),
+    "queries that differ by layer": (
+        lambda c: ss.MaskKeys(c.some, queries=per_layer_rows(c)), SelectionError,
+        r"Got queries of shape \(2, 3, \d+\); expected one mask for all layers, \[batch pos\]",
+    ),
+    "tokens no query sees": (
+        lambda c: ss.MaskKeys("last", queries="first"), NoEffectError,
+        r"MaskKeys touched no row in 1 forward passes.*No selected query sees the edited tokens: they come later",
+    ),
+    "rows that would see nothing": (
+        lambda c: ss.MaskKeys("first", queries="first"), NoEffectError,
+        r"the 6 that see the edited keys see nothing else, and such a row keeps its unedited output",
+    ),
+    # layers and heads
+    "a layer beyond the last": (
+        lambda c: ss.MaskKeys(c.some, layers=[3]), LayerError,
+        "Got layer 3 in the language tower; expected 0 to 2",
+    ),
+    "a negative layer": (
+        lambda c: ss.ScaleKeys(c.some, 0.5, layers=[-1]), LayerError, "never negative: write 2 for the last",
+    ),
+    "half a layer": (
+        lambda c: ss.MaskKeys(c.some, layers=[0.5]), LayerError, "Got layer 0.5 of type float",
+    ),
+    "no layers": (lambda c: ss.MaskKeys(c.some, layers=[]), LayerError, "Got no layers"),
+    "a head beyond the last": (
+        lambda c: ss.MaskKeys(c.some, heads=[4]), InterventionError,
+        "Got head 4; expected query heads from 0 to 3. With grouped queries several query heads",
+    ),
+    "a negative head": (lambda c: ss.MaskKeys(c.some, heads=[-1]), InterventionError, "Got head -1;"),
+    "no heads": (
+        lambda c: ss.AblateValues(c.some, heads=[]), InterventionError,
+        "Got no heads; expected at least one, or None for all",
+    ),
+    "heads by name": (
+        lambda c: ss.MaskKeys(c.some, heads="all"), InterventionError, "Got head 'all'; expected query heads",
+    ),
+    "an unknown tower": (
+        lambda c: ss.MaskKeys(c.some, tower="visual"), ProbeError,
+        "Got tower='visual'; expected 'vision' or 'language'. Write tower='vision' for the ViT",
+    ),
+    # steps
+    "unknown steps": (
+        lambda c: ss.MaskKeys(c.some, steps="prefil"), InterventionError,
+        r"Got steps='prefil'; expected one of \('all', 'prefill', 'decode'\). Did you mean 'prefill'\?",
+    ),
+    "a decode-only edit of a run": (
+        lambda c: ss.MaskKeys(c.some, steps="decode"), NoEffectError,
+        "MaskKeys never ran in 1 forward passes; expected at least one at steps='decode'",
+    ),
+    "queries at decode steps": (
+        lambda c: ss.MaskKeys(c.some, queries=c.late, steps="decode"), InterventionError,
+        "Got queries together with steps='decode'; expected either. Queries are prompt positions",
+    ),
+    "states at decode steps": (
+        lambda c: ss.AblateActivations([1], c.some, steps="decode"), InterventionError,
+        "Got steps='decode' for AblateActivations; expected 'prefill' or 'all'",
+    ),
+    # numbers
+    "factor NaN": (
+        lambda c: ss.ScaleKeys(c.some, NAN), InterventionError, "Got factor=nan; expected a finite number",
+    ),
+    "factor infinite": (
+        lambda c: ss.ScaleAttention(c.some, INF), InterventionError, "Got factor=inf; expected a finite number",
+    ),
+    "a negative weight": (
+        lambda c: ss.ScaleAttention(c.some, -0.5), InterventionError,
+        "Got factor=-0.5; expected a finite number, 0 or more",
+    ),
+    "a factor that is a word": (
+        lambda c: ss.ScaleKeys(c.some, "half"), InterventionError, "Got factor='half'; expected a finite number",
+    ),
+    "a factor that is a truth": (
+        lambda c: ss.ScaleKeys(c.some, True), InterventionError, "Got factor=True; expected a finite number",
+    ),
+    "keys times one": (
+        lambda c: ss.ScaleKeys(c.some, 1.0), NoEffectError,
+        "ScaleKeys with 1 changes nothing; expected another value. Write allow_noop=True",
+    ),
+    "weights times one": (
+        lambda c: ss.ScaleAttention(c.some, 1), NoEffectError, "ScaleAttention with 1 changes nothing",
+    ),
+    "tokens times one": (
+        lambda c: ss.ScaleTokens(c.some, 1), NoEffectError, "ScaleTokens with 1 changes nothing",
+    ),
+    # redistribution
+    "more than all": (
+        lambda c: moves(c, recycle=1.2), InterventionError, r"Got recycle=1.2; expected a share from 0 to 1",
+    ),
+    "less than nothing": (
+        lambda c: moves(c, recycle=-0.1), InterventionError, "Got recycle=-0.1; expected a finite number, 0 or more",
+    ),
+    "nothing to move": (
+        lambda c: moves(c, recycle=0), NoEffectError, "Redistribute with 0 changes nothing",
+    ),
+    "from and to the same": (
+        lambda c: moves(c, target="image"), InterventionError,
+        r"Got 5 tokens in both source and target; expected disjoint sets. Write target & ~source",
+    ),
+    "to nobody": (
+        lambda c: moves(c, target=c.some & False), NoEffectError, "Redistribute was given a selection without any",
+    ),
+    "after the image in the ViT": (
+        lambda c: ss.Redistribute(c.patches, c.few, 0.5, queries="after image", tower="vision"),
+        InterventionError, "Got queries='after image' in the vision tower; expected it in the decoder only",
+    ),
+    "image-centric in the ViT": (
+        lambda c: ss.Redistribute(
+            c.patches, c.few, 0.5, select=ss.ImageCentric(c.patches), tower="vision"
+        ), InterventionError, r"Got select=ImageCentric\(...\) in the vision tower",
+    ),
+    # values
+    "an unknown replacement": (
+        lambda c: ss.AblateValues(c.some, "median"), InterventionError,
+        r"Got replacement='median'; expected one of \('zero', 'mean', 'resample'\) or a tensor",
+    ),
+    "values that do not broadcast": (
+        lambda c: ss.AblateValues(c.some, torch.zeros(3, 5)), InterventionError,
+        r"Got values of shape \(3, 5\); expected something that broadcasts to \[batch kv_head pos d_head\] = \(2, 2, \d+, 16\)",
+    ),
+    "values that are NaN": (
+        lambda c: ss.AblateValues(c.some, torch.full((16,), NAN)), InterventionError,
+        "Got NaN or infinite values at edited tokens; expected finite ones. They would spread",
+    ),
+    "nobody left to resample": (
+        lambda c: ss.AblateValues("image", "resample"), InterventionError,
+        "Got a selection that holds every token of its kind in row 0; expected some left to resample from",
+    ),
+    "nobody left for the mean": (
+        lambda c: ss.AblateValues("all", "mean"), InterventionError,
+        r"every token of rows \[0, 1\] for the mean of AblateValues; expected some left to average over",
+    ),
+    "a mean in a packed tower": (
+        lambda c: ss.AblateValues(c.patches, "mean", tower="vision"), InterventionError,
+        "Got replacement='mean' in a packed vision tower; expected 'zero'.*window by window", QWEN,
+    ),
+    # channels
+    "a channel beyond the last": (
+        lambda c: ss.AblateActivations([64], c.some), ProbeError,
+        "Got dimension 64 in the language tower; expected 0 to 63",
+    ),
+    "one channel without a list": (
+        lambda c: ss.AblateActivations(5, c.some), ProbeError, r"Got dimensions 5; expected a list.*Write \[5\]",
+    ),
+    "a clamp without a value": (
+        lambda c: ss.AblateActivations([1], c.some, "clamp"), InterventionError,
+        r"Got replacement='clamp' without a value; expected the largest magnitude to keep. Write value=10.0",
+    ),
+    "a clamp below nothing": (
+        lambda c: ss.AblateActivations([1], c.some, "clamp", value=-1), InterventionError,
+        "Got value=-1; expected a finite number, 0 or more",
+    ),
+    "a value without a clamp": (
+        lambda c: ss.AblateActivations([1], c.some, "zero", value=3.0), InterventionError,
+        "Got value=3.0 with replacement='zero'; expected it with 'clamp' only. To set channels write replacement=3.0",
+    ),
+    "channels set to NaN": (
+        lambda c: ss.AblateActivations([1], c.some, NAN), InterventionError, "Got replacement=nan; expected a finite",
+    ),
+    "channels of the attention call": (
+        lambda c: ss.AblateActivations([1], c.some, site="attention"), ProbeError,
+        r"Got site='attention'; expected one of \('resid_pre', 'attn_out', 'mlp_out', 'resid_post'\)",
+    ),
+    # patches
+    "states of another prompt": (
+        lambda c: ss.PatchActivations(torch.zeros(1, 1, 5, 64), c.some, layers=[0]), InterventionError,
+        r"Got states of shape \(1, 1, 5, 64\); expected \[batch layer pos d_model\] = \(2, 1, \d+, 64\)",
+    ),
+    "no states": (
+        lambda c: ss.PatchActivations(None, c.some), InterventionError, "Got states of shape NoneType; expected",
+    ),
+    "states of other layers": (
+        lambda c: ss.PatchActivations(states(c), c.some, layers=[1]), InterventionError,
+        r"Got states of layers \(0,\) to patch at layers \(1,\); expected the same. Write layers=\(0,\)",
+    ),
+    "states of another site": (
+        lambda c: ss.PatchActivations(states(c), c.some, layers=[0], site="mlp_out"), InterventionError,
+        "Got states of site 'resid_post' to patch at site 'mlp_out'; expected the same",
+    ),
+    "states that were not kept": (
+        lambda c: ss.PatchActivations(states(c, tokens="text"), c.some, layers=[0]), InterventionError,
+        r"Got states with NaN at tokens to overwrite \(layer 0\); expected the donor to have them",
+    ),
+    # order
+    "text to the front": (
+        lambda c: ss.SinkToFront(c.some), InterventionError,
+        r"Got text tokens to move to the front; expected image tokens only. Write tokens & \(sample.tokens.image >= 0\)",
+    ),
+    "all to the front": (
+        lambda c: ss.SinkToFront("image"), NoEffectError,
+        "SinkToFront left every token as it was; expected at least one to change",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_an_impossible_intervention_is_refused(case, name):
+    make, error, message, *family = RUN[name]
+    c = case(*(family or [LLAVA]))
+    with pytest.raises(error, match=message) as caught:
+        c.lvlm.run(c.sample, interventions=[make(c)])
+    assert isinstance(caught.value, SinkscopeError)
+
+
+def test_there_are_many():
+    assert len(RUN) + len(LISTS) >= 60
+
+
+LISTS = {
+    "one without a list": (lambda c: ss.MaskKeys(c.some), r"Got one MaskKeys; expected a list.*Write interventions=\[it\]"),
+    "a class without a list": (
+        lambda c: ss.MaskKeys, r"Got the class MaskKeys; expected a list.*Write interventions=\[MaskKeys\(...\)\]"
+    ),
+    "a class in a list": (
+        lambda c: [ss.MaskKeys], r"Got the class MaskKeys among the interventions.*Write MaskKeys\(...\)"
+    ),
+    "a mask": (lambda c: [c.some], "among the interventions; expected objects with edits"),
+    "a number": (lambda c: 3, "Got interventions=3; expected a list"),
+    "a name": (lambda c: "image", "Got interventions='image'; expected a list"),
+    "a probe": (lambda c: [ss.ValueNorms()], "Got ValueNorms.*among the interventions"),
+    "an edit at a stage that is none": (
+        lambda c: [AtNoStage()], r"Got stage='softmax'; expected one of \('keys', 'logits', 'weights', 'values'\)",
+    ),
+    "half of the protocol": (
+        lambda c: [Unfinished()], r"expected objects with edits\(\), steps and allow_noop"
+    ),
+    "the same twice": (
+        lambda c: 2 * [ss.MaskKeys(c.some)],
+        "Got the same intervention object twice; expected each once, because its effect is found by the object",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_what_is_no_list_of_interventions_is_refused(case, name):
+    c, (make, message) = case(LLAVA), LISTS[name]
+    for call in (c.lvlm.run, c.lvlm.generate):
+        with pytest.raises(InterventionError, match=message):
+            call(c.sample, interventions=make(c))
+
+
+def test_a_decode_only_edit_of_an_answer_of_one_token(case):
+    c = case(LLAVA)
+    edit = ss.MaskKeys(c.some, steps="decode")
+    with pytest.raises(NoEffectError, match="a decode-only edit needs max_new_tokens=2 or more"):
+        c.lvlm.generate(c.sample, interventions=[edit], max_new_tokens=1)
+    out = c.lvlm.generate(c.sample, interventions=[edit], max_new_tokens=2, min_new_tokens=2)
+    assert edit in out.steps[1].effects
+
+
+def test_tokens_that_left_the_sliding_window(case):
+    c = case("gemma3")
+    edit = ss.MaskKeys("first", layers=[0], queries="last")
+    with pytest.raises(NoEffectError, match="lie outside the window"):
+        c.lvlm.run(c.sample, interventions=[edit])
+
+
+def test_an_effect_is_found_by_its_object(case):
+    c = case(LLAVA)
+    edit = ss.MaskKeys(c.some)
+    run = c.lvlm.run(c.sample, interventions=[edit])
+    assert run.effects[edit].touched.all()
+    with pytest.raises(KeyError):
+        run.effects[ss.MaskKeys(c.some)]
+
+
+def test_allowed_noops_are_silent_and_change_nothing(case):
+    c = case(LLAVA)
+    plain = c.lvlm.run(c.sample).logits
+    for edit in (
+        ss.MaskKeys(c.some & False, allow_noop=True),
+        ss.MaskKeys("last", queries="first", allow_noop=True),
+        ss.MaskKeys("first", queries="first", allow_noop=True),
+        ss.AttentionKnockout(c.late & False, c.some, allow_noop=True),
+        ss.ScaleKeys(c.some, 1.0, allow_noop=True),
+        ss.Redistribute(c.some, c.other, 0.0, allow_noop=True),
+        ss.AblateValues(c.some & False, "mean", allow_noop=True),
+        ss.AblateActivations([1], c.some & False, allow_noop=True),
+        ss.SinkToFront("image", allow_noop=True),
+    ):
+        run = c.lvlm.run(c.sample, interventions=[edit])
+        assert torch.equal(run.logits, plain)
+        assert run.effects[edit].rows.sum() == 0
+        assert not run.effects[edit].layers
