@@ -30,7 +30,7 @@ def mean_of_others(case, live, keys):
 
     def values(v, at):
         n = donors.shape[1]
-        weight = donors[:, None, :, None].float()
+        weight = donors[:, None, :, None].double()
         mean = (v[:, :, :n] * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
         return mean.expand_as(v)
 
@@ -62,7 +62,7 @@ def given_values(case):
     tower = case.lvlm.anatomy.language
     shape = (len(case.sample), tower.kv_heads, case.live.shape[1], tower.d_head)
     made = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    heads = made.repeat_interleave(tower.heads // tower.kv_heads, dim=1)
+    heads = made.repeat_interleave(tower.heads // tower.kv_heads, dim=1).double()
 
     def values(v, at):
         return torch.nn.functional.pad(heads, (0, 0, 0, v.shape[2] - heads.shape[2]))

@@ -1,7 +1,7 @@
 """Edited attention written out: explicit logits, explicit masks, an explicit softmax, plain products.
 
 Nothing of sinkscope's kernels and nothing of nnsight is used. A twin of the model, which nnsight has
-never seen, runs under its eager kernel, whose function is replaced by `Attention`: it computes ``q k`` in fp32, puts ``-inf`` where
+never seen, runs under its eager kernel, whose function is replaced by `Attention`: it computes ``q k`` in fp64, puts ``-inf`` where
 `tests.reference.visible` says so, appends the learned sink's logit if there is one, and applies
 changes to logits, weights or values where their gate holds. States are edited by module hooks.
 """
@@ -86,10 +86,10 @@ class Change:
 
 
 def softmax(logits, sink):
-    """fp32 softmax over keys; a learned sink takes its share and gives nothing."""
+    """Softmax over keys; a learned sink takes its share and gives nothing."""
     if sink is None:
         return logits.softmax(-1)
-    extra = sink.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    extra = sink.double().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
     return torch.cat([logits, extra], dim=-1).softmax(-1)[..., :-1]
 
 
@@ -113,8 +113,8 @@ class Attention:
     def __call__(self, module, query, key, value, attention_mask=None, scaling=None, **kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         share = query.shape[1] // key.shape[1]
-        key, value = (x.float().repeat_interleave(share, dim=1) for x in (key, value))
-        logits = torch.einsum("bhqd,bhkd->bhqk", query.float(), key) * scaling
+        key, value = (x.double().repeat_interleave(share, dim=1) for x in (key, value))
+        logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key) * scaling
         tower, layer = self.places[id(module)]
         sink = getattr(module, "sinks", None)
         if tower == "language":

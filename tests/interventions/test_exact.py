@@ -23,10 +23,11 @@ TOWERS = [
 
 
 def off(got, want):
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, as a share of the largest number (of 1e-6, if all are smaller)."""
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
-    return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
+    size = want.double().abs().max().clamp(min=1e-6)
+    return ((got.double() - want.double()).abs().max() / size).item()
 
 
 def agree(case, edits, answer, tower, tolerance=1e-5):

@@ -148,7 +148,7 @@ def test_attention_probes_see_the_edited_attention(case, family, kernel, name):
     answer = reference_run(c, [pair.change(c)])
     want = torch.stack([answer.weights["language", layer][0] for layer in range(3)], dim=1)
     tokens = c.sample.tokens
-    columns = torch.stack([tokens.select(group) for group in groups.values()], dim=-1).float()
+    columns = torch.stack([tokens.select(group) for group in groups.values()], dim=-1).double()
     by_group = torch.einsum("blhqk,bkg->blhqg", want, columns)
     live = c.live[:, None, None, :, None].expand_as(by_group)
     assert off(run[mass].mass[live], by_group[live]) <= 1e-5
@@ -157,7 +157,7 @@ def test_attention_probes_see_the_edited_attention(case, family, kernel, name):
 
     seen = visible(c.lvlm, c.sample).float()
     count = torch.einsum("bq,blqk->blk", c.live.float(), seen)[:, :, None]
-    column = torch.einsum("blhqk,bq->blhk", want, c.live.float()) / count
+    column = torch.einsum("blhqk,bq->blhk", want, c.live.double()) / count
     alive = c.live[:, None, None].expand_as(column)
     assert off(run[received].received[alive], column[alive]) <= 1e-5
 

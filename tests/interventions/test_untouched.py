@@ -3,7 +3,7 @@
 What is compared is what the attention module hands to its output projection, in the first layer that
 is edited: there the queries, keys and values are still those of the plain model.
 
-Tolerances are shares of the largest number, against the reference's fp32 softmax. In half precision
+Tolerances are shares of the largest number, against the reference's softmax in fp64. In half precision
 nearly all of it is the model's own rounding: without any edit the two are 2.5e-2 (bf16) and 5e-3
 (fp16) apart.
 """

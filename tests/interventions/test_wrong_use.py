@@ -14,6 +14,7 @@ from sinkscope.errors import (
     SelectionError,
     SinkscopeError,
 )
+from sinkscope.interventions import Edit
 from sinkscope.testing import random_image
 
 LLAVA, QWEN = "llava-clip-llama", "qwen2.5-vl"
@@ -50,7 +51,7 @@ class AtNoStage:
     allow_noop: bool = False
 
     def edits(self, context):
-        return [ss.Edit(ss.Site("language", "attention", 0), print, stage="softmax")]
+        return [Edit(ss.Site("language", "attention", 0), print, stage="softmax")]
 
 
 def moves(c, **options):
