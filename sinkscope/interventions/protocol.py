@@ -227,7 +227,7 @@ def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
     if heads is None:
         return None
     several = isinstance(heads, Iterable) and not isinstance(heads, str)
-    wanted = list(heads) if several else [heads]
+    wanted: list[Any] = list(heads) if several else [heads]
     if not wanted:
         raise InterventionError("Got no heads; expected at least one, or None for all.")
     for head in wanted:

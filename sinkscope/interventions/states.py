@@ -136,8 +136,11 @@ class PatchActivations:
                     f"Got states with NaN at tokens to overwrite (layer {layer}); expected the "
                     "donor to have them. They were padding there, or not among the probe's tokens."
                 )
-            parameters = {"mask": chosen, "donor": donor.nan_to_num()}
-            parameters["layout"] = context.layout(self.tower)
+            parameters = {
+                "mask": chosen,
+                "donor": donor.nan_to_num(),
+                "layout": context.layout(self.tower),
+            }
             parts.append(Edit(Site(self.tower, site, layer), kernels.edit_states, parameters))
         return parts
 

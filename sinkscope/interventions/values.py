@@ -121,14 +121,14 @@ class AblateValues:
 
     def _tensor(self, context: Context, mask: Tensor) -> Tensor:
         """The given values, checked to broadcast and to be finite where they are used."""
-        tower, values = context.tower(self.tower), self.replacement
+        tower, given = context.tower(self.tower), self.replacement
         wanted = (mask.shape[0], tower.kv_heads, mask.shape[2], tower.d_head)
-        assert isinstance(values, Tensor)
+        assert isinstance(given, Tensor)
         try:
-            values = values.detach().cpu().expand(wanted)
+            values = given.detach().cpu().expand(wanted)
         except RuntimeError as error:
             raise InterventionError(
-                f"Got values of shape {tuple(self.replacement.shape)}; expected something that "
+                f"Got values of shape {tuple(given.shape)}; expected something that "
                 f"broadcasts to [batch kv_head pos d_head] = {wanted}."
             ) from error
         used = mask.any(dim=1)[:, None, :, None]

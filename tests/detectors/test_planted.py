@@ -152,4 +152,6 @@ def test_contribution_of_a_record_is_what_the_head_writes():
         probe = ss.ContributionNorms({"it": alone}, layers=[record.head[0]])
         written = lvlm.run(sample, probes=[probe])[probe].per_head
         by_query = written[record.batch, 0, record.head[1], record.pos :, 0]
-        assert abs(by_query.mean().item() - record.contribution) < 1e-4 * max(1, record.contribution)
+        assert abs(by_query.mean().item() - record.contribution) < 1e-4 * max(
+            1, record.contribution
+        )

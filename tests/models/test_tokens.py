@@ -23,12 +23,14 @@ EXACT = {
     "llava-clip-llama": [(32, 32), (56, 32), (32, 48), (33, 32)],
     "llava-siglip-qwen2": [(32, 32)],
     "qwen2.5-vl": [(112, 56), (56, 84), (84, 84)],
+    "gemma3": [(48, 48)],
 }
 CASES = [(family, size) for family, sizes in EXACT.items() for size in sizes]
 BATCH = {
     "llava-clip-llama": [(32, 32), (56, 32), (32, 48)],
     "llava-siglip-qwen2": [(32, 32), (32, 32), (32, 32)],
     "qwen2.5-vl": [(84, 56), (56, 84), (84, 84)],
+    "gemma3": [(48, 48), (48, 48), (48, 48)],
 }
 TEXTS = ["what", "how many red shapes are there ?"]
 
@@ -73,7 +75,9 @@ def test_the_pixel_box_of_a_vit_token_is_its_own(tiny, family, size):
         assert changed(before, after) == {(0, token)}
 
 
-@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-siglip-qwen2", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    "family", ["llava-clip-llama", "llava-siglip-qwen2", "qwen2.5-vl", "gemma3"]
+)
 @pytest.mark.parametrize("size", [(150, 90), (70, 130)])
 def test_resized_images_change_most_where_the_map_says(tiny, family, size):
     """Resizing blurs a block into its neighbours, but its own token feels it most."""
@@ -203,7 +207,7 @@ def test_ready_inputs_give_the_same_map_in_input_pixels(tiny, family):
     for name in ("ids", "live", "kind", "image", "image_index", "row", "column", "sources"):
         assert torch.equal(getattr(ready, name), getattr(sample.tokens, name)), name
     assert ready.box[ready.image >= 0].min() == 0
-    side = {"qwen2.5-vl": 28.0}.get(family, 8.0)
+    side = {"qwen2.5-vl": 28.0, "gemma3": 16.0}.get(family, 8.0)
     sizes = ready.box[ready.image >= 0]
     assert set((sizes[:, 2] - sizes[:, 0]).tolist()) == {side}
 

@@ -9,11 +9,12 @@ from sinkscope.testing import (
     ImageQwen2_5_VLProcessor,
     load_processor,
     random_image,
+    tiny_gemma3,
     tiny_llava,
     tiny_qwen2_5_vl,
     write_checkpoint,
 )
-from sinkscope.testing.tokenizers import llava_tokenizer, qwen_tokenizer
+from sinkscope.testing.tokenizers import gemma_tokenizer, llava_tokenizer, qwen_tokenizer
 
 FAMILIES = sorted(TINY)
 
@@ -158,6 +159,19 @@ def test_qwen3_normalises_its_keys():
     assert "k_norm.weight" in "".join(dict(model.named_parameters()))
 
 
+def test_gpt_oss_has_a_learned_sink_and_windows():
+    model, processor = tiny_llava("siglip", "gpt_oss", attn_implementation="eager")
+    inputs = two_rows(processor)
+    with torch.no_grad():
+        attention = model(**inputs, output_attentions=True).attentions
+    alive = inputs["attention_mask"].bool()[:, None].expand(-1, 4, -1)
+    totals = torch.stack([pattern.sum(-1)[alive] for pattern in attention])
+    assert (totals < 1 + 1e-5).all()
+    assert totals.min() < 0.5  # some rows give the sink more than all tokens
+    seen = [int((pattern[1, 0, -1] > 0).sum()) for pattern in attention]
+    assert seen == [12, int(inputs["attention_mask"][1].sum()), 12]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +185,53 @@ def test_qwen3_normalises_its_keys():
 def test_tiny_llava_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_llava(**arguments)
+
+
+# ----------------------------------------------------------------------------------------- Gemma 3
+
+
+def test_gemma_image_tokens_see_each_other_and_sliding_layers_their_window():
+    model, processor = tiny_gemma3(attn_implementation="eager")
+    inputs = two_rows(processor)
+    with torch.no_grad():
+        sliding, full, _ = model(**inputs, output_attentions=True).attentions
+    row = 0
+    image = (inputs["input_ids"][row] == model.config.image_token_id).nonzero().flatten()
+    first, last = int(image[0]), int(image[-1])
+    assert (full[row, :, first, last] > 0).all()
+    assert (full[row, :, first, last + 1] == 0).all()
+    assert (full[row, :, -1, first] > 0).all()
+    n = inputs["input_ids"].shape[1]
+    assert (sliding[row, :, -1, n - 12 :] > 0).all()
+    assert (sliding[row, :, -1, : n - 12] == 0).all()
+    # A window counts back from the query; the rest of its image is seen ahead of it.
+    assert (sliding[row, :, first, first - 11 : last + 1] > 0).all()
+
+
+def test_gemma_pools_two_by_two_patches_into_a_token():
+    model, processor = tiny_gemma3()
+    pixels = processor.image_processor(random_image(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels).last_hidden_state
+        tokens = model.get_image_features(pixels).pooler_output
+        pooled = states.reshape(1, 3, 2, 3, 2, 48).mean(dim=(2, 4)).reshape(1, 9, 48)
+        projector = model.model.multi_modal_projector
+        want = projector.mm_soft_emb_norm(pooled) @ projector.mm_input_projection_weight
+    assert states.shape[1] == 36
+    assert torch.allclose(tokens, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
+        ({"pool": 4}, r"image_size=48 must be a multiple of pool \* patch_size=32"),
+        ({"full_attention_layers": (3,)}, "expected block indices in 0..2"),
+    ],
+)
+def test_tiny_gemma_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_gemma3(**arguments)
 
 
 # -------------------------------------------------------------------------------------- Qwen2.5-VL
@@ -235,7 +296,7 @@ def test_tiny_qwen_refuses(arguments, message):
 # ---------------------------------------------------------------------------------- text and images
 
 
-@pytest.mark.parametrize("build", [llava_tokenizer, qwen_tokenizer])
+@pytest.mark.parametrize("build", [llava_tokenizer, qwen_tokenizer, gemma_tokenizer])
 @pytest.mark.parametrize("text", ["How many red shapes?", "naïve café 漢字 🙂", " two  spaces\n"])
 def test_tokenizers_know_every_text(build, text):
     tokenizer = build()
@@ -259,6 +320,10 @@ def test_chat_templates():
         {"role": "assistant", "content": "No."},
     ]
     assert llava.apply_chat_template(turns, tokenize=False) == "USER: <image>\nWhy? ASSISTANT: No. "
+    assert gemma_tokenizer().apply_chat_template(turns, tokenize=False) == (
+        "<bos><start_of_turn>user\n<start_of_image>Why?<end_of_turn>\n"
+        "<start_of_turn>model\nNo.<end_of_turn>\n"
+    )
     assert qwen.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Why?<|im_end|>\n"
