@@ -114,6 +114,7 @@ def run(commands, python, folder, where):
     environment = dict(os.environ, VIRTUAL_ENV=folder)
     environment.setdefault("HF_HUB_OFFLINE", "1")  # no job needs the hub
     environment.setdefault("MPLBACKEND", "Agg")  # nor a screen
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep
     # Material greets MkDocs 1 with a page of news about its successor.
     environment.setdefault("NO_MKDOCS_2_WARNING", "1")
     environment["PATH"] = os.path.join(folder, BIN) + os.pathsep + environment.get("PATH", "")

@@ -138,12 +138,23 @@ class Effect:
         return pd.DataFrame(lines)
 
 
-def effect_from(answers: Mapping[Site, Mapping[str, Tensor]], step: int) -> Effect:
-    """An `Effect` from the raw answers of one intervention's sites."""
+def effect_from(
+    answers: Mapping[Site, Mapping[str, Tensor]], step: int, ended: Tensor | None = None
+) -> Effect:
+    """An `Effect` from the raw answers of one intervention's sites.
+
+    Args:
+        answers: What every site's kernel told.
+        step: The step.
+        ended: Bool ``[batch]``: rows whose answer had ended, in which nothing was touched.
+    """
     sites = tuple(sorted(answers))
 
-    def stacked(name: str) -> Tensor:
-        return torch.stack([answers[s][name] for s in sites], dim=1)
+    def counts(name: str) -> Tensor:
+        out = torch.stack([answers[s][name] for s in sites], dim=1)
+        return out if ended is None else out.masked_fill(ended[:, None], 0)
+
+    count = counts("count")
 
     def mean(name: str) -> Tensor:
         columns = []
@@ -151,19 +162,10 @@ def effect_from(answers: Mapping[Site, Mapping[str, Tensor]], step: int) -> Effe
             one = answers[s]
             nothing = torch.full(one["count"].shape, float("nan"))
             columns.append(one[name] / one["count"] if name in one else nothing)
-        out = torch.stack(columns, dim=1)
-        return out.masked_fill(stacked("count") == 0, float("nan"))
+        return torch.stack(columns, dim=1).masked_fill(count == 0, float("nan"))
 
-    return Effect(
-        sites,
-        stacked("rows"),
-        stacked("empty"),
-        stacked("tokens"),
-        mean("before"),
-        mean("after"),
-        None,
-        step,
-    )
+    rows, empty, tokens = counts("rows"), counts("empty"), counts("tokens")
+    return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step)
 
 
 def check_steps(steps: str) -> str:

@@ -97,8 +97,10 @@ def finish_run(
     results = {
         probe: probe.finish(raw.answers.get(slot, {}), context) for slot, probe in enumerate(probes)
     }
+    # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
+    ended = context.ended if context.step else None
     effects = {
-        it: effect_from(raw.answers["edit", slot], context.step)
+        it: effect_from(raw.answers["edit", slot], context.step, ended)
         for slot, it in enumerate(interventions)
         if ("edit", slot) in raw.answers
     }

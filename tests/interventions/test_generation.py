@@ -160,6 +160,21 @@ def test_remote_generation_equals_local(case, family, name):
         assert torch.equal(one.effects[edit].rows, other.effects[edit].rows)
 
 
+def test_rows_whose_answer_has_ended_are_not_counted(case):
+    c = case("llava-clip-llama")
+    edit = ss.MaskKeys(c.some)
+    plain = c.lvlm.generate(c.sample, interventions=[edit], max_new_tokens=4, min_new_tokens=4)
+    first = plain.sequences[:, c.live.shape[1]].tolist()
+    assert first[0] != first[1]
+    out = c.lvlm.generate(
+        c.sample, interventions=[edit], max_new_tokens=4, eos_token_id=first[0], pad_token_id=3
+    )
+    effect = out.steps[1].effects[edit]
+    assert effect.touched.tolist() == [False, True]
+    assert effect.mass_before[0].isnan().all()
+    assert effect.tokens.tolist() == [[0, 0, 0], [4, 4, 4]]
+
+
 def test_the_cache_stays_clean(case):
     """Keys and values are cached as the model made them: an edit of the prompt's pass alone is gone
     from what later steps attend to."""
