@@ -141,7 +141,7 @@ def edit_keys(
     """Scale or bias the logits of chosen keys.
 
     Args:
-        call: See above, as for the others not named here.
+        call: See above, as are those that say no more.
         state: See above.
         span: See above.
         keys: ``[batch key]`` bool.
@@ -189,7 +189,7 @@ def edit_mass(
     """Move attention from source keys to target keys (VAR, Kang et al. 2503.03321).
 
     Args:
-        call: See above, as for the others not named here.
+        call: See above, as are those that say no more.
         state: See above.
         span: See above.
         source: ``[batch key]`` bool.
@@ -216,15 +216,26 @@ def edit_mass(
     mass = weigh_values(call, torch.stack(columns, dim=-1).float(), float32=exact).float()
     among, whole, wanted = of_target(call, target, live, mass, exact)
     budget = (recycle * mass[..., 0] / whole).transpose(1, 2)[..., None]
-    if visual is not None:
-        # The released code adds 1e-6 to the weight of every image token.
-        share = mass[..., 3] / (mass[..., 2] + 1e-6 * columns[2].sum(-1)[:, None, None])
-        centric = (mass[..., 2] >= least_visual) & (share <= most_sink_share)
-        wanted = wanted & centric.transpose(1, 2)[..., None]
     gate = gate & wanted
-    change = move_weights(keys, target, recycle, budget, among)
-    after = with_change(call, "weights", gate, change)
+    if visual is not None:
+        gate = gate & image_centric(mass, columns[2], least_visual, most_sink_share)
+    after = with_change(call, "weights", gate, move_weights(keys, target, recycle, budget, among))
     return after, effect_of(call, after, gate, keys, empty, measure)
+
+
+def image_centric(mass, visual, least_visual, most_sink_share):
+    """Rows and heads that look at the image, and not mostly at its sinks, ``[batch query head 1]``.
+
+    Args:
+        mass: ``[batch head query 4]``: on source, target, image and visual sinks.
+        visual: ``[batch key]`` bool.
+        least_visual: See `edit_mass`.
+        most_sink_share: See `edit_mass`.
+    """
+    # The released code adds 1e-6 to the weight of every image token.
+    share = mass[..., 3] / (mass[..., 2] + 1e-6 * visual.sum(-1)[:, None, None])
+    centric = (mass[..., 2] >= least_visual) & (share <= most_sink_share)
+    return centric.transpose(1, 2)[..., None]
 
 
 def of_target(call, target, live, mass, exact):

@@ -203,16 +203,21 @@ def test_contributions_of_all_tokens_are_what_edited_attention_writes(case, kern
 
 def test_contributions_of_replaced_values_are_those_of_the_replacement(case):
     c = case("llava-clip-llama")
-    probe = ss.ContributionNorms({"some": c.some}, layers=[0])
-    plain = c.lvlm.run(c.sample, probes=[probe])[probe].norms
-    edit = ss.AblateValues(c.some, layers=[0], queries=c.late)
-    norms = c.lvlm.run(c.sample, probes=[probe], interventions=[edit])[probe].norms
-    late = c.late[:, None, :, None]
-    assert (norms.masked_select(late) == 0).all()
-    assert torch.equal(
-        norms.masked_select(~late).nan_to_num(), plain.masked_select(~late).nan_to_num()
-    )
-    assert plain.masked_select(late).max() > 0.1
+    groups = {"some": c.some, "rest": c.live & ~c.some}
+    probe = ss.ContributionNorms(groups, layers=[0])
+    plain = c.lvlm.run(c.sample, probes=[probe])[probe].norms[:, 0].nan_to_num()
+
+    def edited(replacement):
+        edit = ss.AblateValues(c.some, replacement, layers=[0], queries=c.late)
+        run = c.lvlm.run(c.sample, probes=[probe], interventions=[edit])
+        return run[probe].norms[:, 0].nan_to_num()
+
+    zero, other = edited("zero"), edited(given_values(c)[0])
+    assert (zero[c.late][:, 0] == 0).all()
+    assert (other[c.late][:, 0] - plain[c.late][:, 0]).abs().max() > 0.1
+    for norms in (zero, other):
+        assert torch.equal(norms[~c.late], plain[~c.late])
+        assert (norms[..., 1] - plain[..., 1]).abs().max() < 1e-5
 
 
 def test_value_norms_are_those_of_replaced_values(case):
