@@ -34,7 +34,8 @@ class Edit:
     Attributes:
         site: Where.
         kernel: At an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``,
-            best made with `sinkscope.kernels.recipe.with_change`; elsewhere ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
+            best made with `sinkscope.kernels.recipe.with_change`; elsewhere
+            ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
         stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
             ``"values"``. The edits of one site apply in this order, and in list order inside a
