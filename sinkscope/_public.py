@@ -6,6 +6,7 @@ from sinkscope import (
     errors,
     experiments,
     interventions,
+    lsg,
     probes,
     testing,
     viz,
@@ -40,6 +41,7 @@ from sinkscope.interventions import (
     TestTimeRegister,
     find_register_neurons,
 )
+from sinkscope.lsg import LSG
 from sinkscope.models import LVLM, Generation, Run, Sample
 from sinkscope.probes import (
     AttentionMass,
@@ -60,6 +62,7 @@ from sinkscope.sites import Site
 from sinkscope.tokens import TokenMap, VisionMap
 
 __all__ = [
+    "LSG",
     "LVLM",
     "AblateActivations",
     "AblateValues",
@@ -114,6 +117,7 @@ __all__ = [
     "find_register_neurons",
     "interventions",
     "load_bundled",
+    "lsg",
     "nop_or_broadcast",
     "probes",
     "testing",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sinkscope.tokens import Selection
 
 STEPS = ("all", "prefill", "decode")
+TOLD = ("rows", "empty", "tokens", "count", "before", "after")
+"""What every kernel tells of its edit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +96,8 @@ class Effect:
         kl: Float ``[batch]``: KL(unedited || edited) of the next token, if it was asked for; all
             interventions of the run together.
         step: 0 for a prompt, 1, 2, ... for decode steps.
+        extra: What the kernel told besides, by name, ``[batch site ...]``: a gate's
+            ``"coefficients"`` ``[batch site group]``.
     """
 
     sites: tuple[Site, ...]
@@ -104,6 +108,7 @@ class Effect:
     mass_after: Tensor
     kl: Tensor | None = None
     step: int = 0
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -166,7 +171,9 @@ def effect_from(
         return torch.stack(columns, dim=1).masked_fill(count == 0, float("nan"))
 
     rows, empty, tokens = counts("rows"), counts("empty"), counts("tokens")
-    return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step)
+    more = set.intersection(*(set(answers[s]) for s in sites)) - set(TOLD)
+    extra = {name: torch.stack([answers[s][name] for s in sites], dim=1) for name in sorted(more)}
+    return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step, extra)
 
 
 def check_steps(steps: str) -> str:

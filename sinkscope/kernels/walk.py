@@ -97,7 +97,9 @@ def edit_call(source, step, call, span, now, state, out):
 
 
 def note_effect(out, slot, step, effect):
-    """Add an effect to those of the same edit at the same site (one per window)."""
+    """Add an effect to those of the same edit at the same site (one per window); a look has none."""
+    if effect is None:
+        return
     key = (step["tower"], step["name"], step["layer"])
     effect = detached(effect)
     of_edit = out.setdefault(("edit", slot), {})
@@ -188,14 +190,15 @@ def walk(root, tracer, plan, number=0, memory=None):
     return out
 
 
-def last_logits(logits, last=None):
+def last_logits(logits, last=None, graph=False):
     """All logits, or those of one position per row.
 
     Args:
         logits: ``[batch pos vocab]``.
         last: ``[batch]`` positions, negative ones counted from the end; None for all.
+        graph: Whether to keep the graph, and the device with it.
     """
     if last is not None:
         rows = torch.arange(logits.shape[0], device=logits.device)
         logits = logits[rows, last.to(logits.device)][:, None]
-    return logits.detach().cpu()
+    return logits if graph else logits.detach().cpu()

@@ -199,6 +199,7 @@ class LVLM:
         logits: Literal["all", "last"] | None = None,
         remote: bool | str | None = None,
         kl: bool = False,
+        grad: bool = False,
     ) -> Run:
         """One forward pass with any number of probes and interventions.
 
@@ -214,6 +215,9 @@ class LVLM:
                 the model was loaded with.
             kl: Whether to run once more without interventions and put the KL divergence of the
                 next token, ``KL(unedited || edited)`` in nats, into the effects.
+            grad: Whether the logits keep their graph, so that a loss reaches what an intervention
+                learns (a gate's parameters). They stay on the model's device then. Runs here only;
+                to train a gate, `train_lsg` is cheaper.
 
         Returns:
             Logits, results and effects.
@@ -227,12 +231,12 @@ class LVLM:
         checking.check_sample(sample, self.anatomy.fingerprint)
         asked, edits = checking.check_probes(probes), check_interventions(interventions)
         check_beside(edits, asked)
-        where = self._where(remote)
+        where = checking.check_grad(grad, self._where(remote))
         keep_all = checking.check_logits(logits, "last" if where else "all")
         context = Context(self.anatomy, sample.tokens)
         plan = self._plan(asked, edits, context)
         last = None if keep_all else sample.tokens.last
-        raw = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where)
+        raw = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where, grad)
         out = finish_run(raw, asked, context, edits, keep_all=keep_all)
         require_effects(edits, [out.effects])
         if not (kl and edits):
@@ -340,7 +344,11 @@ class LVLM:
     def _plan(
         self, probes: Sequence[Probe], edits: Sequence[Intervention], context: Context
     ) -> runner.Plan:
-        """The plan of all probes and interventions."""
+        """The plan of all probes and interventions, which must be made for this model."""
+        for it in edits:
+            check_fits = getattr(it, "check_fits", None)
+            if check_fits is not None:
+                check_fits(self)
         reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
         changes = [(slot, edit) for slot, it in enumerate(edits) for edit in it.edits(context)]
         return runner.make_plan(context.anatomy, reads, changes)

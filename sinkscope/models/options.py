@@ -106,6 +106,20 @@ def check_remote(remote: Any) -> bool | str:
     )
 
 
+def check_grad(grad: bool, where: bool | str) -> bool | str:
+    """Where to run, which is here if gradients are wanted.
+
+    Raises:
+        InputError: If it is elsewhere.
+    """
+    if grad and where:
+        raise InputError(
+            f"Got grad=True with remote={where!r}; expected a run here, where the graph can be kept. "
+            "Write remote=False."
+        )
+    return where
+
+
 def check_weights(where: bool | str, *, weightless: bool) -> None:
     """Refuse to run here what has no weights here.
 

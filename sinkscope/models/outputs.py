@@ -87,7 +87,7 @@ def finish_run(
     """
     live = context.live("language")
     live = live if keep_all else live.any(dim=1, keepdim=True)
-    bad = ~torch.isfinite(raw.logits).all(dim=-1) & live
+    bad = ~torch.isfinite(raw.logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise NonFiniteError(
             f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions "

@@ -156,17 +156,18 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def ready_to_trace(where: bool | str, *plans: Plan) -> Iterator[None]:
+def ready_to_trace(where: bool | str, *plans: Plan, grad: bool = False) -> Iterator[None]:
     """No gradients, but tensors that may have them: kernels ask the attention call for gradients.
 
     Args:
         where: Where the trace will run; runs on a server may overlap.
         plans: The plans of the trace.
+        grad: Whether gradients are wanted all the same.
     """
     ship_kernels(*plans)
     turn = ONE_AT_A_TIME if where in (False, "local") else nullcontext()
     # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
-    with turn, torch.inference_mode(mode=False), torch.no_grad():
+    with turn, torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
         yield
 
 
@@ -176,6 +177,7 @@ def run_plan(
     plan: Plan,
     last: torch.Tensor | None,
     where: bool | str = False,
+    grad: bool = False,
     **trace_options: Any,
 ) -> Raw:
     """One forward pass.
@@ -186,6 +188,7 @@ def run_plan(
         plan: The plan.
         last: Int ``[batch]``, the position of every row whose logits to keep, or None for all.
         where: False to run here, else nnsight's ``remote``.
+        grad: Whether the logits keep their graph.
         trace_options: Further options of the trace, such as ``backend=...``.
 
     Returns:
@@ -196,9 +199,12 @@ def run_plan(
     logits: Any = None
     if where:
         trace_options["remote"] = where
-    with ready_to_trace(where, plan), model.trace(**inputs, **trace_options) as tracer:
+    with (
+        ready_to_trace(where, plan, grad=grad),
+        model.trace(**inputs, **trace_options) as tracer,
+    ):
         answers = save(walk(model, tracer, plan))
-        logits = save(last_logits(model.output.logits, last))
+        logits = save(last_logits(model.output.logits, last, grad))
     if logits is None:
         raise AttentionCallError(
             "The forward pass ended while a probe still waited for attention windows; expected the "

@@ -1,0 +1,219 @@
+"""Layer-wise Sink Gating inside a trace: find the groups, read the signal, scale the keys.
+
+A gate needs three looks and one edit, at four sites of one pass: what feeds the projector (V-sinks),
+what the edited block reads (L-sinks), what the block before wrote (the signal), and the edited
+block's attention call. What a look finds is kept in ``state["memory"]`` under the gate's ``slot``, so
+that decode steps know it too; looks change nothing and report no effect.
+
+A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
+"strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
+"seed"}`` or ``{"how": "none"}``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sinkscope.kernels.edits import edit_keys
+from sinkscope.kernels.residual import dimension_scores, live_at, rows_of
+
+ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
+
+
+def flags(states, rule, live, layout=None):
+    """Tokens that meet a rule.
+
+    Args:
+        states: ``[batch pos d_model]``, or packed.
+        rule: See above.
+        live: ``[batch pos]`` bool: the tokens to judge.
+        layout: Packed layout or None.
+
+    Returns:
+        ``[batch pos]`` bool.
+    """
+    how = rule["how"]
+    h = rows_of(states, layout)
+    if how == "none":
+        return torch.zeros_like(live)
+    if how == "random":
+        return random_tokens(h, live, rule["count"], rule["seed"])
+    if how == "dims":
+        scores = dimension_scores(h, None, rule["dims"], rule["rms"])
+    elif how == "norm":
+        scores = h.float().norm(dim=-1)
+    else:
+        scores = h.float().abs().amax(dim=-1)
+    tau = rule["absolute"] if how == "massive" else rule["tau"]
+    above = scores > tau if rule["strict"] else scores >= tau
+    if how == "massive":
+        above = above & (scores >= rule["ratio"] * medians(h, live)[:, None])
+    return above & live
+
+
+def medians(states, live):
+    """Median ``|h|`` of every row over its live tokens, ``[batch]``."""
+    size = states.float().abs().masked_fill(~live[..., None], float("nan"))
+    return size.flatten(1).nanmedian(dim=1).values
+
+
+def random_tokens(states, live, count, seed):
+    """As good as random tokens of every row, the same whenever the row is seen again."""
+    return (hashed(states.float().abs().argmax(dim=-1), live, seed) < count) & live
+
+
+def hashed(peaks, live, seed):
+    """The rank of every token by a hash of its position and the row's largest channels, from 0.
+
+    It differs from image to image, through the sum of all peaks, without a random state.
+
+    Args:
+        peaks: ``[batch pos]``: every token's largest channel.
+        live: ``[batch pos]`` bool; the others come last.
+        seed: Another seed, another order.
+    """
+    place = torch.arange(peaks.shape[1], device=peaks.device)[None]
+    whole = (peaks * live).sum(1, keepdim=True)
+    mixed = peaks * 40503 + place * 48271 + whole * 69621 + seed * 7919
+    mixed = (mixed % 65521) * 52361 % 65519
+    order = mixed.masked_fill(~live, -1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1)
+
+
+def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):
+    """Remember which LLM positions are made of a ViT token that meets the rule.
+
+    Args:
+        states: What feeds the projector.
+        state: The run's scratch space.
+        slot: The gate's place in it.
+        rule: See above.
+        live: ``[image pos]`` bool: ViT tokens to judge (patches).
+        image_index: ``[batch pos]``, see `sinkscope.tokens.TokenMap`.
+        sources: ``[batch pos source]``.
+        layout: Packed layout or None.
+    """
+    found = flags(states, rule, live, layout)
+    picked = found[image_index.clamp(min=0)[..., None], sources.clamp(min=0)]
+    carried = (picked & (sources >= 0)).any(-1) & (image_index >= 0)
+    kept = memory_of(state, slot)
+    kept["V"] = kept["V"] | carried if "V" in kept else carried
+    return states, None
+
+
+def note_l_sinks(states, state, slot, rule, live):
+    """Remember which prompt tokens meet the L rule on what the edited block reads."""
+    memory_of(state, slot)["L"] = flags(states, rule, live_at(live, states))
+    return states, None
+
+
+def note_coefficients(
+    states,
+    state,
+    slot,
+    signal,
+    at,
+    tokens,
+    norm_weight,
+    norm_bias,
+    in_weight,
+    in_bias,
+    out_weight,
+    out_bias,
+    activation,
+    scale,
+):
+    """Remember the coefficients that the gate gives for what it reads here.
+
+    Args:
+        states: ``[batch pos d_model]``.
+        state: The run's scratch space.
+        slot: The gate's place in it.
+        signal: ``"last"`` or ``"mean"``.
+        at: ``[batch]``: the position to read for ``"last"``.
+        tokens: ``[batch pos]`` bool: the tokens to average for ``"mean"``.
+        norm_weight: Of the LayerNorm, ``[d_model]`` or None; so ``norm_bias``.
+        norm_bias: See above.
+        in_weight: ``[hidden d_model]``, with ``in_bias``.
+        in_bias: See above.
+        out_weight: ``[group hidden]``, with ``out_bias``.
+        out_bias: See above.
+        activation: One of `ACTIVATIONS`.
+        scale: What the softmax is multiplied by.
+    """
+    read = signal_of(states, signal, at, tokens, state.get("step", 0))
+    weights = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    memory_of(state, slot)["coefficients"] = coefficients(read, *weights, activation, scale)
+    return states, None
+
+
+def signal_of(states, signal, at, tokens, step=0):
+    """What the gate reads, ``[batch d_model]`` in fp32; the newest token at a decode step."""
+    if signal == "mean":
+        weight = tokens[..., None].float()
+        total = torch.where(tokens[..., None], states.float(), 0.0).sum(1)
+        return total / weight.sum(1).clamp(min=1)
+    if step:
+        return states[:, -1].float()
+    return states[torch.arange(states.shape[0], device=states.device), at].float()
+
+
+def coefficients(
+    read, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, activation, scale
+):
+    """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316)."""
+    h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], norm_weight, norm_bias)
+    h = torch.nn.functional.linear(h, in_weight, in_bias)
+    h = torch.tanh(h) if activation == "tanh" else getattr(torch.nn.functional, activation)(h)
+    return scale * torch.nn.functional.linear(h, out_weight, out_bias).softmax(dim=-1)
+
+
+def factors_of(kept, visual, groups):
+    """One factor per prompt key, ``[batch pos]``; 1 at text.
+
+    Args:
+        kept: What the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
+        visual: ``[batch pos]`` bool.
+        groups: Names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
+            over L; what has no group of its own is ``"rest"``.
+    """
+    c = kept["coefficients"]
+    out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
+    for name in ("L", "V"):
+        if name not in groups:
+            continue
+        mine = kept[name] & visual
+        if name == "L" and "V" in kept:
+            mine = mine & ~kept["V"]
+        out = torch.where(mine, c[:, groups.index(name)][:, None], out)
+    return out
+
+
+def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
+    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``.
+
+    Args:
+        call: The attention call.
+        state: The run's scratch space.
+        span: None; the decoder is never packed.
+        slot: The gate's place in the memory.
+        visual: ``[batch pos]`` bool.
+        live: ``[batch query]`` bool.
+        groups: See `factors_of`.
+        measure: Whether to measure the attention on the scaled keys before and after.
+
+    Returns:
+        The edited call and its effect, with the coefficients ``[batch group]``.
+    """
+    kept = memory_of(state, slot)
+    factors = factors_of(kept, visual, groups)
+    keys = visual & (factors != 1)
+    after, effect = edit_keys(
+        call, state, span, keys, live, "scale", None, measure=measure, factors=factors
+    )
+    return after, {**effect, "coefficients": kept["coefficients"]}
+
+
+def memory_of(state, slot):
+    """What one gate remembers during one generation."""
+    return state["memory"].setdefault(("gate", slot), {})

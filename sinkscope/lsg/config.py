@@ -1,0 +1,244 @@
+"""What a gate is made of, and for which model: plain data that is saved beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sinkscope.detectors.random import RandomTokens
+from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
+from sinkscope.errors import DetectorError, InterventionError, nearest
+from sinkscope.kernels.gating import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from sinkscope.models.anatomy import Anatomy
+
+GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
+SIGNALS = ("last", "mean", "visual")
+DECODE = ("frozen", "refresh", "off")
+INITS = ("uniform", "neutral")
+RULES = MappingProxyType(
+    {cls.__name__: cls for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks)}
+)
+"""Detectors that judge every token by itself, so that they can run inside a pass."""
+MODEL_ALIASES = MappingProxyType({"llava_llama": "llava", "LlavaLlamaForCausalLM": "llava"})
+"""Model types of one architecture under the names of other code bases."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The choices a gate is made of. What the paper leaves open is an option here.
+
+    Attributes:
+        layer: The block whose output the gate reads, or ``"embed"`` for the decoder's input.
+        d_model: Width of what it reads.
+        groups: Which keys have a coefficient of their own, in this order: ``("V", "rest")`` as in
+            the paper, ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every
+            other image token.
+        signal: ``"last"`` prompt token (the paper), or the mean of all live prompt tokens
+            (``"mean"``) or of the image tokens (``"visual"``).
+        decode: At decode steps the coefficients of the prompt hold (``"frozen"``), are computed
+            again from the newest token (``"refresh"``), or keys are left alone (``"off"``). The
+            paper does not say.
+        init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper: an untrained gate then halves
+            every visual logit; ``"neutral"`` makes them 1 by a scale of as many as there are groups.
+        scale: What the softmax is multiplied by: the bound of the sum of coefficients.
+        hidden: Width of the hidden layer; 64 in the paper.
+        activation: One of ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"``; the paper does not say.
+        affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
+        v_detector: The rule for V-sinks, by name and parameters.
+        l_detector: The rule for L-sinks likewise, or None without an L group.
+        model: What the gate was made for: see `fingerprint`.
+        weights: A few numbers of the model's weights, see `sketch`; empty if it had none.
+        seed: Of the first layer's weights.
+    """
+
+    layer: int | str
+    d_model: int
+    groups: tuple[str, ...] = ("V", "rest")
+    signal: str = "last"
+    decode: str = "frozen"
+    init: str = "uniform"
+    scale: float = 1.0
+    hidden: int = 64
+    activation: str = "gelu"
+    affine: bool = True
+    v_detector: Mapping[str, Any] = field(default_factory=lambda: {"name": "NoSinks"})
+    l_detector: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices: tuple[tuple[str, Any, Any], ...] = (
+            ("groups", self.groups, GROUPS),
+            ("signal", self.signal, SIGNALS),
+            ("decode", self.decode, DECODE),
+            ("init", self.init, INITS),
+            ("activation", self.activation, ACTIVATIONS),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                hint = nearest(value, [str(k) for k in known]) if isinstance(value, str) else ""
+                raise InterventionError(
+                    f"Got {name}={value!r}; expected one of {known}. {hint}".rstrip()
+                )
+        if self.decode == "refresh" and self.signal != "last":
+            raise InterventionError(
+                f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
+                "over prompt tokens does not change at decode steps: write decode='frozen'."
+            )
+        for name, value in (("hidden", self.hidden), ("scale", self.scale)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise InterventionError(f"Got {name}={value!r}; expected a positive number.")
+        if ("L" in self.groups) != (self.l_detector is not None):
+            raise InterventionError(
+                f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
+                "L-sinks exactly where 'L' is a group."
+            )
+
+    @property
+    def edited(self) -> int:
+        """The block whose keys are scaled."""
+        return 0 if isinstance(self.layer, str) else self.layer + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self) | {"groups": list(self.groups), "weights": list(self.weights)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
+        """The config of `to_dict`.
+
+        Raises:
+            InterventionError: If a field is missing, unknown or impossible.
+        """
+        known = {f.name for f in fields(cls)}
+        strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
+        if strange or missing:
+            raise InterventionError(
+                f"Got a gate config with unknown fields {strange} and without {missing}; expected "
+                f"fields among {sorted(known)}. It was written by another version or another tool."
+            )
+        given = dict(data)
+        for name in ("groups", "weights"):
+            if name in given:
+                given[name] = tuple(given[name])
+        return cls(**given)
+
+
+def describe(detector: Any) -> dict[str, Any]:
+    """A detector as plain data.
+
+    Raises:
+        DetectorError: If it judges tokens by one another, or by attention.
+    """
+    name = type(detector).__name__
+    fits = name in RULES and not (name == "Norm" and isinstance(detector.tau, str))
+    if not fits:
+        raise DetectorError(
+            f"Got {detector!r} for a gate; expected a rule that judges every token by itself, "
+            f"because it runs inside the pass: one of {sorted(RULES)} with numbers. Write "
+            "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0)."
+        )
+    out = {f.name: getattr(detector, f.name) for f in fields(detector)}
+    out["dims"] = [int(d) for d in out["dims"]] if "dims" in out else None
+    return {"name": name, **{key: value for key, value in out.items() if value is not None}}
+
+
+def detector_of(data: Mapping[str, Any]) -> Any:
+    """The detector of `describe`.
+
+    Raises:
+        DetectorError: If it is unknown.
+    """
+    given = dict(data)
+    name = given.pop("name", None)
+    if name not in RULES:
+        raise DetectorError(f"Got the detector {name!r}; expected one of {sorted(RULES)}.")
+    try:
+        return RULES[name](**given)
+    except TypeError as error:
+        raise DetectorError(f"Got {given} for {name}: {error}.") from error
+
+
+def rule_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as the plain rule of `sinkscope.kernels.gating`."""
+    name = data["name"]
+    detector = detector_of(data)
+    if name == "SinkDimensions":
+        return {
+            "how": "dims",
+            "dims": [int(d) for d in detector.dims],
+            "tau": float(detector.tau),
+            "rms": detector.normalize == "rms",
+            "strict": detector.strict,
+        }
+    if name == "Norm":
+        return {"how": "norm", "tau": float(detector.tau), "strict": detector.strict}
+    if name == "Massive":
+        return {
+            "how": "massive",
+            "absolute": float(detector.absolute),
+            "ratio": float(detector.ratio),
+            "strict": detector.strict,
+        }
+    if name == "RandomTokens":
+        return {"how": "random", "count": detector.count, "seed": detector.seed}
+    return {"how": "none"}
+
+
+def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
+    """What a gate must agree with, by name: type and sizes of both towers.
+
+    Names of checkpoints are not among it: a folder, a copy and the original are one model.
+    """
+    vision, language = anatomy.vision, anatomy.language
+    return {
+        "model_type": MODEL_ALIASES.get(anatomy.model_type, anatomy.model_type),
+        "vision_layers": vision.n_layers,
+        "vision_width": vision.d_model,
+        "feed_layers": list(anatomy.feed_layers),
+        "tokens_merged": anatomy.merge,
+        "language_layers": language.n_layers,
+        "language_width": language.d_model,
+        "heads": language.heads,
+        "kv_heads": language.kv_heads,
+        "head_dim": language.d_head,
+    }
+
+
+def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
+    """32 numbers of the LM head, which tell two checkpoints of one architecture apart.
+
+    Empty where the weights are not here. They agree within rounding across dtypes.
+    """
+    weight = getattr(module.get_submodule(head), "weight", None)
+    if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        return ()
+    rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
+    columns = [i * weight.shape[1] // 4 for i in range(4)]
+    return tuple(weight.detach()[rows][:, columns].float().flatten().tolist())
+
+
+def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two sketches are of one checkpoint, up to rounding; unknown counts as yes."""
+    if not one or not other:
+        return True
+    a, b = torch.tensor(one), torch.tensor(other)
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=2e-2, atol=float(a.std()) * 1e-2))
+
+
+def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """One line per difference of two fingerprints."""
+    names = [*made_for, *(name for name in found if name not in made_for)]
+    return [
+        f"{name}: made for {made_for.get(name)!r}, found {found.get(name)!r}"
+        for name in names
+        if made_for.get(name) != found.get(name)
+    ]
