@@ -1,7 +1,7 @@
 """Layer-wise Sink Gating: the gate, how it is attached, trained and kept."""
 
 from sinkscope.lsg.attach import Attachment
-from sinkscope.lsg.config import GateConfig
+from sinkscope.lsg.config import GateConfig, describe, detector_of
 from sinkscope.lsg.gate import LSG
 
-__all__ = ["LSG", "Attachment", "GateConfig"]
+__all__ = ["LSG", "Attachment", "GateConfig", "describe", "detector_of"]

@@ -44,9 +44,8 @@ class Attachment:
         self.anatomy = read_anatomy(model)
         gate.check_model(self.anatomy)
         gate.check_weights(model, self.anatomy)
-        self._seen: dict[
-            str, Any
-        ] = {}  # what the vision tower was last called with, and its states
+        self._called: dict[str, Tensor] = {}  # what the vision tower was last called with
+        self._fed: dict[int, Tensor] = {}  # what feeds the projector, by block
         self._tokens: TokenMap | None = None
         self._visual: Tensor | None = None
         self._state: dict[str, Any] = {"step": 0, "memory": {}}
@@ -119,14 +118,22 @@ class Attachment:
             return  # a text prompt has nothing to scale
         inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
         if encoded is not None:  # generate() calls the vision tower before the first pass
-            if not self._seen:
+            if not self._fed:
                 raise InputError(
                     "Got images that were encoded before the gate was attached; expected to see them "
                     "pass the vision tower. Pass pixel_values."
                 )
-            inputs |= {k: v for k, v in self._seen.items() if isinstance(k, str)}
+            inputs |= self._called
         inputs["input_ids"] = ids
-        self._tokens = make_sample(self.model, None, self.anatomy, None, None, inputs).tokens
+        try:
+            self._tokens = make_sample(self.model, None, self.anatomy, None, None, inputs).tokens
+        except InputError as error:
+            if encoded is None:
+                raise
+            raise InputError(
+                f"{error} If generate() was asked for beams or several sequences, which repeat rows: "
+                "a gate works with greedy decoding and sampling of one sequence."
+            ) from error
         self._last = last_prompt(self._tokens, kwargs.get("labels"))
         self._visual = (self._tokens.image >= 0).to(ids.device)
 
@@ -135,16 +142,15 @@ class Attachment:
         given = [*args, *(v for k, v in kwargs.items() if "grid" not in k)]
         pixels = next(value for value in given if isinstance(value, Tensor))
         grid = next((v for k, v in kwargs.items() if "grid" in k), None)
-        self._seen.clear()
-        self._seen["pixel_values"] = pixels
+        self._called = {"pixel_values": pixels}
         if grid is not None:
-            self._seen["image_grid_thw"] = grid
+            self._called["image_grid_thw"] = grid
 
     def _after_vision(self, layer: int) -> Any:
         """A hook that keeps what feeds the projector."""
 
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            self._seen[layer] = first_tensor(output).detach()
+            self._fed[layer] = first_tensor(output).detach()
 
         return hook
 
@@ -208,10 +214,9 @@ class Attachment:
         if self._visual is None or (self._state["step"] and self.gate.config.decode == "off"):
             return key
         kept = self._state["memory"][("gate", id(self.gate))]
-        if self._seen:
-            for layer in self.gate.config.model["feed_layers"]:
-                self._look(self._wanted("vision", "resid_post", layer), self._seen[layer])
-            self._seen.clear()
+        for layer, states in self._fed.items():
+            self._look(self._wanted("vision", "resid_post", layer), states)
+        self._fed = {}
         visual = self._visual.to(key.device)
         factors = kernels.factors_of(kept, visual, list(self.gate.groups))
         grown = fit_keys((factors - 1)[..., None], key.shape[2], self._state["step"])[..., 0] + 1

@@ -140,6 +140,14 @@ def of_the_decoder(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     return of_weights(tower, dtype)
 
 
+def of_gates(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Gates: keys of the decoder scaled, by coefficients in fp32."""
+    status, why = of_the_decoder(tower, dtype)
+    if status == "unavailable":
+        return status, why
+    return status, join(why, "its rules judge every token by itself")
+
+
 def of_eviction(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     """The streaming baseline."""
     status, why = of_the_decoder(tower, dtype)
@@ -189,6 +197,7 @@ EDIT_JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]
             "ScaleTokens": of_embeddings,
             "SinkToFront": of_embeddings,
             "TestTimeRegister": of_registers,
+            "LSG": of_gates,
         }
     )
 )

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ContractError(AssertionError):
@@ -94,7 +94,7 @@ def check_intervention(
 ) -> None:
     """Run an intervention through the promises that hold for all of them.
 
-    It is a frozen record; it changes the logits and says so in ``run.effects``; batch rows in which
+    It is a frozen record, or a module if it learns; it changes the logits and says so in ``run.effects``; batch rows in which
     nothing was touched stay bitwise; the plain model is bitwise itself afterwards, also after an
     exception in the middle of a pass; the same twice; the remote path gives the same; at its neutral
     setting it changes no bit.
@@ -110,7 +110,10 @@ def check_intervention(
         ContractError: If a promise is broken; the message is the promise.
     """
     it = make()
-    require(is_frozen(it), "an intervention is a frozen dataclass: parameters only, no state")
+    require(
+        is_frozen(it) or isinstance(it, nn.Module),
+        "an intervention is a frozen dataclass (parameters only, no state) or a module that learns",
+    )
     plain = lvlm.run(sample).logits
     run = lvlm.run(sample, interventions=[it])
     require(not same(run.logits, plain), "an intervention changes the logits")

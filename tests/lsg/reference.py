@@ -125,13 +125,13 @@ def greedy(model, inputs, steps, forced=None):
 
     cache = DynamicCache(config=model.config.get_text_config())
     given = {**inputs, "past_key_values": cache, "use_cache": True}
-    grid = {k: v for k, v in inputs.items() if k.endswith("grid_thw")}
-    positions = None
-    if grid:
-        positions = rope_positions(model, inputs)
-        given["position_ids"] = positions
     logits, tokens = [], []
     mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if "image_grid_thw" in inputs:
+        positions = rope_positions(model, inputs)
+    given["position_ids"] = positions
+    last = positions.amax(dim=(0, 2))[None, :, None] if positions.ndim == 3 else positions[:, -1:]
     for step in range(steps):
         out = model(**given)
         logits.append(out.logits[:, -1])
@@ -144,13 +144,8 @@ def greedy(model, inputs, steps, forced=None):
             "past_key_values": cache,
             "use_cache": True,
         }
-        if positions is not None:
-            following = positions[..., -1:].amax(dim=0, keepdim=True) + 1 + step
-            last = positions.amax(dim=(0, 2))[None, :, None] + 1 + step
-            del following
-            given["position_ids"] = last.expand(3, -1, 1)
-        else:
-            given["position_ids"] = mask.sum(1, keepdim=True) - 1
+        new_positions = last + 1 + step
+        given["position_ids"] = new_positions.expand(3, -1, 1) if last.ndim == 3 else new_positions
     return torch.stack(logits), torch.stack(tokens, dim=1)
 
 

@@ -1,0 +1,336 @@
+"""A gate on a plain model: who may attach, what is left behind, and what a prompt is."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.testing import TINY, check_intervention, random_image
+
+
+def logits(model, sample, **more):
+    with torch.no_grad():
+        return model(**sample.inputs, **more).logits
+
+
+def snapshot(model):
+    """Everything a gate could leave behind, by identity."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    modules = {
+        name: (
+            id(m.__dict__.get("config")),
+            *(len(getattr(m, h)) for h in hooks),
+            "forward" in vars(m),
+        )
+        for name, m in model.named_modules()
+    }
+    registry = next(
+        g["ALL_ATTENTION_FUNCTIONS"]
+        for g in [type(model.get_decoder().layers[0].self_attn).forward.__globals__]
+    )
+    return modules, sorted(registry.keys())
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_detach_restores_everything(case, kernel):
+    c = case("llava-clip-llama", kernel)
+    model, gate = c.lvlm.module, c.gate()
+    before, plain = snapshot(model), logits(model, c.sample)
+    attached = gate.attach(model)
+    assert not torch.equal(logits(model, c.sample), plain)
+    gate.detach()
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, c.sample), plain)
+    attached.detach()  # twice is once
+
+
+def test_an_exception_inside_leaves_the_model_clean(case):
+    c = case("llava-clip-llama")
+    model, gate = c.lvlm.module, c.gate()
+    before, plain = snapshot(model), logits(model, c.sample)
+    layer = model.get_decoder().layers[2]
+
+    def throw(*args):
+        raise KeyError("midway")
+
+    def fail():
+        handle = layer.register_forward_hook(throw)
+        with gate.attach(model):
+            try:
+                logits(model, c.sample)
+            finally:
+                handle.remove()
+
+    with pytest.raises(KeyError, match="midway"):
+        fail()
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, c.sample), plain)
+    with gate.attach(model):
+        assert not torch.equal(logits(model, c.sample), plain)
+
+
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_two_gates_of_one_layer_in_any_order(case, first_off):
+    c = case("llava-clip-llama")
+    model, gates = c.lvlm.module, [c.gate(0), c.gate(0, activation="tanh")]
+    before, plain = snapshot(model), logits(model, c.sample)
+    alone = [c.lvlm.run(c.sample, interventions=[gate]).logits for gate in gates]
+    both = c.lvlm.run(c.sample, interventions=gates).logits
+    live = c.sample.tokens.live
+    attached = [gate.attach(model) for gate in gates]
+    assert torch.allclose(logits(model, c.sample)[live], both[live], atol=1e-5)
+    attached[first_off].detach()
+    left = alone[1 - first_off]
+    assert torch.allclose(logits(model, c.sample)[live], left[live], atol=1e-5)
+    attached[1 - first_off].detach()
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, c.sample), plain)
+
+
+def test_labels_say_where_the_prompt_ends(case):
+    """With an answer behind the prompt the gate still reads the last prompt token."""
+    c = case("llava-clip-llama")
+    gate, inputs = c.gate(), dict(c.sample.inputs)
+    answer = torch.tensor([[15, 19, 17], [16, 18, 14]])
+    prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = torch.cat([mask, torch.ones_like(answer)], dim=1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :prompt] = -100
+    run = c.lvlm.run(c.sample, interventions=[gate])
+    with torch.no_grad(), gate.attach(c.lvlm.module) as attached:
+        out = c.lvlm.module(**inputs, labels=labels)
+        first = run.effects[gate].extra["coefficients"][:, 0]
+        assert torch.allclose(attached.coefficients, first, atol=1e-5)
+        got = out.logits[:, :prompt][c.sample.tokens.live]
+        assert torch.allclose(got, run.logits[c.sample.tokens.live], atol=2e-5)
+        c.lvlm.module(**inputs)
+        assert not torch.allclose(attached.coefficients, first, atol=1e-3)
+        with pytest.raises(InputError, match="begin with the first token"):
+            c.lvlm.module(**inputs, labels=inputs["input_ids"])
+
+
+def test_a_text_prompt_passes(case):
+    c = case("llava-clip-llama")
+    ids = torch.tensor([[3, 5, 7, 9]])
+    model = c.lvlm.module
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with c.gate().attach(model) as attached:
+            logits(model, c.sample)
+            assert torch.equal(model(input_ids=ids).logits, plain)
+            assert attached.coefficients is None
+
+
+def test_another_batch_starts_afresh(case):
+    c = case("llava-clip-llama")
+    gate, model = c.gate(), c.lvlm.module
+    one = c.lvlm.prepare(images=random_image(64, 64, 5), text="what colour")
+    want = [c.lvlm.run(s, interventions=[gate]).logits for s in (c.sample, one)]
+    with gate.attach(model):
+        for sample, logit in zip((c.sample, one, c.sample), (*want, want[0]), strict=True):
+            live = sample.tokens.live
+            assert torch.allclose(logits(model, sample)[live], logit[live], atol=1e-5)
+
+
+def test_a_gate_does_not_keep_the_model_alive():
+    model, processor = TINY["llava-clip-llama"]()
+    gate = ss.LSG.for_model(ss.LVLM(model, processor), 0, v_detector=ss.detectors.Norm(1.0))
+    with gate.attach(model):
+        pass
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+def test_check_intervention(case):
+    c = case("llava-siglip-qwen3")
+    make = c.gate
+    check_intervention(
+        make, c.lvlm, c.sample, neutral=lambda: c.gate(spread=0.0, init="neutral", allow_noop=True)
+    )
+
+
+def other_weights(c):
+    model, processor = TINY["llava-clip-llama"](seed=7)
+    return ss.LVLM(model, processor)
+
+
+MISUSE = {
+    "twice": (
+        lambda c: (lambda gate: (gate.attach(c.lvlm), gate.attach(c.lvlm)))(c.gate()),
+        InterventionError,
+        r"attached to already; expected it once. Write\s+gate.detach\(\)",
+    ),
+    "detach of nothing": (lambda c: c.gate().detach(), InterventionError, "attached to nothing"),
+    "no model": (lambda c: c.gate().attach("llava"), ModelError, "Got str to attach"),
+    "a plain module": (
+        lambda c: c.gate().attach(torch.nn.Linear(2, 2)),
+        ModelError,
+        "Got a Linear",
+    ),
+    "other weights": (
+        lambda c: c.gate().attach(other_weights(c)),
+        InterventionError,
+        r"other weights of this architecture.*gate.adopt\(lvlm\)",
+    ),
+    "embeddings": (
+        lambda c: with_attached(c, lambda m: m(inputs_embeds=torch.zeros(1, 4, 64))),
+        InputError,
+        "without input_ids",
+    ),
+    "images encoded before": (lambda c: encoded_before(c), InputError, "encoded before the gate"),
+    "beams": (
+        lambda c: with_attached(
+            c, lambda m: m.generate(**c.sample.inputs, num_beams=2, max_new_tokens=3)
+        ),
+        InputError,
+        "a gate works with greedy decoding",
+    ),
+}
+
+
+def with_attached(c, call):
+    with c.gate().attach(c.lvlm.module), torch.no_grad():
+        call(c.lvlm.module)
+
+
+def encoded_before(c):
+    model, inputs = c.lvlm.module, dict(c.sample.inputs)
+    with torch.no_grad():
+        features = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    with c.gate().attach(model), torch.no_grad():
+        model(**inputs, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_wrong_use(case, name):
+    c = copy.copy(case("llava-clip-llama"))
+    call, error, message = MISUSE[name]
+    before = snapshot(c.lvlm.module)
+    try:
+        with pytest.raises(error, match=r"(?s)" + message):
+            call(c)
+    finally:
+        from sinkscope.lsg.attach import ATTACHED
+
+        for mine in list(ATTACHED.values()):
+            for one in list(mine):
+                one.detach()
+    assert snapshot(c.lvlm.module) == before
+
+
+def made(c, **choices):
+    options = {"v_detector": ss.detectors.Norm(c.tau), **choices}
+    return ss.LSG.for_model(c.lvlm, options.pop("layer", 0), **options)
+
+
+def run_elsewhere(c, tiny):
+    other = tiny("llava-siglip-qwen2")
+    sample = other.prepare(images=random_image(64, 64, 5), text="what colour")
+    other.run(sample, interventions=[made(c)])
+
+
+BAD = {
+    "last layer": (lambda c, t: made(c, layer=2), ss.errors.LayerError, "'embed' or 0 to 1"),
+    "negative layer": (
+        lambda c, t: made(c, layer=-1),
+        ss.errors.LayerError,
+        "scales keys in block",
+    ),
+    "float layer": (lambda c, t: made(c, layer=1.0), ss.errors.LayerError, "layer=1.0"),
+    "groups": (lambda c, t: made(c, groups=("V",)), InterventionError, "Got groups="),
+    "signal": (lambda c, t: made(c, signal="lst"), InterventionError, "Did you mean 'last'"),
+    "decode": (lambda c, t: made(c, decode="fresh"), InterventionError, "Did you mean 'refresh'"),
+    "refresh of a mean": (
+        lambda c, t: made(c, decode="refresh", signal="mean"),
+        InterventionError,
+        "decode='frozen'",
+    ),
+    "activation": (lambda c, t: made(c, activation="gelo"), InterventionError, "'gelu'"),
+    "hidden": (lambda c, t: made(c, hidden=0), InterventionError, "hidden=0"),
+    "scale": (lambda c, t: made(c, scale=-1.0), InterventionError, "scale=-1.0"),
+    "neutral and scale": (
+        lambda c, t: made(c, init="neutral", scale=2.0),
+        InterventionError,
+        "expected one of them",
+    ),
+    "unknown choice": (lambda c, t: made(c, width=3), InterventionError, "fields of GateConfig"),
+    "a rule of whole rows": (
+        lambda c, t: made(c, v_detector=ss.detectors.Norm("valley")),
+        ss.errors.DetectorError,
+        "judges every token by itself",
+    ),
+    "a rule of attention": (
+        lambda c, t: made(c, v_detector=ss.detectors.Received()),
+        ss.errors.DetectorError,
+        "judges every token by itself",
+    ),
+    "an L rule without a group": (
+        lambda c, t: made(c, l_detector=ss.detectors.Norm(2.0)),
+        InterventionError,
+        r"groups=\('V', 'L', 'rest'\)",
+    ),
+    "no processor": (
+        lambda c, t: ss.LSG.for_model(ss.LVLM(c.lvlm.module), 0),
+        InputError,
+        "without a processor",
+    ),
+    "another model": (
+        run_elsewhere,
+        InterventionError,
+        r"feed_layers: made for \[1\], found \[2\]",
+    ),
+    "no image": (lambda c, t: text_only(c), ss.errors.NoEffectError, "without image tokens"),
+}
+
+
+def text_only(c):
+    from dataclasses import replace
+
+    tokens = replace(c.sample.tokens, image=torch.full_like(c.sample.tokens.image, -1))
+    c.lvlm.run(replace(c.sample, tokens=tokens), interventions=[made(c)])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_choices(case, tiny, name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=r"(?s)" + message):
+        call(case("llava-clip-llama"), tiny)
+
+
+def test_adopt_is_how_one_means_it(case):
+    c = case("llava-clip-llama")
+    other = other_weights(c)
+    sample = other.prepare(images=random_image(64, 64, 5), text="what colour")
+    gate = c.gate()
+    with pytest.raises(InterventionError, match="other weights"):
+        other.run(sample, interventions=[gate])
+    adopted = gate.adopt(other)
+    assert other.run(sample, interventions=[adopted]).effects[adopted].touched.all()
+    states = torch.randn(2, gate.config.d_model)
+    assert torch.equal(adopted(states), gate(states))
+
+
+def test_a_tolerant_twin_shares_parameters(case):
+    gate = case("llava-clip-llama").gate()
+    twin = gate.tolerant()
+    assert twin.allow_noop
+    assert not gate.allow_noop
+    assert twin.outer.weight is gate.outer.weight
+
+
+def test_calibrates_on_drawn_scenes_where_nothing_is_published():
+    lvlm = ss.load_bundled()
+    gate = ss.LSG.for_model(lvlm, 1)
+    assert gate.config.v_detector["name"] == "NoSinks"
+    sample = lvlm.prepare(images=random_image(64, 64, 5), text="how many shapes are there?")
+    effect = lvlm.run(sample, interventions=[gate]).effects[gate]
+    assert effect.layers == (2,)
+    assert effect.extra["coefficients"].tolist() == [[[0.5, 0.5]]]
