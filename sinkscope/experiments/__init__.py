@@ -3,6 +3,7 @@
 from sinkscope.experiments.compare import Comparison, Item, compare
 from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
+from sinkscope.experiments.questions import Questions
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.trace import SinkTrace, trace_sinks
@@ -11,6 +12,7 @@ __all__ = [
     "Comparison",
     "EditSinks",
     "Item",
+    "Questions",
     "SinkRecord",
     "SinkTrace",
     "cluster_bootstrap",

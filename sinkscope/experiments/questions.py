@@ -1,0 +1,199 @@
+"""Questions about images, from drawn scenes, files, or the ``datasets`` library, as plain records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sinkscope.errors import InputError, nearest
+
+FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
+NEEDED = ("image", "question", "answer")
+SCENES = "scenes"
+READERS = (".jsonl", ".json", ".csv", ".parquet")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where questions come from, and how their columns are read. Iterating gives records.
+
+    Records are read one by one, every time it is iterated, so that a large set is never in memory.
+
+    Args:
+        source: ``"scenes"`` for the drawn scenes of the bundled model; a ``.jsonl``, ``.json``,
+            ``.csv`` or ``.parquet`` file, whose image column holds paths (relative to the file);
+            else a name or folder for ``datasets.load_dataset``.
+        split: ``"train"``, ``"validation"`` or ``"test"`` of the scenes, or what ``load_dataset``
+            calls it.
+        limit: The most questions, from ``start`` on; None for all (100 scenes).
+        start: How many to skip.
+        columns: Field -> column name, for those whose names differ. Fields are image, question,
+            answer, task, image_id and choices.
+        choices: The same options for every question; None for those of the column, if there is one.
+        letters: How options are named in answers, such as ``"A"`` or ``"(A)"``: then each question
+            has as many letters to choose from as its column has options. None if the answer is the
+            option itself.
+        suffix: Put behind every question, such as a line that asks for the option's letter.
+        per_image: Questions per drawn scene.
+        subset: The configuration's name for ``load_dataset``.
+    """
+
+    source: str
+    split: str = "test"
+    limit: int | None = None
+    start: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    choices: Sequence[str] | None = None
+    letters: str | None = None
+    suffix: str = ""
+    per_image: int = 8
+    subset: str | None = None
+
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.columns) - set(FIELDS))
+        if strange:
+            raise InputError(
+                f"Got columns for {strange}; expected fields among {FIELDS}. "
+                f"{nearest(strange[0], FIELDS)}"
+            )
+        if self.letters is not None and "A" not in self.letters:
+            raise InputError(f"Got letters={self.letters!r}; expected how an A looks, as '(A)'.")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"Got limit={self.limit}; expected 1 or more, or None for all.")
+        if self.start < 0:
+            raise InputError(f"Got start={self.start}; expected 0 or more.")
+        if self.source == SCENES and self.split not in SPLITS:
+            raise InputError(
+                f"Got split={self.split!r} of the scenes; expected one of {SPLITS}. "
+                f"{nearest(self.split, SPLITS)}"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.source == SCENES:
+            yield from self._scenes()
+            return
+        for i, record in enumerate(self._raw()):
+            if i < self.start:
+                continue
+            if self.limit is not None and i >= self.start + self.limit:
+                return
+            yield self._record(record, i)
+
+    def _scenes(self) -> Iterator[dict[str, Any]]:
+        """Questions about drawn scenes."""
+        from sinkscope.bundled import scenes
+        from sinkscope.bundled.dataset import scene_questions
+
+        seeds = {
+            "train": scenes.TRAIN_SEEDS,
+            "validation": scenes.VALIDATION_SEEDS,
+            "test": scenes.TEST_SEEDS,
+        }[self.split]
+        limit = 100 * self.per_image if self.limit is None else self.limit
+        skipped, first = divmod(self.start, self.per_image)
+        images = -(-(first + limit) // self.per_image)
+        made = scene_questions(images, self.per_image, seeds=seeds, start=skipped)
+        for i, record in enumerate(made):
+            if first <= i < first + limit:
+                record["question"] += self.suffix
+                yield record
+
+    def _raw(self) -> Iterator[Mapping[str, Any]]:
+        """Records as they stand in the file or data set."""
+        path = Path(self.source).expanduser()
+        if path.suffix in READERS:
+            if not path.is_file():
+                raise InputError(f"Got the file {self.source!r}, which does not exist.")
+            yield from read_file(path)
+            return
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise InputError(
+                f"Got the data set {self.source!r}, which needs the datasets library; expected it to "
+                "be installed. Write pip install 'sinkscope[data]', or name a file that ends in "
+                f"one of {READERS}."
+            ) from error
+        try:
+            found: Any = load_dataset(self.source, self.subset, split=self.split)
+            yield from found
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"The data set {self.source!r} (split {self.split!r}) could not be loaded "
+                f"({type(error).__name__}: {error}); expected a folder or a name that "
+                "datasets.load_dataset knows."
+            ) from error
+
+    def _record(self, raw: Mapping[str, Any], i: int) -> dict[str, Any]:
+        """One record with the fields of an item."""
+        out = {}
+        for name in FIELDS:
+            column = self.columns.get(name, name)
+            if column in raw and raw[column] is not None:
+                out[name] = raw[column]
+        missing = [name for name in NEEDED if name not in out]
+        if missing:
+            raise InputError(
+                f"Record {i} of {self.source!r} has the columns {sorted(raw)}; expected {missing} "
+                f"too. Write columns={{{missing[0]!r}: 'the column'}}."
+            )
+        if isinstance(out["image"], str):
+            out["image"] = str(Path(self.source).expanduser().parent / out["image"])
+            out.setdefault("image_id", out["image"])
+        out["question"] = str(out["question"]) + self.suffix
+        out["answer"] = str(out["answer"])
+        self._name_choices(out, i)
+        return out
+
+    def _name_choices(self, out: dict[str, Any], i: int) -> None:
+        """Options as they look in answers."""
+        if self.choices is not None:
+            out["choices"] = list(self.choices)
+        elif "choices" in out and isinstance(out["choices"], str):
+            out["choices"] = [part.strip() for part in out["choices"].split("|")]
+        if "choices" not in out:
+            return
+        options = [str(option) for option in out["choices"]]
+        if self.letters is not None and self.choices is None:
+            named = string.ascii_uppercase[: len(options)]
+            options = [self.letters.replace("A", letter) for letter in named]
+        if out["answer"] not in options:
+            raise InputError(
+                f"Record {i} of {self.source!r} has the answer {out['answer']!r} and the options "
+                f"{options}; expected one of them. Set letters='A' or letters='(A)' if answers are "
+                "letters."
+            )
+        out["choices"] = options
+
+
+def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a file, one by one.
+
+    Raises:
+        InputError: If a line is no record.
+    """
+    if path.suffix == ".parquet":
+        import pandas as pd
+
+        yield from pd.read_parquet(path).to_dict(orient="records")  # type: ignore[misc]
+        return
+    with path.open(newline="", encoding="utf-8") as lines:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(lines)
+            return
+        try:
+            if path.suffix == ".json":
+                yield from json.load(lines)
+            else:
+                yield from (json.loads(line) for line in lines if line.strip())
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path.name} is no {path.suffix[1:]} of records ({error}); expected one JSON object "
+                "per question."
+            ) from error

@@ -1,0 +1,222 @@
+"""Recipes: what ``sinkscope sweep``, ``train-lsg`` and ``compare`` do, from a YAML file or flags.
+
+::
+
+    model: {name: llava-hf/llava-1.5-7b-hf, dtype: float16, device_map: cuda}
+    v_detector: norm:100
+    sweep:
+      data: {source: Lin-Chen/MMStar, split: val, columns: {task: category}}
+      out: runs/mmstar
+    train:
+      data: {source: questions.jsonl}
+      layers: [10]
+
+What stands at the top holds for all three; what stands in a section wins there, and a flag wins over
+both. Every other key of a section is an argument of the function behind the command, by its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sinkscope.errors import InputError, nearest
+from sinkscope.specs import parse_detector
+
+if TYPE_CHECKING:
+    from sinkscope.experiments.questions import Questions
+    from sinkscope.models import LVLM
+
+SECTIONS = ("sweep", "train", "compare")
+MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation", "trust_remote_code")
+SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
+"""Keys with a meaning of their own; the others are arguments."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One command's settings.
+
+    Attributes:
+        section: ``"sweep"``, ``"train"`` or ``"compare"``.
+        model: Arguments of ``LVLM.from_pretrained``; the name ``"bundled"`` is the model inside the
+            package.
+        data: The questions.
+        calibrate: Other questions, whose images the detectors are found on; or None.
+        v_detector: A detector in a few words, or None.
+        l_detector: Likewise.
+        out: The folder to write to.
+        conditions: For ``compare``: name -> what to do, see `sinkscope.commands`.
+        options: Arguments of the function behind the command.
+    """
+
+    section: str
+    model: Mapping[str, Any]
+    data: Questions
+    calibrate: Questions | None = None
+    v_detector: str | None = None
+    l_detector: str | None = None
+    out: str | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> LVLM:
+        """The model."""
+        given = dict(self.model)
+        name = given.pop("name")
+        if name == "bundled":
+            from sinkscope.bundled.load import load_bundled
+
+            known = {k: v for k, v in given.items() if k in ("dtype", "attn_implementation")}
+            return load_bundled(**known)
+        from sinkscope.models import LVLM
+
+        return LVLM.from_pretrained(name, **given)
+
+    def detectors(self, lvlm: LVLM) -> dict[str, Any]:
+        """Detectors that are given, or found on the images of ``calibrate``; None where neither."""
+        asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
+        out = {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+        if self.calibrate is not None and None in out.values():
+            from sinkscope.detectors import calibrate
+
+            seen = list(self.calibrate)
+            samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in seen]
+            found = calibrate(lvlm, samples)
+            for name in out:
+                out[name] = out[name] or getattr(found, name)
+        return out
+
+
+def read_recipe(
+    section: str, path: str | None, flags: Mapping[str, Any], function: Callable[..., Any]
+) -> Recipe:
+    """The settings of a command.
+
+    Args:
+        section: One of `SECTIONS`.
+        path: A YAML file, or None.
+        flags: What was given on the command line, in the same shape; None where nothing was.
+        function: The function behind the command, whose arguments are the options.
+
+    Raises:
+        InputError: If the file is none, a key is unknown, or the model or data are missing.
+    """
+    whole = {} if path is None else read_yaml(path)
+    top = {k: v for k, v in whole.items() if k not in SECTIONS}
+    mine = whole.get(section) or {}
+    if not isinstance(mine, Mapping):
+        raise InputError(f"Got {section}: {mine!r} in {path}; expected keys and values below it.")
+    check_keys(top, [*SHARED], f"at the top of {path}", SECTIONS)
+    settings = merged(merged(top, mine), {k: v for k, v in flags.items() if v is not None})
+    settings["model"] = as_mapping(settings.get("model"), "name", "model")
+    settings["data"] = as_mapping(settings.get("data"), "source", "data")
+    known = arguments_of(function)
+    check_keys(settings, [*SHARED, *known], f"for sinkscope {command_of(section)}")
+    check_keys(settings["model"], MODEL_KEYS, "under model")
+    for name, needed in (("model", "name"), ("data", "source")):
+        if not settings[name].get(needed):
+            raise InputError(
+                f"Got no {name}; expected one. Write {name} in the recipe or give "
+                f"{'MODEL' if name == 'model' else '--data'}."
+            )
+    other = settings.get("calibrate")
+    return Recipe(
+        section=section,
+        model=settings["model"],
+        data=as_questions(settings["data"], "data"),
+        calibrate=None if not other else as_questions(as_mapping(other, "source", "calibrate")),
+        v_detector=settings.get("v_detector"),
+        l_detector=settings.get("l_detector"),
+        out=settings.get("out"),
+        conditions=settings.get("conditions") or {},
+        options={k: v for k, v in settings.items() if k not in SHARED},
+    )
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: If there is no such file, or it holds something else.
+    """
+    try:
+        whole = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"Got the recipe {path!r}, which is no YAML: {error}") from error
+    if not isinstance(whole, dict):
+        raise InputError(
+            f"Got the recipe {path!r} with {type(whole).__name__}; expected keys and values, such as "
+            "'model: bundled'."
+        )
+    return whole
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two settings, of which the second wins; mappings below them are joined."""
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping) and key != "conditions"
+        if isinstance(below, str) and isinstance(value, Mapping) and key in SHORT:
+            below, both = {SHORT[key]: below}, True
+        out[key] = merged(below, value) if both and isinstance(below, Mapping) else value
+    return out
+
+
+SHORT = {"model": "name", "data": "source", "calibrate": "source"}
+"""Keys whose value may be one word, and what that word is."""
+
+
+def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
+    """A mapping, or a word as a mapping of one.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {name: value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
+
+
+def as_questions(given: Mapping[str, Any], key: str = "calibrate") -> Questions:
+    """The questions of a ``data`` mapping."""
+    from sinkscope.experiments.questions import Questions
+
+    check_keys(given, [f.name for f in fields(Questions)], f"under {key}")
+    return Questions(**given)
+
+
+def arguments_of(function: Callable[..., Any]) -> list[str]:
+    """The options a command passes on."""
+    names = list(inspect.signature(function).parameters)[2:]
+    return [name for name in names if name not in (*SHARED, "calibration", "accelerator")]
+
+
+def check_keys(
+    given: Mapping[str, Any], known: Sequence[str], where: str, also: Sequence[str] = ()
+) -> None:
+    """Refuse keys that mean nothing.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for key in given:
+        if key not in known and key not in also:
+            raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), [*known, *also])}")
+
+
+def command_of(section: str) -> str:
+    """The command that reads a section."""
+    return "train-lsg" if section == "train" else section
