@@ -192,12 +192,21 @@ def resume(
     given = rows_of(captured.given, index)
     if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
         given["inputs_embeds"] = state
-    edit: KeyEdit = lambda key: key * factors.to(key)[:, None, :, None]  # noqa: E731
+    edit: KeyEdit = _times(factors)
     with (
         _from_block(captured, block, state),
         scaled_keys(captured.module, captured.anatomy, {block: edit}),
     ):
         return _decode(captured.module, given, cache)
+
+
+def _times(factors: Tensor) -> KeyEdit:
+    """Keys times factors, rounded once: as the kernels do it."""
+
+    def edit(key: Tensor) -> Tensor:
+        return (key * factors.to(key.device)[:, None, :, None]).to(key.dtype)
+
+    return edit
 
 
 @contextmanager
