@@ -1,4 +1,4 @@
-"""The command line: ``sinkscope demo``, ``trace``, ``doctor`` and ``models``."""
+"""The command line: ``sinkscope demo``, ``trace``, ``doctor``, ``models``, and those of a recipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkscope.commands import add_commands
 from sinkscope.errors import SinkscopeError
 from sinkscope.specs import HELP, parse_detector
 
@@ -64,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _demo_parser(commands, common)
     _trace_parser(commands, common)
+    add_commands(commands, common)
     doctor = commands.add_parser(
         "doctor", parents=[common], help="what can be measured on a model, and how exactly"
     )
