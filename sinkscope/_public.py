@@ -49,6 +49,7 @@ from sinkscope.models import LVLM, Generation, Run, Sample
 from sinkscope.probes import (
     AttentionMass,
     AttentionPatterns,
+    AttentionValues,
     ChannelValues,
     ContributionNorms,
     CosineToFirst,
@@ -72,6 +73,7 @@ __all__ = [
     "AttentionKnockout",
     "AttentionMass",
     "AttentionPatterns",
+    "AttentionValues",
     "Calibration",
     "ChannelValues",
     "Comparison",

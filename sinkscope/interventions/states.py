@@ -8,12 +8,18 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.attention import check_factor, check_neutral
-from sinkscope.interventions.protocol import Edit, at_layer, check_prompt_only, selected
-from sinkscope.interventions.values import others
+from sinkscope.interventions.donors import VALUES, check_finite, check_patch_site, donated
+from sinkscope.interventions.protocol import (
+    Edit,
+    at_layer,
+    check_prompt_only,
+    runs_now,
+    selected,
+)
+from sinkscope.interventions.values import others, ready_values, value_edits
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
 from sinkscope.sites import Site, Tower
@@ -100,74 +106,66 @@ class AblateActivations:
 
 @dataclass(frozen=True, eq=False)
 class PatchActivations:
-    """Put states of another run in place: the causal test of what tokens carry.
+    """Put states or values of another run in place: the causal test of what tokens carry.
+
+    The donor's prompt must have the shape of this one's, such as the same question about another
+    image of the same size. With ``site="values"`` the attended tokens stay and what is read from
+    them is the donor's; the cache keeps the model's own values, so ``steps="prefill"`` edits the
+    prompt's pass only. States live on in the cache.
 
     Args:
-        states: Float ``[batch layer pos d_model]`` from a `ResidualStates` probe of the other run, or
-            that probe's result; layers must be those given here.
+        from_run: A run of the other prompt (or ``out.steps[0]`` of a generation) whose probes
+            include one `ResidualStates` (for values, `AttentionValues`) of this tower, site and these
+            layers; or that probe's result; or a float tensor ``[batch layer pos d_model]`` (for
+            values ``[batch layer kv_head pos d_head]``) of exactly the layers given here. A donor of
+            one row serves all rows, if none is padded.
+        site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_post"`` or ``"values"``.
         tokens: The tokens to overwrite.
         layers: Block indices, or None for all.
-        site: As the states were read.
         tower: ``"language"`` or ``"vision"``.
         allow_noop: Whether touching nothing is fine.
+        steps: ``"all"`` or ``"prefill"``, which are the same for states; for values also
+            ``"decode"``.
     """
 
-    states: Any
+    from_run: Any
+    site: str
     tokens: Selection
     layers: Any = None
-    site: str = "resid_post"
     tower: Tower = "language"
     allow_noop: bool = False
-    steps: str = "prefill"
+    steps: str = "all"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        check_prompt_only(self.steps, "PatchActivations")
-        layers, site = context.layers(self.tower, self.layers), check_site(self.site)
+        site = check_patch_site(self.site)
+        if site != VALUES:
+            check_prompt_only(self.steps, "PatchActivations of states")
+        layers = context.layers(self.tower, self.layers)
         mask = selected(context, self.tower, self.tokens, "PatchActivations", self.allow_noop)
+        donor = donated(self.from_run, context, self.tower, site, layers)
+        if site == VALUES:
+            values = [
+                {"tensor": one} for one in ready_values(context, self.tower, donor, mask, layers)
+            ]
+            if not runs_now(self.steps, context, self.tower):
+                return []
+            return value_edits(context, self.tower, layers, mask, "tensor", values)
+        check_finite(donor, mask, layers, 2)
         if context.step:
             return []
-        states = self._donor(context, layers)
-        parts = []
-        for i, layer in enumerate(layers):
-            chosen, donor = at_layer(mask, layer), states[:, i]
-            if donor[chosen].isnan().any():
-                raise InterventionError(
-                    f"Got states with NaN at tokens to overwrite (layer {layer}); expected the "
-                    "donor to have them. They were padding there, or not among the probe's tokens."
-                )
-            parameters = {
-                "mask": chosen,
-                "donor": donor.nan_to_num(),
-                "layout": context.layout(self.tower),
-            }
-            parts.append(Edit(Site(self.tower, site, layer), kernels.edit_states, parameters))
-        return parts
-
-    def _donor(self, context: Context, layers: tuple[int, ...]) -> Tensor:
-        """The donor's states, ``[batch layer pos d_model]``.
-
-        Raises:
-            InterventionError: If they are of another shape, other layers or another site.
-        """
-        for name, wanted in (("layers", layers), ("site", self.site)):
-            found = getattr(self.states, name, wanted)
-            if found != wanted:
-                raise InterventionError(
-                    f"Got states of {name} {found!r} to patch at {name} {wanted!r}; expected the "
-                    f"same. Write {name}={found!r}, or read others with ss.ResidualStates."
-                )
-        states = getattr(self.states, "states", self.states)
-        live = context.live(self.tower)
-        wanted = (live.shape[0], len(layers), live.shape[1], context.tower(self.tower).d_model)
-        if not isinstance(states, Tensor) or tuple(states.shape) != wanted:
-            shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
-            raise InterventionError(
-                f"Got states of shape {shape}; expected [batch layer pos d_model] = {wanted}: those "
-                "of a run with a prompt of the same shape. Read them with "
-                "ss.ResidualStates(layers=..., site=...)."
+        return [
+            Edit(
+                Site(self.tower, site, layer),
+                kernels.edit_states,
+                {
+                    "mask": at_layer(mask, layer),
+                    "donor": donor[:, i].nan_to_num(),
+                    "layout": context.layout(self.tower),
+                },
             )
-        return states.detach().cpu()
+            for i, layer in enumerate(layers)
+        ]
 
 
 @dataclass(frozen=True, eq=False)

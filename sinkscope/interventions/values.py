@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InterventionError
+from sinkscope.errors import InterventionError, nearest
+from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated
 from sinkscope.interventions.protocol import (
     Edit,
     at_layer,
@@ -20,6 +21,7 @@ from sinkscope.interventions.protocol import (
     selected,
 )
 from sinkscope.kernels.values import edit_values
+from sinkscope.probes.values import AttentionValueResult
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -38,19 +40,21 @@ class AblateValues:
     Args:
         tokens: The keys.
         replacement: ``"zero"``; ``"mean"`` of the row's other live prompt tokens; ``"resample"``: each
-            takes the value of a random other prompt token (of the image, for image tokens); or a
-            tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers.
+            takes the value of a random other prompt token (of the image, for image tokens); a
+            tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers, or to
+            ``[batch layer kv_head pos d_head]``, one per layer given; or a run of a prompt of this
+            shape that holds `AttentionValues`, or that result.
         layers: Block indices, or None for all.
         heads: Query heads, or None for all.
         queries: Prompt positions, or None for all.
         steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        tower: ``"language"``, or ``"vision"`` where it is not packed.
+        tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
         seed: For resampling.
         allow_noop: Whether touching nothing is fine.
     """
 
     tokens: Selection
-    replacement: str | Tensor = "zero"
+    replacement: Any = "zero"
     layers: Any = None
     heads: Sequence[int] | None = None
     queries: Selection | None = None
@@ -67,28 +71,10 @@ class AblateValues:
         rows = rows_at(context, tower, self.queries, "AblateValues", self.allow_noop)
         layers = context.layers(tower, self.layers)
         check_decodes(self.steps, self.queries)
+        values = self._values(context, how, mask, layers)
         if not runs_now(self.steps, context, tower) or (context.step and rows is not None):
             return []
-        shared = {
-            "live": context.pack(tower, context.live(tower), dim=1),
-            "how": how,
-            "tensor": self._tensor(context, mask) if how == "tensor" else None,
-            "rows": rows,
-            "heads": heads,
-        }
-        return [
-            Edit(
-                Site(tower, "attention", layer),
-                edit_values,
-                {
-                    **shared,
-                    "keys": context.pack(tower, at_layer(mask, layer), dim=1),
-                    "donors": self._donors(context, at_layer(mask, layer), how),
-                },
-                "values",
-            )
-            for layer in layers
-        ]
+        return value_edits(context, tower, layers, mask, how, values, rows, heads)
 
     def _how(self, context: Context) -> str:
         """The kind of replacement.
@@ -96,48 +82,129 @@ class AblateValues:
         Raises:
             InterventionError: If it is unknown, or the tower's layout does not allow it.
         """
-        how = "tensor" if isinstance(self.replacement, Tensor) else self.replacement
-        if how not in (*REPLACEMENTS, "tensor"):
+        given = self.replacement
+        if isinstance(given, Tensor | AttentionValueResult | Holder):
+            return "tensor"
+        if given not in REPLACEMENTS:
+            came = repr(given) if isinstance(given, str) else type(given).__name__
             raise InterventionError(
-                f"Got replacement={how!r}; expected one of {REPLACEMENTS} or a tensor."
+                f"Got replacement={came}; expected one of {REPLACEMENTS} or a tensor, or a run that "
+                f"holds ss.AttentionValues. {nearest(str(given), REPLACEMENTS)}"
             )
-        if context.layout(self.tower) is not None and how != "zero":
+        if context.layout(self.tower) is not None and given != "zero":
             raise InterventionError(
-                f"Got replacement={how!r} in a packed vision tower; expected 'zero'. It attends "
-                "window by window, and other tokens' values may lie in another window."
+                f"Got replacement={given!r} in a packed vision tower; expected 'zero', a tensor or "
+                "a run. It attends window by window, and other tokens' values may lie in another "
+                "window."
             )
-        return how
+        return given
+
+    def _values(
+        self, context: Context, how: str, mask: Tensor, layers: tuple[int, ...]
+    ) -> list[dict[str, Any]]:
+        """What the kernel needs in every layer to make the new values."""
+        if how != "tensor":
+            return [{"donors": self._donors(context, at_layer(mask, at), how)} for at in layers]
+        given = self.replacement
+        if isinstance(given, Tensor):
+            given = broadcast(given, context, self.tower, len(layers))
+        else:
+            given = donated(given, context, self.tower, VALUES, layers)
+        return [{"tensor": one} for one in ready_values(context, self.tower, given, mask, layers)]
 
     def _donors(self, context: Context, mask: Tensor, how: str) -> Tensor | None:
         """Who the mean is over, or which token each takes its value from."""
-        tokens = context.tokens
-        live = tokens.vision.live if self.tower == "vision" else tokens.live
+        live = live_prompt(context, self.tower)
         if how == "mean":
             return others(live, mask, "AblateValues")
         if how != "resample":
             return None
-        visual = tokens.image >= 0 if self.tower == "language" else live
+        visual = context.tokens.image >= 0 if self.tower == "language" else live
         return random_donors(mask, live, visual, self.seed)
 
-    def _tensor(self, context: Context, mask: Tensor) -> Tensor:
-        """The given values, checked to broadcast and to be finite where they are used."""
-        tower, given = context.tower(self.tower), self.replacement
-        wanted = (mask.shape[0], tower.kv_heads, mask.shape[2], tower.d_head)
-        assert isinstance(given, Tensor)
-        try:
-            values = given.detach().cpu().expand(wanted)
-        except RuntimeError as error:
-            raise InterventionError(
-                f"Got values of shape {tuple(given.shape)}; expected something that "
-                f"broadcasts to [batch kv_head pos d_head] = {wanted}."
-            ) from error
-        used = mask.any(dim=1)[:, None, :, None]
-        if not torch.isfinite(values.masked_fill(~used, 0.0)).all():
-            raise InterventionError(
-                "Got NaN or infinite values at edited tokens; expected finite ones. They would "
-                "spread to every live token of the row."
-            )
-        return values.nan_to_num()
+
+def value_edits(
+    context: Context,
+    tower: Tower,
+    layers: tuple[int, ...],
+    mask: Tensor,
+    how: str,
+    values: Sequence[Mapping[str, Any]],
+    rows: Tensor | None = None,
+    heads: list[int] | None = None,
+) -> list[Edit]:
+    """One edit per layer that replaces the values of the tokens in ``mask``.
+
+    Args:
+        context: The sample and the step.
+        tower: The tower.
+        layers: The layers.
+        mask: Bool ``[batch layer|1 pos]``.
+        how: See `sinkscope.kernels.values.edit_values`.
+        values: Its ``donors`` or its ``tensor``, per layer.
+        rows: Selected query rows in the model's layout, or None.
+        heads: Selected query heads, or None.
+    """
+    shared = {
+        "live": context.pack(tower, context.live(tower), dim=1),
+        "how": how,
+        "rows": rows,
+        "heads": heads,
+    }
+    return [
+        Edit(
+            Site(tower, "attention", layer),
+            edit_values,
+            {**shared, "keys": context.pack(tower, at_layer(mask, layer), dim=1), **one},
+            "values",
+        )
+        for layer, one in zip(layers, values, strict=True)
+    ]
+
+
+def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:
+    """Given values as ``[batch layer kv_head pos d_head]``.
+
+    Raises:
+        InterventionError: If they do not broadcast to it.
+    """
+    anatomy, live = context.tower(tower), live_prompt(context, tower)
+    wanted = (live.shape[0], n_layers, anatomy.kv_heads, live.shape[1], anatomy.d_head)
+    of_all = wanted[:1] + wanted[2:]
+    try:
+        if given.ndim <= 4:
+            return given.detach().cpu().expand(of_all)[:, None].expand(wanted)
+        return given.detach().cpu().expand(wanted)
+    except RuntimeError as error:
+        raise InterventionError(
+            f"Got values of shape {tuple(given.shape)}; expected something that broadcasts to "
+            f"[batch kv_head pos d_head] = {of_all}, or to [batch layer kv_head pos d_head] = "
+            f"{wanted}, one per layer given."
+        ) from error
+
+
+def ready_values(
+    context: Context, tower: str, values: Tensor, mask: Tensor, layers: tuple[int, ...]
+) -> list[Tensor]:
+    """Values per layer in the model's layout, after a look for NaN.
+
+    Args:
+        context: The sample.
+        tower: The tower.
+        values: ``[batch layer kv_head pos d_head]``.
+        mask: Bool ``[batch layer|1 pos]``: the tokens that take them.
+        layers: The layers.
+
+    Returns:
+        Per layer ``[batch kv_head pos d_head]``, or ``[1 kv_head packed d_head]``.
+    """
+    check_finite(values, mask, layers, 3)
+    return [context.pack(tower, values[:, i].nan_to_num(), dim=2) for i in range(len(layers))]
+
+
+def live_prompt(context: Context, tower: str) -> Tensor:
+    """Live positions of the prompt, at every step, bool ``[batch pos]``."""
+    return context.tokens.vision.live if tower == "vision" else context.tokens.live
 
 
 def others(live: Tensor, mask: Tensor, what: str) -> Tensor:

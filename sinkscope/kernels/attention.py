@@ -389,6 +389,23 @@ def value_norms(calls, state, layout=None):
     return unpack(torch.cat(norms, dim=2), layout, 2)
 
 
+def values(calls, state, layout=None):
+    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32.
+
+    Raises:
+        ValueError: If queries or heads read different ones.
+    """
+    if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
+        raise ValueError(
+            "Got an edit of values for some heads or queries beside AttentionValues; expected edits "
+            "for all of them, because here heads and queries of one key read different values. Read "
+            "them in a run without that edit, or write heads=None and queries=None."
+        )
+    return unpack(
+        torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2), layout, 2
+    )
+
+
 def contribution_norms(calls, state, groups, projection, layout=None):
     """How much each key group writes into the residual stream through the output projection.
 

@@ -22,7 +22,7 @@ def edit_values(
         live: ``[batch query]`` bool.
         how: ``"zero"``, ``"mean"`` (of the donors), ``"resample"`` (a donor each) or ``"tensor"``.
         donors: For the mean ``[batch key]`` bool; for resampling ``[batch key]`` int positions.
-        tensor: ``[batch kv_head key d_head]``, for ``"tensor"``.
+        tensor: ``[batch kv_head key d_head]`` of the prompt, for ``"tensor"``.
         rows: ``[batch query]`` bool or None.
         heads: Query heads or None.
 
@@ -35,7 +35,8 @@ def edit_values(
     if how == "zero":
         new = torch.zeros_like(value)
     elif how == "tensor":
-        new = last_keys(tensor.to(value.dtype), value.shape[2], state)
+        new = tensor.to(value.dtype)
+        new = last_keys(new, value.shape[2], state) if span is None else new[:, :, slice(*span)]
     else:
         new = from_donors(call, state, span, how, donors)
 

@@ -102,6 +102,7 @@ JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = M
         "ContributionNorms": of_the_call,
         "HeadWrites": of_the_call,
         "ValueNorms": of_attention,
+        "AttentionValues": of_attention,
         "MassiveActivations": of_states,
         "TokenNorms": of_states,
         "SinkDimensionScores": of_states,
@@ -167,7 +168,7 @@ def of_packed_values(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     """Replacements of values: a packed tower has no row of its own per image."""
     status, why = of_weights(tower, dtype)
     if status != "unavailable" and tower.packed:
-        why = join(why, "in a packed tower 'zero' only")
+        why = join(why, "in a packed tower without 'mean' and 'resample'")
     return status, why
 
 

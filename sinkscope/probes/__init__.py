@@ -23,6 +23,8 @@ from sinkscope.probes.residual import (
     TokenNorms,
 )
 from sinkscope.probes.values import (
+    AttentionValueResult,
+    AttentionValues,
     ContributionNorms,
     ContributionResult,
     ValueNormResult,
@@ -33,6 +35,8 @@ from sinkscope.probes.writes import HeadWrites, WriteResult
 __all__ = [
     "AttentionMass",
     "AttentionPatterns",
+    "AttentionValueResult",
+    "AttentionValues",
     "ChannelResult",
     "ChannelValues",
     "ContributionNorms",

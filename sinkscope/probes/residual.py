@@ -301,11 +301,13 @@ class StateResult:
         states: Float ``[batch layer pos d_model]``; NaN at padding and at tokens not chosen.
         layers: The block indices, in order.
         site: Which site was read.
+        tower: Which tower was read.
     """
 
     states: Float[Tensor, "batch layer pos d_model"]
     layers: tuple[int, ...]
     site: str
+    tower: Tower
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, channel, value: one line per number."""
@@ -347,4 +349,4 @@ class ResidualStates:
             kept = kept & context.flat(self.tower, self.tokens)
         layers = context.layers(self.tower, self.layers)
         states = stack_layers(answers)
-        return StateResult(mask_padding(states, kept, 2), layers, self.site)
+        return StateResult(mask_padding(states, kept, 2), layers, self.site, self.tower)

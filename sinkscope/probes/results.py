@@ -14,20 +14,24 @@ if TYPE_CHECKING:
     from sinkscope.sites import Site
 
 
-def stack_layers(answers: Mapping[Site, Any], part: str | None = None) -> Tensor:
+def stack_layers(answers: Mapping[Site, Any], part: str | None = None, axis: int = -1) -> Tensor:
     """Per-site answers as one tensor ``[batch layer ...]``, in forward order.
 
     Args:
         answers: ``{site: tensor or dict of tensors}``.
         part: Which entry of the dict.
+        axis: The axis of keys, counted from the end.
     """
     sites = sorted(answers)
     values = [answers[site] if part is None else answers[site][part] for site in sites]
-    longest = max(value.shape[-1] for value in values)
-    if any(value.shape[-1] < longest for value in values):
+    longest = max(value.shape[axis] for value in values)
+    if any(value.shape[axis] < longest for value in values):
         # A sliding cache holds the last keys only: those before it are out of reach.
+        behind = (0, 0) * (-1 - axis)
         values = [
-            torch.nn.functional.pad(value, (longest - value.shape[-1], 0), value=float("nan"))
+            torch.nn.functional.pad(
+                value, (*behind, longest - value.shape[axis], 0), value=float("nan")
+            )
             for value in values
         ]
     return torch.stack(values, dim=1)

@@ -76,6 +76,64 @@ class ValueNorms:
 
 
 @dataclass(frozen=True, eq=False)
+class AttentionValueResult:
+    """Whole value vectors of chosen tokens.
+
+    Attributes:
+        values: Float ``[batch layer kv_head pos d_head]``; NaN at padding and at tokens not chosen.
+        layers: The block indices, in order.
+        tower: Which tower was read.
+    """
+
+    values: Float[Tensor, "batch layer kv_head pos d_head"]
+    layers: tuple[int, ...]
+    tower: Tower
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, kv_head, pos, dim, value: one line per number."""
+        axes = ("batch", "layer", "kv_head", "pos", "dim")
+        return tidy({"value": self.values}, axes, {"layer": self.layers})
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionValues:
+    """The value vectors that attention reads, for replacing or patching them in another run.
+
+    With GQA there is one per key-value head. At a decode step they are those of every key in the
+    cache, and NaN where a sliding cache has dropped it. They are read after the run's edits; an edit
+    of values for some heads or queries beside this probe is refused, because then there is not one
+    value per key. A large result: ``batch x layers x positions x kv_heads x d_head`` numbers.
+
+    Args:
+        layers: Block indices, or None for all.
+        tokens: Which tokens of the prompt to keep.
+        tower: ``"language"`` or ``"vision"``.
+    """
+
+    layers: Any = None
+    tokens: Selection = "all"
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        context.flat(self.tower, self.tokens)
+        layout = context.layout(self.tower)
+        return [
+            Read(Site(self.tower, "attention", layer), kernels.values, {"layout": layout})
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> AttentionValueResult:
+        """Stack the layers and mask what was not chosen."""
+        kept = context.live_keys(self.tower).clone()
+        chosen = context.flat(self.tower, self.tokens)
+        kept[:, : chosen.shape[1]] &= chosen
+        values = mask_padding(stack_layers(answers, axis=-2), kept, 3)
+        layers = context.layers(self.tower, self.layers)
+        return AttentionValueResult(values, layers, self.tower)
+
+
+@dataclass(frozen=True, eq=False)
 class ContributionResult:
     """What each key group writes into the residual stream.
 
@@ -103,7 +161,8 @@ class ContributionNorms:
 
     ``|| sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
     anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). One attention call
-    per group and layer.
+    per group and layer. In blocks with a norm between attention and the residual stream (Gemma) this
+    is what is written before that norm, which rescales it.
 
     Args:
         groups: Name -> selection.

@@ -51,7 +51,8 @@ class HeadWrites:
     """What every key would write through the output projection, per head, were it fully attended.
 
     Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
-    definitions of Fesser et al. (2606.08105); see `sinkscope.experiments.nop_or_broadcast`.
+    definitions of Fesser et al. (2606.08105); see `sinkscope.experiments.nop_or_broadcast`. In blocks
+    with a norm between attention and the residual stream (Gemma) this is before that norm.
 
     Args:
         layers: Block indices, or None for all.

@@ -33,6 +33,11 @@ def states(lvlm, sample, layers):
     return lvlm.run(sample, probes=[probe])[probe].states.flip(2)
 
 
+def values(lvlm, sample, layers, tower="language"):
+    probe = ss.AttentionValues(layers=layers, tower=tower)
+    return lvlm.run(sample, probes=[probe])[probe].values.nan_to_num().flip(3)
+
+
 CASES = {
     "MaskKeys": lambda c: ss.MaskKeys(c.some),
     "MaskKeys of heads": lambda c: ss.MaskKeys(c.some, layers=[1], heads=[0, 2]),
@@ -51,7 +56,13 @@ CASES = {
     "AblateActivations clamp": lambda c: ss.AblateActivations([1, 2], c.some, "clamp", value=0.1),
     "AblateActivations of patches": lambda c: ss.AblateActivations([3], c.patches, tower="vision"),
     "PatchActivations": lambda c: ss.PatchActivations(
-        states(c.lvlm, c.sample, [0]), c.some, layers=[0]
+        states(c.lvlm, c.sample, [0]), "resid_post", c.some, [0]
+    ),
+    "PatchActivations of values": lambda c: ss.PatchActivations(
+        values(c.lvlm, c.sample, [0]), "values", c.some, [0]
+    ),
+    "PatchActivations of patches' values": lambda c: ss.PatchActivations(
+        values(c.lvlm, c.sample, [0], "vision"), "values", c.patches, [0], tower="vision"
     ),
     "ScaleTokens": lambda c: ss.ScaleTokens(c.some, 0.5),
     "SinkToFront": lambda c: ss.SinkToFront(c.some),

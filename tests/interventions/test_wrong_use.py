@@ -23,6 +23,27 @@ def states(c, layers=(0,), site="resid_post", tokens="all"):
     return c.lvlm.run(c.sample, probes=[probe])[probe]
 
 
+def values(c, layers=(0,), **options):
+    probe = ss.AttentionValues(layers=list(layers), **options)
+    return c.lvlm.run(c.sample, probes=[probe])[probe]
+
+
+def run_with(c, *probes):
+    return c.lvlm.run(c.sample, probes=probes)
+
+
+def patch(c, from_run, site="resid_post", layers=(0,), **options):
+    return ss.PatchActivations(from_run, site, c.some, list(layers), **options)
+
+
+def one_row(c):
+    """A run of one row whose prompt is as long as the batch's."""
+    inputs = {name: x[1:] for name, x in c.sample.inputs.items() if x.shape[0] == 2}
+    pixels = c.sample.inputs["pixel_values"][1:]
+    other = c.lvlm.prepare(inputs={**inputs, "pixel_values": pixels})
+    return c.lvlm.run(other, probes=[ss.ResidualStates(layers=[0])])
+
+
 def of_other_sample(c):
     other = c.lvlm.prepare(images=random_image(32, 32, 0), text="a")
     return other.tokens.select("image")
@@ -192,9 +213,13 @@ RUN = {
         lambda c: ss.AblateValues(c.some, torch.zeros(3, 5)), InterventionError,
         r"Got values of shape \(3, 5\); expected something that broadcasts to \[batch kv_head pos d_head\] = \(2, 2, \d+, 16\)",
     ),
+    "values of another number of layers": (
+        lambda c: ss.AblateValues(c.some, torch.zeros(2, 2, 1, 1, 16), [0]), InterventionError,
+        r"or to \[batch layer kv_head pos d_head\] = \(2, 1, 2, \d+, 16\), one per layer given",
+    ),
     "values that are NaN": (
         lambda c: ss.AblateValues(c.some, torch.full((16,), NAN)), InterventionError,
-        "Got NaN or infinite values at edited tokens; expected finite ones. They would spread",
+        r"Got NaN or infinite numbers at tokens to overwrite \(layer 0\); expected finite ones, because",
     ),
     "nobody left to resample": (
         lambda c: ss.AblateValues("image", "resample"), InterventionError,
@@ -206,7 +231,7 @@ RUN = {
     ),
     "a mean in a packed tower": (
         lambda c: ss.AblateValues(c.patches, "mean", tower="vision"), InterventionError,
-        "Got replacement='mean' in a packed vision tower; expected 'zero'.*window by window", QWEN,
+        "Got replacement='mean' in a packed vision tower; expected 'zero', a tensor or a run.*window by window", QWEN,
     ),
     # channels
     "a channel beyond the last": (
@@ -237,23 +262,88 @@ RUN = {
     ),
     # patches
     "states of another prompt": (
-        lambda c: ss.PatchActivations(torch.zeros(1, 1, 5, 64), c.some, layers=[0]), InterventionError,
-        r"Got states of shape \(1, 1, 5, 64\); expected \[batch layer pos d_model\] = \(2, 1, \d+, 64\)",
+        lambda c: patch(c, torch.zeros(1, 1, 5, 64)), InterventionError,
+        r"Got a donor of shape \(1, 1, 5, 64\); expected \[batch layer pos d_model\] = \(2, 1, \d+, 64\), or one row",
     ),
-    "no states": (
-        lambda c: ss.PatchActivations(None, c.some), InterventionError, "Got states of shape NoneType; expected",
+    "values of another prompt": (
+        lambda c: patch(c, torch.zeros(2, 1, 2, 5, 16), "values"), InterventionError,
+        r"expected \[batch layer kv_head pos d_head\] = \(2, 1, 2, \d+, 16\), or one row.*read ss.AttentionValues",
+    ),
+    "no donor": (
+        lambda c: patch(c, None), InterventionError,
+        r"Got NoneType to patch from; expected a run.*Write from_run=lvlm.run\(other, probes=\[ss.ResidualStates",
+    ),
+    "the result of another probe": (
+        lambda c: patch(c, run_with(c, norms := ss.TokenNorms())[norms]), InterventionError,
+        "Got NormResult to patch from; expected a run, its result of ss.ResidualStates",
+    ),
+    "a whole generation": (
+        lambda c: patch(c, c.lvlm.generate(c.sample, max_new_tokens=1)), InterventionError,
+        r"Got Generation to patch from.*Write from_run=out.steps\[0\]",
+    ),
+    "a decode step": (
+        lambda c: patch(c, c.lvlm.generate(c.sample, [ss.ResidualStates()], max_new_tokens=2).steps[1]),
+        InterventionError, r"Got the run of decode step 1 to patch from; expected that of the prompt",
+    ),
+    "a run without states": (
+        lambda c: patch(c, run_with(c, ss.TokenNorms())), InterventionError,
+        r"Got a run that holds no such result; expected \('language', 'resid_post'\) of layers \(0,\). Write lvlm.run\(other",
+    ),
+    "a run with states of another layer": (
+        lambda c: patch(c, run_with(c, ss.ResidualStates(layers=[1]))), InterventionError,
+        r"Got a run that holds \('language', 'resid_post'\) of layers \(1,\); expected .* of layers \(0,\)",
+    ),
+    "a run with two such results": (
+        lambda c: patch(c, run_with(c, ss.ResidualStates("image"), ss.ResidualStates())), InterventionError,
+        r"Got a run with 2 results that fit ss.ResidualStates\(layers=\[0\], site='resid_post'\).*from_run=run\[probe\]",
+    ),
+    "a run without values": (
+        lambda c: patch(c, run_with(c, ss.ResidualStates()), "values"), InterventionError,
+        r"Got a run that holds no such result.*probes=\[ss.AttentionValues\(layers=\[0\]\)\]",
     ),
     "states of other layers": (
-        lambda c: ss.PatchActivations(states(c), c.some, layers=[1]), InterventionError,
-        r"Got states of layers \(0,\) to patch at layers \(1,\); expected the same. Write layers=\(0,\)",
+        lambda c: patch(c, states(c), layers=[1]), InterventionError,
+        r"Got a donor of layers \(0,\) to patch at layers \(1,\); expected it to hold them all. Write layers=\[0\]",
     ),
     "states of another site": (
-        lambda c: ss.PatchActivations(states(c), c.some, layers=[0], site="mlp_out"), InterventionError,
-        "Got states of site 'resid_post' to patch at site 'mlp_out'; expected the same",
+        lambda c: patch(c, states(c), "mlp_out"), InterventionError,
+        "Got a donor of site 'resid_post' to patch at site 'mlp_out'; expected the same",
+    ),
+    "values as states": (
+        lambda c: patch(c, values(c)), InterventionError,
+        "Got a donor of site 'values' to patch at site 'resid_post'; expected the same. Write site='values'",
+    ),
+    "states as values": (
+        lambda c: ss.AblateValues(c.some, states(c), [0]), InterventionError,
+        "Got replacement=StateResult; expected one of .* or a tensor, or a run that holds ss.AttentionValues",
+    ),
+    "values of the other tower": (
+        lambda c: patch(c, values(c, tower="vision"), "values"), InterventionError,
+        "Got a donor of tower 'vision' to patch at tower 'language'; expected the same",
+    ),
+    "a site nobody knows": (
+        lambda c: patch(c, states(c), "value"), InterventionError,
+        r"Got site='value'; expected one of \('resid_pre', .*, 'values'\). Did you mean 'values'\?",
+    ),
+    "tokens before the site": (
+        lambda c: ss.PatchActivations(states(c), c.some, [0]), InterventionError,
+        r"Got a site of type Tensor; expected one of .*Write ss.PatchActivations\(from_run, site, tokens, layers\)",
+    ),
+    "states at decode steps of a patch": (
+        lambda c: patch(c, states(c), steps="decode"), InterventionError,
+        "Got steps='decode' for PatchActivations of states",
     ),
     "states that were not kept": (
-        lambda c: ss.PatchActivations(states(c, tokens="text"), c.some, layers=[0]), InterventionError,
-        r"Got states with NaN at tokens to overwrite \(layer 0\); expected the donor to have them",
+        lambda c: patch(c, states(c, tokens="text")), InterventionError,
+        r"Got NaN or infinite numbers at tokens to overwrite \(layer 0\).*tokens that its probe did not keep",
+    ),
+    "values that were not kept": (
+        lambda c: patch(c, values(c, tokens="text"), "values"), InterventionError,
+        r"Got NaN or infinite numbers at tokens to overwrite \(layer 0\)",
+    ),
+    "one row for rows that are padded": (
+        lambda c: patch(c, one_row(c)), InterventionError,
+        r"Got a donor of one row for the rows \[0\], which are padded; expected rows without padding",
     ),
     # order
     "text to the front": (

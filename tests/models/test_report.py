@@ -211,7 +211,7 @@ def test_edits_that_are_said_not_to_work_are_refused(tiny):
     assert report.verdict("TestTimeRegister", "vision").status == "unavailable"
     with pytest.raises(SinkscopeError, match="packed vision tower"):
         packed.run(sample, interventions=[ss.TestTimeRegister({0: [1]})])
-    assert "'zero' only" in report.verdict("AblateValues", "vision").why
+    assert "without 'mean' and 'resample'" in report.verdict("AblateValues", "vision").why
     with pytest.raises(SinkscopeError, match="packed vision tower"):
         packed.run(sample, interventions=[ss.AblateValues("patch", "mean", tower="vision")])
     clip = tiny("llava-clip-llama").report()

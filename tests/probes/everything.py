@@ -13,6 +13,7 @@ def of_tower(tower, chosen, rows):
         ss.AttentionMass({"some": chosen}, tower=tower),
         ss.AttentionMass({"some": chosen}, queries=rows, precision="float32", tower=tower),
         ss.AttentionPatterns(rows, tower=tower),
+        ss.AttentionValues(tokens=chosen, tower=tower),
         ss.ChannelValues([0, 3], tower=tower),
         ss.ContributionNorms({"some": chosen}, tower=tower),
         ss.CosineToFirst(tower=tower),

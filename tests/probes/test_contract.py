@@ -9,6 +9,7 @@ from sinkscope.testing import TINY, check_probe
 PROBES = [
     ss.AttentionMass({"image": "image"}),
     ss.AttentionPatterns("last"),
+    ss.AttentionValues(),
     ss.ChannelValues([0, 3]),
     ss.ContributionNorms({"image": "image"}),
     ss.CosineToFirst(),
