@@ -7,6 +7,7 @@ eager attention function is called here, window by window, on queries and keys m
 import itertools
 
 import torch
+from einops import rearrange
 from torch import nn
 
 
@@ -105,3 +106,32 @@ def packed_weights(attn: nn.Module, args, kwargs):
     for start, stop in itertools.pairwise(bounds):
         mask[start:stop, start:stop] = 0.0
     return (scores + mask).softmax(-1)
+
+
+@torch.no_grad()
+def projected_values(module, lvlm, inputs, tower):
+    """What every block's value projection makes, by a hook: ``[row layer kv_head pos d_head]``.
+
+    Of a packed tower the rows are one sequence, in the order of its windows.
+    """
+    anatomy, made = lvlm.anatomy.tower(tower), []
+
+    def keep(attention):
+        def hook(m, args, out):
+            if m is not getattr(attention, "v_proj", None):  # queries, keys and values in one
+                out = rearrange(out, "pos (three width) -> three pos width", three=3)[2][None]
+            made.append(rearrange(out, "b pos (h d) -> b h pos d", d=anatomy.d_head).float())
+
+        return hook
+
+    hooks = []
+    for path in anatomy.attention:
+        attention = module.get_submodule(path)
+        projection = getattr(attention, "v_proj", None) or attention.qkv
+        hooks.append(projection.register_forward_hook(keep(attention)))
+    try:
+        module(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(made, dim=1)

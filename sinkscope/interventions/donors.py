@@ -14,8 +14,6 @@ from sinkscope.probes.values import AttentionValueResult
 from sinkscope.sites import STATE_SITES
 
 if TYPE_CHECKING:
-    import torch
-
     from sinkscope.models.context import Context
 
 VALUES = "values"
@@ -55,9 +53,12 @@ def check_patch_site(site: Any) -> str:
     return site
 
 
-def donated(
-    given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]
-) -> torch.Tensor:
+def live_prompt(context: Context, tower: str) -> Tensor:
+    """Live positions of the prompt, at every step, bool ``[batch pos]``."""
+    return context.tokens.vision.live if tower == "vision" else context.tokens.live
+
+
+def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:
     """What a donor gives, one entry per row of the batch and layer.
 
     Args:
@@ -80,7 +81,7 @@ def donated(
     tensor = result.values if isinstance(result, AttentionValueResult) else result.states
     picked = tensor[:, [result.layers.index(layer) for layer in layers]]
     tensor = fitted(picked, context, tower, site, layers)
-    padded = ~context.live(tower).all(dim=1)
+    padded = ~live_prompt(context, tower).all(dim=1)
     if tower == "language" and picked.shape[0] < len(padded) and padded.any():
         raise InterventionError(
             f"Got a donor of one row for the rows {padded.nonzero().flatten().tolist()}, which are "
@@ -175,7 +176,7 @@ def fitted(
     Raises:
         InterventionError: If it has another shape.
     """
-    live, anatomy = context.live(tower), context.tower(tower)
+    live, anatomy = live_prompt(context, tower), context.tower(tower)
     rows, many, length = live.shape[0], len(layers), live.shape[1]
     if site == VALUES:
         axes = "[batch layer kv_head pos d_head]"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, nearest
-from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated
+from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
 from sinkscope.interventions.protocol import (
     Edit,
     at_layer,
@@ -200,11 +200,6 @@ def ready_values(
     """
     check_finite(values, mask, layers, 3)
     return [context.pack(tower, values[:, i].nan_to_num(), dim=2) for i in range(len(layers))]
-
-
-def live_prompt(context: Context, tower: str) -> Tensor:
-    """Live positions of the prompt, at every step, bool ``[batch pos]``."""
-    return context.tokens.vision.live if tower == "vision" else context.tokens.live
 
 
 def others(live: Tensor, mask: Tensor, what: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 import sinkscope as ss
 from tests.interventions import reference as by_hand
+from tests.reference import projected_values
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,57 @@ def given_values(case):
         return torch.nn.functional.pad(heads, (0, 0, 0, v.shape[2] - heads.shape[2]))
 
     return made, values
+
+
+def given_by_layer(case, layers, tower="language"):
+    """Other random values in every layer ``[batch layer kv_head pos d_head]``, and as they are read."""
+    anatomy, vision = case.lvlm.anatomy.tower(tower), case.sample.tokens.vision
+    live = case.live if tower == "language" else vision.live
+    shape = (live.shape[0], len(layers), anatomy.kv_heads, live.shape[1], anatomy.d_head)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    layout = vision.layout if tower == "vision" else None
+    if layout is None:
+        return made, read_by_layer(case, made, layers, tower)
+    packed = torch.zeros(1, *shape[1:3], int(live.sum()), anatomy.d_head)
+    for image, pos in live.nonzero().tolist():
+        packed[0, :, :, layout[image, pos]] = made[image, :, :, pos]
+    return made, read_by_layer(case, packed, layers, tower)
+
+
+def read_by_layer(case, given, layers, tower="language"):
+    """``values(v, at)`` of given values ``[row layer kv_head pos d_head]``, zeros behind the prompt."""
+    anatomy = case.lvlm.anatomy.tower(tower)
+    heads = given.repeat_interleave(anatomy.heads // anatomy.kv_heads, dim=2).double()
+
+    def values(v, at):
+        if at.layer not in layers:
+            return v
+        mine = heads[:, layers.index(at.layer), :, at.start :][:, :, : v.shape[2]]
+        return torch.nn.functional.pad(mine, (0, 0, 0, v.shape[2] - mine.shape[2]))
+
+    return values
+
+
+def turned(case):
+    """The same prompt about the images in a mirror."""
+    pixels = case.sample.inputs["pixel_values"].flip(-1)
+    return case.lvlm.prepare(inputs={**case.sample.inputs, "pixel_values": pixels})
+
+
+def run_of_turned(case, tower="language"):
+    """A run of the other images whose probes keep all values, among other things."""
+    other = turned(case)
+    probes = [ss.AttentionValues(tower=tower), ss.ResidualStates(tower=tower)]
+    return case.lvlm.run(other, probes=probes)
+
+
+def values_of_turned(case, layers, tower="language"):
+    """The other images' values by hooks on the twin's projections, as they are read."""
+    inputs = turned(case).inputs
+    pixels = inputs["pixel_values"].to(next(case.twin.parameters()).dtype)
+    inputs = {**inputs, "pixel_values": pixels}
+    made = projected_values(case.twin, case.lvlm, inputs, tower)[:, list(layers)]
+    return read_by_layer(case, made, layers, tower)
 
 
 def image_centric(case, least, most):
@@ -182,6 +234,23 @@ LANGUAGE = {
         lambda c: ss.AblateValues(c.some, given_values(c)[0], layers=[0, 1]),
         lambda c: H.replaces_values(c.some, given_values(c)[1], layers=(0, 1)),
     ),
+    "AblateValues tensor by layer": Pair(
+        lambda c: ss.AblateValues(c.some, given_by_layer(c, (0, 2))[0], layers=[0, 2]),
+        lambda c: H.replaces_values(c.some, given_by_layer(c, (0, 2))[1], layers=(0, 2)),
+    ),
+    "AblateValues of another run, of heads and queries": Pair(
+        lambda c: ss.AblateValues(
+            c.some, run_of_turned(c), layers=[0, 2], heads=[1, 2], queries=c.late
+        ),
+        lambda c: H.replaces_values(
+            c.some, values_of_turned(c, (0, 2)), layers=(0, 2), heads=(1, 2), rows=c.late
+        ),
+    ),
+    "PatchActivations of values": Pair(
+        lambda c: ss.PatchActivations(run_of_turned(c), "values", c.some, [0, 2]),
+        lambda c: H.replaces_values(c.some, values_of_turned(c, (0, 2)), layers=(0, 2)),
+        lambda c: ss.PatchActivations(run_of_turned(c), "values", c.some & False, allow_noop=True),
+    ),
 }
 V = {"tower": "vision"}
 VISION = {
@@ -212,6 +281,18 @@ VISION = {
     "AblateValues of a head": Pair(
         lambda c: ss.AblateValues(c.patches, heads=[1], **V),
         lambda c: H.replaces_values(c.patches, zeros, heads=(1,), **V),
+    ),
+    "AblateValues tensor by layer": Pair(
+        lambda c: ss.AblateValues(c.patches, given_by_layer(c, (0, 1), "vision")[0], [0, 1], **V),
+        lambda c: H.replaces_values(
+            c.patches, given_by_layer(c, (0, 1), "vision")[1], layers=(0, 1), **V
+        ),
+    ),
+    "PatchActivations of values": Pair(
+        lambda c: ss.PatchActivations(run_of_turned(c, "vision"), "values", c.patches, [0, 1], **V),
+        lambda c: H.replaces_values(
+            c.patches, values_of_turned(c, (0, 1), "vision"), layers=(0, 1), **V
+        ),
     ),
 }
 UNPACKED = {

@@ -27,6 +27,7 @@ class At(NamedTuple):
     live: torch.Tensor  # [batch query]
     sink: torch.Tensor | None  # learned sink logits, [head]
     keys: torch.Tensor | None = None  # [batch key]: this change's keys
+    start: int = 0  # where a window begins in its packed sequence
 
     @property
     def column(self):
@@ -132,14 +133,14 @@ class Attention:
     def in_vision(self, layer, logits, sink):
         """The situation in the vision tower: every token sees its image, or its window."""
         changes = [(c, c) for c in self.changes if c.tower == "vision"]
-        live, size = self.vision.live, logits.shape[2]
+        live, size, start = self.vision.live, logits.shape[2], 0
         if self.vision.layout is not None:
             start = self.covered.get(layer, 0)
             self.covered[layer] = start + size
             live = self.packed(live)[:, start : start + size]
             changes = [(c, self.cut(c, start, start + size)) for c, _ in changes]
         seen = torch.ones(live.shape[0], 1, size, size, dtype=torch.bool)
-        return At(layer, seen, live, sink), changes
+        return At(layer, seen, live, sink, start=start), changes
 
     def packed(self, mask):
         """``[image pos]`` as one sequence, ``[1 packed]``."""

@@ -181,6 +181,29 @@ def test_interventions_travel_too(tiny, batch, remote, edit):
     assert_same(local[probe], away[probe])
 
 
+@pytest.mark.parametrize("tower", ["language", "vision"])
+@pytest.mark.parametrize("site", ["resid_post", "values"])
+@pytest.mark.parametrize("family", REPOSITORIES)
+def test_donors_travel_too(tiny, batch, remote, family, site, tower):
+    """A patch whose donor was read on the server, and edits the server's model."""
+    here, there = tiny(family), remote[family]
+    probe = (
+        ss.AttentionValues([1], tower=tower)
+        if site == "values"
+        else ss.ResidualStates(layers=[1], tower=tower)
+    )
+    tokens = "image" if tower == "language" else "patch"
+    logits = []
+    for lvlm in (here, there):
+        sample = batch(lvlm)
+        pixels = sample.inputs["pixel_values"].flip(-1)
+        other = lvlm.prepare(inputs={**sample.inputs, "pixel_values": pixels})
+        donor = lvlm.run(other, [probe])
+        edit = ss.PatchActivations(donor, site, tokens, [1], tower=tower)
+        logits.append(lvlm.run(sample, [], [edit], logits="last").logits)
+    assert torch.equal(*logits)
+
+
 def test_all_logits_on_request(tiny, remote):
     here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
     sample = here.prepare(images=random_image(), text="what")
