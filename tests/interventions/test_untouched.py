@@ -23,8 +23,15 @@ MODELS = [
         for kernel in ("sdpa", "eager")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ],
-    ("gemma3", "sdpa", torch.bfloat16),
-    (LEARNED, "eager", torch.bfloat16),
+    *[
+        (family, kernel, dtype)
+        for family, kernel in (
+            ("llava-siglip-qwen3", "sdpa"),
+            ("gemma3", "sdpa"),
+            (LEARNED, "eager"),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 THRESHOLDS = "Redistribute where image-centric"
