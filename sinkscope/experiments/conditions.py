@@ -13,6 +13,7 @@ from torch import Tensor
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.trace import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, RandomControl, ScaleAttention
+from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.models.prepare import Sample
 
 KINDS = ("V-sinks", "L-sinks", "text sinks")
@@ -30,8 +31,12 @@ class Edit:
 EDITS = (
     Edit("mask", lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True)),
     Edit("halve", lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True)),
-    Edit(
-        "mean value", lambda tokens, layers: AblateValues(tokens, "mean", layers, allow_noop=True)
+    *(
+        Edit(
+            f"{how} value",
+            lambda tokens, layers, how=how: AblateValues(tokens, how, layers, allow_noop=True),
+        )
+        for how in REPLACEMENTS
     ),
 )
 

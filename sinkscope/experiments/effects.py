@@ -30,7 +30,8 @@ def effect_conditions(
     """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
     Args:
-        edits: Among ``"mask"``, ``"halve"`` (the attention weights) and ``"mean value"``.
+        edits: Among ``"mask"``, ``"halve"`` (the attention weights), and ``"zero value"``,
+            ``"mean value"`` and ``"resample value"``, which are best reported side by side.
         layers: Block indices to edit in, or None for all.
         top: How many of the image tokens that receive the most attention to edit too, sinks or
             not; 0 for none.

@@ -6,7 +6,7 @@ from sinkscope.interventions.attention import (
     ScaleAttention,
     ScaleKeys,
 )
-from sinkscope.interventions.controls import ControlResult, RandomControl
+from sinkscope.interventions.controls import ControlResult, RandomControl, replacement_table
 from sinkscope.interventions.edited import Edited
 from sinkscope.interventions.protocol import Edit, Effect, Intervention
 from sinkscope.interventions.redistribute import ImageCentric, Redistribute
@@ -48,4 +48,5 @@ __all__ = [
     "SinkToFront",
     "TestTimeRegister",
     "find_register_neurons",
+    "replacement_table",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
+from sinkscope.interventions.values import REPLACEMENTS, AblateValues
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,6 +192,51 @@ class RandomControl:
                 out[b, candidates[i]] = True
                 taken += float(received[b, candidates[i]])
         return out
+
+
+def replacement_table(
+    lvlm: LVLM,
+    trace: SinkTrace,
+    tokens: Tensor,
+    layers: Any = None,
+    *,
+    match: str = "count",
+    n: int = 20,
+    seed: int = 0,
+    score: Callable[[Run], Tensor] | None = None,
+    donor: SinkTrace | None = None,
+) -> pd.DataFrame:
+    """Zero, mean and resampled values of the same tokens side by side, each beside random tokens.
+
+    A sink whose values are next to nothing survives zeroing and not the others, so no single
+    replacement tells whether it matters (2604.14433).
+
+    Args:
+        lvlm: The model.
+        trace: The trace of the sample to edit.
+        tokens: Bool ``[batch pos]`` or ``[batch layer pos]``.
+        layers: Block indices, or None for all.
+        match: See `RandomControl`, as are those that say no more.
+        n: See there.
+        seed: Of the draws and of resampling.
+        score: See `RandomControl.run`.
+        donor: See `RandomControl.draws`.
+
+    Returns:
+        Three lines per batch row: replacement, batch, and the columns of
+        `ControlResult.to_dataframe`.
+    """
+    import pandas as pd
+
+    tables = []
+    for how in REPLACEMENTS:
+        edit = AblateValues(tokens, how, layers, seed=seed)
+        result = RandomControl(edit, match, n, seed).run(lvlm, trace, score, donor=donor)
+        table = result.to_dataframe()
+        table.insert(0, "batch", range(len(table)))
+        table.insert(0, "replacement", how)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 @dataclass(frozen=True)

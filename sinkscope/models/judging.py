@@ -172,6 +172,14 @@ def of_packed_values(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     return status, why
 
 
+def of_patches(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Patches: of states everywhere, of values where the attention call was found."""
+    status, why = of_attention(tower, dtype)
+    if status == "unavailable":
+        why = f"unavailable: {why}"
+    return "exact", f"values {why}" if why else ""
+
+
 def of_registers(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     """Test-time registers."""
     if tower.tower == "language":
@@ -194,7 +202,7 @@ EDIT_JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]
             "EvictKeys": of_eviction,
             "AblateValues": of_packed_values,
             "AblateActivations": of_states,
-            "PatchActivations": of_states,
+            "PatchActivations": of_patches,
             "ScaleTokens": of_embeddings,
             "SinkToFront": of_embeddings,
             "TestTimeRegister": of_registers,

@@ -80,6 +80,25 @@ def test_the_table_of_a_planted_model(planted) -> None:
     assert set(whole["task"]) == {"count", "colour", "all"}
 
 
+def test_replacements_of_values_side_by_side(planted) -> None:
+    """One call: zero, mean and resample, each beside as many random tokens."""
+    lvlm, rules = planted
+    edits = ["zero value", "mean value", "resample value"]
+    table = effect_table(lvlm, dataset(), **rules, edits=edits, top=0, progress=False)
+    whole = table.summary(draws=50)
+    touched = whole[whole["task"] == "all"].set_index("condition")["touched"]
+    wanted = [f"{edit} V-sinks" for edit in edits]
+    wanted += [f"{edit} random, as many as V-sinks" for edit in edits]
+    assert (touched[wanted] == 1).all()
+    sample = lvlm.prepare(images=random_image(64, 64, 0), text="how many red shapes")
+    trace = ss.trace_sinks(lvlm, sample, **rules)
+    for edit in edits:
+        (made,) = EditSinks("V-sinks", edit)(trace)
+        assert isinstance(made, ss.AblateValues)
+        assert f"{made.replacement} value" == edit
+        assert made.tokens.equal(trace.v_sinks)
+
+
 def test_a_model_without_sinks_has_nothing_to_mask_but_its_top_tokens() -> None:
     made = sink_free()
     lvlm = ss.LVLM(made.model, made.processor, verify=False)

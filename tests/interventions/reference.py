@@ -261,9 +261,12 @@ def hook_on(module, side, function):
     return module.register_forward_hook(after, prepend=True)
 
 
-def grown_inputs(sample, sequences, steps):
-    """The inputs of a full pass over the prompt and the first ``steps`` generated tokens."""
-    grown = dict(sample.inputs)
+def grown_inputs(sample, sequences, steps, inputs=None):
+    """The inputs of a full pass over the prompt and the first ``steps`` generated tokens.
+
+    ``inputs`` are the prompt's, or None for the sample's.
+    """
+    grown = dict(sample.inputs if inputs is None else inputs)
     grown["input_ids"] = sequences[:, : sample.tokens.ids.shape[1] + steps]
     mask = sample.inputs["attention_mask"]
     grown["attention_mask"] = torch.nn.functional.pad(mask, (0, steps), value=1)

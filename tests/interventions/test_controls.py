@@ -6,6 +6,9 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.testing import plant, random_image
+from tests.interventions.reference import grown_inputs
+from tests.interventions.test_exact import off
+from tests.interventions.test_generation import PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,23 @@ def test_the_result_carries_distribution_interval_and_p(traced):
     assert set(result.to_dataframe().columns) == {"base", "real", "control", "low", "high", "p"}
 
 
+def test_replacements_stand_side_by_side_with_their_controls(traced):
+    """Every line is what its own edit and controls give, and a sink's zero is the mildest of them."""
+    lvlm, trace, _ = traced
+    table = ss.interventions.replacement_table(lvlm, trace, trace.v_sinks, [2, 3], n=6, seed=2)
+    assert list(table["replacement"]) == ["zero", "mean", "resample"]
+    assert list(table["batch"]) == [0, 0, 0]
+    for line in table.to_dict("records"):
+        edit = ss.AblateValues(trace.v_sinks, line["replacement"], [2, 3], seed=2)
+        kl = lvlm.run(trace.sample, interventions=[edit], kl=True).effects[edit].kl
+        assert line["real"] == pytest.approx(float(kl), abs=1e-5)
+        alone = ss.RandomControl(edit, n=6, seed=2).run(lvlm, trace)
+        assert line["control"] == float(alone.controls.mean())
+        assert line["p"] == float(alone.p_value())
+    real = table.set_index("replacement")["real"]
+    assert real["zero"] < min(real["mean"], real["resample"])
+
+
 @pytest.mark.parametrize(
     ("control", "message"),
     [
@@ -172,14 +192,40 @@ def test_a_register_takes_over_the_neurons_and_stays_inside_the_tower(tiny, fami
     assert run.logits.shape == plain.logits.shape
     assert not torch.equal(run.logits, plain.logits)
     assert torch.equal(lvlm.run(sample).logits, plain.logits)
-    want = register_by_hand(lvlm, sample, neurons)
+    want = register_by_hand(lvlm, sample.inputs, neurons)
     assert (run.logits - want).abs().max() < 1e-5
     with pytest.raises(ss.SinkscopeError, match="adds positions to that tower"):
         lvlm.run(sample, probes=[ss.TokenNorms(tower="vision")], interventions=[register])
 
 
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava-clip-llama", "llava-siglip-qwen3", "gemma3"])
+def test_a_register_in_a_batch_in_half_precision_and_over_sixteen_steps(
+    tiny, batch, family, kernel, dtype
+):
+    lvlm = tiny(family, kernel, dtype)
+    sample = batch(lvlm)
+    register = ss.TestTimeRegister({0: [1, 5], 1: [3]})
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in sample.inputs.items()}
+    live, prompt = sample.tokens.live, sample.tokens.live.shape[1]
+    run = lvlm.run(sample, interventions=[register])
+    assert torch.equal(run.logits[live], register_by_hand(lvlm, inputs, register.neurons)[live])
+    assert not torch.equal(run.logits[live], lvlm.run(sample).logits[live])
+    out = lvlm.generate(
+        sample,
+        interventions=[register],
+        max_new_tokens=16,
+        min_new_tokens=16,
+        suppress_tokens=[lvlm.anatomy.image_token_id],
+    )
+    want = register_by_hand(lvlm, grown_inputs(sample, out.sequences, 15, inputs), register.neurons)
+    got = torch.cat([step.logits for step in out.steps], dim=1)
+    assert off(got, want[:, prompt - 1 :]) <= PLAIN[dtype]
+
+
 @torch.no_grad()
-def register_by_hand(lvlm, sample, neurons):
+def register_by_hand(lvlm, inputs, neurons):
     """The same with plain torch hooks: append, shift, drop."""
     a, root = lvlm.anatomy, lvlm.module
     module = dict(root.named_modules())
@@ -214,7 +260,7 @@ def register_by_hand(lvlm, sample, neurons):
             prepend=True,
         )
     )
-    logits = root(**sample.inputs).logits
+    logits = root(**inputs).logits
     for hook in hooks:
         hook.remove()
     return logits

@@ -5,10 +5,10 @@ tokens: attention is causal behind the prompt, so its rows are what a pass over 
 (`test_a_full_pass_is_every_prefix` checks that too). The reference reads the tokens that the cached
 run chose, so a token that rounding flips does not derail it.
 
-In fp32 the largest error of all edits and models is 4.2e-6 of the largest logit; without any edit the
-cached answer and a full pass of the same model are 2.1e-6 apart. In half precision that is the model's
-own rounding, up to 3.6e-2 (bf16) and 5.6e-3 (fp16), so edits are held to a multiple of what the
-unedited model is off by.
+Errors are shares of the answer's largest logit. Measured, as the largest of all models: a cached answer
+of the plain model is 1.9e-6 (fp32), 3.2e-2 (bf16) and 4.4e-3 (fp16) away from its own full pass, and
+1.8e-6, 4.6e-2 and 7.1e-3 from the reference; with an edit that is 3.4e-6, 5.7e-2 and 7.1e-3. In half
+precision it is the model's rounding, so edits are held to a multiple of what the plain model is off by.
 """
 
 import functools
@@ -25,9 +25,9 @@ from tests.interventions.test_exact import off
 from tests.interventions.test_untouched import THRESHOLDS, half
 
 STEPS = 16
-PLAIN = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 8e-3}
+PLAIN = {torch.float32: 1e-5, torch.bfloat16: 7e-2, torch.float16: 1.2e-2}
 """How far an unedited cached answer may be from the reference, as a share of the largest logit."""
-TIMES = 2.5
+TIMES = 3
 """Edits in half precision, as a multiple of that; measured: at most 2.0."""
 HALF = (torch.bfloat16, torch.float16)
 FAMILIES = [

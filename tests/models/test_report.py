@@ -111,6 +111,10 @@ def test_unreadable_attention_is_reported():
         assert "layers.0.self_attn (ByHand) does not call attention through" in said.why
         assert report.verdict(name).status == "exact"
     assert report.verdict("TokenNorms", "vision").status == "exact"
+    patches = report.verdict("PatchActivations", "vision")
+    assert patches.status == "exact"
+    assert patches.why.startswith("values unavailable: ")
+    assert report.verdict("PatchActivations").why == ""
     assert "ByHand" in dict(report.facts)["vision attention"]
 
 
