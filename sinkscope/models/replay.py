@@ -1,0 +1,246 @@
+"""Run the decoder once, and any number of times again from one of its blocks on.
+
+::
+
+    capture    embeds -> block 0 -> block 1 -> block 2 -> block 3 -> norm        no gradient
+                            |          |          |          |
+                          states[0]  states[1]  states[2]  states[3]             [row pos d_model]
+
+    resume(2)  ........................ states[2] -> block 2 -> block 3 -> norm -> hidden
+                                                     keys times factors
+
+An edit of the keys of block b changes nothing before block b. `resume` calls the model's own decoder
+again, with the arguments it had; blocks before b pass on the state that was captured, at no cost. So
+masks, positions and windows are the model's own. Rows may be repeated, with other factors each, and
+gradients reach the factors through the blocks from b on. `sinkscope.models.prefix` does the same for
+prompts that begin alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.errors import InputError, LayerError, ModelError
+from sinkscope.models.anatomy import Anatomy
+from sinkscope.models.decoder_inputs import Given, decoder_inputs, rows_of
+from sinkscope.models.keyhook import KeyEdit, scaled_keys
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One pass of the decoder, ready to be resumed.
+
+    Attributes:
+        module: The model.
+        anatomy: Its anatomy.
+        given: What the decoder was called with.
+        states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
+            reads ``states[l + 1]`` and edits block l + 1.
+        hidden: After the final norm, ``[row pos d_model]``.
+    """
+
+    module: nn.Module
+    anatomy: Anatomy
+    given: Mapping[str, Any]
+    states: Mapping[int, Tensor]
+    hidden: Tensor
+
+    def __len__(self) -> int:
+        return int(self.hidden.shape[0])
+
+    def state(self, block: int) -> Tensor:
+        """What a block read, ``[row pos d_model]``.
+
+        Raises:
+            LayerError: If it was not captured.
+        """
+        if block not in self.states:
+            raise LayerError(
+                f"Got block {block!r}; expected one of {sorted(self.states)}, which were captured. "
+                f"Write capture(lvlm, inputs, [{block!r}])."
+            )
+        return self.states[block]
+
+
+@torch.no_grad()
+def capture(
+    lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None, *, features: Any = None
+) -> Captured:
+    """One plain forward pass without gradient, with the states that blocks read.
+
+    Args:
+        lvlm: The model.
+        inputs: What the model is called with (``sample.inputs``), padded or not.
+        blocks: The blocks that will be edited, or None for all.
+        features: Image features of an earlier `decoder_inputs` of the same images, or None.
+
+    Returns:
+        The pass. The LM head has not run; see `logits_at`.
+
+    Raises:
+        LayerError: If there is no such block.
+        ModelError: If the decoder is called in a way that cannot be repeated.
+    """
+    given, _ = decoder_inputs(lvlm, inputs, features)
+    return capture_given(lvlm, given, blocks)
+
+
+@torch.no_grad()
+def capture_given(lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = None) -> Captured:
+    """`capture` from the decoder's own arguments on.
+
+    Args:
+        lvlm: The model.
+        given: The decoder's arguments, of `decoder_inputs`.
+        blocks: See `capture`.
+        cache: Keys and values of what comes before, or None.
+    """
+    anatomy = lvlm.anatomy
+    wanted = anatomy.language.layers(blocks)
+    states: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for block in wanted:
+            part = lvlm.module.get_submodule(anatomy.language.blocks[block])
+            hook = part.register_forward_pre_hook(_keep(states, block), with_kwargs=True)
+            stack.callback(hook.remove)
+        hidden = _decode(lvlm.module, given, cache)
+    return Captured(lvlm.module, anatomy, given, states, hidden)
+
+
+def _keep(states: dict[int, Tensor], block: int) -> Callable[..., None]:
+    """A hook that keeps what a block reads."""
+
+    def keep(part: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        states[block] = args[0] if args else named["hidden_states"]
+
+    return keep
+
+
+def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
+    """The decoder's last hidden state, ``[row pos d_model]``.
+
+    Raises:
+        ModelError: If the decoder gives something else.
+    """
+    cached = {} if cache is None else {"past_key_values": cache}
+    out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
+    hidden = getattr(out, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise ModelError(
+            f"The decoder gave a {type(out).__name__}; expected last_hidden_state. Please report this "
+            "class."
+        )
+    return hidden
+
+
+def resume(
+    captured: Captured,
+    block: int,
+    factors: Tensor,
+    *,
+    rows: Sequence[int] | Tensor | None = None,
+    cache: Any = None,
+) -> Tensor:
+    """The rest of a captured pass, with the keys of one block scaled.
+
+    Args:
+        captured: From `capture`.
+        block: The block whose keys are scaled, among those captured. Everything before it is reused.
+        factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
+            1 for text and padding. It may require a gradient.
+        rows: Which captured row each row is, with repeats; None for all of them once.
+        cache: Keys and values of what comes before, or None.
+
+    Returns:
+        Hidden states after the final norm, ``[row pos d_model]``. Whether a gradient is kept is up
+        to the caller (``torch.no_grad()``).
+
+    Raises:
+        LayerError: If the block was not captured.
+        InputError: If a row is unknown, or the factors do not fit the rows.
+    """
+    state = captured.state(block)
+    index = torch.arange(len(captured)) if rows is None else torch.as_tensor(rows)
+    if (
+        index.ndim != 1
+        or not len(index)
+        or int(index.min()) < 0
+        or int(index.max()) >= len(captured)
+    ):
+        raise InputError(
+            f"Got rows={index.tolist()}; expected a list of indices from 0 to {len(captured) - 1}: "
+            "which captured row each row is."
+        )
+    before = 0 if cache is None else cache.get_seq_length()
+    expected = (len(index), before + state.shape[1])
+    if tuple(factors.shape) != expected:
+        raise InputError(
+            f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}, one "
+            "factor per key and 1 where nothing is edited."
+        )
+    state = state.index_select(0, index.to(state.device))
+    given = rows_of(captured.given, index) | {"inputs_embeds": state}
+    edit: KeyEdit = lambda key: key * factors.to(key)[:, None, :, None]  # noqa: E731
+    with (
+        _from_block(captured, block, state),
+        scaled_keys(captured.module, captured.anatomy, {block: edit}),
+    ):
+        return _decode(captured.module, given, cache)
+
+
+@contextmanager
+def _from_block(captured: Captured, block: int, state: Tensor) -> Iterator[None]:
+    """Make the blocks before one pass on the state that it reads."""
+    paths = captured.anatomy.language.blocks[:block]
+    parts = [captured.module.get_submodule(path) for path in paths]
+    before = [vars(part).get("forward") for part in parts]  # some loaders put one on the instance
+    try:
+        for part in parts:
+            part.forward = lambda *args, **named: state
+        yield
+    finally:
+        for part, forward in zip(parts, before, strict=True):
+            vars(part).pop("forward", None)
+            if forward is not None:
+                part.forward = forward
+
+
+def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Logits of the next token, at some positions only.
+
+    Args:
+        captured: The pass that was captured or resumed.
+        hidden: After the final norm, ``[row pos d_model]``.
+        positions: Int ``[row n]``: positions of each row, or None for all.
+
+    Returns:
+        ``[row n vocab]`` in the model's dtype.
+    """
+    if positions is not None:
+        index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = hidden.gather(1, index)
+    logits = captured.module.get_submodule(captured.anatomy.head)(hidden)
+    cap = soft_cap(captured.module)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def soft_cap(module: Any) -> float | None:
+    """The soft-cap that the model's own ``forward`` puts on its logits, None for none.
+
+    Some configs name one that their vision-language class does not apply.
+    """
+    cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is None:
+        return None
+    applied = "final_logit_softcapping" in inspect.getsource(inspect.unwrap(type(module).forward))
+    return float(cap) if applied else None
