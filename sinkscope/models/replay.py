@@ -189,7 +189,9 @@ def resume(
             "factor per key and 1 where nothing is edited."
         )
     state = state.index_select(0, index.to(state.device))
-    given = rows_of(captured.given, index) | {"inputs_embeds": state}
+    given = rows_of(captured.given, index)
+    if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
+        given["inputs_embeds"] = state
     edit: KeyEdit = lambda key: key * factors.to(key)[:, None, :, None]  # noqa: E731
     with (
         _from_block(captured, block, state),

@@ -1,0 +1,273 @@
+"""Prompts that begin alike: the beginning runs once, its keys and values serve every ending.
+
+::
+
+                stem (system prompt, image)        tails (question, answer), one row each
+    keys      [ 0 1 2 ................ P-1 ]     [ P ... ] [ P ... ] [ P ... ]
+                once per block and factor           attend to the stem's keys and values
+
+A causal stem does not see its tails. If an edit depends on the stem alone, so do the stem's keys and
+values under that edit, and they are reused exactly. `why_not_shared` checks what this rests on.
+Tails are padded on the right, where no live token sees the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sinkscope.models.decoder_inputs import Given
+from sinkscope.models.replay import Captured, capture_given, resume
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+
+
+class _Past(DynamicLayer):
+    """Keys and values of one block that stand before those of a pass; what is new is not stored."""
+
+    def __init__(self, length: int, before: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.length, self.before = length, before
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to."""
+        if self.before is None:
+            self.new = (key_states, value_states)
+            return key_states, value_states
+        key, value = self.before
+        return torch.cat([key, key_states], dim=-2), torch.cat([value, value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        """How many positions stand before; the same in every block, also in those passed by."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All keys are kept, also where a window hides them."""
+        return self.length + query_length, 0
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValues:
+    """What a stem leaves behind.
+
+    Attributes:
+        length: Its positions.
+        by_block: Block -> keys and values, each ``[row kv_head pos d_head]``.
+        blocks: Number of blocks of the decoder.
+    """
+
+    length: int
+    by_block: Mapping[int, tuple[Tensor, Tensor]]
+    blocks: int
+
+    def cache(self, rows: Tensor) -> Cache:
+        """A cache that begins with them.
+
+        Args:
+            rows: Int ``[row]``: which of the stem's rows each row continues.
+        """
+        picked = {
+            block: (
+                key.index_select(0, rows.to(key.device)),
+                value.index_select(0, rows.to(key.device)),
+            )
+            for block, (key, value) in self.by_block.items()
+        }
+        return Cache(layers=[_Past(self.length, picked.get(i)) for i in range(self.blocks)])
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """A stem and its tails, unedited and ready to be resumed.
+
+    Attributes:
+        stem: The beginning, one row.
+        past: Its keys and values.
+        tails: The endings, one row each, padded on the right.
+    """
+
+    stem: Captured
+    past: KeyValues
+    tails: Captured
+
+
+def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | None:
+    """Why prompts cannot share a beginning, or None if they can.
+
+    Args:
+        givens: Decoder arguments of single rows.
+        length: Positions of the beginning.
+    """
+    if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
+        return "nothing stands before or after the end of the last image"
+    masks = [mask for given in givens for mask in _masks(given)]
+    for mask in masks:
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+            return "the model leaves its mask to the attention kernel"
+        if mask.ndim == 4 and _sees(mask[:, :, :length, length:]):
+            return "the beginning sees what follows it"
+        if mask.ndim == 2 and not bool(mask.all()):
+            return "the prompt is padded"
+    first = _stem(givens[0], length)
+    if not all(_equal(first, _stem(given, length)) for given in givens[1:]):
+        return "the prompts differ before the end of the last image"
+    return None
+
+
+def _sees(mask: Tensor) -> bool:
+    """Whether an explicit mask lets anything through."""
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    return bool(allowed.any())
+
+
+def _masks(given: Mapping[str, Any]) -> list[Any]:
+    """The masks among the arguments."""
+    mask = given.get("attention_mask")
+    return list(mask.values()) if isinstance(mask, Mapping) else [mask]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sets of arguments are the same, bit for bit."""
+    if isinstance(a, Mapping):
+        return (
+            isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+        )
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _map(given: Mapping[str, Any], change: Any) -> Given:
+    """The arguments with every tensor changed, masks inside a dict too."""
+    out: Given = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            out[name] = {key: change(name, part) for key, part in value.items()}
+        else:
+            out[name] = change(name, value) if isinstance(value, Tensor) else value
+    return out
+
+
+def _stem(given: Mapping[str, Any], length: int) -> Given:
+    """The arguments of the first positions."""
+
+    def cut(name: str, value: Tensor) -> Tensor:
+        if name == "inputs_embeds":
+            return value[:, :length]
+        if name == "attention_mask" and value.ndim == 4:
+            return value[:, :, :length, :length]
+        return value[..., :length]
+
+    return _map(given, cut)
+
+
+def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
+    """The arguments of the positions after the stem, padded on the right to ``longest``."""
+    missing = longest - (given["inputs_embeds"].shape[1] - length)
+
+    def cut(name: str, value: Tensor) -> Tensor:
+        if name == "inputs_embeds":
+            return F.pad(value[:, length:], (0, 0, 0, missing))
+        if name == "position_ids":
+            value = value[..., length:]
+            return torch.cat([value, value[..., -1:].expand(*value.shape[:-1], missing)], dim=-1)
+        if value.ndim == 2:  # all positions are live, and what is padding comes last
+            return F.pad(value, (0, missing), value=1)
+        value = value[:, :, length:]
+        hidden = False if value.dtype == torch.bool else torch.finfo(value.dtype).min
+        value = F.pad(value, (0, missing), value=hidden)
+        return torch.cat([value, value[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+
+    return _map(given, cut)
+
+
+def _stack(givens: Sequence[Given]) -> Given:
+    """Single rows as one batch."""
+    out: Given = {}
+    for name, value in givens[0].items():
+        if isinstance(value, Mapping):
+            out[name] = _stack([given[name] for given in givens])
+        elif isinstance(value, Tensor):
+            axis = 1 if name == "position_ids" and value.ndim == 3 else 0
+            out[name] = torch.cat([given[name] for given in givens], dim=axis)
+        else:
+            out[name] = value
+    return out
+
+
+@torch.no_grad()
+def capture_branches(
+    lvlm: LVLM, givens: Sequence[Mapping[str, Any]], length: int, blocks: Any = None
+) -> Branches:
+    """One pass over the common beginning and one over all endings, without edits.
+
+    Args:
+        lvlm: The model.
+        givens: Decoder arguments of single rows (`decoder_inputs`) for which `why_not_shared` is None.
+        length: Positions of the beginning.
+        blocks: The blocks that will be edited, or None for all.
+    """
+    count = lvlm.anatomy.language.n_layers
+    empty = Cache(layers=[_Past(0) for _ in range(count)])
+    stem = capture_given(lvlm, _stem(givens[0], length), blocks, empty)
+    past = _left_behind(empty, length)
+    longest = max(given["inputs_embeds"].shape[1] for given in givens) - length
+    tails = _stack([_tail(given, length, longest) for given in givens])
+    rows = torch.zeros(len(givens), dtype=torch.long)
+    return Branches(stem, past, capture_given(lvlm, tails, blocks, past.cache(rows)))
+
+
+def _left_behind(cache: Cache, length: int) -> KeyValues:
+    """The keys and values that a pass made."""
+    layers = [layer for layer in cache.layers if isinstance(layer, _Past)]
+    made = {i: layer.new for i, layer in enumerate(layers) if layer.new is not None}
+    return KeyValues(length, made, len(layers))
+
+
+def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
+    """The stem's keys and values under edits of one block.
+
+    Args:
+        branches: From `capture_branches`.
+        block: The edited block, among those captured.
+        factors: ``[row key]``: one row per edit, one factor per position of the stem.
+
+    Returns:
+        Keys and values with one row per edit, from that block on.
+    """
+    empty = Cache(layers=[_Past(0) for _ in range(branches.past.blocks)])
+    rows = torch.zeros(len(factors), dtype=torch.long)
+    resume(branches.stem, block, factors, rows=rows, cache=empty)
+    return _left_behind(empty, branches.past.length)
+
+
+def resume_tails(
+    branches: Branches, block: int, factors: Tensor, past: KeyValues, edits: Tensor, tails: Tensor
+) -> Tensor:
+    """The endings under edits of one block.
+
+    Args:
+        branches: From `capture_branches`.
+        block: The edited block.
+        factors: ``[edit key]``, as given to `resume_stem`; keys of the endings keep theirs.
+        past: What `resume_stem` gave.
+        edits: Int ``[row]``: the edit of each row.
+        tails: Int ``[row]``: the ending of each row.
+
+    Returns:
+        Hidden states after the final norm, ``[row pos d_model]``, positions counted from the end of
+        the stem.
+    """
+    longest = branches.tails.hidden.shape[1]
+    scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)
+    return resume(branches.tails, block, scale, rows=tails, cache=past.cache(edits))
