@@ -4,20 +4,36 @@ from sinkscope.experiments.compare import Comparison, Item, compare
 from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
-from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.experiments.statistics import (
+    cluster_bootstrap,
+    cluster_intervals,
+    sign_flip_maximum,
+)
+from sinkscope.experiments.sweep import sweep
+from sinkscope.experiments.sweeps.cost import SweepCost
+from sinkscope.experiments.sweeps.grid import lsg_grid
+from sinkscope.experiments.sweeps.result import Sweep
+from sinkscope.experiments.sweeps.scores import Answered
 from sinkscope.experiments.trace import SinkTrace, trace_sinks
 
 __all__ = [
+    "Answered",
     "Comparison",
     "EditSinks",
     "Item",
     "SinkRecord",
     "SinkTrace",
+    "Sweep",
+    "SweepCost",
     "cluster_bootstrap",
+    "cluster_intervals",
     "compare",
     "effect_conditions",
     "effect_table",
+    "lsg_grid",
     "nop_or_broadcast",
+    "sign_flip_maximum",
+    "sweep",
     "top_received",
     "trace_sinks",
 ]

@@ -35,6 +35,7 @@ class Item:
         task: What kind of question it is.
         image_id: Questions with one id are about one image: they share a batch, and are resampled
             together.
+        choices: All answers to choose from, the right one among them; empty for a free answer.
     """
 
     image: Any
@@ -42,6 +43,7 @@ class Item:
     answer: str
     task: str = "all"
     image_id: Any = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,7 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
     """Questions as `Item` records, in groups of one image.
 
     Raises:
-        InputError: If a record lacks a field, or there is none.
+        InputError: If a record lacks a field, there is none, or the answer is not among the choices.
     """
     items = []
     for i, record in enumerate(dataset):
@@ -137,10 +139,25 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
                 f"Record {i} is a {type(record).__name__}; expected a dict or an Item with image, "
                 "question and answer."
             )
-        items.append(item if item.image_id is not None else replace(item, image_id=f"item {i}"))
+        items.append(_checked(item, i))
     if not items:
         raise InputError("Got an empty dataset; expected at least one question.")
     return items
+
+
+def _checked(item: Item, i: int) -> Item:
+    """The item with an image id, and with choices as a tuple that holds the answer."""
+    choices = item.choices
+    listed = choices is None or (isinstance(choices, Sequence) and not isinstance(choices, str))
+    if not listed or not all(isinstance(choice, str) for choice in choices or ()):
+        raise InputError(f"Record {i} has choices={choices!r}; expected a list of str.")
+    if choices and item.answer not in choices:
+        raise InputError(
+            f"Record {i} has the answer {item.answer!r} and choices={list(choices)}; expected the "
+            "answer to be one of the choices, written in the same way."
+        )
+    known = f"item {i}" if item.image_id is None else item.image_id
+    return replace(item, image_id=known, choices=tuple(choices or ()))
 
 
 def compare(

@@ -14,6 +14,7 @@ from sinkscope.viz.layers import (
     plot_spikes,
 )
 from sinkscope.viz.report import write_report
+from sinkscope.viz.sweep import plot_sweep
 from sinkscope.viz.text import trace_summary
 from sinkscope.viz.trace import plot_trace
 
@@ -27,6 +28,7 @@ __all__ = [
     "plot_received_map",
     "plot_sinks_on_image",
     "plot_spikes",
+    "plot_sweep",
     "plot_trace",
     "trace_html",
     "trace_summary",

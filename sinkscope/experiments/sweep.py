@@ -1,0 +1,314 @@
+"""sweep: the layer x coefficient map of key gating, exact, resumable, and with everything reused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.detectors.calibrate import Calibration, calibrate
+from sinkscope.detectors.constants import known_for
+from sinkscope.detectors.rules import Detector
+from sinkscope.detectors.run import check_detector
+from sinkscope.errors import InputError, ModelError
+from sinkscope.experiments.compare import Item, as_items
+from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
+from sinkscope.experiments.sweeps.edits import Batch
+from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
+from sinkscope.experiments.sweeps.images import Line, Numbered, Rules, sweep_image
+from sinkscope.experiments.sweeps.result import ALL, Sweep, check_by
+from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
+from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table
+from sinkscope.models.identity import identity_of
+from sinkscope.models.prepare import open_image
+from sinkscope.models.replay import capture, logits_at
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+    from sinkscope.models.prepare import Sample
+
+CALIBRATION_IMAGES = 6
+SHOWN_FROM = 50
+"""Questions from which a progress bar is shown unasked."""
+
+
+def sweep(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    layers: Any = None,
+    grid: Sequence[Pair] | None = None,
+    by: str = "task",
+    *,
+    score: str | Score | None = None,
+    v_detector: Detector | None = None,
+    calibration: Calibration | None = None,
+    merge: str = "max",
+    out: str | Path | None = None,
+    batch: int | str = "auto",
+    progress: bool | None = None,
+    dry_run: bool = False,
+) -> Sweep | SweepCost:
+    """Score every question with the keys of image tokens scaled, layer by layer and pair by pair.
+
+    In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and
+    those of all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al.
+    2604.03316: a gate that reads layer l edits block l + 1). An image without V-sinks has "other"
+    image tokens only. The base, (1, 1), is run once per question.
+
+    Nothing is approximated: the vision tower runs once per image (and once more where V-sinks are
+    looked for), blocks before the edited one once per question, pairs as rows of one pass, and the
+    prompt up to the end of the image once for all questions about it.
+
+    Args:
+        lvlm: The model, with its processor and weights.
+        dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
+            ``image_id`` and ``choices``: dicts or `Item`. An answer is tokenised by itself; write its
+            leading space if your model's answers begin with one.
+        layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
+        grid: Pairs ``(s_V, s_rest)``; None for `lsg_grid`.
+        by: How the result is split: ``"task"``, or ``"all"``.
+        score: ``"choice"`` (the option with the highest mean log-probability per token is the
+            right one), ``"exact"`` (at each position of the answer its token is the most likely one,
+            given the prompt and the answer so far: greedy decoding begins with the answer),
+            ``"logprob"`` (of the answer, in nats), or a function of an item and an `Answered`. None
+            is ``"choice"`` if items have choices, else ``"exact"``. The log-probability is always
+            kept too.
+        v_detector: The rule for V-sinks, best calibrated on other images.
+        calibration: Of `calibrate`; its rule for V-sinks is taken. Without both, published constants
+            of this model are used, else the first images of the dataset calibrate, which is noted in
+            the result.
+        merge: See `trace_sinks`.
+        out: A folder to write to and to continue from, or None to keep all in memory.
+        batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
+        progress: Whether to show a progress bar with the time left; None from 50 questions on.
+        dry_run: Whether to return what it would cost instead; nothing is run and written.
+
+    Returns:
+        The sweep, or, with ``dry_run``, a `SweepCost` to print.
+
+    Raises:
+        InputError: If dataset, grid or an option is malformed, or ``out`` holds another sweep.
+        LayerError: If there is no such layer.
+        ModelError: If a resumed pass would not be the model's own.
+    """
+    items = as_items(dataset)
+    check_by(by)
+    check_tasks(items)
+    name, scoring = choose_score(score, items)
+    pairs = check_grid(lsg_grid() if grid is None else grid)
+    cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
+    check_batch(batch)
+    check_usable(lvlm)
+    groups = by_image(items)
+    if dry_run:
+        return estimate(lvlm, groups, cells, len(items))
+    detector, rule, notes = choose_v(lvlm, groups, v_detector, calibration)
+    settings = {
+        "format": 1,
+        "model": identity_of(lvlm),
+        "dataset": digest_of(items),
+        "groups": len(groups),
+        "grid": [list(pair) for pair in pairs],
+        "layers": list(cells.layers),
+        "score": name,
+        "v_rule": rule,
+        "merge": merge,
+        "notes": notes,
+        "versions": {p: version(p) for p in ("sinkscope", "torch", "transformers")},
+    }
+    rules = Rules(cells, scoring, detector, merge, Batch(batch, len(pairs)))
+    folder = None if out is None else Folder(out, settings)
+    hidden = len(items) < SHOWN_FROM if progress is None else not progress
+    made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
+    if out is not None:
+        return Sweep.load(out, by)
+    tables = [as_table(lines) for lines, _ in made]
+    said = dict.fromkeys([*notes, *(note for _, some in made for note in some)])
+    return Sweep(as_frame(tables), settings, tuple(said), by)
+
+
+def run_groups(
+    lvlm: LVLM,
+    groups: Sequence[Sequence[Numbered]],
+    rules: Rules,
+    folder: Folder | None,
+    *,
+    hidden: bool,
+) -> list[tuple[list[Line], list[str]]]:
+    """Run the groups that are not there yet; kept in memory only if there is no folder."""
+    each = len(rules.cells.layers) * len(rules.cells.pairs)
+    done = [folder is not None and folder.done(i) for i in range(len(groups))]
+    before = each * sum(len(group) for group, there in zip(groups, done, strict=True) if there)
+    total = each * sum(len(group) for group in groups)
+    kept = []
+    proven = False
+    with tqdm(total=total, initial=before, desc="sweeping", unit="cell", disable=hidden) as bar:
+        for number, group in enumerate(groups):
+            if done[number]:
+                continue
+            if not proven:
+                prove(lvlm, group[0][1])
+                proven = True
+            lines, notes = sweep_image(lvlm, group, rules, bar.update)
+            if folder is None:
+                kept.append((lines, notes))
+            else:
+                folder.write(number, lines, notes)
+    return kept
+
+
+def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
+    """Numbered questions in groups of one image id, in the order in which ids appear."""
+    groups: dict[str, list[Numbered]] = {}
+    for numbered in enumerate(items):
+        groups.setdefault(str(numbered[1].image_id), []).append(numbered)
+    return list(groups.values())
+
+
+def check_tasks(items: Sequence[Item]) -> None:
+    """Refuse a task whose name stands for all questions, unless it is the only one.
+
+    Raises:
+        InputError: If there is one.
+    """
+    tasks = {item.task for item in items}
+    if ALL in tasks and len(tasks) > 1:
+        raise InputError(
+            f"Got the tasks {sorted(tasks)}; expected no task {ALL!r} beside others, which is the name "
+            "of all questions together. Write task='other' on items without one."
+        )
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse anything but ``"auto"`` and a positive number.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    number = isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1
+    if not number and batch != "auto":
+        raise InputError(f"Got batch={batch!r}; expected 'auto' or a number of pairs, 1 or more.")
+
+
+def check_usable(lvlm: LVLM) -> None:
+    """Refuse a model that cannot read answers or has no weights here.
+
+    Raises:
+        InputError: If it has no processor, or no weights.
+    """
+    if lvlm.tokenizer is None:
+        raise InputError("Got an LVLM without a processor; expected one, to read answers.")
+    if lvlm.device.type == "meta":
+        raise InputError(
+            "Got an LVLM without weights; expected them here: a sweep resumes passes, which a remote "
+            "run cannot. Write ss.LVLM.from_pretrained(name) without remote=True."
+        )
+
+
+def choose_v(
+    lvlm: LVLM,
+    groups: Sequence[Sequence[Numbered]],
+    detector: Detector | None,
+    calibration: Calibration | None,
+) -> tuple[Detector, str, list[str]]:
+    """The rule for V-sinks, how it came about, and what a reader must know of that.
+
+    Raises:
+        InputError: If a detector and a calibration are given, or what is given is no calibration.
+    """
+    if detector is not None and calibration is not None:
+        raise InputError("Got v_detector and calibration; expected one of them. Write only one.")
+    if detector is not None:
+        return check_detector(detector), repr(detector), []
+    if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            raise InputError(
+                f"Got calibration of type {type(calibration).__name__}; expected what "
+                "ss.calibrate(lvlm, samples) gives."
+            )
+        return calibration.v_detector, repr(calibration.v_detector), []
+    known = known_for(lvlm)
+    if known is not None and known.default and known.v_detector is not None:
+        return known.v_detector, f"known constants of {known.name}: {known.v_detector!r}", []
+    first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
+    samples = [lvlm.prepare(images=item.image, text=item.question) for item in first]
+    found = calibrate(lvlm, samples, progress=False)
+    rule = f"calibrated on the first {len(first)} images of the dataset"
+    note = (
+        f"V-sinks by a rule {rule}, which are scored too ({found.vision.reason}). Write "
+        "calibration=ss.calibrate(lvlm, samples of other images)"
+    )
+    return found.v_detector, rule, [note]
+
+
+@torch.no_grad()
+def prove(lvlm: LVLM, item: Item) -> None:
+    """Refuse a model whose captured pass is not its own forward pass.
+
+    Raises:
+        ModelError: If the logits of a question differ.
+    """
+    sample = lvlm.prepare(images=item.image, text=item.question)
+    seen = capture(lvlm, sample.inputs, [0])
+    ours = logits_at(seen, seen.hidden, sample.tokens.last[:, None])[:, 0].float()
+    placed = {
+        k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()
+    }
+    module: Any = lvlm.module
+    own = module(**placed, use_cache=False).logits[:, -1].float()
+    error = float((ours - own).abs().max())
+    limit = (1e-4 if module.dtype == torch.float32 else 0.05) * max(1.0, float(own.abs().max()))
+    if not error <= limit:
+        raise ModelError(
+            f"The decoder's replayed logits differ from the model's own by {error:.2g}; expected at "
+            f"most {limit:.2g}. This model does something to its logits that sinkscope does not know; "
+            "please report this class."
+        )
+
+
+def estimate(
+    lvlm: LVLM, groups: Sequence[Sequence[Numbered]], cells: Cells, questions: int
+) -> SweepCost:
+    """The cost of a sweep, from the lengths of the first images' prompts."""
+    some = groups[:8]
+    shapes = []
+    for group in some:
+        prepared = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
+        shapes.append(shape_of(lvlm, prepared, [item for _, item in group]))
+    looked_at = sum(len(group) for group in some)
+    return cost_of(work_of(lvlm), shapes, cells, questions, len(groups), looked_at)
+
+
+def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Shape:
+    """The lengths of the questions about one image."""
+    first = samples[0].tokens
+    stem = int((first.image[0] >= 0).nonzero().max()) + 1
+    tails = [
+        int(sample.tokens.ids.shape[1]) - stem + len(feed)
+        for sample, item in zip(samples, items, strict=True)
+        for feed in ask(lvlm.tokenizer, item).feeds
+    ]
+    return Shape(tuple(first.vision.live.sum(dim=1).tolist()), stem, tuple(tails))
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """A digest of questions, answers, options, tasks and pixels, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        texts = (item.question, item.answer, item.task, str(item.image_id), *item.choices)
+        digest.update(repr(texts).encode())
+        images = item.image if isinstance(item.image, (list, tuple)) else [item.image]
+        for image in images:
+            if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
+                digest.update(Path(image).read_bytes())
+            else:
+                opened = open_image(image)
+                digest.update(repr(opened.size).encode() + opened.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,330 @@
+"""All cells for the questions about one image, with everything reused that an edit cannot change.
+
+::
+
+    once per image       vision tower, detection
+    once per image       the prompt up to the end of the last image: states and keys, unedited
+    once per question    the rest of it, unedited
+    per layer and pair   blocks from the edited one on: the shared beginning once, then every question
+
+A question that shares its beginning with no other runs whole, from the edited block on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.detectors.rules import Detector, NoSinks
+from sinkscope.detectors.run import detect
+from sinkscope.experiments.compare import Item
+from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
+from sinkscope.experiments.sweeps.grid import Cells
+from sinkscope.experiments.sweeps.scores import (
+    Answered,
+    Asked,
+    Score,
+    answered,
+    ask,
+    reading_of,
+)
+from sinkscope.experiments.trace import carry
+from sinkscope.models.decoder_inputs import Given, decoder_inputs, extend
+from sinkscope.models.prefix import (
+    Branches,
+    capture_branches,
+    resume_stem,
+    resume_tails,
+    why_not_shared,
+)
+from sinkscope.models.replay import Captured, capture_given, logits_at, resume
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+    from sinkscope.models.prepare import Sample
+
+Numbered = tuple[int, Item]
+Line = dict[str, Any]
+Read = tuple[Tensor, Tensor]
+TAILS_PER_EDIT = 4
+"""Endings are short: this many of them take about the memory of one whole prompt."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is the same for every image of a sweep.
+
+    Attributes:
+        cells: Layers and pairs.
+        score: How an answer is scored.
+        detector: The rule for V-sinks.
+        merge: See `sinkscope.trace_sinks`.
+        batch: How many edits run together.
+    """
+
+    cells: Cells
+    score: Score
+    detector: Detector
+    merge: str
+    batch: Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """One question, prepared: its tokens, its options, and its V-sinks ``[pos]``."""
+
+    index: int
+    asked: Asked
+    sample: Sample
+    sinks: Tensor
+
+    @property
+    def visual(self) -> Tensor:
+        """Image tokens, bool ``[pos]``."""
+        return self.sample.tokens.image[0] >= 0
+
+    @property
+    def last(self) -> int:
+        """The last prompt token."""
+        return int(self.sample.tokens.ids.shape[1]) - 1
+
+
+@torch.no_grad()
+def sweep_image(
+    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
+) -> tuple[list[Line], list[str]]:
+    """Every cell of every question about an image.
+
+    Args:
+        lvlm: The model.
+        group: The questions with their numbers.
+        rules: What to run.
+        tick: Told how many cells are done.
+
+    Returns:
+        One line per question, layer and pair, and what a reader should know.
+    """
+    lines: list[Line] = []
+    notes: list[str] = []
+    parts = list(by_pixels(lvlm, group))
+    if len(parts) > 1:
+        images = {str(item.image_id) for _, item in group}
+        notes.append(
+            f"{len(parts)} different images have the id {min(images)!r}; nothing was shared"
+        )
+    for prepared in parts:
+        lines.extend(_one_image(lvlm, prepared, rules, tick, notes))
+    return lines, notes
+
+
+def by_pixels(lvlm: LVLM, group: Sequence[Numbered]) -> Iterator[list[tuple[Numbered, Sample]]]:
+    """The questions, prepared, in groups that really have the same image."""
+    names = lvlm.anatomy.family.image_inputs
+    parts: list[list[tuple[Numbered, Sample]]] = []
+    for index, item in group:
+        sample = lvlm.prepare(images=item.image, text=item.question)
+        for part in parts:
+            if all(_same(part[0][1].inputs.get(n), sample.inputs.get(n)) for n in names):
+                part.append(((index, item), sample))
+                break
+        else:
+            parts.append([((index, item), sample)])
+    yield from parts
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two image inputs are equal, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return a is b
+
+
+def _one_image(
+    lvlm: LVLM,
+    prepared: Sequence[tuple[Numbered, Sample]],
+    rules: Rules,
+    tick: Callable[[int], object],
+    notes: list[str],
+) -> list[Line]:
+    """Every cell of the questions about one image."""
+    ((_, _), first) = prepared[0]
+    end = int((first.tokens.image[0] >= 0).nonzero().max()) + 1
+    sinks = v_sinks(lvlm, first, rules)
+    givens: list[Given] = []
+    prompts: list[Prompted] = []
+    features = None
+    for (index, item), sample in prepared:
+        asked = ask(lvlm.tokenizer, item)
+        for feed in asked.feeds:
+            given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
+            givens.append(given)
+        alike = torch.equal(sample.tokens.ids[0, :end], first.tokens.ids[0, :end])
+        own = sinks[:end] if alike else v_sinks(lvlm, sample, rules)
+        own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
+        prompts.append(Prompted(index, asked, sample, own))
+    reason = why_not_shared(givens, end)
+    if reason is not None and len(givens) > 1:
+        notes.append(
+            f"nothing was shared by the questions about {prepared[0][0][1].image_id!r}: {reason}"
+        )
+    if reason is None and len(givens) > 1:
+        return _shared(lvlm, prompts, givens, end, rules, tick)
+    return _alone(lvlm, prompts, givens, rules, tick)
+
+
+def v_sinks(lvlm: LVLM, sample: Sample, rules: Rules) -> Tensor:
+    """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
+    if isinstance(rules.detector, NoSinks):
+        return torch.zeros_like(sample.tokens.live[0])
+    feeds = lvlm.anatomy.feed_layers
+    found = detect(lvlm, sample, rules.detector, tower="vision", layers=feeds)
+    return carry(sample, found, list(range(len(feeds))), rules.merge)[0]
+
+
+def _alone(
+    lvlm: LVLM,
+    prompts: Sequence[Prompted],
+    givens: Sequence[Given],
+    rules: Rules,
+    tick: Callable[[int], object],
+) -> list[Line]:
+    """Questions that share nothing: each feed of each question is one row."""
+    lines: list[Line] = []
+    start = 0
+    for prompt in prompts:
+        own = givens[start : start + len(prompt.asked.feeds)]
+        start += len(own)
+        reading = reading_of([prompt.asked], [prompt.last] * len(own))
+        seen = [capture_given(lvlm, given, rules.cells.blocks) for given in own]
+        edits = Edits.of(factors_of(prompt.sinks, prompt.visual, rules.cells.pairs))
+
+        def read(captured: Captured, hidden: Tensor, row: int, reading: Any = reading) -> Read:
+            rows = torch.full((len(hidden),), row)
+            return reading.of(logits_at(captured, hidden, reading.positions[rows]), rows)
+
+        base = _answers([prompt], [[read(c, c.hidden, row) for row, c in enumerate(seen)]])
+        for block in rules.cells.blocks:
+
+            def work(
+                a: int, b: int, block: int = block, seen: Any = seen, edits: Any = edits
+            ) -> Any:
+                out = []
+                for row, captured in enumerate(seen):
+                    missing = captured.hidden.shape[1] - edits.factors.shape[1]
+                    factors = torch.nn.functional.pad(edits.factors[a:b], (0, missing), value=1.0)
+                    hidden = resume(captured, block, factors, rows=[0] * (b - a))
+                    out.append(read(captured, hidden, row))
+                return [
+                    [(logs[i : i + 1], best[i : i + 1]) for logs, best in out] for i in range(b - a)
+                ]
+
+            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
+            edited = [_answers([prompt], [one]) for one in reads]
+            lines.extend(_lines([prompt], base, edited, edits, block, rules))
+            tick(len(rules.cells.pairs))
+    return lines
+
+
+def _shared(
+    lvlm: LVLM,
+    prompts: Sequence[Prompted],
+    givens: Sequence[Given],
+    end: int,
+    rules: Rules,
+    tick: Callable[[int], object],
+) -> list[Line]:
+    """Questions that begin alike: the beginning runs once per layer and edit."""
+    lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
+    reading = reading_of([prompt.asked for prompt in prompts], lasts)
+    seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
+    edits = Edits.of(factors_of(prompts[0].sinks, prompts[0].visual, rules.cells.pairs)[:, :end])
+    count = len(givens)
+
+    def read(hidden: Tensor, rows: Tensor) -> Read:
+        return reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows)
+
+    base = _answers(prompts, [_split(*read(seen.tails.hidden, torch.arange(count)))])
+    lines: list[Line] = []
+    for block in rules.cells.blocks:
+
+        def work(a: int, b: int, block: int = block) -> list[list[Read]]:
+            return _edited_tails(seen, block, edits.factors[a:b], count, read, rules.batch)
+
+        reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
+        edited = [_answers(prompts, [one]) for one in reads]
+        lines.extend(_lines(prompts, base, edited, edits, block, rules))
+        tick(len(rules.cells.pairs) * len(prompts))
+    return lines
+
+
+def _edited_tails(
+    seen: Branches,
+    block: int,
+    factors: Tensor,
+    count: int,
+    read: Callable[[Tensor, Tensor], Read],
+    batch: Batch,
+) -> list[list[Read]]:
+    """What is read of every ending under every edit: ``[edit][ending]``."""
+    past = resume_stem(seen, block, factors)
+    edits = torch.arange(len(factors)).repeat_interleave(count)
+    tails = torch.arange(count).repeat(len(factors))
+    step = TAILS_PER_EDIT * batch.size
+    parts: list[Read] = []
+    for start in range(0, len(edits), step):
+        some = slice(start, start + step)
+        hidden = resume_tails(seen, block, factors, past, edits[some], tails[some])
+        parts.extend(_split(*read(hidden, tails[some])))
+    return [parts[i * count : (i + 1) * count] for i in range(len(factors))]
+
+
+def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
+    """Readings row by row."""
+    return [(logs[i : i + 1], greedy[i : i + 1]) for i in range(len(logs))]
+
+
+def _answers(prompts: Sequence[Prompted], reads: Sequence[Sequence[Read]]) -> list[Answered]:
+    """The answers of all questions from the readings of all their rows, in order."""
+    rows = iter([read for part in reads for read in part])
+    out = []
+    for prompt in prompts:
+        own = [next(rows) for _ in prompt.asked.feeds]
+        logs = [log[0].tolist() for log, _ in own]
+        out.append(answered(prompt.asked, logs, [best[0].tolist() for _, best in own]))
+    return out
+
+
+def _lines(
+    prompts: Sequence[Prompted],
+    base: Sequence[Answered],
+    edited: Sequence[Sequence[Answered]],
+    edits: Edits,
+    block: int,
+    rules: Rules,
+) -> Iterator[Line]:
+    """One line per question and pair of a layer."""
+    for i, prompt in enumerate(prompts):
+        item, plain = prompt.asked.item, base[i]
+        n_v = int(prompt.sinks.sum())
+        for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
+            after = plain if edit < 0 else edited[edit][i]
+            yield {
+                "item": prompt.index,
+                "image_id": str(item.image_id),
+                "task": item.task,
+                "layer": block - 1,
+                "edited": block,
+                "pair": place,
+                "s_v": pair[0],
+                "s_rest": pair[1],
+                "score": float(rules.score(item, after)),
+                "base_score": float(rules.score(item, plain)),
+                "logprob": after.logprob,
+                "base_logprob": plain.logprob,
+                "n_v": n_v,
+                "n_rest": int(prompt.visual.sum()) - n_v,
+            }

@@ -1,0 +1,303 @@
+"""Sweep: the layer x coefficient map, with intervals, a held-out best cell and its null."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from sinkscope.errors import InputError, nearest
+from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
+from sinkscope.experiments.sweeps.store import as_frame, read_manifest, read_parts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+ALL = "all"
+CELL = ["layer", "edited", "pair", "s_v", "s_rest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Every question under every cell.
+
+    Attributes:
+        table: One line per question, layer and pair: item, image_id, task, layer (-1 is
+            ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
+            logprob under the edit, base_score and base_logprob without, n_v and n_rest (V-sinks and
+            other image tokens). Log-probabilities are of the right answer, in nats.
+        settings: What was run, as plain values: the manifest.
+        notes: What a reader must know: how V-sinks were found, what could not be shared.
+        by: What the map is split by unless told otherwise: ``"task"`` or ``"all"``.
+    """
+
+    table: pd.DataFrame
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    by: str = "task"
+
+    @classmethod
+    def load(cls, folder: str | Path, by: str = "task") -> Sweep:
+        """A sweep from its folder, finished or not.
+
+        Args:
+            folder: What was given as ``out``.
+            by: See the class.
+
+        Raises:
+            CheckpointError: If the folder holds none, or a part cannot be read.
+        """
+        path = Path(folder).expanduser()
+        settings = read_manifest(path)
+        tables, notes = read_parts(path)
+        notes = [*settings["notes"], *notes]
+        if len(tables) < settings["groups"]:
+            notes.append(f"not finished: {len(tables)} of {settings['groups']} images")
+        return cls(as_frame(tables), settings, tuple(dict.fromkeys(notes)), check_by(by))
+
+    @property
+    def score(self) -> str:
+        """The name of the score."""
+        return str(self.settings["score"])
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """The coefficient pairs, in order."""
+        return [(float(v), float(rest)) for v, rest in self.settings["grid"]]
+
+    def base(self, by: str | None = None) -> pd.DataFrame:
+        """What the model scores without an edit.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+
+        Returns:
+            Columns of the group, n, images, score and logprob.
+        """
+        import pandas as pd
+
+        lines = []
+        for name, part in self._groups(by):
+            once = part.drop_duplicates("item")
+            lines.append(
+                {
+                    "task": name,
+                    "n": len(once),
+                    "images": once["image_id"].nunique(),
+                    "score": once["base_score"].mean(),
+                    "logprob": once["base_logprob"].mean(),
+                    "with_v": (once["n_v"] > 0).mean(),
+                }
+            )
+        return pd.DataFrame(lines)
+
+    def map(
+        self,
+        by: str | None = None,
+        *,
+        column: str = "score",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The layer x coefficient map: change against the base in every cell, with intervals.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            level: Coverage of the intervals, by bootstrap over images.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns task, layer, edited, pair, s_v, s_rest, n, images, base, value, delta, low, high
+            and clear (whether the interval excludes 0).
+        """
+        import pandas as pd
+
+        check_column(column)
+        tables = []
+        for name, part in self._groups(by):
+            cells, changes, images = wide(part, column)
+            mean, low, high = cluster_intervals(
+                changes, images, level=level, draws=draws, seed=seed
+            )
+            base = part.drop_duplicates("item")[f"base_{column}"].mean()
+            some = {
+                "n": len(changes),
+                "images": len(set(images)),
+                "base": base,
+                "value": base + mean,
+            }
+            clear = (low > 0) | (high < 0)
+            found = {"delta": mean, "low": low, "high": high, "clear": clear}
+            tables.append(cells.assign(task=name, **some, **found))
+        whole = pd.concat(tables, ignore_index=True)
+        return whole[["task", *CELL, *some, *found]]
+
+    def best(
+        self,
+        by: str | None = None,
+        *,
+        column: str = "score",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The best cell per task: chosen on one half of the images, scored on the other.
+
+        The largest of hundreds of changes is large by chance. So the cell is chosen on half of the
+        images and ``delta`` is measured on the others, and ``maximum``, the largest change over all
+        images, stands beside what it would be by chance: signs of whole images are drawn anew, the
+        same in all cells, and the maximum over all cells is taken again (see
+        `sinkscope.experiments.sign_flip_maximum`).
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            level: Coverage of the intervals.
+            draws: Bootstrap samples, and draws of the null.
+            seed: Of the halves and the draws.
+
+        Returns:
+            Columns task, layer, edited, pair, s_v, s_rest, chosen_on (change where it was chosen),
+            n, images, delta, low, high (on the other half), maximum, null_95 and p.
+
+        Raises:
+            InputError: If a task has fewer than two images.
+        """
+        import pandas as pd
+
+        check_column(column)
+        names = np.unique(self.table["image_id"].to_numpy().astype(str))
+        order = np.random.default_rng(seed).permutation(len(names))
+        first = set(names[order[: (len(names) + 1) // 2]])
+        lines = []
+        for name, part in self._groups(by):
+            cells, changes, images = wide(part, column)
+            here = np.asarray([image in first for image in images])
+            if here.all() or not here.any():
+                raise InputError(
+                    f"Got {len(set(images))} images for {name!r}, all in one half; expected images in "
+                    "both. Write another seed, or sweep more images."
+                )
+            means = changes[here].mean(axis=0)
+            at = int(means.argmax())
+            other = [image for image, mine in zip(images, here, strict=True) if not mine]
+            held = changes[~here][:, [at]]
+            delta, low, high = cluster_intervals(held, other, level=level, draws=draws, seed=seed)
+            maximum, null = sign_flip_maximum(changes, images, draws=draws, seed=seed)
+            lines.append(
+                {
+                    "task": name,
+                    **cells.iloc[at].to_dict(),
+                    "chosen_on": means[at],
+                    "n": len(held),
+                    "images": len(set(other)),
+                    "delta": delta[0],
+                    "low": low[0],
+                    "high": high[0],
+                    "maximum": maximum,
+                    "null_95": float(np.quantile(null, 0.95)),
+                    "p": float((1 + (null >= maximum - 1e-12).sum()) / (1 + len(null))),
+                }
+            )
+        out = pd.DataFrame(lines)
+        return out.astype({"layer": int, "edited": int, "pair": int})
+
+    def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
+        """Heat maps: layer x pair per task, change against the base.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            seed: Of the intervals; cells whose interval excludes 0 carry a dot.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.sweep import plot_sweep
+
+        return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
+
+    def observations(self, by: str | None = None, *, seed: int = 0) -> str:
+        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell.
+
+        Whether the best setting depends on the task, whether it depends on the layer, and whether
+        raising or splitting off sinks helps, each with its numbers.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            seed: Of halves and intervals.
+
+        Returns:
+            Lines for a terminal.
+        """
+        from sinkscope.experiments.sweeps.observations import observe
+
+        return observe(self, by or self.by, seed)
+
+    def score_text(self, column: str) -> str:
+        """What a column is, with its unit."""
+        if column == "logprob" or self.score == "logprob":
+            return "log-probability of the answer (nats)"
+        named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
+        return named.get(self.score, self.score)
+
+    def __repr__(self) -> str:
+        questions = self.table["item"].nunique()
+        return (
+            f"Sweep({questions} questions, {self.table['image_id'].nunique()} images, "
+            f"{self.table['layer'].nunique()} layers x {len(self.pairs)} pairs, score={self.score!r})"
+        )
+
+    def _groups(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The table by task, and whole at the end if there are several."""
+        by = check_by(self.by if by is None else by)
+        if by == "task" and self.table["task"].nunique() > 1:
+            for name, part in self.table.groupby("task", sort=True):
+                yield str(name), part
+        yield ALL, self.table
+
+
+def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Cells, changes ``[question cell]``, and the image of every question."""
+    change = part.assign(change=part[column] - part[f"base_{column}"])
+    table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
+        axis=1
+    )
+    cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[CELL]
+    images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
+    return (
+        cast("pd.DataFrame", cells.reset_index(drop=True)),
+        table.to_numpy(dtype=float),
+        images.astype(str).tolist(),
+    )
+
+
+def check_by(by: Any) -> str:
+    """The name itself.
+
+    Raises:
+        InputError: If it is unknown.
+    """
+    if by not in ("task", ALL):
+        raise InputError(
+            f"Got by={by!r}; expected 'task', or 'all' for all questions together. "
+            f"{nearest(str(by), ('task', ALL))}"
+        )
+    return by
+
+
+def check_column(column: Any) -> None:
+    """Refuse an unknown column.
+
+    Raises:
+        InputError: If it is neither ``"score"`` nor ``"logprob"``.
+    """
+    if column not in ("score", "logprob"):
+        raise InputError(f"Got column={column!r}; expected 'score' or 'logprob'.")

@@ -1,0 +1,184 @@
+"""A sweep on disk: a manifest and one Parquet part per image, each complete or not there.
+
+::
+
+    out/
+      manifest.json        what was run; another run is refused here
+      part-000000.parquet  all cells of the questions about the first image
+      part-000001.parquet  ...
+
+A file is written under another name, flushed, and renamed. So a process may be killed at any moment:
+a part is there as a whole or not at all, and the next run makes those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sinkscope.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("image_id", pa.string()),
+        ("task", pa.string()),
+        ("layer", pa.int64()),
+        ("edited", pa.int64()),
+        ("pair", pa.int64()),
+        ("s_v", pa.float64()),
+        ("s_rest", pa.float64()),
+        ("score", pa.float64()),
+        ("base_score", pa.float64()),
+        ("logprob", pa.float64()),
+        ("base_logprob", pa.float64()),
+        ("n_v", pa.int64()),
+        ("n_rest", pa.int64()),
+    ]
+)
+ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
+MANIFEST = "manifest.json"
+TEMPORARY = ".writing"
+
+
+def as_table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Lines of a sweep as a table of fixed columns."""
+    return pa.Table.from_pylist(list(lines), schema=SCHEMA)
+
+
+def as_frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
+    whole = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    return whole.sort_by(ORDER).to_pandas()
+
+
+class Folder:
+    """Where a sweep is written.
+
+    Args:
+        path: The folder; it is made if it does not exist.
+        manifest: What is run, as plain values.
+
+    Raises:
+        InputError: If the folder holds another sweep, with the differences, or other files.
+    """
+
+    def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path).expanduser()
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"Got out={str(path)!r}, which is a file; expected a folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(f"*{TEMPORARY}"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        found = self.path / MANIFEST
+        if found.exists():
+            check_same(read_manifest(self.path), manifest, self.path)
+        elif any(self.path.iterdir()):
+            raise InputError(
+                f"Got out={str(path)!r}, a folder with other files and no {MANIFEST}; expected a new "
+                "folder, or one of a sweep that is to be continued."
+            )
+        else:
+            write_atomically(found, json.dumps(manifest, indent=1).encode())
+
+    def part(self, group: int) -> Path:
+        """The part of an image group."""
+        return self.path / f"part-{group:06d}.parquet"
+
+    def done(self, group: int) -> bool:
+        """Whether a group is there."""
+        return self.part(group).exists()
+
+    def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+        """Write a group, whole or not at all.
+
+        Args:
+            group: Its number.
+            lines: Its cells.
+            notes: What a reader should know about it.
+        """
+        table = as_table(lines).replace_schema_metadata({"notes": json.dumps(list(notes))})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_atomically(self.part(group), sink.getvalue().to_pybytes())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A file that is there with all its content or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a folder says it holds.
+
+    Raises:
+        CheckpointError: If there is no manifest, or it cannot be read.
+    """
+    file = path / MANIFEST
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Could not read {str(file)!r} ({type(error).__name__}); expected the folder that "
+            "ss.sweep(..., out=folder) wrote."
+        ) from error
+
+
+def read_parts(path: Path) -> tuple[list[pa.Table], list[str]]:
+    """The parts of a folder, and their notes.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
+    tables, notes = [], []
+    for file in sorted(path.glob("part-*.parquet")):
+        try:
+            table = pq.read_table(file, schema=SCHEMA)
+            said = pq.read_schema(file).metadata or {}
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
+                "file and run the sweep again: only its image is computed."
+            ) from error
+        notes.extend(json.loads(said.get(b"notes", b"[]")))
+        tables.append(table)
+    return tables, notes
+
+
+def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue another run.
+
+    Raises:
+        InputError: With every difference.
+    """
+    plain = json.loads(json.dumps(wanted))
+    other = [
+        f"{name}: there {_short(found.get(name))}, here {_short(plain.get(name))}"
+        for name in sorted({*found, *plain})
+        if found.get(name) != plain.get(name)
+    ]
+    if other:
+        raise InputError(
+            f"Got out={str(path)!r}, which holds another sweep; expected the same one to continue it. "
+            f"Different are {'; '.join(other)}. Write another folder."
+        )
+
+
+def _short(value: Any) -> str:
+    """A value in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

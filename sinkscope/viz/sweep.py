@@ -1,0 +1,114 @@
+"""The layer x coefficient map as heat maps, one per task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
+
+from sinkscope.errors import InputError
+from sinkscope.viz.style import LABEL, SMALL, TITLE, new_figure, ticks_for
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = frozenset(
+    {"task", "layer", "pair", "s_v", "s_rest", "n", "base", "delta", "low", "high", "clear"}
+)
+COLOURS = "PuOr_r"
+"""Orange above the base, purple below: apart for colour-blind readers, and white at no change."""
+DOT: dict[str, Any] = {
+    "marker": "o",
+    "linestyle": "",
+    "color": "black",
+    "markersize": 4,
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.5,
+}
+ACROSS = 3
+"""Tasks side by side."""
+
+
+def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") -> Figure:
+    """The change against the base in every cell, one heat map per task with one scale for all.
+
+    A dot marks a cell whose interval excludes 0; of many cells without an effect one in twenty has
+    one too.
+
+    Args:
+        table: Of ``Sweep.map()``.
+        score: What is shown, with its unit; ``(points)`` shows fractions times 100.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: If the table is no such map.
+    """
+    missing = sorted(COLUMNS - set(table.columns))
+    if missing or table.empty:
+        raise InputError(
+            f"Got a table with {sorted(table.columns)} and {len(table)} lines; expected that of "
+            f"sweep.map(), missing {missing}."
+        )
+    factor = 100.0 if "points" in score else 1.0
+    tasks = list(dict.fromkeys(table["task"]))
+    across = min(ACROSS, len(tasks))
+    down = -(-len(tasks) // across)
+    layers, pairs = table["layer"].nunique(), table["pair"].nunique()
+    size = (
+        1.6 + across * max(2.6, 0.27 * pairs),
+        1.3 + down * (1.25 + min(4.2, 0.26 * layers + 0.3)),
+    )
+    figure = new_figure(size)
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    reach = max(float(table["delta"].abs().max()) * factor, 1e-9)
+    scale = Normalize(-reach, reach)
+    axes = list(grid.flatten())
+    for i, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
+        _draw(ax, cast("pd.DataFrame", table[table["task"] == task]), factor, scale)
+        if i + across >= len(tasks):
+            ax.set_xlabel("s_V (V-sinks) / s_rest (other)", fontsize=LABEL)
+            ax.tick_params(labelbottom=True)
+        if i % across == 0:
+            ax.set_ylabel("layer (edited: next block)", fontsize=LABEL)
+    for ax in axes[len(tasks) :]:
+        ax.set_visible(False)
+    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, shrink=0.8, pad=0.02)
+    bar.set_label("change against the base", fontsize=LABEL)
+    bar.ax.tick_params(labelsize=SMALL)
+    figure.suptitle(f"Change of {score}", fontsize=TITLE, x=0.01, ha="left")
+    dot = Line2D([], [], **DOT)
+    figure.legend([dot], ["interval excludes 0"], loc="upper right", fontsize=SMALL, frameon=False)
+    return figure
+
+
+def _draw(ax: Axes, part: pd.DataFrame, factor: float, scale: Normalize) -> None:
+    """One task."""
+    delta = part.pivot(index="layer", columns="pair", values="delta").sort_index()
+    clear = part.pivot(index="layer", columns="pair", values="clear").sort_index()
+    ax.imshow(
+        delta.to_numpy(dtype=float) * factor,
+        aspect="auto",
+        origin="lower",
+        cmap=COLOURS,
+        norm=scale,
+        interpolation="nearest",
+    )
+    rows, columns = np.nonzero(clear.to_numpy(dtype=bool))
+    ax.plot(columns, rows, **DOT)
+    names = ["embed" if layer == -1 else str(layer) for layer in delta.index]
+    shown = ticks_for(len(names), 16)
+    ax.set_yticks(shown, [names[i] for i in shown], fontsize=SMALL)
+    pairs = part.drop_duplicates("pair").sort_values("pair")
+    labels = [f"{v:g}/{rest:g}" for v, rest in zip(pairs["s_v"], pairs["s_rest"], strict=True)]
+    places = ticks_for(len(labels), 12)
+    ax.set_xticks(places, [labels[i] for i in places], fontsize=SMALL, rotation=90)
+    first = part.iloc[0]
+    base = first["base"] * factor
+    ax.set_title(f"{first['task']}: base {base:.1f}, n = {first['n']}", fontsize=LABEL, loc="left")
