@@ -129,4 +129,6 @@ def _layer(layer: object) -> str:
 
 def _layers(layers: list) -> str:
     """Layers in words."""
-    return f"layers {', '.join(_layer(layer) for layer in layers)}" if layers else "no layer"
+    if not layers:
+        return "no layer"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(_layer(layer) for layer in layers)}"

@@ -133,11 +133,10 @@ class Sweep:
                 "base": base,
                 "value": base + mean,
             }
-            clear = (low > 0) | (high < 0)
-            found = {"delta": mean, "low": low, "high": high, "clear": clear}
-            tables.append(cells.assign(task=name, **some, **found))
-        whole = pd.concat(tables, ignore_index=True)
-        return whole[["task", *CELL, *some, *found]]
+            found = {"delta": mean, "low": low, "high": high, "clear": (low > 0) | (high < 0)}
+            cells.insert(0, "task", name)
+            tables.append(cells.assign(**some, **found))
+        return pd.concat(tables, ignore_index=True)
 
     def best(
         self,

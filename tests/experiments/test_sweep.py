@@ -1,0 +1,359 @@
+"""A sweep against the same edits made one by one through `ScaleKeys`, on every family."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import InputError, LayerError, ModelError
+from sinkscope.experiments import Answered, Item, SweepCost
+from sinkscope.experiments import sweep as sweep_function
+from sinkscope.experiments.sweeps import images
+from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
+from sinkscope.experiments.sweeps.scores import ask
+from sinkscope.testing import plant, random_image, tiny_llava
+from tests.conftest import FAMILIES
+
+GRID = [(0.3, 0.7), (1.5, 1.0), (0.0, 1.0)]
+NORM = ss.detectors.Norm("3sigma")
+
+
+def some(n_images=2, choices=False):
+    """Questions of unequal length, answers of unequal length; the second image has one only."""
+    asked = [
+        ("what is it", "red", "what"),
+        ("how many red shapes are in the picture , and where ?", "3 red shapes", "count"),
+        ("why", "yes", "what"),
+    ]
+    out = []
+    for i in range(n_images):
+        for question, answer, task in asked if i % 2 == 0 else asked[:1]:
+            item = {"question": question, "answer": answer, "task": task, "image_id": f"im{i}"}
+            item["image"] = random_image(90, 112, i)
+            if choices:
+                item["choices"] = ["red", "yes", "3 red shapes", "3 blue squares"]
+            out.append(item)
+    return out
+
+
+class Every(ss.detectors.Norm):
+    """Flags the ViT tokens above the median norm: V-sinks enough to see both coefficients act."""
+
+    def thresholds(self, result, scores):
+        return scores.nan_to_num().median(dim=-1).values
+
+
+EVERY = Every("3sigma")
+
+
+def teacher_forced(lvlm, item, detector):
+    """The sample of a prompt and its answer, its V-sinks as `trace_sinks` finds them, the answer."""
+    prompt = lvlm.prepare(images=item["image"], text=item["question"])
+    ids = lvlm.tokenizer(item["answer"], add_special_tokens=False)["input_ids"]
+    inputs = dict(prompt.inputs)
+    for name, value in prompt.inputs.items():
+        if torch.is_tensor(value) and value.shape == prompt.inputs["input_ids"].shape:
+            fill = {"input_ids": ids[:-1], "attention_mask": [1] * (len(ids) - 1)}
+            new = fill.get(name, [0] * (len(ids) - 1))
+            inputs[name] = torch.cat([value, torch.tensor([new], dtype=value.dtype)], dim=1)
+    sample = lvlm.prepare(inputs=inputs)
+    v = ss.trace_sinks(lvlm, sample, detector, ss.detectors.Norm("3sigma")).v_sinks
+    return sample, v, ids
+
+
+def expected(lvlm, ready, block, pair):
+    """Log-probability and greedy tokens of one answer, edited through nnsight."""
+    sample, v, ids = ready
+    rest = (sample.tokens.image >= 0) & ~v
+    edits = [
+        ss.ScaleKeys(v, pair[0], [block], allow_noop=True),
+        ss.ScaleKeys(rest, pair[1], [block], allow_noop=True),
+    ]
+    logits = lvlm.run(sample, interventions=edits).logits[0, -len(ids) :].float()
+    logs = logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+    return float(logs.sum()), logits.argmax(-1).tolist() == ids, int(v.sum())
+
+
+def check_equal(lvlm, items, table, detector):
+    ready = [teacher_forced(lvlm, item, detector) for item in items]
+    for line in table.to_dict("records"):
+        item = ready[line["item"]]
+        pair = (line["s_v"], line["s_rest"])
+        logprob, right, n_v = expected(lvlm, item, line["edited"], pair)
+        assert line["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert line["score"] == float(right)
+        assert line["n_v"] == n_v
+        assert line["edited"] == line["layer"] + 1
+        if line["layer"] == -1 and line["pair"] == 0:
+            base, right, _ = expected(lvlm, item, 0, (1.0, 1.0))
+            assert line["base_logprob"] == pytest.approx(base, abs=1e-4)
+            assert line["base_score"] == float(right)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_scale_keys(family, tiny):
+    lvlm, items = tiny(family), some()
+    made = ss.sweep(lvlm, items, grid=GRID, v_detector=EVERY)
+    assert len(made.table) == len(items) * 3 * len(GRID)
+    assert made.table["n_v"].min() > 0
+    assert not made.notes
+    check_equal(lvlm, items, made.table, EVERY)
+
+
+def test_equals_scale_keys_on_planted_sinks():
+    planted = plant()
+    lvlm, items = ss.LVLM(planted.model, planted.processor), some()
+    detector = ss.detectors.SinkDimensions(planted.truth.v_dims, 5.0)
+    made = ss.sweep(lvlm, items, layers=["embed", 3], grid=GRID, v_detector=detector)
+    assert set(made.table["n_v"]) == {len(planted.truth.v_sinks)}
+    check_equal(lvlm, items, made.table, detector)
+    moved = (made.table["logprob"] - made.table["base_logprob"]).abs()
+    assert moved[made.table["pair"] == 0].max() > 1e-3
+
+
+def test_equals_scale_keys_and_compare_on_the_bundled_model():
+    lvlm = ss.load_bundled()
+    items = list(ss.bundled.scene_questions(2, 4))
+    nothing = ss.detectors.NoSinks("none")
+    made = ss.sweep(lvlm, items, layers=[1], grid=GRID, v_detector=nothing)
+    check_equal(lvlm, items, made.table, nothing)
+    compared = ss.compare(lvlm, items, {"base": []}, batch=1).table
+    once = made.table.drop_duplicates("item")
+    assert once["base_score"].tolist() == compared["correct"].astype(float).tolist()
+
+
+def test_all_pairs_of_an_image_without_v_sinks_that_do_the_same_are_one_edit():
+    visual = torch.tensor([False, True, True, False])
+    pairs = [(0.0, 1.0), (0.5, 0.5), (0.1, 0.5), (2.0, 1.0)]
+    edits = Edits.of(factors_of(torch.zeros(4, dtype=torch.bool), visual, pairs))
+    assert edits.of_pair == (-1, 0, 0, -1)
+    assert edits.factors.tolist() == [[1.0, 0.5, 0.5, 1.0]]
+    sinks = torch.tensor([False, True, False, False])
+    assert Edits.of(factors_of(sinks, visual, pairs)).of_pair == (0, 1, 2, 3)
+
+
+def test_choices_equal_every_option_scored_alone(tiny):
+    """Options share rows where one begins another; scored alone they must be the same."""
+    lvlm, items = tiny("llava-siglip-qwen2"), some(choices=True)
+    seen = {}
+
+    def keep(item, answered: Answered):
+        seen[item.question, item.image_id] = answered
+        return float(answered.right)
+
+    made = ss.sweep(lvlm, items, layers=[0], grid=[(1.0, 0.4)], v_detector=EVERY, score=keep)
+    assert len(seen) == 4
+    for item in items:
+        answered = seen[item["question"], item["image_id"]]
+        assert item["choices"][answered.right] == item["answer"]
+        for place, text in enumerate(item["choices"]):
+            # `keep` saw the base last.
+            ready = teacher_forced(lvlm, item | {"answer": text}, EVERY)
+            alone, _, _ = expected(lvlm, ready, 0, (1.0, 1.0))
+            n = len(lvlm.tokenizer(text, add_special_tokens=False)["input_ids"])
+            assert answered.choices[place] == pytest.approx(alone / n, abs=1e-4)
+    assert "keep" in made.settings["score"]
+    chosen = ss.sweep(lvlm, items, layers=[0], grid=[(1.0, 0.4)], v_detector=EVERY)
+    assert chosen.score == "choice"
+    best = [int(np.argmax(seen[i["question"], i["image_id"]].choices)) for i in items]
+    right = [float(i["choices"][b] == i["answer"]) for i, b in zip(items, best, strict=True)]
+    assert chosen.table.sort_values("item")["base_score"].tolist() == right
+
+
+def test_options_that_begin_alike_share_a_row():
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    asked = ask(tokenizer, Item(None, "?", "ab", choices=("ab", "abc", "x", "abd")))
+    assert asked.feeds == ((97, 98),)
+    assert ask(tokenizer, Item(None, "?", "a", choices=("a", "b"))).feeds == ((),)
+
+
+def test_other_pixels_or_prompts_are_not_shared(tiny):
+    lvlm = tiny("llava-clip-llama")
+    items = some(1)
+    items[1]["image"] = random_image(90, 112, 7)
+    made = ss.sweep(lvlm, items, layers=[1], grid=GRID, v_detector=EVERY)
+    assert made.notes == ("2 different images have the id 'im0'; nothing was shared",)
+    check_equal(lvlm, items, made.table, EVERY)
+    items = some(1)[:2]
+    for item, text in zip(items, ("look : <image> what ?", "<image> what ?"), strict=True):
+        item["question"] = text
+    made = ss.sweep(lvlm, items, layers=[1], grid=GRID, v_detector=EVERY)
+    assert "differ before the end of the last image" in made.notes[0]
+    check_equal(lvlm, items, made.table, EVERY)
+
+
+def test_questions_share_what_they_can(tiny):
+    """Counted: the tower once for features and once for detection, early blocks once per question."""
+    lvlm, items = tiny("llava-clip-llama"), some(1)
+    ran = []
+    anatomy = lvlm.anatomy
+    paths = [anatomy.vision.mlp[0], *anatomy.language.mlp]
+
+    def note(place):
+        return lambda module, args, out: ran.append((place, tuple(args[0].shape[:2])))
+
+    ss.sweep(lvlm, items, v_detector=EVERY)  # whatever is done once is done
+    hooks = [
+        lvlm.module.get_submodule(path).register_forward_hook(note(i - 1))
+        for i, path in enumerate(paths)
+    ]
+    try:
+        ss.sweep(lvlm, items, layers=[1], grid=GRID, v_detector=EVERY)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tower = [shape for place, shape in ran if place == -1]
+    assert len(tower) == 4  # the check of itself runs it twice
+    replayed = [(place, rows) for place, (rows, _) in ran if place >= 0][-8:]
+    # base: beginning, endings; edited block 2: beginning by pair, endings by pair and question
+    assert replayed == [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3), (2, 3), (2, 3), (2, 9)]
+
+
+def test_batches_do_not_matter_and_back_off(tiny, monkeypatch):
+    lvlm, items = tiny("llava-clip-llama"), some()
+    whole = ss.sweep(lvlm, items, v_detector=EVERY).table
+    small = ss.sweep(lvlm, items, v_detector=EVERY, batch=2).table
+    columns = ["logprob", "base_logprob", "score"]
+    np.testing.assert_allclose(whole[columns], small[columns], atol=1e-5)
+    real, most = images.resume_stem, []
+
+    def short(seen, block, factors):
+        if len(factors) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        most.append(len(factors))
+        return real(seen, block, factors)
+
+    monkeypatch.setattr(images, "resume_stem", short)
+    again = ss.sweep(lvlm, items, v_detector=EVERY).table
+    np.testing.assert_allclose(whole[columns], again[columns], atol=1e-5)
+    assert max(most) == 2  # 11, 5, 2
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        ss.sweep(lvlm, items, v_detector=EVERY, batch=4)
+
+
+def test_batch_gives_up_at_one():
+    def work(a, b):
+        raise torch.OutOfMemoryError("none at all")
+
+    with pytest.raises(torch.OutOfMemoryError, match="none at all"):
+        Batch("auto", 8).chunks(3, work)
+
+
+def test_model_is_left_as_it_was(tiny):
+    lvlm = tiny("gemma3")
+    sample = lvlm.prepare(images=random_image(), text="what")
+    with torch.no_grad():
+        before = lvlm.module(**sample.inputs).logits
+        ss.sweep(lvlm, some(1), layers=[0], grid=GRID, v_detector=EVERY)
+        assert torch.equal(lvlm.module(**sample.inputs).logits, before)
+
+
+def test_dry_run_counts_and_runs_nothing(tiny, monkeypatch):
+    lvlm = tiny("llava-clip-llama")
+    monkeypatch.setattr(lvlm.module, "forward", None)
+    cost = ss.sweep(lvlm, some(), dry_run=True)
+    assert isinstance(cost, SweepCost)
+    cells = 4 * 3 * 11
+    assert (cost.questions, cost.images, cost.layers, cost.pairs) == (4, 2, 3, 11)
+    assert cost.forwards == cells + 4
+    assert cost.blocks_plain == 3 * (cells + 4)
+    # image 0: a beginning and three questions; image 1: one question; blocks 0, 1, 2 edited
+    assert cost.blocks == (4 + 1) * (3 + 11 * (3 + 2 + 1))
+    assert 1 < cost.bound < 20
+    assert "cells" in str(cost)
+
+
+def test_default_rule_is_calibrated_and_says_so(tiny):
+    made = ss.sweep(tiny("llava-clip-llama"), some(), layers=[0], grid=GRID)
+    assert "calibrated on the first 2 images of the dataset, which are scored too" in made.notes[0]
+    assert made.settings["v_rule"] == "calibrated on the first 2 images of the dataset"
+    assert made.table["n_v"].max() == 0
+
+
+def test_calibration_and_detector_are_taken(tiny):
+    lvlm = tiny("llava-clip-llama")
+    found = ss.calibrate(lvlm, [lvlm.prepare(images=random_image(seed=5), text="what")])
+    made = ss.sweep(lvlm, some(), layers=[0], grid=GRID, calibration=found)
+    assert not made.notes
+    assert made.settings["v_rule"] == repr(found.v_detector)
+
+
+def test_a_replay_that_differs_is_refused(tiny, monkeypatch):
+    lvlm = tiny("llava-clip-llama")
+    module = sys.modules[ss.sweep.__module__]
+    monkeypatch.setattr(module, "logits_at", lambda *a: torch.zeros(1, 1, 448))
+    with pytest.raises(ModelError, match="differ from the model's own"):
+        ss.sweep(lvlm, some(), layers=[0], grid=GRID, v_detector=NORM)
+
+
+WRONG = {
+    "grid": [
+        (5, "expected a list of pairs"),
+        ("0.5", "expected a list of pairs"),
+        ([(1, 2, 3)], "expected two finite numbers"),
+        ([0.5], "expected two finite numbers"),
+        ([(float("nan"), 1)], "expected two finite numbers"),
+        ([(1, 1)], "without a pair other than the base"),
+        ([], "without a pair other than the base"),
+    ],
+    "score": [
+        ("accuracy", "Did you mean|Known"),
+        ("choice", "2 items without choices|without choices"),
+    ],
+    "by": [("tasks", "Did you mean 'task'")],
+    "batch": [
+        (0, "expected 'auto' or a number"),
+        (True, "expected 'auto'"),
+        ("all", "expected 'auto'"),
+    ],
+    "calibration": [("six", "expected what ss.calibrate")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"), [(n, v, m) for n, cases in WRONG.items() for v, m in cases]
+)
+def test_wrong_options_are_refused(name, value, match, tiny):
+    with pytest.raises(InputError, match=match):
+        ss.sweep(tiny("llava-clip-llama"), some(), **{name: value})
+
+
+@pytest.mark.parametrize("layers", [2, -1, 1.0, "embedding", [], [True]])
+def test_wrong_layers_are_refused(layers, tiny):
+    with pytest.raises(LayerError, match=r"Got (layer|no layers)"):
+        ss.sweep(tiny("llava-clip-llama"), some(), layers=layers)
+
+
+def test_other_wrong_uses_are_refused(tiny):
+    lvlm = tiny("llava-clip-llama")
+    found = ss.calibrate(lvlm, [lvlm.prepare(images=random_image(), text="what")])
+    with pytest.raises(InputError, match="Write only one"):
+        ss.sweep(lvlm, some(), v_detector=NORM, calibration=found)
+    with pytest.raises(InputError, match="without a processor"):
+        ss.sweep(ss.LVLM(tiny_llava()[0]), some())
+    mixed = some() + some(1, choices=True)
+    with pytest.raises(InputError, match="Got choices on 3 of 7 items"):
+        ss.sweep(lvlm, mixed)
+    with pytest.raises(InputError, match="no task 'all' beside others"):
+        ss.sweep(lvlm, [*some(), {**some()[0], "task": "all"}])
+    with pytest.raises(InputError, match="which has no token"):
+        ss.sweep(lvlm, [{**some()[0], "answer": ""}], v_detector=NORM)
+    with pytest.raises(InputError, match="expected the answer to be one of the choices"):
+        ss.sweep(lvlm, [{**some()[0], "choices": ["a", "b"]}])
+    with pytest.raises(InputError, match="expected a list of str"):
+        ss.sweep(lvlm, [{**some()[0], "choices": "red"}])
+    with pytest.raises(InputError, match="steps=1"):
+        ss.lsg_grid(1)
+
+
+def test_lsg_grid_is_the_papers():
+    grid = ss.lsg_grid()
+    assert len(grid) == 11
+    assert grid[0] == (0.0, 1.0)
+    assert grid[-1] == (1.0, 0.0)
+    assert all(v + rest == pytest.approx(1.0) for v, rest in grid)
+    assert sweep_function is ss.sweep

@@ -1,0 +1,163 @@
+"""Sweeps on disk: killed, continued, refused, damaged."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import CheckpointError, InputError
+from sinkscope.experiments.sweeps import store
+from tests.experiments.sweep_job import questions, run
+
+JOB = Path(__file__).with_name("sweep_job.py")
+ROOT = Path(__file__).parents[2]
+KILLS = 5
+
+
+def started(folder):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(JOB), str(folder)], stdout=subprocess.PIPE, env=env, cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    torch.set_num_threads(1)
+    return run(tmp_path_factory.mktemp("undisturbed") / "out")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, tmp_path):
+    """SIGKILL five times, each at a random moment after new parts began to appear."""
+    folder, drawn, counts = tmp_path / "out", random.Random(7), []
+    for _ in range(KILLS):
+        process = started(folder)
+        before = len(list(folder.glob("part-*.parquet")))
+        aim = before + drawn.randint(0, 1)
+        while process.poll() is None and len(list(folder.glob("part-*.parquet"))) <= aim:
+            time.sleep(0.002)
+        time.sleep(drawn.random() * 0.05)
+        assert process.poll() is None, "the sweep ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        counts.append(len(list(folder.glob("part-*.parquet"))))
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] < 24
+    last = started(folder)
+    said, _ = last.communicate()
+    assert said.split() == [b"started", b"done"]
+    made = ss.Sweep.load(folder)
+    pd.testing.assert_frame_equal(made.table, undisturbed.table, check_exact=True)
+    assert made.notes == undisturbed.notes
+    assert not list(folder.glob("*.writing"))
+
+
+def test_memory_and_folder_give_the_same_table(undisturbed):
+    lvlm = ss.LVLM(*ss.testing.tiny_llava())
+    made = ss.sweep(lvlm, questions(), v_detector=ss.detectors.Norm("3sigma"), progress=False)
+    pd.testing.assert_frame_equal(made.table, undisturbed.table, check_exact=True)
+    assert made.settings == undisturbed.settings
+    assert made.table["item"].tolist() == sorted(made.table["item"])
+    assert len(made.table) == len(questions()) * 3 * 11
+    assert not made.table.duplicated(["item", "layer", "pair"]).any()
+
+
+@pytest.fixture
+def small(tiny, tmp_path):
+    lvlm, folder = tiny("llava-clip-llama"), tmp_path / "out"
+
+    def make(items=None, detector="3sigma", **options):
+        options = {"layers": [0], "grid": [(0.5, 0.5)], "out": folder, **options}
+        rule = ss.detectors.Norm(detector)
+        return ss.sweep(lvlm, items or questions()[:6], v_detector=rule, **options)
+
+    make.folder = folder
+    return make
+
+
+def test_what_is_there_is_not_computed_again(small):
+    first = small()
+    (small.folder / "part-000001.parquet").unlink()
+    stamps = {f: f.stat().st_mtime_ns for f in small.folder.glob("part-*.parquet")}
+    again = small()
+    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
+    pd.testing.assert_frame_equal(first.table, again.table, check_exact=True)
+
+
+def test_another_sweep_is_refused_with_the_differences(small):
+    small()
+    with pytest.raises(InputError, match=r"grid: there \[\[0.5, 0.5\]\], here \[\[0.1, 0.9\]\]"):
+        small(grid=[(0.1, 0.9)])
+    with pytest.raises(InputError, match=r"layers: there \[0\], here \[1\].*score: there"):
+        small(layers=[1], score="logprob")
+    with pytest.raises(InputError, match="v_rule: there"):
+        small(detector="valley")
+    with pytest.raises(InputError, match="dataset: there"):
+        small(items=[{**q, "answer": "no"} for q in questions()[:6]])
+    other = ss.LVLM(*ss.testing.tiny_llava(seed=1))
+    rule = ss.detectors.Norm("3sigma")
+    options = {"layers": [0], "grid": [(0.5, 0.5)], "out": small.folder}
+    with pytest.raises(InputError, match="model: there"):
+        ss.sweep(other, questions()[:6], v_detector=rule, **options)
+
+
+def test_strange_folders_are_refused(small, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="which is a file"):
+        small(out=tmp_path / "file")
+    with pytest.raises(InputError, match="a folder with other files"):
+        small(out=tmp_path)
+    with pytest.raises(CheckpointError, match="expected the folder that"):
+        ss.Sweep.load(tmp_path)
+
+
+def test_damaged_and_unfinished_folders(small):
+    small()
+    part = small.folder / "part-000002.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="Delete this file and run the sweep again"):
+        ss.Sweep.load(small.folder)
+    part.unlink()
+    assert "not finished: 2 of 3 images" in ss.Sweep.load(small.folder).notes
+    assert not small().notes
+    manifest = small.folder / store.MANIFEST
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="Could not read"):
+        small()
+
+
+def test_leftovers_of_a_killed_process_are_removed(small):
+    small()
+    left = small.folder / f"part-000001.parquet.123{store.TEMPORARY}"
+    left.write_bytes(b"half")
+    small()
+    assert not left.exists()
+
+
+def test_manifest_is_plain(small):
+    made = small()
+    found = json.loads((small.folder / store.MANIFEST).read_text())
+    assert found == made.settings
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["groups"] == 3
+
+
+def test_weights_digest_tells_checkpoints_apart():
+    from sinkscope.models.identity import weights_digest
+
+    model, _ = ss.testing.tiny_llava()
+    same, _ = ss.testing.tiny_llava()
+    other, _ = ss.testing.tiny_llava(seed=1)
+    assert weights_digest(model) == weights_digest(same) != weights_digest(other)
