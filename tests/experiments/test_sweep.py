@@ -285,7 +285,8 @@ def test_calibration_and_detector_are_taken(tiny):
 def test_a_replay_that_differs_is_refused(tiny, monkeypatch):
     lvlm = tiny("llava-clip-llama")
     module = sys.modules[ss.sweep.__module__]
-    monkeypatch.setattr(module, "logits_at", lambda *a: torch.zeros(1, 1, 448))
+    vocab = lvlm.module.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(module, "logits_at", lambda *a: torch.zeros(1, 1, vocab))
     with pytest.raises(ModelError, match="differ from the model's own"):
         ss.sweep(lvlm, some(), layers=[0], grid=GRID, v_detector=NORM)
 
