@@ -217,17 +217,19 @@ def _masks(
     out: list[Tensor] = []
     n_layers = lvlm.anatomy.language.n_layers
     for name, group in groups.items():
-        drawn = isinstance(group, RandomTokens)
         chosen: Any = group.among if isinstance(group, RandomTokens) else group
         try:
             chosen = chosen(trace) if callable(chosen) else chosen
             mask = sample.tokens.select(chosen, n_layers)
         except SelectionError as error:
             raise InputError(f"The group {name!r}: {error}") from error
-        if drawn and mask.ndim != 2:
+        if not isinstance(group, RandomTokens):
+            out.append(mask)
+            continue
+        if mask.ndim != 2:
             raise InputError(
                 f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected the "
                 "same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the function."
             )
-        out += group.draw(mask, seeds) if isinstance(group, RandomTokens) else [mask]
+        out += group.draw(mask, seeds)
     return {str(i): mask for i, mask in enumerate(out)}
