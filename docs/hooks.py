@@ -1,4 +1,4 @@
-"""What the site takes from outside `docs/`: the tutorials, and texts that live elsewhere.
+"""What the site takes from outside `docs/`: tutorials, measured figures, and texts that live elsewhere.
 
 A line ``<!-- show: CONTRIBUTING.md -->`` in a page stands for that file of the repository, so that no
 text exists twice. Its links lead to the pages of the site; what is no page is named without a link.
@@ -32,8 +32,9 @@ log = get_plugin_logger("sinkscope")
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
-        uri = notebook.relative_to(ROOT).as_posix()
+    figures = (ROOT / "benchmarks" / "results").glob("*.png")
+    for path in sorted([*(ROOT / "tutorials").glob("*.ipynb"), *figures]):
+        uri = path.relative_to(ROOT).as_posix()
         files.append(File(uri, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinkscope.bundled.dataset import scene_questions
+from sinkscope.bundled.dataset import scene_attributes, scene_questions
 from sinkscope.bundled.scenes import (
     TASKS,
     TEST_SEEDS,
@@ -42,6 +42,7 @@ __all__ = [
     "bundled_path",
     "draw_scene",
     "load_bundled_hf",
+    "scene_attributes",
     "scene_questions",
 ]
 

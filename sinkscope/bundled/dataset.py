@@ -1,11 +1,11 @@
-"""Questions about drawn scenes as a dataset, in the form `sinkscope.compare` takes."""
+"""Drawn scenes as data sets, in the forms that `sinkscope.compare` and `linear_probes` take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sinkscope.bundled.scenes import TEST_SEEDS, ask, draw_scene
+from sinkscope.bundled.scenes import TEST_SEEDS, all_questions, ask, draw_scene
 from sinkscope.errors import InputError
 
 
@@ -26,11 +26,7 @@ def scene_questions(
     Raises:
         InputError: If the split has fewer scenes, or a number is below 1.
     """
-    if n_images < 1 or start < 0 or start + n_images > len(seeds):
-        raise InputError(
-            f"Got n_images={n_images} from scene {start} on; expected 1 to {len(seeds) - start}."
-        )
-    for seed in seeds[start : start + n_images]:
+    for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed)
         for question in ask(scene, seed, per_image):
             yield {
@@ -41,3 +37,50 @@ def scene_questions(
                 "scope": question.scope,
                 "image_id": seed,
             }
+
+
+def scene_attributes(
+    n_images: int, *, seeds: Sequence[int] = TEST_SEEDS, start: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Scenes of a split with what is true about them, as `sinkscope.linear_probes` takes it.
+
+    Args:
+        n_images: How many scenes.
+        seeds: The split: `TRAIN_SEEDS`, `VALIDATION_SEEDS` or `TEST_SEEDS`. The bundled model was
+            trained on the first, so it has never seen scenes of the others.
+        start: How many scenes of the split to skip.
+
+    Yields:
+        Dicts with image, question (how many shapes there are), attributes and image_id (the scene's
+        seed). Attributes are ``"count"`` (1 to 6), ``"largest size"``, and two sets: ``"colours"``
+        and ``"shapes"``.
+
+    Raises:
+        InputError: If the split has fewer scenes, or a number is below 1.
+    """
+    for seed in _part(n_images, seeds, start):
+        scene = draw_scene(seed)
+        yield {
+            "image": scene.image,
+            "question": all_questions(scene)[0].text,
+            "attributes": {
+                "count": scene.count,
+                "largest size": scene.largest_size,
+                "colours": set(scene.colours_present),
+                "shapes": set(scene.shapes_present),
+            },
+            "image_id": seed,
+        }
+
+
+def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:
+    """The seeds of some scenes of a split.
+
+    Raises:
+        InputError: If the split has fewer scenes, or a number is below 1.
+    """
+    if n_images < 1 or start < 0 or start + n_images > len(seeds):
+        raise InputError(
+            f"Got n_images={n_images} from scene {start} on; expected 1 to {len(seeds) - start}."
+        )
+    return seeds[start : start + n_images]

@@ -3,6 +3,10 @@
 from sinkscope.experiments.compare import Comparison, Item, compare
 from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
+from sinkscope.experiments.linear_probes import linear_probes
+from sinkscope.experiments.probing.labelled import LabelledImage
+from sinkscope.experiments.probing.pooling import RandomTokens, sink_groups
+from sinkscope.experiments.probing.result import LinearProbes
 from sinkscope.experiments.questions import Questions
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.statistics import (
@@ -22,7 +26,10 @@ __all__ = [
     "Comparison",
     "EditSinks",
     "Item",
+    "LabelledImage",
+    "LinearProbes",
     "Questions",
+    "RandomTokens",
     "SinkRecord",
     "SinkTrace",
     "Sweep",
@@ -32,9 +39,11 @@ __all__ = [
     "compare",
     "effect_conditions",
     "effect_table",
+    "linear_probes",
     "lsg_grid",
     "nop_or_broadcast",
     "sign_flip_maximum",
+    "sink_groups",
     "sweep",
     "top_received",
     "trace_sinks",

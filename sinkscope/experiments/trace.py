@@ -218,9 +218,15 @@ class SinkTrace:
 
 
 def choose_detectors(
-    lvlm: LVLM, sample: Sample, v: Detector | None, low: Detector | None, remote: Any
+    lvlm: LVLM,
+    sample: Sample,
+    v: Detector | None,
+    low: Detector | None,
+    remote: Any,
+    *,
+    what: str = "this sample",
 ) -> tuple[Detector, Detector, str, Calibration | None]:
-    """The detectors of a trace: given, known constants, else calibrated on the sample itself."""
+    """The detectors of a trace: given, known constants, else calibrated on the sample (``what``)."""
     known = known_for(lvlm)
     if known is not None and known.default:
         source = f"known constants of {known.name}"
@@ -235,7 +241,7 @@ def choose_detectors(
             name: "none found" if tower.tau is None else f"confidence {tower.confidence:.2f}"
             for name, tower in (("V", calibration.vision), ("L", calibration.language))
         }
-        source = f"calibrated on this sample (V: {found['V']}, L: {found['L']})"
+        source = f"calibrated on {what} (V: {found['V']}, L: {found['L']})"
     if v is not None and low is not None:
         source = "given"
     return check_detector(chosen_v), check_detector(chosen_l), source, calibration

@@ -123,3 +123,25 @@ def channels(states, state, index, layout=None):
 def keep(states, state, layout=None):
     """The states themselves, ``[batch pos d_model]`` in fp32."""
     return rows_of(states, layout).float()
+
+
+def group_means(states, state, groups, layout=None):
+    """The mean state of every token group, and how many tokens it has.
+
+    Args:
+        states: ``[batch pos d_model]``.
+        state: The run's scratch space (unused).
+        groups: ``[batch pos group]`` bool; one position of False at a decode step.
+        layout: Packed layout or None.
+
+    Returns:
+        ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
+    """
+    h = rows_of(states, layout).float()
+    h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
+    count = groups.sum(dim=1)
+    total = torch.einsum("bpg,bpd->bgd", groups.float(), h)
+    means = (total / count.clamp(min=1)[..., None]).masked_fill(
+        ~(count > 0)[..., None], float("nan")
+    )
+    return {"means": means, "count": count}

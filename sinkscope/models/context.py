@@ -103,16 +103,7 @@ class Context:
         Raises:
             ProbeError: If there is no group.
         """
-        if not isinstance(groups, Mapping) or not groups:
-            raise ProbeError(
-                f"Got groups={groups!r}; expected a dict of names and selections, such as "
-                "{'image': 'image', 'text': 'text'}."
-            )
-        strange = [name for name in groups if not isinstance(name, str)]
-        if strange:
-            raise ProbeError(
-                f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
-            )
+        check_groups(groups)
         masks = [self.select(tower, selection) for selection in groups.values()]
         per_layer = any(mask.ndim == 3 for mask in masks)
         n_layers = self.tower(tower).n_layers
@@ -158,6 +149,24 @@ class Context:
             return indices_of(mask)
         chosen = layout[mask][None]
         return chosen if chosen.shape[1] else torch.full((1, 1), -1)
+
+
+def check_groups(groups: Any) -> None:
+    """Refuse what is no mapping of names to selections.
+
+    Raises:
+        ProbeError: If there is no group, or a name is no string.
+    """
+    if not isinstance(groups, Mapping) or not groups:
+        raise ProbeError(
+            f"Got groups={groups!r}; expected a dict of names and selections, such as "
+            "{'image': 'image', 'text': 'text'}."
+        )
+    strange = [name for name in groups if not isinstance(name, str)]
+    if strange:
+        raise ProbeError(
+            f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
+        )
 
 
 def indices_of(mask: Tensor) -> Tensor:

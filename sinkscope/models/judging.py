@@ -108,6 +108,7 @@ JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = M
         "SinkDimensionScores": of_states,
         "CosineToFirst": of_states,
         "ChannelValues": of_states,
+        "GroupMeans": of_states,
         "ResidualStates": of_states,
         "LogitLens": of_the_head,
     }

@@ -10,6 +10,7 @@ from sinkscope.probes.attention import (
 )
 from sinkscope.probes.channels import ChannelResult, ChannelValues
 from sinkscope.probes.lens import LensResult, LogitLens
+from sinkscope.probes.means import GroupMeans, GroupMeansResult
 from sinkscope.probes.protocol import Probe, Read, Result
 from sinkscope.probes.residual import (
     CosineToFirst,
@@ -42,6 +43,8 @@ __all__ = [
     "ContributionNorms",
     "ContributionResult",
     "CosineToFirst",
+    "GroupMeans",
+    "GroupMeansResult",
     "HeadWrites",
     "LensResult",
     "LogitLens",

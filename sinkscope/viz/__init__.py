@@ -13,6 +13,7 @@ from sinkscope.viz.layers import (
     plot_received_by_layer,
     plot_spikes,
 )
+from sinkscope.viz.probes import plot_probes
 from sinkscope.viz.report import write_report
 from sinkscope.viz.sweep import plot_sweep
 from sinkscope.viz.text import trace_summary
@@ -24,6 +25,7 @@ __all__ = [
     "plot_detections",
     "plot_effects",
     "plot_mass_by_layer",
+    "plot_probes",
     "plot_received_by_layer",
     "plot_received_map",
     "plot_sinks_on_image",

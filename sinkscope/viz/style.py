@@ -46,7 +46,12 @@ STYLES = {
     "text": Style("#B45C91", "v"),
 }
 """Group of `SinkTrace.groups` -> style."""
-OTHERS = (Style("#56B4E9", "P"), Style("#E69F00", "X"), Style("#000000", "*"))
+OTHERS = (
+    Style("#56B4E9", "P"),
+    Style("#E69F00", "X"),
+    Style("#000000", "*"),
+    Style("#8C510A", "p"),
+)
 """For groups of the user's own."""
 GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
 """`SinkRecord.kind` -> group."""

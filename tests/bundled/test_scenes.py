@@ -16,6 +16,8 @@ from sinkscope.bundled import (
     all_questions,
     ask,
     draw_scene,
+    scene_attributes,
+    scene_questions,
 )
 from sinkscope.bundled.packing import pack, patch_truth, turn_ids
 from sinkscope.bundled.recipe import IMAGE_TOKENS, build_processor, vocabulary
@@ -167,3 +169,29 @@ def test_a_packed_turn_is_the_single_turn_prompt() -> None:
 
 def _nearest(pixel: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
     return min(names, key=lambda name: float(np.abs(pixel - np.array(names[name])).sum()))
+
+
+def test_attributes_are_those_of_the_scenes_of_a_split() -> None:
+    records = list(scene_attributes(12, start=3))
+    assert [record["image_id"] for record in records] == list(TEST_SEEDS[3:15])
+    for record in records:
+        scene = draw_scene(record["image_id"])
+        assert record["image"].tobytes() == scene.image.tobytes()
+        assert record["attributes"] == {
+            "count": len(scene.objects),
+            "largest size": "large" if any(o.size == "large" for o in scene.objects) else "small",
+            "colours": {o.colour for o in scene.objects},
+            "shapes": {o.shape for o in scene.objects},
+        }
+        assert record["question"] == "how many shapes are there?"
+    assert {r["attributes"]["largest size"] for r in records} == {"small", "large"}
+    other = {record["image_id"] for record in scene_attributes(12, seeds=VALIDATION_SEEDS)}
+    assert not [seed for seed in other if seed in TEST_SEEDS or seed in TRAIN_SEEDS]
+
+
+@pytest.mark.parametrize("wrong", [(0, 0), (5, -1), (len(TEST_SEEDS), 1)])
+@pytest.mark.parametrize("made", [scene_attributes, scene_questions])
+def test_more_scenes_than_there_are_are_refused(made, wrong) -> None:
+    n, start = wrong
+    with pytest.raises(InputError, match=f"Got n_images={n} from scene {start}"):
+        next(iter(made(n, start=start)))

@@ -17,6 +17,7 @@ def of_tower(tower, chosen, rows):
         ss.ChannelValues([0, 3], tower=tower),
         ss.ContributionNorms({"some": chosen}, tower=tower),
         ss.CosineToFirst(tower=tower),
+        ss.GroupMeans({"some": chosen, "rest": "all"}, tower=tower),
         ss.HeadWrites(tower=tower),
         ss.MassiveActivations(tower=tower),
         ss.ReceivedAttention(tower=tower),

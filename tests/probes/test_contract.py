@@ -13,6 +13,7 @@ PROBES = [
     ss.ChannelValues([0, 3]),
     ss.ContributionNorms({"image": "image"}),
     ss.CosineToFirst(),
+    ss.GroupMeans({"image": "image"}),
     ss.HeadWrites(),
     ss.LogitLens(),
     ss.MassiveActivations(),

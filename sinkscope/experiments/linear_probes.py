@@ -1,0 +1,263 @@
+"""linear_probes: what the states of V-sinks, L-sinks and ordinary tokens say about the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.experiments.probing.classify import (
+    FEWEST_TEST,
+    FEWEST_TRAINING,
+    Cell,
+    Options,
+    Split,
+    judge,
+)
+from sinkscope.experiments.probing.labelled import LabelledImage, Target, as_labelled, as_targets
+from sinkscope.experiments.probing.pooling import (
+    Features,
+    Group,
+    check_groups,
+    needs_trace,
+    pool,
+    prepare,
+    sink_groups,
+)
+from sinkscope.experiments.probing.result import LinearProbes
+from sinkscope.experiments.trace import choose_detectors
+from sinkscope.probes.residual import check_site
+
+if TYPE_CHECKING:
+    from sinkscope.detectors.rules import Detector
+    from sinkscope.models.lvlm import LVLM
+
+LOOKED_AT = 8
+"""Records that detectors are calibrated on, if none were given and none are known."""
+
+
+def linear_probes(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    *,
+    groups: Mapping[str, Group] | None = None,
+    targets: Sequence[str] | None = None,
+    layers: Any = None,
+    site: str = "resid_pre",
+    v_detector: Detector | None = None,
+    l_detector: Detector | None = None,
+    test_size: float = 0.3,
+    c: float = 1.0,
+    permutations: int = 20,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    batch: int = 16,
+    n_jobs: int = 1,
+    remote: bool | str | None = None,
+    progress: bool | None = None,
+) -> LinearProbes:
+    """Train linear classifiers on mean states of token groups, per layer, group and target.
+
+    The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
+    be read from V-sinks and L-sinks, and better than from ordinary tokens? Images, classifier, split
+    and the metric of several labels were not published; here they are: a pipeline of
+    ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a split
+    by image, accuracy.
+
+    It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
+    and target ``draws of the group + permutations`` fits, times the labels of a target with several.
+    Mean states are kept in memory: records x layers x columns x d_model x 4 bytes, where random
+    tokens have a column per draw. Choose ``layers`` and ``permutations`` by that.
+
+    Args:
+        lvlm: The model.
+        dataset: Records with ``image``, ``attributes`` and, if you like, ``question`` and
+            ``image_id``: dicts or `LabelledImage`. An attribute is an int or a str, or a set or list
+            of them where several hold at once.
+        groups: Name -> a name of the `TokenMap`, a function that gets the `SinkTrace` of a batch and
+            gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomTokens`; None for
+            `sink_groups`. L-sinks of layer l are decided on what block l reads.
+        targets: Which attributes, or None for all of the first record.
+        layers: Block indices of the LLM, or None for all.
+        site: Which states: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or
+            ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``.
+        v_detector: For V-sinks, best calibrated on other images; None for published constants of
+            this model, else one calibration on the first 8 records, which looks at no label.
+        l_detector: For L-sinks, likewise.
+        test_size: Share of the images that test.
+        c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
+        permutations: Probes of labels shuffled over all images, for the null; 0 for none.
+        level: Coverage of the intervals, which resample test images.
+        draws: Bootstrap samples of an interval.
+        seed: Of split, random tokens, shuffled labels and intervals.
+        batch: Records per forward pass.
+        n_jobs: Processes that fit (joblib).
+        remote: See `LVLM.run`.
+        progress: Whether to show progress bars; None shows them from 50 records on.
+
+    Returns:
+        Accuracies with intervals and nulls. Where a group has no token it says so, and records
+        without such a token are left out and counted in ``missing``.
+
+    Raises:
+        InputError: If the data set, the groups or an option is malformed, a target has one class in
+            the training part, or no group has a token anywhere.
+        LayerError: If there is no such layer.
+    """
+    import pandas as pd
+
+    options = _check_options(c, permutations, level, draws, seed)
+    if not _whole(batch, 1):
+        raise InputError(f"Got batch={batch!r}; expected a number of records of at least 1.")
+    if not _whole(n_jobs, -1) or n_jobs == 0:
+        raise InputError(f"Got n_jobs={n_jobs!r}; expected a number of processes, or -1 for all.")
+    chosen = check_groups(sink_groups() if groups is None else groups)
+    wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
+    if lvlm.processor is None:
+        raise InputError(
+            "Got an LVLM without a processor; expected one, to prepare the images. Write "
+            "ss.LVLM(model, processor)."
+        )
+    items = as_labelled(dataset)
+    goals = as_targets(items, targets)
+    split = split_images(items, goals, test_size, seed)
+    hidden = len(items) < 50 if progress is None else not progress
+    rules, how = None, ""
+    if needs_trace(chosen):
+        first = prepare(lvlm, items[:LOOKED_AT])
+        given = (v_detector, l_detector, remote)
+        what = f"the first {min(LOOKED_AT, len(items))} records"
+        v, low, how, _ = choose_detectors(lvlm, first, *given, what=what)
+        rules = (v, low)
+    features = pool(
+        lvlm,
+        items,
+        chosen,
+        rules,
+        layers=wanted,
+        site=site,
+        batch=batch,
+        seed=seed,
+        remote=remote,
+        hidden=hidden,
+    )
+    if not features.counts.any():
+        raise InputError(
+            f"No token of {list(chosen)} was found in any image; expected at least one group with "
+            "tokens. Add one, such as {**ss.sink_groups(), 'image': 'image'}."
+        )
+    lines, rows = _judge_all(features, goals, split, options, n_jobs, hidden=hidden)
+    columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
+    judged = [pd.DataFrame(row, columns=columns) for row in rows]
+    return LinearProbes(
+        table=pd.DataFrame(lines),
+        rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
+        classes={goal.name: goal.classes for goal in goals},
+        images=(_ids(split.images[split.train]), _ids(split.images[~split.train])),
+        site=site,
+        detectors=how,
+    )
+
+
+def split_images(
+    items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
+) -> Split:
+    """Training and test images by scikit-learn's ``GroupShuffleSplit``.
+
+    Raises:
+        InputError: If the share leaves a part too small, or the training part shows one class only.
+    """
+    from sklearn.model_selection import GroupShuffleSplit
+
+    if isinstance(test_size, bool) or not isinstance(test_size, Real) or not 0 < test_size < 1:
+        raise InputError(f"Got test_size={test_size!r}; expected a share between 0 and 1.")
+    images = np.array([str(item.image_id) for item in items])
+    n = len(set(images))
+    tested = int(np.ceil(test_size * n))
+    if tested < FEWEST_TEST or n - tested < FEWEST_TRAINING:
+        raise InputError(
+            f"Got test_size={test_size} of {n} images, so {tested} test and {n - tested} train; "
+            f"expected at least {FEWEST_TEST} and {FEWEST_TRAINING}. Write test_size=0.3."
+        )
+    made = GroupShuffleSplit(n_splits=1, test_size=float(test_size), random_state=seed)
+    places = next(made.split(np.zeros(len(items)), groups=images))[0]
+    train = np.zeros(len(items), dtype=bool)
+    train[places] = True
+    for target in targets:
+        if len(np.unique(target.labels[train], axis=0)) < 2:
+            raise InputError(
+                f"Attribute {target.name!r} takes one value only in the {train.sum()} training "
+                "records; expected at least two. Give more images, or another seed."
+            )
+    return Split(train, images)
+
+
+def _judge_all(
+    features: Features,
+    targets: Sequence[Target],
+    split: Split,
+    options: Options,
+    n_jobs: int,
+    *,
+    hidden: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All cells, in the order of layers and groups."""
+    from joblib import Parallel, delayed
+
+    places = [(layer, group) for layer in features.layers for group in features.columns]
+    cells = (Cell(*place, features.of(*place), features.count(*place)) for place in places)
+    work: Any = Parallel(n_jobs, return_as="generator")(
+        delayed(judge)(cell, targets, split, options) for cell in cells
+    )
+    lines, rows = [], []
+    for more, right in tqdm(work, total=len(places), desc="fitting", unit="group", disable=hidden):
+        lines += more
+        rows += right
+    return lines, rows
+
+
+def _check_options(c: Any, permutations: Any, level: Any, draws: Any, seed: Any) -> Options:
+    """The options of all probes.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+    checks = (
+        ("c", c, _real(c) and c > 0, "a positive number, scikit-learn's C"),
+        (
+            "permutations",
+            permutations,
+            _whole(permutations, 0),
+            "a number of trainings, 0 for none",
+        ),
+        (
+            "level",
+            level,
+            _real(level) and 0 < level < 1,
+            "a coverage between 0 and 1, such as 0.95",
+        ),
+        ("draws", draws, _whole(draws, 1), "a number of bootstrap samples, such as 2000"),
+        ("seed", seed, _whole(seed, 0), "a whole number of at least 0"),
+    )
+    for name, value, fits, expected in checks:
+        if not fits:
+            raise InputError(f"Got {name}={value!r}; expected {expected}.")
+    return Options(float(c), int(permutations), float(level), int(draws), int(seed))
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _ids(images: np.ndarray) -> tuple[str, ...]:
+    """Every image once, in order."""
+    return tuple(dict.fromkeys(images.tolist()))

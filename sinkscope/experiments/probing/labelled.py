@@ -1,0 +1,182 @@
+"""Images with attributes, and the attributes as targets of classifiers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinkscope.errors import InputError, nearest
+
+FEWEST_IMAGES = 20
+"""Fewer images than this cannot be split into a training and a test part that mean anything."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image, what is true about it, and the text it is shown with.
+
+    Attributes:
+        image: PIL image, path or array; a list of them for a prompt with several.
+        attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
+        question: The text after the image.
+        image_id: Records with one id are about one image: they are never split between training and
+            test, and are resampled together.
+    """
+
+    image: Any
+    attributes: Mapping[str, Any]
+    question: str = ""
+    image_id: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An attribute as a target.
+
+    Attributes:
+        name: The attribute.
+        multi: Whether several classes can hold at once.
+        classes: The classes, sorted. With ``multi``, those that not every record has.
+        labels: Int ``[record]``, the index of the class; with ``multi`` bool ``[record class]``.
+    """
+
+    name: str
+    multi: bool
+    classes: tuple[Any, ...]
+    labels: np.ndarray
+
+
+def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
+    """Records as `LabelledImage`, each with an image_id.
+
+    Raises:
+        InputError: If a record is malformed, or there are too few images.
+    """
+    items = []
+    for i, record in enumerate(dataset):
+        if isinstance(record, LabelledImage):
+            item = record
+        elif isinstance(record, Mapping):
+            missing = {"image", "attributes"} - set(record)
+            if missing:
+                raise InputError(
+                    f"Record {i} has {sorted(record)}; expected image, attributes and, if you like, "
+                    f"question and image_id; missing {sorted(missing)}."
+                )
+            known = {k: record[k] for k in LabelledImage.__dataclass_fields__ if k in record}
+            item = LabelledImage(**known)
+        else:
+            raise InputError(
+                f"Record {i} is a {type(record).__name__}; expected a dict or an ss.LabelledImage "
+                "with image and attributes."
+            )
+        if not isinstance(item.attributes, Mapping) or not item.attributes:
+            raise InputError(
+                f"Record {i} has attributes={item.attributes!r}; expected a dict of names and "
+                "classes, such as {'count': 3, 'colours': {'red', 'blue'}}."
+            )
+        _check_files(item, i)
+        items.append(item if item.image_id is not None else replace(item, image_id=f"image {i}"))
+    n = len({str(item.image_id) for item in items})
+    if n < FEWEST_IMAGES:
+        raise InputError(
+            f"Got {n} images; expected at least {FEWEST_IMAGES}, better hundreds: some train the "
+            "probes and the others test them."
+        )
+    return items
+
+
+def _check_files(item: LabelledImage, place: int) -> None:
+    """Images given as paths exist: a missing one must not end a long run.
+
+    Raises:
+        InputError: If one does not.
+    """
+    for image in item.image if isinstance(item.image, (list, tuple)) else [item.image]:
+        if isinstance(image, (str, os.PathLike)) and not Path(image).is_file():
+            raise InputError(
+                f"Record {place} has the image path {str(image)!r}, which does not exist; expected "
+                "an image file."
+            )
+
+
+def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
+    """The attributes of all records as targets.
+
+    Args:
+        items: The records.
+        wanted: Names of the attributes to take, or None for those of the first record.
+
+    Raises:
+        InputError: If a record lacks one, if its kinds are mixed, or if it takes one value only.
+    """
+    known = list(items[0].attributes)
+    names = known if wanted is None else wanted
+    if isinstance(names, str) or not names:
+        raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
+    return [_target(name, items) for name in names]
+
+
+def _target(name: str, items: Sequence[LabelledImage]) -> Target:
+    values = []
+    for i, item in enumerate(items):
+        if name not in item.attributes:
+            raise InputError(
+                f"Record {i} lacks the attribute {name!r}; expected the same attributes in every "
+                f"record. {nearest(name, map(str, item.attributes))}"
+            )
+        values.append(item.attributes[name])
+    several = [isinstance(value, (Set, list, tuple)) for value in values]
+    if any(several) != all(several):
+        one, many = values[several.index(False)], values[several.index(True)]
+        raise InputError(
+            f"Attribute {name!r} is {one!r} in one record and {many!r} in another; expected one class "
+            "in all records, or a set of classes in all. Write {'red'} for a set of one."
+        )
+    flat = [c for v in values for c in v] if all(several) else values
+    _check_classes(name, flat)
+    classes = sorted(set(flat))
+    if all(several):
+        labels = np.array([[c in set(v) for c in classes] for v in values], dtype=bool)
+        labels = labels.reshape(len(values), len(classes))
+        told = np.flatnonzero(~labels.all(axis=0))
+        classes = [classes[i] for i in told]
+        labels = labels[:, told]
+    else:
+        labels = np.array([classes.index(v) for v in values])
+    if len(classes) < (1 if all(several) else 2):
+        raise InputError(
+            f"Attribute {name!r} is {values[0]!r} in every record; expected at least two different "
+            "values: a probe of one class is always right."
+        )
+    return Target(name, all(several), tuple(classes), labels)
+
+
+def _check_classes(name: str, values: Sequence[Any]) -> None:
+    """All of one kind: truth values, whole numbers or names.
+
+    Raises:
+        InputError: If they are not.
+    """
+    kinds = {}
+    for value in values:
+        kind = "bool" if isinstance(value, (bool, np.bool_)) else ""
+        kind = kind or ("int" if isinstance(value, Integral) else "")
+        kind = kind or ("str" if isinstance(value, str) else "")
+        if not kind:
+            raise InputError(
+                f"Attribute {name!r} holds {value!r} of type {type(value).__name__}; expected an int "
+                "or a str per class. Sort continuous values into bins first."
+            )
+        kinds[kind] = value
+    if len(kinds) > 1:
+        raise InputError(
+            f"Attribute {name!r} holds {', '.join(repr(v) for v in kinds.values())}; expected classes "
+            "of one kind. Write all of them as str, or all as int."
+        )
