@@ -96,7 +96,7 @@ def main():
         "top 5 attended": top_five,
         "all image tokens": "image",
         "last token": "last",
-        "random, first row": ss.RandomTokens(5, 5, first_row),
+        "random, first row": ss.RandomGroup(5, 5, first_row),
     }
     start = time.process_time()
     result = ss.linear_probes(

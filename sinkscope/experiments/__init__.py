@@ -5,7 +5,7 @@ from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
 from sinkscope.experiments.linear_probes import linear_probes
 from sinkscope.experiments.probing.labelled import LabelledImage
-from sinkscope.experiments.probing.pooling import RandomTokens, sink_groups
+from sinkscope.experiments.probing.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing.result import LinearProbes
 from sinkscope.experiments.questions import Questions
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
@@ -29,7 +29,7 @@ __all__ = [
     "LabelledImage",
     "LinearProbes",
     "Questions",
-    "RandomTokens",
+    "RandomGroup",
     "SinkRecord",
     "SinkTrace",
     "Sweep",

@@ -80,7 +80,7 @@ def linear_probes(
             ``image_id``: dicts or `LabelledImage`. An attribute is an int or a str, or a set or list
             of them where several hold at once.
         groups: Name -> a name of the `TokenMap`, a function that gets the `SinkTrace` of a batch and
-            gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomTokens`; None for
+            gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomGroup`; None for
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
         layers: Block indices of the LLM, or None for all.

@@ -226,7 +226,7 @@ def test_the_bundled_model_has_no_sinks_to_probe_and_says_so(bundled, scenes) ->
 
 
 def test_random_tokens_are_drawn_anew_and_their_spread_is_told(bundled, scenes) -> None:
-    groups = {"five": ss.RandomTokens(5, 3, "image"), "too many": ss.RandomTokens(65, 2, "image")}
+    groups = {"five": ss.RandomGroup(5, 3, "image"), "too many": ss.RandomGroup(65, 2, "image")}
     given = {"groups": groups, "layers": [2], "targets": ["colours"], **QUICK}
     result = ss.linear_probes(bundled, scenes, **given)
     line = cell(result, group="five", metric="exact set")
@@ -245,7 +245,7 @@ def test_random_tokens_are_drawn_anew_and_their_spread_is_told(bundled, scenes) 
 def test_random_tokens_are_n_different_candidates(planted) -> None:
     candidates = torch.zeros(3, 12, dtype=torch.bool)
     candidates[0, 2:11], candidates[1, 3:12], candidates[2, :2] = True, True, True
-    draws = ss.RandomTokens(4, 5).draw(candidates, [(0, 7), (0, 7), (0, 8)])
+    draws = ss.RandomGroup(4, 5).draw(candidates, [(0, 7), (0, 7), (0, 8)])
     for mask in draws:
         assert mask.sum(dim=1).tolist() == [4, 4, 0]  # the last row has too few
         assert not (mask & ~candidates).any()
@@ -346,7 +346,7 @@ def test_a_record_that_lacks_an_attribute_is_named(bundled) -> None:
         (lambda trace: [1, 2], "group 'mine': Got a selection of type list"),
         (lambda trace: torch.ones(2, 2, dtype=torch.bool), "group 'mine': Got a mask of shape"),
         ("imagge", "group 'mine'.*Did you mean 'image'"),
-        (ss.RandomTokens(2, 2, lambda trace: trace.l_sinks()), "draws among a mask of shape"),
+        (ss.RandomGroup(2, 2, lambda trace: trace.l_sinks()), "draws among a mask of shape"),
     ],
 )
 def test_a_group_that_is_no_mask_is_named(bundled, scenes, group, match) -> None:
@@ -357,7 +357,7 @@ def test_a_group_that_is_no_mask_is_named(bundled, scenes, group, match) -> None
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"repeats": 0}, {"n": 1.5}, {"n": True}])
 def test_random_tokens_of_no_number_are_refused(wrong) -> None:
     with pytest.raises(InputError, match=f"Got {next(iter(wrong))}="):
-        ss.RandomTokens(**wrong)
+        ss.RandomGroup(**wrong)
 
 
 def test_a_model_without_a_processor_is_refused(bundled, scenes) -> None:

@@ -38,7 +38,7 @@ def ordinary(trace: SinkTrace) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RandomTokens:
+class RandomGroup:
     """A group of random tokens, drawn several times.
 
     Choi et al. (2604.03316) compare sinks with 5 ordinary image tokens, drawn 5 times: about 1 % of
@@ -82,7 +82,7 @@ class RandomTokens:
         return out
 
 
-Group = Callable[[SinkTrace], Tensor] | RandomTokens | str
+Group = Callable[[SinkTrace], Tensor] | RandomGroup | str
 """Tokens by name, by a function of the trace, or random ones."""
 
 
@@ -96,14 +96,14 @@ def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
     Returns:
         Name -> group. Add your own: ``{**sink_groups(), "last token": "last"}``.
     """
-    return {"V-sinks": v_sinks, "L-sinks": l_sinks, "ordinary": RandomTokens(n, repeats)}
+    return {"V-sinks": v_sinks, "L-sinks": l_sinks, "ordinary": RandomGroup(n, repeats)}
 
 
 def check_groups(groups: Any) -> dict[str, Group]:
     """Groups by name.
 
     Raises:
-        InputError: If there is none, or one is neither a name, a function nor `RandomTokens`.
+        InputError: If there is none, or one is neither a name, a function nor `RandomGroup`.
     """
     if not isinstance(groups, Mapping) or not groups:
         raise InputError(
@@ -111,11 +111,11 @@ def check_groups(groups: Any) -> dict[str, Group]:
             "trace: trace.v_sinks}."
         )
     for name, group in groups.items():
-        fits = isinstance(group, (str, RandomTokens)) or callable(group)
+        fits = isinstance(group, (str, RandomGroup)) or callable(group)
         if not isinstance(name, str) or not fits:
             raise InputError(
                 f"Got the group {name!r}: {type(group).__name__}; expected a name and a selection "
-                "by name, a function of the trace, or RandomTokens. A mask belongs to one sample: "
+                "by name, a function of the trace, or RandomGroup. A mask belongs to one sample: "
                 "write a function such as lambda trace: trace.v_sinks."
             )
     return dict(groups)
@@ -123,7 +123,7 @@ def check_groups(groups: Any) -> dict[str, Group]:
 
 def needs_trace(groups: Mapping[str, Group]) -> bool:
     """Whether some group is decided on a `SinkTrace`."""
-    among = [g.among if isinstance(g, RandomTokens) else g for g in groups.values()]
+    among = [g.among if isinstance(g, RandomGroup) else g for g in groups.values()]
     return any(callable(group) for group in among)
 
 
@@ -200,7 +200,7 @@ def _columns(groups: Mapping[str, Group]) -> dict[str, list[int]]:
     """Group -> its columns."""
     out, start = {}, 0
     for name, group in groups.items():
-        n = group.repeats if isinstance(group, RandomTokens) else 1
+        n = group.repeats if isinstance(group, RandomGroup) else 1
         out[name] = list(range(start, start + n))
         start += n
     return out
@@ -217,13 +217,13 @@ def _masks(
     out: list[Tensor] = []
     n_layers = lvlm.anatomy.language.n_layers
     for name, group in groups.items():
-        chosen: Any = group.among if isinstance(group, RandomTokens) else group
+        chosen: Any = group.among if isinstance(group, RandomGroup) else group
         try:
             chosen = chosen(trace) if callable(chosen) else chosen
             mask = sample.tokens.select(chosen, n_layers)
         except SelectionError as error:
             raise InputError(f"The group {name!r}: {error}") from error
-        if not isinstance(group, RandomTokens):
+        if not isinstance(group, RandomGroup):
             out.append(mask)
             continue
         if mask.ndim != 2:
