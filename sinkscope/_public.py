@@ -44,7 +44,7 @@ from sinkscope.interventions import (
     TestTimeRegister,
     find_register_neurons,
 )
-from sinkscope.lsg import LSG
+from sinkscope.lsg import LSG, import_gates
 from sinkscope.models import LVLM, Generation, Run, Sample
 from sinkscope.probes import (
     AttentionMass,
@@ -121,6 +121,7 @@ __all__ = [
     "errors",
     "experiments",
     "find_register_neurons",
+    "import_gates",
     "interventions",
     "load_bundled",
     "lsg",

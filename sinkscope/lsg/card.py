@@ -24,10 +24,9 @@ SHOWN = 8
 
 GATE = """{front}# A sink gate after block {layer} of {kind}
 
-Layer-wise Sink Gating ([2604.03316](https://arxiv.org/abs/2604.03316)) as made by
-[sinkscope](https://pypi.org/project/sinkscope/): it reads the output of block {layer} and multiplies the attention keys
-of image tokens in block {edited} by coefficients for the groups {groups}. The model itself is unchanged and not
-included. {parameters:,} parameters.
+Layer-wise Sink Gating ([2604.03316](https://arxiv.org/abs/2604.03316)) as made by sinkscope: it reads the output of
+block {layer} and multiplies the attention keys of image tokens in block {edited} by coefficients for the groups {groups}.
+The model itself is unchanged and not included. {parameters:,} parameters.
 
 ```python
 import sinkscope as ss
