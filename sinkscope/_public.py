@@ -49,7 +49,7 @@ from sinkscope.interventions import (
     TestTimeRegister,
     find_register_neurons,
 )
-from sinkscope.lsg import LSG
+from sinkscope.lsg import LSG, import_gates
 from sinkscope.models import LVLM, Generation, Run, Sample
 from sinkscope.probes import (
     AttentionMass,
@@ -131,6 +131,7 @@ __all__ = [
     "errors",
     "experiments",
     "find_register_neurons",
+    "import_gates",
     "interventions",
     "linear_probes",
     "load_bundled",

@@ -3,5 +3,14 @@
 from sinkscope.lsg.attach import Attachment
 from sinkscope.lsg.config import GateConfig, describe, detector_of
 from sinkscope.lsg.gate import LSG
+from sinkscope.lsg.importing import ImportedGates, import_gates
 
-__all__ = ["LSG", "Attachment", "GateConfig", "describe", "detector_of"]
+__all__ = [
+    "LSG",
+    "Attachment",
+    "GateConfig",
+    "ImportedGates",
+    "describe",
+    "detector_of",
+    "import_gates",
+]

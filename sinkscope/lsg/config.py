@@ -14,6 +14,7 @@ from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
 from sinkscope.kernels.gating import ACTIVATIONS
+from sinkscope.lsg.aliases import canonical
 
 if TYPE_CHECKING:
     from sinkscope.models.anatomy import Anatomy
@@ -26,8 +27,6 @@ RULES = MappingProxyType(
     {cls.__name__: cls for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks)}
 )
 """Detectors that judge every token by itself, so that they can run inside a pass."""
-MODEL_ALIASES = MappingProxyType({"llava_llama": "llava", "LlavaLlamaForCausalLM": "llava"})
-"""Model types of one architecture under the names of other code bases."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
     """
     vision, language = anatomy.vision, anatomy.language
     return {
-        "model_type": MODEL_ALIASES.get(anatomy.model_type, anatomy.model_type),
+        "model_type": canonical({"model_type": anatomy.model_type})["model_type"],
         "vision_layers": vision.n_layers,
         "vision_width": vision.d_model,
         "feed_layers": list(anatomy.feed_layers),
@@ -235,7 +234,8 @@ def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line per difference of two fingerprints."""
+    """One line per difference of two fingerprints, aliases resolved."""
+    made_for, found = canonical(made_for), canonical(found)
     names = [*made_for, *(name for name in found if name not in made_for)]
     return [
         f"{name}: made for {made_for.get(name)!r}, found {found.get(name)!r}"

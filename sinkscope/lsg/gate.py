@@ -5,26 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sinkscope.detectors.calibrate import calibrate
-from sinkscope.detectors.constants import known_for
-from sinkscope.detectors.rules import NoSinks
-from sinkscope.errors import InputError, InterventionError, LayerError, NoEffectError
+from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.interventions.protocol import Edit
 from sinkscope.kernels import gating as kernels
-from sinkscope.lsg.config import (
-    GateConfig,
-    describe,
-    differences,
-    fingerprint,
-    rule_of,
-    same_weights,
-    sketch,
-)
+from sinkscope.lsg import files
+from sinkscope.lsg.choosing import config_for, device_for, refuse_other_model
+from sinkscope.lsg.config import GateConfig, same_weights, sketch
+from sinkscope.lsg.looking import looks_of
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
     from sinkscope.models.context import Context
     from sinkscope.models.lvlm import LVLM
     from sinkscope.models.prepare import Sample
-
-CALIBRATION_IMAGES = 6
 
 
 class LSG(nn.Module):
@@ -51,6 +42,9 @@ class LSG(nn.Module):
     Args:
         config: The choices, see `GateConfig`.
         allow_noop: Whether a run in which nothing is scaled (no image, neutral coefficients) is fine.
+
+    Attributes:
+        record: How it was trained, if that is known; saved with it.
     """
 
     tower: Tower = "language"
@@ -59,6 +53,7 @@ class LSG(nn.Module):
         super().__init__()
         self.config = config
         self.allow_noop = allow_noop
+        self.record: Mapping[str, Any] | None = None
         generator = torch.Generator().manual_seed(config.seed)
         width, hidden, many = config.d_model, config.hidden, len(config.groups)
         self.norm = nn.LayerNorm(width, elementwise_affine=config.affine)
@@ -105,37 +100,8 @@ class LSG(nn.Module):
             DetectorError: If a rule cannot run inside a pass.
             InterventionError: If a choice is impossible.
         """
-        anatomy = lvlm.anatomy
-        where = check_layer(layer, anatomy.language.n_layers)
-        groups = tuple(choices.get("groups", ("V", "rest")))
-        v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, samples)
-        scale = choices.get("scale", 1.0)
-        if choices.get("init") == "neutral":
-            if scale != 1.0:
-                raise InterventionError(
-                    f"Got init='neutral' and scale={scale}; expected one of them. Neutral "
-                    "coefficients need a scale of as many as there are groups."
-                )
-            scale = float(len(groups))
-        made = {**choices, "groups": groups, "scale": scale}
-        strange = sorted(set(made) - set(GateConfig.__dataclass_fields__))
-        if strange:
-            raise InterventionError(
-                f"Got {strange} for a gate; expected fields of GateConfig, "
-                f"{sorted(GateConfig.__dataclass_fields__)}."
-            )
-        config = GateConfig(
-            layer=where,
-            d_model=anatomy.language.d_model,
-            v_detector=describe(v_rule),
-            l_detector=None if l_rule is None else describe(l_rule),
-            model=fingerprint(anatomy),
-            weights=sketch(lvlm.module, anatomy.head),
-            **made,
-        )
-        if config.edited not in anatomy.language.attending:
-            anatomy.language.call(config.edited)
-        return cls(config, allow_noop=allow_noop).to(lvlm.device if not _meta(lvlm) else "cpu")
+        config = config_for(lvlm, layer, v_detector, l_detector, samples, choices)
+        return cls(config, allow_noop=allow_noop).to(device_for(lvlm))
 
     @property
     def steps(self) -> str:
@@ -210,38 +176,7 @@ class LSG(nn.Module):
             tokens: The sample's TokenMap.
             step: 0 for the prompt; later the signal only, if it is refreshed.
         """
-        config, out = self.config, []
-        if step and config.decode != "refresh":
-            return []
-        vision, live = tokens.vision, tokens.live
-        if not step:
-            shared = {"slot": id(self), "image_index": tokens.image_index}
-            shared |= {"sources": tokens.sources, "live": vision.live, "layout": vision.layout}
-            rule = rule_of(config.v_detector)
-            out += [
-                Edit(
-                    Site("vision", "resid_post", layer),
-                    kernels.note_v_sinks,
-                    {**shared, "rule": rule},
-                )
-                for layer in config.model["feed_layers"]
-            ]
-        reading = {
-            "slot": id(self),
-            "signal": "last" if config.signal == "last" else "mean",
-            "at": tokens.last,
-            "tokens": live if config.signal == "mean" else tokens.image >= 0,
-            "activation": config.activation,
-            "scale": config.scale,
-            **self.weights,
-        }
-        place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
-        out.append(Edit(Site("language", *place), kernels.note_coefficients, reading))
-        if not step and config.l_detector is not None:
-            parameters = {"slot": id(self), "rule": rule_of(config.l_detector), "live": live}
-            site = Site("language", "resid_pre", config.edited)
-            out.append(Edit(site, kernels.note_l_sinks, parameters))
-        return out
+        return looks_of(self.config, id(self), self.weights, tokens, step)
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Refuse a model that the gate was not made for.
@@ -249,13 +184,7 @@ class LSG(nn.Module):
         Raises:
             InterventionError: If so, with the differences.
         """
-        lines = differences(self.config.model, fingerprint(anatomy))
-        if lines:
-            listed = "\n  ".join(lines)
-            raise InterventionError(
-                f"Got a gate made for another model; expected one of this model's.\n  {listed}\n"
-                f"Write ss.LSG.for_model(lvlm, layer={self.layer!r}) and train it."
-            )
+        refuse_other_model(self.config, anatomy)
 
     def check_fits(self, lvlm: LVLM) -> None:
         """As `check_model`, and compare a few weights where they are here.
@@ -328,83 +257,99 @@ class LSG(nn.Module):
 
         detach(self)
 
+    def save_pretrained(
+        self, folder: str | Path, *, record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write ``model.safetensors`` (fp32), ``config.json`` and a card; all of it or nothing.
+
+        Args:
+            folder: A new folder, an empty one, or one of another gate, which is replaced.
+            record: How it was trained, such as ``result.record``: plain data, for the card and
+                ``training.json``. None for the gate's own ``record``.
+
+        Raises:
+            CheckpointError: If the folder holds something else, or cannot be written.
+            InputError: If the record is no plain data.
+        """
+        files.save_gate(self, folder, record)
+
+    @staticmethod
+    def from_pretrained(
+        path_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        lvlm: LVLM | None = None,
+        allow_noop: bool = False,
+    ) -> LSG:
+        """Load a gate. No code of the files is run.
+
+        Args:
+            path_or_repo: A folder, or a hub repository.
+            revision: Branch, tag or commit of a repository.
+            subfolder: A folder within.
+            lvlm: The model to check it against now, on whose device it goes. Without one it is
+                checked at its first use.
+            allow_noop: See the class.
+
+        Raises:
+            CheckpointError: If files are missing, damaged or of something else.
+            InterventionError: If it was made for another model, with the differences.
+        """
+        return files.load_gate(path_or_repo, revision, subfolder, lvlm, allow_noop)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        record: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the files of `save_pretrained` into a hub repository, which is made if need be.
+
+        Args:
+            repo: Such as ``"user/gate"``; it holds a gate or nothing.
+            record: As in `save_pretrained`.
+            private: Whether a new repository is private.
+            revision: An existing branch; None for the main one.
+            token: None for that of ``hf auth login``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: Without network, login or permission.
+        """
+        return files.push_gate(self, repo, record, private, revision, token)
+
+    @staticmethod
+    def save_stack(
+        gates: Sequence[LSG], folder: str | Path, *, record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write several gates into one folder: a sub-folder each, and the list in ``config.json``.
+
+        Args:
+            gates: The gates, in the order in which they apply.
+            folder: As in `save_pretrained`.
+            record: How they were made together; each keeps its own ``record`` besides.
+        """
+        files.save_stack(gates, folder, record)
+
+    @staticmethod
+    def load_stack(
+        path_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        lvlm: LVLM | None = None,
+        allow_noop: bool = False,
+    ) -> list[LSG]:
+        """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
+        return files.load_stack(path_or_repo, revision, subfolder, lvlm, allow_noop)
+
     def extra_repr(self) -> str:
         """What stands in ``repr``."""
         c = self.config
         return f"layer={c.layer!r}, groups={c.groups}, decode={c.decode!r}, scale={c.scale:g}"
-
-
-def check_layer(layer: Any, n_layers: int) -> int | str:
-    """The block a gate reads: ``"embed"`` or an index with a block behind it.
-
-    Raises:
-        LayerError: If there is none.
-    """
-    if layer == "embed":
-        return "embed"
-    whole = isinstance(layer, int) and not isinstance(layer, bool)
-    if not whole or not 0 <= layer < n_layers - 1:
-        raise LayerError(
-            f"Got layer={layer!r} for a gate in a decoder of {n_layers} blocks; expected 'embed' or "
-            f"0 to {n_layers - 2}: a gate at block l scales keys in block l + 1."
-        )
-    return layer
-
-
-def choose_rules(
-    lvlm: LVLM, v: Any, low: Any, wants_l: bool, samples: Sequence[Sample] | None
-) -> tuple[Any, Any]:
-    """The rules of a gate: given, published constants, else a calibration.
-
-    Raises:
-        InputError: If a calibration is needed and there is no processor and no sample.
-        InterventionError: If a rule for L-sinks came without such a group.
-    """
-    if low is not None and not wants_l:
-        raise InterventionError(
-            f"Got l_detector={low!r} for a gate without an L group; expected none. Write "
-            "groups=('V', 'L', 'rest')."
-        )
-    known = known_for(lvlm)
-    if known is not None and known.default:
-        v, low = v or known.v_detector, low or (known.l_detector if wants_l else None)
-    if v is None or (wants_l and low is None):
-        found = calibrate(lvlm, samples or drawn_samples(lvlm))
-        v, low = v or found.v_detector, low or (found.l_detector if wants_l else None)
-    return v or NoSinks(), low
-
-
-def drawn_samples(lvlm: LVLM) -> list[Sample]:
-    """Six drawn scenes, as samples of any model with a processor."""
-    from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
-
-    if lvlm.processor is None:
-        raise InputError(
-            "Got a model without published constants and without a processor; expected a rule for "
-            "V-sinks. Write ss.LSG.for_model(lvlm, layer, v_detector=ss.detectors.Norm(100.0)) or "
-            "samples=[...]."
-        )
-    seeds = VALIDATION_SEEDS[:CALIBRATION_IMAGES]
-    return [lvlm.prepare(draw_scene(seed).image, "describe the image") for seed in seeds]
-
-
-def _meta(lvlm: LVLM) -> bool:
-    """Whether the model has no weights here."""
-    return lvlm.device.type == "meta"
-
-
-def check_gates(gates: Any) -> list[LSG]:
-    """Gates as a list.
-
-    Raises:
-        InterventionError: If something else came.
-    """
-    out = [gates] if isinstance(gates, LSG) else list(gates)
-    if not out or not all(isinstance(gate, LSG) for gate in out):
-        raise InterventionError(f"Got {gates!r}; expected one LSG or a list of them.")
-    return out
-
-
-def by_name(gate: LSG, values: Tensor) -> Mapping[str, float]:
-    """Coefficients ``[group]`` by the names of their groups."""
-    return dict(zip(gate.groups, values.tolist(), strict=True))

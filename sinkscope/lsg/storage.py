@@ -1,0 +1,287 @@
+"""Folders and repositories: read what may be unsafe or damaged, write what is whole or not there.
+
+Nothing is unpickled here but by ``torch.load(weights_only=True)``, which runs no code of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sinkscope.errors import CheckpointError
+
+# What the hub client raises: no network, no such repository, no permission, an impossible name.
+HUB_ERRORS = (OSError, ValueError, HTTPError, RuntimeError)
+DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
+REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
+ALLOWED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where files come from: a folder here, or a hub repository.
+
+    Attributes:
+        name: As the user wrote it.
+        folder: The folder, or None for a repository.
+        revision: Branch, tag or commit of a repository.
+        subfolder: A folder within; ``""`` for none.
+    """
+
+    name: str
+    folder: Path | None
+    revision: str | None = None
+    subfolder: str = ""
+
+    def find(self, filename: str) -> Path | None:
+        """The path of a file, downloaded if need be; None if there is no such file.
+
+        Raises:
+            CheckpointError: If the hub cannot be read.
+        """
+        if self.folder is not None:
+            path = self.folder / self.subfolder / filename
+            return path if path.is_file() else None
+        try:
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    filename,
+                    subfolder=self.subfolder or None,
+                    revision=self.revision,
+                )
+            )
+        except LocalEntryNotFoundError as error:  # a child of the next one, but says "no network"
+            raise self._unreachable(error) from error
+        except EntryNotFoundError:
+            return None
+        except HUB_ERRORS as error:
+            raise self._unreachable(error) from error
+
+    def below(self, subfolder: str) -> Source:
+        """A folder within it."""
+        return replace(
+            self, subfolder="/".join(part for part in (self.subfolder, subfolder) if part)
+        )
+
+    def pinned(self, path: Path) -> Source:
+        """The same, held to the commit of a file that was downloaded: all files are of one commit."""
+        parts = path.parts
+        if self.folder is not None or "snapshots" not in parts:
+            return self
+        last = len(parts) - 1 - parts[::-1].index("snapshots")
+        return replace(self, revision=parts[last + 1])
+
+    def __str__(self) -> str:
+        return repr(f"{self.name}/{self.subfolder}" if self.subfolder else self.name)
+
+    def _unreachable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"Got {self}, which is no folder here, and the hub could not give it "
+            f"({type(error).__name__}: {scrub(error)}); expected a folder that save_pretrained() "
+            "wrote, or a repository you may read. Check the name, the network and `hf auth login`."
+        )
+
+
+def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> Source:
+    """Where that is.
+
+    Raises:
+        CheckpointError: If it is no path and no repository id, or there is no such folder.
+    """
+    if not isinstance(name, (str, Path)):
+        raise CheckpointError(
+            f"Got {type(name).__name__} for files of a gate; expected a folder or a repository id."
+        )
+    where = Path(name).expanduser()
+    if where.is_dir():
+        if subfolder and not (where / subfolder).is_dir():
+            raise CheckpointError(
+                f"Got subfolder={subfolder!r} of {str(name)!r}; expected one of "
+                f"{sorted(p.name for p in where.iterdir() if p.is_dir())}."
+            )
+        return Source(str(name), where, None, subfolder)
+    text = str(name)
+    path = isinstance(name, Path) or where.is_absolute() or text.startswith((".", "~"))
+    if path or where.exists() or not REPOSITORY.match(text):
+        what = "a file" if where.exists() else "nothing that exists"
+        raise CheckpointError(
+            f"Got {text!r}, which is {what}; expected the folder that save_pretrained() wrote, or a "
+            "repository id such as 'user/gate'."
+        )
+    return Source(text, None, revision, subfolder)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, which cannot be read as JSON ({type(error).__name__}: {error}); "
+            "expected the file as it was written. Download or copy it again."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` or a PyTorch file, on the CPU; no code of it is run.
+
+    Nested dictionaries become dotted names. What is no tensor is left out.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds more than plain tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device="cpu")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, a pickle that holds more than tensors or is no PyTorch file; "
+            "expected tensors alone. Nothing of it was run. If you trust its maker, convert it to "
+            "safetensors in a place where it can do no harm."
+        ) from error
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, which is damaged or cut off ({type(error).__name__}: "
+            f"{scrub(error)}); expected a whole file. Download or copy it again."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"Got {str(path)!r}, which holds a {type(found).__name__}; expected tensors by name."
+        )
+    return flattened(found)
+
+
+def flattened(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Tensors of nested dictionaries under dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out |= flattened(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            out[name] = value
+    return out
+
+
+def as_fp32(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """A tensor in fp32, exactly.
+
+    Raises:
+        CheckpointError: If it is of a type that fp32 does not hold, or not finite.
+    """
+    if tensor.dtype not in ALLOWED:
+        raise CheckpointError(
+            f"Got {name!r} of {str(path)!r} in {tensor.dtype}; expected one of {list(ALLOWED)}, which "
+            "become fp32 without rounding. Convert it and say so on its card."
+        )
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"Got NaN or infinite numbers in {name!r} of {str(path)!r}; expected finite ones. Its "
+            "training went wrong, or the file is damaged."
+        )
+    return tensor.detach().float().contiguous()
+
+
+def write_folder(target: Path, files: Mapping[str, bytes], replaces: Collection[str]) -> None:
+    """Write a folder that is whole or not there: beside it first, then renamed.
+
+    Args:
+        target: The folder.
+        files: What goes into it, by path within it.
+        replaces: Which top-level names an existing folder may hold to be replaced.
+
+    Raises:
+        CheckpointError: If something else is there, or cannot be written.
+    """
+    target = Path(os.path.realpath(Path(target).expanduser()))
+    check_replaceable(target, replaces)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        try:
+            fill(made, files)
+            swap(made, target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(target)!r} could not be written ({type(error).__name__}: {error}); expected a "
+            "folder you may write to, with space left. What was there is still there."
+        ) from error
+
+
+def check_replaceable(target: Path, replaces: Collection[str]) -> None:
+    """Refuse a target that holds something else.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
+    strange = (
+        [p.name for p in target.iterdir() if p.name not in replaces] if target.is_dir() else []
+    )
+    if strange:
+        raise CheckpointError(
+            f"Got the folder {str(target)!r}, which holds {sorted(strange)[:5]}; expected a new or "
+            "empty folder, or one of the same kind to replace. Choose another name."
+        )
+
+
+def fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, down to the disk."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)  # a temporary folder is closed to others
+
+
+def swap(made: Path, target: Path) -> None:
+    """Rename a folder to its name; what had the name comes back if that fails."""
+    if not target.exists():
+        made.rename(target)
+        return
+    old = made.with_suffix(".old")
+    target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def scrub(error: Exception | str, *secrets: str | None) -> str:
+    """The first line of an error without tokens in it."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    for secret in secrets:
+        text = text.replace(secret, "***") if secret else text
+    return SECRET.sub("***", text)[:300]

@@ -1,0 +1,669 @@
+"""A gate that was saved is the gate; whatever else lies in a folder is refused, and none of it is run."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import sinkscope as ss
+from sinkscope.errors import CheckpointError, InputError, InterventionError
+from sinkscope.lsg import storage
+from sinkscope.lsg.aliases import BASES, canonical
+from sinkscope.lsg.config import differences, fingerprint
+from sinkscope.models.reading import read_anatomy
+from sinkscope.testing import TINY, random_image, write_checkpoint
+
+RULE = ss.detectors.Norm(1.0)
+FAMILY = "llava-clip-llama"
+HERE = Path(__file__).parent
+
+
+def gate_for(lvlm, layer=1, seed=0, **choices):
+    """A gate whose coefficients are far from those of a new one."""
+    gate = ss.LSG.for_model(lvlm, layer, v_detector=RULE, hidden=16, seed=seed, **choices)
+    with torch.no_grad():
+        for tensor in gate.parameters():
+            tensor.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    return gate
+
+
+@pytest.fixture
+def lvlm(tiny):
+    return tiny(FAMILY)
+
+
+@pytest.fixture
+def gate(lvlm):
+    return gate_for(lvlm)
+
+
+@pytest.fixture
+def folder(gate, tmp_path):
+    gate.save_pretrained(tmp_path / "gate")
+    return tmp_path / "gate"
+
+
+def edit_json(path, **changes):
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+
+
+def edit_gate(folder, **changes):
+    data = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", gate={**data["gate"], **changes})
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# What is loaded is what was saved
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"affine": False, "activation": "tanh", "scale": 1.25, "decode": "refresh"},
+        {"groups": ("V", "L", "rest"), "l_detector": ss.detectors.SinkDimensions((3, 5), 2.0)},
+        {"init": "neutral", "signal": "visual"},
+    ],
+)
+def test_a_loaded_gate_is_the_saved_one(lvlm, tmp_path, choices):
+    gate = gate_for(lvlm, "embed" if "affine" in choices else 1, **choices)
+    gate.save_pretrained(tmp_path / "gate")
+    loaded = ss.LSG.from_pretrained(tmp_path / "gate", lvlm=lvlm)
+    assert loaded.config == gate.config
+    assert loaded.state_dict().keys() == gate.state_dict().keys()
+    for name, value in gate.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    sample = lvlm.prepare(images=random_image(), text="what is it")
+    want = lvlm.run(sample, interventions=[gate]).logits
+    assert torch.equal(lvlm.run(sample, interventions=[loaded]).logits, want)
+    assert not torch.equal(lvlm.run(sample).logits, want)
+
+
+ANSWER = """
+import beartype, json, sys
+import torch
+torch.set_num_threads(1)
+import sinkscope as ss
+from sinkscope.testing import random_image
+
+model, where = sys.argv[1:3]
+lvlm = ss.LVLM.from_pretrained(model)
+gates = ss.LSG.load_stack(where, lvlm=lvlm) if sys.argv[3] == "stack" else [ss.LSG.from_pretrained(where)]
+sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
+traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
+attached = [gate.attach(lvlm) for gate in gates]
+plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
+first = lvlm.module(**sample.inputs)
+seen = [one.coefficients for one in attached]
+for gate in gates:
+    gate.detach()
+print("ANSWER", json.dumps({
+    "traced": traced.tolist(), "attached": plain.tolist(),
+    "coefficients": [[value.hex() for value in one.flatten().tolist()] for one in seen],
+    "logits": [value.hex() for value in first.logits[0, -1].tolist()],
+}))
+"""
+
+
+def answer(model, where, kind):
+    """The answer of a process of its own, which loads model and gate."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, str(model), str(where), kind],
+        env=env,
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("ANSWER ")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [(FAMILY, "one"), ("qwen2.5-vl", "stack")])
+def test_another_process_answers_with_the_same_tokens(tmp_path, family, kind):
+    """The gates here are those in memory, never read from a file."""
+    write_checkpoint(*TINY[family](), tmp_path / "model")
+    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
+    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
+    if kind == "stack":
+        ss.LSG.save_stack(gates, tmp_path / "saved")
+    else:
+        gates = gates[:1]
+        gates[0].save_pretrained(tmp_path / "saved")
+    there = answer(tmp_path / "model", tmp_path / "saved", kind)
+
+    sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
+    traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
+    assert there["traced"] == traced.tolist()
+    attached = [gate.attach(lvlm) for gate in gates]
+    plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
+    logits = lvlm.module(**sample.inputs).logits[0, -1]
+    seen = [one.coefficients.flatten().tolist() for one in attached]
+    for gate in gates:
+        gate.detach()
+    assert there["attached"] == plain.tolist()
+    assert there["coefficients"] == [[value.hex() for value in one] for one in seen]
+    assert there["logits"] == [value.hex() for value in logits.tolist()]
+    ungated = lvlm.module(**sample.inputs).logits[0, -1]
+    assert not torch.equal(logits, ungated)
+    assert all(abs(value - 0.5) > 1e-3 for value in seen[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_fp32(folder, gate, dtype):
+    edit_tensors(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))
+    loaded = ss.LSG.from_pretrained(folder)
+    for name, value in gate.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], value.to(dtype).float())
+
+
+def test_a_gate_in_half_precision_is_saved_in_fp32(gate, tmp_path):
+    gate.half().save_pretrained(tmp_path / "gate")
+    tensors = load_file(tmp_path / "gate" / "model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    gate.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+def test_other_types_are_refused(folder, dtype):
+    edit_tensors(folder, lambda t: t.update({"outer.bias": t["outer.bias"].to(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected one of"):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_a_torch_file_is_read_where_there_are_no_safetensors(folder, gate):
+    (folder / "model.safetensors").unlink()
+    torch.save(gate.state_dict(), folder / "pytorch_model.bin")
+    loaded = ss.LSG.from_pretrained(folder)
+    assert torch.equal(loaded.inner.weight, gate.inner.weight)
+
+
+def test_allow_noop_is_a_choice_of_who_loads(folder):
+    assert not ss.LSG.from_pretrained(folder).allow_noop
+    assert ss.LSG.from_pretrained(folder, allow_noop=True).allow_noop
+
+
+def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    gate.save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "config.json").is_file()
+    assert ss.LSG.from_pretrained("~/mine").config == gate.config
+    assert ss.LSG.from_pretrained(tmp_path, subfolder="mine").config == gate.config
+    with pytest.raises(
+        CheckpointError, match=r"subfolder='other' of .*; expected one of \['mine'\]"
+    ):
+        ss.LSG.from_pretrained(tmp_path, subfolder="other")
+
+
+# Stacks
+
+
+def test_a_stack_keeps_its_order(lvlm, tmp_path):
+    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1), (1, 2))]
+    gates[2].record = {"seed": 7}
+    ss.LSG.save_stack(gates, tmp_path / "stack", record={"chosen": "by hand"})
+    loaded = ss.LSG.load_stack(tmp_path / "stack", lvlm=lvlm)
+    for one, other in zip(gates, loaded, strict=True):
+        assert one.config == other.config
+        assert torch.equal(one.inner.weight, other.inner.weight)
+    assert [gate.record for gate in loaded] == [None, None, {"seed": 7}]
+    single = ss.LSG.from_pretrained(tmp_path / "stack", subfolder="gate-01-layer-embed")
+    assert torch.equal(single.inner.weight, gates[1].inner.weight)
+    card = (tmp_path / "stack" / "README.md").read_text()
+    assert "by hand" in card
+    assert "[gate-02-layer-1](gate-02-layer-1/README.md) | see its card" in card
+    ss.LSG.save_stack(gates[:1], tmp_path / "stack")
+    assert len(ss.LSG.load_stack(tmp_path / "stack")) == 1
+
+
+def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
+    ss.LSG.save_stack([gate], tmp_path / "stack")
+    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.load_stack"):
+        ss.LSG.from_pretrained(tmp_path / "stack")
+    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.from_pretrained"):
+        ss.LSG.load_stack(folder)
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        gate.save_pretrained(tmp_path / "stack")
+    with pytest.raises(InterventionError, match="expected one LSG or a list"):
+        ss.LSG.save_stack([], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("names", [[], ["../gate"], ["a/b"], "gate", [3]])
+def test_names_in_a_stack_stay_inside(gate, tmp_path, names):
+    ss.LSG.save_stack([gate], tmp_path / "stack")
+    edit_json(tmp_path / "stack" / "config.json", gates=names)
+    with pytest.raises(CheckpointError, match="expected names of folders beside it"):
+        ss.LSG.load_stack(tmp_path / "stack")
+
+
+# Another model
+
+
+def load_on(folder, lvlm):
+    ss.LSG.from_pretrained(folder, lvlm=lvlm)
+
+
+def attach_to(folder, lvlm):
+    ss.LSG.from_pretrained(folder).attach(lvlm)
+
+
+def run_on(folder, lvlm):
+    sample = lvlm.prepare(images=random_image(112, 84), text="what")
+    lvlm.run(sample, interventions=[ss.LSG.from_pretrained(folder)])
+
+
+@pytest.mark.parametrize("use", [load_on, attach_to, run_on])
+def test_another_model_is_refused_with_the_differences(tiny, folder, use):
+    said = (
+        "(?s)made for another model.*model_type: made for 'llava', found 'qwen2_5_vl'.*"
+        "vision_layers: made for 3, found 4"
+    )
+    with pytest.raises(InterventionError, match=said):
+        use(folder, tiny("qwen2.5-vl"))
+
+
+@pytest.mark.parametrize("use", [load_on, attach_to, run_on])
+def test_other_weights_are_refused_and_adopted(folder, use):
+    model, processor = TINY[FAMILY]()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1.0)
+    other = ss.LVLM(model, processor)
+    with pytest.raises(
+        InterventionError, match=r"other weights of this architecture.*adopt\(lvlm\)"
+    ):
+        use(folder, other)
+    adopted = ss.LSG.from_pretrained(folder).adopt(other)
+    sample = other.prepare(images=random_image(), text="what")
+    assert other.run(sample, interventions=[adopted]).logits.isfinite().all()
+
+
+def test_a_layer_beyond_the_model_is_refused(folder):
+    edit_gate(folder, layer=2)
+    with pytest.raises(CheckpointError, match=r"layer=2 for a gate in a decoder of 3 blocks"):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_without_weights_the_gate_loads_and_says_what_was_not_compared(gate, folder, tmp_path):
+    write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
+    remote = ss.LVLM.from_pretrained(tmp_path / "model", remote=True)
+    with pytest.warns(UserWarning, match="weights were not compared: the model has none here"):
+        loaded = ss.LSG.from_pretrained(folder, lvlm=remote)
+    assert loaded.inner.weight.device.type == "cpu"
+    assert torch.equal(loaded.inner.weight, gate.inner.weight)
+    edit_gate(folder, weights=[])
+    with pytest.warns(UserWarning, match="not compared: the gate knows none"):
+        ss.LSG.from_pretrained(folder, lvlm=ss.LVLM.from_pretrained(tmp_path / "model"))
+
+
+def test_nothing_is_said_where_weights_were_compared(lvlm, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ss.LSG.from_pretrained(folder, lvlm=lvlm)
+
+
+# Names of one model
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_llama", "LlavaLlamaForCausalLM"])
+def test_foreign_names_of_the_type_are_one_model(lvlm, gate, folder, name):
+    edit_gate(folder, model={**gate.config.model, "model_type": name})
+    sample = lvlm.prepare(images=random_image(), text="what")
+    loaded = ss.LSG.from_pretrained(folder, lvlm=lvlm)
+    want = lvlm.run(sample, interventions=[gate]).logits
+    assert torch.equal(lvlm.run(sample, interventions=[loaded]).logits, want)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_original_and_converted_llava_are_one_model(size):
+    """The table is compared with the anatomy of the real class in its real size, without weights."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Model
+
+    wide = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}
+    text = LlamaConfig(intermediate_size=11008, vocab_size=32064, **(wide if size == "13b" else {}))
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    with torch.device("meta"):
+        model = Model(LlavaConfig(vision_config=vision, text_config=text))
+    found = fingerprint(read_anatomy(model))
+    for base in (f"liuhaotian/llava-v1.5-{size}", f"llava-hf/llava-1.5-{size}-hf"):
+        assert dict(BASES[base]) == found
+        assert differences({"base": base}, found) == []
+        assert differences({"base": base, "model_type": "llava_llama"}, found) == []
+    other = "liuhaotian/llava-v1.5-13b" if size == "7b" else "liuhaotian/llava-v1.5-7b"
+    assert any(line.startswith("language_width") for line in differences({"base": other}, found))
+
+
+def test_an_unknown_base_is_a_difference():
+    assert canonical({"base": "me/mine"}) == {"base": "me/mine"}
+    assert differences({"base": "me/mine"}, {}) == ["base: made for 'me/mine', found None"]
+
+
+def test_a_gate_for_a_base_is_refused_on_a_tiny_model(lvlm, folder):
+    edit_gate(folder, model={"base": "liuhaotian/llava-v1.5-7b"}, d_model=4096, layer=10)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"inner.weight": torch.zeros(16, 4096)}
+    tensors |= {"norm.weight": torch.ones(4096), "norm.bias": torch.zeros(4096)}
+    save_file(tensors, folder / "model.safetensors")
+    assert ss.LSG.from_pretrained(folder).config.model["feed_layers"] == [22]
+    with pytest.raises(InterventionError, match="language_width: made for 4096, found 64"):
+        ss.LSG.from_pretrained(folder, lvlm=lvlm)
+
+
+# Damaged and strange files
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rename(tensors):
+    tensors["first.weight"] = tensors.pop("inner.weight")
+
+
+def shorten(tensors):
+    tensors["inner.weight"] = tensors["inner.weight"][:, :-1].contiguous()
+
+
+def spoil(tensors):
+    tensors["outer.bias"] = torch.tensor([float("nan"), 0.0])
+
+
+DAMAGE = {
+    "truncated": (cut, "damaged or cut off .*SafetensorError"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or cut off"),
+    "renamed": (
+        lambda f: edit_tensors(f, rename),
+        r"(?s)inner.weight \(16, 64\) is missing; perhaps \['first.weight'\].*first.weight .* is not part",
+    ),
+    "extra": (
+        lambda f: edit_tensors(f, lambda t: t.update(more=torch.zeros(3))),
+        r"more \(3,\) is not part of this gate",
+    ),
+    "missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop("outer.bias")),
+        r"outer.bias \(2,\) is missing",
+    ),
+    "shape": (
+        lambda f: edit_tensors(f, shorten),
+        r"inner.weight has shape \(16, 63\), expected \(16, 64\)",
+    ),
+    "nan": (lambda f: edit_tensors(f, spoil), "NaN or infinite numbers in 'outer.bias'"),
+    "no tensors": (lambda f: (f / "model.safetensors").unlink(), "without model.safetensors"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"without config.json; expected what gate.save_pretrained\(folder\) wrote",
+    ),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "binary": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "cannot be read as JSON",
+    ),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+    "nothing": (lambda f: (f / "config.json").write_text("{}"), "names no format"),
+    "unknown field": (
+        lambda f: edit_json(f / "config.json", colour="red"),
+        r"unknown fields \['colour'\]",
+    ),
+    "unknown gate field": (
+        lambda f: edit_gate(f, colour="red"),
+        r"impossible: Got a gate config with unknown fields \['colour'\]",
+    ),
+    "newer": (
+        lambda f: edit_json(f / "config.json", format_version=2, versions={"sinkscope": "9.1"}),
+        r"format_version=2 .* written by sinkscope 9\.1; expected at most 1\. Upgrade",
+    ),
+    "no version": (
+        lambda f: edit_json(f / "config.json", format_version="1"),
+        "format_version='1'",
+    ),
+    "width": (lambda f: edit_gate(f, d_model=65), "impossible: Got .* for a model of width 64"),
+    "hidden": (lambda f: edit_gate(f, hidden=16.0), r"impossible: Got {'hidden': 16.0}"),
+    "group": (lambda f: edit_gate(f, groups=["V", "x"]), "impossible: Got groups"),
+    "no groups": (lambda f: edit_gate(f, groups=None), "impossible"),
+    "layer": (lambda f: edit_gate(f, layer="last"), "impossible: Got layer='last'"),
+    "rule": (lambda f: edit_gate(f, v_detector={"name": "Shell"}), "the detector 'Shell'"),
+    "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible|incomplete"),
+    "no model": (lambda f: edit_gate(f, model={}), "incomplete .*language_layers"),
+    "gate is text": (
+        lambda f: edit_json(f / "config.json", gate="V"),
+        "impossible: Got a gate config",
+    ),
+    "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_said(folder, case):
+    damage, message = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_a_large_size_in_a_config_is_refused_before_memory_is_taken(folder):
+    edit_gate(folder, hidden=10**13)
+    with pytest.raises(CheckpointError, match=r"expected \(10000000000000, 64\)"):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_a_whole_model_is_no_gate(tmp_path):
+    write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"a checkpoint of a whole model \('llava'\)"):
+        ss.LSG.from_pretrained(tmp_path / "model")
+
+
+def test_released_files_point_to_the_importer(tmp_path):
+    (tmp_path / "sink_cfg.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"Write ss\.import_gates\(folder, lvlm\)"):
+        ss.LSG.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./none", "~/none", Path("none"), "none", "a/b/c"]
+)
+def test_a_path_that_is_not_there(name):
+    with pytest.raises(CheckpointError, match="which is nothing that exists; expected the folder"):
+        ss.LSG.from_pretrained(name)
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(CheckpointError, match="which is a file"):
+        ss.LSG.from_pretrained(folder / "config.json")
+    with pytest.raises(CheckpointError, match="Got int for files of a gate"):
+        ss.LSG.from_pretrained(3)
+
+
+# No code of a file is run
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("layout", ["torch", "plain pickle", "legacy"])
+def test_a_pickle_bomb_does_not_go_off(folder, tmp_path, monkeypatch, layout, forced):
+    if forced:  # torch's switch for unsafe loading
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    target = tmp_path / "went-off"
+    (folder / "model.safetensors").unlink()
+    path, content = folder / "pytorch_model.bin", {"inner.weight": Bomb(target)}
+    if layout == "plain pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "torch")
+    with pytest.raises(CheckpointError, match="Nothing of it was run"):
+        ss.LSG.from_pretrained(folder)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if layout != "plain pickle" else pickle.loads(
+        path.read_bytes()
+    )
+    assert target.exists()  # it is a bomb
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_not_unpickled(folder, tmp_path):
+    target = tmp_path / "went-off"
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(CheckpointError, match="damaged or cut off"):
+        ss.LSG.from_pretrained(folder)
+    assert not target.exists()
+
+
+# Writing
+
+
+def test_nothing_else_is_overwritten(gate, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match=r"holds \['thesis.tex'\]; expected a new or empty"):
+        gate.save_pretrained(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="which is a file; expected a folder"):
+        gate.save_pretrained(tmp_path / "mine" / "thesis.tex")
+    write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"holds \[.*'config.json'"):
+        gate.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+
+
+def test_a_gate_replaces_a_gate(lvlm, gate, folder, tmp_path):
+    other = gate_for(lvlm, "embed", seed=5)
+    other.save_pretrained(folder, record={"seed": 5})
+    other.save_pretrained(folder)
+    assert ss.LSG.from_pretrained(folder).config == other.config
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    (tmp_path / "empty").mkdir()
+    gate.save_pretrained(tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "gate"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds \['notes.txt'\]"):
+        gate.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("moment", ["fill", "rename"])
+def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypatch, moment):
+    if moment == "fill":
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(storage.os, "fsync", full)
+    else:
+        real = Path.rename
+
+        def refuse(self, target):
+            if self.suffix == ".tmp":
+                raise OSError("renaming failed")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match="What was there is still there"):
+        gate_for(lvlm, "embed").save_pretrained(folder)
+    assert ss.LSG.from_pretrained(folder).config == gate.config
+    assert [path.name for path in tmp_path.iterdir()] == ["gate"]
+
+
+def test_a_broken_gate_is_not_saved(gate, tmp_path):
+    with torch.no_grad():
+        gate.inner.weight[0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite numbers in \['inner.weight'\]"):
+        gate.save_pretrained(tmp_path / "gate")
+    assert not (tmp_path / "gate").exists()
+
+
+# Cards
+
+
+def test_the_card_of_a_new_gate_says_untrained(lvlm, tmp_path):
+    new = ss.LSG.for_model(lvlm, 1, v_detector=RULE, scale=1.25)
+    new.save_pretrained(tmp_path / "new")
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "**Untrained.** Its last layer is zero, so every coefficient is 0.625." in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {
+        "library_name": "sinkscope",
+        "tags": ["attention-sinks", "layer-wise-sink-gating"],
+    }
+
+
+def test_the_card_of_a_changed_gate_without_a_record_says_so(folder):
+    card = (folder / "README.md").read_text()
+    assert "**Not recorded.**" in card
+    assert "Untrained" not in card
+
+
+def test_the_card_tells_the_record_and_it_stays_with_the_gate(gate, folder, tmp_path):
+    record = {
+        "base_model": "llava-hf/llava-1.5-7b-hf",
+        "samples": 640,
+        "settings": {"lr": torch.tensor(1e-3), "layers": (1,), "dtype": torch.bfloat16},
+        "losses": [3.0 - 0.01 * step for step in range(100)],
+        "history": [{"step": 0, "loss": 3.0}, {"step": 1, "loss": float("nan")}],
+        "note": "a | b\n<script>",
+        "nothing": [],
+    }
+    gate.save_pretrained(folder, record=record)
+    card = (folder / "README.md").read_text()
+    for line in (
+        "| samples | 640 |",
+        "| settings.lr | 0.001 |",
+        "| settings.dtype | torch.bfloat16 |",
+        "| losses | 100 values: first 3, last 2.01, smallest 2.01, largest 3 |",
+        "| history | 2 entries, the last: step 1, loss nan |",
+        "| note | a \\| b &lt;script&gt; |",
+        "| nothing | none |",
+    ):
+        assert line in card, line
+    assert "ntrained" not in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "llava-hf/llava-1.5-7b-hf"
+    loaded = ss.LSG.from_pretrained(folder)
+    assert loaded.record["losses"] == record["losses"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [(3, "a record of type int"), ({"a": [object()]}, r"record\['a'\]\[0\] of type object")],
+)
+def test_records_are_plain(gate, tmp_path, record, message):
+    with pytest.raises(InputError, match=message):
+        gate.save_pretrained(tmp_path / "gate", record=record)
+    assert not (tmp_path / "gate").exists()
