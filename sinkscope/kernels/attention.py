@@ -384,7 +384,12 @@ def by_image(pattern, rows, layout):
 
 
 def value_norms(calls, state, layout=None):
-    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head."""
+    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head.
+
+    Raises:
+        ValueError: If queries or heads read different ones.
+    """
+    one_value_per_key(calls, "ValueNorms")
     norms = [arguments(call)[0]["value"].float().norm(dim=-1) for call in calls]
     return unpack(torch.cat(norms, dim=2), layout, 2)
 
@@ -395,15 +400,24 @@ def values(calls, state, layout=None):
     Raises:
         ValueError: If queries or heads read different ones.
     """
-    if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
-        raise ValueError(
-            "Got an edit of values for some heads or queries beside AttentionValues; expected edits "
-            "for all of them, because here heads and queries of one key read different values. Read "
-            "them in a run without that edit, or write heads=None and queries=None."
-        )
+    one_value_per_key(calls, "AttentionValues")
     return unpack(
         torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2), layout, 2
     )
+
+
+def one_value_per_key(calls, probe):
+    """Refuse an edit under which heads or queries read different values of one key.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
+        raise ValueError(
+            f"Got an edit of values for some heads or queries beside {probe}; expected edits for all "
+            "of them, because here heads and queries of one key read different values. Read them in "
+            "a run without that edit, or write heads=None and queries=None."
+        )
 
 
 def contribution_norms(calls, state, groups, projection, layout=None):

@@ -51,7 +51,9 @@ class ValueNormResult:
 
 @dataclass(frozen=True, eq=False)
 class ValueNorms:
-    """L2 norm of every value vector. With GQA there is one per key-value head.
+    """L2 norm of every value vector, after the run's edits. With GQA there is one per key-value head.
+
+    An edit of values for some heads or queries beside it is refused: there is not one value per key.
 
     Args:
         layers: Block indices, or None for all.

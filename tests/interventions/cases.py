@@ -254,29 +254,39 @@ LANGUAGE = {
 }
 V = {"tower": "vision"}
 VISION = {
-    "MaskKeys": Pair(lambda c: ss.MaskKeys(c.patches, **V), lambda c: H.masks(c.patches, **V)),
+    "MaskKeys": Pair(
+        lambda c: ss.MaskKeys(c.patches, **V),
+        lambda c: H.masks(c.patches, **V),
+        lambda c: ss.MaskKeys(c.patches & False, allow_noop=True, **V),
+    ),
     "MaskKeys of heads, layers, queries": Pair(
         lambda c: ss.MaskKeys(c.patches, [1], heads=[0, 3], queries=c.few, **V),
         lambda c: H.masks(c.patches, layers=(1,), heads=(0, 3), rows=c.few, **V),
     ),
     "ScaleKeys": Pair(
-        lambda c: ss.ScaleKeys(c.patches, -0.5, **V), lambda c: H.scales_keys(c.patches, -0.5, **V)
+        lambda c: ss.ScaleKeys(c.patches, -0.5, **V),
+        lambda c: H.scales_keys(c.patches, -0.5, **V),
+        lambda c: ss.ScaleKeys(c.patches, 1.0, allow_noop=True, **V),
     ),
     "ScaleAttention": Pair(
         lambda c: ss.ScaleAttention(c.patches, 4.0, **V),
         lambda c: H.scales_weights(c.patches, 4.0, **V),
+        lambda c: ss.ScaleAttention(c.patches, 1.0, allow_noop=True, **V),
     ),
     "ScaleAttention as is": Pair(
         lambda c: ss.ScaleAttention(c.patches, 0.2, renormalize=False, **V),
         lambda c: H.scales_raw_weights(c.patches, 0.2, **V),
+        lambda c: ss.ScaleAttention(c.patches, 1.0, renormalize=False, allow_noop=True, **V),
     ),
     "AttentionKnockout": Pair(
         lambda c: ss.AttentionKnockout(c.few, c.patches, [0, 1], **V),
         lambda c: H.masks(c.patches, layers=(0, 1), rows=c.few, **V),
+        lambda c: ss.AttentionKnockout(c.few, c.patches & False, allow_noop=True, **V),
     ),
     "AblateValues": Pair(
         lambda c: ss.AblateValues(c.patches, **V),
         lambda c: H.replaces_values(c.patches, zeros, **V),
+        lambda c: ss.AblateValues(c.patches & False, allow_noop=True, **V),
     ),
     "AblateValues of a head": Pair(
         lambda c: ss.AblateValues(c.patches, heads=[1], **V),
@@ -305,6 +315,7 @@ UNPACKED = {
     "Redistribute": Pair(
         lambda c: ss.Redistribute(c.patches, c.few, 0.5, **V),
         lambda c: H.redistributes(c.patches, c.few, 0.5, **V),
+        lambda c: ss.Redistribute(c.patches, c.few, 0.0, allow_noop=True, **V),
     ),
 }
 """Where the vision tower has one row per image."""

@@ -122,3 +122,24 @@ def test_the_neutral_setting_changes_no_bit(case, family, kernel, dtype, name):
     assert torch.equal(run.logits, c.lvlm.run(c.sample).logits)
     assert run.effects[edit].rows.sum() == 0
     assert not run.effects[edit].touched.any()
+
+
+@pytest.mark.parametrize("name", [n for n, pair in (VISION | UNPACKED).items() if pair.neutral])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        ("llava-clip-llama", "sdpa"),
+        ("llava-clip-llama", "eager"),
+        ("qwen2.5-vl", "sdpa"),
+        ("qwen2.5-vl", "eager"),
+    ],
+)
+def test_the_neutral_setting_changes_no_bit_of_the_vision_tower(case, family, kernel, dtype, name):
+    c = case(family, kernel, dtype)
+    if name in UNPACKED and c.lvlm.anatomy.vision.packed:
+        pytest.skip("images share one sequence")
+    edit = (VISION | UNPACKED)[name].neutral(c)
+    run = c.lvlm.run(c.sample, interventions=[edit])
+    assert torch.equal(run.logits, c.lvlm.run(c.sample).logits)
+    assert not run.effects[edit].touched.any()

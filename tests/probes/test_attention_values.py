@@ -116,13 +116,14 @@ def test_values_are_those_after_the_runs_edits(tiny, batch):
     assert torch.equal(edited[rest], plain[rest])
 
 
+@pytest.mark.parametrize("kind", [ss.AttentionValues, ss.ValueNorms])
 @pytest.mark.parametrize("narrow", [{"heads": [1]}, {"queries": "last"}])
-def test_values_that_differ_by_reader_are_not_one_number(tiny, batch, narrow):
+def test_values_that_differ_by_reader_are_not_one_number(tiny, batch, narrow, kind):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
     edit = ss.AblateValues("image", layers=[0], **narrow)
     with pytest.raises(ValueError, match="heads and queries of one key read different values"):
-        lvlm.run(sample, [ss.AttentionValues()], [edit])
+        lvlm.run(sample, [kind()], [edit])
     lvlm.run(sample, [ss.AttentionValues([1])], [edit])
 
 
