@@ -43,8 +43,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import sinkscope as ss
 from sinkscope.lsg.cost import cost_of
 from sinkscope.lsg.data import IGNORED, AnswerBatch
-from sinkscope.lsg.loop import Loop, Trainee
+from sinkscope.lsg.loop import Loop
 from sinkscope.lsg.passes import answer_losses, frozen, share
+from sinkscope.lsg.runner import Trainee
 from sinkscope.lsg.training_settings import TrainingSettings
 
 PATCHES = 24 * 24  # one 336 x 336 image, as in LLaVA-1.5

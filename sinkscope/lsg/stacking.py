@@ -14,8 +14,8 @@ from sinkscope.errors import InputError
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_dataset
 from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.loop import Sums
 from sinkscope.lsg.passes import answer_losses, frozen, share
+from sinkscope.lsg.runner import Sums
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,10 @@ from sinkscope.lsg.config import detector_of
 from sinkscope.lsg.cost import TrainingCost, cost_of
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.loop import Loop, Sums, Trainee
+from sinkscope.lsg.loop import Loop
 from sinkscope.lsg.passes import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, record_of
+from sinkscope.lsg.runner import Sums, Trainee
 from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.models.identity import identity_of
 
@@ -72,7 +73,7 @@ def train_lsg(
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
         dataset: Records with image (or a list of images), question, answer and, if you like,
-            image_id; see `sinkscope.lsg.data.read_dataset`.
+            image_id; see `sinkscope.lsg.records.read_dataset`.
         layers: Blocks that gates read, one gate each; or ``"embed"``.
         gates: Instead of layers, gates of different layers to start from. They are copied.
         choices: Fields of `GateConfig` for new gates, such as ``{"groups": ("V", "L", "rest")}``.

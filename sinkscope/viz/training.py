@@ -53,7 +53,7 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     if base is not None:
         axes[0].axhline(base, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     dress(axes[0], "Loss of the answers", "step", "nats per token")
-    _focus(axes[0], history)
+    _focus(axes[0], history, base)
     axes[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend_below(axes[0], _entries(layers, base, history))
     if groups:
@@ -85,18 +85,20 @@ def _draw_loss(ax: Any, lines: pd.DataFrame, look: dict[str, Any]) -> None:
         ax.plot(part["step"], part["loss"], **{**look, **style})
 
 
-def _focus(ax: Any, history: pd.DataFrame) -> None:
+def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
     """Show the range of the validation part, where there is one: single steps are noisier."""
-    held = history["loss"][history["split"] == "validation"]
-    if not len(held):
+    held = history["loss"][history["split"] == "validation"].tolist()
+    if not held:
         return
-    low, high = float(held.min()), float(held.max())
+    held += [] if base is None else [base]
+    low, high = min(held), max(held)
     if low > 0 and high > 4 * low:
         ax.set_yscale("log")
         plain_log(ax.yaxis)
         ax.set_ylim(low / 1.3, high * 1.3)
     else:
-        ax.set_ylim(low - 0.5 * (high - low), high + 0.5 * (high - low))
+        room = 0.3 * (high - low) or 0.1 * high
+        ax.set_ylim(max(0.0, low - room), high + room)
 
 
 def _draw_group(ax: Any, lines: pd.DataFrame, group: str, look: dict[str, Any]) -> None:
