@@ -233,3 +233,52 @@ def test_half_precision(batch):
             expected = lvlm.module(**sample.inputs).logits
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_ends_early_can_be_resumed(family, tiny, batch):
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    last = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+    ran = []
+    hook = last.register_forward_hook(lambda *_: ran.append(1))
+    seen = capture(lvlm, sample.inputs, [0, 1], whole=False)
+    hook.remove()
+    assert not ran
+    full = capture(lvlm, sample.inputs)
+    assert len(seen) == len(full)
+    with torch.no_grad():
+        for block in (0, 1):
+            scaled = [resume(one, block, factors_of(sample, 0.5)) for one in (seen, full)]
+            assert torch.equal(*scaled)
+    with pytest.raises(ModelError, match=r"a pass that ended at a block.*whole=True"):
+        _ = seen.hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_blocks_are_scaled_by_what_they_read(family, tiny, batch):
+    """Against the same edits by hand, whose factors are taken from a pass with the first one."""
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    seen, image = capture(lvlm, sample.inputs), sample.tokens.image >= 0
+    first = factors_of(sample, 0.4)
+
+    def decide(state):
+        return torch.where(image, state.float().norm(dim=-1).sigmoid(), 1.0)
+
+    with torch.no_grad():
+        got = resume(seen, 0, first, later={1: decide})
+        reads = []
+        edits = {0: lambda key: key * first[:, None, :, None]}
+        block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+        hook = block.register_forward_pre_hook(
+            lambda m, args, named: reads.append(args[0] if args else named["hidden_states"]),
+            with_kwargs=True,
+        )
+        with scaled_keys(lvlm.module, lvlm.anatomy, edits):
+            whole(lvlm, sample)
+        hook.remove()
+        edits[1] = lambda key: key * decide(reads[0])[:, None, :, None]
+        with scaled_keys(lvlm.module, lvlm.anatomy, edits):
+            expected = whole(lvlm, sample)
+    torch.testing.assert_close(logits_at(seen, got), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,213 @@
+"""Datasets of questions with answers: read once, checked, and looked up again by index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.models.prepare import open_image
+
+NEEDED = ("image", "question", "answer")
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerData:
+    """A dataset that was read once and found whole.
+
+    Attributes:
+        records: What gives a record by its index: dicts, or objects with such attributes.
+        images: Which image each record asks about: its ``image_id``, path, or a digest of its pixels.
+        fingerprint: A digest of all questions, answers and ``images``, in order.
+        max_answer_tokens: The longest answer that is accepted.
+    """
+
+    records: Any
+    images: tuple[str, ...]
+    fingerprint: str
+    max_answer_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def joined(self, other: AnswerData) -> AnswerData:
+        """This dataset and then another one."""
+        both = f"{self.fingerprint} {other.fingerprint}"
+        longest = max(self.max_answer_tokens, other.max_answer_tokens)
+        return AnswerData(
+            _Both(self.records, other.records), self.images + other.images, both, longest
+        )
+
+    def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Two parts without a common image.
+
+        Args:
+            share: Of the images, for the second part; at least one image where it is above 0.
+            seed: Of the choice.
+
+        Returns:
+            Indices of the first and of the second part, each in the dataset's order.
+
+        Raises:
+            InputError: If the share is no number from 0 to below 1, or there is one image only.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise InputError(
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
+                "dataset of your own write validation_data=dataset."
+            )
+        names = list(dict.fromkeys(self.images))
+        if share == 0:
+            return list(range(len(self))), []
+        if len(names) < 2:
+            raise InputError(
+                f"Got {len(self)} records about one image and validation={share}; expected two "
+                "images or more, because the split is by image. Write validation=0, or "
+                "validation_data=dataset."
+            )
+        many = min(max(1, round(share * len(names))), len(names) - 1)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = {names[i] for i in order[:many]}
+        parts: tuple[list[int], list[int]] = ([], [])
+        for index, name in enumerate(self.images):
+            parts[name in held].append(index)
+        return parts
+
+
+class _Both:
+    """Records of two datasets, one after the other."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    def __getitem__(self, index: int) -> Any:
+        n = len(self.first)
+        return self.first[index] if index < n else self.second[index - n]
+
+
+def read_dataset(
+    dataset: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    max_answer_tokens: int = 256,
+    progress: bool = False,
+) -> AnswerData:
+    """Read a dataset once, check every record and keep no image.
+
+    Args:
+        dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
+            with such attributes. Something with a length and an index (a list,
+            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
+            else is kept as a list of its records.
+        tokenizer: To count the answers' tokens, or None.
+        max_answer_tokens: The longest answer that is accepted.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: If it is empty, or a record lacks something, with its number.
+    """
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
+        raise InputError(
+            f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
+            "and answer. Write dataset['train'] for one split of several, or a list of dicts."
+        )
+    records: Any = dataset if indexed else list(dataset)
+    if not len(records):
+        raise InputError("Got an empty dataset; expected at least one question with an answer.")
+    light = _undecoded(records)
+    names, digest = [], hashlib.blake2b(digest_size=16)
+    for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
+        record = light[index]
+        question, answer = checked_texts(record, index)
+        if tokenizer is not None:
+            _check_length(tokenizer, answer, index, max_answer_tokens)
+        names.append(_image_name(record, index))
+        digest.update("\x1f".join((question, answer, names[-1], "\x1e")).encode())
+    return AnswerData(records, tuple(names), digest.hexdigest(), max_answer_tokens)
+
+
+def _undecoded(records: Any) -> Any:
+    """A ``datasets.Dataset`` that gives images as bytes or paths; anything else as it is."""
+    feature: Any = (getattr(records, "features", None) or {}).get("image")
+    if not hasattr(feature, "decode") or not hasattr(records, "cast_column"):
+        return records
+    return records.cast_column("image", replace(feature, decode=False))
+
+
+def field_of(record: Any, name: str) -> Any:
+    """A field of a dict or of an object; None if it is missing."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+
+
+def checked_texts(record: Any, index: int) -> tuple[str, str]:
+    """Question and answer of a record that has all it needs.
+
+    Raises:
+        InputError: If it does not.
+    """
+    missing = [name for name in NEEDED if field_of(record, name) is None]
+    if missing:
+        known = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(
+            f"Record {index} ({known}) has no {' and no '.join(missing)}; expected image, question "
+            "and answer. Write dataset.rename_column(...), or leave such records out."
+        )
+    found = [field_of(record, name) for name in ("question", "answer")]
+    for name, text in zip(("question", "answer"), found, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"Record {index} has {name}={text!r}; expected a str with at least one word. Write "
+                "str(...) for numbers, or leave such records out."
+            )
+    return found[0], found[1]
+
+
+def _check_length(tokenizer: Any, answer: str, index: int, longest: int) -> None:
+    """Refuse an answer that is longer than wanted.
+
+    Raises:
+        InputError: If so.
+    """
+    n = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if n > longest:
+        raise InputError(
+            f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
+            f"max_answer_tokens={n}, or leave such records out."
+        )
+
+
+def _image_name(record: Any, index: int) -> str:
+    """Which image a record asks about.
+
+    Raises:
+        InputError: If there is no image in it.
+    """
+    known = field_of(record, "image_id")
+    if known is not None:
+        return f"id:{known}"
+    given = field_of(record, "image")
+    images = given if isinstance(given, (list, tuple)) else [given]
+    if not images or any(image is None for image in images):
+        raise InputError(f"Record {index} has no image; expected at least one.")
+    return "|".join(_digest(image) for image in images)
+
+
+def _digest(image: Any) -> str:
+    """A path, or a digest of bytes or pixels."""
+    if isinstance(image, Mapping):  # an undecoded image of ``datasets``
+        data, path = image.get("bytes"), image.get("path")
+        if data is None:
+            return f"path:{path}"
+    elif isinstance(image, (str, os.PathLike)):
+        return f"path:{os.fspath(image)}"
+    else:
+        opened = open_image(image)
+        data = repr(opened.size).encode() + opened.tobytes()
+    return f"pixels:{hashlib.blake2b(data, digest_size=12).hexdigest()}"
