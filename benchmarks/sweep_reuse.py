@@ -327,7 +327,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vision-layers", type=int, default=24, help="vision blocks")
     add("--vision-width", type=int, default=64, help="of the vision tower")
     add("--questions", type=int, nargs="+", default=[1, 8], help="per image, at most 8")
-    add("--rounds", type=int, default=5, help="images per number of questions")
+    add("--rounds", type=int, default=3, help="images per number of questions")
     add("--plain-cells", type=int, default=24, help="passes of the plain loop timed per image")
     add("--batch", type=lambda x: x if x == "auto" else int(x), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -346,8 +346,8 @@ def main() -> None:
     size = (options.layers, options.width, options.vision_layers, options.vision_width)
     lvlm, twin = build(*size)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    warm = argparse.Namespace(rounds=1, plain_cells=1, batch=options.batch)
-    measure(lvlm, twin, 1, warm, clock)
+    Plain(lvlm, twin, dataset(1, 1)[0])(0, (0.5, 0.5))  # warm, as the sweep below
+    ss.sweep(lvlm, dataset(1, 1), layers="embed", grid=[(0.5, 0.5)], v_detector=DETECTOR)
     names = ("layers", "width", "vision_layers", "vision_width")
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -22,7 +22,7 @@ from sinkscope.experiments.compare import Item, as_items
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
-from sinkscope.experiments.sweeps.images import Line, Numbered, Rules, sweep_image
+from sinkscope.experiments.sweeps.images import Numbered, Rules, sweep_image
 from sinkscope.experiments.sweeps.result import ALL, Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table
@@ -31,6 +31,8 @@ from sinkscope.models.prepare import open_image
 from sinkscope.models.replay import capture, logits_at
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sinkscope.models.lvlm import LVLM
     from sinkscope.models.prepare import Sample
 
@@ -129,7 +131,7 @@ def sweep(
     made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
     if out is not None:
         return Sweep.load(out, by)
-    tables = [as_table(lines) for lines, _ in made]
+    tables = [part for part, _ in made]
     said = dict.fromkeys([*notes, *(note for _, some in made for note in some)])
     return Sweep(as_frame(tables), settings, tuple(said), by)
 
@@ -141,7 +143,7 @@ def run_groups(
     folder: Folder | None,
     *,
     hidden: bool,
-) -> list[tuple[list[Line], list[str]]]:
+) -> list[tuple[pa.Table, list[str]]]:
     """Run the groups that are not there yet; kept in memory only if there is no folder."""
     each = len(rules.cells.layers) * len(rules.cells.pairs)
     done = [folder is not None and folder.done(i) for i in range(len(groups))]
@@ -158,7 +160,7 @@ def run_groups(
                 proven = True
             lines, notes = sweep_image(lvlm, group, rules, bar.update)
             if folder is None:
-                kept.append((lines, notes))
+                kept.append((as_table(lines), notes))
             else:
                 folder.write(number, lines, notes)
     return kept

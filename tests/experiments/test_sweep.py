@@ -285,8 +285,8 @@ def test_calibration_and_detector_are_taken(tiny):
 def test_a_replay_that_differs_is_refused(tiny, monkeypatch):
     lvlm = tiny("llava-clip-llama")
     module = sys.modules[ss.sweep.__module__]
-    vocab = lvlm.module.get_output_embeddings().weight.shape[0]
-    monkeypatch.setattr(module, "logits_at", lambda *a: torch.zeros(1, 1, vocab))
+    real = module.logits_at
+    monkeypatch.setattr(module, "logits_at", lambda *given: 2 * real(*given))
     with pytest.raises(ModelError, match="differ from the model's own"):
         ss.sweep(lvlm, some(), layers=[0], grid=GRID, v_detector=NORM)
 
@@ -321,6 +321,11 @@ WRONG = {
 def test_wrong_options_are_refused(name, value, match, tiny):
     with pytest.raises(InputError, match=match):
         ss.sweep(tiny("llava-clip-llama"), some(), **{name: value})
+
+
+def test_layers_may_be_numpy_integers(tiny):
+    made = ss.sweep(tiny("llava-clip-llama"), some(1), np.array([1]), GRID, v_detector=NORM)
+    assert set(made.table["edited"]) == {2}
 
 
 @pytest.mark.parametrize("layers", [2, -1, 1.0, "embedding", [], [True]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from sinkscope.errors import InputError, LayerError
@@ -94,8 +94,8 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
             found.add(EMBED)
         elif (
             isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or layer not in range(n_layers - 1)
+            or not isinstance(layer, Integral)
+            or not 0 <= int(layer) < n_layers - 1
         ):
             raise LayerError(
                 f"Got layer {layer!r}; expected 'embed' or 0 to {n_layers - 2}. A gate at layer l "
@@ -103,7 +103,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
                 "edit block 0."
             )
         else:
-            found.add(layer)
+            found.add(int(layer))
     if not found:
         raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
     return tuple(sorted(found))

@@ -111,6 +111,11 @@ def _by_sinks(sweep: Sweep, factor: float, seed: int) -> list[str]:
         f"layers; clearly above 0 in {int((low[:-1] > 0).sum())} and clearly below 0 in "
         f"{int((high[:-1] < 0).sum())} of {len(mean) - 1} layers."
     )
+    if np.allclose(cells["s_v"] + cells["s_rest"], 1.0):
+        lines.append(
+            "   In every pair s_V and s_rest add to 1: what raises one lowers the other, and which of "
+            "the two it was cannot be told apart."
+        )
     lines.append(
         "   Whether the rest should be split further (L-sinks, ordinary tokens) is not on this grid."
     )
