@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
 from sinkscope.errors import SinkscopeError
+from sinkscope.recipes import without_bars
 from sinkscope.specs import HELP, parse_detector
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def run_demo(given: argparse.Namespace) -> int:
     questions = demo.choose_questions(scene, given.questions)
     demo.check_effects(given.effects)
     with tqdm(total=3, desc="loading the model", disable=None, leave=False) as bar:
-        _without_bars()
+        without_bars()
         lvlm, truth, tables = demo.meet_model(scene, questions, given.planted)
         step(bar, "calibrating")
         calibration = calibrate(lvlm, demo.other_samples(lvlm, questions[0].text), progress=False)
@@ -227,7 +228,7 @@ def load(given: argparse.Namespace) -> LVLM:
         SinkscopeError: If it cannot be read.
     """
     if given.model == "bundled" or not sys.stderr.isatty():
-        _without_bars()
+        without_bars()
     if given.model == "bundled":
         from sinkscope.bundled.load import load_bundled
 
@@ -300,10 +301,3 @@ def step(bar: tqdm, next_one: str) -> None:
     """One stage is done; name the next."""
     bar.update()
     bar.set_description(next_one)
-
-
-def _without_bars() -> None:
-    """No progress bars of transformers where nobody watches, or where loading takes no time."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -18,6 +18,7 @@ both. Every other key of a section is an argument of the function behind the com
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -69,6 +70,8 @@ class Recipe:
         """The model."""
         given = dict(self.model)
         name = given.pop("name")
+        if name == "bundled" or not sys.stderr.isatty():
+            without_bars()
         if name == "bundled":
             from sinkscope.bundled.load import load_bundled
 
@@ -91,6 +94,13 @@ class Recipe:
             for name in out:
                 out[name] = out[name] or getattr(found, name)
         return out
+
+
+def without_bars() -> None:
+    """No progress bars of transformers where nobody watches, or where loading takes no time."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def read_recipe(

@@ -118,8 +118,20 @@ def front_matter(record: Mapping[str, Any] | None) -> str:
 def training_of(gate: LSG, record: Mapping[str, Any] | None) -> str:
     """The section on training: what the record says, or that there is none."""
     if record is not None:
-        return f"As recorded by who trained it; long lists are summed up here.\n\n{table(record)}"
+        mine = table(own_part(record, gate.layer))
+        return f"As recorded by who trained it; long lists are summed up here.\n\n{mine}"
     return unrecorded(gate)
+
+
+def own_part(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
+    """The record without what it says of other gates, and without this gate's choices, shown below."""
+    out = dict(record)
+    if isinstance(record.get("results"), Mapping):
+        out["results"] = {k: v for k, v in record["results"].items() if k == str(layer)}
+    if isinstance(record.get("gates"), Mapping):
+        out["trained_together"] = sorted(str(name) for name in record["gates"])
+        del out["gates"]
+    return out
 
 
 def unrecorded(gate: LSG) -> str:
