@@ -54,6 +54,8 @@ def _shown(source: str, page: Page) -> str:
     if not path.exists():
         log.warning(f"{page.file.src_uri} shows {source}, which does not exist.")
         return ""
+    if path.suffix == ".yaml":
+        return f"```yaml\n{path.read_text(encoding='utf-8')}```"
     text = FRONT_MATTER.sub("", path.read_text(encoding="utf-8"))
     folder = posixpath.dirname(source)
     return LINK.sub(lambda link: _on_site(link[1], link[2], folder), text)
