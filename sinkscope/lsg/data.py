@@ -1,0 +1,409 @@
+"""Questions with answers, as batches to train on.
+
+A row of a batch is the prompt as it is generated from, and then the answer, padded on the left::
+
+    position   0 ... 2    3      4 ... 67   68 ... 77     78        79
+    input_ids  pad        bos    image      USER: ...     circle    </s>
+    labels     -100       -100   -100       -100          circle    </s>
+    live       False      True   True       True          False     False      (of the prompt)
+
+Only the answer has labels. A dataset is read once to check it, and its images are opened again when
+their batch is made, so no more than a batch of them is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.models.decoder_inputs import EXTENDED
+from sinkscope.models.prepare import open_image, process
+from sinkscope.tokens import TokenMap
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+
+IGNORED = -100
+"""The label of positions whose prediction does not count, as in PyTorch."""
+NEEDED = ("image", "question", "answer")
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerData:
+    """A dataset that was read once and found whole.
+
+    Attributes:
+        records: What gives a record by its index: dicts, or objects with such attributes.
+        images: Which image each record asks about: its ``image_id``, path, or a digest of its pixels.
+        fingerprint: A digest of all questions, answers and ``images``, in order.
+        max_answer_tokens: The longest answer that is accepted.
+    """
+
+    records: Any
+    images: tuple[str, ...]
+    fingerprint: str
+    max_answer_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Two parts without a common image.
+
+        Args:
+            share: Of the images, for the second part; at least one image where it is above 0.
+            seed: Of the choice.
+
+        Returns:
+            Indices of the first and of the second part, each in the dataset's order.
+
+        Raises:
+            InputError: If the share is no number from 0 to below 1, or there is one image only.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise InputError(
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
+                "dataset of your own write validation_data=dataset."
+            )
+        names = list(dict.fromkeys(self.images))
+        if share == 0:
+            return list(range(len(self))), []
+        if len(names) < 2:
+            raise InputError(
+                f"Got {len(self)} records about one image and validation={share}; expected two "
+                "images or more, because the split is by image. Write validation=0, or "
+                "validation_data=dataset."
+            )
+        many = min(max(1, round(share * len(names))), len(names) - 1)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = {names[i] for i in order[:many]}
+        parts: tuple[list[int], list[int]] = ([], [])
+        for index, name in enumerate(self.images):
+            parts[name in held].append(index)
+        return parts
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBatch:
+    """Prompts with their answers, left-padded.
+
+    Attributes:
+        inputs: What the model is called with; see the module for the layout.
+        labels: Int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere.
+        tokens: What every position is. Only the prompt is ``live``, so ``tokens.last`` is the end of
+            the prompt.
+        rows: The records' indices in the dataset.
+    """
+
+    inputs: Mapping[str, Any]
+    labels: Tensor
+    tokens: TokenMap
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many labels there are."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels of the last columns, as many as the longest answer has, ``[row n]``."""
+        longest = int((self.labels != IGNORED).sum(dim=1).max())
+        return self.labels[:, -longest:]
+
+    @property
+    def positions(self) -> Tensor:
+        """Int ``[row n]``: the positions that predict `targets`."""
+        end, longest = self.labels.shape[1], self.targets.shape[1]
+        return torch.arange(end - longest - 1, end - 1).expand(len(self), longest)
+
+
+def read_dataset(
+    dataset: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    max_answer_tokens: int = 256,
+    progress: bool = False,
+) -> AnswerData:
+    """Read a dataset once, check every record and keep no image.
+
+    Args:
+        dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
+            with such attributes. Something with a length and an index (a list,
+            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
+            else is kept as a list of its records.
+        tokenizer: To count the answers' tokens, or None.
+        max_answer_tokens: The longest answer that is accepted.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: If it is empty, or a record lacks something, with its number.
+    """
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
+        raise InputError(
+            f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
+            "and answer. Write dataset['train'] for one split of several, or a list of dicts."
+        )
+    records: Any = dataset if indexed else list(dataset)
+    if not len(records):
+        raise InputError("Got an empty dataset; expected at least one question with its answer.")
+    light = _undecoded(records)
+    names, digest = [], hashlib.blake2b(digest_size=16)
+    for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
+        record = light[index]
+        question, answer = _checked(record, index)
+        if tokenizer is not None:
+            _check_length(tokenizer, answer, index, max_answer_tokens)
+        names.append(_image_name(record, index))
+        digest.update("\x1f".join((question, answer, names[-1], "\x1e")).encode())
+    return AnswerData(records, tuple(names), digest.hexdigest(), max_answer_tokens)
+
+
+def _undecoded(records: Any) -> Any:
+    """A ``datasets.Dataset`` that gives images as bytes or paths; anything else as it is."""
+    feature: Any = (getattr(records, "features", None) or {}).get("image")
+    if not hasattr(feature, "decode") or not hasattr(records, "cast_column"):
+        return records
+    return records.cast_column("image", replace(feature, decode=False))
+
+
+def field_of(record: Any, name: str) -> Any:
+    """A field of a dict or of an object; None if it is missing."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+
+
+def _checked(record: Any, index: int) -> tuple[str, str]:
+    """Question and answer of a record that has all it needs.
+
+    Raises:
+        InputError: If it does not.
+    """
+    missing = [name for name in NEEDED if field_of(record, name) is None]
+    if missing:
+        known = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(
+            f"Record {index} ({known}) has no {' and no '.join(missing)}; expected image, question "
+            "and answer. Write dataset.rename_column(...), or leave such records out."
+        )
+    found = [field_of(record, name) for name in ("question", "answer")]
+    for name, text in zip(("question", "answer"), found, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"Record {index} has {name}={text!r}; expected a str with at least one word. Write "
+                "str(...) for numbers, or leave such records out."
+            )
+    return found[0], found[1]
+
+
+def _check_length(tokenizer: Any, answer: str, index: int, longest: int) -> None:
+    """Refuse an answer that is longer than wanted.
+
+    Raises:
+        InputError: If so.
+    """
+    n = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if n > longest:
+        raise InputError(
+            f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
+            f"max_answer_tokens={n}, or leave such records out."
+        )
+
+
+def _image_name(record: Any, index: int) -> str:
+    """Which image a record asks about.
+
+    Raises:
+        InputError: If there is no image in it.
+    """
+    known = field_of(record, "image_id")
+    if known is not None:
+        return f"id:{known}"
+    given = field_of(record, "image")
+    images = given if isinstance(given, (list, tuple)) else [given]
+    if not images or any(image is None for image in images):
+        raise InputError(f"Record {index} has no image; expected at least one.")
+    return "|".join(_digest(image) for image in images)
+
+
+def _digest(image: Any) -> str:
+    """A path, or a digest of bytes or pixels."""
+    if isinstance(image, Mapping):  # an undecoded image of ``datasets``
+        data, path = image.get("bytes"), image.get("path")
+        if data is None:
+            return f"path:{path}"
+    elif isinstance(image, (str, os.PathLike)):
+        return f"path:{os.fspath(image)}"
+    else:
+        opened = open_image(image)
+        data = repr(opened.size).encode() + opened.tobytes()
+    return f"pixels:{hashlib.blake2b(data, digest_size=12).hexdigest()}"
+
+
+def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    """Rows in groups of a size; the last may be smaller."""
+    for start in range(0, len(rows), size):
+        yield tuple(rows[start : start + size])
+
+
+def make_batch(
+    lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
+) -> AnswerBatch:
+    """Some records as one batch; their images are opened now.
+
+    Args:
+        lvlm: The model; its chat template renders the prompts.
+        data: The dataset.
+        rows: Indices of records.
+        append_end: Whether to train the token that ends an answer too, see `end_token`.
+
+    Raises:
+        InputError: If a record does not fit the model.
+    """
+    records = [data.records[row] for row in rows]
+    texts = [_checked(record, row) for record, row in zip(records, rows, strict=True)]
+    given = [field_of(record, "image") for record in records]
+    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
+    inputs, _, prompts = process(lvlm.processor, images, [question for question, _ in texts])
+    end = end_token(lvlm) if append_end else None
+    tails = [
+        answer_ids(lvlm.tokenizer, prompt, answer, end, row)
+        for prompt, (_, answer), row in zip(prompts, texts, rows, strict=True)
+    ]
+    ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
+    tokens = lvlm.prepare(inputs=ready).tokens
+    blind = [
+        row for row, seen in zip(rows, (tokens.image >= 0).any(1).tolist(), strict=True) if not seen
+    ]
+    if blind:
+        raise InputError(
+            f"Records {blind} have no image token in their prompt; expected some, or there is nothing "
+            "for a gate to scale. Check the processor's image_token and chat template."
+        )
+    module: Any = lvlm.module
+    limit = module.config.get_text_config().max_position_embeddings
+    if labels.shape[1] > limit:
+        raise InputError(
+            f"Records {list(rows)} make {labels.shape[1]} tokens; expected at most {limit}, the "
+            "length of the model. Leave the longest out, or make the images smaller."
+        )
+    if not bool(ready["attention_mask"].all()) and not computes_positions(lvlm):
+        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    prompt = tokens.live & (labels == IGNORED)
+    return AnswerBatch(ready, labels, replace(tokens, live=prompt), tuple(rows))
+
+
+def computes_positions(lvlm: LVLM) -> bool:
+    """Whether the model derives positions from mask and image grid itself, as Qwen-VL does."""
+    module: Any = lvlm.module
+    return callable(getattr(module.base_model, "get_rope_index", None))
+
+
+def answer_ids(tokenizer: Any, prompt: str, answer: str, end: int | None, record: int) -> list[int]:
+    """The tokens of an answer as they follow a prompt.
+
+    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``.
+
+    Args:
+        tokenizer: The model's.
+        prompt: The rendered prompt.
+        answer: The answer.
+        end: The token that ends it, or None.
+        record: The record's number, for the message.
+
+    Raises:
+        InputError: If prompt and answer are not tokenised one after the other.
+    """
+    joined = prompt[-1:].isspace() or answer[:1].isspace()
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = prompt + ("" if joined else " ") + answer
+    both = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if both[: len(before)] != before or len(both) == len(before):
+        raise InputError(
+            f"Record {record}: the tokens of the prompt, which ends in {prompt[-12:]!r}, change when "
+            f"the answer {answer[:40]!r} follows; expected them to stay, as in generation. Let the "
+            "chat template end without a space."
+        )
+    return both[len(before) :] + ([] if end is None else [end])
+
+
+def end_token(lvlm: LVLM) -> int | None:
+    """The token that ends an answer.
+
+    It is the one that stops generation; among several (Qwen, Gemma) the first that the chat template
+    puts behind an answer.
+
+    Returns:
+        Its id, or None if the model has none.
+    """
+    tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None or isinstance(ends, int):
+        return ends
+    template = getattr(lvlm.processor, "chat_template", None) or tokenizer.chat_template
+    if template and len(ends) > 1:
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": "yes"}]}
+            for role in ("user", "assistant")
+        ]
+        text = lvlm.processor.apply_chat_template(turns, chat_template=template, tokenize=False)
+        closing = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
+        ends = [token for token in closing if token in ends] or ends
+    return int(ends[0])
+
+
+def with_answers(
+    inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs with an answer after every prompt, padded on the left again.
+
+    Args:
+        inputs: Processor output of the prompts.
+        tails: The answer's tokens of every row.
+        pad: The token to pad with.
+
+    Returns:
+        The inputs, and labels ``[row pos]``.
+
+    Raises:
+        InputError: If an input has one entry per position and it is unknown which an answer has.
+    """
+    ids = inputs["input_ids"]
+    live = inputs["attention_mask"].bool()
+    lengths = [int(mask.sum()) + len(tail) for mask, tail in zip(live, tails, strict=True)]
+    shape = (len(tails), max(lengths))
+    out = dict(inputs)
+    labels = torch.full(shape, IGNORED)
+    for row, tail in enumerate(tails):
+        labels[row, shape[1] - len(tail) :] = torch.tensor(list(tail))
+    for name, value in inputs.items():
+        if name != "input_ids" and name not in EXTENDED:
+            if (
+                isinstance(value, Tensor)
+                and value.shape == ids.shape
+                and not value.is_floating_point()
+            ):
+                raise InputError(
+                    f"Got the input {name!r} with one entry per position; expected input_ids and "
+                    f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
+                )
+            continue
+        made = value.new_full(shape, pad if name == "input_ids" else 0)
+        for row, (mask, tail) in enumerate(zip(live, tails, strict=True)):
+            more = list(tail) if name == "input_ids" else [EXTENDED[name]] * len(tail)
+            whole = torch.cat([value[row][mask], value.new_tensor(more)])
+            made[row, shape[1] - lengths[row] :] = whole
+        out[name] = made
+    return out, labels
