@@ -46,17 +46,17 @@ class Captured:
         given: What the decoder was called with.
         states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
             reads ``states[l + 1]`` and edits block l + 1.
-        hidden: After the final norm, ``[row pos d_model]``.
+        hidden: After the final norm, ``[row pos d_model]``; None if the pass ended before.
     """
 
     module: nn.Module
     anatomy: Anatomy
     given: Mapping[str, Any]
     states: Mapping[int, Tensor]
-    hidden: Tensor
+    hidden: Tensor | None
 
     def __len__(self) -> int:
-        return int(self.hidden.shape[0])
+        return int(self.given["inputs_embeds"].shape[0])
 
     def state(self, block: int) -> Tensor:
         """What a block read, ``[row pos d_model]``.
@@ -74,7 +74,12 @@ class Captured:
 
 @torch.no_grad()
 def capture(
-    lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None, *, features: Any = None
+    lvlm: LVLM,
+    inputs: Mapping[str, Any],
+    blocks: Any = None,
+    *,
+    features: Any = None,
+    whole: bool = True,
 ) -> Captured:
     """One plain forward pass without gradient, with the states that blocks read.
 
@@ -83,6 +88,7 @@ def capture(
         inputs: What the model is called with (``sample.inputs``), padded or not.
         blocks: The blocks that will be edited, or None for all.
         features: Image features of an earlier `decoder_inputs` of the same images, or None.
+        whole: Whether to run the decoder to its end, or only to the last of ``blocks``.
 
     Returns:
         The pass. The LM head has not run; see `logits_at`.
@@ -92,11 +98,13 @@ def capture(
         ModelError: If the decoder is called in a way that cannot be repeated.
     """
     given, _ = decoder_inputs(lvlm, inputs, features)
-    return capture_given(lvlm, given, blocks)
+    return capture_given(lvlm, given, blocks, whole=whole)
 
 
 @torch.no_grad()
-def capture_given(lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = None) -> Captured:
+def capture_given(
+    lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = None, *, whole: bool = True
+) -> Captured:
     """`capture` from the decoder's own arguments on.
 
     Args:
@@ -104,6 +112,7 @@ def capture_given(lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = Non
         given: The decoder's arguments, of `decoder_inputs`.
         blocks: See `capture`.
         cache: Keys and values of what comes before, or None.
+        whole: See `capture`.
     """
     anatomy = lvlm.anatomy
     wanted = anatomy.language.layers(blocks)
@@ -111,17 +120,26 @@ def capture_given(lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = Non
     with ExitStack() as stack:
         for block in wanted:
             part = lvlm.module.get_submodule(anatomy.language.blocks[block])
-            hook = part.register_forward_pre_hook(_keep(states, block), with_kwargs=True)
-            stack.callback(hook.remove)
-        hidden = _decode(lvlm.module, given, cache)
+            keep = _keep(states, block, end=not whole and block == max(wanted))
+            stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        try:
+            hidden = _decode(lvlm.module, given, cache)
+        except _Ended:
+            hidden = None
     return Captured(lvlm.module, anatomy, given, states, hidden)
 
 
-def _keep(states: dict[int, Tensor], block: int) -> Callable[..., None]:
-    """A hook that keeps what a block reads."""
+class _Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
+    """Leaves the decoder where nothing more is wanted."""
+
+
+def _keep(states: dict[int, Tensor], block: int, *, end: bool) -> Callable[..., None]:
+    """A hook that keeps what a block reads, and ends the pass there if wanted."""
 
     def keep(part: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         states[block] = args[0] if args else named["hidden_states"]
+        if end:
+            raise _Ended
 
     return keep
 
@@ -150,6 +168,7 @@ def resume(
     *,
     rows: Sequence[int] | Tensor | None = None,
     cache: Any = None,
+    later: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
     """The rest of a captured pass, with the keys of one block scaled.
 
@@ -160,6 +179,8 @@ def resume(
             1 for text and padding. It may require a gradient.
         rows: Which captured row each row is, with repeats; None for all of them once.
         cache: Keys and values of what comes before, or None.
+        later: Further blocks behind this one, with a function that gives their factors from what
+            they read, ``[row pos d_model]``, after the edits before them; or None.
 
     Returns:
         Hidden states after the final norm, ``[row pos d_model]``. Whether a gradient is kept is up
@@ -192,21 +213,36 @@ def resume(
     given = rows_of(captured.given, index)
     if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
         given["inputs_embeds"] = state
-    edit: KeyEdit = _times(factors)
-    with (
-        _from_block(captured, block, state),
-        scaled_keys(captured.module, captured.anatomy, {block: edit}),
-    ):
+    language, found = captured.anatomy.language, {block: factors}
+    edits = {number: _scaling(found, number) for number in (block, *(later or {}))}
+    with ExitStack() as stack:
+        stack.enter_context(_from_block(captured, block, state))
+        stack.enter_context(scaled_keys(captured.module, captured.anatomy, edits))
+        for number, decide in (later or {}).items():
+            part = captured.module.get_submodule(language.blocks[number])
+            hook = part.register_forward_pre_hook(_ask(found, number, decide), with_kwargs=True)
+            stack.callback(hook.remove)
         return _decode(captured.module, given, cache)
 
 
-def _times(factors: Tensor) -> KeyEdit:
-    """Keys times factors, rounded once: as the kernels do it."""
+def _scaling(factors: Mapping[int, Tensor], block: int) -> KeyEdit:
+    """Multiply the keys of a block with its factors ``[row key]``, rounded once."""
 
-    def edit(key: Tensor) -> Tensor:
-        return (key * factors.to(key.device)[:, None, :, None]).to(key.dtype)
+    def scale(key: Tensor) -> Tensor:
+        return (key * factors[block].to(key.device)[:, None, :, None]).to(key.dtype)
 
-    return edit
+    return scale
+
+
+def _ask(
+    found: dict[int, Tensor], block: int, decide: Callable[[Tensor], Tensor]
+) -> Callable[..., None]:
+    """A hook that decides a block's factors on what it reads."""
+
+    def ask(part: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        found[block] = decide(args[0] if args else named["hidden_states"])
+
+    return ask
 
 
 @contextmanager
