@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,14 @@ class AnswerData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def joined(self, other: AnswerData) -> AnswerData:
+        """This dataset and then another one."""
+        both = f"{self.fingerprint} {other.fingerprint}"
+        longest = max(self.max_answer_tokens, other.max_answer_tokens)
+        return AnswerData(
+            _Both(self.records, other.records), self.images + other.images, both, longest
+        )
+
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
         """Two parts without a common image.
 
@@ -89,6 +97,17 @@ class AnswerData:
         for index, name in enumerate(self.images):
             parts[name in held].append(index)
         return parts
+
+
+class _Both:
+    """Records of two datasets, one after the other."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    def __getitem__(self, index: int) -> Any:
+        n = len(self.first)
+        return self.first[index] if index < n else self.second[index - n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +177,7 @@ def read_dataset(
         )
     records: Any = dataset if indexed else list(dataset)
     if not len(records):
-        raise InputError("Got an empty dataset; expected at least one question with its answer.")
+        raise InputError("Got an empty dataset; expected at least one question with an answer.")
     light = _undecoded(records)
     names, digest = [], hashlib.blake2b(digest_size=16)
     for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
@@ -169,6 +188,50 @@ def read_dataset(
         names.append(_image_name(record, index))
         digest.update("\x1f".join((question, answer, names[-1], "\x1e")).encode())
     return AnswerData(records, tuple(names), digest.hexdigest(), max_answer_tokens)
+
+
+def read_parts(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    validation_data: Iterable[Any] | None = None,
+    *,
+    validation: float = 0.1,
+    seed: int = 0,
+    max_answer_tokens: int = 256,
+    progress: bool | None = None,
+) -> tuple[AnswerData, list[int], list[int]]:
+    """A dataset to train on and to validate on, with one batch of each made to see that it fits.
+
+    Args:
+        lvlm: The model.
+        dataset: See `read_dataset`.
+        validation_data: Records to validate on, or None to hold out some of the dataset.
+        validation: Share of the images to hold out.
+        seed: Of the split.
+        max_answer_tokens: The longest answer that is accepted.
+        progress: Whether to show progress bars; None shows them from 50 records on.
+
+    Returns:
+        The data, and indices of the training and of the validation part.
+
+    Raises:
+        InputError: If something is missing or does not fit the model.
+    """
+    given = []
+    for part in (dataset, validation_data):
+        if part is not None:
+            shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
+            options = {"max_answer_tokens": max_answer_tokens, "progress": bool(shown)}
+            given.append(read_dataset(part, lvlm.tokenizer, **options))
+    data = given[0]
+    rows, held = data.split(validation if validation_data is None else 0.0, seed)
+    if validation_data is not None:
+        data = data.joined(given[1])
+        held = list(range(len(rows), len(data)))
+    for part in (rows, held):
+        if part:
+            make_batch(lvlm, data, part[:1])
+    return data, rows, held
 
 
 def _undecoded(records: Any) -> Any:

@@ -46,14 +46,27 @@ class Captured:
         given: What the decoder was called with.
         states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
             reads ``states[l + 1]`` and edits block l + 1.
-        hidden: After the final norm, ``[row pos d_model]``; None if the pass ended before.
+        end: After the final norm, ``[row pos d_model]``; None if the pass ended before.
     """
 
     module: nn.Module
     anatomy: Anatomy
     given: Mapping[str, Any]
     states: Mapping[int, Tensor]
-    hidden: Tensor | None
+    end: Tensor | None
+
+    @property
+    def hidden(self) -> Tensor:
+        """After the final norm, ``[row pos d_model]``.
+
+        Raises:
+            ModelError: If the pass ended before.
+        """
+        if self.end is None:
+            raise ModelError(
+                "Got a pass that ended at a block; expected a whole one. Write capture(..., whole=True)."
+            )
+        return self.end
 
     def __len__(self) -> int:
         return int(self.given["inputs_embeds"].shape[0])
@@ -123,10 +136,10 @@ def capture_given(
             keep = _keep(states, block, end=not whole and block == max(wanted))
             stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
         try:
-            hidden = _decode(lvlm.module, given, cache)
+            final = _decode(lvlm.module, given, cache)
         except _Ended:
-            hidden = None
-    return Captured(lvlm.module, anatomy, given, states, hidden)
+            final = None
+    return Captured(lvlm.module, anatomy, given, states, final)
 
 
 class _Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong

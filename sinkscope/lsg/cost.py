@@ -1,0 +1,112 @@
+"""What training will cost, in passes of one block over one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sinkscope.lsg.settings import Settings
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What training will cost.
+
+    A block that carries a gradient is run forward and, for the gradient of what it reads, backward;
+    its weights get none. Both count as one pass each.
+
+    Attributes:
+        steps: Steps of the optimiser.
+        batches: Forward batches of training.
+        looks: Looks at the validation part, the first before training.
+        held_batches: Batches of each look.
+        vision_blocks: Vision blocks per batch, without gradient.
+        plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
+        gate_blocks: Decoder blocks per batch with gradient, of each gate.
+        alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
+    """
+
+    steps: int
+    batches: int
+    looks: int
+    held_batches: int
+    vision_blocks: int
+    plain_blocks: int
+    gate_blocks: tuple[int, ...]
+    alone_blocks: tuple[int, ...]
+
+    @property
+    def together(self) -> int:
+        """Decoder passes of one training batch, all gates together."""
+        return self.plain_blocks + 2 * sum(self.gate_blocks)
+
+    @property
+    def apart(self) -> int:
+        """Decoder passes of one training batch of every gate, each trained alone."""
+        return sum(self.alone_blocks) + 2 * sum(self.gate_blocks)
+
+    @property
+    def bound(self) -> float:
+        """How many times cheaper all gates together are than apart, counting decoder blocks.
+
+        For a gate at every layer of a deep decoder it tends to 1.5: alone, each costs half of its
+        forward pass without and one and a half with a gradient.
+        """
+        return self.apart / self.together
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"together": self.together, "apart": self.apart, "bound": self.bound}
+
+    def __str__(self) -> str:
+        seen, held = self.batches, self.looks * self.held_batches
+        return "\n".join(
+            [
+                f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
+                f"{self.held_batches} validation batches.",
+                f"Training batch: {self.vision_blocks} vision blocks and {self.plain_blocks} decoder "
+                f"blocks without gradient, then {sum(self.gate_blocks)} decoder blocks forward and "
+                f"backward for {len(self.gate_blocks)} gates.",
+                f"Together {self.together * seen} decoder block passes; trained one by one "
+                f"{self.apart * seen} ({self.bound:.2f} times as many).",
+                f"Validation adds {(self.plain_blocks + sum(self.gate_blocks)) * held} block passes "
+                "without gradient.",
+            ]
+        )
+
+
+def cost_of(
+    settings: Settings,
+    edited: Sequence[int],
+    rows: int,
+    held: int,
+    vision_blocks: int,
+    decoder_blocks: int,
+    processes: int = 1,
+) -> TrainingCost:
+    """The cost of a run without an early end, per process.
+
+    Args:
+        settings: How it is trained.
+        edited: The block whose keys each gate scales.
+        rows: Training records.
+        held: Validation records.
+        vision_blocks: Blocks of the vision tower.
+        decoder_blocks: Blocks of the decoder.
+        processes: Processes that share the rows.
+    """
+    own, own_held = -(-rows // processes), -(-held // processes)
+    per_epoch = -(-rows // (settings.batch * settings.accumulate * processes))
+    steps = per_epoch * settings.epochs
+    looks = 1 + -(-steps // (settings.evaluate_every or per_epoch))
+    return TrainingCost(
+        steps=steps,
+        batches=-(-own // settings.batch) * settings.epochs,
+        looks=looks if held else 0,
+        held_batches=-(-own_held // settings.batch),
+        vision_blocks=vision_blocks,
+        plain_blocks=max(edited),
+        gate_blocks=tuple(decoder_blocks - block for block in edited),
+        alone_blocks=tuple(edited),
+    )
