@@ -30,7 +30,7 @@ class TrainResult:
     """Trained gates.
 
     Attributes:
-        gates: By layer, with their best weights; none after a dry run.
+        gates: By layer, with their best weights.
         record: Plain data for a model card: data, settings, losses, versions, machine, time.
         lines: The history as dicts, see `history`.
     """
@@ -74,14 +74,9 @@ class TrainResult:
 
         Returns:
             A matplotlib figure.
-
-        Raises:
-            InputError: If nothing was trained.
         """
         from sinkscope.viz.training import plot_training
 
-        if not self.lines:
-            raise InputError("Got the result of a dry run; expected one of training, to plot it.")
         return plot_training(self.history, (self.record.get("base") or {}).get("loss"))
 
     def summary(self) -> pd.DataFrame:
@@ -100,10 +95,8 @@ class TrainResult:
 
     def __str__(self) -> str:
         data, record = self.record["data"], self.record
-        if record["dry_run"]:
-            return "Nothing was trained: a dry run."
         head = (
-            f"{len(self.gates)} gates of {record['model']['name']}: {data['train']['records']} records "
+            f"{len(self.gates)} gates of {record['name']}: {data['train']['records']} records "
             f"about {data['train']['images']} images, {record['steps']} of {record['cost']['steps']} "
             f"steps in {record['seconds']:.1f} s; validated on {data['validation']['records']} records "
             f"about {data['validation']['images']} other images."
@@ -116,29 +109,31 @@ class TrainResult:
 
 
 def record_of(
+    name: str,
     facts: Mapping[str, Any],
     cost: TrainingCost,
-    loop: Loop | None,
+    loop: Loop,
     base: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The record of a run.
 
     Args:
+        name: Of the model.
         facts: What it was started with.
         cost: What it was to cost.
-        loop: The finished loop, or None for a dry run.
+        loop: The finished loop.
         base: Loss and accuracy of the model without a gate on the validation part, or None.
     """
     return {
         **facts,
+        "name": name,
         "method": "Layer-wise Sink Gating, arXiv 2604.03316",
         "objective": "next-token loss on the answer, model frozen",
-        "dry_run": loop is None,
         "cost": cost.to_dict(),
-        "steps": 0 if loop is None else loop.step,
-        "seconds": 0.0 if loop is None else loop.seconds,
+        "steps": loop.step,
+        "seconds": loop.seconds,
         "base": None if base is None else dict(base),
-        "results": {} if loop is None else {name: _result_of(loop, name) for name in loop.runners},
+        "results": {layer: _result_of(loop, layer) for layer in loop.runners},
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "machine": machine(),

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError, InterventionError, ModelError
 from sinkscope.lsg.checkpoints import open_run
-from sinkscope.lsg.config import detector_of, fingerprint, sketch
-from sinkscope.lsg.cost import cost_of
+from sinkscope.lsg.config import detector_of
+from sinkscope.lsg.cost import TrainingCost, cost_of
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.lsg.gate import LSG, check_gates, check_layer
 from sinkscope.lsg.loop import Loop, Sums, Trainee
 from sinkscope.lsg.passes import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, record_of
 from sinkscope.lsg.settings import Settings
+from sinkscope.models.identity import identity_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +61,7 @@ def train_lsg(
     accelerator: Accelerator | None = None,
     progress: bool | None = None,
     dry_run: bool = False,
-) -> TrainResult:
+) -> TrainResult | TrainingCost:
     """Train Layer-wise Sink Gates: next-token loss on the answers, the model frozen (2604.03316).
 
     Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
@@ -99,11 +99,11 @@ def train_lsg(
         accelerator: Processes of ``accelerate`` that share each step's rows; every one holds the
             whole model on its own device. None trains in this process.
         progress: Whether to show progress bars; None shows them from 50 records on.
-        dry_run: Only print what training would cost. The model does not run, and the result holds
-            no gate.
+        dry_run: Whether to return what training would cost instead; the model does not run.
 
     Returns:
-        The gates with the weights of the lowest validation loss, the history and a record.
+        The gates with the weights of the lowest validation loss, the history and a record; or, with
+        ``dry_run``, a `TrainingCost` to print.
 
     Raises:
         InputError: If the data, a setting or the folder does not fit.
@@ -136,8 +136,7 @@ def train_lsg(
     cost = cost_of(settings, edited, len(rows), len(held), *towers, processes=count)
     facts = facts_of(lvlm, data, (rows, held), settings, append_end)
     if dry_run:
-        tqdm.write(str(cost))
-        return TrainResult({}, record_of(facts, cost, None, None))
+        return cost
     if gates:
         made: Gates = {gate.layer: copy.deepcopy(gate) for gate in gates}
     else:
@@ -164,7 +163,7 @@ def train_lsg(
             accelerator,
         )
         loop.run()
-    return TrainResult(made, record_of(facts, cost, loop, base), loop.history)
+    return TrainResult(made, record_of(lvlm.name, facts, cost, loop, base), loop.history)
 
 
 class GateObjective:
@@ -250,12 +249,8 @@ def facts_of(
     rows, held = parts
     names = [len({data.images[i] for i in part}) for part in parts]
     return {
-        "model": {
-            "name": lvlm.name,
-            "dtype": str(next(lvlm.module.parameters()).dtype).removeprefix("torch."),
-            "layout": fingerprint(lvlm.anatomy),
-            "weights": list(sketch(lvlm.module, lvlm.anatomy.head)),
-        },
+        "model": identity_of(lvlm)
+        | {"dtype": str(lvlm.module.get_input_embeddings().weight.dtype)},
         "settings": {**settings.to_dict(), "append_end": append_end},
         "data": {
             "fingerprint": data.fingerprint,
