@@ -49,7 +49,7 @@ from sinkscope.interventions import (
     TestTimeRegister,
     find_register_neurons,
 )
-from sinkscope.lsg import LSG, import_gates
+from sinkscope.lsg import LSG, TrainResult, greedy_stack, import_gates, train_lsg
 from sinkscope.models import LVLM, Generation, Run, Sample
 from sinkscope.probes import (
     AttentionMass,
@@ -119,6 +119,7 @@ __all__ = [
     "TestTimeRegister",
     "TokenMap",
     "TokenNorms",
+    "TrainResult",
     "ValueNorms",
     "VisionMap",
     "agreement",
@@ -132,6 +133,7 @@ __all__ = [
     "experiments",
     "find_register_neurons",
     "import_gates",
+    "greedy_stack",
     "interventions",
     "linear_probes",
     "load_bundled",
@@ -143,5 +145,6 @@ __all__ = [
     "sweep",
     "testing",
     "trace_sinks",
+    "train_lsg",
     "viz",
 ]

@@ -18,6 +18,7 @@ from sinkscope.viz.report import write_report
 from sinkscope.viz.sweep import plot_sweep
 from sinkscope.viz.text import trace_summary
 from sinkscope.viz.trace import plot_trace
+from sinkscope.viz.training import plot_training
 
 __all__ = [
     "effects_text",
@@ -32,6 +33,7 @@ __all__ = [
     "plot_spikes",
     "plot_sweep",
     "plot_trace",
+    "plot_training",
     "trace_html",
     "trace_summary",
     "write_report",
