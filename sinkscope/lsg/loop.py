@@ -287,7 +287,7 @@ class Loop:
         """
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
-                f"Got a loss of {float(loss)} for {name!r} in step {self.step + 1}, at lr={lr:.2g}; "
+                f"Got a loss of {float(loss.detach())} for {name!r} in step {self.step + 1}, at lr={lr:.2g}; "
                 "expected a finite number. Try a lower lr, or dtype='bfloat16' instead of float16."
             )
 

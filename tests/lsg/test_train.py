@@ -1,7 +1,9 @@
 """train_lsg: what is learned, what is left alone, and what must give the same weights."""
 
 import hashlib
+import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -114,27 +116,36 @@ def test_a_seed_repeats_a_run_and_another_does_not(lvlm):
 
 def test_accumulated_batches_are_one_larger_batch(lvlm):
     """Rows have answers of different lengths, so a mean of means would differ."""
-    options = {"validation": 0.0, "epochs": 3}
-    whole = weights(train(lvlm, batch=6, **options))
-    parts = weights(train(lvlm, batch=2, accumulate=3, **options))
-    assert same(whole, parts, 1e-5)
-    assert not same(whole, weights(train(lvlm, batch=2, **options)), 1e-3)
+    options = {"validation": 0.0, "epochs": 3, "lr": 0.01}
+    whole = train(lvlm, batch=6, **options)
+    parts = train(lvlm, batch=2, accumulate=3, **options)
+    assert whole.history["loss"].tolist() == pytest.approx(parts.history["loss"].tolist(), abs=1e-4)
+    assert same(weights(whole), weights(parts), 1e-3)
+    assert not same(weights(whole), weights(train(lvlm, batch=2, **options)), 1e-2)
+
+
+def hooks_of(lvlm):
+    """How many hooks every module has, after a first pass: transformers adds some of its own then."""
+    sample = lvlm.prepare(random_image(32, 32, 1), "what is it")
+    with torch.no_grad():
+        lvlm.module(**sample.inputs)
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lvlm.module.modules()]
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_every_family_trains_and_is_left_as_it_was(family):
     lvlm = ss.LVLM(*TINY[family](dtype=torch.bfloat16), verify=False)
     before = digest(lvlm.module)
-    some = list(lvlm.module.parameters())[0]
-    some.requires_grad_(False)
+    next(iter(lvlm.module.parameters())).requires_grad_(False)
+    hooks = hooks_of(lvlm)
     flags = [p.requires_grad for p in lvlm.module.parameters()]
     modes = [m.training for m in lvlm.module.modules()]
-    result = train(lvlm, layers=["embed", 0], lr=0.05)
+    result = train(lvlm, layers=["embed", 0], lr=0.005, validation=0.0)
     assert digest(lvlm.module) == before
     assert [p.requires_grad for p in lvlm.module.parameters()] == flags
     assert [m.training for m in lvlm.module.modules()] == modes
     assert all(p.grad is None for p in lvlm.module.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lvlm.module.modules())
+    assert hooks_of(lvlm) == hooks
     untrained = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
     assert not same({"": result.gates[0].outer.weight}, {"": untrained.outer.weight}, 1e-4)
     sample = lvlm.prepare(random_image(32, 32, 1), "what is it")
@@ -159,6 +170,7 @@ class Bad(list):
 def test_the_model_is_left_as_it_was_when_training_breaks_off(lvlm, error):
     before = digest(lvlm.module)
     flags = [p.requires_grad for p in lvlm.module.parameters()]
+    hooks = hooks_of(lvlm)
     bad = Bad(records(), error)
     with pytest.raises(type(error)):
         train(lvlm, bad, epochs=50)
@@ -166,7 +178,7 @@ def test_the_model_is_left_as_it_was_when_training_breaks_off(lvlm, error):
     assert digest(lvlm.module) == before
     assert [p.requires_grad for p in lvlm.module.parameters()] == flags
     assert all(p.grad is None for p in lvlm.module.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lvlm.module.modules())
+    assert hooks_of(lvlm) == hooks
     blocks = [lvlm.module.get_submodule(path) for path in lvlm.anatomy.language.blocks]
     assert not any("forward" in vars(block) for block in blocks)
 
@@ -179,7 +191,7 @@ def test_no_gradient_is_kept_below_the_gate(lvlm):
         part = lvlm.module.get_submodule(path)
         hooks.append(
             part.self_attn.register_forward_hook(
-                lambda m, args, out, i=i: seen[i].append((out[0].requires_grad))
+                lambda m, args, out, i=i: seen[i].append(out[0].requires_grad)
             )
         )
     train(lvlm, layers=[0, 1], validation=0.0, batch=12, epochs=1)
@@ -206,25 +218,19 @@ def test_the_history_is_tidy(lvlm):
 
 
 def test_the_record_is_plain_and_whole(lvlm):
-    import json
-
     result = train(lvlm)
     record = json.loads(json.dumps(result.record))
     assert record["data"]["train"]["records"] + record["data"]["validation"]["records"] == 12
     assert record["data"]["validation"]["images"] == 1
     assert record["settings"]["epochs"] == 2
     assert record["settings"]["seed"] == 0
-    assert record["gates"]["0"]["v_detector"] == {
-        "name": "Norm",
-        "tau": 8.0,
-        "strict": RULE.strict,
-    }
+    assert record["gates"]["0"]["v_detector"] == ss.lsg.describe(RULE)
     assert record["seconds"] > 0
     assert record["versions"]["torch"] == torch.__version__
     assert record["base"]["loss"] > 0
     assert "0" in record["results"]
     text, html = str(result), result._repr_html_()
-    assert text.startswith("1 gates of") or text.startswith("1 gate of")
+    assert text.startswith("1 gate of")
     assert "<table" in html
     assert "best_loss" in html
     assert result.summary()["base_loss"].tolist() == [record["base"]["loss"]]
@@ -281,7 +287,7 @@ def test_schedules():
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[11] == pytest.approx(1.0)
     assert rates[19] < 0.05
-    assert all(a >= b for a, b in zip(rates[1:], rates[2:], strict=False))
+    assert rates[1:] == sorted(rates[1:], reverse=True)
     constant = Settings(schedule="constant", warmup=0.0, lr=2.0)
     assert {constant.lr_at(step, 20) for step in range(20)} == {2.0}
 
@@ -306,7 +312,7 @@ def test_clipping_bounds_the_step(lvlm, monkeypatch):
 def test_gates_to_start_from_are_copied(lvlm):
     start = ss.LSG.for_model(lvlm, 1, v_detector=RULE, groups=("V", "rest"), seed=9)
     before = {k: v.clone() for k, v in start.state_dict().items()}
-    result = train(lvlm, gates=[start])
+    result = train(lvlm, gates=[start], validation=0.0)
     assert list(result.gates) == [1]
     assert result.gate is not start
     assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
@@ -343,7 +349,7 @@ def test_a_loss_that_is_no_number_stops_at_once(lvlm):
         ({"validation_data": []}, InputError, "Got an empty dataset"),
         ({"data": records(2)}, InputError, r"2 records about one image and validation=0\.2"),
         ({"choices": {"grups": 1}}, InterventionError, r"Got \['grups'\] for a gate"),
-        ({"max_answer_tokens": 1}, InputError, r"Record 1 has an answer of \d tokens; expected at"),
+        ({"max_answer_tokens": 1}, InputError, r"Record 0 has an answer of \d tokens; expected at"),
     ],
 )
 def test_mistakes_are_named_before_any_work(lvlm, options, error, message, monkeypatch):
@@ -396,4 +402,4 @@ def test_the_curve_is_drawn_with_the_base(lvlm):
     assert labels == ["layer embed", "layer 0", "layer 1", "training step", "without a gate"]
     assert [t.get_text() for t in right.get_legend().get_texts()] == ["V", "rest"]
     with pytest.raises(InputError, match="expected at least"):
-        ss.viz.plot_training(figure and __import__("pandas").DataFrame({"a": [1]}))
+        ss.viz.plot_training(pd.DataFrame({"a": [1]}))

@@ -1,0 +1,149 @@
+"""A run that is killed and started again ends at the same weights; another run is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sinkscope as ss
+from sinkscope.errors import CheckpointError, InputError
+from sinkscope.testing import tiny_llava
+from tests.lsg.test_train import RULE, Bad, records, same, train, weights
+
+SCRIPT = """
+import sys, time
+import torch
+from safetensors.torch import save_file
+import sinkscope as ss
+from sinkscope.testing import tiny_llava
+from tests.lsg.test_train import RULE, records
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(float(sys.argv[3]))
+        return super().__getitem__(index)
+
+torch.set_num_threads(1)
+result = ss.train_lsg(
+    ss.LVLM(*tiny_llava(), verify=False), Slow(records()), [0, 1], v_detector=RULE, batch=4,
+    validation=0.2, lr=0.02, epochs=6, evaluate_every=4, checkpoint_every=3, out=sys.argv[1],
+    progress=False,
+)
+save_file({f"{k}.{n}": v for k, g in result.gates.items() for n, v in g.state_dict().items()}, sys.argv[2])
+result.history.to_json(sys.argv[2] + ".json", double_precision=15)
+"""
+
+
+def start(folder, final, pause):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(final), str(pause)]
+    return subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_at_the_weights_of_an_undisturbed_one(tmp_path):
+    """SIGKILL after the checkpoint of step 6 of 18, and then once more after that of step 12."""
+    plain, killed = tmp_path / "plain.safetensors", tmp_path / "killed.safetensors"
+    undisturbed = start(tmp_path / "plain", plain, 0)
+    for step in (6, 12):
+        process = start(tmp_path / "killed", killed, 0.02)
+        wanted = tmp_path / "killed" / f"checkpoint-{step:06d}" / "state.json"
+        while not wanted.exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not killed.exists()
+    last = start(tmp_path / "killed", killed, 0)
+    for process in (undisturbed, last):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    one, other = load_file(plain), load_file(killed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    texts = [Path(f"{path}.json").read_text() for path in (plain, killed)]
+    assert texts[0] == texts[1]
+    names = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert names == ["checkpoint-000018", "run.json"]
+
+
+@pytest.fixture
+def lvlm():
+    return ss.LVLM(*tiny_llava(), verify=False)
+
+
+@pytest.mark.parametrize("at", (25, 38, 51, 64))
+def test_a_run_that_breaks_off_anywhere_goes_on(lvlm, tmp_path, at):
+    """In one process, at many places: in a step, at a validation, before the first checkpoint."""
+    options = {"epochs": 3, "evaluate_every": 2, "checkpoint_every": 2}
+    expected = train(lvlm, layers=[0, 1], **options)
+    bad = Bad(records(), ZeroDivisionError())
+    bad.reads = 60 - at
+    with pytest.raises(ZeroDivisionError):
+        train(lvlm, bad, layers=[0, 1], out=tmp_path, **options)
+    again = train(lvlm, layers=[0, 1], out=tmp_path, **options)
+    assert same(weights(expected), weights(again))
+    assert expected.history.equals(again.history)
+    third = train(lvlm, layers=[0, 1], out=tmp_path, **options)
+    assert same(weights(expected), weights(third))
+    assert third.record["results"] == expected.record["results"]
+
+
+def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
+    train(lvlm, out=tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"settings\.lr: was 0\.02, now 0\.01\n.*settings\.seed"):
+        train(lvlm, out=tmp_path, lr=0.01, seed=5)
+    changed = records()
+    changed[0]["answer"] = "seven"
+    with pytest.raises(InputError, match=r"data\.fingerprint: was '\w+', now '\w+'"):
+        train(lvlm, changed, out=tmp_path)
+    with pytest.raises(InputError, match=r"gates\.1: was None, now \{"):
+        train(lvlm, layers=[0, 1], out=tmp_path)
+    other = ss.LVLM(*tiny_llava(seed=1), verify=False)
+    with pytest.raises(InputError, match=r"model\.weights: was"):
+        train(other, out=tmp_path)
+    gate = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
+    with torch.no_grad():
+        gate.outer.bias.add_(1.0)
+    with pytest.raises(InputError, match=r"gates\.0\.start: was '\w+', now"):
+        train(lvlm, gates=[gate], out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_files_that_cannot_be_read_are_named(lvlm, tmp_path):
+    train(lvlm, out=tmp_path)
+    (newest,) = tmp_path.glob("checkpoint-*")
+    whole = (newest / "state.safetensors").read_bytes()
+    (newest / "state.safetensors").write_bytes(whole[:100])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors cannot be read"):
+        train(lvlm, out=tmp_path)
+    (newest / "state.safetensors").write_bytes(whole)
+    (newest / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state\.json', which cannot be read"):
+        train(lvlm, out=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="which cannot be written"):
+        train(lvlm, out=tmp_path / "file" / "run")
+
+
+def test_checkpoints_hold_no_pickle_and_no_half_written_one_counts(lvlm, tmp_path):
+    expected = train(lvlm, out=tmp_path / "a", checkpoint_every=1)
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["settings"]["lr"] == 0.02
+    half = tmp_path / "a" / "checkpoint-000099.tmp"
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    again = train(lvlm, out=tmp_path / "a", checkpoint_every=1)
+    assert same(weights(expected), weights(again))
+    suffixes = {path.suffix for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
