@@ -81,7 +81,7 @@ def lvlm():
     return ss.LVLM(*tiny_llava(), verify=False)
 
 
-@pytest.mark.parametrize("at", (25, 38, 51, 64))
+@pytest.mark.parametrize("at", [25, 38, 51, 64])
 def test_a_run_that_breaks_off_anywhere_goes_on(lvlm, tmp_path, at):
     """In one process, at many places: in a step, at a validation, before the first checkpoint."""
     options = {"epochs": 3, "evaluate_every": 2, "checkpoint_every": 2}
