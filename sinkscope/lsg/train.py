@@ -286,10 +286,11 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         )
     if accelerator is None or accelerator.num_processes == 1:
         return
-    if lvlm.device != accelerator.device:
+    here, there = lvlm.device, accelerator.device
+    if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
         raise ModelError(
-            f"Got a model on {lvlm.device} in process {accelerator.process_index} of "
-            f"{accelerator.num_processes}, whose device is {accelerator.device}; expected it there. "
+            f"Got a model on {here} in process {accelerator.process_index} of "
+            f"{accelerator.num_processes}, whose device is {there}; expected it there. "
             "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
         )
 

@@ -1,16 +1,20 @@
 """train_lsg: what is learned, what is left alone, and what must give the same weights."""
 
+import dataclasses
 import hashlib
 import json
 
 import pandas as pd
 import pytest
 import torch
+import transformers
 
 import sinkscope as ss
 from sinkscope.bundled.scenes import TRAIN_SEEDS
 from sinkscope.errors import InputError, InterventionError, LayerError, NonFiniteError
 from sinkscope.lsg import loop as looping
+from sinkscope.lsg.cost import cost_of
+from sinkscope.lsg.data import make_batch, read_dataset
 from sinkscope.lsg.settings import Settings
 from sinkscope.testing import TINY, random_image, tiny_llava
 
@@ -239,8 +243,6 @@ def test_the_record_is_plain_and_whole(lvlm):
 def test_the_base_loss_is_transformers_own(lvlm):
     data = records(4)
     result = train(lvlm, data, validation_data=data[:3], batch=2)
-    from sinkscope.lsg.data import make_batch, read_dataset
-
     read = read_dataset(data[:3])
     total = tokens = 0.0
     for row in range(3):
@@ -273,8 +275,6 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(lvlm):
 
 
 def test_the_bound_of_sharing_tends_to_one_and_a_half():
-    from sinkscope.lsg.cost import cost_of
-
     bounds = [cost_of(Settings(), range(1, n), 8, 0, 1, n).bound for n in (8, 32, 400)]
     assert bounds == sorted(bounds)
     assert bounds[1] == pytest.approx(1.45, abs=0.01)
@@ -370,8 +370,6 @@ def test_a_gate_of_another_model_is_refused(lvlm):
 
 
 def test_a_prompt_without_image_tokens_is_refused(lvlm, monkeypatch):
-    import dataclasses
-
     make = lvlm.prepare
 
     def blind(**given):
@@ -385,8 +383,6 @@ def test_a_prompt_without_image_tokens_is_refused(lvlm, monkeypatch):
 
 
 def test_weights_elsewhere_cannot_be_trained_with():
-    import transformers
-
     model, processor = tiny_llava()
     with torch.device("meta"):
         empty = transformers.LlavaForConditionalGeneration(model.config)
