@@ -45,7 +45,7 @@ from sinkscope.lsg.cost import cost_of
 from sinkscope.lsg.data import IGNORED, AnswerBatch
 from sinkscope.lsg.loop import Loop, Trainee
 from sinkscope.lsg.passes import answer_losses, frozen, share
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 
 PATCHES = 24 * 24  # one 336 x 336 image, as in LLaVA-1.5
 IMAGE_TOKEN = 1
@@ -170,7 +170,7 @@ def ours(lvlm: ss.LVLM, gates: list[ss.LSG], batch: AnswerBatch) -> Callable[[],
     """One step of the loop of `train_lsg`."""
     by_name = {str(gate.layer): copy.deepcopy(gate) for gate in gates}
     trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-    settings = Settings(epochs=10_000, batch=len(batch), lr=LR, schedule="constant")
+    settings = TrainingSettings(epochs=10_000, batch=len(batch), lr=LR, schedule="constant")
     loop = Loop(trainees, Ready(lvlm, by_name, batch), batch.rows, [], settings, progress=False)
     bar = tqdm(disable=True)
     return lambda: loop._one_step(bar)
@@ -224,7 +224,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     ratios["all layers at once"] = [apart[i] / seconds["together"][i] for i in rounds]
     edited = [gate.config.edited for gate in gates]
     tower = lvlm.anatomy.vision.n_layers
-    cost = cost_of(Settings(batch=options.rows), edited, options.rows, 0, tower, options.layers)
+    cost = cost_of(
+        TrainingSettings(batch=options.rows), edited, options.rows, 0, tower, options.layers
+    )
     return {
         "machine": machine(),
         "shape": {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TrainingCost:
 
 
 def cost_of(
-    settings: Settings,
+    settings: TrainingSettings,
     edited: Sequence[int],
     rows: int,
     held: int,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.errors import NonFiniteError
 from sinkscope.lsg.checkpoints import load_state, save_state
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +160,7 @@ class Loop:
     objective: Objective
     rows: Sequence[int]
     held: Sequence[int]
-    settings: Settings
+    settings: TrainingSettings
     folder: Path | None = None
     checkpoint_every: int = 100
     progress: bool = True

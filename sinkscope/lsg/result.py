@@ -96,7 +96,7 @@ class TrainResult:
     def __str__(self) -> str:
         data, record = self.record["data"], self.record
         head = (
-            f"{len(self.gates)} gate{'s' if len(self.gates) > 1 else ''} of {record['name']}: {data['train']['records']} records "
+            f"{len(self.gates)} gate{'s' if len(self.gates) > 1 else ''} of {record['base_model']}: {data['train']['records']} records "
             f"about {data['train']['images']} images, {record['steps']} of {record['cost']['steps']} "
             f"steps in {record['seconds']:.1f} s; validated on {data['validation']['records']} records "
             f"about {data['validation']['images']} other images."
@@ -126,7 +126,7 @@ def record_of(
     """
     return {
         **facts,
-        "name": name,
+        "base_model": name,
         "method": "Layer-wise Sink Gating, arXiv 2604.03316",
         "objective": "next-token loss on the answer, model frozen",
         "cost": cost.to_dict(),

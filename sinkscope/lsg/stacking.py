@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
+from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_dataset
-from sinkscope.lsg.gate import LSG, check_gates
+from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loop import Sums
 from sinkscope.lsg.passes import answer_losses, frozen, share
 

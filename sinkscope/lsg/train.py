@@ -12,14 +12,15 @@ import torch
 
 from sinkscope.errors import InputError, InterventionError, ModelError
 from sinkscope.lsg.checkpoints import open_run
+from sinkscope.lsg.choosing import check_gates, check_layer
 from sinkscope.lsg.config import detector_of
 from sinkscope.lsg.cost import TrainingCost, cost_of
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_parts
-from sinkscope.lsg.gate import LSG, check_gates, check_layer
+from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loop import Loop, Sums, Trainee
 from sinkscope.lsg.passes import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, record_of
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.models.identity import identity_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def train_lsg(
 
     Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
     computed once for all. A gate reads the last prompt token, and its coefficients hold for the
-    answer. The paper publishes two epochs and no other setting: see `Settings` for what is ours.
+    answer. The paper publishes two epochs and no other setting: see `TrainingSettings` for what is ours.
 
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
@@ -80,7 +81,7 @@ def train_lsg(
         samples: See `LSG.for_model`.
         validation: Share of the images to hold out. 0 trains on all, and keeps the last weights.
         validation_data: Instead of a share, records to validate on.
-        epochs: Passes over the data. More on this and all settings up to ``seed``: `Settings`.
+        epochs: Passes over the data. More on this and all settings up to ``seed``: `TrainingSettings`.
         batch: Rows per forward pass.
         accumulate: Forward passes per step.
         lr: Highest learning rate.
@@ -111,7 +112,7 @@ def train_lsg(
         InterventionError: If a gate was made for another model.
         NonFiniteError: If a loss is NaN or infinite, with the step.
     """
-    settings = Settings(
+    settings = TrainingSettings(
         epochs,
         batch,
         accumulate,
@@ -163,7 +164,10 @@ def train_lsg(
             accelerator,
         )
         loop.run()
-    return TrainResult(made, record_of(lvlm.name, facts, cost, loop, base), loop.history)
+    record = record_of(lvlm.name, facts, cost, loop, base)
+    for layer, gate in made.items():
+        gate.record = {**record, "layer": layer}
+    return TrainResult(made, record, loop.history)
 
 
 class GateObjective:
@@ -242,15 +246,14 @@ def facts_of(
     lvlm: LVLM,
     data: AnswerData,
     parts: tuple[Sequence[int], Sequence[int]],
-    settings: Settings,
+    settings: TrainingSettings,
     append_end: bool,
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that goes on must have the same."""
     rows, held = parts
     names = [len({data.images[i] for i in part}) for part in parts]
     return {
-        "model": identity_of(lvlm)
-        | {"dtype": str(lvlm.module.get_input_embeddings().weight.dtype)},
+        "model": identity_of(lvlm),
         "settings": {**settings.to_dict(), "append_end": append_end},
         "data": {
             "fingerprint": data.fingerprint,

@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How something small is trained.
 
     The paper (2604.03316) publishes two epochs. It publishes no optimiser, learning rate, schedule

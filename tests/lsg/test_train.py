@@ -15,7 +15,7 @@ from sinkscope.errors import InputError, InterventionError, LayerError, NonFinit
 from sinkscope.lsg import loop as looping
 from sinkscope.lsg.cost import cost_of
 from sinkscope.lsg.data import make_batch, read_dataset
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.testing import TINY, random_image, tiny_llava
 
 RULE = ss.detectors.Norm(8.0)
@@ -275,20 +275,20 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(lvlm):
 
 
 def test_the_bound_of_sharing_tends_to_one_and_a_half():
-    bounds = [cost_of(Settings(), range(1, n), 8, 0, 1, n).bound for n in (8, 32, 400)]
+    bounds = [cost_of(TrainingSettings(), range(1, n), 8, 0, 1, n).bound for n in (8, 32, 400)]
     assert bounds == sorted(bounds)
     assert bounds[1] == pytest.approx(1.45, abs=0.01)
     assert bounds[2] == pytest.approx(1.5, abs=0.01)
 
 
 def test_schedules():
-    cosine = Settings(warmup=0.1, lr=2.0)
+    cosine = TrainingSettings(warmup=0.1, lr=2.0)
     rates = [cosine.lr_at(step, 20) for step in range(20)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[11] == pytest.approx(1.0)
     assert rates[19] < 0.05
     assert rates[1:] == sorted(rates[1:], reverse=True)
-    constant = Settings(schedule="constant", warmup=0.0, lr=2.0)
+    constant = TrainingSettings(schedule="constant", warmup=0.0, lr=2.0)
     assert {constant.lr_at(step, 20) for step in range(20)} == {2.0}
 
 
