@@ -65,7 +65,7 @@ def plot_effects(
         InputError: If the table is not such a summary.
         SelectionError: If there is no such task or condition.
     """
-    shown, base, others = _parts(summary, tasks, base)
+    shown, base, others = check_summary(summary, tasks, base)
     across = min(ACROSS, len(shown))
     down = -(-len(shown) // across)
     others = [c for c in others if "random" not in c or _anywhere(summary, shown, c)]
@@ -155,7 +155,7 @@ def effects_text(
         InputError: If the table is not such a summary.
         SelectionError: If there is no such task or condition.
     """
-    shown, base, others = _parts(summary, tasks, base)
+    shown, base, others = check_summary(summary, tasks, base)
     cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
     alive = [c for c in others if _anywhere(summary, shown, c)]
     heads = [f"{task} ({cells[task, base]['n']})" for task in shown]
@@ -172,7 +172,7 @@ def effects_text(
     return "\n\n".join(out)
 
 
-def _parts(
+def check_summary(
     summary: pd.DataFrame, tasks: Sequence[str] | None, base: str | None
 ) -> tuple[list[str], str, list[str]]:
     """The tasks to show, the base and the other conditions, after a look at the table."""
