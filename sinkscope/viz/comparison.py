@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.viz.effects import NONE, check_summary
+from sinkscope.viz.effects import NONE, check_summary, resampled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +58,8 @@ def note_on(summary: pd.DataFrame) -> str:
     """What a reader of the table must know, in one line."""
     level = summary.attrs.get("level", 0.95)
     many = summary.attrs.get("comparisons") or len(summary) - summary["task"].nunique()
-    several = "seeds" in summary and bool((summary["seeds"] > 1).any())
-    over = "images and seeds" if several else "images"
     return (
-        f"Changes in percentage points, with {level:.0%} intervals that resample {over}. "
+        f"Changes in percentage points, with {100 * level:g} % intervals that resample {resampled(summary)}. "
         f"{many} changes are shown and none is corrected for that: about {many * (1 - level):.1g} "
         "such intervals exclude zero by chance alone."
     )
