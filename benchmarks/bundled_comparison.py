@@ -23,6 +23,7 @@ from sinkscope import baselines
 from sinkscope.bundled import TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, scene_questions
 from sinkscope.detectors import Norm, RandomTokens, Received
 from sinkscope.experiments import Comparison, per_seed
+from sinkscope.lsg import greedy_stack, train_lsg
 
 OUT = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -98,7 +99,7 @@ def train_gates(lvlm, train, layers, v_detector, args):
     """Seed -> layer -> gate."""
     out = {}
     for seed in SEEDS:
-        result = ss.train_lsg(
+        result = train_lsg(
             lvlm,
             train,
             layers=layers,
@@ -133,8 +134,11 @@ def one_setting(lvlm, name, data, rules, args):
     gates = train_gates(lvlm, data["train"], layers, rules["v_detector"], args)
     layer, by_layer = choose_layer(lvlm, gates, data["validation"], rules)
     say(name, "gates by layer", by_layer)
-    stacks = [ss.greedy_stack(lvlm, gates[s], data["validation"]) for s in SEEDS]
-    members = [[gate.layer for gate in gates_of(stack)] for stack in stacks]
+    stacks = [
+        greedy_stack(lvlm, list(gates[s].values()), data["validation"], progress=False)
+        for s in SEEDS
+    ]
+    members = [[gate.layer for gate in stack.gates] for stack in stacks]
     say(name, "stacks", members)
     made = {
         f"VAR, paper, {name}": baselines.var("paper"),
@@ -143,7 +147,7 @@ def one_setting(lvlm, name, data, rules, args):
         f"token weights, {name}": weights,
         f"fixed coefficients, {name}": cell,
         f"LSG, one layer, {name}": per_seed(*[[gates[s][layer]] for s in SEEDS]),
-        f"LSG, stack, {name}": per_seed(*[gates_of(stack) for stack in stacks]),
+        f"LSG, stack, {name}": per_seed(*[stack.gates for stack in stacks]),
     }
     chosen = {
         "fixed": cell_name,
@@ -163,11 +167,6 @@ def one_setting(lvlm, name, data, rules, args):
         controls = [baselines.random_tokens(cell, seed=s) for s in SEEDS]
         made["fixed coefficients, random tokens"] = per_seed(*controls)
     return made, chosen, gates[SEEDS[0]][layer]
-
-
-def gates_of(stack):
-    """A stack as a list of gates."""
-    return list(getattr(stack, "gates", stack))
 
 
 def train_lora(lvlm, train, gate, args):

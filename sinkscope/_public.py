@@ -27,9 +27,9 @@ from sinkscope.experiments import (
     linear_probes,
     lsg_grid,
     nop_or_broadcast,
+    per_seed,
     sink_groups,
     sweep,
-    per_seed,
     trace_sinks,
 )
 from sinkscope.interventions import (

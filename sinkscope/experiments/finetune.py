@@ -1,69 +1,76 @@
-"""The training loop of the baselines that have weights: next-token loss on the answers, AdamW."""
+"""What a LoRA is trained for, in the loop that trains gates: the same loss on the same batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from sinkscope.lsg.data import IGNORED, AnswerBatch, batches_of, make_batch, read_dataset
+from sinkscope.lsg.data import AnswerBatch, AnswerData, make_batch, read_dataset
+from sinkscope.lsg.loop import Loop, Trainee
+from sinkscope.lsg.passes import Losses, score
+from sinkscope.lsg.settings import Settings
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
+
+NAME = "LoRA"
+
+
+class WholeObjective:
+    """Next-token loss of the answers under the whole model, as it is now.
+
+    Args:
+        lvlm: The model; what is trained is part of its forward pass.
+        data: The records.
+    """
+
+    def __init__(self, lvlm: LVLM, data: AnswerData) -> None:
+        self.lvlm, self.data = lvlm, data
+
+    def share(self, rows: Sequence[int]) -> AnswerBatch:
+        """The batch."""
+        return make_batch(self.lvlm, self.data, rows)
+
+    def losses(self, shared: AnswerBatch, name: str) -> Losses:
+        """The losses of the batch."""
+        device = self.lvlm.device
+        given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shared.inputs.items()}
+        logits = self.lvlm.module(**given, use_cache=False).logits
+        read = logits.gather(
+            1, shared.positions.to(device)[..., None].expand(-1, -1, logits.shape[-1])
+        )
+        total, correct = score(read.float(), shared.targets.to(device))
+        return Losses(total, shared.answer_tokens, correct, {})
 
 
 def finetune(
     lvlm: LVLM,
     dataset: Iterable[Any],
-    parameters: Sequence[nn.Parameter],
-    epochs: int,
-    lr: float,
-    batch: int,
-    seed: int,
+    parameters: Mapping[str, nn.Parameter],
+    settings: Settings,
+    validation: float,
     *,
     progress: bool = False,
-) -> list[float]:
-    """Train parameters that are part of the model's own forward pass.
+) -> list[dict[str, Any]]:
+    """Train parameters that are part of the model's own forward pass, as `train_lsg` trains gates.
 
     Args:
         lvlm: The model.
         dataset: Records with image, question and answer.
-        parameters: What to train; everything else stays.
-        epochs: How often every record is seen.
-        lr: Learning rate.
-        batch: Records per step.
-        seed: Of the order of records.
+        parameters: What to train, by name; everything else stays. The weights of the lowest
+            validation loss remain.
+        settings: As for gates.
+        validation: Share of the images to hold out.
         progress: Whether to show a progress bar.
 
     Returns:
-        The loss of every step: the mean over the answers' tokens, in nats.
+        The history: one line per step and split, with the loss in nats per answer token.
     """
     data = read_dataset(dataset, lvlm.tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0)
-    losses = []
-    steps = epochs * -(-len(data) // batch)
-    with tqdm(total=steps, desc="LoRA", unit="step", disable=not progress) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(data), generator=generator).tolist()
-            for rows in batches_of(order, batch):
-                optimizer.zero_grad(set_to_none=True)
-                loss = answer_loss(lvlm, make_batch(lvlm, data, rows))
-                loss.backward()
-                optimizer.step()
-                losses.append(float(loss.detach()))
-                bar.update()
-    return losses
-
-
-def answer_loss(lvlm: LVLM, batch: AnswerBatch) -> Tensor:
-    """Mean cross entropy of the answers' tokens under the model as it is now, in nats."""
-    inputs = {k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in batch.inputs.items()}
-    logits = lvlm.module(**inputs, use_cache=False).logits[:, :-1].float()
-    targets = batch.labels[:, 1:].to(logits.device)
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
-    )
+    rows, held = data.split(validation, settings.seed)
+    objective = WholeObjective(lvlm, data)
+    loop = Loop([Trainee(NAME, parameters)], objective, rows, held, settings, progress=progress)
+    loop.run()
+    return loop.history

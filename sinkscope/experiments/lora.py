@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
+from sinkscope.experiments.finetune import finetune
+from sinkscope.lsg.passes import frozen
+from sinkscope.lsg.settings import Settings
 
 if TYPE_CHECKING:
     from sinkscope.lsg import LSG
@@ -35,7 +38,7 @@ class LoRA:
         alpha: The adapter adds ``(alpha / r) B A``.
         parameters: How many numbers were trained.
         wanted: How many it was to have: those of the gate; None if the rank was given.
-        losses: The training loss of every step, in nats per answer token.
+            history: One line per step and split, with the loss in nats per answer token.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -43,7 +46,7 @@ class LoRA:
     alpha: int
     parameters: int
     wanted: int | None
-    losses: tuple[float, ...]
+    history: tuple[Mapping[str, Any], ...]
 
     @contextmanager
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
@@ -97,8 +100,9 @@ def lora(
     alpha: int | None = None,
     targets: Sequence[str] | None = None,
     epochs: int = 2,
+    batch: int = 8,
     lr: float = 1e-3,
-    batch: int = 16,
+    validation: float = 0.1,
     seed: int = 0,
     progress: bool = False,
 ) -> LoRA:
@@ -117,10 +121,13 @@ def lora(
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Names of linear maps of the block, such as ``["q_proj", "v_proj"]``; None for those of
             its attention.
-        epochs: How often every record is seen.
-        lr: Learning rate of AdamW.
-        batch: Records per step.
-        seed: Of the initial values and of the order of records.
+        epochs: How often every record is seen, as for a gate (see `sinkscope.lsg.Settings`), whose
+            loop, loss and defaults are used.
+        batch: Records per step, likewise.
+        lr: Highest learning rate, likewise.
+        validation: Share of the images to hold out; the weights of the lowest loss there are kept.
+            0 trains on all, and keeps the last.
+        seed: Of the initial values, of the split and of the order of records.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -137,16 +144,19 @@ def lora(
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
     scale = 2 * r if alpha is None else alpha
-    from sinkscope.experiments.finetune import finetune
-
-    with adapted(lvlm, paths, r, scale, seed) as layers:
-        parameters = [p for _, up, down in layers for p in (up, down)]
-        losses = finetune(lvlm, dataset, parameters, epochs, lr, batch, seed, progress=progress)
+    settings = Settings(epochs=epochs, batch=batch, lr=lr, seed=seed)
+    with frozen(lvlm.module), adapted(lvlm, paths, r, scale, seed) as layers:
+        parameters = {
+            f"{path}.{name}": p
+            for path, *pair in layers
+            for name, p in zip("BA", pair, strict=True)
+        }
+        history = finetune(lvlm, dataset, parameters, settings, validation, progress=progress)
         factors = {
             path: (up.detach().float().clone(), down.detach().float().clone())
             for path, up, down in layers
         }
-    return LoRA(factors, r, scale, r * per_rank, wanted, tuple(losses))
+    return LoRA(factors, r, scale, r * per_rank, wanted, tuple(history))
 
 
 def check_installed() -> None:
@@ -242,7 +252,6 @@ def adapted(
     from peft.tuners.lora import LoraModel
 
     module = lvlm.module
-    wanted = {name: p.requires_grad for name, p in module.named_parameters()}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -258,5 +267,3 @@ def adapted(
         yield layers
     finally:
         tuner.unload()
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(wanted[name])
