@@ -24,11 +24,15 @@ from sinkscope.bundled import TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, scene_q
 from sinkscope.detectors import Norm, RandomTokens, Received
 from sinkscope.experiments import Comparison, per_seed
 from sinkscope.lsg import greedy_stack, train_lsg
+from sinkscope.viz.comparison import comparison_markdown
 
 OUT = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 DATA = {"standard": {}, "noisy": {"noise": 40.0}}
-PAIRS = [(round(0.1 * i, 1), round(1 - 0.1 * i, 1)) for i in range(11)]
+TITLES = {
+    "standard": "Scenes as the model knows them",
+    "noisy": "Noisy scenes: pixel noise of 40 grey levels instead of 5",
+}
 WEIGHTS = [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
 FLAGGED = 4  # patches per image that the rule of high norms flags, on average
 NONE, NORM = "no sinks", "high norm"
@@ -72,27 +76,29 @@ def loose_rules(lvlm, samples):
     }
 
 
-def best(lvlm, conditions, held, rules):
-    """The condition with the most right answers on validation scenes, and how many it has."""
-    got = ss.compare(lvlm, held, {"base": [], **conditions}, **rules, progress=False)
-    table = got.table[got.table["condition"] != "base"]
-    right = table.groupby("condition", sort=False)["correct"].mean()
-    return right.idxmax(), right
-
-
 def choose_cell(lvlm, held, rules):
-    """Layer and pair of the fixed coefficients."""
-    layers = ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
-    cells = {f"{layer}: {v}, {r}": (layer, v, r) for layer in layers for v, r in PAIRS}
-    made = {name: baselines.fixed_coefficients(*cell) for name, cell in cells.items()}
-    name, right = best(lvlm, made, held, rules)
-    return made[name], name, float(right[name])
+    """Layer and pair of the fixed coefficients, by the log-probability of the answers.
+
+    Without sinks the pair (0, 1) changes nothing; what is best here is the best that does something.
+    """
+    made = ss.sweep(lvlm, held, v_detector=rules["v_detector"], progress=False)
+    cells = made.map("all", column="logprob", draws=100)
+    cells = cells[cells["delta"] != 0]
+    top = cells.loc[cells["delta"].idxmax()]
+    layer = "embed" if top["edited"] == 0 else int(top["edited"]) - 1
+    pair = float(top["s_v"]), float(top["s_rest"])
+    text = f"{layer}: {pair[0]:g}, {pair[1]:g}"
+    return baselines.fixed_coefficients(layer, *pair), text, float(top["delta"])
 
 
 def choose_weights(lvlm, held, rules):
-    made = {f"{s}, {r}": baselines.token_weights(s, r) for s, r in WEIGHTS}
-    name, right = best(lvlm, made, held, rules)
-    return made[name], name, float(right[name])
+    """Weights of tokens, by right answers; those that change nothing are left out."""
+    made = {f"{s:g}, {r:g}": baselines.token_weights(s, r) for s, r in WEIGHTS}
+    table = ss.compare(lvlm, held, {"base": [], **made}, **rules, progress=False).table
+    touched = table.groupby("condition")["touched"].any()
+    table = table[table["condition"].map(touched)]
+    name = table.groupby("condition", sort=False)["correct"].mean().idxmax()
+    return made[name], name
 
 
 def train_gates(lvlm, train, layers, v_detector, args):
@@ -115,31 +121,35 @@ def train_gates(lvlm, train, layers, v_detector, args):
     return out
 
 
-def choose_layer(lvlm, gates, held, rules):
-    """The layer whose gates, over all seeds, answer best on validation scenes."""
-    layers = list(gates[SEEDS[0]])
-    made = {str(layer): per_seed(*[[gates[s][layer]] for s in SEEDS]) for layer in layers}
-    name, right = best(lvlm, made, held, rules)
-    chosen = next(layer for layer in layers if str(layer) == name)
-    return chosen, {str(k): round(float(v), 4) for k, v in right.items()}
+def choose_layer(stacks):
+    """The layer whose gates, over all seeds, have the lowest loss on validation scenes."""
+    loss = {}
+    for stack in stacks:
+        for layer, value in zip(stack.order, stack.single, strict=True):
+            loss.setdefault(layer, []).append(value)
+    means = {layer: sum(values) / len(values) for layer, values in loss.items()}
+    return min(means, key=means.get), {
+        str(k): round(v, 4) for k, v in sorted(means.items(), key=str)
+    }
 
 
 def one_setting(lvlm, name, data, rules, args):
     """All methods with one pair of detectors: conditions by name, and what was chosen."""
     layers = ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
-    cell, cell_name, cell_right = choose_cell(lvlm, data["validation"], rules)
-    say(name, "fixed coefficients", cell_name, cell_right)
-    weights, weights_name, _ = choose_weights(lvlm, data["validation"], rules)
+    cell, cell_name, gain = choose_cell(lvlm, data["validation"], rules)
+    say(name, "fixed coefficients", cell_name, gain)
+    weights, weights_name = choose_weights(lvlm, data["validation"], rules)
     say(name, "token weights", weights_name)
     gates = train_gates(lvlm, data["train"], layers, rules["v_detector"], args)
-    layer, by_layer = choose_layer(lvlm, gates, data["validation"], rules)
-    say(name, "gates by layer", by_layer)
+    say(name, "gates trained")
+    quiet = {"progress": False, "batch": 32}
     stacks = [
-        greedy_stack(lvlm, list(gates[s].values()), data["validation"], progress=False)
-        for s in SEEDS
+        greedy_stack(lvlm, list(gates[s].values()), data["validation"], **quiet) for s in SEEDS
     ]
+    layer, by_layer = choose_layer(stacks)
     members = [[gate.layer for gate in stack.gates] for stack in stacks]
-    say(name, "stacks", members)
+    base = round(stacks[0].base, 4)
+    say(name, "loss without a gate", base, "by layer", by_layer, "stacks", members)
     made = {
         f"VAR, paper, {name}": baselines.var("paper"),
         f"VAR, code, {name}": baselines.var("code"),
@@ -153,7 +163,8 @@ def one_setting(lvlm, name, data, rules, args):
         "fixed": cell_name,
         "weights": weights_name,
         "layer": layer,
-        "gates_by_layer": by_layer,
+        "loss_without_a_gate": base,
+        "loss_by_layer": by_layer,
         "stacks": members,
         "v_detector": repr(rules["v_detector"]),
         "l_detector": repr(rules["l_detector"]),
@@ -214,7 +225,9 @@ def choices_text(chosen):
         lines.append(
             f"- {name}: V rule `{c['v_detector']}`, L rule `{c['l_detector']}`; fixed coefficients at "
             f"layer {c['fixed']} (V, rest); token weights {c['weights']} (sink, rest); gate at layer "
-            f"{c['layer']}; stacks {', '.join(str(s) for s in c['stacks'])}."
+            f"{c['layer']}; stacks {', '.join(str(s) for s in c['stacks'])}. Loss in nats per answer "
+            f"token without a gate {c['loss_without_a_gate']}, with one at each layer "
+            f"{c['loss_by_layer']}."
         )
     size = chosen["lora"]
     lines.append(
@@ -224,35 +237,44 @@ def choices_text(chosen):
     return "\n".join(lines)
 
 
+def write(out, kind, got, chosen, args):
+    """Put one kind of scenes beside those that are there: JSON first, the rest is made of it."""
+    path = out / "bundled_comparison.json"
+    body = json.loads(path.read_text()) if path.is_file() else {}
+    body[kind] = {
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "out"},
+        "chosen": chosen,
+        "rows": json.loads(got.summary().to_json(orient="records")),
+        "seconds": round(time.monotonic() - START),
+    }
+    path.write_text(json.dumps(body, indent=1, default=str))
+    parts, frames = [], []
+    for name in (name for name in DATA if name in body):
+        rows = pd.DataFrame(body[name]["rows"])
+        frames.append(rows.assign(scenes=name))
+        parts += [f"### {TITLES[name]}", "", comparison_markdown(rows)]
+        parts += ["Chosen on validation scenes:", "", choices_text(body[name]["chosen"]), ""]
+    (out / "bundled_comparison.md").write_text("\n".join(parts))
+    pd.concat(frames).to_csv(out / "bundled_comparison.csv", index=False)
+    got.plot().savefig(out / f"bundled_comparison_{kind}.png", dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenes", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--images", type=int, default=100, help="test scenes, 8 questions each")
-    parser.add_argument("--train", type=int, default=250, help="training scenes, 4 questions each")
+    parser.add_argument("--train", type=int, default=120, help="training scenes, 4 questions each")
     parser.add_argument("--held", type=int, default=25, help="validation scenes, 8 questions each")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
     args = parser.parse_args()
     lvlm = ss.load_bundled()
     args.out.mkdir(parents=True, exist_ok=True)
-    parts, frames, body = [], [], {"settings": {k: str(v) for k, v in vars(args).items()}}
-    for kind in DATA:
+    for kind in args.scenes:
         got, chosen = one_kind(lvlm, kind, args)
-        summary = got.summary()
-        title = (
-            "Scenes as the model knows them" if not DATA[kind] else f"Noisy scenes, {DATA[kind]}"
-        )
-        parts += [f"### {title}", "", got.to_markdown(), "Chosen on validation scenes:", ""]
-        parts += [choices_text(chosen), ""]
-        frames.append(summary.assign(scenes=kind))
-        rows = json.loads(summary.to_json(orient="records"))
-        body[kind] = {"chosen": chosen, "rows": rows}
-        got.plot().savefig(args.out / f"bundled_comparison_{kind}.png", dpi=110)
-    (args.out / "bundled_comparison.md").write_text("\n".join(parts))
-    pd.concat(frames).to_csv(args.out / "bundled_comparison.csv", index=False)
-    body["seconds"] = round(time.monotonic() - START)
-    (args.out / "bundled_comparison.json").write_text(json.dumps(body, indent=1, default=str))
+        write(args.out, kind, got, chosen, args)
     say("done")
 
 
