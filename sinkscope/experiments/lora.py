@@ -52,6 +52,8 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """The model with the adapter in its weights, until the block ends; then bitwise itself.
 
+        The sum is rounded to the model's dtype, once per block.
+
         ::
 
             with adapter.apply(lvlm):
@@ -207,10 +209,11 @@ def linear_of(lvlm: LVLM, path: str) -> nn.Linear:
         ModelError: If there is none.
     """
     module = dict(lvlm.module.named_modules()).get(path)
-    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+    linear = isinstance(module, nn.Linear) and module.weight.is_floating_point()
+    if not isinstance(module, nn.Linear) or not linear or module.weight.device.type == "meta":
         raise ModelError(
-            f"Got {type(module).__name__} at {path}; expected a linear map with weights of floating "
-            "point. Load the model without quantisation."
+            f"Got {type(module).__name__} at {path}; expected a linear map whose weights are here, in "
+            "floating point. Load the model without quantisation, offloading and remote=True."
         )
     return module
 

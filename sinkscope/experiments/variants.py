@@ -104,8 +104,12 @@ def as_variants(conditions: Any) -> list[Variant]:
 
 def _checked(name: str, condition: Any) -> Any:
     """A condition of a known kind."""
-    one = isinstance(condition, Intervention)
-    if one and not isinstance(condition, type):
+    if isinstance(condition, type):
+        raise InputError(
+            f"Got the class {condition.__name__} as condition {name!r}; expected an object. Write "
+            f"{condition.__name__}(...)."
+        )
+    if isinstance(condition, Intervention):
         raise InputError(
             f"Got one {type(condition).__name__} as condition {name!r}; expected a list of "
             f"interventions. Write {{{name!r}: [it]}}."

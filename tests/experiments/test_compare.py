@@ -340,6 +340,7 @@ def test_tables_for_a_page(planted):
         ([Item("x.png", "q", "a", choices="abc")], {"base": []}, "a list of str"),
         ([Item("x.png", "q", "a")], {"base": ss.MaskKeys("image")}, "a list of interventions"),
         ([Item("x.png", "q", "a")], {"base": "mask"}, "a function of a SinkTrace"),
+        ([Item("x.png", "q", "a")], {"base": EditSinks}, "Got the class EditSinks"),
         ([Item("x.png", "q", "a")], {"base": [ss.MaskKeys]}, "Got the class MaskKeys"),
         ([Item("x.png", "q", "a")], {"base": per_seed([], [])}, "several seeds for the base"),
     ],

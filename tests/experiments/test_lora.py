@@ -167,5 +167,9 @@ def test_another_model_is_refused(trained):
     from sinkscope.testing import tiny_llava
 
     other = ss.LVLM(*tiny_llava("clip", "llama"), verify=False)
+    with torch.device("meta"):
+        empty = ss.LVLM(type(other.module)(other.module.config), verify=False)
+    with pytest.raises(ModelError, match="whose weights are here"):
+        baselines.lora(empty, QUESTIONS, 1, rank=1)
     with pytest.raises(ModelError, match="expected"), trained[0].apply(other):
         pass
