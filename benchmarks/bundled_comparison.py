@@ -23,7 +23,6 @@ from sinkscope import baselines
 from sinkscope.bundled import TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, scene_questions
 from sinkscope.detectors import Norm, RandomTokens, Received
 from sinkscope.experiments import Comparison, per_seed
-from sinkscope.lsg import greedy_stack, train_lsg
 from sinkscope.viz.comparison import comparison_markdown
 
 OUT = Path(__file__).parent / "results"
@@ -105,7 +104,7 @@ def train_gates(lvlm, train, layers, v_detector, args):
     """Seed -> layer -> gate."""
     out = {}
     for seed in SEEDS:
-        result = train_lsg(
+        result = ss.train_lsg(
             lvlm,
             train,
             layers=layers,
@@ -144,7 +143,7 @@ def one_setting(lvlm, name, data, rules, args):
     say(name, "gates trained")
     quiet = {"progress": False, "batch": 32}
     stacks = [
-        greedy_stack(lvlm, list(gates[s].values()), data["validation"], **quiet) for s in SEEDS
+        ss.greedy_stack(lvlm, list(gates[s].values()), data["validation"], **quiet) for s in SEEDS
     ]
     layer, by_layer = choose_layer(stacks)
     members = [[gate.layer for gate in stack.gates] for stack in stacks]

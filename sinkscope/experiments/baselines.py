@@ -37,8 +37,8 @@ from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkTo
 from sinkscope.interventions.attention import check_factor
 from sinkscope.interventions.running import tolerant
 from sinkscope.lsg import LSG
+from sinkscope.lsg.choosing import check_layer
 from sinkscope.lsg.config import describe
-from sinkscope.lsg.gate import check_layer
 
 __all__ = [
     "LoRA",

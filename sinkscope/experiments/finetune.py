@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sinkscope.lsg.data import AnswerBatch, AnswerData, make_batch, read_dataset
 from sinkscope.lsg.loop import Loop, Trainee
 from sinkscope.lsg.passes import Losses, score
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -49,7 +49,7 @@ def finetune(
     lvlm: LVLM,
     dataset: Iterable[Any],
     parameters: Mapping[str, nn.Parameter],
-    settings: Settings,
+    settings: TrainingSettings,
     validation: float,
     *,
     progress: bool = False,

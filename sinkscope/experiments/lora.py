@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.experiments.finetune import finetune
 from sinkscope.lsg.passes import frozen
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from sinkscope.lsg import LSG
@@ -123,7 +123,7 @@ def lora(
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Names of linear maps of the block, such as ``["q_proj", "v_proj"]``; None for those of
             its attention.
-        epochs: How often every record is seen, as for a gate (see `sinkscope.lsg.Settings`), whose
+        epochs: How often every record is seen, as for a gate (see `sinkscope.lsg.TrainingSettings`), whose
             loop, loss and defaults are used.
         batch: Records per step, likewise.
         lr: Highest learning rate, likewise.
@@ -146,7 +146,7 @@ def lora(
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
     scale = 2 * r if alpha is None else alpha
-    settings = Settings(epochs=epochs, batch=batch, lr=lr, seed=seed)
+    settings = TrainingSettings(epochs=epochs, batch=batch, lr=lr, seed=seed)
     with frozen(lvlm.module), adapted(lvlm, paths, r, scale, seed) as layers:
         parameters = {
             f"{path}.{name}": p
