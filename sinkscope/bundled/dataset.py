@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sinkscope.bundled.scenes import TEST_SEEDS, all_questions, ask, draw_scene
+from sinkscope.bundled.scenes import NOISE, TEST_SEEDS, all_questions, ask, draw_scene
 from sinkscope.errors import InputError
 
 
 def scene_questions(
-    n_images: int, per_image: int = 8, *, seeds: Sequence[int] = TEST_SEEDS, start: int = 0
+    n_images: int,
+    per_image: int = 8,
+    *,
+    seeds: Sequence[int] = TEST_SEEDS,
+    start: int = 0,
+    noise: float = NOISE,
+    contrast: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
     """Questions about scenes of a split, those about one scene together.
 
@@ -19,6 +25,8 @@ def scene_questions(
         per_image: Different questions about each, at most what it can answer (8 to 20).
         seeds: The split: `TRAIN_SEEDS`, `VALIDATION_SEEDS` or `TEST_SEEDS`.
         start: How many scenes of the split to skip.
+        noise: See `draw_scene`.
+        contrast: See `draw_scene`.
 
     Yields:
         Dicts with image, question, answer, task, scope and image_id (the scene's seed).
@@ -27,7 +35,7 @@ def scene_questions(
         InputError: If the split has fewer scenes, or a number is below 1.
     """
     for seed in _part(n_images, seeds, start):
-        scene = draw_scene(seed)
+        scene = draw_scene(seed, noise=noise, contrast=contrast)
         for question in ask(scene, seed, per_image):
             yield {
                 "image": scene.image,

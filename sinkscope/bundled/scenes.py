@@ -23,6 +23,8 @@ IMAGE_SIZE = 64  # pixels, both sides
 GRID = 3  # places per side
 MAX_OBJECTS = 6
 SUPERSAMPLING = 4
+NOISE = 5.0  # standard deviation of a pixel's channel, in grey levels
+MIDDLE = 127.5  # the grey level that contrast leaves alone
 
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 13, "large": 18}  # side of the bounding box in pixels, before jitter
@@ -116,17 +118,31 @@ class Question:
     scope: str
 
 
-def draw_scene(seed: int) -> Scene:
+def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Scene:
     """Draw the scene of this seed; the same seed gives the same pixels.
 
     The count is uniform on 1..6. Colours come from a palette of one to four colours drawn per
     scene, and half of the scenes hold small shapes only, so that no attribute is nearly constant.
 
+    The bundled model was trained on the defaults. More noise or less contrast makes the same scene,
+    with the same answers, harder.
+
+    Args:
+        seed: The seed.
+        noise: Standard deviation of the pixel noise, in grey levels of 0 to 255.
+        contrast: What the distance of every grey level from the middle is multiplied by, before the
+            noise; 1 leaves it, 0 leaves nothing.
+
     Raises:
-        InputError: if `seed` is negative.
+        InputError: if `seed` is negative, `noise` is negative or `contrast` is not in 0 to 1.
     """
     if seed < 0:
         raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
+    if not noise >= 0 or not 0 <= contrast <= 1:
+        raise InputError(
+            f"Got noise={noise} and contrast={contrast}; expected noise of 0 or more grey levels and "
+            "a contrast from 0 to 1."
+        )
     rng = np.random.default_rng(seed)
     background = str(rng.choice(list(BACKGROUNDS)))
     count = int(rng.integers(1, MAX_OBJECTS + 1))
@@ -137,7 +153,8 @@ def draw_scene(seed: int) -> Scene:
         _place_object(rng, divmod(place, GRID), str(rng.choice(palette)), str(rng.choice(sizes)))
         for place in places
     )
-    return Scene(_render(rng, objects, background), objects, background, seed)
+    image = _render(rng, objects, background, noise, contrast)
+    return Scene(image, objects, background, seed)
 
 
 def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
@@ -190,9 +207,13 @@ def _place_object(
 
 
 def _render(
-    rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
+    rng: np.random.Generator,
+    objects: tuple[SceneObject, ...],
+    background: str,
+    noise: float,
+    contrast: float,
 ) -> Image.Image:
-    """Draw large, shrink, and add pixel noise with a standard deviation of 5 grey levels."""
+    """Draw large, shrink, reduce contrast and add pixel noise."""
     side = IMAGE_SIZE * SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), _tinted(rng, BACKGROUNDS[background], 8))
     pen = ImageDraw.Draw(canvas)
@@ -208,7 +229,9 @@ def _render(
                 [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=fill
             )
     small = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
-    noisy = small + 5.0 * rng.standard_normal(small.shape, dtype=np.float32)
+    if contrast != 1.0:
+        small = MIDDLE + contrast * (small - MIDDLE)
+    noisy = small + noise * rng.standard_normal(small.shape, dtype=np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 

@@ -1,8 +1,11 @@
 """Experiments: questions that take more than one probe."""
 
-from sinkscope.experiments.compare import Comparison, Item, compare
+from sinkscope.experiments import baselines
+from sinkscope.experiments.compare import compare
+from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
+from sinkscope.experiments.items import Item
 from sinkscope.experiments.linear_probes import linear_probes
 from sinkscope.experiments.probing.labelled import LabelledImage
 from sinkscope.experiments.probing.pooling import RandomGroup, sink_groups
@@ -20,6 +23,7 @@ from sinkscope.experiments.sweeps.grid import lsg_grid
 from sinkscope.experiments.sweeps.result import Sweep
 from sinkscope.experiments.sweeps.scores import Answered
 from sinkscope.experiments.trace import SinkTrace, trace_sinks
+from sinkscope.experiments.variants import PerSeed, per_seed
 
 __all__ = [
     "Answered",
@@ -28,12 +32,14 @@ __all__ = [
     "Item",
     "LabelledImage",
     "LinearProbes",
+    "PerSeed",
     "Questions",
     "RandomGroup",
     "SinkRecord",
     "SinkTrace",
     "Sweep",
     "SweepCost",
+    "baselines",
     "cluster_bootstrap",
     "cluster_intervals",
     "compare",
@@ -42,6 +48,7 @@ __all__ = [
     "linear_probes",
     "lsg_grid",
     "nop_or_broadcast",
+    "per_seed",
     "sign_flip_maximum",
     "sink_groups",
     "sweep",

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InputError
-from sinkscope.experiments.compare import Comparison, Condition, compare
+from sinkscope.experiments.compare import compare
+from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EDITS, KINDS, TOP, EditSinks
+from sinkscope.experiments.variants import Condition
 
 if TYPE_CHECKING:
     from sinkscope.detectors.rules import Detector

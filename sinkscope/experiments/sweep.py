@@ -18,7 +18,7 @@ from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector
 from sinkscope.detectors.run import check_detector
 from sinkscope.errors import InputError, ModelError
-from sinkscope.experiments.compare import Item, as_items
+from sinkscope.experiments.items import Item, as_items
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid

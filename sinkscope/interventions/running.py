@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,28 @@ def check_interventions(interventions: Any) -> list[Intervention]:
             "by the object. Write two objects with equal parameters."
         )
     return out
+
+
+def tolerant(it: Any) -> Any:
+    """The same intervention, for which touching nothing is fine.
+
+    Args:
+        it: A dataclass, or an object with a method ``tolerant()`` of its own (a gate).
+
+    Raises:
+        InterventionError: If it is neither.
+    """
+    if it.allow_noop:
+        return it
+    own = getattr(it, "tolerant", None)
+    if callable(own):
+        return own()
+    if is_dataclass(it) and not isinstance(it, type):
+        return replace(it, allow_noop=True)
+    raise InterventionError(
+        f"Got a {type(it).__name__} that may not touch nothing; expected a dataclass, or an object "
+        "with a method tolerant() that gives its twin with allow_noop=True. Set allow_noop=True."
+    )
 
 
 def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:

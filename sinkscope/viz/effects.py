@@ -41,6 +41,8 @@ ACROSS = 6
 """Tasks side by side."""
 WIDTH = 110
 """Characters of a line in a terminal."""
+NAME = 34
+"""Characters of a line of a condition's name in the figure."""
 
 
 def plot_effects(
@@ -65,7 +67,7 @@ def plot_effects(
         InputError: If the table is not such a summary.
         SelectionError: If there is no such task or condition.
     """
-    shown, base, others = _parts(summary, tasks, base)
+    shown, base, others = check_summary(summary, tasks, base)
     across = min(ACROSS, len(shown))
     down = -(-len(shown) // across)
     others = [c for c in others if "random" not in c or _anywhere(summary, shown, c)]
@@ -85,11 +87,13 @@ def plot_effects(
             ax.tick_params(labelbottom=True)
     for ax in grid[len(shown) :]:
         ax.set_visible(False)
-    grid[0].set_yticks(range(len(others)), others)
+    names = [textwrap.fill(name, NAME) for name in others]
+    grid[0].set_yticks(range(len(others)), names)
     grid[0].set_ylim(len(others) - 0.4, -0.6)
     text = (
-        "Change of accuracy in percentage points, with intervals over images. "
-        f"Above each panel: accuracy of “{base}”."
+        f"Change of accuracy in percentage points, with intervals over {resampled(summary)}. "
+        f"Above each panel: accuracy of “{base}”. None of the {len(shown) * len(others)} intervals "
+        "is corrected for their number."
     )
     figure.suptitle(textwrap.fill(text, int(11.5 * width)), fontsize=TITLE, x=0.01, ha="left")
     _legend(figure, others, across)
@@ -155,7 +159,7 @@ def effects_text(
         InputError: If the table is not such a summary.
         SelectionError: If there is no such task or condition.
     """
-    shown, base, others = _parts(summary, tasks, base)
+    shown, base, others = check_summary(summary, tasks, base)
     cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
     alive = [c for c in others if _anywhere(summary, shown, c)]
     heads = [f"{task} ({cells[task, base]['n']})" for task in shown]
@@ -168,11 +172,16 @@ def effects_text(
         own = [c for c in missing if "random" not in c] or missing
         text = f"{NONE}, so nothing was edited: {', '.join(own)}"
         out.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
-    out.append("[...]: interval, resampling images. *: it excludes zero. In brackets: questions.")
+    many = len(shown) * len(others)
+    text = (
+        f"[...]: interval, resampling {resampled(summary)}. *: it excludes zero; {many} are shown, "
+        "uncorrected. In brackets: questions."
+    )
+    out.append(textwrap.fill(text, WIDTH))
     return "\n\n".join(out)
 
 
-def _parts(
+def check_summary(
     summary: pd.DataFrame, tasks: Sequence[str] | None, base: str | None
 ) -> tuple[list[str], str, list[str]]:
     """The tasks to show, the base and the other conditions, after a look at the table."""
@@ -194,6 +203,12 @@ def _parts(
     if not others:
         raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
     return shown, first, others
+
+
+def resampled(summary: pd.DataFrame) -> str:
+    """What the intervals of a summary resample."""
+    several = "seeds" in summary and bool((summary["seeds"] > 1).any())
+    return "images and seeds" if several else "images"
 
 
 def _found(line: Any) -> bool:
@@ -248,7 +263,7 @@ def _reach(summary: pd.DataFrame, shown: list[str]) -> float:
 
 def _legend(figure: Figure, others: list[str], across: int) -> None:
     """What the marks mean, under the panels."""
-    kinds = {"edited tokens": REAL}
+    kinds = {"condition": REAL}
     if any("random" in condition for condition in others):
         kinds["random tokens"] = RANDOM
     marks = {

@@ -86,6 +86,26 @@ def test_the_same_seed_gives_the_same_scene_and_questions() -> None:
     assert ask(draw_scene(5), seed=1, n=4) == ask(draw_scene(5), seed=1, n=4)
 
 
+def test_harder_scenes_are_the_same_scenes() -> None:
+    """Noise is that of the seed, scaled; contrast pulls every grey level towards the middle."""
+    for seed in TEST_SEEDS[:5]:
+        easy, clean = draw_scene(seed), draw_scene(seed, noise=0.0)
+        loud = draw_scene(seed, noise=40.0)
+        assert easy.objects == clean.objects == loud.objects
+        assert all_questions(easy) == all_questions(loud)
+        a, b, c = (np.asarray(s.image, dtype=float) for s in (clean, easy, loud))
+        inside = (b > 60) & (b < 195) & (c > 0) & (c < 255)  # where nothing was cut off
+        assert abs(np.polyfit((b - a)[inside], (c - a)[inside], 1)[0] - 8) < 0.3
+        flat = np.asarray(draw_scene(seed, noise=0.0, contrast=0.25).image, dtype=float)
+        assert np.abs(flat - (127.5 + 0.25 * (a - 127.5))).max() <= 1.25
+
+
+@pytest.mark.parametrize("wrong", [{"noise": -1.0}, {"contrast": 1.5}, {"contrast": -0.1}])
+def test_impossible_difficulties_are_refused(wrong) -> None:
+    with pytest.raises(InputError, match="a contrast from 0 to 1"):
+        draw_scene(1, **wrong)
+
+
 def test_pixels_agree_with_the_truth() -> None:
     """The middle of every box has the object's colour, and a corner no box reaches the ground's."""
     for seed in TEST_SEEDS[:50]:

@@ -1,14 +1,18 @@
 """Comparisons: paired, per task, with intervals that resample images."""
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import sinkscope as ss
-from sinkscope import detectors
-from sinkscope.experiments import Comparison, Item, cluster_bootstrap
+from sinkscope import baselines, detectors
+from sinkscope.experiments import Comparison, EditSinks, Item, cluster_bootstrap, per_seed
+from sinkscope.experiments.answering import answer_batch, score_options
+from sinkscope.experiments.items import as_items
 from sinkscope.testing import plant, random_image
 
 
@@ -38,6 +42,79 @@ def test_bootstrap_edge_cases():
     assert mean == 0.5
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_bootstrap_of_images_and_seeds_by_hand():
+    """Two images under two seeds: all 4 x 4 draws are equally likely, and each gives one mean."""
+    values = np.array([[0.0, 1.0], [2.0, 7.0]])  # [seed image]
+    pairs = list(itertools.product(range(2), repeat=2))
+    means = [values[np.ix_(s, i)].mean() for s in pairs for i in pairs]
+    order = sorted(means)
+    args = values.flatten(), ["a", "b"] * 2, [0, 0, 1, 1]
+    mean, low, high = cluster_bootstrap(*args, level=0.5, draws=40000)
+    assert mean == 2.5
+    assert low == pytest.approx(np.quantile(means, 0.25), abs=1e-9)
+    assert high == pytest.approx(np.quantile(means, 0.75), abs=1e-9)
+    _, lowest, highest = cluster_bootstrap(*args, level=1 - 1e-6, draws=4000)
+    assert (lowest, highest) == pytest.approx((order[0], order[-1]))
+
+
+def test_bootstrap_variance_of_images_and_seeds():
+    """Additive effects: the variance of the mean is that of images over their number plus seeds'."""
+    rng = np.random.default_rng(0)
+    images, seeds = rng.normal(0, 1, 40), rng.normal(0, 2, 5)
+    values = images[None] + seeds[:, None]
+    names = np.tile(np.arange(40), 5), np.repeat(np.arange(5), 40)
+    _, low, high = cluster_bootstrap(values.flatten(), *names, draws=20000)
+    spread = math.sqrt(images.var() / 40 + seeds.var() / 5)
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+    _, low, high = cluster_bootstrap(values[0], np.arange(40), draws=20000)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(images.var() / 40), rel=0.05)
+
+
+def test_one_seed_is_the_bootstrap_of_images():
+    rng = np.random.default_rng(1)
+    values, images = rng.normal(size=60), np.arange(60) // 3
+    totals, counts = np.bincount(images, values), np.bincount(images)
+    picks = np.random.default_rng(0).integers(0, 20, size=(2000, 20))
+    means = totals[picks].sum(1) / counts[picks].sum(1)
+    names = [f"{image:02d}" for image in images]
+    _, low, high = cluster_bootstrap(values, names, [7] * 60)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_summary_of_several_seeds_by_hand():
+    lines = []
+    for item in range(4):
+        for condition, seed, right in (
+            ("base", 0, item < 2),
+            ("gate", 0, item < 3),
+            ("gate", 1, item < 2),
+            ("gate", 2, item < 4),
+        ):
+            lines.append(
+                {
+                    "item": item,
+                    "image_id": str(item // 2),
+                    "task": "count",
+                    "condition": condition,
+                    "seed": seed,
+                    "correct": right,
+                    "touched": condition != "base" and item > 0,
+                }
+            )
+    comparison = Comparison(pd.DataFrame(lines), "base")
+    line = comparison.summary().set_index("condition").loc["gate"]
+    assert (line["n"], line["images"], line["seeds"]) == (4, 2, 3)
+    assert line["accuracy"] == 0.75
+    assert line["delta"] == 0.25
+    assert line["seed_sd"] == pytest.approx(np.std([0.75, 0.5, 1.0], ddof=1))
+    only = comparison.summary(touched_only=True).set_index("condition").loc["gate"]
+    assert only["n"] == 3
+    assert only["accuracy"] == pytest.approx((2 + 1 + 3) / 9)
+    assert only["delta"] == pytest.approx((1 + 0 + 2) / 9)
+    assert comparison.comparisons == comparison.summary().attrs["comparisons"] == 2
+    assert comparison.conditions == ("gate",)
 
 
 def test_summary_by_hand():
@@ -106,6 +183,150 @@ def test_conditions_are_answered_on_the_same_questions(planted):
     assert set(summary["task"]) == {"count", "colour", "all"}
 
 
+def test_gates_are_conditions(planted):
+    """A gate answers in a comparison as it does alone, and is not changed by it."""
+    lvlm, rules = planted
+    one, two = (ss.LSG.for_model(lvlm, layer, v_detector=detectors.Norm(8.0)) for layer in (1, 3))
+    data = dataset(2)
+    conditions = {"base": [], "lsg": [one], "stack": [one, two], "seeds": per_seed([one], [two])}
+    got = ss.compare(lvlm, data, conditions, **rules)
+    assert got.table["sinks"].isna().all(), "no condition needs a trace"
+    assert not one.allow_noop
+    lines = got.table.set_index(["item", "condition", "seed"])["given"]
+    assert len(lines) == 4 * 5
+    for item in range(4):
+        assert lines[item, "seeds", 0] == lines[item, "lsg", 0]
+        pair = [r for r in data if r["image_id"] == data[item]["image_id"]]
+        sample = lvlm.prepare(images=[r["image"] for r in pair], text=[r["question"] for r in pair])
+        lengths = lvlm.tokenizer([r["answer"] for r in pair], add_special_tokens=False)
+        length = max(len(ids) for ids in lengths["input_ids"])
+        alone = lvlm.generate(sample, [], [one, two], max_new_tokens=length).text
+        assert lines[item, "stack", 0] == alone[item % 2]
+
+
+class Counting:
+    """An LVLM that counts what it is asked."""
+
+    def __init__(self, lvlm):
+        self.lvlm, self.calls = lvlm, {"run": 0, "generate": 0}
+
+    def __getattr__(self, name):
+        return getattr(self.lvlm, name)
+
+    def run(self, *args, **kwargs):
+        self.calls["run"] += 1
+        return self.lvlm.run(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        self.calls["generate"] += 1
+        return self.lvlm.generate(*args, **kwargs)
+
+
+def test_nothing_is_computed_twice(planted):
+    lvlm, rules = planted
+    counting = Counting(lvlm)
+    plain = {"base": [], "again": [], "scaled": [ss.ScaleKeys("image", 0.5)]}
+    ss.compare(counting, dataset(2), plain, **rules)
+    assert counting.calls == {"run": 0, "generate": 2 * 2}, "two images; base once, scaled once"
+    counting = Counting(lvlm)
+    masks = {"base": [], "V": EditSinks("V-sinks"), "L": EditSinks("L-sinks")}
+    ss.compare(counting, dataset(2), masks, **rules)
+    assert counting.calls == {"run": 2, "generate": 2 * 3}, "one trace per image"
+
+
+OPTIONS = (("red", "dark blue"), ("a", "b", "cc"), ("yes", "no"))
+
+
+def log_probabilities(lvlm, image, question, choices):
+    """Of options after the prompt: plain transformers, one option at a time, no batch, no cache."""
+    sample = lvlm.prepare(images=image, text=question)
+    prompt = sample.inputs["input_ids"]
+    out = []
+    for choice in choices:
+        ids = lvlm.tokenizer(choice, add_special_tokens=False, return_tensors="pt")
+        ids = ids["input_ids"]
+        whole = {**sample.inputs, "input_ids": torch.cat([prompt, ids], dim=1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        with torch.no_grad():
+            logits = lvlm.module(**whole).logits[0, prompt.shape[1] - 1 : -1]
+        logp = logits.float().log_softmax(-1).gather(1, ids[0][:, None])[:, 0]
+        out.append((float(logp.sum()), len(logp)))
+    return out
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_options_are_scored_as_plain_transformers_does(planted, normalized):
+    lvlm, _ = planted
+    items = as_items(
+        {"image": random_image(64, 64, 0), "question": q, "answer": options[0], "choices": options}
+        for q, options in zip(("how many", "what colour is it", "is it"), OPTIONS, strict=True)
+    )
+    sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
+    scores, _ = score_options(lvlm, sample, items, [], normalized)
+    answers = answer_batch(lvlm, sample, items, [], length_normalized=normalized)
+    for b, item in enumerate(items):
+        want = log_probabilities(lvlm, item.image, item.question, item.choices)
+        hand = [total / (n if normalized else 1) for total, n in want]
+        assert scores[b, : len(hand)].tolist() == pytest.approx(hand, abs=1e-4)
+        assert bool((scores[b, len(hand) :] == float("-inf")).all())
+        assert answers.given[b] == item.choices[int(np.argmax(hand))]
+
+
+def test_options_of_one_token_take_one_pass():
+    """On the bundled model every word is a token; an edit reaches the scores."""
+    lvlm = ss.load_bundled()
+    data = list(ss.bundled.scene_questions(2, 6))
+    options = {
+        "colour": tuple(ss.bundled.scenes.COLOURS),
+        "shape": ss.bundled.scenes.SHAPES,
+        "background": tuple(ss.bundled.scenes.BACKGROUNDS),
+    }
+    digits = tuple(str(n) for n in range(7))
+    data = [{**q, "choices": options.get(q["task"], digits)} for q in data]
+    counting = Counting(lvlm)
+    masked = ss.MaskKeys("image", allow_noop=True)
+    got = ss.compare(counting, data, {"base": [], "blind": [masked]})
+    assert counting.calls == {"run": 2 * 2, "generate": 0}
+    free = ss.compare(lvlm, [{**q, "choices": ()} for q in data], {"base": [], "blind": [masked]})
+    own = got.table.set_index(["item", "condition"])
+    other = free.table.set_index(["item", "condition"])
+    legal = other["given"] != ""
+    assert (own["given"] == other["given"])[legal & (own.index.get_level_values(1) == "base")].all()
+    assert own["touched"].groupby("condition").mean().to_dict() == {"base": 0.0, "blind": 1.0}
+    sample = lvlm.prepare(images=data[0]["image"], text=data[0]["question"])
+    with torch.no_grad():
+        logp = lvlm.module(**sample.inputs).logits[0, -1].log_softmax(-1)
+    ids = [lvlm.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in data[0]["choices"]]
+    assert own["given"][0, "base"] == data[0]["choices"][int(logp[ids].argmax())]
+
+
+def test_free_and_multiple_choice_questions_may_be_mixed(planted):
+    lvlm, rules = planted
+    data = dataset(1)
+    data.insert(1, {**data[0], "choices": ["red", "green"]})
+    table = ss.compare(lvlm, data, {"base": []}, **rules).table
+    assert table["item"].tolist() == [0, 1, 2]
+    assert table["given"][1] in ("red", "green")
+
+
+def test_tables_for_a_page(planted):
+    lvlm, rules = planted
+    front = baselines.sink_to_front()
+    conditions = {"base_model": [], "100 % of it": front, "L": EditSinks("L-sinks", "halve")}
+    got = ss.compare(lvlm, dataset(2), conditions, **rules)
+    text = got.to_markdown(draws=50)
+    assert text.splitlines()[0] == "| condition | all (n = 4) | count (n = 2) | colour (n = 2) |"
+    assert text.splitlines()[2].startswith("| base_model | 0.0 [0.0, 0.0] |")
+    assert "6 changes are shown and none is corrected" in text
+    latex = got.to_latex(draws=50)
+    assert r"base\_model & 0.0" in latex
+    assert r"100 \% of it" in latex
+    assert latex.count(r"\\") == 4
+    assert latex.startswith(r"\begin{tabular}{lrrr}")
+    assert got.to_dataframe().equals(got.table)
+    assert got.to_dataframe() is not got.table
+
+
 @pytest.mark.parametrize(
     ("data", "conditions", "message"),
     [
@@ -115,9 +336,21 @@ def test_conditions_are_answered_on_the_same_questions(planted):
         ([Item("x.png", "q", "a")], {}, "expected a dict such as"),
         ([Item("x.png", "q", "a")], [[]], "expected a dict such as"),
         ([Item("x.png", "q", "a")], {"base": []}, "does not exist"),
+        ([Item("x.png", "q", "a", choices=("b", "c"))], {"base": []}, "one of the choices"),
+        ([Item("x.png", "q", "a", choices="abc")], {"base": []}, "a list of str"),
+        ([Item("x.png", "q", "a")], {"base": ss.MaskKeys("image")}, "a list of interventions"),
+        ([Item("x.png", "q", "a")], {"base": "mask"}, "a function of a SinkTrace"),
+        ([Item("x.png", "q", "a")], {"base": EditSinks}, "Got the class EditSinks"),
+        ([Item("x.png", "q", "a")], {"base": [ss.MaskKeys]}, "Got the class MaskKeys"),
+        ([Item("x.png", "q", "a")], {"base": per_seed([], [])}, "several seeds for the base"),
     ],
 )
 def test_malformed_comparisons_are_refused(planted, data, conditions, message):
     lvlm, rules = planted
     with pytest.raises(ss.SinkscopeError, match=message):
         ss.compare(lvlm, data, conditions, **rules)
+
+
+def test_per_seed_needs_a_condition():
+    with pytest.raises(ss.SinkscopeError, match="one per seed"):
+        per_seed()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import sinkscope as ss
 from sinkscope.errors import InputError, SelectionError
@@ -206,3 +209,41 @@ def test_control_result_knows_its_score(traces) -> None:
         return run.logits[:, -1].max(-1).values
 
     assert control.run(traces.lvlm, trace, margin).plot().axes[0].get_xlabel() == "margin"
+
+
+def test_seeds_and_the_number_of_changes_are_stated() -> None:
+    made = comparison()
+    summary = made.summary(draws=50)
+    assert "over images. " in plot_effects(summary).get_suptitle()
+    assert "None of the 9 intervals" in plot_effects(summary).get_suptitle().replace("\n", " ")
+    several = pd.concat([made.table.assign(seed=seed) for seed in range(3)])
+    several = several[(several["condition"] != "base") | (several["seed"] == 0)]
+    summary = Comparison(several, "base").summary(draws=50)
+    assert "images and seeds" in plot_effects(summary).get_suptitle().replace("\n", " ")
+    assert "resampling images and seeds" in effects_text(summary).replace("\n", " ")
+    assert set(summary["seeds"]) == {1, 3}
+
+
+def test_labels_of_many_conditions_do_not_touch() -> None:
+    """Eleven conditions with long names and five tasks: every label has its own place."""
+    names = [f"a method with quite a long name, number {i}, at layer {i}" for i in range(11)]
+    made = comparison(tasks=tuple("abcde"))
+    one = made.table[made.table["condition"] == "mask V-sinks"]
+    tables = [one.assign(condition=name) for name in names]
+    table = pd.concat([made.table[made.table["condition"] == "base"], *tables])
+    figure = plot_effects(Comparison(table, "base").summary(draws=20))
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == 11
+    assert all(boxes[i].y0 >= boxes[i + 1].y1 for i in range(10))
+    assert all(box.x0 >= 0 and box.x1 <= figure.axes[0].get_window_extent().x0 for box in boxes)
+    heads = [ax.title if ax.get_title() else ax._left_title for ax in figure.axes]
+    spans = [head.get_window_extent() for head in heads]
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(spans))
+    ticks = []
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        shown = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+        ticks += [label.get_window_extent() for label in shown]
+    assert len(ticks) >= 3 * 6
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(ticks))

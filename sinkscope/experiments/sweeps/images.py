@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.detectors.run import detect
-from sinkscope.experiments.compare import Item
+from sinkscope.experiments.items import Item
 from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
 from sinkscope.experiments.sweeps.grid import Cells
 from sinkscope.experiments.sweeps.scores import (

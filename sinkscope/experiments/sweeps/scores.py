@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InputError, nearest
-from sinkscope.experiments.compare import Item
+from sinkscope.experiments.items import Item
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""Comparison: answers under every condition, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from sinkscope.experiments.statistics import cluster_bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+ALL = "all"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Answers under every condition.
+
+    Attributes:
+        table: One line per question, condition and seed: item, image_id, task, question, answer,
+            condition, seed, given, correct, touched (whether the edit touched that row) and sinks
+            (how many visual sinks the trace found in the row; NaN for conditions without a trace).
+        base: The condition that others are compared with.
+    """
+
+    table: pd.DataFrame
+    base: str
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """All but the base, in order."""
+        return tuple(c for c in self.table["condition"].unique() if c != self.base)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of `summary`, ``"all"`` last."""
+        own = [task for task in self.table["task"].unique() if task != ALL]
+        return (*own, ALL)
+
+    @property
+    def comparisons(self) -> int:
+        """How many differences to the base `summary` reports: conditions times tasks.
+
+        As many intervals are looked at, uncorrected: of 20 that cover 95 %, one excludes zero by
+        chance. ``summary(level=1 - 0.05 / comparison.comparisons)`` is Bonferroni's correction.
+        """
+        return len(self.conditions) * len(self.tasks)
+
+    def summary(
+        self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
+    ) -> pd.DataFrame:
+        """Accuracy and paired difference to the base, per task, with intervals.
+
+        Images are resampled with all their questions. A condition of several seeds is their mean,
+        and its interval resamples images and seeds (see `cluster_bootstrap`).
+
+        Args:
+            level: Coverage of the intervals.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+            touched_only: Whether to judge each condition on the questions it touched only, instead
+                of all of them.
+
+        Returns:
+            Columns task, condition, n, images, seeds, touched, accuracy, low, high, delta,
+            delta_low, delta_high, seed_sd (standard deviation of the accuracy over seeds; NaN for
+            one). Task ``"all"`` holds every question. ``attrs["comparisons"]`` is how many
+            differences it holds.
+        """
+        import pandas as pd
+
+        table = self.table if "seed" in self.table else self.table.assign(seed=0)
+        wide = table.assign(task=ALL)
+        several = [t for t in self.tasks if t != ALL]
+        whole = pd.concat([table, wide], ignore_index=True) if len(several) > 1 else wide
+        options = {"level": level, "draws": draws, "seed": seed}
+        lines = []
+        for names, group in whole.groupby(["task", "condition"], sort=False):
+            task, condition = cast("tuple[str, str]", names)
+            part = group
+            if touched_only and condition != self.base:
+                part = part.loc[part["touched"].astype(bool)]
+            of_base = whole.loc[(whole["task"] == task) & (whole["condition"] == self.base)]
+            lines.append({"task": task, "condition": condition, **_line(part, of_base, options)})
+        out = pd.DataFrame(lines)
+        out.attrs["comparisons"] = self.comparisons
+        out.attrs["level"] = level
+        return out
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line per question, condition and seed: a copy of `table`."""
+        return self.table.copy()
+
+    def to_markdown(self, **options: Any) -> str:
+        """The summary as a Markdown table, conditions down and tasks across.
+
+        Args:
+            options: Of `summary`.
+        """
+        from sinkscope.viz.comparison import comparison_markdown
+
+        return comparison_markdown(self.summary(**options), base=self.base)
+
+    def to_latex(self, **options: Any) -> str:
+        """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it.
+
+        Args:
+            options: Of `summary`.
+        """
+        from sinkscope.viz.comparison import comparison_latex
+
+        return comparison_latex(self.summary(**options), base=self.base)
+
+    def plot(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Figure:
+        """The change of accuracy per task and condition, with intervals.
+
+        Args:
+            level: See `summary`.
+            draws: See `summary`.
+            seed: See `summary`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.effects import plot_effects
+
+        return plot_effects(self.summary(level=level, draws=draws, seed=seed), base=self.base)
+
+
+def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one task and condition."""
+    paired = part.merge(of_base[["item", "correct"]], on="item", suffixes=("", "_base"))
+    right = paired["correct"].astype(float)
+    change = right - paired["correct_base"].astype(float)
+    images, seeds = paired["image_id"].tolist(), paired["seed"].tolist()
+    accuracy = cluster_bootstrap(right.tolist(), images, seeds, **options)
+    delta = cluster_bootstrap(change.tolist(), images, seeds, **options)
+    return {
+        "n": part["item"].nunique(),
+        "images": part["image_id"].nunique(),
+        "seeds": part["seed"].nunique(),
+        "touched": part["touched"].mean() if len(part) else 0.0,
+        **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
+        **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
+        "seed_sd": right.groupby(paired["seed"]).mean().std(),
+    }

@@ -1,0 +1,84 @@
+"""Questions about images, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sinkscope.errors import InputError
+
+NEEDED = frozenset({"image", "question", "answer"})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image.
+
+    Attributes:
+        image: PIL image, path or array.
+        question: The question.
+        answer: The right answer.
+        task: What kind of question it is.
+        image_id: Questions with one id are about one image: they share a batch, and are resampled
+            together.
+        choices: The options of a multiple-choice question, the right one among them: the model's
+            answer is then the option with the highest log-probability. Empty: it answers freely.
+    """
+
+    image: Any
+    question: str
+    answer: str
+    task: str = "all"
+    image_id: Any = None
+    choices: tuple[str, ...] = ()
+
+
+def folded(text: str) -> str:
+    """A text as answers are compared: stripped, in lower case."""
+    return text.strip().lower()
+
+
+def as_items(dataset: Iterable[Any]) -> list[Item]:
+    """Questions as `Item` records.
+
+    Raises:
+        InputError: If a record lacks a field, its choices lack the answer, or there is none.
+    """
+    items = [_checked(_as_item(i, record), i) for i, record in enumerate(dataset)]
+    if not items:
+        raise InputError("Got an empty dataset; expected at least one question.")
+    return items
+
+
+def _as_item(i: int, record: Any) -> Item:
+    """One record."""
+    if isinstance(record, Item):
+        return record
+    if not isinstance(record, Mapping):
+        raise InputError(
+            f"Record {i} is a {type(record).__name__}; expected a dict or an Item with image, "
+            "question and answer."
+        )
+    missing = NEEDED - set(record)
+    if missing:
+        raise InputError(
+            f"Record {i} has {sorted(record)}; expected image, question, answer and, if you like, "
+            f"task, image_id and choices; missing {sorted(missing)}."
+        )
+    return Item(**{k: record[k] for k in Item.__dataclass_fields__ if k in record})
+
+
+def _checked(item: Item, i: int) -> Item:
+    """The item with an image id, and with choices as a tuple that holds the answer."""
+    choices: Any = item.choices
+    listed = choices is None or (isinstance(choices, Sequence) and not isinstance(choices, str))
+    if not listed or not all(isinstance(choice, str) for choice in choices or ()):
+        raise InputError(f"Record {i} has choices={choices!r}; expected a list of str.")
+    if choices and item.answer not in choices:
+        raise InputError(
+            f"Record {i} has the answer {item.answer!r} and choices={list(choices)}; expected the "
+            "answer to be one of the choices, written in the same way."
+        )
+    name = f"item {i}" if item.image_id is None else item.image_id
+    return replace(item, image_id=name, choices=tuple(choices or ()))
