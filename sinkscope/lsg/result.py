@@ -140,6 +140,19 @@ def record_of(
     }
 
 
+def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
+    """The record of one gate among several: its own start and result, without its config."""
+    name = str(layer)
+    out = {key: value for key, value in record.items() if key not in ("gates", "results", "cost")}
+    return {
+        **out,
+        "layer": layer,
+        "trained_with": [other for other in record["gates"] if other != name],
+        "start": record["gates"][name]["start"],
+        "result": record["results"][name],
+    }
+
+
 def _result_of(loop: Loop, name: str) -> dict[str, Any]:
     """First and best numbers of one trainee, on the validation part where there is one."""
     split = "validation" if loop.held else "train"

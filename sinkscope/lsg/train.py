@@ -19,7 +19,7 @@ from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loop import Loop
 from sinkscope.lsg.passes import Losses, Shared, answer_losses, frozen, share
-from sinkscope.lsg.result import TrainResult, record_of
+from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.lsg.runner import Sums, Trainee
 from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.models.identity import identity_of
@@ -167,7 +167,7 @@ def train_lsg(
         loop.run()
     record = record_of(lvlm.name, facts, cost, loop, base)
     for layer, gate in made.items():
-        gate.record = {**record, "layer": layer}
+        gate.record = own_record(record, layer)
     return TrainResult(made, record, loop.history)
 
 

@@ -233,6 +233,11 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert record["versions"]["torch"] == torch.__version__
     assert record["base"]["loss"] > 0
     assert "0" in record["results"]
+    own = result.gate.record
+    assert own["result"] == result.record["results"]["0"]
+    assert own["trained_with"] == []
+    assert own["settings"] == result.record["settings"]
+    assert "gates" not in own
     text, html = str(result), result._repr_html_()
     assert text.startswith("1 gate of")
     assert "<table" in html
