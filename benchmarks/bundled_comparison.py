@@ -12,6 +12,7 @@ likes, those of the highest norm in the vision tower, which are *not* sinks by t
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sinkscope import baselines
 from sinkscope.bundled import TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, scene_questions
 from sinkscope.detectors import Norm, RandomTokens, Received
 from sinkscope.experiments import Comparison, per_seed
+from sinkscope.viz import plot_effects
 from sinkscope.viz.comparison import comparison_markdown
 
 OUT = Path(__file__).parent / "results"
@@ -221,23 +223,31 @@ def choices_text(chosen):
     lines = []
     for name in (NONE, NORM):
         c = chosen[name]
-        lines.append(
-            f"- {name}: V rule `{c['v_detector']}`, L rule `{c['l_detector']}`; fixed coefficients at "
-            f"layer {c['fixed']} (V, rest); token weights {c['weights']} (sink, rest); gate at layer "
-            f"{c['layer']}; stacks {', '.join(str(s) for s in c['stacks'])}. Loss in nats per answer "
-            f"token without a gate {c['loss_without_a_gate']}, with one at each layer "
-            f"{c['loss_by_layer']}."
-        )
+        stacks = ", ".join(str(s) if s else "none, because no stack gains" for s in c["stacks"])
+        losses = ", ".join(f"{layer} {loss:.4f}" for layer, loss in c["loss_by_layer"].items())
+        lines += [
+            f"- {name}: V rule `{short(c['v_detector'])}`, L rule `{short(c['l_detector'])}`.",
+            f"  Fixed coefficients at layer {c['fixed']} (V, rest); token weights {c['weights']} (sink, "
+            f"rest). Gate at layer {c['layer']}; stack of each seed: {stacks}.",
+            f"  Loss in nats per answer token without a gate {c['loss_without_a_gate']:.4f}, with one "
+            f"at layer: {losses} (mean over seeds).",
+        ]
     size = chosen["lora"]
     lines.append(
-        f"- LoRA: rank {size['rank']} on {len(size['matrices'])} matrices, {size['parameters']} "
-        f"parameters; a gate has {size['gate_parameters']}."
+        f"- LoRA: rank {size['rank']} on {len(size['matrices'])} matrices of one block, "
+        f"{size['parameters']} parameters; a gate has {size['gate_parameters']}."
     )
     return "\n".join(lines)
 
 
-def write(out, kind, got, chosen, args):
-    """Put one kind of scenes beside those that are there: JSON first, the rest is made of it."""
+def short(rule):
+    """A detector's text without what is not used and with few digits."""
+    text = re.sub(r"\d+\.\d{4,}", lambda found: f"{float(found[0]):.4g}", rule)
+    return re.sub(r", gap=1.5|eps=0.3, |, strict=(True|False)", "", text)
+
+
+def save(out, kind, got, chosen, args):
+    """Put one kind of scenes beside those that are there."""
     path = out / "bundled_comparison.json"
     body = json.loads(path.read_text()) if path.is_file() else {}
     body[kind] = {
@@ -247,15 +257,20 @@ def write(out, kind, got, chosen, args):
         "seconds": round(time.monotonic() - START),
     }
     path.write_text(json.dumps(body, indent=1, default=str))
+    render(out, body)
+
+
+def render(out, body):
+    """Tables and figures of the numbers in the JSON."""
     parts, frames = [], []
-    for name in (name for name in DATA if name in body):
-        rows = pd.DataFrame(body[name]["rows"])
-        frames.append(rows.assign(scenes=name))
-        parts += [f"### {TITLES[name]}", "", comparison_markdown(rows)]
-        parts += ["Chosen on validation scenes:", "", choices_text(body[name]["chosen"]), ""]
+    for kind in (kind for kind in DATA if kind in body):
+        rows = pd.DataFrame(body[kind]["rows"])
+        frames.append(rows.assign(scenes=kind))
+        parts += [f"### {TITLES[kind]}", "", comparison_markdown(rows)]
+        parts += ["Chosen on validation scenes:", "", choices_text(body[kind]["chosen"]), ""]
+        plot_effects(rows).savefig(out / f"bundled_comparison_{kind}.png", dpi=110)
     (out / "bundled_comparison.md").write_text("\n".join(parts))
     pd.concat(frames).to_csv(out / "bundled_comparison.csv", index=False)
-    got.plot().savefig(out / f"bundled_comparison_{kind}.png", dpi=110)
 
 
 def main():
@@ -273,7 +288,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     for kind in args.scenes:
         got, chosen = one_kind(lvlm, kind, args)
-        write(args.out, kind, got, chosen, args)
+        save(args.out, kind, got, chosen, args)
     say("done")
 
 
