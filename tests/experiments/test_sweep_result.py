@@ -130,6 +130,23 @@ def test_observations_tell_what_was_planted():
     assert "Note: a note." in said
 
 
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        ("logprob", "change of logprob against the base in nats."),
+        ("my.module.surprise", "change of surprise against the base."),
+    ],
+)
+def test_observations_name_the_score_and_its_unit(score, words):
+    sweep = made({("count", 1, 3): 3.0}, score=score)
+    said = sweep.observations()
+    assert words in said
+    assert "maximum over all cells p < 0.001" in said
+    assert "p = 0.000" not in said
+    assert ("surprise" in sweep.score_text("score")) == (score != "logprob")
+    assert "my.module" not in sweep.score_text("score")
+
+
 def test_observations_state_null_results():
     said = made(n_v=0, score="exact").observations()
     assert "No task gains on images that were not used to choose" in said

@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 
     from sinkscope.experiments.sweeps.result import Sweep
 
+UNITS = {
+    "exact": (" in points", 100.0),
+    "choice": (" in points", 100.0),
+    "logprob": (" in nats", 1.0),
+}
+"""Score -> its unit as words, and what it is multiplied with."""
+
 
 def observe(sweep: Sweep, by: str, seed: int) -> str:
     """See `Sweep.observations`."""
     whole = sweep.map(by, seed=seed)
     best = sweep.best(by, seed=seed)
-    unit, factor = ("points", 100.0) if sweep.score in ("exact", "choice") else (sweep.score, 1.0)
-    lines = [f"{sweep!r}, change of {sweep.score} against the base in {unit}."]
+    unit, factor = UNITS.get(sweep.score, ("", 1.0))
+    lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
     lines += _by_task(whole, best, factor)
     lines += _by_layer(whole, factor)
     lines += _by_sinks(sweep, factor, seed)
@@ -41,7 +48,7 @@ def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str
             f"   {row['task']}: cells from {low:+.2f} to {high:+.2f}; {up} clearly above and {down} clearly "
             f"below 0, of {len(part)} (with no effect about {0.025 * len(part):.0f} each). Best on one "
             f"half: {_cell(row)}, on the other {row['delta'] * factor:+.2f} "
-            f"[{row['low'] * factor:+.2f}, {row['high'] * factor:+.2f}]; maximum over all cells p = {row['p']:.3f}."
+            f"[{row['low'] * factor:+.2f}, {row['high'] * factor:+.2f}]; maximum over all cells {_p(row['p'])}."
         )
     tasks = [row for row in best.to_dict("records") if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
@@ -125,6 +132,11 @@ def _by_sinks(sweep: Sweep, factor: float, seed: int) -> list[str]:
 def _cell(row: Mapping[Any, Any]) -> str:
     """A cell in words."""
     return f"layer {_layer(row['layer'])}, ({row['s_v']:g}, {row['s_rest']:g})"
+
+
+def _p(p: float) -> str:
+    """A p value; it is never 0."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def _layer(layer: object) -> str:

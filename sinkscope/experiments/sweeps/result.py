@@ -65,6 +65,11 @@ class Sweep:
         return str(self.settings["score"])
 
     @property
+    def score_name(self) -> str:
+        """The score in words and figures: of a function its own name, without its module."""
+        return self.score.rpartition(".")[2]
+
+    @property
     def pairs(self) -> list[tuple[float, float]]:
         """The coefficient pairs, in order."""
         return [(float(v), float(rest)) for v, rest in self.settings["grid"]]
@@ -245,7 +250,7 @@ class Sweep:
         if column == "logprob" or self.score == "logprob":
             return "log-probability of the answer (nats)"
         named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
-        return named.get(self.score, self.score)
+        return named.get(self.score, self.score_name)
 
     def __repr__(self) -> str:
         questions = self.table["item"].nunique()
