@@ -187,7 +187,10 @@ class Attachment:
                 for name, value in look.parameters.items()
             }
             if "at" in given:
-                given["at"] = self._last.to(given["at"].device)
+                last = self._last.to(given["at"].device)
+                places = torch.arange(given["tokens"].shape[1], device=last.device)
+                # Behind the prompt there may be an answer: labels say so.
+                given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
             look.kernel(first_tensor(states), self._state, **given)
 
     def _after(self, layer: int) -> Any:

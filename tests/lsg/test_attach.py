@@ -91,10 +91,11 @@ def test_two_gates_of_one_layer_in_any_order(case, first_off):
     assert torch.equal(logits(model, c.sample), plain)
 
 
-def test_labels_say_where_the_prompt_ends(case):
-    """With an answer behind the prompt the gate still reads the last prompt token."""
+@pytest.mark.parametrize("signal", ["last", "mean", "visual"])
+def test_labels_say_where_the_prompt_ends(case, signal):
+    """With an answer behind the prompt the gate still reads the prompt alone."""
     c = case("llava-clip-llama")
-    gate, inputs = c.gate(), dict(c.sample.inputs)
+    gate, inputs = c.gate(signal=signal), dict(c.sample.inputs)
     answer = torch.tensor([[15, 19, 17], [16, 18, 14]])
     prompt = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
@@ -110,7 +111,8 @@ def test_labels_say_where_the_prompt_ends(case):
         got = out.logits[:, :prompt][c.sample.tokens.live]
         assert torch.allclose(got, run.logits[c.sample.tokens.live], atol=2e-5)
         c.lvlm.module(**inputs)
-        assert not torch.allclose(attached.coefficients, first, atol=1e-3)
+        same = torch.allclose(attached.coefficients, first, atol=1e-3)
+        assert same == (signal == "visual")
         with pytest.raises(InputError, match="begin with the first token"):
             c.lvlm.module(**inputs, labels=inputs["input_ids"])
 
