@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PACKAGES = ("sinkscope", "torch", "transformers", "accelerate")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainResult:
     """Trained gates.
 
@@ -102,6 +102,9 @@ class TrainResult:
             f"about {data['validation']['images']} other images."
         )
         return head + "\n" + self.summary().round(4).to_string(index=False)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         head = escape(str(self).split("\n", 1)[0])
