@@ -240,6 +240,7 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert "gates" not in own
     text, html = str(result), result._repr_html_()
     assert text.startswith("1 gate of")
+    assert repr(result) == text
     assert "<table" in html
     assert "best_loss" in html
     assert result.summary()["base_loss"].tolist() == [record["base"]["loss"]]
