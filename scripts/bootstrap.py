@@ -29,7 +29,8 @@ SINKSCOPE = "{sinkscope}"  # replaced by its console script
 # job -> (extras it needs, commands it runs); arguments of the user go to the last command
 JOBS = {
     "demo": ((), [[SINKSCOPE, "demo"]]),
-    "test": (("dev",), [[PYTHON, "-m", "pytest"]]),
+    # two processes, each with its share of the files: models are built once per process
+    "test": (("dev",), [[PYTHON, "-m", "pytest", "-n", "2", "--dist", "loadfile"]]),
     "check": (
         ("dev", "docs"),
         [
