@@ -29,8 +29,7 @@ SINKSCOPE = "{sinkscope}"  # replaced by its console script
 # job -> (extras it needs, commands it runs); arguments of the user go to the last command
 JOBS = {
     "demo": ((), [[SINKSCOPE, "demo"]]),
-    # two processes, each with its share of the files: models are built once per process
-    "test": (("dev",), [[PYTHON, "-m", "pytest", "-n", "2", "--dist", "loadfile"]]),
+    "test": (("dev",), [[PYTHON, "-m", "pytest"]]),
     "check": (
         ("dev", "docs"),
         [
