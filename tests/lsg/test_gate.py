@@ -99,7 +99,6 @@ def test_other_layers(case, twins, family, layer):
 def test_loss_and_gradients(case, twins, family, how):
     """Next-token loss at the last prompt position, and what reaches the gate's parameters."""
     c, twin = case(family), twins(family)
-    c.lvlm.module.requires_grad_(requires_grad=False)
     gate = c.gate(activation="gelu", spread=0.3)
     answers = torch.tensor([5, 9])
     ref = reference(c, gate, twin)
@@ -116,6 +115,9 @@ def test_loss_and_gradients(case, twins, family, how):
             logits = c.lvlm.module(**c.sample.inputs).logits[:, -1]
             got = nn.functional.cross_entropy(logits, answers)
             got.backward()
+    reached = [p for p in c.lvlm.module.parameters() if p.grad is not None]
+    for parameter in reached:  # the model is shared with other tests
+        parameter.grad = None
     want, got = float(want.detach()), float(got.detach())
     assert abs(got - want) <= 1e-5 * max(1.0, abs(want))
     names = {"norm": 0, "inner": 1, "outer": 3}
@@ -124,7 +126,7 @@ def test_loss_and_gradients(case, twins, family, how):
         other = getattr(ref.modules[names[part]], kind).grad
         assert other.abs().max() > 0, name
         assert (parameter.grad - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
-    assert all(p.grad is None for p in c.lvlm.module.parameters())
+    assert reached, "a model that nobody has frozen gets gradients, as in any other loop"
 
 
 @pytest.mark.parametrize("decode", ["frozen", "refresh", "off"])
