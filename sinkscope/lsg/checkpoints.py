@@ -23,52 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sinkscope.errors import CheckpointError, InputError
+from sinkscope.errors import CheckpointError
+from sinkscope.folders import claim, read_json, write_whole
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
 def open_run(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Note what a run is started with, or compare it with what was noted.
-
-    Args:
-        folder: The run's folder; it is made if it is missing.
-        identity: JSON-ready values.
-
-    Raises:
-        InputError: If the folder holds another run, with the differences.
-        CheckpointError: If it cannot be read or written.
-    """
-    path = folder / "run.json"
-    ours = json.loads(json.dumps(identity))
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(ours, indent=1) + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
-            ) from error
-        return
-    before = read_json(path)
-    lines = differing(before, ours)
-    if lines:
-        listed = "\n  ".join(lines)
-        raise InputError(
-            f"Got out={str(folder)!r}, which holds another run; expected the same settings, data and "
-            f"model.\n  {listed}\nWrite out='another folder', or remove this one."
-        )
-
-
-def differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """One line per value that differs between two trees of plain data."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        out = []
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{name}.{key}" if name else str(key)
-            out += differing(before.get(key), now.get(key), inner)
-        return out
-    return [] if before == now else [f"{name}: was {before!r}, now {now!r}"]
+    """Note what a run is started with, or compare it with what was noted; see `claim`."""
+    claim(folder, "run.json", identity, "run")
 
 
 def save_state(
@@ -117,30 +80,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error}); expected a whole "
             "file. Remove this folder to train from the start."
         ) from error
-    return tensors, read_json(newest / "state.json")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Got {str(path)!r}, which cannot be read ({error}); expected JSON. Remove "
-            f"{str(path.parent)!r} to start again."
-        ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a loss of power."""
-    made = path.with_name(path.name + ".tmp")
-    made.write_text(text, encoding="utf-8")
-    _sync(made)
-    made.replace(path)
+    again = f"Remove {str(newest)!r} to start again."
+    return tensors, read_json(newest / "state.json", again)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

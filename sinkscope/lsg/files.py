@@ -18,17 +18,18 @@ from torch import Tensor
 
 import sinkscope
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
+from sinkscope.folders import read_json
 from sinkscope.lsg import card
 from sinkscope.lsg.aliases import canonical
 from sinkscope.lsg.choosing import check_gates, check_layer, device_for
 from sinkscope.lsg.config import GateConfig, rule_of, sketch
 from sinkscope.lsg.storage import (
+    AGAIN,
     HUB_ERRORS,
     Source,
     as_fp32,
     check_replaceable,
     fill,
-    read_json,
     read_tensors,
     scrub,
     source_of,
@@ -188,7 +189,7 @@ def read_gate(source: Source, allow_noop: bool) -> LSG:
     gate = LSG(config, allow_noop=allow_noop)
     gate.load_state_dict({name: as_fp32(name, value, path) for name, value in tensors.items()})
     record = source.find(RECORD)
-    gate.record = None if record is None else dict(read_json(record))
+    gate.record = None if record is None else dict(read_json(record, AGAIN))
     return gate
 
 
@@ -201,7 +202,7 @@ def read_head(source: Source, kind: str, known: frozenset[str]) -> tuple[Mapping
     path = source.find(CONFIG)
     if path is None:
         raise CheckpointError(f"Got {source} without {CONFIG}; {expected(source, None, kind)}")
-    head = read_json(path)
+    head = read_json(path, AGAIN)
     found = head.get("format") if isinstance(head, Mapping) else None
     if found != kind:
         what = described(head)
@@ -319,7 +320,7 @@ def replaceable(folder: Path, kind: str) -> frozenset[str]:
     path = folder.expanduser() / CONFIG
     if not path.is_file():
         return frozenset()
-    head = read_json(path)
+    head = read_json(path, AGAIN)
     if not isinstance(head, Mapping) or head.get("format") != kind:
         check_replaceable(path.parent, frozenset())
     names = head.get("gates", []) if kind == STACK else []

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sinkscope.errors import CheckpointError, InterventionError
+from sinkscope.folders import read_json
 from sinkscope.lsg.matching import Match, find_gates, named_gate
 from sinkscope.lsg.released import SETTINGS, Reading
 from sinkscope.lsg.settings import Settings
-from sinkscope.lsg.storage import read_json, read_tensors, source_of
+from sinkscope.lsg.storage import AGAIN, read_tensors, source_of
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -119,7 +120,7 @@ def import_gates(
     if index_base not in (0, 1):
         raise InterventionError(f"Got index_base={index_base!r}; expected 0 or 1.")
     beside = source.find(SETTINGS)
-    read = {} if beside is None else read_json(beside)
+    read = {} if beside is None else read_json(beside, AGAIN)
     if not isinstance(read, Mapping):
         raise CheckpointError(
             f"Got a {type(read).__name__} in {str(beside)!r}; expected settings by name."

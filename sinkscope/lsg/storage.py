@@ -5,7 +5,6 @@ Nothing is unpickled here but by ``torch.load(weights_only=True)``, which runs n
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ HUB_ERRORS = (OSError, ValueError, HTTPError, RuntimeError)
 DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
+AGAIN = "Download or copy it again."
 ALLOWED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -128,21 +128,6 @@ def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> So
     return Source(text, None, revision, subfolder)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        CheckpointError: If it is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Got {str(path)!r}, which cannot be read as JSON ({type(error).__name__}: {error}); "
-            "expected the file as it was written. Download or copy it again."
-        ) from error
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or a PyTorch file, on the CPU; no code of it is run.
 
@@ -164,7 +149,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except DAMAGED as error:
         raise CheckpointError(
             f"Got {str(path)!r}, which is damaged or cut off ({type(error).__name__}: "
-            f"{scrub(error)}); expected a whole file. Download or copy it again."
+            f"{scrub(error)}); expected a whole file. {AGAIN}"
         ) from error
     if not isinstance(found, Mapping):
         raise CheckpointError(

@@ -101,21 +101,23 @@ def test_a_run_that_breaks_off_anywhere_goes_on(lvlm, tmp_path, at):
 def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
     train(lvlm, out=tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"settings\.lr: was 0\.02, now 0\.01\n.*settings\.seed"):
+    with pytest.raises(
+        InputError, match=r"settings\.lr: there 0\.02, here 0\.01\n.*settings\.seed"
+    ):
         train(lvlm, out=tmp_path, lr=0.01, seed=5)
     changed = records()
     changed[0]["answer"] = "seven"
-    with pytest.raises(InputError, match=r"data\.fingerprint: was '\w+', now '\w+'"):
+    with pytest.raises(InputError, match=r"data\.fingerprint: there \"\w+\", here \"\w+\""):
         train(lvlm, changed, out=tmp_path)
-    with pytest.raises(InputError, match=r"gates\.1: was None, now \{"):
+    with pytest.raises(InputError, match=r"gates\.1: there null, here \{"):
         train(lvlm, layers=[0, 1], out=tmp_path)
     other = ss.LVLM(*tiny_llava(seed=1), verify=False)
-    with pytest.raises(InputError, match=r"model\.weights: was"):
+    with pytest.raises(InputError, match=r"model\.weights: there"):
         train(other, out=tmp_path)
     gate = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
     with torch.no_grad():
         gate.outer.bias.add_(1.0)
-    with pytest.raises(InputError, match=r"gates\.0\.start: was '\w+', now"):
+    with pytest.raises(InputError, match=r"gates\.0\.start: there \"\w+\", here"):
         train(lvlm, gates=[gate], out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -129,7 +131,7 @@ def test_files_that_cannot_be_read_are_named(lvlm, tmp_path):
         train(lvlm, out=tmp_path)
     (newest / "state.safetensors").write_bytes(whole)
     (newest / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"state\.json', which cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state\.json', which cannot be read as JSON"):
         train(lvlm, out=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="which cannot be written"):

@@ -17,6 +17,7 @@ ROOMS = {
     "errors": set(),
     "sites": {"errors"},
     "tokens": {"errors"},
+    "folders": {"errors"},
     "bundled": {"bundled", "errors", "models"},
     "testing": {
         "testing",

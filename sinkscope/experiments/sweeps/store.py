@@ -14,7 +14,6 @@ a part is there as a whole or not at all, and the next run makes those that are 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sinkscope.errors import CheckpointError, InputError
+from sinkscope.errors import CheckpointError
+from sinkscope.folders import claim, read_json, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +47,6 @@ SCHEMA = pa.schema(
 )
 ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
 MANIFEST = "manifest.json"
-TEMPORARY = ".writing"
 
 
 def as_table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -74,21 +73,7 @@ class Folder:
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
         self.path = Path(path).expanduser()
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"Got out={str(path)!r}, which is a file; expected a folder.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        for left in self.path.glob(f"*{TEMPORARY}"):  # of a process that was killed
-            left.unlink(missing_ok=True)
-        found = self.path / MANIFEST
-        if found.exists():
-            check_same(read_manifest(self.path), manifest, self.path)
-        elif any(self.path.iterdir()):
-            raise InputError(
-                f"Got out={str(path)!r}, a folder with other files and no {MANIFEST}; expected a new "
-                "folder, or one of a sweep that is to be continued."
-            )
-        else:
-            write_atomically(found, json.dumps(manifest, indent=1).encode())
+        claim(self.path, MANIFEST, manifest, "sweep")
 
     def part(self, group: int) -> Path:
         """The part of an image group."""
@@ -109,17 +94,7 @@ class Folder:
         table = as_table(lines).replace_schema_metadata({"notes": json.dumps(list(notes))})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        write_atomically(self.part(group), sink.getvalue().to_pybytes())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A file that is there with all its content or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        write_whole(self.part(group), sink.getvalue().to_pybytes())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -128,14 +103,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If there is no manifest, or it cannot be read.
     """
-    file = path / MANIFEST
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Could not read {str(file)!r} ({type(error).__name__}); expected the folder that "
-            "ss.sweep(..., out=folder) wrote."
-        ) from error
+    return read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
 
 
 def read_parts(path: Path) -> tuple[list[pa.Table], list[str]]:
@@ -157,28 +125,3 @@ def read_parts(path: Path) -> tuple[list[pa.Table], list[str]]:
         notes.extend(json.loads(said.get(b"notes", b"[]")))
         tables.append(table)
     return tables, notes
-
-
-def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue another run.
-
-    Raises:
-        InputError: With every difference.
-    """
-    plain = json.loads(json.dumps(wanted))
-    other = [
-        f"{name}: there {_short(found.get(name))}, here {_short(plain.get(name))}"
-        for name in sorted({*found, *plain})
-        if found.get(name) != plain.get(name)
-    ]
-    if other:
-        raise InputError(
-            f"Got out={str(path)!r}, which holds another sweep; expected the same one to continue it. "
-            f"Different are {'; '.join(other)}. Write another folder."
-        )
-
-
-def _short(value: Any) -> str:
-    """A value in a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
