@@ -10,7 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.errors import InterventionError, NoEffectError
+from sinkscope.errors import InterventionError
+from sinkscope.interventions.drawing import (
+    attention_on,
+    draw_by_count,
+    draw_by_mass,
+    ordinary_like,
+    other_positions,
+    receiving,
+    token_field,
+    tokens_of,
+)
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
 
 if TYPE_CHECKING:
@@ -22,7 +32,6 @@ if TYPE_CHECKING:
     from sinkscope.models.outputs import Run
 
 MATCHES = ("count", "mass", "position")
-FIELDS = ("tokens", "keys", "source")
 NEXT_TOKEN_KL = "KL of the next token from the unedited run (nats)"
 
 
@@ -36,6 +45,9 @@ class ControlResult:
         base: Float ``[batch]``, the score without any edit.
         match: What the controls share with the edit.
         score: What the scores are, with their unit.
+        real_mass: Float ``[batch]``: the attention that the edited tokens receive in the unedited run,
+            summed over them; see `attention_on`.
+        mass: Float ``[draw batch]``: the same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]
@@ -43,6 +55,8 @@ class ControlResult:
     base: Float[Tensor, " batch"]
     match: str
     score: str = "score"
+    real_mass: Float[Tensor, " batch"] | None = None
+    mass: Float[Tensor, "draw batch"] | None = None
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The central interval of the controls, per batch row."""
@@ -60,20 +74,25 @@ class ControlResult:
         return (1 + far.sum(dim=0)) / (1 + self.controls.shape[0])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per batch row: base, real, mean and 95 % interval of the controls, p."""
+        """One line per batch row: base, real, mean and 95 % interval of the controls, p.
+
+        With masses also ``real_mass`` and ``control_mass``, the mean over the controls: how well they
+        are matched.
+        """
         import pandas as pd
 
         low, high = self.interval()
-        return pd.DataFrame(
-            {
-                "base": self.base.tolist(),
-                "real": self.real.tolist(),
-                "control": self.controls.mean(dim=0).tolist(),
-                "low": low.tolist(),
-                "high": high.tolist(),
-                "p": self.p_value().tolist(),
-            }
-        )
+        columns = {
+            "base": self.base,
+            "real": self.real,
+            "control": self.controls.mean(dim=0),
+            "low": low,
+            "high": high,
+            "p": self.p_value(),
+        }
+        if self.real_mass is not None and self.mass is not None:
+            columns |= {"real_mass": self.real_mass, "control_mass": self.mass.mean(dim=0)}
+        return pd.DataFrame({name: column.tolist() for name, column in columns.items()})
 
     def plot(self, row: int = 0) -> Figure:
         """The edit as a line over the histogram of its controls.
@@ -96,8 +115,8 @@ class RandomControl:
     Args:
         intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
         match: ``"count"``: as many tokens in every row (and layer); ``"mass"``: random tokens until
-            they receive as much attention in the edited layers; ``"position"``: the sink positions
-            of another image.
+            they receive at least as much attention in the edited layers and heads (`attention_on`);
+            ``"position"``: the sink positions of another image.
         n: How many draws (one for ``"position"``, which has nothing to draw).
         seed: Of the draws.
     """
@@ -118,21 +137,25 @@ class RandomControl:
             ``n`` interventions like the given one on other tokens.
 
         Raises:
-            InterventionError: If the match is unknown, the intervention has no token field, or too
-                few ordinary tokens are left.
+            InterventionError: If the match is unknown, the intervention has no token field, too few
+                ordinary tokens are left, or all of them together receive less attention.
         """
         if self.match not in MATCHES:
             raise InterventionError(f"Got match={self.match!r}; expected one of {MATCHES}.")
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise InterventionError(f"Got n={self.n!r}; expected at least 1 draw.")
         field = token_field(self.intervention)
-        mask = trace.sample.tokens.select(getattr(self.intervention, field), trace.n_layers)
+        mask = tokens_of(self.intervention, trace)
         if self.match == "position":
-            return (self._like(field, other_positions(mask, trace, donor)),)
+            return (self._like(field, other_positions(mask, trace, donor), trace),)
         generator = torch.Generator().manual_seed(self.seed)
         pool = ordinary_like(mask, trace)
-        draw = draw_by_count if self.match == "count" else self._draw_by_mass
-        return tuple(self._like(field, draw(mask, pool, generator, trace)) for _ in range(self.n))
+        if self.match == "count":
+            masks = [draw_by_count(mask, pool, generator) for _ in range(self.n)]
+        else:
+            given = attention_on(self.intervention, trace), receiving(self.intervention, trace)
+            masks = [draw_by_mass(*given, pool, generator) for _ in range(self.n)]
+        return tuple(self._like(field, mask, trace) for mask in masks)
 
     def run(
         self,
@@ -158,40 +181,23 @@ class RandomControl:
         sample = trace.sample
         base = measure(lvlm.run(sample, logits="last"))
         real = measure(lvlm.run(sample, interventions=[self.intervention], logits="last"))
-        controls = [
-            measure(lvlm.run(sample, interventions=[it], logits="last"))
-            for it in self.draws(trace, donor)
-        ]
+        drawn = self.draws(trace, donor)
+        controls = [measure(lvlm.run(sample, interventions=[it], logits="last")) for it in drawn]
         name = NEXT_TOKEN_KL if score is None else getattr(score, "__name__", "score")
-        return ControlResult(real, torch.stack(controls), base, self.match, name)
+        taken = [attention_on(it, trace) for it in (self.intervention, *drawn)]
+        return ControlResult(
+            real, torch.stack(controls), base, self.match, name, taken[0], torch.stack(taken[1:])
+        )
 
-    def _like(self, field: str, mask: Tensor) -> Any:
+    def _like(self, field: str, mask: Tensor, trace: SinkTrace) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""
         changes: dict[str, Any] = {field: mask, "allow_noop": True}
-        target = getattr(self.intervention, "target", None)
-        if isinstance(target, Tensor):
-            both = target & ~mask if target.ndim == mask.ndim else target[:, None] & ~mask
-            changes["target"] = both
+        if hasattr(self.intervention, "target"):
+            target = trace.sample.tokens.select(self.intervention.target, trace.n_layers)
+            layers = max(target.ndim, mask.ndim) == 3
+            left, right = (x[:, None] if layers and x.ndim == 2 else x for x in (target, mask))
+            changes["target"] = left & ~right
         return replace(self.intervention, **changes)
-
-    def _draw_by_mass(
-        self, mask: Tensor, pool: Tensor, generator: torch.Generator, trace: SinkTrace
-    ) -> Tensor:
-        """Random tokens until they receive what the edited ones do, on average over the layers."""
-        layers = self.intervention.layers
-        chosen = slice(None) if layers is None else list(layers)
-        received = trace.received[:, chosen].nan_to_num().mean(dim=(1, 2))
-        flat = mask if mask.ndim == 2 else mask.any(dim=1)
-        out = torch.zeros_like(flat)
-        for b in range(flat.shape[0]):
-            wanted, taken = float(received[b][flat[b]].sum()), 0.0
-            candidates = pool[b].nonzero().flatten()
-            for i in torch.randperm(len(candidates), generator=generator).tolist():
-                if taken >= wanted:
-                    break
-                out[b, candidates[i]] = True
-                taken += float(received[b, candidates[i]])
-        return out
 
 
 def replacement_table(
@@ -250,90 +256,3 @@ class KLFrom:
         p = self.base.logits[:, -1].float().log_softmax(-1)
         q = run.logits[:, -1].float().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)
-
-
-def token_field(intervention: Any) -> str:
-    """The field that holds the edited tokens.
-
-    Raises:
-        InterventionError: If there is none, or the tower is not the decoder.
-    """
-    for field in FIELDS:
-        if hasattr(intervention, field):
-            if getattr(intervention, "tower", "language") != "language":
-                raise InterventionError(
-                    "Got an intervention of the vision tower; expected one of the decoder, whose "
-                    "tokens a trace knows."
-                )
-            return field
-    raise InterventionError(
-        f"Got {type(intervention).__name__}; expected an intervention with one of the fields "
-        f"{FIELDS}."
-    )
-
-
-def ordinary_like(mask: Tensor, trace: SinkTrace) -> Tensor:
-    """Tokens to draw from: of the edited tokens' kind (image or text), sinks at no layer, unedited."""
-    tokens = trace.sample.tokens
-    flat = mask if mask.ndim == 2 else mask.any(dim=1)
-    visual = tokens.image >= 0
-    text = tokens.live & ~visual & ~trace.text_sinks().any(dim=1)
-    kind_visual = bool((flat & visual).any()) or not bool(flat.any())
-    kind_text = bool((flat & ~visual).any())
-    pool = torch.zeros_like(flat)
-    if kind_visual:
-        pool |= trace.ordinary()
-    if kind_text:
-        pool |= text
-    return pool & ~flat
-
-
-def draw_by_count(
-    mask: Tensor, pool: Tensor, generator: torch.Generator, trace: SinkTrace
-) -> Tensor:
-    """As many random tokens as are edited, in every row and layer.
-
-    Raises:
-        InterventionError: If too few tokens are left.
-    """
-    layers = mask if mask.ndim == 3 else mask[:, None]
-    out = torch.zeros_like(layers)
-    for b in range(layers.shape[0]):
-        candidates = pool[b].nonzero().flatten()
-        order = candidates[torch.randperm(len(candidates), generator=generator)]
-        for layer in range(layers.shape[1]):
-            wanted = int(layers[b, layer].sum())
-            if wanted > len(order):
-                raise InterventionError(
-                    f"Row {b} has {len(order)} ordinary tokens to draw from; expected at least "
-                    f"{wanted}, as many as are edited. Edit fewer tokens or match by mass."
-                )
-            out[b, layer, order[:wanted]] = True
-    return out if mask.ndim == 3 else out[:, 0]
-
-
-def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace | None) -> Tensor:
-    """The sink positions of another image that are no sinks in this one.
-
-    Raises:
-        InterventionError: If there is no donor, or its prompt has another shape.
-        NoEffectError: If no position is left.
-    """
-    if donor is None:
-        raise InterventionError(
-            "Got match='position' without a donor; expected the trace of another image. Write "
-            "control.run(lvlm, trace, donor=other_trace)."
-        )
-    if donor.v_sinks.shape != trace.v_sinks.shape:
-        raise InterventionError(
-            f"Got a donor with a prompt of shape {tuple(donor.v_sinks.shape)}; expected "
-            f"{tuple(trace.v_sinks.shape)}. Use the same question on another image."
-        )
-    there = donor.v_sinks | donor.l_sinks().any(dim=1)
-    out = there & trace.ordinary()
-    if not out.any():
-        raise NoEffectError(
-            "The other image's sinks lie where this one has sinks too; expected other positions. "
-            "Choose another donor."
-        )
-    return out

@@ -46,13 +46,61 @@ def test_per_layer_selections_are_matched_layer_by_layer(traced):
 
 def test_mass_controls_take_as_much_attention(traced):
     _, trace, _ = traced
-    draws = ss.RandomControl(ss.MaskKeys(trace.v_sinks), match="mass", n=4).draws(trace)
-    received = trace.received.nan_to_num().mean(dim=(1, 2))
+    edit = ss.MaskKeys(trace.v_sinks, layers=[2, 3], heads=[1])
+    draws = ss.RandomControl(edit, match="mass", n=4).draws(trace)
+    received = trace.received[:, [2, 3], 1].nan_to_num().mean(dim=1)
     wanted = received[trace.v_sinks].sum()
     for it in draws:
-        got = received[it.tokens].sum()
-        assert got >= wanted or it.tokens.sum() == trace.ordinary().sum()
+        taken = received[it.tokens]
+        assert (it.tokens & ~trace.ordinary()).sum() == 0
+        assert taken.sum() >= wanted > taken.sum() - taken.max()  # no token more than it needs
         assert it.tokens.sum() > trace.v_sinks.sum()
+    assert len({tuple(it.tokens.flatten().tolist()) for it in draws}) == 4
+
+
+def test_mass_that_ordinary_tokens_do_not_have_is_refused(traced):
+    _, trace, _ = traced
+    control = ss.RandomControl(ss.MaskKeys("text"), match="mass")
+    with pytest.raises(ss.SinkscopeError, match=r"receive 0\S* of attention together; expected at"):
+        control.draws(trace)
+
+
+def test_the_result_tells_how_well_controls_are_matched(traced):
+    lvlm, trace, _ = traced
+    edit = ss.MaskKeys(trace.v_sinks, layers=[2, 3])
+    received = trace.received[:, [2, 3]].nan_to_num().mean(dim=(1, 2))
+    for match in ("count", "mass"):
+        control = ss.RandomControl(edit, match, n=3)
+        result = control.run(lvlm, trace)
+        assert result.real_mass.item() == pytest.approx(received[trace.v_sinks].sum().item())
+        for draw, it in enumerate(control.draws(trace)):
+            assert result.mass[draw, 0] == pytest.approx(received[it.tokens].sum().item())
+        assert (result.mass >= result.real_mass).all() == (match == "mass")
+        line = result.to_dataframe().loc[0]
+        assert line["control_mass"] == pytest.approx(result.mass.mean().item())
+
+
+@pytest.mark.parametrize("match", ["count", "mass"])
+@pytest.mark.parametrize("source", ["v_sinks", "l_sinks"])
+@pytest.mark.parametrize("target", ["name", "mask", "by layer"])
+def test_a_moved_source_takes_its_tokens_from_the_target(traced, match, source, target):
+    lvlm, trace, _ = traced
+    tokens = trace.sample.tokens
+    sinks = trace.v_sinks if source == "v_sinks" else trace.l_sinks()
+    aims = {
+        "name": "bos" if match == "count" else "last",
+        "mask": trace.ordinary(),
+        "by layer": trace.groups["ordinary"],
+    }
+    edit = ss.Redistribute(sinks, aims[target], 0.5)
+    for it in ss.RandomControl(edit, match, n=2).draws(trace):
+        assert it.source.any()
+        by_layer = [x if x.ndim == 3 else x[:, None] for x in (it.source, it.target)]
+        assert not (by_layer[0] & by_layer[1]).any()
+        before = tokens.select(edit.target, trace.n_layers)
+        before = before if before.ndim == 3 else before[:, None]
+        assert torch.equal(by_layer[1] | (by_layer[0] & before), before | (by_layer[0] & before))
+        assert lvlm.run(trace.sample, interventions=[it]).effects[it].touched.all()
 
 
 def test_position_controls_need_another_image(traced):
@@ -93,7 +141,8 @@ def test_the_result_carries_distribution_interval_and_p(traced):
         )
         / 20
     )
-    assert set(result.to_dataframe().columns) == {"base", "real", "control", "low", "high", "p"}
+    columns = {"base", "real", "control", "low", "high", "p", "real_mass", "control_mass"}
+    assert set(result.to_dataframe().columns) == columns
 
 
 def test_replacements_stand_side_by_side_with_their_controls(traced):
