@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any
 
 from sinkscope.errors import InputError
-from sinkscope.recipes import Recipe, read_recipe
+from sinkscope.recipe_conditions import by_name, conditions_of, named_gates
+from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
 
-if TYPE_CHECKING:
-    from sinkscope.models import LVLM
-
+OUT = {"sweep": "sinkscope-sweep", "train-lsg": "sinkscope-gates", "compare": "sinkscope-compare"}
+"""Where results go, if nothing else is said."""
 RECIPE = "What is not a flag here can be set in a recipe, or with --set NAME=VALUE."
 SWEEP = "score questions with image keys scaled, layer by layer and pair by pair; resumable"
 TRAIN = "train Layer-wise Sink Gates on questions and answers, the model frozen; resumable"
@@ -56,12 +54,12 @@ def _parser(
     add("model", metavar="MODEL", nargs="?", help="hub repository, folder, or 'bundled'")
     add("--recipe", metavar="FILE", help="a YAML file with the settings; flags win over it")
     add("--data", metavar="SOURCE", help="scenes, a .jsonl/.json/.csv/.parquet file, or a data set")
-    add("--split", metavar="NAME", help="of the data (test)")
+    add("--split", metavar="NAME", help="of the data (train for train-lsg, else test)")
     add("--limit", type=int, metavar="N", help="the most questions")
     add("--v-detector", metavar="SPEC", help="rule for V-sinks, such as norm:100")
     add("--l-detector", metavar="SPEC", help="rule for L-sinks, where they matter")
     add("--calibrate", metavar="SOURCE", help="other questions, to find the rules on")
-    add("--out", metavar="DIR", help="folder of the results (%(default)s)", default=None)
+    add("--out", metavar="DIR", help=f"folder of the results ({OUT[name]})")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="what to compute in")
     add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
@@ -76,7 +74,7 @@ def _layers(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def flags_of(given: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Flags in the shape of a recipe; what was not given is left out.
+    """Flags in the shape of a recipe; what was not given is left out, what was set to null is None.
 
     Args:
         given: The parsed flags.
@@ -95,12 +93,13 @@ def flags_of(given: argparse.Namespace, *names: str) -> dict[str, Any]:
         out["layers"] = [int(x) if x.lstrip("-").isdigit() else x for x in given.layers]
     for name in names:
         out[name] = getattr(given, name)
+    asked: dict[str, Any] = {}
     for words in given.set:
         name, equals, value = words.partition("=")
         if not equals or not name:
             raise InputError(f"Got --set {words}; expected NAME=VALUE, such as --set batch=8.")
-        out[name] = yaml.safe_load(value)
-    return {name: value for name, value in out.items() if value is not None}
+        asked[name] = parse_yaml(value, f"--set {words}")
+    return merged(_present(out), asked)
 
 
 def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,14 +112,15 @@ def run_sweep(given: argparse.Namespace) -> int:
 
     recipe = read_recipe("sweep", given.recipe, flags_of(given, "score", "grid"), sweep)
     options = dict(recipe.options)
-    if isinstance(options.get("grid"), int):
-        options["grid"] = lsg_grid(options["grid"])
-    if options.get("grid") is not None:
-        options["grid"] = [tuple(pair) for pair in options["grid"]]
-    lvlm = recipe.load()
+    grid = options.get("grid")
+    if isinstance(grid, int) and not isinstance(grid, bool):
+        options["grid"] = lsg_grid(grid)
+    elif grid is not None:
+        options["grid"] = as_pairs(grid)
+    lvlm = recipe.load(weights=not given.dry_run)
     rules = {} if given.dry_run else recipe.detectors(lvlm)
     rules.pop("l_detector", None)
-    out = recipe.out or "sinkscope-sweep"
+    out = recipe.out or OUT["sweep"]
     made: Any = sweep(
         lvlm,
         recipe.data,
@@ -156,14 +156,14 @@ def run_train(given: argparse.Namespace) -> int:
     options = dict(recipe.options)
     if not options.get("layers"):
         raise InputError("Got no layers to train gates at; expected some. Write --layers 10.")
-    lvlm = recipe.load()
-    rules = recipe.detectors(lvlm)
+    lvlm = recipe.load(weights=not given.dry_run)
+    rules = {} if given.dry_run else recipe.detectors(lvlm)
     if "L" not in (options.get("choices") or {}).get("groups", ()):
-        rules.pop("l_detector")
-    out = recipe.out or "sinkscope-gates"
+        rules.pop("l_detector", None)
+    out = recipe.out or OUT["train-lsg"]
     made: Any = train_lsg(
         lvlm,
-        list(recipe.data),
+        recipe.data.indexed(),
         **options,
         **rules,
         out=None if given.dry_run else str(Path(out).expanduser() / "checkpoints"),
@@ -177,8 +177,13 @@ def run_train(given: argparse.Namespace) -> int:
     made.history.to_csv(folder / "history.csv", index=False)
     save_figure(made.plot(), folder / "training.png")
     for layer, gate in made.gates.items():
-        gate.save_pretrained(Path(out).expanduser() / f"gate-{layer}", record=made.record)
+        gate.save_pretrained(Path(out).expanduser() / f"gate-{layer}")
         print(f"Gate of layer {layer}: {Path(out).expanduser() / f'gate-{layer}'}")
+        if made.record["results"][str(layer)]["best_step"] == 0:
+            print(
+                "  Note: no look was better than the first, so this is the untrained gate. Train longer, "
+                "on more data, or with another --lr."
+            )
     print(f"History and curve: {folder}")
     return 0
 
@@ -188,16 +193,8 @@ def run_compare(given: argparse.Namespace) -> int:
     from sinkscope.experiments import compare
 
     recipe = read_recipe("compare", given.recipe, flags_of(given, "batch"), compare)
-    conditions = dict(recipe.conditions)
-    for folder in given.gate:
-        conditions.setdefault("base", [])
-        conditions[Path(folder).name] = {"gate": folder}
-    if len(conditions) < 2:
-        raise InputError(
-            f"Got the conditions {list(conditions)}; expected a base and something to compare. Write "
-            "--gate DIR, or conditions in a recipe: {base: [], VAR: {var: {preset: code}}}."
-        )
-    lvlm = recipe.load()
+    conditions = with_gates(recipe.conditions, given.gate)
+    lvlm = recipe.load(weights=not given.dry_run)
     made = conditions_of(conditions, lvlm)
     if given.dry_run:
         print(cost_of_comparison(recipe, made))
@@ -211,12 +208,50 @@ def run_compare(given: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(table.to_markdown())
-    folder = report_folder(recipe.out or "sinkscope-compare")
+    folder = report_folder(recipe.out or OUT["compare"])
     table.to_dataframe().to_csv(folder / "answers.csv", index=False)
     table.summary().to_csv(folder / "summary.csv", index=False)
     save_figure(table.plot(), folder / "comparison.png")
     print(f"\nAnswers, table and figure: {folder}")
     return 0
+
+
+def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
+    """Pairs of coefficients, as a recipe writes them.
+
+    Raises:
+        InputError: If they are none.
+    """
+    listed = isinstance(grid, list) and all(isinstance(pair, list) for pair in grid)
+    if not listed or not grid:
+        raise InputError(
+            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]]."
+        )
+    return [tuple(pair) for pair in grid]
+
+
+def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
+    """The conditions of a recipe and those of ``--gate``.
+
+    Raises:
+        InputError: If there is nothing to compare, or a name stands twice.
+    """
+    out, gates = by_name(conditions), named_gates(folders)
+    twice = sorted(set(out) & set(gates))
+    if twice:
+        raise InputError(
+            f"Got --gate for {twice[0]!r}, a condition of the recipe; expected another name. Rename the "
+            "condition or the folder."
+        )
+    if gates:
+        out.setdefault("base", [])
+    out |= gates
+    if len(out) < 2:
+        raise InputError(
+            f"Got the conditions {list(out)}; expected a base and something to compare. Write "
+            "--gate DIR, or conditions in a recipe: {base: [], VAR: {var: {preset: code}}}."
+        )
+    return out
 
 
 def cost_of_comparison(recipe: Recipe, conditions: Mapping[str, Any]) -> str:
@@ -228,10 +263,6 @@ def cost_of_comparison(recipe: Recipe, conditions: Mapping[str, Any]) -> str:
         f"{len(records)} questions x {len(conditions)} conditions"
         f"{' and a trace of each' if traced else ''}: {runs} prompts, each with its answer"
     )
-
-
-NOT_IN_RECIPES = ("LoRA", "Method", "lora", "random_tokens")
-"""Baselines that need more than plain values."""
 
 
 def report_folder(out: str) -> Path:
@@ -247,42 +278,3 @@ def save_figure(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
-
-
-def conditions_of(given: Mapping[str, Any], lvlm: LVLM) -> dict[str, Any]:
-    """The conditions of a comparison, by name.
-
-    A condition is ``[]``, or a mapping with one key: ``gate: folder``, ``stack: folder``, ``edit:
-    {kind, edit, ...}`` (see `EditSinks`), or a name in `sinkscope.baselines` with its arguments.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    return {name: one_condition(name, what, lvlm) for name, what in given.items()}
-
-
-def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
-    """One condition; see `conditions_of`."""
-    from sinkscope.experiments import EditSinks, baselines
-    from sinkscope.lsg import LSG
-
-    if what in ([], {}, None, "base"):
-        return []
-    if not isinstance(what, Mapping) or len(what) != 1:
-        raise InputError(
-            f"Got the condition {name}: {what!r}; expected [] or one key, such as {{gate: folder}} or "
-            "{var: {preset: code}}."
-        )
-    key, value = next(iter(what.items()))
-    if key == "gate":
-        return [LSG.from_pretrained(value, lvlm=lvlm)]
-    if key == "stack":
-        return LSG.load_stack(value, lvlm=lvlm)
-    if key == "edit":
-        return EditSinks(**value)
-    known = [name for name in baselines.__all__ if name not in NOT_IN_RECIPES]
-    if key not in known:
-        raise InputError(
-            f"Got the condition {name}: {key}; expected gate, stack, edit, or one of {known}."
-        )
-    return getattr(baselines, key)(**(value or {}))

@@ -18,6 +18,7 @@ both. Every other key of a section is an argument of the function behind the com
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
 
 SECTIONS = ("sweep", "train", "compare")
 MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation", "trust_remote_code")
+NOT_WORDS = (
+    "accelerator",
+    "calibration",
+    "dry_run",
+    "gates",
+    "progress",
+    "samples",
+    "validation_data",
+)
+"""Arguments that a recipe cannot give."""
 SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
 """Keys with a meaning of their own; the others are arguments."""
 
@@ -66,8 +77,12 @@ class Recipe:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self) -> LVLM:
-        """The model."""
+    def load(self, *, weights: bool = True) -> LVLM:
+        """The model.
+
+        Args:
+            weights: False builds the architecture alone, which is enough to count what a run costs.
+        """
         given = dict(self.model)
         name = given.pop("name")
         if name == "bundled" or not sys.stderr.isatty():
@@ -79,6 +94,10 @@ class Recipe:
             return load_bundled(**known)
         from sinkscope.models import LVLM
 
+        if not weights:
+            kept = ("revision", "attn_implementation", "trust_remote_code")
+            built = {key: value for key, value in given.items() if key in kept}
+            return LVLM.from_pretrained(name, remote=True, **built)
         return LVLM.from_pretrained(name, **given)
 
     def detectors(self, lvlm: LVLM) -> dict[str, Any]:
@@ -90,7 +109,7 @@ class Recipe:
 
             seen = list(self.calibrate)
             samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in seen]
-            found = calibrate(lvlm, samples)
+            found = calibrate(lvlm, samples, progress=sys.stderr.isatty())
             for name in out:
                 out[name] = out[name] or getattr(found, name)
         return out
@@ -111,7 +130,8 @@ def read_recipe(
     Args:
         section: One of `SECTIONS`.
         path: A YAML file, or None.
-        flags: What was given on the command line, in the same shape; None where nothing was.
+        flags: What was given on the command line, in the same shape. None takes back what the recipe
+            says.
         function: The function behind the command, whose arguments are the options.
 
     Raises:
@@ -123,7 +143,7 @@ def read_recipe(
     if not isinstance(mine, Mapping):
         raise InputError(f"Got {section}: {mine!r} in {path}; expected keys and values below it.")
     check_keys(top, [*SHARED], f"at the top of {path}", SECTIONS)
-    settings = merged(merged(top, mine), {k: v for k, v in flags.items() if v is not None})
+    settings = merged(merged(top, mine), flags)
     settings["model"] = as_mapping(settings.get("model"), "name", "model")
     settings["data"] = as_mapping(settings.get("data"), "source", "data")
     known = arguments_of(function)
@@ -135,17 +155,26 @@ def read_recipe(
                 f"Got no {name}; expected one. Write {name} in the recipe or give "
                 f"{'MODEL' if name == 'model' else '--data'}."
             )
-    other = settings.get("calibrate")
+    if section == "train":
+        settings["data"].setdefault("split", "train")
+    other = as_mapping(settings.get("calibrate"), "source", "calibrate")
+    if other:
+        other.setdefault("split", "validation")
+    for name in ("v_detector", "l_detector", "out"):
+        if not isinstance(settings.get(name), (str, type(None))):
+            raise InputError(
+                f"Got {name}: {settings[name]!r}; expected a word, such as {WORDS[name]}."
+            )
     return Recipe(
         section=section,
         model=settings["model"],
         data=as_questions(settings["data"], "data"),
-        calibrate=None if not other else as_questions(as_mapping(other, "source", "calibrate")),
+        calibrate=as_questions(other) if other else None,
         v_detector=settings.get("v_detector"),
         l_detector=settings.get("l_detector"),
         out=settings.get("out"),
         conditions=settings.get("conditions") or {},
-        options={k: v for k, v in settings.items() if k not in SHARED},
+        options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
     )
 
 
@@ -156,11 +185,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         InputError: If there is no such file, or it holds something else.
     """
     try:
-        whole = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"Got the recipe {path!r}, which is no YAML: {error}") from error
+    whole = parse_yaml(text, f"the recipe {path!r}")
     if not isinstance(whole, dict):
         raise InputError(
             f"Got the recipe {path!r} with {type(whole).__name__}; expected keys and values, such as "
@@ -169,20 +199,51 @@ def read_yaml(path: str) -> dict[str, Any]:
     return whole
 
 
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number; YAML 1.1 takes it for text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        return yaml.load(text, Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        raise InputError(f"Got {where}, which is no YAML: {error}") from error
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two settings, of which the second wins; mappings below them are joined."""
+    """Two settings, of which the second wins; mappings below them are joined.
+
+    Columns and options belong to one data set, a revision to one model: where the second names
+    another of them, nothing of the first is kept.
+    """
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
+        if key in SHORT:
+            below, value = ({SHORT[key]: x} if isinstance(x, str) else x for x in (below, value))
+            named = isinstance(below, Mapping) and isinstance(value, Mapping)
+            if named and value.get(SHORT[key]) not in (None, below.get(SHORT[key])):
+                below = None
         both = isinstance(below, Mapping) and isinstance(value, Mapping) and key != "conditions"
-        if isinstance(below, str) and isinstance(value, Mapping) and key in SHORT:
-            below, both = {SHORT[key]: below}, True
         out[key] = merged(below, value) if both and isinstance(below, Mapping) else value
     return out
 
 
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
 """Keys whose value may be one word, and what that word is."""
+WORDS = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
 
 
 def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
@@ -211,7 +272,7 @@ def as_questions(given: Mapping[str, Any], key: str = "calibrate") -> Questions:
 def arguments_of(function: Callable[..., Any]) -> list[str]:
     """The options a command passes on."""
     names = list(inspect.signature(function).parameters)[2:]
-    return [name for name in names if name not in (*SHARED, "calibration", "accelerator")]
+    return [name for name in names if name not in (*SHARED, *NOT_WORDS)]
 
 
 def check_keys(

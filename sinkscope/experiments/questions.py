@@ -56,6 +56,7 @@ class Questions:
     subset: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         strange = sorted(set(self.columns) - set(FIELDS))
         if strange:
             raise InputError(
@@ -73,6 +74,33 @@ class Questions:
                 f"Got split={self.split!r} of the scenes; expected one of {SPLITS}. "
                 f"{nearest(self.split, SPLITS)}"
             )
+
+    def _check_types(self) -> None:
+        """Refuse what a recipe may hold by mistake.
+
+        Raises:
+            InputError: If a value is of another type.
+        """
+        words = ("source", "split", "suffix", "letters", "subset")
+        wanted: dict[str, tuple[Any, str]] = {name: ((str, type(None)), "a word") for name in words}
+        wanted |= dict.fromkeys(("start", "per_image"), (int, "a whole number"))
+        wanted |= {"limit": ((int, type(None)), "a whole number")}
+        wanted |= {"columns": (Mapping, "fields and the names of their columns")}
+        wanted |= {"choices": ((list, tuple, type(None)), "a list")}
+        for name, (kind, what) in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"Got {name}={value!r} for questions; expected {what}.")
+
+    def indexed(self) -> Sequence[dict[str, Any]]:
+        """The records as a sequence that can be read again and again, for training.
+
+        Images of a data set are decoded when their record is asked for; those of files stay paths.
+        """
+        path = Path(self.source).expanduser()
+        if self.source == SCENES or path.suffix in READERS:
+            return list(self)
+        return Indexed(self, self._load())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.source == SCENES:
@@ -112,6 +140,10 @@ class Questions:
                 raise InputError(f"Got the file {self.source!r}, which does not exist.")
             yield from read_file(path)
             return
+        yield from self._load()
+
+    def _load(self) -> Any:
+        """The data set of the ``datasets`` library."""
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -121,8 +153,7 @@ class Questions:
                 f"one of {READERS}."
             ) from error
         try:
-            found: Any = load_dataset(self.source, self.subset, split=self.split)
-            yield from found
+            return load_dataset(self.source, self.subset, split=self.split)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"The data set {self.source!r} (split {self.split!r}) could not be loaded "
@@ -170,6 +201,29 @@ class Questions:
                 "letters."
             )
         out["choices"] = options
+
+
+class Indexed(Sequence[dict[str, Any]]):
+    """Records of a data set, each made when it is asked for.
+
+    Args:
+        questions: How records are read.
+        raw: The data set: something with a length and an index.
+    """
+
+    def __init__(self, questions: Questions, raw: Any) -> None:
+        self.questions, self.raw = questions, raw
+        stop = len(raw) if questions.limit is None else questions.start + questions.limit
+        self.places = range(len(raw))[questions.start : stop]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = self.places[index]
+        return self.questions._record(self.raw[place], place)
 
 
 def read_file(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -107,7 +107,7 @@ def sweep(
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     check_batch(batch)
-    check_usable(lvlm)
+    check_usable(lvlm, weights=not dry_run)
     groups = by_image(items)
     if dry_run:
         return estimate(lvlm, groups, cells, len(items))
@@ -199,15 +199,15 @@ def check_batch(batch: Any) -> None:
         raise InputError(f"Got batch={batch!r}; expected 'auto' or a number of pairs, 1 or more.")
 
 
-def check_usable(lvlm: LVLM) -> None:
-    """Refuse a model that cannot read answers or has no weights here.
+def check_usable(lvlm: LVLM, *, weights: bool = True) -> None:
+    """Refuse a model that cannot read answers or has no weights here, where they are needed.
 
     Raises:
         InputError: If it has no processor, or no weights.
     """
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    if lvlm.device.type == "meta":
+    if weights and lvlm.device.type == "meta":
         raise InputError(
             "Got an LVLM without weights; expected them here: a sweep resumes passes, which a remote "
             "run cannot. Write ss.LVLM.from_pretrained(name) without remote=True."

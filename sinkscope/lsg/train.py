@@ -126,7 +126,8 @@ def train_lsg(
         patience,
         seed,
     )
-    check_place(lvlm, accelerator)
+    if not dry_run:
+        check_place(lvlm, accelerator)
     check_wanted(lvlm, layers, gates)
     held_out = validation if validation_data is None else 1.0
     check_numbers(patience, held_out, checkpoint_every)
@@ -136,9 +137,9 @@ def train_lsg(
     edited = [gate.config.edited for gate in gates] or [edited_by(layer) for layer in layers]
     towers = (lvlm.anatomy.vision.n_layers, lvlm.anatomy.language.n_layers)
     cost = cost_of(settings, edited, len(rows), len(held), *towers, processes=count)
-    facts = facts_of(lvlm, data, (rows, held), settings, append_end)
     if dry_run:
         return cost
+    facts = facts_of(lvlm, data, (rows, held), settings, append_end)
     if gates:
         made: Gates = {gate.layer: copy.deepcopy(gate) for gate in gates}
     else:
