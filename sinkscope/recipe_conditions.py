@@ -76,7 +76,7 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
     from sinkscope.lsg import LSG
 
     several = key == "stack" and isinstance(value, list)
-    folders = value if several else [value]
+    folders: list[Any] = value if several else [value]
     if not folders or not all(isinstance(one, str) for one in folders):
         raise InputError(
             f"Got {key}: {value!r} in the condition {name}; expected a folder"

@@ -232,13 +232,17 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = out.get(key)
         if key in SHORT:
-            below, value = ({SHORT[key]: x} if isinstance(x, str) else x for x in (below, value))
-            named = isinstance(below, Mapping) and isinstance(value, Mapping)
-            if named and value.get(SHORT[key]) not in (None, below.get(SHORT[key])):
-                below = None
-        both = isinstance(below, Mapping) and isinstance(value, Mapping) and key != "conditions"
-        out[key] = merged(below, value) if both and isinstance(below, Mapping) else value
+            below, value = (as_long(x, SHORT[key]) for x in (below, value))
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and key != "conditions":
+            other = key in SHORT and value.get(SHORT[key]) not in (None, below.get(SHORT[key]))
+            value = dict(value) if other else merged(below, value)
+        out[key] = value
     return out
+
+
+def as_long(value: Any, name: str) -> Any:
+    """A word as a mapping of one; anything else as it is."""
+    return {name: value} if isinstance(value, str) else value
 
 
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
@@ -254,8 +258,7 @@ def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
     """
     if value is None:
         return {}
-    if isinstance(value, str):
-        return {name: value}
+    value = as_long(value, name)
     if isinstance(value, Mapping):
         return dict(value)
     raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")

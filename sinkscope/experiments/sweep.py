@@ -9,15 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.detectors.calibrate import Calibration, calibrate
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector
 from sinkscope.detectors.run import check_detector
-from sinkscope.errors import InputError, ModelError
+from sinkscope.errors import InputError
 from sinkscope.experiments.items import Item, as_items
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
@@ -28,7 +26,7 @@ from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table
 from sinkscope.models.identity import identity_of
 from sinkscope.models.prepare import open_image
-from sinkscope.models.replay import capture, logits_at
+from sinkscope.models.replay import prove
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,7 +154,8 @@ def run_groups(
             if done[number]:
                 continue
             if not proven:
-                prove(lvlm, group[0][1])
+                first = group[0][1]
+                prove(lvlm, lvlm.prepare(images=first.image, text=first.question).inputs)
                 proven = True
             lines, notes = sweep_image(lvlm, group, rules, bar.update)
             if folder is None:
@@ -248,31 +247,6 @@ def choose_v(
         "calibration=ss.calibrate(lvlm, samples of other images)"
     )
     return found.v_detector, rule, [note]
-
-
-@torch.no_grad()
-def prove(lvlm: LVLM, item: Item) -> None:
-    """Refuse a model whose captured pass is not its own forward pass.
-
-    Raises:
-        ModelError: If the logits of a question differ.
-    """
-    sample = lvlm.prepare(images=item.image, text=item.question)
-    seen = capture(lvlm, sample.inputs, [0])
-    ours = logits_at(seen, seen.hidden, sample.tokens.last[:, None])[:, 0].float()
-    placed = {
-        k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in sample.inputs.items()
-    }
-    module: Any = lvlm.module
-    own = module(**placed, use_cache=False).logits[:, -1].float()
-    error = float((ours - own).abs().max())
-    limit = (1e-4 if module.dtype == torch.float32 else 0.05) * max(1.0, float(own.abs().max()))
-    if not error <= limit:
-        raise ModelError(
-            f"The decoder's replayed logits differ from the model's own by {error:.2g}; expected at "
-            f"most {limit:.2g}. This model does something to its logits that sinkscope does not know; "
-            "please report this class."
-        )
 
 
 def estimate(

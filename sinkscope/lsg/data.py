@@ -103,6 +103,7 @@ def read_parts(
         if part is not None:
             shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
             options = {"max_answer_tokens": max_answer_tokens, "progress": bool(shown)}
+            options["image_token"] = lvlm.anatomy.image_token_id
             given.append(read_dataset(part, lvlm.tokenizer, **options))
     data = given[0]
     rows, held = data.split(validation if validation_data is None else 0.0, seed)

@@ -8,6 +8,7 @@ best weights and an early end of its own; the batches, and what an objective sha
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +90,11 @@ class Loop:
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
+        A trainee whose loss, gradient or weights are NaN or infinite ends with the best weights that it
+        had, and the others go on. Several processes stop all, because each sees other rows.
+
         Raises:
-            NonFiniteError: If a loss is NaN or infinite.
+            NonFiniteError: If that happened to all of them.
         """
         self._restore()
         self._since = time.monotonic() - self.seconds
@@ -112,6 +116,7 @@ class Loop:
                 if done or self.step % self.checkpoint_every == 0 or not self._active:
                     self._save()
         self.seconds = time.monotonic() - self._since
+        self._tell()
         with torch.no_grad():
             for runner in self.runners.values():
                 for key, parameter in runner.trainee.parameters.items():
@@ -154,45 +159,72 @@ class Loop:
         for rows in self.plan(self.step):
             with torch.no_grad():
                 shared = self.objective.share(rows)
-            for name, total in sums.items():
-                losses = self.objective.losses(shared, name)
-                self._check(losses.total, name, lr)
-                losses.total.backward()
-                total.add(losses)
-        for runner in active:
+            for runner in self._still(active):
+                losses = self.objective.losses(shared, runner.trainee.name)
+                if self._finite(losses.total, runner, "loss", lr):
+                    losses.total.backward()
+                    sums[runner.trainee.name].add(losses)
+        for runner in self._still(active):
             total = self._gathered(sums[runner.trainee.name])
-            self._update(runner, total.tokens, lr)
-            self._note(runner, "train", total, lr)
+            if self._update(runner, total.tokens, lr):
+                self._note(runner, "train", total, lr)
         self.step += 1
         losses = [line["loss"] for line in self.history[-len(active) :]]
-        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+        if losses:
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
         bar.update()
 
-    def _update(self, runner: Runner, tokens: int, lr: float) -> None:
-        """Take a step along the mean gradient of all answer tokens, of all processes."""
+    @staticmethod
+    def _still(runners: Sequence[Runner]) -> list[Runner]:
+        """Those that have not failed meanwhile."""
+        return [runner for runner in runners if runner.failed is None]
+
+    def _update(self, runner: Runner, tokens: int, lr: float) -> bool:
+        """Take a step along the mean gradient of all answer tokens, of all processes, if it is finite."""
         parameters = list(runner.trainee.parameters.values())
         for parameter in parameters:
             whole: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self.accelerator is not None:
                 whole = self.accelerator.reduce(whole, "sum")
             parameter.grad = whole / tokens
-        if self.settings.clip:
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+        if not self._finite(length, runner, "gradient", lr):
+            return False
         for group in runner.optimizer.param_groups:
             group["lr"] = lr
         runner.optimizer.step()
+        return True
 
-    def _check(self, loss: Tensor, name: str, lr: float) -> None:
-        """Stop at the first loss that is no number.
+    def _finite(self, value: Tensor, runner: Runner, what: str, lr: float) -> bool:
+        """Whether a number is one; if not, its trainee ends.
 
         Raises:
-            NonFiniteError: If it is not.
+            NonFiniteError: If none is left, or several processes would disagree.
         """
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"Got a loss of {float(loss.detach())} for {name!r} in step {self.step + 1}, at lr={lr:.2g}; "
-                "expected a finite number. Try a lower lr, or dtype='bfloat16' instead of float16."
-            )
+        if bool(torch.isfinite(value).all()):
+            return True
+        name = runner.trainee.name
+        found = f" of {float(value.detach())}" if value.numel() == 1 else ""
+        why = (
+            f"Got a {what}{found} for {name!r} in step {self.step + 1}, at lr={lr:.2g}; expected "
+            "finite numbers. Try a lower lr, or dtype='bfloat16' instead of float16."
+        )
+        runner.fail(why)
+        several = self.accelerator is not None and self.accelerator.num_processes > 1
+        if several or not self._still(list(self.runners.values())):
+            raise NonFiniteError(why)
+        return False
+
+    def _tell(self) -> None:
+        """Warn of trainees that ended because of a number that is none."""
+        for runner in self.runners.values():
+            if runner.failed is not None:
+                warnings.warn(
+                    f"{runner.failed} The others were trained to the end; this one has its weights of "
+                    f"step {runner.best_step}.",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -200,16 +232,18 @@ class Loop:
         active = self._active
         if not self.held:
             for runner in active:
-                runner.keep_best(None, self.step, 0)
+                weights = [p.flatten() for p in runner.trainee.parameters.values()]
+                if self._finite(torch.cat(weights), runner, "weight", self.settings.lr):
+                    runner.keep_best(None, self.step, 0)
             return
         sums = {runner.trainee.name: Sums() for runner in active}
         for rows in self._mine(self.held):
             shared = self.objective.share(rows)
-            for name, total in sums.items():
-                losses = self.objective.losses(shared, name)
-                self._check(losses.total, name, self.settings.lr)
-                total.add(losses)
-        for runner in active:
+            for runner in self._still(active):
+                losses = self.objective.losses(shared, runner.trainee.name)
+                if self._finite(losses.total, runner, "loss", self.settings.lr):
+                    sums[runner.trainee.name].add(losses)
+        for runner in self._still(active):
             total = self._gathered(sums[runner.trainee.name])
             line = self._note(runner, "validation", total, None)
             runner.keep_best(line["loss"], self.step, self.settings.patience)

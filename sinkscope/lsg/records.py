@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,16 @@ class AnswerData:
 
     Attributes:
         records: What gives a record by its index: dicts, or objects with such attributes.
-        images: Which image each record asks about: its ``image_id``, path, or a digest of its pixels.
+        images: Which images each record asks about: its ``image_id``, or their paths or digests of
+            their pixels; joined by ``|``.
+        groups: A number per record: records that share an image, directly or through others, have one.
         fingerprint: A digest of all questions, answers and ``images``, in order.
         max_answer_tokens: The longest answer that is accepted.
     """
 
     records: Any
     images: tuple[str, ...]
+    groups: tuple[int, ...]
     fingerprint: str
     max_answer_tokens: int
 
@@ -40,15 +43,17 @@ class AnswerData:
         """This dataset and then another one."""
         both = f"{self.fingerprint} {other.fingerprint}"
         longest = max(self.max_answer_tokens, other.max_answer_tokens)
-        return AnswerData(
-            _Both(self.records, other.records), self.images + other.images, both, longest
-        )
+        images = self.images + other.images
+        records = _Both(self.records, other.records)
+        return AnswerData(records, images, connected(images), both, longest)
 
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
         """Two parts without a common image.
 
+        Records about several images stay with all that share one of them.
+
         Args:
-            share: Of the images, for the second part; at least one image where it is above 0.
+            share: Of the groups of images, for the second part; at least one where it is above 0.
             seed: Of the choice.
 
         Returns:
@@ -62,22 +67,44 @@ class AnswerData:
                 f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
                 "dataset of your own write validation_data=dataset."
             )
-        names = list(dict.fromkeys(self.images))
+        names = list(dict.fromkeys(self.groups))
         if share == 0:
             return list(range(len(self))), []
         if len(names) < 2:
             raise InputError(
-                f"Got {len(self)} records about one image and validation={share}; expected two "
-                "images or more, because the split is by image. Write validation=0, or "
+                f"Got {len(self)} records about one image and validation={share}; expected two images or "
+                "more that no record has both of, because the split is by image. Write validation=0, or "
                 "validation_data=dataset."
             )
         many = min(max(1, round(share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
         held = {names[i] for i in order[:many]}
         parts: tuple[list[int], list[int]] = ([], [])
-        for index, name in enumerate(self.images):
+        for index, name in enumerate(self.groups):
             parts[name in held].append(index)
         return parts
+
+
+def connected(images: Sequence[str]) -> tuple[int, ...]:
+    """A number per record, the same for records that share an image, directly or through others.
+
+    Args:
+        images: Names joined by ``|``, one entry per record.
+    """
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            root[name] = name = root[root[name]]
+        return name
+
+    for joined in images:
+        first, *others = joined.split("|")
+        for name in others:
+            root[find(name)] = find(first)
+    roots = [find(joined.split("|")[0]) for joined in images]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(roots))}
+    return tuple(numbers[name] for name in roots)
 
 
 class _Both:
@@ -96,6 +123,7 @@ def read_dataset(
     tokenizer: Any = None,
     *,
     max_answer_tokens: int = 256,
+    image_token: int | None = None,
     progress: bool = False,
 ) -> AnswerData:
     """Read a dataset once, check every record and keep no image.
@@ -107,6 +135,7 @@ def read_dataset(
             else is kept as a list of its records.
         tokenizer: To count the answers' tokens, or None.
         max_answer_tokens: The longest answer that is accepted.
+        image_token: The id that stands for an image in prompts, which no answer may hold.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -118,6 +147,10 @@ def read_dataset(
             f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
             "and answer. Write dataset['train'] for one split of several, or a list of dicts."
         )
+    if hasattr(dataset, "itertuples"):
+        raise InputError(
+            "Got a DataFrame; expected records. Write dataset.to_dict(orient='records')."
+        )
     records: Any = dataset if indexed else list(dataset)
     if not len(records):
         raise InputError("Got an empty dataset; expected at least one question with an answer.")
@@ -127,15 +160,27 @@ def read_dataset(
         record = light[index]
         question, answer = checked_texts(record, index)
         if tokenizer is not None:
-            _check_length(tokenizer, answer, index, max_answer_tokens)
+            _check_answer(tokenizer, answer, index, max_answer_tokens, image_token)
         names.append(_image_name(record, index))
+        if names[-1].startswith("id:") != names[0].startswith("id:"):
+            raise InputError(
+                f"Record {index} has {'an' if names[-1].startswith('id:') else 'no'} image_id, unlike "
+                "record 0; expected it in all records or in none, or one image would count as two."
+            )
         digest.update("\x1f".join((question, answer, names[-1], "\x1e")).encode())
-    return AnswerData(records, tuple(names), digest.hexdigest(), max_answer_tokens)
+    images = tuple(names)
+    return AnswerData(records, images, connected(images), digest.hexdigest(), max_answer_tokens)
 
 
 def _undecoded(records: Any) -> Any:
-    """A ``datasets.Dataset`` that gives images as bytes or paths; anything else as it is."""
+    """A ``datasets.Dataset`` that gives images as bytes or paths; anything else as it is.
+
+    A transform of the user's own is left alone: it expects what it was written for.
+    """
     feature: Any = (getattr(records, "features", None) or {}).get("image")
+    given_form: Any = getattr(records, "format", None) or {}
+    if given_form.get("type") == "custom":
+        return records
     if not hasattr(feature, "decode") or not hasattr(records, "cast_column"):
         return records
     return records.cast_column("image", replace(feature, decode=False))
@@ -169,13 +214,21 @@ def checked_texts(record: Any, index: int) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _check_length(tokenizer: Any, answer: str, index: int, longest: int) -> None:
-    """Refuse an answer that is longer than wanted.
+def _check_answer(
+    tokenizer: Any, answer: str, index: int, longest: int, image_token: int | None
+) -> None:
+    """Refuse an answer that is longer than wanted, or would be taken for an image.
 
     Raises:
         InputError: If so.
     """
-    n = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if image_token is not None and image_token in ids:
+        raise InputError(
+            f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for an "
+            "image; expected words. Remove it, or leave such records out."
+        )
+    n = len(ids)
     if n > longest:
         raise InputError(
             f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
@@ -189,13 +242,19 @@ def _image_name(record: Any, index: int) -> str:
     Raises:
         InputError: If there is no image in it.
     """
-    known = field_of(record, "image_id")
-    if known is not None:
-        return f"id:{known}"
     given = field_of(record, "image")
     images = given if isinstance(given, (list, tuple)) else [given]
     if not images or any(image is None for image in images):
         raise InputError(f"Record {index} has no image; expected at least one.")
+    for image in images:
+        if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+            raise InputError(
+                f"Record {index} has the image {os.fspath(image)!r}, which is no file; expected one. "
+                "Paths are relative to the working directory."
+            )
+    known = field_of(record, "image_id")
+    if known is not None:
+        return f"id:{str(known).replace('|', '/')}"
     return "|".join(_digest(image) for image in images)
 
 
@@ -206,7 +265,7 @@ def _digest(image: Any) -> str:
         if data is None:
             return f"path:{path}"
     elif isinstance(image, (str, os.PathLike)):
-        return f"path:{os.fspath(image)}"
+        return f"path:{os.path.normpath(image)}"
     else:
         opened = open_image(image)
         data = repr(opened.size).encode() + opened.tobytes()

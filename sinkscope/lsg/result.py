@@ -162,6 +162,8 @@ def _result_of(loop: Loop, name: str) -> dict[str, Any]:
     lines = [line for line in loop.history if line["name"] == name and line["split"] == split]
     runner = loop.runners[name]
     at = runner.best_step
+    if not lines:
+        lines = [{"step": 0, "loss": None, "accuracy": None}]
     best = next((line for line in lines if line["step"] == at), lines[-1])
     means = {key: value for key, value in best.items() if key.startswith("rho_")}
     return {
@@ -172,6 +174,7 @@ def _result_of(loop: Loop, name: str) -> dict[str, Any]:
         "best_accuracy": best["accuracy"],
         "best_step": at,
         "ended_early": runner.ended,
+        **({} if runner.failed is None else {"failed": runner.failed}),
         **means,
     }
 

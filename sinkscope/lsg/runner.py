@@ -37,6 +37,7 @@ class Runner:
     best_step: int = 0
     waited: int = 0
     ended: bool = False
+    failed: str | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -64,6 +65,7 @@ class Runner:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.best_loss, self.best_step = data["best_loss"], data["best_step"]
         self.waited, self.ended = data["waited"], data["ended"]
+        self.failed = data.get("failed")
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -73,7 +75,12 @@ class Runner:
             "best_step": self.best_step,
             "waited": self.waited,
             "ended": self.ended,
+            "failed": self.failed,
         }
+
+    def fail(self, why: str) -> None:
+        """End here, with the best weights so far."""
+        self.failed, self.ended = why, True
 
     def keep_best(self, loss: float | None, step: int, patience: int) -> None:
         """Keep the weights if the loss fell; None keeps them without a loss."""

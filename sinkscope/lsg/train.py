@@ -23,6 +23,7 @@ from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.lsg.runner import Sums, Trainee
 from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.models.identity import identity_of
+from sinkscope.models.replay import prove
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +37,7 @@ Gates = dict[int | str, LSG]
 def train_lsg(
     lvlm: LVLM,
     dataset: Iterable[Any],
-    layers: Sequence[int | str] = (),
+    layers: Sequence[int | str] | None = (),
     *,
     gates: Sequence[LSG] = (),
     choices: Mapping[str, Any] | None = None,
@@ -74,7 +75,7 @@ def train_lsg(
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
         dataset: Records with image (or a list of images), question, answer and, if you like,
             image_id; see `sinkscope.lsg.records.read_dataset`.
-        layers: Blocks that gates read, one gate each; or ``"embed"``.
+        layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
         gates: Instead of layers, gates of different layers to start from. They are copied.
         choices: Fields of `GateConfig` for new gates, such as ``{"groups": ("V", "L", "rest")}``.
         v_detector: See `LSG.for_model`.
@@ -111,7 +112,8 @@ def train_lsg(
         InputError: If the data, a setting or the folder does not fit.
         LayerError: If there is no such layer.
         InterventionError: If a gate was made for another model.
-        NonFiniteError: If a loss is NaN or infinite, with the step.
+        NonFiniteError: If a loss or gradient of every gate is NaN or infinite, with the step. Of some
+            only: those end with a warning, their record says why, and the others go on.
     """
     settings = TrainingSettings(
         epochs,
@@ -128,7 +130,9 @@ def train_lsg(
     )
     if not dry_run:
         check_place(lvlm, accelerator)
+    layers = wanted_layers(lvlm, layers, gates)
     check_wanted(lvlm, layers, gates)
+    check_beside(gates, choices, v_detector, l_detector, samples)
     held_out = validation if validation_data is None else 1.0
     check_numbers(patience, held_out, checkpoint_every)
     parts = {"validation": validation, "seed": seed, "max_answer_tokens": max_answer_tokens}
@@ -140,6 +144,9 @@ def train_lsg(
     if dry_run:
         return cost
     facts = facts_of(lvlm, data, (rows, held), settings, append_end)
+    facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
+    with frozen(lvlm.module):
+        prove(lvlm, make_batch(lvlm, data, rows[:1]).inputs)
     if gates:
         made: Gates = {gate.layer: copy.deepcopy(gate) for gate in gates}
     else:
@@ -151,7 +158,7 @@ def train_lsg(
         open_run(folder, facts)
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    with frozen(lvlm.module):
+    with frozen(lvlm.module), torch.enable_grad():
         objective = GateObjective(lvlm, made, data, append_end)
         base = base_losses(objective, held, settings.batch) if held else None
         loop = Loop(
@@ -284,6 +291,11 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
     Raises:
         ModelError: If its weights are not here, or on another device than the process works on.
     """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "Got torch.inference_mode(), in which nothing can be trained; expected to be outside of it. "
+            "Leave that block; the model itself gets no gradient anyway."
+        )
     if lvlm.device.type == "meta":
         raise ModelError(
             "Got a model without weights here; expected one to compute gradients with. Write "
@@ -300,6 +312,34 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         )
 
 
+def wanted_layers(lvlm: LVLM, layers: Any, gates: Any) -> list[int | str]:
+    """The layers as a list; None is all of them.
+
+    Raises:
+        InputError: If they are one layer and no list.
+    """
+    if layers is None:
+        return [] if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
+    if isinstance(layers, (int, str)):
+        raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
+    return [layer if isinstance(layer, str) else int(layer) for layer in layers]
+
+
+def check_beside(gates: Any, *others: Any) -> None:
+    """Refuse choices for gates that have made theirs.
+
+    Raises:
+        InputError: If there are any.
+    """
+    names = ("choices", "v_detector", "l_detector", "samples")
+    given = [name for name, value in zip(names, others, strict=True) if value is not None]
+    if gates and given:
+        raise InputError(
+            f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
+            "Write layers=[...] for new gates."
+        )
+
+
 def check_wanted(lvlm: LVLM, layers: Any, gates: Any) -> None:
     """Check which gates to train.
 
@@ -308,8 +348,8 @@ def check_wanted(lvlm: LVLM, layers: Any, gates: Any) -> None:
         LayerError: If there is no such layer.
         InterventionError: If a gate is none, or of another model.
     """
-    if isinstance(layers, (int, str)):
-        raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
+    if isinstance(gates, LSG):
+        raise InputError("Got one gate; expected a list. Write gates=[gate].")
     if bool(layers) == bool(gates):
         raise InputError(
             f"Got layers={list(layers)} and {len(gates)} gates; expected either. Write layers=[10] "

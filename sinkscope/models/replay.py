@@ -275,6 +275,34 @@ def _from_block(captured: Captured, block: int, state: Tensor) -> Iterator[None]
                 part.forward = forward
 
 
+@torch.no_grad()
+def prove(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
+    """Refuse a model whose captured pass is not its own forward pass.
+
+    Args:
+        lvlm: The model.
+        inputs: What it is called with, one row or several.
+
+    Raises:
+        ModelError: If the logits of the last position differ.
+    """
+    seen = capture(lvlm, inputs, [0])
+    last = torch.full((seen.hidden.shape[0], 1), seen.hidden.shape[1] - 1)
+    ours = logits_at(seen, seen.hidden, last)[:, 0].float()
+    placed = {k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    module: Any = lvlm.module
+    own = module(**placed, use_cache=False).logits[:, -1].float()
+    error = float((ours - own).abs().max())
+    limit = (1e-4 if module.dtype == torch.float32 else 0.05) * max(1.0, float(own.abs().max()))
+    if not error <= limit:
+        raise ModelError(
+            f"The decoder's replayed logits differ from the model's own by {error:.2g}; expected at "
+            f"most {limit:.2g}. If a gate is attached to the model, or hooks of yours change it, take "
+            "them off first; else it does something to its logits that sinkscope does not know: please "
+            "report this class."
+        )
+
+
 def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
     """Logits of the next token, at some positions only.
 

@@ -119,6 +119,42 @@ def test_the_split_keeps_an_image_on_one_side():
         data.split(1.5, 0)
 
 
+def test_records_that_share_an_image_stay_together(tmp_path, monkeypatch):
+    """a|b, b|c and c are one group; d under two spellings of its path is another."""
+    a, b, c, d = (random_image(32, 32, i) for i in range(4))
+    (tmp_path / "x").mkdir()
+    d.save(tmp_path / "x" / "d.png")
+    monkeypatch.chdir(tmp_path)
+    images = [[a, b], c, "x/d.png", [b, c], "./x/../x/d.png", random_image(32, 32, 9)]
+    data = read_dataset([{"image": i, "question": "q", "answer": "a"} for i in images])
+    assert data.groups == (0, 0, 1, 0, 1, 2)
+    for seed in range(8):
+        first, second = data.split(0.34, seed)
+        assert not {data.groups[i] for i in first} & {data.groups[i] for i in second}
+        assert len({data.groups[i] for i in second}) == 1
+    chain = [
+        {"image": [a, b], "question": "q", "answer": "a"},
+        {"image": b, "question": "q", "answer": "a"},
+    ]
+    with pytest.raises(InputError, match="that no record has both of"):
+        read_dataset(chain).split(0.5, 0)
+
+
+def test_a_transform_of_the_users_own_is_left_alone():
+    def grey(batch):
+        return {**batch, "image": [image.convert("L").convert("RGB") for image in batch["image"]]}
+
+    plain = records(4)[:3]
+    columns = {name: [record[name] for record in plain] for name in plain[0]}
+    del columns["image_id"]
+    made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    data = read_dataset(made.with_transform(grey))
+    want = read_dataset(
+        [{**r, "image": r["image"].convert("L").convert("RGB"), "image_id": None} for r in plain]
+    )
+    assert data.images == want.images
+
+
 class Lazy:
     """A dataset that counts the images that are alive."""
 
@@ -191,6 +227,9 @@ def test_datasets_and_items_are_the_same_questions(tmp_path):
         ({"answer": 3}, r"Record 1 has answer=3; .* Write str\(\.\.\.\) for numbers"),
         ({"question": ""}, r"Record 1 has question=''"),
         ({"image": [], "image_id": None}, "Record 1 has no image; expected at least one"),
+        ({"answer": "a <image> b"}, "Record 1 has the answer 'a <image> b', which holds the token"),
+        ({"image": "/nowhere/x.png"}, "Record 1 has the image '/nowhere/x.png', which is no file"),
+        ({"image_id": None}, "Record 1 has no image_id, unlike record 0"),
         ({"answer": "red " * 30}, r"Record 1 has an answer of \d+ tokens; expected at most 20"),
     ],
 )
@@ -199,7 +238,9 @@ def test_records_that_lack_something_are_named(change, message):
     given = records(3)
     given[1] |= change
     with pytest.raises(InputError, match=message):
-        read_dataset(given, lvlm.tokenizer, max_answer_tokens=20)
+        read_dataset(
+            given, lvlm.tokenizer, max_answer_tokens=20, image_token=lvlm.anatomy.image_token_id
+        )
 
 
 @pytest.mark.parametrize("given", [3, "scenes", {"train": []}])

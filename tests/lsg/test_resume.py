@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
+from sinkscope.lsg import checkpoints
+from sinkscope.lsg import loop as looping
 from sinkscope.testing import tiny_llava
 from tests.lsg.test_train import RULE, Bad, records, same, train, weights
 
@@ -98,6 +100,31 @@ def test_a_run_that_breaks_off_anywhere_goes_on(lvlm, tmp_path, at):
     assert third.record["results"] == expected.record["results"]
 
 
+def test_an_early_end_is_the_same_after_a_break(lvlm, tmp_path):
+    """How long a gate has waited for a lower loss is kept, too."""
+    options = {"epochs": 8, "evaluate_every": 1, "checkpoint_every": 1, "patience": 3}
+    options |= {"lr": 0.5, "schedule": "constant"}
+    expected = train(lvlm, **options)
+    last = expected.record["steps"]
+    assert last < 24
+    for step in range(last - 2, last):
+        folder, save = tmp_path / str(step), checkpoints.save_state
+
+        def until(where, done, *rest, step=step, save=save):
+            save(where, done, *rest)
+            if done == step:
+                raise ZeroDivisionError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(looping, "save_state", until)
+            with pytest.raises(ZeroDivisionError):
+                train(lvlm, out=folder, **options)
+        again = train(lvlm, out=folder, **options)
+        assert again.record["steps"] == last
+        assert again.history.equals(expected.history)
+        assert same(weights(expected), weights(again))
+
+
 def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
     train(lvlm, out=tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -109,6 +136,8 @@ def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
     changed[0]["answer"] = "seven"
     with pytest.raises(InputError, match=r"data\.fingerprint: there \"\w+\", here \"\w+\""):
         train(lvlm, changed, out=tmp_path)
+    with pytest.raises(InputError, match=r"steps\.rows: there 4, here 8"):
+        train(lvlm, out=tmp_path, accumulate=2)
     with pytest.raises(InputError, match=r"gates\.1: there null, here \{"):
         train(lvlm, layers=[0, 1], out=tmp_path)
     other = ss.LVLM(*tiny_llava(seed=1), verify=False)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +12,13 @@ import transformers
 
 import sinkscope as ss
 from sinkscope.bundled.scenes import TRAIN_SEEDS
-from sinkscope.errors import InputError, InterventionError, LayerError, NonFiniteError
+from sinkscope.errors import (
+    InputError,
+    InterventionError,
+    LayerError,
+    ModelError,
+    NonFiniteError,
+)
 from sinkscope.lsg import loop as looping
 from sinkscope.lsg.cost import cost_of
 from sinkscope.lsg.data import make_batch, read_dataset
@@ -48,9 +55,9 @@ def same(one, other, tolerance=0.0):
 
 
 def train(lvlm, data=None, layers=(0,), **options):
-    given = {"v_detector": RULE, "batch": 4, "validation": 0.2, "lr": 0.02, "progress": False}
-    chosen = {} if "gates" in options else {"layers": layers}
-    return ss.train_lsg(lvlm, data or records(), **chosen, **(given | options))
+    given = {"batch": 4, "validation": 0.2, "lr": 0.02, "progress": False}
+    chosen = {} if "gates" in options else {"layers": layers, "v_detector": RULE}
+    return ss.train_lsg(lvlm, data or records(), **(chosen | given | options))
 
 
 def digest(module):
@@ -201,7 +208,8 @@ def test_no_gradient_is_kept_below_the_gate(lvlm):
     train(lvlm, layers=[0, 1], validation=0.0, batch=12, epochs=1)
     for hook in hooks:
         hook.remove()
-    assert seen == {0: [False], 1: [False, True], 2: [True, True]}
+    proof = [False, False]  # that a captured pass is the model's own, once before the training
+    assert seen == {0: [*proof, False], 1: [*proof, False, True], 2: [*proof, True, True]}
 
 
 def test_the_history_is_tidy(lvlm):
@@ -328,12 +336,107 @@ def test_gates_to_start_from_are_copied(lvlm):
         _ = several.gate
 
 
-def test_a_loss_that_is_no_number_stops_at_once(lvlm):
-    broken = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
+def broken(lvlm, layer):
+    """A gate whose coefficients are NaN."""
+    gate = ss.LSG.for_model(lvlm, layer, v_detector=RULE)
     with torch.no_grad():
-        broken.outer.bias[0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"Got a loss of nan for '0' in step 1, at lr=0\.02"):
-        train(lvlm, gates=[broken], validation=0.0, warmup=0.0)
+        gate.outer.bias[0] = float("nan")
+    return gate
+
+
+def test_a_loss_that_is_no_number_stops_at_once(lvlm):
+    with pytest.raises(NonFiniteError, match=r"Got a weight for '0' in step 1, at lr=0\.02"):
+        train(lvlm, gates=[broken(lvlm, 0)], validation=0.0, warmup=0.0)
+    with pytest.raises(NonFiniteError, match=r"Got a loss of nan for '0' in step 1"):
+        train(lvlm, gates=[broken(lvlm, 0)], warmup=0.0)
+
+
+def test_a_gate_that_fails_leaves_the_others_alone(lvlm, tmp_path):
+    good = ss.LSG.for_model(lvlm, 1, v_detector=RULE)
+    alone = train(lvlm, gates=[good])
+    with pytest.warns(UserWarning, match=r"loss of nan for '0' in step 1.*weights of step 0"):
+        both = train(lvlm, gates=[broken(lvlm, 0), good], out=tmp_path)
+    assert same({"": both.gates[1].outer.weight}, {"": alone.gate.outer.weight}, 1e-7)
+    results = both.record["results"]
+    assert "loss of nan" in results["0"]["failed"]
+    assert results["0"]["best_loss"] is None
+    assert "failed" not in results["1"]
+    assert set(both.history["layer"]) == {1}
+    with pytest.warns(UserWarning, match="loss of nan"):
+        again = train(lvlm, gates=[broken(lvlm, 0), good], out=tmp_path)
+    assert again.record["results"] == results
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(lvlm, monkeypatch):
+    """The loss before the last step is fine, its gradient is not: without validation nobody would look."""
+    gate = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
+    backward, calls = torch.Tensor.backward, []
+
+    def explode(self, *args, **kwargs):
+        backward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 6:  # the last of two epochs of three batches
+            for group in seen[-1].param_groups:
+                group["params"][0].grad.fill_(float("inf"))
+
+    made, seen = torch.optim.AdamW.__init__, []
+
+    def spied(self, *args, **kwargs):
+        seen.append(self)
+        made(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", explode)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", spied)
+    with pytest.raises(NonFiniteError, match=r"Got a gradient of (inf|nan) for '0' in step 6"):
+        train(lvlm, gates=[gate], validation=0.0)
+    assert len(calls) == 6
+
+
+def test_every_epoch_has_an_order_of_its_own(lvlm):
+    settings = TrainingSettings(batch=4, epochs=3)
+    run = looping.Loop([], None, list(range(12)), [], settings)
+    orders = [sum((run.plan(3 * epoch + i)[0] for i in range(3)), ()) for epoch in range(3)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(orders)) == 3
+
+
+def test_weight_decay_and_the_last_token_matter(lvlm):
+    plain = weights(train(lvlm, validation=0.0))
+    assert not same(plain, weights(train(lvlm, validation=0.0, weight_decay=5.0)), 1e-4)
+    assert not same(plain, weights(train(lvlm, validation=0.0, append_end=False)), 1e-4)
+
+
+def test_the_model_is_evaluated_while_it_stays_in_training_mode(lvlm):
+    """Dropout would act in training mode: the weights must not depend on the mode it is in."""
+    expected = weights(train(lvlm, validation=0.0))
+    attention = lvlm.module.get_submodule(lvlm.anatomy.language.attention[1])
+    attention.attention_dropout = 0.9
+    lvlm.module.train()
+    assert same(expected, weights(train(lvlm, validation=0.0)))
+    assert lvlm.module.training
+
+
+def test_all_layers_and_odd_lists(lvlm):
+    every = train(lvlm, layers=None, epochs=1)
+    assert list(every.gates) == ["embed", 0, 1]
+    some = train(lvlm, layers=np.arange(2), epochs=1)
+    assert list(some.gates) == [0, 1]
+    assert list(train(lvlm, layers=(i for i in (1,)), epochs=1).gates) == [1]
+
+
+def test_grad_modes_of_the_caller(lvlm):
+    expected = weights(train(lvlm))
+    with torch.no_grad():
+        assert same(expected, weights(train(lvlm)))
+    with torch.inference_mode(), pytest.raises(ModelError, match="expected to be outside of it"):
+        train(lvlm)
+
+
+def test_a_gate_that_is_attached_is_not_overlooked(lvlm):
+    gate = ss.LSG.for_model(lvlm, 1, v_detector=RULE)
+    with gate.attach(lvlm.module), pytest.raises(ModelError, match="If a gate is attached"):
+        train(lvlm)
+    train(lvlm, epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +457,11 @@ def test_a_loss_that_is_no_number_stops_at_once(lvlm):
         ({"data": []}, InputError, "Got an empty dataset"),
         ({"validation_data": []}, InputError, "Got an empty dataset"),
         ({"data": records(2)}, InputError, r"2 records about one image and validation=0\.2"),
+        (
+            {"data": pd.DataFrame({"a": [1]})},
+            InputError,
+            r"Got a DataFrame.*to_dict\(orient='records'\)",
+        ),
         ({"choices": {"grups": 1}}, InterventionError, r"Got \['grups'\] for a gate"),
         ({"max_answer_tokens": 1}, InputError, r"Record 0 has an answer of \d tokens; expected at"),
     ],
@@ -373,6 +481,13 @@ def test_a_gate_of_another_model_is_refused(lvlm):
         ss.train_lsg(lvlm, records(), gates=[gate])
     with pytest.raises(InterventionError, match="expected one LSG or a list"):
         ss.train_lsg(lvlm, records(), gates=["gate"])
+    own = ss.LSG.for_model(lvlm, 0, v_detector=RULE)
+    with pytest.raises(InputError, match=r"Write gates=\[gate\]"):
+        ss.train_lsg(lvlm, records(), gates=own)
+    with pytest.raises(
+        InputError, match=r"gates together with \['choices', 'v_detector'\]; expected"
+    ):
+        ss.train_lsg(lvlm, records(), gates=[own], choices={"scale": 2.0}, v_detector=RULE)
 
 
 def test_a_prompt_without_image_tokens_is_refused(lvlm, monkeypatch):
