@@ -25,6 +25,7 @@ class TrainingCost:
         plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
         gate_blocks: Decoder blocks per batch with gradient, of each gate.
         alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
+        decoder_blocks: Blocks of the decoder, which the plain model runs once per validation batch.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class TrainingCost:
     plain_blocks: int
     gate_blocks: tuple[int, ...]
     alone_blocks: tuple[int, ...]
+    decoder_blocks: int
 
     @property
     def together(self) -> int:
@@ -61,6 +63,8 @@ class TrainingCost:
 
     def __str__(self) -> str:
         seen, held = self.batches, self.looks * self.held_batches
+        plain = self.held_batches if self.looks else 0
+        blocks = (self.plain_blocks + sum(self.gate_blocks)) * held + self.decoder_blocks * plain
         return "\n".join(
             [
                 f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
@@ -70,8 +74,8 @@ class TrainingCost:
                 f"backward for {len(self.gate_blocks)} gates.",
                 f"Together {self.together * seen} decoder block passes; trained one by one "
                 f"{self.apart * seen} ({self.bound:.2f} times as many).",
-                f"Validation adds {(self.plain_blocks + sum(self.gate_blocks)) * held} block passes "
-                "without gradient.",
+                f"Validation, and the plain model on it, add {blocks} decoder block passes and "
+                f"{self.vision_blocks * (held + plain)} of the vision tower, without gradient.",
             ]
         )
 
@@ -109,4 +113,5 @@ def cost_of(
         plain_blocks=max(edited),
         gate_blocks=tuple(decoder_blocks - block for block in edited),
         alone_blocks=tuple(edited),
+        decoder_blocks=decoder_blocks,
     )

@@ -284,8 +284,23 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(lvlm):
     assert "2 decoder blocks without gradient, then 6 decoder blocks forward and backward" in str(
         cost
     )
-    real = train(lvlm, layers=[0], accumulate=2)
+    assert "add 27 decoder block passes and 12 of the vision tower" in str(cost)
+    seen = {"language": 0, "vision": 0}
+    hooks = [
+        lvlm.module.get_submodule(path).register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: seen[name] + 1})
+        )
+        for name in seen
+        for path in lvlm.anatomy.tower(name).attention
+    ]
+    real = train(lvlm, layers=["embed", 0, 1], accumulate=2)
+    for hook in hooks:
+        hook.remove()
     assert real.record["steps"] == 4
+    proof = 2  # passes that compare a captured pass with the model's own
+    training = cost.batches * (cost.plain_blocks + sum(cost.gate_blocks))
+    assert seen["language"] == training + 27 + 3 * proof
+    assert seen["vision"] == cost.batches * cost.vision_blocks + 12 + cost.vision_blocks * proof
 
 
 def test_the_bound_of_sharing_tends_to_one_and_a_half():
