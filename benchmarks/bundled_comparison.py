@@ -35,7 +35,9 @@ TITLES = {
     "noisy": "Noisy scenes: pixel noise of 40 grey levels instead of 5",
 }
 WEIGHTS = [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
-FLAGGED = 4  # patches per image that the rule of high norms flags, on average
+FLAGGED = (
+    4  # patches per image that the rule of high norms flags, on average of a few validation scenes
+)
 NONE, NORM = "no sinks", "high norm"
 START = time.monotonic()
 
@@ -75,6 +77,20 @@ def loose_rules(lvlm, samples):
         "v_detector": Norm(limits[0]),
         "l_detector": Received(times_null=limits[1], heads="mean"),
     }
+
+
+def flagged_by(lvlm, rule, records):
+    """Patches that a V rule flags per image: the mean, and the share of images with any."""
+    images = list({q["image_id"]: q for q in records}.values())
+    counts = []
+    for sample in samples_of(lvlm, images):
+        found = ss.detectors.detect(
+            lvlm, sample, rule, tower="vision", layers=[lvlm.anatomy.feed_layers[-1]]
+        )
+        patches = sample.tokens.vision.select("patch")
+        counts.append(int((found.mask[:, 0] & patches).sum()))
+    some = sum(count > 0 for count in counts) / len(counts)
+    return {"mean": sum(counts) / len(counts), "images": some}
 
 
 def choose_cell(lvlm, held, rules):
@@ -171,9 +187,13 @@ def one_setting(lvlm, name, data, rules, args):
         "l_detector": repr(rules["l_detector"]),
     }
     if name == NORM:
+        chosen["flagged"] = flagged_by(lvlm, rules["v_detector"], data["test"])
+        seen = flagged_by(lvlm, rules["v_detector"], data["train"])
+        chosen["random"] = max(1, round(seen["mean"]))
+        say(name, "flags", chosen["flagged"], "in training", seen)
         drawn = {}
         for seed in SEEDS:
-            rule = RandomTokens(FLAGGED, seed)
+            rule = RandomTokens(chosen["random"], seed)
             drawn[seed] = train_gates(lvlm, data["train"], [layer], rule, args)[seed][layer]
         made["LSG, random tokens"] = per_seed(*[[drawn[s]] for s in SEEDS])
         controls = [baselines.random_tokens(cell, seed=s) for s in SEEDS]
@@ -232,6 +252,13 @@ def choices_text(chosen):
             f"  Loss in nats per answer token without a gate {c['loss_without_a_gate']:.4f}, with one "
             f"at layer: {losses} (mean over seeds).",
         ]
+        if "flagged" in c:
+            flagged = c["flagged"]
+            lines.append(
+                f"  On test scenes the V rule flags {flagged['mean']:.2f} of 64 patches on average, and any "
+                f"in {flagged['images']:.0%} of the images. The gate of random tokens takes {c['random']} "
+                "in every image, the rounded mean of the training scenes."
+            )
     size = chosen["lora"]
     lines.append(
         f"- LoRA: rank {size['rank']} on {len(size['matrices'])} matrices of one block, "
