@@ -15,7 +15,7 @@ from sinkscope.interventions.running import check_interventions, tolerant
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.outputs import Generation
+    from sinkscope.models.outputs import Generation, Run
     from sinkscope.models.prepare import Sample
 
 
@@ -25,16 +25,13 @@ class Answers:
 
     Attributes:
         given: The answer, or the option with the highest score.
+        correct: Whether it is the right one; see `answer_batch`.
         touched: Whether the edit touched the row, in the prompt pass or later.
     """
 
     given: tuple[str, ...]
+    correct: tuple[bool, ...]
     touched: tuple[bool, ...]
-
-    def correct(self, items: Sequence[Item]) -> list[bool]:
-        """Whether each is the right answer, after stripping and lower case."""
-        pairs = zip(self.given, items, strict=True)
-        return [folded(text) == folded(item.answer) for text, item in pairs]
 
 
 class Forced:
@@ -65,20 +62,38 @@ def answer_batch(
 ) -> Answers:
     """Answers of a batch, all of them free or all among options.
 
-    Free answers are greedy, as long as the longest right answer of the batch. An option's score is
-    the mean log-probability of its tokens after the prompt, or their sum if it is not length
+    Free answers are greedy, and of each only as many tokens count as its own right answer has, so
+    that no answer depends on the other questions of the batch. It is right if these are the tokens of
+    the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or the same text after
+    stripping and lower case. An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is not length
     normalised; the options are forced through ``generate``, so that a prompt is a prompt and an
     option's tokens are decode steps for every edit. Options of one token cost one forward pass.
     """
     ready = [tolerant(it) for it in check_interventions(edits)]
     if not items[0].choices:
-        longest = max(len(answer_ids(lvlm.tokenizer, item.answer)) for item in items)
-        out = lvlm.generate(sample, [], ready, max_new_tokens=longest)
-        return Answers(out.text or ("",) * len(items), _touched([out], len(items)))
-    scores, passes = score_options(lvlm, sample, items, ready, length_normalized)
+        return _answer_freely(lvlm, sample, items, ready)
+    scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
     best = scores.argmax(dim=1).tolist()
     given = tuple(item.choices[i] for item, i in zip(items, best, strict=True))
-    return Answers(given, _touched(passes, len(items)))
+    correct = tuple(text == item.answer for text, item in zip(given, items, strict=True))
+    return Answers(given, correct, touched)
+
+
+def _answer_freely(
+    lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any]
+) -> Answers:
+    """Greedy answers, each cut to the length of its own right answer."""
+    wanted = [answer_ids(lvlm.tokenizer, item.answer) for item in items]
+    sizes = [len(ids) for ids in wanted]
+    out = lvlm.generate(sample, [], edits, max_new_tokens=max(sizes))
+    said = out.sequences[:, sample.tokens.ids.shape[1] :].tolist()
+    said = [row[:size] for row, size in zip(said, sizes, strict=True)]
+    given = tuple(lvlm.tokenizer.batch_decode(said, skip_special_tokens=True))
+    correct = tuple(
+        tuple(row) == ids or folded(text) == folded(item.answer)
+        for row, ids, text, item in zip(said, wanted, given, items, strict=True)
+    )
+    return Answers(given, correct, _touched(out.steps, sizes))
 
 
 def score_options(
@@ -87,11 +102,11 @@ def score_options(
     items: Sequence[Item],
     edits: Sequence[Any],
     length_normalized: bool,
-) -> tuple[Tensor, list[Any]]:
+) -> tuple[Tensor, tuple[bool, ...]]:
     """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
 
     Returns:
-        The scores, and the runs or generations they came from.
+        The scores, and whether an edit touched the row in a pass that its scores came from.
     """
     tokens = [[answer_ids(lvlm.tokenizer, text) for text in item.choices] for item in items]
     many = max(len(row) for row in tokens)
@@ -101,17 +116,17 @@ def score_options(
         logp = run.logits[:, -1].float().log_softmax(-1).cpu()
         for b, row in enumerate(tokens):
             scores[b, : len(row)] = logp[b, [option[0] for option in row]]
-        return scores, [run]
-    passes = []
+        return scores, _touched([run], [1] * len(items))
+    touched = torch.zeros(len(items), dtype=torch.bool)
     for i in range(many):
         forced = [row[min(i, len(row) - 1)] for row in tokens]
         logp, out = _forced(lvlm, sample, forced, edits)
-        passes.append(out)
+        touched |= torch.tensor(_touched(out.steps, [len(option) for option in forced]))
         for b, row in enumerate(tokens):
             if i < len(row):
                 size = len(row[i]) if length_normalized else 1
                 scores[b, i] = logp[b] / size
-    return scores, passes
+    return scores, tuple(touched.tolist())
 
 
 def _forced(
@@ -138,12 +153,18 @@ def _forced(
     return total, out
 
 
-def _touched(passes: Sequence[Any], rows: int) -> tuple[bool, ...]:
-    """Which rows an edit touched in any pass; a packed tower has one row for all."""
-    out = torch.zeros(rows, dtype=torch.bool)
-    for one in passes:
-        for run in getattr(one, "steps", (one,)):
-            for effect in run.effects.values():
-                touched = effect.touched
-                out |= touched if len(touched) == rows else touched.any()
+def _touched(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
+    """Which rows an edit touched; a packed tower has one row for all.
+
+    Args:
+        steps: The passes, the prompt's first.
+        sizes: Per row, how many passes its answer took. What the row goes through later, because
+            another answer of the batch is longer, does not count.
+    """
+    out = torch.zeros(len(sizes), dtype=torch.bool)
+    for step, run in enumerate(steps):
+        needed = torch.tensor([step < size for size in sizes])
+        for effect in run.effects.values():
+            touched = effect.touched
+            out |= needed & (touched if len(touched) == len(sizes) else touched.any())
     return tuple(out.tolist())

@@ -54,6 +54,8 @@ __all__ = [
 PRESETS = ("paper", "code")
 VISUAL = "visual sinks"
 SINKS = ("V-sinks", "L-sinks", VISUAL)
+L_SEED = 1_000_003
+"""Added to the seed of random L-sinks: not the tokens of random V-sinks, nor those of the next seeds."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +185,14 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
 
     For a function of the trace, every visual sink trades places with a random image token that is a
     sink at no layer, so numbers, layers and overlaps stay as they were; text sinks stay. A row with
-    fewer ordinary tokens than sinks is left without any. For gates, the V rule is replaced by
-    ``RandomTokens(count)`` and the weights stay.
+    fewer ordinary tokens than sinks is left without any. For gates, the rule of every group of sinks
+    is replaced by ``RandomTokens(count)``, with other tokens for V than for L, and the weights stay.
+    As with sinks, V wins over L where both rules take a token.
 
     Args:
         condition: A function of the trace, such as those of this module, or a list of gates.
-        count: For gates only: how many tokens of every image count as V-sinks.
+        count: For gates only: how many tokens of every image count as V-sinks, and of every prompt's
+            image tokens as L-sinks, where the gate has such a group.
         seed: Of the draw, which also depends on the images and texts.
 
     Returns:
@@ -203,7 +207,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     if gates and all(isinstance(it, LSG) for it in condition):
         if count is None:
             raise InputError(
-                "Got gates without a count; expected how many random tokens count as V-sinks. Write "
+                "Got gates without a count; expected how many random tokens count as sinks. Write "
                 "baselines.random_tokens([gate], count=4)."
             )
         return [with_random_rule(gate, count, seed) for gate in condition]
@@ -227,9 +231,14 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
 
 
 def with_random_rule(gate: LSG, count: int, seed: int) -> LSG:
-    """A gate of the same weights whose V-sinks are random tokens."""
-    rule = describe(RandomTokens(count, seed))
-    out = LSG(replace(gate.config, v_detector=rule), allow_noop=gate.allow_noop)
+    """A gate of the same weights whose sinks are random tokens, in every group that it has."""
+    seeds = {"V": seed, "L": seed + L_SEED}
+    rules = {
+        f"{kind.lower()}_detector": describe(RandomTokens(count, own))
+        for kind, own in seeds.items()
+        if kind in gate.groups
+    }
+    out = LSG(replace(gate.config, **rules), allow_noop=gate.allow_noop)
     out.load_state_dict(gate.state_dict())
     return out.to(next(gate.parameters()).device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from sinkscope.errors import InputError
 from sinkscope.experiments.answering import Answers, answer_batch
 from sinkscope.experiments.comparison import Comparison
-from sinkscope.experiments.items import Item, as_items
+from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.trace import SinkTrace, trace_sinks
 from sinkscope.experiments.variants import Applied, Condition, PerSeed, Variant, as_variants
 
@@ -41,7 +42,7 @@ def compare(
         lvlm: The model.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
             ``image_id`` and ``choices``: dicts or `Item`. Questions about one image should stand
-            together.
+            together. Without tasks there is one group, ``"all"``.
         conditions: Name -> condition; the first is the base, usually ``[]``. A condition is a list of
             interventions, gates among them; a function that gets the `SinkTrace` of a batch and
             gives them; one of `sinkscope.experiments.baselines`; an object whose ``apply(lvlm)`` is
@@ -56,9 +57,11 @@ def compare(
         progress: Whether to show a progress bar; None shows it from 50 questions on.
 
     Returns:
-        The comparison. A free answer counts if it is the right one after stripping and lower case; as
-        many tokens are generated as the longest right answer of the batch has. Of ``choices``
-        the one with the highest score is the answer; options are tokenised by themselves.
+        The comparison. A free answer is cut to as many tokens as the right one has, tokenised by
+        itself. It counts if these are the tokens of the right answer, as in `sweep` with
+        ``score="exact"``, or the same text after stripping and lower case; what would follow is not
+        looked at. Of ``choices`` the one with the highest score is the answer; options are tokenised
+        by themselves.
 
     Raises:
         InputError: If the dataset or the conditions are empty or malformed.
@@ -66,6 +69,7 @@ def compare(
     import pandas as pd
 
     items, variants = as_items(dataset), as_variants(conditions)
+    check_tasks(items)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     rules = {"v_detector": v_detector, "l_detector": l_detector}
@@ -131,14 +135,13 @@ def _under(
     whole = isinstance(condition, Applied)
     with condition.apply(lvlm) if whole else nullcontext():
         answers = answer_batch(lvlm, sample, items, edits, length_normalized=length_normalized)
-    return Answers(answers.given, (True,) * len(items)) if whole else answers
+    return replace(answers, touched=(True,) * len(items)) if whole else answers
 
 
 def _lines(
     rows: list[Row], variant: Variant, answers: Answers, trace: SinkTrace | None
 ) -> list[dict[str, Any]]:
     """The lines of the table for one batch and condition."""
-    items = [item for _, item in rows]
     sinks = [float("nan")] * len(rows)
     if trace is not None:
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
@@ -157,6 +160,6 @@ def _lines(
             "sinks": found,
         }
         for (index, item), given, right, touched, found in zip(
-            rows, answers.given, answers.correct(items), answers.touched, sinks, strict=True
+            rows, answers.given, answers.correct, answers.touched, sinks, strict=True
         )
     ]

@@ -9,6 +9,8 @@ from typing import Any
 from sinkscope.errors import InputError
 
 NEEDED = frozenset({"image", "question", "answer"})
+ALL = "all"
+"""The task of all questions together, and of a question without one."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Item:
         image: PIL image, path or array.
         question: The question.
         answer: The right answer.
-        task: What kind of question it is.
+        task: What kind of question it is: on all questions, or on none.
         image_id: Questions with one id are about one image: they share a batch, and are resampled
             together.
         choices: The options of a multiple-choice question, the right one among them: the model's
@@ -29,7 +31,7 @@ class Item:
     image: Any
     question: str
     answer: str
-    task: str = "all"
+    task: str = ALL
     image_id: Any = None
     choices: tuple[str, ...] = ()
 
@@ -49,6 +51,20 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
     if not items:
         raise InputError("Got an empty dataset; expected at least one question.")
     return items
+
+
+def check_tasks(items: Sequence[Item]) -> None:
+    """Refuse a task whose name stands for all questions, unless it is the only one.
+
+    Raises:
+        InputError: If there is one.
+    """
+    tasks = {item.task for item in items}
+    if ALL in tasks and len(tasks) > 1:
+        raise InputError(
+            f"Got the tasks {sorted(tasks)}; expected no task {ALL!r} beside others, which is the name "
+            "of all questions together. Write task='other' on items without one."
+        )
 
 
 def _as_item(i: int, record: Any) -> Item:

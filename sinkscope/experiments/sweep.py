@@ -16,12 +16,12 @@ from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector
 from sinkscope.detectors.run import check_detector
 from sinkscope.errors import InputError
-from sinkscope.experiments.items import Item, as_items
+from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweeps.images import Numbered, Rules, sweep_image
-from sinkscope.experiments.sweeps.result import ALL, Sweep, check_by
+from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table
 from sinkscope.models.identity import identity_of
@@ -171,20 +171,6 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
     for numbered in enumerate(items):
         groups.setdefault(str(numbered[1].image_id), []).append(numbered)
     return list(groups.values())
-
-
-def check_tasks(items: Sequence[Item]) -> None:
-    """Refuse a task whose name stands for all questions, unless it is the only one.
-
-    Raises:
-        InputError: If there is one.
-    """
-    tasks = {item.task for item in items}
-    if ALL in tasks and len(tasks) > 1:
-        raise InputError(
-            f"Got the tasks {sorted(tasks)}; expected no task {ALL!r} beside others, which is the name "
-            "of all questions together. Write task='other' on items without one."
-        )
 
 
 def check_batch(batch: Any) -> None:

@@ -54,7 +54,10 @@ def looks_of(
     place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
     out.append(Edit(Site("language", *place), kernels.note_coefficients, reading))
     if not step and config.l_detector is not None:
-        parameters = {"slot": slot, "rule": rule_of(config.l_detector), "live": live}
+        rule = rule_of(config.l_detector)
+        # A sink is judged by itself; random ones are so many of those whose keys can be scaled.
+        judged = tokens.image >= 0 if rule["how"] == "random" else live
+        parameters = {"slot": slot, "rule": rule, "live": judged}
         site = Site("language", "resid_pre", config.edited)
         out.append(Edit(site, kernels.note_l_sinks, parameters))
     return out

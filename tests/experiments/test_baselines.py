@@ -1,6 +1,7 @@
 """Each baseline against its definition, written out on a plain transformers model."""
 
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -223,6 +224,41 @@ def test_random_tokens_of_a_gate_keep_its_weights(planted):
     assert (control.config.v_detector["count"], control.config.v_detector["seed"]) == (2, 5)
     own = gate.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in control.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("groups", "kind"),
+    [("V rest", "V"), ("L rest", "L"), ("V L rest", "V"), ("V L rest", "L")],
+)
+def test_random_tokens_take_the_place_of_every_group_of_a_gate(planted, trace, groups, kind):
+    """Seen on a gate that masks one group and leaves the others as they are."""
+    lvlm, _ = planted
+    names = tuple(groups.split())
+    low = detectors.SinkDimensions((41, 101), 3.0) if "L" in names else None
+    high = detectors.Norm(94.0) if "V" in names else detectors.NoSinks()
+    gate = ss.LSG.for_model(
+        lvlm, 3, groups=names, v_detector=high, l_detector=low, scale=len(names) - 1
+    )
+    with torch.no_grad():
+        gate.outer.weight.zero_()
+        gate.outer.bias.copy_(torch.tensor([-200.0 if name == kind else 0.0 for name in names]))
+    masked, logits = [], []
+    for seed in range(4):
+        control = baselines.random_tokens([gate], count=6, seed=seed)
+        for one in (gate, *control):
+            run = lvlm.run(trace.sample, [], [one])
+            masked.append(run.effects[one].tokens[:, 0].tolist())
+            logits.append(run.logits)
+    own, drawn = masked[::2], masked[1::2]
+    assert own == [[1, 1]] * 4
+    if len(names) == 2 or kind == "V":
+        assert drawn == [[6, 6]] * 4
+    else:  # V wins where both rules take a token
+        (control,) = baselines.random_tokens([gate], count=6)
+        assert control.config.v_detector["seed"] != control.config.l_detector["seed"]
+        assert all(4 <= n <= 6 for row in drawn for n in row)
+    assert all(not torch.equal(a, logits[0]) for a in logits[1::2])
+    assert all(not torch.equal(a, b) for a, b in pairwise(logits[1::2])), "another seed"
 
 
 def test_nothing_found_is_nothing_touched(planted):

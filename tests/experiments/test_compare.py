@@ -13,7 +13,7 @@ from sinkscope import baselines, detectors
 from sinkscope.experiments import Comparison, EditSinks, Item, cluster_bootstrap, per_seed
 from sinkscope.experiments.answering import answer_batch, score_options
 from sinkscope.experiments.items import as_items
-from sinkscope.testing import plant, random_image
+from sinkscope.testing import plant, random_image, tiny_llava
 
 
 def test_bootstrap_resamples_clusters_not_questions():
@@ -178,7 +178,7 @@ def test_conditions_are_answered_on_the_same_questions(planted):
     sample = lvlm.prepare(images=one["image"], text=one["question"])
     length = len(lvlm.tokenizer("red", add_special_tokens=False)["input_ids"])
     alone = lvlm.generate(sample, max_new_tokens=length).text[0]
-    assert by.loc[0, "base"].startswith(alone)
+    assert by.loc[0, "base"] == alone
     summary = got.summary(draws=50)
     assert set(summary["task"]) == {"count", "colour", "all"}
 
@@ -198,10 +198,120 @@ def test_gates_are_conditions(planted):
         assert lines[item, "seeds", 0] == lines[item, "lsg", 0]
         pair = [r for r in data if r["image_id"] == data[item]["image_id"]]
         sample = lvlm.prepare(images=[r["image"] for r in pair], text=[r["question"] for r in pair])
-        lengths = lvlm.tokenizer([r["answer"] for r in pair], add_special_tokens=False)
-        length = max(len(ids) for ids in lengths["input_ids"])
-        alone = lvlm.generate(sample, [], [one, two], max_new_tokens=length).text
+        own = lvlm.tokenizer(data[item]["answer"], add_special_tokens=False)["input_ids"]
+        alone = lvlm.generate(sample, [], [one, two], max_new_tokens=len(own)).text
         assert lines[item, "stack", 0] == alone[item % 2]
+
+
+def greedy(lvlm, image, question, size):
+    """The first tokens of the answer, one forward pass of plain transformers each, as text."""
+    sample = lvlm.prepare(images=image, text=question)
+    whole, prompt = dict(sample.inputs), sample.inputs["input_ids"].shape[1]
+    for _ in range(size):
+        with torch.no_grad():
+            best = lvlm.module(**whole).logits[:, -1].argmax(-1, keepdim=True)
+        whole["input_ids"] = torch.cat([whole["input_ids"], best], dim=1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    return lvlm.tokenizer.decode(whole["input_ids"][0, prompt:])
+
+
+@pytest.fixture(scope="module")
+def wordy():
+    """A model whose random answers are text: its tokens can be made of what it says."""
+    return ss.LVLM(*tiny_llava())
+
+
+def size_of(lvlm, text):
+    return len(lvlm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def unequal(lvlm):
+    """Questions about one image whose right answers have 1 to 5 tokens; every other is given."""
+    image = random_image(64, 64, 0)
+    out = []
+    for size, question in enumerate(("is it", "how many", "what is it", "where", "why"), start=1):
+        answer = "~" * size if size % 2 == 0 else greedy(lvlm, image, question, size)
+        assert size_of(lvlm, answer) == size
+        out.append({"image": image, "question": question, "answer": answer, "image_id": 0})
+    return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_an_answer_does_not_depend_on_its_batch(wordy, batch):
+    """Each is as long as its own right answer, and what would follow does not make it wrong."""
+    lvlm = wordy
+    data = unequal(lvlm)
+    late = ss.ScaleAttention("image", 0.5, steps="decode", allow_noop=True)
+    got = ss.compare(lvlm, data, {"base": [], "late": [late]}, batch=batch).table
+    base = got[got["condition"] == "base"].set_index("item")
+    assert base["correct"].tolist() == [True, False, True, False, True]
+    for item, record in enumerate(data):
+        own = greedy(lvlm, record["image"], record["question"], size_of(lvlm, record["answer"]))
+        assert base["given"][item] == own
+    swept = ss.sweep(lvlm, data, [1], [(0.5, 0.5)], v_detector=detectors.NoSinks(), score="exact")
+    assert (swept.table["base_score"] == base["correct"].astype(float)).all()
+    touched = got[got["condition"] == "late"]["touched"].tolist()
+    assert touched == [False, True, True, True, True], "an answer of one token has no decode step"
+
+
+def test_longer_options_elsewhere_in_the_batch_touch_nothing(planted):
+    lvlm, _ = planted
+    data = [
+        {**dataset(1)[0], "answer": options[0], "choices": options}
+        for options in (("a", "b"), ("aa", "bb"))
+    ]
+    late = ss.ScaleAttention("image", 0.5, steps="decode", allow_noop=True)
+    for batch in (1, 2):
+        got = ss.compare(lvlm, data, {"base": [], "late": [late]}, batch=batch).table
+        assert got[got["condition"] == "late"]["touched"].tolist() == [False, True]
+
+
+def test_an_answer_counts_after_stripping_and_lower_case(wordy):
+    lvlm = wordy
+    said = {(0, "is it"): " are", (1, "what colour is it"): "Q"}
+    cases = {" are": (" are", "are"), "Q": ("Q", "q"), "wrong": ("i", "The")}
+    for (seed, question), text in said.items():
+        image = random_image(64, 64, seed)
+        assert greedy(lvlm, image, question, 1) == text
+        for kind, answers in cases.items():
+            data = [{"image": image, "question": question, "answer": answer} for answer in answers]
+            got = ss.compare(lvlm, data, {"base": []}).table
+            assert got["correct"].tolist() == [kind == text] * 2
+
+
+def test_equal_tokens_are_right_whatever_they_look_like():
+    """The end of an answer is a token with no text: who asks for it gets what `exact` says."""
+    lvlm = ss.load_bundled()
+    data = [{**q, "answer": q["answer"] + "</s>"} for q in ss.bundled.scene_questions(1, 4)]
+    assert size_of(lvlm, data[0]["answer"]) == 2
+    got = ss.compare(lvlm, data, {"base": []}).table["correct"].tolist()
+    swept = ss.sweep(lvlm, data, [0], [(0.5, 0.5)], v_detector=detectors.NoSinks(), score="exact")
+    assert got == swept.table["base_score"].astype(bool).tolist()
+    assert any(got)
+
+
+def test_options_are_told_apart_by_case(planted):
+    """The answer is one of the options, so nothing is folded."""
+    lvlm, _ = planted
+    record = dataset(1)[0]
+    options = ("us", "US")
+    right = [
+        ss.compare(lvlm, [{**record, "answer": a, "choices": options}], {"base": []}).table
+        for a in options
+    ]
+    assert sum(bool(table["correct"][0]) for table in right) == 1
+
+
+def test_questions_without_a_task_are_one_group(planted):
+    """And a table that counted some of them twice is refused, as in `sweep`."""
+    lvlm, _ = planted
+    data = [{k: v for k, v in record.items() if k != "task"} for record in dataset(2)]
+    got = ss.compare(lvlm, data, {"base": [], "again": []})
+    summary = got.summary(draws=20)
+    assert summary["task"].tolist() == ["all", "all"]
+    assert summary["n"].tolist() == [4, 4]
+    with pytest.raises(ss.SinkscopeError, match="no task 'all' beside others"):
+        ss.compare(lvlm, [*data, *dataset(2)], {"base": []})
 
 
 class Counting:
