@@ -1,43 +1,44 @@
 """What masking the bundled model's sinks, and as many random tokens, does to its answers.
 
     python scripts/bundled_effects.py --images 100 --per-image 8
+    python scripts/bundled_effects.py --table-only
 
 Detectors are calibrated on validation scenes; answers are scored on test scenes. Writes a JSON with
-every number and a Markdown table, which the documentation includes.
+every number and a Markdown table, which the documentation includes; with --table-only the table alone,
+from the numbers that are stored.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import pandas as pd
+
 import sinkscope as ss
 from sinkscope.bundled import VALIDATION_SEEDS, scene_questions
 from sinkscope.experiments import effect_table
 from sinkscope.experiments.effects import BASE
 from sinkscope.viz import effects_text
+from sinkscope.viz.comparison import comparison_markdown
 
 OUT = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def markdown(summary, found):
-    """The table, one line per task and condition; conditions that touched no row say none found."""
-    lines = [
-        "| task | condition | n | images | accuracy | 95 % | change | 95 % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in summary.itertuples():
-        cells = ["none found", "", "", ""]
-        if row.condition == BASE or row.touched > 0:
-            cells = [
-                f"{row.accuracy:.3f}",
-                f"{row.low:.3f} to {row.high:.3f}",
-                f"{row.delta:+.3f}",
-                f"{row.delta_low:+.3f} to {row.delta_high:+.3f}",
-            ]
-        lines.append(
-            f"| {row.task} | {row.condition} | {row.n} | {row.images} | {' | '.join(cells)} |"
-        )
-    return "\n".join([found, "", *lines, ""])
+    """What was found, the conditions that touched no row in one sentence, and the others as a table."""
+    reached = summary.groupby("condition", sort=False)["touched"].max()
+    idle = [name for name, touched in reached.items() if name != BASE and not touched > 0]
+    shown = summary.loc[~summary["condition"].isin(idle)]
+    lines = [found, ""]
+    if idle:
+        real = [name for name in idle if "random" not in name]
+        lines += [
+            f"None found: {len(idle)} of {len(reached) - 1} conditions had no token to edit in any row, so their "
+            f"answers are those of the base and the table leaves them out. They are {', '.join(real)}, and "
+            "for each of these the same edit of as many random tokens.",
+            "",
+        ]
+    return "\n".join([*lines, comparison_markdown(shown, base=BASE)])
 
 
 def main():
@@ -47,7 +48,13 @@ def main():
     parser.add_argument("--per-image", type=int, default=8, help="questions about each")
     parser.add_argument("--top", type=int, default=4, help="attended image tokens to mask")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing")
     args = parser.parse_args()
+    if args.table_only:
+        body = json.loads((args.out / "bundled_effects.json").read_text())
+        text = markdown(pd.DataFrame(body["rows"]), body["found"])
+        (args.out / "bundled_effects.md").write_text(text)
+        return
     lvlm = ss.load_bundled()
     held = scene_questions(8, 1, seeds=VALIDATION_SEEDS)
     samples = [lvlm.prepare(images=q["image"], text=q["question"]) for q in held]

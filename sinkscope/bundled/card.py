@@ -166,15 +166,21 @@ def _layer_table(layers: Sequence[Layer], first: str) -> str:
     ]
     for row in layers:
         lines.append(
-            f"| {row['layer']} | {row['token']}, {row['token_share']:.0%} "
+            f"| {row['layer']} | {_written(row['token'])}, {row['token_share']:.0%} "
             f"| {row['received']:.3f} ({row['null']:.3f}) | {row['head_received']:.3f} "
             f"| {row['image_received']:.3f} ({row['image_null']:.3f}) "
             f"| {row['on_shape']:.0%} ({row['on_shape_null']:.0%}) "
             f"| {row['first']:.3f} ({row['first_null']:.3f}) "
-            f"| {row['spike']:.1f} / {row['spike_ratio']:.0f} at {row['spike_token']} "
-            f"| {row['norm_ratio']:.1f} at {row['norm_token']} |"
+            f"| {row['spike']:.1f} / {row['spike_ratio']:.0f} at {_written(row['spike_token'])} "
+            f"| {row['norm_ratio']:.1f} at {_written(row['norm_token'])} |"
         )
     return "\n".join(lines)
+
+
+def _written(token: str) -> str:
+    """A token and its place; words as code, because a page reads ``<s>`` as a mark of its own."""
+    word, _, place = token.rpartition(" ")
+    return f"`{word}` {place}" if place.startswith("(") else token
 
 
 def _verdict(vision: Sequence[Layer], language: Sequence[Layer]) -> str:
@@ -196,7 +202,7 @@ def _tower_verdict(name: str, layers: Sequence[Layer]) -> str:
         f"least {RECEIVED_EPS:.0%} of its attention (Gu et al., 2025): {_listed(heads)}. Layers with "
         f"massive activations, above {MASSIVE_ABSOLUTE:.0f} and {MASSIVE_RATIO:.0f} times the median "
         f"(Sun et al., 2024): {_listed(massive)}. What there is: in layer {peak['layer']} the most "
-        f"attended token, most often {peak['token']}, receives {peak['received']:.3f} over all heads, "
+        f"attended token, most often {_written(peak['token'])}, receives {peak['received']:.3f} over all heads, "
         f"{peak['received'] / peak['null']:.1f} times its null."
     )
 

@@ -81,3 +81,9 @@ def test_the_card_prints_the_stored_numbers() -> None:
     for tower in ("vision", "language"):
         for row in measured[tower]:
             assert f"| {row['received']:.3f} ({row['null']:.3f}) |" in card
+
+
+def test_a_page_does_not_read_words_of_the_card_as_html() -> None:
+    card = (bundled_path() / "README.md").read_text()
+    assert "`<s>` (0)" in card
+    assert "<" not in "".join(card.split("`")[::2])  # outside code
