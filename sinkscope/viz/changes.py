@@ -26,7 +26,11 @@ WIDTH = 110
 
 
 def effects_text(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+    summary: pd.DataFrame,
+    *,
+    tasks: Sequence[str] | None = None,
+    base: str | None = None,
+    width: int = WIDTH,
 ) -> str:
     """The same as `plot_effects`, as a table for a terminal.
 
@@ -34,6 +38,7 @@ def effects_text(
         summary: Of ``Comparison.summary()``.
         tasks: Which tasks to show, in this order; None for all.
         base: The condition that the others are compared with; None for the first.
+        width: The most characters of a line; a table is cut into several where it is wider.
 
     Returns:
         Several lines: the accuracy of the base, the change in percentage points with its interval,
@@ -45,8 +50,8 @@ def effects_text(
     """
     table = effects_frame(summary, tasks=tasks, base=base)
     lines = [list(table.columns), *table.to_numpy().tolist()]
-    out = [aligned(part) for part in _blocks(lines)]
-    out += [textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in table.attrs["notes"]]
+    out = [aligned(part) for part in _blocks(lines, width)]
+    out += [textwrap.fill(note, width, break_on_hyphens=False) for note in table.attrs["notes"]]
     return "\n\n".join(out)
 
 
@@ -115,8 +120,11 @@ def note_on(summary: pd.DataFrame, base: str, tasks: Sequence[str], mark: str) -
             "exclude zero by chance alone."
         )
     if any(unchanged(line) for line in lines.to_dict("records")):
-        who = "no answer turned" if "changed" in summary else "in no image did the answers turn"
-        out += f'"{UNCHANGED}": {who} right or wrong, which is no proof of no effect. '
+        known = "changed" in summary
+        what = (
+            "no answer turned right or wrong" if known else "no image was answered better or worse"
+        )
+        out += f'"{UNCHANGED}": {what}, which is no proof of no effect. '
     return out + end
 
 
@@ -203,12 +211,12 @@ def _shown(many: int) -> str:
     return "1 change is shown" if many == 1 else f"{many} changes are shown"
 
 
-def _blocks(lines: list[list[str]]) -> list[list[list[str]]]:
+def _blocks(lines: list[list[str]], width: int) -> list[list[list[str]]]:
     """The columns cut into tables that fit into a line, each with the first column."""
     widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
     parts, used = [[0]], widths[0]
     for i in range(1, len(widths)):
-        if used + widths[i] > WIDTH and len(parts[-1]) > 1:
+        if used + widths[i] - 2 > width and len(parts[-1]) > 1:
             parts.append([0])
             used = widths[0]
         parts[-1].append(i)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.viz.changes import change_text, check_summary, note_on
+from sinkscope.viz.changes import NONE, change_text, check_summary, note_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,10 @@ def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[l
         [name, *(change_text(cells.get((task, name)), 1, strong) for task in shown)]
         for name in others
     ]
-    return [head, level, *rest], note_on(summary, first, shown, "Bold")
+    note = note_on(summary, first, shown, "Bold")
+    if any(NONE in line for line in rest):
+        note += f' "{NONE}": there was no such token, so nothing was edited.'
+    return [head, level, *rest], note
 
 
 def _accuracy(line: Any) -> str:

@@ -156,6 +156,13 @@ def test_text_of_many_tasks_is_cut_into_blocks() -> None:
     assert all(task in text for task in tasks)
 
 
+def test_lines_are_as_short_as_asked() -> None:
+    made = comparison(tasks=("count", "colour", "shape"))
+    text = effects_text(made.summary(draws=50), width=70)
+    assert max(len(line) for line in text.splitlines()) <= 70
+    assert text.count("\nbase") == 2
+
+
 def test_a_task_without_such_tokens_says_so() -> None:
     made = comparison()
     table = made.table
@@ -279,8 +286,9 @@ def test_answers_that_did_not_change_have_no_interval_of_no_width() -> None:
     strokes = [li for li in figure.axes[0].lines if li.get_marker() == "|"]
     assert [li.get_ydata()[0] for li in strokes] == [1]
     assert "no answer changed" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert '"none found": there was no such token, so nothing was edited.' in page
     old = summary.drop(columns="changed")
-    assert "in no image did the answers turn" in effects_text(old).replace("\n", " ")
+    assert "no image was answered better or worse" in effects_text(old).replace("\n", " ")
 
 
 def test_answers_that_cancel_are_not_called_unchanged() -> None:
