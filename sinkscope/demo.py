@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 CALIBRATION_SCENES = 6
 EFFECT_QUESTIONS = 6
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
-PLANTED = (
-    "What was planted: patches counted by rows, and (row,column), the cell of the table of sinks"
-)
+PLANTED = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
 
 
 def choose_questions(scene: Scene, count: int) -> list[Question]:

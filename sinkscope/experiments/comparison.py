@@ -47,8 +47,8 @@ class Comparison:
         As many intervals are looked at, uncorrected: of 20 that cover 95 %, one excludes zero by
         chance. ``summary(level=1 - 0.05 / comparison.comparisons)`` is Bonferroni's correction.
         """
-        touched = self._by_task().groupby(["task", "condition"], sort=False)["touched"].mean()
-        return count_comparisons(touched.reset_index(), self.base)
+        groups = self._by_task().groupby(["task", "condition"], sort=False, as_index=False)
+        return count_comparisons(groups.agg({"touched": "mean"}), self.base)
 
     def summary(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
@@ -149,8 +149,11 @@ def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | N
         base: The condition that the others are compared with.
         tasks: The tasks that are shown; None for all.
     """
-    shown = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
-    return int((shown["task"].isin(tasks) if tasks is not None else shown["task"].notna()).sum())
+    lines = zip(summary["task"], summary["condition"], summary["touched"], strict=True)
+    return sum(
+        condition != base and touched > 0 and (tasks is None or task in tasks)
+        for task, condition, touched in lines
+    )
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def note_on(summary: pd.DataFrame, base: str, tasks: Sequence[str], mark: str) -
     """
     level = summary.attrs.get("level", 0.95)
     many = count_comparisons(summary, base, tasks)
-    lines = summary[summary["task"].isin(tasks) & (summary["condition"] != base)]
-    if bool(lines["delta_low"].isna().all()):
+    records = summary.to_dict("records")
+    lines = [r for r in records if r["task"] in tasks and r["condition"] != base]
+    if all(line["delta_low"] != line["delta_low"] for line in lines):
         out = "Changes in percentage points, without intervals, which need more than one image. "
         end = f"{_shown(many)}."
     else:
@@ -119,7 +120,7 @@ def note_on(summary: pd.DataFrame, base: str, tasks: Sequence[str], mark: str) -
             f"{_shown(many)}, none corrected for their number: about {about} such intervals "
             "exclude zero by chance alone."
         )
-    if any(unchanged(line) for line in lines.to_dict("records")):
+    if any(unchanged(line) for line in lines):
         known = "changed" in summary
         what = (
             "no answer turned right or wrong" if known else "no image was answered better or worse"

@@ -185,8 +185,8 @@ def _reach(summary: pd.DataFrame, shown: list[str]) -> float:
 
 
 def _any_unchanged(summary: pd.DataFrame, shown: list[str], others: list[str]) -> bool:
-    own = summary[summary["task"].isin(shown) & summary["condition"].isin(others)]
-    return any(unchanged(line) for line in own.to_dict("records"))
+    own = (r for r in summary.to_dict("records") if r["task"] in shown)
+    return any(unchanged(line) for line in own if line["condition"] in others)
 
 
 def _legend(figure: Figure, others: list[str], across: int, same: bool) -> None:

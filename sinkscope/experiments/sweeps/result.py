@@ -253,10 +253,12 @@ class Sweep:
         return named.get(self.score, self.score_name)
 
     def __repr__(self) -> str:
-        once = self.table.nunique()
+        items, images, layers = (
+            self.table[name].nunique() for name in ("item", "image_id", "layer")
+        )
         return (
-            f"Sweep({counted(once['item'], 'question')}, {counted(once['image_id'], 'image')}, "
-            f"{counted(once['layer'], 'layer')} x {counted(len(self.pairs), 'pair')}, "
+            f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
+            f"{counted(layers, 'layer')} x {counted(len(self.pairs), 'pair')}, "
             f"score={self.score!r})"
         )
 
