@@ -1,6 +1,7 @@
 """Prior methods and Layer-wise Sink Gating on the bundled model, on held-out questions.
 
     python benchmarks/bundled_comparison.py
+    python benchmarks/bundled_comparison.py --render     # tables and figures again, from the JSON
 
 Gates and LoRA are trained on training scenes, with three seeds each; layers, pairs of coefficients and
 stacks are chosen on validation scenes; everything is scored on test scenes. Once on scenes as the
@@ -278,7 +279,9 @@ def save(out, kind, got, chosen, args):
     path = out / "bundled_comparison.json"
     body = json.loads(path.read_text()) if path.is_file() else {}
     body[kind] = {
-        "settings": {name: str(value) for name, value in vars(args).items() if name != "out"},
+        "settings": {
+            name: str(value) for name, value in vars(args).items() if name not in ("out", "render")
+        },
         "chosen": chosen,
         "rows": json.loads(got.summary().to_json(orient="records")),
         "seconds": round(time.monotonic() - START),
@@ -310,7 +313,11 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
+    parser.add_argument("--render", action="store_true", help="draw what is there, measure nothing")
     args = parser.parse_args()
+    if args.render:
+        render(args.out, json.loads((args.out / "bundled_comparison.json").read_text()))
+        return
     lvlm = ss.load_bundled()
     args.out.mkdir(parents=True, exist_ok=True)
     for kind in args.scenes:

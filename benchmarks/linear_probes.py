@@ -1,6 +1,7 @@
 """What the bundled model's states say about the scene, by layer and token group.
 
     python benchmarks/linear_probes.py --images 600
+    python benchmarks/linear_probes.py --render     # the figure again, from the CSV
 
 Scenes are test scenes, which the model has never seen; detectors are calibrated on validation scenes.
 Writes a CSV with every number, a Markdown table and the figure, which the documentation includes.
@@ -12,12 +13,14 @@ import platform
 import time
 from pathlib import Path
 
+import pandas as pd
 import sklearn
 import torch
 
 import sinkscope as ss
 from sinkscope.bundled import VALIDATION_SEEDS, scene_attributes
 from sinkscope.experiments import top_received
+from sinkscope.viz import plot_probes
 
 OUT = Path(__file__).parent / "results"
 NAME = "linear_probes"
@@ -81,12 +84,22 @@ def markdown(summary, differences, conditions):
     return "\n".join(lines) + "\n"
 
 
+def render(out):
+    """The figure of the numbers in the CSV."""
+    table = pd.read_csv(out / f"{NAME}.csv").fillna({"note": ""})
+    plot_probes(table).savefig(out / f"{NAME}.png", dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=600, help="test scenes")
     parser.add_argument("--permutations", type=int, default=20, help="shuffles for the null")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
+    parser.add_argument("--render", action="store_true", help="draw what is there, measure nothing")
     args = parser.parse_args()
+    if args.render:
+        render(args.out)
+        return
     lvlm = ss.load_bundled()
     held = scene_attributes(8, seeds=VALIDATION_SEEDS)
     samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in held]
@@ -129,7 +142,7 @@ def main():
     result.table.round(6).to_csv(args.out / f"{NAME}.csv", index=False)
     body = {"conditions": conditions, "not converged": int((~result.table["converged"]).sum())}
     (args.out / f"{NAME}.json").write_text(json.dumps(body, indent=1) + "\n")
-    result.plot().savefig(args.out / f"{NAME}.png", dpi=110)
+    render(args.out)
 
 
 if __name__ == "__main__":

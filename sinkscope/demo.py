@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CALIBRATION_SCENES = 6
 EFFECT_QUESTIONS = 6
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
+PLANTED = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
 
 
 def choose_questions(scene: Scene, count: int) -> list[Question]:
@@ -105,18 +106,18 @@ def effects_of(lvlm: LVLM, calibration: Calibration, scenes: int) -> tuple[str, 
     """Base, masked sinks, scaled sinks and random tokens, on global and local questions.
 
     Returns:
-        The table for the terminal, and its numbers.
+        The table for the terminal, and its cells for the page.
     """
     from sinkscope.bundled import scene_questions
     from sinkscope.experiments.effects import effect_table
-    from sinkscope.viz import effects_text
+    from sinkscope.viz.changes import effects_frame, effects_text
 
     asked = [{**q, "task": q["scope"]} for q in scene_questions(scenes, EFFECT_QUESTIONS)]
     result = effect_table(
         lvlm, asked, v_detector=calibration.v_detector, l_detector=calibration.l_detector
     )
     summary = result.summary()
-    return effects_text(summary), summary.round(3)
+    return effects_text(summary), effects_frame(summary)
 
 
 def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
@@ -124,29 +125,30 @@ def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
     import pandas as pd
 
     columns = int(trace.sample.tokens.column.max()) + 1
+
+    def named(patches: Iterable[int]) -> str:
+        parts = [f"{patch} ({patch // columns},{patch % columns})" for patch in sorted(patches)]
+        return ", ".join(parts) or "none"
+
     lines = []
     for kind, planted in (("V", truth.v_sinks), ("L", truth.l_sinks)):
         found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
         lines.append(
             {
                 "kind": f"{kind}-sinks",
-                "planted": _patches(planted),
-                "found": _patches(found & set(planted)),
-                "missed": _patches(set(planted) - found),
-                "wrong": _patches(found - set(planted)),
+                "planted": named(planted),
+                "found": named(found & set(planted)),
+                "missed": named(set(planted) - found),
+                "wrong": named(found - set(planted)),
             }
         )
-    return {"What was planted, as patches counted by rows": pd.DataFrame(lines)}
+    return {PLANTED: pd.DataFrame(lines)}
 
 
 def describe(scene: Scene) -> str:
     """One line about a scene."""
     shapes = "1 shape" if scene.count == 1 else f"{scene.count} shapes"
     return f"Scene {scene.seed}: {shapes} on a {scene.background} background."
-
-
-def _patches(patches: Iterable[int]) -> str:
-    return ", ".join(str(p) for p in sorted(patches)) or "none"
 
 
 def as_text(table: DataFrame) -> str:

@@ -128,6 +128,19 @@ def test_the_demo_on_planted_sinks_finds_them(tmp_path, capsys) -> None:
     for _, planted_there, found, missed, wrong in rows:
         assert found == planted_there != "none"
         assert missed == wrong == "none"
+    named = set(re.findall(r"\d+ \((\d+,\d+)\)", " ".join(row[2] for row in rows)))
+    cells = set(re.findall(r"^[VL] +\d+ image 0 +(\d+,\d+) ", out, re.MULTILINE))
+    assert named == cells != set()
+
+
+def test_effects_in_the_demo_are_the_same_on_the_page(tmp_path, capsys) -> None:
+    assert main(["demo", "--effects", "2", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for text in (out, page):
+        assert "none found, so nothing was edited: mask V-sinks, halve V-sinks" in text
+        assert "12 changes are shown" in text
+        assert "seed_sd" not in text
 
 
 def test_doctor_prints_the_report(planted, capsys) -> None:

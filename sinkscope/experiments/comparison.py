@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,12 +42,13 @@ class Comparison:
 
     @property
     def comparisons(self) -> int:
-        """How many differences to the base `summary` reports: conditions times tasks.
+        """How many differences to the base `summary` reports (see `count_comparisons`).
 
         As many intervals are looked at, uncorrected: of 20 that cover 95 %, one excludes zero by
         chance. ``summary(level=1 - 0.05 / comparison.comparisons)`` is Bonferroni's correction.
         """
-        return len(self.conditions) * len(self.tasks)
+        groups = self._by_task().groupby(["task", "condition"], sort=False, as_index=False)
+        return count_comparisons(groups.agg({"touched": "mean"}), self.base)
 
     def summary(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
@@ -65,16 +67,13 @@ class Comparison:
 
         Returns:
             Columns task, condition, n, images, seeds, touched, accuracy, low, high, delta,
-            delta_low, delta_high, seed_sd (standard deviation of the accuracy over seeds; NaN for
-            one). Task ``"all"`` holds every question. ``attrs["comparisons"]`` is how many
-            differences it holds.
+            delta_low, delta_high, changed (the share of answers that turned right or wrong),
+            seed_sd (standard deviation of the accuracy over seeds; NaN for one). Task ``"all"``
+            holds every question. ``attrs["comparisons"]`` is how many differences it holds.
         """
         import pandas as pd
 
-        table = self.table if "seed" in self.table else self.table.assign(seed=0)
-        wide = table.assign(task=ALL)
-        several = [t for t in self.tasks if t != ALL]
-        whole = pd.concat([table, wide], ignore_index=True) if len(several) > 1 else wide
+        whole = self._by_task()
         options = {"level": level, "draws": draws, "seed": seed}
         lines = []
         for names, group in whole.groupby(["task", "condition"], sort=False):
@@ -85,7 +84,7 @@ class Comparison:
             of_base = whole.loc[(whole["task"] == task) & (whole["condition"] == self.base)]
             lines.append({"task": task, "condition": condition, **_line(part, of_base, options)})
         out = pd.DataFrame(lines)
-        out.attrs["comparisons"] = self.comparisons
+        out.attrs["comparisons"] = count_comparisons(out, self.base)
         out.attrs["level"] = level
         return out
 
@@ -128,6 +127,34 @@ class Comparison:
 
         return plot_effects(self.summary(level=level, draws=draws, seed=seed), base=self.base)
 
+    def _by_task(self) -> pd.DataFrame:
+        """The table once per task, and once more as ``"all"`` if there are several tasks."""
+        import pandas as pd
+
+        table = self.table if "seed" in self.table else self.table.assign(seed=0)
+        wide = table.assign(task=ALL)
+        several = [t for t in self.tasks if t != ALL]
+        return pd.concat([table, wide], ignore_index=True) if len(several) > 1 else wide
+
+
+def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
+    """How many differences to the base a summary reports.
+
+    A condition counts once for every task in which it touched a row. Where it found nothing to edit
+    there is no difference and no interval, and nothing to correct for.
+
+    Args:
+        summary: Of ``Comparison.summary()``, or any table with its columns task, condition and
+            touched.
+        base: The condition that the others are compared with.
+        tasks: The tasks that are shown; None for all.
+    """
+    lines = zip(summary["task"], summary["condition"], summary["touched"], strict=True)
+    return sum(
+        condition != base and touched > 0 and (tasks is None or task in tasks)
+        for task, condition, touched in lines
+    )
+
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
     """The numbers of one task and condition."""
@@ -144,5 +171,6 @@ def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) ->
         "touched": part["touched"].mean() if len(part) else 0.0,
         **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
         **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
+        "changed": float((change.dropna() != 0).mean()) if len(change) else 0.0,
         "seed_sd": right.groupby(paired["seed"]).mean().std(),
     }

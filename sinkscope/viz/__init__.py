@@ -4,7 +4,8 @@ Every ``plot_...`` function returns its matplotlib figure, shows nothing by itse
 axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())`` are the short ways in.
 """
 
-from sinkscope.viz.effects import effects_text, plot_control, plot_effects
+from sinkscope.viz.changes import effects_text
+from sinkscope.viz.effects import plot_control, plot_effects
 from sinkscope.viz.html import trace_html
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.viz.effects import NONE, check_summary, resampled
+from sinkscope.viz.changes import NONE, change_text, check_summary, note_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,10 +26,10 @@ def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> st
     Raises:
         InputError: If the table is not such a summary.
     """
-    lines = _cells(summary, base, "**{}**")
+    lines, note = _cells(summary, base, "**{}**")
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     rule = f"|{'---|' * len(lines[0])}"
-    return "\n".join([head, rule, *body, "", note_on(summary), ""])
+    return "\n".join([head, rule, *body, "", note, ""])
 
 
 def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
@@ -45,53 +45,37 @@ def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
     Raises:
         InputError: If the table is not such a summary.
     """
-    lines = [[_escaped(cell) for cell in line] for line in _cells(summary, base, "<<{}>>")]
+    cells, note = _cells(summary, base, "<<{}>>")
+    lines = [[_escaped(cell) for cell in line] for line in cells]
     rows = [" & ".join(line).replace("<<", r"\textbf{").replace(">>", "}") for line in lines]
     rows = [rf"{row} \\" for row in rows]
     body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
     columns = "l" + "r" * (len(lines[0]) - 1)
-    out = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", f"% {note_on(summary)}"]
+    out = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", f"% {note}"]
     return "\n".join([*out, ""])
 
 
-def note_on(summary: pd.DataFrame) -> str:
-    """What a reader of the table must know, in one line."""
-    level = summary.attrs.get("level", 0.95)
-    many = summary.attrs.get("comparisons") or len(summary) - summary["task"].nunique()
-    return (
-        f"Changes in percentage points, with {100 * level:g} % intervals that resample {resampled(summary)}. "
-        f"{many} changes are shown and none is corrected for that: about {many * (1 - level):.1g} "
-        "such intervals exclude zero by chance alone."
-    )
-
-
-def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> list[list[str]]:
-    """The table as texts, its head first."""
+def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
+    """The table as texts, its head first, and the note under it."""
     shown, first, others = check_summary(summary, None, base)
     cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
     head = ["condition", *(f"{task} (n = {cells[task, first]['n']})" for task in shown)]
     level = [first, *(_accuracy(cells[task, first]) for task in shown)]
     rest = [
-        [name, *(_change(cells.get((task, name)), strong) for task in shown)] for name in others
+        [name, *(change_text(cells.get((task, name)), 1, strong) for task in shown)]
+        for name in others
     ]
-    return [head, level, *rest]
+    note = note_on(summary, first, shown, "Bold")
+    if any(NONE in line for line in rest):
+        note += f' "{NONE}": there was no such token, so nothing was edited.'
+    return [head, level, *rest], note
 
 
 def _accuracy(line: Any) -> str:
-    return f"{100 * line['accuracy']:.1f}{_between(line['low'], line['high'], '.1f')}"
-
-
-def _change(line: Any, strong: str) -> str:
-    if line is None or not line["touched"] > 0:
-        return NONE
-    text = f"{100 * line['delta']:+.1f}{_between(line['delta_low'], line['delta_high'], '+.1f')}"
-    clear = line["delta_low"] > 0 or line["delta_high"] < 0
-    return strong.format(text) if clear else text
-
-
-def _between(low: float, high: float, form: str) -> str:
-    """An interval in percentage points; nothing if there is none."""
-    return "" if low != low or high != high else f" [{100 * low:{form}}, {100 * high:{form}}]"
+    """In percent, with its interval if there is one."""
+    low, high = line["low"], line["high"]
+    between = "" if low != low or high != high else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * line['accuracy']:.1f}{between}"
 
 
 def _escaped(text: str) -> str:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sinkscope.errors import InputError, SelectionError
+from sinkscope.errors import SelectionError
+from sinkscope.experiments.comparison import count_comparisons
+from sinkscope.viz.changes import (
+    NONE,
+    check_summary,
+    clear,
+    found,
+    found_in_any,
+    resampled,
+    unchanged,
+)
 from sinkscope.viz.style import (
     LABEL,
     QUIET,
@@ -22,7 +32,6 @@ from sinkscope.viz.style import (
     new_axes,
     new_figure,
 )
-from sinkscope.viz.words import aligned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,16 +40,12 @@ if TYPE_CHECKING:
 
     from sinkscope.interventions.controls import ControlResult
 
-COLUMNS = frozenset(
-    {"task", "condition", "n", "accuracy", "delta", "delta_low", "delta_high", "touched"}
-)
-NONE = "none found"
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]
 """The edit, and other tokens edited in the same way."""
+SAME = "|"
+"""Where no answer changed: a point with an interval of no width would look like certainty."""
 ACROSS = 6
 """Tasks side by side."""
-WIDTH = 110
-"""Characters of a line in a terminal."""
 NAME = 34
 """Characters of a line of a condition's name in the figure."""
 
@@ -50,10 +55,10 @@ def plot_effects(
 ) -> Figure:
     """The change of accuracy under every condition, task by task, with intervals.
 
-    A filled point has an interval that excludes zero. Conditions whose names say "random" (the
-    controls of `sinkscope.experiments.effect_table`) are squares of another colour. Where no row
-    was touched, because there is no such token, it says "none found"; controls of such conditions
-    are left out.
+    A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
+    right or wrong. Conditions whose names say "random" (the controls of
+    `sinkscope.experiments.effect_table`) are squares of another colour. Where no row was touched,
+    because there is no such token, it says "none found"; controls of such conditions are left out.
 
     Args:
         summary: Of ``Comparison.summary()``.
@@ -70,7 +75,7 @@ def plot_effects(
     shown, base, others = check_summary(summary, tasks, base)
     across = min(ACROSS, len(shown))
     down = -(-len(shown) // across)
-    others = [c for c in others if "random" not in c or _anywhere(summary, shown, c)]
+    others = [c for c in others if "random" not in c or found_in_any(summary, shown, c)]
     width = 3.1 + 1.75 * across
     figure = new_figure((width, down * (1.3 + 0.3 * len(others)) + 1.1))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
@@ -92,11 +97,11 @@ def plot_effects(
     grid[0].set_ylim(len(others) - 0.4, -0.6)
     text = (
         f"Change of accuracy in percentage points, with intervals over {resampled(summary)}. "
-        f"Above each panel: accuracy of “{base}”. None of the {len(shown) * len(others)} intervals "
-        "is corrected for their number."
+        f"Above each panel: accuracy of “{base}”. None of the "
+        f"{count_comparisons(summary, base, shown)} changes is corrected for their number."
     )
     figure.suptitle(textwrap.fill(text, int(11.5 * width)), fontsize=TITLE, x=0.01, ha="left")
-    _legend(figure, others, across)
+    _legend(figure, others, across, _any_unchanged(summary, shown, others))
     return figure
 
 
@@ -141,104 +146,22 @@ def plot_control(
     return figure_of(ax)
 
 
-def effects_text(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
-) -> str:
-    """The same as `plot_effects`, as a table for a terminal.
-
-    Args:
-        summary: Of ``Comparison.summary()``.
-        tasks: Which tasks to show, in this order; None for all.
-        base: The condition that the others are compared with; None for the first.
-
-    Returns:
-        Several lines: the accuracy of the base, the change in percentage points with its interval,
-        a star where the interval excludes zero, and which conditions found nothing to edit.
-
-    Raises:
-        InputError: If the table is not such a summary.
-        SelectionError: If there is no such task or condition.
-    """
-    shown, base, others = check_summary(summary, tasks, base)
-    cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
-    alive = [c for c in others if _anywhere(summary, shown, c)]
-    heads = [f"{task} ({cells[task, base]['n']})" for task in shown]
-    lines = [["accuracy, then changes in points", *heads]]
-    lines.append([base, *(f"{cells[task, base]['accuracy']:.0%}" for task in shown)])
-    lines += [[c, *(_change(cells[task, c]) for task in shown)] for c in alive]
-    out = [aligned(part) for part in _blocks(lines)]
-    missing = [c for c in others if c not in alive]
-    if missing:
-        own = [c for c in missing if "random" not in c] or missing
-        text = f"{NONE}, so nothing was edited: {', '.join(own)}"
-        out.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
-    many = len(shown) * len(others)
-    text = (
-        f"[...]: interval, resampling {resampled(summary)}. *: it excludes zero; {many} are shown, "
-        "uncorrected. In brackets: questions."
-    )
-    out.append(textwrap.fill(text, WIDTH))
-    return "\n\n".join(out)
-
-
-def check_summary(
-    summary: pd.DataFrame, tasks: Sequence[str] | None, base: str | None
-) -> tuple[list[str], str, list[str]]:
-    """The tasks to show, the base and the other conditions, after a look at the table."""
-    missing = COLUMNS - set(getattr(summary, "columns", ()))
-    if missing or not len(summary):
-        raise InputError(
-            f"Got a table that lacks {sorted(missing) or 'lines'}; expected what "
-            "Comparison.summary() returns."
-        )
-    known = list(dict.fromkeys(summary["task"]))
-    conditions: list[str] = list(dict.fromkeys(summary["condition"]))
-    shown = sorted(known, key=lambda task: task != "all") if tasks is None else list(tasks)
-    first = conditions[0] if base is None else base
-    for kind, asked, there in (("task", shown, known), ("base", [first], conditions)):
-        wrong = [name for name in asked if name not in there]
-        if wrong or not asked:
-            raise SelectionError(f"Got {kind} {wrong or asked}; expected some of {there}.")
-    others = [condition for condition in conditions if condition != first]
-    if not others:
-        raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
-    return shown, first, others
-
-
-def resampled(summary: pd.DataFrame) -> str:
-    """What the intervals of a summary resample."""
-    several = "seeds" in summary and bool((summary["seeds"] > 1).any())
-    return "images and seeds" if several else "images"
-
-
-def _found(line: Any) -> bool:
-    return bool(line["touched"] > 0)
-
-
-def _anywhere(summary: pd.DataFrame, shown: list[str], condition: str) -> bool:
-    """Whether a condition touched a row in some of the tasks."""
-    own = summary[(summary["condition"] == condition) & summary["task"].isin(shown)]
-    return bool((own["touched"] > 0).any())
-
-
-def _clear(line: Any) -> bool:
-    """Whether the interval excludes zero."""
-    return bool(line["delta_low"] > 0 or line["delta_high"] < 0)
-
-
 def _draw_task(ax: Axes, lines: pd.DataFrame, others: list[str]) -> None:
     """One point and its interval per condition."""
     ax.axvline(0, color=QUIET, linewidth=1)
     for y, condition in enumerate(others):
         line = lines.loc[condition]
-        if not _found(line):
+        if not found(line):
             ax.text(0, y, f" {NONE} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
                     backgroundcolor="white")  # fmt: skip
             continue
         style = _style(condition)
+        if unchanged(line):
+            ax.plot(0, y, SAME, color=style.colour, markersize=10, markeredgewidth=1.5)
+            continue
         ends = [100 * line["delta_low"], 100 * line["delta_high"]]
         ax.plot(ends, [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
-        face = style.colour if _clear(line) else "white"
+        face = style.colour if clear(line) else "white"
         ax.plot(100 * line["delta"], y, style.marker, color=style.colour, markerfacecolor=face,
                 markersize=6, markeredgewidth=1.5)  # fmt: skip
     ax.tick_params(labelsize=SMALL)
@@ -261,7 +184,12 @@ def _reach(summary: pd.DataFrame, shown: list[str]) -> float:
     return max(2.0, 108 * max(x for x in numbers if x == x))
 
 
-def _legend(figure: Figure, others: list[str], across: int) -> None:
+def _any_unchanged(summary: pd.DataFrame, shown: list[str], others: list[str]) -> bool:
+    own = (r for r in summary.to_dict("records") if r["task"] in shown)
+    return any(unchanged(line) for line in own if line["condition"] in others)
+
+
+def _legend(figure: Figure, others: list[str], across: int, same: bool) -> None:
     """What the marks mean, under the panels."""
     kinds = {"condition": REAL}
     if any("random" in condition for condition in others):
@@ -273,11 +201,13 @@ def _legend(figure: Figure, others: list[str], across: int) -> None:
     hollow = {"color": QUIET, "linestyle": "", "marker": "o", "markersize": 6}
     marks["interval excludes 0"] = Line2D([], [], **hollow)
     marks["interval holds 0"] = Line2D([], [], **hollow, markerfacecolor="white")
+    if same:
+        marks["no answer changed"] = Line2D([], [], **(hollow | {"marker": SAME, "markersize": 10}))
     figure.legend(
         marks.values(),
         marks.keys(),
         loc="outside lower left",
-        ncols=4 if across > 1 else 2,
+        ncols=5 if across > 1 else 2,
         fontsize=SMALL,
         frameon=False,
     )
@@ -288,27 +218,3 @@ def _edges(values: list[float], bins: int = 24) -> list[float]:
     low, high = min(values), max(values)
     step = (high - low) / bins or max(abs(low), 1.0) / bins
     return [low + i * step for i in range(bins + 1)]
-
-
-def _change(line: Any) -> str:
-    if not _found(line):
-        return NONE
-    parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
-    change, low, high = (p if abs(p) >= 0.5 else 0.0 for p in parts)
-    if low != low or high != high:
-        return f"{change:+.0f}"
-    star = "*" if _clear(line) else ""
-    return f"{change:+.0f} [{low:+.0f}, {high:+.0f}]{star}"
-
-
-def _blocks(lines: list[list[str]]) -> list[list[list[str]]]:
-    """The columns cut into tables that fit into a line, each with the first column."""
-    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
-    parts, used = [[0]], widths[0]
-    for i in range(1, len(widths)):
-        if used + widths[i] > WIDTH and len(parts[-1]) > 1:
-            parts.append([0])
-            used = widths[0]
-        parts[-1].append(i)
-        used += widths[i]
-    return [[[line[i] for i in part] for line in lines] for part in parts]

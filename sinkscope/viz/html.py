@@ -72,15 +72,16 @@ def sink_table(trace: SinkTrace, *, limit: int | None = None) -> str:
 
 
 def frame_table(frame: pd.DataFrame) -> str:
-    """Any small table as HTML."""
+    """Any small table as HTML, and under it the sentences in its ``attrs["notes"]``."""
     heads = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
     lines = [
         "<tr>" + "".join(f"<td>{escape(_plain(value))}</td>" for value in line) + "</tr>"
         for line in frame.itertuples(index=False)
     ]
+    notes = "".join(f"<p>{escape(note)}</p>" for note in frame.attrs.get("notes", ()))
     return (
         '<div style="overflow-x:auto"><table class="sinkscope">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{notes}"
     )
 
 
@@ -106,7 +107,7 @@ def _remark(text: str, across: int) -> str:
 
 
 def _head(head: str) -> str:
-    """``re-|ceived`` is one word in a table that has room; so is ``norm|ViT > LLM`` three."""
+    """``re-|ceived`` is one word in a table that has room; ``norm|ViT`` is two."""
     return escape(head.replace("-|", "").replace("|", " "))
 
 

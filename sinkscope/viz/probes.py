@@ -90,6 +90,7 @@ def plot_probes(
     axes = figure.subplots(down, across, squeeze=False, sharex=True).flatten()
     for ax, target in zip(axes, targets, strict=False):
         _draw(ax, shown[shown["target"] == target], styles)
+        ax.set_ylabel("accuracy", fontsize=LABEL)
     for ax in axes[len(targets) :]:
         ax.set_visible(False)
     for ax in axes[max(0, len(targets) - across) : len(targets)]:
@@ -168,7 +169,7 @@ def _legend(figure: Figure, table: Any, styles: dict[str, Style], columns: int) 
         marks[name] = Line2D([], [], color=style.colour, marker=style.marker, linestyle=line,
                              markerfacecolor="white" if empty else style.colour)  # fmt: skip
     if table["null_high"].notna().any():
-        marks["shuffled labels (95 %)"] = Patch(color=NULL, alpha=0.6)
+        marks["shuffled labels (95 %, highest of the groups)"] = Patch(color=NULL, alpha=0.6)
     marks["most frequent class"] = Line2D([], [], color=QUIET, linestyle=":", linewidth=1.6)
     figure.legend(
         marks.values(),

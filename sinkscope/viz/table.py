@@ -68,10 +68,6 @@ def _layers(record: SinkRecord) -> str:
     return f"{layers[0]}-{layers[-1]} ({len(layers)})"
 
 
-def _norms(record: SinkRecord) -> str:
-    return f"{short(record.vit_norm)} > {short(record.llm_norm)}"
-
-
 COLUMNS = (
     Column(
         "kind",
@@ -89,10 +85,14 @@ COLUMNS = (
         "which half of the block wrote the largest channel: attention or MLP.",
     ),
     Column(
-        "norm|ViT > LLM",
-        _norms,
-        "L2 norm of the state where the projector reads, and after the projector, in the embeddings "
-        "of the LLM.",
+        "norm|ViT",
+        lambda r: short(r.vit_norm),
+        "L2 norm of the vision state that the projector reads.",
+    ),
+    Column(
+        "norm|LLM",
+        lambda r: short(r.llm_norm),
+        "L2 norm after the projector, in the embeddings of the LLM.",
     ),
     Column(
         "L rule|in layers",

@@ -130,6 +130,16 @@ def test_observations_tell_what_was_planted():
     assert "Note: a note." in said
 
 
+def test_one_image_in_a_half_has_no_interval_and_one_layer_is_singular():
+    few = made(images=2, tasks=("one",))
+    said = ss.Sweep(few.table[few.table["layer"] == 1], few.settings).observations()
+    assert "(too few images for an interval); maximum over" in said
+    assert "nan" not in said
+    assert ", 2 images, 1 layer x " in said
+    with pytest.raises(InputError, match="Got 1 image for"):
+        made(images=1).best()
+
+
 @pytest.mark.parametrize(
     ("score", "words"),
     [

@@ -16,7 +16,7 @@ from sinkscope.experiments import Comparison
 from sinkscope.interventions import ControlResult
 from sinkscope.viz import effects_text, plot_control, plot_effects
 
-RIGHT = {"mask V-sinks": 0.4, "mask random, as many": 0.9, "mask L-sinks": 0.9, "base": 0.9}
+RIGHT = {"mask V-sinks": 0.4, "mask random, as many": 0.8, "mask L-sinks": 0.9, "base": 0.9}
 
 
 def comparison(images=30, tasks=("count", "colour")):
@@ -142,7 +142,7 @@ def test_text_has_every_number(summary) -> None:
     for task in ("all", "count", "colour"):
         line = lines.loc[(task, "mask V-sinks")]
         assert f"{100 * line['delta']:+.0f} [" in masked
-        assert f"{task} ({line['n']:.0f})" in text
+        assert f"{task} (n = {line['n']:.0f})" in text
     assert masked.count("*") == 3
     assert "none found, so nothing was edited: mask L-sinks" in text
     assert max(len(line) for line in text.splitlines()) <= 110
@@ -154,6 +154,13 @@ def test_text_of_many_tasks_is_cut_into_blocks() -> None:
     assert max(len(line) for line in text.splitlines()) <= 110
     assert text.count("\nbase") > 1
     assert all(task in text for task in tasks)
+
+
+def test_lines_are_as_short_as_asked() -> None:
+    made = comparison(tasks=("count", "colour", "shape"))
+    text = effects_text(made.summary(draws=50), width=70)
+    assert max(len(line) for line in text.splitlines()) <= 70
+    assert text.count("\nbase") == 2
 
 
 def test_a_task_without_such_tokens_says_so() -> None:
@@ -215,13 +222,92 @@ def test_seeds_and_the_number_of_changes_are_stated() -> None:
     made = comparison()
     summary = made.summary(draws=50)
     assert "over images. " in plot_effects(summary).get_suptitle()
-    assert "None of the 9 intervals" in plot_effects(summary).get_suptitle().replace("\n", " ")
+    assert "None of the 6 changes" in plot_effects(summary).get_suptitle().replace("\n", " ")
     several = pd.concat([made.table.assign(seed=seed) for seed in range(3)])
     several = several[(several["condition"] != "base") | (several["seed"] == 0)]
     summary = Comparison(several, "base").summary(draws=50)
     assert "images and seeds" in plot_effects(summary).get_suptitle().replace("\n", " ")
-    assert "resampling images and seeds" in effects_text(summary).replace("\n", " ")
+    assert "resample images and seeds" in effects_text(summary).replace("\n", " ")
     assert set(summary["seeds"]) == {1, 3}
+
+
+def with_twins():
+    """Three tasks; a kind that was found, one found in one task only, one never, and its control."""
+    made = comparison(tasks=("count", "colour", "shape"))
+    table = made.table
+    table.loc[table["condition"].str.contains("random"), "touched"] = False
+    somewhere = table[table["condition"] == "mask V-sinks"].assign(condition="halve V-sinks")
+    somewhere["touched"] = somewhere["task"] == "count"
+    return Comparison(pd.concat([table, somewhere]), "base")
+
+
+def test_every_place_counts_the_changes_that_are_there() -> None:
+    """4 of "mask V-sinks", 2 of "halve V-sinks"; nothing of what was not found, nor of its twin."""
+    made = with_twins()
+    summary = made.summary(draws=50)
+    title = plot_effects(summary).get_suptitle().replace("\n", " ")
+    places = {
+        "terminal": effects_text(summary).replace("\n", " "),
+        "Markdown": made.to_markdown(draws=50),
+        "LaTeX": made.to_latex(draws=50),
+    }
+    for place, text in places.items():
+        assert "6 changes are shown" in text, place
+    assert "None of the 6 changes" in title
+    assert made.comparisons == summary.attrs["comparisons"] == 6
+    assert places["Markdown"].count("[") == 6 + 4, "intervals in the table: changes, and the base"
+    few = effects_text(summary, tasks=["colour"]).replace("\n", " ")
+    assert "1 change is shown, none corrected for their number: about 0.05 such" in few
+    title = plot_effects(summary, tasks=["colour"]).get_suptitle().replace("\n", " ")
+    assert "None of the 1 changes" in title
+
+
+def test_counting_survives_a_file(tmp_path) -> None:
+    """A summary that was written and read again has no attrs."""
+    with_twins().summary(draws=50).to_csv(tmp_path / "s.csv", index=False)
+    assert "6 changes" in effects_text(pd.read_csv(tmp_path / "s.csv")).replace("\n", " ")
+
+
+def test_answers_that_did_not_change_have_no_interval_of_no_width() -> None:
+    made = comparison()
+    table = made.table
+    right = table[table["condition"] == "base"].set_index("item")["correct"]
+    random = table["condition"] == "mask random, as many"
+    table.loc[random, "correct"] = table.loc[random, "item"].map(right)
+    summary = made.summary(draws=50)
+    text, page = effects_text(summary).replace("\n", " "), made.to_markdown(draws=50)
+    for shown in (text, page):
+        assert "[+0" not in shown
+        assert shown.count("0 (none changed)") == 3 + 1, "three cells and the note"
+        assert "no answer turned right or wrong" in shown
+    assert "Bold: the interval excludes zero." in page
+    assert "A star: the interval excludes zero." in text
+    figure = plot_effects(summary)
+    strokes = [li for li in figure.axes[0].lines if li.get_marker() == "|"]
+    assert [li.get_ydata()[0] for li in strokes] == [1]
+    assert "no answer changed" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert '"none found": there was no such token, so nothing was edited.' in page
+    old = summary.drop(columns="changed")
+    assert "no image was answered better or worse" in effects_text(old).replace("\n", " ")
+
+
+def test_answers_that_cancel_are_not_called_unchanged() -> None:
+    """One answer per image turns right and another wrong: no change of accuracy, yet answers changed."""
+    made = comparison()
+    table = made.table[made.table["condition"].isin(["base", "mask V-sinks"])].copy()
+    first = table["item"] % 2 == 0
+    table["correct"] = (table["condition"] == "base") == first
+    text = effects_text(Comparison(table, "base").summary(draws=50), tasks=["all"])
+    assert "none changed" not in text
+    assert "+0 [+0, +0]" in text
+
+
+def test_small_changes_of_many_questions_are_not_rounded_away() -> None:
+    made = comparison(images=100)
+    table = made.table[made.table["condition"].isin(["base", "mask V-sinks"])].copy()
+    table["correct"] = (table["condition"] == "base") | (table["item"] > 0)
+    text = effects_text(Comparison(table, "base").summary(), tasks=["all"])
+    assert "-0.5 [-1.5, +0.0]" in text
 
 
 def test_labels_of_many_conditions_do_not_touch() -> None:

@@ -53,6 +53,7 @@ def test_points_and_bars_are_those_of_the_table(table) -> None:
     for ax in figure.axes:
         found = drawn(ax)
         assert len(found) == 2
+        assert ax.get_ylabel() == "accuracy"
         for values, spans in found.values():
             assert values == pytest.approx([values[0] + la / 100 for la in (0, 2, 5)])
             want = [(v - 0.05, v + 0.1) for v in values]
@@ -68,7 +69,7 @@ def test_groups_without_tokens_are_named(table) -> None:
         "V-sinks: none found",
         "ordinary",
         "mine",
-        "shuffled labels (95 %)",
+        "shuffled labels (95 %, highest of the groups)",
         "most frequent class",
     ]
 
@@ -78,7 +79,9 @@ def test_what_to_show_can_be_chosen(table) -> None:
     assert figure.axes[1].get_title(loc="left") == "colours (exact set)"
     assert [len(drawn(ax)) for ax in figure.axes] == [1, 1]
     bare = plot_probes(table.assign(null_high=np.nan), groups=["mine"])
-    assert "shuffled labels (95 %)" not in [t.get_text() for t in bare.legends[0].get_texts()]
+    assert "shuffled labels (95 %, highest of the groups)" not in [
+        t.get_text() for t in bare.legends[0].get_texts()
+    ]
 
 
 def test_a_table_without_any_probe_says_so(table) -> None:

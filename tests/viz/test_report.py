@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from sinkscope.errors import InputError
-from sinkscope.viz import write_report
+from sinkscope.viz import effects_text, write_report
+from sinkscope.viz.changes import effects_frame
+from sinkscope.viz.html import frame_table
 from sinkscope.viz.table import COLUMNS
+from tests.viz.test_effects import comparison
 from tests.viz.test_text import table_of
 
 EMPTY = {"meta", "img", "br", "link"}
@@ -133,6 +136,21 @@ def test_the_page_says_what_the_trace_says(traces, folders, name) -> None:
     assert f"T&{name}" in text
     assert "a < b?" in text
     assert "0.123" in text
+
+
+def test_effects_on_the_page_are_those_of_the_terminal() -> None:
+    """Tasks as columns, what found nothing in one sentence, points with intervals, no raw numbers."""
+    summary = comparison().summary(draws=50)
+    html = frame_table(effects_frame(summary))
+    head, *rows = table_of(html)
+    assert head[1:] == ["all (n = 60)", "count (n = 30)", "colour (n = 30)"]
+    assert [row[0] for row in rows] == ["base", "mask V-sinks", "mask random, as many"]
+    text = effects_text(summary)
+    for row in rows:
+        assert all(cell in text for cell in row)
+    assert "<p>none found, so nothing was edited: mask L-sinks</p>" in html
+    assert "6 changes are shown" in html
+    assert "nan" not in html
 
 
 def test_alt_texts_name_the_places(folders) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweeps.result import ALL, wide
+from sinkscope.experiments.sweeps.result import ALL, counted, wide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,7 @@ def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str
             f"   {row['task']}: cells from {low:+.2f} to {high:+.2f}; {up} clearly above and {down} clearly "
             f"below 0, of {len(part)} (with no effect about {0.025 * len(part):.0f} each). Best on one "
             f"half: {_cell(row)}, on the other {row['delta'] * factor:+.2f} "
-            f"[{row['low'] * factor:+.2f}, {row['high'] * factor:+.2f}]; maximum over all cells {_p(row['p'])}."
+            f"{_interval(row['low'] * factor, row['high'] * factor)}; maximum over all cells {_p(row['p'])}."
         )
     tasks = [row for row in best.to_dict("records") if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
@@ -114,9 +114,9 @@ def _by_sinks(sweep: Sweep, factor: float, seed: int) -> list[str]:
     mean, low, high = cluster_intervals(joined, images, seed=seed) * factor
     lines.append(
         f"   {share:.0%} of the questions are about images with V-sinks. Mean of pairs with s_V > s_rest "
-        f"minus those with s_V < s_rest: {mean[-1]:+.2f} [{low[-1]:+.2f}, {high[-1]:+.2f}] over all "
+        f"minus those with s_V < s_rest: {mean[-1]:+.2f} {_interval(low[-1], high[-1])} over all "
         f"layers; clearly above 0 in {int((low[:-1] > 0).sum())} and clearly below 0 in "
-        f"{int((high[:-1] < 0).sum())} of {len(mean) - 1} layers."
+        f"{int((high[:-1] < 0).sum())} of {counted(len(mean) - 1, 'layer')}."
     )
     if np.allclose(cells["s_v"] + cells["s_rest"], 1.0):
         lines.append(
@@ -132,6 +132,13 @@ def _by_sinks(sweep: Sweep, factor: float, seed: int) -> list[str]:
 def _cell(row: Mapping[Any, Any]) -> str:
     """A cell in words."""
     return f"layer {_layer(row['layer'])}, ({row['s_v']:g}, {row['s_rest']:g})"
+
+
+def _interval(low: float, high: float) -> str:
+    """An interval in words; one image cannot be resampled."""
+    if np.isnan(low) or np.isnan(high):
+        return "(too few images for an interval)"
+    return f"[{low:+.2f}, {high:+.2f}]"
 
 
 def _p(p: float) -> str:

@@ -186,7 +186,7 @@ class Sweep:
             here = np.asarray([image in first for image in images])
             if here.all() or not here.any():
                 raise InputError(
-                    f"Got {len(set(images))} images for {name!r}, all in one half; expected images in "
+                    f"Got {counted(len(set(images)), 'image')} for {name!r}, all in one half; expected images in "
                     "both. Write another seed, or sweep more images."
                 )
             means = changes[here].mean(axis=0)
@@ -253,10 +253,13 @@ class Sweep:
         return named.get(self.score, self.score_name)
 
     def __repr__(self) -> str:
-        questions = self.table["item"].nunique()
+        items, images, layers = (
+            self.table[name].nunique() for name in ("item", "image_id", "layer")
+        )
         return (
-            f"Sweep({questions} questions, {self.table['image_id'].nunique()} images, "
-            f"{self.table['layer'].nunique()} layers x {len(self.pairs)} pairs, score={self.score!r})"
+            f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
+            f"{counted(layers, 'layer')} x {counted(len(self.pairs), 'pair')}, "
+            f"score={self.score!r})"
         )
 
     def _groups(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -281,6 +284,11 @@ def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, lis
         table.to_numpy(dtype=float),
         images.astype(str).tolist(),
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def check_by(by: Any) -> str:
