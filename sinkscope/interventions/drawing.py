@@ -102,7 +102,8 @@ def receiving(
         given = torch.where(there, result.patterns.nan_to_num(), 0.0)
         received = given.sum(3) / there.sum(3).clamp(min=1)
     if heads is not None:
-        received = received[:, :, [heads] if isinstance(heads, Integral) else list(heads)]
+        chosen: list[Any] = list(heads) if isinstance(heads, Iterable) else [heads]
+        received = received[:, :, chosen]
     return received.mean(dim=2)
 
 
@@ -157,6 +158,16 @@ def kinds(
         "image": (visual, trace.ordinary()),
         "text": (text, text & ~trace.text_sinks().any(dim=1)),
     }
+
+
+def drawable(mask: Tensor, trace: SinkTrace) -> Bool[Tensor, " batch"]:
+    """The rows with as many ordinary tokens of each kind as are edited, in every layer."""
+    layers = mask if mask.ndim == 3 else mask[:, None]
+    out = torch.ones(len(mask), dtype=torch.bool)
+    for all_of_kind, ordinary in kinds(trace).values():
+        pool = (ordinary & ~layers.any(dim=1)).sum(dim=1, keepdim=True)
+        out &= ((layers & all_of_kind[:, None]).sum(dim=2) <= pool).all(dim=1)
+    return out
 
 
 def by_count(generator: torch.Generator) -> Draw:

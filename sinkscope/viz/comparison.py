@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.viz.effects import NONE, check_summary, resampled
+from sinkscope.viz.effects import NONE, check_summary, nothing, resampled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +83,7 @@ def _accuracy(line: Any) -> str:
 
 def _change(line: Any, strong: str) -> str:
     if line is None or not line["touched"] > 0:
-        return NONE
+        return NONE if line is None else nothing(line)
     text = f"{100 * line['delta']:+.1f}{_between(line['delta_low'], line['delta_high'], '+.1f')}"
     clear = line["delta_low"] > 0 or line["delta_high"] < 0
     return strong.format(text) if clear else text

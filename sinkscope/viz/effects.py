@@ -35,6 +35,7 @@ COLUMNS = frozenset(
     {"task", "condition", "n", "accuracy", "delta", "delta_low", "delta_high", "touched"}
 )
 NONE = "none found"
+TOO_FEW = "too few to draw from"
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]
 """The edit, and other tokens edited in the same way."""
 ACROSS = 6
@@ -53,7 +54,7 @@ def plot_effects(
     A filled point has an interval that excludes zero. Conditions whose names say "random" (the
     controls of `sinkscope.experiments.effect_table`) are squares of another colour. Where no row
     was touched, because there is no such token, it says "none found"; controls of such conditions
-    are left out.
+    are left out. A control says "too few to draw from" where that is why nothing was touched.
 
     Args:
         summary: Of ``Comparison.summary()``.
@@ -215,10 +216,16 @@ def _found(line: Any) -> bool:
     return bool(line["touched"] > 0)
 
 
+def nothing(line: Any) -> str:
+    """Why a condition touched no row."""
+    return TOO_FEW if line.get("uncontrolled", 0) > 0 else NONE
+
+
 def _anywhere(summary: pd.DataFrame, shown: list[str], condition: str) -> bool:
-    """Whether a condition touched a row in some of the tasks."""
+    """Whether a condition touched a row in some of the tasks, or could not where it should."""
     own = summary[(summary["condition"] == condition) & summary["task"].isin(shown)]
-    return bool((own["touched"] > 0).any())
+    left = own["uncontrolled"] if "uncontrolled" in own else 0 * own["touched"]
+    return bool(((own["touched"] > 0) | (left > 0)).any())
 
 
 def _clear(line: Any) -> bool:
@@ -232,7 +239,7 @@ def _draw_task(ax: Axes, lines: pd.DataFrame, others: list[str]) -> None:
     for y, condition in enumerate(others):
         line = lines.loc[condition]
         if not _found(line):
-            ax.text(0, y, f" {NONE} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
+            ax.text(0, y, f" {nothing(line)} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
                     backgroundcolor="white")  # fmt: skip
             continue
         style = _style(condition)
@@ -292,7 +299,7 @@ def _edges(values: list[float], bins: int = 24) -> list[float]:
 
 def _change(line: Any) -> str:
     if not _found(line):
-        return NONE
+        return nothing(line)
     parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
     change, low, high = (p if abs(p) >= 0.5 else 0.0 for p in parts)
     if low != low or high != high:

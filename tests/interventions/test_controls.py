@@ -205,9 +205,7 @@ def test_what_is_no_trace_no_score_or_finds_its_own_tokens_is_refused(traced):
         control.run(lvlm, trace, lambda run: 3.0)
     with pytest.raises(ss.SinkscopeError, match=r"a tensor of shape \(1, 1\); expected .* \(1,\)"):
         control.run(lvlm, trace, lambda run: run.logits[:, :, 0])
-    gate = ss.LSG.for_model(
-        lvlm, layer=1, v_detector=detectors.Norm(5.0), l_detector=detectors.Norm(5.0)
-    )
+    gate = ss.LSG.for_model(lvlm, layer=1, v_detector=detectors.Norm(5.0))
     with pytest.raises(ss.SinkscopeError, match=r"v_detector=ss\.detectors\.RandomTokens"):
         ss.RandomControl(gate, n=1).draws(trace)
 
