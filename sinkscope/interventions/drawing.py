@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
-from sinkscope.probes.attention import AttentionPatterns
 
 if TYPE_CHECKING:
     from sinkscope.experiments.trace import SinkTrace
@@ -96,6 +95,8 @@ def receiving(
             "queries give every token. Write control.draws(trace, lvlm=lvlm)."
         )
     else:
+        from sinkscope.probes import AttentionPatterns
+
         probe = AttentionPatterns(queries, layers)
         result = lvlm.run(trace.sample, probes=[probe], logits="last")[probe]
         there = (result.rows >= 0)[:, None, None, :, None]
