@@ -58,6 +58,10 @@ class NoEffectError(InterventionError):
     """An intervention touched nothing: an empty selection, a neutral factor, a layer that never ran."""
 
 
+class TooFewTokensError(InterventionError):
+    """A control cannot be drawn, because a row has too few ordinary tokens."""
+
+
 class NonFiniteError(SinkscopeError, ArithmeticError):
     """NaN or infinite activations at live positions."""
 

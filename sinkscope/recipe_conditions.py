@@ -76,13 +76,13 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
     from sinkscope.lsg import LSG
 
     several = key == "stack" and isinstance(value, list)
-    folders: list[Any] = value if several else [value]
+    folders: Any = value if several else [value]
     if not folders or not all(isinstance(one, str) for one in folders):
         raise InputError(
             f"Got {key}: {value!r} in the condition {name}; expected a folder"
             f"{' or a list of folders' if key == 'stack' else ''}."
         )
-    if key == "stack" and not several:
+    if key == "stack" and isinstance(value, str):
         return LSG.load_stack(value, lvlm=lvlm)
     return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
 

@@ -15,7 +15,14 @@ from sinkscope.experiments.answering import Answers, answer_batch
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.trace import SinkTrace, trace_sinks
-from sinkscope.experiments.variants import Applied, Condition, PerSeed, Variant, as_variants
+from sinkscope.experiments.variants import (
+    Applied,
+    Condition,
+    Control,
+    PerSeed,
+    Variant,
+    as_variants,
+)
 
 if TYPE_CHECKING:
     from sinkscope.detectors.rules import Detector
@@ -145,6 +152,9 @@ def _lines(
     sinks = [float("nan")] * len(rows)
     if trace is not None:
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
+    uncontrolled = [False] * len(rows)
+    if trace is not None and isinstance(variant.condition, Control):
+        uncontrolled = variant.condition.uncontrolled(trace).tolist()
     return [
         {
             "item": index,
@@ -158,8 +168,15 @@ def _lines(
             "correct": right,
             "touched": touched,
             "sinks": found,
+            "uncontrolled": without,
         }
-        for (index, item), given, right, touched, found in zip(
-            rows, answers.given, answers.correct, answers.touched, sinks, strict=True
+        for (index, item), given, right, touched, found, without in zip(
+            rows,
+            answers.given,
+            answers.correct,
+            answers.touched,
+            sinks,
+            uncontrolled,
+            strict=True,
         )
     ]

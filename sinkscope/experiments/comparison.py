@@ -21,8 +21,9 @@ class Comparison:
 
     Attributes:
         table: One line per question, condition and seed: item, image_id, task, question, answer,
-            condition, seed, given, correct, touched (whether the edit touched that row) and sinks
-            (how many visual sinks the trace found in the row; NaN for conditions without a trace).
+            condition, seed, given, correct, touched (whether the edit touched that row), sinks (how many
+            visual sinks the trace found in the row; NaN for conditions without a trace) and
+            uncontrolled (whether random tokens were to be edited and there were too few of them).
         base: The condition that others are compared with.
     """
 
@@ -66,8 +67,8 @@ class Comparison:
                 of all of them.
 
         Returns:
-            Columns task, condition, n, images, seeds, touched, accuracy, low, high, delta,
-            delta_low, delta_high, changed (the share of answers that turned right or wrong),
+            Columns task, condition, n, images, seeds, touched, uncontrolled (both shares of the
+            questions), accuracy, low, high, delta, delta_low, delta_high, changed (the share of answers that turned right or wrong),
             seed_sd (standard deviation of the accuracy over seeds; NaN for one). Task ``"all"``
             holds every question. ``attrs["comparisons"]`` is how many differences it holds.
         """
@@ -169,6 +170,9 @@ def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) ->
         "images": part["image_id"].nunique(),
         "seeds": part["seed"].nunique(),
         "touched": part["touched"].mean() if len(part) else 0.0,
+        "uncontrolled": part["uncontrolled"].mean()
+        if "uncontrolled" in part and len(part)
+        else 0.0,
         **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
         **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
         "changed": float((change.dropna() != 0).mean()) if len(change) else 0.0,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InputError, InterventionError
+from sinkscope.errors import InputError
 from sinkscope.experiments.trace import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, RandomControl, ScaleAttention
+from sinkscope.interventions.drawing import drawable
 from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.models.prepare import Sample
 
@@ -67,8 +68,8 @@ class EditSinks:
         kind: A key of `sink_masks`, or ``"top attended"``.
         edit: A name among `EDITS`.
         layers: Block indices, or None for all.
-        control: Whether to edit random tokens of the same number instead. A batch with too few
-            ordinary tokens is left unedited.
+        control: Whether to edit random tokens of the same number instead. A row with too few
+            ordinary tokens is left unedited and counted; see `uncontrolled`.
         k: How many tokens ``"top attended"`` takes per row.
         seed: Of the control's draw, which also depends on the images and texts of the batch: other
             images, other positions.
@@ -92,21 +93,29 @@ class EditSinks:
 
     def __call__(self, trace: SinkTrace) -> Sequence[Any]:
         """The interventions for the trace of a batch; none if it has no such token."""
-        if self.kind == TOP:
-            mask = top_received(trace, self.k)
-        else:
-            mask = sink_masks(trace)[self.kind]
+        mask = self._mask(trace)
+        left = ~self.uncontrolled(trace)
+        mask = mask & (left[:, None] if mask.ndim == 2 else left[:, None, None])
         make = next(edit.make for edit in EDITS if edit.name == self.edit)
         if not mask.any():
             return []
         real = make(mask, self.layers)
         if not self.control:
             return [real]
-        drawn = RandomControl(real, "count", n=1, seed=content_seed(trace.sample, self.seed))
-        try:
-            return list(drawn.draws(trace))
-        except InterventionError:
-            return []
+        seed = content_seed(trace.sample, self.seed)
+        return list(RandomControl(real, "count", n=1, seed=seed).draws(trace))
+
+    def uncontrolled(self, trace: SinkTrace) -> Tensor:
+        """Bool ``[batch]``: rows with such tokens, for which no control could be drawn.
+
+        `compare` puts them into its table, and summaries tell their share.
+        """
+        mask = self._mask(trace)
+        return mask.flatten(1).any(dim=1) & ~drawable(mask, trace) & self.control
+
+    def _mask(self, trace: SinkTrace) -> Tensor:
+        """The tokens of this kind."""
+        return top_received(trace, self.k) if self.kind == TOP else sink_masks(trace)[self.kind]
 
 
 def content_seed(sample: Sample, seed: int) -> int:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from sinkscope.errors import InputError
 from sinkscope.experiments.trace import SinkTrace
 from sinkscope.interventions.protocol import Intervention
@@ -22,6 +24,15 @@ class Applied(Protocol):
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
         """The block in which the model answers under the condition."""
+        ...
+
+
+@runtime_checkable
+class Control(Protocol):
+    """A condition on random tokens, which knows for which rows it has too few to draw from."""
+
+    def uncontrolled(self, trace: SinkTrace) -> Tensor:
+        """Bool ``[batch]``: rows that are left unedited for that reason."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.drawing import (
     attention_on,
-    draw_by_count,
-    draw_by_mass,
-    ordinary_like,
+    by_count,
+    by_mass,
+    check_trace,
+    draw_by_kind,
+    layers_of,
     other_positions,
     receiving,
     token_field,
@@ -46,7 +48,8 @@ class ControlResult:
         match: What the controls share with the edit.
         score: What the scores are, with their unit.
         real_mass: Float ``[batch]``: the attention that the edited tokens receive in the unedited run,
-            summed over them; see `attention_on`.
+            in the edited layers and heads, summed over tokens and averaged over layers; see
+            `RandomControl`.
         mass: Float ``[draw batch]``: the same of each control's tokens.
     """
 
@@ -112,12 +115,17 @@ class ControlResult:
 class RandomControl:
     """The same edit on other tokens, drawn from tokens that are sinks at no layer.
 
+    Per row, image tokens are drawn for image tokens and text tokens for text tokens.
+
     Args:
         intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
-        match: ``"count"``: as many tokens in every row (and layer); ``"mass"``: random tokens until
-            they receive at least as much attention in the edited layers and heads (`attention_on`);
-            ``"position"``: the sink positions of another image.
-        n: How many draws (one for ``"position"``, which has nothing to draw).
+        match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until
+            they receive at least as much attention in the edited layers and heads (all layers, for
+            an intervention that names none); a selection by layer is matched in each of its layers.
+            What a token receives is the mean over the queries that can see it; for an intervention
+            with ``queries``, the mean over these, measured in one more pass. ``"position"``: the sink
+            positions of other images, which are as many as they are.
+        n: How many draws; ``"position"`` has nothing to draw and gives one per donor.
         seed: Of the draws.
     """
 
@@ -126,35 +134,45 @@ class RandomControl:
     n: int = 20
     seed: int = 0
 
-    def draws(self, trace: SinkTrace, donor: SinkTrace | None = None) -> tuple[Any, ...]:
+    def draws(
+        self,
+        trace: SinkTrace,
+        donor: SinkTrace | Sequence[SinkTrace] | None = None,
+        *,
+        lvlm: LVLM | None = None,
+    ) -> tuple[Any, ...]:
         """The control interventions.
 
         Args:
             trace: The trace of the sample that is edited.
-            donor: The trace of another image, for ``match="position"``.
+            donor: For ``match="position"``, the trace of another image, or several, one per draw.
+                With one the p value of `ControlResult` cannot be below 0.5, with ``k`` not below
+                ``1 / (1 + k)``.
+            lvlm: The model, to measure what ``queries`` give; only ``match="mass"`` of an
+                intervention that has some needs it.
 
         Returns:
-            ``n`` interventions like the given one on other tokens.
+            ``n`` interventions like the given one on other tokens, or one per donor.
 
         Raises:
-            InterventionError: If the match is unknown, the intervention has no token field, too few
-                ordinary tokens are left, or all of them together receive less attention.
+            InterventionError: If the match, the number or the seed is none, or the intervention
+                names no tokens; its child TooFewTokensError if too few ordinary tokens are left, or
+                all of them together receive less attention.
+            NoEffectError: If a donor leaves a row that is edited without a position.
         """
-        if self.match not in MATCHES:
-            raise InterventionError(f"Got match={self.match!r}; expected one of {MATCHES}.")
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise InterventionError(f"Got n={self.n!r}; expected at least 1 draw.")
+        self._check(trace)
         field = token_field(self.intervention)
         mask = tokens_of(self.intervention, trace)
         if self.match == "position":
-            return (self._like(field, other_positions(mask, trace, donor), trace),)
-        generator = torch.Generator().manual_seed(self.seed)
-        pool = ordinary_like(mask, trace)
-        if self.match == "count":
-            masks = [draw_by_count(mask, pool, generator) for _ in range(self.n)]
+            masks = [other_positions(mask, trace, one) for one in several(donor)]
         else:
-            given = attention_on(self.intervention, trace), receiving(self.intervention, trace)
-            masks = [draw_by_mass(*given, pool, generator) for _ in range(self.n)]
+            generator = torch.Generator().manual_seed(self.seed)
+            if self.match == "count":
+                draw = by_count(generator)
+            else:
+                received = receiving(self.intervention, trace, lvlm)
+                draw = by_mass(received, layers_of(self.intervention, trace), generator)
+            masks = [draw_by_kind(mask, trace, draw) for _ in range(self.n)]
         return tuple(self._like(field, mask, trace) for mask in masks)
 
     def run(
@@ -163,7 +181,7 @@ class RandomControl:
         trace: SinkTrace,
         score: Callable[[Run], Tensor] | None = None,
         *,
-        donor: SinkTrace | None = None,
+        donor: SinkTrace | Sequence[SinkTrace] | None = None,
     ) -> ControlResult:
         """Run the edit and its controls on the trace's sample.
 
@@ -176,18 +194,38 @@ class RandomControl:
 
         Returns:
             The scores.
+
+        Raises:
+            InterventionError: See `draws`; or the score is no tensor with one number per row.
         """
-        measure = KLFrom(lvlm.run(trace.sample, logits="last")) if score is None else score
+        drawn = self.draws(trace, donor, lvlm=lvlm)
         sample = trace.sample
-        base = measure(lvlm.run(sample, logits="last"))
-        real = measure(lvlm.run(sample, interventions=[self.intervention], logits="last"))
-        drawn = self.draws(trace, donor)
-        controls = [measure(lvlm.run(sample, interventions=[it], logits="last")) for it in drawn]
+        plain = lvlm.run(sample, logits="last")
+        measure = KLFrom(plain) if score is None else score
+        base = scored(measure, plain)
+        edits = (self.intervention, *drawn)
+        runs = [lvlm.run(sample, interventions=[it], logits="last") for it in edits]
+        real, *controls = [scored(measure, run) for run in runs]
         name = NEXT_TOKEN_KL if score is None else getattr(score, "__name__", "score")
-        taken = [attention_on(it, trace) for it in (self.intervention, *drawn)]
+        given = receiving(self.intervention, trace, lvlm), layers_of(self.intervention, trace)
+        taken = [attention_on(tokens_of(it, trace), *given) for it in edits]
         return ControlResult(
             real, torch.stack(controls), base, self.match, name, taken[0], torch.stack(taken[1:])
         )
+
+    def _check(self, trace: SinkTrace) -> None:
+        """Refuse what cannot be drawn from.
+
+        Raises:
+            InterventionError: If the match, the number, the seed or the trace is none.
+        """
+        if self.match not in MATCHES:
+            raise InterventionError(f"Got match={self.match!r}; expected one of {MATCHES}.")
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+            raise InterventionError(f"Got n={self.n!r}; expected at least 1 draw.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
+        check_trace(trace)
 
     def _like(self, field: str, mask: Tensor, trace: SinkTrace) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""
@@ -200,6 +238,39 @@ class RandomControl:
         return replace(self.intervention, **changes)
 
 
+def several(donor: Any) -> list[Any]:
+    """The donors as a list.
+
+    Raises:
+        InterventionError: If there is none.
+    """
+    donors = list(donor) if isinstance(donor, (list, tuple)) else [donor]
+    if not donors or donors == [None]:
+        raise InterventionError(
+            "Got match='position' without a donor; expected the trace of another image, or several. "
+            "Write control.run(lvlm, trace, donor=other_trace)."
+        )
+    return donors
+
+
+def scored(score: Callable[[Run], Tensor], run: Run) -> Float[Tensor, " batch"]:
+    """The score of a run, one number per row.
+
+    Raises:
+        InterventionError: If it is something else.
+    """
+    out: Any = score(run)
+    rows = run.logits.shape[0]
+    if not isinstance(out, Tensor) or tuple(out.shape) != (rows,):
+        came = f"of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise InterventionError(
+            f"Got a score that returns {'a tensor ' if isinstance(out, Tensor) else ''}{came}; "
+            f"expected a tensor [batch], here of shape ({rows},). Write lambda run: "
+            "run.logits[:, -1, token]."
+        )
+    return out
+
+
 def replacement_table(
     lvlm: LVLM,
     trace: SinkTrace,
@@ -210,7 +281,7 @@ def replacement_table(
     n: int = 20,
     seed: int = 0,
     score: Callable[[Run], Tensor] | None = None,
-    donor: SinkTrace | None = None,
+    donor: SinkTrace | Sequence[SinkTrace] | None = None,
 ) -> pd.DataFrame:
     """Zero, mean and resampled values of the same tokens side by side, each beside random tokens.
 

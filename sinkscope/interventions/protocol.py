@@ -190,7 +190,16 @@ def check_steps(steps: str) -> str:
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
-    """Whether an intervention applies at this step; the vision tower runs on the prompt only."""
+    """Whether an intervention applies at this step; the vision tower runs on the prompt only.
+
+    Args:
+        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
+        context: What ``edits`` was given; its ``step`` is 0 for the prompt.
+        tower: The tower that is edited.
+
+    Raises:
+        InterventionError: If ``steps`` is unknown.
+    """
     check_steps(steps)
     if context.step == 0:
         return steps in ("all", "prefill")
@@ -201,6 +210,17 @@ def selected(
     context: Context, tower: str, tokens: Selection, what: str, allow_empty: bool
 ) -> Tensor:
     """A selection as ``[batch layer|1 pos]`` in the sample's own layout.
+
+    Args:
+        context: What ``edits`` was given.
+        tower: ``"language"`` or ``"vision"``.
+        tokens: A name such as ``"image"``, or a bool mask ``[batch pos]`` or ``[batch layer pos]``.
+        what: The intervention's name, for the message.
+        allow_empty: Whether an empty selection is fine.
+
+    Returns:
+        A bool mask with one layer, or with as many as the tower has if the selection differs by
+        layer; see `at_layer`. Padding is False.
 
     Raises:
         NoEffectError: If it is empty in every row.
@@ -224,7 +244,7 @@ def named(selection: Selection) -> str:
 
 
 def at_layer(mask: Tensor, layer: int) -> Tensor:
-    """One layer of ``[batch layer|1 pos]``."""
+    """One layer of what `selected` gives, ``[batch layer|1 pos]``, as ``[batch pos]``."""
     return mask[:, layer if mask.shape[1] > 1 else 0]
 
 

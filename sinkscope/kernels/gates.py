@@ -74,6 +74,14 @@ def gate_of(call, keys, live, rows, heads, spare_empty):
 def effect_of(before, after, gate, keys, empty, measure):
     """What an edit did: rows touched, rows left empty, attention on the keys before and after.
 
+    Args:
+        before: The call as it came.
+        after: The edited call.
+        gate: ``[batch query head 1]`` bool, where the edit holds.
+        keys: ``[batch key]`` bool, the edited keys.
+        empty: ``[batch query]`` bool, rows left as they were, from `gate_of`.
+        measure: Whether to ask both calls for the attention on the keys.
+
     Returns:
         ``{"rows", "empty", "tokens": [batch], "count", "before", "after": [batch]}``; the last two
         are sums over ``count`` touched (row, head) pairs.
@@ -105,7 +113,20 @@ def here(x, span, n_keys, state):
 
 
 def prepared(call, state, span, keys, live, rows):
-    """Masks of the part of the sequence that a call covers."""
+    """Masks of the part of the sequence that a call covers.
+
+    Args:
+        call: The call.
+        state: The run's scratch space, which knows the step.
+        span: The part of a packed sequence that the call covers, or None.
+        keys: ``[batch key]`` bool of the prompt.
+        live: ``[batch query]`` bool of the prompt.
+        rows: ``[batch query]`` bool of the prompt, or None.
+
+    Returns:
+        ``(keys, live, rows)`` for this call: keys generated since the prompt are not selected, the
+        query of a decode step is live.
+    """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
     if span is not None:

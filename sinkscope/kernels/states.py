@@ -6,7 +6,14 @@ import torch
 
 
 def state_effect(mask):
-    """The effect of an edit of states: how many tokens it touched."""
+    """The effect of an edit of states: how many tokens it touched.
+
+    Args:
+        mask: ``[batch pos]`` bool, the tokens that were edited.
+
+    Returns:
+        ``{"rows", "empty", "tokens", "count": [batch]}``, what a kernel returns beside the states.
+    """
     zero = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
     count = mask.sum(1)
     return {"rows": count, "empty": zero, "tokens": count, "count": count}

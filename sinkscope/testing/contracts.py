@@ -7,7 +7,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from sinkscope.testing.watching import OnGrown, Seen, Watched
+
+STEPS = 3
+"""Tokens that are generated to compare the cache with one pass."""
+CACHE = {torch.float16: 2e-2, torch.bfloat16: 2e-1}
+"""How far a cached step may be from one pass, as a share of the largest logit; fp32: 2e-5."""
 
 
 class ContractError(AssertionError):
@@ -94,10 +102,18 @@ def check_intervention(
 ) -> None:
     """Run an intervention through the promises that hold for all of them.
 
-    It is a frozen record, or a module if it learns; it changes the logits and says so in ``run.effects``; batch rows in which
-    nothing was touched stay bitwise; the plain model is bitwise itself afterwards, also after an
-    exception in the middle of a pass; the same twice; the remote path gives the same; at its neutral
-    setting it changes no bit.
+    - It is a frozen record, or a module if it learns.
+    - Its kernels never write in place, neither into what they are given nor into their parameters.
+    - It changes the logits and says so in ``run.effects``: no more rows or tokens differ than it
+      told, and batch rows in which nothing was touched stay bitwise.
+    - What its fields ``tokens`` (at sites of states), ``queries`` and ``heads`` (at attention) do
+      not select stays bitwise, at every site.
+    - Beside another edit of an attention site it keeps what the other one did.
+    - The plain model is bitwise itself afterwards, also after an exception in the middle of a pass;
+      the same edit gives the same twice, and through the remote path.
+    - An edit of attention with ``steps="all"`` and no ``queries`` gives the same in ``generate`` with
+      the cache as in one pass over prompt and answer; see `check_cache`.
+    - At its neutral setting it changes no bit.
 
     Args:
         make: Builds the intervention.
@@ -116,6 +132,7 @@ def check_intervention(
     )
     plain = lvlm.run(sample).logits
     run = lvlm.run(sample, interventions=[it])
+    again, sites = check_kernels(make(), lvlm, sample)
     require(not same(run.logits, plain), "an intervention changes the logits")
     require(it in run.effects, "run.effects tells what an intervention did")
     effect = run.effects[it]
@@ -124,15 +141,104 @@ def check_intervention(
         quiet = ~effect.touched
         require(same(run.logits[quiet], plain[quiet]), "rows that were not touched stay bitwise")
     require(same(lvlm.run(sample).logits, plain), "the next plain run is bitwise the original")
-    again = lvlm.run(sample, interventions=[make()])
-    require(same(again.logits, run.logits), "the same edit gives the same logits")
+    require(same(again, run.logits), "the same edit gives the same logits")
+    if any(site.name == "attention" for site in sites):
+        check_beside(make(), lvlm, sample, run.logits)
     if remote:
         there = lvlm.run(sample, interventions=[make()], remote="local", logits="all")
         require(same(there.logits, run.logits), "the remote path gives the same logits")
+    if it.steps == "all" and getattr(it, "queries", None) is None and sites <= of_cache(sites):
+        check_cache(make, lvlm, sample)
     check_clean_after_error(make, lvlm, sample, plain)
     if neutral is not None:
         logits = lvlm.run(sample, interventions=[neutral()]).logits
         require(same(logits, plain), "the neutral setting changes no bit")
+
+
+def of_cache(sites: set[Any]) -> set[Any]:
+    """The sites among some that are asked again at every decode step."""
+    return {site for site in sites if (site.tower, site.name) == ("language", "attention")}
+
+
+def check_kernels(it: Any, lvlm: Any, sample: Any) -> tuple[Tensor, set[Any]]:
+    """Watch every kernel of an intervention in one pass.
+
+    Returns:
+        The logits and the sites that were edited.
+
+    Raises:
+        ContractError: If one writes in place or touches what was not selected.
+    """
+    seen: list[Seen] = []
+    logits = lvlm.run(sample, interventions=[Watched(it, seen)]).logits
+    for one in seen:
+        require(
+            not one.wrote,
+            f"a kernel never writes in place, neither into what it is given nor into its parameters "
+            f"({one.site})",
+        )
+        require(not one.beyond_heads, f"heads that were not selected keep every bit ({one.site})")
+        require(
+            not one.beyond_tokens,
+            f"tokens and queries that were not selected keep every bit ({one.site})",
+        )
+        require(not one.more, f"no more rows or tokens change than the kernel tells ({one.site})")
+    return logits, {one.site for one in seen}
+
+
+def check_beside(it: Any, lvlm: Any, sample: Any, alone: Tensor) -> None:
+    """An edit of attention keeps what an earlier edit of the site did.
+
+    Args:
+        it: The intervention.
+        lvlm: The model.
+        sample: The sample.
+        alone: The logits of the intervention alone.
+
+    Raises:
+        ContractError: If rows or heads that it did not touch lose the earlier edit, or the logits
+            are those of the intervention alone.
+    """
+    promise = "an edit keeps what earlier edits of its site did"
+    seen: list[Seen] = []
+    both = lvlm.run(sample, interventions=[Watched(it, seen, beside=True)]).logits
+    require(not any(one.beyond_heads or one.beyond_tokens or one.more for one in seen), promise)
+    # Where attention writes nothing any more, nothing of an earlier edit could show.
+    require(not same(both, alone) or all(one.silent for one in seen), promise)
+
+
+def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
+    """An edit of attention holds at every decode step: the cache gives what one pass gives.
+
+    The pass without a cache runs over the prompt and the answer's tokens, with the edits of the
+    prompt, whose kernels are told that so many tokens were generated.
+
+    Raises:
+        ContractError: If a step is further off than rounding.
+    """
+    out = lvlm.generate(
+        sample,
+        interventions=[make()],
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        suppress_tokens=[lvlm.anatomy.image_token_id],
+    )
+    prompt, more = sample.tokens.live.shape[1], STEPS - 1
+    inputs = dict(sample.inputs)
+    for name, value in sample.inputs.items():
+        if isinstance(value, Tensor) and value.shape == sample.tokens.live.shape:
+            inputs[name] = nn.functional.pad(value, (0, more), value=name == "attention_mask")
+    inputs["input_ids"] = out.sequences[:, : prompt + more]
+    grown = lvlm.prepare(inputs=inputs)
+    once = OnGrown(make(), sample.tokens, more)
+    want = lvlm.run(grown, interventions=[once]).logits[:, prompt - 1 :].float()
+    got = torch.cat([step.logits for step in out.steps], dim=1).float()
+    off = float((got - want).abs().max() / want.abs().max())
+    require(
+        off <= CACHE.get(out.steps[0].logits.dtype, 2e-5),
+        f"with steps='all' an answer with the cache is what one pass without it gives (logits are "
+        f"{off:.2g} of the largest one away)",
+    )
 
 
 class _MidwayError(Exception):

@@ -20,6 +20,7 @@ COLUMNS = frozenset(
     {"task", "condition", "n", "accuracy", "delta", "delta_low", "delta_high", "touched"}
 )
 NONE = "none found"
+TOO_FEW = "too few to draw from"
 UNCHANGED = "0 (none changed)"
 WIDTH = 110
 """Characters of a line in a terminal."""
@@ -137,8 +138,10 @@ def change_text(line: Any, digits: int, strong: str) -> str:
         digits: Behind the decimal point.
         strong: How to write it where the interval excludes zero.
     """
-    if line is None or not found(line):
+    if line is None:
         return NONE
+    if not found(line):
+        return nothing(line)
     if unchanged(line):
         return UNCHANGED
     parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
@@ -184,10 +187,16 @@ def found(line: Any) -> bool:
     return bool(line["touched"] > 0)
 
 
+def nothing(line: Any) -> str:
+    """Why a condition touched no row."""
+    return TOO_FEW if line.get("uncontrolled", 0) > 0 else NONE
+
+
 def found_in_any(summary: pd.DataFrame, shown: Sequence[str], condition: str) -> bool:
-    """Whether a condition touched a row in some of the tasks."""
+    """Whether a condition touched a row in some of the tasks, or could not where it should."""
     own = summary[(summary["condition"] == condition) & summary["task"].isin(shown)]
-    return bool((own["touched"] > 0).any())
+    left = own["uncontrolled"] if "uncontrolled" in own else 0 * own["touched"]
+    return bool(((own["touched"] > 0) | (left > 0)).any())
 
 
 def clear(line: Any) -> bool:

@@ -12,11 +12,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sinkscope.errors import SelectionError
 from sinkscope.experiments.comparison import count_comparisons
 from sinkscope.viz.changes import (
-    NONE,
     check_summary,
     clear,
     found,
     found_in_any,
+    nothing,
     resampled,
     unchanged,
 )
@@ -58,7 +58,8 @@ def plot_effects(
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
     right or wrong. Conditions whose names say "random" (the controls of
     `sinkscope.experiments.effect_table`) are squares of another colour. Where no row was touched,
-    because there is no such token, it says "none found"; controls of such conditions are left out.
+    because there is no such token, it says "none found"; controls of such conditions are left out. A
+    control says "too few to draw from" where that is why nothing was touched.
 
     Args:
         summary: Of ``Comparison.summary()``.
@@ -152,7 +153,7 @@ def _draw_task(ax: Axes, lines: pd.DataFrame, others: list[str]) -> None:
     for y, condition in enumerate(others):
         line = lines.loc[condition]
         if not found(line):
-            ax.text(0, y, f" {NONE} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
+            ax.text(0, y, f" {nothing(line)} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
                     backgroundcolor="white")  # fmt: skip
             continue
         style = _style(condition)

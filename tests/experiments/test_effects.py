@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -126,12 +128,49 @@ def test_random_tokens_are_as_many_ordinary_ones_at_other_places_in_every_image(
     assert len(places) == 4
 
 
-def test_too_few_ordinary_tokens_leave_a_batch_unedited(planted) -> None:
+def test_rows_with_too_few_ordinary_tokens_are_left_unedited_and_counted(planted) -> None:
     lvlm, rules = planted
     sample = lvlm.prepare(images=random_image(64, 64, 0), text="what is it")
     trace = ss.trace_sinks(lvlm, sample, **rules)
-    assert not EditSinks("top attended", control=True, k=60)(trace)
+    many = EditSinks("top attended", control=True, k=60)
+    assert not many(trace)
+    assert many.uncontrolled(trace).tolist() == [True]
     assert EditSinks("top attended", k=60)(trace)
+    assert EditSinks("top attended", k=60).uncontrolled(trace).tolist() == [False]
+    assert EditSinks("top attended", control=True).uncontrolled(trace).tolist() == [False]
+
+    images = [random_image(64, 64, i) for i in (0, 1)]
+    pair = lvlm.prepare(images=images, text=["what is it", "what is it"])
+    trace = ss.trace_sinks(lvlm, pair, **rules)
+    crowded = trace.v_sinks.clone()
+    crowded[1] = pair.tokens.image[1] >= 0
+    trace = replace(trace, v_sinks=crowded)
+    few = EditSinks("V-sinks", control=True)
+    assert few.uncontrolled(trace).tolist() == [False, True]
+    (edit,) = few(trace)
+    assert edit.tokens.sum(dim=1).tolist() == [2, 0]
+
+
+def test_the_summary_tells_that_a_control_was_not_drawn(planted) -> None:
+    lvlm, rules = planted
+    conditions = {
+        "base": [],
+        "mask most": EditSinks("top attended", k=60),
+        "mask random, 60": EditSinks("top attended", control=True, k=60),
+        "mask random": EditSinks("V-sinks", control=True),
+    }
+    table = ss.compare(lvlm, dataset(1), conditions, progress=False, **rules)
+    summary = table.summary().set_index("condition")
+    assert summary.loc[summary["task"] == "all", "uncontrolled"].to_dict() == {
+        "base": 0.0,
+        "mask most": 0.0,
+        "mask random, 60": 1.0,
+        "mask random": 0.0,
+    }
+    assert "too few to draw from" in table.to_markdown()
+    assert "too few to draw from" in ss.viz.effects_text(table.summary())
+    texts = [text.get_text() for ax in table.plot().axes for text in ax.texts]
+    assert any("too few to draw from" in text for text in texts)
 
 
 def test_top_received_are_the_image_tokens_with_the_most_attention(planted) -> None:

@@ -1,10 +1,13 @@
 """RandomControl, edited blocks, eviction and registers on planted and tiny models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import sinkscope as ss
 from sinkscope import detectors
+from sinkscope.errors import NoEffectError
 from sinkscope.testing import plant, random_image
 from tests.interventions.reference import grown_inputs
 from tests.interventions.test_exact import off
@@ -168,7 +171,20 @@ def test_replacements_stand_side_by_side_with_their_controls(traced):
         (dict(match="size"), "expected one of"),
         (dict(n=0), "at least 1 draw"),
         (dict(intervention=ss.EvictKeys()), "one of the fields"),
-        (dict(intervention=ss.MaskKeys("all")), "ordinary tokens to draw from"),
+        (dict(intervention=ss.MaskKeys("all")), "0 ordinary image tokens to draw from"),
+        (dict(seed="a"), "Got seed='a'; expected an int"),
+        (dict(seed=True), "Got seed=True; expected an int"),
+        (dict(intervention=ss.MaskKeys), "Got MaskKeys; expected an intervention with one"),
+        (
+            dict(intervention=ss.MaskKeys("first", [-1]), match="mass"),
+            r"Got layer -1; expected .* never negative",
+        ),
+        (dict(intervention=ss.MaskKeys("first", [True]), match="mass"), "Got layer True"),
+        (dict(intervention=ss.MaskKeys("first", "2"), match="mass"), "Got layer '2'"),
+        (
+            dict(intervention=ss.AttentionKnockout("last", "first"), match="mass"),
+            r"control.draws\(trace, lvlm=lvlm\)",
+        ),
     ],
 )
 def test_impossible_controls_are_refused(traced, control, message):
@@ -176,6 +192,196 @@ def test_impossible_controls_are_refused(traced, control, message):
     given = {"intervention": ss.MaskKeys(trace.v_sinks)} | control
     with pytest.raises(ss.SinkscopeError, match=message):
         ss.RandomControl(**given).draws(trace)
+
+
+def test_what_is_no_trace_no_score_or_finds_its_own_tokens_is_refused(traced):
+    lvlm, trace, _ = traced
+    control = ss.RandomControl(ss.MaskKeys(trace.v_sinks), n=1)
+    with pytest.raises(ss.SinkscopeError, match=r"Got Sample as a sample .*Write ss\.trace_sinks"):
+        control.run(lvlm, trace.sample)
+    with pytest.raises(
+        ss.SinkscopeError, match="Got a score that returns float; expected a tensor"
+    ):
+        control.run(lvlm, trace, lambda run: 3.0)
+    with pytest.raises(ss.SinkscopeError, match=r"a tensor of shape \(1, 1\); expected .* \(1,\)"):
+        control.run(lvlm, trace, lambda run: run.logits[:, :, 0])
+    gate = ss.LSG.for_model(lvlm, layer=1, v_detector=detectors.Norm(5.0))
+    with pytest.raises(ss.SinkscopeError, match=r"v_detector=ss\.detectors\.RandomTokens"):
+        ss.RandomControl(gate, n=1).draws(trace)
+
+
+def with_received(trace, **by_layer):
+    """The trace with other received attention: ``l0={token: value}`` in every head of layer 0."""
+    received = torch.zeros_like(trace.received)
+    for layer, values in by_layer.items():
+        for token, value in values.items():
+            received[:, int(layer[1:]), :, token] = value
+    return replace(trace, received=received)
+
+
+@pytest.mark.parametrize(
+    ("layers", "many"), [([3], 8), (3, 8), ([0], 1), ([0, 3], 2), (range(4), 2), (None, 2)]
+)
+def test_mass_is_that_of_the_edited_layers(traced, layers, many):
+    """Two sinks that receive 1 each in layer 3, and ordinary tokens that receive a quarter, and so on."""
+    _, trace, _ = traced
+    at = trace.v_sinks[0].nonzero().flatten().tolist()
+    ordinary = trace.ordinary()[0].nonzero().flatten().tolist()
+    trace = with_received(
+        trace,
+        l0=dict.fromkeys(ordinary, 1.0) | dict.fromkeys(at, 0.25),
+        l3=dict.fromkeys(ordinary, 0.25) | dict.fromkeys(at, 1.0),
+    )
+    (it,) = ss.RandomControl(ss.MaskKeys(trace.v_sinks, layers), "mass", n=1).draws(trace)
+    assert it.tokens.sum() == many
+
+
+def test_mass_is_that_of_the_edited_heads(traced):
+    _, trace, _ = traced
+    received = torch.zeros_like(trace.received)
+    received[:, :, 1] = torch.where(trace.v_sinks, 1.0, 0.5)[:, None]
+    trace = replace(trace, received=received)
+    (it,) = ss.RandomControl(ss.MaskKeys(trace.v_sinks, heads=[1]), "mass", n=1).draws(trace)
+    assert it.tokens.sum() == 4
+    most = ss.MaskKeys(
+        trace.v_sinks | (trace.ordinary() & (trace.sample.tokens.row > 0)), heads=[1]
+    )
+    with pytest.raises(
+        ss.SinkscopeError, match=r"Row 0 has \d+ ordinary image tokens that receive"
+    ):
+        ss.RandomControl(most, "mass", n=1).draws(trace)
+
+
+def test_mass_of_a_selection_by_layer_is_matched_in_each_layer(traced):
+    lvlm, trace, _ = traced
+    sinks, received = trace.l_sinks(), trace.received.nan_to_num().mean(dim=2)
+    assert not sinks[:, 0].any()  # nothing to match there
+    for it in ss.RandomControl(ss.MaskKeys(sinks, [0, 2, 3]), "mass", n=5).draws(trace):
+        assert it.tokens.shape == sinks.shape
+        assert not it.tokens[:, [0, 1]].any()  # no sink, and not edited
+        assert not (it.tokens & ~trace.ordinary()[:, None]).any()
+        for layer in (2, 3):
+            taken = received[:, layer][it.tokens[:, layer]]
+            wanted = received[:, layer][sinks[:, layer]].sum()
+            assert taken.sum() >= wanted > taken.sum() - taken.max()
+        fewer, more = sorted((it.tokens[0, 2], it.tokens[0, 3]), key=lambda x: int(x.sum()))
+        assert not (fewer & ~more).any()
+    result = ss.RandomControl(ss.MaskKeys(sinks, [2, 3]), "mass", n=2).run(lvlm, trace)
+    by_hand = [received[0, layer][sinks[0, layer]].sum() for layer in (2, 3)]
+    assert result.real_mass.item() == pytest.approx(float(sum(by_hand)) / 2)
+    assert (result.mass >= result.real_mass).all()
+
+
+def test_mass_under_queries_is_what_these_give(traced):
+    """The reference is what the edit itself says: attention of its rows on its keys before."""
+    lvlm, trace, _ = traced
+    tokens = trace.sample.tokens
+    late = tokens.select("last") | tokens.select("last").roll(-2, 1)
+    for queries in ("last", late):
+        edit = ss.AttentionKnockout(queries, trace.v_sinks, [2, 3], heads=[0, 1])
+        control = ss.RandomControl(edit, "mass", n=3)
+        result = control.run(lvlm, trace)
+        drawn = control.draws(trace, lvlm=lvlm)
+        masses = [result.real_mass, *result.mass]
+        for it, mass in zip((edit, *drawn), masses, strict=True):
+            effect = lvlm.run(trace.sample, interventions=[it]).effects[it]
+            assert mass.item() == pytest.approx(effect.mass_before.mean().item(), abs=1e-6)
+        assert (result.mass >= result.real_mass).all()
+        count = ss.RandomControl(edit, "count", n=1).run(lvlm, trace)
+        assert count.real_mass.item() == pytest.approx(result.real_mass.item())
+
+
+@pytest.mark.parametrize("match", ["count", "mass"])
+def test_edits_without_layers_have_controls_too(traced, match):
+    lvlm, trace, _ = traced
+    received = trace.received.nan_to_num().mean(dim=(1, 2))
+    for edit in (ss.ScaleTokens(trace.v_sinks, 0.5), ss.SinkToFront(trace.v_sinks)):
+        result = ss.RandomControl(edit, match, n=1).run(lvlm, trace)
+        assert result.real_mass.item() == pytest.approx(received[trace.v_sinks].sum().item())
+
+
+@pytest.fixture(scope="module")
+def pair(traced):
+    """Two rows; the model has text sinks too, as a row of its L rule says."""
+    lvlm, trace, _ = traced
+    inputs = {name: torch.cat([x, x]) for name, x in trace.sample.inputs.items()}
+    rules = (detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0))
+    out = ss.trace_sinks(lvlm, lvlm.prepare(inputs=inputs), *rules)
+    return out, out.sample.tokens.image >= 0, out.sample.tokens.live
+
+
+def flagged(trace, *places):
+    """The trace whose L rule also flags ``(row, token)`` in layer 1."""
+    mask = trace.l_detection.mask.clone()
+    for row, token in places:
+        mask[row, 1, token] = True
+    return replace(trace, l_detection=replace(trace.l_detection, mask=mask))
+
+
+@pytest.mark.parametrize("match", ["count", "mass"])
+def test_controls_are_of_the_kind_that_is_edited_in_the_row(pair, match):
+    trace, visual, live = pair
+    text = (live & ~visual & ~trace.text_sinks().any(1))[0].nonzero().flatten()
+    trace = flagged(trace, (0, text[0]), (1, text[1]))
+    mask = torch.zeros_like(visual)
+    mask[0] = trace.v_sinks[0]
+    mask[0, text[2]] = True
+    mask[1, text[3:5]] = True
+    received = torch.where(visual[:, None, None], 0.5, 0.25).expand_as(trace.received)
+    trace = replace(trace, received=received)
+    for it in ss.RandomControl(ss.MaskKeys(mask), match, n=8).draws(trace):
+        assert (it.tokens & visual).sum(1).tolist() == [2, 0]
+        assert (it.tokens & ~visual).sum(1).tolist() == [1, 2]
+        sinks = trace.v_sinks | trace.l_detection.mask.any(dim=1)
+        assert not (it.tokens & (sinks | mask | ~live)).any()
+
+
+def test_position_controls_are_of_the_kind_that_is_edited_in_the_row(pair):
+    trace, visual, live = pair
+    free = trace.ordinary()[0].nonzero().flatten()
+    text = (live & ~visual & ~trace.text_sinks().any(1))[0].nonzero().flatten()
+    mask = torch.zeros_like(visual)
+    mask[0] = trace.v_sinks[0]
+    control = ss.RandomControl(ss.MaskKeys(mask), match="position")
+    donor = flagged(trace, (0, free[0]), (0, text[0]), (1, free[1]))
+    (it,) = control.draws(trace, donor)
+    assert it.tokens.nonzero().tolist() == [[0, int(free[0])]]
+    mask = mask.clone()
+    mask[1, text[2]] = True
+    control = ss.RandomControl(ss.MaskKeys(mask), match="position")
+    with pytest.raises(NoEffectError, match=r"text sinks .* in the rows \[1\]"):
+        control.draws(trace, donor)
+    donor = flagged(donor, (1, text[0]))
+    (it,) = control.draws(trace, donor)
+    assert it.tokens.nonzero().tolist() == [[0, int(free[0])], [1, int(text[0])]]
+    by_layer = torch.zeros(*trace.l_detection.mask.shape, dtype=torch.bool)
+    by_layer[:, 2] = mask
+    (it,) = ss.RandomControl(ss.MaskKeys(by_layer), match="position").draws(trace, donor)
+    assert it.tokens.nonzero().tolist() == [[0, 2, int(free[0])], [1, 2, int(text[0])]]
+
+
+def test_several_donors_give_as_many_position_controls(traced):
+    lvlm, trace, _ = traced
+    free = trace.ordinary()[0].nonzero().flatten()[:3]
+    donors = [flagged(trace, (0, token)) for token in free]
+    control = ss.RandomControl(ss.MaskKeys(trace.v_sinks), match="position", n=20)
+    assert [it.tokens[0].nonzero().item() for it in control.draws(trace, donors)] == free.tolist()
+    result = control.run(lvlm, trace, donor=donors)
+    assert result.controls.shape == (3, 1)
+    assert control.run(lvlm, trace, donor=donors[0]).p_value().item() >= 0.5
+    with pytest.raises(ss.SinkscopeError, match="without a donor"):
+        control.draws(trace, [])
+    with pytest.raises(ss.SinkscopeError, match="Got Sample as a donor"):
+        control.draws(trace, trace.sample)
+
+
+def test_the_interval_is_central():
+    controls = torch.arange(101.0)[:, None]
+    result = ss.interventions.ControlResult(torch.zeros(1), controls, torch.zeros(1), "count")
+    for level, ends in {0.95: (2.5, 97.5), 0.9: (5.0, 95.0), 0.5: (25.0, 75.0)}.items():
+        assert [x.item() for x in result.interval(level)] == pytest.approx(ends)
+    line = result.to_dataframe().loc[0]
+    assert (line["low"], line["high"], line["control"]) == pytest.approx((2.5, 97.5, 50.0))
 
 
 def test_edited_is_the_same_model_until_the_block_ends(tiny, batch):
