@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,10 @@ from sinkscope.lsg.choosing import check_gates, check_layer, device_for
 from sinkscope.lsg.config import GateConfig, rule_of, sketch
 from sinkscope.lsg.storage import (
     AGAIN,
+    CONFIG,
     HUB_ERRORS,
     Source,
     as_fp32,
-    check_replaceable,
     fill,
     read_tensors,
     scrub,
@@ -42,16 +44,19 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "sinkscope-lsg", 1
 STACK = "sinkscope-lsg-stack"
-CONFIG, TENSORS, CARD, RECORD = "config.json", "model.safetensors", "README.md", "training.json"
+TENSORS, CARD, RECORD = "model.safetensors", "README.md", "training.json"
 PICKLE = "pytorch_model.bin"
 FILES = frozenset({CONFIG, TENSORS, CARD, RECORD})
+STACK_FILES = FILES - {TENSORS}
+GATE_FOLDER = re.compile(r"gate-\d{2,}-layer-(\d+|embed)")
+"""How the sub-folders of a stack are called by `save_stack`."""
 FIELDS = frozenset({"format", "format_version", "gate", "versions"})
 STACK_FIELDS = frozenset({"format", "format_version", "gates", "versions"})
 
 
 def save_gate(gate: LSG, folder: Any, record: Mapping[str, Any] | None) -> None:
     """See `LSG.save_pretrained`."""
-    write_folder(Path(folder), files_of(gate, record), replaceable(Path(folder), FORMAT))
+    write_folder(Path(folder), files_of(gate, record), foreign)
 
 
 def push_gate(
@@ -114,7 +119,7 @@ def save_stack(gates: Any, folder: Any, record: Mapping[str, Any] | None) -> Non
         files[RECORD] = as_json(record)
     for gate, one in zip(listed, names, strict=True):
         files |= {f"{one}/{file}": content for file, content in files_of(gate, None).items()}
-    write_folder(Path(folder), files, replaceable(Path(folder), STACK))
+    write_folder(Path(folder), files, partial(foreign, kind=STACK))
 
 
 def load_stack(
@@ -315,16 +320,28 @@ def shapes_of(config: GateConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def replaceable(folder: Path, kind: str) -> frozenset[str]:
-    """The names that may be in a folder that is overwritten: those of an older gate or stack there."""
-    path = folder.expanduser() / CONFIG
-    if not path.is_file():
-        return frozenset()
-    head = read_json(path, AGAIN)
-    if not isinstance(head, Mapping) or head.get("format") != kind:
-        check_replaceable(path.parent, frozenset())
-    names = head.get("gates", []) if kind == STACK else []
-    return FILES | frozenset(str(one) for one in names)
+def foreign(folder: Path, kind: str = FORMAT) -> list[str]:
+    """What lies in a folder that no older gate or stack wrote there, as paths within it.
+
+    Only plain files under our names count as ours, and of folders those that `save_stack` listed under
+    names of its own, if each holds a gate and nothing else.
+    """
+    config = folder / CONFIG
+    head = read_json(config, AGAIN) if config.is_file() else None
+    ours = isinstance(head, Mapping) and head.get("format") == kind
+    listed = head.get("gates") if ours and kind == STACK else None
+    names = listed if isinstance(listed, list) else []
+    files = FILES if kind == FORMAT else STACK_FILES
+    out = []
+    for path in folder.iterdir():
+        if ours and path.name in files and path.is_file() and not path.is_symlink():
+            continue
+        mine = path.name in names and GATE_FOLDER.fullmatch(path.name)
+        if mine and path.is_dir() and not path.is_symlink():
+            out += [f"{path.name}/{one}" for one in foreign(path)]
+        else:
+            out.append(path.name)
+    return out
 
 
 def versions() -> dict[str, str]:

@@ -589,15 +589,108 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
         real = Path.rename
 
         def refuse(self, target):
-            if self.suffix == ".tmp":
+            if self.parent.suffix == ".tmp" and self.name == "config.json":  # the last move
                 raise OSError("renaming failed")
             return real(self, target)
 
         monkeypatch.setattr(Path, "rename", refuse)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="What was there is still there"):
         gate_for(lvlm, "embed").save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert ss.LSG.from_pretrained(folder).config == gate.config
     assert [path.name for path in tmp_path.iterdir()] == ["gate"]
+
+
+def under(folder):
+    """Every file and folder, with its content."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def note(folder):
+    (folder / "notes.txt").write_text("mine")
+
+
+def checkpoints(folder):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-1").write_text("mine")
+
+
+def named_like_ours(folder):
+    (folder / "training.json").mkdir()
+    (folder / "training.json" / "keep").write_text("mine")
+
+
+def linked(folder):
+    (folder / "training.json").symlink_to(folder / "config.json")
+
+
+FOREIGN = {
+    "a note": (note, "notes.txt"),
+    "a folder": (checkpoints, "checkpoints"),
+    "a folder named like a file of ours": (named_like_ours, "training.json"),
+    "a link": (linked, "training.json"),
+}
+
+
+@pytest.mark.parametrize("within", ["", "gate-00-layer-1"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_stack_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+    put, name = FOREIGN[case]
+    stack = tmp_path / "stack"
+    ss.LSG.save_stack([gate], stack)
+    put(stack / within)
+    before = under(tmp_path)
+    said = f"{within}/{name}" if within else name
+    with pytest.raises(
+        CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected a new"
+    ):
+        ss.LSG.save_stack([gate], stack)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_gate_with_something_else_in_it_is_not_overwritten(gate, folder, tmp_path, case):
+    put, name = FOREIGN[case]
+    put(folder)
+    before = under(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"which holds \['{name}'\]"):
+        gate.save_pretrained(folder)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["my_thesis", "gate-00-layer-1"])
+def test_what_a_config_lists_is_not_ours_for_that(gate, tmp_path, name):
+    """The names in a file that anybody may have written do not say what may vanish."""
+    stack = tmp_path / "stack"
+    ss.LSG.save_stack([gate], stack)
+    (stack / "gate-00-layer-1").rename(stack / "gate-01-layer-1")
+    (stack / name).mkdir()
+    (stack / name / "config.json").write_text("{}")
+    (stack / name / "model.safetensors").write_bytes(b"mine")
+    edit_json(stack / "config.json", gates=[name, "gate-01-layer-1", 3, ["x"]])
+    before = under(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"which holds \['{name}"):
+        ss.LSG.save_stack([gate], stack)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_working_directory_stays(lvlm, gate, tmp_path, monkeypatch, full):
+    """The folder is written into, not replaced: who works in it is not left in a deleted one."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("here").mkdir()
+    monkeypatch.chdir("here")
+    if full:
+        gate_for(lvlm, "embed").save_pretrained(".", record={"seed": 1})
+    gate.save_pretrained(".")
+    assert Path.cwd() == tmp_path / "here"
+    assert sorted(os.listdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert ss.LSG.from_pretrained(".").config == gate.config
+    assert os.listdir(tmp_path) == ["here"]
 
 
 def test_a_broken_gate_is_not_saved(gate, tmp_path):
