@@ -57,7 +57,7 @@ def import_gates(
     path_or_repo: str | Path,
     lvlm: LVLM,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: int | str | Sequence[int | str] | None = None,
     index_base: int = 0,
     groups: Sequence[str] | None = None,
     activation: str | None = None,
@@ -81,8 +81,8 @@ def import_gates(
     Args:
         path_or_repo: A folder, or a hub repository.
         lvlm: The model the gates are for. Its decoder's width tells the matrices apart.
-        layer: The block that a gate reads, counted from 0 as everywhere here, or one for each gate
-            in the order of the file's numbers. None for what the file says.
+        layer: The block that a gate reads, counted from 0 as everywhere here, or ``"embed"``; for
+            several gates one each, in the order of the file's numbers. None for what the file says.
         index_base: From what the *file* counts its layers, 0 or 1.
         groups: What the coefficients stand for, in order. None for the file's, else ("V", "rest"),
             or ("V", "L", "rest") if there are three.
@@ -145,6 +145,7 @@ def import_gates(
     ]
     reading.matched += [(f"{SETTINGS}: {key}", use) for key, use in settings.used.items()]
     ignored = [*left, *(f"{SETTINGS}: {key}" for key in settings.unused)]
+    gates.sort(key=lambda gate: gate.config.edited)
     out = ImportedGates(
         tuple(gates), tuple(reading.matched), tuple(ignored), tuple(dict.fromkeys(reading.assumed))
     )

@@ -256,7 +256,9 @@ WRONG_LAYERS = {
         "model.layers.1.gate.",
         {"layer": 0},
         {},
-        r"1 gates with the numbers \[1\] and the layers \[0\]",
+        r"1 gates with the numbers \[1\] and the layers \[0\] in sink_cfg.json .*: by their names the "
+        r"gates are of the layers \[1\], by the order of the settings of \[0\]; .* Write layer=\[1\] or "
+        r"layer=\[0\], or another index_base than 0",
     ),
     "too many": ("gate.", {"layers": [0, 1]}, {}, r"1 gates .* the layers \[0, 1\]"),
 }
@@ -268,6 +270,82 @@ def test_layers_are_never_guessed(lvlm, write, case):
     folder = write(Planted().placed(prefix), settings)
     with pytest.raises(CheckpointError, match=message):
         ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def two(prefix, first=0):
+    """Two gates whose numbers count from ``first``, and their tensors, the later one first."""
+    gates = [Planted(seed=3), Planted(seed=4)]
+    tensors = {}
+    for place in (1, 0):
+        tensors |= gates[place].placed(prefix.format(first + place))
+    return gates, tensors
+
+
+ORDERED = {
+    "asked": ("lsg.gates.{}.", {}, {"layer": [1, 0]}),
+    "asked, against the file": ("lsg.gates.{}.", {"layers": [0, 1]}, {"layer": [1, 0]}),
+    "asked, against the names": ("layers.{}.gate.", {}, {"layer": [1, 0]}),
+    "asked, as a tuple": ("lsg.gates.{}.", {}, {"layer": (1, 0)}),
+    "said by the file": ("lsg.gates.{}.", {"layers": [1, 0]}, {}),
+    "said by the file, from one": ("lsg.gates.{}.", {"layers": [2, 1]}, {"index_base": 1}),
+}
+
+
+@pytest.mark.parametrize("case", ORDERED)
+def test_layers_are_of_the_gates_in_the_order_that_is_given(lvlm, write, case):
+    prefix, settings, options = ORDERED[case]
+    gates, tensors = two(prefix)
+    found = ss.import_gates(write(tensors, settings), lvlm, v_detector=RULE, show=False, **options)
+    assert [gate.layer for gate in found.gates] == [0, 1]
+    for gate, planted in zip(found.gates, reversed(gates), strict=True):
+        same(gate, planted)
+    said = (
+        "layers [1, 0] as asked, though names say [0, 1]"
+        if case == "asked, against the names"
+        else "gates in the order [0, 1] are of the layers [1, 0]"
+    )
+    assert said in found.assumed
+
+
+CONTRADICTIONS = {
+    "names by layer": ("layers.{}.gate.", 0, [1, 0], {}, r"layers \[0, 1\], .* of \[1, 0\]"),
+    "from one": ("layers.{}.gate.", 1, [2, 1], {"index_base": 1}, r"\[0, 1\], .* of \[1, 0\]"),
+    "numbers that are layers": ("gates.{}.", 1, [2, 1], {}, r"\[1, 2\], .* of \[2, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_with_both_readings(lvlm, write, case):
+    prefix, first, layers, options, readings = CONTRADICTIONS[case]
+    folder = write(two(prefix, first)[1], {"layers": layers})
+    with pytest.raises(CheckpointError, match="by their names the gates are of the .*" + readings):
+        ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def test_each_gate_has_a_layer_of_its_own(lvlm, write):
+    folder = write(two("lsg.gates.{}.")[1], {"layers": [1, 1]})
+    for options in ({}, {"layer": [1, 1]}):
+        with pytest.raises(CheckpointError, match=r"layers \[1, 1\] for the gates .* another one"):
+            ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def test_gates_without_numbers_have_no_order(lvlm, write):
+    tensors = Planted(seed=3).placed("red.gate.") | Planted(seed=4).placed("blue.gate.")
+    with pytest.raises(CheckpointError, match=r"numbers \[None, None\] .* which gate comes first"):
+        ss.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
+
+
+def test_the_embeddings_are_a_layer(lvlm, write):
+    planted = Planted()
+    folder = write(planted.placed("gate."))
+    found = ss.import_gates(folder, lvlm, layer="embed", v_detector=RULE, show=False)
+    assert found.gates[0].layer == "embed"
+    same(found.gates[0], planted)
+    both = write(two("gates.{}.")[1])
+    found = ss.import_gates(both, lvlm, layer=[1, "embed"], v_detector=RULE, show=False)
+    assert [gate.layer for gate in found.gates] == ["embed", 1]
+    with pytest.raises(LayerError, match="layer='last' for a gate"):
+        ss.import_gates(folder, lvlm, layer=["last", 0], v_detector=RULE, show=False)
 
 
 # Settings
