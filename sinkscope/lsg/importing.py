@@ -91,12 +91,14 @@ def import_gates(
         v_detector: The rule for V-sinks. None for the file's channels and threshold, else as in
             `LSG.for_model`.
         l_detector: The rule for L-sinks, likewise as in `LSG.for_model`.
-        signal: As in `GateConfig`; the file is not asked. None for "last".
+        signal: As in `GateConfig`. None for the file's, which is refused if it is not the last token,
+            else "last".
         decode: As in `GateConfig`; the file is not asked. None for "frozen".
         normalize: ``"none"`` or ``"rms"``, for channels and a threshold of the file.
         tensors: The names of one gate's tensors, by role (``"inner.weight"`` ...), if they are
             not found by themselves.
-        ignore: Parts of names of tensors that are no part of a gate.
+        ignore: Parts of names of tensors that are no part of a gate, or of keys of settings that say
+            nothing of it.
         revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as the release has for each gate.
         show: Whether to print how the files were read.
@@ -105,8 +107,8 @@ def import_gates(
         The gates and the table.
 
     Raises:
-        CheckpointError: If files are missing or damaged, or something could be read in two ways; the
-            candidates are listed.
+        CheckpointError: If files are missing or damaged, a setting cannot be read, or something could
+            be read in two ways; the candidates are listed.
         InterventionError: If a choice is impossible, or the file names another model.
         LayerError: If a layer is beyond the model.
     """
@@ -125,7 +127,7 @@ def import_gates(
         raise CheckpointError(
             f"Got a {type(read).__name__} in {str(beside)!r}; expected settings by name."
         )
-    settings = Settings(read)
+    settings = Settings(read, ignore)
     found = read_tensors(path)
     width = lvlm.anatomy.language.d_model
     matches, left = (

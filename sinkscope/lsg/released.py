@@ -193,6 +193,9 @@ class Reading:
             )
         if "activation" not in made and (said := self.settings.activation()) is not None:
             made["activation"] = said
+        if "signal" not in made and (said := self.settings.signal()) is not None:
+            made["signal"] = said
+        self.settings.check_temperature()
         if "scale" not in made and (prior := self.settings.scale()) is not None:
             made["scale"] = prior
             self.assumed.append(f"the file's prior or scale, {prior:g}, multiplies the softmax")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InterventionError, LayerError
 from sinkscope.lsg.matching import find_gates
+from sinkscope.lsg.settings import Settings
 from sinkscope.testing import random_image
 
 WIDTH, HIDDEN = 64, 16
@@ -437,6 +438,38 @@ WRONG_SETTINGS = {
     "their number": ({"num_groups": 3}, {}, "3 groups in sink_cfg.json and 2 coefficients"),
     "names": ({}, {"groups": ("V", "L", "rest")}, "and 2 coefficients; expected a name for each"),
     "no names": ([1], {}, "a list in .*expected settings by name"),
+    "activation": (
+        {"activation": "leaky_relu"},
+        {},
+        r"{'activation': 'leaky_relu'} in sink_cfg.json, read as activation; expected one of .*'gelu'.* "
+        r"Write activation=..., or ignore=\('activation',\)",
+    ),
+    "another gelu": ({"hidden_act": "gelu_new"}, {}, "read as activation"),
+    "signal": ({"signal": "mean"}, {}, "read as signal; expected 'last'.* signal='visual'"),
+    "pool": ({"pool": "mean"}, {}, "{'pool': 'mean'} in sink_cfg.json, read as signal"),
+    "temperature": (
+        {"temperature": 2.0},
+        {},
+        "read as temperature; expected 1: a gate here has none",
+    ),
+    "priors": ({"prior": [0.5, 0.5]}, {}, "read as scale; expected a positive number"),
+    "no prior": ({"prior": 0}, {}, "read as scale; expected a positive number"),
+    "endless prior": ({"prior": float("nan")}, {}, "read as scale; expected a positive number"),
+    "layer": ({"layer": "L1"}, {}, "{'layer': 'L1'} in sink_cfg.json, read as layers"),
+    "half a layer": ({"layer": 1.5}, {}, "read as layers; expected whole numbers"),
+    "where it acts": (
+        {"layer": None, "edit_layer": 1},
+        {},
+        r"\['edit_layer'\] in sink_cfg.json, the layers where gates act; .* Write layer=",
+    ),
+    "channel": (
+        {"vit_sink_dims": [48], "tau": 2.0},
+        {},
+        "read as vision sink dims; expected channels",
+    ),
+    "channel before": ({"sink_dims": [-1], "tau": 2.0}, {}, "read as vision sink dims"),
+    "tau": ({"sink_dims": [5], "vit_tau": "high"}, {}, "read as vision tau; expected a number"),
+    "groups by number": ({"groups": 2.5}, {}, "read as groups; expected names, or their number"),
 }
 
 
@@ -447,6 +480,54 @@ def test_settings_are_never_guessed(lvlm, write, case):
     folder = write(Planted().placed("gate."), settings)
     with pytest.raises(CheckpointError, match=message):
         ss.import_gates(folder, lvlm, show=False, **options)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"init_scale": 0.02, "lr_scale": 10, "loss_scale": 128},
+        {"gate_mlp_layers": 1, "mlp_layers": 2, "layers_total": 32},
+        {"activation_checkpointing": True, "impact": "relu"},
+        {"group_by_length": True, "early_stopping_threshold": 0.01, "mlp_dims": [16], "taut": 2.0},
+        {"vision": {"layer": 0, "hidden_act": "quick_gelu"}, "text_config": {"hidden_act": "silu"}},
+        {"layer_norm_eps": 1e-6, "temperature": 1.0, "pool": "last_token"},
+    ],
+)
+def test_a_word_in_a_longer_key_is_no_setting(lvlm, write, strange):
+    planted = Planted()
+    folder = write(planted.placed("gate."), {"layer": 1, **strange})
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False)
+    assert found.gates[0].layer == 1
+    same(found.gates[0], planted)
+    known = {"temperature", "pool"}
+    lists = {f"sink_cfg.json: {key}" for key in Settings(strange).values if key not in known}
+    assert set(found.ignored) == lists
+
+
+def test_keys_are_cut_into_words(lvlm, write):
+    settings = {
+        "gateLayer": 1,
+        "SINK_DIMS": {"v": [5], "l": [41, 33]},
+        "tau": {"vit": 2.5, "llm": 20},
+    }
+    found = ss.import_gates(write(Planted().placed("gate."), settings), lvlm, show=False)
+    rule = found.gates[0].config.v_detector
+    assert (rule["dims"], rule["tau"]) == ([5], 2.5)
+    assert set(found.ignored) == {"sink_cfg.json: SINK_DIMS.l", "sink_cfg.json: tau.llm"}
+
+
+def test_a_setting_that_cannot_be_read_is_settled_by_an_argument(lvlm, write):
+    planted = Planted()
+    settings = {"layer": 1, "activation": "leaky_relu", "pool": "mean", "prior": [1, 1]}
+    folder = write(planted.placed("gate."), settings)
+    choices = {"activation": "relu", "signal": "visual", "scale": 2.0}
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **choices)
+    same(found.gates[0], planted, activation=torch.relu, scale=2.0)
+    assert found.gates[0].config.signal == "visual"
+    left = ("activation", "pool", "prior")
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, ignore=left)
+    same(found.gates[0], planted)
+    assert set(found.ignored) == {f"sink_cfg.json: {key}" for key in left}
 
 
 def test_a_known_base_must_be_this_model(lvlm, write):
