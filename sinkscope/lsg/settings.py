@@ -7,6 +7,7 @@ meanings are in `sinkscope.lsg.meanings`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,10 +41,20 @@ class Settings:
     Args:
         data: The parsed file.
         ignore: Parts of keys to leave alone.
+
+    Raises:
+        CheckpointError: If two nested keys have one dotted name.
     """
 
     def __init__(self, data: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
-        self.values = dict(flat(data))
+        listed = flat(data)
+        self.values = dict(listed)
+        twice = sorted(k for k, many in Counter(key for key, _ in listed).items() if many > 1)
+        if twice:
+            raise CheckpointError(
+                f"Got several values called {twice[:5]} in sink_cfg.json once nested names are joined by "
+                "dots; expected one for each."
+            )
         self.left = {key for key in self.values if any(part in key.lower() for part in ignore)}
         self.used: dict[str, str] = {}
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,18 +158,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"Got {str(path)!r}, which holds a {type(found).__name__}; expected tensors by name."
         )
-    return flattened(found)
+    try:
+        named = flattened(found)
+    except RecursionError as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, whose dictionaries are nested too deeply; expected tensors by name."
+        ) from error
+    twice = sorted(n for n, many in Counter(name for name, _ in named).items() if many > 1)
+    if twice:
+        raise CheckpointError(
+            f"Got {str(path)!r}, in which several tensors are called {twice[:5]} once nested names are "
+            "joined by dots; expected a name for each. Save one of them."
+        )
+    return dict(named)
 
 
-def flattened(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Tensors of nested dictionaries under dotted names."""
-    out: dict[str, Any] = {}
+def flattened(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries and their dotted names."""
+    out: list[tuple[str, Tensor]] = []
     for key, value in nested.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            out |= flattened(value, f"{name}.")
+            out += flattened(value, f"{name}.")
         elif isinstance(value, Tensor):
-            out[name] = value
+            out.append((name, value))
     return out
 
 

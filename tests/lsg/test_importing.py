@@ -92,6 +92,10 @@ BESIDE = {
     "base_model.model.model.mm_projector.0.bias": torch.zeros(WIDTH),
     "base_model.model.model.mm_projector.2.weight": torch.zeros(WIDTH, WIDTH),
     "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.zeros(8, WIDTH),
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": torch.zeros(WIDTH, 8),
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, WIDTH),
+    "base_model.model.model.embed_tokens.weight": torch.zeros(8, WIDTH),
+    "base_model.model.lm_head.weight": torch.zeros(2, 8),
 }
 
 LAYOUTS = {
@@ -114,6 +118,8 @@ LAYOUTS = {
         outer_bias="gate.b2",
     ),
     "nested": lambda p: {"state_dict": p.placed("gate."), "step": 3},
+    "nested under the name of the file": lambda p: {"non_lora_trainables": p.placed(PEFT)},
+    "a name with others in it": lambda p: p.placed("lora_free.sink_embeddings.gate."),
     "modules to save": lambda p: {
         **p.placed("layers.1.gate.modules_to_save.default."),
         **Planted(seed=8).placed("layers.1.gate.original_module."),
@@ -437,6 +443,11 @@ WRONG_SETTINGS = {
     "groups": ({"groups": ["red", "rest"]}, {}, "a group 'red' in sink_cfg.json"),
     "their number": ({"num_groups": 3}, {}, "3 groups in sink_cfg.json and 2 coefficients"),
     "names": ({}, {"groups": ("V", "L", "rest")}, "and 2 coefficients; expected a name for each"),
+    "two of one name": (
+        {"gate": {"prior": 1.0}, "gate.prior": 2.0},
+        {},
+        r"several values called \['gate.prior'\] in sink_cfg.json",
+    ),
     "no names": ([1], {}, "a list in .*expected settings by name"),
     "activation": (
         {"activation": "leaky_relu"},
@@ -541,7 +552,15 @@ def test_a_known_base_must_be_this_model(lvlm, write):
 # Tensors that could be read twice
 
 
+NESTED = {
+    **Planted().placed("gate."),
+    "gate": {"mlp": {"0": {"weight": torch.zeros(HIDDEN, WIDTH)}}},
+}
 WRONG_TENSORS = {
+    "two of one name": (
+        NESTED,
+        r"several tensors are called \['gate.mlp.0.weight'\] once nested names are joined",
+    ),
     "nothing": (
         BESIDE,
         r"(?s)Got no gate; expected a matrix \[hidden, 64\].*mm_projector.0.weight",
