@@ -77,6 +77,7 @@ class Reading:
 
         Raises:
             CheckpointError: If it is not said, said in two ways, or said of two gates.
+            LayerError: If it is beyond the model.
         """
         numbers = [match.number for match in matches]
         if given is not None:
@@ -96,7 +97,7 @@ class Reading:
                 f"Got the layers {out} for the gates with the numbers {numbers}; expected another one "
                 "for each. Write layer=[...] with the true ones, or tensors={...} for one gate alone."
             )
-        return out
+        return [check_layer(one, self.lvlm.anatomy.language.n_layers) for one in out]
 
     def _by_name(self, matches: Sequence[Match]) -> list[int | str]:
         """The layers that stand in names, where nobody says any."""
@@ -214,7 +215,6 @@ class Reading:
         """One gate with the tensors of the file."""
         from sinkscope.lsg.gate import LSG
 
-        layer = check_layer(config.layer, self.lvlm.anatomy.language.n_layers)
         first = match.names["inner.weight"]
         hidden = tensors[first].shape["inner.weight" in match.transposed]
         if tensors[first].shape[0] == tensors[first].shape[1]:
@@ -236,7 +236,7 @@ class Reading:
             note = " (transposed)" if role in match.transposed else ""
             shape = "x".join(str(size) for size in tensors[name].shape)
             kind = str(tensors[name].dtype).removeprefix("torch.")
-            self.matched.append((name, f"layer {layer}: {role}{note}, {shape} {kind}"))
+            self.matched.append((name, f"layer {config.layer}: {role}{note}, {shape} {kind}"))
         gate.load_state_dict(state)
         return gate.to(device_for(self.lvlm))
 

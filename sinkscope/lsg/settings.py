@@ -6,13 +6,13 @@ meanings are in `sinkscope.lsg.meanings`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sinkscope.errors import CheckpointError
 from sinkscope.kernels.gating import ACTIVATIONS
+from sinkscope.lsg.checks import is_finite
 from sinkscope.lsg.meanings import (
     ACTIVATION,
     DIMS,
@@ -217,8 +217,7 @@ def group_of(name: str) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if good and math.isfinite(value) else None
+    return float(value) if is_finite(value) else None
 
 
 def whole_numbers(value: Any) -> list[int] | None:

@@ -170,7 +170,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"Got {str(path)!r}, in which several tensors are called {twice[:5]} once nested names are "
             "joined by dots; expected a name for each. Save one of them."
         )
+    strange = [name for name, tensor in named if not is_plain(tensor)]
+    if strange:
+        raise CheckpointError(
+            f"Got {str(path)!r}, in which {strange[:5]} hold no numbers of their own, or not one for each "
+            "place (meta, sparse, nested or expanded tensors); expected plain ones. Convert "
+            "them with .to_dense() or .contiguous()."
+        )
     return dict(named)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds a number for each of its places, so that its size is that of the file."""
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def flattened(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Tensor]]:
