@@ -36,7 +36,7 @@ def read_json(path: Path, advice: str) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
         raise CheckpointError(
             f"Got {str(path)!r}, which cannot be read as JSON ({type(error).__name__}: {error}); "
             f"expected the file as it was written. {advice}"

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from sinkscope.models.prepare import Sample
 
 CALIBRATION_IMAGES = 6
+CHOICES = frozenset(
+    {"groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"}
+)
+"""Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 
 
 def config_for(
@@ -45,11 +49,11 @@ def config_for(
             )
         scale = float(len(groups))
     made = {**choices, "groups": groups, "scale": scale}
-    strange = sorted(set(made) - set(GateConfig.__dataclass_fields__))
+    strange = sorted(set(made) - CHOICES)
     if strange:
         raise InterventionError(
-            f"Got {strange} for a gate; expected fields of GateConfig, "
-            f"{sorted(GateConfig.__dataclass_fields__)}."
+            f"Got {strange} for a gate; expected fields of GateConfig that are free, {sorted(CHOICES)}: "
+            "the others are read from the model."
         )
     config = GateConfig(
         layer=where,

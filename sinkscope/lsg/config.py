@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
 from sinkscope.kernels.gating import ACTIVATIONS
 from sinkscope.lsg.aliases import canonical
+from sinkscope.lsg.checks import check_detector, check_sizes, require
 
 if TYPE_CHECKING:
     from sinkscope.models.anatomy import Anatomy
@@ -45,7 +47,8 @@ class GateConfig:
             again from the newest token (``"refresh"``), or keys are left alone (``"off"``). The
             paper does not say.
         init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper: an untrained gate then halves
-            every visual logit; ``"neutral"`` makes them 1 by a scale of as many as there are groups.
+            every visual logit; ``"neutral"`` makes them 1, and needs a scale of as many as there are
+            groups (`LSG.for_model` sets it).
         scale: What the softmax is multiplied by: the bound of the sum of coefficients.
         hidden: Width of the hidden layer; 64 in the paper.
         activation: One of ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"``; the paper does not say.
@@ -92,14 +95,34 @@ class GateConfig:
                 f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
                 "over prompt tokens does not change at decode steps: write decode='frozen'."
             )
-        for name, value in (("hidden", self.hidden), ("scale", self.scale)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise InterventionError(f"Got {name}={value!r}; expected a positive number.")
+        check_sizes(self)
+        if self.init == "neutral" and self.scale != len(self.groups):
+            raise InterventionError(
+                f"Got init='neutral' and scale={self.scale:g}; expected scale={len(self.groups)}: as many "
+                f"as there are groups {self.groups}, so that a new gate's coefficients are 1."
+            )
         if ("L" in self.groups) != (self.l_detector is not None):
             raise InterventionError(
                 f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
                 "L-sinks exactly where 'L' is a group."
             )
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        """Refuse rules that are none, or beyond the states they judge."""
+        rules = (
+            ("v_detector", self.v_detector, self.model.get("vision_width")),
+            ("l_detector", self.l_detector, self.d_model),
+        )
+        for name, rule, width in rules:
+            if rule is None and name == "l_detector":
+                continue
+            if not isinstance(rule, Mapping) or not isinstance(rule.get("name"), str):
+                raise InterventionError(
+                    f"Got {name}={rule!r}; expected a rule by name and parameters, as "
+                    "sinkscope.lsg.describe(detector) gives it."
+                )
+            check_detector(name, detector_of(rule), width)
 
     @property
     def edited(self) -> int:
@@ -117,6 +140,7 @@ class GateConfig:
         Raises:
             InterventionError: If a field is missing, unknown or impossible.
         """
+        require(isinstance(data, Mapping), "gate", data, "its choices, by name")
         known = {f.name for f in fields(cls)}
         strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
         if strange or missing:
@@ -126,7 +150,7 @@ class GateConfig:
             )
         given = dict(data)
         for name in ("groups", "weights"):
-            if name in given:
+            if isinstance(given.get(name), list):
                 given[name] = tuple(given[name])
         return cls(**given)
 
@@ -145,9 +169,15 @@ def describe(detector: Any) -> dict[str, Any]:
             f"because it runs inside the pass: one of {sorted(RULES)} with numbers. Write "
             "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0)."
         )
-    out = {f.name: getattr(detector, f.name) for f in fields(detector)}
+    out = {f.name: plain(getattr(detector, f.name)) for f in fields(detector)}
     out["dims"] = [int(d) for d in out["dims"]] if "dims" in out else None
     return {"name": name, **{key: value for key, value in out.items() if value is not None}}
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    alone = isinstance(value, (np.generic, torch.Tensor)) and not value.ndim
+    return value.item() if alone else value
 
 
 def detector_of(data: Mapping[str, Any]) -> Any:

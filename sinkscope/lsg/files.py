@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,23 +15,29 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from safetensors.torch import save
-from torch import Tensor
 
 import sinkscope
-from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
+from sinkscope.errors import CheckpointError
 from sinkscope.folders import read_json
 from sinkscope.lsg import card
-from sinkscope.lsg.aliases import canonical
-from sinkscope.lsg.choosing import check_gates, check_layer, device_for
-from sinkscope.lsg.config import GateConfig, rule_of, sketch
+from sinkscope.lsg.choosing import check_gates, device_for
+from sinkscope.lsg.config import sketch
+from sinkscope.lsg.loading import (
+    CARD,
+    FILES,
+    FORMAT,
+    RECORD,
+    STACK,
+    TENSORS,
+    VERSION,
+    read_gate,
+    read_head,
+)
 from sinkscope.lsg.storage import (
     AGAIN,
+    CONFIG,
     HUB_ERRORS,
-    Source,
-    as_fp32,
-    check_replaceable,
     fill,
-    read_tensors,
     scrub,
     source_of,
     write_folder,
@@ -40,18 +47,15 @@ if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
     from sinkscope.models.lvlm import LVLM
 
-FORMAT, VERSION = "sinkscope-lsg", 1
-STACK = "sinkscope-lsg-stack"
-CONFIG, TENSORS, CARD, RECORD = "config.json", "model.safetensors", "README.md", "training.json"
-PICKLE = "pytorch_model.bin"
-FILES = frozenset({CONFIG, TENSORS, CARD, RECORD})
-FIELDS = frozenset({"format", "format_version", "gate", "versions"})
+STACK_FILES = FILES - {TENSORS}
+GATE_FOLDER = re.compile(r"gate-\d{2,}-layer-(\d+|embed)")
+"""How the sub-folders of a stack are called by `save_stack`."""
 STACK_FIELDS = frozenset({"format", "format_version", "gates", "versions"})
 
 
 def save_gate(gate: LSG, folder: Any, record: Mapping[str, Any] | None) -> None:
     """See `LSG.save_pretrained`."""
-    write_folder(Path(folder), files_of(gate, record), replaceable(Path(folder), FORMAT))
+    write_folder(Path(folder), files_of(gate, record), foreign)
 
 
 def push_gate(
@@ -114,7 +118,7 @@ def save_stack(gates: Any, folder: Any, record: Mapping[str, Any] | None) -> Non
         files[RECORD] = as_json(record)
     for gate, one in zip(listed, names, strict=True):
         files |= {f"{one}/{file}": content for file, content in files_of(gate, None).items()}
-    write_folder(Path(folder), files, replaceable(Path(folder), STACK))
+    write_folder(Path(folder), files, partial(foreign, kind=STACK))
 
 
 def load_stack(
@@ -127,9 +131,10 @@ def load_stack(
     plain = isinstance(names, list) and all(
         isinstance(one, str) and one and "/" not in one and not one.startswith(".") for one in names
     )
-    if not plain or not names:
+    if not plain or not names or len(set(names)) < len(names):
         raise CheckpointError(
-            f"Got gates={names!r} in {CONFIG} of {source}; expected names of folders beside it."
+            f"Got gates={names!r} in {CONFIG} of {source}; expected names of folders beside it, "
+            "each once."
         )
     out = [read_gate(source.below(one), allow_noop) for one in names]
     return out if lvlm is None else [fitted(gate, lvlm) for gate in out]
@@ -171,160 +176,28 @@ def files_of(gate: LSG, record: Mapping[str, Any] | None) -> dict[str, bytes]:
     return out if record is None else out | {RECORD: as_json(record)}
 
 
-def read_gate(source: Source, allow_noop: bool) -> LSG:
-    """The gate that lies there.
+def foreign(folder: Path, kind: str = FORMAT) -> list[str]:
+    """What lies in a folder that no older gate or stack wrote there, as paths within it.
 
-    Raises:
-        CheckpointError: If something is missing, damaged, strange, or of another kind.
+    Only plain files under our names count as ours, and of folders those that `save_stack` listed under
+    names of its own, if each holds a gate and nothing else.
     """
-    from sinkscope.lsg.gate import LSG
-
-    head, source = read_head(source, FORMAT, FIELDS)
-    config = read_config(head["gate"], source)
-    path = source.find(TENSORS) or source.find(PICKLE)
-    if path is None:
-        raise CheckpointError(f"Got {source} without {TENSORS}; expected it beside {CONFIG}.")
-    tensors = read_tensors(path)
-    check_tensors(config, tensors, path)
-    gate = LSG(config, allow_noop=allow_noop)
-    gate.load_state_dict({name: as_fp32(name, value, path) for name, value in tensors.items()})
-    record = source.find(RECORD)
-    gate.record = None if record is None else dict(read_json(record, AGAIN))
-    return gate
-
-
-def read_head(source: Source, kind: str, known: frozenset[str]) -> tuple[Mapping[str, Any], Source]:
-    """The checked content of `config.json`, and the source held to its commit.
-
-    Raises:
-        CheckpointError: If it is missing, of another kind, or of a newer version.
-    """
-    path = source.find(CONFIG)
-    if path is None:
-        raise CheckpointError(f"Got {source} without {CONFIG}; {expected(source, None, kind)}")
-    head = read_json(path, AGAIN)
-    found = head.get("format") if isinstance(head, Mapping) else None
-    if found != kind:
-        what = described(head)
-        raise CheckpointError(f"Got {source}, {what}; {expected(source, found, kind)}")
-    version = head.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
-        writer = (head.get("versions") or {}).get("sinkscope", "unknown")
-        raise CheckpointError(
-            f"Got format_version={version!r} in {CONFIG} of {source}, written by sinkscope {writer}; "
-            f"expected at most {VERSION}. Upgrade sinkscope ({sinkscope.__version__} is here)."
-        )
-    strange, missing = sorted(set(head) - known), sorted(known - set(head))
-    if strange or missing:
-        raise CheckpointError(
-            f"Got {CONFIG} of {source} with unknown fields {strange} and without {missing}; expected "
-            f"{sorted(known)}."
-        )
-    return head, source.pinned(path)
-
-
-def described(head: Any) -> str:
-    """What a foreign config is of, in words."""
-    if not isinstance(head, Mapping):
-        return f"whose {CONFIG} holds a {type(head).__name__}"
-    if "model_type" in head or "architectures" in head:
-        return f"a checkpoint of a whole model ({head.get('model_type')!r})"
-    if "format" in head:
-        return f"which is of the kind {head['format']!r}"
-    return f"whose {CONFIG} names no format"
-
-
-def expected(source: Source, found: Any, kind: str) -> str:
-    """What to write instead."""
-    if found == STACK and kind == FORMAT:
-        return "expected one gate. Write ss.LSG.load_stack(...) for a stack."
-    if found == FORMAT and kind == STACK:
-        return "expected a stack. Write ss.LSG.from_pretrained(...) for one gate."
-    if source.find("sink_cfg.json") is not None:
-        return "expected files of sinkscope. Write ss.import_gates(folder, lvlm) for these."
-    writes = (
-        "gate.save_pretrained(folder)" if kind == FORMAT else "ss.LSG.save_stack(gates, folder)"
-    )
-    return f"expected what {writes} wrote."
-
-
-def read_config(data: Any, source: Source) -> GateConfig:
-    """The gate's choices, checked before anything is built of them.
-
-    Raises:
-        CheckpointError: If they are impossible.
-    """
-    try:
-        config = GateConfig.from_dict(data)
-        config = replace(config, model=canonical(config.model))
-        for rule in (config.v_detector, config.l_detector):
-            if rule is not None:
-                rule_of(rule)
-        check_layer(config.layer, int(config.model["language_layers"]))
-        sizes = {"d_model": config.d_model, "hidden": config.hidden, "seed": config.seed}
-        wrong = {name: value for name, value in sizes.items() if type(value) is not int}
-        if wrong or config.d_model != config.model["language_width"]:
-            raise InterventionError(
-                f"Got {wrong or sizes} for a model of width {config.model['language_width']}; "
-                "expected whole numbers, and d_model of that width."
-            )
-    except (InterventionError, DetectorError, LayerError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{CONFIG} of {source} is impossible: {error}") from error
-    except (KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{CONFIG} of {source} is incomplete ({type(error).__name__}: {error}); expected the "
-            "fingerprint of the model and the gate's choices, as save_pretrained() wrote them."
-        ) from error
-    return config
-
-
-def check_tensors(config: GateConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not the gate's.
-
-    Raises:
-        CheckpointError: If any is missing, left over, or of another shape.
-    """
-    shapes = shapes_of(config)
-    lines = []
-    extra = {name: tuple(value.shape) for name, value in tensors.items() if name not in shapes}
-    for name, shape in shapes.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            lines.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-        elif name not in tensors:
-            alike = [other for other, found in extra.items() if found == shape]
-            hint = f"; perhaps {alike} is it under another name" if alike else ""
-            lines.append(f"{name} {shape} is missing{hint}")
-    lines += [f"{name} {shape} is not part of this gate" for name, shape in extra.items()]
-    if lines:
-        listed = "\n  ".join(lines)
-        raise CheckpointError(
-            f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}.\n"
-            f"  {listed}\nFor files of another tool write ss.import_gates(folder, lvlm)."
-        )
-
-
-def shapes_of(config: GateConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a gate's tensors, by name."""
-    width, hidden, many = config.d_model, config.hidden, len(config.groups)
-    norm = {"norm.weight": (width,), "norm.bias": (width,)} if config.affine else {}
-    return norm | {
-        "inner.weight": (hidden, width),
-        "inner.bias": (hidden,),
-        "outer.weight": (many, hidden),
-        "outer.bias": (many,),
-    }
-
-
-def replaceable(folder: Path, kind: str) -> frozenset[str]:
-    """The names that may be in a folder that is overwritten: those of an older gate or stack there."""
-    path = folder.expanduser() / CONFIG
-    if not path.is_file():
-        return frozenset()
-    head = read_json(path, AGAIN)
-    if not isinstance(head, Mapping) or head.get("format") != kind:
-        check_replaceable(path.parent, frozenset())
-    names = head.get("gates", []) if kind == STACK else []
-    return FILES | frozenset(str(one) for one in names)
+    config = folder / CONFIG
+    head = read_json(config, AGAIN) if config.is_file() else None
+    head = head if isinstance(head, Mapping) and head.get("format") == kind else {}
+    listed = head.get("gates") if kind == STACK else None
+    names = listed if isinstance(listed, list) else []
+    files = FILES if kind == FORMAT else STACK_FILES
+    out = []
+    for path in folder.iterdir():
+        if head and path.name in files and path.is_file() and not path.is_symlink():
+            continue
+        mine = path.name in names and GATE_FOLDER.fullmatch(path.name)
+        if mine and path.is_dir() and not path.is_symlink():
+            out += [f"{path.name}/{one}" for one in foreign(path)]
+        else:
+            out.append(path.name)
+    return out
 
 
 def versions() -> dict[str, str]:

@@ -57,7 +57,7 @@ def import_gates(
     path_or_repo: str | Path,
     lvlm: LVLM,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: int | str | Sequence[int | str] | None = None,
     index_base: int = 0,
     groups: Sequence[str] | None = None,
     activation: str | None = None,
@@ -81,8 +81,8 @@ def import_gates(
     Args:
         path_or_repo: A folder, or a hub repository.
         lvlm: The model the gates are for. Its decoder's width tells the matrices apart.
-        layer: The block that a gate reads, counted from 0 as everywhere here, or one for each gate
-            in the order of the file's numbers. None for what the file says.
+        layer: The block that a gate reads, counted from 0 as everywhere here, or ``"embed"``; for
+            several gates one each, in the order of the file's numbers. None for what the file says.
         index_base: From what the *file* counts its layers, 0 or 1.
         groups: What the coefficients stand for, in order. None for the file's, else ("V", "rest"),
             or ("V", "L", "rest") if there are three.
@@ -91,12 +91,14 @@ def import_gates(
         v_detector: The rule for V-sinks. None for the file's channels and threshold, else as in
             `LSG.for_model`.
         l_detector: The rule for L-sinks, likewise as in `LSG.for_model`.
-        signal: As in `GateConfig`; the file is not asked. None for "last".
+        signal: As in `GateConfig`. None for the file's, which is refused if it is not the last token,
+            else "last".
         decode: As in `GateConfig`; the file is not asked. None for "frozen".
         normalize: ``"none"`` or ``"rms"``, for channels and a threshold of the file.
         tensors: The names of one gate's tensors, by role (``"inner.weight"`` ...), if they are
             not found by themselves.
-        ignore: Parts of names of tensors that are no part of a gate.
+        ignore: Parts of names of tensors that are no part of a gate, or of keys of settings that say
+            nothing of it.
         revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as the release has for each gate.
         show: Whether to print how the files were read.
@@ -105,8 +107,8 @@ def import_gates(
         The gates and the table.
 
     Raises:
-        CheckpointError: If files are missing or damaged, or something could be read in two ways; the
-            candidates are listed.
+        CheckpointError: If files are missing or damaged, a setting cannot be read, or something could
+            be read in two ways; the candidates are listed.
         InterventionError: If a choice is impossible, or the file names another model.
         LayerError: If a layer is beyond the model.
     """
@@ -125,7 +127,7 @@ def import_gates(
         raise CheckpointError(
             f"Got a {type(read).__name__} in {str(beside)!r}; expected settings by name."
         )
-    settings = Settings(read)
+    settings = Settings(read, ignore)
     found = read_tensors(path)
     width = lvlm.anatomy.language.d_model
     matches, left = (
@@ -145,6 +147,7 @@ def import_gates(
     ]
     reading.matched += [(f"{SETTINGS}: {key}", use) for key, use in settings.used.items()]
     ignored = [*left, *(f"{SETTINGS}: {key}" for key in settings.unused)]
+    gates.sort(key=lambda gate: gate.config.edited)
     out = ImportedGates(
         tuple(gates), tuple(reading.matched), tuple(ignored), tuple(dict.fromkeys(reading.assumed))
     )

@@ -18,15 +18,21 @@ from sinkscope.errors import CheckpointError
 ROLES = ("norm.weight", "norm.bias", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
 OTHERS = (
     "projector",
+    "mm_projector",
+    "multi_modal_projector",
     "embed_tokens",
     "embeddings",
-    "lora_",
+    "lora_a",
+    "lora_b",
+    "lora_embedding_a",
+    "lora_embedding_b",
+    "lora_magnitude_vector",
     "lm_head",
     "vision_tower",
     "vision_model",
     "original_module",  # the untrained copy that peft keeps beside modules_to_save
 )
-"""Parts of names of what lies beside a gate in such files and is none."""
+"""Modules that lie beside a gate in such files and are none: parts of names between dots."""
 NORMS = ("norm", "ln")
 GATES = ("gate", "lsg", "sink")
 SHIFTS = ("bias", "b", "beta", "shift")
@@ -69,7 +75,12 @@ def find_gates(
     Raises:
         CheckpointError: If there is none, or something fits twice or not at all.
     """
-    skipped = [n for n in tensors if any(part in n.lower() for part in (*OTHERS, *ignore))]
+    skipped = [
+        n
+        for n in tensors
+        if any(part in OTHERS for part in n.lower().split("."))
+        or any(i in n.lower() for i in ignore)
+    ]
     left = {n: tuple(t.shape) for n, t in tensors.items() if n not in skipped}
     firsts = [n for n, shape in left.items() if len(shape) == 2 and width in shape]
     pairs = {n: seconds(n, left, width) for n in firsts}

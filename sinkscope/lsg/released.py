@@ -68,49 +68,101 @@ class Reading:
                 )
         self.assumed.append(f"the gates were trained on the weights of {self.lvlm.name!r}")
 
-    def layers(self, matches: Sequence[Match], given: int | Sequence[int] | None) -> list[int]:
+    def layers(
+        self, matches: Sequence[Match], given: int | str | Sequence[int | str] | None
+    ) -> list[int | str]:
         """The block that each gate reads, in our count.
 
+        An order that is given holds; names tell the layers only where nothing else does.
+
         Raises:
-            CheckpointError: If it is not said, or said in two ways.
+            CheckpointError: If it is not said, said in two ways, or said of two gates.
+            LayerError: If it is beyond the model.
         """
-        said = self.settings.layers() if given is None else None
-        listed = None
-        if given is not None:
-            listed = [given] if isinstance(given, int) else list(given)
-        elif said is not None:
-            listed = [one - self.base for one in said]
         numbers = [match.number for match in matches]
-        named = [number - self.base for number in numbers if number is not None]
-        named = named if len(named) == len(matches) else []
-        positions = named == [place - self.base for place in range(len(matches))]
-        by_layer = all(match.by_layer for match in matches)
-        if listed is None:
-            if not named or (positions and not by_layer):
-                raise CheckpointError(
-                    f"Got gates with the numbers {numbers} and no layer in {SETTINGS}; expected to "
-                    f"know which block each reads. Write layer={list(range(len(matches)))} with the "
-                    "true ones."
-                )
-            self.assumed.append(f"numbers in names, {numbers}, are layers counted from {self.base}")
-            self._read_from(named)
-            return named
-        if given is None:
-            self._read_from(listed)
-        if sorted(listed) == sorted(named):
-            return named
-        if len(listed) == len(matches) and (not named or positions or not by_layer):
-            if named or len(matches) > 1:
-                self.assumed.append(f"gates in the order {numbers} are of the layers {listed}")
-            return listed
-        if given is not None and len(listed) == len(matches):
-            self.assumed.append(f"layers {listed} as asked, though names say {numbers}")
-            return listed
-        raise CheckpointError(
-            f"Got {len(matches)} gates with the numbers {numbers} and the layers {listed} (counted from "
-            f"0); expected one layer for each gate. Write layer=[...], or another index_base than "
-            f"{self.base}."
-        )
+        if given is not None:
+            out = [given] if isinstance(given, (int, str)) else list(given)
+            self._check_order(numbers, out)
+            named = self._named(matches)
+            if named and named != out:
+                self.assumed.append(f"layers {out} as asked, though names say {numbers}")
+            elif len(matches) > 1 and not named:
+                self._in_order(numbers, out)
+        else:
+            said = self.settings.layers()
+            out = self._by_name(matches) if said is None else self._by_file(matches, said)
+            self.assumed.append(f"layers {out}, counted from 0, are the blocks that are read")
+        if len(set(out)) < len(out):
+            raise CheckpointError(
+                f"Got the layers {out} for the gates with the numbers {numbers}; expected another one "
+                "for each. Write layer=[...] with the true ones, or tensors={...} for one gate alone."
+            )
+        return [check_layer(one, self.lvlm.anatomy.language.n_layers) for one in out]
+
+    def _by_name(self, matches: Sequence[Match]) -> list[int | str]:
+        """The layers that stand in names, where nobody says any."""
+        numbers = [match.number for match in matches]
+        shifted = self._shifted(matches)
+        if not shifted or (not self._named(matches) and self._are_places(numbers)):
+            raise CheckpointError(
+                f"Got gates with the numbers {numbers} and no layer in {SETTINGS}; expected to "
+                f"know which block each reads. Write layer={list(range(len(matches)))} with the "
+                "true ones."
+            )
+        self.assumed.append(f"numbers in names, {numbers}, are layers counted from {self.base}")
+        return shifted
+
+    def _by_file(self, matches: Sequence[Match], said: Sequence[int]) -> list[int | str]:
+        """The layers that the settings say, one for each gate in their order.
+
+        Raises:
+            CheckpointError: If the names say others, or the same in another order.
+        """
+        numbers = [match.number for match in matches]
+        out: list[int | str] = [one - self.base for one in said]
+        self._check_order(numbers, out)
+        shifted, named = self._shifted(matches), self._named(matches)
+        same = set(shifted) == set(out) and not self._are_places(numbers)
+        if shifted != out and (named or same):
+            raise CheckpointError(
+                f"Got {len(matches)} gates with the numbers {numbers} and the layers {out} in "
+                f"{SETTINGS} (counted from 0): by their names the gates are of the layers {shifted}, by "
+                f"the order of the settings of {out}; expected the same. Write layer={shifted} or "
+                f"layer={out}, or another index_base than {self.base}."
+            )
+        if len(matches) > 1 and not named:
+            self._in_order(numbers, out)
+        return out
+
+    def _check_order(self, numbers: Sequence[int | None], layers: Sequence[int | str]) -> None:
+        """Refuse layers that are not one for each gate, or gates that have no order."""
+        if len(layers) != len(numbers):
+            raise CheckpointError(
+                f"Got {len(numbers)} gates with the numbers {numbers} and the layers {layers} (counted "
+                "from 0); expected one layer for each gate. Write layer=[...]."
+            )
+        if len(set(numbers)) < len(numbers):
+            raise CheckpointError(
+                f"Got {len(numbers)} gates with the numbers {numbers} and the layers {layers}; expected "
+                "numbers that tell which gate comes first. Import them one by one with tensors={...}."
+            )
+
+    def _shifted(self, matches: Sequence[Match]) -> list[int | str]:
+        """The numbers in names as layers in our count; none if a gate has no number."""
+        numbers = [match.number for match in matches if match.number is not None]
+        return [one - self.base for one in numbers] if len(numbers) == len(matches) else []
+
+    def _named(self, matches: Sequence[Match]) -> list[int | str]:
+        """The layers of gates that are all named by one, such as ``layers.3.gate``; else none."""
+        return self._shifted(matches) if all(match.by_layer for match in matches) else []
+
+    def _are_places(self, numbers: Sequence[int | None]) -> bool:
+        """Whether numbers only count the gates: 0, 1, 2 ..."""
+        return list(numbers) == list(range(len(numbers)))
+
+    def _in_order(self, numbers: Sequence[int | None], layers: Sequence[int | str]) -> None:
+        """Note which gate is of which layer."""
+        self.assumed.append(f"gates in the order {numbers} are of the layers {list(layers)}")
 
     def config(
         self,
@@ -142,6 +194,9 @@ class Reading:
             )
         if "activation" not in made and (said := self.settings.activation()) is not None:
             made["activation"] = said
+        if "signal" not in made and (said := self.settings.signal()) is not None:
+            made["signal"] = said
+        self.settings.check_temperature()
         if "scale" not in made and (prior := self.settings.scale()) is not None:
             made["scale"] = prior
             self.assumed.append(f"the file's prior or scale, {prior:g}, multiplies the softmax")
@@ -160,7 +215,6 @@ class Reading:
         """One gate with the tensors of the file."""
         from sinkscope.lsg.gate import LSG
 
-        layer = check_layer(config.layer, self.lvlm.anatomy.language.n_layers)
         first = match.names["inner.weight"]
         hidden = tensors[first].shape["inner.weight" in match.transposed]
         if tensors[first].shape[0] == tensors[first].shape[1]:
@@ -182,7 +236,7 @@ class Reading:
             note = " (transposed)" if role in match.transposed else ""
             shape = "x".join(str(size) for size in tensors[name].shape)
             kind = str(tensors[name].dtype).removeprefix("torch.")
-            self.matched.append((name, f"layer {layer}: {role}{note}, {shape} {kind}"))
+            self.matched.append((name, f"layer {config.layer}: {role}{note}, {shape} {kind}"))
         gate.load_state_dict(state)
         return gate.to(device_for(self.lvlm))
 
@@ -217,7 +271,3 @@ class Reading:
         """A default, noted."""
         self.assumed.append(f"{name} is {value!r}")
         return value
-
-    def _read_from(self, layers: Sequence[int]) -> None:
-        """Note what a layer is taken to mean."""
-        self.assumed.append(f"layers {list(layers)}, counted from 0, are the blocks that are read")

@@ -1,28 +1,38 @@
-"""Read the settings of somebody else's gate from JSON whose keys nobody has told us."""
+"""Read the settings of somebody else's gate from JSON whose keys nobody has told us.
+
+A key without a meaning is listed as ignored; a value that cannot be what its key means is refused. The
+meanings are in `sinkscope.lsg.meanings`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sinkscope.errors import CheckpointError
 from sinkscope.kernels.gating import ACTIVATIONS
-
-NO_LAYER = (
-    "num",
-    "n_layers",
-    "count",
-    "total",
-    "vision",
-    "vit",
-    "select",
-    "norm",
-    "hidden",
-    "tower",
+from sinkscope.lsg.checks import is_finite
+from sinkscope.lsg.meanings import (
+    ACTIVATION,
+    DIMS,
+    EDITED,
+    GROUPS,
+    LAYERS,
+    SCALE,
+    SIGNAL,
+    SINK_DIMS,
+    SINK_TAU,
+    TAU,
+    TEMPERATURE,
+    Meaning,
+    of_language,
+    of_neither,
+    of_vision,
+    words,
 )
-VISION = ("vision", "vit", "clip", "siglip", "v_")
-DIMS, TAU = "vision sink dims", "vision tau"
-LANGUAGE = ("llm", "lang", "text", "l_", "lm_")
+
+LAST = ("last", "last_token", "last_prompt_token", "last_text_token")
 
 
 class Settings:
@@ -30,10 +40,22 @@ class Settings:
 
     Args:
         data: The parsed file.
+        ignore: Parts of keys to leave alone.
+
+    Raises:
+        CheckpointError: If two nested keys have one dotted name.
     """
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self.values = dict(flat(data))
+    def __init__(self, data: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+        listed = flat(data)
+        self.values = dict(listed)
+        twice = sorted(k for k, many in Counter(key for key, _ in listed).items() if many > 1)
+        if twice:
+            raise CheckpointError(
+                f"Got several values called {twice[:5]} in sink_cfg.json once nested names are joined by "
+                "dots; expected one for each."
+            )
+        self.left = {key for key in self.values if any(part in key.lower() for part in ignore)}
         self.used: dict[str, str] = {}
 
     @property
@@ -42,64 +64,80 @@ class Settings:
         return [key for key in self.values if key not in self.used]
 
     def layers(self) -> list[int] | None:
-        """Layers: keys with "layer" in them, whole numbers or lists of them."""
+        """The layers that gates read.
 
-        def read(key: str, value: Any) -> list[int] | None:
-            if "layer" not in key or any(part in key for part in NO_LAYER):
-                return None
-            return whole_numbers(value)
-
-        return self._one("layers", read)
+        Raises:
+            CheckpointError: If only the edited ones are named, which may be the next ones.
+        """
+        found = self._one(LAYERS, whole_numbers, lambda key, value: not of_vision(key))
+        keys = [key for key, use in self.used.items() if use == LAYERS.name]
+        if keys and all(words(key) & EDITED for key in keys):
+            raise CheckpointError(
+                f"Got {keys} in sink_cfg.json, the layers where gates act; expected those that they "
+                "read, which are the ones before if the gate is as in the paper. Write layer=[...]."
+            )
+        return found
 
     def activation(self) -> str | None:
-        """The hidden layer's activation: keys with "act"."""
+        """The hidden layer's activation."""
 
-        def read(key: str, value: Any) -> str | None:
-            name = str(value).lower().removeprefix("nn.").removesuffix("()")
-            return name if "act" in key and name in ACTIVATIONS else None
+        def read(value: Any) -> str | None:
+            name = str(value).lower().rpartition(".")[2].removesuffix("()")
+            return name if name in ACTIVATIONS else None
 
-        return self._one("activation", read)
+        return self._one(ACTIVATION, read, of_neither)
 
     def groups(self) -> tuple[str, ...] | int | None:
-        """Names of the groups in their order, or how many: keys with "group"."""
+        """Names of the groups in their order, or how many."""
 
-        def read(key: str, value: Any) -> tuple[str, ...] | int | None:
-            if "group" not in key:
-                return None
+        def read(value: Any) -> tuple[str, ...] | int | None:
             if isinstance(value, list) and all(isinstance(one, str) for one in value):
                 return tuple(group_of(one) for one in value)
             return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-        return self._one("groups", read)
+        return self._one(GROUPS, read)
 
     def scale(self) -> float | None:
-        """What multiplies the softmax: keys with "prior" or "scale", a number."""
+        """What multiplies the softmax."""
 
-        def read(key: str, value: Any) -> float | None:
-            if not any(part in key for part in ("prior", "scale")):
-                return None
-            return float(value) if is_number(value) else None
+        def read(value: Any) -> float | None:
+            found = number(value)
+            return found if found is not None and found > 0 else None
 
-        return self._one("scale", read)
+        return self._one(SCALE, read, of_neither)
+
+    def signal(self) -> str | None:
+        """What the gate reads."""
+
+        def read(value: Any) -> str | None:
+            return "last" if str(value).lower().replace("-", "_") in LAST else None
+
+        return self._one(SIGNAL, read, of_neither)
+
+    def check_temperature(self) -> None:
+        """Refuse a softmax with a temperature.
+
+        Raises:
+            CheckpointError: If there is one.
+        """
+        self._one(TEMPERATURE, lambda value: number(value) if number(value) == 1 else None)
 
     def dims(self, width: int) -> list[int] | None:
-        """Sink channels of the vision tower of that width: keys with "dim", a number or a list."""
+        """Sink channels of the vision tower of that width: a number or a list."""
 
-        def read(key: str, value: Any) -> list[int] | None:
-            named = "dim" in key and ("sink" in key or isinstance(value, list))
-            found = whole_numbers(value) if named and not of_language(key) else None
-            return found if found and max(found) < width else None
+        def read(value: Any) -> list[int] | None:
+            found = whole_numbers(value)
+            return found if found and min(found) >= 0 and max(found) < width else None
 
-        return self._one(DIMS, read)
+        def speaks(key: str, value: Any) -> bool:
+            named = bool(words(key) & {"sink", "sinks"}) or isinstance(value, list)
+            return named and not of_language(key)
+
+        return self._one(SINK_DIMS, read, speaks)
 
     def tau(self) -> float | None:
-        """The threshold for V-sinks: keys with "tau" or "thresh", a number."""
-
-        def read(key: str, value: Any) -> float | None:
-            named = ("tau" in key or "thresh" in key) and not of_language(key)
-            return float(value) if named and is_number(value) else None
-
-        return self._one(TAU, read)
+        """The threshold for V-sinks."""
+        return self._one(SINK_TAU, number, lambda key, value: not of_language(key))
 
     def bases(self) -> dict[str, str]:
         """Keys whose value looks like the name of a model."""
@@ -109,24 +147,41 @@ class Settings:
             if isinstance(value, str) and "/" in value and ("model" in key or "base" in key)
         }
 
-    def _one(self, meaning: str, read: Callable[[str, Any], Any]) -> Any:
-        """The one value that reads so.
+    def _one(
+        self,
+        what: Meaning,
+        read: Callable[[Any], Any],
+        speaks: Callable[[str, Any], bool] = lambda key, value: True,
+    ) -> Any:
+        """The one value with a meaning; null is no value.
 
         Raises:
-            CheckpointError: If keys contradict one another.
+            CheckpointError: If a value cannot be read, or keys contradict one another.
         """
-        found = {key: read(key.lower(), value) for key, value in self.values.items()}
-        found = {key: value for key, value in found.items() if value is not None}
-        if meaning in (DIMS, TAU):
-            found = {key: value for key, value in found.items() if of_vision(key.lower())} or found
+        given = {
+            key: value
+            for key, value in self.values.items()
+            if value is not None
+            and key not in self.left
+            and what.speaks(key)
+            and speaks(key, value)
+        }
+        if what.name in (DIMS, TAU):
+            given = {key: value for key, value in given.items() if of_vision(key)} or given
+        found = {key: read(value) for key, value in given.items()}
+        unread = {key: given[key] for key, value in found.items() if value is None}
+        if unread:
+            raise CheckpointError(
+                f"Got {unread} in sink_cfg.json, read as {what.name}; expected {what.expected}. Write "
+                f"{what.write}, or ignore={tuple(unread)} if it says nothing of the gate."
+            )
         if any(value != next(iter(found.values())) for value in found.values()):
             raise CheckpointError(
-                f"Got several readings of {meaning} in sink_cfg.json: {found}; expected one. Say which "
-                "is meant with an argument of import_gates: layer=, activation=, groups=, scale= or "
-                "v_detector=."
+                f"Got several readings of {what.name} in sink_cfg.json: {found}; expected one. Say which "
+                f"is meant with an argument of import_gates: {what.write}."
             )
         for key in found:
-            self.used[key] = meaning
+            self.used[key] = what.name
         return next(iter(found.values()), None)
 
 
@@ -139,16 +194,6 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             out.append((f"{prefix}{key}", value))
     return out
-
-
-def of_vision(key: str) -> bool:
-    """Whether a key speaks of the vision tower."""
-    return any(part in key for part in VISION)
-
-
-def of_language(key: str) -> bool:
-    """Whether a key speaks of the decoder."""
-    return not of_vision(key) and any(part in key for part in LANGUAGE)
 
 
 def group_of(name: str) -> str:
@@ -170,16 +215,16 @@ def group_of(name: str) -> str:
     )
 
 
-def is_number(value: Any) -> bool:
-    """Whether that is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    return float(value) if is_finite(value) else None
 
 
 def whole_numbers(value: Any) -> list[int] | None:
     """One whole number or a list of them, as a list; digits in text count."""
     out = []
     for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, bool) or not (isinstance(one, int) or str(one).isdigit()):
+        if isinstance(one, bool) or not (isinstance(one, int) or str(one).isdecimal()):
             return None
         out.append(int(one))
     return out or None

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +30,8 @@ HUB_ERRORS = (OSError, ValueError, HTTPError, RuntimeError)
 DAMAGED = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
+CONFIG = "config.json"
+"""Without it a folder is neither a gate nor a stack."""
 AGAIN = "Download or copy it again."
 ALLOWED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -155,18 +158,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"Got {str(path)!r}, which holds a {type(found).__name__}; expected tensors by name."
         )
-    return flattened(found)
+    try:
+        named = flattened(found)
+    except RecursionError as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, whose dictionaries are nested too deeply; expected tensors by name."
+        ) from error
+    twice = sorted(n for n, many in Counter(name for name, _ in named).items() if many > 1)
+    if twice:
+        raise CheckpointError(
+            f"Got {str(path)!r}, in which several tensors are called {twice[:5]} once nested names are "
+            "joined by dots; expected a name for each. Save one of them."
+        )
+    strange = [name for name, tensor in named if not is_plain(tensor)]
+    if strange:
+        raise CheckpointError(
+            f"Got {str(path)!r}, in which {strange[:5]} hold no numbers of their own, or not one for each "
+            "place (meta, sparse, nested or expanded tensors); expected plain ones. Convert "
+            "them with .to_dense() or .contiguous()."
+        )
+    return dict(named)
 
 
-def flattened(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Tensors of nested dictionaries under dotted names."""
-    out: dict[str, Any] = {}
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds a number for each of its places, so that its size is that of the file."""
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def flattened(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries and their dotted names."""
+    out: list[tuple[str, Tensor]] = []
     for key, value in nested.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            out |= flattened(value, f"{name}.")
+            out += flattened(value, f"{name}.")
         elif isinstance(value, Tensor):
-            out[name] = value
+            out.append((name, value))
     return out
 
 
@@ -189,25 +218,30 @@ def as_fp32(name: str, tensor: Tensor, path: Path) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def write_folder(target: Path, files: Mapping[str, bytes], replaces: Collection[str]) -> None:
-    """Write a folder that is whole or not there: beside it first, then renamed.
+def write_folder(
+    target: Path, files: Mapping[str, bytes], strange: Callable[[Path], Sequence[str]]
+) -> None:
+    """Write a folder that is whole or holds no `config.json`; nobody else's file is touched.
 
     Args:
         target: The folder.
         files: What goes into it, by path within it.
-        replaces: Which top-level names an existing folder may hold to be replaced.
+        strange: What lies in an existing folder that may not be replaced, as paths within it.
 
     Raises:
         CheckpointError: If something else is there, or cannot be written.
     """
     target = Path(os.path.realpath(Path(target).expanduser()))
-    check_replaceable(target, replaces)
+    before = replaceable(target, strange)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
             fill(made, files)
-            swap(made, target)
+            if target.exists():
+                exchange(made, target, before)
+            else:
+                made.rename(target)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
@@ -217,22 +251,23 @@ def write_folder(target: Path, files: Mapping[str, bytes], replaces: Collection[
         ) from error
 
 
-def check_replaceable(target: Path, replaces: Collection[str]) -> None:
-    """Refuse a target that holds something else.
+def replaceable(target: Path, strange: Callable[[Path], Sequence[str]]) -> list[str]:
+    """The names in a folder that is to be replaced; none if it is not there yet.
 
     Raises:
-        CheckpointError: If so.
+        CheckpointError: If it is a file, or holds anything else.
     """
-    if target.exists() and not target.is_dir():
+    if not target.exists():
+        return []
+    if not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
-    strange = (
-        [p.name for p in target.iterdir() if p.name not in replaces] if target.is_dir() else []
-    )
-    if strange:
+    found = strange(target)
+    if found:
         raise CheckpointError(
-            f"Got the folder {str(target)!r}, which holds {sorted(strange)[:5]}; expected a new or "
+            f"Got the folder {str(target)!r}, which holds {sorted(found)[:5]}; expected a new or "
             "empty folder, or one of the same kind to replace. Choose another name."
         )
+    return [path.name for path in target.iterdir()]
 
 
 def fill(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -249,17 +284,31 @@ def fill(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.chmod(0o777 & ~mask)  # a temporary folder is closed to others
 
 
-def swap(made: Path, target: Path) -> None:
-    """Rename a folder to its name; what had the name comes back if that fails."""
-    if not target.exists():
-        made.rename(target)
-        return
+def exchange(made: Path, target: Path, before: Sequence[str]) -> None:
+    """Move what was made into a folder that is there; the folder itself stays, with who works in it.
+
+    `CONFIG` leaves first and comes last, so that a folder which is not whole is not read as one. What
+    was moved goes back if anything fails.
+
+    Args:
+        made: The folder beside it.
+        target: The folder.
+        before: The names in it that are replaced.
+    """
     old = made.with_suffix(".old")
-    target.rename(old)
+    old.mkdir()
+    moves = [(target / name, old / name) for name in sorted(before, key=lambda n: n != CONFIG)]
+    names = sorted((path.name for path in made.iterdir()), key=lambda n: n == CONFIG)
+    moves += [(made / name, target / name) for name in names]
+    done: list[tuple[Path, Path]] = []
     try:
-        made.rename(target)
+        for here, there in moves:
+            here.rename(there)
+            done.append((here, there))
     except OSError:
-        old.rename(target)
+        for here, there in reversed(done):
+            there.rename(here)
+        old.rmdir()
         raise
     shutil.rmtree(old)
 

@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import warnings
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,7 +248,7 @@ def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("names", [[], ["../gate"], ["a/b"], "gate", [3]])
+@pytest.mark.parametrize("names", [[], ["../gate"], ["a/b"], "gate", [3], ["gate-00-layer-1"] * 2])
 def test_names_in_a_stack_stay_inside(gate, tmp_path, names):
     ss.LSG.save_stack([gate], tmp_path / "stack")
     edit_json(tmp_path / "stack" / "config.json", gates=names)
@@ -438,23 +440,54 @@ DAMAGE = {
         lambda f: edit_json(f / "config.json", format_version=2, versions={"sinkscope": "9.1"}),
         r"format_version=2 .* written by sinkscope 9\.1; expected at most 1\. Upgrade",
     ),
-    "no version": (
+    "version as text": (
         lambda f: edit_json(f / "config.json", format_version="1"),
         "format_version='1'",
     ),
-    "width": (lambda f: edit_gate(f, d_model=65), "impossible: Got .* for a model of width 64"),
-    "hidden": (lambda f: edit_gate(f, hidden=16.0), r"impossible: Got {'hidden': 16.0}"),
+    "width": (
+        lambda f: edit_gate(f, d_model=65),
+        "impossible: Got d_model=65; expected the model's width, 64",
+    ),
+    "hidden": (
+        lambda f: edit_gate(f, hidden=16.0),
+        r"impossible: Got hidden=16\.0; expected a whole number",
+    ),
     "group": (lambda f: edit_gate(f, groups=["V", "x"]), "impossible: Got groups"),
-    "no groups": (lambda f: edit_gate(f, groups=None), "impossible"),
+    "no groups": (lambda f: edit_gate(f, groups=None), "impossible: Got groups=None"),
     "layer": (lambda f: edit_gate(f, layer="last"), "impossible: Got layer='last'"),
     "rule": (lambda f: edit_gate(f, v_detector={"name": "Shell"}), "the detector 'Shell'"),
-    "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible|incomplete"),
-    "no model": (lambda f: edit_gate(f, model={}), "incomplete .*language_layers"),
+    "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible: Got v_detector={}"),
+    "no model": (lambda f: edit_gate(f, model={}), "impossible: Got no fingerprint of a model"),
     "gate is text": (
         lambda f: edit_json(f / "config.json", gate="V"),
-        "impossible: Got a gate config",
+        "impossible: Got gate='V'; expected its choices, by name",
     ),
-    "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible"),
+    "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible: Got gate=3"),
+    "no version": (
+        lambda f: edit_json(f / "config.json", format_version=-5),
+        "format_version=-5 in config.json of .*; expected 1 to 1",
+    ),
+    "newer, by whom": (
+        lambda f: edit_json(f / "config.json", format_version=2, versions=[1]),
+        "format_version=2 .* written by sinkscope unknown; expected at most 1",
+    ),
+    "versions": (
+        lambda f: edit_json(f / "config.json", versions=[1]),
+        r"versions=\[1\] in config.json of .*; expected the versions of libraries",
+    ),
+    "deep config": (
+        lambda f: (f / "config.json").write_text('{"a":' * 20_000),
+        "config.json', which cannot be read as JSON .RecursionError",
+    ),
+    "deep record": (
+        lambda f: (f / "training.json").write_text("[" * 100_000),
+        "training.json', which cannot be read as JSON .RecursionError",
+    ),
+    "rule is a list": (lambda f: edit_gate(f, v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
+    "rule's name": (
+        lambda f: edit_gate(f, v_detector={"name": ["Norm"]}),
+        "Got v_detector={'name'",
+    ),
 }
 
 
@@ -463,6 +496,136 @@ def test_damage_is_said(folder, case):
     damage, message = DAMAGE[case]
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
+        ss.LSG.from_pretrained(folder)
+
+
+CHANNELS = {"name": "SinkDimensions", "tau": 2.0, "normalize": "none"}
+WRONG_FIELDS = {
+    "layer": [-1, True, 1.0, None],
+    "d_model": [64.0, 0, True, "64"],
+    "hidden": [0.5, 0, -1, True, None],
+    "scale": [float("inf"), float("nan"), -1.0, 0, True, "2", 10**400],
+    "seed": ["a", 1.5, 2**80, -(2**70), None],
+    "affine": ["no", "false", 1, None],
+    "weights": [["a"] * 32, [float("nan")], 3, None, {"a": 1}],
+    "model": [[1], "llava", None],
+    "groups": [["rest", "V"], 3],
+    "v_detector.tau": [
+        {"name": "Norm", "tau": tau} for tau in (float("nan"), 0, "valley", 10**400, True)
+    ],
+    "v_detector.dims": [{**CHANNELS, "dims": dims} for dims in ([48], [-1], [1.0], [], 5)],
+    "v_detector.strict": [{"name": "Norm", "tau": 1.0, "strict": "no"}],
+    "v_detector.normalize": [{**CHANNELS, "dims": [1], "normalize": "l2"}],
+    "v_detector.absolute": [{"name": "Massive", "absolute": -1.0}],
+    "v_detector.ratio": [{"name": "Massive", "ratio": float("inf")}],
+    "v_detector.seed": [{"name": "RandomTokens", "count": 3, "seed": 0.5}],
+    "v_detector.reason": [{"name": "NoSinks", "reason": 3}],
+    "v_detector.gap": [{"name": "Norm", "tau": 1.0, "gap": float("nan")}],
+}
+WRONG_FIELDS = [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
+
+
+def called(value):
+    return repr(value)[:24]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=called)
+def test_every_field_has_its_type_in_a_file(folder, name, value):
+    edit_gate(folder, **{name.partition(".")[0]: value})
+    with pytest.raises(
+        CheckpointError, match=rf"^config.json of '{folder}' is impossible: Got {name}="
+    ):
+        ss.LSG.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=called)
+def test_every_field_has_its_type_in_memory(gate, name, value):
+    value = tuple(value) if name in ("weights", "groups") and isinstance(value, list) else value
+    with pytest.raises(InterventionError, match=rf"^Got {name}=.*; expected "):
+        replace(gate.config, **{name.partition(".")[0]: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("language_layers", float("inf")),
+        ("language_layers", "x"),
+        ("vision_width", 48.0),
+        ("feed_layers", "1"),
+        ("feed_layers", []),
+        ("heads", None),
+        ("model_type", ["llava"]),
+    ],
+)
+def test_every_size_of_the_model_has_its_type(gate, folder, name, value):
+    edit_gate(folder, model={**gate.config.model, name: value})
+    with pytest.raises(CheckpointError, match=rf"is impossible: Got model\['{name}'\]="):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_a_rule_for_l_sinks_is_held_to_the_decoder(lvlm):
+    low = {**CHANNELS, "dims": [63]}
+    choices = {"groups": ("V", "L", "rest"), "l_detector": ss.lsg.detector_of(low)}
+    assert gate_for(lvlm, **choices).config.l_detector["dims"] == [63]  # the ViT has 48
+    with pytest.raises(InterventionError, match=r"l_detector.dims=\[64\]; expected .* below 64"):
+        gate_for(lvlm, **{**choices, "l_detector": ss.lsg.detector_of({**low, "dims": [64]})})
+
+
+def test_a_neutral_gate_is_neutral(lvlm, gate):
+    """The word means coefficients of 1, however a config was made."""
+    neutral = ss.LSG.for_model(lvlm, 1, v_detector=RULE, init="neutral")
+    assert neutral(torch.randn(3, 64)).detach().equal(torch.ones(3, 2))
+    with pytest.raises(InterventionError, match=r"init='neutral' and scale=1; expected scale=2"):
+        replace(gate.config, init="neutral")
+
+
+@pytest.mark.parametrize("name", ["d_model", "weights", "model"])
+def test_what_the_model_says_is_no_choice(lvlm, name):
+    with pytest.raises(InterventionError, match=rf"Got \['{name}'\] for a gate; expected fields"):
+        ss.LSG.for_model(lvlm, 1, v_detector=RULE, **{name: 3})
+
+
+@pytest.mark.parametrize("record", ["[1, 2]", "3", '"abc"', "null"])
+def test_a_record_is_names_and_values(folder, record):
+    (folder / "training.json").write_text(record)
+    with pytest.raises(
+        CheckpointError, match=r"training.json', which holds a \w+; expected a train"
+    ):
+        ss.LSG.from_pretrained(folder)
+
+
+STRANGE = {
+    "meta": lambda: torch.empty(2, device="meta"),
+    "sparse": lambda: torch.ones(2).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2)]),
+    "expanded": lambda: torch.zeros(1).expand(2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning", "ignore:TypedStorage")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_without_numbers_of_their_own_are_refused(gate, folder, kind):
+    (folder / "model.safetensors").unlink()
+    torch.save({**gate.state_dict(), "outer.bias": STRANGE[kind]()}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model.bin', in which \['outer.bias'\] hold"
+    ):
+        ss.LSG.from_pretrained(folder)
+
+
+def test_dictionaries_within_dictionaries_end(folder):
+    (folder / "model.safetensors").unlink()
+    path, deep = folder / "pytorch_model.bin", 5000
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as made:
+        parts = {name: made.read(name) for name in made.namelist()}
+    pickled = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * deep + b"}" + b"s" * deep + b"."
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in parts.items():
+            file.writestr(name, pickled if name.endswith("data.pkl") else content)
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin', whose dictionaries are nested"
+    ):
         ss.LSG.from_pretrained(folder)
 
 
@@ -589,15 +752,108 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
         real = Path.rename
 
         def refuse(self, target):
-            if self.suffix == ".tmp":
+            if self.parent.suffix == ".tmp" and self.name == "config.json":  # the last move
                 raise OSError("renaming failed")
             return real(self, target)
 
         monkeypatch.setattr(Path, "rename", refuse)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="What was there is still there"):
         gate_for(lvlm, "embed").save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert ss.LSG.from_pretrained(folder).config == gate.config
     assert [path.name for path in tmp_path.iterdir()] == ["gate"]
+
+
+def under(folder):
+    """Every file and folder, with its content."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def note(folder):
+    (folder / "notes.txt").write_text("mine")
+
+
+def checkpoints(folder):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-1").write_text("mine")
+
+
+def named_like_ours(folder):
+    (folder / "training.json").mkdir()
+    (folder / "training.json" / "keep").write_text("mine")
+
+
+def linked(folder):
+    (folder / "training.json").symlink_to(folder / "config.json")
+
+
+FOREIGN = {
+    "a note": (note, "notes.txt"),
+    "a folder": (checkpoints, "checkpoints"),
+    "a folder named like a file of ours": (named_like_ours, "training.json"),
+    "a link": (linked, "training.json"),
+}
+
+
+@pytest.mark.parametrize("within", ["", "gate-00-layer-1"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_stack_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+    put, name = FOREIGN[case]
+    stack = tmp_path / "stack"
+    ss.LSG.save_stack([gate], stack)
+    put(stack / within)
+    before = under(tmp_path)
+    said = f"{within}/{name}" if within else name
+    with pytest.raises(
+        CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected a new"
+    ):
+        ss.LSG.save_stack([gate], stack)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_gate_with_something_else_in_it_is_not_overwritten(gate, folder, tmp_path, case):
+    put, name = FOREIGN[case]
+    put(folder)
+    before = under(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"which holds \['{name}'\]"):
+        gate.save_pretrained(folder)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["my_thesis", "gate-00-layer-1"])
+def test_what_a_config_lists_is_not_ours_for_that(gate, tmp_path, name):
+    """The names in a file that anybody may have written do not say what may vanish."""
+    stack = tmp_path / "stack"
+    ss.LSG.save_stack([gate], stack)
+    (stack / "gate-00-layer-1").rename(stack / "gate-01-layer-1")
+    (stack / name).mkdir()
+    (stack / name / "config.json").write_text("{}")
+    (stack / name / "model.safetensors").write_bytes(b"mine")
+    edit_json(stack / "config.json", gates=[name, "gate-01-layer-1", 3, ["x"]])
+    before = under(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"which holds \['{name}"):
+        ss.LSG.save_stack([gate], stack)
+    assert under(tmp_path) == before
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_working_directory_stays(lvlm, gate, tmp_path, monkeypatch, full):
+    """The folder is written into, not replaced: who works in it is not left in a deleted one."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("here").mkdir()
+    monkeypatch.chdir("here")
+    if full:
+        gate_for(lvlm, "embed").save_pretrained(".", record={"seed": 1})
+    gate.save_pretrained(".")
+    assert Path.cwd() == tmp_path / "here"
+    assert sorted(os.listdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert ss.LSG.from_pretrained(".").config == gate.config
+    assert os.listdir(tmp_path) == ["here"]
 
 
 def test_a_broken_gate_is_not_saved(gate, tmp_path):

@@ -1,11 +1,14 @@
 """The gate, traced and attached, against plain PyTorch: coefficients, logits, loss, gradients, decoding."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import sinkscope as ss
-from tests.lsg.conftest import FAMILIES
+from sinkscope.testing import TINY
+from tests.lsg.conftest import FAMILIES, Case, vision_states
 from tests.lsg.reference import Gated, greedy, sequential, twin_of
 
 STEPS = 16
@@ -134,6 +137,23 @@ def test_loss_and_gradients(case, twins, family, how):
 def test_sixteen_cached_steps(case, twins, family, decode):
     c, twin = case(family), twins(family)
     gate = c.gate(decode=decode)
+    check_steps(c, gate, reference(c, gate, twin), twin)
+
+
+@pytest.mark.parametrize("decode", ["frozen", "refresh"])
+@pytest.mark.parametrize("groups", [("L", "rest"), ("V", "L", "rest")])
+def test_sixteen_cached_steps_with_l_sinks(case, twins, groups, decode):
+    """The prompt's L-sinks are remembered: no later token is one, and none is forgotten."""
+    c, twin = case("llava-clip-llama"), twins("llava-clip-llama")
+    gate, low = gate_with_l_sinks(c, groups, decode=decode)
+    ref = reference(c, gate, twin)
+    ref.masks = masks_of(c, gate, low)
+    check_steps(c, gate, ref, twin)
+
+
+def check_steps(c, gate, ref, twin):
+    """Sixteen greedy steps, traced and attached, against the reference on the same tokens."""
+    decode = gate.config.decode
     options = {
         "max_new_tokens": STEPS,
         "min_new_tokens": STEPS,
@@ -142,7 +162,6 @@ def test_sixteen_cached_steps(case, twins, family, decode):
     out = c.lvlm.generate(c.sample, interventions=[gate], **options)
     prompt = c.sample.tokens.live.shape[1]
     answer = out.sequences[:, prompt:]
-    ref = reference(c, gate, twin)
     with torch.no_grad(), ref.on():
         want, _ = greedy(twin, c.sample.inputs, STEPS, forced=answer)
     for step, run in enumerate(out.steps):
@@ -170,15 +189,7 @@ def test_sixteen_cached_steps(case, twins, family, decode):
 def test_groups_with_l_sinks(case, twins, family, groups):
     """The L rule is decided on what the edited block reads; V wins."""
     c, twin = case(family), twins(family)
-    with torch.no_grad():
-        states = c.lvlm.module(**c.sample.inputs, output_hidden_states=True).hidden_states[1]
-    width = states.shape[-1]
-    scores = states[..., [2, 7]].abs().amax(-1) / states.pow(2).mean(-1).add(1e-6).sqrt()
-    tau = float(scores[c.visual].quantile(0.7))
-    gate = c.gate(groups=groups, l_detector=ss.detectors.SinkDimensions([2, 7], tau))
-    low = scores > tau
-    assert (low & c.visual & ~c.flagged).any()
-    assert tau < width**0.5
+    gate, low = gate_with_l_sinks(c, groups)
     ref = reference(c, gate, twin)
     ref.masks = masks_of(c, gate, low)
     with torch.no_grad(), ref.on():
@@ -188,6 +199,19 @@ def test_groups_with_l_sinks(case, twins, family, groups):
     with torch.no_grad(), gate.attach(c.lvlm.module):
         got = c.lvlm.module(**c.sample.inputs).logits
     assert off(got, want, c.sample.tokens.live) <= 1e-5
+
+
+def gate_with_l_sinks(c, groups, **choices):
+    """A gate at block 0 with an L group, and the tokens of the prompt that meet its rule."""
+    with torch.no_grad():
+        states = c.lvlm.module(**c.sample.inputs, output_hidden_states=True).hidden_states[1]
+    scores = states[..., [2, 7]].abs().amax(-1) / states.pow(2).mean(-1).add(1e-6).sqrt()
+    tau = float(scores[c.visual].quantile(0.7))
+    low = scores > tau
+    assert (low & c.visual & ~c.flagged).any()
+    assert tau < states.shape[-1] ** 0.5
+    rule = ss.detectors.SinkDimensions([2, 7], tau)
+    return c.gate(groups=groups, l_detector=rule, **choices), low
 
 
 @pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
@@ -248,6 +272,154 @@ def test_equals_scaled_keys(case, family):
             factor = float(coefficients[b, number])
             edits.append(ss.ScaleKeys(mask & row, factor, [1], allow_noop=True))
     assert torch.equal(c.lvlm.run(c.sample, interventions=edits).logits, run.logits)
+
+
+# The sets that a gate finds inside its pass are those of trace_sinks
+
+Norm, Dims, Massive = ss.detectors.Norm, ss.detectors.SinkDimensions, ss.detectors.Massive
+
+
+def norm_rule(states):
+    """A rule whose limit is the score of a token, and one that reads it in another way."""
+    tau = middle(states.norm(dim=-1))
+    return Norm(tau, strict=False), Norm(tau, strict=True)
+
+
+def strict_norm_rule(states):
+    return norm_rule(states)[::-1]
+
+
+def dims_rule(states):
+    tau = middle(states[..., [2, 7]].abs().amax(-1))
+    rules = (Dims((2, 7), tau, "none", strict) for strict in (True, False))
+    return tuple(rules)
+
+
+def loose_dims_rule(states):
+    return dims_rule(states)[::-1]
+
+
+def rms_rule(states):
+    """Between two scores, so that rounding decides nothing."""
+    scores = states[..., [2, 7]].abs().amax(-1) / states.pow(2).mean(-1).add(1e-6).sqrt()
+    tau = between(scores)
+    return Dims((2, 7), tau), Dims((2, 7), tau, "none")
+
+
+def massive_rule(states):
+    """The ratio alone decides: half of what is large enough is not large beside the median."""
+    peaks = states.abs().amax(-1)
+    return Massive(float(peaks.min()) / 2, between(peaks) / float(states.abs().median())), Massive(
+        float(peaks.min()) / 2, 0.0
+    )
+
+
+def strict_massive_rule(states):
+    limit = middle(states.abs().amax(-1))
+    return Massive(limit, 0.0), Massive(limit, 0.0, strict=False)
+
+
+def middle(scores):
+    """The score of a token in the middle."""
+    return float(scores.flatten().sort().values[scores.numel() // 2])
+
+
+def between(scores):
+    """A limit between two scores in the middle."""
+    ordered = scores.flatten().sort().values
+    at = len(ordered) // 2
+    return float((ordered[at - 1] + ordered[at]) / 2)
+
+
+SETS = (
+    norm_rule,
+    strict_norm_rule,
+    dims_rule,
+    loose_dims_rule,
+    rms_rule,
+    massive_rule,
+    strict_massive_rule,
+)
+
+
+def same_sets(lvlm, sample, gate, v, low):
+    """Whether a gate equals `ScaleKeys` on these tokens, row by row, bit for bit."""
+    run = lvlm.run(sample, interventions=[gate])
+    coefficients = run.effects[gate].extra["coefficients"][:, 0]
+    assert coefficients.unique().numel() == coefficients.numel()
+    visual = sample.tokens.image >= 0
+    masks = {"V": v, "L": low, "rest": visual & ~v & ~low}
+    edits = []
+    for row, values in enumerate(coefficients.tolist()):
+        mine = torch.zeros_like(visual)
+        mine[row] = True
+        for name, factor in zip(gate.groups, values, strict=True):
+            edits.append(
+                ss.ScaleKeys(masks[name] & mine, factor, [gate.config.edited], allow_noop=True)
+            )
+    return torch.equal(lvlm.run(sample, interventions=edits).logits, run.logits)
+
+
+@pytest.mark.parametrize("rule", SETS)
+def test_v_sinks_are_those_of_trace_sinks(case, rule):
+    c = case("llava-clip-llama")
+    right, wrong = rule(vision_states(c.lvlm, c.sample)[c.sample.tokens.vision.live])
+    none = ss.detectors.NoSinks()
+    found, other = (ss.trace_sinks(c.lvlm, c.sample, one, none).v_sinks for one in (right, wrong))
+    assert found.any()
+    assert (c.visual & ~found).any()
+    assert not torch.equal(found, other)
+    gate = c.gate(v_detector=right)
+    nothing = torch.zeros_like(found)
+    assert same_sets(c.lvlm, c.sample, gate, found, nothing)
+    assert not same_sets(c.lvlm, c.sample, gate, other, nothing)
+
+
+@pytest.mark.parametrize("rule", SETS)
+def test_l_sinks_are_those_of_trace_sinks(case, rule):
+    c = case("llava-clip-llama")
+    with torch.no_grad():
+        states = c.lvlm.module(**c.sample.inputs, output_hidden_states=True).hidden_states[1]
+    right, wrong = rule(states[c.visual])
+    v = Norm(c.tau)
+    found, other = (ss.trace_sinks(c.lvlm, c.sample, v, one).l_sinks(1) for one in (right, wrong))
+    assert found.any()
+    assert not torch.equal(found, other)
+    gate = c.gate(groups=("V", "L", "rest"), l_detector=right)
+    assert same_sets(c.lvlm, c.sample, gate, c.flagged, found)
+    assert not same_sets(c.lvlm, c.sample, gate, c.flagged, other)
+
+
+def test_a_sink_of_any_block_that_feeds_the_projector_is_a_v_sink(batch):
+    model, processor = TINY["llava-clip-llama"]()
+    config = copy.deepcopy(model.config)
+    config.vision_feature_layer = [-1, -3]
+    torch.manual_seed(0)
+    lvlm = ss.LVLM(type(model)(config).eval(), processor)
+    assert len(lvlm.anatomy.feed_layers) == 2
+    sample = batch(lvlm)
+    with torch.no_grad():
+        tower = lvlm.module.model.vision_tower(
+            sample.inputs["pixel_values"], output_hidden_states=True
+        )
+    first, last = (
+        tower.hidden_states[layer + 1][..., 3].abs() for layer in lvlm.anatomy.feed_layers
+    )
+    live = sample.tokens.vision.live
+    tau = between(torch.cat([first[live], last[live]]))
+    low, high = (
+        sample.tokens.from_vision((s >= tau).float()).nan_to_num() > 0 for s in (first, last)
+    )
+    assert (low & ~high).any()
+    assert (high & ~low).any()
+    rule = Dims((3,), tau, "none", strict=False)
+    found = ss.trace_sinks(lvlm, sample, rule, ss.detectors.NoSinks()).v_sinks
+    assert torch.equal(found, low | high)
+    gate = Case(lvlm, sample, tau, found).gate(v_detector=rule)
+    nothing = torch.zeros_like(found)
+    assert same_sets(lvlm, sample, gate, found, nothing)
+    for alone in (low, high):
+        assert not same_sets(lvlm, sample, gate, alone, nothing)
 
 
 def test_an_untrained_gate_halves_every_logit(case):

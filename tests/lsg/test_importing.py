@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InterventionError, LayerError
 from sinkscope.lsg.matching import find_gates
+from sinkscope.lsg.settings import Settings
 from sinkscope.testing import random_image
 
 WIDTH, HIDDEN = 64, 16
@@ -91,6 +92,10 @@ BESIDE = {
     "base_model.model.model.mm_projector.0.bias": torch.zeros(WIDTH),
     "base_model.model.model.mm_projector.2.weight": torch.zeros(WIDTH, WIDTH),
     "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.zeros(8, WIDTH),
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": torch.zeros(WIDTH, 8),
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, WIDTH),
+    "base_model.model.model.embed_tokens.weight": torch.zeros(8, WIDTH),
+    "base_model.model.lm_head.weight": torch.zeros(2, 8),
 }
 
 LAYOUTS = {
@@ -113,6 +118,8 @@ LAYOUTS = {
         outer_bias="gate.b2",
     ),
     "nested": lambda p: {"state_dict": p.placed("gate."), "step": 3},
+    "nested under the name of the file": lambda p: {"non_lora_trainables": p.placed(PEFT)},
+    "a name with others in it": lambda p: p.placed("lora_free.sink_embeddings.gate."),
     "modules to save": lambda p: {
         **p.placed("layers.1.gate.modules_to_save.default."),
         **Planted(seed=8).placed("layers.1.gate.original_module."),
@@ -256,7 +263,9 @@ WRONG_LAYERS = {
         "model.layers.1.gate.",
         {"layer": 0},
         {},
-        r"1 gates with the numbers \[1\] and the layers \[0\]",
+        r"1 gates with the numbers \[1\] and the layers \[0\] in sink_cfg.json .*: by their names the "
+        r"gates are of the layers \[1\], by the order of the settings of \[0\]; .* Write layer=\[1\] or "
+        r"layer=\[0\], or another index_base than 0",
     ),
     "too many": ("gate.", {"layers": [0, 1]}, {}, r"1 gates .* the layers \[0, 1\]"),
 }
@@ -268,6 +277,82 @@ def test_layers_are_never_guessed(lvlm, write, case):
     folder = write(Planted().placed(prefix), settings)
     with pytest.raises(CheckpointError, match=message):
         ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def two(prefix, first=0):
+    """Two gates whose numbers count from ``first``, and their tensors, the later one first."""
+    gates = [Planted(seed=3), Planted(seed=4)]
+    tensors = {}
+    for place in (1, 0):
+        tensors |= gates[place].placed(prefix.format(first + place))
+    return gates, tensors
+
+
+ORDERED = {
+    "asked": ("lsg.gates.{}.", {}, {"layer": [1, 0]}),
+    "asked, against the file": ("lsg.gates.{}.", {"layers": [0, 1]}, {"layer": [1, 0]}),
+    "asked, against the names": ("layers.{}.gate.", {}, {"layer": [1, 0]}),
+    "asked, as a tuple": ("lsg.gates.{}.", {}, {"layer": (1, 0)}),
+    "said by the file": ("lsg.gates.{}.", {"layers": [1, 0]}, {}),
+    "said by the file, from one": ("lsg.gates.{}.", {"layers": [2, 1]}, {"index_base": 1}),
+}
+
+
+@pytest.mark.parametrize("case", ORDERED)
+def test_layers_are_of_the_gates_in_the_order_that_is_given(lvlm, write, case):
+    prefix, settings, options = ORDERED[case]
+    gates, tensors = two(prefix)
+    found = ss.import_gates(write(tensors, settings), lvlm, v_detector=RULE, show=False, **options)
+    assert [gate.layer for gate in found.gates] == [0, 1]
+    for gate, planted in zip(found.gates, reversed(gates), strict=True):
+        same(gate, planted)
+    said = (
+        "layers [1, 0] as asked, though names say [0, 1]"
+        if case == "asked, against the names"
+        else "gates in the order [0, 1] are of the layers [1, 0]"
+    )
+    assert said in found.assumed
+
+
+CONTRADICTIONS = {
+    "names by layer": ("layers.{}.gate.", 0, [1, 0], {}, r"layers \[0, 1\], .* of \[1, 0\]"),
+    "from one": ("layers.{}.gate.", 1, [2, 1], {"index_base": 1}, r"\[0, 1\], .* of \[1, 0\]"),
+    "numbers that are layers": ("gates.{}.", 1, [2, 1], {}, r"\[1, 2\], .* of \[2, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_with_both_readings(lvlm, write, case):
+    prefix, first, layers, options, readings = CONTRADICTIONS[case]
+    folder = write(two(prefix, first)[1], {"layers": layers})
+    with pytest.raises(CheckpointError, match="by their names the gates are of the .*" + readings):
+        ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def test_each_gate_has_a_layer_of_its_own(lvlm, write):
+    folder = write(two("lsg.gates.{}.")[1], {"layers": [1, 1]})
+    for options in ({}, {"layer": [1, 1]}):
+        with pytest.raises(CheckpointError, match=r"layers \[1, 1\] for the gates .* another one"):
+            ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+
+
+def test_gates_without_numbers_have_no_order(lvlm, write):
+    tensors = Planted(seed=3).placed("red.gate.") | Planted(seed=4).placed("blue.gate.")
+    with pytest.raises(CheckpointError, match=r"numbers \[None, None\] .* which gate comes first"):
+        ss.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
+
+
+def test_the_embeddings_are_a_layer(lvlm, write):
+    planted = Planted()
+    folder = write(planted.placed("gate."))
+    found = ss.import_gates(folder, lvlm, layer="embed", v_detector=RULE, show=False)
+    assert found.gates[0].layer == "embed"
+    same(found.gates[0], planted)
+    both = write(two("gates.{}.")[1])
+    found = ss.import_gates(both, lvlm, layer=[1, "embed"], v_detector=RULE, show=False)
+    assert [gate.layer for gate in found.gates] == ["embed", 1]
+    with pytest.raises(LayerError, match="layer='last' for a gate"):
+        ss.import_gates(folder, lvlm, layer=["last", 0], v_detector=RULE, show=False)
 
 
 # Settings
@@ -358,7 +443,44 @@ WRONG_SETTINGS = {
     "groups": ({"groups": ["red", "rest"]}, {}, "a group 'red' in sink_cfg.json"),
     "their number": ({"num_groups": 3}, {}, "3 groups in sink_cfg.json and 2 coefficients"),
     "names": ({}, {"groups": ("V", "L", "rest")}, "and 2 coefficients; expected a name for each"),
+    "two of one name": (
+        {"gate": {"prior": 1.0}, "gate.prior": 2.0},
+        {},
+        r"several values called \['gate.prior'\] in sink_cfg.json",
+    ),
     "no names": ([1], {}, "a list in .*expected settings by name"),
+    "activation": (
+        {"activation": "leaky_relu"},
+        {},
+        r"{'activation': 'leaky_relu'} in sink_cfg.json, read as activation; expected one of .*'gelu'.* "
+        r"Write activation=..., or ignore=\('activation',\)",
+    ),
+    "another gelu": ({"hidden_act": "gelu_new"}, {}, "read as activation"),
+    "signal": ({"signal": "mean"}, {}, "read as signal; expected 'last'.* signal='visual'"),
+    "pool": ({"pool": "mean"}, {}, "{'pool': 'mean'} in sink_cfg.json, read as signal"),
+    "temperature": (
+        {"temperature": 2.0},
+        {},
+        "read as temperature; expected 1: a gate here has none",
+    ),
+    "priors": ({"prior": [0.5, 0.5]}, {}, "read as scale; expected a positive number"),
+    "no prior": ({"prior": 0}, {}, "read as scale; expected a positive number"),
+    "endless prior": ({"prior": float("nan")}, {}, "read as scale; expected a positive number"),
+    "layer": ({"layer": "L1"}, {}, "{'layer': 'L1'} in sink_cfg.json, read as layers"),
+    "half a layer": ({"layer": 1.5}, {}, "read as layers; expected whole numbers"),
+    "where it acts": (
+        {"layer": None, "edit_layer": 1},
+        {},
+        r"\['edit_layer'\] in sink_cfg.json, the layers where gates act; .* Write layer=",
+    ),
+    "channel": (
+        {"vit_sink_dims": [48], "tau": 2.0},
+        {},
+        "read as vision sink dims; expected channels",
+    ),
+    "channel before": ({"sink_dims": [-1], "tau": 2.0}, {}, "read as vision sink dims"),
+    "tau": ({"sink_dims": [5], "vit_tau": "high"}, {}, "read as vision tau; expected a number"),
+    "groups by number": ({"groups": 2.5}, {}, "read as groups; expected names, or their number"),
 }
 
 
@@ -369,6 +491,54 @@ def test_settings_are_never_guessed(lvlm, write, case):
     folder = write(Planted().placed("gate."), settings)
     with pytest.raises(CheckpointError, match=message):
         ss.import_gates(folder, lvlm, show=False, **options)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"init_scale": 0.02, "lr_scale": 10, "loss_scale": 128},
+        {"gate_mlp_layers": 1, "mlp_layers": 2, "layers_total": 32},
+        {"activation_checkpointing": True, "impact": "relu"},
+        {"group_by_length": True, "early_stopping_threshold": 0.01, "mlp_dims": [16], "taut": 2.0},
+        {"vision": {"layer": 0, "hidden_act": "quick_gelu"}, "text_config": {"hidden_act": "silu"}},
+        {"layer_norm_eps": 1e-6, "temperature": 1.0, "pool": "last_token"},
+    ],
+)
+def test_a_word_in_a_longer_key_is_no_setting(lvlm, write, strange):
+    planted = Planted()
+    folder = write(planted.placed("gate."), {"layer": 1, **strange})
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False)
+    assert found.gates[0].layer == 1
+    same(found.gates[0], planted)
+    known = {"temperature", "pool"}
+    lists = {f"sink_cfg.json: {key}" for key in Settings(strange).values if key not in known}
+    assert set(found.ignored) == lists
+
+
+def test_keys_are_cut_into_words(lvlm, write):
+    settings = {
+        "gateLayer": 1,
+        "SINK_DIMS": {"v": [5], "l": [41, 33]},
+        "tau": {"vit": 2.5, "llm": 20},
+    }
+    found = ss.import_gates(write(Planted().placed("gate."), settings), lvlm, show=False)
+    rule = found.gates[0].config.v_detector
+    assert (rule["dims"], rule["tau"]) == ([5], 2.5)
+    assert set(found.ignored) == {"sink_cfg.json: SINK_DIMS.l", "sink_cfg.json: tau.llm"}
+
+
+def test_a_setting_that_cannot_be_read_is_settled_by_an_argument(lvlm, write):
+    planted = Planted()
+    settings = {"layer": 1, "activation": "leaky_relu", "pool": "mean", "prior": [1, 1]}
+    folder = write(planted.placed("gate."), settings)
+    choices = {"activation": "relu", "signal": "visual", "scale": 2.0}
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **choices)
+    same(found.gates[0], planted, activation=torch.relu, scale=2.0)
+    assert found.gates[0].config.signal == "visual"
+    left = ("activation", "pool", "prior")
+    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, ignore=left)
+    same(found.gates[0], planted)
+    assert set(found.ignored) == {f"sink_cfg.json: {key}" for key in left}
 
 
 def test_a_known_base_must_be_this_model(lvlm, write):
@@ -382,7 +552,15 @@ def test_a_known_base_must_be_this_model(lvlm, write):
 # Tensors that could be read twice
 
 
+NESTED = {
+    **Planted().placed("gate."),
+    "gate": {"mlp": {"0": {"weight": torch.zeros(HIDDEN, WIDTH)}}},
+}
 WRONG_TENSORS = {
+    "two of one name": (
+        NESTED,
+        r"several tensors are called \['gate.mlp.0.weight'\] once nested names are joined",
+    ),
     "nothing": (
         BESIDE,
         r"(?s)Got no gate; expected a matrix \[hidden, 64\].*mm_projector.0.weight",
