@@ -14,7 +14,6 @@ The model's hooks hold the attachment; nothing else does, so both go when the mo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -55,6 +54,7 @@ class Attachment:
         self.anatomy = read_anatomy(model)
         gate.check_model(self.anatomy)
         gate.check_weights(model, self.anatomy)
+        self._edited = self.anatomy.language.blocks[gate.config.edited]
         self._seen: tuple[dict[str, Tensor], dict[int, Tensor]] | None = None  # by the vision tower
         self._used = ByIdentity()  # what was encoded before the pass that took it
         self._passes = ByIdentity()  # by cache
@@ -103,7 +103,7 @@ class Attachment:
         for layer in config.model["feed_layers"]:
             keep = partial(self._after_vision, layer)
             handles.append(part(vision[layer]).register_forward_hook(keep))
-        edited = part(language[config.edited])
+        edited = part(self._edited)
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
             handles.append(read.register_forward_hook(self._after, with_kwargs=True))
@@ -186,7 +186,7 @@ class Attachment:
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""
         now = self._pass({})
-        self._refuse_reentrant()
+        states.refuse_reentrant(self.model.get_submodule(self._edited))
         if now.tokens is not None and not now.state["step"]:
             _, fed = self._seen or ({}, {})
             if not fed:
@@ -197,24 +197,10 @@ class Attachment:
             for layer in self.gate.config.model["feed_layers"]:
                 self._look(now, "vision", "resid_post", layer, fed[layer])
         self._seen = None
-        if not takes_any(module):
+        if not states.takes_any(module):
             return None
         carried = {**kwargs.get(CARRIED, {}), id(self): now}
         return args, {**kwargs, CARRIED: carried}
-
-    def _refuse_reentrant(self) -> None:
-        """Refuse checkpoints that run a block without a graph first."""
-        block: Any = self.model.get_submodule(self.anatomy.language.blocks[self.gate.config.edited])
-        on = getattr(block, "gradient_checkpointing", False) and block.training
-        if not on or not torch.is_grad_enabled():
-            return
-        keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
-        if keywords.get("use_reentrant") is not False:
-            raise InputError(
-                "Got reentrant gradient checkpointing on a gated model; expected the other kind, "
-                "which keeps the gate's gradients. Write model.gradient_checkpointing_enable("
-                'gradient_checkpointing_kwargs={"use_reentrant": False}).'
-            )
 
     def _pass(self, given: Mapping[str, Any]) -> Pass:
         """The pass that a block is part of, also when a checkpoint runs it again."""
@@ -223,8 +209,8 @@ class Attachment:
             raise InputError(
                 "Got a call of a part of a gated model, such as model.model(...); expected one of "
                 "the whole model, where the gate sees images and labels. Write model(**inputs), or "
-                "gate.detach() first. A PeftModel calls a part: write "
-                "peft_model.get_base_model()(**inputs)."
+                "gate.detach() first. A wrapper that calls model.forward does this: call the model "
+                "in it."
             )
         return now
 
@@ -253,7 +239,9 @@ class Attachment:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """After the block before the edited one."""
-        self._look(self._pass(kwargs), "language", "resid_post", self.gate.config.edited - 1, output)
+        self._look(
+            self._pass(kwargs), "language", "resid_post", self.gate.config.edited - 1, output
+        )
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the edited block."""
@@ -272,26 +260,15 @@ class Attachment:
         return (key * grown[:, None, :, None]).to(key.dtype)
 
 
-def takes_any(module: nn.Module) -> bool:
-    """Whether a module hands on arguments that it does not know."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(one.kind is one.VAR_KEYWORD for one in parameters)
-
-
 def attach(gate: LSG, model: Any) -> Attachment:
     """See `LSG.attach`."""
-    if callable(getattr(type(model), "get_base_model", None)):
-        raise ModelError(
-            f"Got {type(model).__name__} to attach a gate to; expected the model in it, which is what "
-            "sees the labels. Write gate.attach(model.get_base_model()), and call that: "
-            "model.get_base_model()(**inputs)."
-        )
     if isinstance(model, Edited):
         raise ModelError(
             "Got an LVLM with interventions on to attach a gate to; expected the LVLM itself. Write "
             "gate.attach(lvlm), or lvlm.edited([gate, ...])."
         )
-    module = getattr(model, "module", model)
+    adapted = callable(getattr(type(model), "get_base_model", None))  # by peft
+    module = model.get_base_model() if adapted else getattr(model, "module", model)
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"Got {type(model).__name__} to attach a gate to; expected a transformers model or an "

@@ -96,6 +96,30 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
     return given
 
 
+def takes_any(module: nn.Module) -> bool:
+    """Whether a module hands on arguments that it does not know."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD for one in parameters)
+
+
+def refuse_reentrant(block: Any) -> None:
+    """Refuse checkpoints that run a block without a graph first.
+
+    Raises:
+        InputError: If the block is about to be run in such a one.
+    """
+    on = getattr(block, "gradient_checkpointing", False) and block.training
+    if not on or not torch.is_grad_enabled():
+        return
+    keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
+    if keywords.get("use_reentrant") is not False:
+        raise InputError(
+            "Got reentrant gradient checkpointing on a gated model; expected the other kind, which "
+            "keeps the gate's gradients. Where you enable it, write "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
+
+
 def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     """The pixels of a call, and what the vision tower made of them before the call.
 
@@ -145,7 +169,7 @@ def started(
     """
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
     try:
-        tokens = make_sample(module, None, anatomy, None, None, inputs | images).tokens
+        tokens = make_sample(module, None, anatomy, None, None, inputs | dict(images)).tokens
     except InputError as error:
         if not images:
             raise
