@@ -68,6 +68,13 @@ def test_an_exception_inside_leaves_the_model_clean(case):
     with pytest.raises(KeyError, match="midway"):
         fail()
     assert snapshot(model) == before
+    handle = layer.register_forward_hook(throw)
+    with gate.attach(model):
+        with pytest.raises(KeyError, match="midway"):
+            logits(model, c.sample)
+        handle.remove()
+        with pytest.raises(InputError, match="of a part of a gated model"):
+            model.model(**c.sample.inputs)  # the pass that failed is over
     assert torch.equal(logits(model, c.sample), plain)
     with gate.attach(model):
         assert not torch.equal(logits(model, c.sample), plain)
