@@ -157,6 +157,13 @@ class Attachment:
                 "Got images that were encoded before the gate was attached; expected to see them "
                 "pass the vision tower. Pass pixel_values."
             )
+        kept = given.get("logits_to_keep")
+        if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
+            raise InputError(
+                f"Got a prompt with {kept - 1} guessed tokens behind it, as assisted decoding passes "
+                "it; expected the prompt alone, whose end a gate reads. Leave out "
+                "prompt_lookup_num_tokens or assistant_model."
+            )
         self._used.put(encoded, value=True)
         return states.started(self.model, self.anatomy, given, self._seen[0])
 

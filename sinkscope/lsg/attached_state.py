@@ -85,6 +85,7 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
     """The arguments of a call by name, however they were passed."""
     signature = inspect.signature(type(module).forward)
     given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    given.pop(next(iter(signature.parameters)))
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(name, {})

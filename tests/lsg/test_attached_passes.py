@@ -1,6 +1,7 @@
 """A plain model may be called in any order: every pass is gated by its own prompt, or refused."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import DynamicCache
 
 import sinkscope as ss
 from sinkscope.errors import InputError, InterventionError
+from sinkscope.lsg.attached_state import ByIdentity, arguments_of
 from sinkscope.testing import TINY, random_image
 from tests.lsg.conftest import vision_states
 
@@ -206,6 +208,7 @@ REFUSED = {
     "no cache": (generate(use_cache=False), r"generate\(use_cache=False\).*Write use_cache=True"),
     "chunks": (generate(prefill_chunk_size=8), "leave it out"),
     "large chunks": (generate(prefill_chunk_size=20), "leave out prefill_chunk_size"),
+    "guesses": (generate(prompt_lookup_num_tokens=2), "guessed tokens.*prompt_lookup_num_tokens"),
     "a video": (
         whole(lambda m, i: m(**i, pixel_values_videos=torch.zeros(1))),
         "Got a video for a gated model; expected images",
@@ -232,6 +235,49 @@ def test_refused(one, name):
         with pytest.raises(InputError, match=r"(?s)" + message):
             call(one)
         assert torch.equal(one.model(**one.a.inputs).logits, plain)
+
+
+def test_images_that_pass_by_the_vision_tower_are_refused(one, monkeypatch):
+    inner = one.model.model
+    encoded = inner.get_image_features(one.b.inputs["pixel_values"], return_dict=True)
+    monkeypatch.setattr(inner, "get_image_features", lambda **_: encoded)
+    with one.gate().attach(one.model), pytest.raises(InputError, match="did not pass the vision"):
+        one.model(**one.b.inputs)
+
+
+def test_objects_are_told_apart_by_what_they_are():
+    class Same:
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    kept, a, b = ByIdentity(), Same(), Same()
+    kept.put(a, 1)
+    assert (kept.get(a), kept.get(b), kept.get(None)) == (1, None, None)
+    kept.put(b, 2)
+    del a
+    gc.collect()
+    assert list(kept._kept) == [id(b)]
+    with pytest.raises(InputError, match=r"cache of type tuple.*DynamicCache"):
+        kept.put((), 3)
+
+
+def test_arguments_by_name():
+    class Named(torch.nn.Module):
+        def forward(self, input_ids, labels=None, **more): ...
+
+    class Nameless(torch.nn.Module):
+        def forward(self, *args, **more): ...
+
+    assert arguments_of(Named(), (1,), {"labels": 2, "x": 3}) == {
+        "input_ids": 1,
+        "labels": 2,
+        "x": 3,
+    }
+    assert arguments_of(Nameless(), (), {"x": 3}) == {"x": 3}
+    with pytest.raises(InputError, match="without names for Nameless"):
+        arguments_of(Nameless(), (1,), {})
 
 
 def test_videos_of_qwen_are_refused(tiny):
