@@ -187,14 +187,21 @@ def stale(one):
         one.model.model(**one.b.inputs)
 
 
-def an_earlier_image(one):
-    """What the vision tower saw for nothing is not taken for the image of a later prompt."""
-    model, inputs = one.model, dict(one.b.inputs)
-    encoded = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
-    with one.gate().attach(model):
-        model.model.get_image_features(one.a.inputs["pixel_values"], return_dict=True)
-        model(input_ids=torch.full((1, 3), 5))
-        model(**inputs, mm_encoder_outputs={"image": encoded})
+def an_earlier_image(used):
+    """What the vision tower saw of one image is not taken for the image of a later prompt."""
+
+    def call(one):
+        model, inputs = one.model, dict(one.b.inputs)
+        encoded = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+        with one.gate().attach(model):
+            if used:
+                model(**one.a.inputs)
+            else:
+                model.model.get_image_features(one.a.inputs["pixel_values"], return_dict=True)
+                model(input_ids=torch.full((1, 3), 5))
+            model(**inputs, mm_encoder_outputs={"image": encoded})
+
+    return call
 
 
 REFUSED = {
@@ -219,7 +226,8 @@ REFUSED = {
         whole(lambda m, i: m.get_decoder()(input_ids=i["input_ids"])),
         r"such as model.model\(...\)",
     ),
-    "an earlier image": (an_earlier_image, "encoded before the gate"),
+    "an earlier image": (an_earlier_image(used=True), "encoded before the gate"),
+    "an image encoded for nothing": (an_earlier_image(used=False), "encoded before the gate"),
     "a tuple as a cache": (
         whole(lambda m, i: m(**i, past_key_values=((),))),
         "past_key_values of type tuple.*DynamicCache",
@@ -240,9 +248,11 @@ def test_refused(one, name):
 def test_images_that_pass_by_the_vision_tower_are_refused(one, monkeypatch):
     inner = one.model.model
     encoded = inner.get_image_features(one.b.inputs["pixel_values"], return_dict=True)
-    monkeypatch.setattr(inner, "get_image_features", lambda **_: encoded)
-    with one.gate().attach(one.model), pytest.raises(InputError, match="did not pass the vision"):
-        one.model(**one.b.inputs)
+    with one.gate().attach(one.model), torch.no_grad():
+        inner.get_image_features(one.a.inputs["pixel_values"], return_dict=True)
+        monkeypatch.setattr(inner, "get_image_features", lambda **_: encoded)
+        with pytest.raises(InputError, match="did not pass the vision"):
+            one.model(**one.b.inputs)
 
 
 def test_objects_are_told_apart_by_what_they_are():
