@@ -161,7 +161,14 @@ def signal_of(states, signal, at, tokens, step=0):
 def coefficients(
     read, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, activation, scale
 ):
-    """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316)."""
+    """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
+
+    Weights of another dtype are read as fp32.
+    """
+    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
+        None if weight is None else weight.float()
+        for weight in (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    )
     h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], norm_weight, norm_bias)
     h = torch.nn.functional.linear(h, in_weight, in_bias)
     h = torch.tanh(h) if activation == "tanh" else getattr(torch.nn.functional, activation)(h)

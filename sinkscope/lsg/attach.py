@@ -1,34 +1,44 @@
 """Put a gate on a plain ``transformers`` model: hooks and one attention function, no nnsight.
 
 The kernels are those of the traced gate, so both give the same numbers; what differs is who calls
-them. A forward pass with a prompt starts afresh; later ones are decode steps of the same batch.
+them. What a pass finds is in its `Pass`, which travels with the arguments of the decoder's blocks::
+
+    model(...)         a Pass is begun: a prompt's, or the next one of a known cache
+      vision tower     what feeds the projector is kept
+      decoder(...)     V-sinks are found; the Pass joins the arguments
+        block          the signal is read
+        next block     its attention function scales the keys
+
+The model's hooks hold the attachment; nothing else does, so both go when the model goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.interventions.edited import Edited
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.models.keyhook import scaled_keys
-from sinkscope.models.prepare import make_sample
+from sinkscope.lsg import attached_state as states
+from sinkscope.lsg.attached_state import ByIdentity, Pass
+from sinkscope.models.keyhook import share_keys
 from sinkscope.models.reading import read_anatomy
-from sinkscope.tokens import TokenMap
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
-    from sinkscope.models.anatomy import Anatomy
 
-ATTACHED: WeakKeyDictionary[nn.Module, list[Attachment]] = WeakKeyDictionary()
-IGNORED = -100
+ATTACHED: WeakKeyDictionary[nn.Module, WeakSet[Attachment]] = WeakKeyDictionary()
+CARRIED = "sinkscope_passes"
+"""The argument of blocks that holds, by attachment, the pass that calls them."""
 
 
 class Attachment:
@@ -44,29 +54,27 @@ class Attachment:
         self.anatomy = read_anatomy(model)
         gate.check_model(self.anatomy)
         gate.check_weights(model, self.anatomy)
-        self._called: dict[str, Tensor] = {}  # what the vision tower was last called with
-        self._fed: dict[int, Tensor] = {}  # what feeds the projector, by block
-        self._tokens: TokenMap | None = None
-        self._visual: Tensor | None = None
-        self._state: dict[str, Any] = {"step": 0, "memory": {}}
+        self._edited = self.anatomy.language.blocks[gate.config.edited]
+        self._seen: tuple[dict[str, Tensor], dict[int, Tensor]] | None = None  # by the vision tower
+        self._used = ByIdentity()  # what was encoded before the pass that took it
+        self._passes = ByIdentity()  # by cache
+        self._now: Pass | None = None
+        self._last: Pass | None = None
         self._stack = ExitStack()
         self._hook()
 
     @property
     def coefficients(self) -> Tensor | None:
         """The coefficients of the last forward pass, float ``[batch group]``; None before the first."""
-        kept = self._state["memory"].get(("gate", id(self.gate)), {})
-        found = kept.get("coefficients")
+        if self._last is None:
+            return None
+        found = self._kept(self._last).get("coefficients")
         return None if found is None else found.detach()
 
     def detach(self) -> None:
         """Take the gate off; the model is bitwise itself again. Twice is once."""
         self._stack.close()
-        others = [a for a in ATTACHED.get(self.gate, []) if a is not self]
-        if others:
-            ATTACHED[self.gate] = others
-        else:
-            ATTACHED.pop(self.gate, None)
+        ATTACHED.get(self.gate, WeakSet()).discard(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -74,216 +82,200 @@ class Attachment:
     def __exit__(self, *error: object) -> None:
         self.detach()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """An attached model is not copied: its copy would be half gated, by the original's passes."""
+        raise InterventionError(
+            "Got a model to copy or pickle that a gate is attached to; expected a plain one. Write "
+            "gate.detach() first, and attach the gate to the copy again."
+        )
+
     def _hook(self) -> None:
         """Register all hooks."""
-        config, keep = self.gate.config, self._stack.callback
-        language = self.anatomy.language.blocks
-        keep(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        tower = ".".join(self.anatomy.vision.blocks[0].split(".")[:2])
-        keep(
-            self.model.get_submodule(tower)
-            .register_forward_pre_hook(self._begin_vision, with_kwargs=True)
-            .remove
-        )
+        config, part = self.gate.config, self.model.get_submodule
+        language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
+        tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
+        handles = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.model.register_forward_hook(self._end, always_call=True),
+            part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
+            part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
+        ]
         for layer in config.model["feed_layers"]:
-            block = self.model.get_submodule(self.anatomy.vision.blocks[layer])
-            keep(block.register_forward_hook(self._after_vision(layer)).remove)
-        if isinstance(config.layer, str):
-            block = self.model.get_submodule(language[0])
-            keep(block.register_forward_pre_hook(self._before("signal"), with_kwargs=True).remove)
-        else:
-            block = self.model.get_submodule(language[config.layer])
-            keep(block.register_forward_hook(self._after(config.layer)).remove)
-        if config.l_detector is not None:
-            block = self.model.get_submodule(language[config.edited])
-            keep(block.register_forward_pre_hook(self._before("L"), with_kwargs=True).remove)
-        keep(edit_keys_of(self.model, self.anatomy, config.edited, self._scale))
+            keep = partial(self._after_vision, layer)
+            handles.append(part(vision[layer]).register_forward_hook(keep))
+        edited = part(self._edited)
+        if not isinstance(config.layer, str):
+            read = part(language[config.layer])
+            handles.append(read.register_forward_hook(self._after, with_kwargs=True))
+        if isinstance(config.layer, str) or config.l_detector is not None:
+            handles.append(edited.register_forward_pre_hook(self._before, with_kwargs=True))
+        for handle in handles:
+            self._stack.callback(handle.remove)
+        scale = WeakMethod(self._scale)  # the function that asks for it outlives the model
+
+        def edit(key: Tensor, given: Mapping[str, Any]) -> Tensor:
+            method: Any = scale()
+            return method(key, given)
+
+        self._stack.callback(share_keys(self.model, self.anatomy, config.edited, edit))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before a pass: a prompt is mapped anew, a decode step is counted."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            self._decode(ids, kwargs)
-            return
-        if ids is None:
+        self._now = None
+        given = states.arguments_of(module, args, kwargs)
+        cache = given.get("past_key_values")
+        length = states.length_of(cache)
+        if length:
+            now = states.continued(self._passes.get(cache), given, length)
+        else:
+            now = self._started(given)
+        if cache is not None:
+            self._passes.put(cache, now)
+        self._now = now
+
+    def _started(self, given: Mapping[str, Any]) -> Pass:
+        """The pass of a prompt."""
+        if given.get("input_ids") is None:
             raise InputError(
                 "Got a prompt without input_ids for a gated model; expected them, to find the image "
                 "tokens. Pass input_ids and pixel_values instead of inputs_embeds."
             )
-        self._state = {"step": 0, "memory": {}}
-        self._tokens = self._visual = None
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if kwargs.get("pixel_values") is None and encoded is None:
-            return  # a text prompt has nothing to scale
-        inputs = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
-        if encoded is not None:  # generate() calls the vision tower before the first pass
-            if not self._fed:
-                raise InputError(
-                    "Got images that were encoded before the gate was attached; expected to see them "
-                    "pass the vision tower. Pass pixel_values."
-                )
-            inputs |= self._called
-        inputs["input_ids"] = ids
-        try:
-            self._tokens = make_sample(self.model, None, self.anatomy, None, None, inputs).tokens
-        except InputError as error:
-            if encoded is None:
-                raise
+        pixels, encoded = states.images_of(given)
+        if encoded is None:
+            self._seen = None
+            if pixels is None:
+                return Pass()  # a text prompt has nothing to scale
+            return states.started(self.model, self.anatomy, given, {})
+        if self._used.get(encoded):
             raise InputError(
-                f"{error} If generate() was asked for beams or several sequences, which repeat rows: "
-                "a gate works with greedy decoding and sampling of one sequence."
-            ) from error
-        self._last = last_prompt(self._tokens, kwargs.get("labels"))
-        self._visual = (self._tokens.image >= 0).to(ids.device)
+                "Got images that were encoded for an earlier pass, without its cache; expected them "
+                "once. generate(use_cache=False) does this, and a gate would read every new token "
+                "as the end of the prompt. Write use_cache=True, or pass pixel_values."
+            )
+        if self._seen is None:
+            raise InputError(
+                "Got images that were encoded before the gate was attached; expected to see them "
+                "pass the vision tower. Pass pixel_values."
+            )
+        kept = given.get("logits_to_keep")
+        if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
+            raise InputError(
+                f"Got a prompt with {kept - 1} guessed tokens behind it, as assisted decoding passes "
+                "it; expected the prompt alone, whose end a gate reads. Leave out "
+                "prompt_lookup_num_tokens or assistant_model."
+            )
+        self._used.put(encoded, value=True)
+        return states.started(self.model, self.anatomy, given, self._seen[0])
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After a pass, also one that failed: its cache is known."""
+        now, self._now = self._now, None
+        if now is None:
+            return
+        self._last = now
+        for cache in states.caches_in(output):
+            self._passes.put(cache, now)
 
     def _begin_vision(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before the vision tower: keep what it is called with."""
         given = [*args, *(v for k, v in kwargs.items() if "grid" not in k)]
-        pixels = next(value for value in given if isinstance(value, Tensor))
+        called = {"pixel_values": next(value for value in given if isinstance(value, Tensor))}
         grid = next((v for k, v in kwargs.items() if "grid" in k), None)
-        self._called = {"pixel_values": pixels}
         if grid is not None:
-            self._called["image_grid_thw"] = grid
+            called["image_grid_thw"] = grid
+        self._seen = (called, {})
 
-    def _after_vision(self, layer: int) -> Any:
-        """A hook that keeps what feeds the projector."""
+    def _after_vision(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        """After a vision block: keep what feeds the projector."""
+        if self._seen is not None:
+            self._seen[1][layer] = first_tensor(output).detach()
 
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            self._fed[layer] = first_tensor(output).detach()
+    def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: find V-sinks, and send the pass along with the arguments."""
+        now = self._pass({})
+        states.refuse_reentrant(self.model.get_submodule(self._edited))
+        if now.tokens is not None and not now.state["step"]:
+            _, fed = self._seen or ({}, {})
+            if not fed:
+                raise InputError(
+                    "Got a prompt with images that did not pass the vision tower of a gated model; "
+                    "expected them to. Pass pixel_values."
+                )
+            for layer in self.gate.config.model["feed_layers"]:
+                self._look(now, "vision", "resid_post", layer, fed[layer])
+        self._seen = None
+        if not states.takes_any(module):
+            return None
+        carried = {**kwargs.get(CARRIED, {}), id(self): now}
+        return args, {**kwargs, CARRIED: carried}
 
-        return hook
-
-    def _decode(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-        """Before a decode step."""
-        if self._visual is None:
-            return
-        new = ids if ids is not None else kwargs.get("inputs_embeds")
-        shape = None if new is None else tuple(new.shape[:2])
-        if shape != (self._visual.shape[0], 1):
+    def _pass(self, given: Mapping[str, Any]) -> Pass:
+        """The pass that a block is part of, also when a checkpoint runs it again."""
+        now = given.get(CARRIED, {}).get(id(self), self._now)
+        if now is None:
             raise InputError(
-                f"Got a decode step of shape {shape} for a gated model; expected "
-                f"({self._visual.shape[0]}, 1): one token per row of the prompt's batch. Beams and "
-                "assisted decoding reorder rows: use greedy decoding or sampling."
+                "Got a call of a part of a gated model, such as model.model(...); expected one of "
+                "the whole model, where the gate sees images and labels. Write model(**inputs), or "
+                "gate.detach() first. A wrapper that calls model.forward does this: call the model "
+                "in it."
             )
-        self._state["step"] += 1
+        return now
 
-    def _wanted(self, tower: str, name: str, layer: int) -> list[Any]:
-        """The gate's looks at a site in this pass."""
-        if self._tokens is None:
-            return []
-        looks = self.gate.looks(self._tokens, self._state["step"])
-        return [
-            look
-            for look in looks
-            if (look.site.tower, look.site.name, look.site.layer) == (tower, name, layer)
-        ]
+    def _kept(self, now: Pass) -> dict[str, Any]:
+        """What the gate has found in a pass."""
+        return now.state["memory"].get(("gate", id(self.gate)), {})
 
-    def _look(self, looks: list[Any], states: Any) -> None:
-        """Run looks on states."""
-        for look in looks:
+    def _look(self, now: Pass, tower: str, name: str, layer: int, seen: Any) -> None:
+        """Run the gate's looks at one site on what is there."""
+        if now.tokens is None or now.last is None:
+            return
+        found = first_tensor(seen)
+        for look in self.gate.looks(now.tokens, now.state["step"]):
+            if (look.site.tower, look.site.name, look.site.layer) != (tower, name, layer):
+                continue
             given = {
-                name: value.to(first_tensor(states).device) if isinstance(value, Tensor) else value
-                for name, value in look.parameters.items()
+                key: value.to(found.device) if isinstance(value, Tensor) else value
+                for key, value in look.parameters.items()
             }
             if "at" in given:
-                last = self._last.to(given["at"].device)
+                last = now.last.to(found.device)
                 places = torch.arange(given["tokens"].shape[1], device=last.device)
                 # Behind the prompt there may be an answer: labels say so.
                 given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
-            look.kernel(first_tensor(states), self._state, **given)
+            look.kernel(found, now.state, **given)
 
-    def _after(self, layer: int) -> Any:
-        """A hook on what the block before the edited one writes."""
-
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            self._look(self._wanted("language", "resid_post", layer), output)
-
-        return hook
-
-    def _before(self, what: str) -> Any:
-        """A hook on what the edited block reads."""
-        kernel = {"signal": kernels.note_coefficients, "L": kernels.note_l_sinks}[what]
-
-        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
-            looks = self._wanted("language", "resid_pre", self.gate.config.edited)
-            self._look([look for look in looks if look.kernel is kernel], states)
-
-        return hook
-
-    def _scale(self, key: Tensor) -> Tensor:
-        """The keys ``[batch kv_head key d_head]`` of the edited block, scaled."""
-        if self._visual is None or (self._state["step"] and self.gate.config.decode == "off"):
-            return key
-        kept = self._state["memory"][("gate", id(self.gate))]
-        for layer, states in self._fed.items():
-            self._look(self._wanted("vision", "resid_post", layer), states)
-        self._fed = {}
-        visual = self._visual.to(key.device)
-        factors = kernels.factors_of(kept, visual, list(self.gate.groups))
-        grown = fit_keys((factors - 1)[..., None], key.shape[2], self._state["step"])[..., 0] + 1
-        return (key * grown[:, None, :, None]).to(key.dtype)
-
-
-EDITS: WeakKeyDictionary[nn.Module, tuple[list[Any], ExitStack]] = WeakKeyDictionary()
-"""By attention module: what edits its keys now, in the order of attachment."""
-
-
-def edit_keys_of(model: nn.Module, anatomy: Anatomy, layer: int, edit: Any) -> Any:
-    """Edit the keys of one block beside whatever edits them already.
-
-    Returns:
-        A function that ends this edit, in any order with the others.
-    """
-    attention = model.get_submodule(anatomy.language.attention[layer])
-    if attention not in EDITS:
-        edits: list[Any] = []
-
-        def all_edits(key: Tensor) -> Tensor:
-            for one in edits:
-                key = one(key)
-            return key
-
-        stack = ExitStack()
-        stack.enter_context(scaled_keys(model, anatomy, {layer: all_edits}))
-        EDITS[attention] = (edits, stack)
-    mine, stack = EDITS[attention]
-    mine.append(edit)
-
-    def end() -> None:
-        mine.remove(edit)
-        if not mine:
-            stack.close()
-            EDITS.pop(attention, None)
-
-    return end
-
-
-NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "logits_to_keep")
-
-
-def last_prompt(tokens: TokenMap, labels: Tensor | None) -> Tensor:
-    """The last prompt position of every row: the one before the first label, else the last live one.
-
-    Raises:
-        InputError: If a row is all labels.
-    """
-    if labels is None:
-        return tokens.last
-    wanted = (labels != IGNORED).cpu() & tokens.live
-    first = wanted.int().argmax(dim=1)
-    if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
-        raise InputError(
-            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
-            f"Write labels[:, :prompt_length] = {IGNORED}."
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """After the block before the edited one."""
+        self._look(
+            self._pass(kwargs), "language", "resid_post", self.gate.config.edited - 1, output
         )
-    return torch.where(wanted.any(dim=1), first - 1, tokens.last)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the edited block."""
+        read = args[0] if args else kwargs["hidden_states"]
+        self._look(self._pass(kwargs), "language", "resid_pre", self.gate.config.edited, read)
+
+    def _scale(self, key: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The keys ``[batch kv_head key d_head]`` of the edited block, scaled."""
+        now = self._pass(given)
+        step = now.state["step"]
+        if now.visual is None or (step and self.gate.config.decode == "off"):
+            return key
+        visual = now.visual.to(key.device)
+        factors = kernels.factors_of(self._kept(now), visual, list(self.gate.groups))
+        grown = fit_keys((factors - 1)[..., None], key.shape[2], step)[..., 0] + 1
+        return (key * grown[:, None, :, None]).to(key.dtype)
 
 
 def attach(gate: LSG, model: Any) -> Attachment:
     """See `LSG.attach`."""
-    module = getattr(model, "module", model)
+    if isinstance(model, Edited):
+        raise ModelError(
+            "Got an LVLM with interventions on to attach a gate to; expected the LVLM itself. Write "
+            "gate.attach(lvlm), or lvlm.edited([gate, ...])."
+        )
+    adapted = callable(getattr(type(model), "get_base_model", None))  # by peft
+    module = model.get_base_model() if adapted else getattr(model, "module", model)
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"Got {type(model).__name__} to attach a gate to; expected a transformers model or an "
@@ -295,7 +287,7 @@ def attach(gate: LSG, model: Any) -> Attachment:
             "gate.detach() first."
         )
     one = Attachment(gate, module)
-    ATTACHED.setdefault(gate, []).append(one)
+    ATTACHED.setdefault(gate, WeakSet()).add(one)
     return one
 
 

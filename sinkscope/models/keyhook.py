@@ -12,6 +12,9 @@ the config with a name of our own, under which the registry holds a function tha
 then asks the function that was there before. So keys are edited after RoPE and after any k-norm, at
 every pass, under the model's own kernel. The model's config object is not touched, so it makes its
 masks as before.
+
+Edits of a trace may add head dimensions to queries and keys, which carry a bias of the logits. They
+are no part of the keys, and are handed on as they are.
 """
 
 from __future__ import annotations
@@ -22,14 +25,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary, finalize, ref
 
+import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import AttentionCallError, LayerError
 from sinkscope.models.anatomy import Anatomy
 
 KeyEdit = Callable[[Tensor], Tensor]
+PassEdit = Callable[[Tensor, Mapping[str, Any]], Tensor]
+"""Keys, and what else the attention function was called with by name, to keys."""
 NUMBERS = count()
+SHARED: WeakKeyDictionary[nn.Module, tuple[list[PassEdit], Callable[[], None]]] = (
+    WeakKeyDictionary()
+)
+"""By attention module: the edits of `share_keys`, and what ends them all."""
 
 
 @contextmanager
@@ -65,13 +76,57 @@ def scaled_keys(
     with ExitStack() as stack:
         for block, edit in edits.items():
             attention = module.get_submodule(tower.attention[block])
-            stack.enter_context(_edited(attention, edit))
+            stack.callback(_redirect(attention, tower.d_head, _plainly(edit)))
         yield
 
 
-@contextmanager
-def _edited(attention: Any, edit: KeyEdit) -> Iterator[None]:
-    """Give one attention module a config of its own that leads to the edited function."""
+def share_keys(
+    module: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit
+) -> Callable[[], None]:
+    """Edit the keys of one block beside others that do so, until the function given back is called.
+
+    They apply in the order in which they came and may end in any order. The module is not kept
+    alive, nor is what it is part of, as long as the edit does not do so.
+
+    Raises:
+        AttentionCallError: As `scaled_keys`.
+    """
+    anatomy.language.call(block)
+    attention = module.get_submodule(anatomy.language.attention[block])
+    if attention not in SHARED:
+        edits: list[PassEdit] = []
+
+        def all_edits(key: Tensor, given: Mapping[str, Any]) -> Tensor:
+            for one in edits:
+                key = one(key, given)
+            return key
+
+        SHARED[attention] = (edits, _redirect(attention, anatomy.language.d_head, all_edits))
+    mine, end_all = SHARED[attention]
+    mine.append(edit)
+    seen = ref(attention)
+
+    def end() -> None:
+        mine.remove(edit)
+        module = seen()
+        if not mine and module is not None:
+            SHARED.pop(module)
+            end_all()
+
+    return end
+
+
+def _plainly(edit: KeyEdit) -> PassEdit:
+    """An edit that reads nothing but the keys."""
+    return lambda key, given: edit(key)
+
+
+def _redirect(attention: Any, d_head: int, edit: PassEdit) -> Callable[[], None]:
+    """Give one attention module a config of its own that leads to the edited function.
+
+    Returns:
+        A function that gives the old config back.
+    """
     names = inspect.unwrap(type(attention).forward).__globals__
     registry, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
     if registry is None:
@@ -84,18 +139,38 @@ def _edited(attention: Any, edit: KeyEdit) -> Iterator[None]:
     name = f"sinkscope_keys_{next(NUMBERS)}"
     ours._attn_implementation = {"": name}  # as a dict: the configs below are shared, and stay
 
+    # The registry outlives the module, so nothing here may hold the module.
     def attend(module: Any, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
         function = registry.get_interface(before._attn_implementation, eager)
+        edited = _edited(key, _width(module, d_head), edit, named)
         now, module.config = module.config, before  # what kernels read there is the model's own
         try:
-            return function(module, query, edit(key), *rest, **named)
+            return function(module, query, edited, *rest, **named)
         finally:
             module.config = now
 
     registry[name] = attend
     attention.config = ours
-    try:
-        yield
-    finally:
-        attention.config = before
-        del registry[name]
+    forget = finalize(attention, registry.pop, name, None)
+    forget.atexit = False
+    seen = ref(attention)
+
+    def end() -> None:
+        module = seen()
+        if module is not None:
+            module.config = before
+        forget()
+
+    return end
+
+
+def _edited(key: Tensor, width: int, edit: PassEdit, given: Mapping[str, Any]) -> Tensor:
+    """The keys, edited in the head dimensions that are the module's own."""
+    if key.shape[-1] <= width:
+        return edit(key, given)
+    return torch.cat([edit(key[..., :width], given), key[..., width:]], dim=-1)
+
+
+def _width(attention: Any, d_head: int) -> int:
+    """Of a module's own keys; latent attention says it by another name."""
+    return getattr(attention, "qk_head_dim", getattr(attention, "head_dim", d_head))

@@ -68,6 +68,13 @@ def test_an_exception_inside_leaves_the_model_clean(case):
     with pytest.raises(KeyError, match="midway"):
         fail()
     assert snapshot(model) == before
+    handle = layer.register_forward_hook(throw)
+    with gate.attach(model):
+        with pytest.raises(KeyError, match="midway"):
+            logits(model, c.sample)
+        handle.remove()
+        with pytest.raises(InputError, match="of a part of a gated model"):
+            model.model(**c.sample.inputs)  # the pass that failed is over
     assert torch.equal(logits(model, c.sample), plain)
     with gate.attach(model):
         assert not torch.equal(logits(model, c.sample), plain)
@@ -151,6 +158,125 @@ def test_a_gate_does_not_keep_the_model_alive():
     assert seen() is None
 
 
+def test_a_gate_that_was_never_detached_goes_with_the_model():
+    model, processor = TINY["llava-clip-llama"]()
+    registry = type(model.get_decoder().layers[0].self_attn).forward.__globals__[
+        "ALL_ATTENTION_FUNCTIONS"
+    ]
+    before = set(registry)
+    lvlm = ss.LVLM(model, processor)
+    sample = lvlm.prepare(images=random_image(64, 64, 5), text="what colour")
+    gates = [ss.LSG.for_model(lvlm, 0, v_detector=ss.detectors.Norm(1.0)) for _ in range(2)]
+    for gate in gates:
+        gate.attach(model)
+    logits(model, sample)
+    assert set(registry) != before
+    kept = gates[0]
+    seen = [weakref.ref(model), weakref.ref(gates[1])]
+    del model, lvlm, gates, gate, sample
+    gc.collect()
+    assert [one() for one in seen] == [None, None]
+    assert set(registry) == before
+    with pytest.raises(InterventionError, match="attached to nothing"):
+        kept.detach()
+
+
+def test_an_attachment_outlives_its_handle(case):
+    c = case("llava-clip-llama")
+    gate, model = c.gate(), c.lvlm.module
+    plain = logits(model, c.sample)
+    gate.attach(model)
+    gc.collect()
+    assert not torch.equal(logits(model, c.sample), plain)
+    gate.detach()
+    assert torch.equal(logits(model, c.sample), plain)
+
+
+EDITS = {
+    "mask": lambda c: ss.MaskKeys("image", layers=[1]),
+    "knockout": lambda c: ss.AttentionKnockout("last", "image", layers=[1]),
+    "weights": lambda c: ss.ScaleAttention("image", 0.3, layers=[1]),
+    "weights, as they are": lambda c: ss.ScaleAttention("image", 0.3, [1], renormalize=False),
+    "keys": lambda c: ss.ScaleKeys("image", 0.3, layers=[1]),
+    "two masks": lambda c: [ss.MaskKeys("text", layers=[1]), ss.MaskKeys("image", layers=[1])],
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl", "gemma3"])
+def test_edits_of_a_trace_on_an_attached_model(case, family, name):
+    """They are those of the traced gate: a mask's bias of the logits is not scaled with the keys."""
+    c = case(family)
+    # With factors this small a bias that was scaled with the keys would be gone.
+    scale = 1.0 if name == "keys" else 1e-5
+    gate, made = c.gate(scale=scale), EDITS[name](c)
+    edits = made if isinstance(made, list) else [made]
+    mass = ss.AttentionMass({"image": "image"}, layers=[1])
+    live = c.sample.tokens.live
+    want = c.lvlm.run(c.sample, probes=[mass], interventions=[gate, *edits])
+    with gate.attach(c.lvlm):
+        got = c.lvlm.run(c.sample, probes=[mass], interventions=edits)
+    assert torch.allclose(got.logits[live], want.logits[live], atol=2e-5)
+    assert torch.allclose(got[mass].mass.nan_to_num(), want[mass].mass.nan_to_num(), atol=1e-5)
+    if "mask" in name:
+        assert float(got[mass].mass.nan_to_num().max()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+def test_in_half_precision_it_equals_the_trace(tiny, batch, family):
+    """The product of key and factor is taken in fp32 and rounded once, in both."""
+    lvlm = tiny(family, "sdpa", torch.bfloat16)
+    sample, model = batch(lvlm), lvlm.module
+    gate = ss.LSG.for_model(lvlm, 0, v_detector=ss.detectors.Norm(1.0))
+    with torch.no_grad():
+        gate.outer.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    live = sample.tokens.live
+    want = lvlm.run(sample, interventions=[gate]).logits[live]
+    with gate.attach(model):
+        got = logits(model, sample)[live]
+    assert torch.equal(got, want)
+    assert not torch.equal(logits(model, sample)[live], want)
+
+
+def test_a_gate_in_half_precision_computes_in_fp32(case):
+    c = case("llava-clip-llama")
+    half = c.gate().to(torch.bfloat16)
+    whole = c.gate()
+    whole.load_state_dict(half.state_dict())
+    states = torch.randn(2, half.config.d_model)
+    assert torch.equal(half(states), whole(states))
+    live = c.sample.tokens.live
+    want = c.lvlm.run(c.sample, interventions=[whole]).logits[live]
+    assert torch.equal(c.lvlm.run(c.sample, interventions=[half]).logits[live], want)
+    with half.attach(c.lvlm):
+        assert torch.allclose(logits(c.lvlm.module, c.sample)[live], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_adapters_of_peft(task):
+    """The model in the wrapper is gated, and sees the labels that the wrapper is called with."""
+    peft = pytest.importorskip("peft")
+    model, processor = TINY["llava-clip-llama"]()
+    lvlm = ss.LVLM(model, processor)
+    gate = ss.LSG.for_model(lvlm, 0, v_detector=ss.detectors.Norm(1.0))
+    with torch.no_grad():
+        gate.outer.weight.normal_(generator=torch.Generator().manual_seed(0))
+    inputs = dict(lvlm.prepare(images=random_image(64, 64, 5), text="what colour").inputs)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    with torch.no_grad(), gate.attach(model) as attached:
+        want = model(**inputs, labels=labels).logits
+        coefficients = attached.coefficients
+    config = peft.LoraConfig(target_modules=r".*language_model.*q_proj", r=2, task_type=task)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad(), gate.attach(adapted) as attached:
+        assert attached.model is adapted.get_base_model()
+        assert torch.allclose(adapted(**inputs, labels=labels).logits, want, atol=1e-5)
+        assert torch.allclose(attached.coefficients, coefficients, atol=1e-5)
+        with pytest.raises(InputError, match=r"wrapper that calls model.forward"):
+            model.forward(**inputs)
+
+
 def test_check_intervention(case):
     c = case("llava-siglip-qwen3")
     make = c.gate
@@ -172,6 +298,11 @@ MISUSE = {
     ),
     "detach of nothing": (lambda c: c.gate().detach(), InterventionError, "attached to nothing"),
     "no model": (lambda c: c.gate().attach("llava"), ModelError, "Got str to attach"),
+    "an edited model": (
+        lambda c: edited(c),
+        ModelError,
+        r"interventions on.*gate.attach\(lvlm\), or lvlm.edited",
+    ),
     "a plain module": (
         lambda c: c.gate().attach(torch.nn.Linear(2, 2)),
         ModelError,
@@ -201,6 +332,11 @@ MISUSE = {
 def with_attached(c, call):
     with c.gate().attach(c.lvlm.module), torch.no_grad():
         call(c.lvlm.module)
+
+
+def edited(c):
+    with c.lvlm.edited([ss.MaskKeys("bos", layers=[1])]) as one:
+        c.gate().attach(one)
 
 
 def encoded_before(c):

@@ -86,6 +86,20 @@ def test_neutral_edit_changes_no_bit(tiny, batch):
     assert torch.equal(edited, logits_of(lvlm, sample))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_of_a_trace_is_not_scaled(family, tiny, batch):
+    """It rides in further head dimensions, which are no part of the keys."""
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    edits = [ss.MaskKeys("image", layers=[1])]
+    want = lvlm.run(sample, interventions=edits).logits
+    factors = torch.where(sample.tokens.image >= 0, 1e-5, 1.0)[:, None, :, None]
+    with scaled_keys(lvlm.module, lvlm.anatomy, {1: lambda key: key * factors}):
+        got = lvlm.run(sample, interventions=edits).logits
+    live = sample.tokens.live
+    torch.testing.assert_close(got[live], want[live], atol=1e-5, rtol=1e-5)
+
+
 def test_edits_nest(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
