@@ -96,7 +96,8 @@ def sweep(
         The sweep, or, with ``dry_run``, a `SweepCost` to print.
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, or ``out`` holds another sweep.
+        InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep, or a
+            log-probability or score is not finite; nothing of that image is then written.
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """

@@ -162,6 +162,40 @@ def test_choices_equal_every_option_scored_alone(tiny):
     assert chosen.table.sort_values("item")["base_score"].tolist() == right
 
 
+OVERFLOW = [(1e38, 1e38), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "logprob"}, {"score": "exact"}])
+def test_log_probabilities_that_are_no_numbers_are_refused_and_not_stored(options, tiny, tmp_path):
+    """NaN was the largest of all choices, and so the right answer and the best cell."""
+    items = some(2, choices=not options)
+    match = r"log-probability of nan at layer embed, pair \(1e\+38, 1e\+38\), .*'what is it'.*grid"
+    with pytest.raises(InputError, match=match):
+        ss.sweep(
+            tiny("llava-clip-llama"), items, None, OVERFLOW, v_detector=NORM, out=tmp_path, **options
+        )
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_model_that_overflows_by_itself_is_told_so(tiny, monkeypatch):
+    module = sys.modules["sinkscope.experiments.sweeps.images"]
+    real = module.logits_at
+    monkeypatch.setattr(module, "logits_at", lambda *given: real(*given) * float("nan"))
+    with pytest.raises(InputError, match=r"at the base, without an edit.*model itself overflows"):
+        ss.sweep(tiny("llava-clip-llama"), some(1), layers=[0], grid=GRID, v_detector=NORM)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "good", None])
+def test_scores_that_are_no_numbers_are_refused(value, tiny):
+    def own(item, answered):
+        return value if item.image_id == "im1" else answered.logprob
+
+    with pytest.raises(InputError, match=r"score .* at layer 0, pair \(0.3, 0.7\).*image 'im1'"):
+        ss.sweep(
+            tiny("llava-clip-llama"), some(), layers=[0], grid=GRID, v_detector=NORM, score=own
+        )
+
+
 def test_options_that_begin_alike_share_a_row():
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}

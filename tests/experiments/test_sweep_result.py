@@ -169,6 +169,13 @@ def test_names_are_checked():
         sweep.best(column="n_v")
 
 
+def test_a_table_with_numbers_that_are_none_is_refused():
+    sweep = made(images=4)
+    sweep.table.loc[7, "score"] = float("nan")
+    with pytest.raises(InputError, match=r"1 changes of score .* item 0 at layer 0, pair \(0.5, 0.5"):
+        sweep.best()
+
+
 def test_base_is_counted_once_per_question():
     base = made(images=5).base().set_index("task")
     assert base.loc["all", "n"] == 10

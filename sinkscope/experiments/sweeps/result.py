@@ -269,11 +269,23 @@ class Sweep:
 
 
 def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Cells, changes ``[question cell]``, and the image of every question."""
+    """Cells, changes ``[question cell]``, and the image of every question.
+
+    Raises:
+        InputError: If a change is not finite: a sweep of ours has none.
+    """
     change = part.assign(change=part[column] - part[f"base_{column}"])
     table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
         axis=1
     )
+    broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
+    if len(broken):
+        line = broken.iloc[0]
+        raise InputError(
+            f"Got {len(broken)} changes of {column} that are not finite, the first of item "
+            f"{line['item']} at layer {line['layer']}, pair ({line['s_v']:g}, {line['s_rest']:g}); "
+            "expected numbers. Leave out these lines, or run the sweep again: it refuses them."
+        )
     cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[CELL]
     images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
     return (
