@@ -21,6 +21,7 @@ from sinkscope.errors import InputError, ModelError
 from sinkscope.experiments.items import Item, as_items
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
+from sinkscope.experiments.sweeps.functions import digest_function
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweeps.images import Numbered, Rules, sweep_image
 from sinkscope.experiments.sweeps.result import ALL, Sweep, check_by
@@ -81,7 +82,7 @@ def sweep(
             given the prompt and the answer so far: greedy decoding begins with the answer),
             ``"logprob"`` (of the answer, in nats), or a function of an item and an `Answered`. None
             is ``"choice"`` if items have choices, else ``"exact"``. The log-probability is always
-            kept too.
+            kept too. With ``out``, a function is known by its code and the values it refers to.
         v_detector: The rule for V-sinks, best calibrated on other images.
         calibration: Of `calibrate`; its rule for V-sinks is taken. Without both, published constants
             of this model are used, else the first images of the dataset calibrate, which is noted in
@@ -112,15 +113,17 @@ def sweep(
     groups = by_image(items)
     if dry_run:
         return estimate(lvlm, groups, cells, len(items))
+    code = digest_function(scoring) if out is not None and callable(score) else None
     detector, rule, notes = choose_v(lvlm, groups, v_detector, calibration)
     settings = {
-        "format": 1,
+        "format": 2,
         "model": identity_of(lvlm),
         "dataset": digest_of(items),
         "groups": len(groups),
         "grid": [list(pair) for pair in pairs],
         "layers": list(cells.layers),
         "score": name,
+        "score_code": code,
         "v_rule": rule,
         "merge": merge,
         "notes": notes,

@@ -113,6 +113,75 @@ def test_another_sweep_is_refused_with_the_differences(small):
         ss.sweep(other, questions()[:6], v_detector=rule, **options)
 
 
+class Stop(BaseException):
+    """Ends a sweep as a killed process would."""
+
+
+def stop_after(monkeypatch, images):
+    module = sys.modules[ss.sweep.__module__]
+    real, ran = module.sweep_image, []
+
+    def counted(*given):
+        if len(ran) == images:
+            raise Stop
+        ran.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(module, "sweep_image", counted)
+
+
+def test_another_preparation_is_refused(tmp_path, monkeypatch):
+    """Half of the images were prepared in one way and half in another, and nothing said so."""
+    lvlm = ss.LVLM(*ss.testing.tiny_llava())
+    rule, folder = ss.detectors.Norm("3sigma"), tmp_path / "out"
+
+    def go():
+        ss.sweep(lvlm, questions()[:6], [0], [(0.5, 0.5)], v_detector=rule, out=folder)
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        stop_after(patched, 2)
+        go()
+    assert len(list(folder.glob("part-*"))) == 2
+    for part, name, value in (
+        (lvlm.processor.image_processor, "image_mean", (0.9, 0.9, 0.9)),
+        (lvlm.processor, "chat_template", "{{ 'now' }}<image>{{ messages[0]['role'] }}"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(part, name, value)
+            with pytest.raises(InputError, match=r"model\.preparation: there"):
+                go()
+    go()
+    assert len(list(folder.glob("part-*"))) == 3
+
+
+def scorer(factor, stop=False):
+    def score(item, answered):
+        if stop and item.image_id == 1:
+            raise Stop
+        return factor * answered.logprob
+
+    return score
+
+
+def test_another_function_of_the_same_name_is_refused(small):
+    with pytest.raises(Stop):
+        small(score=scorer(1.0, stop=True))
+    assert len(list(small.folder.glob("part-*"))) == 1
+    with pytest.raises(InputError, match="score_code: there"):
+        small(score=scorer(1.0))
+
+
+def test_the_same_function_made_again_goes_on(small):
+    first = small(score=scorer(2.0))
+    assert "scorer" in first.settings["score"]
+    pd.testing.assert_frame_equal(small(score=scorer(2.0)).table, first.table)
+    with pytest.raises(InputError, match="score_code: there"):
+        small(score=scorer(3.0))
+    with pytest.raises(InputError, match=r"file of the score function, of type TextIOWrapper"):
+        file = sys.__stderr__
+        small(score=lambda item, answered: float(file.fileno()))
+
+
 def test_strange_folders_are_refused(small, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="which is a file"):
