@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,8 +98,9 @@ def sweep(
         The sweep, or, with ``dry_run``, a `SweepCost` to print.
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep, or a
-            log-probability or score is not finite; nothing of that image is then written.
+        InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep or
+            is written to by another process, or a log-probability or score
+            is not finite; nothing of that image is then written.
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
@@ -132,7 +134,8 @@ def sweep(
     rules = Rules(cells, scoring, detector, merge, Batch(batch, len(pairs)))
     folder = None if out is None else Folder(out, settings)
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
-    made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
+    with nullcontext() if folder is None else folder.held():
+        made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
     if out is not None:
         return Sweep.load(out, by)
     tables = [part for part, _ in made]

@@ -172,7 +172,13 @@ def test_log_probabilities_that_are_no_numbers_are_refused_and_not_stored(option
     match = r"log-probability of nan at layer embed, pair \(1e\+38, 1e\+38\), .*'what is it'.*grid"
     with pytest.raises(InputError, match=match):
         ss.sweep(
-            tiny("llava-clip-llama"), items, None, OVERFLOW, v_detector=NORM, out=tmp_path, **options
+            tiny("llava-clip-llama"),
+            items,
+            None,
+            OVERFLOW,
+            v_detector=NORM,
+            out=tmp_path,
+            **options,
         )
     assert not list(tmp_path.glob("part-*"))
 

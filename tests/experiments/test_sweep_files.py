@@ -16,7 +16,7 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.experiments.sweeps import store
-from sinkscope.folders import WRITING
+from sinkscope.folders import LOCK, WRITING
 from tests.experiments.sweep_job import questions, run
 
 JOB = Path(__file__).with_name("sweep_job.py")
@@ -138,9 +138,10 @@ def test_another_preparation_is_refused(tmp_path, monkeypatch):
     def go():
         ss.sweep(lvlm, questions()[:6], [0], [(0.5, 0.5)], v_detector=rule, out=folder)
 
-    with monkeypatch.context() as patched, pytest.raises(Stop):
+    with monkeypatch.context() as patched:
         stop_after(patched, 2)
-        go()
+        with pytest.raises(Stop):
+            go()
     assert len(list(folder.glob("part-*"))) == 2
     for part, name, value in (
         (lvlm.processor.image_processor, "image_mean", (0.9, 0.9, 0.9)),
@@ -177,8 +178,8 @@ def test_the_same_function_made_again_goes_on(small):
     pd.testing.assert_frame_equal(small(score=scorer(2.0)).table, first.table)
     with pytest.raises(InputError, match="score_code: there"):
         small(score=scorer(3.0))
+    file = sys.__stderr__
     with pytest.raises(InputError, match=r"file of the score function, of type TextIOWrapper"):
-        file = sys.__stderr__
         small(score=lambda item, answered: float(file.fileno()))
 
 
@@ -208,12 +209,64 @@ def test_damaged_and_unfinished_folders(small):
         small()
 
 
-def test_leftovers_of_a_killed_process_are_removed(small):
+@pytest.fixture
+def living():
+    """A process that waits, and is killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_no_others(small, living):
+    """A second process deleted what the first was writing, which then ended with an error."""
     small()
-    left = small.folder / f"part-000001.parquet.123{WRITING}"
-    left.write_bytes(b"half")
+    left = small.folder / f"part-000001.parquet.{living.pid}{WRITING}"
+    odd = small.folder / f"notes{WRITING}"
+    for file in (left, odd):
+        file.write_bytes(b"half")
+    small()
+    assert left.exists()
+    assert not odd.exists()
+    living.kill()
+    living.wait()
     small()
     assert not left.exists()
+
+
+HOLD = """
+import sys, pathlib
+from sinkscope.folders import held
+with held(pathlib.Path(sys.argv[1]), "sweep"):
+    print("holding", flush=True)
+    input()
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_runs(small):
+    small()
+    (small.folder / "part-000001.parquet").unlink()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(small.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=env,
+    )
+    assert first.stdout.readline() == b"holding\n"
+    with pytest.raises(InputError, match=rf"another sweep runs now \(process {first.pid}\)"):
+        small()
+    assert not (small.folder / "part-000001.parquet").exists()
+    first.kill()  # nothing is cleaned up: the system lets go of the lock
+    first.communicate()
+    small()
+    assert (small.folder / "part-000001.parquet").exists()
+
+
+def test_a_lock_alone_does_not_make_a_folder_strange(small):
+    small.folder.mkdir()
+    (small.folder / LOCK).write_text("1")
+    small()
 
 
 def test_manifest_is_plain(small):

@@ -292,7 +292,9 @@ def test_names_are_checked():
 def test_a_table_with_numbers_that_are_none_is_refused():
     sweep = made(images=4)
     sweep.table.loc[7, "score"] = float("nan")
-    with pytest.raises(InputError, match=r"1 changes of score .* item 0 at layer 0, pair \(0.5, 0.5"):
+    with pytest.raises(
+        InputError, match=r"1 changes of score .* item 0 at layer 0, pair \(0.5, 0.5"
+    ):
         sweep.best()
 
 

@@ -72,9 +72,7 @@ def acting(part: pd.DataFrame) -> np.ndarray:
     """Whether a cell scales a key of a question's image at all, bool ``[question cell]``."""
     v = (part["s_v"] != 1) & (part["n_v"] > 0)
     rest = (part["s_rest"] != 1) & (part["n_rest"] > 0)
-    table = part.assign(acts=v | rest).pivot(
-        index="item", columns=["layer", "pair"], values="acts"
-    )
+    table = part.assign(acts=v | rest).pivot(index="item", columns=["layer", "pair"], values="acts")
     return cast("pd.DataFrame", table).sort_index(axis=1).to_numpy(dtype=bool)
 
 
