@@ -341,5 +341,24 @@ def test_figure_shows_every_task_and_marks_clear_cells():
         plot_sweep(found.drop(columns="clear"))
 
 
+def test_titles_of_long_tasks_stay_in_their_panels():
+    names = ("fine-grained perception", "instance reasoning", "science & technology", "logic")
+    sweep = made(images=8, tasks=names, score="exact")
+    found = sweep.map()
+    for pairs in (found, found[found["pair"] < 3]):
+        figure = plot_sweep(pairs)
+        figure.draw_without_rendering()
+        panels = [ax for ax in figure.axes if ax.images]
+        boxes = [ax.get_window_extent() for ax in panels]
+        titles = [ax._left_title.get_window_extent() for ax in panels]
+        words = [ax.get_title(loc="left").replace("\n", " ") for ax in panels]
+        assert words[0].startswith("fine-grained perception: base\N{NO-BREAK SPACE}")
+        for title, box in zip(titles, boxes, strict=True):
+            assert title.x1 <= box.x1 + 20
+            assert not any(title.overlaps(other) for other in boxes)
+            assert sum(title.overlaps(other) for other in titles) == 1
+        assert figure.bbox.y1 > max(title.y1 for title in titles)
+
+
 def test_repr_counts():
     assert repr(made(images=5)).startswith("Sweep(10 questions, 5 images, 3 layers x 5 pairs")
