@@ -63,7 +63,7 @@ def preparation_digest(lvlm: LVLM) -> str | None:
     if lvlm.processor is None:
         return None
     processor: Any = lvlm.processor
-    images = processor.image_processor
+    images = getattr(processor, "image_processor", None)
     sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=ASKED)
     shapes = {
         name: [list(value.shape), str(value.dtype)]
@@ -72,7 +72,7 @@ def preparation_digest(lvlm: LVLM) -> str | None:
     }
     parts = {
         "classes": [type(x).__name__ for x in (processor, images, lvlm.tokenizer)],
-        "images": images.to_dict(),
+        "images": None if images is None else images.to_dict(),
         "ids": sample.tokens.ids.tolist(),
         "shapes": shapes,
     }
