@@ -55,11 +55,12 @@ def report(made: dict[str, ss.Sweep]) -> str:
             f"{once['image_id'].nunique()} test scenes; V-sinks per question: {once['n_v'].min()} to "
             f"{once['n_v'].max()}, mean {once['n_v'].mean():.1f} of {once['n_v'].add(once['n_rest']).max()}. "
             "The cell is chosen on half of the images and `change` is measured on the other half; "
-            "`maximum` is the largest change of all 55 cells on all images, beside the 95 % point of "
-            "that maximum where nothing has an effect.",
+            "`maximum` is the largest change of all cells on all images, without those that scale no key. "
+            "`t` is the largest change in units of its own spread over images, beside the 95 % point of "
+            "that where nothing has an effect.",
             "",
-            "| task | n | base | best cell | change where chosen | change on others, 95 % | maximum | null 95 % | p |",
-            "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+            "| task | n | base | best cell | change where chosen | change on others, 95 % | maximum | t | t 95 % | p |",
+            "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
         ]
         base = sweep.base().set_index("task")
         for row in sweep.best().to_dict("records"):
@@ -72,7 +73,8 @@ def report(made: dict[str, ss.Sweep]) -> str:
                 f"{row['chosen_on']:+.3f}",
                 f"{row['delta']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
                 f"{row['maximum']:+.3f}",
-                f"{row['null_95']:+.3f}",
+                f"{row['t']:+.2f}",
+                f"{row['t_95']:+.2f}",
                 f"{row['p']:.3f}",
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,21 @@ from tqdm.auto import tqdm
 from sinkscope.detectors.calibrate import Calibration, calibrate
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector
-from sinkscope.detectors.run import check_detector
-from sinkscope.errors import InputError
 from sinkscope.experiments.items import Item, as_items, check_tasks
+from sinkscope.experiments.sweeps.checks import (
+    check_batch,
+    check_merge,
+    check_rule,
+    check_usable,
+)
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
+from sinkscope.experiments.sweeps.functions import digest_function
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweeps.images import Numbered, Rules, sweep_image
 from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
-from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table
+from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
 from sinkscope.models.prepare import open_image
 from sinkscope.models.replay import prove
@@ -64,7 +70,9 @@ def sweep(
 
     Nothing is approximated: the vision tower runs once per image (and once more where V-sinks are
     looked for), blocks before the edited one once per question, pairs as rows of one pass, and the
-    prompt up to the end of the image once for all questions about it.
+    prompt up to the end of the image once for all questions about it. That may be shared because
+    V-sinks come from the image alone, so no edit here depends on the question. A question whose prompt
+    differs before the end of the image, as where a template puts its text first, runs on its own.
 
     Args:
         lvlm: The model, with its processor and weights.
@@ -79,7 +87,7 @@ def sweep(
             given the prompt and the answer so far: greedy decoding begins with the answer),
             ``"logprob"`` (of the answer, in nats), or a function of an item and an `Answered`. None
             is ``"choice"`` if items have choices, else ``"exact"``. The log-probability is always
-            kept too.
+            kept too. With ``out``, a function is known by its code and the values it refers to.
         v_detector: The rule for V-sinks, best calibrated on other images.
         calibration: Of `calibrate`; its rule for V-sinks is taken. Without both, published constants
             of this model are used, else the first images of the dataset calibrate, which is noted in
@@ -88,13 +96,19 @@ def sweep(
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
         progress: Whether to show a progress bar with the time left; None from 50 questions on.
-        dry_run: Whether to return what it would cost instead; nothing is run and written.
+        dry_run: Whether to return what it would cost instead: every option is checked, but nothing
+            is run and nothing stays written. It needs no weights, so ``remote=True`` will do.
 
     Returns:
         The sweep, or, with ``dry_run``, a `SweepCost` to print.
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, or ``out`` holds another sweep.
+        InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep or is
+            written to by another process, or a log-probability or score is not finite; nothing of
+            that image is then written.
+        CheckpointError: If ``out`` cannot be written or read.
+        DetectorError: If ``v_detector`` is none.
+        SelectionError: If ``merge`` is unknown.
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
@@ -105,19 +119,25 @@ def sweep(
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     check_batch(batch)
+    check_merge(merge)
+    check_rule(v_detector, calibration)
     check_usable(lvlm, weights=not dry_run)
+    code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:
+        if out is not None:
+            check_out(out)
         return estimate(lvlm, groups, cells, len(items))
     detector, rule, notes = choose_v(lvlm, groups, v_detector, calibration)
     settings = {
-        "format": 1,
+        "format": 2,
         "model": identity_of(lvlm),
         "dataset": digest_of(items),
         "groups": len(groups),
         "grid": [list(pair) for pair in pairs],
         "layers": list(cells.layers),
         "score": name,
+        "score_code": code,
         "v_rule": rule,
         "merge": merge,
         "notes": notes,
@@ -126,7 +146,8 @@ def sweep(
     rules = Rules(cells, scoring, detector, merge, Batch(batch, len(pairs)))
     folder = None if out is None else Folder(out, settings)
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
-    made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
+    with nullcontext() if folder is None else folder.held():
+        made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
     if out is not None:
         return Sweep.load(out, by)
     tables = [part for part, _ in made]
@@ -173,53 +194,16 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
     return list(groups.values())
 
 
-def check_batch(batch: Any) -> None:
-    """Refuse anything but ``"auto"`` and a positive number.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    number = isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1
-    if not number and batch != "auto":
-        raise InputError(f"Got batch={batch!r}; expected 'auto' or a number of pairs, 1 or more.")
-
-
-def check_usable(lvlm: LVLM, *, weights: bool = True) -> None:
-    """Refuse a model that cannot read answers or has no weights here, where they are needed.
-
-    Raises:
-        InputError: If it has no processor, or no weights.
-    """
-    if lvlm.tokenizer is None:
-        raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    if weights and lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without weights; expected them here: a sweep resumes passes, which a remote "
-            "run cannot. Write ss.LVLM.from_pretrained(name) without remote=True."
-        )
-
-
 def choose_v(
     lvlm: LVLM,
     groups: Sequence[Sequence[Numbered]],
     detector: Detector | None,
     calibration: Calibration | None,
 ) -> tuple[Detector, str, list[str]]:
-    """The rule for V-sinks, how it came about, and what a reader must know of that.
-
-    Raises:
-        InputError: If a detector and a calibration are given, or what is given is no calibration.
-    """
-    if detector is not None and calibration is not None:
-        raise InputError("Got v_detector and calibration; expected one of them. Write only one.")
+    """The rule for V-sinks, how it came about, and what a reader must know of that."""
     if detector is not None:
-        return check_detector(detector), repr(detector), []
+        return detector, repr(detector), []
     if calibration is not None:
-        if not isinstance(calibration, Calibration):
-            raise InputError(
-                f"Got calibration of type {type(calibration).__name__}; expected what "
-                "ss.calibrate(lvlm, samples) gives."
-            )
         return calibration.v_detector, repr(calibration.v_detector), []
     known = known_for(lvlm)
     if known is not None and known.default and known.v_detector is not None:

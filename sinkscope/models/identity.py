@@ -1,18 +1,22 @@
-"""Which model this is: layout, sizes and a digest of the weights that is cheap to take."""
+"""Which model this is: layout, sizes, and digests of weights and preparation that are cheap to take."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 SAMPLES = 32
 """Values read of every tensor, evenly spaced."""
+ASKED = "What is it, and how many are there: 0, 1 or 23?"
+"""A question that is prepared to see what the template and the tokenizer make of one."""
 
 
 @torch.no_grad()
@@ -43,6 +47,39 @@ def weights_digest(module: nn.Module, samples: int = SAMPLES) -> str:
     return digest.hexdigest()
 
 
+def preparation_digest(lvlm: LVLM) -> str | None:
+    """A digest of how images and questions become model inputs; None without a processor.
+
+    It takes the settings of the image processor (sizes, means, resampling), the token ids of a fixed
+    question about a fixed image, with the chat template around it, and the shapes of what comes out.
+    Pixels themselves are not taken: their last bits may differ between machines.
+
+    Args:
+        lvlm: The model.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    if lvlm.processor is None:
+        return None
+    processor: Any = lvlm.processor
+    images = getattr(processor, "image_processor", None)
+    sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=ASKED)
+    shapes = {
+        name: [list(value.shape), str(value.dtype)]
+        for name, value in sample.inputs.items()
+        if isinstance(value, Tensor)
+    }
+    parts = {
+        "classes": [type(x).__name__ for x in (processor, images, lvlm.tokenizer)],
+        "images": None if images is None else images.to_dict(),
+        "ids": sample.tokens.ids.tolist(),
+        "shapes": shapes,
+    }
+    text = json.dumps(parts, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def identity_of(lvlm: LVLM) -> dict[str, Any]:
     """What must agree for two runs to be runs of one model, as plain values.
 
@@ -55,4 +92,5 @@ def identity_of(lvlm: LVLM) -> dict[str, Any]:
         "layout": [list(x) if isinstance(x, tuple) else x for x in anatomy.fingerprint],
         "kernels": [anatomy.vision.kernel, anatomy.language.kernel],
         "weights": weights_digest(lvlm.module),
+        "preparation": preparation_digest(lvlm),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -32,6 +34,8 @@ DOT: dict[str, Any] = {
 }
 ACROSS = 3
 """Tasks side by side."""
+LETTERS = 13.0
+"""Letters of a panel's title that fit into an inch."""
 
 
 def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") -> Figure:
@@ -61,9 +65,12 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     across = min(ACROSS, len(tasks))
     down = -(-len(tasks) // across)
     layers, pairs = table["layer"].nunique(), table["pair"].nunique()
+    width = max(2.6, 0.27 * pairs)
+    titles = [_title(table[table["task"] == task].iloc[0], factor, width) for task in tasks]
+    lines = max(title.count("\n") for title in titles)
     size = (
-        1.6 + across * max(2.6, 0.27 * pairs),
-        1.3 + down * (1.25 + min(4.2, 0.26 * layers + 0.3)),
+        1.6 + across * width,
+        1.3 + down * (1.25 + 0.15 * lines + min(4.2, 0.26 * layers + 0.3)),
     )
     figure = new_figure(size)
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
@@ -72,6 +79,7 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     axes = list(grid.flatten())
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
         _draw(ax, cast("pd.DataFrame", table[table["task"] == task]), factor, scale)
+        ax.set_title(titles[i], fontsize=LABEL, loc="left")
         if i + across >= len(tasks):
             ax.set_xlabel("s_V (V-sinks) / s_rest (other)", fontsize=LABEL)
             ax.tick_params(labelbottom=True)
@@ -109,6 +117,11 @@ def _draw(ax: Axes, part: pd.DataFrame, factor: float, scale: Normalize) -> None
     labels = [f"{v:g}/{rest:g}" for v, rest in zip(pairs["s_v"], pairs["s_rest"], strict=True)]
     places = ticks_for(len(labels), 12)
     ax.set_xticks(places, [labels[i] for i in places], fontsize=SMALL, rotation=90)
-    first = part.iloc[0]
-    base = first["base"] * factor
-    ax.set_title(f"{first['task']}: base {base:.1f}, n = {first['n']}", fontsize=LABEL, loc="left")
+
+
+def _title(first: Mapping[Any, Any], factor: float, width: float) -> str:
+    """A task, its base and its number of questions, in as many lines as a panel's width needs."""
+    kept = f"base {first['base'] * factor:.1f}, n = {first['n']}".split(", ")
+    text = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in kept)
+    text = f"{first['task']}: {text}"
+    return fill(text, max(12, int(LETTERS * width)))

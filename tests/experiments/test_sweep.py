@@ -1,5 +1,6 @@
 """A sweep against the same edits made one by one through `ScaleKeys`, on every family."""
 
+import re
 import sys
 
 import numpy as np
@@ -7,13 +8,20 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import InputError, LayerError, ModelError
+from sinkscope.errors import (
+    CheckpointError,
+    DetectorError,
+    InputError,
+    LayerError,
+    ModelError,
+    SelectionError,
+)
 from sinkscope.experiments import Answered, Item, SweepCost
 from sinkscope.experiments import sweep as sweep_function
 from sinkscope.experiments.sweeps import images
 from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
 from sinkscope.experiments.sweeps.scores import ask
-from sinkscope.testing import plant, random_image, tiny_llava
+from sinkscope.testing import plant, random_image, tiny_llava, write_checkpoint
 from tests.conftest import FAMILIES
 
 GRID = [(0.3, 0.7), (1.5, 1.0), (0.0, 1.0)]
@@ -162,6 +170,46 @@ def test_choices_equal_every_option_scored_alone(tiny):
     assert chosen.table.sort_values("item")["base_score"].tolist() == right
 
 
+OVERFLOW = [(1e38, 1e38), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "logprob"}, {"score": "exact"}])
+def test_log_probabilities_that_are_no_numbers_are_refused_and_not_stored(options, tiny, tmp_path):
+    """NaN was the largest of all choices, and so the right answer and the best cell."""
+    items = some(2, choices=not options)
+    match = r"log-probability of nan at layer embed, pair \(1e\+38, 1e\+38\), .*'what is it'.*grid"
+    with pytest.raises(InputError, match=match):
+        ss.sweep(
+            tiny("llava-clip-llama"),
+            items,
+            None,
+            OVERFLOW,
+            v_detector=NORM,
+            out=tmp_path,
+            **options,
+        )
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_model_that_overflows_by_itself_is_told_so(tiny, monkeypatch):
+    module = sys.modules["sinkscope.experiments.sweeps.images"]
+    real = module.logits_at
+    monkeypatch.setattr(module, "logits_at", lambda *given: real(*given) * float("nan"))
+    with pytest.raises(InputError, match=r"at the base, without an edit.*model itself overflows"):
+        ss.sweep(tiny("llava-clip-llama"), some(1), layers=[0], grid=GRID, v_detector=NORM)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "good", None])
+def test_scores_that_are_no_numbers_are_refused(value, tiny):
+    def own(item, answered):
+        return value if item.image_id == "im1" else answered.logprob
+
+    with pytest.raises(InputError, match=r"score .* at layer 0, pair \(0.3, 0.7\).*image 'im1'"):
+        ss.sweep(
+            tiny("llava-clip-llama"), some(), layers=[0], grid=GRID, v_detector=NORM, score=own
+        )
+
+
 def test_options_that_begin_alike_share_a_row():
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}
@@ -183,6 +231,24 @@ def test_other_pixels_or_prompts_are_not_shared(tiny):
         item["question"] = text
     made = ss.sweep(lvlm, items, layers=[1], grid=GRID, v_detector=EVERY)
     assert "differ before the end of the last image" in made.notes[0]
+    check_equal(lvlm, items, made.table, EVERY)
+
+
+TEXT_FIRST = (
+    "{% for part in messages[0]['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} "
+    "{% endif %}{% endfor %}<image> answer :"
+)
+
+
+def test_questions_before_the_image_are_not_shared(monkeypatch):
+    """What the image's tokens compute then depends on the question."""
+    lvlm, items = ss.LVLM(*tiny_llava()), some(1)
+    monkeypatch.setattr(lvlm.processor, "chat_template", TEXT_FIRST)
+    made = ss.sweep(lvlm, items, layers=[0], grid=GRID, v_detector=EVERY)
+    assert made.notes == (
+        "nothing was shared by the questions about 'im0': the prompts differ before the end of the "
+        "last image",
+    )
     check_equal(lvlm, items, made.table, EVERY)
 
 
@@ -265,6 +331,59 @@ def test_dry_run_counts_and_runs_nothing(tiny, monkeypatch):
     assert cost.blocks == (4 + 1) * (3 + 11 * (3 + 2 + 1))
     assert 1 < cost.bound < 20
     assert "cells" in str(cost)
+
+
+def test_dry_run_needs_no_weights(tmp_path):
+    """What a sweep would cost is asked before the weights are fetched."""
+    write_checkpoint(*tiny_llava(), tmp_path / "model")
+    remote = ss.LVLM.from_pretrained(tmp_path / "model", remote=True)
+    assert remote.device.type == "meta"
+    here = ss.LVLM.from_pretrained(tmp_path / "model")
+    assert ss.sweep(remote, some(), dry_run=True) == ss.sweep(here, some(), dry_run=True)
+    with pytest.raises(InputError, match=r"without weights; .*or dry_run=True"):
+        ss.sweep(remote, some())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_options_are_refused_before_anything_runs(dry_run, tiny, tmp_path, monkeypatch):
+    lvlm = tiny("llava-clip-llama")
+    monkeypatch.setattr(lvlm.module, "forward", None)
+
+    def refused(error, match, **options):
+        with pytest.raises(error, match=match):
+            ss.sweep(lvlm, some(), dry_run=dry_run, **{"v_detector": NORM, **options})
+
+    refused(DetectorError, "Got 'Norm' as detector", v_detector="Norm")
+    refused(SelectionError, "merge='median'; expected 'max', 'mean', 'any'", merge="median")
+    refused(InputError, "Write only one", calibration=3)
+    (tmp_path / "file").write_text("x")
+    refused(InputError, "which is a file", out=tmp_path / "file")
+    refused(InputError, "a folder with other files", out=tmp_path)
+    refused(CheckpointError, "cannot be written", out=tmp_path / "file" / "inside")
+    with pytest.raises(InputError, match=r"Record 1 has task=3; .*Write task='3'"):
+        ss.sweep(lvlm, [some()[0], {**some()[0], "task": 3}], dry_run=dry_run)
+
+
+def test_dry_run_leaves_nothing_behind(tiny, tmp_path):
+    lvlm = tiny("llava-clip-llama")
+    ss.sweep(lvlm, some(), dry_run=True, out=tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    ss.sweep(lvlm, some(), dry_run=True, out=tmp_path / "a")
+    assert [place.name for place in tmp_path.rglob("*")] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["what", "why"])
+def test_the_progress_bar_counts_cells_and_shows_the_time_left(name, tiny, capfd):
+    """tqdm writes elapsed<left; the last state has every cell."""
+    items = [item for item in some() if item["question"].startswith(name)]
+    ss.sweep(tiny("llava-clip-llama"), items, [0], GRID, v_detector=NORM, progress=True)
+    said = capfd.readouterr().err.split("\r")
+    cells = 3 * len(items)
+    assert any(re.search(r"sweeping: .*<(\d\d:\d\d|\?)", line) for line in said)
+    assert re.search(rf"sweeping: 100%.* {cells}/{cells} \[\d\d:\d\d<00:00", said[-1])
+    ss.sweep(tiny("llava-clip-llama"), items, [0], GRID, v_detector=NORM)
+    assert "sweeping" not in capfd.readouterr().err
 
 
 def test_default_rule_is_calibrated_and_says_so(tiny):

@@ -16,7 +16,7 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.experiments.sweeps import store
-from sinkscope.folders import WRITING
+from sinkscope.folders import LOCK, WRITING
 from tests.experiments.sweep_job import questions, run
 
 JOB = Path(__file__).with_name("sweep_job.py")
@@ -113,6 +113,76 @@ def test_another_sweep_is_refused_with_the_differences(small):
         ss.sweep(other, questions()[:6], v_detector=rule, **options)
 
 
+class Stop(BaseException):
+    """Ends a sweep as a killed process would."""
+
+
+def stop_after(monkeypatch, images):
+    module = sys.modules[ss.sweep.__module__]
+    real, ran = module.sweep_image, []
+
+    def counted(*given):
+        if len(ran) == images:
+            raise Stop
+        ran.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(module, "sweep_image", counted)
+
+
+def test_another_preparation_is_refused(tmp_path, monkeypatch):
+    """Half of the images were prepared in one way and half in another, and nothing said so."""
+    lvlm = ss.LVLM(*ss.testing.tiny_llava())
+    rule, folder = ss.detectors.Norm("3sigma"), tmp_path / "out"
+
+    def go():
+        ss.sweep(lvlm, questions()[:6], [0], [(0.5, 0.5)], v_detector=rule, out=folder)
+
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Stop):
+            go()
+    assert len(list(folder.glob("part-*"))) == 2
+    for part, name, value in (
+        (lvlm.processor.image_processor, "image_mean", (0.9, 0.9, 0.9)),
+        (lvlm.processor, "chat_template", "{{ 'now' }}<image>{{ messages[0]['role'] }}"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(part, name, value)
+            with pytest.raises(InputError, match=r"model\.preparation: there"):
+                go()
+    go()
+    assert len(list(folder.glob("part-*"))) == 3
+
+
+def scorer(factor, stop=False):
+    def score(item, answered):
+        if stop and item.image_id == 1:
+            raise Stop
+        return factor * answered.logprob
+
+    return score
+
+
+def test_another_function_of_the_same_name_is_refused(small):
+    with pytest.raises(Stop):
+        small(score=scorer(1.0, stop=True))
+    assert len(list(small.folder.glob("part-*"))) == 1
+    with pytest.raises(InputError, match="score_code: there"):
+        small(score=scorer(1.0))
+
+
+def test_the_same_function_made_again_goes_on(small):
+    first = small(score=scorer(2.0))
+    assert "scorer" in first.settings["score"]
+    pd.testing.assert_frame_equal(small(score=scorer(2.0)).table, first.table)
+    with pytest.raises(InputError, match="score_code: there"):
+        small(score=scorer(3.0))
+    file = sys.__stderr__
+    with pytest.raises(InputError, match=r"file of the score function, of type TextIOWrapper"):
+        small(score=lambda item, answered: float(file.fileno()))
+
+
 def test_strange_folders_are_refused(small, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="which is a file"):
@@ -139,12 +209,64 @@ def test_damaged_and_unfinished_folders(small):
         small()
 
 
-def test_leftovers_of_a_killed_process_are_removed(small):
+@pytest.fixture
+def living():
+    """A process that waits, and is killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_no_others(small, living):
+    """A second process deleted what the first was writing, which then ended with an error."""
     small()
-    left = small.folder / f"part-000001.parquet.123{WRITING}"
-    left.write_bytes(b"half")
+    left = small.folder / f"part-000001.parquet.{living.pid}{WRITING}"
+    odd = small.folder / f"notes{WRITING}"
+    for file in (left, odd):
+        file.write_bytes(b"half")
+    small()
+    assert left.exists()
+    assert not odd.exists()
+    living.kill()
+    living.wait()
     small()
     assert not left.exists()
+
+
+HOLD = """
+import sys, pathlib
+from sinkscope.folders import held
+with held(pathlib.Path(sys.argv[1]), "sweep"):
+    print("holding", flush=True)
+    input()
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_runs(small):
+    small()
+    (small.folder / "part-000001.parquet").unlink()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(small.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=env,
+    )
+    assert first.stdout.readline() == b"holding\n"
+    with pytest.raises(InputError, match=rf"another sweep runs now \(process {first.pid}\)"):
+        small()
+    assert not (small.folder / "part-000001.parquet").exists()
+    first.kill()  # nothing is cleaned up: the system lets go of the lock
+    first.communicate()
+    small()
+    assert (small.folder / "part-000001.parquet").exists()
+
+
+def test_a_lock_alone_does_not_make_a_folder_strange(small):
+    small.folder.mkdir()
+    (small.folder / LOCK).write_text("1")
+    small()
 
 
 def test_manifest_is_plain(small):

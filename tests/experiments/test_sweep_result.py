@@ -78,11 +78,83 @@ def test_sign_flips_equal_all_signs_written_out():
     """Six clusters have 64 signs: the null's distribution is known exactly."""
     rng = np.random.default_rng(0)
     values, names = rng.normal(size=(12, 3)), [i // 2 for i in range(12)]
-    maximum, null = sign_flip_maximum(values, names, draws=20000)
-    assert maximum == pytest.approx(values.mean(axis=0).max())
+    largest, null = sign_flip_maximum(values, names, draws=20000)
     signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
-    exact = (np.repeat(signs, 2, axis=1) @ values / 12).max(axis=1)
+    sums = values.reshape(6, 2, 3).sum(axis=1)
+    flipped = signs[:, :, None] * sums
+    exact = (flipped.sum(axis=1) / np.sqrt((flipped**2).sum(axis=1))).max(axis=1)
+    assert np.isclose(exact[:, None], null).any(axis=0).all()
     assert stats.ks_2samp(null, exact).statistic < 0.02
+    assert largest == pytest.approx(exact[(signs == 1).all(axis=1)][0])
+    assert np.abs(null).max() <= np.sqrt(6)
+
+
+def test_the_studentised_maximum_orders_signs_as_students_t_does():
+    """p by scipy's own t, recomputed for each of the 64 signs, is p by the fixed root."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(6, 3)) * [0.01, 1.0, 50.0] + [0.02, 0.0, -20.0]
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    students = stats.ttest_1samp(signs[:, :, None] * values, 0.0, axis=1).statistic.max(axis=1)
+    ours = stats.ttest_1samp(values, 0.0).statistic.max()
+    exact = (students >= ours - 1e-9).mean()
+    largest, null = sign_flip_maximum(values, range(6), draws=20000)
+    assert (null >= largest - 1e-9).mean() == pytest.approx(exact, abs=0.01)
+    assert largest * np.sqrt(5 / (6 - largest**2)) == pytest.approx(ours)
+
+
+def test_columns_without_a_change_count_as_zero():
+    values = np.stack([np.zeros(8), -np.ones(8)], axis=1)
+    largest, null = sign_flip_maximum(values, range(8), draws=50)
+    assert largest == 0.0
+    assert (null >= 0).all()
+
+
+def one_task(changes, score="logprob", base=-2.0, grid=((0.0, 1.0), (1.0, 0.0)), n_v=3):
+    """A sweep of one layer, one question per image; ``changes[image][pair]``."""
+    lines = [
+        {
+            "item": item,
+            "image_id": str(item),
+            "task": "one",
+            "layer": 0,
+            "edited": 1,
+            "pair": pair,
+            "s_v": grid[pair][0],
+            "s_rest": grid[pair][1],
+            "score": base + change,
+            "base_score": base,
+            "logprob": base + change,
+            "base_logprob": base,
+            "n_v": n_v,
+            "n_rest": 60,
+        }
+        for item, row in enumerate(changes)
+        for pair, change in enumerate(row)
+    ]
+    settings = {"score": score, "grid": [list(p) for p in grid], "notes": []}
+    return ss.Sweep(pd.DataFrame(lines), settings)
+
+
+def test_a_harmful_cell_does_not_hide_a_certain_gain():
+    """Flipped signs made of its large losses large gains: p was 0.33 beside it, and 0.0005 alone."""
+    rng = np.random.default_rng(0)
+    gain, harm = rng.normal(0.3, 0.05, 60), rng.normal(-5.0, 0.5, 60)
+    both = one_task(np.stack([gain, harm], axis=1)).best()
+    alone = one_task(gain[:, None]).best()
+    assert both["p"][0] == alone["p"][0] == 1 / 2001
+    assert both["pair"][0] == 0
+    assert both["maximum"][0] == pytest.approx(gain.mean())
+    points = [[float(i % 10 == 7), -float(i % 10 < 7)] for i in range(100)]
+    assert one_task(points, "exact", 0.0).best()["p"][0] < 0.01
+
+
+def test_p_counts_the_draws_that_reach_t_and_the_real_one():
+    """Chance cannot make p 0, and where nothing changes every draw reaches the real maximum."""
+    sure = one_task([[1.0, 0.5]] * 30).best(draws=9)
+    assert sure["p"][0] == pytest.approx(1 / 10)
+    nothing = one_task([[0.0, 0.0]] * 30, grid=((0.5, 0.5), (0.2, 0.8))).best(draws=9)
+    assert nothing["p"][0] == 1.0
+    assert nothing["t"][0] == 0.0
 
 
 def test_p_values_are_uniform_where_nothing_has_an_effect():
@@ -94,6 +166,11 @@ def test_p_values_are_uniform_where_nothing_has_an_effect():
     assert stats.kstest(ps, "uniform").pvalue > 0.01
 
 
+def sweep_map(sweep, task):
+    found = sweep.map()
+    return found[found["task"] == task]
+
+
 def test_best_finds_a_planted_cell_on_other_images():
     best = made({("count", 1, 3): 1.5}).best().set_index("task")
     hit, miss = best.loc["count"], best.loc["shape"]
@@ -101,7 +178,10 @@ def test_best_finds_a_planted_cell_on_other_images():
     assert (hit["s_v"], hit["s_rest"]) == GRID[3]
     assert hit["low"] > 0
     assert hit["p"] < 0.01
-    assert hit["maximum"] > hit["null_95"]
+    assert hit["t"] > hit["t_95"]
+    assert miss["t"] < miss["t_95"]
+    cells = sweep_map(made({("count", 1, 3): 1.5}), "count")
+    assert hit["maximum"] == pytest.approx(cells["delta"].max())
     assert miss["p"] > 0.05
     assert hit["images"] == 20
 
@@ -114,9 +194,49 @@ def test_choosing_and_scoring_use_other_images():
     assert abs(held) < 0.1
 
 
-def test_one_image_has_no_two_halves():
-    with pytest.raises(InputError, match="all in one half"):
-        made(images=1).best()
+def test_a_task_with_one_image_has_no_best_cell_and_spoils_no_other():
+    sweep = made({("count", 1, 3): 3.0}, images=20)
+    rare = sweep.table["item"] == 1
+    sweep.table.loc[rare, "task"] = "rare"
+    best = sweep.best().set_index("task")
+    assert best.loc["count", "p"] < 0.01
+    line = best.loc["rare"]
+    assert line[["layer", "pair", "delta", "p", "t"]].isna().all()
+    assert (line["n"], line["images"]) == (0, 0)
+    assert "images of one half only" in line["note"]
+    assert best.loc["count", "note"] == ""
+    assert "rare: cells from" in sweep.observations()
+    assert "no best cell: images of one half only" in sweep.observations()
+    alone = made(images=1).best()
+    assert alone["p"].isna().all()
+
+
+@pytest.mark.parametrize("images", [2, 3, 4, 5])
+def test_small_tasks_are_halved_by_their_own_images(images):
+    """Halves of all images could fall so that a task had none in one of them."""
+    for seed in range(5):
+        sweep = made(images=24)
+        few = sweep.table["image_id"].isin([f"im{i}" for i in range(images)])
+        sweep.table.loc[few, "task"] = "few"
+        assert sweep.best(seed=seed, draws=5).set_index("task").loc["few", "images"] == images // 2
+
+
+def test_cells_that_scale_no_key_are_never_the_best():
+    """(0, 1) without V-sinks is the model itself: beside losses its change of 0 was the largest."""
+    rng = np.random.default_rng(0)
+    losses = np.stack([np.zeros(20), rng.normal(-1.0, 0.1, 20)], axis=1)
+    best = one_task(losses, grid=((0.0, 1.0), (0.5, 0.5)), n_v=0).best().iloc[0]
+    assert best["pair"] == 1
+    assert best["maximum"] < 0
+    assert best["p"] == 1.0
+    assert best["note"] == "no cell gains where it was chosen"
+    said = one_task(losses, grid=((0.0, 1.0), (0.5, 0.5)), n_v=0).observations()
+    assert "Mind that no cell gains where it was chosen." in said
+    with_sinks = one_task(losses, grid=((0.0, 1.0), (0.5, 0.5)), n_v=3).best()
+    assert with_sinks["pair"][0] == 0
+    nothing = one_task([[0.0]] * 20, grid=((0.0, 1.0),), n_v=0).best()
+    assert "no cell scales a key" in nothing["note"][0]
+    assert nothing["p"].isna().all()
 
 
 def test_observations_tell_what_was_planted():
@@ -179,11 +299,32 @@ def test_names_are_checked():
         sweep.best(column="n_v")
 
 
+def test_a_table_with_numbers_that_are_none_is_refused():
+    sweep = made(images=4)
+    sweep.table.loc[7, "score"] = float("nan")
+    with pytest.raises(
+        InputError, match=r"1 changes of score .* item 0 at layer 0, pair \(0.5, 0.5"
+    ):
+        sweep.best()
+
+
 def test_base_is_counted_once_per_question():
     base = made(images=5).base().set_index("task")
     assert base.loc["all", "n"] == 10
     assert base.loc["count", "n"] == 5
     assert base.loc["all", "with_v"] == 1.0
+
+
+def test_observation_3_looks_at_questions_with_v_sinks_only():
+    """Questions without one say nothing of s_V, and would water the contrast down."""
+    sweep = made(images=12, tasks=("one",))
+    table, with_v = sweep.table, sweep.table["item"] < 12
+    above = np.sign(table["s_v"] - table["s_rest"])
+    table["score"] = table["base_score"] + np.where(with_v, 1.0, -3.0) * above
+    table.loc[~with_v, "n_v"] = 0
+    said = sweep.observations()
+    assert "50% of the questions are about images with V-sinks" in said
+    assert "minus those with s_V < s_rest: +2.00 [+2.00, +2.00] over all layers" in said
 
 
 def test_figure_shows_every_task_and_marks_clear_cells():
@@ -208,6 +349,25 @@ def test_figure_shows_every_task_and_marks_clear_cells():
     assert shown[0, 0] == pytest.approx(100 * first)
     with pytest.raises(InputError, match=r"expected that of sweep.map\(\)"):
         plot_sweep(found.drop(columns="clear"))
+
+
+def test_titles_of_long_tasks_stay_in_their_panels():
+    names = ("fine-grained perception", "instance reasoning", "science & technology", "logic")
+    sweep = made(images=8, tasks=names, score="exact")
+    found = sweep.map()
+    for pairs in (found, found[found["pair"] < 3]):
+        figure = plot_sweep(pairs)
+        figure.draw_without_rendering()
+        panels = [ax for ax in figure.axes if ax.images]
+        boxes = [ax.get_window_extent() for ax in panels]
+        titles = [ax._left_title.get_window_extent() for ax in panels]
+        words = [ax.get_title(loc="left").replace("\n", " ") for ax in panels]
+        assert words[0].startswith("fine-grained perception: base\N{NO-BREAK SPACE}")
+        for title, box in zip(titles, boxes, strict=True):
+            assert title.x1 <= box.x1 + 20
+            assert not any(title.overlaps(other) for other in boxes)
+            assert sum(title.overlaps(other) for other in titles) == 1
+        assert figure.bbox.y1 > max(title.y1 for title in titles)
 
 
 def test_repr_counts():

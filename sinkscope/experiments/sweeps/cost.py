@@ -111,7 +111,8 @@ class SweepCost:
         blocks_plain: Decoder blocks times rows that the plain loop runs.
         blocks: Decoder blocks times rows that the sweep runs at most, a common beginning and each of
             its endings counted as rows of their own.
-        bound: Work of the plain loop over that of the sweep: how many times cheaper it can be. Where
+        bound: Work of the plain loop over that of the sweep: an estimate of how many times cheaper it
+            is. It counts multiplications only, so what is measured may lie on either side of it. Where
             an image has no V-sinks, pairs that do the same are run once, which is not counted.
         looked_at: Questions whose lengths were looked at; the rest is taken to be like them.
     """
@@ -132,7 +133,8 @@ class SweepCost:
             f"{self.pairs} pairs and the base: {self.questions * self.layers * self.pairs} cells\n"
             f"plain loop: {self.forwards} forward passes, {self.blocks_plain} decoder block passes\n"
             f"sweep: at most {self.blocks} decoder block passes, many of them short; with vision tower "
-            f"and lengths counted {self.bound:.2f} times cheaper (from {self.looked_at} questions)"
+            f"and lengths counted about {self.bound:.2f} times cheaper (multiplications of {self.looked_at} "
+            "questions)"
         )
 
 

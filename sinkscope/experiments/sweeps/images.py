@@ -30,7 +30,9 @@ from sinkscope.experiments.sweeps.scores import (
     Score,
     answered,
     ask,
+    check_finite,
     reading_of,
+    scored,
 )
 from sinkscope.experiments.trace import carry
 from sinkscope.models.decoder_inputs import Given, decoder_inputs, extend
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 Numbered = tuple[int, Item]
 Line = dict[str, Any]
 Read = tuple[Tensor, Tensor]
+BASE_CELL = "the base, without an edit"
 TAILS_PER_EDIT = 4
 """Endings are short: this many of them take about the memory of one whole prompt."""
 
@@ -107,6 +110,9 @@ def sweep_image(
 
     Returns:
         One line per question, layer and pair, and what a reader should know.
+
+    Raises:
+        InputError: If a log-probability or a score is not finite.
     """
     lines: list[Line] = []
     notes: list[str] = []
@@ -306,12 +312,20 @@ def _lines(
     block: int,
     rules: Rules,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer."""
+    """One line per question and pair of a layer.
+
+    Raises:
+        InputError: If a log-probability or a score is not finite.
+    """
+    layer = "embed" if block == 0 else block - 1
     for i, prompt in enumerate(prompts):
         item, plain = prompt.asked.item, base[i]
+        check_finite(item, plain, BASE_CELL, edited=False)
         n_v = int(prompt.sinks.sum())
         for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
+            where = f"layer {layer}, pair ({pair[0]:g}, {pair[1]:g})"
+            check_finite(item, after, where, edited=True)
             yield {
                 "item": prompt.index,
                 "image_id": str(item.image_id),
@@ -321,8 +335,8 @@ def _lines(
                 "pair": place,
                 "s_v": pair[0],
                 "s_rest": pair[1],
-                "score": float(rules.score(item, after)),
-                "base_score": float(rules.score(item, plain)),
+                "score": scored(rules.score, item, after, where),
+                "base_score": scored(rules.score, item, plain, BASE_CELL),
                 "logprob": after.logprob,
                 "base_logprob": plain.logprob,
                 "n_v": n_v,

@@ -42,6 +42,11 @@ def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str
     for row in best.to_dict("records"):
         part = whole[whole["task"] == row["task"]]
         low, high = part["delta"].min() * factor, part["delta"].max() * factor
+        if not row["images"]:
+            lines.append(
+                f"   {row['task']}: cells from {low:+.2f} to {high:+.2f}; no best cell: {row['note']}."
+            )
+            continue
         up = int((part["low"] > 0).sum())
         down = int((part["high"] < 0).sum())
         lines.append(
@@ -50,6 +55,8 @@ def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str
             f"half: {_cell(row)}, on the other {row['delta'] * factor:+.2f} "
             f"{_interval(row['low'] * factor, row['high'] * factor)}; maximum over all cells {_p(row['p'])}."
         )
+        if row["note"]:
+            lines[-1] += f" Mind that {row['note']}."
     tasks = [row for row in best.to_dict("records") if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
     if len(tasks) < 2:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sinkscope.errors import InputError, nearest
-from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
+from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.store import as_frame, read_manifest, read_parts
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class Sweep:
             by: ``"task"`` or ``"all"``; None for what the sweep was made with.
 
         Returns:
-            Columns of the group, n, images, score and logprob.
+            Columns task, n, images, score, logprob and with_v (the share of the questions whose
+            image has a V-sink).
         """
         import pandas as pd
 
@@ -152,13 +153,17 @@ class Sweep:
         draws: int = 2000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """The best cell per task: chosen on one half of the images, scored on the other.
+        """The best cell per task: chosen on one half of its images, scored on the other.
 
-        The largest of hundreds of changes is large by chance. So the cell is chosen on half of the
-        images and ``delta`` is measured on the others, and ``maximum``, the largest change over all
-        images, stands beside what it would be by chance: signs of whole images are drawn anew, the
-        same in all cells, and the maximum over all cells is taken again (see
-        `sinkscope.experiments.sign_flip_maximum`).
+        The largest of hundreds of changes is large by chance. So the cell is chosen on half of a
+        task's images and ``delta`` is measured on the others. Beside it stands a test over all images
+        and cells: ``t`` is the largest change of all cells, each counted in units of its own spread
+        over images, and ``p`` says how often chance makes one as large: signs of whole images are
+        drawn anew, the same in all cells, and the largest t is taken again (see
+        `sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not be the one
+        that was chosen, which has the largest mean.
+
+        Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
 
         Args:
             by: ``"task"`` or ``"all"``; None for what the sweep was made with.
@@ -169,49 +174,21 @@ class Sweep:
 
         Returns:
             Columns task, layer, edited, pair, s_v, s_rest, chosen_on (change where it was chosen),
-            n, images, delta, low, high (on the other half), maximum, null_95 and p.
-
-        Raises:
-            InputError: If a task has fewer than two images.
+            n, images, delta, low, high (on the other half), maximum (the largest change of a cell on
+            all images, in units of the score), t (the largest t), t_95 (the 95 % point of the largest
+            t where nothing has an effect), p, and note. A task with fewer than two images, or whose
+            cells scale no key, has no best cell: its numbers are missing, and ``note`` says why.
         """
         import pandas as pd
 
+        from sinkscope.experiments.sweeps.best import best_of
+
         check_column(column)
-        names = np.unique(self.table["image_id"].to_numpy().astype(str))
-        order = np.random.default_rng(seed).permutation(len(names))
-        first = set(names[order[: (len(names) + 1) // 2]])
-        lines = []
-        for name, part in self._groups(by):
-            cells, changes, images = wide(part, column)
-            here = np.asarray([image in first for image in images])
-            if here.all() or not here.any():
-                raise InputError(
-                    f"Got {counted(len(set(images)), 'image')} for {name!r}, all in one half; expected images in "
-                    "both. Write another seed, or sweep more images."
-                )
-            means = changes[here].mean(axis=0)
-            at = int(means.argmax())
-            other = [image for image, mine in zip(images, here, strict=True) if not mine]
-            held = changes[~here][:, [at]]
-            delta, low, high = cluster_intervals(held, other, level=level, draws=draws, seed=seed)
-            maximum, null = sign_flip_maximum(changes, images, draws=draws, seed=seed)
-            lines.append(
-                {
-                    "task": name,
-                    **cells.iloc[at].to_dict(),
-                    "chosen_on": means[at],
-                    "n": len(held),
-                    "images": len(set(other)),
-                    "delta": delta[0],
-                    "low": low[0],
-                    "high": high[0],
-                    "maximum": maximum,
-                    "null_95": float(np.quantile(null, 0.95)),
-                    "p": float((1 + (null >= maximum - 1e-12).sum()) / (1 + len(null))),
-                }
-            )
-        out = pd.DataFrame(lines)
-        return out.astype({"layer": int, "edited": int, "pair": int})
+        lines = [
+            {"task": name, **best_of(part, column, level=level, draws=draws, seed=seed)}
+            for name, part in self._groups(by)
+        ]
+        return pd.DataFrame(lines).astype(dict.fromkeys(("layer", "edited", "pair"), "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
         """Heat maps: layer x pair per task, change against the base.
@@ -272,11 +249,23 @@ class Sweep:
 
 
 def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Cells, changes ``[question cell]``, and the image of every question."""
+    """Cells, changes ``[question cell]``, and the image of every question.
+
+    Raises:
+        InputError: If a change is not finite: a sweep of ours has none.
+    """
     change = part.assign(change=part[column] - part[f"base_{column}"])
     table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
         axis=1
     )
+    broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
+    if len(broken):
+        line = broken.iloc[0]
+        raise InputError(
+            f"Got {len(broken)} changes of {column} that are not finite, the first of item "
+            f"{line['item']} at layer {line['layer']}, pair ({line['s_v']:g}, {line['s_rest']:g}); "
+            "expected numbers. Leave out these lines, or run the sweep again: it refuses them."
+        )
     cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[CELL]
     images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
     return (

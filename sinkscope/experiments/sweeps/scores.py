@@ -12,6 +12,7 @@ every option without its last token, and no feed that begins another one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -66,6 +67,54 @@ def exact(item: Item, answered: Answered) -> float:
     As many tokens are compared as the answer has; what would follow is not looked at.
     """
     return float(answered.greedy == answered.tokens)
+
+
+def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) -> None:
+    """Refuse log-probabilities that are no numbers: every comparison with them would be wrong.
+
+    Args:
+        item: The question.
+        answered: What the model made of it.
+        where: The cell in words.
+        edited: Whether keys were scaled there.
+
+    Raises:
+        InputError: If one is NaN or infinite.
+    """
+    numbers = (*answered.logprobs, *answered.choices)
+    if all(map(math.isfinite, numbers)):
+        return
+    wrong = next(x for x in numbers if not math.isfinite(x))
+    hint = (
+        "A factor this large overflows: write smaller ones in grid, or load the model with "
+        "dtype='bfloat16' or 'float32'."
+        if edited
+        else "The model itself overflows: load it with dtype='bfloat16' or 'float32'."
+    )
+    raise InputError(
+        f"Got a log-probability of {wrong} at {where}, for the question {item.question!r} about image "
+        f"{item.image_id!r}; expected finite numbers. {hint}"
+    )
+
+
+def scored(score: Score, item: Item, answered: Answered, where: str) -> float:
+    """The score of an answer, as a finite number.
+
+    Raises:
+        InputError: If a score function gives something else.
+    """
+    value: Any = score(item, answered)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"Got the score {value!r} at {where}, for the question {item.question!r} about image "
+            f"{item.image_id!r}; expected a finite number. Return one for every question, or leave "
+            "out the questions that have no score."
+        )
+    return number
 
 
 SCORES: dict[str, Score] = {"logprob": logprob, "choice": choice, "exact": exact}

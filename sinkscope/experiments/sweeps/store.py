@@ -4,6 +4,7 @@
 
     out/
       manifest.json        what was run; another run is refused here
+      .lock                held by the process that writes; a second one is refused
       part-000000.parquet  all cells of the questions about the first image
       part-000001.parquet  ...
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinkscope.errors import CheckpointError
-from sinkscope.folders import claim, read_json, write_whole
+from sinkscope.folders import check_place, claim, held, read_json, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,6 +77,10 @@ class Folder:
         self.path = Path(path).expanduser()
         claim(self.path, MANIFEST, manifest, "sweep")
 
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes out; see `sinkscope.folders.held`."""
+        return held(self.path, "sweep")
+
     def part(self, group: int) -> Path:
         """The part of an image group."""
         return self.path / f"part-{group:06d}.parquet"
@@ -95,6 +101,16 @@ class Folder:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         write_whole(self.part(group), sink.getvalue().to_pybytes())
+
+
+def check_out(path: str | Path) -> None:
+    """Refuse a place where no sweep can be written; nothing is left behind there.
+
+    Raises:
+        InputError: If it is a file, or holds other files.
+        CheckpointError: If it cannot be written.
+    """
+    check_place(Path(path).expanduser(), MANIFEST, "sweep")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
