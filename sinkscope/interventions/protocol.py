@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
 from sinkscope.kernels.recipe import STAGES
-from sinkscope.sites import Site
+from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,8 +85,9 @@ class Effect:
 
     Attributes:
         sites: Every site that was edited, in forward order.
-        rows: Int ``[batch site]``: query rows touched in some head (tokens, for edits of states). In
-            the vision tower the first axis counts images; a packed tower has one row for all.
+        rows: Int ``[batch site]``: query rows touched in some head; for edits of states the tokens
+            whose state became another. In the vision tower the first axis counts images; a packed
+            tower has one row for all.
         empty: Int ``[batch site]``: rows left as they were in some head, because the edit would
             leave them no key to see.
         tokens: Int ``[batch site]``: edited keys (or tokens).
@@ -299,4 +300,17 @@ def check_prompt_only(steps: str, what: str) -> None:
             f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here. "
             "It edits states of prompt tokens, which exist in the first pass only and live on in "
             "the cache."
+        )
+
+
+def check_tower(given: str, expected: Tower, what: str) -> None:
+    """Refuse a tower in which an intervention is not defined.
+
+    Raises:
+        InterventionError: If it is another one.
+    """
+    if given != expected:
+        raise InterventionError(
+            f"Got tower={given!r} for {what}; expected {expected!r}, the only tower in which it is "
+            f"defined. Write tower={expected!r}, or leave it out."
         )

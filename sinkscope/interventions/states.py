@@ -16,6 +16,7 @@ from sinkscope.interventions.protocol import (
     Edit,
     at_layer,
     check_prompt_only,
+    check_tower,
     runs_now,
     selected,
 )
@@ -189,6 +190,7 @@ class ScaleTokens:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
+        check_tower(self.tower, "language", "ScaleTokens")
         factor = check_factor("factor", self.factor)
         check_neutral("ScaleTokens", factor, 1.0, self.allow_noop)
         check_prompt_only(self.steps, "ScaleTokens")
@@ -219,6 +221,7 @@ class SinkToFront:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
+        check_tower(self.tower, "language", "SinkToFront")
         check_prompt_only(self.steps, "SinkToFront")
         mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
         mask = at_layer(mask, 0)

@@ -250,3 +250,23 @@ def test_keys_that_an_edit_made_light_are_still_seen_by_the_next(case, kernel, d
     masked, after = ss.MaskKeys(c.some), ss.ScaleAttention(c.some, 1e9, allow_noop=True)
     rows = c.lvlm.run(c.sample, interventions=[masked, after]).effects[after].rows
     assert rows.sum() == 0
+
+
+@pytest.mark.parametrize("how", ["mean", "resample"])
+@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+def test_donors_are_the_models_own_values(case, family, kernel, how):
+    """In both orders, and whether the edit before names heads or queries; donors are edited tokens."""
+    c = case(family, kernel)
+    heads = list(range(c.lvlm.anatomy.language.heads))
+
+    def logits(turned=False, **options):
+        edits = [ss.AblateValues(c.some, **options), ss.AblateValues(c.other, how)]
+        edits = edits[::-1] if turned else edits
+        return c.lvlm.run(c.sample, interventions=edits).logits[c.live]
+
+    want = logits()
+    for got in (logits(turned=True), logits(heads=heads), logits(queries="all")):
+        assert off(got, want) <= 1e-5
+    assert off(logits(heads=heads, turned=True), want) <= 1e-5
+    alone = c.lvlm.run(c.sample, interventions=[ss.AblateValues(c.some)]).logits[c.live]
+    assert off(alone, want) > 1e-4
