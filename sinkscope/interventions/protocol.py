@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
+from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.kernels.recipe import STAGES
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sinkscope.models.anatomy import TowerAnatomy
     from sinkscope.models.context import Context
     from sinkscope.tokens import Selection
 
@@ -313,4 +315,31 @@ def check_tower(given: str, expected: Tower, what: str) -> None:
         raise InterventionError(
             f"Got tower={given!r} for {what}; expected {expected!r}, the only tower in which it is "
             f"defined. Write tower={expected!r}, or leave it out."
+        )
+
+
+def needs_a_mask(tower: TowerAnatomy) -> str:
+    """Why a bias of logits cannot ride in extra head dimensions of a tower; "" if it can."""
+    if tower.softcap:
+        return "a soft-cap would bend a bias"
+    if tower.d_head + EXTRA > WIDEST:
+        return f"heads of {tower.d_head} leave no room for a bias"
+    return ""
+
+
+def check_maskable(tower: TowerAnatomy, reason: str, what: str) -> None:
+    """Refuse an explicit mask under a flash kernel, which knows padding only.
+
+    Args:
+        tower: The tower.
+        reason: Why there must be a mask; "" if there need not.
+        what: The intervention.
+
+    Raises:
+        InterventionError: If so.
+    """
+    if reason and "flash" in tower.kernel:
+        raise InterventionError(
+            f"Got {what} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', which take "
+            f"an explicit mask: {reason}. Write attn_implementation='sdpa' where the model is loaded."
         )

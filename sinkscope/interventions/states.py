@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,6 +28,7 @@ from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.models.context import Context
+    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,21 @@ class AblateActivations:
             parameters["layout"] = context.layout(self.tower)
             out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, parameters))
         return out
+
+    def check_fits(self, lvlm: LVLM) -> None:
+        """Refuse a number that the model's dtype does not know.
+
+        Raises:
+            InterventionError: If there is one.
+        """
+        dtype: torch.dtype = cast(Any, lvlm.module).dtype
+        most = torch.finfo(dtype).max
+        for name, number in (("replacement", self.replacement), ("value", self.value)):
+            if isinstance(number, Real) and most < abs(number) < float("inf"):
+                raise InterventionError(
+                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
+                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
+                )
 
     def _how(self) -> str:
         """The kind of replacement.

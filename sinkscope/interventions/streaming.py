@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.protocol import Edit, check_tower, runs_now
+from sinkscope.interventions.protocol import Edit, check_maskable, check_tower, runs_now
 from sinkscope.kernels.evict import evict_keys
 from sinkscope.sites import Site, Tower
 
@@ -45,6 +45,8 @@ class EvictKeys:
                 raise InterventionError(
                     f"Got {name}={value!r}; expected an int of {least} or more."
                 )
+        differs = "what is evicted differs by query"
+        check_maskable(context.tower("language"), differs, "EvictKeys")
         if not runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}

@@ -235,7 +235,9 @@ def test_the_effect_of_eviction_is_what_each_row_loses(case, family, kernel):
     effect = c.lvlm.run(c.sample, interventions=[edit]).effects[edit]
     rank = c.live.cumsum(1) - 1
     for b in range(2):
-        mine = plain[b][:, : c.live[b].sum()][:, :, c.live[b]]  # rows that are asked for stand first
+        mine = plain[b][:, : c.live[b].sum()][
+            :, :, c.live[b]
+        ]  # rows that are asked for stand first
         order = rank[b, c.live[b]]
         gone = (order >= 3) & (order[:, None] - order >= 4) & (mine > 0).any(0)
         rows = gone.any(1)
