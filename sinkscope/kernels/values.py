@@ -30,7 +30,7 @@ def edit_values(
         heads: Query heads or None.
 
     Returns:
-        The edited call and its effect, which counts rows that see a key whose value became another.
+        The edited call and its effect. Batch rows in which no value became another count as untouched.
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
@@ -41,8 +41,9 @@ def edit_values(
         new = last_keys(new, value.shape[2], state) if span is None else new[:, :, slice(*span)]
     else:
         new = from_donors(call, state, span, how, donors)
-    differ = (new != value).any(dim=-1).any(dim=1)
-    gate, empty = gate_of(call, keys & differ, live, rows, heads, False)
+    # Where every key of a row is given what it has, nothing is touched.
+    differ = keys & (new != value).any(dim=-1).any(dim=1)
+    gate, empty = gate_of(call, keys & differ.any(dim=1, keepdim=True), live, rows, heads, False)
 
     def change(value):
         return torch.where(keys[:, None, :, None], new, value)
