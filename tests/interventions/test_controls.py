@@ -313,7 +313,11 @@ def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
             for n in chosen:
                 column = args[0][:, :-count, n]
                 peak = column[torch.arange(len(column)), column.abs().argmax(1)] * scale
-                rest = {"zero": 0 * column, "mean": 0 * column + column.mean(1)[:, None], "keep": column}
+                rest = {
+                    "zero": 0 * column,
+                    "mean": 0 * column + column.mean(1)[:, None],
+                    "keep": column,
+                }
                 out[:, :-count, n], out[:, -count:, n] = rest[fill], peak[:, None]
             return (out,)
 
