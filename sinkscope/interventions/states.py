@@ -86,7 +86,7 @@ class AblateActivations:
         dtype: torch.dtype = cast(Any, lvlm.module).dtype
         most = torch.finfo(dtype).max
         for name, number in (("replacement", self.replacement), ("value", self.value)):
-            if isinstance(number, Real) and most < abs(number) < float("inf"):
+            if isinstance(number, Real) and most < abs(float(number)) < float("inf"):
                 raise InterventionError(
                     f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
                     f"expected at most {most:g} in magnitude, the largest number of that dtype."
