@@ -15,6 +15,8 @@ from sinkscope.interventions.protocol import (
     at_layer,
     check_decodes,
     check_heads,
+    check_maskable,
+    needs_a_mask,
     rows_at,
     runs_now,
     selected,
@@ -50,6 +52,8 @@ def key_edits(
         neutral: The factor that changes nothing: then no key is edited.
     """
     tower, name = it.tower, type(it).__name__
+    if STAGE_OF[how] == "logits":
+        check_maskable(context.tower(tower), needs_a_mask(context.tower(tower)), name)
     layers, heads = (
         context.layers(tower, it.layers),
         check_heads(it.heads, context.tower(tower).heads),

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
+from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.kernels.recipe import STAGES
-from sinkscope.sites import Site
+from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sinkscope.models.anatomy import TowerAnatomy
     from sinkscope.models.context import Context
     from sinkscope.tokens import Selection
 
@@ -85,8 +87,9 @@ class Effect:
 
     Attributes:
         sites: Every site that was edited, in forward order.
-        rows: Int ``[batch site]``: query rows touched in some head (tokens, for edits of states). In
-            the vision tower the first axis counts images; a packed tower has one row for all.
+        rows: Int ``[batch site]``: query rows touched in some head; for edits of states the tokens
+            whose state became another. In the vision tower the first axis counts images; a packed
+            tower has one row for all.
         empty: Int ``[batch site]``: rows left as they were in some head, because the edit would
             leave them no key to see.
         tokens: Int ``[batch site]``: edited keys (or tokens).
@@ -319,4 +322,44 @@ def check_prompt_only(steps: str, what: str) -> None:
             f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here. "
             "It edits states of prompt tokens, which exist in the first pass only and live on in "
             "the cache."
+        )
+
+
+def check_tower(given: str, expected: Tower, what: str) -> None:
+    """Refuse a tower in which an intervention is not defined.
+
+    Raises:
+        InterventionError: If it is another one.
+    """
+    if given != expected:
+        raise InterventionError(
+            f"Got tower={given!r} for {what}; expected {expected!r}, the only tower in which it is "
+            f"defined. Write tower={expected!r}, or leave it out."
+        )
+
+
+def needs_a_mask(tower: TowerAnatomy) -> str:
+    """Why a bias of logits cannot ride in extra head dimensions of a tower; "" if it can."""
+    if tower.softcap:
+        return "a soft-cap would bend a bias"
+    if tower.d_head + EXTRA > WIDEST:
+        return f"heads of {tower.d_head} leave no room for a bias"
+    return ""
+
+
+def check_maskable(tower: TowerAnatomy, reason: str, what: str) -> None:
+    """Refuse an explicit mask under a flash kernel, which knows padding only.
+
+    Args:
+        tower: The tower.
+        reason: Why there must be a mask; "" if there need not.
+        what: The intervention.
+
+    Raises:
+        InterventionError: If so.
+    """
+    if reason and "flash" in tower.kernel:
+        raise InterventionError(
+            f"Got {what} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', which take "
+            f"an explicit mask: {reason}. Write attn_implementation='sdpa' where the model is loaded."
         )

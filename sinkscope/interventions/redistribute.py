@@ -16,6 +16,8 @@ from sinkscope.interventions.protocol import (
     at_layer,
     check_decodes,
     check_heads,
+    check_maskable,
+    needs_a_mask,
     rows_at,
     runs_now,
     selected,
@@ -132,6 +134,8 @@ class Redistribute:
         if recycle > 1:
             raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
         check_neutral("Redistribute", recycle, 0.0, self.allow_noop)
+        tower = context.tower(self.tower)
+        check_maskable(tower, needs_a_mask(tower), "Redistribute")
         source, target = self._ends(context)
         rows = self._rows(context)
         heads = check_heads(self.heads, context.tower(self.tower).heads)
@@ -176,6 +180,13 @@ class Redistribute:
         Raises:
             InterventionError: If the rule or the queries do not fit the tower.
         """
+        if self.select is not None and not isinstance(self.select, ImageCentric):
+            came = repr(self.select) if isinstance(self.select, str) else type(self.select).__name__
+            raise InterventionError(
+                f"Got select={came}; expected an ImageCentric rule, or None for all rows and heads. "
+                "Write select=ss.ImageCentric(trace.l_sinks()); tokens go to source, "
+                "target and queries."
+            )
         after = isinstance(self.queries, str) and self.queries == AFTER_IMAGE
         if self.tower != "language" and (after or self.select is not None):
             what = f"queries={AFTER_IMAGE!r}" if after else "select=ImageCentric(...)"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.protocol import Edit
+from sinkscope.interventions.attention import check_factor
+from sinkscope.interventions.protocol import Edit, check_prompt_only, check_tower
 from sinkscope.kernels import registers as kernels
 from sinkscope.probes.protocol import Read
 from sinkscope.sites import Site, Tower
@@ -178,6 +180,9 @@ class TestTimeRegister:
 
     def edits(self, context: Context) -> list[Edit]:
         """Append, shift in every given layer, drop."""
+        check_tower(self.tower, "vision", "TestTimeRegister")
+        check_prompt_only(self.steps, "TestTimeRegister")
+        scale = check_factor("scale", self.scale)
         if self.fill not in ("zero", "mean", "keep"):
             raise InterventionError(f"Got fill={self.fill!r}; expected 'zero', 'mean' or 'keep'.")
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
@@ -194,6 +199,11 @@ class TestTimeRegister:
                 f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
                 "would reach it through the earlier ones."
             )
+        if not context.tower("vision").d_mlp:
+            raise ModelError(
+                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
+                "neurons. Registers need neurons."
+            )
         if layers[-1] > last:
             raise InterventionError(
                 f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
@@ -201,8 +211,9 @@ class TestTimeRegister:
             )
         if context.step:
             return []
+        chosen = {layer: self._neurons(context, layer) for layer in layers}
         live = context.live("vision")
-        shift = {"live": live, "count": self.count, "scale": self.scale, "fill": self.fill}
+        shift = {"live": live, "count": self.count, "scale": scale, "fill": self.fill}
         keep = {"live": live, "count": self.count}
         return [
             Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep),
@@ -210,9 +221,31 @@ class TestTimeRegister:
                 Edit(
                     Site("vision", "mlp_hidden", layer),
                     kernels.shift_neurons,
-                    {**shift, "neurons": [int(n) for n in self.neurons[layer]]},
+                    {**shift, "neurons": chosen[layer]},
                 )
                 for layer in layers
             ),
             Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep),
         ]
+
+    def _neurons(self, context: Context, layer: int) -> list[int]:
+        """The neurons of one layer.
+
+        Raises:
+            InterventionError: If there is none, or one is out of range.
+        """
+        count, given = context.tower("vision").d_mlp, self.neurons[layer]
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        wanted: list[Any] = list(given) if several else [given]
+        if not wanted:
+            raise InterventionError(
+                f"Got no neurons in block {layer}; expected at least one. Leave the block out."
+            )
+        for neuron in wanted:
+            whole = isinstance(neuron, Integral) and not isinstance(neuron, bool)
+            if not whole or not 0 <= int(neuron) < count:
+                raise InterventionError(
+                    f"Got neuron {neuron!r} in vision block {layer}; expected 0 to {count - 1}, as "
+                    "find_register_neurons(...) gives them for this model."
+                )
+        return [int(neuron) for neuron in wanted]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.interventions.protocol import Effect, Intervention
+from sinkscope.interventions.protocol import Edit, Effect, Intervention
 
 if TYPE_CHECKING:
     from sinkscope.models.outputs import Run
@@ -80,6 +80,31 @@ def tolerant(it: Any) -> Any:
     )
 
 
+def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -> None:
+    """Refuse edits of vision blocks behind the last one that the projector reads.
+
+    With ``layers=None`` such blocks are edited along with the others, for probes of the tower.
+
+    Args:
+        it: The intervention.
+        edits: Its edits.
+        feeds: The vision blocks that feed the projector, ascending.
+
+    Raises:
+        NoEffectError: If one was named, or there are no others, and that was not allowed.
+    """
+    vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
+    behind = sorted(layer for layer in vision if layer > feeds[-1])
+    everything = getattr(it, "layers", None) is None and len(behind) < len(vision)
+    if not behind or everything or it.allow_noop:
+        return
+    raise NoEffectError(
+        f"Got {type(it).__name__} in the vision blocks {behind}; expected blocks up to {feeds[-1]}: "
+        f"the projector reads {list(feeds)}, and what later blocks do reaches no token of the "
+        f"decoder. Write layers up to {feeds[-1]}, or allow_noop=True to probe the tower itself."
+    )
+
+
 def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:
     """Refuse what counts a tower's positions beside an edit that adds some to it.
 
@@ -132,8 +157,8 @@ def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str
         )
     return (
         f"{name} touched no row in {len(effects)} forward passes; expected at least one. No "
-        "selected query sees the edited tokens: they come later, lie outside the window, or are "
-        "masked already. " + allow
+        "selected query sees the edited tokens: they come later, lie outside the window, are masked "
+        "already, or were given what they have. " + allow
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from sinkscope.interventions.protocol import (
     Edit,
     at_layer,
     check_prompt_only,
+    check_tower,
     runs_now,
     selected,
 )
@@ -27,6 +28,7 @@ from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.models.context import Context
+    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,21 @@ class AblateActivations:
             parameters["layout"] = context.layout(self.tower)
             out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, parameters))
         return out
+
+    def check_fits(self, lvlm: LVLM) -> None:
+        """Refuse a number that the model's dtype does not know.
+
+        Raises:
+            InterventionError: If there is one.
+        """
+        dtype: torch.dtype = cast(Any, lvlm.module).dtype
+        most = torch.finfo(dtype).max
+        for name, number in (("replacement", self.replacement), ("value", self.value)):
+            if isinstance(number, Real) and most < abs(float(number)) < float("inf"):
+                raise InterventionError(
+                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
+                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
+                )
 
     def _how(self) -> str:
         """The kind of replacement.
@@ -189,6 +206,7 @@ class ScaleTokens:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
+        check_tower(self.tower, "language", "ScaleTokens")
         factor = check_factor("factor", self.factor)
         check_neutral("ScaleTokens", factor, 1.0, self.allow_noop)
         check_prompt_only(self.steps, "ScaleTokens")
@@ -219,6 +237,7 @@ class SinkToFront:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
+        check_tower(self.tower, "language", "SinkToFront")
         check_prompt_only(self.steps, "SinkToFront")
         mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
         mask = at_layer(mask, 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.protocol import Edit, runs_now
+from sinkscope.interventions.protocol import Edit, check_maskable, check_tower, runs_now
 from sinkscope.kernels.evict import evict_keys
 from sinkscope.sites import Site, Tower
 
@@ -39,11 +39,14 @@ class EvictKeys:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
+        check_tower(self.tower, "language", "EvictKeys")
         for name, value, least in (("start", self.start, 0), ("recent", self.recent, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InterventionError(
                     f"Got {name}={value!r}; expected an int of {least} or more."
                 )
+        differs = "what is evicted differs by query"
+        check_maskable(context.tower("language"), differs, "EvictKeys")
         if not runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}

@@ -35,7 +35,9 @@ REPLACEMENTS = ("zero", "mean", "resample")
 class AblateValues:
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
-    Report several replacements side by side: zeroing alone can mislead (2604.14433).
+    Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
+    resampled token takes are the model's own values, before any edit of the layer: of two edits of
+    different tokens neither sees the other.
 
     Args:
         tokens: The keys.

@@ -18,7 +18,7 @@ import math
 import torch
 
 from sinkscope.kernels.attention import arguments, weigh_values
-from sinkscope.kernels.gates import effect_of, gate_of, here, learned_sink, prepared
+from sinkscope.kernels.gates import effect_of, gate_of, here, knows_float32, learned_sink, prepared
 from sinkscope.kernels.recipe import column, with_change
 
 MASKED = -1.0e4
@@ -212,7 +212,7 @@ def edit_mass(
     if visual is not None:
         columns += [here(visual, span, n_key, state), here(visual_sinks, span, n_key, state)]
     # Flash kernels know no fp32; the others get it, because these masses become coefficients.
-    exact = "flash" not in getattr(getattr(call[0], "plain", call[0]), "__name__", "")
+    exact = knows_float32(call)
     mass = weigh_values(call, torch.stack(columns, dim=-1).float(), float32=exact).float()
     among, whole, wanted = of_target(call, target, live, mass, exact)
     budget = (recycle * mass[..., 0] / whole).transpose(1, 2)[..., None]

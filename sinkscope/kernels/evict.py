@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sinkscope.kernels.attention import arguments
+from sinkscope.kernels.attention import arguments, weigh_values
 from sinkscope.kernels.edits import masked
-from sinkscope.kernels.gates import effect_of, head_mask
+from sinkscope.kernels.gates import evened, head_mask, knows_float32
 from sinkscope.kernels.recipe import with_change
 
 
@@ -25,25 +25,69 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
         measure: Whether to measure the attention on the evicted keys.
 
     Returns:
-        The edited call and its effect; ``tokens`` are keys that the last query has lost.
+        The edited call and its effect; ``tokens`` are keys that the last query has lost, and the
+        attention is that of every row on the keys that this row has lost.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
-    grown = torch.ones(live.shape[0], state.get("step", 0), dtype=torch.bool, device=live.device)
-    alive = torch.cat([live, grown], dim=1)[:, -n_key:]
-    rank = alive.cumsum(1) - 1
-    query_rank = rank[:, -n_query:]
-    distance = query_rank[:, :, None] - rank[:, None]
-    lost = (rank[:, None] >= start) & (distance >= recent) & alive[:, None]
-    rows = lost.any(-1) & alive[:, -n_query:]
+    out, rows = out_of_reach(live, state.get("step", 0), n_query, n_key, start, recent)
+    lost = out & visible(call)
+    rows = rows & lost.any(-1)
     gate = rows[:, :, None, None] & head_mask(call, None, rows)
 
     def change(named, rest):
-        zero = torch.zeros(lost.shape[0], n_key, device=lost.device)
-        mask = masked(named, rest, zero)
-        mask = mask.masked_fill(lost[:, None], torch.finfo(mask.dtype).min)
+        mask = masked(named, rest, torch.zeros(out.shape[0], n_key, device=out.device))
+        mask = mask.masked_fill(out[:, None], torch.finfo(mask.dtype).min)
         return {**named, "attention_mask": mask}, rest
 
     after = with_change(call, "logits", gate, change)
-    empty = torch.zeros_like(rows)
-    return after, effect_of(call, after, gate, lost[:, -1], empty, measure)
+    effect = {
+        "rows": rows.sum(1),
+        "empty": torch.zeros_like(rows).sum(1),
+        "tokens": lost[:, -1].sum(1),
+        "count": gate.sum(dim=(1, 2, 3)),
+    }
+    if measure:
+        for name, one in (("before", call), ("after", after)):
+            mass = sum(
+                (part * lost[:, None, :, at]).sum(-1) for at, part in weights_by_key(one, False)
+            )
+            effect[name] = torch.where(gate[..., 0].transpose(1, 2), mass, 0.0).sum(dim=(1, 2))
+    return after, effect
+
+
+def out_of_reach(live, step, n_query, n_key, start, recent):
+    """The keys that a streaming cache has dropped when a query comes.
+
+    Ranks are counted over the whole sequence, prompt and answer, and cut afterwards: a sliding cache
+    holds the last keys only, and a static one has room behind them that is not filled yet.
+
+    Returns:
+        ``[batch query key]`` bool, and the live queries ``[batch query]``.
+    """
+    grown = torch.ones(live.shape[0], step, dtype=torch.bool, device=live.device)
+    alive = torch.cat([live, grown], dim=1)
+    rank = alive.cumsum(1) - 1
+    query_rank, query_alive = rank[:, -n_query:], alive[:, -n_query:]
+    room = max(0, n_key - alive.shape[1])
+    alive = torch.nn.functional.pad(alive, (0, room))[:, -n_key:]
+    rank = torch.nn.functional.pad(rank, (0, room))[:, -n_key:]
+    distance = query_rank[:, :, None] - rank[:, None]
+    out = (rank[:, None] >= start) & (distance >= recent) & alive[:, None]
+    return out, query_alive
+
+
+def weights_by_key(call, float32):
+    """Attention weights, some keys at a time: ``(slice of keys, [batch head query key])``."""
+    value = arguments(call)[0]["value"]
+    n_key, width = value.shape[2], value.shape[3]
+    every = torch.eye(n_key, device=value.device)[None]
+    for first in range(0, n_key, width):
+        at = slice(first, min(first + width, n_key))
+        yield at, weigh_values(call, every[..., at], float32=float32).float()
+
+
+def visible(call):
+    """Which keys a row sees in some head under the model's mask and earlier ones, ``[batch query key]``."""
+    parts = weights_by_key(evened(call), knows_float32(call))
+    return torch.cat([(part > 0).any(dim=1) for _, part in parts], dim=-1)

@@ -18,11 +18,29 @@ def head_mask(call, heads, like):
     return chosen[None, None, :, None]
 
 
+def knows_float32(call):
+    """Whether the model's kernel takes fp32; flash kernels do not."""
+    return "flash" not in getattr(getattr(call[0], "plain", call[0]), "__name__", "")
+
+
+def evened(call):
+    """The call with ``q = 0``, earlier masks considered: a visible key has some weight, others none.
+
+    Of one head, unless earlier edits may differ by head.
+    """
+    asked = without(call, "weights", "values")
+    if not hasattr(asked[0], "recipe"):
+        asked = one_head(asked)
+    named, rest = arguments(asked)
+    return asked[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
+
+
 def keys_seen(call, keys):
     """Which rows see an edited key, and which see nothing else, earlier masks considered.
 
-    Asked of the call with ``q = 0``: then every visible key has some weight and a masked one none.
-    Where a learned sink takes attention too, a row always sees something else.
+    Asked of the call with ``q = 0``, in fp32 where the kernel knows it: in fp16 a key that an earlier
+    edit made light would weigh nothing. Where a learned sink takes attention too, a row always sees
+    something else.
 
     Args:
         call: The call, plain or edited.
@@ -31,14 +49,9 @@ def keys_seen(call, keys):
     Returns:
         ``(sees, only)``, bool ``[batch query head|1 1]``.
     """
-    asked = without(call, "weights", "values")
     heads = arguments(call)[0]["query"].shape[1]
-    if not hasattr(asked[0], "recipe"):
-        asked = one_head(asked)
-    named, rest = arguments(asked)
-    still = {**named, **rest, "query": torch.zeros_like(named["query"])}
     columns = torch.stack([keys, ~keys], dim=-1).float()
-    share = weigh_values((asked[0], (), still), columns).transpose(1, 2) > 0
+    share = weigh_values(evened(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
     share = share if share.shape[2] == heads else share[:, :, :1]
     sees, others = share[..., :1], share[..., 1:]
     return sees, torch.zeros_like(sees) if learned_sink(call) else sees & ~others

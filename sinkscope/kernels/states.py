@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 
 
-def state_effect(mask):
-    """The effect of an edit of states: how many tokens it touched.
+def state_effect(mask, before=None, after=None):
+    """The effect of an edit of states: how many of its tokens it changed.
 
     Args:
-        mask: ``[batch pos]`` bool, the tokens that were edited.
+        mask: ``[batch pos]`` bool: the tokens it was to edit.
+        before: Their states, ``[batch pos d_model]``, or None where all of them change.
+        after: The same after the edit.
 
     Returns:
         ``{"rows", "empty", "tokens", "count": [batch]}``, what a kernel returns beside the states.
     """
     zero = torch.zeros(mask.shape[0], dtype=torch.long, device=mask.device)
-    count = mask.sum(1)
-    return {"rows": count, "empty": zero, "tokens": count, "count": count}
+    changed = mask if before is None else mask & (before != after).any(dim=-1)
+    count = changed.sum(1)
+    return {"rows": count, "empty": zero, "tokens": mask.sum(1), "count": count}
 
 
 def by_row(states, layout):
@@ -65,22 +68,23 @@ def edit_channels(states, state, mask, dims, how, value=None, layout=None):
         new = torch.full_like(part, value)
     edited = rows.clone()
     edited[..., dims] = new
-    return put_back(states, edited, mask, layout), state_effect(mask)
+    return put_back(states, edited, mask, layout), state_effect(mask, rows, edited)
 
 
 def edit_states(states, state, mask, donor, layout=None):
     """Overwrite chosen tokens with donor states ``[batch pos d_model]``."""
-    return put_back(states, donor.to(states.dtype), mask, layout), state_effect(mask)
+    donor = donor.to(states.dtype)
+    return put_back(states, donor, mask, layout), state_effect(mask, by_row(states, layout), donor)
 
 
 def scale_states(states, state, mask, factor):
     """Multiply chosen tokens by a factor, ``[batch pos]`` mask (DIYSink's reweighting)."""
     scaled = (states.float() * factor).to(states.dtype)
-    return put_back(states, scaled, mask, None), state_effect(mask)
+    return put_back(states, scaled, mask, None), state_effect(mask, states, scaled)
 
 
 def permute_states(states, state, order):
     """Reorder tokens: position ``i`` gets the token at ``order[i]``, ``[batch pos]``."""
     moved = order != torch.arange(order.shape[1], device=order.device)
     rows = states.gather(1, order[..., None].expand_as(states))
-    return put_back(states, rows, moved, None), state_effect(moved)
+    return put_back(states, rows, moved, None), state_effect(moved, states, rows)

@@ -14,9 +14,12 @@ def edit_values(
 ):
     """Replace the values of chosen keys; attention weights stay.
 
+    Donors are the model's own values, whatever other edits of this layer have replaced: so edits of
+    different keys do not depend on their order, nor on which heads and queries they name.
+
     Args:
         call: The attention call.
-        state: The run's scratch space.
+        state: The run's scratch space; ``"unedited"`` is the call before any edit of this layer.
         span: Part of a packed sequence that the call covers, or None.
         keys: ``[batch key]`` bool.
         live: ``[batch query]`` bool.
@@ -27,11 +30,10 @@ def edit_values(
         heads: Query heads or None.
 
     Returns:
-        The edited call and its effect.
+        The edited call and its effect. Batch rows in which no value became another count as untouched.
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
-    gate, empty = gate_of(call, keys, live, rows, heads, False)
     if how == "zero":
         new = torch.zeros_like(value)
     elif how == "tensor":
@@ -39,6 +41,9 @@ def edit_values(
         new = last_keys(new, value.shape[2], state) if span is None else new[:, :, slice(*span)]
     else:
         new = from_donors(call, state, span, how, donors)
+    # Where every key of a row is given what it has, nothing is touched.
+    differ = keys & (new != value).any(dim=-1).any(dim=1)
+    gate, empty = gate_of(call, keys & differ.any(dim=1, keepdim=True), live, rows, heads, False)
 
     def change(value):
         return torch.where(keys[:, None, :, None], new, value)
@@ -59,7 +64,7 @@ def from_donors(call, state, span, how, donors):
     Raises:
         ValueError: If they were dropped and nothing is remembered.
     """
-    named, rest = arguments(call)
+    named, rest = arguments(state.get("unedited", call))
     value, n_key = named["value"], named["value"].shape[2]
     place, memory, step = state.get("edit"), state.get("memory", {}), state.get("step", 0)
     if span is None and step and n_key < donors.shape[1] + step:

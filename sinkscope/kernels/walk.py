@@ -7,8 +7,8 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``how``: ``"input"``, ``"output"`` or ``"attention"``;
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
-* ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in list order, so
-  that reads see what the model really uses.
+* ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in the order in
+  which they stand there, so that reads see what the model really uses.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ def query_of(call):
 
 
 def edit_call(source, step, call, span, now, state, out):
-    """Apply the site's edits to one call, in list order, and have the model make the edited one."""
+    """Apply the site's edits to one call, in the plan's order, and have the model make the edited one."""
     before = call
     device = query_of(call).device
     for slot, kernel, parameters in step["edits"]:
         ready = resolve(None, parameters, device, state)
         state["edit"] = (slot, step["tower"], step["name"], step["layer"])
+        state["unedited"] = before
         call, effect = kernel(call, state, span, **ready)
         note_effect(out, slot, step, effect)
     if call is not before:
@@ -109,7 +110,7 @@ def note_effect(out, slot, step, effect):
 
 
 def edit_value(here, step, value, state, out):
-    """Apply the site's edits to states, in list order, and hand the result to the model."""
+    """Apply the site's edits to states, in the plan's order, and hand the result to the model."""
     new = value
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))

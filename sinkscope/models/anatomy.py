@@ -39,6 +39,8 @@ class TowerAnatomy:
         packed: Whether all images share one sequence without a batch axis.
         kernel: The attention implementation, such as ``"sdpa"``.
         learned_sink: Whether attention has a learned sink, which takes a share of no token.
+        softcap: Whether attention logits are soft-capped.
+        d_mlp: Neurons of every MLP, 0 where none were found.
     """
 
     tower: str
@@ -57,6 +59,8 @@ class TowerAnatomy:
     packed: bool
     kernel: str = "sdpa"
     learned_sink: bool = False
+    softcap: bool = False
+    d_mlp: int = 0
 
     @property
     def n_layers(self) -> int:

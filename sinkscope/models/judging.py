@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from sinkscope.kernels.edits import EXTRA, WIDEST
+from sinkscope.interventions.protocol import needs_a_mask
 from sinkscope.models.anatomy import TowerAnatomy
 from sinkscope.models.source import NoAttentionCall
 
@@ -130,8 +130,19 @@ def of_weights(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
 def of_bias(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     """Edits that ride as a bias in extra head dimensions, or as an explicit mask."""
     status, why = of_weights(tower, dtype)
-    if status != "unavailable" and tower.d_head + EXTRA > WIDEST:
-        why = join(why, f"by an explicit mask: heads of {tower.d_head} leave no room for a bias")
+    reason = needs_a_mask(tower)
+    if status == "unavailable" or not reason:
+        return status, why
+    if "flash" in tower.kernel:
+        return "unavailable", f"{tower.kernel} takes no explicit mask, and {reason}"
+    return status, join(why, f"by an explicit mask: {reason}")
+
+
+def of_redistribution(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Weights moved between keys: one call in which the others are masked."""
+    status, why = of_bias(tower, dtype)
+    if status != "unavailable" and tower.tower == "vision":
+        why = join(why, "select and 'after image' on the decoder only")
     return status, why
 
 
@@ -155,6 +166,8 @@ def of_eviction(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     status, why = of_the_decoder(tower, dtype)
     if status == "unavailable":
         return status, why
+    if "flash" in tower.kernel:
+        return "unavailable", f"{tower.kernel} takes no mask that differs by query"
     return status, join(why, "by an explicit mask; positions keep their angle")
 
 
@@ -181,14 +194,22 @@ def of_patches(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     return "exact", f"values {why}" if why else ""
 
 
-def of_registers(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
-    """Test-time registers."""
+def of_registers(tower: TowerAnatomy, dtype: torch.dtype, feeds: tuple[int, ...] = (0,)) -> Judged:
+    """Test-time registers.
+
+    Args:
+        tower: The tower.
+        dtype: The model's dtype.
+        feeds: The vision blocks that feed the projector.
+    """
     if tower.tower == "language":
         return "unavailable", "a register is a token of the vision tower"
     if tower.packed:
         return "unavailable", "images share one sequence: registers have no place in it"
     if not all(tower.neurons):
         return "unavailable", "its MLPs have no last linear map, so no neurons"
+    if len(feeds) > 1:
+        return "unavailable", f"the projector reads several blocks, {feeds}"
     return "exact", ""
 
 
@@ -199,7 +220,7 @@ EDIT_JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]
             "AttentionKnockout": of_bias,
             "ScaleKeys": of_weights,
             "ScaleAttention": of_bias,
-            "Redistribute": of_the_decoder,
+            "Redistribute": of_redistribution,
             "EvictKeys": of_eviction,
             "AblateValues": of_packed_values,
             "AblateActivations": of_states,
@@ -212,6 +233,22 @@ EDIT_JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]
     )
 )
 """Every public intervention and what decides whether it works."""
+
+
+def judge_edit(
+    name: str, tower: TowerAnatomy, dtype: torch.dtype, feeds: tuple[int, ...]
+) -> Judged:
+    """The judgement on one intervention.
+
+    Args:
+        name: Its class.
+        tower: The tower.
+        dtype: The model's dtype.
+        feeds: The vision blocks that feed the projector.
+    """
+    if name == "TestTimeRegister":
+        return of_registers(tower, dtype, feeds)
+    return EDIT_JUDGES[name](tower, dtype)
 
 
 def reason_of(tower: TowerAnatomy) -> str:

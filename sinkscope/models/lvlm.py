@@ -16,6 +16,7 @@ from sinkscope.interventions.protocol import Intervention
 from sinkscope.interventions.running import (
     check_beside,
     check_interventions,
+    check_reach,
     require_effects,
     with_kl,
 )
@@ -203,8 +204,10 @@ class LVLM:
     ) -> Run:
         """One forward pass with any number of probes and interventions.
 
-        Sites are visited in forward order; at one site interventions apply in list order, and then
-        probes see what the model really uses.
+        Sites are visited in forward order, and probes see what the model really uses after all
+        edits of a site. Edits of states apply in list order. Those of one attention call apply in
+        stages, whatever their place in the list: keys, logits, weights, values; list order decides
+        inside a stage.
 
         Args:
             sample: From `prepare`.
@@ -350,7 +353,11 @@ class LVLM:
             if check_fits is not None:
                 check_fits(self)
         reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
-        changes = [(slot, edit) for slot, it in enumerate(edits) for edit in it.edits(context)]
+        changes = []
+        for slot, it in enumerate(edits):
+            mine = it.edits(context)
+            check_reach(it, mine, context.anatomy.feed_layers)
+            changes += [(slot, edit) for edit in mine]
         return runner.make_plan(context.anatomy, reads, changes)
 
     def _where(self, remote: bool | str | None) -> bool | str:

@@ -27,6 +27,7 @@ ONE_QUERY_PER_ROW = MappingProxyType(
         "prefill_chunk_size": (None,),
     }
 )
+GUIDANCE_OFF = (None, 1, 1.0)
 
 
 def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
@@ -158,6 +159,18 @@ def check_generation(
                 f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed with "
                 f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
             )
+    guidance = options.get("guidance_scale", getattr(given, "guidance_scale", None))
+    if guidance not in GUIDANCE_OFF:
+        raise InputError(
+            f"Got guidance_scale={guidance!r}; expected 1 or None. It runs the model twice per step, "
+            "and the two passes cannot be told apart. Write lvlm.generate(..., guidance_scale=None)."
+        )
+    of_run = sorted(set(options) & {"kl", "logits", "grad"})
+    if of_run:
+        raise InputError(
+            f"Got {of_run} as options of generate; expected them in lvlm.run(...) only. For the first "
+            f"token of the answer write lvlm.run(sample, probes, interventions, {of_run[0]}=...)."
+        )
     twice = sorted(set(options) & (set(sample.inputs) | {"inputs"}))
     if twice:
         raise InputError(

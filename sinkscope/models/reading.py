@@ -34,9 +34,11 @@ def read_anatomy(model: Any) -> Anatomy:
         The anatomy.
 
     Raises:
-        ModelError: If there is no vision tower, no decoder or no known projector.
+        ModelError: If there is no vision tower, no decoder or no known projector, or the kernel
+            cannot be asked again.
     """
     config = check_model(model)
+    check_kernels(config)
     family = family_of(config.model_type)
     paths = {id(module): path for path, module in model.named_modules()}
     decoder: nn.Module = model.get_decoder()
@@ -64,6 +66,23 @@ def read_anatomy(model: Any) -> Anatomy:
         image_token_id=find_image_token_id(config),
         vocab=int(text_config.vocab_size),
     )
+
+
+def check_kernels(config: Any) -> None:
+    """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others.
+
+    Raises:
+        ModelError: If a tower uses it.
+    """
+    towers = (("vision", config.vision_config), ("language", config.get_text_config()))
+    for tower, part in towers:
+        if "flex" in kernel_of(part):
+            raise ModelError(
+                f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
+                "'eager' or a flash kernel, whose calls can be asked again with other tensors. Write "
+                "attn_implementation='sdpa' where the model is loaded, or "
+                "model.set_attn_implementation('sdpa')."
+            )
 
 
 def check_model(model: Any) -> Any:
@@ -159,10 +178,10 @@ def norms_after(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     return None
 
 
-def neuron_path(mlp: nn.Module, paths: dict[int, str], width: int) -> str:
-    """The path of the MLP's last linear map into the residual stream, or "" if there is none."""
+def neuron_map(mlp: nn.Module, width: int) -> nn.Linear | None:
+    """The MLP's last linear map into the residual stream, whose input are the neurons."""
     last = [m for m in mlp.modules() if isinstance(m, nn.Linear) and m.out_features == width]
-    return paths[id(last[-1])] if last else ""
+    return last[-1] if last else None
 
 
 def output_projection(attention: nn.Module) -> nn.Module | None:
@@ -183,6 +202,7 @@ def read_tower(
     mlps = [mlp_child(block, child, paths[id(block)]) for block, child in pairs]
     inner = [(child, mlp) for (_, child), mlp in zip(pairs, mlps, strict=True)]
     writers = [norms_after(block) or made for (block, _), made in zip(pairs, inner, strict=True)]
+    neurons = [neuron_map(mlp, config.hidden_size) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     return TowerAnatomy(
         tower=tower,
@@ -191,7 +211,7 @@ def read_tower(
         mlp=tuple(paths[id(mlp)] for mlp in mlps),
         attention_out=tuple(paths[id(writer)] for writer, _ in writers),
         mlp_out=tuple(paths[id(writer)] for _, writer in writers),
-        neurons=tuple(neuron_path(mlp, paths, config.hidden_size) for mlp in mlps),
+        neurons=tuple("" if last is None else paths[id(last)] for last in neurons),
         projection=tuple("" if p is None else paths[id(p)] for p in projections),
         calls=tuple(look_for_attention_call(child, paths[id(child)]) for _, child in pairs),
         d_model=config.hidden_size,
@@ -205,6 +225,10 @@ def read_tower(
             for _, child in pairs
             for name, _ in child.named_parameters()
         ),
+        softcap=any(
+            getattr(child, "attn_logit_softcapping", None) is not None for _, child in pairs
+        ),
+        d_mlp=min(0 if last is None else last.in_features for last in neurons),
     )
 
 

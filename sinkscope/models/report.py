@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.models.anatomy import TowerAnatomy
-from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, reason_of
+from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, judge_edit, reason_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,7 @@ def make_report(lvlm: LVLM) -> Report:
     Args:
         lvlm: The model.
     """
-    towers = (lvlm.anatomy.vision, lvlm.anatomy.language)
+    towers, feeds = (lvlm.anatomy.vision, lvlm.anatomy.language), lvlm.anatomy.feed_layers
     module: Any = lvlm.module
     return Report(
         name=lvlm.name,
@@ -100,8 +100,8 @@ def make_report(lvlm: LVLM) -> Report:
             for tower in towers
         ),
         edits=tuple(
-            Verdict(name, tower.tower, *judge(tower, module.dtype))
-            for name, judge in EDIT_JUDGES.items()
+            Verdict(name, tower.tower, *judge_edit(name, tower, module.dtype, feeds))
+            for name in EDIT_JUDGES
             for tower in towers
         ),
     )

@@ -113,6 +113,11 @@ def run_of_turned(case, tower="language"):
     return case.lvlm.run(other, probes=probes)
 
 
+def visual(case):
+    """The chosen image tokens."""
+    return case.some & (case.sample.tokens.image >= 0)
+
+
 def values_of_turned(case, layers, tower="language"):
     """The other images' values by hooks on the twin's projections, as they are read."""
     inputs = turned(case).inputs
@@ -247,8 +252,9 @@ LANGUAGE = {
         ),
     ),
     "PatchActivations of values": Pair(
-        lambda c: ss.PatchActivations(run_of_turned(c), "values", c.some, [0, 2]),
-        lambda c: H.replaces_values(c.some, values_of_turned(c, (0, 2)), layers=(0, 2)),
+        # Without the text token, whose value in block 0 is the donor's already.
+        lambda c: ss.PatchActivations(run_of_turned(c), "values", visual(c), [0, 2]),
+        lambda c: H.replaces_values(visual(c), values_of_turned(c, (0, 2)), layers=(0, 2)),
         lambda c: ss.PatchActivations(run_of_turned(c), "values", c.some & False, allow_noop=True),
     ),
 }

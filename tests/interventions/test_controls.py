@@ -479,8 +479,25 @@ def test_a_register_in_a_batch_in_half_precision_and_over_sixteen_steps(
     assert off(got, want[:, prompt - 1 :]) <= PLAIN[dtype]
 
 
+@pytest.mark.parametrize("fill", ["zero", "mean", "keep"])
+@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (1, -2.5), (3, 1.0), (3, 0.4)])
+@pytest.mark.parametrize("family", ["llava-clip-llama", "gemma3"])
+def test_every_setting_of_a_register_equals_hooks(tiny, batch, family, count, scale, fill):
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    options = {"count": count, "scale": scale, "fill": fill}
+    neurons = {0: [1, 5], 1: [3]}
+    got = lvlm.run(sample, interventions=[ss.TestTimeRegister(neurons, **options)]).logits
+    live = sample.tokens.live
+    want = register_by_hand(lvlm, sample.inputs, neurons, **options)[live]
+    assert off(got[live], want) <= 1e-5
+    if options != {"count": 1, "scale": 1.0, "fill": "zero"}:
+        usual = register_by_hand(lvlm, sample.inputs, neurons)[live]
+        assert off(usual, want) > 1e-4
+
+
 @torch.no_grad()
-def register_by_hand(lvlm, inputs, neurons):
+def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
     """The same with plain torch hooks: append, shift, drop."""
     a, root = lvlm.anatomy, lvlm.module
     module = dict(root.named_modules())
@@ -488,7 +505,7 @@ def register_by_hand(lvlm, inputs, neurons):
 
     def append(m, args, kwargs):
         states = args[0] if args else kwargs["hidden_states"]
-        longer = torch.cat([states, torch.zeros_like(states[:, :1])], dim=1)
+        longer = torch.cat([states, *count * [torch.zeros_like(states[:, :1])]], dim=1)
         if args:
             return (longer, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": longer}
@@ -500,9 +517,14 @@ def register_by_hand(lvlm, inputs, neurons):
         def shift(m, args, chosen=chosen):
             out = args[0].clone()
             for n in chosen:
-                column = args[0][:, :-1, n]
-                peak = column[torch.arange(len(column)), column.abs().argmax(1)]
-                out[:, :-1, n], out[:, -1, n] = 0.0, peak
+                column = args[0][:, :-count, n]
+                peak = column[torch.arange(len(column)), column.abs().argmax(1)] * scale
+                rest = {
+                    "zero": 0 * column,
+                    "mean": 0 * column + column.mean(1)[:, None],
+                    "keep": column,
+                }
+                out[:, :-count, n], out[:, -count:, n] = rest[fill], peak[:, None]
             return (out,)
 
         hooks.append(module[a.vision.neurons[layer]].register_forward_pre_hook(shift))
@@ -510,7 +532,7 @@ def register_by_hand(lvlm, inputs, neurons):
     hooks.append(
         last.register_forward_hook(
             lambda m, args, out: (
-                (out[0][:, :-1], *out[1:]) if isinstance(out, tuple) else out[:, :-1]
+                (out[0][:, :-count], *out[1:]) if isinstance(out, tuple) else out[:, :-count]
             ),
             prepend=True,
         )

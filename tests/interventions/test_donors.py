@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.errors import NoEffectError
 from sinkscope.testing import random_image
 from tests.interventions.cases import turned
 from tests.interventions.test_exact import off
@@ -19,9 +20,9 @@ def reads(site, layers=None, tower="language", tokens="all"):
     return ss.ResidualStates(tokens, layers, tower, site)
 
 
-def patched(c, donor, site, layers, tower="language"):
+def patched(c, donor, site, layers, tower="language", **options):
     tokens = c.some if tower == "language" else c.patches
-    edit = ss.PatchActivations(donor, site, tokens, layers, tower=tower)
+    edit = ss.PatchActivations(donor, site, tokens, layers, tower=tower, **options)
     return c.lvlm.run(c.sample, interventions=[edit]).logits
 
 
@@ -63,7 +64,10 @@ def test_the_prompt_of_an_answer_is_a_donor(case, site):
 def test_a_patch_from_the_same_run_changes_no_bit(case, family, tower, site, dtype):
     c = case(family, "sdpa", dtype)
     plain = c.lvlm.run(c.sample, probes=[reads(site, None, tower)])
-    assert torch.equal(patched(c, plain, site, None, tower), plain.logits)
+    again = patched(c, plain, site, None, tower, allow_noop=True)
+    assert torch.equal(again, plain.logits)
+    with pytest.raises(NoEffectError, match=r"PatchActivations (left every token|touched no row)"):
+        patched(c, plain, site, None, tower)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -118,10 +118,13 @@ def sinks_by_layer(c):
 
 def redistributed(w, c, sinks, keep, chosen):
     """One layer's weights after VAR, row by row: sections 3 and 4 of 2503.03321 in plain words."""
-    out, visual = w.clone(), c.sample.tokens.image >= 0
+    out, grown = w.clone(), w.shape[-1] - c.live.shape[1]
+    visual = torch.nn.functional.pad(c.sample.tokens.image >= 0, (0, grown))
+    live = torch.nn.functional.pad(c.live, (0, grown), value=True)
+    sinks = torch.nn.functional.pad(sinks, (0, grown))
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in w.shape[:3])).tolist():
         row, image = w[b, h, i], visual[b].nonzero().flatten()
-        if not c.live[b, i] or i <= image[-1]:
+        if not live[b, i] or i <= image[-1]:
             continue
         if not chosen(row, image, sinks[b]):
             continue
@@ -133,10 +136,8 @@ def redistributed(w, c, sinks, keep, chosen):
     return out
 
 
-@pytest.mark.parametrize("preset", ["var_paper", "var_code"])
-@pytest.mark.parametrize("family", ["llava-clip-llama", LEARNED])
-def test_var_presets_equal_their_formulas_on_every_row(case, family, preset):
-    c = case(family, "eager")
+def var_by_hand(c, preset):
+    """A preset, and the change that its source describes."""
     sinks = sinks_by_layer(c)
     trace = SimpleNamespace(sample=c.sample, n_layers=3, l_detection=SimpleNamespace(mask=sinks))
     paper = preset == "var_paper"
@@ -154,13 +155,23 @@ def test_var_presets_equal_their_formulas_on_every_row(case, family, preset):
 
     edit = getattr(ss.Redistribute, preset)(trace, [0, 1, 2], rho=rho)
     assert edit.recycle == pytest.approx(0.6 if paper else 0.4)
-    answer = reference_run(c, [Change("weights", sinks, apply)])
+    return edit, Change("weights", sinks, apply)
+
+
+@pytest.mark.parametrize("preset", ["var_paper", "var_code"])
+@pytest.mark.parametrize("family", ["llava-clip-llama", LEARNED])
+def test_var_presets_equal_their_formulas_on_every_row(case, family, preset):
+    c = case(family, "eager")
+    edit, change = var_by_hand(c, preset)
+    answer = reference_run(c, [change])
     run = agree(c, [edit], answer, "language")
     effect = run.effects[edit]
     notes = next(iter(answer.notes.values()))
     touched = [(note.before != note.after).any(-1).any(1).sum(1) for note in notes]
     assert torch.equal(effect.rows, torch.stack(touched, dim=1))
-    assert (effect.rows[0, 1] > 0) == paper  # the code leaves a layer without visual sinks alone
+    assert (effect.rows[0, 1] > 0) == (
+        preset == "var_paper"
+    )  # the code leaves a layer without visual sinks alone
     assert (effect.mass_after < effect.mass_before)[effect.rows > 0].all()
 
 

@@ -21,7 +21,7 @@ import sinkscope as ss
 from tests.interventions.cases import LANGUAGE
 from tests.interventions.conftest import LEARNED
 from tests.interventions.reference import grown_inputs, masks, reference_run
-from tests.interventions.test_exact import off
+from tests.interventions.test_exact import off, var_by_hand
 from tests.interventions.test_untouched import THRESHOLDS, half
 
 STEPS = 16
@@ -94,6 +94,24 @@ def effects_agree_at_every_step(c, out, edit, notes, measured):
                 want = want if measured else want.fill_(float("nan"))
                 assert torch.equal(got.isnan(), want.isnan())
                 assert (got - want).nan_to_num().abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("preset", ["var_paper", "var_code"])
+@pytest.mark.parametrize("family", ["llava-clip-llama", LEARNED])
+def test_var_presets_at_decode_steps_equal_their_formulas(case, family, preset):
+    c = case(family, "eager")
+    edit, change = var_by_hand(c, preset)
+    out = generate(c, [edit])
+    (notes,) = agree_at_every_step(c, out, [change]).values()
+    touched = 0
+    for step, run in enumerate(out.steps[1:], 1):
+        at = c.live.shape[1] - 1 + step
+        rows = [(note.before != note.after)[:, :, at].any(-1).any(1).long() for note in notes]
+        assert torch.equal(run.effects[edit].rows, torch.stack(rows, dim=1))
+        touched += sum(rows).sum()
+    assert touched > 0
+    plain = reference_run(c, inputs=grown_inputs(c.sample, out.sequences, STEPS - 1)).logits
+    assert off(out.steps[-1].logits[:, -1], plain[:, -1]) > 1e-4
 
 
 def errors(c, edits, changes, dtype):

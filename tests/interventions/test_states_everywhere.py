@@ -93,7 +93,9 @@ def lost(c, start, recent):
         gone = (rank[:, None] >= start) & (distance >= recent) & live[:, None]
         return x.masked_fill(gone[:, None], -INF)
 
-    return [Change("logits", c.live, apply)]
+    # Keys of the answer are lost too; what the pass does not have is cut off again.
+    every = torch.nn.functional.pad(c.live, (0, STEPS), value=True)
+    return [Change("logits", every, apply)]
 
 
 EDITS = {
@@ -148,6 +150,14 @@ EDITS = {
         site="attn_out",
         layer=0,
         neutral=lambda c: ss.EvictKeys(2, 4096, allow_noop=True),
+    ),
+    # Fewer than a window of 12: a sliding cache must not take its own first keys for the prompt's.
+    "EvictKeys inside the window": Pair(
+        lambda c: ss.EvictKeys(start=3, recent=4),
+        changes=lambda c: lost(c, 3, 4),
+        outside=lambda c: c.live & (c.live.cumsum(1) <= 7),
+        site="attn_out",
+        layer=0,
     ),
 }
 
@@ -214,4 +224,37 @@ def test_sixteen_cached_steps_equal_recomputation(case, family, kernel, name):
     want = answer(c, pair, inputs)[:, c.live.shape[1] - 1 :]
     for step, run in enumerate(out.steps):
         assert off(run.logits[:, -1], want[:, step]) <= 1e-5, step
-        assert (edit in run.effects) == (step == 0 or name == "EvictKeys")
+        assert (edit in run.effects) == (step == 0 or name.startswith("EvictKeys"))
+
+
+@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+def test_the_effect_of_eviction_is_what_each_row_loses(case, family, kernel):
+    c, edit = case(family, kernel), ss.EvictKeys(start=3, recent=4)
+    probe = ss.AttentionPatterns("all", layers=[0])
+    plain = c.lvlm.run(c.sample, [probe])[probe].patterns[:, 0].nan_to_num()
+    effect = c.lvlm.run(c.sample, interventions=[edit]).effects[edit]
+    rank = c.live.cumsum(1) - 1
+    for b in range(2):
+        mine = plain[b][:, : c.live[b].sum()][
+            :, :, c.live[b]
+        ]  # rows that are asked for stand first
+        order = rank[b, c.live[b]]
+        gone = (order >= 3) & (order[:, None] - order >= 4) & (mine > 0).any(0)
+        rows = gone.any(1)
+        assert effect.rows[b, 0] == rows.sum()
+        assert effect.tokens[b, 0] == gone[-1].sum()
+        want = (mine * gone).sum(-1)[:, rows].mean()
+        assert abs(effect.mass_before[b, 0] - want) <= 1e-5
+        assert want > 0.05
+    assert (effect.mass_after == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "gemma3"])
+def test_eviction_with_a_static_cache_is_the_same(case, family):
+    c, edit = case(family), ss.EvictKeys(start=3, recent=4)
+    growing, static = generate(c, [edit]), generate(c, [edit], cache_implementation="static")
+    assert torch.equal(growing.sequences, static.sequences)
+    for one, other in zip(growing.steps, static.steps, strict=True):
+        assert off(other.logits, one.logits) <= 1e-5
+        assert torch.equal(other.effects[edit].tokens, one.effects[edit].tokens)
+        assert (other.effects[edit].mass_after == 0).all()

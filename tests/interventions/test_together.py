@@ -236,3 +236,37 @@ def test_nulls_do_not_depend_on_edits(case, name):
     edited = c.lvlm.run(c.sample, probes=[mass, received], interventions=[LANGUAGE[name].edit(c)])
     for probe in (mass, received):
         assert torch.equal(plain[probe].null.nan_to_num(), edited[probe].null.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_keys_that_an_edit_made_light_are_still_seen_by_the_next(case, kernel, dtype):
+    """A weight of 1e-9 is nothing in fp16; what is masked and what is light are told apart all the same."""
+    c = case("llava-clip-llama", kernel, dtype)
+    light, back = ss.ScaleAttention(c.some, 1e-9), ss.ScaleAttention(c.some, 1e9)
+    run = c.lvlm.run(c.sample, interventions=[light, back])
+    assert torch.equal(run.effects[back].rows, run.effects[light].rows)
+    assert run.effects[back].rows.sum() > 0
+    masked, after = ss.MaskKeys(c.some), ss.ScaleAttention(c.some, 1e9, allow_noop=True)
+    rows = c.lvlm.run(c.sample, interventions=[masked, after]).effects[after].rows
+    assert rows.sum() == 0
+
+
+@pytest.mark.parametrize("how", ["mean", "resample"])
+@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+def test_donors_are_the_models_own_values(case, family, kernel, how):
+    """In both orders, and whether the edit before names heads or queries; donors are edited tokens."""
+    c = case(family, kernel)
+    heads = list(range(c.lvlm.anatomy.language.heads))
+
+    def logits(turned=False, **options):
+        edits = [ss.AblateValues(c.some, **options), ss.AblateValues(c.other, how)]
+        edits = edits[::-1] if turned else edits
+        return c.lvlm.run(c.sample, interventions=edits).logits[c.live]
+
+    want = logits()
+    for got in (logits(turned=True), logits(heads=heads), logits(queries="all")):
+        assert off(got, want) <= 1e-5
+    assert off(logits(heads=heads, turned=True), want) <= 1e-5
+    alone = c.lvlm.run(c.sample, interventions=[ss.AblateValues(c.some)]).logits[c.live]
+    assert off(alone, want) > 1e-4

@@ -5,6 +5,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import (
+    InputError,
     InterventionError,
     LayerError,
     NoEffectError,
@@ -345,6 +346,78 @@ RUN = {
         lambda c: patch(c, one_row(c)), InterventionError,
         r"Got a donor of one row for the rows \[0\], which are padded; expected rows without padding",
     ),
+    # towers and blocks
+    "eviction in the ViT": (
+        lambda c: ss.EvictKeys(2, 5, tower="vision"), InterventionError,
+        "Got tower='vision' for EvictKeys; expected 'language', the only tower in which it is defined",
+    ),
+    "image tokens scaled in the ViT": (
+        lambda c: ss.ScaleTokens("image", 0.5, tower="vision"), InterventionError,
+        "Got tower='vision' for ScaleTokens; expected 'language'",
+    ),
+    "image tokens moved in the ViT": (
+        lambda c: ss.SinkToFront(c.some, tower="vision"), InterventionError,
+        "Got tower='vision' for SinkToFront; expected 'language'",
+    ),
+    "a register in the decoder": (
+        lambda c: ss.TestTimeRegister({0: [1]}, tower="language"), InterventionError,
+        "Got tower='language' for TestTimeRegister; expected 'vision'",
+    ),
+    "a register at decode steps": (
+        lambda c: ss.TestTimeRegister({0: [1]}, steps="decode"), InterventionError,
+        "Got steps='decode' for TestTimeRegister; expected 'prefill' or 'all'",
+    ),
+    "a register at unknown steps": (
+        lambda c: ss.TestTimeRegister({0: [1]}, steps="foo"), InterventionError, "Got steps='foo'; expected one of",
+    ),
+    "a vision block that feeds nothing": (
+        lambda c: ss.MaskKeys(c.patches, [2], tower="vision"), NoEffectError,
+        r"Got MaskKeys in the vision blocks \[2\]; expected blocks up to 1: the projector reads \[1\]",
+    ),
+    "a vision block that feeds nothing among others": (
+        lambda c: ss.AblateActivations([0], c.patches, "zero", [1, 2], tower="vision"), NoEffectError,
+        r"Got AblateActivations in the vision blocks \[2\].*Write layers up to 1, or allow_noop=True",
+    ),
+    # neurons
+    "a neuron beyond the last": (
+        lambda c: ss.TestTimeRegister({0: [10**6]}), InterventionError,
+        "Got neuron 1000000 in vision block 0; expected 0 to 95",
+    ),
+    "a negative neuron": (
+        lambda c: ss.TestTimeRegister({0: [-1]}), InterventionError, "Got neuron -1 in vision block 0; expected 0 to",
+    ),
+    "a block without neurons": (
+        lambda c: ss.TestTimeRegister({0: [], 1: [3]}), InterventionError, "Got no neurons in block 0",
+    ),
+    "a scale that is a word": (
+        lambda c: ss.TestTimeRegister({0: [1]}, scale="a"), InterventionError, "Got scale='a'; expected a finite number",
+    ),
+    "a scale that is no number": (
+        lambda c: ss.TestTimeRegister({0: [1]}, scale=NAN), InterventionError, "Got scale=nan; expected a finite number",
+    ),
+    # what is there already
+    "channels far below the bound": (
+        lambda c: ss.AblateActivations([0, 1], c.some, "clamp", value=1e9), NoEffectError,
+        "AblateActivations left every token as it was; expected at least one to change",
+    ),
+    "a patch of what is there": (
+        lambda c: patch(c, states(c)), NoEffectError, "PatchActivations left every token as it was",
+    ),
+    "values that are there": (
+        lambda c: patch(c, values(c), "values"), NoEffectError,
+        "PatchActivations touched no row.*masked already, or were given what they have",
+    ),
+    "a number beyond the dtype": (
+        lambda c: ss.AblateActivations([0], c.some, 1e300), InterventionError,
+        r"Got replacement=1e\+300 for a model in float32; expected at most 3.40282e\+38 in magnitude",
+    ),
+    "a bound beyond the dtype": (
+        lambda c: ss.AblateActivations([0], c.some, "clamp", value=1e300), InterventionError, r"Got value=1e\+300",
+    ),
+    "tokens as a rule": (
+        lambda c: moves(c, select="image"), InterventionError,
+        r"Got select='image'; expected an ImageCentric rule.*Write select=ss.ImageCentric\(trace.l_sinks\(\)\)",
+    ),
     # order
     "text to the front": (
         lambda c: ss.SinkToFront(c.some), InterventionError,
@@ -364,6 +437,48 @@ def test_an_impossible_intervention_is_refused(case, name):
     with pytest.raises(error, match=message) as caught:
         c.lvlm.run(c.sample, interventions=[make(c)])
     assert isinstance(caught.value, SinkscopeError)
+
+
+GENERATE = {
+    "kl": (
+        {"kl": True},
+        r"Got \['kl'\] as options of generate; expected them in lvlm.run\(...\) only",
+    ),
+    "guidance": (
+        {"guidance_scale": 2.0},
+        "Got guidance_scale=2.0; expected 1 or None. It runs the model twice per step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_an_impossible_way_of_generating_is_refused(case, name):
+    options, message = GENERATE[name]
+    c = case(LLAVA)
+    with pytest.raises(InputError, match=message):
+        c.lvlm.generate(c.sample, interventions=[ss.MaskKeys(c.some)], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_are_compared_with_the_models_dtype(case, dtype):
+    c = case(LLAVA, "sdpa", dtype)
+    most = torch.finfo(dtype).max
+    with pytest.raises(
+        InterventionError, match=f"for a model in {str(dtype)[6:]}; expected at most"
+    ):
+        c.lvlm.run(c.sample, interventions=[ss.AblateActivations([0], c.some, most * 1.5)])
+
+
+def test_blocks_that_feed_nothing_can_be_edited_for_probes_of_the_tower(case):
+    c = case(LLAVA)
+    probe = ss.AttentionMass({"some": c.patches}, [2], tower="vision")
+    edit = ss.MaskKeys(c.patches, [2], tower="vision", allow_noop=True)
+    plain, run = (c.lvlm.run(c.sample, [probe], edits) for edits in ([], [edit]))
+    assert torch.equal(run.logits, plain.logits)
+    assert (run[probe].mass.nan_to_num() == 0).all()
+    assert (plain[probe].mass.nan_to_num() > 0).any()
+    everywhere = ss.MaskKeys(c.patches, tower="vision")
+    assert c.lvlm.run(c.sample, interventions=[everywhere]).effects[everywhere].layers == (0, 1, 2)
 
 
 def test_there_are_many():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import ModelError, SinkscopeError
 from sinkscope.models.judging import EDIT_JUDGES, JUDGES
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.models.test_anatomy import without_interface
@@ -208,19 +208,135 @@ def test_every_public_intervention_is_judged():
     assert set(EDIT_JUDGES) == {*edits, "LSG"}
 
 
-def test_edits_that_are_said_not_to_work_are_refused(tiny):
+def one_of_every_edit(lvlm, sample, tower):
+    """An intervention of every judged class on a tower, small enough to run everywhere."""
+    tokens = sample.tokens if tower == "language" else sample.tokens.vision
+    places = (sample.tokens.image >= 0 if tower == "language" else tokens.live).nonzero()[1:6]
+    some, other = torch.zeros_like(tokens.live), torch.zeros_like(tokens.live)
+    some[tuple(places[:2].T)], other[tuple(places[2:].T)] = True, True
+    at = {"layers": [0], "tower": tower}
+    states = ss.ResidualStates(**at)
+    donor = 2 * lvlm.run(sample, [states])[states].states
+    return [
+        ss.MaskKeys(some, **at),
+        ss.AttentionKnockout(some | other, some, **at),
+        ss.ScaleKeys(some, 0.5, **at),
+        ss.ScaleAttention(some, 0.5, **at),
+        ss.Redistribute(some, other, 0.5, **at),
+        ss.EvictKeys(2, 3, **at),
+        ss.AblateValues(some, **at),
+        ss.AblateActivations([0], some, **at),
+        ss.PatchActivations(donor, "resid_post", some, **at),
+        ss.ScaleTokens(some, 0.5, tower=tower),
+        ss.SinkToFront(some, tower=tower),
+        ss.TestTimeRegister({0: [1]}, tower=tower),
+    ]
+
+
+def is_true(lvlm, sample, report, tower):
+    """Every verdict on edits: what is exact runs and touches something, the rest is refused."""
+    told = {}
+    for edit in one_of_every_edit(lvlm, sample, tower):
+        name = type(edit).__name__
+        told[name] = report.verdict(name, tower).status
+        if told[name] == "unavailable":
+            with pytest.raises(SinkscopeError):
+                lvlm.run(sample, interventions=[edit])
+        else:
+            assert lvlm.run(sample, interventions=[edit]).effects[edit].touched.all()
+    assert set(told) | {"LSG"} == set(EDIT_JUDGES)
+    assert report.verdict("LSG", "vision").status == "unavailable"
+    return told
+
+
+@pytest.mark.parametrize("tower", ["vision", "language"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_edit_that_is_said_to_work_works_and_the_rest_does_not(tiny, family, tower):
+    lvlm = tiny(family)
+    sample = lvlm.prepare(images=random_image(), text="what is it")
+    told = is_true(lvlm, sample, lvlm.report(), tower)
+    assert set(told.values()) == {"exact", "unavailable"}
+    assert told["Redistribute"] == "exact"
+
+
+def test_the_fine_print_of_edits_is_true(tiny):
     packed = tiny("qwen2.5-vl")
     sample = packed.prepare(images=random_image(), text="what")
-    report = packed.report()
-    assert report.verdict("TestTimeRegister", "vision").status == "unavailable"
-    with pytest.raises(SinkscopeError, match="packed vision tower"):
-        packed.run(sample, interventions=[ss.TestTimeRegister({0: [1]})])
-    assert "without 'mean' and 'resample'" in report.verdict("AblateValues", "vision").why
+    assert "without 'mean' and 'resample'" in packed.report().verdict("AblateValues", "vision").why
     with pytest.raises(SinkscopeError, match="packed vision tower"):
         packed.run(sample, interventions=[ss.AblateValues("patch", "mean", tower="vision")])
-    clip = tiny("llava-clip-llama").report()
-    assert clip.verdict("TestTimeRegister", "vision").status == "exact"
-    assert clip.verdict("MaskKeys", "vision").status == "exact"
+    clip = tiny("llava-clip-llama")
+    sample = clip.prepare(images=random_image(), text="what")
+    said = clip.report().verdict("Redistribute", "vision").why
+    assert said == "select and 'after image' on the decoder only"
+    some = sample.tokens.vision.live & (sample.tokens.vision.live.cumsum(1) == 3)
+    edit = ss.Redistribute(some, ~some, 0.5, queries="after image", tower="vision")
+    with pytest.raises(SinkscopeError, match="in the decoder only"):
+        clip.run(sample, interventions=[edit])
+
+
+def test_a_projector_that_reads_several_blocks_leaves_no_place_for_registers():
+    module, processor = tiny_llava()
+    module.config.vision_feature_layer = [-1, -3]
+    projector, width = module.model.multi_modal_projector, module.config.vision_config.hidden_size
+    projector.linear_1 = torch.nn.Linear(2 * width, projector.linear_1.out_features)
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=random_image(), text="what is it")
+    assert is_true(lvlm, sample, lvlm.report(), "vision")["TestTimeRegister"] == "unavailable"
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_masks_that_a_flash_kernel_does_not_take_are_reported_and_refused(capped):
+    module, processor = tiny_llava()
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=random_image(), text="what is it")
+    for layer in module.model.language_model.layers:
+        layer.self_attn.attn_logit_softcapping = 20.0 if capped else None
+    module.config.text_config._attn_implementation = "flash_attention_2"
+    report = ss.LVLM(module).report()
+    assert lvlm.anatomy.language.softcap == capped
+    masks = {"MaskKeys", "AttentionKnockout", "ScaleAttention", "Redistribute"} if capped else set()
+    edits = one_of_every_edit(tiny_twin(), sample, "language")
+    for edit in edits:
+        name = type(edit).__name__
+        if name not in {*masks, "EvictKeys"}:
+            continue
+        assert report.verdict(name).status == "unavailable"
+        assert "flash_attention_2 takes no" in report.verdict(name).why
+        with pytest.raises(SinkscopeError, match="'flash_attention_2'; expected 'sdpa' or 'eager'"):
+            lvlm.run(sample, interventions=[edit])
+    for name in ("MaskKeys", "ScaleAttention", "Redistribute"):
+        assert (report.verdict(name).status == "unavailable") == capped
+        assert report.verdict(name, "vision").status == "exact"
+
+
+def tiny_twin():
+    """The same model under its own kernel."""
+    return ss.LVLM(*tiny_llava())
+
+
+def test_a_soft_cap_is_reported():
+    assert (
+        changed(softcap=True).verdict("MaskKeys").why
+        == "by an explicit mask: a soft-cap would bend a bias"
+    )
+    assert changed(d_head=256).verdict("MaskKeys").why.endswith("256 leave no room for a bias")
+    assert changed().verdict("MaskKeys").why == ""
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_flex_attention_is_refused(verify):
+    module, processor = tiny_llava(attn_implementation="flex_attention")
+    with pytest.raises(
+        ModelError, match=r"Got attn_implementation='flex_attention' in the vision tower.*'sdpa'"
+    ):
+        ss.LVLM(module, processor, verify=verify)
+    lvlm = ss.LVLM(*tiny_llava())
+    lvlm.module.set_attn_implementation("flex_attention")
+    with pytest.raises(
+        ModelError, match=r"flex_attention.*model.set_attn_implementation\('sdpa'\)"
+    ):
+        lvlm.report()
 
 
 def test_html_is_escaped(tiny):
