@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
+from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Comparison:
             one). Task ``"all"`` holds every question. ``attrs["comparisons"]`` is how many
             differences it holds.
         """
+        check_bootstrap(level, draws)
         import pandas as pd
 
         table = self.table if "seed" in self.table else self.table.assign(seed=0)
@@ -127,6 +130,18 @@ class Comparison:
         from sinkscope.viz.effects import plot_effects
 
         return plot_effects(self.summary(level=level, draws=draws, seed=seed), base=self.base)
+
+
+def check_bootstrap(level: Any, draws: Any) -> None:
+    """Refuse a coverage outside 0 to 1 and a number of draws below 1.
+
+    Raises:
+        InputError: If so.
+    """
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+        raise InputError(f"Got level={level!r}; expected a coverage between 0 and 1, such as 0.95.")
+    if isinstance(draws, bool) or not isinstance(draws, Integral) or int(draws) < 1:
+        raise InputError(f"Got draws={draws!r}; expected bootstrap samples, 1 or more. Write 2000.")
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
