@@ -138,7 +138,7 @@ def check_bootstrap(level: Any, draws: Any) -> None:
     Raises:
         InputError: If so.
     """
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < float(level) < 1:
         raise InputError(f"Got level={level!r}; expected a coverage between 0 and 1, such as 0.95.")
     if isinstance(draws, bool) or not isinstance(draws, Integral) or int(draws) < 1:
         raise InputError(f"Got draws={draws!r}; expected bootstrap samples, 1 or more. Write 2000.")
