@@ -77,6 +77,11 @@ def compare(
 
     items, variants = as_items(dataset), as_variants(conditions)
     check_tasks(items)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(
+            f"Got batch={batch!r}; expected the most questions per forward pass, 1 or more. Write "
+            "batch=16."
+        )
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     rules = {"v_detector": v_detector, "l_detector": l_detector}
@@ -127,7 +132,13 @@ def _edits(variant: Variant, trace: Any) -> Sequence[Any]:
     condition: Any = variant.condition
     if isinstance(condition, Applied):
         return []
-    return condition(trace) if variant.needs_trace else condition
+    edits = condition(trace) if variant.needs_trace else condition
+    if edits is None:
+        raise InputError(
+            f"The condition {variant.name!r} gave None for a batch; expected a list of interventions, [] "
+            "for no edit. Does its function end without a return?"
+        )
+    return edits
 
 
 def _under(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
+from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Comparison:
             seed_sd (standard deviation of the accuracy over seeds; NaN for one). Task ``"all"``
             holds every question. ``attrs["comparisons"]`` is how many differences it holds.
         """
+        check_bootstrap(level, draws)
         import pandas as pd
 
         whole = self._by_task()
@@ -155,6 +158,18 @@ def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | N
         condition != base and touched > 0 and (tasks is None or task in tasks)
         for task, condition, touched in lines
     )
+
+
+def check_bootstrap(level: Any, draws: Any) -> None:
+    """Refuse a coverage outside 0 to 1 and a number of draws below 1.
+
+    Raises:
+        InputError: If so.
+    """
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < float(level) < 1:
+        raise InputError(f"Got level={level!r}; expected a coverage between 0 and 1, such as 0.95.")
+    if isinstance(draws, bool) or not isinstance(draws, Integral) or int(draws) < 1:
+        raise InputError(f"Got draws={draws!r}; expected bootstrap samples, 1 or more. Write 2000.")
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:

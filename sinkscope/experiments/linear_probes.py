@@ -70,7 +70,8 @@ def linear_probes(
     by image, accuracy.
 
     It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
-    and target ``draws of the group + permutations`` fits, times the labels of a target with several.
+    and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
+    several.
     Mean states are kept in memory: records x layers x columns x d_model x 4 bytes, where random
     tokens have a column per draw. Choose ``layers`` and ``permutations`` by that.
 
@@ -91,7 +92,8 @@ def linear_probes(
         l_detector: For L-sinks, likewise.
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
-        permutations: Probes of labels shuffled over all images, for the null; 0 for none.
+        permutations: How often labels are shuffled over all images, for the null; 0 for none. A group
+            of several draws has a probe per draw each time, and their mean is one value of the null.
         level: Coverage of the intervals, which resample test images.
         draws: Bootstrap samples of an interval.
         seed: Of split, random tokens, shuffled labels and intervals.

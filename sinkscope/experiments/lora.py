@@ -38,7 +38,7 @@ class LoRA:
         alpha: The adapter adds ``(alpha / r) B A``.
         parameters: How many numbers were trained.
         wanted: How many it was to have: those of the gate; None if the rank was given.
-            history: One line per step and split, with the loss in nats per answer token.
+        history: One line per step and split, with the loss in nats per answer token.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]

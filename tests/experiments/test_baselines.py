@@ -197,6 +197,19 @@ def test_random_tokens_are_as_many_and_ordinary(trace):
     assert bool((moved.v_sinks <= visual).all())
 
 
+def test_random_tokens_are_other_places_in_other_images(planted):
+    """With the same sinks, the same prompt and the same seed."""
+    lvlm, _ = planted
+    rules = detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0)
+    drawn = []
+    for seed in range(4):
+        sample = lvlm.prepare(images=random_image(64, 64, seed), text="how many")
+        seen = trace_sinks(lvlm, sample, *rules)
+        drawn.append((seen.ordinary(), elsewhere(seen, 3).v_sinks))
+    assert all(torch.equal(ordinary, drawn[0][0]) for ordinary, _ in drawn)
+    assert len({tuple(mask.flatten().tolist()) for _, mask in drawn}) > 1
+
+
 def test_random_tokens_wrap_any_function_of_a_trace(planted, trace):
     control = baselines.random_tokens(baselines.fixed_coefficients(1, 0.1, 0.9), seed=3)
     sinks, rest = control(trace)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,37 @@ def test_noise_stays_within_the_null() -> None:
     assert above <= 5
 
 
+def test_the_null_of_several_draws_is_as_wide_as_their_mean() -> None:
+    """Accuracy and null are exchangeable in noise, so over many cells their variances agree.
+
+    The 99.9 % quantile of their ratio is 2 for 80 cells. A null of single draws has 3.6: then hardly
+    any mean over draws would exceed it.
+    """
+    found = []
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        cell, target, split = made(seed, n=60)
+        cell = Cell(0, "g", [rng.normal(size=(60, 6)) for _ in range(5)], cell.count)
+        (line,), _ = judge(cell, [target], split, replace(OPTIONS, permutations=1, draws=1))
+        found.append((line["accuracy"], line["null"]))
+    accuracy, null = np.var(found, axis=0)
+    assert 1 / 2 < null / accuracy < 2
+    assert np.mean(found, axis=0) == pytest.approx([1 / 3, 1 / 3], abs=0.03)
+
+
+def test_the_null_of_several_draws_is_their_mean_on_the_same_labels() -> None:
+    cell, target, split = made(1)
+    rng = np.random.default_rng(1)
+    draws = [rng.normal(size=(120, 6)) for _ in range(3)]
+    options = replace(OPTIONS, permutations=1)
+    nulls = []
+    for states in (*([x] for x in draws), draws):
+        (line,), _ = judge(Cell(0, "g", states, cell.count), [target], split, options)
+        nulls.append(line["null"])
+    assert nulls[3] == pytest.approx(np.mean(nulls[:3]))
+    assert len(set(nulls[:3])) > 1
+
+
 def test_two_clear_clusters_are_not_named_right_by_luck() -> None:
     """Labels of training images alone, shuffled, would give a null of 1 in one trial of four."""
     cell, target, split = made(0)
@@ -94,6 +127,14 @@ def test_correctness_and_majority_by_hand() -> None:
     assert common["label accuracy"] == pytest.approx(4 / 6)
     assert common["exact set"] == 0.5
     assert majority(np.array([2, 0, 2]), np.array([2, 1])) == {"accuracy": 0.5}
+
+
+def test_the_most_frequent_class_is_that_of_the_training_rows() -> None:
+    cell, target, split = made(0)
+    labels = np.where(split.train, 0, 1)
+    labels[:10], labels[-10:] = 1, 0  # 70 of 80 train on 0, 30 of 40 are tested on 1
+    (line,), _ = judge(cell, [replace(target, labels=labels)], split, OPTIONS)
+    assert line["majority"] == 10 / 40
 
 
 def test_a_label_that_no_training_image_has_is_predicted_absent() -> None:

@@ -461,6 +461,63 @@ def test_malformed_comparisons_are_refused(planted, data, conditions, message):
         ss.compare(lvlm, data, conditions, **rules)
 
 
+@pytest.mark.parametrize("batch", [0, -1, "auto", 2.5, True, None])
+def test_a_batch_that_is_no_number_of_questions_is_refused(planted, batch):
+    with pytest.raises(ss.SinkscopeError, match=f"Got batch={batch!r}; expected"):
+        ss.compare(planted[0], dataset(1), {"base": []}, batch=batch)
+
+
+def test_a_condition_without_a_return_is_no_unedited_one(planted):
+    lvlm, rules = planted
+
+    def forgotten(trace):
+        [ss.MaskKeys(trace.v_sinks)]
+
+    with pytest.raises(ss.SinkscopeError, match="condition 'masked' gave None"):
+        ss.compare(lvlm, dataset(1), {"base": [], "masked": forgotten}, **rules)
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "task"])
+@pytest.mark.parametrize("value", [3, None, ["red"], float("nan")])
+def test_texts_that_are_none_are_named_before_any_work(wordy, field, value):
+    data = [*dataset(1), {**dataset(1)[0], field: value}]
+    for ask in (lambda: ss.compare(wordy, data, {"base": []}), lambda: ss.sweep(wordy, data)):
+        with pytest.raises(ss.SinkscopeError, match=rf"Record 2 has {field}=.*; expected a str"):
+            ask()
+
+
+@pytest.mark.parametrize("options", [{"level": 95}, {"level": 0}, {"draws": 0}, {"draws": 2.5}])
+def test_impossible_intervals_are_refused(options):
+    rows = [(i, i, "t", c, True, True) for i in range(3) for c in ("base", "edit")]
+    names = ["item", "image_id", "task", "condition", "correct", "touched"]
+    comparison = Comparison(pd.DataFrame(rows, columns=names), "base")
+    with pytest.raises(ss.SinkscopeError, match="expected"):
+        comparison.summary(**options)
+    assert len(comparison.summary(level=0.5, draws=1)) == 2
+
+
+def test_one_picture_without_an_id_is_one_image(wordy, tmp_path):
+    """Questions about it are resampled together, in `compare` as in `sweep`; given ids are kept."""
+    path = tmp_path / "two.png"
+    random_image(64, 64, 2).save(path)
+    pictures = [
+        random_image(64, 64, 0),
+        np.asarray(random_image(64, 64, 0)),
+        random_image(64, 64, 1),
+        path,
+        str(path),
+        [random_image(64, 64, 0), path],
+    ]
+    data = [{"image": p, "question": "what is it", "answer": "red"} for p in pictures]
+    ids = [item.image_id for item in as_items(data)]
+    assert [ids.index(name) for name in ids] == [0, 0, 2, 3, 3, 5]
+    assert ss.compare(wordy, data[:3], {"base": []}).summary(draws=10)["images"].tolist() == [2]
+    swept = ss.sweep(wordy, data[:3], [0], [(0.5, 0.5)], v_detector=detectors.NoSinks())
+    assert swept.base()["images"].tolist() == [2]
+    named = [{**record, "image_id": i} for i, record in enumerate(data)]
+    assert [item.image_id for item in as_items(named)] == list(range(6))
+
+
 def test_per_seed_needs_a_condition():
     with pytest.raises(ss.SinkscopeError, match="one per seed"):
         per_seed()

@@ -265,6 +265,27 @@ def test_records_of_one_image_are_never_split(bundled, scenes) -> None:
     assert (result.rows.groupby("image_id")["record"].nunique() == 2).all()
 
 
+def test_one_picture_without_an_id_is_one_image(planted) -> None:
+    """Its records would else stand in both parts, and what it shows would be known by heart."""
+    lvlm, _ = planted
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, size=24).tolist()
+    records = [
+        {"image": random_image(64, 64, i % 24), "attributes": {"luck": labels[i % 24]}}
+        for i in range(96)
+    ]
+    result = ss.linear_probes(lvlm, records, groups={"image": "image"}, layers=[0], **QUICK)
+    trained, tested = map(set, result.images)
+    assert (len(trained), len(tested)) == (16, 8)
+    assert not trained & tested
+    assert cell(result)["accuracy"] < 0.9
+
+
+def test_a_target_named_twice_is_refused(bundled, scenes) -> None:
+    with pytest.raises(InputError, match=r"not \['count'\] again"):
+        ss.linear_probes(bundled, scenes, targets=["count", "colours", "count"], **QUICK)
+
+
 def test_a_remote_run_gives_the_same(bundled, scenes) -> None:
     given = {"groups": {"image": "image"}, "layers": [1], "targets": ["count"], **QUICK}
     here, there = (
@@ -283,7 +304,11 @@ def test_processes_give_the_same(bundled, scenes) -> None:
 def records(n=24, **change):
     """Records with a class that changes every two, and one attribute that `change` replaces."""
     return [
-        {"image": None, "attributes": {"a": i // 2 % 2, **{k: f(i) for k, f in change.items()}}}
+        {
+            "image": None,
+            "image_id": i,
+            "attributes": {"a": i // 2 % 2, **{k: f(i) for k, f in change.items()}},
+        }
         for i in range(n)
     ]
 

@@ -223,7 +223,10 @@ def _judged(
 def _nulls(
     cell: Cell, target: Target, train: np.ndarray, test: np.ndarray, split: Split, options: Options
 ) -> list[dict[str, float]]:
-    """Mean correctness with labels shuffled over all images; the draws of the group take turns.
+    """Mean correctness with labels shuffled over all images, of all draws as in the accuracy.
+
+    An accuracy is a mean over the draws of the group, and varies less than that of one draw. So each
+    set of shuffled labels is learned from every draw, and the mean over draws is one value.
 
     Test labels are shuffled too: what is tested is whether states and labels are independent. With
     shuffled training labels alone, two clear clusters would be named right by luck in one trial of four.
@@ -233,8 +236,9 @@ def _nulls(
         labels = target.labels.copy()
         rng = np.random.default_rng([options.seed, i])
         labels[there] = shuffled(labels[there], split.images[there], rng)
-        states = cell.states[i % len(cell.states)]
-        predicted, _ = predict(states[train], labels[train], states[test], options.c)
-        right = correctness(predicted, labels[test])
-        out.append({name: float(v.mean()) for name, v in right.items()})
+        draws = [
+            correctness(predict(x[train], labels[train], x[test], options.c)[0], labels[test])
+            for x in cell.states
+        ]
+        out.append({name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]})
     return out

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sinkscope.errors import InputError, nearest
+from sinkscope.experiments.items import image_id_of
 
 FEWEST_IMAGES = 20
 """Fewer images than this cannot be split into a training and a test part that mean anything."""
@@ -26,7 +27,7 @@ class LabelledImage:
         attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
         question: The text after the image.
         image_id: Records with one id are about one image: they are never split between training and
-            test, and are resampled together.
+            test, and are resampled together. None for the image's path, or a digest of its pixels.
     """
 
     image: Any
@@ -82,7 +83,8 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
                 "classes, such as {'count': 3, 'colours': {'red', 'blue'}}."
             )
         _check_files(item, i)
-        items.append(item if item.image_id is not None else replace(item, image_id=f"image {i}"))
+        known_by = image_id_of(item.image) if item.image_id is None else item.image_id
+        items.append(replace(item, image_id=known_by))
     n = len({str(item.image_id) for item in items})
     if n < FEWEST_IMAGES:
         raise InputError(
@@ -120,6 +122,9 @@ def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> 
     names = known if wanted is None else wanted
     if isinstance(names, str) or not names:
         raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
+    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if twice:
+        raise InputError(f"Got targets={list(names)}; expected every one once, not {twice} again.")
     return [_target(name, items) for name in names]
 
 
