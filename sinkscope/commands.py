@@ -133,8 +133,6 @@ def run_sweep(given: argparse.Namespace) -> int:
     print(made if given.dry_run else made.observations())
     if given.dry_run:
         return 0
-    for note in made.notes:
-        print(f"Note: {note}")
     table = made.best()
     print("\nBest cell per task, chosen on one half of the images and scored on the other:")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """As many tokens as one likes, chosen as good as at random: the control for a detector.
+    """As many tokens as one likes, chosen by a hash: the control for a detector.
 
     The choice differs from image to image and is the same whenever an image is seen again. It is a
     hash of every token's position and largest channel, so rounding in another dtype can change it. In

@@ -77,17 +77,11 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
 
 
 def check_tasks(items: Sequence[Item]) -> None:
-    """Refuse a task that is no text, or whose name stands for all questions beside others.
+    """Refuse a task whose name stands for all questions, unless it is the only one.
 
     Raises:
         InputError: If there is one.
     """
-    for i, item in enumerate(items):
-        if not isinstance(item.task, str):
-            raise InputError(
-                f"Record {i} has task={item.task!r}; expected a str. Write task={str(item.task)!r}, or "
-                "leave it out."
-            )
     tasks = {item.task for item in items}
     if ALL in tasks and len(tasks) > 1:
         raise InputError(

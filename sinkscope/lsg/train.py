@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.folders import held
 from sinkscope.lsg.checkpoints import open_run
 from sinkscope.lsg.choosing import check_gates, check_layer
 from sinkscope.lsg.config import detector_of
@@ -136,14 +138,14 @@ def train_lsg(
     held_out = validation if validation_data is None else 1.0
     check_numbers(patience, held_out, checkpoint_every)
     parts = {"validation": validation, "seed": seed, "max_answer_tokens": max_answer_tokens}
-    data, rows, held = read_parts(lvlm, dataset, validation_data, progress=progress, **parts)
+    data, rows, held_rows = read_parts(lvlm, dataset, validation_data, progress=progress, **parts)
     count = 1 if accelerator is None else accelerator.num_processes
     edited = [gate.config.edited for gate in gates] or [edited_by(layer) for layer in layers]
     towers = (lvlm.anatomy.vision.n_layers, lvlm.anatomy.language.n_layers)
-    cost = cost_of(settings, edited, len(rows), len(held), *towers, processes=count)
+    cost = cost_of(settings, edited, len(rows), len(held_rows), *towers, processes=count)
     if dry_run:
         return cost
-    facts = facts_of(lvlm, data, (rows, held), settings, append_end)
+    facts = facts_of(lvlm, data, (rows, held_rows), settings, append_end)
     facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     with frozen(lvlm.module):
         prove(lvlm, make_batch(lvlm, data, rows[:1]).inputs)
@@ -154,18 +156,21 @@ def train_lsg(
         made = new_gates(lvlm, layers, {"seed": seed, **(choices or {})}, rules)
     facts["gates"] = {str(layer): described(gate) for layer, gate in made.items()}
     folder = None if out is None else Path(out)
-    if folder is not None and (accelerator is None or accelerator.is_main_process):
-        open_run(folder, facts)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    with frozen(lvlm.module), torch.enable_grad():
+    with ExitStack() as stack:
+        if folder is not None and (accelerator is None or accelerator.is_main_process):
+            open_run(folder, facts)
+            stack.enter_context(held(folder, "run"))
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        stack.enter_context(frozen(lvlm.module))
+        stack.enter_context(torch.enable_grad())
         objective = GateObjective(lvlm, made, data, append_end)
-        base = base_losses(objective, held, settings.batch) if held else None
+        base = base_losses(objective, held_rows, settings.batch) if held_rows else None
         loop = Loop(
             objective.trainees,
             objective,
             rows,
-            held,
+            held_rows,
             settings,
             folder,
             checkpoint_every,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
+from sinkscope.folders import held
 from sinkscope.lsg import checkpoints
 from sinkscope.lsg import loop as looping
 from sinkscope.testing import tiny_llava
@@ -75,7 +76,7 @@ def test_a_killed_run_ends_at_the_weights_of_an_undisturbed_one(tmp_path):
     texts = [Path(f"{path}.json").read_text() for path in (plain, killed)]
     assert texts[0] == texts[1]
     names = sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert names == ["checkpoint-000018", "run.json"]
+    assert names == [".lock", "checkpoint-000018", "run.json"]
 
 
 @pytest.fixture
@@ -151,6 +152,13 @@ def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_second_run_of_the_same_folder_is_refused_while_the_first_goes_on(lvlm, tmp_path):
+    train(lvlm, out=tmp_path)
+    with held(tmp_path, "run"), pytest.raises(InputError, match="where another run runs now"):
+        train(lvlm, out=tmp_path)
+    train(lvlm, out=tmp_path)
+
+
 def test_files_that_cannot_be_read_are_named(lvlm, tmp_path):
     train(lvlm, out=tmp_path)
     (newest,) = tmp_path.glob("checkpoint-*")
@@ -176,5 +184,5 @@ def test_checkpoints_hold_no_pickle_and_no_half_written_one_counts(lvlm, tmp_pat
     (half / "state.json").write_text("{")
     again = train(lvlm, out=tmp_path / "a", checkpoint_every=1)
     assert same(weights(expected), weights(again))
-    suffixes = {path.suffix for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".safetensors"}
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files if path.name != ".lock"} == {".json", ".safetensors"}
