@@ -235,13 +235,15 @@ class LSG(nn.Module):
                 hf_model.generate(**inputs)
 
         Args:
-            model: The ``transformers`` model, or an LVLM.
+            model: The ``transformers`` model, a ``PeftModel`` around it, or an LVLM.
 
         Returns:
             What to ``detach()``, also a context manager.
 
         Raises:
             InterventionError: If the gate was made for another model or is attached to it already.
+            InputError: While attached, for a pass that cannot be gated rightly, such as one on a cache
+                that was filled before.
         """
         from sinkscope.lsg.attach import attach
 
