@@ -108,7 +108,9 @@ def check_channels(c, tower, site, replacement):
     assert torch.equal(edited[~tokens].nan_to_num(), plain[~tokens].nan_to_num())
     assert torch.equal(edited[tokens][:, ~chosen], plain[tokens][:, ~chosen])
     effect = run.effects[edit]
-    assert torch.equal(effect.rows[:, 0], tokens.sum(1))
+    changed = (edited != plain).any(-1) & tokens  # a clamp may leave a token as it is
+    assert torch.equal(effect.rows[:, 0], changed.sum(1))
+    assert changed.any()
     assert effect.mass_before.isnan().all()
 
 
@@ -236,7 +238,7 @@ def test_the_mean_of_channels_survives_fp16(case):
     """A sum over tokens of 3e4 each is beyond fp16; their mean is not."""
     c = case("llava-clip-llama", "sdpa", torch.float16)
     set_ = ss.AblateActivations([5], "all", 3.0e4, [1], site="mlp_out")
-    mean = ss.AblateActivations([5], c.some, "mean", [1], site="mlp_out")
+    mean = ss.AblateActivations([5], c.some, "mean", [1], site="mlp_out", allow_noop=True)
     probe = ss.ResidualStates(layers=[1], site="mlp_out")
     states = c.lvlm.run(c.sample, probes=[probe], interventions=[set_, mean])[probe].states
     assert (states[:, 0, :, 5][c.live] == 3.0e4).all()
