@@ -449,9 +449,22 @@ def test_grad_modes_of_the_caller(lvlm):
 
 def test_a_gate_that_is_attached_is_not_overlooked(lvlm):
     gate = ss.LSG.for_model(lvlm, 1, v_detector=RULE)
-    with gate.attach(lvlm.module), pytest.raises(ModelError, match="If a gate is attached"):
+    with gate.attach(lvlm.module), pytest.raises(InputError, match=r"or gate\.detach\(\)"):
         train(lvlm)
-    train(lvlm, epochs=1)
+    hook = lvlm.module.get_submodule(lvlm.anatomy.head).register_forward_hook(
+        lambda module, args, out: 2 * out
+    )
+    train(lvlm, epochs=1)  # the head's hook acts on captured passes, too
+    hook.remove()
+    handle = lvlm.module.register_forward_hook(lambda module, args, out: doubled(out))
+    with pytest.raises(ModelError, match="or hooks of yours change it, take them off first"):
+        train(lvlm)
+    handle.remove()
+
+
+def doubled(out):
+    out.logits = 2 * out.logits
+    return out
 
 
 @pytest.mark.parametrize(
