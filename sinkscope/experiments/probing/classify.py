@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sinkscope.experiments.probing.labelled import Target
 from sinkscope.experiments.statistics import cluster_bootstrap
@@ -149,7 +150,10 @@ def judge(
             "tokens": float(cell.count[there].mean()) if there.any() else float("nan"),
         }
         note = _note(there, train, test, target, split)
-        parts = _judged(cell, target, train, test, split, options) if not note else _blank(target)
+        with threadpool_limits(1):  # many small fits: threads would wait for one another
+            parts = (
+                _judged(cell, target, train, test, split, options) if not note else _blank(target)
+            )
         for metric, numbers in parts.items():
             right = numbers.pop("right", None)
             at = {**place, "target": target.name, "metric": metric}
