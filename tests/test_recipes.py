@@ -313,7 +313,7 @@ def test_train_and_compare(tmp_path, capsys, write) -> None:
     assert set(summary["condition"]) == {"base", "gate", "half", "masked", "stack", "control"}
 
 
-def test_flags_and_rules_reach_the_training(tmp_path) -> None:
+def test_flags_and_rules_reach_the_training(tmp_path, capsys) -> None:
     out = tmp_path / "gates"
     words = [
         "train-lsg",
@@ -334,6 +334,13 @@ def test_flags_and_rules_reach_the_training(tmp_path) -> None:
     assert (settings["lr"], settings["batch"]) == (0.004, 4)
     assert gate.record["layer"] == 1
     assert "results" not in gate.record
+    useless = [*words, "--lr", "1e-30", "--out", str(tmp_path / "useless"), "--set", "warmup=0"]
+    capsys.readouterr()
+    assert main(useless) == 0
+    assert (
+        ss.LSG.from_pretrained(tmp_path / "useless" / "gate-1").record["result"]["best_step"] == 0
+    )
+    assert "so this is the untrained gate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["sweep", "train-lsg", "compare"])

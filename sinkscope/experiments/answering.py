@@ -65,7 +65,9 @@ def answer_batch(
     Free answers are greedy, and of each only as many tokens count as its own right answer has, so
     that no answer depends on the other questions of the batch. It is right if these are the tokens of
     the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or the same text after
-    stripping and lower case. An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is not length
+    stripping and lower case.
+
+    An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is not length
     normalised; the options are forced through ``generate``, so that a prompt is a prompt and an
     option's tokens are decode steps for every edit. Options of one token cost one forward pass.
     """

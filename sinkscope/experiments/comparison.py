@@ -70,9 +70,10 @@ class Comparison:
 
         Returns:
             Columns task, condition, n, images, seeds, touched, uncontrolled (both shares of the
-            questions), accuracy, low, high, delta, delta_low, delta_high, changed (the share of answers that turned right or wrong),
-            seed_sd (standard deviation of the accuracy over seeds; NaN for one). Task ``"all"``
-            holds every question. ``attrs["comparisons"]`` is how many differences it holds.
+            questions), accuracy, low, high, delta, delta_low, delta_high, changed (the share of
+            answers that turned right or wrong), seed_sd (standard deviation of the accuracy over
+            seeds; NaN for one). Task ``"all"`` holds every question. ``attrs["comparisons"]`` is how
+            many differences it holds.
         """
         check_bootstrap(level, draws)
         import pandas as pd
@@ -138,7 +139,8 @@ class Comparison:
         table = self.table if "seed" in self.table else self.table.assign(seed=0)
         wide = table.assign(task=ALL)
         several = [t for t in self.tasks if t != ALL]
-        return pd.concat([table, wide], ignore_index=True) if len(several) > 1 else wide
+        named = table[table["task"] != ALL]  # those without a task are in "all" alone
+        return pd.concat([named, wide], ignore_index=True) if len(several) > 1 else wide
 
 
 def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = frozenset(
-    {"task", "condition", "n", "accuracy", "delta", "delta_low", "delta_high", "touched"}
+    {
+        "task",
+        "condition",
+        "n",
+        "accuracy",
+        "delta",
+        "delta_low",
+        "delta_high",
+        "touched",
+        "changed",
+    }
 )
 NONE = "none found"
 TOO_FEW = "too few to draw from"
@@ -122,11 +132,7 @@ def note_on(summary: pd.DataFrame, base: str, tasks: Sequence[str], mark: str) -
             "exclude zero by chance alone."
         )
     if any(unchanged(line) for line in lines):
-        known = "changed" in summary
-        what = (
-            "no answer turned right or wrong" if known else "no image was answered better or worse"
-        )
-        out += f'"{UNCHANGED}": {what}, which is no proof of no effect. '
+        out += f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
     return out + end
 
 
@@ -205,16 +211,8 @@ def clear(line: Any) -> bool:
 
 
 def unchanged(line: Any) -> bool:
-    """Whether rows were edited and no answer turned right or wrong.
-
-    Summaries without the column ``changed`` (kept by versions before it) tell by their interval:
-    both ends are zero only if every image kept its accuracy.
-    """
-    if not found(line) or line["delta"] != 0:
-        return False
-    if "changed" in line:
-        return bool(line["changed"] == 0)
-    return bool(line["delta_low"] == 0 and line["delta_high"] == 0)
+    """Whether rows were edited and no answer turned right or wrong."""
+    return found(line) and bool(line["changed"] == 0)
 
 
 def _shown(many: int) -> str:

@@ -521,3 +521,17 @@ def test_one_picture_without_an_id_is_one_image(wordy, tmp_path):
 def test_per_seed_needs_a_condition():
     with pytest.raises(ss.SinkscopeError, match="one per seed"):
         per_seed()
+
+
+def test_a_table_made_by_hand_counts_questions_without_a_task_once():
+    """`compare` refuses such data; a table of one's own may hold it."""
+    tasks, right = ["all", "all", "count", "shape"], [True, True, False, False]
+    lines = [
+        {"item": i, "image_id": str(i), "task": task, "condition": name, "correct": ok and name == "x",
+         "seed": 0, "touched": True}
+        for i, (task, ok) in enumerate(zip(tasks, right, strict=True))
+        for name in ("base", "x")
+    ]  # fmt: skip
+    summary = Comparison(pd.DataFrame(lines), "base").summary(draws=20)
+    line = summary[(summary["task"] == "all") & (summary["condition"] == "x")].iloc[0]
+    assert (line["n"], line["accuracy"], line["delta"]) == (4, 0.5, 0.5)

@@ -81,6 +81,21 @@ def test_a_data_set_of_the_datasets_library(folder):
     ]
     assert records[1]["image"].size == (8, 8)
     assert records[1]["question"] == "b?"
+    options = {"split": "test", "columns": columns, "letters": "(A)"}
+    lazy = Questions(str(folder / "set"), start=1, limit=5, **options).indexed()
+    assert not isinstance(lazy, list)  # images are decoded one by one
+    assert [r["question"] for r in lazy] == [r["question"] for r in lazy[:]] == ["b?", "c?"]
+    assert (len(lazy), lazy[-1]["answer"]) == (2, "(A)")
+    with pytest.raises(IndexError):
+        lazy[2]
+
+
+def test_files_and_scenes_are_lists(folder):
+    made = Questions(str(folder / "q.jsonl"), limit=2)
+    assert made.indexed() == list(made)
+    assert [r["question"] for r in Questions("scenes", limit=3).indexed()] == [
+        r["question"] for r in ss.bundled.scene_questions(1, 8)
+    ][:3]
 
 
 def test_the_same_options_for_all(folder):
