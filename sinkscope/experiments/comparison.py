@@ -139,7 +139,7 @@ class Comparison:
         table = self.table if "seed" in self.table else self.table.assign(seed=0)
         wide = table.assign(task=ALL)
         several = [t for t in self.tasks if t != ALL]
-        named = table[table["task"] != ALL]  # those without a task are in "all" alone
+        named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
         return pd.concat([named, wide], ignore_index=True) if len(several) > 1 else wide
 
 
