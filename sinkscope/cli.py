@@ -7,7 +7,6 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from tqdm.auto import tqdm
 
-    from sinkscope.detectors import Calibration, Detector, TowerCalibration
+    from sinkscope.detectors import Calibration, Detector
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
 
@@ -254,19 +253,7 @@ def trace_calibrated(
     """A trace with the given detectors; what is not given comes from the calibration, if there is one."""
     from sinkscope.experiments import trace_sinks
 
-    if calibration is None:
-        return trace_sinks(lvlm, sample, v, low)
-    trace = trace_sinks(lvlm, sample, v or calibration.v_detector, low or calibration.l_detector)
-    towers = {"V": (v, calibration.vision), "L": (low, calibration.language)}
-    words = [
-        f"{name}: " + ("given" if rule else _found(tower)) for name, (rule, tower) in towers.items()
-    ]
-    chosen = f"calibrated on {calibration.n_samples} other images ({', '.join(words)})"
-    return replace(trace, chosen=chosen, calibration=calibration)
-
-
-def _found(tower: TowerCalibration) -> str:
-    return "none found" if tower.tau is None else f"confidence {tower.confidence:.2f}"
+    return trace_sinks(lvlm, sample, v, low, calibration=calibration)
 
 
 def _show(

@@ -3,6 +3,8 @@
 from sinkscope.detectors.calibrate import Calibration, TowerCalibration, calibrate
 from sinkscope.detectors.constants import KNOWN, Known, known_for, table
 from sinkscope.detectors.detection import SATURATION, Detection, jaccard
+from sinkscope.detectors.gap import Gap
+from sinkscope.detectors.limits import Limits
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import (
     CosineToBOS,
@@ -22,7 +24,9 @@ __all__ = [
     "CosineToBOS",
     "Detection",
     "Detector",
+    "Gap",
     "Known",
+    "Limits",
     "Massive",
     "NoSinks",
     "Norm",

@@ -1,24 +1,23 @@
-"""Find a model's own sink dimensions and thresholds from a few samples, and say how sure that is.
+"""Find a model's own thresholds from a few samples, and say how clearly they separate.
 
-A sink is a token that spikes *and* draws attention. Calibration therefore looks for channels that
-separate the tokens which do both from all others, so that a spike without attention (a decoy) and
-attention without a spike teach it nothing:
+A sink is a token that spikes *and* draws attention: on every sample the `Gap` rule says which
+tokens do. Calibration looks for a score that separates them from all others without looking at
+attention again, so that the rule can be used on other samples, inside a gate, and on states alone:
 
-1. a token **draws** in a layer if some head gives it at least ``draw`` times its null, and it is
-   among the tokens that draw there or in a later layer;
-2. a token **spikes** in channel d of a layer if ``|h_d|`` is at least ``spike`` times the layer's
-   median ``|h|``; in the decoder the channel must have doubled its RMS score since the embeddings,
-   so that V-sinks, which arrive large in channels of their own, do not count;
-3. channels are kept if the lowest score of instances that do both is at least ``distinct`` times
-   the highest of all others (never taken below what an isotropic state shows), strongest first; tau
-   is the geometric mean of the two; the confidence is how far they lie apart, 0 if they touch and
-   towards 1 as the gap widens.
+* ``"channels"``: the largest ``|h|`` on a few sink channels over the token's RMS;
+* ``"ratio"``: the largest ``|h|`` over the layer's median ``|h|``;
+* ``"absolute"``: the largest ``|h|``.
+
+Each is judged in every layer by its **gap**: the score that 95 % of the sinks reach, over the score
+that no other token reaches but for as many as 5 % of the sinks. So one odd token vetoes nothing.
+The score that separates in most layers is taken, then the one with the widest least gap; limits lie
+in the geometric middle of the gaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,16 +25,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.detectors.detection import expected_peak
-from sinkscope.detectors.rules import STATE_SITE, Detector, NoSinks, SinkDimensions
+from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap
+from sinkscope.detectors.limits import Limits
+from sinkscope.detectors.outcome import outcome_of
+from sinkscope.detectors.rules import STATE_SITE, Detector, Massive, NoSinks, SinkDimensions
 from sinkscope.errors import CalibrationError
-from sinkscope.probes import ChannelValues, MassiveActivations, ReceivedAttention, TokenNorms
+from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sinkscope.models.anatomy import TowerAnatomy
     from sinkscope.models.lvlm import LVLM
     from sinkscope.models.prepare import Sample
+
+DISTINCT = 1.5
+"""The least gap at which a score separates."""
+MISSED = 0.05
+"""Share of the sinks that may fall below a limit, or be joined by other tokens."""
+CANDIDATES = 8
+"""Channels that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +54,36 @@ class TowerCalibration:
 
     Attributes:
         tower: ``"language"`` or ``"vision"``.
-        detector: The rule, `NoSinks` if no token both spikes and draws.
-        dims: Sink channels, strongest first.
-        tau: Threshold on the RMS score, or None.
-        lowest_sink: The lowest score of a token that spikes and draws.
-        highest_other: The highest score of any other token in the same layers.
-        confidence: ``1 - highest_other / lowest_sink`` in [0, 1].
+        detector: The rule, `NoSinks` if none was found.
+        score: The score that separates best, or None.
+        dims: Sink channels, strongest first, if the score is ``"channels"``.
+        tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
+        lowest_sink: The score that 95 % of the sinks reach, in the layer with the narrowest gap.
+        highest_other: The score that (nearly) no other token reaches there.
+        confidence: ``1 - highest_other / lowest_sink`` there, in [0, 1].
         instances: How many (sample, layer, token) instances spiked and drew.
+        layers: Layers in which the score separates them.
+        gaps: Score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
         reason: One sentence.
     """
 
     tower: Tower
     detector: Detector
+    score: str | None = None
     dims: tuple[int, ...] = ()
     tau: float | None = None
     lowest_sink: float = float("nan")
     highest_other: float = float("nan")
     confidence: float = 0.0
     instances: int = 0
+    layers: tuple[int, ...] = ()
+    gaps: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a rule."""
+        return self.score is not None
 
 
 @dataclass(frozen=True)
@@ -105,46 +126,37 @@ class Calibration:
 
 
 @dataclass(frozen=True, eq=False)
-class _Evidence:
-    """One sample in one tower: RMS scores of candidate channels, and who draws."""
+class _Look:
+    """One sample in one tower: its evidence, its sinks, and in a second pass the candidates' scores."""
 
-    scores: Tensor  # [row layer pos channel]
-    sizes: Tensor  # [row layer pos channel]: |h| over the layer's median
-    start: Tensor  # [row 1 pos channel]: the same in the tower's first state
-    draws: Tensor  # [row layer pos]: draws in this layer or later
-    live: Tensor  # [row pos]
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """The constants of the module docstring, the same for every model."""
-
-    draw: float = 3.0
-    spike: float = 20.0
-    distinct: float = 1.5
-    candidates: int = 8
-    dims: int = 4
+    evidence: EvidenceResult
+    sinks: Tensor  # [row layer pos]
+    scores: Tensor | None = None  # [row layer pos channel]
 
 
 def calibrate(
     lvlm: LVLM,
     samples: Sequence[Sample],
     *,
-    draw: float = 3.0,
-    spike: float = 20.0,
+    draws: float = DRAWS,
+    spike: float = MEDIANS,
     max_dims: int = 4,
+    towers: Sequence[str] = ("vision", "language"),
     remote: bool | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """This model's sink dimensions and thresholds.
+    """This model's thresholds, and its sink channels where channels separate best.
+
+    Two forward passes per sample, or one where no token is a sink.
 
     Args:
         lvlm: The model.
         samples: A few samples with different images, better of different kinds; six to eight is
             customary.
-        draw: How many times its null a token must receive in some head to count as drawing.
-        spike: How many times the layer's median ``|h|`` a channel must show to count as a spike.
+        draws: See `detectors.Gap`.
+        spike: ``medians`` of `detectors.Gap`: least multiple of the layer's median ``|h|``.
         max_dims: The most channels to keep per tower.
+        towers: The towers to look at, if not both; the other one has no rule then.
         remote: See `LVLM.run`.
         progress: Whether to show a progress bar; None shows it from four samples on.
 
@@ -152,148 +164,252 @@ def calibrate(
         Detectors with the evidence they rest on.
 
     Raises:
-        CalibrationError: If there is no sample.
+        CalibrationError: If there is no sample or no such tower, or ``max_dims`` is no positive number.
+        DetectorError: If another number is impossible.
     """
     if not isinstance(samples, Sequence) or len(samples) == 0:
         raise CalibrationError(
             f"Got {type(samples).__name__} of no samples; expected at least one prepared sample. "
             "Write ss.calibrate(lvlm, [lvlm.prepare(images=a, text='...'), ...])."
         )
-    rules = _Rules(draw=draw, spike=spike, dims=max_dims)
+    if isinstance(max_dims, bool) or not isinstance(max_dims, int) or max_dims < 1:
+        raise CalibrationError(f"Got max_dims={max_dims!r}; expected a whole number from 1 on.")
+    if not towers or not set(towers) <= {"vision", "language"}:
+        raise CalibrationError(
+            f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
+        )
+    rule = Gap(draws=draws, medians=spike)
     hidden = len(samples) < 4 if progress is None else not progress
-    found = {}
-    for tower in ("vision", "language"):
-        bar = tqdm(samples, desc=f"calibrating {tower}", disable=hidden, leave=False)
-        firsts = [_first_look(lvlm, sample, tower, remote) for sample in bar]
-        channels = _candidates(firsts, rules)
-        evidence = [
-            _second_look(lvlm, sample, tower, channels, drawn, rules, remote)
-            for sample, (_, drawn) in zip(samples, firsts, strict=True)
+    bar = tqdm(samples, desc="calibrating: spikes and attention", disable=hidden, leave=False)
+    first = [_first_look(lvlm, sample, rule, towers, remote) for sample in bar]
+    channels = {
+        tower: _candidates([looks[tower] for looks in first], CANDIDATES) for tower in first[0]
+    }
+    if any(channels.values()):
+        bar = tqdm(samples, desc="calibrating: channels", disable=hidden, leave=False)
+        first = [
+            _second_look(lvlm, sample, channels, looks, remote)
+            for sample, looks in zip(bar, first, strict=True)
         ]
-        found[tower] = _conclude(tower, channels, evidence, rules)
+    found = {
+        tower: _conclude(
+            lvlm.anatomy.tower(tower),
+            rule,
+            channels[tower],
+            [looks[tower] for looks in first],
+            max_dims,
+        )
+        for tower in channels
+    }
+    for tower in ("vision", "language"):
+        unseen = NoSinks("this tower was not looked at")
+        found.setdefault(tower, TowerCalibration(tower, unseen, reason=unseen.reason))
     return Calibration(found["vision"], found["language"], len(samples))
 
 
-def _layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
+def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
     """V-sinks are judged where the projector reads; L-sinks everywhere."""
     return lvlm.anatomy.feed_layers if tower == "vision" else None
 
 
-def _first_look(lvlm: LVLM, sample: Sample, tower: Any, remote: Any) -> tuple[Any, Tensor]:
-    """The largest channels of every token, and how many times its null each receives."""
-    massive = MassiveActivations(_layers(lvlm, tower), tower, 8, STATE_SITE[tower])
-    received = ReceivedAttention(tower=tower)
-    run = lvlm.run(sample, [massive, received], logits="last", remote=remote)
-    return run[massive], run[received].over_null().amax(dim=2)
+def _first_look(
+    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[str], remote: Any
+) -> dict[Any, _Look]:
+    """Spikes and attention of each tower, and the tokens that have both."""
+    a = lvlm.anatomy
+    names: list[Any] = list(dict.fromkeys(towers))
+    probes = {
+        tower: rule.probe(tower, judged_layers(lvlm, tower), a.tower(tower)) for tower in names
+    }
+    run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
+    looks = {}
+    for tower, probe in probes.items():
+        evidence: Any = run[probe]
+        looks[tower] = _Look(evidence, rule.spikes_in(evidence) & rule.also(evidence))
+    return looks
 
 
-def _candidates(firsts: list, rules: _Rules) -> list[int]:
-    """Channels that stand out in some token that draws somewhere."""
-    votes: dict[int, float] = {}
-    for massive, over in firsts:
-        drawing = (over >= rules.draw).any(dim=1)[:, None, :, None]
-        values = massive.values.abs() / massive.median[..., None, None]
-        values = torch.where(drawing.expand_as(values), values, torch.zeros_like(values))
-        for channel, value in zip(
-            massive.channels.flatten().tolist(),
-            values.nan_to_num().flatten().tolist(),
-            strict=True,
-        ):
-            if channel >= 0 and value > 0:
-                votes[channel] = max(votes.get(channel, 0.0), value)
-    ranked = sorted(votes, key=lambda channel: -votes[channel])
-    return ranked[: rules.candidates]
+def _candidates(looks: list[_Look], many: int) -> list[int]:
+    """The largest channels of the sinks, those that are largest in medians first."""
+    best: dict[int, float] = {}
+    for look in looks:
+        massive = look.evidence.massive
+        sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks]
+        pairs = zip(
+            massive.channels[look.sinks].flatten().tolist(), sizes.flatten().tolist(), strict=True
+        )
+        for channel, size in pairs:
+            best[channel] = max(best.get(channel, 0.0), size)
+    return sorted(best, key=lambda channel: -best[channel])[:many]
 
 
 def _second_look(
-    lvlm: LVLM,
-    sample: Sample,
-    tower: Any,
-    channels: list[int],
-    over: Tensor,
-    rules: _Rules,
-    remote: Any,
-) -> _Evidence | None:
-    """RMS scores of the candidate channels at every token."""
-    if not channels:
-        return None
-    anatomy = lvlm.anatomy.tower(tower)
-    site = STATE_SITE[tower]
-    judged = anatomy.layers(_layers(lvlm, tower))
-    values = ChannelValues(channels, judged, tower, (site,))
-    norms = TokenNorms(judged, tower, site)
-    first_values = ChannelValues(channels, [0], tower, ("resid_pre",))
-    first_norms = TokenNorms([0], tower, "resid_pre")
-    massive = MassiveActivations(judged, tower, 1, site)
-    probes = [values, norms, massive, first_values, first_norms]
-    run = lvlm.run(sample, probes, logits="last", remote=remote)
-    scale = anatomy.d_model**0.5
-    size = run[values].values[:, :, 0].abs()
-    scores = size * scale / run[norms].norms[..., None]
-    start = run[first_values].values[:, :, 0].abs() * scale / run[first_norms].norms[..., None]
-    drawing = over.nan_to_num() >= rules.draw
-    if tower == "vision":
-        drawing = drawing.any(dim=1, keepdim=True).expand(-1, len(judged), -1)
-    else:
-        drawing = drawing.flip(1).cummax(dim=1).values.flip(1)
-    live = ~run[norms].norms.isnan()[:, 0]
-    return _Evidence(scores, size / run[massive].median[..., None, None], start, drawing, live)
+    lvlm: LVLM, sample: Sample, channels: dict[Any, list[int]], looks: dict[Any, _Look], remote: Any
+) -> dict[Any, _Look]:
+    """RMS scores of the candidate channels at every token, in both towers."""
+    probes = {}
+    for tower, some in channels.items():
+        if some:
+            layers, site = judged_layers(lvlm, tower), STATE_SITE[tower]
+            layers = lvlm.anatomy.tower(tower).layers(layers)
+            probes[tower] = (
+                ChannelValues(some, layers, tower, (site,)),
+                TokenNorms(layers, tower, site),
+            )
+    run = lvlm.run(
+        sample, [p for pair in probes.values() for p in pair], logits="last", remote=remote
+    )
+    out = dict(looks)
+    for tower, (values, norms) in probes.items():
+        scale = lvlm.anatomy.tower(tower).d_model ** 0.5
+        scores = run[values].values[:, :, 0].abs() * scale / run[norms].norms[..., None]
+        out[tower] = _Look(looks[tower].evidence, looks[tower].sinks, scores)
+    return out
 
 
-def _spikes(evidence: _Evidence, rules: _Rules, tower: str) -> Tensor:
-    """Which instances spike in which candidate channel, ``[row layer pos channel]``."""
-    out = evidence.sizes >= rules.spike
-    if tower == "language":
-        out &= evidence.scores >= 2 * evidence.start
-    return out & evidence.live[:, None, :, None]
+@dataclass(frozen=True)
+class _Separation:
+    """How one score separates sinks from others in every layer that has sinks."""
+
+    low: dict[int, float]
+    high: dict[int, float]
+    elsewhere: float  # the highest score in layers without sinks
+
+    @property
+    def gaps(self) -> dict[int, float]:
+        return {layer: self.low[layer] / max(self.high[layer], 1e-30) for layer in self.low}
+
+    @property
+    def clear(self) -> tuple[int, ...]:
+        return tuple(layer for layer, gap in self.gaps.items() if gap >= DISTINCT)
+
+    @property
+    def quality(self) -> tuple[int, float]:
+        """Layers that are separated, then the narrowest gap among them."""
+        return len(self.clear), min((self.gaps[layer] for layer in self.clear), default=0.0)
+
+    def narrowest(self) -> int:
+        return min(self.clear, key=lambda layer: self.gaps[layer])
+
+
+def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
+    """Robust lowest score of the sinks and highest of the others, by layer.
+
+    Args:
+        looks: The samples.
+        scores: Their scores, ``[row layer pos]``.
+        floor: What an isotropic state shows: others are never taken for less.
+    """
+    low, high, elsewhere = {}, {}, floor
+    for i, layer in enumerate(looks[0].evidence.layers):
+        sinks = torch.cat([s[:, i][k.sinks[:, i]] for s, k in zip(scores, looks, strict=True)])
+        others = torch.cat([s[:, i][_others(k)[:, i]] for s, k in zip(scores, looks, strict=True)])
+        allowed = int(MISSED * len(sinks))
+        top = others.sort(descending=True).values[allowed : allowed + 1].tolist()
+        highest = max([floor, *top])
+        if len(sinks):
+            low[layer], high[layer] = float(sinks.sort().values[allowed]), highest
+        else:
+            elsewhere = max(elsewhere, highest)
+    return _Separation(low, high, elsewhere)
+
+
+def _others(look: _Look) -> Tensor:
+    """Judged tokens that are no sinks, ``[row layer pos]``."""
+    return look.evidence.judged[:, None] & ~look.sinks
 
 
 def _conclude(
-    tower: Any, channels: list[int], evidence: list[_Evidence | None], rules: _Rules
+    tower: TowerAnatomy, rule: Gap, channels: list[int], looks: list[_Look], max_dims: int
 ) -> TowerCalibration:
-    """Channels that separate the tokens which spike and draw, and the threshold between."""
-    seen = [e for e in evidence if e is not None]
-    nothing = "no token both spikes and draws attention"
-    if not seen:
-        return TowerCalibration(tower, NoSinks(nothing), reason=nothing)
-    kept: list[tuple[float, int]] = []
-    for i in range(len(channels)):
-        low, high, count = _separation(seen, [i], rules, tower)
-        if count and low >= rules.distinct * high:
-            kept.append((low / high, i))
-    if not kept:
-        return TowerCalibration(tower, NoSinks(nothing), reason=nothing)
-    order = [i for _, i in sorted(kept, reverse=True)][: rules.dims]
-    low, high, count = _separation(seen, order, rules, tower)
-    while len(order) > 1 and low <= high:
-        order.pop()
-        low, high, count = _separation(seen, order, rules, tower)
-    dims = tuple(channels[i] for i in order)
-    tau = (low * high) ** 0.5
-    confidence = max(0.0, 1 - high / low)
+    """The score that separates best, with its limits."""
+    name: Any = tower.tower
+    count = sum(int(look.sinks.sum()) for look in looks)
+    if not count:
+        text = outcome_of(rule, [look.evidence for look in looks], name).text
+        return TowerCalibration(name, NoSinks(text), reason=text)
+    scores = {
+        "ratio": [look.evidence.medians() for look in looks],
+        "absolute": [look.evidence.massive.values[..., 0].abs() for look in looks],
+    }
+    order = _separating_channels(looks, max_dims)
+    if order:
+        scores = {"channels": _peaks(looks, order)} | scores
+    floor = expected_peak(max(1, len(order)))
+    found = {
+        score: separation(looks, values, floor if score == "channels" else 0.0)
+        for score, values in scores.items()
+    }
+    gaps = {score: min(one.gaps.values()) for score, one in found.items()}
+    score = max(found, key=lambda one: found[one].quality)
+    best = found[score]
+    if not best.clear:
+        text = (
+            f"{count} instances spike and draw attention, but no score separates them from the other "
+            f"tokens by a factor of {DISTINCT}: "
+            + ", ".join(f"{one} by {gap:.2f}" for one, gap in gaps.items())
+        )
+        return TowerCalibration(name, NoSinks(text), instances=count, gaps=gaps, reason=text)
+    dims = tuple(channels[i] for i in order) if score == "channels" else ()
+    at = best.narrowest()
+    detector, tau = _rule(score, dims, best, tower.n_layers)
+    low, high = best.low[at], best.high[at]
     reason = (
-        f"{count} instances spike and draw; the lowest scores {low:.2f}, the highest other token "
-        f"{high:.2f}"
+        f"{count} instances spike and draw attention; {score} separate them in {len(best.clear)} of "
+        f"{len(best.low)} layers, by a factor of {low / high:.2f} in the narrowest (layer {at}): the "
+        f"lowest scores {low:.2f}, the highest other token {high:.2f}"
     )
-    detector = SinkDimensions(dims, tau, "rms")
-    return TowerCalibration(tower, detector, dims, tau, low, high, confidence, count, reason)
+    return TowerCalibration(
+        tower=name,
+        detector=detector,
+        score=score,
+        dims=dims,
+        tau=tau,
+        lowest_sink=low,
+        highest_other=high,
+        confidence=max(0.0, 1 - high / low),
+        instances=count,
+        layers=best.clear,
+        gaps=gaps,
+        reason=reason,
+    )
 
 
-def _separation(
-    seen: list[_Evidence], order: list[int], rules: _Rules, tower: str
-) -> tuple[float, float, int]:
-    """Lowest score of spiking and drawing instances, highest of all others, and their number.
+def _peaks(looks: list[_Look], order: list[int]) -> list[Tensor]:
+    """The largest score on some of the candidate channels, ``[row layer pos]`` of every sample."""
+    return [look.scores[..., order].amax(dim=-1) for look in looks if look.scores is not None]
 
-    The highest other score is never below what an isotropic state shows.
-    """
-    low, high, count = float("inf"), expected_peak(len(order)), 0
-    for e in seen:
-        peak = e.scores[..., order].amax(dim=-1)
-        both = _spikes(e, rules, tower)[..., order].any(dim=-1) & e.draws
-        others = ~both & e.live[:, None]
-        if both.any():
-            low = min(low, float(peak[both].min()))
-            count += int(both.sum())
-        if others.any():
-            high = max(high, float(peak[others].max()))
-    return low, high, count
+
+def _separating_channels(looks: list[_Look], most: int) -> list[int]:
+    """Candidates that separate by themselves, best first, as many as still do so together."""
+    if looks[0].scores is None:
+        return []
+    alone = {
+        i: separation(looks, _peaks(looks, [i]), expected_peak(1))
+        for i in range(looks[0].scores.shape[-1])
+    }
+    kept = [i for i in alone if alone[i].clear]
+    kept = sorted(kept, key=lambda i: alone[i].quality, reverse=True)[:most]
+    while len(kept) > 1:
+        together = separation(looks, _peaks(looks, kept), expected_peak(len(kept)))
+        if len(together.clear) >= len(alone[kept[0]].clear):
+            break
+        kept.pop()
+    return kept
+
+
+def _rule(
+    score: str, dims: tuple[int, ...], best: _Separation, n_layers: int
+) -> tuple[Detector, float | None]:
+    """One threshold if it serves every layer, else one per layer."""
+    low = min(best.low[layer] for layer in best.clear)
+    high = max(*best.high.values(), best.elsewhere)
+    tau = (low * high) ** 0.5
+    if low >= DISTINCT * high:
+        if score == "channels":
+            return SinkDimensions(dims, tau, "rms"), tau
+        return (Massive(0.0, tau) if score == "ratio" else Massive(tau, 0.0)), tau
+    limits = [float("inf")] * n_layers
+    for layer in best.clear:
+        limits[layer] = (best.low[layer] * best.high[layer]) ** 0.5
+    return Limits(score, tuple(limits), dims), None

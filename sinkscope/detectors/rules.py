@@ -24,13 +24,11 @@ from sinkscope.probes import (
     SinkDimensionScores,
     TokenNorms,
 )
+from sinkscope.probes.evidence import SITES as STATE_SITE
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     from sinkscope.models.anatomy import TowerAnatomy
-
-STATE_SITE = {"language": "resid_pre", "vision": "resid_post"}
-"""Where states are judged: what attention reads in the LLM, what the projector may read in the ViT."""
 
 
 @runtime_checkable
@@ -269,8 +267,9 @@ class Received:
     causal attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
 
     Args:
-        eps: Least received attention.
-        times_null: Instead, a multiple of each token's own null (5 in ACT, 2406.15765).
+        eps: Least received attention, own query included, as published.
+        times_null: Instead, a multiple of each token's own null (5 in ACT, 2406.15765), counting what
+            other tokens give, where at least 8 of them see the token.
         heads: ``"max"`` over heads (some head sinks here) or ``"mean"``.
     """
 
@@ -289,11 +288,16 @@ class Received:
             raise DetectorError(f"Got heads={self.heads!r}; expected 'max' or 'mean'.")
         if self.times_null is None and not 0 < self.eps < 1:
             raise DetectorError(f"Got eps={self.eps}; expected a share between 0 and 1.")
-        return ReceivedAttention(layers, tower=tower)
+        if self.times_null is not None and not self.times_null > 0:
+            raise DetectorError(
+                f"Got times_null={self.times_null}; expected a positive multiple of uniform attention, "
+                "such as 5."
+            )
+        return ReceivedAttention(layers, tower=tower, others=self.times_null is not None)
 
     def scores(self, result: Any) -> Tensor:
         """Received attention (or its multiple of the null), joined over heads."""
-        got = result.received if self.times_null is None else result.over_null()
+        got = result.received if self.times_null is None else result.times_null()
         return got.amax(dim=2) if self.heads == "max" else got.mean(dim=2)
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,12 +12,73 @@ from sinkscope.detectors.detection import Detection
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
 from sinkscope.models.lvlm import LVLM, Run
 from sinkscope.models.prepare import Sample
-from sinkscope.probes import MassiveActivations, MassiveResult
+from sinkscope.probes import EvidenceResult, MassiveActivations, MassiveResult
+from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
     from sinkscope.experiments.trace import Probes
 
 Channels = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a trace has measured, with the few numbers that every record needs.
+
+    Attributes:
+        sample: The sample.
+        run: The run.
+        probes: Its probes.
+        v: What the V rule flags.
+        low: What the L rule flags.
+        last: The last vision block that feeds the projector.
+        draws: Least attention beyond uniform.
+        excess: ``[batch layer head key]`` in the LLM, see `ReceivedResult.excess`.
+        ratio: ``[batch layer head key]``, every key's write over the mean of the others.
+    """
+
+    sample: Sample
+    run: Run
+    probes: Probes
+    v: Detection
+    low: Detection
+    last: int
+    draws: float
+    excess: Tensor
+    ratio: Tensor
+
+    @property
+    def vision(self) -> EvidenceResult:
+        """Spikes and attention in the vision tower."""
+        return self.run[self.probes.vision]
+
+    @property
+    def language(self) -> EvidenceResult:
+        """Spikes and attention in the LLM."""
+        return self.run[self.probes.language]
+
+
+def measured(
+    lvlm: LVLM, sample: Sample, run: Run, probes: Probes, v: Detection, low: Detection, draws: float
+) -> Measured:
+    """What `collect_records` takes."""
+    return Measured(
+        sample=sample,
+        run=run,
+        probes=probes,
+        v=v,
+        low=low,
+        last=lvlm.anatomy.feed_layers[-1],
+        draws=draws,
+        excess=run[probes.language].received.excess(),
+        ratio=run[probes.writes].ratio(),
+    )
+
+
+def attended_throughout(evidence: EvidenceResult, last: int, draws: float) -> Tensor:
+    """ViT tokens that draw attention in most blocks up to ``last``, bool ``[image pos]``."""
+    drawing = evidence.drawn()[:, : last + 1] >= draws
+    return drawing.float().mean(dim=1) > 0.5
 
 
 def top_channels(result: MassiveResult, batch: int, layer: int, pos: int) -> Channels:
@@ -57,27 +119,26 @@ def births(mask: Tensor) -> int | None:
     return int(off[-1]) + 1 if len(off) else 0
 
 
-def collect_records(
-    lvlm: LVLM,
-    sample: Sample,
-    run: Run,
-    probes: Probes,
-    v: Detection,
-    low: Detection,
-    v_sinks: Tensor,
-    draw: float,
-) -> tuple[SinkRecord, ...]:
-    """One record per V-sink, L-sink and text sink, in batch and position order."""
-    flagged = (v_sinks | low.any_layer()) & sample.tokens.live
+def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
+    """One record per sink and per image token that is attended without one, in position order.
+
+    Args:
+        m: The measurements.
+        v_sinks: Bool ``[batch pos]``.
+        attended: Bool ``[batch pos]``: image tokens whose ViT token is `attended_throughout`.
+    """
+    rule = m.low.any_layer()
     found = []
-    for batch, pos in flagged.nonzero().tolist():
-        visual = int(sample.tokens.image[batch, pos]) >= 0
+    for batch, pos in ((v_sinks | rule | attended) & m.sample.tokens.live).nonzero().tolist():
+        visual = int(m.sample.tokens.image[batch, pos]) >= 0
         kind = "V" if bool(v_sinks[batch, pos]) else ("L" if visual else "text")
+        if kind == "L" and not bool(rule[batch, pos]):
+            kind = "attention"
         parts: dict[str, Any] = {"kind": kind, "batch": batch, "pos": pos}
-        parts |= place_of(sample, batch, pos)
-        parts |= vision_part(lvlm, sample, run, probes, v, batch, pos)
-        parts |= language_part(run, probes, low, batch, pos)
-        parts |= attention_part(run, probes, batch, pos, draw)
+        parts |= place_of(m.sample, batch, pos)
+        parts |= vision_part(m, batch, pos)
+        parts |= language_part(m, batch, pos)
+        parts |= attention_part(m, batch, pos)
         parts["overlap"] = kind == "V" and parts["llm_birth"] is not None
         found.append(SinkRecord(**parts))
     return tuple(found)
@@ -98,86 +159,121 @@ def place_of(sample: Sample, batch: int, pos: int) -> dict[str, Any]:
     }
 
 
-def vision_part(
-    lvlm: LVLM, sample: Sample, run: Run, probes: Probes, v: Detection, batch: int, pos: int
-) -> dict[str, Any]:
+def vision_part(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     """What the token was in the vision tower: birth, writer, norm and channels."""
-    nothing = {
-        "vit_token": -1,
-        "vit_birth": None,
-        "vit_writer": None,
-        "vit_norm": None,
-        "vit_channels": (),
-    }
-    image = int(sample.tokens.image_index[batch, pos])
+    image = int(m.sample.tokens.image_index[batch, pos])
     if image < 0:
-        return nothing
-    last = lvlm.anatomy.feed_layers[-1]
-    sources = [int(s) for s in sample.tokens.sources[batch, pos] if s >= 0]
-    scores = v.scores[image, last, sources].nan_to_num()
-    token = sources[int(scores.argmax())]
-    massive = run[probes.vit_massive]
-    channels = top_channels(massive, image, last, token)
+        return {
+            "vit_token": -1,
+            "vit_kind": None,
+            "vit_birth": None,
+            "vit_writer": None,
+            "vit_norm": None,
+            "vit_channels": (),
+            "vit_drawn": (),
+        }
+    sources = [int(s) for s in m.sample.tokens.sources[batch, pos] if s >= 0]
+    token = sources[int(m.v.scores[image, m.last, sources].nan_to_num().argmax())]
+    channels = top_channels(m.vision.massive, image, m.last, token)
     # Unbroken up to the state that the projector reads; later blocks do not matter.
-    birth = births(v.mask[image, : last + 1, token])
+    birth = births(m.v.mask[image, : m.last + 1, token])
     half = None
     if birth is not None:
-        half = writer(run, probes.vit_halves, (image, birth, token), channels[0][0])
+        half = writer(m.run, m.probes.vit_halves, (image, birth, token), channels[0][0])
     return {
         "vit_token": token,
+        "vit_kind": VISION_KINDS[int(m.sample.tokens.vision.kind[image, token])],
         "vit_birth": birth,
         "vit_writer": half,
-        "vit_norm": float(run[probes.vit_norms].norms[image, last, token]),
+        "vit_norm": float(m.run[m.probes.vit_norms].norms[image, m.last, token]),
         "vit_channels": channels,
+        "vit_drawn": tuple(m.vision.drawn()[image, :, token].tolist()),
     }
 
 
-def language_part(run: Run, probes: Probes, low: Detection, batch: int, pos: int) -> dict[str, Any]:
+def language_part(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     """What the token is in the LLM: channels, birth, writer, the layers where the L rule holds."""
-    massive = run[probes.llm_massive]
-    mask = low.mask[batch, :, pos]
-    layers = tuple(int(layer) for layer in mask.nonzero().flatten())
+    massive = m.language.massive
+    layers = tuple(int(layer) for layer in m.low.mask[batch, :, pos].nonzero().flatten())
     peak = int(massive.values[batch, :, pos, 0].abs().argmax())
-    birth = half = None
-    if layers:
-        # Layer l reads what block l - 1 wrote; layer 0 reads the embeddings.
-        birth = layers[0] - 1
-        if birth >= 0:
-            channel = int(massive.channels[batch, layers[0], pos, 0])
-            half = writer(run, probes.llm_halves, (batch, birth, pos), channel)
+    lives = tuple(life(m, batch, pos, stretch) for stretch in stretches(layers))
     return {
-        "llm_norm": float(run[probes.llm_norms].norms[batch, 0, pos]),
+        "llm_norm": float(m.run[m.probes.llm_norms].norms[batch, 0, pos]),
         "llm_channels": top_channels(massive, batch, 0, pos),
-        "llm_birth": birth,
-        "llm_writer": half,
+        "llm_birth": lives[0][0] if lives else None,
+        "llm_writer": lives[0][2] if lives else None,
         "llm_layers": layers,
+        "llm_lives": lives,
         "peak_channels": top_channels(massive, batch, peak, pos),
     }
 
 
-def attention_part(run: Run, probes: Probes, batch: int, pos: int, draw: float) -> dict[str, Any]:
+def stretches(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of every unbroken run of ascending layers."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    return runs
+
+
+def life(
+    m: Measured, batch: int, pos: int, stretch: tuple[int, int]
+) -> tuple[int, int, str | None]:
+    """The block that wrote a spike, the last layer that reads it, and which half of the block wrote.
+
+    Layer l reads what block l - 1 wrote; layer 0 reads the embeddings.
+    """
+    first, last = stretch
+    if not first:
+        return -1, last, None
+    channel = int(m.language.massive.channels[batch, first, pos, 0])
+    return first - 1, last, writer(m.run, m.probes.llm_halves, (batch, first - 1, pos), channel)
+
+
+def attention_part(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     """What the token receives, since when, and what it writes in the head that attends it most."""
-    got = run[probes.received]
+    got = m.language.received
+    null, others, others_null = got.null, got.others, got.others_null
+    assert null is not None
+    assert others is not None
+    assert others_null is not None
     received = got.received[batch, :, :, pos]
-    null = got.null[batch, :, pos]
-    over = received / null[:, None]
-    drawn = (over.amax(dim=1) >= draw).nonzero().flatten()
-    at = int(over.argmax())
-    layer, head = divmod(at, over.shape[1])
-    writes = run[probes.writes]
-    ratio = float(writes.ratio()[batch, layer, head, pos])
-    rank = float(writes.stable_rank[batch, layer, head])
-    verdict = nop_or_broadcast(ratio, rank) if len(drawn) else "draws nothing"
-    return {
-        "first_drawn": int(drawn[0]) if len(drawn) else None,
+    excess = m.excess[batch, :, :, pos]
+    nowhere = float("nan")
+    parts: dict[str, Any] = {
         "received": tuple(received.mean(dim=1).tolist()),
         "received_max": tuple(received.amax(dim=1).tolist()),
-        "null": tuple(null.tolist()),
+        "null": tuple(null[batch, :, pos].tolist()),
+    }
+    if excess.isnan().all():
+        return parts | {
+            "first_drawn": None,
+            "head": None,
+            "head_received": nowhere,
+            "head_null": nowhere,
+            "excess": nowhere,
+            "contribution": nowhere,
+            "value_ratio": nowhere,
+            "stable_rank": nowhere,
+            "verdict": "seen by few",
+        }
+    known = excess.nan_to_num(nan=-2.0)
+    drawn = (known.amax(dim=1) >= m.draws).nonzero().flatten()
+    layer, head = divmod(int(known.argmax()), excess.shape[1])
+    writes = m.run[m.probes.writes]
+    ratio = float(m.ratio[batch, layer, head, pos])
+    rank = float(writes.stable_rank[batch, layer, head])
+    return parts | {
+        "first_drawn": int(drawn[0]) if len(drawn) else None,
         "head": (layer, head),
-        "head_received": float(received[layer, head]),
-        "over_null": float(over[layer, head]),
+        "head_received": float(others[batch, layer, head, pos]),
+        "head_null": float(others_null[batch, layer, pos]),
+        "excess": float(excess[layer, head]),
         "contribution": float(received[layer, head] * writes.norms[batch, layer, head, pos]),
         "value_ratio": ratio,
         "stable_rank": rank,
-        "verdict": verdict,
+        "verdict": nop_or_broadcast(ratio, rank) if len(drawn) else "draws nothing",
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from sinkscope.detectors.choice import SinkRules
 from sinkscope.errors import InputError
 from sinkscope.experiments.probing.classify import (
     FEWEST_TEST,
@@ -29,7 +30,6 @@ from sinkscope.experiments.probing.pooling import (
     sink_groups,
 )
 from sinkscope.experiments.probing.result import LinearProbes
-from sinkscope.experiments.trace import choose_detectors
 from sinkscope.probes.residual import check_site
 
 if TYPE_CHECKING:
@@ -132,10 +132,11 @@ def linear_probes(
     rules, how = None, ""
     if needs_trace(chosen):
         first = prepare(lvlm, items[:LOOKED_AT])
-        given = (v_detector, l_detector, remote)
         what = f"the first {min(LOOKED_AT, len(items))} records"
-        v, low, how, _ = choose_detectors(lvlm, first, *given, what=what)
-        rules = (v, low)
+        found = SinkRules.on_others(
+            lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
+        )
+        rules, how = (found.v, found.low), found.chosen
     features = pool(
         lvlm,
         items,

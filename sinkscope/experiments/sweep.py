@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sinkscope.detectors.calibrate import Calibration, calibrate
-from sinkscope.detectors.constants import known_for
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors.calibrate import Calibration
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,
@@ -201,22 +201,24 @@ def choose_v(
     calibration: Calibration | None,
 ) -> tuple[Detector, str, list[str]]:
     """The rule for V-sinks, how it came about, and what a reader must know of that."""
-    if detector is not None:
-        return detector, repr(detector), []
-    if calibration is not None:
-        return calibration.v_detector, repr(calibration.v_detector), []
-    known = known_for(lvlm)
-    if known is not None and known.default and known.v_detector is not None:
-        return known.v_detector, f"known constants of {known.name}: {known.v_detector!r}", []
     first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
-    samples = [lvlm.prepare(images=item.image, text=item.question) for item in first]
-    found = calibrate(lvlm, samples, progress=False)
-    rule = f"calibrated on the first {len(first)} images of the dataset"
-    note = (
-        f"V-sinks by a rule {rule}, which are scored too ({found.vision.reason}). Write "
-        "calibration=ss.calibrate(lvlm, samples of other images)"
+    what = f"the first {len(first)} images of the dataset"
+
+    def samples() -> list[Sample]:
+        return [lvlm.prepare(images=item.image, text=item.question) for item in first]
+
+    found = SinkRules.on_others(
+        lvlm, samples, detector, NoSinks(), what=what, calibration=calibration
     )
-    return found.v_detector, rule, [note]
+    rule = repr(found.v) if detector is not None else f"{found.v_source}: {found.v!r}"
+    notes = []
+    if calibration is None and found.calibration is not None:
+        notes.append(
+            f"V-sinks by a rule calibrated on {what}, which are scored too "
+            f"({found.calibration.vision.reason}). Write calibration=ss.calibrate(lvlm, samples of other "
+            "images)"
+        )
+    return found.v, rule, notes
 
 
 def estimate(

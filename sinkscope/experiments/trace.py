@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +19,28 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.detectors.calibrate import Calibration, calibrate
+from sinkscope.detectors.calibrate import Calibration
+from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.detection import Detection
+from sinkscope.detectors.gap import DRAWS, Gap
 from sinkscope.detectors.rules import STATE_SITE, Detector
-from sinkscope.detectors.run import check_detector, decided
-from sinkscope.errors import SelectionError
+from sinkscope.detectors.run import decided
+from sinkscope.errors import DetectorError, SelectionError
+from sinkscope.experiments.candidates import Candidate, candidates_of, outcomes_of
+from sinkscope.experiments.evidence import attended_throughout, collect_records, measured
 from sinkscope.experiments.records import SinkRecord
-from sinkscope.models.lvlm import LVLM, Run
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prepare import Sample
 from sinkscope.probes import (
+    EvidenceResult,
     HeadWrites,
     MassiveActivations,
-    ReceivedAttention,
+    SinkEvidence,
     TokenNorms,
 )
 from sinkscope.probes.protocol import Probe
+from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,32 +53,74 @@ class SinkTrace:
 
     Attributes:
         sample: The sample.
+        rules: The rules that decided, and where they are from.
         v_detection: What the V rule flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
         v_sinks: Bool ``[batch pos]``: V-sinks at their LLM positions.
-        records: One `SinkRecord` per sink.
-        received: Float ``[batch layer head key]`` in the LLM, with its ``null`` ``[batch layer key]``.
-        null: See ``received``.
-        vit_spikes: Float ``[image layer]``: largest ``|h|`` over the median of every vision block's
-            output; ``llm_spikes`` ``[batch layer]`` likewise, on every layer's input.
-        llm_spikes: See ``vit_spikes``.
-        chosen: How the detectors came about: given, known constants or calibrated.
-        calibration: The calibration, if there was one.
+        attended: Bool ``[batch pos]``: image tokens to which the vision tower attends throughout and
+            that are no V-sinks, at their LLM positions: attention without a spike.
+        records: One `SinkRecord` per sink, and per token of ``attended`` that is no L-sink.
+        feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
+        vision: Spikes and attention of every ViT token.
+        language: Spikes and attention of every token of the prompt.
+        draws: The least attention beyond uniform that counts as drawing.
         warnings: What a reader must know.
     """
 
     sample: Sample
+    rules: SinkRules
     v_detection: Detection
     l_detection: Detection
     v_sinks: Bool[Tensor, "batch pos"]
+    attended: Bool[Tensor, "batch pos"]
     records: tuple[SinkRecord, ...]
-    received: Float[Tensor, "batch layer head key"]
-    null: Float[Tensor, "batch layer key"]
-    vit_spikes: Float[Tensor, "image layer"]
-    llm_spikes: Float[Tensor, "batch layer"]
-    chosen: str
-    calibration: Calibration | None = None
+    feeds: tuple[int, ...]
+    vision: EvidenceResult
+    language: EvidenceResult
+    draws: float
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def chosen(self) -> str:
+        """How the rules came about: given, published, the gap rule, or the generic definition."""
+        return self.rules.chosen
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration that the rules are from, if there is one."""
+        return self.rules.calibration
+
+    @property
+    def received(self) -> Float[Tensor, "batch layer head key"]:
+        """Attention received in the LLM (Gu et al. 2410.10781); see `ReceivedAttention`."""
+        return self.language.received.received
+
+    @property
+    def null(self) -> Float[Tensor, "batch layer key"]:
+        """The same under uniform attention."""
+        null = self.language.received.null
+        assert null is not None
+        return null
+
+    @property
+    def vit_spikes(self) -> Float[Tensor, "image layer"]:
+        """Largest ``|h|`` over the median of every vision block's output."""
+        return self.vision.medians().nan_to_num().amax(dim=2)
+
+    @property
+    def llm_spikes(self) -> Float[Tensor, "batch layer"]:
+        """Largest ``|h|`` over the median of every LLM layer's input."""
+        return self.language.medians().nan_to_num().amax(dim=2)
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
+        return candidates_of(self)
+
+    @cached_property
+    def outcomes(self) -> dict[Tower, str]:
+        """For a tower in which nothing is flagged: what spikes, what draws, in one sentence."""
+        return outcomes_of(self)
 
     @property
     def n_layers(self) -> int:
@@ -175,9 +224,11 @@ class SinkTrace:
                 "L": self.l_detection.detector,
                 "chosen": self.chosen,
             },
+            "outcomes": self.outcomes,
             "warnings": list(self.warnings),
             "overlap": self.overlap_table().to_dict(orient="list"),
             "sinks": [record.to_dict() for record in self.records],
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
@@ -213,77 +264,55 @@ class SinkTrace:
         kinds = [record.kind for record in self.records]
         return (
             f"SinkTrace({kinds.count('V')} V-sinks, {kinds.count('L')} L-sinks, "
-            f"{kinds.count('text')} text sinks; {self.chosen})"
+            f"{kinds.count('text')} text sinks, {kinds.count('attention')} attended without a spike; "
+            f"{self.chosen})"
         )
-
-
-def choose_detectors(
-    lvlm: LVLM,
-    sample: Sample,
-    v: Detector | None,
-    low: Detector | None,
-    remote: Any,
-    *,
-    what: str = "this sample",
-) -> tuple[Detector, Detector, str, Calibration | None]:
-    """The detectors of a trace: given, known constants, else calibrated on the sample (``what``)."""
-    known = known_for(lvlm)
-    if known is not None and known.default:
-        source = f"known constants of {known.name}"
-        chosen_v, chosen_l, calibration = v or known.v_detector, low or known.l_detector, None
-    else:
-        source, chosen_v, chosen_l, calibration = "", v, low, None
-    if chosen_v is None or chosen_l is None:
-        calibration = calibrate(lvlm, [sample], remote=remote)
-        chosen_v = chosen_v or calibration.v_detector
-        chosen_l = chosen_l or calibration.l_detector
-        found = {
-            name: "none found" if tower.tau is None else f"confidence {tower.confidence:.2f}"
-            for name, tower in (("V", calibration.vision), ("L", calibration.language))
-        }
-        source = f"calibrated on {what} (V: {found['V']}, L: {found['L']})"
-    if v is not None and low is not None:
-        source = "given"
-    return check_detector(chosen_v), check_detector(chosen_l), source, calibration
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """The probes of a trace and what they brought back."""
+    """The probes of a trace."""
 
     v: Any
     low: Any
-    vit_massive: MassiveActivations
+    vision: SinkEvidence
+    language: SinkEvidence
     vit_halves: Mapping[str, MassiveActivations]
     vit_norms: TokenNorms
-    llm_massive: MassiveActivations
     llm_halves: Mapping[str, MassiveActivations]
     llm_norms: TokenNorms
-    received: ReceivedAttention
     writes: HeadWrites
 
     def all(self) -> list[Probe]:
         """Every probe once."""
-        single = [self.v, self.low, self.vit_massive, self.vit_norms, self.llm_massive]
-        rest = [self.llm_norms, self.received, self.writes]
-        return [*single, *rest, *self.vit_halves.values(), *self.llm_halves.values()]
+        single: list[Any] = [
+            self.vision,
+            self.language,
+            self.vit_norms,
+            self.llm_norms,
+            self.writes,
+        ]
+        own = [probe for probe in (self.v, self.low) if probe not in single]
+        return [*single, *own, *self.vit_halves.values(), *self.llm_halves.values()]
 
 
-def make_probes(lvlm: LVLM, v: Detector, low: Detector) -> Probes:
-    """Everything a trace measures, in one forward pass."""
+def make_probes(lvlm: LVLM, rules: SinkRules) -> Probes:
+    """Everything a trace measures, in one forward pass; the gap rule needs no probe of its own."""
     a = lvlm.anatomy
     halves = ("attn_out", "mlp_out")
     many = min(16, a.vision.d_model, a.language.d_model)
+    vision, language = SinkEvidence(tower="vision"), SinkEvidence()
+    own_v = rules.v.probe("vision", None, a.vision)
+    own_l = rules.low.probe("language", None, a.language)
     return Probes(
-        v=v.probe("vision", None, a.vision),
-        low=low.probe("language", None, a.language),
-        vit_massive=MassiveActivations(None, "vision", 4, STATE_SITE["vision"]),
+        v=vision if isinstance(rules.v, Gap) else own_v,
+        low=language if isinstance(rules.low, Gap) else own_l,
+        vision=vision,
+        language=language,
         vit_halves={site: MassiveActivations(None, "vision", many, site) for site in halves},
         vit_norms=TokenNorms(None, "vision", STATE_SITE["vision"]),
-        llm_massive=MassiveActivations(None, "language", 4, STATE_SITE["language"]),
         llm_halves={site: MassiveActivations(None, "language", many, site) for site in halves},
         llm_norms=TokenNorms([0], "language", STATE_SITE["language"]),
-        received=ReceivedAttention(),
         writes=HeadWrites(),
     )
 
@@ -294,54 +323,64 @@ def trace_sinks(
     v_detector: Detector | None = None,
     l_detector: Detector | None = None,
     *,
+    calibration: Calibration | None = None,
     merge: str = "max",
-    draw: float = 3.0,
+    draws: float = DRAWS,
     remote: bool | str | None = None,
 ) -> SinkTrace:
-    """Trace the sinks of a sample from the ViT through the projector into the LLM.
+    """Trace the sinks of a sample from the ViT through the projector into the LLM, in one pass.
 
     Args:
         lvlm: The model.
         sample: From ``lvlm.prepare``.
-        v_detector: The rule for V-sinks, applied to the states that feed the projector; None for
-            published constants of this model, else a calibration on this very sample.
+        v_detector: The rule for V-sinks, applied to the states that feed the projector. None: published
+            constants of this very checkpoint, else the gap rule on this sample (`detectors.Gap`), else
+            the generic definition of massive activations; ``trace.chosen`` says which.
         l_detector: The rule for L-sinks, applied to what each LLM layer reads; None likewise.
+        calibration: Of `calibrate` on other images; its rules come after given and published ones.
         merge: How scores of several ViT tokens join where they become one LLM token: ``"max"``,
             ``"mean"`` or ``"any"``.
-        draw: How many times its null a token must receive in some head to count as drawing
-            attention.
+        draws: What some head must give a token beyond uniform attention, counting other tokens'
+            queries only, for it to draw attention: a share between 0 and 1.
         remote: See `LVLM.run`.
 
     Returns:
         The trace.
 
     Raises:
-        DetectorError: If a detector cannot work on this model.
+        DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
         SelectionError: If ``merge`` is unknown.
     """
-    v, low, chosen, calibration = choose_detectors(lvlm, sample, v_detector, l_detector, remote)
-    probes = make_probes(lvlm, v, low)
+    if isinstance(draws, bool) or not isinstance(draws, (int, float)) or not 0 < draws < 1:
+        raise DetectorError(
+            f"Got draws={draws!r}; expected a share of attention between 0 and 1, such as {DRAWS}."
+        )
+    if calibration is None:
+        rules = SinkRules.on_sample(lvlm, sample, v_detector, l_detector, draws)
+    else:
+        given = (v_detector, l_detector)
+        rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
+    probes = make_probes(lvlm, rules)
     run = lvlm.run(sample, probes.all(), logits="last", remote=remote)
-    v_detection = decided(v, run, probes.v, lvlm, sample)
-    l_detection = decided(low, run, probes.low, lvlm, sample)
+    v_detection = decided(rules.v, run, probes.v, lvlm, sample)
+    l_detection = decided(rules.low, run, probes.low, lvlm, sample)
     feeds = [v_detection.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
     v_sinks = carry(sample, v_detection, feeds, merge)
-    from sinkscope.experiments.evidence import collect_records
-
-    received = run[probes.received]
-    records = collect_records(lvlm, sample, run, probes, v_detection, l_detection, v_sinks, draw)
+    m = measured(lvlm, sample, run, probes, v_detection, l_detection, draws)
+    throughout = attended_throughout(m.vision, m.last, draws).float()
+    attended = (sample.tokens.from_vision(throughout).nan_to_num() > 0) & ~v_sinks
     return SinkTrace(
         sample=sample,
+        rules=rules,
         v_detection=v_detection,
         l_detection=l_detection,
         v_sinks=v_sinks,
-        records=records,
-        received=received.received,
-        null=received.null,
-        vit_spikes=spike_sizes(run, probes.vit_massive),
-        llm_spikes=spike_sizes(run, probes.llm_massive),
-        chosen=chosen,
-        calibration=calibration,
+        attended=attended,
+        records=collect_records(m, v_sinks, attended),
+        feeds=lvlm.anatomy.feed_layers,
+        vision=m.vision,
+        language=m.language,
+        draws=draws,
         warnings=_warnings(v_detection, l_detection, lvlm, feeds),
     )
 
@@ -363,11 +402,6 @@ def carry(sample: Sample, detection: Detection, feeds: list[int], merge: str) ->
             flags = detection.mask[:, feed].float()
             flagged |= tokens.from_vision(flags, merge).nan_to_num() > 0
     return flagged & (tokens.image >= 0)
-
-
-def spike_sizes(run: Run, probe: MassiveActivations) -> Tensor:
-    """Largest ``|h|`` over the median, ``[batch layer]``."""
-    return run[probe].ratio().nan_to_num().amax(dim=2)
 
 
 def _warnings(v: Detection, low: Detection, lvlm: LVLM, feeds: list[int]) -> tuple[str, ...]:

@@ -300,41 +300,6 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
     return out
 
 
-def received(calls, state, live, layout=None, null=True):
-    """Mean attention each key receives from the live queries that can see it, and its null.
-
-    ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head.
-
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        live: ``[batch query]`` bool, False at padding.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-        null: Whether to compute the null.
-
-    Returns:
-        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query sees.
-    """
-    columns, nulls = [], []
-    for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
-        named, _ = arguments(call)
-        rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
-        count = visible_queries(call, rows)[:, None]
-        columns.append(weigh_queries(call, rows[:, None].float())[:, :, 0] / count)
-        if null:
-            mark = ("received", id(live), visibility(call), k_at, k_to)
-            shape = tuple(named["query"].shape)
-            if (mark, shape) not in state:
-                flat = weigh_queries(one_head(call), rows[:, None].float(), null=True)
-                flat = flat[:, :1, 0] / count
-                state[(mark, shape)] = (flat[:, 0], named["attention_mask"])
-            nulls.append(state[(mark, shape)][0])
-    out = {"received": unpack(torch.cat(columns, dim=2), layout, 2)}
-    if null:
-        out["null"] = unpack(torch.cat(nulls, dim=1), layout, 1)
-    return out
-
-
 def patterns(calls, state, rows, layout=None):
     """Attention weights of chosen query rows, without the other rows.
 

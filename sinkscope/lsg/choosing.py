@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.calibrate import calibrate
-from sinkscope.detectors.constants import known_for
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.limits import Limits
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, LayerError
 from sinkscope.lsg.config import GateConfig, describe, differences, fingerprint, sketch
@@ -39,7 +39,8 @@ def config_for(
     anatomy = lvlm.anatomy
     where = check_layer(layer, anatomy.language.n_layers)
     groups = tuple(choices.get("groups", ("V", "rest")))
-    v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, samples)
+    block = 0 if isinstance(where, str) else where + 1
+    v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, block, samples)
     scale = choices.get("scale", 1.0)
     if choices.get("init") == "neutral":
         if scale != 1.0:
@@ -98,9 +99,11 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
 
 
 def choose_rules(
-    lvlm: LVLM, v: Any, low: Any, wants_l: bool, samples: Sequence[Sample] | None
+    lvlm: LVLM, v: Any, low: Any, wants_l: bool, block: int, samples: Sequence[Sample] | None
 ) -> tuple[Any, Any]:
-    """The rules of a gate: given, published constants, else a calibration.
+    """The rules of a gate: given, published constants, else calibrated on samples.
+
+    Limits per layer become the one number of ``block``, whose keys the gate scales.
 
     Raises:
         InputError: If a calibration is needed and there is no processor and no sample.
@@ -111,13 +114,16 @@ def choose_rules(
             f"Got l_detector={low!r} for a gate without an L group; expected none. Write "
             "groups=('V', 'L', 'rest')."
         )
-    known = known_for(lvlm)
-    if known is not None and known.default:
-        v, low = v or known.v_detector, low or (known.l_detector if wants_l else None)
-    if v is None or (wants_l and low is None):
-        found = calibrate(lvlm, samples or drawn_samples(lvlm))
-        v, low = v or found.v_detector, low or (found.l_detector if wants_l else None)
-    return v or NoSinks(), low
+    found = SinkRules.on_others(
+        lvlm,
+        lambda: samples or drawn_samples(lvlm),
+        v,
+        low if wants_l else NoSinks(),
+        progress=None,
+    )
+    if not wants_l:
+        return found.v, None
+    return found.v, found.low.at(block) if isinstance(found.low, Limits) else found.low
 
 
 def drawn_samples(lvlm: LVLM) -> list[Sample]:

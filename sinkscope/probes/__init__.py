@@ -9,6 +9,7 @@ from sinkscope.probes.attention import (
     ReceivedResult,
 )
 from sinkscope.probes.channels import ChannelResult, ChannelValues
+from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.probes.lens import LensResult, LogitLens
 from sinkscope.probes.means import GroupMeans, GroupMeansResult
 from sinkscope.probes.protocol import Probe, Read, Result
@@ -43,6 +44,7 @@ __all__ = [
     "ContributionNorms",
     "ContributionResult",
     "CosineToFirst",
+    "EvidenceResult",
     "GroupMeans",
     "GroupMeansResult",
     "HeadWrites",
@@ -61,6 +63,7 @@ __all__ = [
     "Result",
     "ScoreResult",
     "SinkDimensionScores",
+    "SinkEvidence",
     "StateResult",
     "TokenNorms",
     "ValueNormResult",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
+from sinkscope.kernels.received import received
 from sinkscope.models.context import Context, indices_of
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.results import at_positions, mask_padding, stack_layers, tidy
@@ -157,19 +158,37 @@ class AttentionMass:
         return MassResult(mass, null, names, context.layers(self.tower, self.layers), queries)
 
 
+LEAST_SEEING = 8
+"""Other queries that must see a key before the attention they give it is a mean worth comparing."""
+
+
 @dataclass(frozen=True, eq=False)
 class ReceivedResult:
     """Mean attention received by every key.
 
     Attributes:
-        received: Float ``[batch layer head key]`` in [0, 1]; NaN at padding.
+        received: Float ``[batch layer head key]`` in [0, 1]; NaN at padding. The published measure:
+            the token's own query counts, so the last token of a prompt receives what it gives itself.
         null: Float ``[batch layer key]``: the same under uniform attention.
         layers: The block indices, in order.
+        others: Float ``[batch layer head key]`` in [0, 1], if asked for: the mean over the queries of
+            other tokens. NaN at padding and where fewer than 8 of them see the key.
+        others_null: Float ``[batch layer key]``: the same under uniform attention.
     """
 
     received: Float[Tensor, "batch layer head key"]
     null: Float[Tensor, "batch layer key"] | None
     layers: tuple[int, ...]
+    others: Float[Tensor, "batch layer head key"] | None = None
+    others_null: Float[Tensor, "batch layer key"] | None = None
+
+    def at(self, layers: Sequence[int]) -> ReceivedResult:
+        """The same in some of its layers."""
+        index = [self.layers.index(layer) for layer in layers]
+        tensors = (self.received, self.null, self.others, self.others_null)
+        got, null, others, others_null = (None if t is None else t[:, index] for t in tensors)
+        assert got is not None
+        return ReceivedResult(got, null, tuple(layers), others, others_null)
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``.
@@ -179,17 +198,34 @@ class ReceivedResult:
         above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
         return above.nanmean(dim=(0, 2))
 
-    def over_null(self) -> Float[Tensor, "batch layer head key"]:
-        """Received attention as a multiple of its null.
+    def excess(self) -> Float[Tensor, "batch layer head key"]:
+        """What other tokens give beyond uniform attention: ``others - others_null``, in [-1, 1].
+
+        The score by which tokens are ranked. A multiple of the null would not do: it is at most
+        1 / null, so the first token, which many see, could never have a large one.
 
         Raises:
-            ProbeError: If the null was not computed.
+            ProbeError: If it was not asked for.
         """
-        if self.null is None:
+        others, null = self._from_others()
+        return others - null[:, :, None]
+
+    def times_null(self) -> Float[Tensor, "batch layer head key"]:
+        """What other tokens give, as a multiple of what they would give under uniform attention.
+
+        Raises:
+            ProbeError: If it was not asked for.
+        """
+        others, null = self._from_others()
+        return others / null[:, :, None]
+
+    def _from_others(self) -> tuple[Tensor, Tensor]:
+        if self.others is None or self.others_null is None:
             raise ProbeError(
-                "Got a result without its null; expected one. Write ReceivedAttention(null=True)."
+                "Got a result without the attention of other tokens and its null; expected both. "
+                "Write ReceivedAttention(others=True)."
             )
-        return self.received / self.null[:, :, None]
+        return self.others, self.others_null
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, head, key, received and, if asked for, null."""
@@ -211,36 +247,57 @@ class ReceivedAttention:
         queries: A selection that restricts the queries, or None for all live ones.
         tower: ``"language"`` or ``"vision"``.
         null: Whether to compute the null too.
+        others: Whether to compute the mean over other tokens' queries too, for `ReceivedResult.excess`
+            (one more attention call per layer). It needs the null.
     """
 
     layers: Any = None
     queries: Selection | None = None
     tower: Tower = "language"
     null: bool = True
+    others: bool = False
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
         refuse_flash(context, self.tower, "ReceivedAttention")
+        if self.others and not self.null:
+            raise ProbeError(
+                "Got others=True and null=False; expected the null too. Write "
+                "ReceivedAttention(others=True)."
+            )
         live = context.live(self.tower)
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
         live = context.pack(self.tower, live, dim=1)
-        layout = context.layout(self.tower)
+        parameters = {
+            "live": live,
+            "layout": context.layout(self.tower),
+            "null": self.null,
+            "others": self.others,
+        }
         return [
-            Read(
-                Site(self.tower, "attention", layer),
-                kernels.received,
-                {"live": live, "layout": layout, "null": self.null},
-            )
+            Read(Site(self.tower, "attention", layer), received, parameters)
             for layer in context.layers(self.tower, self.layers)
         ]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
         """Stack the layers and mask the padding."""
         live = context.live_keys(self.tower)
+        layers = context.layers(self.tower, self.layers)
         got = mask_padding(stack_layers(answers, "received"), live, 3)
         null = mask_padding(stack_layers(answers, "null"), live, 2) if self.null else None
-        return ReceivedResult(got, null, context.layers(self.tower, self.layers))
+        if not self.others:
+            return ReceivedResult(got, null, layers)
+        few = stack_layers(answers, "seeing") < LEAST_SEEING
+        others = mask_padding(stack_layers(answers, "others"), live, 3)
+        others_null = mask_padding(stack_layers(answers, "others_null"), live, 2)
+        return ReceivedResult(
+            got,
+            null,
+            layers,
+            others.masked_fill(few[:, :, None], float("nan")),
+            others_null.masked_fill(few, float("nan")),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from sinkscope.viz.layers import (
     plot_spikes,
 )
 from sinkscope.viz.style import images_of
-from sinkscope.viz.table import KINDS, counts, of_kind
+from sinkscope.viz.table import SINKS, counts, of_kind
 from sinkscope.viz.words import short
 
 if TYPE_CHECKING:
@@ -58,17 +58,18 @@ def pictures_of(trace: SinkTrace, mass: MassResult | None = None) -> Iterator[Pi
 def _image_pictures(trace: SinkTrace, row: int, image: int, name: str) -> Iterator[Picture]:
     yield Picture(
         f"{name}sinks_image{image}",
-        "The picture under the patch grid of the vision tower. Circles are V-sinks, squares L-sinks; "
-        "text sinks are listed under the picture.",
+        "The picture under the patch grid of the vision tower. Circles are V-sinks, squares L-sinks, "
+        "hexagons patches that draw attention without a spike; text sinks are listed under the picture.",
         _sinks_in_words(trace, row, image),
         partial(plot_sinks_on_image, trace, row, image),
     )
     own = trace.sample.tokens.image[row] == image
-    over = (trace.received[row].mean(dim=1) / trace.null[row])[:, own].amax(dim=0)
+    times = trace.language.received.times_null()[row].nan_to_num()
+    over = times.mean(dim=1)[:, own].amax(dim=0)
     yield Picture(
         f"{name}received_image{image}",
-        "Attention that every image token receives in the LLM, as a multiple of what it would "
-        "receive under uniform attention: mean over heads, largest over layers.",
+        "Attention that other tokens give every image token in the LLM, as a multiple of uniform "
+        "attention: mean over heads, largest over layers.",
         f"Heat map over image {image}: image tokens receive between {short(float(over.min()))} and "
         f"{short(float(over.max()))} times their null.",
         partial(plot_received_map, trace, row, image),
@@ -77,7 +78,7 @@ def _image_pictures(trace: SinkTrace, row: int, image: int, name: str) -> Iterat
 
 def _sinks_in_words(trace: SinkTrace, row: int, image: int) -> str:
     parts = []
-    for kind, noun in list(KINDS.items())[:2]:
+    for kind, noun in list(SINKS.items())[:2]:
         found = [r for r in of_kind(trace, kind, row) if r.image == image]
         cells = "; ".join(f"{r.row},{r.column}" for r in found[:12])
         more = f" and {len(found) - 12} more" if len(found) > 12 else ""

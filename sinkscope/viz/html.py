@@ -7,8 +7,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.viz.style import GROUP_OF, STYLES
-from sinkscope.viz.table import KINDS, by_row, columns_for, counts, of_kind
-from sinkscope.viz.text import rules
+from sinkscope.viz.table import KINDS, SINKS, by_row, columns_for, counts, of_kind
+from sinkscope.viz.text import TOWERS, rules
 from sinkscope.viz.words import neat
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sinkscope.experiments.records import SinkRecord
     from sinkscope.experiments.trace import SinkTrace
 
-MARKS = {"V": "●", "L": "■", "text": "▲"}
+MARKS = {"V": "●", "L": "■", "text": "▲", "attention": "⬢"}
 
 NOTEBOOK = (
     ".sinkscope-trace table { border-collapse: collapse; font-size: 85%; }"
@@ -41,7 +41,7 @@ def trace_html(trace: SinkTrace, *, limit: int = 10) -> str:
     return (
         f'<div class="sinkscope-trace"><style>{NOTEBOOK}</style>'
         f"<p><strong>{escape(counts(trace))}</strong></p>"
-        f"{sink_table(trace, limit=limit)}"
+        f"{sink_table(trace, limit=limit)}{nothing_html(trace)}"
         f'<div style="margin-top:.6em;font-size:90%">{found}</div>{warnings_html(trace)}</div>'
     )
 
@@ -61,7 +61,7 @@ def sink_table(trace: SinkTrace, *, limit: int | None = None) -> str:
     for kind, noun in KINDS.items():
         records = of_kind(trace, kind)
         lines += [_line(columns, record) for record in by_row(records[:limit])]
-        if not records:
+        if not records and kind in SINKS:
             lines.append(_remark(f"{noun}s: none found", len(columns)))
         elif limit is not None and len(records) > limit:
             lines.append(_remark(f"{len(records) - limit} more {noun}s", len(columns)))
@@ -83,6 +83,32 @@ def frame_table(frame: pd.DataFrame) -> str:
         '<div style="overflow-x:auto"><table class="sinkscope">'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{notes}"
     )
+
+
+def nothing_html(trace: SinkTrace) -> str:
+    """What spikes and what draws in a tower where nothing is flagged, with the candidates; or nothing."""
+    if not trace.outcomes:
+        return ""
+    import pandas as pd
+
+    said = "".join(
+        f"<p><strong>{TOWERS[tower]}, nothing flagged:</strong> {escape(neat(text))}.</p>"
+        for tower, text in trace.outcomes.items()
+    )
+    lines = [
+        {
+            "tower": TOWERS[c.tower],
+            "token": c.token,
+            "largest |h| in medians": f"{c.medians:.0f} (layer {c.spike_layer})",
+            "times upper quartile": f"{c.prominence:.1f}",
+            "drawn beyond uniform": "-" if c.drawn_at is None else f"{c.drawn:.2f}",
+            "in head": "-" if c.drawn_at is None else f"{c.drawn_at[0]}.{c.drawn_at[1]}",
+            "refused because": c.reason,
+        }
+        for c in trace.candidates
+        if c.tower in trace.outcomes
+    ]
+    return said + frame_table(pd.DataFrame(lines))
 
 
 def warnings_html(trace: SinkTrace) -> str:

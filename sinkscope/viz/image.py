@@ -51,7 +51,8 @@ def plot_sinks_on_image(
     """The picture with the patch grid of the vision tower and every sink at its place.
 
     V-sinks are circles, L-sinks squares; a V-sink that meets the L rule too carries a square
-    around its circle. Text sinks have no place in the picture and are listed under it, as
+    around its circle, and patches to which the vision tower attends throughout without a spike are
+    hexagons. Text sinks have no place in the picture and are listed under it, as
     triangles. A kind without sinks says "none found" in the legend. Where the sample was made from
     processor output there is no picture: then the grid stands alone, in pixels of the model's input.
 
@@ -82,6 +83,9 @@ def plot_sinks_on_image(
     both = [r for r in here if r.kind == "V" and _meets_l_rule(r, layer)]
     if both:
         legend |= _draw_overlap(ax, both, side)
+    placed = [r for r in here if r.kind == "attention" and r.box is not None]
+    if placed:
+        legend |= _draw_kind(ax, GROUP_OF["attention"], placed, side)
     words = [r for r in shown if r.kind == "text"]
     legend |= {_entry("text sinks", len(words)): _handle("text sinks", side)}
     _list_words(ax, words)
@@ -109,8 +113,9 @@ def plot_received_map(
         image: The image, counted within the row.
         layer: One LLM layer; None for the largest value over all layers.
         heads: ``"mean"`` or ``"max"`` over the heads of a layer.
-        unit: ``"null"`` for multiples of uniform attention under the same mask, which no longer
-            depend on where in the prompt a token stands; ``"share"`` for the attention itself.
+        unit: ``"null"`` for what other tokens give, in multiples of uniform attention under the same
+            mask, which depends less on where in the prompt a token stands; ``"share"`` for the
+            attention itself.
         ax: Where to draw, or None for a new figure.
 
     Returns:
@@ -125,9 +130,8 @@ def plot_received_map(
     layers = slice(None) if layer is None else [check_layer(trace, layer)]
     ax = new_axes(ax, (5.4, 4.6))
     draw_picture(ax, trace, row, image, grey=True)
-    received = trace.received[row, layers]
-    if unit == "null":
-        received = received / trace.null[row, layers][:, None]
+    got = trace.language.received
+    received = (got.times_null() if unit == "null" else trace.received)[row, layers].nan_to_num()
     by_layer = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
     grid, extent = token_grid(trace, row, image, by_layer.amax(dim=0))
     norm, view = _scale(grid, unit), (ax.get_xlim(), ax.get_ylim())
@@ -151,7 +155,7 @@ def shown_records(trace: SinkTrace, row: int, layer: int | None) -> list[SinkRec
     own = [r for r in trace.records if r.batch == check_row(trace, row)]
     if layer is None:
         return own
-    return [r for r in own if r.kind == "V" or layer in r.llm_layers]
+    return [r for r in own if r.kind in ("V", "attention") or layer in r.llm_layers]
 
 
 def _scale(grid: Tensor, unit: str) -> Normalize:

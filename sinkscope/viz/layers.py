@@ -204,7 +204,7 @@ def plot_detections(trace: SinkTrace, row: int = 0, *, ax: Axes | None = None) -
         ax.text(
             0.5,
             0.45,
-            "none found",
+            "nothing is flagged",
             transform=ax.transAxes,
             ha="center",
             fontsize=LABEL,

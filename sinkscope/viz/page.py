@@ -9,9 +9,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from sinkscope.viz.gallery import Picture
-from sinkscope.viz.html import frame_table, sink_table, warnings_html
+from sinkscope.viz.html import frame_table, nothing_html, sink_table, warnings_html
 from sinkscope.viz.style import GROUP_OF, STYLES
-from sinkscope.viz.table import KINDS, columns_for, flagged_share, of_kind
+from sinkscope.viz.table import KINDS, SINKS, columns_for, flagged_share, of_kind
 from sinkscope.viz.words import neat
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ header h1 { margin: 0 0 4px; font-size: 1.7rem; }
 header p { margin: 0; color: #d5e4e6; }
 section { background: #fff; border: 1px solid #dfe3e6; border-radius: 8px; padding: 18px 22px; margin: 20px 0; }
 h2 { font-size: 1.15rem; margin: 0 0 12px; }
-.cards { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; margin: 20px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 16px; margin: 20px 0; }
 .card { background: #fff; border: 1px solid #dfe3e6; border-left: 6px solid; border-radius: 8px; padding: 12px 18px; }
 .card b { display: block; font-size: 1.5rem; line-height: 1.3; }
 .card span { color: #4a5560; font-size: .9rem; }
@@ -76,6 +76,8 @@ def make_page(
         tables: Heading -> table, shown after the sinks.
     """
     sections = [_section("The sinks", sink_table(trace))]
+    if trace.outcomes:
+        sections.append(_section("Where nothing is flagged", nothing_html(trace)))
     sections += [_section(head, frame_table(table)) for head, table in tables.items()]
     sections.append(_section("Figures", _figures(shown)))
     sections.append(_section("How they were found", _detectors(trace)))
@@ -104,6 +106,7 @@ ABOUT = {
     "V": "born in the vision tower",
     "L": "visual tokens that became sinks in the LLM",
     "text": "outside the image, such as BOS",
+    "attention": "the vision tower attends to it throughout, without a spike that the V rule flags",
 }
 
 
@@ -121,6 +124,8 @@ def _cards(trace: SinkTrace) -> str:
     cards = []
     for kind, noun in KINDS.items():
         count = len(of_kind(trace, kind))
+        if not count and kind not in SINKS:
+            continue
         colour = STYLES[GROUP_OF[kind]].colour
         number = str(count) if count else "none found"
         name = noun if count == 1 else f"{noun}s"

@@ -92,15 +92,16 @@ def sinks_table(trace: SinkTrace) -> pd.DataFrame:
 def tokens_table(trace: SinkTrace) -> pd.DataFrame:
     """The token map with what is known of each position.
 
-    ``sink`` is ``V``, ``L``, ``text`` or empty; ``over_null`` is the largest attention received over
-    its null, over layers and heads.
+    ``sink`` is the kind of its record, or empty; ``excess`` is the most that some head gives it beyond
+    uniform attention, from other tokens (empty where fewer than 8 of them see it).
     """
     table = trace.sample.tokens.to_dataframe()
     kinds = {(r.batch, r.pos): r.kind for r in trace.records}
-    over = (trace.received / trace.null[:, :, None]).amax(dim=(1, 2))
+    excess = trace.language.drawn().nan_to_num(-2.0).amax(dim=1)
+    excess = excess.masked_fill(excess < -1, float("nan"))
     places = list(zip(table["batch"], table["pos"], strict=True))
     return table.assign(
         vit_tokens=table["vit_tokens"].map(json.dumps),
         sink=[kinds.get(place, "") for place in places],
-        over_null=[float(over[place]) for place in places],
+        excess=[float(excess[place]) for place in places],
     )

@@ -42,6 +42,7 @@ STYLES = {
     "V-sinks": Style("#D55E00", "o"),
     "L-sinks": Style("#0072B2", "s"),
     "text sinks": Style("#00795A", "^"),
+    "attended": Style("#7B3FA0", "h"),
     "ordinary": Style("#5F5F5F", "D"),
     "text": Style("#B45C91", "v"),
 }
@@ -53,7 +54,7 @@ OTHERS = (
     Style("#8C510A", "p"),
 )
 """For groups of the user's own."""
-GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
+GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": "attended"}
 """`SinkRecord.kind` -> group."""
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from sinkscope.experiments.records import SinkRecord
     from sinkscope.experiments.trace import SinkTrace
 
-KINDS = {"V": "V-sink", "L": "L-sink", "text": "text sink"}
+SINKS = {"V": "V-sink", "L": "L-sink", "text": "text sink"}
+KINDS = SINKS | {"attention": "attended token"}
+"""`SinkRecord.kind` -> what to call one; sinks first."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Column:
 def _token(record: SinkRecord) -> str:
     if record.image < 0:
         return f"{record.pos} {readable(record.word)}"
-    return f"{record.pos} image {record.image}"
+    what = "" if record.vit_kind in (None, "patch") else f" {str(record.vit_kind).upper()}"
+    return f"{record.pos} image {record.image}{what}"
 
 
 def _cell(record: SinkRecord) -> str:
-    return "-" if record.image < 0 else f"{record.row},{record.column}"
+    return "-" if record.row < 0 else f"{record.row},{record.column}"
 
 
 def _box(record: SinkRecord) -> str:
@@ -51,7 +54,7 @@ def _box(record: SinkRecord) -> str:
 
 
 def _born(record: SinkRecord) -> str:
-    vision = record.kind == "V"
+    vision = record.kind in ("V", "attention")
     block = record.vit_birth if vision else record.llm_birth
     half = record.vit_writer if vision else record.llm_writer
     if block is None:
@@ -73,7 +76,8 @@ COLUMNS = (
         "kind",
         lambda r: r.kind,
         "V: a visual token that left the vision tower as a sink. L: a visual token that became one "
-        "in the LLM. text: a token outside the image that meets the L rule, such as BOS.",
+        "in the LLM. text: a token outside the image that meets the L rule, such as BOS. attention: an "
+        "image token to which the vision tower attends throughout, and which the V rule does not flag.",
     ),
     Column("token", _token, "Position in the prompt, and the word or the image it belongs to."),
     Column("cell", _cell, "Row and column of the token in the image's grid, from 0."),
@@ -103,22 +107,28 @@ COLUMNS = (
     Column(
         "draws|from",
         lambda r: "-" if r.first_drawn is None else str(r.first_drawn),
-        "First LLM layer in which some head gives the token several times (3 by default) its null.",
+        "First LLM layer in which some head gives the token 0.06 or more beyond uniform attention, "
+        "counting other tokens' queries only (or what `draws` says).",
     ),
     Column(
         "top|head",
-        lambda r: f"{r.head[0]}.{r.head[1]}",
-        "LLM layer and head in which the token receives the most over its null.",
+        lambda r: "-" if r.head is None else f"{r.head[0]}.{r.head[1]}",
+        "LLM layer and head in which other tokens give it the most beyond uniform attention.",
     ),
     Column(
         "re-|ceived",
-        lambda r: short(r.head_received, 2),
-        "Attention received in that head, 0 to 1: the mean over the queries that can see the token.",
+        lambda r: "-" if r.head is None else short(r.head_received, 2),
+        "What they give it there, 0 to 1: the mean over the other tokens that can see it.",
     ),
     Column(
-        "times|null",
-        lambda r: short(r.over_null, 2),
-        "The same as a multiple of its null: what the token would receive under uniform attention.",
+        "uni-|form",
+        lambda r: "-" if r.head is None else short(r.head_null, 2),
+        "What they would give it there under uniform attention, the null.",
+    ),
+    Column(
+        "ViT|top",
+        lambda r: short(max(r.vit_drawn), 2) if r.vit_drawn else "-",
+        "The most that a head of the vision tower gives its ViT token beyond uniform attention.",
     ),
     Column(
         "writes",
@@ -130,8 +140,8 @@ COLUMNS = (
         "verdict",
         lambda r: r.verdict,
         "NOP: it writes at most 0.2 of what others write. broadcast: at least 0.5, and the head "
-        "writes one direction (stable rank at most 1.5). mixed: neither. draws nothing: flagged, but "
-        "no head attends to it (Fesser et al., 2606.08105).",
+        "writes one direction (stable rank at most 1.5). mixed: neither (Fesser et al., 2606.08105). "
+        "draws nothing: no head of the LLM attends to it. seen by few: fewer than 8 tokens see it.",
     ),
     Column(
         "over-|lap",
@@ -148,9 +158,9 @@ def columns_for(trace: SinkTrace) -> tuple[Column, ...]:
 
 
 def of_kind(trace: SinkTrace, kind: str, row: int | None = None) -> list[SinkRecord]:
-    """The sinks of one kind, those that draw most over their null first."""
+    """The records of one kind, those that draw most beyond uniform attention first."""
     own = [r for r in trace.records if r.kind == kind and row in (None, r.batch)]
-    return sorted(own, key=lambda r: -r.over_null)
+    return sorted(own, key=lambda r: -r.excess if r.head is not None else 2.0)
 
 
 def by_row(records: Iterable[SinkRecord]) -> list[SinkRecord]:
@@ -160,7 +170,11 @@ def by_row(records: Iterable[SinkRecord]) -> list[SinkRecord]:
 
 def counts(trace: SinkTrace, row: int | None = None) -> str:
     """``2 V-sinks, no L-sinks, 1 text sink``."""
-    return ", ".join(plural(len(of_kind(trace, kind, row)), noun) for kind, noun in KINDS.items())
+    found = {kind: len(of_kind(trace, kind, row)) for kind in KINDS}
+    shown = [
+        plural(found[kind], noun) for kind, noun in KINDS.items() if kind in SINKS or found[kind]
+    ]
+    return ", ".join(shown)
 
 
 def flagged_share(trace: SinkTrace) -> tuple[float, float]:

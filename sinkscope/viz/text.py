@@ -6,7 +6,16 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sinkscope.viz.table import KINDS, Column, by_row, columns_for, counts, flagged_share, of_kind
+from sinkscope.viz.table import (
+    KINDS,
+    SINKS,
+    Column,
+    by_row,
+    columns_for,
+    counts,
+    flagged_share,
+    of_kind,
+)
 from sinkscope.viz.words import aligned, neat, plural
 
 if TYPE_CHECKING:
@@ -16,9 +25,11 @@ if TYPE_CHECKING:
 WIDTH = 110
 KEY = (
     "born: block of the ViT or the LLM and the half that wrote the spike. Top head: layer.head where "
-    "it receives the most over its null (uniform attention). Writes: size of its write over that of "
-    "the other tokens."
+    "other tokens give it the most beyond uniform attention. ViT top: the same in the vision tower. "
+    "Writes: size of its write over that of the other tokens. attention: the vision tower attends to it "
+    "throughout, and the V rule does not flag it."
 )
+TOWERS = {"vision": "ViT", "language": "LLM"}
 
 
 def trace_summary(trace: SinkTrace, *, limit: int = 10) -> str:
@@ -39,7 +50,7 @@ def trace_summary(trace: SinkTrace, *, limit: int = 10) -> str:
     for kind, noun in KINDS.items():
         found = of_kind(trace, kind)
         listed += by_row(found[:limit])
-        if not found:
+        if not found and kind in SINKS:
             remarks.append(f"{noun}s: none found")
         elif len(found) > limit:
             remarks.append(f"{noun}s: {len(found) - limit} more, that draw less, are not listed")
@@ -49,9 +60,47 @@ def trace_summary(trace: SinkTrace, *, limit: int = 10) -> str:
         blocks.append("\n".join(remarks))
     if listed:
         blocks.append(_wrapped(KEY, "", ""))
+    if trace.outcomes:
+        blocks.append("\n".join(why_nothing(trace)))
+        blocks.append(candidate_table(trace))
     blocks.append("\n".join(rules(trace)))
     blocks += [_wrapped(neat(warning), "Warning: ") for warning in trace.warnings]
     return "\n\n".join(blocks)
+
+
+def why_nothing(trace: SinkTrace) -> list[str]:
+    """For a tower in which nothing is flagged, what spikes there and what draws."""
+    return [
+        _wrapped(neat(text), f"{TOWERS[tower]}, nothing flagged: ", "  ")
+        for tower, text in trace.outcomes.items()
+    ]
+
+
+def candidate_table(trace: SinkTrace) -> str:
+    """The candidates of the towers in which nothing is flagged, as a table for a terminal."""
+    heads = [
+        "tower",
+        "token",
+        "|h| in medians",
+        "in quartiles",
+        "drawn",
+        "in head",
+        "refused because",
+    ]
+    lines = [
+        [
+            TOWERS[c.tower],
+            c.token,
+            f"{c.medians:.0f} (layer {c.spike_layer})",
+            f"{c.prominence:.1f}",
+            "-" if c.drawn_at is None else f"{c.drawn:.2f}",
+            "-" if c.drawn_at is None else f"{c.drawn_at[0]}.{c.drawn_at[1]}",
+            c.reason,
+        ]
+        for c in trace.candidates
+        if c.tower in trace.outcomes
+    ]
+    return "Most attended tokens and largest spikes there:\n" + aligned([heads, *lines])
 
 
 def text_table(columns: Sequence[Column], records: Sequence[SinkRecord]) -> str:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sinkscope.kernels import attention
+from sinkscope.kernels import attention, received
 
 HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
 
@@ -57,6 +57,26 @@ def weights_of(call, kind):
     return logits.masked_fill(~visible(kind), float("-inf")).softmax(dim=-1)
 
 
+@pytest.mark.parametrize("kind", ("causal", "bidirectional", "bool", "additive", "window"))
+@pytest.mark.parametrize("sharp", (1.0, 30.0))
+def test_own_weights_by_hand(kind, sharp):
+    """By a copy of every key, and by columns where the call is edited; also where one key takes all."""
+    function, (module, query, key, value), options = make_call(kind)
+    call = (function, (module, sharp * query, key, value), options)
+    want = weights_of(call, kind).diagonal(dim1=2, dim2=3)
+    assert torch.allclose(received.own_weights(call), want, atol=2e-6)
+    assert torch.allclose(received.by_columns(call, sharp * query), want, atol=2e-6)
+    uniform = (1 / visible(kind).sum(dim=1)).expand_as(want)
+    assert torch.allclose(received.own_weights(call, null=True), uniform, atol=1e-6)
+    newest = (
+        function,
+        (module, sharp * query[:, :, -1:], key, value),
+        {**options, "attention_mask": None},
+    )
+    if kind in ("causal", "bidirectional"):
+        assert torch.allclose(received.own_weights(newest), want[..., -1:], atol=2e-6)
+
+
 KINDS = ("causal", "bidirectional", "bool", "additive", "window")
 
 
@@ -75,9 +95,16 @@ def test_masses_received_and_patterns_by_hand(kind):
     live[1, :2] = False
     seen = torch.einsum("bq,qk->bk", live.float(), visible(kind).float())
     assert torch.equal(attention.visible_queries(call, live), seen)
-    got = attention.received([call], {}, live)
+    got = received.received([call], {}, live, others=True)
     column = torch.einsum("bhqk,bq->bhk", want, live.float()) / seen[:, None]
     assert torch.allclose(got["received"].nan_to_num(), column.nan_to_num(), atol=1e-6)
+    alone = 1 - torch.eye(N)
+    seeing = torch.einsum("bq,qk->bk", live.float(), visible(kind).float() * alone)
+    assert torch.equal(got["seeing"], seeing)
+    for name, weights in (("others", want), ("others_null", uniform.expand_as(want))):
+        column = torch.einsum("bhqk,bq->bhk", weights * alone, live.float()) / seeing[:, None]
+        column = column[:, 0] if name == "others_null" else column
+        assert torch.allclose(got[name].nan_to_num(), column.nan_to_num(), atol=1e-6)
     flat = torch.einsum("qk,bq->bk", uniform, live.float()) / seen
     assert torch.allclose(got["null"].nan_to_num(), flat.nan_to_num(), atol=1e-6)
 
@@ -125,8 +152,8 @@ def test_nulls_are_shared_by_calls_with_one_mask_only():
     for kind in ("causal", "bidirectional", "window", "causal"):
         call = (counting, *make_call(kind)[1:])
         for rows in (live, some):
-            alone = attention.received([call], {}, rows)["null"]
-            beside = attention.received([call], shared, rows)["null"]
+            alone = received.received([call], {}, rows)["null"]
+            beside = received.received([call], shared, rows)["null"]
             assert torch.equal(alone.nan_to_num(), beside.nan_to_num())
         alone = attention.group_mass([call], {}, groups)["null"]
         assert torch.equal(alone, attention.group_mass([call], shared, groups)["null"])
@@ -148,7 +175,7 @@ def test_nothing_is_written_in_place():
     before = [tensor.clone() for tensor in (*call[1][1:], call[2]["attention_mask"])]
     groups, live = torch.ones(2, N, 1), torch.ones(2, N, dtype=torch.bool)
     attention.group_mass([call], {}, groups)
-    attention.received([call], {}, live)
+    received.received([call], {}, live)
     attention.patterns([call], {}, torch.zeros(2, 1, dtype=torch.long))
     attention.contribution_norms([call], {}, groups, nn.Linear(HEADS * WIDTH, 4))
     for tensor, copy in zip((*call[1][1:], call[2]["attention_mask"]), before, strict=True):

@@ -1,0 +1,138 @@
+"""What the gap rule saw where it flags nothing: what spikes, what draws, and how far both are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sinkscope.detectors.gap import Gap
+from sinkscope.probes.evidence import EvidenceResult
+
+NAMED = 3
+"""Tokens that a sentence names."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why no token of a tower is a sink by the gap rule.
+
+    Attributes:
+        spiking: Tokens that spike in some layer, as (sample, row, position).
+        drawing: Tokens that draw attention in some layer.
+        text: The same in words.
+    """
+
+    spiking: tuple[tuple[int, int, int], ...]
+    drawing: tuple[tuple[int, int, int], ...]
+    text: str
+
+
+def outcome_of(
+    rule: Gap,
+    evidence: Sequence[EvidenceResult],
+    tower: str,
+    name: Callable[[int, int, int], str] | None = None,
+) -> Outcome:
+    """What was seen in one tower where nothing both spikes and draws.
+
+    Args:
+        rule: The rule.
+        evidence: Of every sample.
+        tower: ``"language"`` or ``"vision"``.
+        name: ``(sample, row, position) -> what to call the token``; None for its position.
+    """
+    called = name or (lambda sample, row, pos: f"position {pos}")
+    spiking = _tokens([rule.spikes_in(one) for one in evidence])
+    drawing = _tokens([rule.draws_in(one) & one.judged[:, None] for one in evidence])
+    noun = "patch" if tower == "vision" else "token"
+    parts = []
+    if spiking:
+        largest = {at: _peak(evidence, at) for at in spiking}
+        parts.append(_listed(spiking, largest, called, noun, "spike", "medians"))
+    else:
+        medians, times = _largest_spike(evidence)
+        parts.append(
+            f"no {noun} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
+            f"quartile of its layer, where a spike has {rule.medians:g} and {rule.gap:g}"
+        )
+    if drawing:
+        most = {at: _most_drawn(evidence, at) for at in drawing}
+        parts.append(_listed(drawing, most, called, noun, "draw attention", "beyond uniform"))
+    else:
+        parts.append(
+            f"no {noun} draws: the most that a head gives one beyond uniform attention is "
+            f"{_most(evidence):.3f}, where a sink has {rule.draws:g}"
+        )
+    if spiking and drawing:
+        parts.append("none does both in one layer")
+    return Outcome(spiking, drawing, "; ".join(parts))
+
+
+def _tokens(masks: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Tokens that are True in some layer."""
+    found = []
+    for sample, mask in enumerate(masks):
+        found += [(sample, row, pos) for row, pos in mask.any(dim=1).nonzero().tolist()]
+    return tuple(found)
+
+
+def _listed(
+    tokens: Sequence[tuple[int, int, int]],
+    sizes: dict[tuple[int, int, int], float],
+    called: Callable[[int, int, int], str],
+    noun: str,
+    verb: str,
+    unit: str,
+) -> str:
+    """``2 tokens spike: position 1 (208 medians), ...``, the largest first."""
+    ranked = sorted(tokens, key=lambda at: -sizes[at])
+    digits = 0 if unit == "medians" else 2
+    some = [f"{called(*at)} ({sizes[at]:.{digits}f} {unit})" for at in ranked[:NAMED]]
+    more = f" and {len(ranked) - NAMED} more" if len(ranked) > NAMED else ""
+    many = (
+        f"1 {noun} {_third(verb)}" if len(ranked) == 1 else f"{len(ranked)} {_plural(noun)} {verb}"
+    )
+    return f"{many}: {', '.join(some)}{more}"
+
+
+def _third(verb: str) -> str:
+    first, *rest = verb.split(" ")
+    return " ".join([first + "s", *rest])
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("ch") else "s")
+
+
+def _peak(evidence: Sequence[EvidenceResult], at: tuple[int, int, int]) -> float:
+    sample, row, pos = at
+    return float(evidence[sample].medians()[row, :, pos].nan_to_num().max())
+
+
+def _most_drawn(evidence: Sequence[EvidenceResult], at: tuple[int, int, int]) -> float:
+    sample, row, pos = at
+    return float(evidence[sample].drawn()[row, :, pos].nan_to_num().max())
+
+
+def _judged(one: EvidenceResult, values: Tensor) -> Tensor:
+    """Values of judged tokens; the least possible elsewhere."""
+    return torch.where(one.judged[:, None], values, torch.full_like(values, -1.0)).nan_to_num(-1.0)
+
+
+def _largest_spike(evidence: Sequence[EvidenceResult]) -> tuple[float, float]:
+    """Medians and multiple of the upper quartile of the most prominent token that could be a spike."""
+    best = (0.0, 0.0)
+    for one in evidence:
+        grown = one.growth() >= 2.0
+        times = _judged(one, one.prominence().masked_fill(~grown, -1.0))
+        at = int(times.argmax())
+        found = float(one.medians().flatten()[at]), float(times.flatten()[at])
+        best = max(best, found, key=lambda pair: pair[1])
+    return best
+
+
+def _most(evidence: Sequence[EvidenceResult]) -> float:
+    return max(float(_judged(one, one.drawn()).max()) for one in evidence)

@@ -1,0 +1,170 @@
+"""Attention that every key receives: from all queries, and from other tokens only.
+
+The weight of a token on itself, ``A_ii``, is taken from the model's own call on one key more: a copy
+of every query's own key. In two extra head dimensions the query carries ``q_i k_i`` and the new key a
+one, so its logit is that of the token's own key. ::
+
+    causal, no mask   new key first:  query i sees  new k_0 ... k_{i-1}   so the new key takes A_ii
+    else              new key last:   query i sees  k_0 ... k_{n-1} new   so it takes p = A_ii / (1 + A_ii)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sinkscope.kernels.attention import (
+    arguments,
+    ask,
+    one_head,
+    spans,
+    unpack,
+    visibility,
+    visible_queries,
+    weigh_queries,
+    weigh_values,
+)
+
+EXTRA = 8
+"""Head dimensions are added in eights, which keeps fused kernels."""
+
+
+def received(calls, state, live, layout=None, null=True, others=False):
+    """Mean attention each key receives from the live queries that can see it, and its null.
+
+    ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
+    ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
+
+    Args:
+        calls: The attention calls of one site.
+        state: The run's scratch space.
+        live: ``[batch query]`` bool, False at padding.
+        layout: ``[row pos]`` packed positions of a packed tower, or None.
+        null: Whether to compute the null.
+        others: Whether to compute what other tokens give, too.
+
+    Returns:
+        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query sees. With
+        ``others`` also ``"others"``, ``"others_null"`` and how many others see the key, ``"seeing"``
+        ``[batch key]``.
+    """
+    parts = {}
+    for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
+        rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
+        count = visible_queries(call, rows)
+        total, own = column_sums(call, rows, others=others)
+        note(parts, "received", total / count[:, None])
+        seeing = count - own_rows(rows, count.shape[1])
+        if others:
+            note(parts, "others", over(total - own, seeing[:, None]))
+            note(parts, "seeing", seeing)
+        if null:
+            named, _ = arguments(call)
+            mark = ("received", id(live), others, visibility(call), k_at, k_to)
+            shape = tuple(named["query"].shape)
+            if (mark, shape) not in state:
+                flat, self_flat = column_sums(one_head(call), rows, null=True, others=others)
+                # The mask is kept so that its id cannot be given to another one.
+                state[(mark, shape)] = (flat[:, 0], self_flat, named["attention_mask"])
+            flat, self_flat, _ = state[(mark, shape)]
+            note(parts, "null", flat / count)
+            if others:
+                note(parts, "others_null", over(flat - self_flat[:, 0], seeing))
+    return {
+        name: unpack(torch.cat(part, dim=-1), layout, part[0].ndim - 1)
+        for name, part in parts.items()
+    }
+
+
+def over(total, count):
+    """A mean; NaN where nothing was counted."""
+    return (total / count.clamp(min=1)).clamp(min=0).masked_fill(count == 0, float("nan"))
+
+
+def note(parts, name, value):
+    """Add one window's values to those of the windows before."""
+    parts.setdefault(name, []).append(value)
+
+
+def column_sums(call, rows, null=False, others=False):
+    """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it."""
+    total = weigh_queries(call, rows[:, None].float(), null=null)[:, :, 0]
+    if not others:
+        return total, None
+    own = own_weights(call, null=null)
+    own = torch.where(rows[:, None], own, torch.zeros_like(own))
+    before = total.shape[-1] - own.shape[-1]
+    return total, torch.nn.functional.pad(own, (before, 0))
+
+
+def own_rows(rows, n_key):
+    """Which keys are seen by their own token's live query, ``[batch key]`` fp32."""
+    return torch.nn.functional.pad(rows.float(), (n_key - rows.shape[1], 0))
+
+
+def own_weights(call, null=False):
+    """The weight of every query on its own token's key, ``A_ii``, in fp32.
+
+    Args:
+        call: One attention call; its last keys belong to its queries.
+        null: Whether to use ``q = 0``.
+
+    Returns:
+        ``[batch head query]``.
+    """
+    if null:
+        call = (getattr(call[0], "plain", call[0]), *call[1:])
+    call = (getattr(call[0], "attends", call[0]), *call[1:])
+    named, rest = arguments(call)
+    query, key = named["query"].detach(), named["key"].detach()
+    if null:
+        query = torch.zeros_like(query)
+    mask, window = named["attention_mask"], rest.get("sliding_window")
+    plain = not hasattr(call[0], "recipe") and query.shape[2] == key.shape[2]
+    implied = mask is None and window is not None and window < query.shape[2]
+    shaped = mask is None or (mask.ndim == 4 and mask.shape[2] == query.shape[2])
+    if query.shape[2] == 1 or not plain or implied or not shaped:
+        return by_columns(call, query)
+    return by_copy(call, query, key)
+
+
+def by_columns(call, query):
+    """``A_ii`` from the weights on a few keys at a time: any call, at a cost that grows with the prompt."""
+    named, _ = arguments(call)
+    call = (call[0], (), {**arguments(call)[1], **named, "query": query})
+    n_query, n_key, batch = query.shape[2], named["key"].shape[2], query.shape[0]
+    step, first, out = named["value"].shape[-1], n_key - n_query, []
+    for at in range(0, n_query, step):
+        stop = min(at + step, n_query)
+        x = torch.zeros(batch, n_key, stop - at, device=query.device)
+        index = torch.arange(stop - at, device=query.device)
+        x[:, first + at + index, index] = 1.0
+        answer = weigh_values(call, x, float32=True)[:, :, at:stop]
+        out.append(answer.diagonal(dim1=2, dim2=3))
+    return torch.cat(out, dim=-1)
+
+
+def by_copy(call, query, key):
+    """``A_ii`` from one call with a copy of every token's own key; see the module."""
+    named, rest = arguments(call)
+    mask, width = named["attention_mask"], query.shape[-1]
+    causal = rest.get("is_causal")
+    causal = getattr(named["module"], "is_causal", True) if causal is None else causal
+    first = mask is None and causal
+    share = query.shape[1] // key.shape[1]
+    query, key = query.float(), key.float()
+    own = (query * key.repeat_interleave(share, dim=1)).sum(dim=-1, keepdim=True)
+    query = torch.cat([query, torch.nn.functional.pad(own, (0, EXTRA - 1))], dim=-1)
+    copy = torch.zeros(*key.shape[:2], 1, width + EXTRA, device=key.device)
+    copy[..., width] = 1.0
+    key = torch.nn.functional.pad(key, (0, EXTRA))
+    key = torch.cat([copy, key] if first else [key, copy], dim=2)
+    value = torch.zeros_like(key)
+    value[:, :, 0 if first else -1, 0] = 1.0
+    if mask is not None:
+        mask = mask[..., : key.shape[2] - 1]
+        mask = torch.cat([mask, mask.diagonal(dim1=2, dim2=3)[..., None]], dim=-1)
+    scaling = rest.get("scaling")
+    rest = {**rest, "scaling": width**-0.5 if scaling is None else scaling}
+    wider = {**named, "query": query, "key": key, "value": value, "attention_mask": mask}
+    taken = ask((call[0], (), {**wider, **rest}), float32=True)[..., 0].transpose(1, 2)
+    return taken if first else taken / (1 - taken)
