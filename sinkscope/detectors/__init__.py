@@ -1,6 +1,7 @@
 """Detectors: from scores to sink tokens, with their flagged fraction, null and warnings."""
 
 from sinkscope.detectors.calibrate import Calibration, TowerCalibration, calibrate
+from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import KNOWN, Known, known_for, table
 from sinkscope.detectors.detection import SATURATION, Detection, jaccard
 from sinkscope.detectors.gap import Gap
@@ -33,6 +34,7 @@ __all__ = [
     "RandomTokens",
     "Received",
     "SinkDimensions",
+    "SinkRules",
     "TowerCalibration",
     "agreement",
     "calibrate",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.gap import Gap
+from sinkscope.detectors.gap import GAP, GROWTH, Gap
 from sinkscope.probes.evidence import EvidenceResult
 
 NAMED = 3
@@ -53,10 +53,11 @@ def outcome_of(
         largest = {at: _peak(evidence, at) for at in spiking}
         parts.append(_listed(spiking, largest, called, noun, "spike", "medians"))
     else:
-        medians, times = _largest_spike(evidence)
+        medians, times, grown = _largest_spike(evidence)
+        came = "" if grown else ", and came with the embeddings"
         parts.append(
             f"no {noun} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
-            f"quartile of its layer, where a spike has {rule.medians:g} and {rule.gap:g}"
+            f"quartile of its layer{came}, where a spike has {rule.medians:g} and {rule.gap:g}"
         )
     if drawing:
         most = {at: _most_drawn(evidence, at) for at in drawing}
@@ -122,15 +123,16 @@ def _judged(one: EvidenceResult, values: Tensor) -> Tensor:
     return torch.where(one.judged[:, None], values, torch.full_like(values, -1.0)).nan_to_num(-1.0)
 
 
-def _largest_spike(evidence: Sequence[EvidenceResult]) -> tuple[float, float]:
-    """Medians and multiple of the upper quartile of the most prominent token that could be a spike."""
-    best = (0.0, 0.0)
+def _largest_spike(evidence: Sequence[EvidenceResult]) -> tuple[float, float, bool]:
+    """The most prominent token: medians, multiple of the upper quartile, and whether it grew to that."""
+    best = (0.0, 0.0, True)
     for one in evidence:
-        grown = one.growth() >= 2.0
-        times = _judged(one, one.prominence().masked_fill(~grown, -1.0))
+        times = _judged(one, one.prominence())
         at = int(times.argmax())
-        found = float(one.medians().flatten()[at]), float(times.flatten()[at])
-        best = max(best, found, key=lambda pair: pair[1])
+        large = float(times.flatten()[at]) >= GAP
+        grown = one.first is None or not large or bool(one.growth().flatten()[at] >= GROWTH)
+        found = float(one.medians().flatten()[at]), float(times.flatten()[at]), grown
+        best = max(best, found, key=lambda three: three[1])
     return best
 
 

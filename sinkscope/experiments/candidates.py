@@ -183,7 +183,7 @@ def _why_not(
     grown = evidence.growth()[row, layers, pos] >= GROWTH
     if not bool(large.any()):
         most = float(times.nan_to_num(-1.0).max())
-        return f"no spike: {most:.1f} times the upper quartile, a spike has {rule.gap:g}" + (
+        return f"no spike: {most:.1f} of {rule.gap:g} upper quartiles" + (
             "" if draws else "; draws nothing"
         )
     if not bool((large & grown).any()):

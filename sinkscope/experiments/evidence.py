@@ -18,6 +18,8 @@ from sinkscope.tokens import VISION_KINDS
 if TYPE_CHECKING:
     from sinkscope.experiments.trace import Probes
 
+MULTIPLE = 5.0
+"""Times uniform attention from which a token draws (ACT, 2406.15765)."""
 Channels = tuple[tuple[int, float], ...]
 
 
@@ -76,9 +78,16 @@ def measured(
 
 
 def attended_throughout(evidence: EvidenceResult, last: int, draws: float) -> Tensor:
-    """ViT tokens that draw attention in most blocks up to ``last``, bool ``[image pos]``."""
-    drawing = evidence.drawn()[:, : last + 1] >= draws
-    return drawing.float().mean(dim=1) > 0.5
+    """ViT tokens that draw attention in most blocks up to ``last``, bool ``[image pos]``.
+
+    In a block they draw if some head gives them ``draws`` beyond uniform attention and `MULTIPLE`
+    times as much, which matters where there are few tokens.
+    """
+    received = evidence.received
+    assert received.others_null is not None
+    enough = (MULTIPLE - 1) * received.others_null
+    drawing = evidence.drawn() >= enough.clamp(min=draws)
+    return drawing[:, : last + 1].float().mean(dim=1) > 0.5
 
 
 def top_channels(result: MassiveResult, batch: int, layer: int, pos: int) -> Channels:

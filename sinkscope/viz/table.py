@@ -20,6 +20,10 @@ KINDS = SINKS | {"attention": "attended token"}
 """`SinkRecord.kind` -> what to call one; sinks first."""
 
 
+MOST_BIRTHS = 3
+"""Births that a line lists."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column.
@@ -55,13 +59,16 @@ def _box(record: SinkRecord) -> str:
 
 def _born(record: SinkRecord) -> str:
     vision = record.kind in ("V", "attention")
-    block = record.vit_birth if vision else record.llm_birth
-    half = record.vit_writer if vision else record.llm_writer
-    if block is None:
+    if not vision:
+        births = [_block(block, half) for block, _, half in record.llm_lives]
+        return "LLM " + ", ".join(births[:MOST_BIRTHS]) if births else "-"
+    if record.vit_birth is None:
         return "-"
-    if block < 0:
-        return "embeddings"
-    return f"{'ViT' if vision else 'LLM'} {block} {half or ''}".strip()
+    return "ViT " + _block(record.vit_birth, record.vit_writer)
+
+
+def _block(block: int, half: str | None) -> str:
+    return "embeddings" if block < 0 else f"{block} {half or ''}".strip()
 
 
 def _layers(record: SinkRecord) -> str:
@@ -85,8 +92,8 @@ COLUMNS = (
     Column(
         "born in",
         _born,
-        "The first block whose output shows the spike without a break up to where it is judged, and "
-        "which half of the block wrote the largest channel: attention or MLP.",
+        "The block whose output first shows the spike, and which half of the block wrote the largest "
+        "channel: attention or MLP. A sink of the LLM that goes and comes back has several.",
     ),
     Column(
         "norm|ViT",

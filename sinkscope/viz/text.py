@@ -78,21 +78,13 @@ def why_nothing(trace: SinkTrace) -> list[str]:
 
 def candidate_table(trace: SinkTrace) -> str:
     """The candidates of the towers in which nothing is flagged, as a table for a terminal."""
-    heads = [
-        "tower",
-        "token",
-        "|h| in medians",
-        "in quartiles",
-        "drawn",
-        "in head",
-        "refused because",
-    ]
+    heads = ["", "token", "medians", "layer", "drawn", "head", "refused because"]
     lines = [
         [
             TOWERS[c.tower],
             c.token,
-            f"{c.medians:.0f} (layer {c.spike_layer})",
-            f"{c.prominence:.1f}",
+            f"{c.medians:.0f}",
+            str(c.spike_layer),
             "-" if c.drawn_at is None else f"{c.drawn:.2f}",
             "-" if c.drawn_at is None else f"{c.drawn_at[0]}.{c.drawn_at[1]}",
             c.reason,
@@ -100,7 +92,10 @@ def candidate_table(trace: SinkTrace) -> str:
         for c in trace.candidates
         if c.tower in trace.outcomes
     ]
-    return "Most attended tokens and largest spikes there:\n" + aligned([heads, *lines])
+    head = (
+        "Most attended tokens and largest spikes there (largest |h| in medians; what a head draws):"
+    )
+    return head + "\n" + aligned([heads, *lines])
 
 
 def text_table(columns: Sequence[Column], records: Sequence[SinkRecord]) -> str:

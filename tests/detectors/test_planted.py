@@ -123,7 +123,11 @@ def test_records_tell_birth_writer_and_place(layout):
     kinds = [r.kind for r in records]
     assert kinds.count("V") == len(truth.v_sinks)
     assert kinds.count("L") == len(truth.l_sinks)
+    attended = [r for r in records if r.kind == "attention"]
+    assert [r.row * 8 + r.column for r in attended] == list(truth.attention_decoys)
     for r in records:
+        if r.kind == "attention":
+            continue
         assert r.verdict == "NOP"
         if r.kind == "V":
             assert r.vit_birth == truth.v_layer

@@ -70,7 +70,8 @@ def test_three_sigma_by_hand():
 
 def test_received_by_head_and_as_multiple_of_the_null():
     got = torch.tensor([[[[0.1, 0.4], [0.1, 0.1]]]])
-    result = ReceivedResult(got, torch.tensor([[[0.5, 0.1]]]), (0,))
+    null = torch.tensor([[[0.5, 0.1]]])
+    result = ReceivedResult(got, null, (0,), others=got / 2, others_null=null / 2)
     assert flagged(detectors.Received(0.3), result).tolist() == [[[False, True]]]
     assert not flagged(detectors.Received(0.3, heads="mean"), result).any()
     assert flagged(detectors.Received(times_null=3.0), result).tolist() == [[[False, True]]]
@@ -144,6 +145,13 @@ WRONG = [
     (lambda d: d.Norm(0), "expected a positive norm"),
     (lambda d: d.Received(eps=1.5), "expected a share between 0 and 1"),
     (lambda d: d.Received(heads="sum"), "expected 'max' or 'mean'"),
+    (lambda d: d.Received(times_null=-1.0), "expected a positive multiple"),
+    (lambda d: d.Gap(gap=1.0), "expected a gap above 1"),
+    (lambda d: d.Gap(draws=0.0), "a share of attention between 0 and 1"),
+    (lambda d: d.Gap(medians=float("nan")), "positive medians"),
+    (lambda d: d.Limits("size", (1.0, 1.0)), "expected one of"),
+    (lambda d: d.Limits("ratio", (1.0,) * 9), "expected a positive one per block"),
+    (lambda d: d.Limits("ratio", (1.0, float("nan"))), "expected a positive one per block"),
     (lambda d: d.CosineToBOS(1.0), "expected between 0 and 1"),
     (lambda d: d.Norm, "expected an object such as"),
     (lambda d: "norm", "expected an object such as"),

@@ -57,8 +57,8 @@ def weights_of(call, kind):
     return logits.masked_fill(~visible(kind), float("-inf")).softmax(dim=-1)
 
 
-@pytest.mark.parametrize("kind", ("causal", "bidirectional", "bool", "additive", "window"))
-@pytest.mark.parametrize("sharp", (1.0, 30.0))
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "bool", "additive", "window"])
+@pytest.mark.parametrize("sharp", [1.0, 30.0])
 def test_own_weights_by_hand(kind, sharp):
     """By a copy of every key, and by columns where the call is edited; also where one key takes all."""
     function, (module, query, key, value), options = make_call(kind)

@@ -1,5 +1,6 @@
 """One of every probe, on both towers where it works on both."""
 
+import dataclasses
 import inspect
 
 import sinkscope as ss
@@ -21,8 +22,10 @@ def of_tower(tower, chosen, rows):
         ss.HeadWrites(tower=tower),
         ss.MassiveActivations(tower=tower),
         ss.ReceivedAttention(tower=tower),
+        ss.ReceivedAttention(others=True, tower=tower),
         probes.ResidualStates(tokens=chosen, tower=tower),
         ss.SinkDimensionScores([1, 2], tower=tower),
+        probes.SinkEvidence(tower=tower),
         ss.TokenNorms(tower=tower),
         ss.ValueNorms(tower=tower),
     ]
@@ -54,9 +57,11 @@ def assert_same(one, other, what="", rounded=()):
     Fields named in ``rounded`` (name -> relative tolerance) need not be.
     """
     for name, value in vars(one).items():
+        again = getattr(other, name)
+        if dataclasses.is_dataclass(value):  # a result made of results
+            assert_same(value, again, (what, name), rounded)
         if not hasattr(value, "isnan"):
             continue
-        again = getattr(other, name)
         assert value.shape == again.shape, (what, name)
         assert value.dtype == again.dtype, (what, name)
         same = (value == again) | (value != value) & (again != again)

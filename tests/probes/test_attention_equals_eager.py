@@ -24,6 +24,25 @@ def mask_rows(values, live, dim):
     return values.masked_fill(~live.reshape(shape), float("nan"))
 
 
+def from_others(got, weights, seen, live):
+    """Without the diagonal, where at least 8 other live queries see a key.
+
+    Args:
+        got: A result with ``others``.
+        weights: ``[batch layer head query key]``.
+        seen: ``[batch layer query key]``, 1 where a query sees a key.
+        live: ``[batch pos]``.
+    """
+    apart = (1 - torch.eye(live.shape[1])) * live[:, None, :, None].float()
+    count = (seen * apart).sum(dim=2)
+    few = (count < 8) | ~live[:, None]
+    want = (weights * apart[:, :, None]).sum(dim=3) / count[:, :, None]
+    close(got.others, want.masked_fill(few[:, :, None], float("nan")), 1e-5)
+    uniform = seen / seen.sum(dim=-1, keepdim=True).clamp(min=1)
+    null = (uniform * apart).sum(dim=2) / count
+    close(got.others_null, null.masked_fill(few, float("nan")), 1e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_probes_equal_eager(tiny, batch, family, kernel):
@@ -32,7 +51,7 @@ def test_language_probes_equal_eager(tiny, batch, family, kernel):
     live = sample.tokens.live
     groups = {"image:0": "image:0", "image:1": "image:1", "text": "text", "first": "first"}
     rows = sample.tokens.select("text")
-    mass, received = ss.AttentionMass(groups), ss.ReceivedAttention()
+    mass, received = ss.AttentionMass(groups), ss.ReceivedAttention(others=True)
     patterns, last = ss.AttentionPatterns(rows), ss.AttentionMass(groups, queries="last")
     run = lvlm.run(sample, probes=[mass, received, patterns, last])
 
@@ -45,6 +64,7 @@ def test_language_probes_equal_eager(tiny, batch, family, kernel):
     count = torch.einsum("bq,blqk->blk", live.float(), visible(lvlm, sample).float())
     column = torch.einsum("blhqk,bq->blhk", want, live.float()) / count[:, :, None]
     close(run[received].received, mask_rows(column, live, 3), 1e-5)
+    from_others(run[received], want, visible(lvlm, sample).float(), live)
 
     for b in range(len(sample)):
         at = rows[b].nonzero().flatten()
@@ -63,7 +83,7 @@ def test_vision_probes_equal_eager(tiny, batch, family, kernel):
     some[:, 2:7] = True
     groups = {"patch": "patch", "some": some}
     mass = ss.AttentionMass(groups, tower="vision")
-    received = ss.ReceivedAttention(tower="vision")
+    received = ss.ReceivedAttention(tower="vision", others=True)
     patterns = ss.AttentionPatterns("patch", tower="vision")
     run = lvlm.run(sample, probes=[mass, received, patterns])
 
@@ -76,6 +96,7 @@ def test_vision_probes_equal_eager(tiny, batch, family, kernel):
     seen = (filled.sum(dim=2, keepdim=True) > 0).float()
     column = filled.sum(dim=3) / seen.sum(dim=3)
     close(run[received].received, mask_rows(column, vision.live, 3), 1e-5)
+    from_others(run[received], filled, seen[:, :, 0], vision.live)
 
     rows = vision.select("patch")
     for image in range(len(vision.live)):

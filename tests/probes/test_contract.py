@@ -4,6 +4,7 @@ import pytest
 
 import sinkscope as ss
 from examples.kurtosis_probe import TokenKurtosis
+from sinkscope.probes import SinkEvidence
 from sinkscope.testing import TINY, check_probe
 
 PROBES = [
@@ -18,8 +19,10 @@ PROBES = [
     ss.LogitLens(),
     ss.MassiveActivations(),
     ss.ReceivedAttention(),
+    ss.ReceivedAttention(others=True),
     ss.ResidualStates("image"),
     ss.SinkDimensionScores([1, 2]),
+    SinkEvidence(),
     ss.TokenNorms(),
     ss.ValueNorms(),
     TokenKurtosis(),

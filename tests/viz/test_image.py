@@ -119,9 +119,12 @@ def test_the_map_shows_what_was_received(traces, layer, heads, unit) -> None:
     for patch in (0, 9, 46, 63):
         values = []
         for at in range(trace.n_layers) if layer is None else [layer]:
-            by_head = trace.received[0, at, :, start + patch]
+            got = trace.language.received
+            by_head = (got.others if unit == "null" else got.received)[0, at, :, start + patch]
             value = by_head.mean() if heads == "mean" else by_head.max()
-            values.append(value / trace.null[0, at, start + patch] if unit == "null" else value)
+            values.append(
+                value / got.others_null[0, at, start + patch] if unit == "null" else value
+            )
         assert float(shown[divmod(patch, 8)]) == pytest.approx(float(max(values)), rel=1e-5)
 
 

@@ -105,13 +105,18 @@ def test_spikes_of_both_towers(traces) -> None:
     assert ticks == ["0", "1", "2", "3", "4", "0", "1", "2", "3", "4", "5"]
 
 
+def sized(evidence, medians):
+    """The same evidence with every largest ``|h|`` of so many medians."""
+    massive = evidence.massive
+    values = massive.median[..., None, None].expand_as(massive.values) * medians
+    return dataclasses.replace(evidence, massive=dataclasses.replace(massive, values=values))
+
+
 @pytest.mark.parametrize(("largest", "drawn"), [(20.0, False), (900.0, True), (1e6, True)])
 def test_the_massive_line_is_drawn_where_it_falls_into_the_picture(traces, largest, drawn) -> None:
     trace = traces["one"]
     small = dataclasses.replace(
-        trace,
-        vit_spikes=torch.full_like(trace.vit_spikes, 10.0),
-        llm_spikes=torch.full_like(trace.llm_spikes, largest),
+        trace, vision=sized(trace.vision, 10.0), language=sized(trace.language, largest)
     )
     assert ("1000 medians" in lines(plot_spikes(small))) is drawn
 
@@ -128,9 +133,9 @@ def test_flagged_fractions_and_the_saturation_line(traces) -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [("none", True), ("one", False)])
-def test_detections_say_none_found(traces, name, said) -> None:
+def test_detections_say_that_nothing_is_flagged(traces, name, said) -> None:
     texts = [text.get_text() for text in plot_detections(traces[name]).axes[0].texts]
-    assert ("none found" in texts) is said
+    assert ("nothing is flagged" in texts) is said
 
 
 @pytest.mark.parametrize("plot", [plot_received_by_layer, plot_spikes, plot_detections])

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import sinkscope as ss
 from sinkscope.errors import InputError
 from sinkscope.viz import effects_text, write_report
 from sinkscope.viz.changes import effects_frame
@@ -80,7 +81,13 @@ def test_the_files_agree_with_the_trace(traces, folders, name) -> None:
     ]
     for line, record in zip(lines, trace.records, strict=True):
         assert json.loads(line["received"]) == pytest.approx(record.received)
-        assert json.loads(line["head"]) == list(record.head)
+        assert (line["box"] == "") == (record.box is None)
+        assert json.loads(line["head"] or "null") == (record.head and list(record.head))
+        if record.head is None:
+            continue
+        assert float(line["excess"]) == pytest.approx(
+            record.head_received - record.head_null, abs=1e-6
+        )
         assert (line["box"] == "") == (record.box is None)
     with open(folder / "tokens.csv", newline="") as file:
         tokens = list(csv.DictReader(file))
@@ -91,7 +98,10 @@ def test_the_files_agree_with_the_trace(traces, folders, name) -> None:
         (token,) = [
             t for t in tokens if (int(t["batch"]), int(t["pos"])) == (record.batch, record.pos)
         ]
-        assert float(token["over_null"]) == pytest.approx(record.over_null, rel=1e-5)
+        if record.head is None:
+            assert token["excess"] == ""
+        else:
+            assert float(token["excess"]) == pytest.approx(record.excess, rel=1e-5)
     stored = json.loads((folder / "trace.json").read_text())
     assert len(stored["sinks"]) == len(trace.records)
 
@@ -166,9 +176,14 @@ def test_pictures_are_large_enough(folders) -> None:
         assert min(picture.size) >= 500, path.name
 
 
-def test_a_calibration_is_shown(traces, folders) -> None:
-    assert traces["none"].calibration is not None
-    assert "highest_other" in " ".join(page_of(folders / "none").text)
+def test_a_calibration_is_shown(traces, folders, tmp_path) -> None:
+    assert "highest_other" not in " ".join(page_of(folders / "none").text)
+    found = ss.calibrate(traces.lvlm, [traces["one"].sample])
+    trace = ss.trace_sinks(traces.lvlm, traces["one"].sample, calibration=found)
+    write_report(tmp_path, trace)
+    words = " ".join(page_of(tmp_path).text)
+    assert "calibrated on 1 samples" in words
+    assert "highest_other" in words
 
 
 def test_a_report_is_written_over_and_leaves_other_files(traces, tmp_path) -> None:

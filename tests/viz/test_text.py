@@ -44,11 +44,12 @@ def test_every_sink_has_its_line(traces) -> None:
         assert int(row[8]) == record.first_drawn
         assert row[9] == f"{record.head[0]}.{record.head[1]}"
         assert float(row[10]) == pytest.approx(record.head_received, rel=0.05)
-        assert float(row[11]) == pytest.approx(record.over_null, rel=0.05)
-        assert float(row[12]) == pytest.approx(record.value_ratio, rel=0.05, abs=0.0006)
-        assert row[13] == record.verdict
-        assert row[14] == ("yes" if record.overlap else "-")
-    assert sum(row[14] == "yes" for row in rows) == 1
+        assert float(row[11]) == pytest.approx(record.head_null, rel=0.05)
+        assert row[12] == "-" or float(row[12]) == pytest.approx(max(record.vit_drawn), rel=0.05)
+        assert float(row[13]) == pytest.approx(record.value_ratio, rel=0.05, abs=0.0006)
+        assert row[14] == record.verdict
+        assert row[15] == ("yes" if record.overlap else "-")
+    assert sum(row[15] == "yes" for row in rows) == 1
 
 
 def test_a_summary_fits_a_terminal(traces) -> None:
@@ -79,8 +80,10 @@ def test_long_lists_are_cut_and_say_so(traces) -> None:
     rows = body(text)
     assert [row[0] for row in rows].count("V") == 3
     assert "V-sinks: 61 more, that draw less, are not listed" in text
-    strongest = max(r.over_null for r in traces["saturated"].records if r.kind == "V")
-    assert float(rows[0][11]) == pytest.approx(strongest, rel=0.05)
+    strongest = max(
+        (r for r in traces["saturated"].records if r.kind == "V"), key=lambda r: r.excess
+    )
+    assert float(rows[0][10]) == pytest.approx(strongest.head_received, rel=0.05)
 
 
 def test_rows_of_a_batch_are_named(traces) -> None:
@@ -127,7 +130,7 @@ def test_the_notebook_shows_the_same_table(traces) -> None:
     rows = table_of(trace_html(trace))
     assert rows[0][:2] == ["kind", "token"]
     assert rows[0][5:7] == ["norm ViT", "norm LLM"]
-    assert rows[0][10:12] == ["received", "times null"]
+    assert rows[0][10:12] == ["received", "uniform"]
     shown = [[cell.strip("●■▲ ") for cell in row] for row in rows[1:]]
     assert shown == body(trace_summary(trace))
     assert "Overlap: 1 V-sink" in trace_html(trace)

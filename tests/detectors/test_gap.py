@@ -1,0 +1,222 @@
+"""The gap rule on evidence made by hand, and what it says where it flags nothing."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope import detectors
+from sinkscope.detectors.calibrate import _Look, _rule, separation
+from sinkscope.detectors.outcome import outcome_of
+from sinkscope.probes import EvidenceResult, MassiveResult, ReceivedResult
+from sinkscope.testing import random_image, tiny_llava
+
+TOKENS = 16
+
+
+def massive(sizes, channels, layers, site="resid_pre"):
+    """Two channels of every token: the largest, and a small one."""
+    values = torch.stack([sizes, torch.full_like(sizes, 0.5)], dim=-1)
+    index = torch.stack([channels, torch.full_like(channels, 99)], dim=-1)
+    return MassiveResult(values, index, torch.ones(sizes.shape[:2]), layers, site)
+
+
+def evidence(spikes, drawn, *, tower="language", before=None, judged=None):
+    """One row: layers of ``{pos: medians}`` and ``{pos: beyond uniform}``; all else ordinary."""
+    layers = tuple(range(1, len(spikes) + 1))
+    sizes, gives = torch.full((1, len(spikes), TOKENS), 5.0), torch.zeros(1, len(spikes), TOKENS)
+    channels = torch.zeros(1, len(spikes), TOKENS, dtype=torch.long)
+    for i, (large, taken) in enumerate(zip(spikes, drawn, strict=True)):
+        for pos, medians in large.items():
+            sizes[0, i, pos], channels[0, i, pos] = medians, 7
+        for pos, share in taken.items():
+            gives[0, i, pos] = share
+    null = torch.full((1, len(spikes), TOKENS), 0.1)
+    others = (gives + 0.1)[:, :, None]
+    received = ReceivedResult(others, null, layers, others, null)
+    first = torch.full((1, 1, TOKENS), 5.0)
+    at = torch.zeros(1, 1, TOKENS, dtype=torch.long)
+    for pos, medians in (before or {}).items():
+        first[0, 0, pos], at[0, 0, pos] = medians, 7
+    return EvidenceResult(
+        massive(sizes, channels, layers),
+        received,
+        massive(first, at, (0,)) if tower == "language" else None,
+        torch.ones(1, TOKENS, dtype=torch.bool) if judged is None else judged,
+        layers,
+    )
+
+
+def flagged(rule, seen):
+    scores = rule.scores(seen)
+    above = scores >= rule.thresholds(seen, scores)[..., None]
+    return [sorted(row.nonzero().flatten().tolist()) for row in (above & rule.also(seen))[0]]
+
+
+def test_what_spikes_and_draws_in_one_layer_is_a_sink():
+    seen = evidence(
+        [{0: 200.0, 1: 120.0}, {0: 9000.0, 1: 105.0}, {0: 300.0, 3: 300.0}],
+        [{0: 0.5, 1: 0.4}, {0: 0.8, 1: -0.01}, {3: 0.05, 5: 0.9}],
+    )
+    assert flagged(detectors.Gap(), seen) == [[0, 1], [0], []]
+    assert seen.upper_quartile().tolist() == [[5.0, 5.0, 5.0]]
+    assert seen.prominence()[0, 0, 1] == 24.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (detectors.Gap(), [[0]]),
+        (detectors.Gap(gap=4.1), [[]]),
+        (detectors.Gap(medians=21.0), [[]]),
+        (detectors.Gap(draws=0.21), [[]]),
+        (detectors.Gap(gap=3.9, medians=19.0, draws=0.19), [[0]]),
+    ],
+)
+def test_every_limit_decides(rule, found):
+    assert flagged(rule, evidence([{0: 20.0}], [{0: 0.2}])) == found
+
+
+def test_a_spike_of_the_embeddings_is_not_born_in_the_llm():
+    seen = evidence([{0: 100.0, 2: 100.0}], [{0: 0.5, 2: 0.5}], before={0: 60.0, 2: 49.0})
+    assert seen.growth()[0, 0, 0] == pytest.approx(100 / 60)
+    assert flagged(detectors.Gap(), seen) == [[2]]
+    # A channel that was not kept was at most as large as the least that was.
+    assert seen.growth()[0, 0, 5] == 1.0
+    assert evidence([{0: 100.0}], [{}]).growth()[0, 0, 0] == 200.0
+
+
+def test_in_the_vision_tower_a_patch_may_draw_in_any_block_and_cls_is_no_patch():
+    judged = torch.ones(1, TOKENS, dtype=torch.bool)
+    judged[0, 0] = False
+    seen = evidence(
+        [{0: 90.0, 4: 90.0}, {0: 90.0, 4: 90.0}],
+        [{0: 0.5}, {0: 0.5, 4: 0.3}],
+        tower="vision",
+        judged=judged,
+    )
+    assert flagged(detectors.Gap(), seen) == [[4], [4]]
+
+
+@pytest.mark.parametrize(
+    ("spikes", "drawn", "said"),
+    [
+        ({0: 60.0}, {}, "60 medians and 12.0 times the upper quartile of its layer, and came with"),
+        ({}, {}, "no token spikes: the largest |h| is 5 medians and 1.0 times"),
+        (
+            {},
+            {},
+            "no token draws: the most that a head gives one beyond uniform attention is 0.000",
+        ),
+        ({2: 208.0}, {}, "1 token spikes: position 2 (208 medians)"),
+        (
+            {},
+            {4: 0.3, 5: 0.2},
+            "2 tokens draw attention: position 4 (0.30 beyond uniform), position 5",
+        ),
+        ({2: 208.0}, {4: 0.3}, "none does both in one layer"),
+    ],
+)
+def test_outcomes_are_said_with_their_numbers(spikes, drawn, said):
+    seen = evidence([spikes], [drawn], before={0: 60.0})
+    assert said in outcome_of(detectors.Gap(), [seen], "language").text
+
+
+def looks_of(samples):
+    rule = detectors.Gap()
+    return [_Look(one, rule.spikes_in(one) & rule.also(one)) for one in samples]
+
+
+def test_one_odd_token_vetoes_nothing():
+    """Thirty samples; in one of them a token without attention is as large as the sinks."""
+    samples = [evidence([{0: 200.0}], [{0: 0.5}]) for _ in range(30)]
+    samples[3] = evidence([{0: 200.0, 9: 250.0}], [{0: 0.5}])
+    looks = looks_of(samples)
+    found = separation(looks, [k.evidence.medians() for k in looks], 0.0)
+    assert (found.low, found.high) == ({1: 200.0}, {1: 5.0})
+    assert found.clear == (1,)
+    # Two of thirty are more than one sink in twenty.
+    samples[4] = samples[3]
+    looks = looks_of(samples)
+    found = separation(looks, [k.evidence.medians() for k in looks], 0.0)
+    assert found.high == {1: 250.0}
+    assert found.clear == ()
+
+
+def test_layers_of_different_size_get_a_limit_each():
+    looks = looks_of([evidence([{0: 200.0}, {0: 9000.0, 1: 300.0}], [{0: 0.5}, {0: 0.5}])] * 2)
+    found = separation(looks, [k.evidence.medians() for k in looks], 0.0)
+    rule, tau = _rule("ratio", (), found, 4)
+    assert tau is None
+    assert isinstance(rule, detectors.Limits)
+    want = [math.inf, (200.0 * 5.0) ** 0.5, (9000.0 * 300.0) ** 0.5, math.inf]
+    assert list(rule.limits) == pytest.approx(want)
+    assert rule.at(2) == detectors.Massive(absolute=0.0, ratio=pytest.approx(want[2]))
+    assert isinstance(rule.at(0), detectors.NoSinks)
+
+
+def test_limits_are_those_of_their_layers(tiny):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    n = lvlm.anatomy.language.n_layers
+    probe = ss.MassiveActivations(site="resid_pre", k=1)
+    sizes = lvlm.run(sample, [probe])[probe]
+    for score, values in (("ratio", sizes.ratio()), ("absolute", sizes.values[..., 0].abs())):
+        limits = [float(values[0, i].nan_to_num().quantile(0.9)) for i in range(n)]
+        found = ss.detect(lvlm, sample, detectors.Limits(score, limits))
+        want = values >= torch.tensor(limits)[None, :, None]
+        assert torch.equal(found.mask, want & sample.tokens.live[:, None])
+    dims = detectors.Limits("channels", [2.0] * n, dims=(0, 3))
+    same = detectors.SinkDimensions((0, 3), 2.0, strict=False)
+    assert torch.equal(ss.detect(lvlm, sample, dims).mask, ss.detect(lvlm, sample, same).mask)
+
+
+def test_random_initialisations_have_no_sinks():
+    for seed in range(3):
+        model, processor = tiny_llava(seed=seed)
+        lvlm = ss.LVLM(model, processor, verify=False)
+        trace = ss.trace_sinks(
+            lvlm, lvlm.prepare(images=random_image(48, 48, seed), text="what is it")
+        )
+        assert trace.records == ()
+        assert set(trace.outcomes) == {"vision", "language"}
+        assert trace.chosen == "the gap rule on this sample"
+        assert {c.tower for c in trace.candidates} == {"vision", "language"}
+        assert not any(c.flagged for c in trace.candidates)
+
+
+def test_a_prompt_that_is_too_short_takes_the_generic_definition(tiny):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    rules = detectors.SinkRules.on_sample(lvlm, sample)
+    assert isinstance(rules.v, detectors.Gap)
+    live = sample.tokens.live.clone()
+    live[:, 8:] = False
+    short = dataclasses.replace(sample, tokens=dataclasses.replace(sample.tokens, live=live))
+    rules = detectors.SinkRules.on_sample(lvlm, short)
+    assert (rules.v, rules.low) == (detectors.Massive(), detectors.Massive())
+    assert rules.chosen.startswith("the generic definition")
+
+
+def test_given_rules_come_first_and_nothing_is_calibrated_for_nothing(tiny):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    norm, none = detectors.Norm(5.0), detectors.NoSinks()
+    rules = detectors.SinkRules.on_sample(lvlm, sample, norm)
+    assert (rules.v, rules.v_source, rules.l_source) == (
+        norm,
+        "given",
+        "the gap rule on this sample",
+    )
+    assert rules.chosen == "V: given; L: the gap rule on this sample"
+
+    def never():
+        raise AssertionError("calibrated for nothing")
+
+    assert detectors.SinkRules.on_others(lvlm, never, norm, none).chosen == "given"
+    half = detectors.SinkRules.on_others(lvlm, lambda: [sample], norm)
+    assert half.calibration is not None
+    assert half.calibration.vision.reason == "this tower was not looked at"
+    assert half.l_source == "calibrated on 1 samples, which show none"
