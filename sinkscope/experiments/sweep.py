@@ -210,7 +210,8 @@ def choose_v(
     found = SinkRules.on_others(
         lvlm, samples, detector, NoSinks(), what=what, calibration=calibration
     )
-    rule = repr(found.v) if detector is not None else f"{found.v_source}: {found.v!r}"
+    named = detector is not None or calibration is not None
+    rule = repr(found.v) if named else found.v_source
     notes = []
     if calibration is None and found.calibration is not None:
         notes.append(

@@ -20,7 +20,7 @@ KINDS = SINKS | {"attention": "attended token"}
 """`SinkRecord.kind` -> what to call one; sinks first."""
 
 
-MOST_BIRTHS = 3
+MOST_BIRTHS = 2
 """Births that a line lists."""
 
 
@@ -68,7 +68,7 @@ def _born(record: SinkRecord) -> str:
 
 
 def _block(block: int, half: str | None) -> str:
-    return "embeddings" if block < 0 else f"{block} {half or ''}".strip()
+    return "input" if block < 0 else f"{block} {half or ''}".strip()
 
 
 def _layers(record: SinkRecord) -> str:
@@ -128,13 +128,13 @@ COLUMNS = (
         "What they give it there, 0 to 1: the mean over the other tokens that can see it.",
     ),
     Column(
-        "uni-|form",
+        "null",
         lambda r: "-" if r.head is None else short(r.head_null, 2),
         "What they would give it there under uniform attention, the null.",
     ),
     Column(
         "ViT|top",
-        lambda r: short(max(r.vit_drawn), 2) if r.vit_drawn else "-",
+        lambda r: f"{max(r.vit_drawn):.2f}" if r.vit_drawn else "-",
         "The most that a head of the vision tower gives its ViT token beyond uniform attention.",
     ),
     Column(
@@ -151,7 +151,7 @@ COLUMNS = (
         "draws nothing: no head of the LLM attends to it. seen by few: fewer than 8 tokens see it.",
     ),
     Column(
-        "over-|lap",
+        "V+L",
         lambda r: "yes" if r.overlap else "-",
         "Whether a V-sink meets the L rule too, in some layer. V wins, so it is not counted as L.",
     ),

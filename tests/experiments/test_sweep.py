@@ -390,7 +390,9 @@ def test_the_progress_bar_counts_cells_and_shows_the_time_left(name, tiny, capfd
 def test_default_rule_is_calibrated_and_says_so(tiny):
     made = ss.sweep(tiny("llava-clip-llama"), some(), layers=[0], grid=GRID)
     assert "calibrated on the first 2 images of the dataset, which are scored too" in made.notes[0]
-    assert made.settings["v_rule"] == "calibrated on the first 2 images of the dataset"
+    assert made.settings["v_rule"] == (
+        "calibrated on the first 2 images of the dataset, which show none"
+    )
     assert made.table["n_v"].max() == 0
 
 
