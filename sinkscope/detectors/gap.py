@@ -37,11 +37,13 @@ class Gap:
         gap: Least multiple of the layer's upper quartile.
         medians: Least multiple of the layer's median ``|h|``.
         draws: Least share of attention beyond uniform, 0 to 1.
+        growth: Least multiple of what the token's largest channel had in the embeddings of the LLM.
     """
 
     gap: float = GAP
     medians: float = MEDIANS
     draws: float = DRAWS
+    growth: float = GROWTH
     strict: bool = False
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
@@ -50,11 +52,11 @@ class Gap:
         Raises:
             DetectorError: If a limit is impossible.
         """
-        if not (self.gap > 1 and self.medians > 0 and 0 < self.draws < 1):
+        if not (self.gap > 1 and self.medians > 0 and 0 < self.draws < 1 and self.growth > 0):
             raise DetectorError(
-                f"Got gap={self.gap}, medians={self.medians}, draws={self.draws}; expected a gap above "
-                "1, positive medians, and a share of attention between 0 and 1. Write "
-                "ss.detectors.Gap() for the default."
+                f"Got gap={self.gap}, medians={self.medians}, draws={self.draws}, growth={self.growth}; "
+                "expected a gap above 1, positive medians and growth, and a share of attention between 0 "
+                "and 1. Write ss.detectors.Gap() for the default."
             )
         return SinkEvidence(layers, tower)
 
@@ -68,7 +70,7 @@ class Gap:
 
     def also(self, result: EvidenceResult) -> Tensor:
         """Whether the token draws attention, has grown in the LLM, and is judged at all."""
-        return self.draws_in(result) & (result.growth() >= GROWTH) & result.judged[:, None]
+        return self.draws_in(result) & (result.growth() >= self.growth) & result.judged[:, None]
 
     def draws_in(self, result: EvidenceResult) -> Tensor:
         """Where a token draws attention, bool ``[batch layer pos]``."""
@@ -81,7 +83,7 @@ class Gap:
         """Where a token spikes, whether or not it draws, bool ``[batch layer pos]``."""
         scores = self.scores(result)
         above = scores >= self.thresholds(result, scores)[..., None]
-        return above & (result.growth() >= GROWTH) & result.judged[:, None]
+        return above & (result.growth() >= self.growth) & result.judged[:, None]
 
     def null(self, result: EvidenceResult, anatomy: TowerAnatomy) -> float:
         """Peak over median of D half-normals."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkscope.detectors.detection import Detection
-from sinkscope.detectors.gap import GROWTH, Gap
+from sinkscope.detectors.gap import Gap
 from sinkscope.detectors.outcome import outcome_of
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.probes import EvidenceResult
@@ -180,7 +180,7 @@ def _why_not(
     draws = bool(rule.draws_in(evidence)[row, layers, pos].any())
     times = evidence.prominence()[row, layers, pos]
     large = (times >= rule.gap) & (evidence.medians()[row, layers, pos] >= rule.medians)
-    grown = evidence.growth()[row, layers, pos] >= GROWTH
+    grown = evidence.growth()[row, layers, pos] >= rule.growth
     if not bool(large.any()):
         most = float(times.nan_to_num(-1.0).max())
         return f"no spike: {most:.1f} of {rule.gap:g} upper quartiles" + (

@@ -148,7 +148,7 @@ WRONG = [
     (lambda d: d.Received(times_null=-1.0), "expected a positive multiple"),
     (lambda d: d.Gap(gap=1.0), "expected a gap above 1"),
     (lambda d: d.Gap(draws=0.0), "a share of attention between 0 and 1"),
-    (lambda d: d.Gap(medians=float("nan")), "positive medians"),
+    (lambda d: d.Gap(medians=float("nan")), "positive medians and growth"),
     (lambda d: d.Limits("size", (1.0, 1.0)), "expected one of"),
     (lambda d: d.Limits("ratio", (1.0,) * 9), "expected a positive one per block"),
     (lambda d: d.Limits("ratio", (1.0, float("nan"))), "expected a positive one per block"),
