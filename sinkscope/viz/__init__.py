@@ -6,6 +6,7 @@ axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())
 
 from sinkscope.viz.changes import effects_text
 from sinkscope.viz.effects import plot_control, plot_effects
+from sinkscope.viz.heads import plot_heads, plot_received_heads
 from sinkscope.viz.html import trace_html
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (
@@ -26,9 +27,11 @@ __all__ = [
     "plot_control",
     "plot_detections",
     "plot_effects",
+    "plot_heads",
     "plot_mass_by_layer",
     "plot_probes",
     "plot_received_by_layer",
+    "plot_received_heads",
     "plot_received_map",
     "plot_sinks_on_image",
     "plot_spikes",
