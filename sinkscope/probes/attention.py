@@ -78,9 +78,7 @@ class MassResult:
         """Mean null over rows and queries."""
         return None if self.null is None else self.null.nanmean(dim=(0, 2))
 
-    def plot_heads(
-        self, group: str, row: int | None = None, *, query: int | None = None
-    ) -> Figure:
+    def plot_heads(self, group: str, row: int | None = None, *, query: int | None = None) -> Figure:
         """A layer x head map of the mass on a group, with the head that gives the most and its null.
 
         Args:

@@ -16,6 +16,8 @@ from sinkscope.viz.layers import (
     plot_spikes,
 )
 from sinkscope.viz.probes import plot_probes
+from sinkscope.viz.prompt import plot_tokens
+from sinkscope.viz.prompt_html import tokens_html
 from sinkscope.viz.report import write_report
 from sinkscope.viz.sweep import plot_sweep
 from sinkscope.viz.text import trace_summary
@@ -36,8 +38,10 @@ __all__ = [
     "plot_sinks_on_image",
     "plot_spikes",
     "plot_sweep",
+    "plot_tokens",
     "plot_trace",
     "plot_training",
+    "tokens_html",
     "trace_html",
     "trace_summary",
     "write_report",

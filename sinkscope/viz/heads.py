@@ -60,14 +60,8 @@ def plot_heads(
         ProbeError: If there is no such group.
         SelectionError: If there is no such row or query.
     """
-    mass = result.group(group)
-    keep = _kept(result, row, query)
-    values = _mean(mass, keep)
-    null = None
-    if result.null is not None:
-        null = _mean(result.null[..., result.groups.index(group)], keep)
-    empty = values.amax(dim=1) == 0 if null is None else null == 0
-    values = values.masked_fill(empty[:, None], float("nan"))
+    values, null = heads_of(result, group, row, query)
+    mass = result.mass
     rows = f", row {row}" if row is not None and len(mass) > 1 else ""
     over = "mean over queries" if query is None else f"query at position {query}"
     over += " and rows" if len(mass) > 1 and row is None and query is None else ""
@@ -106,6 +100,25 @@ def plot_received_heads(
     title = f"Attention on the token at {pos}" + (f", row {row}" if rows > 1 else "")
     over = "mean over the queries that see it"
     return _draw(ax, result.received[row, :, :, pos], null, result.layers, title, over)
+
+
+def heads_of(
+    result: MassResult, group: str, row: int | None = None, query: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What `plot_heads` shows: ``[layer head]``, NaN where the group has no token, and the null ``[layer]``."""
+    mass, null = result.group(group), None
+    keep = _kept(result, row, query)
+    values = _mean(mass, keep)
+    if result.null is not None:
+        null = _mean(result.null[..., result.groups.index(group)], keep)
+    empty = values.amax(dim=1) == 0 if null is None else null == 0
+    return values.masked_fill(empty[:, None], float("nan")), null
+
+
+def top_of(values: Tensor) -> tuple[int, int, float]:
+    """The layer index and the head that give the most, and how much."""
+    layer, head = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
+    return layer, head, float(values[layer, head])
 
 
 def _kept(result: MassResult, row: int | None, query: int | None) -> Tensor:
@@ -149,7 +162,7 @@ def _draw(
 ) -> Figure:
     """The map of ``[layer head]``, its colour bar, the frame, and what stands under it."""
     n_layers, n_heads = values.shape
-    size = (min(12.0, max(5.0, 2.2 + 0.2 * n_layers)), min(10.0, max(3.2, 1.9 + 0.2 * n_heads)))
+    size = (min(12.0, max(5.6, 2.2 + 0.2 * n_layers)), min(10.0, max(4.0, 1.9 + 0.2 * n_heads)))
     ax = new_axes(ax, size)
     ax.set_facecolor(ABSENT)
     top = float(values.nan_to_num().max())
@@ -182,8 +195,7 @@ def _mark_top(
         look: Any = {"ha": "center", "va": "center", "fontsize": LABEL, "color": QUIET}
         ax.text(0.5, 0.5, "none found", transform=ax.transAxes, **look)
         return ["the group has no token in any layer"]
-    layer, head = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
-    top = float(values[layer, head])
+    layer, head, top = top_of(values)
     frame = Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=2.2)
     ax.add_patch(frame)
     notes = [f"frame: layer {layers[layer]}, head {head} gives the most, {share(top)}"]

@@ -40,12 +40,19 @@ def test_bytes_that_make_no_character_are_visible(bytes_only) -> None:
     first, second, third = bytes_only("中", add_special_tokens=False)["input_ids"]
     assert words_of(bytes_only, [first, second]) == ("�", "�")
     assert words_of(bytes_only, [third, 1]) == ("�", "<s>")
-    assert words_of(bytes_only, [first, first, second, third]) == ("�", "中 1/3", "中 2/3", "中 3/3")
+    assert words_of(bytes_only, [first, first, second, third]) == (
+        "�",
+        "中 1/3",
+        "中 2/3",
+        "中 3/3",
+    )
 
 
 def test_sentencepiece_blanks_and_bytes() -> None:
     pieces = ["<unk>", "▁red", "▁", "<0xC3>", "<0xA9>", "shape"]
-    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    core = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>")
+    )
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )  # fmt: skip
