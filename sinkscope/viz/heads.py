@@ -162,7 +162,7 @@ def _draw(
 ) -> Figure:
     """The map of ``[layer head]``, its colour bar, the frame, and what stands under it."""
     n_layers, n_heads = values.shape
-    size = (min(12.0, max(5.6, 2.2 + 0.2 * n_layers)), min(10.0, max(4.0, 1.9 + 0.2 * n_heads)))
+    size = (min(10.0, max(5.6, 2.0 + 0.13 * n_layers)), min(10.0, max(4.2, 2.0 + 0.13 * n_heads)))
     ax = new_axes(ax, size)
     ax.set_facecolor(ABSENT)
     top = float(values.nan_to_num().max())

@@ -24,6 +24,7 @@ CSS = (
     " font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; color: #1c2127; }"
     ".sinkscope-tokens .sink { border-width: 3px; }"
     ".sinkscope-tokens .few { border-style: dashed; }"
+    ".sinkscope-tokens .head { line-height: 1.4; margin-bottom: .4em; }"
     ".sinkscope-tokens .key { font-size: 90%; line-height: 1.7; margin-top: .5em; }"
 )
 
@@ -51,7 +52,7 @@ def strip(trace: SinkTrace, row: int, layer: int | None = None) -> str:
     chips = chips_of(trace, row, layer)
     notes = "".join(f"<div>{escape(note)}</div>" for note in strip_notes(chips))
     return (
-        f'<div class="sinkscope-tokens"><div>{escape(strip_title(layer))}</div>'
+        f'<div class="sinkscope-tokens"><div class="head">{escape(strip_title(layer))}</div>'
         f"<div>{' '.join(_chip(chip) for chip in chips)}</div>"
         f'<div class="key">{_shares()}<div>{_kinds(chips)}</div>{notes}</div></div>'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from matplotlib.patches import Rectangle
 import sinkscope as ss
 from sinkscope.errors import LayerError, SelectionError
 from sinkscope.tokens import VISION_KINDS
-from sinkscope.viz import plot_tokens, tokens_html
+from sinkscope.viz import plot_received_map, plot_tokens, tokens_html
 from sinkscope.viz.chips import SEEN, chips_of, marks_of
 from sinkscope.viz.glyphs import MISSING, columns_of, cut, drawable
 from sinkscope.viz.shares import colour_of, ink_on, share_scale
@@ -180,18 +181,21 @@ def test_a_long_prompt_is_wrapped_and_nothing_overlaps(long) -> None:
     low, high = sorted(figure.axes[0].get_xlim())
     for y in rows:
         line = sorted((b for b in drawn if b.get_y() == y), key=lambda b: b.get_x())
-        for one, other in zip(line, line[1:], strict=False):
+        for one, other in itertools.pairwise(line):
             assert one.get_x() + one.get_width() <= other.get_x()
-        assert low <= line[0].get_x() and line[-1].get_x() + line[-1].get_width() <= high
+        assert low <= line[0].get_x()
+        assert line[-1].get_x() + line[-1].get_width() <= high
     for dpi in (72, 100, 110, 130, 150, 200):  # letters are as wide as whole pixels
         figure.set_dpi(dpi)
         figure.draw_without_rendering()
         for box, text in zip(drawn, written(figure), strict=True):
             inner, outer = text.get_window_extent(), box.get_window_extent()
-            assert inner.x0 >= outer.x0 and inner.x1 <= outer.x1, (dpi, text.get_text())
+            assert outer.x0 <= inner.x0 <= inner.x1 <= outer.x1, (dpi, text.get_text())
     beside = [t.get_text() for t in figure.axes[0].texts if t.get_ha() == "right"]
-    assert beside[0] == "0" and len(beside) == len(rows)
-    assert figure.get_figwidth() < 10 and figure.get_figheight() < 10
+    assert beside[0] == "0"
+    assert len(beside) == len(rows)
+    assert figure.get_figwidth() < 10
+    assert figure.get_figheight() < 10
 
 
 def test_characters_without_a_font_are_visible(long, monkeypatch) -> None:
@@ -277,3 +281,20 @@ def test_the_report_has_both(traces, tmp_path) -> None:
     assert page.count('class="sinkscope-tokens"') == 2
     assert "<h3>Row 1</h3>" in page
     assert page.count(".sinkscope-tokens .chip") == 1
+
+
+def test_a_cls_that_the_projector_keeps_is_shown_and_has_no_place_in_the_picture() -> None:
+    """As in LLaVA's layout around a tower that says which features to take in full."""
+    planted = ss.testing.plant("clip")
+    planted.model.config.vision_feature_select_strategy = "full"
+    planted.processor.vision_feature_select_strategy = "full"
+    lvlm = ss.LVLM(planted.model, planted.processor)
+    sample = lvlm.prepare(images=[ss.testing.random_image(64, 64, 0)], text=["what is it"])
+    rules = ss.detectors.NoSinks(), ss.detectors.SinkDimensions(planted.truth.l_dims, 5.0)
+    trace = ss.trace_sinks(lvlm, sample, *rules)
+    texts = [chip.text for chip in chips_of(trace)]
+    at = texts.index("image 0 CLS")
+    assert texts[at + 1].startswith("image 0: 64 tokens")
+    shown = plot_received_map(trace, unit="share", heads="max").axes[0].images[-1].get_array()
+    patches = trace.received[0, :, :, trace.sample.tokens.row[0] >= 0].amax(dim=(0, 1))
+    assert torch.allclose(torch.tensor(shown).flatten().float(), patches, atol=1e-6)
