@@ -6,6 +6,7 @@ axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())
 
 from sinkscope.viz.changes import effects_text
 from sinkscope.viz.effects import plot_control, plot_effects
+from sinkscope.viz.generation import generation_text, plot_generation
 from sinkscope.viz.heads import plot_heads, plot_received_heads
 from sinkscope.viz.html import trace_html
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
@@ -26,9 +27,11 @@ from sinkscope.viz.training import plot_training
 
 __all__ = [
     "effects_text",
+    "generation_text",
     "plot_control",
     "plot_detections",
     "plot_effects",
+    "plot_generation",
     "plot_heads",
     "plot_mass_by_layer",
     "plot_probes",
