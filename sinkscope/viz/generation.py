@@ -28,7 +28,12 @@ SINKS, OTHERS = 12, 6
 """The most lines of each in a figure."""
 STEPS_NAMED = 64
 """With more steps than this, only some of the words are written under the axis."""
-GROUPS = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "generated": "generated"}
+GROUPS = {
+    "V": "V-sinks",
+    "L": "L-sinks",
+    "text": "text sinks",
+    "generated": "sinks born in the answer",
+}
 COLOUR = {kind: STYLES[group].colour for kind, group in GROUPS.items() if group in STYLES} | {
     "generated": "#E69F00"
 }
@@ -74,7 +79,7 @@ def plot_generation(trace: GenerationTrace, row: int = 0, *, ax: Axes | None = N
     lines, left_out = _lines(trace, row)
     steps = _steps(trace, row)
     n_sinks = sum(line.life is not None for line in lines)
-    size = (min(16.0, 3.6 + 0.19 * steps), 2.3 + 0.26 * len(lines))
+    size = (min(16.0, max(7.0, 3.6 + 0.19 * steps)), 2.3 + 0.26 * len(lines))
     ax = new_axes(ax, size)
     shown = trace.by_step()[row, :steps, [line.pos for line in lines]].T
     look: Any = {"aspect": "auto", "interpolation": "none", "norm": share_scale()}
@@ -89,7 +94,7 @@ def plot_generation(trace: GenerationTrace, row: int = 0, *, ax: Axes | None = N
     _draw_lives(ax, lines)
     name = f", row {row}" if len(trace.sequences) > 1 else ""
     ax.set_title(f"Sinks while the model speaks{name}", fontsize=TITLE, loc="left")
-    _draw_key(ax, trace, n_sinks, left_out)
+    _draw_key(ax, trace, row, n_sinks, left_out)
     return figure_of(ax)
 
 
@@ -104,13 +109,7 @@ def generation_text(trace: GenerationTrace, *, limit: int = 20) -> str:
         Several lines without a line break at the end.
     """
     lives = trace.lives
-    born = [life for life in lives if life.kind == "generated" and life.drawn_steps]
-    old = [life for life in lives if life.kind != "generated"]
-    alive = sum(life.fate == "alive" for life in old)
-    blocks = [
-        f"{plural(trace.n_steps, 'step')}. {plural(len(old), 'sink')} in the prompt, of which {alive or 'none'} "
-        f"{'lives' if alive == 1 else 'live'} to the end; {plural(len(born), 'sink')} born in the answer."
-    ]
+    blocks = [f"{plural(trace.n_steps, 'step')}. {_counts(lives)}"]
     if trace.text is not None:
         blocks.append(
             "\n".join(textwrap.fill(f"Answer: {text.strip()}", WIDTH) for text in trace.text)
@@ -137,14 +136,28 @@ def generation_text(trace: GenerationTrace, *, limit: int = 20) -> str:
             aligned(table) + (f"\n{plural(more, 'more sink')} not listed" if more > 0 else "")
         )
         blocks.append(textwrap.fill(KEY, WIDTH))
-    blocks.append(
-        textwrap.fill(
-            f"Draws: some head of the new query, in some layer, gives it {trace.draws:g} more than uniform "
-            f"attention. L rule ({trace.chosen}): {neat(trace.detector)}",
-            WIDTH,
-        )
+    says = (
+        f"Draws: some head of the new query, in some layer, gives it {trace.draws:g} more than uniform "
+        "attention.",
+        f"L rule ({trace.chosen}): {neat(trace.detector)}",
     )
+    blocks.append("\n".join(textwrap.fill(line, WIDTH) for line in says))
     return "\n\n".join(blocks)
+
+
+def _counts(lives: Sequence[SinkLife]) -> str:
+    """How many sinks there are in prompt and answer, and how many of the prompt's live."""
+    if not lives:
+        return "No sinks: no token of prompt or answer meets the L rule."
+    old = [life for life in lives if life.kind != "generated"]
+    alive = sum(life.fate == "alive" for life in old)
+    born = sum(life.kind == "generated" and life.drawn_steps > 0 for life in lives)
+    live = (
+        f", of which {alive or 'none'} {'lives' if alive == 1 else 'live'} to the end"
+        if old
+        else ""
+    )
+    return f"{plural(len(old), 'sink')} in the prompt{live}; {plural(born, 'sink')} born in the answer."
 
 
 def _cells(life: SinkLife) -> list[str]:
@@ -234,28 +247,28 @@ def _draw_lives(ax: Axes, lines: Sequence[Line]) -> None:
             ax.plot([life.last_step], [place], marker="x", markersize=6, **look)
 
 
-def _draw_key(ax: Axes, trace: GenerationTrace, n_sinks: int, left_out: int) -> None:
-    """What the marks mean, and what was left out."""
-    marks = {
-        GROUPS[kind]: kind for kind in GROUPS if any(life.kind == kind for life in trace.lives)
-    }
-    handles = [Line2D([], [], color=COLOUR[kind], linewidth=5) for kind in marks.values()]
-    names = ["sinks born in the answer" if name == "generated" else name for name in marks]
-    handles += [
-        Line2D([], [], color=QUIET, marker=mark, linestyle="", markeredgewidth=2, markersize=6)
-        for mark in (">", "x")
-    ]
-    names += ["born", "draws for the last time"]
-    text = (
-        "sinks above the line, the most attended other tokens below"
-        if n_sinks
-        else "no sinks: none found"
+def _draw_key(ax: Axes, trace: GenerationTrace, row: int, n_sinks: int, left_out: int) -> None:
+    """What colours and marks mean, the null, and what was left out."""
+    figure = figure_of(ax)
+    own = [life for life in trace.lives if life.batch == row]
+    kinds = [kind for kind in GROUPS if any(life.kind == kind for life in own)]
+    look: Any = {"color": QUIET, "linestyle": "", "markeredgewidth": 2, "markersize": 6}
+    key = {GROUPS[kind]: Line2D([], [], color=COLOUR[kind], linewidth=5) for kind in kinds}
+    if "generated" in kinds:
+        key["born"] = Line2D([], [], marker=">", **look)
+    if any(life.fate == "dead" for life in own):
+        key["draws for the last time"] = Line2D([], [], marker="x", **look)
+    flat = trace.null[row][~trace.null[row].isnan()]
+    says = (
+        "sinks above the line, the most attended others below" if n_sinks else "sinks: none found"
     )
-    null = trace.null[~trace.null.isnan()]
-    text += f"; uniform attention (null) would give {share(float(null.min()))} to {share(float(null.max()))}"
+    says += f"; uniform attention (null) would give {share(float(flat.min()))}"
+    says += f" to {share(float(flat.max()))}"
     if left_out:
-        text += f"; {plural(left_out, 'sink')} that draw less not shown"
-    figure_of(ax).legend(
-        handles, names, loc="outside lower left", ncols=6, fontsize=SMALL, frameon=False,
-        title=text, title_fontsize=SMALL, alignment="left", columnspacing=1.2, handlelength=1.2,
+        says += f"; {plural(left_out, 'sink')} that draw less not shown"
+    wide = figure.get_figwidth()
+    figure.legend(
+        key.values(), key.keys(), loc="outside lower left", ncols=3 if wide < 9 else 6, fontsize=SMALL,
+        frameon=False, title=textwrap.fill(says, int(13 * wide)), title_fontsize=SMALL, alignment="left",
+        columnspacing=1.2, handlelength=1.2,
     )  # fmt: skip
