@@ -128,9 +128,9 @@ def generation_text(trace: GenerationTrace, *, limit: int = 20) -> str:
         ]
         many = len(trace.sequences) > 1
         table = [["row", *heads] if many else heads]
-        table += [
-            [str(life.batch), *_cells(life)] if many else _cells(life) for life in lives[:limit]
-        ]
+        for life in lives[:limit]:
+            cells = _cells(life, _token(trace, life.batch, life.pos))
+            table.append([str(life.batch), *cells] if many else cells)
         more = len(lives) - limit
         blocks.append(
             aligned(table) + (f"\n{plural(more, 'more sink')} not listed" if more > 0 else "")
@@ -160,7 +160,7 @@ def _counts(lives: Sequence[SinkLife]) -> str:
     return f"{plural(len(old), 'sink')} in the prompt{live}; {plural(born, 'sink')} born in the answer."
 
 
-def _cells(life: SinkLife) -> list[str]:
+def _cells(life: SinkLife, name: str) -> list[str]:
     fate = {"alive": "lives", "dead": "dies"}.get(life.fate, life.fate)
     most = (
         "-"
@@ -169,7 +169,7 @@ def _cells(life: SinkLife) -> list[str]:
     )
     return [
         life.kind,
-        f"{life.pos} {readable(life.word)}",
+        f"{life.pos} {name}",
         f"step {life.born_step}" if life.kind == "generated" else "prompt",
         "-" if life.last_step is None else f"step {life.last_step}",
         fate,

@@ -158,6 +158,7 @@ def test_the_text_says_what_the_records_say(spoken) -> None:
         assert f"(step {life.at[0]}, layer {life.at[1]})" in line
         assert ("step 3  " in line) is (life.kind == "generated")
         assert " lives " in line
+    assert " 14 image 0 1,1 " in text
     assert "Draws: some head of the new query, in some layer, gives it 0.2 more" in text
     assert "L rule (given): SinkDimensions(dims=(41, 101), tau=5.0" in text
     assert max(len(line) for line in text.splitlines()) <= 140
