@@ -16,9 +16,11 @@ from sinkscope.detectors import Calibration, Detection, agreement, calibrate, de
 from sinkscope.errors import SinkscopeError
 from sinkscope.experiments import (
     Comparison,
+    GenerationTrace,
     LabelledImage,
     LinearProbes,
     RandomGroup,
+    SinkLife,
     SinkRecord,
     SinkTrace,
     Sweep,
@@ -30,6 +32,7 @@ from sinkscope.experiments import (
     per_seed,
     sink_groups,
     sweep,
+    trace_generation,
     trace_sinks,
 )
 from sinkscope.interventions import (
@@ -91,6 +94,7 @@ __all__ = [
     "Effect",
     "EvictKeys",
     "Generation",
+    "GenerationTrace",
     "GroupMeans",
     "HeadWrites",
     "ImageCentric",
@@ -112,6 +116,7 @@ __all__ = [
     "ScaleKeys",
     "ScaleTokens",
     "SinkDimensionScores",
+    "SinkLife",
     "SinkRecord",
     "SinkToFront",
     "SinkTrace",
@@ -148,6 +153,7 @@ __all__ = [
     "sink_groups",
     "sweep",
     "testing",
+    "trace_generation",
     "trace_sinks",
     "train_lsg",
     "viz",

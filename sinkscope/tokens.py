@@ -138,7 +138,8 @@ class TokenMap:
         box_unit: ``"original"`` pixels of the image given to ``prepare``, or ``"input"`` pixels as
             the model sees them, if only processor output was given.
         vision: The ViT tokens.
-        words: The decoded token of every position, or None without a tokenizer.
+        words: The text of every token, or None without a tokenizer. A character whose bytes lie in several
+            tokens is written with each of them, as ``中 1/2`` and ``中 2/2``.
     """
 
     ids: Int[Tensor, "batch pos"]

@@ -5,8 +5,10 @@ from sinkscope.experiments.compare import compare
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EditSinks, top_received
 from sinkscope.experiments.effects import effect_conditions, effect_table
+from sinkscope.experiments.generation import trace_generation
 from sinkscope.experiments.items import Item
 from sinkscope.experiments.linear_probes import linear_probes
+from sinkscope.experiments.lives import GenerationTrace, SinkLife
 from sinkscope.experiments.probing.labelled import LabelledImage
 from sinkscope.experiments.probing.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing.result import LinearProbes
@@ -29,12 +31,14 @@ __all__ = [
     "Answered",
     "Comparison",
     "EditSinks",
+    "GenerationTrace",
     "Item",
     "LabelledImage",
     "LinearProbes",
     "PerSeed",
     "Questions",
     "RandomGroup",
+    "SinkLife",
     "SinkRecord",
     "SinkTrace",
     "Sweep",
@@ -53,5 +57,6 @@ __all__ = [
     "sink_groups",
     "sweep",
     "top_received",
+    "trace_generation",
     "trace_sinks",
 ]

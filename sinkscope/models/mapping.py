@@ -23,6 +23,7 @@ from torch import Tensor
 from sinkscope.errors import InputError
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.geometry import Frame
+from sinkscope.models.words import words_of
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
 
@@ -55,7 +56,7 @@ def build_token_map(
     box = torch.cat([box[..., :2].amin(-2), box[..., 2:].amax(-2)], dim=-1)
     words = None
     if tokenizer is not None:
-        words = tuple(tuple(tokenizer.convert_ids_to_tokens(line)) for line in ids.tolist())
+        words = tuple(words_of(tokenizer, line) for line in ids.tolist())
     return TokenMap(
         ids=ids,
         live=live,

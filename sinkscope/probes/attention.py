@@ -21,6 +21,7 @@ from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 def refuse_flash(context: Context, tower: str, what: str) -> None:
@@ -77,6 +78,25 @@ class MassResult:
     def null_by_layer(self) -> Float[Tensor, "layer group"] | None:
         """Mean null over rows and queries."""
         return None if self.null is None else self.null.nanmean(dim=(0, 2))
+
+    def plot_heads(self, group: str, row: int | None = None, *, query: int | None = None) -> Figure:
+        """A layer x head map of the mass on a group, with the head that gives the most and its null.
+
+        Args:
+            group: The name of the group.
+            row: The row of the batch; None for the mean over all.
+            query: The position of one query; None for the mean over all that were measured.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ProbeError: If there is no such group.
+            SelectionError: If there is no such row or query.
+        """
+        from sinkscope.viz.heads import plot_heads
+
+        return plot_heads(self, group, row, query=query)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, head, query, group, mass and, if asked for, null."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sinkscope.probes import ReceivedResult
+from sinkscope.viz.chips import chips_of
+from sinkscope.viz.heads import heads_of, plot_heads, plot_received_heads, share, top_of
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (
     plot_detections,
@@ -49,6 +52,7 @@ def pictures_of(trace: SinkTrace, mass: MassResult | None = None) -> Iterator[Pi
         for image in range(len(images_of(trace, row))):
             yield from _image_pictures(trace, row, image, name)
         yield _received(trace, row, name)
+        yield _heads(trace, mass, row, name)
         if mass is not None:
             yield _mass(trace, mass, row, name)
         yield _spikes(trace, row, name)
@@ -95,6 +99,35 @@ def _received(trace: SinkTrace, row: int, name: str) -> Picture:
         "and text, each with its null.",
         partial(plot_received_by_layer, trace, row),
     )
+
+
+def _heads(trace: SinkTrace, mass: MassResult | None, row: int, name: str) -> Picture:
+    """Layer x head: the mass on all text sinks or, without it, what the most attended token receives."""
+    if mass is not None and "text sinks" in mass.groups and bool(trace.text_sinks()[row].any()):
+        values, null = heads_of(mass, "text sinks", row)
+        what, draw = "the text sinks", partial(plot_heads, mass, "text sinks", row)
+    else:
+        pos = most_attended(trace, row)
+        result = ReceivedResult(trace.received, trace.null, trace.l_detection.layers)
+        values, null = trace.received[row, :, :, pos], trace.null[row, :, pos]
+        what, draw = f"the token at {pos}", partial(plot_received_heads, result, pos, row)
+    layer, head, top = top_of(values)
+    flat = "" if null is None else f"; uniform attention would give {share(float(null[layer]))}"
+    return Picture(
+        f"{name}heads",
+        f"How much attention every head of the LLM gives to {what}, mean over queries. The frame marks "
+        "the head that gives the most.",
+        f"Heat map of layers and heads. Layer {trace.l_detection.layers[layer]}, head {head} gives {what} "
+        f"the most, {share(top)} of its attention{flat}.",
+        draw,
+    )
+
+
+def most_attended(trace: SinkTrace, row: int) -> int:
+    """The text sink that receives the most in some head; without any, the token that does."""
+    chips = chips_of(trace, row)
+    sinks = [chip for chip in chips if "text" in chip.sinks]
+    return max(sinks or chips, key=lambda chip: (chip.share or 0.0) - chip.null).at[0]
 
 
 def _mass(trace: SinkTrace, mass: MassResult, row: int, name: str) -> Picture:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from sinkscope.viz.gallery import Picture
 from sinkscope.viz.html import frame_table, nothing_html, sink_table, warnings_html
+from sinkscope.viz.prompt_html import CSS as STRIP
+from sinkscope.viz.prompt_html import strip
 from sinkscope.viz.style import GROUP_OF, STYLES
 from sinkscope.viz.table import KINDS, SINKS, columns_for, flagged_share, of_kind
 from sinkscope.viz.words import neat
@@ -30,6 +32,7 @@ header h1 { margin: 0 0 4px; font-size: 1.7rem; }
 header p { margin: 0; color: #d5e4e6; }
 section { background: #fff; border: 1px solid #dfe3e6; border-radius: 8px; padding: 18px 22px; margin: 20px 0; }
 h2 { font-size: 1.15rem; margin: 0 0 12px; }
+h3 { font-size: 1rem; margin: 14px 0 4px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 16px; margin: 20px 0; }
 .card { background: #fff; border: 1px solid #dfe3e6; border-left: 6px solid; border-radius: 8px; padding: 12px 18px; }
 .card b { display: block; font-size: 1.5rem; line-height: 1.3; }
@@ -79,6 +82,7 @@ def make_page(
     if trace.outcomes:
         sections.append(_section("Where nothing is flagged", nothing_html(trace)))
     sections += [_section(head, frame_table(table)) for head, table in tables.items()]
+    sections.append(_section("The prompt, token by token", _strips(trace)))
     sections.append(_section("Figures", _figures(shown)))
     sections.append(_section("How they were found", _detectors(trace)))
     sections.append(_section("Sinks by LLM layer", frame_table(trace.overlap_table()), OVERLAP))
@@ -86,7 +90,7 @@ def make_page(
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}{STRIP}</style>\n</head>\n<body>\n"
         f"<header><div><h1>{escape(title)}</h1>{_prompts(trace)}</div></header>\n<main>\n"
         f"{_cards(trace)}\n{warnings_html(trace)}\n" + "\n".join(sections) + f"\n{FOOTER}\n"
         "</main>\n</body>\n</html>\n"
@@ -134,6 +138,13 @@ def _cards(trace: SinkTrace) -> str:
             f"<span>{name}: {ABOUT[kind]}</span></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _strips(trace: SinkTrace) -> str:
+    """The prompt of every row, coloured by what its tokens receive."""
+    rows = range(len(trace.sample))
+    heads = [f"<h3>Row {row}</h3>" if len(rows) > 1 else "" for row in rows]
+    return "".join(head + strip(trace, row) for row, head in zip(rows, heads, strict=True))
 
 
 def _figures(shown: Sequence[Shown]) -> str:

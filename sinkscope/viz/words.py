@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-BLANKS = {"Ġ": " ", "Ċ": "\n", "▁": " "}
-"""How byte-level and SentencePiece tokenizers write blanks in their vocabularies."""
-
 
 def readable(word: str | None) -> str:
     """A token as something one can see: control characters and blanks are written out."""
     if word is None:
         return "token"
-    for mark, blank in BLANKS.items():
-        word = word.replace(mark, blank)
     if not word.strip(" "):
         return repr(word)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in word.strip(" "))

@@ -122,7 +122,7 @@ def test_the_page_is_whole_and_needs_no_network(traces, folders, name) -> None:
         assert head == "data:image/png;base64"
         assert b64decode(data) in stored
     images = trace.sample.tokens.vision.grid.shape[0]
-    per_row = 4 if name in traces.masses else 3
+    per_row = 5 if name in traces.masses else 4
     assert len(figures) == 2 * images + per_row * len(trace.sample)
 
 
