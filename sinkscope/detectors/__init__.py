@@ -5,6 +5,7 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import KNOWN, Known, known_for, table
 from sinkscope.detectors.detection import SATURATION, Detection, jaccard
 from sinkscope.detectors.gap import Gap
+from sinkscope.detectors.kinds import VisionTokens
 from sinkscope.detectors.limits import Limits
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import (
@@ -36,6 +37,7 @@ __all__ = [
     "SinkDimensions",
     "SinkRules",
     "TowerCalibration",
+    "VisionTokens",
     "agreement",
     "calibrate",
     "detect",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.kinds import check_kept
 from sinkscope.detectors.limits import Limits
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, LayerError
@@ -41,6 +42,8 @@ def config_for(
     groups = tuple(choices.get("groups", ("V", "rest")))
     block = 0 if isinstance(where, str) else where + 1
     v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, block, samples)
+    module: Any = lvlm.module
+    check_kept(v_rule, anatomy, module.config)
     scale = choices.get("scale", 1.0)
     if choices.get("init") == "neutral":
         if scale != 1.0:
