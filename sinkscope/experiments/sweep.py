@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (

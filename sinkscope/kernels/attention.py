@@ -385,44 +385,6 @@ def one_value_per_key(calls, probe):
         )
 
 
-def contribution_norms(calls, state, groups, projection, layout=None):
-    """How much each key group writes into the residual stream through the output projection.
-
-    ``||sum_h (A_h 1_g v_h) W_O^h||_2`` per query, and the same for each head alone (Kobayashi et al.
-    2020; used for sinks by Kang et al. 2503.03321). The projection's bias belongs to no group.
-
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        groups: ``[batch key group]`` one-hot.
-        projection: The attention module's output projection, ``[d_model, head * d_head]`` weight.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-
-    Returns:
-        ``{"norms": [batch query group], "per_head": [batch head query group]}``.
-    """
-    weight = projection.weight
-    totals, heads_out = [], []
-    for call, (_, _, k_at, k_to) in zip(calls, spans(calls), strict=True):
-        part = (
-            groups[:, k_at:k_to] if len(calls) > 1 else fit_keys(groups, k_to, state.get("step", 0))
-        )
-        total, per_head = [], []
-        for group in range(part.shape[-1]):
-            written = ask(call, keep=part[..., group]).float()
-            blocks = weight.float().reshape(weight.shape[0], written.shape[2], written.shape[3])
-            gram = torch.einsum("ohd,ohe->hde", blocks, blocks)
-            square = torch.einsum("bqhd,hde,bqhe->bhq", written, gram, written)
-            per_head.append(square.clamp(min=0).sqrt())
-            total.append(torch.einsum("bqhd,ohd->bqo", written, blocks).norm(dim=-1))
-        totals.append(torch.stack(total, dim=-1))
-        heads_out.append(torch.stack(per_head, dim=-1))
-    return {
-        "norms": unpack(torch.cat(totals, dim=1), layout, 1),
-        "per_head": unpack(torch.cat(heads_out, dim=2), layout, 2),
-    }
-
-
 def unpack(x, layout, dim):
     """A packed tower's result, ``[1 ... packed ...]``, as one row per image; others unchanged.
 

@@ -5,6 +5,7 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``tower``, ``name``, ``layer``: the site;
 * ``path``: the module whose input or output is read (``model.language_model.layers.3``);
 * ``how``: ``"input"``, ``"output"`` or ``"attention"``;
+* ``factors``: paths of numbers or parameters by which the model multiplies the output; may be absent;
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
 * ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in the order in
@@ -109,20 +110,36 @@ def note_effect(out, slot, step, effect):
     of_edit[key] = effect
 
 
-def edit_value(here, step, value, state, out):
-    """Apply the site's edits to states, in the plan's order, and hand the result to the model."""
-    new = value
+def times(value, factors):
+    """Factor by factor, as the model multiplies."""
+    for factor in factors:
+        value = value * factor
+    return value
+
+
+def edit_value(here, step, value, factors, state, out):
+    """Apply the site's edits to states, in the plan's order, and hand the result to the model.
+
+    Where the model multiplies by factors behind the site, the product is edited and handed over
+    divided by them; what no edit changed keeps its bits.
+    """
+    old = new = times(value, factors)
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
         note_effect(out, slot, step, effect)
-    if new is value:
-        return value
+    if new is old:
+        return old
+    if factors:
+        same, divided = new == old, new
+        for factor in factors:
+            divided = divided / factor
+        new = torch.where(same, value, divided)
     if step["how"] == "input":
         here.input = new
         return new
     whole = here.output
     here.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
-    return new
+    return times(new, factors)
 
 
 def read_site(root, tracer, step, state, out):
@@ -131,7 +148,10 @@ def read_site(root, tracer, step, state, out):
         return attention_calls(root, tracer, step, state, out)
     here = locate(root, step["path"])
     value = first_tensor(here.input if step["how"] == "input" else here.output)
-    return edit_value(here, step, value, state, out) if step["edits"] else value
+    factors = [locate(root, path) for path in step.get("factors", ())]
+    if step["edits"]:
+        return edit_value(here, step, value, factors, state, out)
+    return times(value, factors)
 
 
 def device_of(value):
@@ -142,14 +162,18 @@ def device_of(value):
 def resolve(root, parameters, device, state):
     """Parameters ready for a kernel: modules looked up, tensors on the site's device.
 
-    ``("@module", path)`` stands for the module at that path. A tensor is moved once per run, so
-    that kernels may compare it by identity.
+    ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or
+    for parameters and numbers. A tensor is moved once per run, so that kernels may compare it by
+    identity.
     """
     placed = state.setdefault("placed", {})
     out = {}
     for name, value in parameters.items():
-        if isinstance(value, tuple) and len(value) == 2 and value[0] == "@module":
+        mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
+        if mark == "@module":
             value = locate(root, value[1])
+        elif mark == "@modules":
+            value = [locate(root, path) for path in value[1]]
         elif hasattr(value, "device"):
             key = (id(value), str(device))
             if key not in placed:

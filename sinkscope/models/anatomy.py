@@ -6,12 +6,13 @@ it is found is in `sinkscope.models.reading`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from sinkscope.errors import AttentionCallError, LayerError, ProbeError
+from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
+from sinkscope.models.branches import Branch, NoBranch
 from sinkscope.models.families import Family
 from sinkscope.models.source import AttentionCall, NoAttentionCall
 
@@ -25,8 +26,8 @@ class TowerAnatomy:
         blocks: Dotted path of every block.
         attention: Dotted path of every block's attention module.
         mlp: Dotted path of every block's MLP.
-        attention_out: Dotted path of the module whose output attention adds to the residual stream:
-            the attention module, or the norm after it where a block has one.
+        attention_out: How attention of every block reaches the residual stream, or why that could
+            not be read.
         mlp_out: The same for the MLP.
         neurons: Dotted path of every MLP's last projection, whose input are the neurons; empty
             where there is none.
@@ -47,8 +48,8 @@ class TowerAnatomy:
     blocks: tuple[str, ...]
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
-    attention_out: tuple[str, ...]
-    mlp_out: tuple[str, ...]
+    attention_out: tuple[Branch | NoBranch, ...]
+    mlp_out: tuple[Branch | NoBranch, ...]
     neurons: tuple[str, ...]
     projection: tuple[str, ...]
     calls: tuple[AttentionCall | NoAttentionCall, ...]
@@ -83,6 +84,47 @@ class TowerAnatomy:
             others = f" Write layers={list(self.attending)} for the rest." if self.attending else ""
             raise AttentionCallError(found.reason + others)
         return found
+
+    @property
+    def adding(self) -> tuple[int, ...]:
+        """Blocks of which is known what attention and MLP add: those with attn_out and mlp_out."""
+        pairs = enumerate(zip(self.attention_out, self.mlp_out, strict=True))
+        return tuple(i for i, pair in pairs if all(isinstance(one, Branch) for one in pair))
+
+    def branch(self, site: str, layer: int) -> Branch:
+        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
+
+        Raises:
+            ModelError: If it could not be read, or was not what a pass has added.
+        """
+        found = (self.attention_out if site == "attn_out" else self.mlp_out)[layer]
+        if isinstance(found, NoBranch):
+            others = f" Write layers={list(self.adding)} for the rest." if self.adding else ""
+            raise ModelError(found.reason + others)
+        return found
+
+    @property
+    def writing(self) -> tuple[int, ...]:
+        """Blocks of which is known what every key writes into the stream through attention."""
+        return tuple(i for i in self.attending if i in self.adding and self.projection[i])
+
+    def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
+        """What lies between a head's output and the stream.
+
+        Returns:
+            The path of the output projection, and those of what follows it.
+
+        Raises:
+            ModelError: If there is no output projection, or its way could not be read.
+        """
+        through = self.branch("attn_out", layer).through
+        if not self.projection[layer]:
+            raise ModelError(
+                f"{self.attention[layer]} has no output projection that was found; expected a linear "
+                "map of its heads. AttentionMass and ValueNorms work on this model; please report "
+                "this class."
+            )
+        return self.projection[layer], through
 
     def layers(self, layers: Any) -> tuple[int, ...]:
         """Check and expand a layer selection.
@@ -148,6 +190,21 @@ class Anatomy:
     head: str
     image_token_id: int
     vocab: int
+
+    def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
+        """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
+        made = self
+        for (name, layer), reason in missing.items():
+            tower = made.tower(name)
+            halves = {
+                half: tuple(reason if i == layer else one for i, one in enumerate(ways))
+                for half, ways in (
+                    ("attention_out", tower.attention_out),
+                    ("mlp_out", tower.mlp_out),
+                )
+            }
+            made = replace(made, **{name: replace(tower, **halves)})
+        return made
 
     @property
     def feed_layers(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from sinkscope.interventions.protocol import needs_a_mask
 from sinkscope.models.anatomy import TowerAnatomy
+from sinkscope.models.branches import Branch, NoBranch
 from sinkscope.models.source import NoAttentionCall
 
 Status = Literal["exact", "approximate", "unavailable"]
@@ -37,8 +38,12 @@ class Verdict:
 
 
 def of_states(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
-    """Probes of the residual stream: computed in fp32 from the model's own states."""
-    return "exact", ""
+    """Probes and edits of the residual stream, in fp32: at sites within a block where these exist."""
+    missing = tower.n_layers - len(tower.adding)
+    if not missing:
+        return "exact", ""
+    where = f" in {missing} of {tower.n_layers} blocks" if tower.adding else ""
+    return "exact", f"without attn_out and mlp_out{where}: {no_sites(tower)}"
 
 
 def of_the_head(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
@@ -71,6 +76,29 @@ def of_the_call(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     return "exact", why
 
 
+def of_contributions(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """Probes that follow what heads write into the stream."""
+    status, why = of_the_call(tower, dtype)
+    missing = len(tower.attending) - len(tower.writing)
+    if status == "unavailable" or not missing:
+        return status, why
+    reason = "no output projection was found"
+    if len(tower.adding) < tower.n_layers:
+        reason = no_sites(tower)
+    if not tower.writing:
+        return "unavailable", reason
+    return status, join(why, f"not in {missing} of {tower.n_layers} blocks: {reason}")
+
+
+def of_head_writes(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
+    """As `of_contributions`, without what a norm makes of a query."""
+    status, why = of_contributions(tower, dtype)
+    ways = tower.attention_out
+    if status != "unavailable" and any(isinstance(way, Branch) and way.norm for way in ways):
+        why = join(why, "norms are without what the norm after attention divides a query by")
+    return status, why
+
+
 def of_masses(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     """As `of_the_call`, with fp32 on request."""
     status, why = of_the_call(tower, dtype)
@@ -99,8 +127,8 @@ JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = M
         "AttentionMass": of_masses,
         "AttentionPatterns": of_gradients,
         "ReceivedAttention": of_gradients,
-        "ContributionNorms": of_the_call,
-        "HeadWrites": of_the_call,
+        "ContributionNorms": of_contributions,
+        "HeadWrites": of_head_writes,
         "ValueNorms": of_attention,
         "AttentionValues": of_attention,
         "MassiveActivations": of_states,
@@ -191,7 +219,8 @@ def of_patches(tower: TowerAnatomy, dtype: torch.dtype) -> Judged:
     status, why = of_attention(tower, dtype)
     if status == "unavailable":
         why = f"unavailable: {why}"
-    return "exact", f"values {why}" if why else ""
+    sites = of_states(tower, dtype)[1]
+    return "exact", join(f"values {why}" if why else "", sites)
 
 
 def of_registers(tower: TowerAnatomy, dtype: torch.dtype, feeds: tuple[int, ...] = (0,)) -> Judged:
@@ -257,6 +286,12 @@ def reason_of(tower: TowerAnatomy) -> str:
     return found.reason.partition(";")[0]
 
 
+def no_sites(tower: TowerAnatomy) -> str:
+    """Why what a block adds could not be read, in a few words."""
+    found = next(way for way in tower.attention_out if isinstance(way, NoBranch))
+    return found.reason.partition(";")[0]
+
+
 def join(first: str, second: str) -> str:
     """Two remarks as one."""
-    return f"{first}; {second}" if first else second
+    return "; ".join(remark for remark in (first, second) if remark)

@@ -24,6 +24,7 @@ from sinkscope.models import options as checking
 from sinkscope.models import prepare as preparing
 from sinkscope.models import runner
 from sinkscope.models.anatomy import Anatomy
+from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
 from sinkscope.models.outputs import Generation, Run, finish_run
 from sinkscope.models.prepare import Sample
@@ -57,10 +58,12 @@ class LVLM:
         self._always_remote: bool | str = False
         self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self._verified = False
+        self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         if verify and processor is not None and not self._weightless:
             from sinkscope.models.verify import verify_anatomy
 
-            verify_anatomy(self)
+            self._not_added = verify_anatomy(self)
+            self._anatomy = self._anatomy.without(self._not_added)
             self._verified = True
 
     @classmethod
@@ -128,7 +131,7 @@ class LVLM:
         config, known = self._module.config, self._anatomy
         kernels = (kernel_of(config.vision_config), kernel_of(config.get_text_config()))
         if kernels != (known.vision.kernel, known.language.kernel):
-            self._anatomy = read_anatomy(self._module)
+            self._anatomy = read_anatomy(self._module).without(self._not_added)
         return self._anatomy
 
     @property

@@ -12,15 +12,10 @@ from torch import nn
 
 from sinkscope.errors import ModelError
 from sinkscope.models.anatomy import Anatomy, TowerAnatomy
+from sinkscope.models.branches import read_branches
 from sinkscope.models.families import Family, family_of
 from sinkscope.models.source import calls_attention, kernel_of, look_for_attention_call
 
-# Norms on what attention or the MLP has made, before it joins the residual stream. The first name
-# means that only in blocks that also have the second (Gemma 2 and 3, OLMo 2; GLM-4 has its own names).
-NORMS_AFTER_ATTENTION = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),
-)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
 
 
@@ -169,15 +164,6 @@ def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
     return max(others, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def norms_after(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The norms through which attention and MLP write, in blocks that have them."""
-    children = dict(block.named_children())
-    for after_attention, after_mlp in NORMS_AFTER_ATTENTION:
-        if after_attention in children and after_mlp in children:
-            return children[after_attention], children[after_mlp]
-    return None
-
-
 def neuron_map(mlp: nn.Module, width: int) -> nn.Linear | None:
     """The MLP's last linear map into the residual stream, whose input are the neurons."""
     last = [m for m in mlp.modules() if isinstance(m, nn.Linear) and m.out_features == width]
@@ -200,8 +186,10 @@ def read_tower(
     pairs = [(block, child) for block in blocks if (child := attention_child(block)) is not None]
     projections = [output_projection(child) for _, child in pairs]
     mlps = [mlp_child(block, child, paths[id(block)]) for block, child in pairs]
-    inner = [(child, mlp) for (_, child), mlp in zip(pairs, mlps, strict=True)]
-    writers = [norms_after(block) or made for (block, _), made in zip(pairs, inner, strict=True)]
+    branches = [
+        read_branches(paths[id(block)], block, child, mlp, config.hidden_size)
+        for (block, child), mlp in zip(pairs, mlps, strict=True)
+    ]
     neurons = [neuron_map(mlp, config.hidden_size) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     return TowerAnatomy(
@@ -209,8 +197,8 @@ def read_tower(
         blocks=tuple(paths[id(block)] for block, _ in pairs),
         attention=tuple(paths[id(child)] for _, child in pairs),
         mlp=tuple(paths[id(mlp)] for mlp in mlps),
-        attention_out=tuple(paths[id(writer)] for writer, _ in writers),
-        mlp_out=tuple(paths[id(writer)] for _, writer in writers),
+        attention_out=tuple(attention for attention, _ in branches),
+        mlp_out=tuple(mlp for _, mlp in branches),
         neurons=tuple("" if last is None else paths[id(last)] for last in neurons),
         projection=tuple("" if p is None else paths[id(p)] for p in projections),
         calls=tuple(look_for_attention_call(child, paths[id(child)]) for _, child in pairs),

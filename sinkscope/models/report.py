@@ -173,7 +173,10 @@ def in_words(count: int) -> str:
 def verification_of(lvlm: LVLM) -> str:
     """Whether a forward pass has proven the anatomy, and if not, why."""
     if lvlm.verified:
-        return "yes: attention sums to 1, the projector reads and writes what it should"
+        towers = (lvlm.anatomy.vision, lvlm.anatomy.language)
+        adds = all(len(tower.adding) == tower.n_layers for tower in towers)
+        blocks = " blocks add attn_out and mlp_out," if adds else ""
+        return f"yes: attention sums to 1,{blocks} the projector reads and writes what it should"
     if lvlm.device.type == "meta":
         return "no: the weights are elsewhere"
     if lvlm.processor is None:

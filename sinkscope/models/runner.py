@@ -133,11 +133,12 @@ def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list) -> dict[str,
             "call": call.call,
             "fires": call.fires,
         }
+    if site.name in ("attn_out", "mlp_out"):
+        branch = tower.branch(site.name, site.layer)
+        return step | {"path": branch.path, "how": "output", "factors": branch.factors}
     path, how = {
         "resid_pre": (tower.blocks[site.layer], "input"),
-        "attn_out": (tower.attention_out[site.layer], "output"),
         "mlp_hidden": (tower.neurons[site.layer], "input"),
-        "mlp_out": (tower.mlp_out[site.layer], "output"),
         "resid_post": (tower.blocks[site.layer], "output"),
     }[site.name]
     return step | {"path": path, "how": how}

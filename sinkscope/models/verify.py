@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sinkscope.errors import ModelError
 from sinkscope.kernels import residual
+from sinkscope.models.adding import watched_sums
+from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.probes.protocol import Read
@@ -35,15 +37,20 @@ class _States:
         return answers
 
 
-def verify_anatomy(lvlm: LVLM) -> None:
+def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
     """Check that the sites are what they are called.
 
     * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
-    * what the projector writes is found at the image positions of the decoder's input.
+    * what the projector writes is found at the image positions of the decoder's input;
+    * a block adds attn_out and mlp_out to the stream, and nothing else.
+
+    Returns:
+        ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
+        sites, and the rest works.
 
     Raises:
-        ModelError: If one of them fails, with the numbers.
+        ModelError: If one of the others fails, with the numbers.
     """
     a = lvlm.anatomy
     sample = lvlm.prepare(images=_test_image(), text="a")
@@ -61,7 +68,8 @@ def verify_anatomy(lvlm: LVLM) -> None:
         for tower in ("vision", "language")
         if (found := a.tower(tower).attending)
     ]
-    run = lvlm.run(sample, probes=[states, *sums], logits="last", remote=False)
+    with watched_sums(lvlm.module, a) as wrong:
+        run = lvlm.run(sample, probes=[states, *sums], logits="last", remote=False)
     tolerance = 2e-2 if lvlm.module.dtype in (torch.bfloat16, torch.float16) else 1e-3
     for probe in sums:
         tower = probe.tower
@@ -76,6 +84,7 @@ def verify_anatomy(lvlm: LVLM) -> None:
     seen = run[states]
     _check_feed(lvlm, [seen[site] for site in feeds], seen[Site("projector", "input")])
     _check_projection(lvlm, sample, seen)
+    return wrong
 
 
 def _test_image() -> Image.Image:

@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.kernels import attention as kernels
+from sinkscope.kernels import writes
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.writes import written_through
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -159,12 +161,15 @@ class ContributionResult:
 
 @dataclass(frozen=True, eq=False)
 class ContributionNorms:
-    """How much each group of keys writes through the output projection. Exact.
+    """How much each group of keys adds to the residual stream through attention. Exact.
 
-    ``|| sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
-    anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). One attention call
-    per group and layer. In blocks with a norm between attention and the residual stream (Gemma) this
-    is what is written before that norm, which rescales it.
+    ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
+    anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). ``D`` is what lies
+    between the output projection and the stream: a factor per channel (LayerScale in DINOv2), a number
+    (Granite), or a norm (Gemma, OLMo 2), which for one query multiplies by its weight and divides by
+    the size of the whole output. The groups of a partition and the biases add up, as vectors, to
+    ``attn_out``; the bias of the projection belongs to no group. One attention call per group and
+    layer.
 
     Args:
         groups: Name -> selection.
@@ -180,15 +185,14 @@ class ContributionNorms:
         """One read per layer."""
         _, onehot = context.groups(self.tower, self.groups)
         shared = onehot.shape[1] == 1
-        tower = context.tower(self.tower)
         return [
             Read(
                 Site(self.tower, "attention", layer),
-                kernels.contribution_norms,
+                writes.contribution_norms,
                 {
                     "groups": onehot[:, 0 if shared else layer].contiguous(),
-                    "projection": ("@module", tower.projection[layer]),
                     "layout": context.layout(self.tower),
+                    **written_through(context, self.tower, layer),
                 },
             )
             for layer in context.layers(self.tower, self.layers)

@@ -19,12 +19,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def written_through(context: Context, tower: Tower, layer: int) -> dict[str, Any]:
+    """Parameters of a kernel that follows heads into the stream: ``projection`` and ``parts``.
+
+    Raises:
+        ModelError: If the way of that block could not be read.
+    """
+    projection, through = context.tower(tower).write(layer)
+    return {"projection": ("@module", projection), "parts": ("@modules", through)}
+
+
 @dataclass(frozen=True, eq=False)
 class WriteResult:
     """Writes of every key and head.
 
     Attributes:
-        norms: Float ``[batch layer head key]``, ``||W_O^h v_j||_2``; NaN at padding.
+        norms: Float ``[batch layer head key]``, ``||D W_O^h v_j||_2``; NaN at padding.
         stable_rank: Float ``[batch layer head]``, at least 1, of the head's outputs.
         layers: The block indices, in order.
     """
@@ -48,11 +58,15 @@ class WriteResult:
 
 @dataclass(frozen=True, eq=False)
 class HeadWrites:
-    """What every key would write through the output projection, per head, were it fully attended.
+    """What every key would add to the residual stream, per head, were it fully attended.
 
     Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
-    definitions of Fesser et al. (2606.08105); see `sinkscope.experiments.nop_or_broadcast`. In blocks
-    with a norm between attention and the residual stream (Gemma) this is before that norm.
+    definitions of Fesser et al. (2606.08105), ``u = D W_O v``; see
+    `sinkscope.experiments.nop_or_broadcast`. ``D`` is what lies between the output projection and the
+    stream: a factor per channel (LayerScale in DINOv2), a number (Granite), or the weight of a norm
+    (Gemma, OLMo 2). Such a norm also divides every query by the size of attention's whole output. That
+    is one number for all keys of a query, so it is left out of `norms`, which are then to be compared
+    among keys of one layer, as `ratio` does; `stable_rank` has it.
 
     Args:
         layers: Block indices, or None for all.
@@ -64,16 +78,15 @@ class HeadWrites:
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
-        tower = context.tower(self.tower)
         live = context.pack(self.tower, context.live(self.tower), dim=1)
         return [
             Read(
                 Site(self.tower, "attention", layer),
                 kernels.head_writes,
                 {
-                    "projection": ("@module", tower.projection[layer]),
                     "live": live,
                     "layout": context.layout(self.tower),
+                    **written_through(context, self.tower, layer),
                 },
             )
             for layer in context.layers(self.tower, self.layers)

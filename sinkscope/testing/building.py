@@ -48,7 +48,7 @@ def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
 
     Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
     biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that; learned
-    sink logits ten times it.
+    sink logits ten times it; LayerScale factors are uniform between 0.1 and 1.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,6 +61,8 @@ def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
                 parameter.copy_(noise / 2 + 1.5)
             elif name.endswith(".sinks"):
                 parameter.copy_(10 * noise)
+            elif "lambda" in name:
+                parameter.copy_(0.1 + 0.9 * torch.special.ndtr(noise / std))
             else:
                 parameter.copy_(noise / 2 + float(name.endswith("weight")))
 

@@ -18,15 +18,25 @@ from sinkscope.testing.tokenizers import (
 )
 
 QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
+WITH_CLS = ("clip", "dinov2")
 
 
-def llava_processor(tower: str, image_size: int, patch_size: int) -> LlavaProcessor:
-    """``LlavaProcessor`` for a CLIP tower (centre crop, CLS dropped) or a SigLIP tower (all kept).
+def llava_processor(
+    tower: str, image_size: int, patch_size: int, strategy: str | None = None
+) -> LlavaProcessor:
+    """``LlavaProcessor`` for a tower with CLS (centre crop), or for SigLIP (images are squeezed).
 
-    One image becomes ``(image_size // patch_size) ** 2`` image tokens in either case.
+    Args:
+        tower: The tower's name.
+        image_size: Side in pixels of what the tower reads.
+        patch_size: Side of a patch in pixels.
+        strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps all; None drops CLS only.
+
+    Returns:
+        The processor; one image becomes ``(image_size // patch_size) ** 2`` tokens, and CLS if kept.
     """
-    tokenizer = llava_tokenizer()
-    if tower == "clip":
+    tokenizer, has_cls = llava_tokenizer(), tower in WITH_CLS
+    if has_cls:
         images = CLIPImageProcessorPil(
             size={"shortest_edge": image_size},
             crop_size={"height": image_size, "width": image_size},
@@ -37,8 +47,8 @@ def llava_processor(tower: str, image_size: int, patch_size: int) -> LlavaProces
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
-        num_additional_image_tokens=1 if tower == "clip" else 0,
+        vision_feature_select_strategy=strategy or ("default" if has_cls else "full"),
+        num_additional_image_tokens=int(has_cls),
         chat_template=tokenizer.chat_template,
     )
 

@@ -7,15 +7,21 @@ forward pass. The weights are random but not degenerate (attention is clearly no
 import functools
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
     CLIPVisionConfig,
+    CohereConfig,
+    Dinov2Config,
+    Gemma2Config,
+    Glm4Config,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Olmo2Config,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -37,21 +43,36 @@ from sinkscope.testing.processors import (
     QWEN_MERGE,
     QWEN_PATCH,
     QWEN_TEMPORAL,
+    WITH_CLS,
     llava_processor,
     qwen2_5_vl_processor,
 )
 
-TOWERS = ("clip", "siglip")
+TOWERS = ("clip", "siglip", "dinov2")
 LLMS = MappingProxyType(
-    {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt_oss": GptOssConfig}
-)
-# Both experts are always on: which of them come first would depend on the last bit.
-GPT_OSS = MappingProxyType(
     {
-        "num_local_experts": 2,
-        "num_experts_per_tok": 2,
-        "sliding_window": 12,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "gpt_oss": GptOssConfig,
+        "gemma2": Gemma2Config,
+        "olmo2": Olmo2Config,
+        "glm4": Glm4Config,
+        "granite": GraniteConfig,
+        "cohere": CohereConfig,
+    }
+)
+OWN_SETTINGS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        # Both experts are always on: which of them come first would depend on the last bit.
+        "gpt_oss": {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "gemma2": {"sliding_window": 12},
+        "granite": {"residual_multiplier": 0.22},
     }
 )
 
@@ -69,16 +90,20 @@ def tiny_llava(
     kv_heads: int = 2,
     image_size: int = 32,
     patch_size: int = 8,
+    vision_feature_select_strategy: Literal["default", "full"] | None = None,
     init_std: float = 0.2,
 ) -> ModelAndProcessor:
     """Random ``LlavaForConditionalGeneration`` in eval mode, and its processor.
 
     Args:
-        tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped) or ``"siglip"``
-            (no CLS, ``vision_feature_layer=-1``, all tokens kept, pooling head off).
-        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases), ``"qwen3"`` (q/k norms) or
+        tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped), ``"dinov2"`` (the
+            same, and LayerScale factors from 0.1 to 1 on what attention and MLP write) or
+            ``"siglip"`` (no CLS, ``vision_feature_layer=-1``, all tokens kept, pooling head off).
+        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases), ``"qwen3"`` (q/k norms),
             ``"gpt_oss"`` (a learned sink logit per head, every other block sees the last 12
-            positions only, two experts; needs ``attn_implementation="eager"``).
+            positions only, two experts), ``"gemma2"``, ``"olmo2"`` and ``"glm4"`` (a norm on what
+            attention and MLP write), ``"granite"`` (a factor of 0.22 on it) or ``"cohere"`` (both
+            side by side). GPT-OSS and Gemma 2 need ``attn_implementation="eager"``.
         attn_implementation: as in transformers; ``"eager"`` can return attention weights.
         dtype: of the weights.
         seed: of the weights.
@@ -88,31 +113,35 @@ def tiny_llava(
         kv_heads: key and value heads of the LLM; must divide `heads`.
         image_size: side in pixels of the square the processor makes of every image.
         patch_size: side of a patch in pixels; must divide `image_size`.
+        vision_feature_select_strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps
+            CLS; None as the tower's line says.
         init_std: standard deviation of the random weight matrices.
 
     Raises:
-        ValueError: an unknown tower or llm, head counts or sizes that do not divide.
+        ValueError: an unknown tower, llm or strategy, head counts or sizes that do not divide.
     """
     check_choice("tower", tower, TOWERS)
     check_choice("llm", llm, tuple(LLMS))
     check_divides("kv_heads", kv_heads, "heads", heads)
     check_divides("patch_size", patch_size, "image_size", image_size)
-    if tower == "clip" and vision_layers < 2:
+    has_cls = tower in WITH_CLS
+    strategy = vision_feature_select_strategy or ("default" if has_cls else "full")
+    check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
+    if has_cls and vision_layers < 2:
         raise ValueError(
-            f"vision_layers={vision_layers}: a CLIP LLaVA reads the output of the last but one block; "
-            "write vision_layers=2 or more"
+            f"vision_layers={vision_layers}: a LLaVA on {tower} reads the output of the last but one "
+            "block; write vision_layers=2 or more"
         )
-    processor = llava_processor(tower, image_size, patch_size)
+    processor = llava_processor(tower, image_size, patch_size, strategy)
     settings = text_settings(processor, layers, heads, kv_heads)
-    settings["head_dim"] = HEAD_DIM
-    settings |= GPT_OSS if llm == "gpt_oss" else {}
+    settings |= {"head_dim": HEAD_DIM} | OWN_SETTINGS.get(llm, {})
     config = LlavaConfig(
         vision_config=_vision_config(tower, vision_layers, image_size, patch_size),
         text_config=LLMS[llm](**settings),
         image_token_index=processor.image_token_id,
-        image_seq_length=(image_size // patch_size) ** 2,
-        vision_feature_layer=-2 if tower == "clip" else -1,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        image_seq_length=(image_size // patch_size) ** 2 + has_cls - (strategy == "default"),
+        vision_feature_layer=-2 if has_cls else -1,
+        vision_feature_select_strategy=strategy,
     )
     model = build(LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std)
     return model, processor
@@ -193,15 +222,17 @@ def tiny_qwen2_5_vl(
 
 
 def _vision_config(tower: str, layers: int, image_size: int, patch_size: int) -> PreTrainedConfig:
-    """CLIP or SigLIP tower of width 48 with 4 heads."""
+    """CLIP, SigLIP or DINOv2 tower of width 48 with 4 heads."""
     settings: dict[str, Any] = {
         "hidden_size": 48,
-        "intermediate_size": 96,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "image_size": image_size,
         "patch_size": patch_size,
     }
+    if tower == "dinov2":
+        return Dinov2Config(**settings, mlp_ratio=2)
+    settings["intermediate_size"] = 96
     if tower == "clip":
         return CLIPVisionConfig(**settings)
     return SiglipVisionConfig(**settings, vision_use_head=False)
@@ -212,6 +243,9 @@ TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType
         "llava-clip-llama": functools.partial(tiny_llava, "clip", "llama"),
         "llava-siglip-qwen2": functools.partial(tiny_llava, "siglip", "qwen2"),
         "llava-siglip-qwen3": functools.partial(tiny_llava, "siglip", "qwen3"),
+        "llava-dinov2-olmo2": functools.partial(
+            tiny_llava, "dinov2", "olmo2", vision_feature_select_strategy="full"
+        ),
         "qwen2.5-vl": tiny_qwen2_5_vl,
         "gemma3": tiny_gemma3,
     }

@@ -6,7 +6,7 @@ import torch
 import sinkscope as ss
 from sinkscope.testing import check_intervention
 
-FAMILIES = ("llava-clip-llama", "llava-siglip-qwen3", "qwen2.5-vl")
+FAMILIES = ("llava-clip-llama", "llava-siglip-qwen3", "llava-dinov2-olmo2", "qwen2.5-vl")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tests.interventions.reference import grown_inputs, reference_run
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import generate
 
-FAMILIES = ("llava-clip-llama", "gemma3", "qwen2.5-vl")
+FAMILIES = ("llava-clip-llama", "llava-dinov2-olmo2", "gemma3", "qwen2.5-vl")
 DIMS = [1, 40, 7]
 
 
@@ -18,8 +18,8 @@ def place(c, tower, site, layer):
     return {
         "resid_pre": (a.blocks[layer], "input"),
         "resid_post": (a.blocks[layer], "output"),
-        "attn_out": (a.attention_out[layer], "output"),
-        "mlp_out": (a.mlp_out[layer], "output"),
+        "attn_out": (a.attention_out[layer].path, "output"),
+        "mlp_out": (a.mlp_out[layer].path, "output"),
     }[site]
 
 

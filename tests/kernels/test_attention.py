@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sinkscope.kernels import attention, received
+from sinkscope.kernels import attention, received, writes
 
 HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
 
@@ -122,7 +122,7 @@ def test_what_groups_write_adds_up_to_what_attention_writes():
         "bhqk,bhkd->bqhd", weights_of(call, "causal"), call[1][3].repeat_interleave(2, dim=1)
     )
     everything = torch.ones(2, N, 1)
-    out = attention.contribution_norms([call], {}, everything, projection)
+    out = writes.contribution_norms([call], {}, everything, projection)
     assert torch.allclose(out["norms"][..., 0], projection(want.flatten(2)).norm(dim=-1), atol=1e-5)
     blocks = projection.weight.reshape(10, HEADS, WIDTH)
     by_head = torch.einsum("bqhd,ohd->bhqo", want, blocks).norm(dim=-1)
@@ -177,7 +177,73 @@ def test_nothing_is_written_in_place():
     attention.group_mass([call], {}, groups)
     received.received([call], {}, live)
     attention.patterns([call], {}, torch.zeros(2, 1, dtype=torch.long))
-    attention.contribution_norms([call], {}, groups, nn.Linear(HEADS * WIDTH, 4))
+    writes.contribution_norms([call], {}, groups, nn.Linear(HEADS * WIDTH, 4))
     for tensor, copy in zip((*call[1][1:], call[2]["attention_mask"]), before, strict=True):
         assert torch.equal(tensor, copy)
         assert tensor.grad is None
+
+
+class Norm(nn.Module):
+    """An RMS norm whose weight is one more than its parameter, as Gemma's."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 0.7, width))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+def layer_norm(width):
+    """A layer norm with weights and biases of its own."""
+    norm = nn.LayerNorm(width)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "both"])
+def test_groups_and_biases_add_up_behind_a_norm(kind):
+    """What a group writes behind norms, by hand from their statistics of the whole."""
+    torch.manual_seed(3)
+    call, width = make_call(), 10
+    projection = nn.Linear(HEADS * WIDTH, width)
+    parts = {"rms": [Norm(width)], "layer": [layer_norm(width)], "both": [Norm(width), 0.3]}[kind]
+    if kind == "both":
+        parts += [nn.Parameter(torch.rand(width)), layer_norm(width)]
+    groups = torch.zeros(2, N, 3)
+    groups[:, :2, 0], groups[:, 2:, 1], groups[..., 2] = 1, 1, 1
+    value = call[1][3].repeat_interleave(2, dim=1)
+    pieces = [
+        torch.einsum("bhqk,bk,bhkd->bqhd", weights_of(call, "causal"), groups[..., g], value)
+        for g in range(2)
+    ]
+    pieces = [piece.flatten(2) @ projection.weight.T for piece in pieces]
+    pieces.append(projection.bias.expand_as(pieces[0]))
+    for part in parts:
+        total = sum(pieces)
+        if not callable(part):
+            pieces = [piece * part for piece in pieces]
+        elif isinstance(part, Norm):
+            size = (total.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+            pieces = [piece * (1 + part.weight) / size for piece in pieces]
+        else:
+            size = (total.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            pieces = [(x - x.mean(-1, keepdim=True)) * part.weight / size for x in pieces]
+            pieces[2] = pieces[2] + part.bias
+    whole = sum(pieces[:2])
+    got = writes.contribution_norms([call], {}, groups, projection, parts)["norms"]
+    for g, piece in enumerate((*pieces[:2], whole)):
+        assert torch.allclose(got[..., g], piece.norm(dim=-1), rtol=1e-4)
+    heads = torch.einsum("bhqk,bhkd->bqhd", weights_of(call, "causal"), value)
+    out = projection(heads.flatten(2))
+    for part in parts:
+        out = part(out) if callable(part) else out * part
+    assert torch.allclose(sum(pieces), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [nn.Linear(10, 10), nn.GELU(), nn.Softmax(dim=-1)], ids=str)
+def test_parts_are_not_followed_through_anything_else(part):
+    projection = nn.Linear(HEADS * WIDTH, 10)
+    with pytest.raises(ValueError, match="neither a factor per channel nor a norm; expected one"):
+        writes.contribution_norms([make_call()], {}, torch.ones(2, N, 1), projection, [part])

@@ -30,7 +30,11 @@ from tests.probes.everything import EIGENVALUES, assert_same, every_probe, expor
 
 SERVER = Path(__file__).with_name("server.py")
 KERNELS = sorted((Path(ss.__file__).parent / "kernels").glob("*.py"))
-REPOSITORIES = {"llava-clip-llama": "Someone/tiny-llava", "qwen2.5-vl": "someone/Tiny-Qwen"}
+REPOSITORIES = {
+    "llava-clip-llama": "Someone/tiny-llava",
+    "llava-dinov2-olmo2": "someone/tiny-dino",
+    "qwen2.5-vl": "someone/Tiny-Qwen",
+}
 COMMIT = "0" * 40
 
 
