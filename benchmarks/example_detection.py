@@ -21,7 +21,9 @@ from sinkscope.bundled import draw_scene
 
 SIZE, MEDIANS, SHARE = 100.0, 300.0, 0.2
 FEW_MEDIANS, SMALL_SHARE, SEEING = 60.0, 0.02, 8
-SENTENCE = "The small red circle lies to the left of the large blue square, and both are on a grey table. "
+SENTENCE = (
+    "The small red circle lies to the left of the large blue square, and both are on a grey table. "
+)
 
 
 def photo(name):
@@ -68,7 +70,9 @@ def truth_of(lvlm, sample):
     model = lvlm.module
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in sample.inputs.items()}
+    inputs = {
+        k: v.to(model.dtype) if v.is_floating_point() else v for k, v in sample.inputs.items()
+    }
     out = model(**inputs, output_hidden_states=True, output_attentions=True)
     model.set_attn_implementation(before)
     live = sample.tokens.live
@@ -149,7 +153,9 @@ def table(measured):
     """Markdown: counts by layer over all prompts, then by prompt over all layers."""
     lines = ["| layer | must be found | found | made up | flagged between | recall | precision |"]
     lines.append("|---|---|---|---|---|---|---|")
-    by_layer = [sum(layer, Count()) for layer in zip(*(m[2] for m in measured.values()), strict=True)]
+    by_layer = [
+        sum(layer, Count()) for layer in zip(*(m[2] for m in measured.values()), strict=True)
+    ]
     by_prompt = {name: sum(m[2], Count()) for name, m in measured.items()}
     rows = [*enumerate(by_layer), ("all", sum(by_layer, Count()))]
     lines += [line(name, count) for name, count in rows]
@@ -204,7 +210,9 @@ def random_models(lvlm, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--random", type=int, default=10, help="random initialisations (%(default)s)")
+    parser.add_argument(
+        "--random", type=int, default=10, help="random initialisations (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="where to write the Markdown")
     args = parser.parse_args()
     lvlm = ss.load_example(args.dtype)
@@ -213,7 +221,10 @@ def main():
     parts += ["## Every constant halved and doubled", robustness(lvlm, measured)]
     if args.random:
         found = random_models(lvlm, args.random)
-        parts += ["## Random weights", f"Sinks found in {args.random} models of the same shape: {found}"]
+        parts += [
+            "## Random weights",
+            f"Sinks found in {args.random} models of the same shape: {found}",
+        ]
     text = "\n\n".join(parts)
     print(text)
     if args.out:

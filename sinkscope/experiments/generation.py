@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.rules import Detector, decide
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.detectors.run import check_detector
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.lives import GenerationTrace, collect_lives
-from sinkscope.experiments.trace import SinkTrace, choose_detectors
+from sinkscope.experiments.trace import SinkTrace
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.outputs import Generation
 from sinkscope.models.prepare import Sample
 from sinkscope.models.words import words_of
-from sinkscope.probes import CosineToFirst, ReceivedAttention
+from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 
 DRAWS = 0.2
 """A head that gives a token a fifth of its attention more than uniform attention would."""
@@ -58,8 +59,8 @@ def trace_generation(
     Args:
         lvlm: The model.
         sample: From ``lvlm.prepare``, padded on the left.
-        l_detector: The rule for sinks of the LLM, on what each layer reads. None for that of
-            `trace_sinks`, which takes published constants of the model or calibrates on the sample. Each
+        l_detector: The rule for sinks of the LLM, on what each layer reads. None for published constants
+            of the model, else for limits that are calibrated on the prompt (`calibrate`). Each
             token is judged when it appears, among the states that exist then; what a rule compares with (the
             median of a layer) is that of the prompt.
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet the
@@ -121,17 +122,20 @@ def trace_generation(
 def choose_rule(
     lvlm: LVLM, sample: Sample, l_detector: Detector | None, remote: Any
 ) -> tuple[Detector, str]:
-    """The L rule and how it came about: given, or what `trace_sinks` would take.
+    """The L rule and how it came about: given, published, or calibrated on the prompt.
 
     Raises:
         DetectorError: If it cannot judge a single new state.
     """
     if l_detector is None:
-        _, rule, chosen, _ = choose_detectors(lvlm, sample, None, None, remote)
+        rules = SinkRules.on_others(
+            lvlm, lambda: [sample], NoSinks(), None, what="the prompt", remote=remote
+        )
+        rule, chosen = rules.low, rules.l_source
     else:
         rule, chosen = check_detector(l_detector), "given"
     probe = rule.probe("language", None, lvlm.anatomy.language)
-    if isinstance(probe, (ReceivedAttention, CosineToFirst)):
+    if isinstance(probe, (ReceivedAttention, CosineToFirst, SinkEvidence)):
         raise DetectorError(
             f"Got {rule!r}, which does not judge a token by its own state; expected a rule that does, "
             "because a decode step has one token. Write ss.detectors.SinkDimensions(...) or "

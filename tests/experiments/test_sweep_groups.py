@@ -291,7 +291,7 @@ def test_both_rules_are_calibrated_by_default_and_it_is_said(tiny):
     lvlm = tiny("llava-clip-llama")
     made = ss.sweep(lvlm, some(), layers=[0], grid=TRIPLES)
     assert [note.split(" by a rule")[0] for note in made.notes] == ["V-sinks", "L-sinks"]
-    how = "calibrated on the first 2 images of the dataset"
+    how = "calibrated on the first 2 images of the dataset, which show none"
     assert (made.settings["v_rule"], made.settings["l_rule"]) == (how, how)
     given = ss.sweep(lvlm, some(), layers=[0], grid=TRIPLES, v_detector=TOP)
     assert [note.split(" by a rule")[0] for note in given.notes] == ["L-sinks"]
