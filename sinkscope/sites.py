@@ -8,6 +8,8 @@
 
 ``resid_pre(l)`` is what block ``l`` reads and ``resid_post(l)`` what it writes, so
 ``resid_post(l) == resid_pre(l + 1)``; ``resid_pre(0)`` of the language tower are the embeddings.
+``attn_out(l)`` and ``mlp_out(l)`` are what is added, behind a LayerScale, a norm or a factor where a
+block has one: ``resid_pre + attn_out + mlp_out == resid_post``.
 ``mlp_hidden(l)`` are the MLP's neurons after the nonlinearity: what its last projection reads.
 """
 

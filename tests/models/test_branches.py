@@ -182,11 +182,13 @@ class Factors(Shape):
         y = nn.functional.dropout(y, p=0.1, training=self.training)
         x = x + self.drop_path(self.after(y) * self.own_factor)
         if self.scale is not None and self.kind == "plain":
-            y = self.scale * self.mlp(self.norm2(x))
+            y = self.scale * (self.mlp(self.norm2(x)) if not self.gated else self.more(x))
         else:
             y = self.more(x)
         x += y
-        return x
+        outputs = (x,)
+        outputs += (mask,)
+        return outputs
 
 
 class NormedStream(Shape):
@@ -339,6 +341,24 @@ def test_a_pass_at_load_finds_what_was_misread(misread):
     assert misread.anatomy.vision.adding == ()
 
 
+@pytest.mark.parametrize("where", ["drop_path", "idle"])
+def test_a_pass_at_load_finds_what_does_not_run_once(monkeypatch, where):
+    """One module is called twice in a block, the other one never."""
+
+    def elsewhere(path, block, *parts):
+        if type(block).__name__ != "Dinov2Layer":
+            return read_branches(path, block, *parts)
+        block.idle = nn.Identity()
+        return Branch(f"{path}.{where}"), Branch(f"{path}.layer_scale2")
+
+    monkeypatch.setattr(reading, "read_branches", elsewhere)
+    lvlm = ss.LVLM(*tiny_llava("dinov2", "llama"))
+    assert (lvlm.anatomy.vision.adding, lvlm.anatomy.language.adding) == ((), (0, 1, 2))
+    sample = lvlm.prepare(images=random_image(), text="what")
+    with pytest.raises(ModelError, match="attention or MLP did not run once in a pass"):
+        lvlm.run(sample, [ss.TokenNorms(tower="vision", site="attn_out")])
+
+
 def test_the_report_says_what_cannot_be_read(misread):
     report = misread.report()
     for name in ("ContributionNorms", "HeadWrites"):
@@ -387,4 +407,23 @@ def test_a_norm_after_attention_is_reported():
     assert report.verdict("HeadWrites").why == remark
     assert (
         report.verdict("HeadWrites", "vision").why == report.verdict("ContributionNorms").why == ""
+    )
+
+
+def test_heads_without_an_output_projection_are_refused():
+    lvlm = ss.LVLM(*tiny_llava("dinov2", "llama"))
+    vision = dataclasses.replace(
+        lvlm.anatomy.vision, projection=("", *lvlm.anatomy.vision.projection[1:])
+    )
+    lvlm._anatomy = dataclasses.replace(lvlm.anatomy, vision=vision)
+    sample = lvlm.prepare(images=random_image(), text="what")
+    with pytest.raises(
+        ModelError, match=r"layers?\.0\.attention has no output projection that was found"
+    ):
+        lvlm.run(sample, [ss.HeadWrites(tower="vision")])
+    lvlm.run(sample, [ss.HeadWrites(layers=[1, 2], tower="vision")])
+    said = lvlm.report().verdict("ContributionNorms", "vision")
+    assert (said.status, said.why) == (
+        "exact",
+        "not in 1 of 3 blocks: no output projection was found",
     )

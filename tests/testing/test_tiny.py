@@ -135,6 +135,36 @@ def test_clip_llava_reads_the_last_but_one_block_without_cls():
     assert torch.equal(features, expected[0])
 
 
+@pytest.mark.parametrize(("strategy", "tokens"), [(None, 16), ("default", 16), ("full", 17)])
+def test_dinov2_llava_drops_or_keeps_cls_and_scales_what_layers_write(strategy, tokens):
+    model, processor = tiny_llava("dinov2", "llama", vision_feature_select_strategy=strategy)
+    pixels = processor.image_processor(random_image(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        expected = model.model.multi_modal_projector(hidden[-2][:, 17 - tokens :])
+        features = model.get_image_features(pixels).pooler_output[0]
+    assert hidden[-2].shape[1] == 17
+    assert torch.equal(features, expected[0])
+    assert (two_rows(processor)["input_ids"] == model.config.image_token_id).sum(1).eq(tokens).all()
+    assert model.config.image_seq_length == tokens
+    scales = [p for name, p in model.named_parameters() if name.endswith("lambda1")]
+    assert len(scales) == 6
+    for scale in scales:
+        assert 0.1 <= scale.min() < 0.3
+        assert 0.8 < scale.max() <= 1
+
+
+def test_a_clip_tower_may_keep_cls():
+    model, processor = tiny_llava("clip", "llama", vision_feature_select_strategy="full")
+    assert (two_rows(processor)["input_ids"] == model.config.image_token_id).sum(1).eq(17).all()
+    with pytest.raises(
+        ValueError, match="vision_feature_select_strategy='all' is unknown; write one"
+    ):
+        tiny_llava(vision_feature_select_strategy="all")
+    with pytest.raises(ValueError, match="a LLaVA on dinov2 reads the output of the last but one"):
+        tiny_llava("dinov2", vision_layers=1)
+
+
 def test_siglip_llava_reads_every_token_of_the_last_block():
     model, processor = tiny_llava("siglip", "qwen2")
     pixels = processor.image_processor(random_image(), return_tensors="pt")["pixel_values"]
