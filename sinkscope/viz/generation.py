@@ -79,7 +79,7 @@ def plot_generation(trace: GenerationTrace, row: int = 0, *, ax: Axes | None = N
     lines, left_out = _lines(trace, row)
     steps = _steps(trace, row)
     n_sinks = sum(line.life is not None for line in lines)
-    size = (min(16.0, max(7.0, 3.6 + 0.19 * steps)), 2.3 + 0.26 * len(lines))
+    size = (min(16.0, max(5.6, 3.6 + 0.19 * steps)), 2.3 + 0.26 * len(lines))
     ax = new_axes(ax, size)
     shown = trace.by_step()[row, :steps, [line.pos for line in lines]].T
     look: Any = {"aspect": "auto", "interpolation": "none", "norm": share_scale()}

@@ -1,11 +1,13 @@
 """Kernels on one attention call that is made here, against weights computed by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sinkscope.kernels import attention, received, writes
+from sinkscope.kernels import attention, received, walk, writes
 
 HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
 
@@ -208,9 +210,12 @@ def test_groups_and_biases_add_up_behind_a_norm(kind):
     torch.manual_seed(3)
     call, width = make_call(), 10
     projection = nn.Linear(HEADS * WIDTH, width)
-    parts = {"rms": [Norm(width)], "layer": [layer_norm(width)], "both": [Norm(width), 0.3]}[kind]
-    if kind == "both":
-        parts += [nn.Parameter(torch.rand(width)), layer_norm(width)]
+    factor = nn.Parameter(torch.rand(width))
+    parts = {
+        "rms": [Norm(width)],
+        "layer": [layer_norm(width)],
+        "both": [layer_norm(width), 0.3, factor, Norm(width)],
+    }[kind]
     groups = torch.zeros(2, N, 3)
     groups[:, :2, 0], groups[:, 2:, 1], groups[..., 2] = 1, 1, 1
     value = call[1][3].repeat_interleave(2, dim=1)
@@ -247,3 +252,22 @@ def test_parts_are_not_followed_through_anything_else(part):
     projection = nn.Linear(HEADS * WIDTH, 10)
     with pytest.raises(ValueError, match="neither a factor per channel nor a norm; expected one"):
         writes.contribution_norms([make_call()], {}, torch.ones(2, N, 1), projection, [part])
+
+
+def test_an_edit_before_a_factor_keeps_the_bits_of_the_rest():
+    """What the model multiplies by 0.22 is handed over divided by it, but where nothing changed."""
+    made = torch.randn(2, 50, 8)
+    factors = [0.22, torch.rand(8) + 0.5]
+
+    def edit(states, state):
+        return torch.where(torch.arange(50)[:, None] == 3, 2.5, states), None
+
+    step = {"how": "output", "edits": [(0, edit, {})]}
+    here = SimpleNamespace(output=(made, "weights"))
+    read = walk.edit_value(here, step, made, factors, {}, {})
+    rest = torch.arange(50) != 3
+    assert torch.equal(here.output[0][:, rest], made[:, rest])
+    assert not torch.equal((walk.times(made, factors) / factors[1] / 0.22)[:, rest], made[:, rest])
+    assert torch.equal(read, here.output[0] * 0.22 * factors[1])
+    assert (read[:, 3] - 2.5).abs().max() < 1e-6
+    assert here.output[1] == "weights"

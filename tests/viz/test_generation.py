@@ -120,8 +120,10 @@ def test_many_sinks_and_steps_are_cut_and_say_so(spoken) -> None:
     assert figure.get_figwidth() <= 16
 
 
-def test_nothing_is_cut_off(spoken) -> None:
-    figure = plot_generation(spoken, 0)
+@pytest.mark.parametrize("steps", [1, 6])
+def test_nothing_is_cut_off(spoken, steps) -> None:
+    first = {name: getattr(spoken, name)[:, :steps] for name in ("mass_max", "mass_mean", "null")}
+    figure = plot_generation(dataclasses.replace(spoken, **first), 0)
     figure.draw_without_rendering()
     wide = figure.get_figwidth() * figure.dpi
     (legend,) = figure.legends
