@@ -73,7 +73,7 @@ class SinkRecord:
         head_null: What they would give there under uniform attention.
         excess: The difference of the two, by which sinks are ranked.
         contribution: What it writes there: mean over the queries that see it of
-            ``||A_qs W_O^h v_s||_2``, which is the attention received times the norm of its write.
+            ``||A_qs D W_O^h v_s||_2`` with D what lies between head and stream, which is the attention received times the norm of its write.
         value_ratio: ``ratio_out`` there: its write over the mean write of the other tokens.
         stable_rank: Of that head's output.
         verdict: ``"NOP"``, ``"broadcast"``, ``"mixed"``; ``"draws nothing"`` for a token to which no
