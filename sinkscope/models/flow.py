@@ -94,7 +94,7 @@ class Flow:
         """The terms that ``forward`` returns; empty if its source cannot be read."""
         kind = type(self.block)
         if kind not in TREES:
-            TREES[kind] = forward_tree(self.block)
+            TREES[kind] = forward_tree(inspect.unwrap(type(self.block).forward))
         tree = TREES[kind]
         function = tree.body[0] if isinstance(tree, ast.Module) else None
         if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:

@@ -42,7 +42,7 @@ class LVLM:
     Args:
         module: A ``transformers`` image-text-to-text model.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
-        verify: Whether to run one small forward pass now that proves the anatomy (needs a
+        verify: Whether to run two short passes now that prove the anatomy (needs a
             processor and real weights).
 
     Raises:

@@ -214,6 +214,25 @@ def run_plan(
     return Raw(sited(answers), logits)
 
 
+def run_until_read(model: Any, inputs: Mapping[str, Any], plan: Plan) -> dict[Any, dict[Site, Any]]:
+    """A forward pass here that ends where the plan's last site is read: no logits.
+
+    Args:
+        model: What `wrap` returned.
+        inputs: Model inputs.
+        plan: The plan.
+
+    Returns:
+        ``answers[slot][site] -> kernel result``.
+    """
+    walk, save = walking.walk, nnsight.save
+    answers: Any = None
+    with ready_to_trace(False, plan), model.trace(**inputs) as tracer:
+        answers = save(walk(model, tracer, plan))
+        tracer.stop()
+    return sited(answers)
+
+
 def generate_plan(
     model: Any,
     inputs: Mapping[str, Any],

@@ -12,7 +12,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -49,7 +51,7 @@ class NoAttentionCall:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Found:
     """One operation on the attention variable, in source order."""
 
@@ -59,9 +61,8 @@ class _Found:
     flash: bool | None
 
 
-def forward_tree(module: nn.Module) -> ast.AST | None:
-    """The syntax tree of the class's ``forward``, or None where no source exists."""
-    forward = inspect.unwrap(type(module).forward)
+def forward_tree(forward: Callable[..., Any]) -> ast.AST | None:
+    """The syntax tree of a ``forward``, or None where no source exists."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
@@ -116,10 +117,30 @@ class _Operations(ast.NodeVisitor):
         self.found.append(_Found(line, is_call, in_loop, self.flash))
 
 
+@lru_cache(maxsize=256)
+def _read(forward: Callable[..., Any]) -> tuple[str, tuple[_Found, ...]] | None:
+    """The attention variable of a ``forward`` and what is done with it, in source order.
+
+    None where no variable holds the attention function. All blocks of a tower share one ``forward``,
+    so its source is parsed once.
+    """
+    tree = forward_tree(forward)
+    name = None if tree is None else _looked_up(tree)
+    if tree is None or name is None:
+        return None
+    visitor = _Operations(name)
+    visitor.visit(tree)
+    return name, tuple(sorted(visitor.found, key=lambda op: op.line))
+
+
+def _read_class(module: nn.Module) -> tuple[str, tuple[_Found, ...]] | None:
+    """What `_read` says of the class's own ``forward``."""
+    return _read(inspect.unwrap(type(module).forward))
+
+
 def calls_attention(module: nn.Module) -> bool:
-    """Whether the module's own ``forward`` looks an attention function up and calls it."""
-    tree = forward_tree(module)
-    return tree is not None and _looked_up(tree) is not None
+    """Whether the class's own ``forward`` looks an attention function up and calls it."""
+    return _read_class(module) is not None
 
 
 def kernel_of(config: Any) -> str:
@@ -148,19 +169,16 @@ def find_attention_call(module: nn.Module, path: str) -> AttentionCall:
     Raises:
         AttentionCallError: If the source shows no call, or several for the present kernel.
     """
-    tree = forward_tree(module)
-    name = None if tree is None else _looked_up(tree)
-    if tree is None or name is None:
+    read = _read_class(module)
+    if read is None:
         raise AttentionCallError(
             f"{path} ({type(module).__name__}) does not call attention through transformers' "
             "attention interface; expected a forward that looks its function up in "
             "ALL_ATTENTION_FUNCTIONS. Probes of the residual stream still work on this model."
         )
-    visitor = _Operations(name)
-    visitor.visit(tree)
+    name, ordered = read
     kernel = kernel_of(getattr(module, "config", None))
     wants_flash = "flash" in kernel
-    ordered = sorted(visitor.found, key=lambda op: op.line)
     binds = [i for i, op in enumerate(ordered) if not op.is_call]
     calls = [i for i, op in enumerate(ordered) if op.is_call and op.flash in (None, wants_flash)]
     if len(calls) != 1 or not binds or binds[-1] > calls[0]:

@@ -1,26 +1,33 @@
-"""Prove the anatomy on the model itself: one small forward pass at load."""
+"""Prove the anatomy on the model itself: a part of a forward pass with a picture, and one of words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from sinkscope.errors import ModelError
+from sinkscope.errors import ModelError, NonFiniteError
 from sinkscope.kernels import residual
+from sinkscope.models import runner
 from sinkscope.models.adding import watched_sums
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
+from sinkscope.models.prepare import Sample
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.probes.protocol import Read
-from sinkscope.sites import Site
+from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
+
+
+SMALL = 1_000_000_000
+"""Parameters of a model that is verified on one thread of the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,42 +56,90 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
         ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
         sites, and the rest works.
 
+    A picture takes most of a prompt, and most of the time goes into the decoder. So the pass with the
+    picture ends in the first block of the decoder, and the prompt's words alone go through all of it.
+
     Raises:
         ModelError: If one of the others fails, with the numbers.
+        NonFiniteError: If the model computes NaN or infinity.
     """
-    a = lvlm.anatomy
-    sample = lvlm.prepare(images=_test_image(), text="a")
-    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
-    states = _States(
-        (
-            *feeds,
-            Site("projector", "input"),
-            Site("projector", "output"),
-            Site("language", "resid_pre", 0),
-        )
-    )
-    sums = [
-        AttentionMass({"all": "all"}, layers=found, tower=tower, null=False)
-        for tower in ("vision", "language")
-        if (found := a.tower(tower).attending)
-    ]
-    with watched_sums(lvlm.module, a) as wrong:
-        run = lvlm.run(sample, probes=[states, *sums], logits="last", remote=False)
-    tolerance = 2e-2 if lvlm.module.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
+        sample = lvlm.prepare(images=_test_image(), text="a")
+        _check_picture(lvlm, sample)
+        words, sums = _words_only(sample), _sums(lvlm, "language")
+        run = lvlm.run(words, probes=sums, logits="last", remote=False)
     for probe in sums:
-        tower = probe.tower
-        over = run[probe].mass - 1
-        # A learned sink takes a share that belongs to no token.
-        off = (over if a.tower(tower).learned_sink else over.abs()).nan_to_num().amax()
-        if off > tolerance:
-            raise ModelError(
-                f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
-                f"{tolerance}. The attention call found is not the one that attends."
-            )
-    seen = run[states]
-    _check_feed(lvlm, [seen[site] for site in feeds], seen[Site("projector", "input")])
-    _check_projection(lvlm, sample, seen)
+        _check_sum(lvlm, "language", run[probe].mass)
     return wrong
+
+
+@contextmanager
+def _few_threads(module: nn.Module) -> Iterator[None]:
+    """One thread for the short passes of a small model, where several wait for one another."""
+    with runner.ONE_AT_A_TIME:  # the number of threads belongs to the process
+        before = torch.get_num_threads()
+        if sum(p.numel() for p in module.parameters()) <= SMALL:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _sums(lvlm: LVLM, tower: Tower, most: int | None = None) -> list[AttentionMass]:
+    """The mass on all tokens, in the first blocks whose attention call was found, or in all of them."""
+    found = lvlm.anatomy.tower(tower).attending[:most]
+    return [AttentionMass({"all": "all"}, found, tower=tower, null=False)] if found else []
+
+
+def _check_picture(lvlm: LVLM, sample: Sample) -> None:
+    """Vision tower, projector and the way into the decoder, on a prompt with a picture."""
+    a = lvlm.anatomy
+    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
+    ends = (Site("projector", "input"), Site("projector", "output"))
+    states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
+    probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
+    context = Context(a, sample.tokens)
+    plan = lvlm._plan(probes, (), context)
+    answers = runner.run_until_read(lvlm._traced(False), lvlm._placed(sample), plan)
+    seen = answers[0]
+    if not torch.isfinite(seen[ends[1]]).all():
+        raise NonFiniteError(
+            "The projector writes NaN or infinite states for a test image; expected finite ones. Load "
+            "the model in bfloat16 or float32 and check the weights."
+        )
+    _check_feed(lvlm, [seen[site] for site in feeds], seen[ends[0]])
+    _check_projection(lvlm, sample, seen)
+    for slot, probe in enumerate(probes[1:], start=1):
+        _check_sum(lvlm, probe.tower, probe.finish(answers[slot], context).mass)
+
+
+def _check_sum(lvlm: LVLM, tower: Tower, mass: Tensor) -> None:
+    """The mass on all tokens is one."""
+    tolerance = 2e-2 if lvlm.module.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    over = mass - 1
+    # A learned sink takes a share that belongs to no token.
+    learned = lvlm.anatomy.tower(tower).learned_sink
+    off = (over if learned else over.abs()).nan_to_num().amax()
+    if off > tolerance:
+        raise ModelError(
+            f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
+            f"{tolerance}. The attention call found is not the one that attends."
+        )
+
+
+def _words_only(sample: Sample) -> Sample:
+    """The prompt of one row without its image positions, as the model takes text alone."""
+    tokens = sample.tokens
+    words = (tokens.image < 0)[0]
+    per_position = {
+        field.name: value[:, words]
+        for field in fields(tokens)
+        if isinstance(value := getattr(tokens, field.name), Tensor)
+    }
+    inputs = {name: sample.inputs[name][:, words] for name in ("input_ids", "attention_mask")}
+    cut = replace(tokens, **per_position, words=None)
+    return Sample(inputs, cut, made_for=sample.made_for)
 
 
 def _test_image() -> Image.Image:

@@ -108,7 +108,7 @@ def test_what_is_not_one_call_is_refused_by_name(module, says):
 
 def test_a_forward_without_source_is_refused():
     made = type("Made", (nn.Module,), {"forward": eval("lambda self, x: x")})
-    assert forward_tree(made()) is None
+    assert forward_tree(made.forward) is None
     with pytest.raises(AttentionCallError, match=r"here .Made. does not call attention"):
         find_attention_call(made(), "here")
 

@@ -1,0 +1,92 @@
+"""What is proven when a model is loaded, and what it costs."""
+
+import inspect
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.errors import ModelError, NonFiniteError
+from sinkscope.models import source, verify
+from sinkscope.models.reading import read_anatomy
+from sinkscope.testing import TINY, tiny_llava
+
+FAMILIES = tuple(TINY)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_words_go_through_the_whole_decoder(family):
+    """The pass with the picture ends in the first decoder block; no pass runs twice."""
+    module, processor = TINY[family]()
+    blocks, lengths = read_anatomy(module).language.blocks, {}
+    handles = []
+    for path in (blocks[0], blocks[-1]):
+        seen = lengths.setdefault(path, [])
+
+        def note(block, args, kwargs, seen=seen):
+            states = args[0] if args else kwargs["hidden_states"]
+            seen.append(states.shape[1])
+
+        handles.append(module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    lvlm = ss.LVLM(module, processor)
+    for handle in handles:
+        handle.remove()
+    picture = lvlm.prepare(images=verify._test_image(), text="a")
+    words = int((picture.tokens.image < 0).sum())
+    assert lengths[blocks[0]] == [picture.tokens.ids.shape[1], words]
+    assert lengths[blocks[-1]] == [words]
+
+
+def test_the_source_of_a_class_is_read_once(monkeypatch):
+    """Whatever the number of blocks: here 3 and 3, and later 6 and 6."""
+    read = []
+
+    def getsource(forward, real=inspect.getsource):
+        read.append(forward)
+        return real(forward)
+
+    source._read.cache_clear()
+    monkeypatch.setattr(source.inspect, "getsource", getsource)
+    small, _ = tiny_llava()
+    read_anatomy(small)
+    assert len(set(read)) == len(read) > 0
+    large, _ = tiny_llava(vision_layers=6, layers=6)
+    read.clear()
+    assert read_anatomy(large).language.n_layers == 6
+    assert read == []
+
+
+@pytest.mark.parametrize("tower", ["vision", "language"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_attention_that_does_not_sum_to_one_is_refused(monkeypatch, tower, layer):
+    """In whichever block it is: the mass of one block is doubled where it is measured."""
+    real = verify.AttentionMass.finish
+
+    def finish(self, answers, context):
+        wrong = {
+            site: {**value, "mass": value["mass"] * (2 if (site.tower, site.layer) == at else 1)}
+            for site, value in answers.items()
+        }
+        return real(self, wrong, context)
+
+    at = (tower, layer)
+    monkeypatch.setattr(verify.AttentionMass, "finish", finish)
+    with pytest.raises(ModelError, match=rf"over all {tower} tokens sums to 1 \+- 1; expected"):
+        ss.LVLM(*tiny_llava())
+
+
+def test_nan_in_the_vision_tower_is_named():
+    module, processor = tiny_llava()
+    module.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="projector writes NaN or infinite states"):
+        ss.LVLM(module, processor)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ss.LVLM(*tiny_llava())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
