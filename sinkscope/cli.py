@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 import warnings
@@ -12,19 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope import named
 from sinkscope.commands import add_commands
-from sinkscope.errors import SinkscopeError
-from sinkscope.named import load_model, without_bars
+from sinkscope.errors import CheckpointError, InputError, SinkscopeError
+from sinkscope.named import load_model
 from sinkscope.specs import HELP, parse_detector
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import Tensor
     from tqdm.auto import tqdm
 
-    from sinkscope.detectors import Calibration, Detector
+    from sinkscope.bundled import Scene
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
 
-DEMO = "draw a scene, ask the bundled model about it, trace its attention sinks, write a report"
+DEMO = "a real model: what it answers, its attention sinks, what masking them does, and a report"
+TOY = "the same on the toy model inside the package, which has no sinks and needs no download"
+ANSWER = "What the model answers"
+LONGEST = 64
+"""Tokens of an answer."""
 PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
 
 
@@ -95,8 +101,9 @@ def _demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="scenes on which to show what editing sinks does to the answers, 0 for none (%(default)s)",
+        help="with --toy: scenes on which to edit sinks, 0 for none (%(default)s)",
     )
+    demo.add_argument("--toy", action="store_true", help=TOY)
     demo.add_argument("--planted", action="store_true", help=PLANTED)
     demo.set_defaults(command=run_demo)
 
@@ -135,36 +142,88 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(given: argparse.Namespace) -> int:
-    """Scene, questions, trace, table, folder."""
-    print(f"sinkscope demo: {PLANTED if given.planted else DEMO}.", flush=True)
+    """The demo on the example model, on the toy, or on a planted model."""
+    from sinkscope import demo
+    from sinkscope.bundled import draw_scene
+
+    scene = draw_scene(given.seed)
+    demo.choose_questions(scene, given.questions)
+    demo.check_effects(given.effects)
+    if given.planted:
+        print(f"sinkscope demo: {PLANTED}.", flush=True)
+        return run_planted(given, scene)
+    if not given.toy:
+        print(f"sinkscope demo: {DEMO}.", flush=True)
+        try:
+            lvlm = load_model("example")
+        except CheckpointError as error:
+            print(f"The example model cannot be had, so here is the toy.\n{error}\n", flush=True)
+        else:
+            return run_real(given, lvlm, scene)
+    print(f"sinkscope demo: {TOY}.", flush=True)
+    return run_toy(given, scene)
+
+
+def run_real(given: argparse.Namespace, lvlm: LVLM, scene: Scene) -> int:
+    """The example model: a drawn scene, a photograph, and what masking does."""
+    from tqdm.auto import tqdm
+
+    from sinkscope import demo, real_demo
+
+    with tqdm(total=5, desc="starting", disable=None, leave=False) as bar:
+        shown = real_demo.show(lvlm, scene, given.questions, lambda text: step(bar, text))
+    print(f"\n{demo.describe(scene)}\n\n{real_demo.page_tables(shown.tables)}\n")
+    print(f"Sinks of the drawn scene, block by block:\n{real_demo.life(shown.trace)}\n")
+    photo = write_folder(Path(given.out) / "photo", lvlm, shown.photo, shown.photo_trace, {})
+    print(f"Sinks of the photograph:\n{real_demo.life(shown.photo_trace)}\nReport: {photo}\n")
+    shown.tables[real_demo.PHOTO].attrs["notes"].append("Its own page: photo/index.html.")
+    return _show(given.out, lvlm, shown.sample, shown.trace, shown.tables)
+
+
+def run_planted(given: argparse.Namespace, scene: Scene) -> int:
+    """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
+    from sinkscope import demo
+
+    lvlm, truth = demo.planted_model(scene.seed)
+    sample = lvlm.prepare(images=scene.image, text="how many shapes are there?")
+    from sinkscope.experiments import trace_sinks
+
+    trace = trace_sinks(lvlm, sample)
+    tables = demo.planted_and_found(trace, truth)
+    for head, table in tables.items():
+        print(f"\n{head}:\n{demo.as_text(table)}")
+    print()
+    return _show(given.out, lvlm, sample, trace, tables, decoys=demo.decoys_of(trace, truth))
+
+
+def run_toy(given: argparse.Namespace, scene: Scene) -> int:
+    """The bundled model: questions, trace, what editing does."""
     from tqdm.auto import tqdm
 
     from sinkscope import demo
-    from sinkscope.bundled import draw_scene
-    from sinkscope.detectors import calibrate
+    from sinkscope.experiments import trace_sinks
 
-    scene = draw_scene(given.seed)
     questions = demo.choose_questions(scene, given.questions)
-    demo.check_effects(given.effects)
-    with tqdm(total=3, desc="loading the model", disable=None, leave=False) as bar:
-        without_bars()
-        lvlm, truth, tables = demo.meet_model(scene, questions, given.planted)
-        step(bar, "calibrating")
-        calibration = calibrate(lvlm, demo.other_samples(lvlm, questions[0].text), progress=False)
+    with tqdm(total=2, desc="loading the model", disable=None, leave=False) as bar:
+        lvlm = load_model("bundled")
+        step(bar, "asking")
+        tables = {demo.ANSWERS: demo.ask_model(lvlm, scene, questions)}
         step(bar, "tracing")
         sample = lvlm.prepare(images=scene.image, text=questions[0].text)
-        trace = trace_calibrated(lvlm, sample, None, None, calibration)
-    if truth is not None:
-        tables |= demo.planted_and_found(trace, truth)
+        trace = trace_sinks(lvlm, sample)
     print(f"\n{demo.describe(scene)}")
     for head, table in tables.items():
         print(f"\n{head}:\n{demo.as_text(table)}")
-    if given.effects and truth is None:
-        text, table = demo.effects_of(lvlm, calibration, given.effects)
+    if given.effects:
+        text, table = demo.effects_of(lvlm, given.effects)
         print(f"\n{demo.EFFECTS}:\n{text}")
         tables[demo.EFFECTS] = table
     print()
-    hint = "" if trace.records else "\nFor a model that has sinks: sinkscope demo --planted"
+    hint = (
+        ""
+        if trace.records
+        else "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"
+    )
     return _show(given.out, lvlm, sample, trace, tables, hint)
 
 
@@ -172,11 +231,14 @@ def run_trace(given: argparse.Namespace) -> int:
     """Load, calibrate if asked, trace, show."""
     asked = (given.v_detector, given.l_detector)
     v, low = (None if spec is None else parse_detector(spec) for spec in asked)
+    import pandas as pd
     from tqdm.auto import tqdm
 
     from sinkscope.detectors import calibrate
+    from sinkscope.experiments import trace_sinks
 
-    with tqdm(total=4, desc="loading the model", disable=None, leave=False) as bar:
+    check_images([*given.image, *(given.calibrate or ())])
+    with tqdm(total=5, desc="loading the model", disable=None, leave=False) as bar:
         lvlm = load(given)
         step(bar, "preparing")
         sample = lvlm.prepare(images=given.image, text=given.prompt)
@@ -187,14 +249,35 @@ def run_trace(given: argparse.Namespace) -> int:
             samples = [lvlm.prepare(images=path, text=given.prompt) for path in paths]
             calibration = calibrate(lvlm, samples, progress=sys.stderr.isatty())
         step(bar, "tracing")
-        trace = trace_calibrated(lvlm, sample, v, low, calibration)
+        trace = trace_sinks(lvlm, sample, v, low, calibration=calibration)
+        step(bar, "answering")
+        said = answer(lvlm, sample)
+    tables = {ANSWER: pd.DataFrame([{"prompt": given.prompt, "answer": said}])}
     if given.json:
-        print(trace.to_json())
+        print(json.dumps({"answer": said, **json.loads(trace.to_json())}, indent=2))
         if given.out is not None:
-            write_folder(given.out, lvlm, sample, trace, {})
+            write_folder(given.out, lvlm, sample, trace, tables)
         return 0
-    print(f"{lvlm.name}: {given.prompt}\n")
-    return _show(given.out or "sinkscope-trace", lvlm, sample, trace, {})
+    print(f"{lvlm.name}: {given.prompt}\n\nAnswer: {said}\n")
+    return _show(given.out or "sinkscope-trace", lvlm, sample, trace, tables)
+
+
+def check_images(paths: Sequence[str]) -> None:
+    """Refuse pictures that are not there, before a model is loaded.
+
+    Raises:
+        InputError: If one is missing, or is a folder.
+    """
+    for path in paths:
+        if not Path(path).expanduser().is_file():
+            what = "which is a folder" if Path(path).expanduser().is_dir() else "which is not there"
+            raise InputError(f"Got the image {path!r}, {what}; expected the path of a picture.")
+
+
+def answer(lvlm: LVLM, sample: Sample) -> str:
+    """What the model says, greedy, in at most `LONGEST` tokens."""
+    out = lvlm.generate(sample, max_new_tokens=LONGEST)
+    return " | ".join(text.strip() for text in out.text or ())
 
 
 def run_doctor(given: argparse.Namespace) -> int:
@@ -236,19 +319,6 @@ def load(given: argparse.Namespace) -> LVLM:
     )
 
 
-def trace_calibrated(
-    lvlm: LVLM,
-    sample: Sample,
-    v: Detector | None,
-    low: Detector | None,
-    calibration: Calibration | None,
-) -> SinkTrace:
-    """A trace with the given detectors; what is not given comes from the calibration, if there is one."""
-    from sinkscope.experiments import trace_sinks
-
-    return trace_sinks(lvlm, sample, v, low, calibration=calibration)
-
-
 def _show(
     out: str,
     lvlm: LVLM,
@@ -256,16 +326,22 @@ def _show(
     trace: SinkTrace,
     tables: Mapping[str, DataFrame],
     hint: str = "",
+    decoys: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Print the table, write the folder, say where it is."""
     print(trace.summary() + hint, flush=True)
-    page = write_folder(out, lvlm, sample, trace, tables)
+    page = write_folder(out, lvlm, sample, trace, tables, decoys)
     print(f"\nReport: {page}")
     return 0
 
 
 def write_folder(
-    out: str, lvlm: LVLM, sample: Sample, trace: SinkTrace, tables: Mapping[str, DataFrame]
+    out: str | Path,
+    lvlm: LVLM,
+    sample: Sample,
+    trace: SinkTrace,
+    tables: Mapping[str, DataFrame],
+    decoys: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Measure the masses of the groups and write the report."""
     from sinkscope.probes import AttentionMass
@@ -274,7 +350,7 @@ def write_folder(
     mass = AttentionMass(trace.groups)
     result = lvlm.run(sample, [mass], logits="last")[mass]
     title = f"Attention sinks: {lvlm.name}"
-    return write_report(out, trace, mass=result, title=title, tables=tables)
+    return write_report(out, trace, mass=result, title=title, tables=tables, decoys=decoys)
 
 
 def step(bar: tqdm, next_one: str) -> None:

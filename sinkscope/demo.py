@@ -9,15 +9,15 @@ from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import Tensor
 
     from sinkscope.bundled import Question, Scene
-    from sinkscope.detectors import Calibration
     from sinkscope.experiments import SinkTrace
-    from sinkscope.models import LVLM, Sample
+    from sinkscope.models import LVLM
     from sinkscope.testing import Truth
 
-CALIBRATION_SCENES = 6
 EFFECT_QUESTIONS = 6
+ANSWERS = "What the model answered"
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
 PLANTED = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
 
@@ -62,32 +62,14 @@ def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFr
     return pd.DataFrame(lines)
 
 
-def meet_model(
-    scene: Scene, questions: Sequence[Question], planted: bool
-) -> tuple[LVLM, Truth | None, dict[str, DataFrame]]:
-    """The model of the demo, the truth about its sinks where they were planted, and its answers.
-
-    A planted model cannot answer; it has a V-sink that meets the L rule too.
-    """
-    if not planted:
-        from sinkscope.bundled.load import load_bundled
-
-        lvlm = load_bundled()
-        return lvlm, None, {"What the model answered": ask_model(lvlm, scene, questions)}
+def planted_model(seed: int) -> tuple[LVLM, Truth]:
+    """A model with planted sinks and decoys, one of them a V-sink that meets the L rule too, and the truth."""
     from sinkscope.models import LVLM
     from sinkscope.testing import random_plant
 
-    made = random_plant(scene.seed, n_overlap=1)
+    made = random_plant(seed, n_overlap=1)
     made.model.name_or_path = "a planted model"
-    return LVLM(made.model, made.processor), made.truth, {}
-
-
-def other_samples(lvlm: LVLM, text: str) -> list[Sample]:
-    """Other scenes with the same question, to calibrate on."""
-    from sinkscope.bundled import VALIDATION_SEEDS, draw_scene
-
-    scenes = [draw_scene(seed) for seed in VALIDATION_SEEDS[:CALIBRATION_SCENES]]
-    return [lvlm.prepare(images=scene.image, text=text) for scene in scenes]
+    return LVLM(made.model, made.processor), made.truth
 
 
 def check_effects(scenes: int) -> None:
@@ -102,7 +84,7 @@ def check_effects(scenes: int) -> None:
         raise InputError(f"Got --effects {scenes}; expected 0 to {len(TEST_SEEDS)} scenes.")
 
 
-def effects_of(lvlm: LVLM, calibration: Calibration, scenes: int) -> tuple[str, DataFrame]:
+def effects_of(lvlm: LVLM, scenes: int) -> tuple[str, DataFrame]:
     """Base, masked sinks, scaled sinks and random tokens, on global and local questions.
 
     Returns:
@@ -113,10 +95,7 @@ def effects_of(lvlm: LVLM, calibration: Calibration, scenes: int) -> tuple[str, 
     from sinkscope.viz.changes import effects_frame, effects_text
 
     asked = [{**q, "task": q["scope"]} for q in scene_questions(scenes, EFFECT_QUESTIONS)]
-    result = effect_table(
-        lvlm, asked, v_detector=calibration.v_detector, l_detector=calibration.l_detector
-    )
-    summary = result.summary()
+    summary = effect_table(lvlm, asked).summary()
     return effects_text(summary), effects_frame(summary)
 
 
@@ -143,6 +122,22 @@ def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
             }
         )
     return {PLANTED: pd.DataFrame(lines)}
+
+
+def decoys_of(trace: SinkTrace, truth: Truth) -> dict[str, Tensor]:
+    """The decoys at their LLM positions, bool ``[batch pos]``, by what they are."""
+    import torch
+
+    tokens = trace.sample.tokens
+    columns = int(tokens.column.max()) + 1
+    patch = tokens.row * columns + tokens.column
+    return {
+        name: (tokens.row >= 0) & torch.isin(patch, torch.tensor(patches))
+        for name, patches in (
+            ("spike decoys", truth.spike_decoys),
+            ("attention decoys", truth.attention_decoys),
+        )
+    }
 
 
 def describe(scene: Scene) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from sinkscope.viz.words import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from sinkscope.experiments.trace import SinkTrace
     from sinkscope.probes import MassResult
@@ -45,12 +46,16 @@ class Picture:
     draw: Callable[[], Figure]
 
 
-def pictures_of(trace: SinkTrace, mass: MassResult | None = None) -> Iterator[Picture]:
+def pictures_of(
+    trace: SinkTrace,
+    mass: MassResult | None = None,
+    decoys: Mapping[str, Tensor] | None = None,
+) -> Iterator[Picture]:
     """The figures of every row: its images, then its layers."""
     for row in range(len(trace.sample)):
         name = f"row{row}_" if len(trace.sample) > 1 else ""
         for image in range(len(images_of(trace, row))):
-            yield from _image_pictures(trace, row, image, name)
+            yield from _image_pictures(trace, row, image, name, decoys)
         yield _received(trace, row, name)
         yield _heads(trace, mass, row, name)
         if mass is not None:
@@ -59,13 +64,15 @@ def pictures_of(trace: SinkTrace, mass: MassResult | None = None) -> Iterator[Pi
         yield _detections(trace, row, name)
 
 
-def _image_pictures(trace: SinkTrace, row: int, image: int, name: str) -> Iterator[Picture]:
+def _image_pictures(
+    trace: SinkTrace, row: int, image: int, name: str, decoys: Mapping[str, Tensor] | None
+) -> Iterator[Picture]:
     yield Picture(
         f"{name}sinks_image{image}",
         "The picture under the patch grid of the vision tower. Circles are V-sinks, squares L-sinks, "
         "hexagons patches that draw attention without a spike; text sinks are listed under the picture.",
         _sinks_in_words(trace, row, image),
-        partial(plot_sinks_on_image, trace, row, image),
+        partial(plot_sinks_on_image, trace, row, image, decoys=decoys),
     )
     own = trace.sample.tokens.image[row] == image
     times = trace.language.received.times_null()[row].nan_to_num()

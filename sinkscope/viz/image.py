@@ -28,6 +28,8 @@ from sinkscope.viz.style import (
 from sinkscope.viz.words import readable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 OVERLAP = "V-sinks, L rule too"
 NONE = "none found"
+INK = "#111111"
 WORDS_FIT = 28
 """Characters under a picture."""
 
@@ -46,6 +49,7 @@ def plot_sinks_on_image(
     image: int = 0,
     layer: int | None = None,
     *,
+    decoys: Mapping[str, Tensor] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """The picture with the patch grid of the vision tower and every sink at its place.
@@ -61,6 +65,7 @@ def plot_sinks_on_image(
         row: The row of the batch.
         image: The image, counted within the row.
         layer: Only L-sinks, overlaps and text sinks of this LLM layer; None for those of any.
+        decoys: Name -> bool ``[batch pos]``: tokens that are known to be no sinks, drawn as crosses.
         ax: Where to draw, or None for a new figure.
 
     Returns:
@@ -86,6 +91,10 @@ def plot_sinks_on_image(
     placed = [r for r in here if r.kind == "attention" and r.box is not None]
     if placed:
         legend |= _draw_kind(ax, GROUP_OF["attention"], placed, side)
+    for name, mask in (decoys or {}).items():
+        legend |= _draw_decoys(
+            ax, name, mask[row] & (trace.sample.tokens.image[row] == image), trace, row
+        )
     words = [r for r in shown if r.kind == "text"]
     legend |= {_entry("text sinks", len(words)): _handle("text sinks", side)}
     _list_words(ax, words)
@@ -189,6 +198,22 @@ def _draw_kind(ax: Axes, group: str, found: list[SinkRecord], side: float) -> di
         label=group,
     )
     return {_entry(group, len(found)): _handle(group, side)}
+
+
+def _draw_decoys(
+    ax: Axes, name: str, mask: Tensor, trace: SinkTrace, row: int
+) -> dict[str, Line2D]:
+    """A cross on every decoy, and its legend entry; a bold one for spikes, a thin one for attention."""
+    boxes = trace.sample.tokens.box[row][mask]
+    marker = "x" if name.startswith("spike") else "+"
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    ax.scatter(
+        x.tolist(), y.tolist(), s=80, linewidths=2.4, zorder=5, marker=marker, color=INK, label=name
+    )
+    handle = Line2D(
+        [], [], linestyle="", markersize=8, markeredgewidth=2.2, marker=marker, color=INK
+    )
+    return {f"{name} ({int(mask.sum())})": handle}
 
 
 def _draw_overlap(ax: Axes, both: list[SinkRecord], side: float) -> dict[str, Line2D]:

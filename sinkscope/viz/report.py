@@ -15,6 +15,7 @@ from sinkscope.viz.page import Shown, make_page
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from sinkscope.experiments.trace import SinkTrace
     from sinkscope.probes import MassResult
@@ -29,6 +30,7 @@ def write_report(
     mass: MassResult | None = None,
     title: str = "Sink trace",
     tables: Mapping[str, pd.DataFrame] | None = None,
+    decoys: Mapping[str, Tensor] | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write figures, tables and a page about a trace.
@@ -49,6 +51,7 @@ def write_report(
         mass: The result of ``AttentionMass(trace.groups)``, for one more figure per row.
         title: Of the page.
         tables: Heading -> table, shown on the page before the figures.
+        decoys: See `plot_sinks_on_image`.
         progress: Whether to show a progress bar; None shows it in a terminal.
 
     Returns:
@@ -65,7 +68,9 @@ def write_report(
         trace.to_json(folder / "trace.json")
         shown = []
         hidden = None if progress is None else not progress
-        for picture in tqdm(list(pictures_of(trace, mass)), "drawing", disable=hidden, leave=False):
+        for picture in tqdm(
+            list(pictures_of(trace, mass, decoys)), "drawing", disable=hidden, leave=False
+        ):
             path = folder / "figures" / f"{picture.name}.png"
             picture.draw().savefig(path, dpi=DPI, facecolor="white")
             shown.append(Shown(picture, path.read_bytes()))
