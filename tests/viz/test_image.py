@@ -6,7 +6,10 @@ import matplotlib.colors
 import pytest
 import torch
 
+import sinkscope as ss
+from sinkscope.bundled import draw_scene
 from sinkscope.errors import LayerError, SelectionError
+from sinkscope.testing import tiny_llava
 from sinkscope.viz import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.style import STYLES
 from tests.viz.conftest import PLANTED, cells
@@ -161,3 +164,19 @@ def test_bad_places_are_refused(traces, plot, arguments, error, message) -> None
 def test_unknown_words_are_refused(traces, name, value) -> None:
     with pytest.raises(SelectionError, match=f"Got {name}='{value}'; expected one of"):
         plot_received_map(traces["one"], **{name: value})
+
+
+def test_a_cls_token_that_is_kept_has_no_place_in_the_picture() -> None:
+    """It is the first image token; the map shows the 16 patches, each with its own value."""
+    module, processor = tiny_llava()
+    module.config.vision_feature_select_strategy = "full"
+    processor.vision_feature_select_strategy = "full"
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=draw_scene(1).image, text="what")
+    image = sample.tokens.image[0] == 0
+    assert int(image.sum()) == 17
+    trace = ss.trace_sinks(lvlm, sample)
+    drawn = plot_received_map(trace, layer=1, unit="share").axes[0].images[-1]
+    want = trace.received[0, 1].mean(0)[image][1:].reshape(4, 4)
+    assert torch.allclose(torch.from_numpy(drawn.get_array().data), want)
+    assert drawn.get_extent() == [0, 64, 64, 0]
