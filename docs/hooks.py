@@ -26,6 +26,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
     "sinkscope/bundled/weights/README.md": "bundled-model.md",
+    "sinkscope/example/README.md": "example-model.md",
 }
 log = get_plugin_logger("sinkscope")
 

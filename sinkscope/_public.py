@@ -4,6 +4,7 @@ from sinkscope import (
     bundled,
     detectors,
     errors,
+    example,
     experiments,
     interventions,
     lsg,
@@ -14,6 +15,7 @@ from sinkscope import (
 from sinkscope.bundled.load import load_bundled
 from sinkscope.detectors import Calibration, Detection, agreement, calibrate, detect, detect_all
 from sinkscope.errors import SinkscopeError
+from sinkscope.example.load import load_example
 from sinkscope.experiments import (
     Comparison,
     LabelledImage,
@@ -133,6 +135,7 @@ __all__ = [
     "detect_all",
     "detectors",
     "errors",
+    "example",
     "experiments",
     "find_register_neurons",
     "greedy_stack",
@@ -140,6 +143,7 @@ __all__ = [
     "interventions",
     "linear_probes",
     "load_bundled",
+    "load_example",
     "lsg",
     "lsg_grid",
     "nop_or_broadcast",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
 from sinkscope.errors import SinkscopeError
-from sinkscope.recipes import without_bars
+from sinkscope.named import MODEL, load_model, without_bars
 from sinkscope.specs import HELP, parse_detector
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="hub repository, checkpoint folder, or 'bundled'")
+    add("model", metavar="MODEL", help=MODEL)
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="what to compute in (%(default)s)")
     add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
@@ -227,15 +227,7 @@ def load(given: argparse.Namespace) -> LVLM:
     Raises:
         SinkscopeError: If it cannot be read.
     """
-    if given.model == "bundled" or not sys.stderr.isatty():
-        without_bars()
-    if given.model == "bundled":
-        from sinkscope.bundled.load import load_bundled
-
-        return load_bundled("float32" if given.dtype == "auto" else given.dtype)
-    from sinkscope.models import LVLM
-
-    return LVLM.from_pretrained(
+    return load_model(
         given.model,
         revision=given.revision,
         dtype=given.dtype,

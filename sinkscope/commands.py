@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import InputError
+from sinkscope.named import MODEL
 from sinkscope.recipe_conditions import by_name, conditions_of, named_gates
 from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
 
@@ -51,7 +52,7 @@ def _parser(
         epilog=RECIPE,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="hub repository, folder, or 'bundled'")
+    add("model", metavar="MODEL", nargs="?", help=MODEL)
     add("--recipe", metavar="FILE", help="a YAML file with the settings; flags win over it")
     add("--data", metavar="SOURCE", help="scenes, a .jsonl/.json/.csv/.parquet file, or a data set")
     add("--split", metavar="NAME", help="of the data (train for train-lsg, else test)")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from sinkscope.errors import CheckpointError, InputError
 
@@ -26,6 +28,40 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     made.replace(path)
+
+
+@contextmanager
+def folder_whole(path: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all, also after a loss of power.
+
+    What is written goes to a folder beside it, which takes the name when the block has ended. If
+    another process was first, its folder stays. What dead processes left half-written is removed.
+
+    Args:
+        path: The folder; what it lies in is made if it is missing.
+
+    Yields:
+        The folder to write to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*{WRITING}"):
+        if abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    made = path.with_name(f"{path.name}.{uuid4().hex[:8]}.{os.getpid()}{WRITING}")
+    made.mkdir()
+    try:
+        yield made
+        for file in made.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
+        try:
+            made.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def read_json(path: Path, advice: str) -> Any:

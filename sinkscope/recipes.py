@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sinkscope.errors import InputError, nearest
+from sinkscope.named import load_model
 from sinkscope.specs import parse_detector
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class Recipe:
 
     Attributes:
         section: ``"sweep"``, ``"train"`` or ``"compare"``.
-        model: Arguments of ``LVLM.from_pretrained``; the name ``"bundled"`` is the model inside the
-            package.
+        model: Arguments of ``LVLM.from_pretrained``; the names ``"example"`` and ``"bundled"`` are the
+            models of the package.
         data: The questions.
         calibrate: Other questions, whose images the detectors are found on; or None.
         v_detector: A detector in a few words, or None.
@@ -84,21 +85,7 @@ class Recipe:
             weights: False builds the architecture alone, which is enough to count what a run costs.
         """
         given = dict(self.model)
-        name = given.pop("name")
-        if name == "bundled" or not sys.stderr.isatty():
-            without_bars()
-        if name == "bundled":
-            from sinkscope.bundled.load import load_bundled
-
-            known = {k: v for k, v in given.items() if k in ("dtype", "attn_implementation")}
-            return load_bundled(**known)
-        from sinkscope.models import LVLM
-
-        if not weights:
-            kept = ("revision", "attn_implementation", "trust_remote_code")
-            built = {key: value for key, value in given.items() if key in kept}
-            return LVLM.from_pretrained(name, remote=True, **built)
-        return LVLM.from_pretrained(name, **given)
+        return load_model(given.pop("name"), weights=weights, **given)
 
     def detectors(self, lvlm: LVLM) -> dict[str, Any]:
         """Detectors that are given, or found on the images of ``calibrate``; None where neither."""
@@ -113,13 +100,6 @@ class Recipe:
             for name in out:
                 out[name] = out[name] or getattr(found, name)
         return out
-
-
-def without_bars() -> None:
-    """No progress bars of transformers where nobody watches, or where loading takes no time."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def read_recipe(

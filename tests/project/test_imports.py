@@ -19,6 +19,7 @@ ROOMS = {
     "tokens": {"errors"},
     "folders": {"errors"},
     "bundled": {"bundled", "errors", "models"},
+    "example": {"errors", "example", "folders", "models"},
     "testing": {
         "testing",
         "models",

