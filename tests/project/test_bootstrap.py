@@ -83,3 +83,25 @@ def test_refuses_an_old_python(bootstrap, monkeypatch) -> None:
     monkeypatch.setattr(bootstrap.sys, "version_info", (3, 8, 0))
     with pytest.raises(SystemExit, match=r"needs Python 3\.10 or newer and this is 3\.8"):
         bootstrap.main()
+
+
+@pytest.mark.parametrize("job", ["demo", "test", "docs"])
+def test_the_example_is_fetched_for_the_jobs_that_use_it(
+    bootstrap, monkeypatch, tmp_path, job
+) -> None:
+    monkeypatch.setattr(bootstrap, "make_environment", lambda folder: "py")
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "--venv", str(tmp_path), job])
+    bootstrap.main()
+    fetching = ["py", "-m", "sinkscope.example"]
+    assert bootstrap.ran.count(fetching) == (job != "docs")
+    if job != "docs":  # after the install and before the job
+        assert bootstrap.ran.index(fetching) == len(bootstrap.ran) - 2 == 1
+
+
+def test_it_goes_on_without_the_example(bootstrap, capsys) -> None:
+    bootstrap.status = 1
+    bootstrap.fetch_example("py")
+    assert "could not be fetched; the reason is above. Going on" in capsys.readouterr().out
+    bootstrap.status = 0
+    bootstrap.fetch_example("py")
+    assert capsys.readouterr().out == ""
