@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkscope import named
 from sinkscope.commands import add_commands
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError
-from sinkscope.named import load_model
+from sinkscope.named import MODEL, load_model
 from sinkscope.specs import HELP, parse_detector
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=named.HELP)
+    add("model", metavar="MODEL", help=MODEL)
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="what to compute in (%(default)s)")
     add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkscope import named
 from sinkscope.errors import InputError
-from sinkscope.recipe_conditions import arguments_for, by_name, conditions_of, named_gates
+from sinkscope.named import MODEL
+from sinkscope.recipe_conditions import by_name, conditions_of, named_gates
 from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
 
 OUT = {"sweep": "sinkscope-sweep", "train-lsg": "sinkscope-gates", "compare": "sinkscope-compare"}
@@ -52,7 +52,7 @@ def _parser(
         epilog=RECIPE,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help=named.HELP)
+    add("model", metavar="MODEL", nargs="?", help=MODEL)
     add("--recipe", metavar="FILE", help="a YAML file with the settings; flags win over it")
     add("--data", metavar="SOURCE", help="scenes, a .jsonl/.json/.csv/.parquet file, or a data set")
     add("--split", metavar="NAME", help="of the data (train for train-lsg, else test)")
@@ -116,14 +116,11 @@ def run_sweep(given: argparse.Namespace) -> int:
     grid = options.get("grid")
     if isinstance(grid, int) and not isinstance(grid, bool):
         options["grid"] = lsg_grid(grid)
-    elif isinstance(grid, Mapping):
-        options["grid"] = lsg_grid(**arguments_for(lsg_grid, grid, "under grid"))
     elif grid is not None:
         options["grid"] = as_pairs(grid)
     lvlm = recipe.load(weights=not given.dry_run)
-    rules = recipe.given_detectors() if given.dry_run else recipe.detectors(lvlm)
-    if not any(len(pair) == len(("V", "L", "rest")) for pair in options.get("grid", ())):
-        rules.pop("l_detector")
+    rules = {} if given.dry_run else recipe.detectors(lvlm)
+    rules.pop("l_detector", None)
     out = recipe.out or OUT["sweep"]
     made: Any = sweep(
         lvlm,
@@ -219,7 +216,7 @@ def run_compare(given: argparse.Namespace) -> int:
 
 
 def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
-    """Pairs of coefficients, or triples, as a recipe writes them.
+    """Pairs of coefficients, as a recipe writes them.
 
     Raises:
         InputError: If they are none.
@@ -227,8 +224,7 @@ def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
     listed = isinstance(grid, list) and all(isinstance(pair, list) for pair in grid)
     if not listed or not grid:
         raise InputError(
-            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]], or "
-            "{steps: 6, groups: 3} for triples (s_V, s_L, s_rest)."
+            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]]."
         )
     return [tuple(pair) for pair in grid]
 

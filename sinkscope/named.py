@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 WORDS = ("bundled", "example")
 """The models of the package."""
-HELP = "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository"
+MODEL = "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository"
+"""What the help of every command says of it."""
 OURS = ("dtype", "attn_implementation", "device_map")
 """What can be chosen for a model of the package."""
 

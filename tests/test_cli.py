@@ -19,7 +19,7 @@ from sinkscope.errors import DetectorError, InputError
 from sinkscope.models.families import FAMILIES
 from sinkscope.specs import FORMS, parse_detector
 from sinkscope.testing import plant, write_checkpoint
-from tests.project.repository import PACKAGE, ROOT
+from tests.project.repository import ROOT
 
 QUESTION = "how many shapes are there?"
 FILES = {"index.html", "sinks.csv", "tokens.csv", "trace.json", "figures"}
@@ -295,12 +295,8 @@ def test_every_option_is_explained_and_documented() -> None:
 
 
 def test_help_imports_nothing_that_takes_seconds() -> None:
-    """The command line itself; the package is replaced by an empty one."""
     code = (
-        "import sys, types\n"
-        "package = types.ModuleType('sinkscope')\n"
-        f"package.__path__, package.__version__ = [{str(PACKAGE)!r}], '0'\n"
-        "sys.modules['sinkscope'] = package\n"
+        "import sys\n"
         "from sinkscope.cli import main\n"
         "try:\n    main(['trace', '--help'])\n"
         "finally:\n    print([m for m in ('torch', 'matplotlib', 'pandas') if m in sys.modules])"

@@ -49,7 +49,7 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("bundeld", "bundled"), ("exmaple", "example"), ("Example", "example")]
+    ("typed", "meant"), [("bundeld", "bundled"), ("exmaple", "example"), ("EXAMPLE", "example")]
 )
 def test_every_command_knows_a_mistyped_word(no_network, capsys, command, typed, meant):
     assert main([command, typed, *COMMANDS[command]]) == 2
@@ -103,7 +103,9 @@ def test_a_word_goes_before_a_folder_of_its_name(tmp_path, monkeypatch):
     assert named.load_model("bundled").anatomy == load_bundled().anatomy
 
 
-@pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "someone/exmaple", "llava", "a\\exmaple"])
+@pytest.mark.parametrize(
+    "name", ["llava-hf/llava-1.5-7b-hf", "someone/exmaple", "llava", "a\\exmaple"]
+)
 def test_what_is_no_near_miss_is_left_to_the_hub(name):
     named.check_word(name)
 
@@ -112,7 +114,9 @@ def test_what_is_no_near_miss_is_left_to_the_hub(name):
 @pytest.mark.parametrize("name", named.WORDS)
 def test_what_belongs_to_a_repository_is_refused(asked, name, option):
     ((key, value),) = option.items()
-    with pytest.raises(InputError, match=f"Got {key}={value!r} for {name!r}, a model of the package"):
+    with pytest.raises(
+        InputError, match=f"Got {key}={value!r} for {name!r}, a model of the package"
+    ):
         named.load_model(name, **option)
     assert asked == []
 

@@ -122,7 +122,6 @@ def _write(
     step(f"writing 632 MB to {folder.parent}")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    shutil.copyfile(layout.CARD, folder / layout.CARD.name)
     record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
     (folder / RECORD).write_text(record, encoding="utf-8")
 

@@ -28,7 +28,6 @@ ADAPTERS = Path(__file__).parent / "adapters"
 PROJECTOR = ADAPTERS / "projector.safetensors"
 LORA = ADAPTERS / "adapter_model.safetensors"
 LORA_CONFIG = ADAPTERS / "adapter_config.json"
-CARD = Path(__file__).parent / "README.md"
 VERSION = 1
 """Raised when the assembly makes other files of the same parts."""
 

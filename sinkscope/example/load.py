@@ -43,7 +43,7 @@ def load_example(
     Returns:
         The model, in evaluation mode on the CPU. It answers questions about drawn scenes
         (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are wrong. Its
-        model card, ``ss.example.example_path() / "README.md"``, says more.
+        model card, ``README.md`` in the package's folder ``example``, says more.
 
     Raises:
         InputError: If the source is neither a folder nor ``"hub"``.

