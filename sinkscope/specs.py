@@ -21,6 +21,8 @@ FORMS = {
     "massive": "massive, massive:100:1000 (absolute, times the median)",
     "received": "received:0.3, received:5x (times the null)",
     "cosine": "cosine:0.9 (to the first token)",
+    "cls": "cls (the ViT's CLS token, where the projector keeps it)",
+    "register": "register (the ViT's register tokens likewise)",
 }
 """First word -> how such a detector is written."""
 HELP = "A detector is one of: " + "; ".join(FORMS.values()) + "."
@@ -81,6 +83,12 @@ def _cosine(threshold: str = "0.9") -> Detector:
     return CosineToBOS(float(threshold))
 
 
+def _kind(kind: str) -> Detector:
+    from sinkscope.detectors import VisionTokens
+
+    return VisionTokens(kind)
+
+
 _MAKERS: dict[str, Callable[..., Detector]] = {
     "norm": _norm,
     "valley": lambda: _norm("valley"),
@@ -89,4 +97,6 @@ _MAKERS: dict[str, Callable[..., Detector]] = {
     "massive": _massive,
     "received": _received,
     "cosine": _cosine,
+    "cls": lambda: _kind("cls"),
+    "register": lambda: _kind("register"),
 }

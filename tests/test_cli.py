@@ -247,6 +247,8 @@ def test_bad_usage_shows_the_usage(words, capsys) -> None:
         ("received:0.2", detectors.Received(0.2)),
         ("received:5x", detectors.Received(times_null=5.0)),
         ("cosine:0.8", detectors.CosineToBOS(0.8)),
+        ("cls", detectors.VisionTokens("cls")),
+        ("register", detectors.VisionTokens("register")),
     ],
 )
 def test_detectors_in_a_few_words(spec, detector) -> None:
@@ -254,7 +256,17 @@ def test_detectors_in_a_few_words(spec, detector) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["norm", "norm:many", "dims:a:3", "dims:1:2:rmss", "valley:3", "received:x", "cosine:"]
+    "spec",
+    [
+        "norm",
+        "norm:many",
+        "dims:a:3",
+        "dims:1:2:rmss",
+        "valley:3",
+        "received:x",
+        "cosine:",
+        "cls:1",
+    ],
 )
 def test_wrong_words_name_the_right_ones(spec) -> None:
     name = spec.split(":")[0]

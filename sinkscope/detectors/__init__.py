@@ -3,6 +3,7 @@
 from sinkscope.detectors.calibrate import Calibration, TowerCalibration, calibrate
 from sinkscope.detectors.constants import KNOWN, Known, known_for, table
 from sinkscope.detectors.detection import SATURATION, Detection, jaccard
+from sinkscope.detectors.kinds import VisionTokens
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import (
     CosineToBOS,
@@ -30,6 +31,7 @@ __all__ = [
     "Received",
     "SinkDimensions",
     "TowerCalibration",
+    "VisionTokens",
     "agreement",
     "calibrate",
     "detect",

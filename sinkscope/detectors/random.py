@@ -23,7 +23,7 @@ class RandomTokens:
 
     The choice differs from image to image and is the same whenever an image is seen again. It is a
     hash of every token's position and largest channel, so rounding in another dtype can change it. In
-    a ViT the CLS token may be among the chosen; no LLM token is made of it.
+    a ViT the CLS token may be among the chosen; most projectors drop it, and no LLM token is made of it.
 
     Args:
         count: How many tokens per row.

@@ -7,7 +7,7 @@ that decode steps know it too; looks change nothing and report no effect.
 
 A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
 "strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
-"seed"}`` or ``{"how": "none"}``.
+"seed"}``, ``{"how": "all"}`` (every token that is to be judged) or ``{"how": "none"}``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def flags(states, rule, live, layout=None):
     """
     how = rule["how"]
     h = rows_of(states, layout)
-    if how == "none":
-        return torch.zeros_like(live)
+    if how in ("all", "none"):
+        return live if how == "all" else torch.zeros_like(live)
     if how == "random":
         return random_tokens(h, live, rule["count"], rule["seed"])
     if how == "dims":

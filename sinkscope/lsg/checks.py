@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from sinkscope.detectors.kinds import VisionTokens
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import InterventionError
@@ -95,6 +96,9 @@ def check_detector(name: str, detector: Any, width: Any) -> None:
     def field(part: str) -> tuple[str, Any]:
         return f"{name}.{part}", getattr(detector, part)
 
+    if isinstance(detector, VisionTokens):
+        require(name == "v_detector", name, detector, "a rule for states of the decoder")
+        return
     require(isinstance(detector.strict, bool), *field("strict"), "True or False")
     if isinstance(detector, SinkDimensions):
         dims, most = detector.dims, width if is_whole(width) else math.inf

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sinkscope.detectors.calibrate import calibrate
 from sinkscope.detectors.constants import known_for
+from sinkscope.detectors.kinds import check_kept
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, LayerError
 from sinkscope.lsg.config import GateConfig, describe, differences, fingerprint, sketch
@@ -40,6 +41,8 @@ def config_for(
     where = check_layer(layer, anatomy.language.n_layers)
     groups = tuple(choices.get("groups", ("V", "rest")))
     v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, samples)
+    module: Any = lvlm.module
+    check_kept(v_rule, anatomy, module.config)
     scale = choices.get("scale", 1.0)
     if choices.get("init") == "neutral":
         if scale != 1.0:

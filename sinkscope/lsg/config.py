@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sinkscope.detectors.kinds import VisionTokens
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
@@ -26,7 +27,10 @@ SIGNALS = ("last", "mean", "visual")
 DECODE = ("frozen", "refresh", "off")
 INITS = ("uniform", "neutral")
 RULES = MappingProxyType(
-    {cls.__name__: cls for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks)}
+    {
+        cls.__name__: cls
+        for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks, VisionTokens)
+    }
 )
 """Detectors that judge every token by itself, so that they can run inside a pass."""
 
@@ -167,7 +171,8 @@ def describe(detector: Any) -> dict[str, Any]:
         raise DetectorError(
             f"Got {detector!r} for a gate; expected a rule that judges every token by itself, "
             f"because it runs inside the pass: one of {sorted(RULES)} with numbers. Write "
-            "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0)."
+            "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0); where the ViT's sink "
+            "is CLS, which attention finds and no state shows, ss.detectors.VisionTokens('cls')."
         )
     out = {f.name: plain(getattr(detector, f.name)) for f in fields(detector)}
     out["dims"] = [int(d) for d in out["dims"]] if "dims" in out else None
@@ -219,6 +224,8 @@ def rule_of(data: Mapping[str, Any]) -> dict[str, Any]:
         }
     if name == "RandomTokens":
         return {"how": "random", "count": detector.count, "seed": detector.seed}
+    if name == "VisionTokens":
+        return {"how": "all"}
     return {"how": "none"}
 
 

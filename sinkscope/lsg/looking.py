@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sinkscope.detectors.kinds import VisionTokens, kept_tokens
 from sinkscope.interventions.protocol import Edit
 from sinkscope.kernels import gating as kernels
-from sinkscope.lsg.config import rule_of
+from sinkscope.lsg.config import detector_of, rule_of
 from sinkscope.sites import Site
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def looks_of(
     if not step:
         shared = {"slot": slot, "image_index": tokens.image_index}
         shared |= {"sources": tokens.sources, "live": vision.live, "layout": vision.layout}
-        rule = rule_of(config.v_detector)
+        detector, rule = detector_of(config.v_detector), rule_of(config.v_detector)
+        if isinstance(detector, VisionTokens):
+            shared["live"] = kept_tokens(tokens, detector.kind)
         out += [
             Edit(
                 Site("vision", "resid_post", layer),

@@ -49,9 +49,12 @@ def draw_picture(ax: Axes, trace: SinkTrace, row: int, image: int, *, grey: bool
 def token_grid(
     trace: SinkTrace, row: int, image: int, values: Tensor
 ) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """Values ``[pos]`` of a row's image tokens as ``[row column]``, and where they lie in pixels."""
+    """Values ``[pos]`` of a row's image tokens as ``[row column]``, and where they lie in pixels.
+
+    A CLS token that the projector keeps has no place among them.
+    """
     tokens = trace.sample.tokens
-    own = tokens.image[row] == image
+    own = (tokens.image[row] == image) & (tokens.row[row] >= 0)
     rows, columns = tokens.row[row, own], tokens.column[row, own]
     grid = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), float("nan"))
     grid[rows, columns] = values[own].float()

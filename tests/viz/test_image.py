@@ -6,9 +6,12 @@ import matplotlib.colors
 import pytest
 import torch
 
+import sinkscope as ss
 from sinkscope.errors import LayerError, SelectionError
+from sinkscope.testing import random_image
 from sinkscope.viz import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.style import STYLES
+from tests.keeping_cls import keeping_cls
 from tests.viz.conftest import PLANTED, cells
 
 
@@ -161,3 +164,18 @@ def test_bad_places_are_refused(traces, plot, arguments, error, message) -> None
 def test_unknown_words_are_refused(traces, name, value) -> None:
     with pytest.raises(SelectionError, match=f"Got {name}='{value}'; expected one of"):
         plot_received_map(traces["one"], **{name: value})
+
+
+def test_a_cls_that_is_kept_is_no_patch() -> None:
+    """Its value stood in the last patch's place, and the picture's corners were NaN."""
+    lvlm = keeping_cls()
+    sample = lvlm.prepare(random_image(32, 32), "what")
+    rule, nothing = ss.detectors.VisionTokens("cls"), ss.detectors.NoSinks()
+    trace = ss.trace_sinks(lvlm, sample, rule, nothing)
+    figure = plot_received_map(trace, layer=0, unit="share")
+    picture = figure.axes[0].images[1]
+    image = (sample.tokens.image[0] >= 0).nonzero().flatten()
+    shown = trace.received[0, 0].mean(dim=0)[image[1:]]
+    assert torch.allclose(torch.tensor(picture.get_array()).flatten(), shown)
+    assert picture.get_extent() == [0, 32, 32, 0]
+    assert trace.plot().axes

@@ -1,0 +1,167 @@
+"""VisionTokens: ViT tokens by their kind, for a sink that draws attention and has no spike.
+
+Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does. A
+gate cannot ask for attention inside its pass, but it can name the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinkscope.errors import DetectorError, nearest
+from sinkscope.probes import Probe
+from sinkscope.probes.results import mask_padding, tidy
+from sinkscope.sites import Site, Tower
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.models.anatomy import Anatomy, TowerAnatomy
+    from sinkscope.models.context import Context
+    from sinkscope.probes.protocol import Read
+    from sinkscope.tokens import TokenMap
+
+KINDS = ("cls", "register")
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """ViT tokens of one kind that the projector keeps: CLS, or registers.
+
+    The score is 1 at such a token and 0 elsewhere; the null is 0. It states which token is meant and
+    measures nothing: first see with `Received` that this token draws attention in your model.
+
+    Args:
+        kind: ``"cls"`` or ``"register"``.
+    """
+
+    kind: str = "cls"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DetectorError(
+                f"Got kind={self.kind!r}; expected one of {KINDS}. {nearest(str(self.kind), KINDS)}"
+            )
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """The kinds of the tokens; nothing of the pass is read.
+
+        Raises:
+            DetectorError: If it is to judge the language tower.
+        """
+        if tower != "vision":
+            raise DetectorError(
+                f"Got {self!r} for the {tower} tower, which has no such tokens; expected a rule for "
+                "states there, such as ss.calibrate(lvlm, samples).l_detector. Write "
+                "v_detector=ss.detectors.VisionTokens('cls')."
+            )
+        return _KindProbe(self.kind, layers)
+
+    def scores(self, result: Any) -> Tensor:
+        """1 at tokens of the kind, 0 elsewhere."""
+        return result.scores
+
+    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
+        """Between 0 and 1."""
+        return torch.full(scores.shape[:2], 0.5)
+
+    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
+        """0: without such a token nothing is flagged."""
+        return 0.0
+
+
+def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
+    """ViT tokens of a kind, all of which must feed the language model.
+
+    Args:
+        tokens: Of a sample, with or without images.
+        kind: One of `KINDS`.
+
+    Raises:
+        DetectorError: If there are images and the projector passes on no token of this kind.
+    """
+    mine = tokens.vision.select(kind)
+    fed = torch.zeros_like(mine)
+    used = tokens.sources >= 0
+    image = tokens.image_index[..., None].expand_as(tokens.sources)
+    fed[image[used], tokens.sources[used]] = True
+    if len(mine):
+        refuse_dropped(kind, there=bool(mine.any()), kept=bool((mine & fed).any()))
+    return mine
+
+
+def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
+    """Refuse a `VisionTokens` for a model whose projector passes on no such token.
+
+    Args:
+        detector: Any rule for V-sinks; others pass.
+        anatomy: The model's.
+        config: The model's.
+
+    Raises:
+        DetectorError: If so.
+    """
+    if isinstance(detector, VisionTokens):
+        prefix, kind = anatomy.family.prefix(config), detector.kind
+        refuse_dropped(kind, there=kind in prefix, kept=kind in prefix[anatomy.drops :])
+
+
+def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
+    """Refuse a kind that does not reach the language model.
+
+    Args:
+        kind: One of `KINDS`.
+        there: Whether the vision tower has such tokens.
+        kept: Whether the projector passes them on.
+
+    Raises:
+        DetectorError: If it does not.
+    """
+    if kept:
+        return
+    why = "whose projector drops it" if there else "whose vision tower has no such token"
+    raise DetectorError(
+        f"Got VisionTokens({kind!r}) for a model {why}, so that no LLM token is made of it; expected "
+        "one that passes it on, as a LLaVA with vision_feature_select_strategy='full' does with CLS. "
+        "Write a rule for patches, such as ss.detectors.Norm(100.0) or "
+        "ss.calibrate(lvlm, samples).v_detector."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kinds:
+    """Float scores ``[image layer pos]`` of 0 and 1, NaN at padding, at the block indices ``layers``."""
+
+    scores: Float[Tensor, "image layer pos"]
+    layers: tuple[int, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, pos, score."""
+        return tidy({"score": self.scores}, ("batch", "layer", "pos"), {"layer": self.layers})
+
+
+@dataclass(frozen=True, eq=False)
+class _KindProbe:
+    """The kinds of ViT tokens, as a probe that reads nothing."""
+
+    kind: str
+    wanted: Any
+    tower: Tower = "vision"
+
+    def reads(self, context: Context) -> list[Read]:
+        """None; raises if the projector passes on no such token."""
+        kept_tokens(context.tokens, self.kind)
+        return []
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> _Kinds:
+        """The same scores at every layer."""
+        layers = context.layers(self.tower, self.wanted)
+        mine = kept_tokens(context.tokens, self.kind).float()
+        scores = mine[:, None].expand(-1, len(layers), -1)
+        return _Kinds(mask_padding(scores, context.live(self.tower), 2), layers)
