@@ -101,7 +101,8 @@ def coefficients(lvlm, gate, records):
         some = records[start : start + 8]
         sample = lvlm.prepare([q["image"] for q in some], [q["question"] for q in some])
         run = lvlm.run(sample, interventions=[gate], logits="last")
-        for q, values in zip(some, run.effects[gate].extra["coefficients"].tolist(), strict=True):
+        found = run.effects[gate].extra["coefficients"].flatten(1)  # one layer, so [row group]
+        for q, values in zip(some, found.tolist(), strict=True):
             lines.append({"task": q["task"], **dict(zip(gate.groups, values, strict=True))})
     return records_of(pd.DataFrame(lines).groupby("task").mean().reset_index())
 
