@@ -7,8 +7,9 @@
     python -m benchmarks.paper render effects sweep         # tables and figures of the rows there are
 
 Rows are kept in --keep while it runs: after --seconds it stops, and started again it goes on. The parts
-of the gates (one per seed, and "methods") may run in processes of their own, with --parts. On two cores
-give --images 10 or so: a question takes about a second under each condition. --device cuda takes minutes.
+of the gates (one per seed, and "methods") may run in processes of their own, with --parts, and the images
+of the others with --share; then add --rows-only, and render at the end. On two cores give --images 10 or so:
+a question takes one to two seconds under each condition.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def parser():
     add("--seconds", type=float, default=float("inf"), help="when to stop measuring")
     add("--keep", type=Path, default=Path("build/paper"), help="rows on the way")
     add("--out", type=Path, default=Path("benchmarks/results"), help="tables and figures")
+    add("--rows-only", action="store_true", help="leave tables and figures to render")
     add("--permutations", type=int, default=10, help="probes: shuffles for the null")
     add("--repeats", type=int, default=3, help="probes: draws of random tokens")
     add("--jobs", type=int, default=1, help="probes: processes that fit")
@@ -72,7 +74,8 @@ def main():
     lvlm = load(args.model, args.device)
     clock.say(f"{lvlm} on {lvlm.device}")
     JOBS[args.job].measure(lvlm, args, clock)
-    JOBS[args.job].render(args)
+    if not args.rows_only:
+        JOBS[args.job].render(args)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,8 @@ def paired(comparison):
             on=["item", "seed"],
             suffixes=("", "_other"),
         )
+        if both.empty:
+            continue
         change = both["correct"].astype(float) - both["correct_other"].astype(float)
         for task in [*both["task"].unique(), "all"]:
             mine = (both["task"] == task) | (task == "all")
@@ -184,6 +186,8 @@ def paired(comparison):
 
 
 def paired_text(table):
+    if table.empty:
+        return "no gate measured"
     tasks = list(dict.fromkeys(table["task"]))
     lines = [f"| {GATE}, minus | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
     for other, part in table.groupby("minus", sort=False):
