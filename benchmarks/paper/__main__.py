@@ -20,7 +20,7 @@ from benchmarks.paper import effects, gates, probes, sweep
 from benchmarks.paper.setting import Clock, load
 
 JOBS = {"effects": effects, "sweep": sweep, "probes": probes, "gates": gates}
-GATED = ["embed", "2", "5", "8", "11", "14", "17", "20", "23"]
+GATED = ["embed", "2", "5", "8", "11", "15", "20"]
 """Layers that gates read: the last blocks leave little to change."""
 
 

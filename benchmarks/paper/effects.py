@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 
 import sinkscope as ss
@@ -152,5 +151,6 @@ def render(args):
     tables = {"scopes": scopes, "tasks": whole, "first_token": first}
     body |= {"images": images, "flagged": flagged}
     body |= {name: records_of(summary) for name, summary in tables.items()}
-    both = pd.concat([scopes.loc[scopes["task"] != "all"], whole.loc[whole["task"] != "all"]])
-    write(args.out, NAME, body, "\n".join(text), {NAME: plot_effects(both, base=BASE)})
+    figures = {NAME: scopes, f"{NAME}_tasks": whole.loc[whole["task"] != "all"]}
+    drawn = {name: plot_effects(summary, base=BASE) for name, summary in figures.items()}
+    write(args.out, NAME, body, "\n".join(text), drawn)

@@ -22,6 +22,8 @@ CLS, MOST = "CLS", f"{TOP} most attended patches"
 ONE, SEVERAL = "1 random patch", f"{TOP} random patches"
 PAIRS = ((CLS, ONE), (CLS, "all patches"), (MOST, SEVERAL))
 """Which groups are compared, layer by layer."""
+SHOWN = (CLS, MOST, ONE, "all patches")
+"""Which groups the figure shows."""
 
 
 def scenes(images, noise, start):
@@ -113,4 +115,4 @@ def render(args):
     body |= {"summary": records_of(found.summary()), "cells": records_of(found.table)}
     body |= {f"{one} minus {other}": records_of(table) for (one, other), table in pairs.items()}
     text = markdown(found.summary(), pairs, conditions)
-    write(args.out, NAME, body, text, {NAME: found.plot()})
+    write(args.out, NAME, body, text, {NAME: found.plot(groups=SHOWN)})
