@@ -48,7 +48,7 @@ import sinkscope as ss
 from sinkscope.experiments.sweep import shape_of
 from sinkscope.experiments.sweeps.cost import work_of
 from sinkscope.experiments.sweeps.grid import Cells, check_layers
-from sinkscope.experiments.sweeps.images import Rules, v_sinks
+from sinkscope.experiments.sweeps.groups import v_sinks
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
 
@@ -126,12 +126,11 @@ class Plain:
         self.inputs = {**sample.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.blocks = lvlm.anatomy.language.n_layers
         self.visual = ids[0] == lvlm.anatomy.image_token_id
-        rules = Rules(Cells((), ()), lambda *_: 0.0, DETECTOR, "max", None)  # type: ignore[arg-type]
-        found = v_sinks(lvlm, sample, rules)
+        found = v_sinks(lvlm, sample, DETECTOR, "max")
         self.sinks = torch.nn.functional.pad(found, (0, len(ids[0]) - len(found)))
 
     @torch.no_grad()
-    def __call__(self, block: int | None, pair: tuple[float, float]) -> tuple[float, Tensor]:
+    def __call__(self, block: int | None, pair: tuple[float, ...]) -> tuple[float, Tensor]:
         """Log-probability of the answer and the logits that decide it."""
         factors = torch.where(self.visual, pair[1], 1.0)
         factors = torch.where(self.sinks, pair[0], factors)[None, None, :, None]

@@ -274,6 +274,27 @@ def test_sweep(tmp_path, capsys) -> None:
     assert len(pd.read_csv(out / "report" / "map.csv")) > 0
 
 
+def test_sweep_of_three_groups(tmp_path, capsys) -> None:
+    words = [
+        "sweep",
+        *SMALL,
+        "--limit",
+        "8",
+        "--layers",
+        "1",
+        "--set",
+        "grid={steps: 3, groups: 3}",
+    ]
+    words += ["--l-detector", "dims:3:4", "--out", str(tmp_path / "map")]
+    assert main([*words, "--dry-run"]) == 0
+    assert "8 questions about 1 images, 1 layers x 6 triples" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "Does splitting the rest into L-sinks and ordinary tokens" in capsys.readouterr().out
+    made = ss.experiments.Sweep.load(tmp_path / "map")
+    assert made.pairs == ss.lsg_grid(3, groups=3)
+    assert made.settings["l_rule"] == repr(ss.detectors.SinkDimensions((3,), 4.0))
+
+
 def test_train_and_compare(tmp_path, capsys, write) -> None:
     out = tmp_path / "gates"
     words = ["train-lsg", *SMALL, "--split", "train", "--limit", "32", "--layers", "0", "embed"]
@@ -376,6 +397,14 @@ WRONG = {
     "a grid": (
         ["sweep", *SMALL, "--set", "grid=0.5"],
         "expected how many pairs, or a list of pairs",
+    ),
+    "a grid of other groups": (
+        ["sweep", *SMALL, "--set", "grid={groups: 4}"],
+        "Got groups=4; expected 2",
+    ),
+    "a grid of other words": (
+        ["sweep", *SMALL, "--set", "grid={step: 4}"],
+        "Got the key 'step' under grid. Did you mean 'steps'?",
     ),
     "a gate twice": (
         ["compare", *SMALL, "--gate", "a/gate-1", "--gate", "a/../a/gate-1"],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,19 @@ from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,
     check_merge,
-    check_rule,
+    check_rules,
     check_usable,
 )
 from sinkscope.experiments.sweeps.cost import Shape, SweepCost, cost_of, work_of
 from sinkscope.experiments.sweeps.edits import Batch
 from sinkscope.experiments.sweeps.functions import digest_function
 from sinkscope.experiments.sweeps.grid import Cells, Pair, check_grid, check_layers, lsg_grid
-from sinkscope.experiments.sweeps.images import Numbered, Rules, sweep_image
+from sinkscope.experiments.sweeps.groups import by_token
+from sinkscope.experiments.sweeps.images import Numbered, sweep_image
+from sinkscope.experiments.sweeps.prompted import Rules
 from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
-from sinkscope.experiments.sweeps.store import Folder, as_frame, as_table, check_out
+from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
 from sinkscope.models.prepare import open_image
 from sinkscope.models.replay import prove
@@ -54,6 +57,7 @@ def sweep(
     *,
     score: str | Score | None = None,
     v_detector: Detector | None = None,
+    l_detector: Detector | None = None,
     calibration: Calibration | None = None,
     merge: str = "max",
     out: str | Path | None = None,
@@ -68,10 +72,16 @@ def sweep(
     2604.03316: a gate that reads layer l edits block l + 1). An image without V-sinks has "other"
     image tokens only. The base, (1, 1), is run once per question.
 
+    A grid of triples ``(s_V, s_L, s_rest)`` splits the rest as the paper's third observation does: s_L
+    is for L-sinks, image tokens that meet ``l_detector`` on what block l + 1 reads and are no
+    V-sinks, and s_rest for the ordinary ones. These are the groups of a gate with
+    ``groups=("V", "L", "rest")``.
+
     Nothing is approximated: the vision tower runs once per image (and once more where V-sinks are
     looked for), blocks before the edited one once per question, pairs as rows of one pass, and the
-    prompt up to the end of the image once for all questions about it. That may be shared because
-    V-sinks come from the image alone, so no edit here depends on the question. A question whose prompt
+    prompt up to the end of the image once for all questions about it. With pairs that may be shared
+    because V-sinks come from the image alone. L-sinks are decided for every question on the states of
+    its own plain pass, and only questions with the same L-sinks share. A question whose prompt
     differs before the end of the image, as where a template puts its text first, runs on its own.
 
     Args:
@@ -80,7 +90,7 @@ def sweep(
             ``image_id`` and ``choices``: dicts or `Item`. An answer is tokenised by itself; write its
             leading space if your model's answers begin with one.
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
-        grid: Pairs ``(s_V, s_rest)``; None for `lsg_grid`.
+        grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
         by: How the result is split: ``"task"``, or ``"all"``.
         score: ``"choice"`` (the option with the highest mean log-probability per token is the
             right one), ``"exact"`` (at each position of the answer its token is the most likely one,
@@ -89,9 +99,10 @@ def sweep(
             is ``"choice"`` if items have choices, else ``"exact"``. The log-probability is always
             kept too. With ``out``, a function is known by its code and the values it refers to.
         v_detector: The rule for V-sinks, best calibrated on other images.
-        calibration: Of `calibrate`; its rule for V-sinks is taken. Without both, published constants
-            of this model are used, else the first images of the dataset calibrate, which is noted in
-            the result.
+        l_detector: The rule for L-sinks likewise, with triples only.
+        calibration: Of `calibrate`; its rules are taken. Without rules, published constants of this
+            model are used, else the first images of the dataset calibrate, which is noted in the
+            result.
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
@@ -107,7 +118,7 @@ def sweep(
             written to by another process, or a log-probability or score is not finite; nothing of
             that image is then written.
         CheckpointError: If ``out`` cannot be written or read.
-        DetectorError: If ``v_detector`` is none.
+        DetectorError: If a detector is none.
         SelectionError: If ``merge`` is unknown.
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
@@ -120,17 +131,19 @@ def sweep(
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     check_batch(batch)
     check_merge(merge)
-    check_rule(v_detector, calibration)
+    check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
     code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:
         if out is not None:
             check_out(out)
-        return estimate(lvlm, groups, cells, len(items))
-    detector, rule, notes = choose_v(lvlm, groups, v_detector, calibration)
+        low = l_detector if calibration is None else calibration.l_detector
+        return estimate(lvlm, groups, cells, len(items), low)
+    given = {"v": v_detector, **({"l": l_detector} if cells.with_l else {})}
+    detectors, said, notes = choose_rules(lvlm, groups, given, calibration)
     settings = {
-        "format": 2,
+        "format": FORMATS[len(pairs[0])],
         "model": identity_of(lvlm),
         "dataset": digest_of(items),
         "groups": len(groups),
@@ -138,12 +151,13 @@ def sweep(
         "layers": list(cells.layers),
         "score": name,
         "score_code": code,
-        "v_rule": rule,
+        **said,
         "merge": merge,
         "notes": notes,
         "versions": {p: version(p) for p in ("sinkscope", "torch", "transformers")},
     }
-    rules = Rules(cells, scoring, detector, merge, Batch(batch, len(pairs)))
+    batches = Batch(batch, len(pairs))
+    rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
     folder = None if out is None else Folder(out, settings)
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
     with nullcontext() if folder is None else folder.held():
@@ -151,8 +165,8 @@ def sweep(
     if out is not None:
         return Sweep.load(out, by)
     tables = [part for part, _ in made]
-    said = dict.fromkeys([*notes, *(note for _, some in made for note in some)])
-    return Sweep(as_frame(tables), settings, tuple(said), by)
+    heard = dict.fromkeys([*notes, *(note for _, some in made for note in some)])
+    return Sweep(as_frame(tables, settings), settings, tuple(heard), by)
 
 
 def run_groups(
@@ -180,7 +194,7 @@ def run_groups(
                 proven = True
             lines, notes = sweep_image(lvlm, group, rules, bar.update)
             if folder is None:
-                kept.append((as_table(lines), notes))
+                kept.append((as_table(lines, with_l=rules.cells.with_l), notes))
             else:
                 folder.write(number, lines, notes)
     return kept
@@ -194,40 +208,72 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
     return list(groups.values())
 
 
-def choose_v(
+def choose_rules(
     lvlm: LVLM,
     groups: Sequence[Sequence[Numbered]],
-    detector: Detector | None,
+    given: Mapping[str, Detector | None],
     calibration: Calibration | None,
-) -> tuple[Detector, str, list[str]]:
-    """The rule for V-sinks, how it came about, and what a reader must know of that."""
-    if detector is not None:
-        return detector, repr(detector), []
-    if calibration is not None:
-        return calibration.v_detector, repr(calibration.v_detector), []
+) -> tuple[dict[str, Detector], dict[str, str], list[str]]:
+    """The rules for sinks, how they came about, and what a reader must know of that.
+
+    Args:
+        lvlm: The model.
+        groups: The questions by image.
+        given: ``"v"`` and, where L-sinks have a coefficient, ``"l"``, with the rule or None.
+        calibration: For those that are None, or None.
+
+    Returns:
+        Rules by the same names, ``v_rule`` and ``l_rule`` in words, and notes.
+    """
     known = known_for(lvlm)
-    if known is not None and known.default and known.v_detector is not None:
-        return known.v_detector, f"known constants of {known.name}: {known.v_detector!r}", []
-    first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
-    samples = [lvlm.prepare(images=item.image, text=item.question) for item in first]
-    found = calibrate(lvlm, samples, progress=False)
-    rule = f"calibrated on the first {len(first)} images of the dataset"
-    note = (
-        f"V-sinks by a rule {rule}, which are scored too ({found.vision.reason}). Write "
-        "calibration=ss.calibrate(lvlm, samples of other images)"
-    )
-    return found.v_detector, rule, [note]
+    rules, said, notes = {}, {}, []
+    for name, rule in given.items():
+        part = f"{name}_detector"
+        if rule is None and calibration is not None:
+            rule = getattr(calibration, part)
+        published = getattr(known, part) if known is not None and known.default else None
+        if rule is not None:
+            rules[name], said[f"{name}_rule"] = rule, repr(rule)
+        elif known is not None and published is not None:
+            words = f"known constants of {known.name}: {published!r}"
+            rules[name], said[f"{name}_rule"] = published, words
+    missing = [name for name in given if name not in rules]
+    if missing:
+        first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
+        samples = [lvlm.prepare(images=item.image, text=item.question) for item in first]
+        found = calibrate(lvlm, samples, progress=False)
+        how = f"calibrated on the first {len(first)} images of the dataset"
+        for name in missing:
+            tower = found.vision if name == "v" else found.language
+            rules[name], said[f"{name}_rule"] = tower.detector, how
+            notes.append(
+                f"{name.upper()}-sinks by a rule {how}, which are scored too ({tower.reason}). Write "
+                "calibration=ss.calibrate(lvlm, samples of other images)"
+            )
+    return rules, said, notes
 
 
 def estimate(
-    lvlm: LVLM, groups: Sequence[Sequence[Numbered]], cells: Cells, questions: int
+    lvlm: LVLM,
+    groups: Sequence[Sequence[Numbered]],
+    cells: Cells,
+    questions: int,
+    l_detector: Detector | None = None,
 ) -> SweepCost:
-    """The cost of a sweep, from the lengths of the first images' prompts."""
+    """The cost of a sweep, from the lengths of the first images' prompts.
+
+    With triples, questions are taken to share only where the rule for L-sinks surely allows it.
+    """
     some = groups[:8]
+    known = known_for(lvlm)
+    if l_detector is None and known is not None and known.default:
+        l_detector = known.l_detector
+    alone = cells.with_l and (l_detector is None or not by_token(l_detector))
     shapes = []
     for group in some:
         prepared = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
-        shapes.append(shape_of(lvlm, prepared, [item for _, item in group]))
+        shape = shape_of(lvlm, prepared, [item for _, item in group])
+        shapes.append(replace(shape, alone=alone))
     looked_at = sum(len(group) for group in some)
     return cost_of(work_of(lvlm), shapes, cells, questions, len(groups), looked_at)
 

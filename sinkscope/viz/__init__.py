@@ -5,6 +5,7 @@ axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())
 """
 
 from sinkscope.viz.changes import effects_text
+from sinkscope.viz.coefficients import plot_coefficients
 from sinkscope.viz.effects import plot_control, plot_effects
 from sinkscope.viz.html import trace_html
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
@@ -23,6 +24,7 @@ from sinkscope.viz.training import plot_training
 
 __all__ = [
     "effects_text",
+    "plot_coefficients",
     "plot_control",
     "plot_detections",
     "plot_effects",

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from sinkscope.errors import InputError
 from sinkscope.viz.style import LABEL, SMALL, TITLE, new_figure, ticks_for
+from sinkscope.viz.ternary import fits_triangles, plot_triangles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,8 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     """The change against the base in every cell, one heat map per task with one scale for all.
 
     A dot marks a cell whose interval excludes 0; of many cells without an effect one in twenty has
-    one too.
+    one too. Triples that add to 1 are drawn as triangles, one per layer and task: V-sinks at the top,
+    L-sinks on the left, ordinary tokens on the right. Other triples stand side by side, as pairs do.
 
     Args:
         table: Of ``Sweep.map()``.
@@ -61,6 +63,13 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
             f"sweep.map(), missing {missing}."
         )
     factor = 100.0 if "points" in score else 1.0
+    reach = max(float(table["delta"].abs().max()) * factor, 1e-9)
+    scale = Normalize(-reach, reach)
+    if fits_triangles(table):
+        figure = plot_triangles(table, factor, scale, COLOURS, DOT)
+        figure.suptitle(f"Change of {score}", fontsize=TITLE, x=0.01, ha="left")
+        return figure
+    under = "s_V / s_L / s_rest" if "s_l" in table else "s_V (V-sinks) / s_rest (other)"
     tasks = list(dict.fromkeys(table["task"]))
     across = min(ACROSS, len(tasks))
     down = -(-len(tasks) // across)
@@ -74,14 +83,12 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     )
     figure = new_figure(size)
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    reach = max(float(table["delta"].abs().max()) * factor, 1e-9)
-    scale = Normalize(-reach, reach)
     axes = list(grid.flatten())
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
         _draw(ax, cast("pd.DataFrame", table[table["task"] == task]), factor, scale)
         ax.set_title(titles[i], fontsize=LABEL, loc="left")
         if i + across >= len(tasks):
-            ax.set_xlabel("s_V (V-sinks) / s_rest (other)", fontsize=LABEL)
+            ax.set_xlabel(under, fontsize=LABEL)
             ax.tick_params(labelbottom=True)
         if i % across == 0:
             ax.set_ylabel("layer (edited: next block)", fontsize=LABEL)
@@ -114,7 +121,8 @@ def _draw(ax: Axes, part: pd.DataFrame, factor: float, scale: Normalize) -> None
     shown = ticks_for(len(names), 16)
     ax.set_yticks(shown, [names[i] for i in shown], fontsize=SMALL)
     pairs = part.drop_duplicates("pair").sort_values("pair")
-    labels = [f"{v:g}/{rest:g}" for v, rest in zip(pairs["s_v"], pairs["s_rest"], strict=True)]
+    names = [name for name in ("s_v", "s_l", "s_rest") if name in pairs]
+    labels = ["/".join(f"{x:g}" for x in row) for row in pairs[names].to_numpy(dtype=float)]
     places = ticks_for(len(labels), 12)
     ax.set_xticks(places, [labels[i] for i in places], fontsize=SMALL, rotation=90)
 

@@ -414,7 +414,7 @@ WRONG = {
     "grid": [
         (5, "expected a list of pairs"),
         ("0.5", "expected a list of pairs"),
-        ([(1, 2, 3)], "expected two finite numbers"),
+        ([(1, 2, 3, 4)], "expected two finite numbers, or three"),
         ([0.5], "expected two finite numbers"),
         ([(float("nan"), 1)], "expected two finite numbers"),
         ([(1, 1)], "without a pair other than the base"),

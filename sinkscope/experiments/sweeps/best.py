@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweeps.result import CELL, wide
+from sinkscope.experiments.sweeps.result import cell_of, wide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ def best_of(
     here = half(images, seed)
     able = np.flatnonzero(acts[here].any(axis=0))
     if here.all() or not len(able):
-        return none(ALONE if here.all() else NEUTRAL)
+        return none(ALONE if here.all() else NEUTRAL, cell_of(part))
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
     other = [image for image, mine in zip(images, here, strict=True) if not mine]
@@ -60,6 +60,41 @@ def best_of(
     }
 
 
+def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
+    """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
+
+    The best triple, and the best of those with s_L = s_rest, are chosen on one half of the images and
+    compared on the other.
+
+    Args:
+        part: The questions of one task, with triples.
+        seed: Of the halves and the draws.
+
+    Returns:
+        ``split`` and ``whole``, the two cells with their ``delta`` on the other half, and
+        ``difference``, its mean and interval; None where there is no such pair of cells.
+    """
+    cells, changes, images = wide(part, "score")
+    here = half(images, seed)
+    able = acting(part)[here].any(axis=0)
+    alike = np.isclose(cells["s_l"], cells["s_rest"])
+    if here.all() or not (able & alike).any():
+        return None
+    means = changes[here].mean(axis=0)
+    places = [
+        int(among[means[among].argmax()]) for among in map(np.flatnonzero, (able, able & alike))
+    ]
+    chosen = cells.iloc[places].to_dict("records")
+    split, whole = changes[~here][:, places].T
+    other = [image for image, mine in zip(images, here, strict=True) if not mine]
+    difference = cluster_intervals((split - whole)[:, None], other, seed=seed)[:, 0]
+    return {
+        "split": {**chosen[0], "delta": split.mean()},
+        "whole": {**chosen[1], "delta": whole.mean()},
+        "difference": difference,
+    }
+
+
 def half(images: list[str], seed: int) -> np.ndarray:
     """Which questions are about the half of the images on which a cell is chosen."""
     names = np.unique(images)
@@ -71,18 +106,20 @@ def half(images: list[str], seed: int) -> np.ndarray:
 def acting(part: pd.DataFrame) -> np.ndarray:
     """Whether a cell scales a key of a question's image at all, bool ``[question cell]``."""
     v = (part["s_v"] != 1) & (part["n_v"] > 0)
-    rest = (part["s_rest"] != 1) & (part["n_rest"] > 0)
-    table = part.assign(acts=v | rest).pivot(index="item", columns=["layer", "pair"], values="acts")
+    acts = v | (part["s_rest"] != 1) & (part["n_rest"] > 0)
+    if "s_l" in part:
+        acts |= (part["s_l"] != 1) & (part["n_l"] > 0)
+    table = part.assign(acts=acts).pivot(index="item", columns=["layer", "pair"], values="acts")
     return cast("pd.DataFrame", table).sort_index(axis=1).to_numpy(dtype=bool)
 
 
-def none(note: str) -> dict[str, Any]:
-    """The line of a task without a best cell."""
+def none(note: str, cell: list[str]) -> dict[str, Any]:
+    """The line of a task without a best cell, with the columns that a cell would have."""
     import pandas as pd
 
     return {
-        **dict.fromkeys(CELL[:3], pd.NA),
-        **dict.fromkeys((*CELL[3:], *NUMBERS), float("nan")),
+        **dict.fromkeys(cell[:3], pd.NA),
+        **dict.fromkeys((*cell[3:], *NUMBERS), float("nan")),
         "n": 0,
         "images": 0,
         "note": note,

@@ -38,17 +38,33 @@ def check_merge(merge: Any) -> None:
         )
 
 
-def check_rule(detector: Any, calibration: Any) -> None:
-    """Refuse what is no rule for V-sinks, and two of them.
+def check_rules(detector: Any, l_detector: Any, calibration: Any, *, with_l: bool) -> None:
+    """Refuse what is no rule for sinks, two of a kind, and one for L-sinks that have no coefficient.
+
+    Args:
+        detector: For V-sinks.
+        l_detector: For L-sinks.
+        calibration: For both.
+        with_l: Whether L-sinks have a coefficient of their own.
 
     Raises:
-        InputError: If both are given, or ``calibration`` is no calibration.
-        DetectorError: If ``detector`` is none.
+        InputError: If there are two, one is of no use, or ``calibration`` is no calibration.
+        DetectorError: If a detector is none.
     """
-    if detector is not None and calibration is not None:
-        raise InputError("Got v_detector and calibration; expected one of them. Write only one.")
-    if detector is not None:
-        check_detector(detector)
+    for name, one in (("v_detector", detector), ("l_detector", l_detector)):
+        if one is not None and calibration is not None:
+            raise InputError(
+                f"Got {name} and calibration; expected one of them. Write only one, or "
+                "v_detector=... and l_detector=calibration.l_detector."
+            )
+        if one is not None:
+            check_detector(one)
+    if l_detector is not None and not with_l:
+        raise InputError(
+            f"Got l_detector={l_detector!r} and a grid of pairs (s_V, s_rest), in which L-sinks are "
+            "among the rest; expected none. Write grid=ss.lsg_grid(groups=3) for triples (s_V, s_L, "
+            "s_rest)."
+        )
     if calibration is not None and not isinstance(calibration, Calibration):
         raise InputError(
             f"Got calibration of type {type(calibration).__name__}; expected what "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sinkscope.experiments.sweeps.grid import Cells
+from sinkscope.experiments.sweeps.grid import Cells, nouns
 
 if TYPE_CHECKING:
     from sinkscope.models.anatomy import TowerAnatomy
@@ -27,11 +27,24 @@ class Shape:
         vision: ViT tokens of its images, one entry per image.
         stem: LLM tokens up to the end of the last image.
         tails: LLM tokens after it, one entry per row of the model (questions, longer options).
+        alone: Whether every row may need an edited beginning of its own, because its L-sinks may not
+            be those of the others.
     """
 
     vision: tuple[int, ...]
     stem: int
     tails: tuple[int, ...]
+    alone: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows without an edit: the endings, and their common beginning."""
+        return len(self.tails) + (len(self.tails) > 1)
+
+    @property
+    def edited_rows(self) -> int:
+        """The most rows of one edit."""
+        return 2 * len(self.tails) if self.alone and len(self.tails) > 1 else self.rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,11 @@ class Work:
     def reused(self, shape: Shape, cells: Cells) -> float:
         """The same with everything reused that an edit cannot change."""
         total = self.see(shape) + self._from(shape, 0)
-        return total + len(cells.pairs) * sum(self._from(shape, block) for block in cells.blocks)
+        edited = [shape]
+        if shape.alone:
+            edited = [Shape(shape.vision, shape.stem, (tail,)) for tail in shape.tails]
+        once = sum(self._from(one, block) for block in cells.blocks for one in edited)
+        return total + len(cells.pairs) * once
 
     def _from(self, shape: Shape, first: int) -> float:
         """Decoder blocks from one on, the common beginning once."""
@@ -105,16 +122,17 @@ class SweepCost:
         questions: Questions.
         images: Different image ids.
         layers: Layers.
-        pairs: Coefficient pairs, the base apart.
+        pairs: Coefficient pairs, or triples, the base apart.
         forwards: Full forward passes of the plain loop: one per question, layer and pair, and one per
             question for the base.
         blocks_plain: Decoder blocks times rows that the plain loop runs.
         blocks: Decoder blocks times rows that the sweep runs at most, a common beginning and each of
-            its endings counted as rows of their own.
+            its endings counted as rows of their own. What finds the sinks is not counted.
         bound: Work of the plain loop over that of the sweep: an estimate of how many times cheaper it
             is. It counts multiplications only, so what is measured may lie on either side of it. Where
             an image has no V-sinks, pairs that do the same are run once, which is not counted.
         looked_at: Questions whose lengths were looked at; the rest is taken to be like them.
+        groups: 2 for pairs of coefficients, 3 for triples.
     """
 
     questions: int
@@ -126,11 +144,12 @@ class SweepCost:
     blocks: int
     bound: float
     looked_at: int
+    groups: int = 2
 
     def __str__(self) -> str:
         return (
             f"{self.questions} questions about {self.images} images, {self.layers} layers x "
-            f"{self.pairs} pairs and the base: {self.questions * self.layers * self.pairs} cells\n"
+            f"{self.pairs} {nouns(self.groups)}s and the base: {self.questions * self.layers * self.pairs} cells\n"
             f"plain loop: {self.forwards} forward passes, {self.blocks_plain} decoder block passes\n"
             f"sweep: at most {self.blocks} decoder block passes, many of them short; with vision tower "
             f"and lengths counted about {self.bound:.2f} times cheaper (multiplications of {self.looked_at} "
@@ -153,7 +172,8 @@ def cost_of(
     """
     n = len(work.language)
     runs = 1 + len(cells.layers) * len(cells.pairs)
-    rows = sum(len(shape.tails) + (len(shape.tails) > 1) for shape in shapes) / len(shapes)
+    rows = sum(shape.rows for shape in shapes) / len(shapes)
+    edited = sum(shape.edited_rows for shape in shapes) / len(shapes)
     resumed = sum(n - block for block in cells.blocks) * len(cells.pairs)
     return SweepCost(
         questions=questions,
@@ -162,8 +182,9 @@ def cost_of(
         pairs=len(cells.pairs),
         forwards=questions * runs,
         blocks_plain=questions * runs * n,
-        blocks=round(images * rows * (n + resumed)),
+        blocks=round(images * (rows * n + edited * resumed)),
         bound=sum(work.plain(s, cells) for s in shapes)
         / sum(work.reused(s, cells) for s in shapes),
         looked_at=looked_at,
+        groups=len(cells.pairs[0]),
     )

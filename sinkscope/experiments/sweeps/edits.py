@@ -47,16 +47,21 @@ class Batch:
         return done
 
 
-def factors_of(sinks: Tensor, visual: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """What every key is multiplied with under every pair, float ``[pair pos]``.
+def factors_of(
+    sinks: Tensor, visual: Tensor, pairs: Sequence[Pair], low: Tensor | None = None
+) -> Tensor:
+    """What every key is multiplied with under every pair or triple, float ``[pair pos]``.
 
     Args:
         sinks: V-sinks, bool ``[pos]``. Without any, all image tokens are "rest".
         visual: Image tokens, bool ``[pos]``.
-        pairs: ``(s_V, s_rest)``.
+        pairs: ``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``.
+        low: L-sinks, bool ``[pos]``, none of them a V-sink; with triples only.
     """
     values = torch.tensor(pairs)
-    image = torch.where(sinks, values[:, :1], values[:, 1:])
+    image = torch.where(sinks, values[:, :1], values[:, -1:])
+    if low is not None:
+        image = torch.where(low, values[:, 1:2], image)
     return torch.where(visual, image, 1.0)
 
 
@@ -75,15 +80,12 @@ class Edits:
     @classmethod
     def of(cls, factors: Tensor) -> Edits:
         """The different rows that are not all ones."""
-        found: list[Tensor] = []
-        places: list[int] = []
-        for row in factors:
-            same = [i for i, other in enumerate(found) if torch.equal(other, row)]
-            if bool((row == 1).all()):
-                places.append(-1)
-            elif same:
-                places.append(same[0])
-            else:
-                places.append(len(found))
-                found.append(row)
-        return cls(torch.stack(found) if found else factors[:0], tuple(places))
+        found: dict[bytes, int] = {}
+        places, rows = [], []
+        for i, (row, acts) in enumerate(zip(factors, (factors != 1).any(dim=1), strict=True)):
+            key = row.numpy().tobytes()
+            if acts and key not in found:
+                found[key] = len(found)
+                rows.append(i)
+            places.append(found.get(key, -1))
+        return cls(factors[rows], tuple(places))

@@ -1,45 +1,63 @@
-"""Which cells a sweep has: layers and coefficient pairs."""
+"""Which cells a sweep has: layers and coefficients, in pairs or triples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from sinkscope.errors import InputError, LayerError
 
-Pair = tuple[float, float]
-BASE: Pair = (1.0, 1.0)
+Pair = tuple[float, ...]
+"""``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
+GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
+"""Number of coefficients -> the groups they are of, as in a gate."""
 EMBED = -1
 """How tables write ``layer="embed"``."""
 
 
-def lsg_grid(steps: int = 11) -> list[Pair]:
-    """Coefficient pairs whose sum is 1: those of Choi et al. (2604.03316) with 11 steps.
+def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
+    """Coefficients whose sum is 1: the pairs of Choi et al. (2604.03316) with 11 steps.
 
     Args:
-        steps: How many.
+        steps: How many values a coefficient takes, from 0 to 1.
+        groups: 2 for V-sinks and the rest, 3 for V-sinks, L-sinks and ordinary tokens.
 
     Returns:
-        ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``. The base ``(1, 1)`` is not among them.
+        ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``: ``steps`` of them. Or ``(s_V, s_L,
+        s_rest)``, all points of the simplex: ``steps * (steps + 1) / 2``, so 66 with 11 steps and 21
+        with 6. The base, in which every coefficient is 1, is not among them.
 
     Raises:
-        InputError: If there are fewer than two steps.
+        InputError: If there are fewer than two steps, or other groups.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise InputError(f"Got steps={steps!r}; expected 2 or more. Write ss.lsg_grid(steps=11).")
-    return [(i / (steps - 1), (steps - 1 - i) / (steps - 1)) for i in range(steps)]
+    if groups not in GROUPS or isinstance(groups, bool):
+        raise InputError(
+            f"Got groups={groups!r}; expected 2 (V-sinks and the rest) or 3 (V-sinks, L-sinks and "
+            "ordinary tokens). Write ss.lsg_grid(steps=11, groups=3)."
+        )
+    last = steps - 1
+    if groups == 2:
+        return [(i / last, (last - i) / last) for i in range(steps)]
+    return [
+        (i / last, j / last, (last - i - j) / last) for i in range(steps) for j in range(steps - i)
+    ]
 
 
 def check_grid(grid: Any) -> list[Pair]:
-    """The pairs, without repeats and without the base, which is always run.
+    """The pairs or triples, without repeats and without the base, which is always run.
 
     Raises:
-        InputError: If a pair is none, a number is not finite, or no pair is left.
+        InputError: If one is neither, a number is not finite, both are mixed, or none is left.
     """
-    hint = "Write grid=ss.lsg_grid(), or pairs (s_V, s_rest) such as [(0.5, 0.5), (1.0, 0.0)]."
+    hint = (
+        "Write grid=ss.lsg_grid(), or pairs (s_V, s_rest) such as [(0.5, 0.5), (1.0, 0.0)], or triples "
+        "(s_V, s_L, s_rest) such as [(0.2, 0.2, 0.6)]."
+    )
     if isinstance(grid, str) or not isinstance(grid, Iterable):
         raise InputError(f"Got grid={grid!r}; expected a list of pairs. {hint}")
     pairs: dict[Pair, None] = {}
@@ -48,13 +66,30 @@ def check_grid(grid: Any) -> list[Pair]:
         fine = [
             isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
         ]
-        if len(fine) != 2 or not all(fine):
-            raise InputError(f"Got {pair!r} in the grid; expected two finite numbers. {hint}")
-        pairs[float(numbers[0]), float(numbers[1])] = None
-    pairs.pop(BASE, None)
-    if not pairs:
+        if len(fine) not in GROUPS or not all(fine):
+            raise InputError(
+                f"Got {pair!r} in the grid; expected two finite numbers, or three. {hint}"
+            )
+        pairs[tuple(float(x) for x in numbers)] = None
+    if len({len(pair) for pair in pairs}) > 1:
+        raise InputError(
+            f"Got pairs and triples in one grid, {[*pairs][:6]}; expected one of the two. {hint}"
+        )
+    out = [pair for pair in pairs if set(pair) != {1.0}]
+    if not out:
         raise InputError(f"Got a grid without a pair other than the base (1, 1). {hint}")
-    return list(pairs)
+    return out
+
+
+def words_of(pair: Sequence[float]) -> str:
+    """A pair or triple in words: ``pair (0.5, 0.5)``."""
+    numbers = ", ".join(f"{factor:g}" for factor in pair)
+    return f"{nouns(len(pair))} ({numbers})"
+
+
+def nouns(many: int) -> str:
+    """What so many coefficients are called."""
+    return {2: "pair", 3: "triple"}[many]
 
 
 @dataclass(frozen=True)
@@ -63,11 +98,16 @@ class Cells:
 
     Attributes:
         layers: Layers whose output a gate would read, ascending; -1 is ``"embed"``.
-        pairs: ``(s_V, s_rest)``.
+        pairs: ``(s_V, s_rest)``, or triples ``(s_V, s_L, s_rest)``.
     """
 
     layers: tuple[int, ...]
     pairs: tuple[Pair, ...]
+
+    @property
+    def with_l(self) -> bool:
+        """Whether L-sinks have a coefficient of their own."""
+        return any(len(pair) == len(GROUPS[3]) for pair in self.pairs)
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -2,39 +2,36 @@
 
 ::
 
-    once per image       vision tower, detection
+    once per image       vision tower, V-sinks
     once per image       the prompt up to the end of the last image: states and keys, unedited
-    once per question    the rest of it, unedited
+    once per question    the rest of it, unedited; L-sinks, where they have a coefficient
     per layer and pair   blocks from the edited one on: the shared beginning once, then every question
 
-A question that shares its beginning with no other runs whole, from the edited block on.
+A question that shares its beginning with no other runs whole, from the edited block on. Questions
+whose L-sinks differ at a layer share no edited beginning there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.rules import Detector, NoSinks
-from sinkscope.detectors.run import detect
 from sinkscope.experiments.items import Item
-from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
-from sinkscope.experiments.sweeps.grid import Cells
+from sinkscope.experiments.sweeps.edits import Batch, Edits
+from sinkscope.experiments.sweeps.grid import words_of
+from sinkscope.experiments.sweeps.groups import v_sinks
+from sinkscope.experiments.sweeps.prompted import Prompted, Rules
 from sinkscope.experiments.sweeps.scores import (
     Answered,
-    Asked,
-    Score,
     answered,
     ask,
     check_finite,
     reading_of,
     scored,
 )
-from sinkscope.experiments.trace import carry
 from sinkscope.models.decoder_inputs import Given, decoder_inputs, extend
 from sinkscope.models.prefix import (
     Branches,
@@ -55,45 +52,6 @@ Read = tuple[Tensor, Tensor]
 BASE_CELL = "the base, without an edit"
 TAILS_PER_EDIT = 4
 """Endings are short: this many of them take about the memory of one whole prompt."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is the same for every image of a sweep.
-
-    Attributes:
-        cells: Layers and pairs.
-        score: How an answer is scored.
-        detector: The rule for V-sinks.
-        merge: See `sinkscope.trace_sinks`.
-        batch: How many edits run together.
-    """
-
-    cells: Cells
-    score: Score
-    detector: Detector
-    merge: str
-    batch: Batch
-
-
-@dataclass(frozen=True, eq=False)
-class Prompted:
-    """One question, prepared: its tokens, its options, and its V-sinks ``[pos]``."""
-
-    index: int
-    asked: Asked
-    sample: Sample
-    sinks: Tensor
-
-    @property
-    def visual(self) -> Tensor:
-        """Image tokens, bool ``[pos]``."""
-        return self.sample.tokens.image[0] >= 0
-
-    @property
-    def last(self) -> int:
-        """The last prompt token."""
-        return int(self.sample.tokens.ids.shape[1]) - 1
 
 
 @torch.no_grad()
@@ -159,7 +117,7 @@ def _one_image(
     """Every cell of the questions about one image."""
     ((_, _), first) = prepared[0]
     end = int((first.tokens.image[0] >= 0).nonzero().max()) + 1
-    sinks = v_sinks(lvlm, first, rules)
+    sinks = v_sinks(lvlm, first, rules.detector, rules.merge)
     givens: list[Given] = []
     prompts: list[Prompted] = []
     features = None
@@ -169,7 +127,7 @@ def _one_image(
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
         alike = torch.equal(sample.tokens.ids[0, :end], first.tokens.ids[0, :end])
-        own = sinks[:end] if alike else v_sinks(lvlm, sample, rules)
+        own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
         own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
         prompts.append(Prompted(index, asked, sample, own))
     reason = why_not_shared(givens, end)
@@ -180,15 +138,6 @@ def _one_image(
     if reason is None and len(givens) > 1:
         return _shared(lvlm, prompts, givens, end, rules, tick)
     return _alone(lvlm, prompts, givens, rules, tick)
-
-
-def v_sinks(lvlm: LVLM, sample: Sample, rules: Rules) -> Tensor:
-    """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
-    if isinstance(rules.detector, NoSinks):
-        return torch.zeros_like(sample.tokens.live[0])
-    feeds = lvlm.anatomy.feed_layers
-    found = detect(lvlm, sample, rules.detector, tower="vision", layers=feeds)
-    return carry(sample, found, list(range(len(feeds))), rules.merge)[0]
 
 
 def _alone(
@@ -206,7 +155,7 @@ def _alone(
         start += len(own)
         reading = reading_of([prompt.asked], [prompt.last] * len(own))
         seen = [capture_given(lvlm, given, rules.cells.blocks) for given in own]
-        edits = Edits.of(factors_of(prompt.sinks, prompt.visual, rules.cells.pairs))
+        prompt = prompt.with_l_sinks(lvlm, rules, seen[0].states)
 
         def read(captured: Captured, hidden: Tensor, row: int, reading: Any = reading) -> Read:
             rows = torch.full((len(hidden),), row)
@@ -214,6 +163,7 @@ def _alone(
 
         base = _answers([prompt], [[read(c, c.hidden, row) for row, c in enumerate(seen)]])
         for block in rules.cells.blocks:
+            edits = prompt.edits(block, rules)
 
             def work(
                 a: int, b: int, block: int = block, seen: Any = seen, edits: Any = edits
@@ -247,38 +197,68 @@ def _shared(
     lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
     reading = reading_of([prompt.asked for prompt in prompts], lasts)
     seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
-    edits = Edits.of(factors_of(prompts[0].sinks, prompts[0].visual, rules.cells.pairs)[:, :end])
-    count = len(givens)
+    every = torch.arange(len(givens))
+    rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
+    if rules.l_detector is not None:
+        prompts = [
+            prompt.with_l_sinks(lvlm, rules, _states(seen, int(own[0])))
+            for prompt, own in zip(prompts, rows, strict=True)
+        ]
 
     def read(hidden: Tensor, rows: Tensor) -> Read:
         return reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows)
 
-    base = _answers(prompts, [_split(*read(seen.tails.hidden, torch.arange(count)))])
+    base = _answers(prompts, [_split(*read(seen.tails.hidden, every))])
     lines: list[Line] = []
     for block in rules.cells.blocks:
+        for group in _alike(prompts, block):
+            some = [prompts[i] for i in group]
+            edits = some[0].edits(block, rules, end)
+            tails = torch.cat([rows[i] for i in group])
 
-        def work(a: int, b: int, block: int = block) -> list[list[Read]]:
-            return _edited_tails(seen, block, edits.factors[a:b], count, read, rules.batch)
+            def work(
+                a: int, b: int, block: int = block, edits: Any = edits, tails: Tensor = tails
+            ) -> list[list[Read]]:
+                return _edited_tails(seen, block, edits.factors[a:b], tails, read, rules.batch)
 
-        reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
-        edited = [_answers(prompts, [one]) for one in reads]
-        lines.extend(_lines(prompts, base, edited, edits, block, rules))
-        tick(len(rules.cells.pairs) * len(prompts))
+            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
+            edited = [_answers(some, [one]) for one in reads]
+            lines.extend(_lines(some, [base[i] for i in group], edited, edits, block, rules))
+            tick(len(rules.cells.pairs) * len(some))
     return lines
+
+
+def _states(seen: Branches, tail: int) -> dict[int, Tensor]:
+    """What blocks read of a whole prompt, ``[1 pos d_model]``, padding of its ending included."""
+    parts = seen.tails.states
+    return {
+        block: torch.cat([state, parts[block][tail : tail + 1]], dim=1)
+        for block, state in seen.stem.states.items()
+    }
+
+
+def _alike(prompts: Sequence[Prompted], block: int) -> list[list[int]]:
+    """Prompts that begin alike, in groups with the same L-sinks at a block: what they are edited by."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places = prompt.low[block].nonzero().flatten().tolist() if prompt.low else []
+        groups.setdefault(tuple(places), []).append(i)
+    return list(groups.values())
 
 
 def _edited_tails(
     seen: Branches,
     block: int,
     factors: Tensor,
-    count: int,
+    tails: Tensor,
     read: Callable[[Tensor, Tensor], Read],
     batch: Batch,
 ) -> list[list[Read]]:
-    """What is read of every ending under every edit: ``[edit][ending]``."""
+    """What is read of some endings under every edit: ``[edit][ending]``."""
     past = resume_stem(seen, block, factors)
+    count = len(tails)
     edits = torch.arange(len(factors)).repeat_interleave(count)
-    tails = torch.arange(count).repeat(len(factors))
+    tails = tails.repeat(len(factors))
     step = TAILS_PER_EDIT * batch.size
     parts: list[Read] = []
     for start in range(0, len(edits), step):
@@ -322,9 +302,10 @@ def _lines(
         item, plain = prompt.asked.item, base[i]
         check_finite(item, plain, BASE_CELL, edited=False)
         n_v = int(prompt.sinks.sum())
+        n_l = int(prompt.low[block].sum()) if prompt.low else 0
         for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
-            where = f"layer {layer}, pair ({pair[0]:g}, {pair[1]:g})"
+            where = f"layer {layer}, {words_of(pair)}"
             check_finite(item, after, where, edited=True)
             yield {
                 "item": prompt.index,
@@ -334,11 +315,13 @@ def _lines(
                 "edited": block,
                 "pair": place,
                 "s_v": pair[0],
-                "s_rest": pair[1],
+                "s_l": pair[1] if prompt.low else None,
+                "s_rest": pair[-1],
                 "score": scored(rules.score, item, after, where),
                 "base_score": scored(rules.score, item, plain, BASE_CELL),
                 "logprob": after.logprob,
                 "base_logprob": plain.logprob,
                 "n_v": n_v,
-                "n_rest": int(prompt.visual.sum()) - n_v,
+                "n_l": n_l,
+                "n_rest": int(prompt.visual.sum()) - n_v - n_l,
             }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweeps.result import ALL, counted, wide
+from sinkscope.experiments.sweeps.best import split_of
+from sinkscope.experiments.sweeps.grid import nouns
+from sinkscope.experiments.sweeps.result import ALL, coefficients_of, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +32,8 @@ def observe(sweep: Sweep, by: str, seed: int) -> str:
     unit, factor = UNITS.get(sweep.score, ("", 1.0))
     lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
     lines += _by_task(whole, best, factor)
-    lines += _by_layer(whole, factor)
-    lines += _by_sinks(sweep, factor, seed)
+    lines += _by_layer(whole, factor, nouns(len(sweep.groups)))
+    lines += _by_sinks(sweep, by, factor, seed)
     lines += [f"Note: {note}." for note in sweep.notes]
     return "\n".join(lines)
 
@@ -72,7 +74,7 @@ def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str
     return lines
 
 
-def _by_layer(whole: pd.DataFrame, factor: float) -> list[str]:
+def _by_layer(whole: pd.DataFrame, factor: float, noun: str) -> list[str]:
     """2: does the same pair do something else in other layers?"""
     lines = ["2. Does it depend on the layer?"]
     for task, part in whole.groupby("task", sort=False):
@@ -82,63 +84,112 @@ def _by_layer(whole: pd.DataFrame, factor: float) -> list[str]:
         gains = sorted(set(part["layer"][part["low"] > 0].tolist()))
         harms = sorted(set(part["layer"][part["high"] < 0].tolist()))
         lines.append(
-            f"   {task}: mean over pairs from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
-            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one pair differs by up to "
+            f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
+            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
             f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
             f"in {_layers(harms)}."
         )
     return lines
 
 
-def _by_sinks(sweep: Sweep, factor: float, seed: int) -> list[str]:
-    """3: do pairs that favour V-sinks do better than those that favour the rest?"""
+def _by_sinks(sweep: Sweep, by: str, factor: float, seed: int) -> list[str]:
+    """3: do pairs that favour sinks do better than those that favour the rest?"""
     lines = ["3. Does raising or splitting off the sinks help?"]
-    once = sweep.table.drop_duplicates("item")
-    share = float((once["n_v"] > 0).mean())
-    if share == 0:
-        lines.append(
-            "   This sweep cannot tell: no image has a V-sink, so s_V never applied and all image "
-            "tokens were scaled by s_rest alone."
-        )
+    three = "L" in sweep.groups
+    contrasts = [_of_group(sweep, group, factor, seed) for group in sweep.groups[:-1]]
+    lines += [line for line, _ in contrasts]
+    if not any(told for _, told in contrasts):
         return lines
-    part = cast("pd.DataFrame", sweep.table[sweep.table["n_v"] > 0])
-    cells, changes, images = wide(part, "score")
-    above = (cells["s_v"] > cells["s_rest"]).to_numpy()
-    below = (cells["s_v"] < cells["s_rest"]).to_numpy()
-    if not above.any() or not below.any():
-        lines.append("   This grid cannot tell: it has no pairs on both sides of s_V = s_rest.")
-        return lines
-    layers = cells["layer"].to_numpy()
-    contrast = np.stack(
-        [
-            changes[:, (layers == layer) & above].mean(axis=1)
-            - changes[:, (layers == layer) & below].mean(axis=1)
-            for layer in np.unique(layers)
-        ],
-        axis=1,
-    )
-    joined = np.concatenate([contrast, contrast.mean(axis=1, keepdims=True)], axis=1)
-    mean, low, high = cluster_intervals(joined, images, seed=seed) * factor
-    lines.append(
-        f"   {share:.0%} of the questions are about images with V-sinks. Mean of pairs with s_V > s_rest "
-        f"minus those with s_V < s_rest: {mean[-1]:+.2f} {_interval(low[-1], high[-1])} over all "
-        f"layers; clearly above 0 in {int((low[:-1] > 0).sum())} and clearly below 0 in "
-        f"{int((high[:-1] < 0).sum())} of {counted(len(mean) - 1, 'layer')}."
-    )
-    if np.allclose(cells["s_v"] + cells["s_rest"], 1.0):
+    if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
+        words = ("s_V and s_rest", "other", "the two")
+        words = ("the coefficients", "others", "them") if three else words
         lines.append(
-            "   In every pair s_V and s_rest add to 1: what raises one lowers the other, and which of "
-            "the two it was cannot be told apart."
+            f"   In every {nouns(len(sweep.groups))} {words[0]} add to 1: what raises one lowers the "
+            f"{words[1]}, and which of {words[2]} it was cannot be told apart."
         )
+    if three:
+        return lines + _by_split(sweep, by, factor, seed)
     lines.append(
         "   Whether the rest should be split further (L-sinks, ordinary tokens) is not on this grid."
     )
     return lines
 
 
+def _of_group(sweep: Sweep, group: str, factor: float, seed: int) -> tuple[str, bool]:
+    """What favours a group of sinks against what favours the rest, and whether that can be told."""
+    noun = nouns(len(sweep.groups))
+    name, count, own = f"s_{group}", f"n_{group.lower()}", f"s_{group.lower()}"
+    share = _share(sweep.table, count)
+    if not share:
+        where = "image has a V-sink" if group == "V" else "image token is an L-sink at these layers"
+        rest = "all image tokens were scaled by s_rest alone"
+        rest = rest if noun == "pair" else "the other coefficients scaled all image tokens"
+        return f"   This sweep cannot tell: no {where}, so {name} never applied and {rest}.", False
+    part: Any = sweep.table[sweep.table[count] > 0]
+    sign = np.sign(part[own] - part["s_rest"])
+    if not {-1.0, 1.0} <= set(sign):
+        sides = f"both sides of {name} = s_rest"
+        return f"   This grid cannot tell: it has no {noun}s on {sides}.", False
+    change = part.assign(change=part["score"] - part["base_score"], sign=sign)
+    means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
+    table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink
+    images = part.drop_duplicates("item").set_index("item")["image_id"].astype(str)
+    columns = [*(table[layer] for layer in table), table.mean(axis=1)]
+    mean, low, high = np.array([_interval_of(one, images, seed) for one in columns]).T * factor
+    have = "are about images with V-sinks" if group == "V" else "have L-sinks at some layer"
+    where = "all layers" if group == "V" else "those layers"
+    return (
+        f"   {share:.0%} of the questions {have}. Mean of {noun}s with {name} > s_rest "
+        f"minus those with {name} < s_rest: {mean[-1]:+.2f} {_interval(low[-1], high[-1])} over {where}; "
+        f"clearly above 0 in {int((low[:-1] > 0).sum())} and clearly below 0 in "
+        f"{int((high[:-1] < 0).sum())} of {counted(len(mean) - 1, 'layer')}."
+    ), True
+
+
+def _share(table: pd.DataFrame, count: str) -> float:
+    """The share of the questions with such a sink at some layer."""
+    most: Any = table.groupby("item")[count].max()
+    return float((most > 0).mean())
+
+
+def _interval_of(values: pd.Series, images: pd.Series, seed: int) -> np.ndarray:
+    """Mean, low and high of the questions that have a value."""
+    own = values.dropna()
+    names = images.loc[own.index].tolist()
+    return cluster_intervals(own.to_numpy()[:, None], names, seed=seed)[:, 0]
+
+
+def _by_split(sweep: Sweep, by: str, factor: float, seed: int) -> list[str]:
+    """Does a coefficient of its own for L-sinks add something, on other images?"""
+    lines = ["   Does splitting the rest into L-sinks and ordinary tokens add something?"]
+    for task, part in sweep.by_task(by):
+        found = split_of(part, seed=seed) if part["n_l"].any() else None
+        if found is None:
+            lines.append(f"   {task}: cannot tell; {_why_no_split(part)}.")
+            continue
+        split, whole = found["split"], found["whole"]
+        mean, low, high = found["difference"] * factor
+        lines.append(
+            f"   {task}: best on one half {_cell(split)}, on the other {split['delta'] * factor:+.2f}; best with "
+            f"s_L = s_rest {_cell(whole)}, {whole['delta'] * factor:+.2f}; difference {mean:+.2f} "
+            f"{_interval(low, high)}."
+        )
+    return lines
+
+
+def _why_no_split(part: pd.DataFrame) -> str:
+    """Why a task has no such comparison."""
+    if not part["n_l"].any():
+        return "no image token is an L-sink at these layers"
+    if not np.isclose(part["s_l"], part["s_rest"]).any():
+        return "the grid has no triple with s_L = s_rest"
+    return "images of one half only, or no triple with s_L = s_rest scales a key"
+
+
 def _cell(row: Mapping[Any, Any]) -> str:
     """A cell in words."""
-    return f"layer {_layer(row['layer'])}, ({row['s_v']:g}, {row['s_rest']:g})"
+    numbers = ", ".join(f"{factor:g}" for factor in coefficients_of(row))
+    return f"layer {_layer(row['layer'])}, ({numbers})"
 
 
 def _interval(low: float, high: float) -> str:

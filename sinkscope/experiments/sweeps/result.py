@@ -11,6 +11,7 @@ import numpy as np
 
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.statistics import cluster_intervals
+from sinkscope.experiments.sweeps.grid import GROUPS, nouns, words_of
 from sinkscope.experiments.sweeps.store import as_frame, read_manifest, read_parts
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL = "all"
-CELL = ["layer", "edited", "pair", "s_v", "s_rest"]
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
+"""What a cell is, in tables; without ``s_l`` for pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,9 @@ class Sweep:
         table: One line per question, layer and pair: item, image_id, task, layer (-1 is
             ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
             logprob under the edit, base_score and base_logprob without, n_v and n_rest (V-sinks and
-            other image tokens). Log-probabilities are of the right answer, in nats.
+            other image tokens). With triples there are s_l and n_l too (L-sinks of what the edited
+            block reads), and "other" are the ordinary tokens. Log-probabilities are of the right
+            answer, in nats.
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
         by: What the map is split by unless told otherwise: ``"task"`` or ``"all"``.
@@ -53,11 +57,11 @@ class Sweep:
         """
         path = Path(folder).expanduser()
         settings = read_manifest(path)
-        tables, notes = read_parts(path)
+        tables, notes = read_parts(path, settings)
         notes = [*settings["notes"], *notes]
         if len(tables) < settings["groups"]:
             notes.append(f"not finished: {len(tables)} of {settings['groups']} images")
-        return cls(as_frame(tables), settings, tuple(dict.fromkeys(notes)), check_by(by))
+        return cls(as_frame(tables, settings), settings, tuple(dict.fromkeys(notes)), check_by(by))
 
     @property
     def score(self) -> str:
@@ -70,9 +74,14 @@ class Sweep:
         return self.score.rpartition(".")[2]
 
     @property
-    def pairs(self) -> list[tuple[float, float]]:
-        """The coefficient pairs, in order."""
-        return [(float(v), float(rest)) for v, rest in self.settings["grid"]]
+    def pairs(self) -> list[tuple[float, ...]]:
+        """The coefficient pairs, or triples, in order."""
+        return [tuple(map(float, pair)) for pair in self.settings["grid"]]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What the coefficients are of: ``("V", "rest")`` or ``("V", "L", "rest")``, as in a gate."""
+        return GROUPS[len(self.pairs[0])]
 
     def base(self, by: str | None = None) -> pd.DataFrame:
         """What the model scores without an edit.
@@ -82,23 +91,25 @@ class Sweep:
 
         Returns:
             Columns task, n, images, score, logprob and with_v (the share of the questions whose
-            image has a V-sink).
+            image has a V-sink); with triples with_l too (an L-sink at some layer of the sweep).
         """
         import pandas as pd
 
         lines = []
-        for name, part in self._groups(by):
+        for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            lines.append(
-                {
-                    "task": name,
-                    "n": len(once),
-                    "images": once["image_id"].nunique(),
-                    "score": once["base_score"].mean(),
-                    "logprob": once["base_logprob"].mean(),
-                    "with_v": (once["n_v"] > 0).mean(),
-                }
-            )
+            line = {
+                "task": name,
+                "n": len(once),
+                "images": once["image_id"].nunique(),
+                "score": once["base_score"].mean(),
+                "logprob": once["base_logprob"].mean(),
+                "with_v": (once["n_v"] > 0).mean(),
+            }
+            if "n_l" in part:
+                most: Any = part.groupby("item")["n_l"].max()
+                line["with_l"] = (most > 0).mean()
+            lines.append(line)
         return pd.DataFrame(lines)
 
     def map(
@@ -120,14 +131,14 @@ class Sweep:
             seed: Of the draws.
 
         Returns:
-            Columns task, layer, edited, pair, s_v, s_rest, n, images, base, value, delta, low, high
-            and clear (whether the interval excludes 0).
+            Columns task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n,
+            images, base, value, delta, low, high and clear (whether the interval excludes 0).
         """
         import pandas as pd
 
         check_column(column)
         tables = []
-        for name, part in self._groups(by):
+        for name, part in self.by_task(by):
             cells, changes, images = wide(part, column)
             mean, low, high = cluster_intervals(
                 changes, images, level=level, draws=draws, seed=seed
@@ -173,7 +184,7 @@ class Sweep:
             seed: Of the halves and the draws.
 
         Returns:
-            Columns task, layer, edited, pair, s_v, s_rest, chosen_on (change where it was chosen),
+            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen),
             n, images, delta, low, high (on the other half), maximum (the largest change of a cell on
             all images, in units of the score), t (the largest t), t_95 (the 95 % point of the largest
             t where nothing has an effect), p, and note. A task with fewer than two images, or whose
@@ -186,12 +197,14 @@ class Sweep:
         check_column(column)
         lines = [
             {"task": name, **best_of(part, column, level=level, draws=draws, seed=seed)}
-            for name, part in self._groups(by)
+            for name, part in self.by_task(by)
         ]
         return pd.DataFrame(lines).astype(dict.fromkeys(("layer", "edited", "pair"), "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
         """Heat maps: layer x pair per task, change against the base.
+
+        Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
 
         Args:
             by: ``"task"`` or ``"all"``; None for what the sweep was made with.
@@ -235,11 +248,11 @@ class Sweep:
         )
         return (
             f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
-            f"{counted(layers, 'layer')} x {counted(len(self.pairs), 'pair')}, "
+            f"{counted(layers, 'layer')} x {counted(len(self.pairs), nouns(len(self.groups)))}, "
             f"score={self.score!r})"
         )
 
-    def _groups(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
         """The table by task, and whole at the end if there are several."""
         by = check_by(self.by if by is None else by)
         if by == "task" and self.table["task"].nunique() > 1:
@@ -263,16 +276,26 @@ def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, lis
         line = broken.iloc[0]
         raise InputError(
             f"Got {len(broken)} changes of {column} that are not finite, the first of item "
-            f"{line['item']} at layer {line['layer']}, pair ({line['s_v']:g}, {line['s_rest']:g}); "
-            "expected numbers. Leave out these lines, or run the sweep again: it refuses them."
+            f"{line['item']} at layer {line['layer']}, {words_of(coefficients_of(line))}; expected "
+            "numbers. Leave out these lines, or run the sweep again: it refuses them."
         )
-    cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[CELL]
+    cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[cell_of(part)]
     images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
     return (
         cast("pd.DataFrame", cells.reset_index(drop=True)),
         table.to_numpy(dtype=float),
         images.astype(str).tolist(),
     )
+
+
+def cell_of(part: pd.DataFrame) -> list[str]:
+    """The columns that say which cell a line is of."""
+    return [name for name in CELL if name in part]
+
+
+def coefficients_of(line: Mapping[Any, Any]) -> list[float]:
+    """The coefficients of a line of a table."""
+    return [line[name] for name in CELL[3:] if name in line]
 
 
 def counted(count: int, noun: str) -> str:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinkscope.errors import CheckpointError
+from sinkscope.experiments.sweeps.grid import GROUPS
 from sinkscope.folders import check_place, claim, held, read_json, write_whole
 
 if TYPE_CHECKING:
@@ -47,19 +48,30 @@ SCHEMA = pa.schema(
         ("n_rest", pa.int64()),
     ]
 )
+WITH_L = SCHEMA.insert(SCHEMA.get_field_index("s_rest"), pa.field("s_l", pa.float64())).insert(
+    SCHEMA.get_field_index("n_rest") + 1, pa.field("n_l", pa.int64())
+)
+"""The same for triples."""
+FORMATS = {2: 2, 3: 3}
+"""Number of coefficients -> format of the parts, as a manifest states it."""
 ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
 MANIFEST = "manifest.json"
 
 
-def as_table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Lines of a sweep as a table of fixed columns."""
-    return pa.Table.from_pylist(list(lines), schema=SCHEMA)
+def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
+    """Lines of a sweep as a table of fixed columns; with triples there are two more."""
+    return pa.Table.from_pylist(list(lines), schema=WITH_L if with_l else SCHEMA)
 
 
-def as_frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
+def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
-    whole = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    whole = pa.concat_tables(tables) if tables else schema_of(manifest).empty_table()
     return whole.sort_by(ORDER).to_pandas()
+
+
+def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a sweep's parts."""
+    return WITH_L if len(manifest["grid"][0]) == len(GROUPS[3]) else SCHEMA
 
 
 class Folder:
@@ -75,6 +87,7 @@ class Folder:
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
         self.path = Path(path).expanduser()
+        self.with_l = schema_of(manifest) is WITH_L
         claim(self.path, MANIFEST, manifest, "sweep")
 
     def held(self) -> AbstractContextManager[None]:
@@ -97,7 +110,8 @@ class Folder:
             lines: Its cells.
             notes: What a reader should know about it.
         """
-        table = as_table(lines).replace_schema_metadata({"notes": json.dumps(list(notes))})
+        table = as_table(lines, with_l=self.with_l)
+        table = table.replace_schema_metadata({"notes": json.dumps(list(notes))})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         write_whole(self.part(group), sink.getvalue().to_pybytes())
@@ -117,12 +131,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What a folder says it holds.
 
     Raises:
-        CheckpointError: If there is no manifest, or it cannot be read.
+        CheckpointError: If there is no manifest, it cannot be read, or its format is another one.
     """
-    return read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
+    found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
+    known = sorted(FORMATS.values())
+    if found.get("format") not in known:
+        raise CheckpointError(
+            f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
+            f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of {known}. "
+            "Read it with that version, or run the sweep again into another folder."
+        )
+    return found
 
 
-def read_parts(path: Path) -> tuple[list[pa.Table], list[str]]:
+def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table], list[str]]:
     """The parts of a folder, and their notes.
 
     Raises:
@@ -131,7 +153,7 @@ def read_parts(path: Path) -> tuple[list[pa.Table], list[str]]:
     tables, notes = [], []
     for file in sorted(path.glob("part-*.parquet")):
         try:
-            table = pq.read_table(file, schema=SCHEMA)
+            table = pq.read_table(file, schema=schema_of(manifest))
             said = pq.read_schema(file).metadata or {}
         except (OSError, pa.ArrowException) as error:
             raise CheckpointError(
