@@ -17,7 +17,7 @@ from benchmarks.paper.setting import (
 )
 from sinkscope import baselines
 from sinkscope.detectors import RandomTokens
-from sinkscope.experiments import Comparison, per_seed
+from sinkscope.experiments import Comparison, GateCoefficients, per_seed
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.viz import plot_effects
 from sinkscope.viz.comparison import comparison_markdown
@@ -71,6 +71,8 @@ def seed_conditions(lvlm, data, seed, args, kept, clock):
     )
     (other,) = made[seed].values()
     clock.say(f"seed {seed}: a gate of a random token trained")
+    found = ss.gate_coefficients(lvlm, gates, data["validation"], progress=False)
+    found.table.to_csv(kept.folder / "coefficients.csv.gz", index=False)
     adapter = trained_lora(lvlm, train, best, seed, args, kept.folder / "lora.pt")
     clock.say(f"seed {seed}: {adapter}")
     conditions = {
@@ -90,21 +92,7 @@ def seed_conditions(lvlm, data, seed, args, kept, clock):
         "stack": [gate.layer for gate in stack.gates],
         "gate_parameters": adapter.wanted,
         "lora_parameters": adapter.parameters,
-        "coefficients": coefficients(lvlm, best, data["validation"]),
     }
-
-
-def coefficients(lvlm, gate, records):
-    """Mean coefficients of V and rest that a gate gives, by task."""
-    lines = []
-    for start in range(0, len(records), 8):
-        some = records[start : start + 8]
-        sample = lvlm.prepare([q["image"] for q in some], [q["question"] for q in some])
-        run = lvlm.run(sample, interventions=[gate], logits="last")
-        found = run.effects[gate].extra["coefficients"].flatten(1)  # one layer, so [row group]
-        for q, values in zip(some, found.tolist(), strict=True):
-            lines.append({"task": q["task"], **dict(zip(gate.groups, values, strict=True))})
-    return records_of(pd.DataFrame(lines).groupby("task").mean().reset_index())
 
 
 def method_conditions(lvlm, data, args, clock):
@@ -203,6 +191,32 @@ def paired_text(table):
     return "\n".join(lines)
 
 
+def coefficients(parts):
+    """What the gates of all seeds answer to the validation questions; a seed's questions count as others."""
+    tables = []
+    for part in parts:
+        path = part.folder / "coefficients.csv.gz"
+        if path.exists():
+            tables.append(pd.read_csv(path).assign(seed=len(tables)))
+    if not tables:
+        return None
+    table = pd.concat(tables, ignore_index=True)
+    table["item"] += table["seed"] * (table["item"].max() + 1)
+    return GateCoefficients(table)
+
+
+def coefficients_text(table):
+    """The coefficient of V by layer and task, beside 0.5, which an untrained gate gives."""
+    v = table.loc[table["group"] == "V"]
+    wide = v.assign(
+        cell=[f"{r.coefficient:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in v.itertuples()]
+    ).pivot(index="layer", columns="task", values="cell")
+    lines = [f"| layer | {' | '.join(wide.columns)} |", f"|---|{'---|' * len(wide.columns)}"]
+    for layer, cells in zip(wide.index, wide.to_numpy(), strict=True):
+        lines.append(f"| {'embed' if layer < 0 else layer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def chosen_text(chosen):
     """What was chosen on validation scenes, in a few lines."""
     lines = []
@@ -214,12 +228,10 @@ def chosen_text(chosen):
             )
             continue
         losses = ", ".join(f"{layer} {loss:.4f}" for layer, loss in c["loss_by_layer"].items())
-        rho = ", ".join(f"{r['task']} {r['V']:.2f} / {r['rest']:.2f}" for r in c["coefficients"])
         lines += [
             f"- Seed {c['seed']}: gate at layer {c['layer']}, stack {c['stack']}. Loss in nats per answer token "
             f"without a gate {c['loss_without_a_gate']:.4f}, with one at layer: {losses}.",
-            f"  Coefficients of V / rest at layer {c['layer']}: {rho}. A gate has {c['gate_parameters']} "
-            f"parameters, the LoRA {c['lora_parameters']}.",
+            f"  A gate has {c['gate_parameters']} parameters, the LoRA {c['lora_parameters']}.",
         ]
     return "\n".join(lines)
 
@@ -253,11 +265,23 @@ def render(args):
         "",
         chosen_text(chosen),
     ]
+    figures = {NAME: plot_effects(summary, base=BASE)}
+    learned = coefficients(parts)
+    if learned is not None:
+        text += [
+            "",
+            "Coefficient of V that the gates learned, by the layer that they read and task, on validation "
+            "scenes, mean over seeds (rest has 1 minus it; an untrained gate gives 0.5):",
+            "",
+            coefficients_text(learned.to_dataframe()),
+        ]
+        figures["example_coefficients"] = learned.plot()
     body = {
+        "coefficients": None if learned is None else records_of(learned.to_dataframe()),
         "settings": settings,
         "machines": machines,
         "chosen": chosen,
         "rows": records_of(summary),
         "paired": records_of(differences),
     }
-    write(args.out, NAME, body, "\n".join(text), {NAME: plot_effects(summary, base=BASE)})
+    write(args.out, NAME, body, "\n".join(text), figures)

@@ -180,7 +180,7 @@ class Kept:
                 path,
                 dtype={"given": str, "answer": str, "image_id": str},
                 keep_default_na=False,
-                na_values={"sinks": [""]},
+                na_values={"sinks": [""], "s_l": [""]},
             )
             for path in sorted(self.folder.glob("[0-9]*.csv"))
         ]

@@ -6,7 +6,8 @@ from scripts.bundled_sweep import report
 
 NAME = "example_sweep"
 VARIANTS = {"cls": {}}
-"""Name -> further options of `sinkscope.sweep`: another grid or other groups are another line."""
+"""Name -> further options of `sinkscope.sweep`. Three groups would be ``{"grid": ss.lsg_grid(groups=3),
+"l_detector": L_RULE}``, but no image token of this model's scenes is an L-sink: there is nothing to split."""
 TITLES = {"cls": "the ViT's CLS, which is the first image token, in the place of V-sinks"}
 
 
