@@ -119,10 +119,10 @@ def choose_weights(lvlm, held, rules):
     return made[name], name
 
 
-def train_gates(lvlm, train, layers, v_detector, args):
-    """Seed -> layer -> gate."""
+def train_gates(lvlm, train, layers, v_detector, args, seeds=SEEDS, folder=None):
+    """Seed -> layer -> gate; with a folder, training goes on where it was killed."""
     out = {}
-    for seed in SEEDS:
+    for seed in seeds:
         result = ss.train_lsg(
             lvlm,
             train,
@@ -133,6 +133,7 @@ def train_gates(lvlm, train, layers, v_detector, args):
             batch=args.batch,
             lr=args.lr,
             validation=0.1,
+            out=None if folder is None else folder / f"seed-{seed}",
             progress=False,
         )
         out[seed] = result.gates

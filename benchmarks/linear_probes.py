@@ -49,7 +49,7 @@ def machine():
 
 
 def markdown(summary, differences, conditions):
-    """Means over layers, then the differences of the most attended tokens by layer."""
+    """Means over layers, then differences of two groups by layer; keys are ``(group, base)``."""
     lines = [
         conditions,
         "",
@@ -69,11 +69,11 @@ def markdown(summary, differences, conditions):
                 f"{row.above_null:.0f} of {row.layers}",
             ]
         lines.append(f"| {row.target} | {row.metric} | {row.group} | {' | '.join(cells)} |")
-    for base, difference in differences.items():
+    for (group, base), difference in differences.items():
         layers = sorted(set(difference["layer"]))
         lines += [
             "",
-            f"The 5 most attended tokens minus “{base}”, paired by image, with 95 % intervals:",
+            f"{group} minus “{base}”, paired by image, with 95 % intervals:",
             "",
             "| target | metric | " + " | ".join(f"layer {layer}" for layer in layers) + " |",
             "|---|---|" + "---|" * len(layers),
@@ -122,7 +122,9 @@ def main():
     )
     seconds = time.process_time() - start
     differences = {
-        base: result.difference(base).query("group == 'top 5 attended'")
+        ("The 5 most attended tokens", base): result.difference(base).query(
+            "group == 'top 5 attended'"
+        )
         for base in ("ordinary", "random, first row")
     }
     trained, tested = (len(part) for part in result.images)

@@ -44,12 +44,12 @@ def sweeps(images: int, per_image: int, folder: Path | None) -> dict[str, ss.Swe
     return made
 
 
-def report(made: dict[str, ss.Sweep]) -> str:
-    """Both sweeps in words and tables, as Markdown."""
+def report(made: dict[str, ss.Sweep], names: dict[str, str] = NAMES) -> str:
+    """Sweeps in words and tables, as Markdown; their titles are in ``names``."""
     lines = []
     for name, sweep in made.items():
         once = sweep.table.drop_duplicates("item")
-        head = NAMES[name]
+        head = names[name]
         lines += [
             f"**{head[0].upper()}{head[1:]}.** {len(once)} questions about "
             f"{once['image_id'].nunique()} test scenes; V-sinks per question: {once['n_v'].min()} to "

@@ -1,6 +1,7 @@
 """Experiments: questions that take more than one probe."""
 
 from sinkscope.experiments import baselines
+from sinkscope.experiments.coefficients import GateCoefficients, gate_coefficients
 from sinkscope.experiments.compare import compare
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EditSinks, top_received
@@ -31,6 +32,7 @@ __all__ = [
     "Answered",
     "Comparison",
     "EditSinks",
+    "GateCoefficients",
     "GenerationTrace",
     "Item",
     "LabelledImage",
@@ -49,6 +51,7 @@ __all__ = [
     "compare",
     "effect_conditions",
     "effect_table",
+    "gate_coefficients",
     "linear_probes",
     "lsg_grid",
     "nop_or_broadcast",

@@ -27,6 +27,7 @@ from sinkscope.models.replay import Captured, capture, logits_at, resume
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
     from sinkscope.models.lvlm import LVLM
+    from sinkscope.tokens import TokenMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,23 @@ def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool 
         blocks: The blocks whose keys gates scale.
         whole: Whether to run to the end too, for the losses without a gate.
     """
+    return Shared(batch, *seen(lvlm, batch.inputs, blocks, whole=whole))
+
+
+def seen(
+    lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
+) -> tuple[Captured, dict[int, Tensor]]:
+    """What gates look at in a plain pass without gradient.
+
+    Args:
+        lvlm: The model.
+        inputs: What it is called with.
+        blocks: The blocks whose keys gates scale.
+        whole: Whether to run beyond the last of them.
+
+    Returns:
+        The pass, and what the vision blocks that feed the projector wrote.
+    """
     vision: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -101,8 +119,32 @@ def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool 
         for layer in lvlm.anatomy.feed_layers:
             part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
             stack.callback(part.register_forward_hook(keep(layer)).remove)
-        captured = capture(lvlm, batch.inputs, sorted(set(blocks)), whole=whole)
-    return Shared(batch, captured, vision)
+        captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)
+    return captured, vision
+
+
+def looked(
+    gate: LSG, tokens: TokenMap, vision: Mapping[int, Tensor], state: Tensor
+) -> dict[str, Tensor]:
+    """What a gate finds in a pass: ``"V"`` and ``"L"`` ``[row pos]``, ``"coefficients"`` ``[row group]``.
+
+    Args:
+        gate: The gate.
+        tokens: What every position is.
+        vision: Vision block -> what it wrote, for the blocks that feed the projector.
+        state: What the edited block reads, ``[row pos d_model]``; the gate reads the same.
+    """
+    notes: dict[str, Any] = {"step": 0, "memory": {}}
+    for look in gate.looks(tokens):
+        states = vision[look.site.layer] if look.site.tower == "vision" else state
+        given = {
+            name: value.to(states.device) if isinstance(value, Tensor) else value
+            for name, value in look.parameters.items()
+        }
+        look.kernel(states, notes, **given)
+    found = notes["memory"][("gate", id(gate))]
+    at = found["coefficients"].device
+    return {name: value.to(at) for name, value in found.items()}
 
 
 def gate_factors(gate: LSG, shared: Shared, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,18 +158,8 @@ def gate_factors(gate: LSG, shared: Shared, state: Tensor) -> tuple[Tensor, Tens
     Returns:
         Float ``[row pos]``, 1 at text, and float ``[row group]``.
     """
-    notes: dict[str, Any] = {"step": 0, "memory": {}}
-    for look in gate.looks(shared.batch.tokens):
-        states = shared.vision[look.site.layer] if look.site.tower == "vision" else state
-        given = {
-            name: value.to(states.device) if isinstance(value, Tensor) else value
-            for name, value in look.parameters.items()
-        }
-        look.kernel(states, notes, **given)
-    found = notes["memory"][("gate", id(gate))]
-    at = found["coefficients"].device
-    found = {name: value.to(at) for name, value in found.items()}
-    visual = (shared.batch.tokens.image >= 0).to(at)
+    found = looked(gate, shared.batch.tokens, shared.vision, state)
+    visual = (shared.batch.tokens.image >= 0).to(found["coefficients"].device)
     return kernels.factors_of(found, visual, list(gate.groups)), found["coefficients"]
 
 

@@ -5,6 +5,7 @@ axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())
 """
 
 from sinkscope.viz.changes import effects_text
+from sinkscope.viz.coefficients import plot_coefficients
 from sinkscope.viz.effects import plot_control, plot_effects
 from sinkscope.viz.generation import generation_text, plot_generation
 from sinkscope.viz.heads import plot_heads, plot_received_heads
@@ -28,6 +29,7 @@ from sinkscope.viz.training import plot_training
 __all__ = [
     "effects_text",
     "generation_text",
+    "plot_coefficients",
     "plot_control",
     "plot_detections",
     "plot_effects",

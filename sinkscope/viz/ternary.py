@@ -74,7 +74,7 @@ def plot_triangles(
     tasks, layers = list(dict.fromkeys(table["task"])), sorted(set(table["layer"]))
     across = min(ACROSS, len(layers))
     down = -(-len(layers) // across)
-    side = max(0.95, min(2.4, 7.0 / across))
+    side = max(0.95, min(1.9, 7.0 / across))
     size = (1.3 + across * side, 1.2 + len(tasks) * (0.3 + down * (0.05 + TALL * side)))
     figure = new_figure((max(6.0, size[0]), size[1]))
     grid = figure.subplots(len(tasks) * down, across, squeeze=False)

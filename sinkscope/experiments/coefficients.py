@@ -1,0 +1,221 @@
+"""gate_coefficients: what gates answer, by task and layer, with intervals over images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.errors import InputError
+from sinkscope.experiments.items import ALL, Item, as_items, check_tasks
+from sinkscope.experiments.statistics import cluster_intervals
+from sinkscope.experiments.sweeps.result import check_by, counted
+from sinkscope.lsg.choosing import check_gates
+from sinkscope.lsg.passes import looked, seen
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from sinkscope.lsg.gate import LSG
+    from sinkscope.models.lvlm import LVLM
+    from sinkscope.tokens import TokenMap
+
+SHOWN_FROM = 50
+"""Questions from which a progress bar is shown unasked."""
+CELL = ["layer", "edited", "group"]
+
+
+@dataclass(frozen=True, eq=False)
+class GateCoefficients:
+    """The coefficients that gates give for questions.
+
+    Attributes:
+        table: One line per question, gate and group: item, image_id, task, layer (that the gate
+            reads; -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"``
+            or ``"rest"``), coefficient (a factor of keys, from 0 to the gate's scale; a question's
+            groups add to the scale), untrained (the scale over the number of groups: what a gate gives
+            that has learned nothing) and tokens (image tokens of the group; of 0 a coefficient acts on
+            nothing).
+        by: What the means are split by unless told otherwise: ``"task"`` or ``"all"``.
+    """
+
+    table: pd.DataFrame
+    by: str = "task"
+
+    def to_dataframe(
+        self, by: str | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Mean coefficients by task, layer and group.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what it was made with. With several tasks all
+                questions together come last.
+            level: Coverage of the intervals, by bootstrap over images.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns task, layer, edited, group, n (questions), images, coefficient (the mean), low,
+            high, untrained and tokens (the mean). With one image there is nothing to resample, and the
+            interval is NaN.
+        """
+        import pandas as pd
+
+        tables = []
+        for task, part in self._tasks(self.by if by is None else by):
+            wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
+            once = part.drop_duplicates("item").set_index("item")
+            images = once["image_id"].astype(str).loc[wide.index].tolist()
+            means = cluster_intervals(
+                wide.to_numpy(dtype=float), images, level=level, draws=draws, seed=seed
+            )
+            cells = pd.DataFrame(list(wide.columns), columns=CELL)
+            numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
+            made = cells.assign(n=len(wide), images=len(set(images)), **numbers)
+            rest: Any = part.groupby(CELL)[["untrained", "tokens"]].mean()
+            made = made.join(rest, on=CELL)
+            made.insert(0, "task", task)
+            tables.append(made)
+        return pd.concat(tables, ignore_index=True)
+
+    def plot(self, by: str | None = None, *, seed: int = 0) -> Figure:
+        """Coefficients by layer: a panel per group, a line per task; see `sinkscope.viz.plot_coefficients`.
+
+        Args:
+            by: See `to_dataframe`.
+            seed: Of the intervals.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.coefficients import plot_coefficients
+
+        return plot_coefficients(self.to_dataframe(by, seed=seed))
+
+    def _tasks(self, by: str) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The table by task, and whole at the end if there are several."""
+        if check_by(by) == "task" and self.table["task"].nunique() > 1:
+            for name, part in self.table.groupby("task", sort=True):
+                yield str(name), part
+        yield ALL, self.table
+
+    def __repr__(self) -> str:
+        questions, images, gates = (
+            self.table[name].nunique() for name in ("item", "image_id", "layer")
+        )
+        return (
+            f"GateCoefficients({counted(questions, 'question')}, {counted(images, 'image')}, "
+            f"{counted(gates, 'gate')})"
+        )
+
+
+@torch.no_grad()
+def gate_coefficients(
+    lvlm: LVLM,
+    gates: LSG | Sequence[LSG],
+    dataset: Iterable[Any],
+    by: str = "task",
+    *,
+    batch: int = 8,
+    progress: bool | None = None,
+) -> GateCoefficients:
+    """The coefficients that gates give for questions, by task and layer.
+
+    Choi et al. (2604.03316) report that a gate learns small coefficients for some tasks and larger ones
+    for others. Every gate is asked **alone**: it reads the pass of the plain model, so one pass per
+    question serves any number of gates, and ends at the highest of them. In a stack a gate reads what
+    those below it left, and may answer otherwise: look at ``run.effects[gate]`` for that. The
+    coefficients are those of the prompt, also for a gate with ``decode="refresh"``.
+
+    Args:
+        lvlm: The model, with its processor and weights.
+        gates: Gates of different layers, such as ``result.gates.values()``.
+        dataset: Records as for `sweep`: dicts or `Item`. Use others than those trained on.
+        by: How means are split: ``"task"``, or ``"all"``.
+        batch: Questions per forward pass.
+        progress: Whether to show a progress bar; None shows it from 50 questions on.
+
+    Returns:
+        The coefficients; ``to_dataframe()`` has means with intervals, ``plot()`` draws them.
+
+    Raises:
+        InputError: If the dataset, ``by`` or ``batch`` is malformed, two gates have one layer, or the
+            model has no processor or no weights.
+        InterventionError: If a gate was made for another model.
+        DetectorError: If a gate's rule for V-sinks names a token that the projector drops.
+    """
+    import pandas as pd
+
+    items, given = as_items(dataset), check_gates(gates)
+    check_tasks(items)
+    check_by(by)
+    _check(lvlm, given, batch)
+    blocks = [gate.config.edited for gate in given]
+    hidden = len(items) < SHOWN_FROM if progress is None else not progress
+    lines: list[dict[str, Any]] = []
+    with tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden) as bar:
+        for start in range(0, len(items), batch):
+            part = items[start : start + batch]
+            sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
+            captured, vision = seen(lvlm, sample.inputs, blocks)
+            for gate in given:
+                found = looked(gate, sample.tokens, vision, captured.state(gate.config.edited))
+                lines += _lines(gate, part, start, found, sample.tokens)
+            bar.update(len(part))
+    table = pd.DataFrame(lines).sort_values(["item", "edited"], kind="stable", ignore_index=True)
+    return GateCoefficients(table, by)
+
+
+def _check(lvlm: LVLM, gates: Sequence[LSG], batch: Any) -> None:
+    """Refuse models, gates and batches that cannot be used.
+
+    Raises:
+        InputError: See `gate_coefficients`.
+        InterventionError: If a gate was made for another model.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"Got batch={batch!r}; expected questions per pass, 1 or more.")
+    if lvlm.processor is None or lvlm.device.type == "meta":
+        raise InputError(
+            "Got an LVLM without a processor or without weights; expected both: questions are prepared "
+            "and run here. Write ss.LVLM.from_pretrained(name) without remote=True."
+        )
+    layers = [gate.layer for gate in gates]
+    if len(set(layers)) < len(layers):
+        raise InputError(
+            f"Got gates of the layers {layers}; expected every layer once. Ask others in another call."
+        )
+    for gate in gates:
+        gate.check_fits(lvlm)
+
+
+def _lines(
+    gate: LSG, items: Sequence[Item], first: int, found: dict[str, Tensor], tokens: TokenMap
+) -> Iterator[dict[str, Any]]:
+    """One line per question of a batch and group of a gate."""
+    config = gate.config
+    visual = (tokens.image >= 0).to(found["coefficients"].device)
+    sinks = {"V": visual & found["V"]}
+    if "L" in found:
+        sinks["L"] = visual & found["L"] & ~found["V"]
+    sinks = {name: mask for name, mask in sinks.items() if name in gate.groups}
+    sinks["rest"] = visual & ~torch.stack([*sinks.values()]).any(dim=0)
+    for group, values in zip(gate.groups, found["coefficients"].T.tolist(), strict=True):
+        counts = sinks[group].sum(dim=1).tolist()
+        for row, item in enumerate(items):
+            yield {
+                "item": first + row,
+                "image_id": str(item.image_id),
+                "task": item.task,
+                "layer": config.edited - 1,
+                "edited": config.edited,
+                "group": group,
+                "coefficient": values[row],
+                "untrained": config.scale / len(gate.groups),
+                "tokens": counts[row],
+            }
