@@ -127,6 +127,7 @@ JUDGES: MappingProxyType[str, Callable[[TowerAnatomy, torch.dtype], Judged]] = M
         "AttentionMass": of_masses,
         "AttentionPatterns": of_gradients,
         "ReceivedAttention": of_gradients,
+        "SinkEvidence": of_gradients,
         "ContributionNorms": of_contributions,
         "HeadWrites": of_head_writes,
         "ValueNorms": of_attention,

@@ -562,9 +562,9 @@ PROBES = {
         r"the group 'text'; expected one of \('image',\)",
     ),
     "over a null that was not asked for": (
-        lambda w: (lambda p: w.run(p)[p].over_null())(ss.ReceivedAttention(null=False)),
+        lambda w: (lambda p: w.run(p)[p].excess())(ss.ReceivedAttention()),
         ProbeError,
-        r"without its null; expected one. Write ReceivedAttention\(null=True\)",
+        r"without the attention of other tokens .* Write ReceivedAttention\(others=True\)",
     ),
 }
 MODELS = {
