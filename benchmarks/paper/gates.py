@@ -48,11 +48,12 @@ def settings_of(args, part):
 def trained_lora(lvlm, train, like, seed, args, path):
     """A LoRA of the size of a gate, in the block whose output the gate reads; kept in a file."""
     if path.exists():
-        return baselines.LoRA(**torch.load(path, weights_only=True))
+        return baselines.LoRA(**torch.load(path, map_location="cpu", weights_only=True))
     block = 0 if like.layer == "embed" else like.layer
     options = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr}
     made = baselines.lora(lvlm, train, block, like=like, seed=seed, **options)
-    torch.save({**vars(made), "factors": dict(made.factors), "history": ()}, path)
+    factors = {name: (up.cpu(), down.cpu()) for name, (up, down) in made.factors.items()}
+    torch.save({**vars(made), "factors": factors, "history": ()}, path)
     return made
 
 
