@@ -119,7 +119,7 @@ def by_scope(table):
 
 
 def render(args):
-    kept = Kept(args.keep / NAME)
+    kept = Kept(args.keep / NAME).check("machine")
     table, body = kept.rows(), {**kept.read("settings"), **kept.read("machine")}
     whole, scopes = Comparison(table, BASE).summary(), by_scope(table).summary()
     first = by_scope(table.assign(correct=table["first"])).summary()

@@ -140,6 +140,8 @@ def read(args):
     parts = [Kept(path) for path in sorted(args.keep.glob(f"{NAME}_*")) if path.is_dir()]
     tables = [(part, part.rows()) for part in parts]
     measured = {part: table for part, table in tables if len(table)}
+    if not measured:
+        raise SystemExit(f"{args.keep} holds no answers under {NAME}_*: measure first, see --help.")
     common = set.intersection(*(set(table["image_id"]) for table in measured.values()))
     table = pd.concat(measured.values(), ignore_index=True)
     table = table.loc[table["image_id"].isin(common)]

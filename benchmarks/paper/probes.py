@@ -10,6 +10,7 @@ from benchmarks.paper.setting import (
     SPLITS,
     V_RULE,
     Kept,
+    columns_of,
     records_of,
     told,
     write,
@@ -101,7 +102,7 @@ def read(kept):
 
 
 def render(args):
-    kept = Kept(args.keep / NAME)
+    kept = Kept(args.keep / NAME).check("found")
     found, body = read(kept), {**kept.read("settings"), **kept.read("machine")}
     pairs = {
         (group, base): found.difference(base).query("group == @group") for group, base in PAIRS
@@ -112,7 +113,7 @@ def render(args):
         f"tokens are drawn {body['repeats']} times; the null is the mean of {body['permutations']} shuffles. "
         f"CLS by the V rule `{body['v_rule']}`. {told(body)}"
     )
-    body |= {"summary": records_of(found.summary()), "cells": records_of(found.table)}
+    body |= {"summary": records_of(found.summary()), "cells": columns_of(found.table)}
     body |= {f"{one} minus {other}": records_of(table) for (one, other), table in pairs.items()}
     text = markdown(found.summary(), pairs, conditions)
     write(args.out, NAME, body, text, {NAME: found.plot(groups=SHOWN)})

@@ -186,6 +186,16 @@ class Kept:
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
+    def check(self, name="settings"):
+        """Refuse to render what was not measured.
+
+        Raises:
+            SystemExit: If so.
+        """
+        if not (self.folder / f"{name}.json").exists():
+            raise SystemExit(f"{self.folder} holds no {name}.json: measure first, see --help.")
+        return self
+
 
 def write(out, name, body, text, figures):
     """Put a result beside the others: numbers, tables and figures."""
@@ -198,4 +208,11 @@ def write(out, name, body, text, figures):
 
 def records_of(table):
     """A table as plain rows with few digits."""
-    return json.loads(table.round(5).to_json(orient="records"))
+    return json.loads(table.to_json(orient="records", double_precision=5))
+
+
+def columns_of(table):
+    """A long table as lists by column, which take less room."""
+    return {
+        name: json.loads(table[name].to_json(orient="values", double_precision=5)) for name in table
+    }

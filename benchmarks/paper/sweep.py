@@ -1,7 +1,7 @@
 """The layer x coefficient map with the ViT's CLS in the place of V-sinks."""
 
 import sinkscope as ss
-from benchmarks.paper.setting import V_RULE, Kept, questions, told, write
+from benchmarks.paper.setting import V_RULE, Kept, columns_of, questions, records_of, told, write
 from scripts.bundled_sweep import report
 
 NAME = "example_sweep"
@@ -55,14 +55,11 @@ def read(kept):
 def render(args):
     made, bodies, figures, lines = {}, {}, {}, []
     for name in VARIANTS:
-        kept = Kept(args.keep / f"{NAME}_{name}")
-        if not kept.read("sweep"):
-            continue
+        kept = Kept(args.keep / f"{NAME}_{name}").check("sweep")
         made[name] = sweep = read(kept)
         body = {**kept.read("settings"), **kept.read("machine")}
         lines += [f"{name}: noise {body['noise']:g}, V rule `{body['v_rule']}`. {told(body)}", ""]
-        cells = sweep.map().round(5).to_dict(orient="list")
-        bodies[name] = {**body, "best": sweep.best().to_dict(orient="list"), "cells": cells}
+        bodies[name] = {**body, "best": records_of(sweep.best()), "cells": columns_of(sweep.map())}
         figures[f"{NAME}_{name}"] = sweep.plot()
     text = "\n".join([*lines, report(made, TITLES)])
     write(args.out, NAME, bodies, text, figures)
