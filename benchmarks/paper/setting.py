@@ -160,9 +160,14 @@ class Kept:
             self.clock.say(f"{min(place + size, len(images))} of {len(images)} images")
 
     def beat(self, shares=1):
-        """Note where and how long it has run so far."""
+        """Note where and how long it has run so far; what went on elsewhere says so."""
         seconds = round(self.earlier + self.clock.spent, 1)
-        self.note("machine", {**machine(self.lvlm), "seconds": seconds, "shares": shares})
+        here, before = machine(self.lvlm), self.read("machine").get("device", "")
+        if before and here["device"] not in before:
+            here["device"] = f"{before}; then {here['device']}"
+        elif before:
+            here["device"] = before
+        self.note("machine", {**here, "seconds": seconds, "shares": shares})
 
     def note(self, name, body):
         """Write a JSON beside the rows."""
