@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError
-from sinkscope.named import MODEL, load_model
+from sinkscope.named import MODEL, check_word, load_model
 from sinkscope.specs import HELP, parse_detector
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def run_trace(given: argparse.Namespace) -> int:
     from sinkscope.detectors import calibrate
     from sinkscope.experiments import trace_sinks
 
+    check_word(given.model)
     check_images([*given.image, *(given.calibrate or ())])
     with tqdm(total=5, desc="loading the model", disable=None, leave=False) as bar:
         lvlm = load(given)

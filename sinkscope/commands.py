@@ -10,7 +10,7 @@ from typing import Any
 
 from sinkscope.errors import InputError
 from sinkscope.named import MODEL
-from sinkscope.recipe_conditions import by_name, conditions_of, named_gates
+from sinkscope.recipe_conditions import arguments_for, by_name, conditions_of, named_gates
 from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
 
 OUT = {"sweep": "sinkscope-sweep", "train-lsg": "sinkscope-gates", "compare": "sinkscope-compare"}
@@ -116,11 +116,14 @@ def run_sweep(given: argparse.Namespace) -> int:
     grid = options.get("grid")
     if isinstance(grid, int) and not isinstance(grid, bool):
         options["grid"] = lsg_grid(grid)
+    elif isinstance(grid, Mapping):
+        options["grid"] = lsg_grid(**arguments_for(lsg_grid, grid, "under grid"))
     elif grid is not None:
         options["grid"] = as_pairs(grid)
     lvlm = recipe.load(weights=not given.dry_run)
-    rules = {} if given.dry_run else recipe.detectors(lvlm)
-    rules.pop("l_detector", None)
+    rules = recipe.given_detectors() if given.dry_run else recipe.detectors(lvlm)
+    if not any(len(pair) == len(("V", "L", "rest")) for pair in options.get("grid", ())):
+        rules.pop("l_detector")
     out = recipe.out or OUT["sweep"]
     made: Any = sweep(
         lvlm,
@@ -216,7 +219,7 @@ def run_compare(given: argparse.Namespace) -> int:
 
 
 def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
-    """Pairs of coefficients, as a recipe writes them.
+    """Pairs of coefficients, or triples, as a recipe writes them.
 
     Raises:
         InputError: If they are none.
@@ -224,7 +227,8 @@ def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
     listed = isinstance(grid, list) and all(isinstance(pair, list) for pair in grid)
     if not listed or not grid:
         raise InputError(
-            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]]."
+            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]], or "
+            "{steps: 6, groups: 3} for triples (s_V, s_L, s_rest)."
         )
     return [tuple(pair) for pair in grid]
 

@@ -87,10 +87,14 @@ class Recipe:
         given = dict(self.model)
         return load_model(given.pop("name"), weights=weights, **given)
 
+    def given_detectors(self) -> dict[str, Any]:
+        """Detectors that are given; None where not."""
+        asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
+        return {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+
     def detectors(self, lvlm: LVLM) -> dict[str, Any]:
         """Detectors that are given, or found on the images of ``calibrate``; None where neither."""
-        asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
-        out = {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+        out = self.given_detectors()
         if self.calibrate is not None and None in out.values():
             from sinkscope.detectors import calibrate
 

@@ -85,12 +85,12 @@ def test_detectors_are_found_on_other_images(trace_words, planted, tmp_path, cap
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     chosen = found["detectors"]["chosen"]
-    assert chosen.startswith("calibrated on 2 other images (V: confidence 0.")
+    assert chosen == "calibrated on 2 samples"
     kinds = sorted(sink["kind"] for sink in found["sinks"])
     assert kinds == ["L", "V", "V", "text"]
     assert main([*words, "--v-detector", "norm:valley", "--json"]) == 0
     detectors_found = json.loads(capsys.readouterr().out)["detectors"]
-    assert "(V: given, L: confidence" in detectors_found["chosen"]
+    assert detectors_found["chosen"] == "V: given; L: calibrated on 2 samples"
     assert detectors_found["V"].startswith("Norm(tau='valley'")
 
 
@@ -102,9 +102,9 @@ def test_two_images_in_one_prompt(trace_words, planted, capsys) -> None:
 
 
 def test_the_demo_says_what_it_does_and_where_it_left_it(tmp_path, capsys) -> None:
-    assert main(["demo", "--out", str(tmp_path / "demo"), "--questions", "4"]) == 0
+    assert main(["demo", "--toy", "--out", str(tmp_path / "demo"), "--questions", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("sinkscope demo: draw a scene, ask the bundled model")
+    assert lines[0].startswith("sinkscope demo: the same on the toy model inside the package")
     assert lines[-1] == f"Report: {tmp_path / 'demo' / 'index.html'}"
     assert {path.name for path in (tmp_path / "demo").iterdir()} == FILES
     start = next(i for i, line in enumerate(lines) if line.startswith("question"))
@@ -134,7 +134,7 @@ def test_the_demo_on_planted_sinks_finds_them(tmp_path, capsys) -> None:
 
 
 def test_effects_in_the_demo_are_the_same_on_the_page(tmp_path, capsys) -> None:
-    assert main(["demo", "--effects", "2", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--toy", "--effects", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out.replace("\n", " ")
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for text in (out, page):
@@ -164,7 +164,7 @@ def test_version(capsys) -> None:
 
 
 WRONG = {
-    "no such image": (["--image", "nowhere.png"], "'nowhere.png', which does not exist"),
+    "no such image": (["--image", "nowhere.png"], "'nowhere.png', which is not there"),
     "no image": (["--image", "{planted}/words.txt"], "which is no readable image"),
     "no such detector": (["--v-detector", "nrm:100"], "Did you mean 'norm'"),
     "half a detector": (
@@ -174,7 +174,7 @@ WRONG = {
     "tau above its bound": (["--l-detector", "dims:1:20"], "less than sqrt(128) = 11.3"),
     "channel out of range": (["--l-detector", "dims:4000:5"], "expected 0 to 127"),
     "folder is a file": (["--out", "{planted}/words.txt"], "cannot be written"),
-    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which does not exist"),
+    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is not there"),
 }
 
 
@@ -197,7 +197,8 @@ def test_what_is_wrong_is_said_in_one_message(
     ("words", "message"),
     [
         (["doctor", "{here}/empty"], "holds no config.json"),
-        (["trace", "{here}/empty", "--image", "x", "--prompt", "y"], "holds no config.json"),
+        (["trace", "{here}/empty", "--image", "{here}/x", "--prompt", "y"], "holds no config.json"),
+        (["trace", "example", "--image", "{here}", "--prompt", "y"], "which is a folder"),
         (["demo", "--questions", "0"], "Got --questions 0; expected 1 to"),
         (["demo", "--questions", "999"], "Got --questions 999; expected 1 to"),
         (["demo", "--seed", "-1"], "seed must be 0 or larger"),
@@ -206,6 +207,7 @@ def test_what_is_wrong_is_said_in_one_message(
 def test_other_commands_explain_too(words, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "x").write_text("looked at after the model's folder")
     assert main([word.format(here=tmp_path) for word in words]) == 2
     assert message in capsys.readouterr().err
 

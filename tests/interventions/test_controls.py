@@ -216,7 +216,13 @@ def with_received(trace, **by_layer):
     for layer, values in by_layer.items():
         for token, value in values.items():
             received[:, int(layer[1:]), :, token] = value
-    return replace(trace, received=received)
+    return receiving(trace, received)
+
+
+def receiving(trace, received):
+    """The trace with this received attention."""
+    result = replace(trace.language.received, received=received)
+    return replace(trace, language=replace(trace.language, received=result))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_mass_is_that_of_the_edited_heads(traced):
     _, trace, _ = traced
     received = torch.zeros_like(trace.received)
     received[:, :, 1] = torch.where(trace.v_sinks, 1.0, 0.5)[:, None]
-    trace = replace(trace, received=received)
+    trace = receiving(trace, received)
     (it,) = ss.RandomControl(ss.MaskKeys(trace.v_sinks, heads=[1]), "mass", n=1).draws(trace)
     assert it.tokens.sum() == 4
     most = ss.MaskKeys(
@@ -328,7 +334,7 @@ def test_controls_are_of_the_kind_that_is_edited_in_the_row(pair, match):
     mask[0, text[2]] = True
     mask[1, text[3:5]] = True
     received = torch.where(visual[:, None, None], 0.5, 0.25).expand_as(trace.received)
-    trace = replace(trace, received=received)
+    trace = receiving(trace, received)
     for it in ss.RandomControl(ss.MaskKeys(mask), match, n=8).draws(trace):
         assert (it.tokens & visual).sum(1).tolist() == [2, 0]
         assert (it.tokens & ~visual).sum(1).tolist() == [1, 2]
