@@ -48,9 +48,9 @@ def prompts(lvlm):
         "batch of two": lvlm.prepare(
             images=[scene, flower], text=["what colour is the background?", "describe. " + text(40)]
         ),
+        "text of 20": lvlm.prepare(images=other, text=text(20)),
         "text of 300": lvlm.prepare(images=scene, text=text(300)),
         "text of 1000": lvlm.prepare(images=scene, text=text(1000)),
-        "text of 20": lvlm.prepare(images=other, text=text(20)),
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 import sinkscope
 from sinkscope.cli import make_parser
 from tests.project.repository import FENCE, ROOT, blocks, commands, documents
+from tests.real_model import example_folder
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
@@ -60,7 +61,9 @@ def test_python_blocks_parse() -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/detectors.md"])
 def test_python_blocks_run(name: str, monkeypatch, tmp_path) -> None:
-    """In order, in one namespace, on the bundled model; nothing may be left undefined."""
+    """In order, in one namespace, on models that need no hub; nothing may be left undefined."""
+    if any("load_example" in code for code, runs in blocks(ROOT / name, "python") if runs):
+        example_folder()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
