@@ -1,7 +1,7 @@
 """Put the measured effects of masking into the package, where `sinkscope demo` shows them.
 
-    python -m benchmarks.paper effects          # measures; hours on two cores, minutes on a GPU
-    python scripts/pack_example_effects.py      # benchmarks/results -> sinkscope/example/effects.json
+python -m benchmarks.paper effects          # measures; hours on two cores, minutes on a GPU
+python scripts/pack_example_effects.py      # benchmarks/results -> sinkscope/example/effects.json
 """
 
 import json
@@ -27,7 +27,9 @@ def main():
     by_condition, counts = {}, {}
     for line in measured["scopes"]:
         if line["task"] in ("global", "local"):
-            row = by_condition.setdefault(line["condition"], {"masked in every layer": line["condition"]})
+            row = by_condition.setdefault(
+                line["condition"], {"masked in every layer": line["condition"]}
+            )
             row[f"{line['task']} questions"] = cell(line)
             counts[line["task"]] = line["n"]
     rows = list(by_condition.values())

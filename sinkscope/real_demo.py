@@ -110,8 +110,8 @@ def photo_table(said: str, trace: SinkTrace) -> DataFrame:
 
     from sinkscope.viz.table import counts
 
-    frame = pd.DataFrame([{"question": PHOTO_QUESTION, "answer": said, "sinks": counts(trace)}])
-    frame.attrs["notes"] = [WORDS_ARE_WRONG, CREDIT]
+    frame = pd.DataFrame([{"question": PHOTO_QUESTION, "sinks": counts(trace)}])
+    frame.attrs["notes"] = [f"Its answer: {said}", WORDS_ARE_WRONG, CREDIT]
     return frame
 
 

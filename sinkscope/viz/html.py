@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MARKS = {"V": "●", "L": "■", "text": "▲", "attention": "⬢"}
 
+LONG = 60
+"""Characters from which a cell of a small table breaks into lines."""
+
 NOTEBOOK = (
     ".sinkscope-trace table { border-collapse: collapse; font-size: 85%; }"
     ".sinkscope-trace table th, .sinkscope-trace table td { text-align: left; padding: 2px 8px;"
@@ -75,7 +78,7 @@ def frame_table(frame: pd.DataFrame) -> str:
     """Any small table as HTML, and under it the sentences in its ``attrs["notes"]``."""
     heads = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
     lines = [
-        "<tr>" + "".join(f"<td>{escape(_plain(value))}</td>" for value in line) + "</tr>"
+        "<tr>" + "".join(_cell(_plain(value)) for value in line) + "</tr>"
         for line in frame.itertuples(index=False)
     ]
     notes = "".join(f"<p>{escape(note)}</p>" for note in frame.attrs.get("notes", ()))
@@ -135,6 +138,12 @@ def _remark(text: str, across: int) -> str:
 def _head(head: str) -> str:
     """``re-|ceived`` is one word in a table that has room; ``norm|ViT`` is two."""
     return escape(head.replace("-|", "").replace("|", " "))
+
+
+def _cell(text: str) -> str:
+    """A cell; long text may break into lines."""
+    wrap = ' style="white-space:normal;min-width:16em"' if len(text) > LONG else ""
+    return f"<td{wrap}>{escape(text)}</td>"
 
 
 def _plain(value: object) -> str:
