@@ -23,6 +23,7 @@ def cell(line):
 
 
 def main():
+    """Read the results, write the table of the demo."""
     measured = json.loads(SOURCE.read_text(encoding="utf-8"))
     by_condition, counts = {}, {}
     for line in measured["scopes"]:
