@@ -12,7 +12,7 @@ from sinkscope.detectors.detection import Detection
 from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
 from sinkscope.models.lvlm import LVLM, Run
 from sinkscope.models.prepare import Sample
-from sinkscope.probes import EvidenceResult, MassiveActivations, MassiveResult
+from sinkscope.probes import EvidenceResult, MassiveActivations, MassiveResult, WriteResult
 from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Measured:
         last: The last vision block that feeds the projector.
         draws: Least attention beyond uniform.
         excess: ``[batch layer head key]`` in the LLM, see `ReceivedResult.excess`.
-        ratio: ``[batch layer head key]``, every key's write over the mean of the others.
+        writes: What heads write, in the layers of which that is known; None if there are none.
+        ratio: ``[batch layer head key]``, every key's write over the mean of the others, there.
     """
 
     sample: Sample
@@ -47,7 +48,8 @@ class Measured:
     last: int
     draws: float
     excess: Tensor
-    ratio: Tensor
+    writes: WriteResult | None
+    ratio: Tensor | None
 
     @property
     def vision(self) -> EvidenceResult:
@@ -64,6 +66,7 @@ def measured(
     lvlm: LVLM, sample: Sample, run: Run, probes: Probes, v: Detection, low: Detection, draws: float
 ) -> Measured:
     """What `collect_records` takes."""
+    writes = None if probes.writes is None else run[probes.writes]
     return Measured(
         sample=sample,
         run=run,
@@ -73,7 +76,8 @@ def measured(
         last=lvlm.anatomy.feed_layers[-1],
         draws=draws,
         excess=run[probes.language].received.excess(),
-        ratio=run[probes.writes].ratio(),
+        writes=writes,
+        ratio=None if writes is None else writes.ratio(),
     )
 
 
@@ -99,24 +103,28 @@ def top_channels(result: MassiveResult, batch: int, layer: int, pos: int) -> Cha
 
 def writer(
     run: Run, halves: Mapping[str, MassiveActivations], where: tuple[int, int, int], channel: int
-) -> str:
+) -> str | None:
     """Which half of a block wrote more into a channel of a token.
 
     Args:
         run: The run.
-        halves: The probes of ``attn_out`` and ``mlp_out``.
-        where: Row, layer index, position.
+        halves: The probes of ``attn_out`` and ``mlp_out``; none where no block's are known.
+        where: Row, block, position.
         channel: The channel.
 
     Returns:
-        ``"attention"`` or ``"mlp"``.
+        ``"attention"``, ``"mlp"``, or None where it is not known what the block adds.
     """
+    row, block, pos = where
     size = {}
     for site, probe in halves.items():
         result = run[probe]
-        channels = result.channels[where]
-        values = result.values[where].abs()
-        size[site] = float(values[channels == channel].sum())
+        if block not in result.layers:
+            return None
+        at = (row, result.layers.index(block), pos)
+        size[site] = float(result.values[at].abs()[result.channels[at] == channel].sum())
+    if not size:
+        return None
     return "attention" if size["attn_out"] > size["mlp_out"] else "mlp"
 
 
@@ -272,17 +280,31 @@ def attention_part(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     known = excess.nan_to_num(nan=-2.0)
     drawn = (known.amax(dim=1) >= m.draws).nonzero().flatten()
     layer, head = divmod(int(known.argmax()), excess.shape[1])
-    writes = m.run[m.probes.writes]
-    ratio = float(m.ratio[batch, layer, head, pos])
-    rank = float(writes.stable_rank[batch, layer, head])
+    ratio, rank, norm = written(m, batch, layer, head, pos)
+    verdict = "writes unknown" if ratio != ratio else nop_or_broadcast(ratio, rank)
     return parts | {
         "first_drawn": int(drawn[0]) if len(drawn) else None,
         "head": (layer, head),
         "head_received": float(others[batch, layer, head, pos]),
         "head_null": float(others_null[batch, layer, pos]),
         "excess": float(excess[layer, head]),
-        "contribution": float(received[layer, head] * writes.norms[batch, layer, head, pos]),
+        "contribution": float(received[layer, head]) * norm,
         "value_ratio": ratio,
         "stable_rank": rank,
-        "verdict": nop_or_broadcast(ratio, rank) if len(drawn) else "draws nothing",
+        "verdict": verdict if len(drawn) else "draws nothing",
     }
+
+
+def written(m: Measured, batch: int, layer: int, head: int, pos: int) -> tuple[float, float, float]:
+    """What a token writes in a head: over the others' mean, the head's stable rank, and its norm.
+
+    NaN where it is not known what lies between the head and the residual stream.
+    """
+    if m.writes is None or m.ratio is None or layer not in m.writes.layers:
+        return float("nan"), float("nan"), float("nan")
+    at = m.writes.layers.index(layer)
+    return (
+        float(m.ratio[batch, at, head, pos]),
+        float(m.writes.stable_rank[batch, at, head]),
+        float(m.writes.norms[batch, at, head, pos]),
+    )

@@ -77,7 +77,8 @@ class SinkRecord:
         value_ratio: ``ratio_out`` there: its write over the mean write of the other tokens.
         stable_rank: Of that head's output.
         verdict: ``"NOP"``, ``"broadcast"``, ``"mixed"``; ``"draws nothing"`` for a token to which no
-            head of the LLM gives ``draws`` beyond uniform attention.
+            head of the LLM gives ``draws`` beyond uniform attention; ``"writes unknown"`` where it is not
+            known what lies between its head and the stream.
         overlap: A V-sink that also meets the L rule in some layer.
     """
 

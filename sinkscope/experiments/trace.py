@@ -281,17 +281,13 @@ class Probes:
     vit_norms: TokenNorms
     llm_halves: Mapping[str, MassiveActivations]
     llm_norms: TokenNorms
-    writes: HeadWrites
+    writes: HeadWrites | None
 
     def all(self) -> list[Probe]:
         """Every probe once."""
-        single: list[Any] = [
-            self.vision,
-            self.language,
-            self.vit_norms,
-            self.llm_norms,
-            self.writes,
-        ]
+        single: list[Any] = [self.vision, self.language, self.vit_norms, self.llm_norms]
+        if self.writes is not None:
+            single.append(self.writes)
         own = [probe for probe in (self.v, self.low) if probe not in single]
         return [*single, *own, *self.vit_halves.values(), *self.llm_halves.values()]
 
@@ -299,7 +295,6 @@ class Probes:
 def make_probes(lvlm: LVLM, rules: SinkRules) -> Probes:
     """Everything a trace measures, in one forward pass; the gap rule needs no probe of its own."""
     a = lvlm.anatomy
-    halves = ("attn_out", "mlp_out")
     many = min(16, a.vision.d_model, a.language.d_model)
     vision, language = SinkEvidence(tower="vision"), SinkEvidence()
     own_v = rules.v.probe("vision", None, a.vision)
@@ -309,12 +304,20 @@ def make_probes(lvlm: LVLM, rules: SinkRules) -> Probes:
         low=language if isinstance(rules.low, Gap) else own_l,
         vision=vision,
         language=language,
-        vit_halves={site: MassiveActivations(None, "vision", many, site) for site in halves},
+        vit_halves=halves_of(a.vision, many),
         vit_norms=TokenNorms(None, "vision", STATE_SITE["vision"]),
-        llm_halves={site: MassiveActivations(None, "language", many, site) for site in halves},
+        llm_halves=halves_of(a.language, many),
         llm_norms=TokenNorms([0], "language", STATE_SITE["language"]),
-        writes=HeadWrites(),
+        writes=HeadWrites(a.language.writing) if a.language.writing else None,
     )
+
+
+def halves_of(tower: Any, many: int) -> dict[str, MassiveActivations]:
+    """What attention and MLP add, in the blocks of which that is known."""
+    if not tower.adding:
+        return {}
+    sites = ("attn_out", "mlp_out")
+    return {site: MassiveActivations(tower.adding, tower.tower, many, site) for site in sites}
 
 
 def trace_sinks(

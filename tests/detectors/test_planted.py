@@ -15,6 +15,7 @@ from benchmarks.planted_detectors import (
     truth_of,
 )
 from sinkscope import detectors
+from sinkscope.models.branches import NoBranch
 from sinkscope.testing import random_plant, sink_free
 from sinkscope.testing.scoring import Score
 
@@ -159,3 +160,24 @@ def test_contribution_of_a_record_is_what_the_head_writes():
         assert abs(by_query.mean().item() - record.contribution) < 1e-4 * max(
             1, record.contribution
         )
+
+
+@pytest.mark.parametrize("missing", [range(6), [1]])
+def test_a_trace_goes_on_where_it_is_not_known_what_a_block_adds(missing):
+    """Sinks are found all the same; who wrote them, or what they write, is left open there."""
+    planted = random_plant(5, n_overlap=1)
+    lvlm = ss.LVLM(planted.model, planted.processor)
+    sample = lvlm.prepare(inputs=planted.inputs())
+    want = ss.trace_sinks(lvlm, sample).records
+    reason = NoBranch("it adds something else; expected a sum")
+    lvlm._anatomy = lvlm.anatomy.without({("language", layer): reason for layer in missing})
+    got = ss.trace_sinks(lvlm, sample).records
+    assert [(r.kind, r.pos, r.llm_layers) for r in got] == [
+        (r.kind, r.pos, r.llm_layers) for r in want
+    ]
+    for one, before in zip(got, want, strict=True):
+        known = one.llm_birth not in missing
+        assert one.llm_writer == (before.llm_writer if known else None)
+        known = one.head is not None and one.head[0] not in missing
+        assert one.verdict == (before.verdict if known else "writes unknown")
+        assert one.vit_writer == before.vit_writer
