@@ -208,7 +208,15 @@ def _draw_decoys(
     marker = "x" if name.startswith("spike") else "+"
     x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     ax.scatter(
-        x.tolist(), y.tolist(), s=80, linewidths=2.4, zorder=5, marker=marker, color=INK, label=name
+        x.tolist(),
+        y.tolist(),
+        s=80,
+        linewidths=2.4,
+        zorder=5,
+        marker=marker,
+        color=INK,
+        label=name,
+        path_effects=[withStroke(linewidth=5.0, foreground="white")],
     )
     handle = Line2D(
         [], [], linestyle="", markersize=8, markeredgewidth=2.2, marker=marker, color=INK

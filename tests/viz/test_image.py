@@ -182,3 +182,24 @@ def test_a_cls_that_is_kept_is_no_patch() -> None:
     assert torch.allclose(torch.tensor(picture.get_array()).flatten(), shown)
     assert picture.get_extent() == [0, 32, 32, 0]
     assert trace.plot().axes
+
+
+def test_decoys_are_crosses_that_can_be_seen(traces) -> None:
+    """One of each kind, at its patch, with an outline for dark pictures."""
+    trace = traces["one"]
+    decoys = {"spike decoys": 12, "attention decoys": 50}
+    tokens = trace.sample.tokens
+    patch = tokens.row * 8 + tokens.column
+    masks = {name: (patch == at) & (tokens.row >= 0) for name, at in decoys.items()}
+    ax = plot_sinks_on_image(trace, decoys=masks).axes[0]
+    drawn = {c.get_label(): c for c in ax.collections if c.get_label() in decoys}
+    for name, at in decoys.items():
+        row, column = divmod(at, 8)
+        box = tokens.box[0][masks[name][0]][0]
+        (x, y), *others = drawn[name].get_offsets().tolist()
+        assert not others
+        assert (x, y) == (float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2)
+        assert (int(box[1]), int(box[0])) == (8 * row, 8 * column)
+        assert drawn[name].get_path_effects()
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert {"spike decoys (1)", "attention decoys (1)"} <= set(shown)
