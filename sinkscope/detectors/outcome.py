@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.gap import GAP, GROWTH, Gap
+from sinkscope.detectors.gap import Gap
 from sinkscope.probes.evidence import EvidenceResult
 
 NAMED = 3
@@ -53,7 +53,7 @@ def outcome_of(
         largest = {at: _peak(evidence, at) for at in spiking}
         parts.append(_listed(spiking, largest, called, noun, "spike", "medians"))
     else:
-        medians, times, grown = _largest_spike(evidence)
+        medians, times, grown = _largest_spike(rule, evidence)
         came = "" if grown else ", and came with the embeddings"
         parts.append(
             f"no {noun} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
@@ -123,14 +123,14 @@ def _judged(one: EvidenceResult, values: Tensor) -> Tensor:
     return torch.where(one.judged[:, None], values, torch.full_like(values, -1.0)).nan_to_num(-1.0)
 
 
-def _largest_spike(evidence: Sequence[EvidenceResult]) -> tuple[float, float, bool]:
+def _largest_spike(rule: Gap, evidence: Sequence[EvidenceResult]) -> tuple[float, float, bool]:
     """The most prominent token: medians, multiple of the upper quartile, and whether it grew to that."""
     best = (0.0, 0.0, True)
     for one in evidence:
         times = _judged(one, one.prominence())
         at = int(times.argmax())
-        large = float(times.flatten()[at]) >= GAP
-        grown = one.first is None or not large or bool(one.growth().flatten()[at] >= GROWTH)
+        large = float(times.flatten()[at]) >= rule.gap
+        grown = one.first is None or not large or bool(one.growth().flatten()[at] >= rule.growth)
         found = float(one.medians().flatten()[at]), float(times.flatten()[at]), grown
         best = max(best, found, key=lambda three: three[1])
     return best
