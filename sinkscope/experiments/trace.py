@@ -167,8 +167,11 @@ class SinkTrace:
         return self._rule(layer) & self._like(text, layer)
 
     def ordinary(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that are neither V- nor L-sinks; with None, at no layer: ``[batch pos]``."""
-        visual = (self.sample.tokens.image >= 0) & ~self.v_sinks
+        """Visual tokens that are neither V- nor L-sinks nor attended throughout; with None, at no layer.
+
+        What controls are drawn from: ``[batch pos]``.
+        """
+        visual = (self.sample.tokens.image >= 0) & ~self.v_sinks & ~self.attended
         if layer is None:
             return visual & ~self._rule(None).any(dim=1)
         return visual & ~self._rule(layer)

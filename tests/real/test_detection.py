@@ -188,3 +188,13 @@ def test_what_is_listed_between_is_between(measured):
     assert not (truth.must & truth.must_not).any()
     large = (truth.medians >= FEW_MEDIANS) & (truth.share >= 0.2) & between
     assert large.any()
+
+
+def test_cls_is_no_ordinary_token(lvlm, measured):
+    """A control draws from ordinary tokens; CLS, to which the tower attends throughout, is none."""
+    trace, _ = measured("china.jpg")
+    assert trace.attended[0, 3]
+    assert not trace.ordinary()[0, 3]
+    assert not trace.ordinary(5)[0, 3]
+    assert int(trace.ordinary().sum()) == 256
+    assert trace.groups["ordinary"][0, 5, 3]  # groups split all tokens
