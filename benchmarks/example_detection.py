@@ -195,6 +195,24 @@ def robustness(lvlm, measured):
     return "\n".join(lines)
 
 
+def tower(measured):
+    """Markdown: what the vision tower's CLS and its most attended patch receive, in the head that gives most."""
+    lines = [
+        "| ViT block | CLS, times uniform | most attended patch, times uniform |",
+        "|---|---|---|",
+    ]
+    towers = [trace.vision for trace, _, _ in measured.values()]
+    for block in range(len(towers[0].layers)):
+        cls, patch = [], []
+        for seen in towers:
+            times = seen.received.times_null()[:, block].amax(dim=1)
+            cls += times[:, 0].tolist()
+            patch += times.masked_fill(~seen.judged, 0.0).amax(dim=1).tolist()
+        cells = (f"{min(part):.0f} to {max(part):.0f}" for part in (cls, patch))
+        lines.append(f"| {block} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def random_models(lvlm, n):
     """Sinks that the default rules find in models of the same shape with random weights."""
     found = []
@@ -219,6 +237,7 @@ def main():
     measured = measure(lvlm)
     parts = [f"## Default rules against the eager model, {args.dtype}", table(measured)]
     parts += ["## Every constant halved and doubled", robustness(lvlm, measured)]
+    parts += ["## Attention in the vision tower, over the prompts' pictures", tower(measured)]
     if args.random:
         found = random_models(lvlm, args.random)
         parts += [

@@ -220,3 +220,24 @@ def test_given_rules_come_first_and_nothing_is_calibrated_for_nothing(tiny):
     assert half.calibration is not None
     assert half.calibration.vision.reason == "this tower was not looked at"
     assert half.l_source == "calibrated on 1 samples, which show none"
+
+
+def test_published_constants_come_after_given_rules_and_before_the_gap_rule(tiny, monkeypatch):
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    norm, given = detectors.Norm(5.0), detectors.Norm(9.0)
+    row = detectors.Known("Tiny-1B", "llava", 64, 3, 64, (1, 2), 2.0, norm, "made up here", True)
+    monkeypatch.setattr("sinkscope.detectors.choice.known_for", lambda lvlm: row)
+
+    def never():
+        raise AssertionError("calibrated for nothing")
+
+    for rules in (
+        detectors.SinkRules.on_sample(lvlm, sample, given),
+        detectors.SinkRules.on_others(lvlm, never, given),
+    ):
+        assert (rules.v, rules.low) == (given, row.l_detector)
+        assert rules.chosen == "V: given; L: published constants of Tiny-1B"
+    both = detectors.SinkRules.on_sample(lvlm, sample)
+    assert (both.v, both.low) == (norm, row.l_detector)
+    assert both.chosen == "published constants of Tiny-1B"
