@@ -15,11 +15,11 @@ from sinkscope.commands import add_commands
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError
 from sinkscope.named import MODEL, check_word, load_model
 from sinkscope.specs import HELP, parse_detector
+from sinkscope.stages import stages
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
-    from tqdm.auto import tqdm
 
     from sinkscope.bundled import Scene
     from sinkscope.experiments import SinkTrace
@@ -144,10 +144,12 @@ def run_demo(given: argparse.Namespace) -> int:
     """The demo on the example model, on the toy, or on a planted model."""
     from sinkscope import demo
     from sinkscope.bundled import draw_scene
+    from sinkscope.viz.report import check_folder
 
     scene = draw_scene(given.seed)
     demo.choose_questions(scene, given.questions)
     demo.check_effects(given.effects)
+    check_folder(given.out)
     if given.planted:
         print(f"sinkscope demo: {PLANTED}.", flush=True)
         return run_planted(given, scene)
@@ -165,12 +167,10 @@ def run_demo(given: argparse.Namespace) -> int:
 
 def run_real(given: argparse.Namespace, lvlm: LVLM, scene: Scene) -> int:
     """The example model: a drawn scene, a photograph, and what masking does."""
-    from tqdm.auto import tqdm
-
     from sinkscope import demo, real_demo
 
-    with tqdm(total=5, desc="starting", disable=None, leave=False) as bar:
-        shown = real_demo.show(lvlm, scene, given.questions, lambda text: step(bar, text))
+    with stages(5, "starting") as step:
+        shown = real_demo.show(lvlm, scene, given.questions, step)
     print(f"\n{demo.describe(scene)}\n\n{real_demo.page_tables(shown.tables)}\n")
     print(f"Sinks of the drawn scene, block by block:\n{real_demo.life(shown.trace)}\n")
     photo = write_folder(Path(given.out) / "photo", lvlm, shown.photo, shown.photo_trace, {})
@@ -197,17 +197,15 @@ def run_planted(given: argparse.Namespace, scene: Scene) -> int:
 
 def run_toy(given: argparse.Namespace, scene: Scene) -> int:
     """The bundled model: questions, trace, what editing does."""
-    from tqdm.auto import tqdm
-
     from sinkscope import demo
     from sinkscope.experiments import trace_sinks
 
     questions = demo.choose_questions(scene, given.questions)
-    with tqdm(total=2, desc="loading the model", disable=None, leave=False) as bar:
+    with stages(3, "loading the model") as step:
         lvlm = load_model("bundled")
-        step(bar, "asking")
+        step("asking")
         tables = {demo.ANSWERS: demo.ask_model(lvlm, scene, questions)}
-        step(bar, "tracing")
+        step("tracing")
         sample = lvlm.prepare(images=scene.image, text=questions[0].text)
         trace = trace_sinks(lvlm, sample)
     print(f"\n{demo.describe(scene)}")
@@ -231,35 +229,38 @@ def run_trace(given: argparse.Namespace) -> int:
     asked = (given.v_detector, given.l_detector)
     v, low = (None if spec is None else parse_detector(spec) for spec in asked)
     import pandas as pd
-    from tqdm.auto import tqdm
 
     from sinkscope.detectors import calibrate
     from sinkscope.experiments import trace_sinks
+    from sinkscope.viz.report import check_folder
 
     check_word(given.model)
-    check_images([*given.image, *(given.calibrate or ())])
-    with tqdm(total=5, desc="loading the model", disable=None, leave=False) as bar:
+    paths = given.calibrate or []
+    check_images([*given.image, *paths])
+    out = given.out or (None if given.json else "sinkscope-trace")
+    if out is not None:
+        check_folder(out)
+    with stages(4 + bool(paths), "loading the model") as step:
         lvlm = load(given)
-        step(bar, "preparing")
+        step("preparing")
         sample = lvlm.prepare(images=given.image, text=given.prompt)
-        paths = given.calibrate or []
-        step(bar, f"calibrating on {len(paths)} images" if paths else "preparing")
         calibration = None
         if paths:
+            step(f"calibrating on {len(paths)} images")
             samples = [lvlm.prepare(images=path, text=given.prompt) for path in paths]
             calibration = calibrate(lvlm, samples, progress=sys.stderr.isatty())
-        step(bar, "tracing")
+        step("tracing")
         trace = trace_sinks(lvlm, sample, v, low, calibration=calibration)
-        step(bar, "answering")
+        step("answering")
         said = answer(lvlm, sample)
     tables = {ANSWER: pd.DataFrame([{"prompt": given.prompt, "answer": said}])}
     if given.json:
         print(json.dumps({"answer": said, **json.loads(trace.to_json())}, indent=2))
-        if given.out is not None:
-            write_folder(given.out, lvlm, sample, trace, tables)
+        if out is not None:
+            write_folder(out, lvlm, sample, trace, tables)
         return 0
     print(f"{lvlm.name}: {given.prompt}\n\nAnswer: {said}\n")
-    return _show(given.out or "sinkscope-trace", lvlm, sample, trace, tables)
+    return _show(str(out), lvlm, sample, trace, tables)
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -282,7 +283,9 @@ def answer(lvlm: LVLM, sample: Sample) -> str:
 
 def run_doctor(given: argparse.Namespace) -> int:
     """The model's report."""
-    print(load(given).report())
+    with stages(1, "loading the model"):
+        lvlm = load(given)
+    print(lvlm.report())
     return 0
 
 
@@ -351,9 +354,3 @@ def write_folder(
     result = lvlm.run(sample, [mass], logits="last")[mass]
     title = f"Attention sinks: {lvlm.name}"
     return write_report(out, trace, mass=result, title=title, tables=tables, decoys=decoys)
-
-
-def step(bar: tqdm, next_one: str) -> None:
-    """One stage is done; name the next."""
-    bar.update()
-    bar.set_description(next_one)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import InputError
+from sinkscope.folders import check_place
 from sinkscope.named import MODEL
 from sinkscope.recipe_conditions import arguments_for, by_name, conditions_of, named_gates
 from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
@@ -120,11 +121,13 @@ def run_sweep(given: argparse.Namespace) -> int:
         options["grid"] = lsg_grid(**arguments_for(lsg_grid, grid, "under grid"))
     elif grid is not None:
         options["grid"] = as_pairs(grid)
+    out = recipe.out or OUT["sweep"]
+    if not given.dry_run:
+        check_place(Path(out).expanduser(), "manifest.json", "sweep")
     lvlm = recipe.load(weights=not given.dry_run)
     rules = recipe.given_detectors() if given.dry_run else recipe.detectors(lvlm)
     if not any(len(pair) == len(("V", "L", "rest")) for pair in options.get("grid", ())):
         rules.pop("l_detector")
-    out = recipe.out or OUT["sweep"]
     made: Any = sweep(
         lvlm,
         recipe.data,
@@ -158,11 +161,14 @@ def run_train(given: argparse.Namespace) -> int:
     options = dict(recipe.options)
     if not options.get("layers"):
         raise InputError("Got no layers to train gates at; expected some. Write --layers 10.")
+    out = recipe.out or OUT["train-lsg"]
+    if not given.dry_run:
+        check_place(Path(out).expanduser() / "checkpoints", "run.json", "run")
+        check_place(Path(out).expanduser() / "report", "history.csv", "run")
     lvlm = recipe.load(weights=not given.dry_run)
     rules = {} if given.dry_run else recipe.detectors(lvlm)
     if "L" not in (options.get("choices") or {}).get("groups", ()):
         rules.pop("l_detector", None)
-    out = recipe.out or OUT["train-lsg"]
     made: Any = train_lsg(
         lvlm,
         recipe.data.indexed(),
@@ -196,6 +202,9 @@ def run_compare(given: argparse.Namespace) -> int:
 
     recipe = read_recipe("compare", given.recipe, flags_of(given, "batch"), compare)
     conditions = with_gates(recipe.conditions, given.gate)
+    out = recipe.out or OUT["compare"]
+    if not given.dry_run:
+        check_place(Path(out).expanduser() / "report", "answers.csv", "comparison")
     lvlm = recipe.load(weights=not given.dry_run)
     made = conditions_of(conditions, lvlm)
     if given.dry_run:
@@ -210,7 +219,7 @@ def run_compare(given: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(table.to_markdown())
-    folder = report_folder(recipe.out or OUT["compare"])
+    folder = report_folder(out)
     table.to_dataframe().to_csv(folder / "answers.csv", index=False)
     table.summary().to_csv(folder / "summary.csv", index=False)
     save_figure(table.plot(), folder / "comparison.png")

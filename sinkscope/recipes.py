@@ -30,6 +30,7 @@ import yaml
 from sinkscope.errors import InputError, nearest
 from sinkscope.named import load_model
 from sinkscope.specs import parse_detector
+from sinkscope.stages import stages
 
 if TYPE_CHECKING:
     from sinkscope.experiments.questions import Questions
@@ -85,7 +86,8 @@ class Recipe:
             weights: False builds the architecture alone, which is enough to count what a run costs.
         """
         given = dict(self.model)
-        return load_model(given.pop("name"), weights=weights, **given)
+        with stages(1, "loading the model"):
+            return load_model(given.pop("name"), weights=weights, **given)
 
     def given_detectors(self) -> dict[str, Any]:
         """Detectors that are given; None where not."""

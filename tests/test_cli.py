@@ -163,6 +163,26 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out == f"sinkscope {ss.__version__}\n"
 
 
+def test_a_page_of_somebody_else_is_kept(trace_words, tmp_path, monkeypatch, capsys) -> None:
+    page = tmp_path / "site" / "index.html"
+    page.parent.mkdir()
+    page.write_text("<h1>my own page</h1>")
+    monkeypatch.setattr("sinkscope.cli.load", None)  # refused before a model is loaded
+    for words in ([*trace_words], ["demo", "--planted"]):
+        assert main([*words, "--out", str(page.parent)]) == 2
+        assert (
+            "index.html would be replaced, which sinkscope did not write" in capsys.readouterr().err
+        )
+    assert page.read_text() == "<h1>my own page</h1>"
+
+
+def test_what_is_being_done_is_said_where_there_is_no_terminal(trace_words, capsys) -> None:
+    assert main([*trace_words, "--json"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]
+    words = ["loading the model", "preparing", "tracing", "answering"]
+    assert said == [f"sinkscope: {text} ..." for text in words]
+
+
 WRONG = {
     "no such image": (["--image", "nowhere.png"], "'nowhere.png', which is not there"),
     "no image": (["--image", "{planted}/words.txt"], "which is no readable image"),
@@ -173,7 +193,7 @@ WRONG = {
     ),
     "tau above its bound": (["--l-detector", "dims:1:20"], "less than sqrt(128) = 11.3"),
     "channel out of range": (["--l-detector", "dims:4000:5"], "expected 0 to 127"),
-    "folder is a file": (["--out", "{planted}/words.txt"], "cannot be written"),
+    "folder is a file": (["--out", "{planted}/words.txt"], "which is a file"),
     "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is not there"),
 }
 

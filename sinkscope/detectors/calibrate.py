@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.checks import is_whole
 from sinkscope.detectors.detection import expected_peak
 from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap
 from sinkscope.detectors.limits import Limits
@@ -168,11 +169,12 @@ def calibrate(
         DetectorError: If another number is impossible.
     """
     if not isinstance(samples, Sequence) or len(samples) == 0:
+        what = "no samples" if isinstance(samples, Sequence) else f"a {type(samples).__name__}"
         raise CalibrationError(
-            f"Got {type(samples).__name__} of no samples; expected at least one prepared sample. "
+            f"Got {what}; expected a list with at least one prepared sample. "
             "Write ss.calibrate(lvlm, [lvlm.prepare(images=a, text='...'), ...])."
         )
-    if isinstance(max_dims, bool) or not isinstance(max_dims, int) or max_dims < 1:
+    if not is_whole(max_dims, 1):
         raise CalibrationError(f"Got max_dims={max_dims!r}; expected a whole number from 1 on.")
     if not towers or not set(towers) <= {"vision", "language"}:
         raise CalibrationError(

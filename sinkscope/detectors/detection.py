@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.checks import is_whole
+from sinkscope.errors import DetectorError, LayerError
 from sinkscope.probes.results import tidy
 from sinkscope.sites import Tower
 
@@ -60,10 +62,10 @@ class Detection:
         """The mask of one layer.
 
         Raises:
-            KeyError: If the layer was not looked at.
+            LayerError: If the layer was not looked at.
         """
-        if layer not in self.layers:
-            raise KeyError(f"Got layer {layer}; this detection holds layers {self.layers}.")
+        if not is_whole(layer) or layer not in self.layers:
+            raise LayerError(f"Got layer {layer!r}; this detection holds layers {self.layers}.")
         return self.mask[:, self.layers.index(layer)]
 
     def any_layer(self) -> Bool[Tensor, "batch pos"]:
@@ -98,12 +100,13 @@ def jaccard(one: Detection, other: Detection) -> float:
     """Agreement of two detections: shared over all flagged (layer, token) pairs; 1 if both are empty.
 
     Raises:
-        ValueError: If they looked at other tokens or layers.
+        DetectorError: If they looked at other tokens or layers.
     """
-    if one.mask.shape != other.mask.shape:
-        raise ValueError(
-            f"Got detections of shapes {tuple(one.mask.shape)} and {tuple(other.mask.shape)}; "
-            "expected the same sample, tower and layers."
+    looked = [(each.tower, each.layers, tuple(each.mask.shape)) for each in (one, other)]
+    if looked[0] != looked[1]:
+        raise DetectorError(
+            f"Got detections of the (tower, layers, shape) {looked[0]} and {looked[1]}; expected the "
+            "same sample, tower and layers."
         )
     union = (one.mask | other.mask).sum().item()
     return 1.0 if union == 0 else (one.mask & other.mask).sum().item() / union

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sinkscope.checks import is_number
 from sinkscope.detectors.detection import expected_peak
+from sinkscope.detectors.rules import check_strict
 from sinkscope.errors import DetectorError
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.probes.protocol import Probe
@@ -46,18 +48,19 @@ class Gap:
     growth: float = GROWTH
     strict: bool = False
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Spikes and attention.
-
-        Raises:
-            DetectorError: If a limit is impossible.
-        """
-        if not (self.gap > 1 and self.medians > 0 and 0 < self.draws < 1 and self.growth > 0):
+    def __post_init__(self) -> None:
+        positive = all(is_number(number, above=0) for number in (self.medians, self.growth))
+        share = is_number(self.draws, above=0, below=1)
+        if not (is_number(self.gap, above=1) and positive and share):
             raise DetectorError(
-                f"Got gap={self.gap}, medians={self.medians}, draws={self.draws}, growth={self.growth}; "
+                f"Got gap={self.gap!r}, medians={self.medians!r}, draws={self.draws!r}, growth={self.growth!r}; "
                 "expected a gap above 1, positive medians and growth, and a share of attention between 0 "
                 "and 1. Write ss.detectors.Gap() for the default."
             )
+        check_strict(self)
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """Spikes and attention."""
         return SinkEvidence(layers, tower)
 
     def scores(self, result: EvidenceResult) -> Tensor:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkscope.detectors.rules import STATE_SITE, Detector, Massive, NoSinks, SinkDimensions
+from sinkscope.checks import is_number
+from sinkscope.detectors.rules import (
+    STATE_SITE,
+    Detector,
+    Massive,
+    NoSinks,
+    SinkDimensions,
+    check_strict,
+)
 from sinkscope.errors import DetectorError
 from sinkscope.probes import MassiveActivations, Probe, SinkDimensionScores
 from sinkscope.sites import Tower
@@ -36,18 +44,26 @@ class Limits:
     dims: Sequence[int] = ()
     strict: bool = False
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """What the score is made of.
-
-        Raises:
-            DetectorError: If the score is unknown, or there is not one positive limit per block.
-        """
+    def __post_init__(self) -> None:
         if self.score not in SCORES or (self.score == "channels") != bool(len(self.dims)):
             raise DetectorError(
                 f"Got score={self.score!r} with dims={tuple(self.dims)}; expected one of {SCORES}, and "
                 "channels for 'channels' only. Limits come from ss.calibrate(lvlm, samples)."
             )
-        if len(self.limits) != anatomy.n_layers or not all(limit > 0 for limit in self.limits):
+        if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
+            raise DetectorError(
+                f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
+                "is no sink. Limits come from ss.calibrate(lvlm, samples)."
+            )
+        check_strict(self)
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """What the score is made of.
+
+        Raises:
+            DetectorError: If there is not one limit per block.
+        """
+        if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
                 f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
                 "expected a positive one per block. Limits belong to one model: run "

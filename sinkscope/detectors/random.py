@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.probes import MassiveActivations, Probe
@@ -35,8 +36,10 @@ class RandomTokens:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise DetectorError(f"Got count={self.count!r}; expected an int of 1 or more.")
+        if not is_whole(self.count, 1) or not is_whole(self.seed):
+            raise DetectorError(
+                f"Got count={self.count!r}, seed={self.seed!r}; expected whole numbers, the count 1 or more."
+            )
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """The largest channel of every token."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sinkscope.checks import is_number, is_whole
 from sinkscope.detectors.detection import Detection, expected_peak, saturation_warning
 from sinkscope.errors import DetectorError
 from sinkscope.probes import (
@@ -93,6 +95,16 @@ def decide(
     return saturation_warning(detection)
 
 
+def check_strict(detector: Any) -> None:
+    """Refuse a ``strict`` that is no bool.
+
+    Raises:
+        DetectorError: If so.
+    """
+    if not isinstance(detector.strict, bool):
+        raise DetectorError(f"Got strict={detector.strict!r}; expected True or False.")
+
+
 def constant(scores: Tensor, value: float) -> Tensor:
     """One threshold for every row and layer."""
     return torch.full(scores.shape[:2], float(value))
@@ -118,15 +130,23 @@ class SinkDimensions:
     normalize: str = "rms"
     strict: bool = True
 
+    def __post_init__(self) -> None:
+        dims = () if isinstance(self.dims, (str, Real)) else tuple(self.dims)
+        if not dims or not all(is_whole(dim, 0) for dim in dims):
+            raise DetectorError(f"Got dims={self.dims!r}; expected channels, such as [1415, 2533].")
+        if not is_number(self.tau, above=0):
+            raise DetectorError(f"Got tau={self.tau!r}; expected a positive threshold, such as 20.")
+        if self.normalize not in ("rms", "none"):
+            raise DetectorError(f"Got normalize={self.normalize!r}; expected 'rms' or 'none'.")
+        check_strict(self)
+
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Sink-dimension scores.
 
         Raises:
-            DetectorError: If tau is not positive or above sqrt(D).
+            DetectorError: If tau is above sqrt(D).
         """
         bound = anatomy.d_model**0.5
-        if not self.tau > 0:
-            raise DetectorError(f"Got tau={self.tau}; expected a positive threshold.")
         if self.normalize == "rms" and self.tau >= bound:
             raise DetectorError(
                 f"Got tau={self.tau} with RMS normalisation in the {tower} tower of width "
@@ -167,16 +187,16 @@ class Massive:
     ratio: float = 1000.0
     strict: bool = True
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The largest channel of every token.
-
-        Raises:
-            DetectorError: If a limit is negative.
-        """
-        if self.absolute < 0 or self.ratio < 0:
+    def __post_init__(self) -> None:
+        if not (is_number(self.absolute, 0) and is_number(self.ratio, 0)):
             raise DetectorError(
-                f"Got absolute={self.absolute}, ratio={self.ratio}; expected both at least 0."
+                f"Got absolute={self.absolute!r}, ratio={self.ratio!r}; expected two numbers from 0 on, "
+                "such as absolute=100, ratio=1000."
             )
+        check_strict(self)
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """The largest channel of every token."""
         return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
@@ -213,16 +233,17 @@ class Norm:
     gap: float = 1.5
     strict: bool = False
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Token norms.
+    def __post_init__(self) -> None:
+        if self.tau not in ("valley", "3sigma") and not is_number(self.tau, above=0):
+            raise DetectorError(
+                f"Got tau={self.tau!r}; expected a positive number, 'valley' or '3sigma'."
+            )
+        if not is_number(self.gap, least=1):
+            raise DetectorError(f"Got gap={self.gap!r}; expected a ratio from 1 on, such as 1.5.")
+        check_strict(self)
 
-        Raises:
-            DetectorError: If tau is neither a positive number nor a known rule.
-        """
-        if isinstance(self.tau, str) and self.tau not in ("valley", "3sigma"):
-            raise DetectorError(f"Got tau={self.tau!r}; expected a number, 'valley' or '3sigma'.")
-        if not isinstance(self.tau, str) and not self.tau > 0:
-            raise DetectorError(f"Got tau={self.tau}; expected a positive norm.")
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """Token norms."""
         return TokenNorms(layers, tower, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
@@ -278,21 +299,20 @@ class Received:
     heads: str = "max"
     strict: bool = True
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Received attention.
-
-        Raises:
-            DetectorError: If a limit or the way to join heads is impossible.
-        """
+    def __post_init__(self) -> None:
         if self.heads not in ("max", "mean"):
             raise DetectorError(f"Got heads={self.heads!r}; expected 'max' or 'mean'.")
-        if self.times_null is None and not 0 < self.eps < 1:
-            raise DetectorError(f"Got eps={self.eps}; expected a share between 0 and 1.")
-        if self.times_null is not None and not self.times_null > 0:
+        if not is_number(self.eps, above=0, below=1):
+            raise DetectorError(f"Got eps={self.eps!r}; expected a share between 0 and 1.")
+        if self.times_null is not None and not is_number(self.times_null, above=0):
             raise DetectorError(
-                f"Got times_null={self.times_null}; expected a positive multiple of uniform attention, "
+                f"Got times_null={self.times_null!r}; expected a positive multiple of uniform attention, "
                 "such as 5."
             )
+        check_strict(self)
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """Received attention."""
         return ReceivedAttention(layers, tower=tower, others=self.times_null is not None)
 
     def scores(self, result: Any) -> Tensor:
@@ -322,14 +342,13 @@ class CosineToBOS:
     threshold: float = 0.9
     strict: bool = True
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Cosine to the first token.
+    def __post_init__(self) -> None:
+        if not is_number(self.threshold, above=0, below=1):
+            raise DetectorError(f"Got threshold={self.threshold!r}; expected between 0 and 1.")
+        check_strict(self)
 
-        Raises:
-            DetectorError: If the threshold is no cosine.
-        """
-        if not 0 < self.threshold < 1:
-            raise DetectorError(f"Got threshold={self.threshold}; expected between 0 and 1.")
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """Cosine to the first token."""
         return CosineToFirst(layers, tower, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
@@ -355,6 +374,11 @@ class NoSinks:
 
     reason: str = "no sink found"
     strict: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str):
+            raise DetectorError(f"Got reason={self.reason!r}; expected text.")
+        check_strict(self)
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Token norms, only to have scores to show."""

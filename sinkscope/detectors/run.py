@@ -122,12 +122,22 @@ def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.D
         A square table in [0, 1]; two empty detections agree fully.
 
     Raises:
-        ValueError: If they looked at other tokens or layers.
+        DetectorError: If they looked at other tokens or layers, or are no detections; or if two of a
+            list have the same name.
     """
     import pandas as pd
 
+    listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
+    for one in listed:
+        if not isinstance(one, Detection):
+            raise DetectorError(f"Got {type(one).__name__}; expected what ss.detect(...) returns.")
     if not isinstance(detections, Mapping):
-        detections = {d.detector: d for d in detections}
+        detections = {one.detector: one for one in listed}
+    if len(detections) < len(listed):
+        raise DetectorError(
+            f"Got {len(listed)} detections with {len(detections)} names; expected a name for each. "
+            "Write agreement({'a': one, 'b': other})."
+        )
     names = list(detections)
     table = [[jaccard(detections[a], detections[b]) for b in names] for a in names]
     return pd.DataFrame(table, index=names, columns=names)

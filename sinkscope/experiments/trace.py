@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.checks import is_number, is_whole
 from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import known_for
@@ -131,9 +132,9 @@ class SinkTrace:
         """The L rule on all tokens, ``[batch pos]`` or ``[batch layer pos]``."""
         if layer is None:
             return self.l_detection.mask
-        if not 0 <= layer < self.n_layers:
+        if not is_whole(layer) or not 0 <= layer < self.n_layers:
             raise SelectionError(
-                f"Got layer {layer}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
+                f"Got layer {layer!r}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
                 "what block l reads."
             )
         return self.l_detection.mask[:, layer]
@@ -357,7 +358,7 @@ def trace_sinks(
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
         SelectionError: If ``merge`` is unknown.
     """
-    if isinstance(draws, bool) or not isinstance(draws, (int, float)) or not 0 < draws < 1:
+    if not is_number(draws, above=0, below=1):
         raise DetectorError(
             f"Got draws={draws!r}; expected a share of attention between 0 and 1, such as {DRAWS}."
         )

@@ -126,7 +126,11 @@ class GateConfig:
                     f"Got {name}={rule!r}; expected a rule by name and parameters, as "
                     "sinkscope.lsg.describe(detector) gives it."
                 )
-            check_detector(name, detector_of(rule), width)
+            try:
+                detector = detector_of(rule)
+            except DetectorError as error:
+                raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
+            check_detector(name, detector, width)
 
     @property
     def edited(self) -> int:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import sinkscope
+from sinkscope.checks import is_whole
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
 from sinkscope.folders import read_json
 from sinkscope.lsg.aliases import canonical
-from sinkscope.lsg.checks import check_fingerprint, is_whole, require
+from sinkscope.lsg.checks import check_fingerprint, require
 from sinkscope.lsg.choosing import check_layer
 from sinkscope.lsg.config import GateConfig
 from sinkscope.lsg.storage import AGAIN, CONFIG, Source, as_fp32, read_tensors

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sinkscope.checks import is_number
 from sinkscope.errors import CheckpointError
 from sinkscope.kernels.gating import ACTIVATIONS
-from sinkscope.lsg.checks import is_finite
 from sinkscope.lsg.meanings import (
     ACTIVATION,
     DIMS,
@@ -217,7 +217,7 @@ def group_of(name: str) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""
-    return float(value) if is_finite(value) else None
+    return float(value) if is_number(value) else None
 
 
 def whole_numbers(value: Any) -> list[int] | None:

@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.errors import NonFiniteError, ProbeError
+from sinkscope.errors import InterventionError, NonFiniteError, ProbeError
 from sinkscope.interventions.protocol import Effect, Intervention, effect_from
 from sinkscope.models.context import Context
 from sinkscope.models.runner import Raw
 from sinkscope.probes.protocol import Probe, Result
+
+
+class Effects(dict[Intervention, Effect]):
+    """What every intervention did, found by the intervention object."""
+
+    def __missing__(self, key: Any) -> Effect:
+        raise InterventionError(
+            f"Got {type(key).__name__} {key!r}, which did nothing in this pass; expected one of its "
+            f"interventions, {[type(it).__name__ for it in self]}. Effects are found by the object "
+            "itself: keep it in a variable and pass that one."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +40,7 @@ class Run:
 
     logits: Tensor
     results: Mapping[Probe, Result]
-    effects: Mapping[Intervention, Effect] = field(default_factory=dict)
+    effects: Mapping[Intervention, Effect] = field(default_factory=Effects)
     step: int = 0
 
     def __getitem__(self, probe: Probe) -> Any:
@@ -99,9 +110,9 @@ def finish_run(
     }
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
-    effects = {
-        it: effect_from(raw.answers["edit", slot], context.step, ended)
+    effects = Effects(
+        (it, effect_from(raw.answers["edit", slot], context.step, ended))
         for slot, it in enumerate(interventions)
         if ("edit", slot) in raw.answers
-    }
+    )
     return Run(raw.logits, results, effects, context.step)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sinkscope.errors import ModelError, nearest
 from sinkscope.models.anatomy import TowerAnatomy
 from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, judge_edit, reason_of
 
@@ -40,9 +41,15 @@ class Report:
         """The verdict on one probe or intervention, by the name of its class.
 
         Raises:
-            KeyError: If there is none of that name.
+            ModelError: If there is none of that name.
         """
-        return {(v.name, v.tower): v for v in (*self.probes, *self.edits)}[name, tower]
+        known = {(v.name, v.tower): v for v in (*self.probes, *self.edits)}
+        if (name, tower) not in known:
+            raise ModelError(
+                f"Got {name!r} in the {tower!r} tower; expected the name of a probe or an intervention, "
+                "and 'vision' or 'language'. " + nearest(str(name), {one for one, _ in known})
+            )
+        return known[name, tower]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns name, tower, status, why."""

@@ -101,10 +101,12 @@ OVERLAP = (
     "<p>Counts over all rows of the batch. A V-sink that meets the L rule in a layer is counted as V, "
     "and once more in the column that says so.</p>"
 )
+WRITTEN = "Written by sinkscope."
+"""How a page of ours is known."""
 FOOTER = (
     '<footer><p>Beside this page: <a href="sinks.csv">sinks.csv</a>, <a href="tokens.csv">tokens.csv</a>, '
     '<a href="trace.json">trace.json</a> and the folder <a href="figures/">figures</a>. Layers, heads, rows '
-    "and columns count from 0. Written by sinkscope.</p></footer>"
+    f"and columns count from 0. {WRITTEN}</p></footer>"
 )
 ABOUT = {
     "V": "born in the vision tower",

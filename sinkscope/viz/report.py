@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
 from sinkscope.viz.gallery import pictures_of
-from sinkscope.viz.page import Shown, make_page
+from sinkscope.viz.page import WRITTEN, Shown, make_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +21,36 @@ if TYPE_CHECKING:
     from sinkscope.probes import MassResult
 
 DPI = 130
+FILES = ("index.html", "sinks.csv", "tokens.csv", "trace.json")
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Refuse a place where a report would replace files that no report wrote.
+
+    Args:
+        folder: Where a report is to be; it need not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If it is a file, or holds files of the same names that are somebody else's.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Got {str(folder)!r}, which is a file; expected a folder for the report.")
+    page = folder / "index.html"
+    there = [name for name in FILES if (folder / name).exists()]
+    if page.is_file():
+        ours = WRITTEN in page.read_text(encoding="utf-8", errors="replace")
+    else:
+        ours = (folder / "figures").is_dir()
+    if there and not ours:
+        raise InputError(
+            f"Got the report folder {str(folder)!r}, where {', '.join(there)} would be replaced, which "
+            "sinkscope did not write; expected a new folder, or one of an earlier report."
+        )
+    return folder
 
 
 def write_report(
@@ -43,7 +73,7 @@ def write_report(
         folder/trace.json    detectors, warnings, overlap and records
         folder/figures/      PNG files
 
-    Files of these names are replaced, others are left alone.
+    Files of an earlier report are replaced, others are left alone.
 
     Args:
         folder: Where to write; made if it is not there.
@@ -58,9 +88,9 @@ def write_report(
         The path of ``index.html``.
 
     Raises:
-        InputError: If the folder cannot be written.
+        InputError: If the folder cannot be written, or holds a page of somebody else.
     """
-    folder = Path(folder)
+    folder = check_folder(folder)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         sinks_table(trace).to_csv(folder / "sinks.csv", index=False)

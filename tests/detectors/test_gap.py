@@ -153,7 +153,9 @@ def test_layers_of_different_size_get_a_limit_each():
     assert isinstance(rule, detectors.Limits)
     want = [math.inf, (200.0 * 5.0) ** 0.5, (9000.0 * 300.0) ** 0.5, math.inf]
     assert list(rule.limits) == pytest.approx(want)
-    assert rule.at(2) == detectors.Massive(absolute=0.0, ratio=pytest.approx(want[2]))
+    one = rule.at(2)
+    assert isinstance(one, detectors.Massive)
+    assert (one.absolute, one.ratio) == (0.0, pytest.approx(want[2]))
     assert isinstance(rule.at(0), detectors.NoSinks)
 
 

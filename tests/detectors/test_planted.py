@@ -15,6 +15,7 @@ from benchmarks.planted_detectors import (
     truth_of,
 )
 from sinkscope import detectors
+from sinkscope.errors import SelectionError
 from sinkscope.models.branches import NoBranch
 from sinkscope.testing import random_plant, sink_free
 from sinkscope.testing.scoring import Score
@@ -60,6 +61,9 @@ def test_decoys_are_told_apart(rules, layout):
     ids = sample.tokens.ids
     spike, draw = (planted.tokens(k, ids) for k in ("spike_decoys", "attention_decoys"))
     trace = ss.trace_sinks(lvlm, sample, *rules[layout])
+    for layer in (-1, trace.n_layers, True):
+        with pytest.raises(SelectionError, match=rf"Got layer {layer}; expected 0 to"):
+            trace.l_sinks(layer)
     flagged = trace.v_sinks | trace.l_sinks().any(dim=1)
     assert not (flagged & (spike | draw)).any()
 

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
+from sinkscope.errors import DetectorError, LayerError
 from sinkscope.kernels import residual
 from sinkscope.probes.attention import ReceivedResult
 from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
@@ -100,7 +102,7 @@ def test_jaccard_by_hand():
     assert jaccard(empty, empty) == 1.0
     table = ss.agreement({"one": one, "other": other})
     assert table.loc["one", "other"] == 0.5
-    with pytest.raises(ValueError, match="expected the same sample"):
+    with pytest.raises(DetectorError, match="expected the same sample"):
         jaccard(one, detection([[True]]))
 
 
@@ -140,9 +142,9 @@ WRONG = [
     (lambda d: d.SinkDimensions([0], tau=-1.0), "expected a positive threshold"),
     (lambda d: d.SinkDimensions([99], tau=2.0), "expected 0 to 63"),
     (lambda d: d.SinkDimensions([0], tau=2.0, normalize="l2"), "expected 'rms' or 'none'"),
-    (lambda d: d.Massive(absolute=-1), "expected both at least 0"),
+    (lambda d: d.Massive(absolute=-1), "expected two numbers from 0 on"),
     (lambda d: d.Norm("gap"), "'valley' or '3sigma'"),
-    (lambda d: d.Norm(0), "expected a positive norm"),
+    (lambda d: d.Norm(0), "expected a positive number"),
     (lambda d: d.Received(eps=1.5), "expected a share between 0 and 1"),
     (lambda d: d.Received(heads="sum"), "expected 'max' or 'mean'"),
     (lambda d: d.Received(times_null=-1.0), "expected a positive multiple"),
@@ -158,6 +160,40 @@ WRONG = [
 ]
 
 
+NAN = float("nan")
+IMPOSSIBLE = [
+    lambda: detectors.SinkDimensions([], tau=2.0),
+    lambda: detectors.SinkDimensions("12", tau=2.0),
+    lambda: detectors.SinkDimensions([0], tau=NAN),
+    lambda: detectors.Massive(NAN, NAN),
+    lambda: detectors.Massive(math.inf, 1000.0),
+    lambda: detectors.Norm(NAN),
+    lambda: detectors.Norm("valley", gap=NAN),
+    lambda: detectors.Received(eps=NAN),
+    lambda: detectors.Received(times_null=-1),
+    lambda: detectors.Received(strict="no"),
+    lambda: detectors.CosineToBOS("0.9"),
+    lambda: detectors.Gap(growth=NAN),
+    lambda: detectors.Gap(draws=True),
+    lambda: detectors.Limits("ratio", (1.0, NAN)),
+    lambda: detectors.RandomTokens(3, seed=0.5),
+    lambda: detectors.NoSinks(3),
+]
+
+
+@pytest.mark.parametrize("make", IMPOSSIBLE)
+def test_impossible_numbers_are_refused_when_a_detector_is_made(make):
+    with pytest.raises(DetectorError, match=r"^Got .*; expected"):
+        make()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    values = torch.tensor([[[[150.0], [90.0]]]])
+    seen = MassiveResult(values, torch.zeros_like(values).long(), torch.tensor([[1.0]]), (0,), "x")
+    made = detectors.Massive(np.float32(100), torch.tensor(10.0))
+    assert flagged(made, seen).tolist() == [[[True, False]]]
+
+
 @pytest.mark.parametrize(("make", "message"), WRONG, ids=[m for _, m in WRONG])
 def test_impossible_detectors_are_refused(tiny, make, message):
     lvlm = tiny("llava-clip-llama")
@@ -167,8 +203,24 @@ def test_impossible_detectors_are_refused(tiny, make, message):
 
 
 def test_calibration_needs_samples(tiny):
-    with pytest.raises(ss.errors.CalibrationError, match="at least one prepared sample"):
-        ss.calibrate(tiny("llava-clip-llama"), [])
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    for samples, came in (([], "Got no samples"), (sample, "Got a Sample")):
+        with pytest.raises(ss.errors.CalibrationError, match=f"{came}; expected a list"):
+            ss.calibrate(lvlm, samples)
+
+
+def test_layers_and_detections_that_are_not_there_are_named():
+    one = detection([[True, False]])
+    for layer in (3, -1, False):
+        with pytest.raises(
+            LayerError, match=rf"Got layer {layer}; this detection holds layers \(0,"
+        ):
+            one.at(layer)
+    with pytest.raises(DetectorError, match="2 detections with 1 names"):
+        ss.agreement([one, one])
+    with pytest.raises(DetectorError, match=r"Got object; expected what ss\.detect"):
+        ss.agreement({"a": one, "b": object()})
 
 
 def test_known_constants_are_found_by_size_and_only_agreed_ones_are_used(tiny):

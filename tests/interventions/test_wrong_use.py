@@ -483,3 +483,15 @@ def test_blocks_that_feed_nothing_can_be_edited_for_probes_of_the_tower(case):
 
 def test_there_are_many():
     assert len(RUN) >= 50
+
+
+def test_the_effect_of_what_did_not_run_is_not_there(tiny):
+    lvlm = tiny(LLAVA)
+    sample = lvlm.prepare(images=random_image(32, 32, 0), text="a")
+    mask, other = ss.MaskKeys("image"), ss.MaskKeys("image")
+    run = lvlm.run(sample, interventions=[mask])
+    with pytest.raises(InterventionError, match=r"did nothing in this pass.*\['MaskKeys'\]"):
+        run.effects[other]
+    assert run.effects[mask].touched.all()
+    assert other not in run.effects
+    assert run.effects.get(other) is None

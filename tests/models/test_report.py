@@ -345,5 +345,8 @@ def test_html_is_escaped(tiny):
 
 
 def test_an_unknown_probe_has_no_verdict(tiny):
-    with pytest.raises(KeyError, match="Magic"):
-        tiny("qwen2.5-vl").report().verdict("Magic")
+    report = tiny("qwen2.5-vl").report()
+    with pytest.raises(ModelError, match=r"Got 'AttentionMas' .* Did you mean 'AttentionMass'"):
+        report.verdict("AttentionMas")
+    with pytest.raises(ModelError, match="in the 'projector' tower"):
+        report.verdict("AttentionMass", "projector")
