@@ -28,19 +28,17 @@ def main():
     by_condition, counts = {}, {}
     for line in measured["scopes"]:
         if line["task"] in ("global", "local"):
-            row = by_condition.setdefault(
-                line["condition"], {"masked in every layer": line["condition"]}
-            )
+            row = by_condition.setdefault(line["condition"], {"masked": line["condition"]})
             row[f"{line['task']} questions"] = cell(line)
             counts[line["task"]] = line["n"]
     rows = list(by_condition.values())
     for row in rows:
-        row["masked in every layer"] = row["masked in every layer"].removeprefix("mask ")
-    rows[0]["masked in every layer"] = "nothing (accuracy)"
+        row["masked"] = row["masked"].removeprefix("mask ")
+    rows[0]["masked"] = "nothing (accuracy)"
     notes = [
         f"Change of accuracy in points with 95 % intervals over images: {measured['images']} test scenes with "
         f"noise of {measured['noise']:g} grey levels, {counts['global']} global and {counts['local']} local "
-        "questions, whole answers. Masking a random word of the question hurts too, so it is no neutral control."
+        "questions, whole answers. Masked in all layers, but where said. Masking a random word of the question hurts too, so it is no neutral control."
     ]
     TARGET.write_text(json.dumps({"rows": rows, "notes": notes}, indent=1) + "\n", encoding="utf-8")
     print(TARGET.read_text(encoding="utf-8"))

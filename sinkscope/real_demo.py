@@ -34,6 +34,8 @@ ANSWERS = "What the model answered about the drawn scene"
 PHOTO = "What the model says of the photograph"
 LIVE = "What colour is the background? With and without some tokens, on this scene"
 EFFECTS = "What masking does to the accuracy of answers, over many scenes"
+MASKED = "masked"
+FIRST = "position 0"
 LONGEST = 64
 """Tokens of a description."""
 TOP = 8
@@ -116,7 +118,7 @@ def photo_table(said: str, trace: SinkTrace) -> DataFrame:
 
 
 def choices(lvlm: LVLM, trace: SinkTrace) -> dict[str, Any]:
-    """Tokens to mask, bool ``[batch pos]``: the first one, CLS, the most attended patches."""
+    """Tokens to mask, bool ``[batch pos]`` or by layer: the first one, CLS, the most attended patches."""
     tokens, evidence = trace.sample.tokens, trace.vision
     feed = lvlm.anatomy.feed_layers[-1]
     excess = evidence.received.excess()[:, evidence.received.layers.index(feed)].mean(dim=1)
@@ -124,7 +126,8 @@ def choices(lvlm: LVLM, trace: SinkTrace) -> dict[str, Any]:
     top = patches.new_zeros(patches.shape).scatter(1, patches.topk(TOP, dim=1).indices, 1.0)
     cls = tokens.from_vision(tokens.vision.select("cls").float()).nan_to_num() > 0
     return {
-        "position 0": tokens.select("first"),
+        FIRST: tokens.select("first"),
+        f"{FIRST}, only where it is a sink": trace.text_sinks() & tokens.select("first")[:, None],
         "CLS": cls,
         f"the {TOP} most attended patches": tokens.from_vision(top).nan_to_num() > 0,
     }
@@ -139,20 +142,23 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
 
     sample = lvlm.prepare(images=scene.image, text=BACKGROUND)
     trace = trace_sinks(lvlm, sample)
-    lines = [{"masked in every layer": "nothing", "answer": answer(lvlm, sample)}]
+    lines = [{MASKED: "nothing", "answer": answer(lvlm, sample)}]
     for name, tokens in choices(lvlm, trace).items():
         mask = MaskKeys(tokens)
-        lines.append({"masked in every layer": name, "answer": answer(lvlm, sample, [mask])})
-        if name != "position 0":
+        lines.append({MASKED: name, "answer": answer(lvlm, sample, [mask])})
+        if not name.startswith(FIRST):
             (control,) = RandomControl(mask, "count", n=1).draws(trace)
             count = int(tokens.sum())
             word = f"{count} random patch{'es' if count > 1 else ''}"
             said = answer(lvlm, sample, [control])
-            lines.append({"masked in every layer": word, "answer": said})
+            lines.append({MASKED: word, "answer": said})
     frame = pd.DataFrame([{**line, "truth": scene.background} for line in lines])
     frame.attrs["notes"] = [
+        "Masked in all layers, but where said. With position 0 masked everywhere, position 1 is the first token "
+        "that anybody sees, and becomes the sink; masked only where it is one, no sink is left, and the answer "
+        "is lost.",
         "CLS carries the colour of the background through the projector: without it the answer is a guess. "
-        "One scene proves little; the next table counts many."
+        "One scene proves little; the next table counts many.",
     ]
     return frame
 

@@ -47,6 +47,12 @@ def parser():
     add("--jobs", type=int, default=1, help="probes: processes that fit")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="gates: seeds")
     add("--parts", nargs="+", help="gates: some of the seeds, and methods; all by default")
+    add(
+        "--fixed",
+        nargs=4,
+        metavar=("LAYER", "S_V", "S_REST", "GAIN"),
+        help="methods: the pair that an earlier search chose, with its gain in nats",
+    )
     add("--train", type=int, default=150, help="gates: training scenes, 4 questions each")
     add("--held", type=int, default=25, help="gates: validation scenes, 8 questions each")
     add("--epochs", type=int, default=2)

@@ -98,7 +98,14 @@ def seed_conditions(lvlm, data, seed, args, kept, clock):
 
 def method_conditions(lvlm, data, args, clock):
     """Everything that is not trained, and what was chosen on validation scenes."""
-    cell, cell_name, gain = choose_cell(lvlm, data["validation"], RULES)
+    if args.fixed:
+        cell_name, *pair, gain = args.fixed
+        layer = cell_name if cell_name == "embed" else int(cell_name)
+        pair, gain = [float(number) for number in pair], float(gain)
+        cell = baselines.fixed_coefficients(layer, *pair)
+        cell_name = f"{layer}: {pair[0]:g}, {pair[1]:g}"
+    else:
+        cell, cell_name, gain = choose_cell(lvlm, data["validation"], RULES)
     clock.say("fixed coefficients", cell_name, gain)
     weights, weights_name = choose_weights(lvlm, data["validation"], RULES)
     clock.say("token weights", weights_name)
@@ -220,14 +227,15 @@ def coefficients_text(table):
     return "\n".join(lines)
 
 
-def chosen_text(chosen):
+def chosen_text(chosen, held):
     """What was chosen on validation scenes, in a few lines."""
     lines = []
     for name, c in chosen.items():
         if name == METHODS:
             lines.append(
                 f"- Fixed coefficients at layer {c['fixed']} (V, rest), which raise the mean log-probability of "
-                f"the validation answers by {c['gain']:.4f} nats; token weights {c['weights']} (sink, rest)."
+                f"the validation answers by {c['gain']:.4f} nats; token weights {c['weights']} (sink, rest), chosen by "
+                f"right answers on {held} validation scenes."
             )
             continue
         losses = ", ".join(f"{layer} {loss:.4f}" for layer, loss in c["loss_by_layer"].items())
@@ -266,7 +274,7 @@ def render(args):
         "",
         "Chosen on validation scenes:",
         "",
-        chosen_text(chosen),
+        chosen_text(chosen, settings.get(METHODS, one)["held"]),
     ]
     figures = {NAME: plot_effects(summary, base=BASE)}
     learned = coefficients(parts)
