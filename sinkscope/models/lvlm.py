@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class LVLM:
     """A vision-language model with named sites.
 
+    Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs. So
+    no dropout acts, that of a fresh adapter included, and gradient checkpointing is off.
+
     Args:
         module: A ``transformers`` image-text-to-text model.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
