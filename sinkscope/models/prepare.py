@@ -274,6 +274,12 @@ def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> Non
             f"Got an attention_mask of shape {tuple(mask.shape)} and input_ids of shape "
             f"{tuple(ids.shape)}; expected the same shape."
         )
+    other = mask[(mask != 0) & (mask != 1)].unique()
+    if len(other):
+        raise InputError(
+            f"Got an attention_mask with the values {other[:3].tolist()}; expected 1 for tokens and 0 for "
+            "padding. Write one text per row."
+        )
     empty = (~mask.bool()).all(dim=1).nonzero().flatten().tolist()
     if empty:
         raise InputError(
