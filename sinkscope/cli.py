@@ -277,7 +277,9 @@ def check_images(paths: Sequence[str]) -> None:
 
 def answer(lvlm: LVLM, sample: Sample) -> str:
     """What the model says, greedy, in at most `LONGEST` tokens."""
-    out = lvlm.generate(sample, max_new_tokens=LONGEST)
+    from sinkscope.models.options import GREEDY
+
+    out = lvlm.generate(sample, max_new_tokens=LONGEST, **GREEDY)
     return " | ".join(text.strip() for text in out.text or ())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sinkscope.experiments.items import Item, folded
 from sinkscope.experiments.sweeps.scores import answer_ids
 from sinkscope.interventions.running import check_interventions, tolerant
+from sinkscope.models.options import GREEDY
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -62,7 +63,7 @@ def answer_batch(
 ) -> Answers:
     """Answers of a batch, all of them free or all among options.
 
-    Free answers are greedy, and of each only as many tokens count as its own right answer has, so
+    Free answers are greedy, without what a generation config adds to it, and of each only as many tokens count as its own right answer has, so
     that no answer depends on the other questions of the batch. It is right if these are the tokens of
     the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or the same text after
     stripping and lower case.
@@ -87,7 +88,7 @@ def _answer_freely(
     """Greedy answers, each cut to the length of its own right answer."""
     wanted = [answer_ids(lvlm.tokenizer, item.answer) for item in items]
     sizes = [len(ids) for ids in wanted]
-    out = lvlm.generate(sample, [], edits, max_new_tokens=max(sizes))
+    out = lvlm.generate(sample, [], edits, max_new_tokens=max(sizes), **GREEDY)
     said = out.sequences[:, sample.tokens.ids.shape[1] :].tolist()
     said = [row[:size] for row, size in zip(said, sizes, strict=True)]
     given = tuple(lvlm.tokenizer.batch_decode(said, skip_special_tokens=True))
@@ -146,6 +147,7 @@ def _forced(
         edits,
         max_new_tokens=longest,
         logits_processor=LogitsProcessorList([Forced(tokens, prompt)]),
+        **GREEDY,
     )
     total = torch.zeros(len(forced))
     for step, run in enumerate(out.steps):

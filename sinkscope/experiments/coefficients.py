@@ -16,6 +16,7 @@ from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.result import check_by, counted
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.passes import looked, seen
+from sinkscope.models.runner import evaluated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +159,8 @@ def gate_coefficients(
     blocks = [gate.config.edited for gate in given]
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
     lines: list[dict[str, Any]] = []
-    with tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden) as bar:
+    bar = tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden)
+    with bar, evaluated(lvlm.module):
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
             sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])

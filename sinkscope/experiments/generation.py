@@ -43,7 +43,7 @@ def trace_generation(
     *,
     trace: SinkTrace | None = None,
     draws: float = DRAWS,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     remote: bool | str | None = None,
     **options: Any,
 ) -> GenerationTrace:
@@ -66,9 +66,9 @@ def trace_generation(
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet the
             L rule count as L-sinks, and V-sinks that do not are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).
-        max_new_tokens: Upper bound on the answer's length.
+        max_new_tokens: See `LVLM.generate`.
         remote: See `LVLM.run`.
-        options: Further options of ``transformers``' ``generate``; greedy by default.
+        options: See `LVLM.generate`.
 
     Returns:
         The trace: one record per sink, and the attention of every step.

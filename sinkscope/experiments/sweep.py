@@ -37,6 +37,7 @@ from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_tab
 from sinkscope.models.identity import identity_of
 from sinkscope.models.prepare import open_image
 from sinkscope.models.replay import prove
+from sinkscope.models.runner import evaluated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +162,7 @@ def sweep(
     rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
     folder = None if out is None else Folder(out, settings)
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
-    with nullcontext() if folder is None else folder.held():
+    with nullcontext() if folder is None else folder.held(), evaluated(lvlm.module):
         made = run_groups(lvlm, groups, rules, folder, hidden=hidden)
     if out is not None:
         return Sweep.load(out, by)

@@ -170,11 +170,11 @@ def with_kl(edited: Run, plain: Run, last: Tensor) -> Run:
         plain: A run without, ``logits="last"``.
         last: Int ``[batch]``, the last prompt position of every row.
     """
-    logits = edited.logits
+    logits = edited.logits.detach()
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]
     p = plain.logits[:, -1].float().log_softmax(-1)
-    q = logits[:, -1].float().log_softmax(-1)
+    q = logits[:, -1].cpu().float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     effects = {it: replace(effect, kl=kl) for it, effect in edited.effects.items()}
     return replace(edited, effects=effects)

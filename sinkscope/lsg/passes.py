@@ -23,6 +23,7 @@ from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.data import IGNORED, AnswerBatch
 from sinkscope.models.replay import Captured, capture, logits_at, resume
+from sinkscope.models.runner import evaluated
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -67,18 +68,14 @@ class Losses:
 def frozen(module: nn.Module) -> Iterator[None]:
     """A model in evaluation mode whose parameters take no gradient, as it was before at the end."""
     wanted = [(p, p.requires_grad) for p in module.parameters()]
-    modes = [(part, part.training) for part in module.modules()]
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        for part, _ in modes:
-            part.training = False
-        yield
+        with evaluated(module):
+            yield
     finally:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        for part, mode in modes:
-            part.training = mode
 
 
 def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool = False) -> Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,21 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
         CheckpointError: If config or processor cannot be read.
         ModelError: If it is no vision-language model of a known family.
     """
+    from transformers import GenerationConfig
+
     load_config(name, options)
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
     trusted = bool(options.get("trust_remote_code"))
     try:
-        return runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
+        wrapped = runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
     except UNREADABLE as error:
         raise unreadable(name, error) from error
+    module: Any = runner.module_of(wrapped)
+    with suppress(OSError):  # a repository need not have one
+        given = options.get("revision") or "main"
+        module.generation_config = GenerationConfig.from_pretrained(name, revision=given)
+    return wrapped
 
 
 def load_config(name: str, options: dict[str, Any]) -> Any:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class LVLM:
     """A vision-language model with named sites.
 
+    Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs. So
+    no dropout acts, that of a fresh adapter included, and gradient checkpointing is off.
+
     Args:
         module: A ``transformers`` image-text-to-text model.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
@@ -256,11 +259,16 @@ class LVLM:
         probes: Sequence[Probe] = (),
         interventions: Sequence[Intervention] = (),
         *,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         remote: bool | str | None = None,
         **options: Any,
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
+
+        The answer is the one of ``model.generate(**sample.inputs, **options)``: what is not given
+        here is as the model's ``generation_config`` says, and then as ``transformers`` has it (greedy, 20
+        tokens). A config that samples does so here; ``torch.manual_seed(0)`` before the call repeats
+        it, and ``do_sample=False`` turns it off.
 
         Probes of the vision tower have a result at the prompt only. At a decode step there is one
         query, and keys are the prompt's and those generated so far.
@@ -269,15 +277,17 @@ class LVLM:
             sample: From `prepare`.
             probes: The probes.
             interventions: The interventions, each at the steps it names.
-            max_new_tokens: Upper bound on the answer's length.
+            max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
-            options: Further options of ``transformers``' ``generate``; greedy by default.
+            options: Further settings of ``transformers``' ``generate``, with one query per row: no
+                beams, no several answers, no guessed tokens.
 
         Returns:
             Sequences, text and one `Run` per forward pass.
 
         Raises:
             ProbeError: If a probe does not fit the model or the sample.
+            InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
             InterventionError: If an intervention does not fit; its child NoEffectError if it
                 touched nothing at any step.
         """
@@ -286,19 +296,21 @@ class LVLM:
         check_beside(edits, asked)
         where = self._where(remote)
         defaults = getattr(self._module, "generation_config", None)
-        checking.check_generation(sample, max_new_tokens, options, defaults)
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         plans = (
             self._plan(asked, edits, Context(self.anatomy, sample.tokens)),
             self._plan(later, edits, Context(self.anatomy, sample.tokens, step=1)),
         )
-        given = {"max_new_tokens": int(max_new_tokens), "do_sample": False, **options}
         raws, sequences = runner.generate_plan(
-            self._traced(where), self._placed(sample), plans, given, where
+            self._traced(where), self._placed(sample), plans, options, where
         )
         prompt, steps = sample.tokens.ids.shape[1], []
+        ends = checking.setting("eos_token_id", options, defaults)
         for step, raw in enumerate(raws):
-            ended = checking.ended_rows(sequences, prompt, step, options, defaults)
+            ended = checking.ended_rows(sequences, prompt, step, ends)
             context = Context(self.anatomy, sample.tokens, step, ended)
             steps.append(finish_run(raw, later if step else asked, context, edits))
         require_effects(edits, [step.effects for step in steps])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InputError, ProbeError
+from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.models.prepare import Sample
 from sinkscope.probes.protocol import Probe
 
@@ -21,13 +21,51 @@ ONE_QUERY_PER_ROW = MappingProxyType(
         "num_return_sequences": (None, 1),
         "use_cache": (None, True),
         "return_dict_in_generate": (None, False),
-        "assistant_model": (None,),
         "prompt_lookup_num_tokens": (None,),
+        "assistant_early_exit": (None,),
+        "use_mtp": (None, False),
+        "is_assistant": (None, False),
         "penalty_alpha": (None,),
+        "dola_layers": (None,),
+        "constraints": (None,),
+        "force_words_ids": (None,),
+        "guidance_scale": (None, 1),
         "prefill_chunk_size": (None,),
+        "token_healing": (None, False),
     }
 )
-GUIDANCE_OFF = (None, 1, 1.0)
+GREEDY: Mapping[str, Any] = MappingProxyType(
+    {
+        **{name: allowed[-1] for name, allowed in ONE_QUERY_PER_ROW.items()},
+        "do_sample": False,
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "min_new_tokens": None,
+        "forced_eos_token_id": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "bad_words_ids": None,
+        "sequence_bias": None,
+        "watermarking_config": None,
+        "exponential_decay_length_penalty": None,
+        "stop_strings": None,
+        "max_time": None,
+    }
+)
+"""Options of ``generate`` under which every token has the highest logit, whatever the model's own config says."""
+BESIDE_SETTINGS = (
+    "generation_config",
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "streamer",
+    "synced_gpus",
+    "tokenizer",
+)
+"""What ``generate`` takes beside the fields of a GenerationConfig, and no pass reads."""
 
 
 def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
@@ -134,48 +172,49 @@ def check_weights(where: bool | str, *, weightless: bool) -> None:
         )
 
 
-def check_generation(
-    sample: Sample, max_new_tokens: Any, options: Mapping[str, Any], defaults: Any
-) -> None:
+def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
+    """What ``generate`` will take a setting to be: an option, else a config given with them, else the model's.
+
+    Args:
+        name: A field of a GenerationConfig.
+        options: The user's options of ``generate``.
+        defaults: The model's generation config, or None.
+    """
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(defaults, name, None) if given is None else given
+
+
+def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> None:
     """Refuse ways of generating whose steps cannot be probed one query at a time.
 
     Args:
         sample: The sample.
-        max_new_tokens: Upper bound on the answer's length.
         options: The user's options of ``generate``.
         defaults: The model's generation config, or None.
 
     Raises:
         InputError: If so.
     """
-    whole = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
-    if not whole or max_new_tokens < 1:
-        raise InputError(f"Got max_new_tokens={max_new_tokens!r}; expected an int of at least 1.")
-    given = options.get("generation_config", defaults)
+    check_settings(options)
     for name, allowed in ONE_QUERY_PER_ROW.items():
-        value = options.get(name, getattr(given, name, None))
+        value = setting(name, options, defaults)
         if value not in allowed:
             raise InputError(
                 f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed with "
                 f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
             )
-    guidance = options.get("guidance_scale", getattr(given, "guidance_scale", None))
-    if guidance not in GUIDANCE_OFF:
+    if setting("cache_implementation", options, defaults) == "paged":
         raise InputError(
-            f"Got guidance_scale={guidance!r}; expected 1 or None. It runs the model twice per step, "
-            "and the two passes cannot be told apart. Write lvlm.generate(..., guidance_scale=None)."
+            "Got cache_implementation='paged'; expected a cache with the keys of each row. Write "
+            "cache_implementation=None."
         )
-    of_run = sorted(set(options) & {"kl", "logits", "grad"})
-    if of_run:
+    stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
+    if len(sample) > 1 and stops:
         raise InputError(
-            f"Got {of_run} as options of generate; expected them in lvlm.run(...) only. For the first "
-            f"token of the answer write lvlm.run(sample, probes, interventions, {of_run[0]}=...)."
-        )
-    twice = sorted(set(options) & (set(sample.inputs) | {"inputs"}))
-    if twice:
-        raise InputError(
-            f"Got {twice} as options of generate; expected them in the sample only. Write "
-            "lvlm.prepare(inputs=...) and pass that sample."
+            f"Got {stops!r} to stop {len(sample)} rows at; expected one row, or eos_token_id=...: else "
+            "a row that has ended cannot be told from one that goes on. Prepare the rows one by one."
         )
     if not bool(sample.tokens.live[:, -1].all()):
         raise InputError(
@@ -184,20 +223,45 @@ def check_generation(
         )
 
 
-def ended_rows(
-    sequences: Tensor, prompt: int, step: int, options: Mapping[str, Any], defaults: Any
-) -> Tensor:
+def check_settings(options: Mapping[str, Any]) -> None:
+    """Refuse options that are no settings of decoding: they would change what a pass reads.
+
+    Raises:
+        InputError: If there are any, or a setting is of the wrong type.
+    """
+    from transformers import GenerationConfig
+
+    known = {*vars(GenerationConfig()), *BESIDE_SETTINGS}
+    strange = sorted(set(options) - known)
+    if strange:
+        hint = nearest(strange[0], known)
+        raise InputError(
+            f"Got {strange} as options of generate; expected settings of decoding, such as "
+            f"eos_token_id=2. {hint if hint.startswith('Did') else ''} What a pass reads stands in the "
+            "sample: lvlm.prepare(...). Every answer begins without a cache, and kl, logits and grad "
+            "are for lvlm.run(...)."
+        )
+    many = options.get("max_new_tokens")
+    whole = isinstance(many, Integral) and not isinstance(many, bool) and int(many) >= 1
+    if many is not None and not whole:
+        raise InputError(f"Got max_new_tokens={many!r}; expected an int of at least 1.")
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InputError(
+            f"Got a generation_config of type {type(config).__name__}; expected a "
+            "transformers.GenerationConfig. Write its fields as options: lvlm.generate(..., do_sample=True)."
+        )
+
+
+def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:
     """Rows whose answer ended before this step, bool ``[batch]``.
 
     Args:
         sequences: Int ``[batch pos]``.
         prompt: Length of the prompt.
         step: The step; it reads the tokens generated before it.
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
+        ends: The token or tokens that end an answer, or None.
     """
-    given = options.get("generation_config", defaults)
-    ends = options.get("eos_token_id", getattr(given, "eos_token_id", None))
     if ends is None:
         return torch.zeros(sequences.shape[0], dtype=torch.bool)
     ends = torch.as_tensor(ends).flatten()

@@ -40,6 +40,14 @@ class Sample:
         return int(self.tokens.ids.shape[0])
 
 
+PER_POSITION = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
+"""Inputs with an entry for every position."""
 NOT_READABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -232,12 +240,27 @@ def check_inputs(inputs: Any, vocab: int, image_token_id: int) -> dict[str, Any]
             f"Got input_ids of shape {tuple(ids.shape)}; expected a tensor [batch pos]. Write "
             "input_ids[None] for a single row."
         )
-    out = dict(inputs)
+    out = {name: value for name, value in inputs.items() if value is not None}
     mask = out.setdefault("attention_mask", torch.ones_like(ids))
     check_ids(ids, mask, vocab, image_token_id)
     if not torch.isfinite(out["pixel_values"]).all():
         raise InputError("Got NaN or infinite pixel_values; expected finite pixels.")
     return out
+
+
+def check_names(inputs: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse inputs that no processor makes: a filled cache, or how a pass is to run.
+
+    Raises:
+        InputError: If there are any.
+    """
+    strange = sorted(set(inputs) - known)
+    if strange:
+        raise InputError(
+            f"Got the inputs {strange}; expected some of {sorted(known)}. A pass is measured whole, from "
+            "the first token and pixel on, and as the model is configured: leave the others out. Settings "
+            "of decoding go to lvlm.generate(...)."
+        )
 
 
 def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> None:
@@ -250,6 +273,12 @@ def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> Non
         raise InputError(
             f"Got an attention_mask of shape {tuple(mask.shape)} and input_ids of shape "
             f"{tuple(ids.shape)}; expected the same shape."
+        )
+    other = mask[(mask != 0) & (mask != 1)].unique()
+    if len(other):
+        raise InputError(
+            f"Got an attention_mask with the values {other[:3].tolist()}; expected 1 for tokens and 0 for "
+            "padding. Write one text per row."
         )
     empty = (~mask.bool()).all(dim=1).nonzero().flatten().tolist()
     if empty:
@@ -282,6 +311,9 @@ def make_sample(
         raw, rows, prompts = process(processor, images, text)
     known = module.get_input_embeddings().weight.shape[0]
     ready = check_inputs(raw, known, anatomy.image_token_id)
+    if inputs is not None:
+        made = getattr(processor, "model_input_names", None) or ()
+        check_names(ready, {*PER_POSITION, *anatomy.family.image_inputs, *made})
     sizes = None if rows is None else [image.size for row in rows for image in row]
     image_processor = getattr(processor, "image_processor", None)
     frames = anatomy.family.frames(module.config, image_processor, ready, sizes)

@@ -65,7 +65,7 @@ def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.Transfor
     return nnsight.TransformersModel(source, task=task, processor=processor, **options)
 
 
-def module_of(model: nnsight.TransformersModel) -> nn.Module:
+def module_of(model: Any) -> nn.Module:
     """The module inside a wrapped model; without weights if it was wrapped by name."""
     return model._module
 
@@ -157,10 +157,29 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def ready_to_trace(where: bool | str, *plans: Plan, grad: bool = False) -> Iterator[None]:
-    """No gradients, but tensors that may have them: kernels ask the attention call for gradients.
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode in every module, whatever mode each is in, and all as they were at the end.
+
+    Modules are looked at one by one: an adapter comes in training mode into a model that is not.
+    """
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def ready_to_trace(
+    model: Any, where: bool | str, *plans: Plan, grad: bool = False
+) -> Iterator[None]:
+    """Evaluation mode without gradients, but with tensors that may have them: kernels ask for some.
 
     Args:
+        model: What `wrap` or `wrap_remote` returned.
         where: Where the trace will run; runs on a server may overlap.
         plans: The plans of the trace.
         grad: Whether gradients are wanted all the same.
@@ -168,7 +187,8 @@ def ready_to_trace(where: bool | str, *plans: Plan, grad: bool = False) -> Itera
     ship_kernels(*plans)
     turn = ONE_AT_A_TIME if where in (False, "local") else nullcontext()
     # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
-    with turn, torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
+    no_inference = torch.inference_mode(mode=False)
+    with turn, evaluated(module_of(model)), no_inference, torch.set_grad_enabled(grad):
         yield
 
 
@@ -201,7 +221,7 @@ def run_plan(
     if where:
         trace_options["remote"] = where
     with (
-        ready_to_trace(where, plan, grad=grad),
+        ready_to_trace(model, where, plan, grad=grad),
         model.trace(**inputs, **trace_options) as tracer,
     ):
         answers = save(walk(model, tracer, plan))
@@ -227,7 +247,7 @@ def run_until_read(model: Any, inputs: Mapping[str, Any], plan: Plan) -> dict[An
     """
     walk, save = walking.walk, nnsight.save
     answers: Any = None
-    with ready_to_trace(False, plan), model.trace(**inputs) as tracer:
+    with ready_to_trace(model, False, plan), model.trace(**inputs) as tracer:
         answers = save(walk(model, tracer, plan))
         tracer.stop()
     return sited(answers)
@@ -264,7 +284,7 @@ def generate_plan(
         given["fn"] = "generate"
     if where:
         given["remote"] = where
-    with ready_to_trace(where, *plans), warnings.catch_warnings():
+    with ready_to_trace(model, where, *plans), warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with begin(**given) as tracer:

@@ -50,6 +50,7 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
     * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
     * what the projector writes is found at the image positions of the decoder's input;
+    * two passes compute the same, if a pass draws random numbers;
     * a block adds attn_out and mlp_out to the stream, and nothing else.
 
     Returns:
@@ -65,12 +66,37 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
         sample = lvlm.prepare(images=_test_image(), text="a")
-        _check_picture(lvlm, sample)
-        words, sums = _words_only(sample), _sums(lvlm, "language")
-        run = lvlm.run(words, probes=sums, logits="last", remote=False)
+        with _not_by_chance(lvlm, sample):
+            _check_picture(lvlm, sample)
+            words, sums = _words_only(sample), _sums(lvlm, "language")
+            run = lvlm.run(words, probes=sums, logits="last", remote=False)
     for probe in sums:
         _check_sum(lvlm, "language", run[probe].mass)
     return wrong
+
+
+@contextmanager
+def _not_by_chance(lvlm: LVLM, sample: Sample) -> Iterator[None]:
+    """Where passes inside draw random numbers, refuse a model of which two passes differ."""
+    before = _random_state()
+    try:
+        yield
+    finally:
+        if not torch.equal(before, _random_state()):
+            first, second = (lvlm.run(sample, logits="last", remote=False).logits for _ in "12")
+            off = float((first - second).abs().max())
+            if not off <= 1e-2 * float(first.abs().max()):
+                raise ModelError(
+                    f"Two passes over one prompt differ by {off:.3g}, because the model draws random "
+                    "numbers in evaluation mode; expected equal passes. Give training=self.training "
+                    "to every functional dropout, or write verify=False to measure single draws."
+                )
+
+
+def _random_state() -> Tensor:
+    """Where the default random generators stand."""
+    here = [torch.get_rng_state()]
+    return torch.cat(here + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []))
 
 
 @contextmanager

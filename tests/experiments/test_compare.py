@@ -254,6 +254,26 @@ def test_an_answer_does_not_depend_on_its_batch(wordy, batch):
     assert touched == [False, True, True, True, True], "an answer of one token has no decode step"
 
 
+def test_no_setting_of_a_generation_config_changes_an_answer():
+    """Free answers are the likeliest tokens, and options are scored by the model's own probabilities."""
+    lvlm = ss.LVLM(*tiny_llava())
+    free, options = unequal(lvlm), ("red", "3 red shapes", "how many")
+    asked = [{**record, "answer": "red", "choices": options} for record in free]
+    likeliest = sorted({id for r in free for id in lvlm.tokenizer(r["answer"])["input_ids"]})
+    want = [ss.compare(lvlm, data, {"base": []}).table for data in (free, asked)]
+    lvlm.module.generation_config.update(
+        do_sample=True, temperature=9.0, num_beams=2, num_return_sequences=2, use_cache=False,
+        repetition_penalty=5.0, encoder_repetition_penalty=0.1, no_repeat_ngram_size=1,
+        encoder_no_repeat_ngram_size=1, min_new_tokens=2, suppress_tokens=likeliest,
+        begin_suppress_tokens=likeliest, bad_words_ids=[[id] for id in likeliest],
+        sequence_bias=[[[id], -50.0] for id in likeliest], forced_eos_token_id=2,
+        exponential_decay_length_penalty=(1, 90.0), stop_strings=["e"],
+        max_time=0.0, watermarking_config={"bias": 50.0}, prompt_lookup_num_tokens=2,
+    )  # fmt: skip
+    for data, table in zip((free, asked), want, strict=True):
+        assert ss.compare(lvlm, data, {"base": []}).table.equals(table)
+
+
 def test_longer_options_elsewhere_in_the_batch_touch_nothing(planted):
     lvlm, _ = planted
     data = [

@@ -240,6 +240,10 @@ def test_kl_is_that_of_the_next_token(case):
     assert c.lvlm.run(c.sample, interventions=[edit]).effects[edit].kl is None
     last = c.lvlm.run(c.sample, interventions=[edit], kl=True, logits="last")
     assert torch.allclose(last.effects[edit].kl, run.effects[edit].kl)
+    kept = c.lvlm.run(c.sample, interventions=[edit], kl=True, grad=True)
+    assert kept.logits.requires_grad
+    assert not kept.effects[edit].kl.requires_grad
+    assert torch.equal(kept.effects[edit].kl, run.effects[edit].kl)
 
 
 def test_the_effect_table(case):

@@ -442,11 +442,11 @@ def test_an_impossible_intervention_is_refused(case, name):
 GENERATE = {
     "kl": (
         {"kl": True},
-        r"Got \['kl'\] as options of generate; expected them in lvlm.run\(...\) only",
+        r"Got \['kl'\] as options of generate; .* kl, logits and grad are for lvlm.run\(...\)",
     ),
     "guidance": (
         {"guidance_scale": 2.0},
-        "Got guidance_scale=2.0; expected 1 or None. It runs the model twice per step",
+        "Got guidance_scale=2.0; expected 1. Every decode step is probed with one query per row",
     ),
 }
 

@@ -257,6 +257,16 @@ INPUTS = {
         InputError,
         r"missing \['input_ids'\]",
     ),
+    "a mask that is added": (
+        lambda w: w.inputs(attention_mask=w.sample.inputs["attention_mask"] * -10000.0),
+        InputError,
+        r"an attention_mask with the values \[-10000.0\]; expected 1 .* and 0",
+    ),
+    "a mask of packed texts": (
+        lambda w: w.inputs(attention_mask=w.sample.inputs["attention_mask"].cumsum(1) // 20 + 1),
+        InputError,
+        r"an attention_mask with the values \[2\]; expected 1",
+    ),
     "ids as lists": (
         lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"].tolist()),
         InputError,

@@ -57,6 +57,17 @@ def test_a_loaded_model_is_bitwise_the_one_in_memory(tiny, batch, folders, famil
     assert torch.equal(first.sequences, loaded.generate(theirs, max_new_tokens=3).sequences)
 
 
+def test_a_model_without_weights_has_its_generation_config(tmp_path):
+    """Where an answer ends on the server is known here."""
+    model, processor = TINY["llava-clip-llama"]()
+    model.generation_config.update(eos_token_id=[2, 7], do_sample=True)
+    folder = write_checkpoint(model, processor, tmp_path / "model")
+    config = ss.LVLM.from_pretrained(folder, remote=True).module.generation_config
+    assert (config.eos_token_id, config.do_sample) == ([2, 7], True)
+    (folder / "generation_config.json").unlink()
+    ss.LVLM.from_pretrained(folder, remote=True)
+
+
 def test_a_remote_default_is_remembered(folders):
     """Remote runs keep the last logits only, unless asked; the model knows that it is remote."""
     lvlm = ss.LVLM.from_pretrained(folders["llava-clip-llama"], remote="local")

@@ -90,3 +90,21 @@ def test_threads_are_given_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tower", ["vision", "language"])
+def test_a_model_whose_passes_are_left_to_chance_is_refused(tower):
+    """A dropout that does not look at `training`; random numbers that change nothing are fine."""
+    module, processor = tiny_llava()
+    part = module.get_submodule(getattr(read_anatomy(module), tower).blocks[0])
+
+    def draw(*_):
+        torch.rand(1)
+
+    handle = part.register_forward_pre_hook(draw)
+    assert ss.LVLM(module, processor).verified
+    handle.remove()
+    part.register_forward_hook(lambda m, args, out: torch.nn.functional.dropout(out, 0.1))
+    with pytest.raises(ModelError, match=r"differ by .* random numbers in evaluation mode"):
+        ss.LVLM(module, processor)
+    assert not ss.LVLM(module, processor, verify=False).verified
