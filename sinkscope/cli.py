@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
-from sinkscope.errors import CheckpointError, InputError, SinkscopeError
+from sinkscope.errors import CheckpointError, SinkscopeError
 from sinkscope.named import MODEL, check_word, load_model
 from sinkscope.specs import HELP, parse_detector
 
@@ -268,10 +268,10 @@ def check_images(paths: Sequence[str]) -> None:
     Raises:
         InputError: If one is missing, or is a folder.
     """
+    from sinkscope.models.pictures import check_place
+
     for path in paths:
-        if not Path(path).expanduser().is_file():
-            what = "which is a folder" if Path(path).expanduser().is_dir() else "which is not there"
-            raise InputError(f"Got the image {path!r}, {what}; expected the path of a picture.")
+        check_place(path)
 
 
 def answer(lvlm: LVLM, sample: Sample) -> str:

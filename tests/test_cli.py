@@ -164,7 +164,10 @@ def test_version(capsys) -> None:
 
 
 WRONG = {
-    "no such image": (["--image", "nowhere.png"], "'nowhere.png', which is not there"),
+    "no such image": (
+        ["--image", "nowhere.png"],
+        "'nowhere.png', which is neither an existing file nor a URL",
+    ),
     "no image": (["--image", "{planted}/words.txt"], "which is no readable image"),
     "no such detector": (["--v-detector", "nrm:100"], "Did you mean 'norm'"),
     "half a detector": (
@@ -174,7 +177,7 @@ WRONG = {
     "tau above its bound": (["--l-detector", "dims:1:20"], "less than sqrt(128) = 11.3"),
     "channel out of range": (["--l-detector", "dims:4000:5"], "expected 0 to 127"),
     "folder is a file": (["--out", "{planted}/words.txt"], "cannot be written"),
-    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is not there"),
+    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is neither an existing file"),
 }
 
 

@@ -35,7 +35,7 @@ from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
-from sinkscope.models.prepare import open_image
+from sinkscope.models.pictures import open_image
 from sinkscope.models.replay import prove
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
-from sinkscope.models.prepare import open_image
+from sinkscope.models.pictures import check_place, open_image
 
 NEEDED = ("image", "question", "answer")
 
@@ -247,11 +247,7 @@ def _image_name(record: Any, index: int) -> str:
     if not images or any(image is None for image in images):
         raise InputError(f"Record {index} has no image; expected at least one.")
     for image in images:
-        if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-            raise InputError(
-                f"Record {index} has the image {os.fspath(image)!r}, which is no file; expected one. "
-                "Paths are relative to the working directory."
-            )
+        check_place(image, f"Record {index} has")
     known = field_of(record, "image_id")
     if known is not None:
         return f"id:{str(known).replace('|', '/')}"

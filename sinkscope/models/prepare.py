@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sinkscope.errors import InputError
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.mapping import build_token_map
+from sinkscope.models.pictures import open_image
 from sinkscope.tokens import TokenMap
 
 
@@ -25,7 +24,7 @@ class Sample:
     Attributes:
         inputs: What the model is called with.
         tokens: What every position is.
-        images: The images of every row, as given; None if only processor output was given.
+        images: The images of every row, as people see them (`open_image`); None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
         made_for: The layout of the model it was prepared for (`Anatomy.fingerprint`).
     """
@@ -38,45 +37,6 @@ class Sample:
 
     def __len__(self) -> int:
         return int(self.tokens.ids.shape[0])
-
-
-NOT_READABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
-"""What PIL raises on a file that is no image, is cut off, or is absurdly large."""
-
-
-def open_image(image: Any) -> Image.Image:
-    """A PIL image from a PIL image, a path or an ``[height width 3]`` uint8 array.
-
-    Raises:
-        InputError: If it is none of these, the file is missing or no image.
-    """
-    if isinstance(image, (str, os.PathLike)) and not Path(image).is_file():
-        raise InputError(
-            f"Got the image path {str(image)!r}, which does not exist; expected an image file."
-        )
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        try:
-            opened = image if isinstance(image, Image.Image) else Image.open(image)
-            return opened.convert("RGB")
-        except NOT_READABLE as error:
-            raise InputError(
-                f"Got {str(image)!r}, which is no readable image ({error}); expected a PNG, JPEG or "
-                "other file that PIL opens."
-            ) from error
-    shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", ""))
-    if shape is not None and len(shape) == 3 and shape[-1] == 3 and dtype.endswith("uint8"):
-        return Image.fromarray(image.numpy() if isinstance(image, Tensor) else image)
-    described = "" if shape is None else f" with shape {tuple(shape)} and dtype {dtype}"
-    raise InputError(
-        f"Got an image of type {type(image).__name__}{described}; expected a PIL image, a path, or a "
-        "uint8 array [height width 3]."
-    )
 
 
 def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -200,7 +199,7 @@ INPUTS = {
     "missing image path": (
         lambda w: w.prepare("nowhere.png"),
         InputError,
-        "'nowhere.png', which does not exist",
+        "'nowhere.png', which is neither an existing file nor a URL",
     ),
     "a file that is no image": (
         lambda w: w.prepare(write(w.folder, "notes.png", "no pixels here")),
@@ -217,16 +216,6 @@ INPUTS = {
         "no readable image",
     ),
     "image of another type": (lambda w: w.prepare(3.5), InputError, "image of type float"),
-    "float image": (
-        lambda w: w.prepare(np.zeros((32, 32, 3))),
-        InputError,
-        r"shape \(32, 32, 3\) and dtype float64; expected .* uint8",
-    ),
-    "channels first": (
-        lambda w: w.prepare(torch.zeros(3, 32, 32, dtype=torch.uint8)),
-        InputError,
-        r"\[height width 3\]",
-    ),
     "an image the processor refuses": (
         lambda w: w.qwen.prepare(Image.new("RGB", (6000, 10)), "what"),
         InputError,
