@@ -36,6 +36,7 @@ from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
 from sinkscope.models.pictures import open_image
+from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import prove
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def sweep(
     check_merge(merge)
     check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
+    check_questions(lvlm.processor, items)
     code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sinkscope.errors import InputError
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.mapping import build_token_map
-from sinkscope.models.pictures import open_image
+from sinkscope.models.prompts import as_rows, render
 from sinkscope.tokens import TokenMap
 
 
@@ -24,7 +24,7 @@ class Sample:
     Attributes:
         inputs: What the model is called with.
         tokens: What every position is.
-        images: The images of every row, as people see them (`open_image`); None if only processor output was given.
+        images: The images of every row, as people see them; None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
         made_for: The layout of the model it was prepared for (`Anatomy.fingerprint`).
     """
@@ -39,86 +39,43 @@ class Sample:
         return int(self.tokens.ids.shape[0])
 
 
-def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[str]]:
-    """Images and texts as one list of images and one text per batch row.
+def check_processor(processor: Any, rows: int) -> None:
+    """Refuse a processor that lacks what a batch needs.
 
     Raises:
-        InputError: If there is no image, no text, or their numbers differ.
+        InputError: If there is none, or it has no part, setting or token for this.
     """
-    if images is None or (isinstance(images, Sequence) and len(images) == 0):
+    if processor is None:
         raise InputError(
-            "Got no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
-            "text alone there is no visual sink to look for."
+            "Got images and text, but this LVLM has no processor; expected one. Write "
+            "ss.LVLM(model, processor), or lvlm.prepare(inputs=...) with inputs you made yourself."
         )
-    if text is None or (isinstance(text, Sequence) and len(text) == 0):
-        raise InputError(
-            "Got no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
-        )
-    if isinstance(text, str):
-        many = isinstance(images, (list, tuple))
-        row = [open_image(image) for image in (images if many else [images])]
-        return [row], [text]
-    texts = list(text) if isinstance(text, Sequence) else [text]
-    for entry in texts:
-        if not isinstance(entry, str):
+    name = type(processor).__name__
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
             raise InputError(
-                f"Got a text of type {type(entry).__name__}; expected a str, or a list with a str "
-                "per row."
+                f"Got a {name} as processor, which has no {part}; expected the model's whole processor. "
+                "Write ss.LVLM(model, transformers.AutoProcessor.from_pretrained(...))."
             )
-    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
-        count = len(images) if isinstance(images, (list, tuple)) else 1
-        raise InputError(
-            f"Got {count} image entries for {len(texts)} texts; expected one entry per row. Write "
-            "images=[a, b], text=['...', '...'], or images=[[a, b], [c]] for several images in a row."
-        )
-    rows = [
-        [open_image(i) for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
-        for entry in images
-    ]
-    for i, row in enumerate(rows):
-        if not row:
-            raise InputError(f"Got no image in row {i}; expected at least one image per row.")
-    return rows, texts
-
-
-def render(processor: Any, images: list[list[Image.Image]], texts: list[str]) -> list[str]:
-    """The full prompt of every row: through the chat template, or with image tokens put in front.
-
-    A text that already holds image tokens is taken as it is.
-
-    Raises:
-        InputError: If a text holds another number of image tokens than its row has images.
-    """
-    marker = getattr(processor, "image_token", None) or "<image>"
-    template = getattr(processor, "chat_template", None)
-    template = template or getattr(processor.tokenizer, "chat_template", None)
-    prompts = []
-    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
-        found = text.count(marker)
-        if found and found != len(pictures):
+    for setting in ("patch_size", "vision_feature_select_strategy"):
+        if getattr(processor, setting, "") is None:
             raise InputError(
-                f"Got {found} {marker!r} tokens and {len(pictures)} images in row {row}; expected as "
-                f"many. Write one {marker!r} per image, or none: then they are put in front."
+                f"Got a {name} without {setting}; expected the model's, or nobody knows how many tokens "
+                "an image has. Write processor.patch_size = model.config.vision_config.patch_size, "
+                "processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy, "
+                "and processor.num_additional_image_tokens = 1 if the vision tower has a CLS token."
             )
-        if found:
-            prompts.append(text)
-        elif template:
-            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
-            prompts.append(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    chat_template=template,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-            )
-        else:
-            prompts.append(marker * len(pictures) + "\n" + text)
-    return prompts
+    if rows > 1 and processor.tokenizer.pad_token is None:
+        raise InputError(
+            f"Got {rows} rows and a tokenizer without a pad token; expected one, or a single row. Write "
+            "processor.tokenizer.pad_token = processor.tokenizer.eos_token: padding is masked."
+        )
 
 
-def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[str]]:
-    """Run the processor, left-padded.
+def process(
+    processor: Any, images: Any, text: Any, *, rendered: Any = False
+) -> tuple[dict, list, list[str]]:
+    """Run the processor, left-padded; see `LVLM.prepare`.
 
     Returns:
         Model inputs, images by row, prompts by row.
@@ -126,13 +83,17 @@ def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[st
     Raises:
         InputError: If there is no processor or the inputs do not fit one another.
     """
-    if processor is None:
+    rows, asked = as_rows(images, text)
+    check_processor(processor, len(rows))
+    if not isinstance(rendered, bool) or (rendered and not all(isinstance(a, str) for a in asked)):
         raise InputError(
-            "Got images and text, but this LVLM has no processor; expected one. Write "
-            "ss.LVLM(model, processor), or lvlm.prepare(inputs=...) with inputs you made yourself."
+            f"Got rendered={rendered!r} and {type(asked[0]).__name__} as text; expected True for "
+            "finished prompts, each a str, or False."
         )
-    rows, texts = as_rows(images, text)
-    prompts = render(processor, rows, texts)
+    prompts = [
+        render(processor, len(row), one, rendered=rendered, row=i)
+        for i, (row, one) in enumerate(zip(rows, asked, strict=True))
+    ]
     tokenizer = processor.tokenizer
     bos = getattr(tokenizer, "bos_token", None)
     doubled = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)
@@ -142,38 +103,42 @@ def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[st
         encoded = processor(
             images=rows if len(rows) > 1 else rows[0],
             text=prompts,
-            padding=True,
+            padding=len(rows) > 1,
             return_tensors="pt",
             add_special_tokens=not doubled,
         )
     except (ValueError, TypeError, IndexError) as error:
         sizes = [image.size for row in rows for image in row]
         raise InputError(
-            f"Got images of {sizes} pixels (width, height) and {len(prompts)} prompts, which the "
-            f"model's processor refuses ({type(error).__name__}: {error}); expected images and "
-            "prompts that fit one another."
+            f"The model's processor refuses images of {sizes} pixels (width, height) with "
+            f"{len(prompts)} prompts ({type(error).__name__}: {error}); expected what it was made for. "
+            "See its settings in lvlm.processor."
         ) from error
     finally:
         tokenizer.padding_side = side
     return dict(encoded), rows, prompts
 
 
-def check_inputs(inputs: Any, vocab: int, image_token_id: int) -> dict[str, Any]:
+def check_inputs(
+    inputs: Any, vocab: int, image_token_id: int, video_token_id: int | None = None
+) -> dict[str, Any]:
     """Check processor output, whoever made it.
 
     Args:
         inputs: Processor output.
         vocab: How many token ids the model has embeddings for.
         image_token_id: The id of image positions, which may lie beyond.
+        video_token_id: The id of video positions, or None if the model takes no videos.
 
     Raises:
-        InputError: If ids or pixels are missing, of the wrong rank, out of range or not finite.
+        InputError: If there is a video, or ids or pixels are missing, of the wrong rank, out of range or not finite.
     """
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict. "
             "Write lvlm.prepare(inputs=processor(images=..., text=..., return_tensors='pt'))."
         )
+    refuse_videos(inputs, video_token_id)
     missing = [name for name in ("input_ids", "pixel_values") if inputs.get(name) is None]
     if missing:
         raise InputError(
@@ -198,6 +163,25 @@ def check_inputs(inputs: Any, vocab: int, image_token_id: int) -> dict[str, Any]
     if not torch.isfinite(out["pixel_values"]).all():
         raise InputError("Got NaN or infinite pixel_values; expected finite pixels.")
     return out
+
+
+def refuse_videos(inputs: Mapping[str, Any], video_token_id: int | None) -> None:
+    """Refuse videos, alone or beside images: the tower runs once more for them, and that is not read.
+
+    Raises:
+        InputError: If there are any.
+    """
+    ids = inputs.get("input_ids")
+    found = 0
+    if video_token_id is not None and isinstance(ids, Tensor):
+        found = int((ids == video_token_id).sum())
+    pixels = inputs.get("pixel_values_videos") is not None
+    if found or pixels:
+        raise InputError(
+            f"Got {found} video tokens (id {video_token_id}) and {'' if pixels else 'no '}"
+            "pixel_values_videos; expected still images, whose tokens alone are mapped to vision tokens "
+            "and pixels. Write the frames as images: lvlm.prepare(images=[frame, ...], text='...')."
+        )
 
 
 def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> None:
@@ -225,7 +209,14 @@ def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> Non
 
 
 def make_sample(
-    module: Any, processor: Any, anatomy: Anatomy, images: Any, text: Any, inputs: Any
+    module: Any,
+    processor: Any,
+    anatomy: Anatomy,
+    images: Any,
+    text: Any,
+    inputs: Any,
+    *,
+    rendered: Any = False,
 ) -> Sample:
     """Inputs and their TokenMap; see `LVLM.prepare`.
 
@@ -239,9 +230,10 @@ def make_sample(
         )
     raw, rows, prompts = inputs, None, None
     if inputs is None:
-        raw, rows, prompts = process(processor, images, text)
+        raw, rows, prompts = process(processor, images, text, rendered=rendered)
     known = module.get_input_embeddings().weight.shape[0]
-    ready = check_inputs(raw, known, anatomy.image_token_id)
+    video = getattr(module.config, "video_token_id", None)
+    ready = check_inputs(raw, known, anatomy.image_token_id, video)
     sizes = None if rows is None else [image.size for row in rows for image in row]
     image_processor = getattr(processor, "image_processor", None)
     frames = anatomy.family.frames(module.config, image_processor, ready, sizes)
