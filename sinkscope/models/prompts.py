@@ -179,19 +179,40 @@ def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]
     Raises:
         InputError: If there is no image, no text, or their numbers differ.
     """
-    single = isinstance(text, str) or is_chat(text)
-    texts = [text] if single or not isinstance(text, Sequence) else list(text)
     if is_chat(images) and text is None:
         raise InputError(
             "Got chat messages as images; expected them as text. Write lvlm.prepare(text=messages)."
         )
-    bare = images is None or (isinstance(images, (list, tuple)) and len(images) == 0)
+    single = isinstance(text, str) or is_chat(text)
+    texts = [text] if single or not isinstance(text, Sequence) else list(text)
+    rows, asked, opened = [], [], {}
+    for i, (entry, own) in enumerate(zip(texts, _paired(images, texts, single), strict=True)):
+        if not isinstance(entry, str):
+            own, entry = unfold(entry, own, f"Row {i} has")
+        if not own:
+            raise InputError(f"Got no image in row {i}; expected at least one image per row.")
+        for picture in own:
+            if id(picture) not in opened:  # one picture in many rows is held once
+                opened[id(picture)] = (open_image(picture), picture)
+        rows.append([opened[id(picture)][0] for picture in own])
+        asked.append(entry)
+    return rows, asked
+
+
+def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
+    """The images of every text, unopened; none where chat messages hold them.
+
+    Raises:
+        InputError: If there is no image, no text, or their numbers differ.
+    """
+    many = isinstance(images, (list, tuple))
+    bare = images is None or (many and not images)
     if bare and not (texts and all(map(is_chat, texts))):
         raise InputError(
             "Got no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
             "text alone there is no visual sink to look for."
         )
-    if text is None or not texts or text == "":
+    if not texts or texts[0] is None or texts == [""]:
         raise InputError(
             "Got no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
         )
@@ -201,33 +222,17 @@ def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]
                 f"Got a text of type {type(entry).__name__}; expected a str or a list of chat messages, "
                 "or a list with one of them per row."
             )
-    if bare:
-        given: list[Any] = [[]] * len(texts)
-    elif not isinstance(images, (list, tuple)):
-        given = [[images]] * len(texts)  # one picture for all questions
-    elif single:
-        given = [images]
-    elif len(images) != len(texts):
+    if bare or not many:
+        return [[] if bare else [images]] * len(texts)  # one picture for all questions
+    if single:
+        return [images]
+    if len(images) != len(texts):
         raise InputError(
             f"Got {len(images)} image entries for {len(texts)} texts; expected one entry per row. Write "
             "images=[a, b], text=['...', '...'], images=[[a, b], [c]] for several images in a row, or "
             "images=a for one picture in all rows."
         )
-    else:
-        given = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
-    rows, asked, opened = [], [], {}
-    for i, (entry, own) in enumerate(zip(texts, given, strict=True)):
-        pictures, entry = (
-            (own, entry) if isinstance(entry, str) else unfold(entry, own, f"Row {i} has")
-        )
-        if not pictures:
-            raise InputError(f"Got no image in row {i}; expected at least one image per row.")
-        for picture in pictures:
-            if id(picture) not in opened:  # one picture in many rows is held once
-                opened[id(picture)] = (open_image(picture), picture)
-        rows.append([opened[id(picture)][0] for picture in pictures])
-        asked.append(entry)
-    return rows, asked
+    return [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
 def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int) -> str:
