@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
-from sinkscope.errors import CheckpointError, InputError, SinkscopeError
+from sinkscope.errors import CheckpointError, SinkscopeError
 from sinkscope.named import MODEL, check_word, load_model
 from sinkscope.specs import HELP, parse_detector
 from sinkscope.stages import stages
@@ -232,22 +232,23 @@ def run_trace(given: argparse.Namespace) -> int:
 
     from sinkscope.detectors import calibrate
     from sinkscope.experiments import trace_sinks
+    from sinkscope.models.pictures import open_image
     from sinkscope.viz.report import check_folder
 
     check_word(given.model)
     paths = given.calibrate or []
-    check_images([*given.image, *paths])
+    pictures, others = ([open_image(path) for path in some] for some in (given.image, paths))
     out = given.out or (None if given.json else "sinkscope-trace")
     if out is not None:
         check_folder(out)
     with stages(4 + bool(paths), "loading the model") as step:
         lvlm = load(given)
         step("preparing")
-        sample = lvlm.prepare(images=given.image, text=given.prompt)
+        sample = lvlm.prepare(images=pictures, text=given.prompt)
         calibration = None
         if paths:
             step(f"calibrating on {len(paths)} images")
-            samples = [lvlm.prepare(images=path, text=given.prompt) for path in paths]
+            samples = [lvlm.prepare(images=image, text=given.prompt) for image in others]
             calibration = calibrate(lvlm, samples, progress=sys.stderr.isatty())
         step("tracing")
         trace = trace_sinks(lvlm, sample, v, low, calibration=calibration)
@@ -261,18 +262,6 @@ def run_trace(given: argparse.Namespace) -> int:
         return 0
     print(f"{lvlm.name}: {given.prompt}\n\nAnswer: {said}\n")
     return _show(str(out), lvlm, sample, trace, tables)
-
-
-def check_images(paths: Sequence[str]) -> None:
-    """Refuse pictures that are not there, before a model is loaded.
-
-    Raises:
-        InputError: If one is missing, or is a folder.
-    """
-    for path in paths:
-        if not Path(path).expanduser().is_file():
-            what = "which is a folder" if Path(path).expanduser().is_dir() else "which is not there"
-            raise InputError(f"Got the image {path!r}, {what}; expected the path of a picture.")
 
 
 def answer(lvlm: LVLM, sample: Sample) -> str:

@@ -184,7 +184,10 @@ def test_what_is_being_done_is_said_where_there_is_no_terminal(trace_words, caps
 
 
 WRONG = {
-    "no such image": (["--image", "nowhere.png"], "'nowhere.png', which is not there"),
+    "no such image": (
+        ["--image", "nowhere.png"],
+        "'nowhere.png', which is neither an existing file nor a URL",
+    ),
     "no image": (["--image", "{planted}/words.txt"], "which is no readable image"),
     "no such detector": (["--v-detector", "nrm:100"], "Did you mean 'norm'"),
     "half a detector": (
@@ -194,7 +197,7 @@ WRONG = {
     "tau above its bound": (["--l-detector", "dims:1:20"], "less than sqrt(128) = 11.3"),
     "channel out of range": (["--l-detector", "dims:4000:5"], "expected 0 to 127"),
     "folder is a file": (["--out", "{planted}/words.txt"], "which is a file"),
-    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is not there"),
+    "calibrate on nothing": (["--calibrate", "nowhere.png"], "which is neither an existing file"),
 }
 
 
@@ -217,7 +220,7 @@ def test_what_is_wrong_is_said_in_one_message(
     ("words", "message"),
     [
         (["doctor", "{here}/empty"], "holds no config.json"),
-        (["trace", "{here}/empty", "--image", "{here}/x", "--prompt", "y"], "holds no config.json"),
+        (["trace", "{here}/empty", "--image", "{here}/x", "--prompt", "y"], "is no readable image"),
         (["trace", "example", "--image", "{here}", "--prompt", "y"], "which is a folder"),
         (["demo", "--questions", "0"], "Got --questions 0; expected 1 to"),
         (["demo", "--questions", "999"], "Got --questions 999; expected 1 to"),
@@ -227,7 +230,7 @@ def test_what_is_wrong_is_said_in_one_message(
 def test_other_commands_explain_too(words, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x").write_text("looked at after the model's folder")
+    (tmp_path / "x").write_text("looked at before the model's folder")
     assert main([word.format(here=tmp_path) for word in words]) == 2
     assert message in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.result import check_by, counted
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.passes import looked, seen
+from sinkscope.models.prompts import check_questions
 from sinkscope.models.runner import evaluated
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def gate_coefficients(
     check_tasks(items)
     check_by(by)
     _check(lvlm, given, batch)
+    check_questions(lvlm.processor, items)
     blocks = [gate.config.edited for gate in given]
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
     lines: list[dict[str, Any]] = []

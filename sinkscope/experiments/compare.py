@@ -23,6 +23,7 @@ from sinkscope.experiments.variants import (
     Variant,
     as_variants,
 )
+from sinkscope.models.prompts import check_questions
 
 if TYPE_CHECKING:
     from sinkscope.detectors.rules import Detector
@@ -84,6 +85,7 @@ def compare(
         )
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
+    check_questions(lvlm.processor, items)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
     hidden = len(items) < 50 if progress is None else not progress
     lines: list[dict[str, Any]] = []

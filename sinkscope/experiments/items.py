@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sinkscope.errors import InputError
-from sinkscope.models.prepare import open_image
+from sinkscope.models.pictures import open_image
 
 NEEDED = frozenset({"image", "question", "answer"})
 ALL = "all"

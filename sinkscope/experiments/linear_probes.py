@@ -30,6 +30,7 @@ from sinkscope.experiments.probing.pooling import (
     sink_groups,
 )
 from sinkscope.experiments.probing.result import LinearProbes
+from sinkscope.models.prompts import check_questions
 from sinkscope.probes.residual import check_site
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def linear_probes(
             "ss.LVLM(model, processor)."
         )
     items = as_labelled(dataset)
+    check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
     split = split_images(items, goals, test_size, seed)
     hidden = len(items) < 50 if progress is None else not progress

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import InputError, nearest
+from sinkscope.models.pictures import ADDRESSES
 
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
 NEEDED = ("image", "question", "answer")
@@ -175,7 +176,8 @@ class Questions:
                 f"too. Write columns={{{missing[0]!r}: 'the column'}}."
             )
         if isinstance(out["image"], str):
-            out["image"] = str(Path(self.source).expanduser().parent / out["image"])
+            if not out["image"].startswith(ADDRESSES):
+                out["image"] = str(Path(self.source).expanduser().parent / out["image"])
             out.setdefault("image_id", out["image"])
         out["question"] = str(out["question"]) + self.suffix
         out["answer"] = str(out["answer"])

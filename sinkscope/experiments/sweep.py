@@ -35,7 +35,8 @@ from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
-from sinkscope.models.prepare import open_image
+from sinkscope.models.pictures import open_image
+from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import prove
 from sinkscope.models.runner import evaluated
 
@@ -135,6 +136,7 @@ def sweep(
     check_merge(merge)
     check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
+    check_questions(lvlm.processor, items)
     code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:

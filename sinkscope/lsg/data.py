@@ -24,6 +24,7 @@ from sinkscope.errors import InputError
 from sinkscope.lsg.records import AnswerData, checked_texts, field_of, read_dataset
 from sinkscope.models.decoder_inputs import EXTENDED
 from sinkscope.models.prepare import process
+from sinkscope.models.prompts import marks_of
 from sinkscope.tokens import TokenMap
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def read_parts(
             shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
             options = {"max_answer_tokens": max_answer_tokens, "progress": bool(shown)}
             options["image_token"] = lvlm.anatomy.image_token_id
+            options["marks"] = marks_of(lvlm.processor)
             given.append(read_dataset(part, lvlm.tokenizer, **options))
     data = given[0]
     rows, held = data.split(validation if validation_data is None else 0.0, seed)

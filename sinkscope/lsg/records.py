@@ -12,7 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
-from sinkscope.models.prepare import open_image
+from sinkscope.models.pictures import check_place, open_image
+from sinkscope.models.prompts import Marks, question_of
 
 NEEDED = ("image", "question", "answer")
 
@@ -124,6 +125,7 @@ def read_dataset(
     *,
     max_answer_tokens: int = 256,
     image_token: int | None = None,
+    marks: Marks | None = None,
     progress: bool = False,
 ) -> AnswerData:
     """Read a dataset once, check every record and keep no image.
@@ -136,6 +138,7 @@ def read_dataset(
         tokenizer: To count the answers' tokens, or None.
         max_answer_tokens: The longest answer that is accepted.
         image_token: The id that stands for an image in prompts, which no answer may hold.
+        marks: The texts that stand for images, which no question may hold inside of words, or None.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -159,6 +162,8 @@ def read_dataset(
     for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
         record = light[index]
         question, answer = checked_texts(record, index)
+        if marks is not None:
+            question_of(question, marks, who=f"Record {index} has")
         if tokenizer is not None:
             _check_answer(tokenizer, answer, index, max_answer_tokens, image_token)
         names.append(_image_name(record, index))
@@ -247,11 +252,7 @@ def _image_name(record: Any, index: int) -> str:
     if not images or any(image is None for image in images):
         raise InputError(f"Record {index} has no image; expected at least one.")
     for image in images:
-        if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-            raise InputError(
-                f"Record {index} has the image {os.fspath(image)!r}, which is no file; expected one. "
-                "Paths are relative to the working directory."
-            )
+        check_place(image, f"Record {index} has")
     known = field_of(record, "image_id")
     if known is not None:
         return f"id:{str(known).replace('|', '/')}"

@@ -175,17 +175,28 @@ class LVLM:
         )
 
     def prepare(
-        self, images: Any = None, text: Any = None, *, inputs: Mapping[str, Any] | None = None
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        rendered: bool = False,
     ) -> Sample:
         """Images and text as model inputs, with a map of every token.
 
         Args:
             images: One image, or a list. With one text all images belong to it; with a list of
-                texts there is one entry (an image or a list of images) per text. PIL images, paths
-                or uint8 arrays.
-            text: A question, or a list of questions: one batch row each, left-padded. It goes
-                through the model's chat template unless it already holds image tokens.
+                texts there is one entry (an image or a list of images) per text, or one image for
+                all. PIL images, paths, URLs, bytes, arrays or tensors; each is read as people see
+                it, upright and opaque (`sinkscope.models.pictures.open_image`).
+            text: A question or chat messages, or a list of them: one batch row each, left-padded. A
+                question goes through the model's chat template, its images first. ``<image>``, or
+                the model's own image token, alone on the first or last line changes nothing; inside
+                of words it is refused. Messages may hold their pictures; those that do not take
+                ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
+            rendered: Whether texts are finished prompts, with one image token per image: they are
+                taken as they are.
 
         Returns:
             The sample.
@@ -194,7 +205,7 @@ class LVLM:
             InputError: If something is missing or does not fit.
         """
         return preparing.make_sample(
-            self._module, self._processor, self.anatomy, images, text, inputs
+            self._module, self._processor, self.anatomy, images, text, inputs, rendered=rendered
         )
 
     def run(

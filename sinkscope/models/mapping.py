@@ -26,6 +26,11 @@ from sinkscope.models.geometry import Frame
 from sinkscope.models.words import words_of
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
+OTHER_SETTINGS = (
+    "Pass the whole output of the model's own processor; its patch_size and num_additional_image_tokens "
+    "must be those of the vision tower."
+)
+
 
 def build_token_map(
     anatomy: Anatomy,
@@ -136,14 +141,15 @@ def assign_images(visual: Tensor, counts: Sequence[int]) -> Tensor:
             raise InputError(
                 f"Got {found} image tokens per row for {len(counts)} images of {list(counts)} "
                 f"tokens; expected the row of image {i} to hold {size} more. Was the prompt "
-                "truncated, or made for other images? Pass the processor's whole output."
+                f"truncated, or made for other images? {OTHER_SETTINGS}"
             )
         left[row] -= size
         rows.append(row)
     if any(left):
         raise InputError(
             f"Got {found} image tokens per row for {len(counts)} images of {list(counts)} tokens; "
-            "expected as many tokens as the images have. Pass one image per group of image tokens."
+            "expected as many tokens as the images have. Pass one image per group of image tokens. "
+            f"{OTHER_SETTINGS}"
         )
     return torch.tensor(rows, dtype=torch.long)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sinkscope.errors import InputError
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.mapping import build_token_map
+from sinkscope.models.prompts import as_rows, render
 from sinkscope.tokens import TokenMap
 
 
@@ -25,7 +24,7 @@ class Sample:
     Attributes:
         inputs: What the model is called with.
         tokens: What every position is.
-        images: The images of every row, as given; None if only processor output was given.
+        images: The images of every row, as people see them; None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
         made_for: The layout of the model it was prepared for (`Anatomy.fingerprint`).
     """
@@ -48,125 +47,45 @@ PER_POSITION = (
     "mm_token_type_ids",
 )
 """Inputs with an entry for every position."""
-NOT_READABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
-"""What PIL raises on a file that is no image, is cut off, or is absurdly large."""
 
 
-def open_image(image: Any) -> Image.Image:
-    """A PIL image from a PIL image, a path or an ``[height width 3]`` uint8 array.
+def check_processor(processor: Any, rows: int) -> None:
+    """Refuse a processor that lacks what a batch needs.
 
     Raises:
-        InputError: If it is none of these, the file is missing or no image.
+        InputError: If there is none, or it has no part, setting or token for this.
     """
-    if isinstance(image, (str, os.PathLike)) and not Path(image).is_file():
+    if processor is None:
         raise InputError(
-            f"Got the image path {str(image)!r}, which does not exist; expected an image file."
+            "Got images and text, but this LVLM has no processor; expected one. Write "
+            "ss.LVLM(model, processor), or lvlm.prepare(inputs=...) with inputs you made yourself."
         )
-    if isinstance(image, (str, os.PathLike, Image.Image)):
-        try:
-            opened = image if isinstance(image, Image.Image) else Image.open(image)
-            return opened.convert("RGB")
-        except NOT_READABLE as error:
+    name = type(processor).__name__
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
             raise InputError(
-                f"Got {str(image)!r}, which is no readable image ({error}); expected a PNG, JPEG or "
-                "other file that PIL opens."
-            ) from error
-    shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", ""))
-    if shape is not None and len(shape) == 3 and shape[-1] == 3 and dtype.endswith("uint8"):
-        return Image.fromarray(image.numpy() if isinstance(image, Tensor) else image)
-    described = "" if shape is None else f" with shape {tuple(shape)} and dtype {dtype}"
-    raise InputError(
-        f"Got an image of type {type(image).__name__}{described}; expected a PIL image, a path, or a "
-        "uint8 array [height width 3]."
-    )
-
-
-def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[str]]:
-    """Images and texts as one list of images and one text per batch row.
-
-    Raises:
-        InputError: If there is no image, no text, or their numbers differ.
-    """
-    if images is None or (isinstance(images, Sequence) and len(images) == 0):
-        raise InputError(
-            "Got no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
-            "text alone there is no visual sink to look for."
-        )
-    if text is None or (isinstance(text, Sequence) and len(text) == 0):
-        raise InputError(
-            "Got no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
-        )
-    if isinstance(text, str):
-        many = isinstance(images, (list, tuple))
-        row = [open_image(image) for image in (images if many else [images])]
-        return [row], [text]
-    texts = list(text) if isinstance(text, Sequence) else [text]
-    for entry in texts:
-        if not isinstance(entry, str):
+                f"Got a {name} as processor, which has no {part}; expected the model's whole processor. "
+                "Write ss.LVLM(model, transformers.AutoProcessor.from_pretrained(...))."
+            )
+    for setting in ("patch_size", "vision_feature_select_strategy"):
+        if getattr(processor, setting, "") is None:
             raise InputError(
-                f"Got a text of type {type(entry).__name__}; expected a str, or a list with a str "
-                "per row."
+                f"Got a {name} without {setting}; expected the model's, or nobody knows how many tokens "
+                "an image has. Write processor.patch_size = model.config.vision_config.patch_size, "
+                "processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy, "
+                "and processor.num_additional_image_tokens = 1 if the vision tower has a CLS token."
             )
-    if not isinstance(images, (list, tuple)) or len(images) != len(texts):
-        count = len(images) if isinstance(images, (list, tuple)) else 1
+    if rows > 1 and processor.tokenizer.pad_token is None:
         raise InputError(
-            f"Got {count} image entries for {len(texts)} texts; expected one entry per row. Write "
-            "images=[a, b], text=['...', '...'], or images=[[a, b], [c]] for several images in a row."
+            f"Got {rows} rows and a tokenizer without a pad token; expected one, or a single row. Write "
+            "processor.tokenizer.pad_token = processor.tokenizer.eos_token: padding is masked."
         )
-    rows = [
-        [open_image(i) for i in (entry if isinstance(entry, (list, tuple)) else [entry])]
-        for entry in images
-    ]
-    for i, row in enumerate(rows):
-        if not row:
-            raise InputError(f"Got no image in row {i}; expected at least one image per row.")
-    return rows, texts
 
 
-def render(processor: Any, images: list[list[Image.Image]], texts: list[str]) -> list[str]:
-    """The full prompt of every row: through the chat template, or with image tokens put in front.
-
-    A text that already holds image tokens is taken as it is.
-
-    Raises:
-        InputError: If a text holds another number of image tokens than its row has images.
-    """
-    marker = getattr(processor, "image_token", None) or "<image>"
-    template = getattr(processor, "chat_template", None)
-    template = template or getattr(processor.tokenizer, "chat_template", None)
-    prompts = []
-    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
-        found = text.count(marker)
-        if found and found != len(pictures):
-            raise InputError(
-                f"Got {found} {marker!r} tokens and {len(pictures)} images in row {row}; expected as "
-                f"many. Write one {marker!r} per image, or none: then they are put in front."
-            )
-        if found:
-            prompts.append(text)
-        elif template:
-            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
-            prompts.append(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    chat_template=template,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-            )
-        else:
-            prompts.append(marker * len(pictures) + "\n" + text)
-    return prompts
-
-
-def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[str]]:
-    """Run the processor, left-padded.
+def process(
+    processor: Any, images: Any, text: Any, *, rendered: Any = False
+) -> tuple[dict, list, list[str]]:
+    """Run the processor, left-padded; see `LVLM.prepare`.
 
     Returns:
         Model inputs, images by row, prompts by row.
@@ -174,13 +93,17 @@ def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[st
     Raises:
         InputError: If there is no processor or the inputs do not fit one another.
     """
-    if processor is None:
+    rows, asked = as_rows(images, text)
+    check_processor(processor, len(rows))
+    if not isinstance(rendered, bool) or (rendered and not all(isinstance(a, str) for a in asked)):
         raise InputError(
-            "Got images and text, but this LVLM has no processor; expected one. Write "
-            "ss.LVLM(model, processor), or lvlm.prepare(inputs=...) with inputs you made yourself."
+            f"Got rendered={rendered!r} and {type(asked[0]).__name__} as text; expected True for "
+            "finished prompts, each a str, or False."
         )
-    rows, texts = as_rows(images, text)
-    prompts = render(processor, rows, texts)
+    prompts = [
+        render(processor, len(row), one, rendered=rendered, row=i)
+        for i, (row, one) in enumerate(zip(rows, asked, strict=True))
+    ]
     tokenizer = processor.tokenizer
     bos = getattr(tokenizer, "bos_token", None)
     doubled = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)
@@ -190,38 +113,42 @@ def process(processor: Any, images: Any, text: Any) -> tuple[dict, list, list[st
         encoded = processor(
             images=rows if len(rows) > 1 else rows[0],
             text=prompts,
-            padding=True,
+            padding=len(rows) > 1,
             return_tensors="pt",
             add_special_tokens=not doubled,
         )
     except (ValueError, TypeError, IndexError) as error:
         sizes = [image.size for row in rows for image in row]
         raise InputError(
-            f"Got images of {sizes} pixels (width, height) and {len(prompts)} prompts, which the "
-            f"model's processor refuses ({type(error).__name__}: {error}); expected images and "
-            "prompts that fit one another."
+            f"The model's processor refuses images of {sizes} pixels (width, height) with "
+            f"{len(prompts)} prompts ({type(error).__name__}: {error}); expected what it was made for. "
+            "See its settings in lvlm.processor."
         ) from error
     finally:
         tokenizer.padding_side = side
     return dict(encoded), rows, prompts
 
 
-def check_inputs(inputs: Any, vocab: int, image_token_id: int) -> dict[str, Any]:
+def check_inputs(
+    inputs: Any, vocab: int, image_token_id: int, video_token_id: int | None = None
+) -> dict[str, Any]:
     """Check processor output, whoever made it.
 
     Args:
         inputs: Processor output.
         vocab: How many token ids the model has embeddings for.
         image_token_id: The id of image positions, which may lie beyond.
+        video_token_id: The id of video positions, or None if the model takes no videos.
 
     Raises:
-        InputError: If ids or pixels are missing, of the wrong rank, out of range or not finite.
+        InputError: If there is a video, or ids or pixels are missing, of the wrong rank, out of range or not finite.
     """
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict. "
             "Write lvlm.prepare(inputs=processor(images=..., text=..., return_tensors='pt'))."
         )
+    refuse_videos(inputs, video_token_id)
     missing = [name for name in ("input_ids", "pixel_values") if inputs.get(name) is None]
     if missing:
         raise InputError(
@@ -263,6 +190,25 @@ def check_names(inputs: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
+def refuse_videos(inputs: Mapping[str, Any], video_token_id: int | None) -> None:
+    """Refuse videos, alone or beside images: the tower runs once more for them, and that is not read.
+
+    Raises:
+        InputError: If there are any.
+    """
+    ids = inputs.get("input_ids")
+    found = 0
+    if video_token_id is not None and isinstance(ids, Tensor):
+        found = int((ids == video_token_id).sum())
+    pixels = inputs.get("pixel_values_videos") is not None
+    if found or pixels:
+        raise InputError(
+            f"Got {found} video tokens (id {video_token_id}) and {'' if pixels else 'no '}"
+            "pixel_values_videos; expected still images, whose tokens alone are mapped to vision tokens "
+            "and pixels. Write the frames as images: lvlm.prepare(images=[frame, ...], text='...')."
+        )
+
+
 def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> None:
     """Check ids and their mask.
 
@@ -294,7 +240,14 @@ def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> Non
 
 
 def make_sample(
-    module: Any, processor: Any, anatomy: Anatomy, images: Any, text: Any, inputs: Any
+    module: Any,
+    processor: Any,
+    anatomy: Anatomy,
+    images: Any,
+    text: Any,
+    inputs: Any,
+    *,
+    rendered: Any = False,
 ) -> Sample:
     """Inputs and their TokenMap; see `LVLM.prepare`.
 
@@ -308,9 +261,10 @@ def make_sample(
         )
     raw, rows, prompts = inputs, None, None
     if inputs is None:
-        raw, rows, prompts = process(processor, images, text)
+        raw, rows, prompts = process(processor, images, text, rendered=rendered)
     known = module.get_input_embeddings().weight.shape[0]
-    ready = check_inputs(raw, known, anatomy.image_token_id)
+    video = getattr(module.config, "video_token_id", None)
+    ready = check_inputs(raw, known, anatomy.image_token_id, video)
     if inputs is not None:
         made = getattr(processor, "model_input_names", None) or ()
         check_names(ready, {*PER_POSITION, *anatomy.family.image_inputs, *made})

@@ -465,7 +465,7 @@ def test_tables_for_a_page(planted):
         ([3], {"base": []}, "expected a dict or an Item"),
         ([Item("x.png", "q", "a")], {}, "expected a dict such as"),
         ([Item("x.png", "q", "a")], [[]], "expected a dict such as"),
-        ([Item("x.png", "q", "a")], {"base": []}, "does not exist"),
+        ([Item("x.png", "q", "a")], {"base": []}, "neither an existing file nor"),
         ([Item("x.png", "q", "a", choices=("b", "c"))], {"base": []}, "one of the choices"),
         ([Item("x.png", "q", "a", choices="abc")], {"base": []}, "a list of str"),
         ([Item("x.png", "q", "a")], {"base": ss.MaskKeys("image")}, "a list of interventions"),

@@ -40,6 +40,13 @@ def test_files_give_records_whose_images_lie_beside_them(folder, name):
         assert Image.open(records[1]["image"]).size == (20, 20)
 
 
+def test_addresses_of_images_stay_as_they_are(folder):
+    where = "https://example.org/a.png"
+    (folder / "q.json").write_text(json.dumps([{**ROWS[0], "image": where}]))
+    record = next(iter(Questions(str(folder / "q.json"), columns={"task": "kind"})))
+    assert (record["image"], record["image_id"]) == (where, where)
+
+
 def test_start_and_limit(folder):
     made = Questions(str(folder / "q.jsonl"), start=1, limit=1)
     assert [r["answer"] for r in made] == ["circle"]

@@ -228,7 +228,10 @@ def test_datasets_and_items_are_the_same_questions(tmp_path):
         ({"question": ""}, r"Record 1 has question=''"),
         ({"image": [], "image_id": None}, "Record 1 has no image; expected at least one"),
         ({"answer": "a <image> b"}, "Record 1 has the answer 'a <image> b', which holds the token"),
-        ({"image": "/nowhere/x.png"}, "Record 1 has the image '/nowhere/x.png', which is no file"),
+        (
+            {"image": "/nowhere/x.png"},
+            "Record 1 has the image '/nowhere/x.png', which is neither an existing",
+        ),
         ({"image_id": None}, "Record 1 has no image_id, unlike record 0"),
         ({"answer": "red " * 30}, r"Record 1 has an answer of \d+ tokens; expected at most 20"),
     ],

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.items import image_id_of
+from sinkscope.models.pictures import check_place
 
 FEWEST_IMAGES = 20
 """Fewer images than this cannot be split into a training and a test part that mean anything."""
@@ -101,11 +100,7 @@ def _check_files(item: LabelledImage, place: int) -> None:
         InputError: If one does not.
     """
     for image in item.image if isinstance(item.image, (list, tuple)) else [item.image]:
-        if isinstance(image, (str, os.PathLike)) and not Path(image).is_file():
-            raise InputError(
-                f"Record {place} has the image path {str(image)!r}, which does not exist; expected "
-                "an image file."
-            )
+        check_place(image, f"Record {place} has")
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
