@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_flags
 from sinkscope.experiments.answering import Answers, answer_batch
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.items import Item, as_items, check_tasks
@@ -75,6 +75,7 @@ def compare(
     """
     import pandas as pd
 
+    check_flags(length_normalized=length_normalized)
     items, variants = as_items(dataset), as_variants(conditions)
     check_tasks(items)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:

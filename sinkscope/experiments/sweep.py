@@ -17,6 +17,7 @@ from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector, NoSinks
+from sinkscope.errors import check_flags
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,
@@ -124,6 +125,7 @@ def sweep(
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
+    check_flags(dry_run=dry_run)
     items = as_items(dataset)
     check_by(by)
     check_tasks(items)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_whole
 from sinkscope.models.prepare import open_image
 
 NEEDED = ("image", "question", "answer")
@@ -141,6 +141,7 @@ def read_dataset(
     Raises:
         InputError: If it is empty, or a record lacks something, with its number.
     """
+    check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.errors import CheckpointError, ModelError, check_flags
 from sinkscope.models import processors, runner
 from sinkscope.models.families import family_of
 
@@ -69,9 +70,10 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
     load_config(name, options)
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
-    trusted = bool(options.get("trust_remote_code"))
     try:
-        return runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
+        return runner.wrap_remote(
+            name, processor, trust_remote_code=options["trust_remote_code"], **rest
+        )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
 
@@ -85,12 +87,11 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    check_name(name, options)
+    check_options(options)
+    check_name(name)
     try:
         config = AutoConfig.from_pretrained(
-            name,
-            revision=options.get("revision"),
-            trust_remote_code=bool(options.get("trust_remote_code")),
+            name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
         )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
@@ -103,11 +104,33 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def check_name(name: str, options: dict[str, Any]) -> None:
-    """Refuse a folder that is none and a dtype that is none, before anything is read.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of another type, as a recipe or a command line may give them.
 
     Raises:
-        CheckpointError: If the folder is missing or holds no config, or the dtype is unknown.
+        InputError: If trust is neither True nor False.
+        CheckpointError: If a name is no text, or the dtype is unknown.
+    """
+    check_flags(trust_remote_code=options["trust_remote_code"])
+    kinds = {"revision": (str,), "attn_implementation": (str, dict)}
+    for key, known in kinds.items():
+        if options[key] is not None and not isinstance(options[key], known):
+            raise CheckpointError(
+                f"Got {key}={options[key]!r}; expected text. Write {key}: '...' in quotes in a recipe."
+            )
+    dtype = options["dtype"]
+    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
+    if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise CheckpointError(
+            f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
+        )
+
+
+def check_name(name: str) -> None:
+    """Refuse a folder that is none, before anything is read.
+
+    Raises:
+        CheckpointError: If the folder is missing or holds no config.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
@@ -119,12 +142,6 @@ def check_name(name: str, options: dict[str, Any]) -> None:
         raise CheckpointError(
             f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
             "a repository id such as 'llava-hf/llava-1.5-7b-hf'."
-        )
-    dtype = options.get("dtype")
-    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
-    if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise CheckpointError(
-            f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
         )
 
 
@@ -138,7 +155,7 @@ def load_processor(name: str, options: dict[str, Any]) -> Any:
         processor: Any = processors.load_processor(
             name,
             revision=options.get("revision"),
-            trust_remote_code=bool(options.get("trust_remote_code")),
+            trust_remote_code=options.get("trust_remote_code", False),
         )
     except UNREADABLE as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sinkscope.errors import CheckpointError, InputError, ModelError
+from sinkscope.errors import CheckpointError, InputError, ModelError, check_flags
 from sinkscope.interventions.edited import Edited
 from sinkscope.interventions.protocol import Intervention
 from sinkscope.interventions.running import (
@@ -50,6 +50,7 @@ class LVLM:
     """
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
+        check_flags(verify=verify)
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor
@@ -89,18 +90,22 @@ class LVLM:
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
             remote: True to run on NDIF: only the architecture is built here, no weights.
                 ``"local"`` takes the same path without a server, with the weights here.
-            trust_remote_code: Never implied; True runs code from the repository.
+            trust_remote_code: Never implied; True, and nothing that counts as true, runs code from
+                the repository.
             verify: See the class.
 
         Returns:
             The model in evaluation mode.
 
         Raises:
-            CheckpointError: If the checkpoint is missing, incomplete or corrupt.
+            InputError: If ``trust_remote_code`` or ``verify`` is neither True nor False.
+            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is of
+                another type.
             ModelError: If it is no LVLM that sinkscope can read.
         """
         from sinkscope.models.loading import load, load_remote
 
+        check_flags(verify=verify)  # before the weights are read
         options = {
             "revision": revision,
             "dtype": dtype,
@@ -235,6 +240,7 @@ class LVLM:
             NonFiniteError: If live logits hold NaN.
         """
         checking.check_sample(sample, self.anatomy.fingerprint)
+        check_flags(kl=kl, grad=grad)
         asked, edits = checking.check_probes(probes), check_interventions(interventions)
         check_beside(edits, asked)
         where = checking.check_grad(grad, self._where(remote))
