@@ -36,7 +36,15 @@ if TYPE_CHECKING:
     from sinkscope.models import LVLM
 
 SECTIONS = ("sweep", "train", "compare")
-MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation", "trust_remote_code")
+MODEL_KEYS = (
+    "name",
+    "dtype",
+    "device_map",
+    "revision",
+    "attn_implementation",
+    "quantization_config",
+    "trust_remote_code",
+)
 NOT_WORDS = (
     "accelerator",
     "calibration",

@@ -64,10 +64,15 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
     """The architecture without weights, for remote runs.
 
     Raises:
-        CheckpointError: If config or processor cannot be read.
+        CheckpointError: If config or processor cannot be read, or a quantisation is asked for.
         ModelError: If it is no vision-language model of a known family.
     """
     load_config(name, options)
+    if options["quantization_config"] is not None:
+        raise CheckpointError(
+            "Got a quantization_config for a model without weights here; expected none: what runs "
+            "elsewhere is loaded there. Leave it out, or leave out remote."
+        )
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
     try:
@@ -183,7 +188,10 @@ def unreadable(name: str, error: Exception) -> CheckpointError:
     elif isinstance(error, SafetensorError):
         hint = "expected whole weight files: this one is damaged or cut off. Download it again."
     elif isinstance(error, ImportError):
-        hint = "expected that package: install it, or choose another attn_implementation."
+        hint = (
+            "expected that package: install it, or choose another attn_implementation or "
+            "quantization_config."
+        )
     return CheckpointError(
         f"{name!r} could not be loaded ({type(error).__name__}: {first_line(error)}); {hint}"
     )

@@ -76,6 +76,7 @@ class LVLM:
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
         remote: bool | str = False,
         trust_remote_code: bool = False,
         verify: bool = True,
@@ -88,6 +89,8 @@ class LVLM:
             dtype: ``"auto"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
+            quantization_config: Passed to ``transformers``: one of its configs, such as
+                ``BitsAndBytesConfig(load_in_8bit=True)``, or the same as a dict.
             remote: True to run on NDIF: only the architecture is built here, no weights.
                 ``"local"`` takes the same path without a server, with the weights here.
             trust_remote_code: Never implied; True, and nothing that counts as true, runs code from
@@ -111,6 +114,7 @@ class LVLM:
             "dtype": dtype,
             "device_map": device_map,
             "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
             "trust_remote_code": trust_remote_code,
         }
         if not isinstance(name, (str, Path)):
