@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,7 +35,7 @@ from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
-from sinkscope.models.prepare import open_image
+from sinkscope.models.image_ids import ImageIds
 from sinkscope.models.replay import prove
 
 if TYPE_CHECKING:
@@ -126,16 +125,16 @@ def sweep(
         ModelError: If a resumed pass would not be the model's own.
     """
     check_flags(dry_run=dry_run)
-    items = as_items(dataset)
     check_by(by)
-    check_tasks(items)
-    name, scoring = choose_score(score, items)
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     check_batch(batch)
     check_merge(merge)
     check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
+    items = as_items(dataset)
+    check_tasks(items)
+    name, scoring = choose_score(score, items)
     code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:
@@ -207,7 +206,7 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
     """Numbered questions in groups of one image id, in the order in which ids appear."""
     groups: dict[str, list[Numbered]] = {}
     for numbered in enumerate(items):
-        groups.setdefault(str(numbered[1].image_id), []).append(numbered)
+        groups.setdefault(numbered[1].image_id, []).append(numbered)
     return list(groups.values())
 
 
@@ -289,16 +288,9 @@ def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Sh
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """A digest of questions, answers, options, tasks and pixels, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        texts = (item.question, item.answer, item.task, str(item.image_id), *item.choices)
-        digest.update(repr(texts).encode())
-        images = item.image if isinstance(item.image, (list, tuple)) else [item.image]
-        for image in images:
-            if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
-                digest.update(Path(image).read_bytes())
-            else:
-                opened = open_image(image)
-                digest.update(repr(opened.size).encode() + opened.tobytes())
+    """A digest of questions, answers, options, tasks, image ids and pixels, in order."""
+    digest, ids = hashlib.blake2b(digest_size=16), ImageIds()
+    for i, item in enumerate(items):
+        image = ids.add(i, item.image, item.image_id)
+        digest.update(repr((item.question, item.answer, item.task, *image, *item.choices)).encode())
     return digest.hexdigest()
