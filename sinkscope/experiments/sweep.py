@@ -20,7 +20,6 @@ from sinkscope.errors import check_flags
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,
-    check_merge,
     check_rules,
     check_usable,
 )
@@ -37,6 +36,7 @@ from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_tab
 from sinkscope.models.identity import identity_of
 from sinkscope.models.image_ids import ImageIds
 from sinkscope.models.replay import prove
+from sinkscope.tokens import check_merge
 
 if TYPE_CHECKING:
     import pyarrow as pa
