@@ -96,7 +96,9 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     check_name(name)
     try:
         config = AutoConfig.from_pretrained(
-            name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
+            name,
+            revision=options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
         )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
@@ -116,14 +118,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         InputError: If trust is neither True nor False.
         CheckpointError: If a name is no text, or the dtype is unknown.
     """
-    check_flags(trust_remote_code=options["trust_remote_code"])
+    check_flags(trust_remote_code=options.get("trust_remote_code", False))
     kinds = {"revision": (str,), "attn_implementation": (str, dict)}
     for key, known in kinds.items():
-        if options[key] is not None and not isinstance(options[key], known):
+        value = options.get(key)
+        if value is not None and not isinstance(value, known):
             raise CheckpointError(
-                f"Got {key}={options[key]!r}; expected text. Write {key}: '...' in quotes in a recipe."
+                f"Got {key}={value!r}; expected text. Write {key}: '...' in quotes in a recipe."
             )
-    dtype = options["dtype"]
+    dtype = options.get("dtype")
     named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
     if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise CheckpointError(
