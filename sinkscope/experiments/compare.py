@@ -64,11 +64,11 @@ def compare(
         progress: Whether to show a progress bar; None shows it from 50 questions on.
 
     Returns:
-        The comparison. A free answer is cut to as many tokens as the right one has, tokenised by
-        itself. It counts if these are the tokens of the right answer, as in `sweep` with
-        ``score="exact"``, or the same text after stripping and lower case; what would follow is not
+        The comparison. A free answer is cut to as many tokens as the right one has, tokenised
+        as it follows the prompt. It counts if these are the tokens of the right answer, as in `sweep` with
+        ``score="exact"``, or begin with the same text after stripping and lower case; what would follow is not
         looked at. Of ``choices`` the one with the highest score is the answer; options are tokenised
-        by themselves.
+        likewise.
 
     Raises:
         InputError: If the dataset or the conditions are empty or malformed.

@@ -23,9 +23,9 @@ class Item:
         question: The question.
         answer: The right answer.
         task: What kind of question it is: on all questions, or on none.
-        image_id: Text or a whole number. Questions with one id are about one image: they share a
-            batch, and are resampled together. Missing in all records (None, NaN or blank): the image's
-            pixels tell, see `sinkscope.models.image_ids`.
+        image_id: Text or a whole number, which score functions and tables see as text. Questions with
+            one id are about one image: they share a batch, and are resampled together. Missing in all
+            records (None, NaN or blank): the image's pixels tell, see `sinkscope.models.image_ids`.
         choices: The options of a multiple-choice question, the right one among them: the model's
             answer is then the option with the highest log-probability. Empty: it answers freely.
     """

@@ -88,8 +88,8 @@ def sweep(
     Args:
         lvlm: The model, with its processor and weights.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
-            ``image_id`` and ``choices``: dicts or `Item`. An answer is tokenised by itself; write its
-            leading space if your model's answers begin with one.
+            ``image_id`` and ``choices``: dicts or `Item`. Answers and options are tokenised as
+            they follow the prompt, as in training (`sinkscope.models.answers`).
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
         by: How the result is split: ``"task"``, or ``"all"``.
@@ -282,7 +282,7 @@ def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Sh
     tails = [
         int(sample.tokens.ids.shape[1]) - stem + len(feed)
         for sample, item in zip(samples, items, strict=True)
-        for feed in ask(lvlm.tokenizer, item).feeds
+        for feed in ask(lvlm.tokenizer, (sample.texts or ("",))[0], item).feeds
     ]
     return Shape(tuple(first.vision.live.sum(dim=1).tolist()), stem, tuple(tails))
 

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError, check_whole
+from sinkscope.models.answers import answer_ids
 from sinkscope.models.image_ids import ImageIds, clusters_of
 
 NEEDED = ("image", "question", "answer")
@@ -180,7 +181,7 @@ def _check_answer(
     Raises:
         InputError: If so.
     """
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = answer_ids(tokenizer, "", answer)  # as long as behind a prompt, or a token longer
     if image_token is not None and image_token in ids:
         raise InputError(
             f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for an "

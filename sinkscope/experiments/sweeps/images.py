@@ -82,7 +82,7 @@ def sweep_image(
     prompts: list[Prompted] = []
     features = None
     for (index, item), sample in prepared:
-        asked = ask(lvlm.tokenizer, item)
+        asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
