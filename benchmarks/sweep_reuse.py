@@ -49,6 +49,7 @@ from sinkscope.experiments.sweep import shape_of
 from sinkscope.experiments.sweeps.cost import work_of
 from sinkscope.experiments.sweeps.grid import Cells, check_layers
 from sinkscope.experiments.sweeps.groups import v_sinks
+from sinkscope.models.answers import answer_ids
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
 
@@ -120,7 +121,7 @@ class Plain:
     def __init__(self, lvlm: ss.LVLM, twin: Any, item: dict[str, Any]) -> None:
         self.twin = twin
         sample = lvlm.prepare(images=item["image"], text=item["question"])
-        self.answer = lvlm.tokenizer(item["answer"], add_special_tokens=False)["input_ids"]
+        self.answer = list(answer_ids(lvlm.tokenizer, sample.texts[0], item["answer"]))
         fed = torch.tensor([self.answer[:-1]], dtype=torch.long)
         ids = torch.cat([sample.inputs["input_ids"], fed], dim=1)
         self.inputs = {**sample.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.commands import add_commands
 from sinkscope.errors import CheckpointError, SinkscopeError
-from sinkscope.named import MODEL, check_word, load_model
+from sinkscope.named import MODEL, TRUST, check_word, load_model
 from sinkscope.specs import HELP, parse_detector
 from sinkscope.stages import stages
 
@@ -138,6 +138,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
     add("--remote", action="store_true", help="run on NDIF; no weights are loaded here")
+    add("--trust-remote-code", action="store_true", help=TRUST)
 
 
 def run_demo(given: argparse.Namespace) -> int:
@@ -310,6 +311,7 @@ def load(given: argparse.Namespace) -> LVLM:
         dtype=given.dtype,
         device_map=given.device_map,
         remote=given.remote,
+        trust_remote_code=given.trust_remote_code,
     )
 
 

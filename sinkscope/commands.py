@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import InputError
 from sinkscope.folders import check_place
-from sinkscope.named import MODEL
+from sinkscope.named import MODEL, TRUST
 from sinkscope.recipe_conditions import arguments_for, by_name, conditions_of, named_gates
 from sinkscope.recipes import Recipe, merged, parse_yaml, read_recipe
 
@@ -65,6 +65,7 @@ def _parser(
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="what to compute in")
     add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
     add("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    add("--trust-remote-code", action="store_true", help=TRUST)
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="any other argument")
     add("--dry-run", action="store_true", help="print the cost and run nothing")
     parser.set_defaults(command=run)
@@ -104,6 +105,14 @@ def flags_of(given: argparse.Namespace, *names: str) -> dict[str, Any]:
     return merged(_present(out), asked)
 
 
+def recipe_of(
+    section: str, given: argparse.Namespace, function: Callable[..., Any], *names: str
+) -> Recipe:
+    """The settings of a command; ``names`` are flags that are arguments of its function."""
+    flags, trust = flags_of(given, *names), given.trust_remote_code
+    return read_recipe(section, given.recipe, flags, function, trust_remote_code=trust)
+
+
 def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in mapping.items() if value is not None}
 
@@ -112,7 +121,7 @@ def run_sweep(given: argparse.Namespace) -> int:
     """Sweep, print what was seen, write the map."""
     from sinkscope.experiments import lsg_grid, sweep
 
-    recipe = read_recipe("sweep", given.recipe, flags_of(given, "score", "grid"), sweep)
+    recipe = recipe_of("sweep", given, sweep, "score", "grid")
     options = dict(recipe.options)
     grid = options.get("grid")
     if isinstance(grid, int) and not isinstance(grid, bool):
@@ -156,8 +165,7 @@ def run_train(given: argparse.Namespace) -> int:
     """Train, print what came out, save gates, history and curve."""
     from sinkscope.lsg import train_lsg
 
-    flags = flags_of(given, "epochs", "batch", "lr", "seed")
-    recipe = read_recipe("train", given.recipe, flags, train_lsg)
+    recipe = recipe_of("train", given, train_lsg, "epochs", "batch", "lr", "seed")
     options = dict(recipe.options)
     if not options.get("layers"):
         raise InputError("Got no layers to train gates at; expected some. Write --layers 10.")
@@ -200,7 +208,7 @@ def run_compare(given: argparse.Namespace) -> int:
     """Compare, print the table, write answers, table and figure."""
     from sinkscope.experiments import compare
 
-    recipe = read_recipe("compare", given.recipe, flags_of(given, "batch"), compare)
+    recipe = recipe_of("compare", given, compare, "batch")
     conditions = with_gates(recipe.conditions, given.gate)
     out = recipe.out or OUT["compare"]
     if not given.dry_run:

@@ -16,6 +16,10 @@ WORDS = ("bundled", "example")
 """The models of the package."""
 MODEL = "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository"
 """What the help of every command says of it."""
+TRUST = "run the code that the model's repository brings; read it first"
+"""What the help of every command says of trust."""
+FLAGS = ("remote", "trust_remote_code")
+"""Options that are False where nothing is said."""
 OURS = ("dtype", "attn_implementation", "device_map")
 """What can be chosen for a model of the package."""
 
@@ -27,13 +31,14 @@ def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
         name: ``"example"``, ``"bundled"``, a folder or a hub repository. A folder that is called like a
             word is ``"./example"``.
         weights: False builds the architecture of a folder or repository alone.
-        options: Arguments of ``LVLM.from_pretrained``; None and False stand for what is not given.
+        options: Arguments of ``LVLM.from_pretrained``; None stands for what is not given.
 
     Raises:
         SinkscopeError: If there is no such model, or it cannot be loaded so.
     """
     check_word(name)
-    given: dict[str, Any] = {k: v for k, v in options.items() if v not in (None, False)}
+    asked = {k: v for k, v in options.items() if v is not None}
+    given: dict[str, Any] = {k: v for k, v in asked.items() if not (v is False and k in FLAGS)}
     if name in WORDS or not sys.stderr.isatty():
         without_bars()
     if name in WORDS:

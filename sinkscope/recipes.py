@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sinkscope.errors import InputError, nearest
+from sinkscope.errors import InputError, check_flags, nearest
 from sinkscope.named import load_model
 from sinkscope.specs import parse_detector
 from sinkscope.stages import stages
@@ -37,7 +37,15 @@ if TYPE_CHECKING:
     from sinkscope.models import LVLM
 
 SECTIONS = ("sweep", "train", "compare")
-MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation", "trust_remote_code")
+MODEL_KEYS = (
+    "name",
+    "dtype",
+    "device_map",
+    "revision",
+    "attn_implementation",
+    "quantization_config",
+    "trust_remote_code",
+)
 NOT_WORDS = (
     "accelerator",
     "calibration",
@@ -109,7 +117,12 @@ class Recipe:
 
 
 def read_recipe(
-    section: str, path: str | None, flags: Mapping[str, Any], function: Callable[..., Any]
+    section: str,
+    path: str | None,
+    flags: Mapping[str, Any],
+    function: Callable[..., Any],
+    *,
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """The settings of a command.
 
@@ -119,9 +132,12 @@ def read_recipe(
         flags: What was given on the command line, in the same shape. None takes back what the recipe
             says.
         function: The function behind the command, whose arguments are the options.
+        trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
+            anybody may have written, does not say it alone.
 
     Raises:
-        InputError: If the file is none, a key is unknown, or the model or data are missing.
+        InputError: If the file is none, a key is unknown, the model or data are missing, or a recipe
+            trusts the code of a repository by itself.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in SECTIONS}
@@ -135,6 +151,7 @@ def read_recipe(
     known = arguments_of(function)
     check_keys(settings, [*SHARED, *known], f"for sinkscope {command_of(section)}")
     check_keys(settings["model"], MODEL_KEYS, "under model")
+    check_trust(settings["model"], trust_remote_code)
     for name, needed in (("model", "name"), ("data", "source")):
         if not settings[name].get(needed):
             raise InputError(
@@ -162,6 +179,25 @@ def read_recipe(
         conditions=settings.get("conditions") or {},
         options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
     )
+
+
+def check_trust(model: dict[str, Any], flag: bool) -> None:
+    """Note the flag among the model's options; refuse a recipe that trusts without it.
+
+    Raises:
+        InputError: If so, or if the recipe says neither true nor false.
+    """
+    asked = model.get("trust_remote_code")
+    if asked is not None:
+        check_flags(trust_remote_code=asked)
+    if asked and not flag:
+        raise InputError(
+            f"Got trust_remote_code: true for {model['name']!r} in the recipe alone; expected the flag on "
+            "the command line too, because it runs code from there. If you have read and trust that "
+            "code, add --trust-remote-code."
+        )
+    if flag:
+        model["trust_remote_code"] = True
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -69,6 +69,21 @@ def as_mask(selection: Any, shape: tuple[int, int], n_layers: int, what: str) ->
     return selection.cpu()
 
 
+MERGES = ("max", "mean", "any")
+
+
+def check_merge(merge: str) -> None:
+    """Refuse an unknown way to join ViT tokens.
+
+    Raises:
+        SelectionError: If it is unknown.
+    """
+    if merge not in MERGES:
+        raise SelectionError(
+            f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {nearest(str(merge), MERGES)}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class VisionMap:
     """The ViT tokens of every image, in the order of the image processor.
@@ -229,8 +244,7 @@ class TokenMap:
         Raises:
             SelectionError: If ``merge`` is unknown, or the scores are of other images.
         """
-        if merge not in ("max", "mean", "any"):
-            raise SelectionError(f"Got merge={merge!r}; expected 'max', 'mean' or 'any'.")
+        check_merge(merge)
         if scores.shape != self.vision.live.shape:
             raise SelectionError(
                 f"Got scores of shape {tuple(scores.shape)}; expected "

@@ -128,6 +128,14 @@ def test_options_reach_a_model_of_the_package():
     assert named.load_model("bundled", dtype="auto", device_map="cpu").device.type == "cpu"
 
 
+def test_a_gpu_by_its_number_is_not_lost(monkeypatch):
+    """0 is a device, and equal to False."""
+    asked = {}
+    monkeypatch.setattr(ss.LVLM, "from_pretrained", lambda name, **given: asked.update(given))
+    named.load_model("./folder", device_map=0, remote=False, revision=None)
+    assert asked == {"device_map": 0}
+
+
 @pytest.mark.parametrize("device", ["cuad", "cuda:99"])
 def test_a_device_that_is_not_here_is_named(device):
     with pytest.raises(InputError, match=rf"Got device_map='{device}' \(.*expected 'auto', 'cpu'"):

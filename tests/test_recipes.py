@@ -19,6 +19,8 @@ from sinkscope.errors import InputError
 from sinkscope.experiments.questions import Questions
 from sinkscope.recipe_conditions import named_gates
 from sinkscope.recipes import parse_yaml, read_recipe
+from sinkscope.testing import write_checkpoint
+from tests.models.test_bad_input import own_code
 from tests.project.repository import ROOT
 
 PAPER = ROOT / "examples" / "recipes" / "llava-1.5-7b.yaml"
@@ -421,6 +423,88 @@ def test_wrong_words(name, capsys, monkeypatch, tmp_path) -> None:
     words, message = WRONG[name]
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+OF_ANOTHER_TYPE = {
+    "a switch of train": ("train-lsg", "append_end=n", "append_end='n'; expected True or False"),
+    "a length of train": (
+        "train-lsg",
+        "max_answer_tokens='9'",
+        "max_answer_tokens='9'; expected an",
+    ),
+    "a switch of compare": (
+        "compare",
+        "length_normalized='false'",
+        "length_normalized='false'; expected True or False",
+    ),
+    "a switch of an edit": (
+        "compare",
+        "conditions={base: [], x: {edit: {kind: V-sinks, control: 'no'}}}",
+        "control='no'; expected True or False",
+    ),
+    "a number of an edit": (
+        "compare",
+        "conditions={base: [], x: {edit: {kind: top attended, k: '2'}}}",
+        "k='2'; expected an int of at least 1",
+    ),
+    "a seed of a control": (
+        "compare",
+        "conditions={base: [], x: {random_tokens: {condition: {var: {}}, seed: '1'}}}",
+        "seed='1'; expected an int of at least 0",
+    ),
+    "a revision": ("sweep", "model={revision: 1234567}", "revision=1234567; expected text"),
+    "a kernel": ("sweep", "model={attn_implementation: no}", "attn_implementation=False; expected"),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_TYPE)
+def test_no_text_counts_as_a_number_or_a_switch(name, capsys, tmp_path) -> None:
+    command, given, message = OF_ANOTHER_TYPE[name]
+    model = "bundled"
+    if command == "sweep":
+        model = str(write_checkpoint(*ss.testing.tiny_llava(), tmp_path / "model"))
+    words = [command, model, *SMALL[1:], "--limit", "8", "--set", given]
+    words += {"train-lsg": ["--layers", "1"], "compare": [], "sweep": []}[command]
+    if command == "compare" and "conditions" not in given:
+        words += ["--set", "conditions={base: [], x: {var: {}}}"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+TRUSTING = {
+    "trace": ["--image", "x.png", "--prompt", "what"],
+    "doctor": [],
+    "sweep": [],
+    "train-lsg": ["--layers", "1"],
+    "compare": ["--set", "conditions={base: [], x: {var: {}}}"],
+}
+
+
+@pytest.mark.parametrize("command", TRUSTING)
+def test_code_runs_if_the_command_line_says_so(
+    command, tmp_path, capsys, write, monkeypatch
+) -> None:
+    """A recipe alone does not say it, and what a recipe says must be true or false."""
+    monkeypatch.chdir(tmp_path)
+    ss.testing.random_image(32, 32).save("x.png")
+    folder = write_checkpoint(*ss.testing.tiny_llava(), tmp_path / "model")
+    own_code(folder)
+    words = [command, str(folder), *TRUSTING[command]]
+    if command not in ("trace", "doctor"):
+        for trust, says in {
+            True: "Got trust_remote_code: true for",
+            "False": "trust_remote_code='False'; expected True or False",
+            0: "trust_remote_code=0; expected True or False",
+        }.items():
+            path = write(data="scenes", model={"name": str(folder), "trust_remote_code": trust})
+            assert main([command, "--recipe", path, *TRUSTING[command]]) == 2
+            assert says in capsys.readouterr().err
+        words = [command, "--recipe", write(data="scenes", model=str(folder)), *TRUSTING[command]]
+    assert main(words) == 2
+    assert "it holds its own code" in capsys.readouterr().err
+    assert not (folder / "ran").exists()
+    assert main([*words, "--trust-remote-code"]) == 2  # the code here is no model
+    assert (folder / "ran").exists()
 
 
 @pytest.mark.parametrize("what", [{"gaet": "x"}, {"gate": "a", "edit": {}}, 3, {"lora": {}}])

@@ -34,6 +34,7 @@ class Detection:
         threshold: Float ``[batch layer]``; infinite where the data give none.
         null: The score to expect without any sink, see each detector.
         visual: Bool ``[batch pos]``, which tokens are image tokens (patches in the ViT).
+        strict: Whether a score that equals its threshold is below it.
         warnings: What a reader must know before using the mask.
     """
 
@@ -45,6 +46,7 @@ class Detection:
     threshold: Float[Tensor, "batch layer"]
     null: float
     visual: Bool[Tensor, "batch pos"]
+    strict: bool = False
     warnings: tuple[str, ...] = field(default=())
 
     @property

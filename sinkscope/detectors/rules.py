@@ -91,6 +91,7 @@ def decide(
         threshold=limit,
         null=detector.null(result, anatomy),
         visual=visual,
+        strict=strict,
     )
     return saturation_warning(detection)
 

@@ -69,7 +69,7 @@ def load_plain(
         "attn_implementation": attn_implementation,
         "local_files_only": True,
     }
-    loading.check_name(str(folder), options)
+    loading.check_options(options)
     try:
         return loading.load(str(folder), options)
     except CheckpointError as error:

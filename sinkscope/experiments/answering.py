@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sinkscope.experiments.items import Item, folded
-from sinkscope.experiments.sweeps.scores import answer_ids
 from sinkscope.interventions.running import check_interventions, tolerant
+from sinkscope.models.answers import answer_ids
 from sinkscope.models.options import GREEDY
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def answer_batch(
 
     Free answers are greedy, without what a generation config adds to it, and of each only as many tokens count as its own right answer has, so
     that no answer depends on the other questions of the batch. It is right if these are the tokens of
-    the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or the same text after
-    stripping and lower case.
+    the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or if they begin with the same
+    text after stripping and lower case: a model may leave out the space before an answer.
 
     An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is not length
     normalised; the options are forced through ``generate``, so that a prompt is a prompt and an
@@ -86,17 +86,22 @@ def _answer_freely(
     lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any]
 ) -> Answers:
     """Greedy answers, each cut to the length of its own right answer."""
-    wanted = [answer_ids(lvlm.tokenizer, item.answer) for item in items]
+    wanted = [
+        answer_ids(lvlm.tokenizer, prompt, item.answer)
+        for prompt, item in zip(sample.texts or (), items, strict=True)
+    ]
     sizes = [len(ids) for ids in wanted]
     out = lvlm.generate(sample, [], edits, max_new_tokens=max(sizes), **GREEDY)
     said = out.sequences[:, sample.tokens.ids.shape[1] :].tolist()
-    said = [row[:size] for row, size in zip(said, sizes, strict=True)]
-    given = tuple(lvlm.tokenizer.batch_decode(said, skip_special_tokens=True))
-    correct = tuple(
-        tuple(row) == ids or folded(text) == folded(item.answer)
-        for row, ids, text, item in zip(said, wanted, given, items, strict=True)
-    )
-    return Answers(given, correct, _touched(out.steps, sizes))
+    given, correct = [], []
+    for row, ids, item in zip(said, wanted, items, strict=True):
+        starts = [row[:size] for size in range(1, len(ids) + 1)]
+        texts = lvlm.tokenizer.batch_decode(starts, skip_special_tokens=True)
+        read = [text for text in texts if folded(text) == folded(item.answer)]
+        right = tuple(starts[-1]) == ids
+        given.append(texts[-1] if right or not read else read[-1])
+        correct.append(right or bool(read))
+    return Answers(tuple(given), tuple(correct), _touched(out.steps, sizes))
 
 
 def score_options(
@@ -111,7 +116,10 @@ def score_options(
     Returns:
         The scores, and whether an edit touched the row in a pass that its scores came from.
     """
-    tokens = [[answer_ids(lvlm.tokenizer, text) for text in item.choices] for item in items]
+    tokens = [
+        [answer_ids(lvlm.tokenizer, prompt, text) for text in item.choices]
+        for prompt, item in zip(sample.texts or (), items, strict=True)
+    ]
     many = max(len(row) for row in tokens)
     scores = torch.full((len(items), many), float("-inf"))
     if all(len(option) == 1 for row in tokens for option in row):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.detectors.random import RandomTokens
-from sinkscope.errors import InputError, nearest
+from sinkscope.errors import InputError, check_whole, nearest
 from sinkscope.experiments.conditions import EditSinks, content_seed, sink_masks
 from sinkscope.experiments.lora import LoRA, lora
 from sinkscope.experiments.trace import SinkTrace
@@ -201,6 +201,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     Raises:
         InputError: If the condition is of another kind, or ``count`` does not fit it.
     """
+    check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):
         return replace(condition, control=True, seed=seed)
     gates = isinstance(condition, (list, tuple)) and bool(condition)

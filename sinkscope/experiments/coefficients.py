@@ -72,7 +72,7 @@ class GateCoefficients:
         for task, part in self._tasks(self.by if by is None else by):
             wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
             once = part.drop_duplicates("item").set_index("item")
-            images = once["image_id"].astype(str).loc[wide.index].tolist()
+            images = once["image_id"].loc[wide.index].tolist()
             means = cluster_intervals(
                 wide.to_numpy(dtype=float), images, level=level, draws=draws, seed=seed
             )
@@ -153,10 +153,11 @@ def gate_coefficients(
     """
     import pandas as pd
 
-    items, given = as_items(dataset), check_gates(gates)
-    check_tasks(items)
+    given = check_gates(gates)
     check_by(by)
     _check(lvlm, given, batch)
+    items = as_items(dataset)
+    check_tasks(items)
     check_questions(lvlm.processor, items)
     blocks = [gate.config.edited for gate in given]
     hidden = len(items) < SHOWN_FROM if progress is None else not progress
@@ -214,7 +215,7 @@ def _lines(
         for row, item in enumerate(items):
             yield {
                 "item": first + row,
-                "image_id": str(item.image_id),
+                "image_id": item.image_id,
                 "task": item.task,
                 "layer": config.edited - 1,
                 "edited": config.edited,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_flags, check_whole
 from sinkscope.experiments.answering import Answers, answer_batch
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.items import Item, as_items, check_tasks
@@ -65,26 +65,23 @@ def compare(
         progress: Whether to show a progress bar; None shows it from 50 questions on.
 
     Returns:
-        The comparison. A free answer is cut to as many tokens as the right one has, tokenised by
-        itself. It counts if these are the tokens of the right answer, as in `sweep` with
-        ``score="exact"``, or the same text after stripping and lower case; what would follow is not
+        The comparison. A free answer is cut to as many tokens as the right one has, tokenised
+        as it follows the prompt. It counts if these are the tokens of the right answer, as in `sweep` with
+        ``score="exact"``, or begin with the same text after stripping and lower case; what would follow is not
         looked at. Of ``choices`` the one with the highest score is the answer; options are tokenised
-        by themselves.
+        likewise.
 
     Raises:
         InputError: If the dataset or the conditions are empty or malformed.
     """
     import pandas as pd
 
-    items, variants = as_items(dataset), as_variants(conditions)
-    check_tasks(items)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(
-            f"Got batch={batch!r}; expected the most questions per forward pass, 1 or more. Write "
-            "batch=16."
-        )
+    check_flags(length_normalized=length_normalized)
+    check_whole(1, batch=batch)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
+    variants, items = as_variants(conditions), as_items(dataset)
+    check_tasks(items)
     check_questions(lvlm.processor, items)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
     hidden = len(items) < 50 if progress is None else not progress
@@ -99,7 +96,7 @@ def compare(
 def _batches(items: Sequence[Item], batch: int) -> Iterable[list[Row]]:
     """Questions about one image, free and multiple-choice ones apart."""
     pairs = enumerate(items)
-    for _, group in groupby(pairs, key=lambda row: (str(row[1].image_id), bool(row[1].choices))):
+    for _, group in groupby(pairs, key=lambda row: (row[1].image_id, bool(row[1].choices))):
         rows = list(group)
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
@@ -171,7 +168,7 @@ def _lines(
     return [
         {
             "item": index,
-            "image_id": str(item.image_id),
+            "image_id": item.image_id,
             "task": item.task,
             "question": item.question,
             "answer": item.answer,

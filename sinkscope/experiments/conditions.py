@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_flags, check_whole
 from sinkscope.experiments.trace import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, RandomControl, ScaleAttention
 from sinkscope.interventions.drawing import drawable
@@ -75,7 +75,7 @@ class EditSinks:
             images, other positions.
 
     Raises:
-        InputError: If the kind or the edit is unknown.
+        InputError: If the kind or the edit is unknown, or a number or a switch is of another type.
     """
 
     kind: str
@@ -90,6 +90,9 @@ class EditSinks:
         for field, value, choices in known:
             if value not in choices:
                 raise InputError(f"Got {field}={value!r}; expected one of {tuple(choices)}.")
+        check_flags(control=self.control)
+        check_whole(1, k=self.k)
+        check_whole(0, seed=self.seed)
 
     def __call__(self, trace: SinkTrace) -> Sequence[Any]:
         """The interventions for the trace of a batch; none if it has no such token."""

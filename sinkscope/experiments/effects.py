@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_flags
 from sinkscope.experiments.compare import compare
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EDITS, KINDS, TOP, EditSinks
@@ -50,6 +50,7 @@ def effect_conditions(
     unknown = [name for name in edits if name not in known]
     if isinstance(edits, str) or unknown or not edits:
         raise InputError(f"Got edits={edits!r}; expected some of {known}, as a list.")
+    check_flags(controls=controls)
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise InputError(f"Got top={top!r}; expected a number of tokens, 0 for none.")
     named = [(kind, kind, f"as many as {kind}", 1) for kind in KINDS]

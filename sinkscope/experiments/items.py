@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sinkscope.errors import InputError
-from sinkscope.models.pictures import open_image
+from sinkscope.models.image_ids import identified
 
 NEEDED = frozenset({"image", "question", "answer"})
 ALL = "all"
@@ -25,8 +23,9 @@ class Item:
         question: The question.
         answer: The right answer.
         task: What kind of question it is: on all questions, or on none.
-        image_id: Questions with one id are about one image: they share a batch, and are resampled
-            together. None for `image_id_of` the image.
+        image_id: Text or a whole number, which score functions and tables see as text. Questions with
+            one id are about one image: they share a batch, and are resampled together. Missing in all
+            records (None, NaN or blank): the image's pixels tell, see `sinkscope.models.image_ids`.
         choices: The options of a multiple-choice question, the right one among them: the model's
             answer is then the option with the highest log-probability. Empty: it answers freely.
     """
@@ -44,36 +43,17 @@ def folded(text: str) -> str:
     return text.strip().lower()
 
 
-def image_id_of(image: Any) -> str:
-    """A name that is the same for the same picture: its path, or a digest of its pixels.
-
-    Args:
-        image: PIL image, path or array, or a list of them.
-
-    Raises:
-        InputError: If it is none of these.
-    """
-    if isinstance(image, (list, tuple)):
-        return " + ".join(map(image_id_of, image))
-    if isinstance(image, (str, os.PathLike)):
-        return os.path.realpath(image)
-    opened = open_image(image)
-    digest = hashlib.blake2b(repr(opened.size).encode(), digest_size=8)
-    digest.update(opened.tobytes())
-    return f"pixels {digest.hexdigest()}"
-
-
 def as_items(dataset: Iterable[Any]) -> list[Item]:
     """Questions as `Item` records.
 
     Raises:
         InputError: If a record lacks a field or has one of another type, its choices lack the answer,
-            or there is none.
+            its image cannot be read or has an id of another, or there is none.
     """
     items = [_checked(_as_item(i, record), i) for i, record in enumerate(dataset)]
     if not items:
         raise InputError("Got an empty dataset; expected at least one question.")
-    return items
+    return identified(items)
 
 
 def check_tasks(items: Sequence[Item]) -> None:
@@ -109,7 +89,7 @@ def _as_item(i: int, record: Any) -> Item:
 
 
 def _checked(item: Item, i: int) -> Item:
-    """The item with an image id, and with choices as a tuple that holds the answer."""
+    """The item with choices as a tuple that holds the answer."""
     for name in ("question", "answer", "task"):
         value = getattr(item, name)
         if not isinstance(value, str):
@@ -124,5 +104,4 @@ def _checked(item: Item, i: int) -> Item:
             f"Record {i} has the answer {item.answer!r} and choices={list(choices)}; expected the "
             "answer to be one of the choices, written in the same way."
         )
-    name = image_id_of(item.image) if item.image_id is None else item.image_id
-    return replace(item, image_id=name, choices=tuple(choices or ()))
+    return replace(item, choices=tuple(choices or ()))

@@ -19,7 +19,13 @@ from sinkscope.experiments.probing.classify import (
     Split,
     judge,
 )
-from sinkscope.experiments.probing.labelled import LabelledImage, Target, as_labelled, as_targets
+from sinkscope.experiments.probing.labelled import (
+    LabelledImage,
+    Target,
+    as_labelled,
+    as_targets,
+    image_groups,
+)
 from sinkscope.experiments.probing.pooling import (
     Features,
     Group,
@@ -181,7 +187,7 @@ def split_images(
 
     if isinstance(test_size, bool) or not isinstance(test_size, Real) or not 0 < test_size < 1:
         raise InputError(f"Got test_size={test_size!r}; expected a share between 0 and 1.")
-    images = np.array([str(item.image_id) for item in items])
+    images = image_groups(items)
     n = len(set(images))
     tested = int(np.ceil(test_size * n))
     if tested < FEWEST_TEST or n - tested < FEWEST_TRAINING:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkscope.errors import InputError, nearest
+from sinkscope.models.image_ids import is_missing
 from sinkscope.models.pictures import ADDRESSES
 
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
@@ -167,18 +168,17 @@ class Questions:
         out = {}
         for name in FIELDS:
             column = self.columns.get(name, name)
-            if column in raw and raw[column] is not None:
-                out[name] = raw[column]
+            value = raw.get(column)
+            if isinstance(value, str) or not is_missing(value):
+                out[name] = value
         missing = [name for name in NEEDED if name not in out]
         if missing:
             raise InputError(
                 f"Record {i} of {self.source!r} has the columns {sorted(raw)}; expected {missing} "
-                f"too. Write columns={{{missing[0]!r}: 'the column'}}."
+                f"too, and not empty. Write columns={{{missing[0]!r}: 'the column'}}."
             )
-        if isinstance(out["image"], str):
-            if not out["image"].startswith(ADDRESSES):
-                out["image"] = str(Path(self.source).expanduser().parent / out["image"])
-            out.setdefault("image_id", out["image"])
+        if isinstance(out["image"], str) and not out["image"].startswith(ADDRESSES):
+            out["image"] = str(Path(self.source).expanduser().parent / out["image"])
         out["question"] = str(out["question"]) + self.suffix
         out["answer"] = str(out["answer"])
         self._name_choices(out, i)

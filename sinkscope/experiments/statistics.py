@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sinkscope.models.image_ids import clusters_of
+
 
 def cluster_bootstrap(
     values: Sequence[float],
@@ -27,7 +29,7 @@ def cluster_bootstrap(
 
     Args:
         values: One number per observation; NaN are left out.
-        clusters: The cluster (image) of every observation.
+        clusters: The image id of every observation; those that share an image are one cluster.
         seeds: The seed of every observation; None for one.
         level: Coverage.
         draws: Bootstrap samples.
@@ -42,7 +44,7 @@ def cluster_bootstrap(
     numbers = numbers[keep]
     if not len(numbers):
         return float("nan"), float("nan"), float("nan")
-    image, images = _indexed(clusters, keep)
+    image, images = _indexed(clusters_of(clusters), keep)
     run, runs = _indexed([0] * len(keep) if seeds is None else seeds, keep)
     if images < 2:
         return float(numbers.mean()), float("nan"), float("nan")
@@ -110,7 +112,7 @@ def cluster_intervals(
 
 def cluster_sums(values: np.ndarray, clusters: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
     """Sums of every column per cluster ``[cluster column]``, and observations per cluster."""
-    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    _, index = np.unique(np.asarray(clusters_of(clusters)), return_inverse=True)
     totals = np.zeros((int(index.max()) + 1, values.shape[1]))
     np.add.at(totals, index, values)
     return totals, np.bincount(index).astype(float)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,10 +16,10 @@ from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector, NoSinks
+from sinkscope.errors import check_flags
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,
-    check_merge,
     check_rules,
     check_usable,
 )
@@ -35,10 +34,11 @@ from sinkscope.experiments.sweeps.result import Sweep, check_by
 from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
-from sinkscope.models.pictures import open_image
+from sinkscope.models.image_ids import ImageIds
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import prove
 from sinkscope.models.runner import evaluated
+from sinkscope.tokens import check_merge
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,8 +90,8 @@ def sweep(
     Args:
         lvlm: The model, with its processor and weights.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
-            ``image_id`` and ``choices``: dicts or `Item`. An answer is tokenised by itself; write its
-            leading space if your model's answers begin with one.
+            ``image_id`` and ``choices``: dicts or `Item`. Answers and options are tokenised as
+            they follow the prompt, as in training (`sinkscope.models.answers`).
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
         by: How the result is split: ``"task"``, or ``"all"``.
@@ -126,17 +126,18 @@ def sweep(
         LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
-    items = as_items(dataset)
+    check_flags(dry_run=dry_run)
     check_by(by)
-    check_tasks(items)
-    name, scoring = choose_score(score, items)
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     check_batch(batch)
     check_merge(merge)
     check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
+    items = as_items(dataset)
+    check_tasks(items)
     check_questions(lvlm.processor, items)
+    name, scoring = choose_score(score, items)
     code = digest_function(scoring) if out is not None and callable(score) else None
     groups = by_image(items)
     if dry_run:
@@ -208,7 +209,7 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
     """Numbered questions in groups of one image id, in the order in which ids appear."""
     groups: dict[str, list[Numbered]] = {}
     for numbered in enumerate(items):
-        groups.setdefault(str(numbered[1].image_id), []).append(numbered)
+        groups.setdefault(numbered[1].image_id, []).append(numbered)
     return list(groups.values())
 
 
@@ -284,22 +285,15 @@ def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Sh
     tails = [
         int(sample.tokens.ids.shape[1]) - stem + len(feed)
         for sample, item in zip(samples, items, strict=True)
-        for feed in ask(lvlm.tokenizer, item).feeds
+        for feed in ask(lvlm.tokenizer, (sample.texts or ("",))[0], item).feeds
     ]
     return Shape(tuple(first.vision.live.sum(dim=1).tolist()), stem, tuple(tails))
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """A digest of questions, answers, options, tasks and pixels, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        texts = (item.question, item.answer, item.task, str(item.image_id), *item.choices)
-        digest.update(repr(texts).encode())
-        images = item.image if isinstance(item.image, (list, tuple)) else [item.image]
-        for image in images:
-            if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
-                digest.update(Path(image).read_bytes())
-            else:
-                opened = open_image(image)
-                digest.update(repr(opened.size).encode() + opened.tobytes())
+    """A digest of questions, answers, options, tasks, image ids and pixels, in order."""
+    digest, ids = hashlib.blake2b(digest_size=16), ImageIds()
+    for i, item in enumerate(items):
+        image = ids.add(i, item.image, item.image_id)
+        digest.update(repr((item.question, item.answer, item.task, *image, *item.choices)).encode())
     return digest.hexdigest()

@@ -42,6 +42,7 @@ from sinkscope.probes import (
 )
 from sinkscope.probes.protocol import Probe
 from sinkscope.sites import Tower
+from sinkscope.tokens import check_merge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -346,7 +347,7 @@ def trace_sinks(
         l_detector: The rule for L-sinks, applied to what each LLM layer reads; None likewise.
         calibration: Of `calibrate` on other images; its rules come after given and published ones.
         merge: How scores of several ViT tokens join where they become one LLM token: ``"max"``,
-            ``"mean"`` or ``"any"``.
+            ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to draw attention: a share between 0 and 1.
         remote: See `LVLM.run`.
@@ -358,6 +359,7 @@ def trace_sinks(
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
         SelectionError: If ``merge`` is unknown.
     """
+    check_merge(merge)
     if not is_number(draws, above=0, below=1):
         raise DetectorError(
             f"Got draws={draws!r}; expected a share of attention between 0 and 1, such as {DRAWS}."
@@ -395,19 +397,18 @@ def trace_sinks(
 def carry(sample: Sample, detection: Detection, feeds: list[int], merge: str) -> Tensor:
     """V-sinks at their LLM positions: the rule on every state that feeds the projector.
 
-    With ``merge="mean"`` the mean score of the merged ViT tokens must pass the threshold; else one
-    flagged token suffices.
+    One of the ViT tokens that merge must be flagged, so that all of the rule holds for it. With
+    ``merge="mean"`` their mean score must pass the threshold too.
     """
     tokens = sample.tokens
     flagged = torch.zeros_like(tokens.live)
     for feed in feeds:
+        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
         if merge == "mean":
             score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
             limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
-            flagged |= score.nan_to_num() >= limit
-        else:
-            flags = detection.mask[:, feed].float()
-            flagged |= tokens.from_vision(flags, merge).nan_to_num() > 0
+            passed &= score > limit if detection.strict else score >= limit
+        flagged |= passed
     return flagged & (tokens.image >= 0)
 
 

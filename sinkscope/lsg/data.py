@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sinkscope.errors import InputError
 from sinkscope.lsg.records import AnswerData, checked_texts, field_of, read_dataset
+from sinkscope.models.answers import answer_ids
 from sinkscope.models.decoder_inputs import EXTENDED
 from sinkscope.models.prepare import process
 from sinkscope.models.prompts import marks_of
@@ -144,9 +145,10 @@ def make_batch(
     images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
     inputs, _, prompts = process(lvlm.processor, images, [question for question, _ in texts])
     end = end_token(lvlm) if append_end else None
+    last = () if end is None else (end,)
     tails = [
-        answer_ids(lvlm.tokenizer, prompt, answer, end, row)
-        for prompt, (_, answer), row in zip(prompts, texts, rows, strict=True)
+        answer_ids(lvlm.tokenizer, prompt, answer) + last
+        for prompt, (_, answer) in zip(prompts, texts, strict=True)
     ]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
@@ -175,34 +177,6 @@ def computes_positions(lvlm: LVLM) -> bool:
     """Whether the model derives positions from mask and image grid itself, as Qwen-VL does."""
     module: Any = lvlm.module
     return callable(getattr(module.base_model, "get_rope_index", None))
-
-
-def answer_ids(tokenizer: Any, prompt: str, answer: str, end: int | None, record: int) -> list[int]:
-    """The tokens of an answer as they follow a prompt.
-
-    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``.
-
-    Args:
-        tokenizer: The model's.
-        prompt: The rendered prompt.
-        answer: The answer.
-        end: The token that ends it, or None.
-        record: The record's number, for the message.
-
-    Raises:
-        InputError: If prompt and answer are not tokenised one after the other.
-    """
-    joined = prompt[-1:].isspace() or answer[:1].isspace()
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole = prompt + ("" if joined else " ") + answer
-    both = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if both[: len(before)] != before or len(both) == len(before):
-        raise InputError(
-            f"Record {record}: the tokens of the prompt, which ends in {prompt[-12:]!r}, change when "
-            f"the answer {answer[:40]!r} follows; expected them to stay, as in generation. Let the "
-            "chat template end without a space."
-        )
-    return both[len(before) :] + ([] if end is None else [end])
 
 
 def end_token(lvlm: LVLM) -> int | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError
-from sinkscope.models.pictures import check_place, open_image
+from sinkscope.errors import InputError, check_whole
+from sinkscope.models.answers import answer_ids
+from sinkscope.models.image_ids import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, question_of
 
 NEEDED = ("image", "question", "answer")
@@ -24,16 +24,15 @@ class AnswerData:
 
     Attributes:
         records: What gives a record by its index: dicts, or objects with such attributes.
-        images: Which images each record asks about: its ``image_id``, or their paths or digests of
-            their pixels; joined by ``|``.
-        groups: A number per record: records that share an image, directly or through others, have one.
-        fingerprint: A digest of all questions, answers and ``images``, in order.
+        images: The image id of each record; see `sinkscope.models.image_ids`.
+        groups: One name for all records that share an image, directly or through others.
+        fingerprint: A digest of all questions, answers, image ids and pixels, in order.
         max_answer_tokens: The longest answer that is accepted.
     """
 
     records: Any
     images: tuple[str, ...]
-    groups: tuple[int, ...]
+    groups: tuple[str, ...]
     fingerprint: str
     max_answer_tokens: int
 
@@ -46,7 +45,7 @@ class AnswerData:
         longest = max(self.max_answer_tokens, other.max_answer_tokens)
         images = self.images + other.images
         records = _Both(self.records, other.records)
-        return AnswerData(records, images, connected(images), both, longest)
+        return AnswerData(records, images, tuple(clusters_of(images)), both, longest)
 
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
         """Two parts without a common image.
@@ -86,28 +85,6 @@ class AnswerData:
         return parts
 
 
-def connected(images: Sequence[str]) -> tuple[int, ...]:
-    """A number per record, the same for records that share an image, directly or through others.
-
-    Args:
-        images: Names joined by ``|``, one entry per record.
-    """
-    root: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while root.setdefault(name, name) != name:
-            root[name] = name = root[root[name]]
-        return name
-
-    for joined in images:
-        first, *others = joined.split("|")
-        for name in others:
-            root[find(name)] = find(first)
-    roots = [find(joined.split("|")[0]) for joined in images]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(roots))}
-    return tuple(numbers[name] for name in roots)
-
-
 class _Both:
     """Records of two datasets, one after the other."""
 
@@ -144,6 +121,7 @@ def read_dataset(
     Raises:
         InputError: If it is empty, or a record lacks something, with its number.
     """
+    check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(
@@ -157,38 +135,19 @@ def read_dataset(
     records: Any = dataset if indexed else list(dataset)
     if not len(records):
         raise InputError("Got an empty dataset; expected at least one question with an answer.")
-    light = _undecoded(records)
-    names, digest = [], hashlib.blake2b(digest_size=16)
+    names, ids, digest = [], ImageIds(), hashlib.blake2b(digest_size=16)
     for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
-        record = light[index]
+        record = records[index]
         question, answer = checked_texts(record, index)
         if marks is not None:
             question_of(question, marks, who=f"Record {index} has")
         if tokenizer is not None:
             _check_answer(tokenizer, answer, index, max_answer_tokens, image_token)
-        names.append(_image_name(record, index))
-        if names[-1].startswith("id:") != names[0].startswith("id:"):
-            raise InputError(
-                f"Record {index} has {'an' if names[-1].startswith('id:') else 'no'} image_id, unlike "
-                "record 0; expected it in all records or in none, or one image would count as two."
-            )
-        digest.update("\x1f".join((question, answer, names[-1], "\x1e")).encode())
-    images = tuple(names)
-    return AnswerData(records, images, connected(images), digest.hexdigest(), max_answer_tokens)
-
-
-def _undecoded(records: Any) -> Any:
-    """A ``datasets.Dataset`` that gives images as bytes or paths; anything else as it is.
-
-    A transform of the user's own is left alone: it expects what it was written for.
-    """
-    feature: Any = (getattr(records, "features", None) or {}).get("image")
-    given_form: Any = getattr(records, "format", None) or {}
-    if given_form.get("type") == "custom":
-        return records
-    if not hasattr(feature, "decode") or not hasattr(records, "cast_column"):
-        return records
-    return records.cast_column("image", replace(feature, decode=False))
+        image = ids.add(index, field_of(record, "image"), field_of(record, "image_id"))
+        names.append(image[0])
+        digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
+    groups = tuple(clusters_of(names))
+    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
 
 
 def field_of(record: Any, name: str) -> Any:
@@ -227,7 +186,7 @@ def _check_answer(
     Raises:
         InputError: If so.
     """
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = answer_ids(tokenizer, "", answer)  # as long as behind a prompt, or a token longer
     if image_token is not None and image_token in ids:
         raise InputError(
             f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for an "
@@ -239,35 +198,3 @@ def _check_answer(
             f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
             f"max_answer_tokens={n}, or leave such records out."
         )
-
-
-def _image_name(record: Any, index: int) -> str:
-    """Which image a record asks about.
-
-    Raises:
-        InputError: If there is no image in it.
-    """
-    given = field_of(record, "image")
-    images = given if isinstance(given, (list, tuple)) else [given]
-    if not images or any(image is None for image in images):
-        raise InputError(f"Record {index} has no image; expected at least one.")
-    for image in images:
-        check_place(image, f"Record {index} has")
-    known = field_of(record, "image_id")
-    if known is not None:
-        return f"id:{str(known).replace('|', '/')}"
-    return "|".join(_digest(image) for image in images)
-
-
-def _digest(image: Any) -> str:
-    """A path, or a digest of bytes or pixels."""
-    if isinstance(image, Mapping):  # an undecoded image of ``datasets``
-        data, path = image.get("bytes"), image.get("path")
-        if data is None:
-            return f"path:{path}"
-    elif isinstance(image, (str, os.PathLike)):
-        return f"path:{os.path.normpath(image)}"
-    else:
-        opened = open_image(image)
-        data = repr(opened.size).encode() + opened.tobytes()
-    return f"pixels:{hashlib.blake2b(data, digest_size=12).hexdigest()}"

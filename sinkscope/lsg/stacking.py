@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, check_flags, check_whole
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_dataset
 from sinkscope.lsg.gate import LSG
@@ -131,8 +131,8 @@ def greedy_stack(
     given = check_gates(gates)
     if score not in SCORES:
         raise InputError(f"Got score={score!r}; expected one of {SCORES}.")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"Got batch={batch!r}; expected an int of at least 1.")
+    check_whole(1, batch=batch)
+    check_flags(append_end=append_end)
     layers = [gate.layer for gate in given]
     if len(set(layers)) != len(layers):
         raise InputError(f"Got gates of the layers {layers}; expected every layer once.")

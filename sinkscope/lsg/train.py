@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinkscope.errors import check_flags
 from sinkscope.folders import held
 from sinkscope.lsg.checkpoints import open_run
 from sinkscope.lsg.config import detector_of
@@ -135,6 +136,7 @@ def train_lsg(
         patience,
         seed,
     )
+    check_flags(append_end=append_end, dry_run=dry_run)
     if not dry_run:
         check_place(lvlm, accelerator)
     layers = wanted_layers(lvlm, layers, gates)

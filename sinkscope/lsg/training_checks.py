@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.errors import InputError, InterventionError, ModelError, check_whole
 from sinkscope.lsg.choosing import check_gates, check_layer
 from sinkscope.lsg.gate import LSG
 
@@ -106,8 +106,4 @@ def check_numbers(patience: int, validation: float, checkpoint_every: Any) -> No
             f"Got patience={patience} and validation={validation}; expected some validation data to "
             "stop early by. Write validation=0.1, or patience=0."
         )
-    whole = isinstance(checkpoint_every, int) and not isinstance(checkpoint_every, bool)
-    if not whole or checkpoint_every < 1:
-        raise InputError(
-            f"Got checkpoint_every={checkpoint_every!r}; expected an int of at least 1."
-        )
+    check_whole(1, checkpoint_every=checkpoint_every)

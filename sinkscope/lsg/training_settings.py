@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sinkscope.errors import InputError, nearest
+from sinkscope.errors import InputError, check_whole, nearest
 
 SCHEDULES = ("cosine", "constant")
 
@@ -46,10 +46,8 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("evaluate_every", "patience", "seed"):
-            _whole(name, getattr(self, name), 0)
+        check_whole(1, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
+        check_whole(0, evaluate_every=self.evaluate_every, patience=self.patience, seed=self.seed)
         for name in ("lr", "weight_decay", "warmup", "clip"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -84,13 +82,3 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    """Check an int.
-
-    Raises:
-        InputError: If it is none, or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"Got {name}={value!r}; expected an int of at least {least}.")

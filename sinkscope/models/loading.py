@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.errors import CheckpointError, ModelError, check_flags
 from sinkscope.models import processors, runner
 from sinkscope.models.families import family_of
 
@@ -64,17 +65,23 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
     """The architecture without weights, for remote runs.
 
     Raises:
-        CheckpointError: If config or processor cannot be read.
+        CheckpointError: If config or processor cannot be read, or a quantisation is asked for.
         ModelError: If it is no vision-language model of a known family.
     """
     from transformers import GenerationConfig
 
     load_config(name, options)
+    if options["quantization_config"] is not None:
+        raise CheckpointError(
+            "Got a quantization_config for a model without weights here; expected none: what runs "
+            "elsewhere is loaded there. Leave it out, or leave out remote."
+        )
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
-    trusted = bool(options.get("trust_remote_code"))
     try:
-        wrapped = runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
+        wrapped = runner.wrap_remote(
+            name, processor, trust_remote_code=options["trust_remote_code"], **rest
+        )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
     module: Any = runner.module_of(wrapped)
@@ -93,12 +100,13 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    check_name(name, options)
+    check_options(options)
+    check_name(name)
     try:
         config = AutoConfig.from_pretrained(
             name,
             revision=options.get("revision"),
-            trust_remote_code=bool(options.get("trust_remote_code")),
+            trust_remote_code=options.get("trust_remote_code", False),
         )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
@@ -111,11 +119,34 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def check_name(name: str, options: dict[str, Any]) -> None:
-    """Refuse a folder that is none and a dtype that is none, before anything is read.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of another type, as a recipe or a command line may give them.
 
     Raises:
-        CheckpointError: If the folder is missing or holds no config, or the dtype is unknown.
+        InputError: If trust is neither True nor False.
+        CheckpointError: If a name is no text, or the dtype is unknown.
+    """
+    check_flags(trust_remote_code=options.get("trust_remote_code", False))
+    kinds = {"revision": (str,), "attn_implementation": (str, dict)}
+    for key, known in kinds.items():
+        value = options.get(key)
+        if value is not None and not isinstance(value, known):
+            raise CheckpointError(
+                f"Got {key}={value!r}; expected text. Write {key}: '...' in quotes in a recipe."
+            )
+    dtype = options.get("dtype")
+    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
+    if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise CheckpointError(
+            f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
+        )
+
+
+def check_name(name: str) -> None:
+    """Refuse a folder that is none, before anything is read.
+
+    Raises:
+        CheckpointError: If the folder is missing or holds no config.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
@@ -127,12 +158,6 @@ def check_name(name: str, options: dict[str, Any]) -> None:
         raise CheckpointError(
             f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
             "a repository id such as 'llava-hf/llava-1.5-7b-hf'."
-        )
-    dtype = options.get("dtype")
-    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
-    if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise CheckpointError(
-            f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
         )
 
 
@@ -146,7 +171,7 @@ def load_processor(name: str, options: dict[str, Any]) -> Any:
         processor: Any = processors.load_processor(
             name,
             revision=options.get("revision"),
-            trust_remote_code=bool(options.get("trust_remote_code")),
+            trust_remote_code=options.get("trust_remote_code", False),
         )
     except UNREADABLE as error:
         raise CheckpointError(
@@ -174,7 +199,10 @@ def unreadable(name: str, error: Exception) -> CheckpointError:
     elif isinstance(error, SafetensorError):
         hint = "expected whole weight files: this one is damaged or cut off. Download it again."
     elif isinstance(error, ImportError):
-        hint = "expected that package: install it, or choose another attn_implementation."
+        hint = (
+            "expected that package: install it, or choose another attn_implementation or "
+            "quantization_config."
+        )
     return CheckpointError(
         f"{name!r} could not be loaded ({type(error).__name__}: {first_line(error)}); {hint}"
     )

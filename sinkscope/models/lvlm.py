@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sinkscope.errors import CheckpointError, InputError, ModelError
+from sinkscope.errors import CheckpointError, InputError, ModelError, check_flags
 from sinkscope.interventions.edited import Edited
 from sinkscope.interventions.protocol import Intervention
 from sinkscope.interventions.running import (
@@ -53,6 +53,7 @@ class LVLM:
     """
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
+        check_flags(verify=verify)
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor
@@ -78,6 +79,7 @@ class LVLM:
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
         remote: bool | str = False,
         trust_remote_code: bool = False,
         verify: bool = True,
@@ -90,25 +92,32 @@ class LVLM:
             dtype: ``"auto"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
+            quantization_config: Passed to ``transformers``: one of its configs, such as
+                ``BitsAndBytesConfig(load_in_8bit=True)``, or the same as a dict.
             remote: True to run on NDIF: only the architecture is built here, no weights.
                 ``"local"`` takes the same path without a server, with the weights here.
-            trust_remote_code: Never implied; True runs code from the repository.
+            trust_remote_code: Never implied; True, and nothing that counts as true, runs code from
+                the repository.
             verify: See the class.
 
         Returns:
             The model in evaluation mode.
 
         Raises:
-            CheckpointError: If the checkpoint is missing, incomplete or corrupt.
+            InputError: If ``trust_remote_code`` or ``verify`` is neither True nor False.
+            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is of
+                another type.
             ModelError: If it is no LVLM that sinkscope can read.
         """
         from sinkscope.models.loading import load, load_remote
 
+        check_flags(verify=verify)  # before the weights are read
         options = {
             "revision": revision,
             "dtype": dtype,
             "device_map": device_map,
             "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
             "trust_remote_code": trust_remote_code,
         }
         if not isinstance(name, (str, Path)):
@@ -249,6 +258,7 @@ class LVLM:
             NonFiniteError: If live logits hold NaN.
         """
         checking.check_sample(sample, self.anatomy.fingerprint)
+        check_flags(kl=kl, grad=grad)
         asked, edits = checking.check_probes(probes), check_interventions(interventions)
         check_beside(edits, asked)
         where = checking.check_grad(grad, self._where(remote))

@@ -80,7 +80,7 @@ def load_processor(
     Args:
         name: Repository id or folder.
         revision: Branch, tag or commit.
-        trust_remote_code: Whether to run code from the repository.
+        trust_remote_code: Whether to run code from the repository; nothing but True does.
 
     Raises:
         ImportError: If a package is missing and the family has no processor without it.
@@ -89,7 +89,7 @@ def load_processor(
     where = str(name)
     try:
         return AutoProcessor.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code
+            where, revision=revision, trust_remote_code=trust_remote_code is True
         )
     except ImportError:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)

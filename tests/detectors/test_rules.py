@@ -1,6 +1,7 @@
 """Every detector on states made by hand, its null, and its warnings."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
-from sinkscope.errors import DetectorError, LayerError
+from sinkscope.errors import DetectorError, LayerError, SelectionError
+from sinkscope.experiments.sweeps.groups import v_sinks
 from sinkscope.kernels import residual
 from sinkscope.probes.attention import ReceivedResult
 from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
@@ -229,3 +231,64 @@ def test_known_constants_are_found_by_size_and_only_agreed_ones_are_used(tiny):
     assert table.loc["LLaVA-1.5-7B", "LLM sink channels"] == [1415, 2533]
     assert bool(table.loc["LLaVA-1.5-7B", "used by default"])
     assert not bool(table.loc["Qwen2.5-VL-3B", "used by default"])
+
+
+@dataclass(frozen=True)
+class Equal(detectors.Norm):
+    """Every token scores exactly its threshold."""
+
+    tau: float = 1.0
+
+    def scores(self, result):
+        return torch.where(result.norms.isnan(), result.norms, 1.0)
+
+
+def by_hand(trace, sample, rule, merge):
+    """V-sinks position by position, from the detection's scores and mask and the sample's sources."""
+    tokens, found = sample.tokens, trace.v_detection
+    out = torch.zeros_like(tokens.live)
+    for row, pos in (tokens.image >= 0).nonzero().tolist():
+        image = int(tokens.image_index[row, pos])
+        sources = [int(s) for s in tokens.sources[row, pos] if s >= 0]
+        for feed in (found.layers.index(layer) for layer in trace.feeds):
+            mean = sum(float(found.scores[image, feed, s]) for s in sources) / len(sources)
+            limit = float(found.threshold[image, feed])
+            passes = mean > limit if rule.strict else mean >= limit
+            flagged = any(bool(found.mask[image, feed, s]) for s in sources)
+            out[row, pos] |= flagged and (merge != "mean" or passes)
+    return out
+
+
+RULES = {
+    "massive": detectors.Massive(1e-3, 6.0),
+    "massive, ratio out of reach": detectors.Massive(1e-6, 1e9),
+    "equal": Equal(),
+    "equal, strict": Equal(strict=True),
+    "gap": detectors.Gap(),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("name", RULES)
+def test_where_tokens_merge_the_whole_rule_holds(tiny, batch, family, name):
+    """With the mean too: a rule that flags no ViT token makes no V-sink."""
+    lvlm = tiny(family)
+    sample, rule = batch(lvlm), RULES[name]
+    for merge in ("max", "mean", "any"):
+        trace = ss.trace_sinks(lvlm, sample, rule, ss.detectors.NoSinks(), merge=merge)
+        assert torch.equal(trace.v_sinks, by_hand(trace, sample, rule, merge)), merge
+        if not trace.v_detection.mask.any():
+            assert not trace.v_sinks.any()
+        if name == "equal":
+            assert torch.equal(trace.v_sinks, sample.tokens.image >= 0)
+    one = lvlm.prepare(random_image(56, 70), "what is it")
+    want = ss.trace_sinks(lvlm, one, rule, ss.detectors.NoSinks(), merge="mean").v_sinks[0]
+    assert torch.equal(v_sinks(lvlm, one, rule, "mean"), want)  # those of a sweep
+
+
+def test_an_unknown_way_to_merge_is_refused_before_the_model_runs(tiny, batch, monkeypatch):
+    lvlm = tiny("qwen2.5-vl")
+    sample = batch(lvlm)
+    monkeypatch.setattr(type(lvlm), "run", None)
+    with pytest.raises(SelectionError, match="merge='median'; expected 'max', 'mean' or 'any'"):
+        ss.trace_sinks(lvlm, sample, merge="median")

@@ -16,6 +16,7 @@ import sinkscope as ss
 from sinkscope.bundled import TEST_SEEDS, ask, draw_scene
 from sinkscope.example import assembly, layout
 from sinkscope.example.sources import DINOV2, SMOLLM2, read_member
+from sinkscope.models.answers import answer_ids
 from tests.real_model import example, example_folder, wheel_folder
 
 LORA_SCALE = 2.0  # alpha / r = 16 / 8
@@ -142,8 +143,12 @@ def test_it_answers_and_describes():
     lvlm, scene = example(), draw_scene(TEST_SEEDS[0])
     asked = [q for q in ask(scene, 0, 8) if q.task in ("background", "colour", "shape")][:3]
     sample = lvlm.prepare(images=[scene.image] * len(asked), text=[q.text for q in asked])
-    said = lvlm.generate(sample, max_new_tokens=2).text
-    assert [answer.strip() for answer in said] == [q.answer for q in asked]
+    out = lvlm.generate(sample, max_new_tokens=2)
+    assert [answer.strip() for answer in out.text] == [q.answer for q in asked]
+    told = out.sequences[:, sample.inputs["input_ids"].shape[1] :].tolist()
+    for prompt, ids, question in zip(sample.texts, told, asked, strict=True):
+        want = answer_ids(lvlm.tokenizer, prompt, question.answer)  # what generation writes
+        assert tuple(ids[: len(want)]) == want
     sample = lvlm.prepare(images=scene.image, text="describe the picture.")
     (said,) = lvlm.generate(sample, max_new_tokens=10).text
     first = scene.objects[0]

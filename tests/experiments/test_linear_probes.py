@@ -301,11 +301,14 @@ def test_processes_give_the_same(bundled, scenes) -> None:
     assert one.equals(two)
 
 
+PICTURE = random_image(8, 8)
+
+
 def records(n=24, **change):
     """Records with a class that changes every two, and one attribute that `change` replaces."""
     return [
         {
-            "image": None,
+            "image": PICTURE,
             "image_id": i,
             "attributes": {"a": i // 2 % 2, **{k: f(i) for k, f in change.items()}},
         }
@@ -341,7 +344,7 @@ def records(n=24, **change):
         (records(), {"test_size": 1.0}, InputError, "test_size=1.0"),
         (records(), {"test_size": 0.99}, InputError, "so 24 test and 0 train"),
         (records(), {"test_size": 0.01}, InputError, "so 1 test and 23 train"),
-        ([{"image": "no.png", "attributes": {"a": 1}}], {}, InputError, "Record 0 .*no.png"),
+        ([{**r, "image": "no.png"} for r in records()], {}, InputError, "Record 0: .*no.png"),
         (records(), {"c": 0}, InputError, "c=0; expected a positive"),
         (records(), {"permutations": -1}, InputError, "permutations=-1"),
         (records(), {"level": 95}, InputError, "level=95"),
@@ -351,9 +354,7 @@ def records(n=24, **change):
         (records(), {"n_jobs": 0}, InputError, "n_jobs=0"),
     ],
 )
-def test_wrong_use_is_named_before_any_image_is_opened(
-    bundled, data, options, error, match
-) -> None:
+def test_wrong_use_is_named_before_the_model_runs(bundled, data, options, error, match) -> None:
     with pytest.raises(error, match=match):
         ss.linear_probes(bundled, data, **options)
 

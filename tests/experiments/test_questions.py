@@ -36,7 +36,7 @@ def test_files_give_records_whose_images_lie_beside_them(folder, name):
         records = list(made)
         assert [r["task"] for r in records] == ["colour", "shape", "shape"]
         assert records[0]["question"] == "what colour? One word."
-        assert records[0]["image_id"] == records[2]["image_id"] != records[1]["image_id"]
+        assert records[0]["image"] == records[2]["image"] != records[1]["image"]
         assert Image.open(records[1]["image"]).size == (20, 20)
 
 

@@ -157,7 +157,7 @@ def test_another_preparation_is_refused(tmp_path, monkeypatch):
 
 def scorer(factor, stop=False):
     def score(item, answered):
-        if stop and item.image_id == 1:
+        if stop and item.image_id == "1":
             raise Stop
         return factor * answered.logprob
 

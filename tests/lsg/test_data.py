@@ -1,15 +1,22 @@
 """Batches for training: answers after prompts, padding, and what is refused."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 import sinkscope as ss
 from sinkscope.errors import InputError
 from sinkscope.experiments import Item
-from sinkscope.lsg.data import IGNORED, answer_ids, end_token, make_batch, read_dataset
+from sinkscope.experiments.answering import score_options
+from sinkscope.experiments.sweeps.scores import ask
+from sinkscope.lsg.data import IGNORED, end_token, make_batch, read_dataset
+from sinkscope.models.answers import answer_ids
 from sinkscope.testing import TINY, random_image
 
 
@@ -89,15 +96,45 @@ def test_the_space_before_an_answer():
     lvlm = ss.LVLM(*TINY["llava-clip-llama"](), verify=False)
 
     def decoded(prompt, answer):
-        return lvlm.tokenizer.decode(answer_ids(lvlm.tokenizer, prompt, answer, None, 0))
+        return lvlm.tokenizer.decode(answer_ids(lvlm.tokenizer, prompt, answer))
 
     assert decoded("ASSISTANT:", "red") == " red"
     assert decoded("ASSISTANT:", " red") == " red"
     assert decoded("assistant\n", "red") == "red"
-    with pytest.raises(
-        InputError, match=r"Record 7: the tokens of the prompt.*end without a space"
-    ):
-        answer_ids(lvlm.tokenizer, "ASSISTANT: ", "red", None, 7)
+    with pytest.raises(InputError, match=r"ends in 'ASSISTANT: ', whose.*end without a space"):
+        answer_ids(lvlm.tokenizer, "ASSISTANT: ", "red")
+
+
+def test_training_and_scores_read_the_same_tokens(lvlm):
+    """The answer's ids, and its log-probability: transformers' loss on the batch of training."""
+    record = {**records(1)[0], "answer": "two blue squares"}
+    data = read_dataset([record], lvlm.tokenizer)
+    batch = make_batch(lvlm, data, [0], append_end=False)
+    labels = batch.labels[batch.labels != IGNORED].tolist()
+    sample = lvlm.prepare(images=record["image"], text=record["question"])
+    (prompt,) = sample.texts
+    between = "" if prompt.endswith("\n") else " "
+    assert lvlm.tokenizer.decode(labels) == between + record["answer"]
+    item = Item(**record)
+    options = ask(lvlm.tokenizer, prompt, replace(item, choices=(item.answer, "red"))).options
+    assert [list(ids) for ids in options[:2]] == [labels, labels]
+    with torch.no_grad():
+        loss = lvlm.module(**batch.inputs, labels=batch.labels).loss * len(labels)
+    rule = ss.detectors.NoSinks()
+    swept = ss.sweep(lvlm, [record], [0], [(0.5, 0.5)], v_detector=rule, score="logprob")
+    assert swept.table["base_logprob"][0] == pytest.approx(-float(loss), abs=1e-4)
+    scores, _ = score_options(lvlm, sample, [replace(item, choices=(item.answer,))], [], False)
+    assert float(scores[0, 0]) == pytest.approx(-float(loss), abs=1e-4)
+
+
+def test_sentencepiece_gives_an_answer_one_space():
+    """As Llama's: it marks the beginning of every word, and of a text, so ids are those alone."""
+    words = ["<unk>", "\u2581ASSISTANT:", "\u2581red", "\u2581blue"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert answer_ids(tokenizer, "ASSISTANT:", "red blue") == (2, 3)
+    assert tokenizer("red blue", add_special_tokens=False)["input_ids"] == [2, 3]
 
 
 def test_the_split_keeps_an_image_on_one_side():
@@ -127,7 +164,7 @@ def test_records_that_share_an_image_stay_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = [[a, b], c, "x/d.png", [b, c], "./x/../x/d.png", random_image(32, 32, 9)]
     data = read_dataset([{"image": i, "question": "q", "answer": "a"} for i in images])
-    assert data.groups == (0, 0, 1, 0, 1, 2)
+    assert [data.groups.index(name) for name in data.groups] == [0, 0, 2, 0, 2, 5]
     for seed in range(8):
         first, second = data.split(0.34, seed)
         assert not {data.groups[i] for i in first} & {data.groups[i] for i in second}
@@ -193,7 +230,7 @@ def test_no_more_than_a_batch_of_images_is_held():
 
 
 def test_datasets_and_items_are_the_same_questions(tmp_path):
-    """A saved ``datasets.Dataset`` is checked without opening an image, and gives the same batch."""
+    """A saved ``datasets.Dataset`` gives the same batch as its records."""
     lvlm = ss.LVLM(*TINY["llava-clip-llama"](), verify=False)
     plain = records(5)[:4]
     columns = {name: [record[name] for record in plain] for name in plain[0]}
@@ -230,7 +267,7 @@ def test_datasets_and_items_are_the_same_questions(tmp_path):
         ({"answer": "a <image> b"}, "Record 1 has the answer 'a <image> b', which holds the token"),
         (
             {"image": "/nowhere/x.png"},
-            "Record 1 has the image '/nowhere/x.png', which is neither an existing",
+            "Record 1: Got the image '/nowhere/x.png', which is neither an existing",
         ),
         ({"image_id": None}, "Record 1 has no image_id, unlike record 0"),
         ({"answer": "red " * 30}, r"Record 1 has an answer of \d+ tokens; expected at most 20"),

@@ -17,7 +17,7 @@ from sinkscope.errors import CheckpointError, InputError
 from sinkscope.folders import held
 from sinkscope.lsg import checkpoints
 from sinkscope.lsg import loop as looping
-from sinkscope.testing import tiny_llava
+from sinkscope.testing import random_image, tiny_llava
 from tests.lsg.test_train import RULE, Bad, records, same, train, weights
 
 SCRIPT = """
@@ -150,6 +150,22 @@ def test_another_run_is_refused_with_the_differences(lvlm, tmp_path):
     with pytest.raises(InputError, match=r"gates\.0\.start: there \"\w+\", here"):
         train(lvlm, gates=[gate], out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_pixels_that_changed_are_another_run(lvlm, tmp_path, named):
+    """The file's name and the ``image_id`` stay; what the model is shown does not."""
+    data = records()
+    for i, record in enumerate(data):
+        path = tmp_path / f"{i // 2}.png"
+        record["image"].save(path)
+        data[i] = record | {"image": path, "image_id": i // 2 if named else None}
+    out = tmp_path / "run"
+    train(lvlm, data, out=out)
+    train(lvlm, data, out=out)
+    random_image(32, 32, 999).save(data[0]["image"])
+    with pytest.raises(InputError, match=r"data\.fingerprint: there \"\w+\", here"):
+        train(lvlm, data, out=out)
 
 
 def test_a_second_run_of_the_same_folder_is_refused_while_the_first_goes_on(lvlm, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -860,6 +861,16 @@ def test_code_in_a_checkpoint_never_runs_unasked(world, model_type, remote):
         ss.LVLM.from_pretrained(world.folder, remote=remote)
     assert not (world.folder / "ran").exists()
     assert not list(world.folder.glob("**/__pycache__"))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("trust", ["False", "false", "no", "True", 1, 0, None, np.True_])
+def test_code_in_a_checkpoint_is_not_trusted_by_a_text(world, trust, remote):
+    """``bool("False")`` is True: only True and False are taken, whatever would count as one of them."""
+    own_code(world.folder)
+    with pytest.raises(InputError, match=f"trust_remote_code={trust!r}; expected True or False"):
+        ss.LVLM.from_pretrained(world.folder, trust_remote_code=trust, remote=remote)
+    assert not (world.folder / "ran").exists()
 
 
 def test_code_in_a_checkpoint_runs_if_trusted(world):

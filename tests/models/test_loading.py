@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
+from transformers.quantizers import HfQuantizer, auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
 from sinkscope.models import loading, processors
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor
+from sinkscope.recipes import read_recipe
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 FAMILIES = tuple(TINY)
@@ -118,6 +122,61 @@ def test_device_map_is_respected(folders, monkeypatch):
     lvlm = ss.LVLM.from_pretrained(folders["llava-clip-llama"], device_map="cpu")
     assert lvlm.device == torch.device("cpu")
     assert passed["device_map"] == "cpu"
+
+
+@dataclass
+class EightBits(QuantizationConfigMixin):
+    """A quantisation that needs no package: what `EightBitQuantizer` reads."""
+
+    quant_method: str = "eight-bits"
+    levels: int = 127
+
+
+class EightBitQuantizer(HfQuantizer):
+    """Rounds the weights of the decoder's linear maps, row by row, as 8-bit formats do."""
+
+    is_serializable = is_trainable = False
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for layer in model.get_decoder().layers:
+            for linear in (part for part in layer.modules() if isinstance(part, torch.nn.Linear)):
+                step = linear.weight.abs().amax(1, keepdim=True) / self.quantization_config.levels
+                linear.weight.data = (linear.weight / step).round() * step
+        return model
+
+
+@pytest.mark.parametrize(
+    "given", [EightBits(levels=7), {"quant_method": "eight-bits", "levels": 7}]
+)
+def test_quantisation_is_respected(folders, monkeypatch, given):
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "eight-bits", EightBits)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "eight-bits", EightBitQuantizer)
+    folder = folders["llava-clip-llama"]
+    lvlm = ss.LVLM.from_pretrained(folder, quantization_config=given)
+    loader = transformers.AutoModelForImageTextToText
+    theirs = loader.from_pretrained(folder, quantization_config=given)
+    plain = ss.LVLM.from_pretrained(folder)
+    sample = plain.prepare(images=random_image(), text="what")
+    with torch.no_grad():
+        want = theirs(**sample.inputs).logits
+    torch.testing.assert_close(lvlm.run(sample).logits, want, rtol=0, atol=0)
+    assert (want - plain.run(sample).logits).abs().max() > 1e-3
+    flags = {"model": {"name": str(folder), "quantization_config": given}, "data": "scenes"}
+    recipe = read_recipe("sweep", None, flags, ss.sweep)
+    torch.testing.assert_close(recipe.load().run(sample).logits, want, rtol=0, atol=0)
+    assert recipe.load(weights=False).device.type == "meta"
+    with pytest.raises(
+        CheckpointError, match="Got a quantization_config for a model without weights"
+    ):
+        ss.LVLM.from_pretrained(folder, quantization_config=given, remote=True)
+
+
+def test_a_quantiser_that_is_not_installed_is_named(folders):
+    with pytest.raises(CheckpointError, match=r"bitsandbytes.*install it, or choose another"):
+        ss.LVLM.from_pretrained(
+            folders["llava-clip-llama"],
+            quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+        )
 
 
 def test_shards_are_put_together(tiny, tmp_path):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from sinkscope.errors import InputError, nearest
-from sinkscope.experiments.items import image_id_of
-from sinkscope.models.pictures import check_place
+from sinkscope.models.image_ids import clusters_of, identified
 
 FEWEST_IMAGES = 20
 """Fewer images than this cannot be split into a training and a test part that mean anything."""
@@ -26,7 +25,7 @@ class LabelledImage:
         attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
         question: The text after the image.
         image_id: Records with one id are about one image: they are never split between training and
-            test, and are resampled together. None for the image's path, or a digest of its pixels.
+            test, and are resampled together; see `Item`.
     """
 
     image: Any
@@ -53,10 +52,10 @@ class Target:
 
 
 def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
-    """Records as `LabelledImage`, each with an image_id.
+    """Records as `LabelledImage`; no image is opened yet.
 
     Raises:
-        InputError: If a record is malformed, or there are too few images.
+        InputError: If a record is malformed.
     """
     items = []
     for i, record in enumerate(dataset):
@@ -81,26 +80,24 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
                 f"Record {i} has attributes={item.attributes!r}; expected a dict of names and "
                 "classes, such as {'count': 3, 'colours': {'red', 'blue'}}."
             )
-        _check_files(item, i)
-        known_by = image_id_of(item.image) if item.image_id is None else item.image_id
-        items.append(replace(item, image_id=known_by))
-    n = len({str(item.image_id) for item in items})
+        items.append(item)
+    return items
+
+
+def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
+    """The image of every record, as one name for all records that share one.
+
+    Raises:
+        InputError: If an image cannot be read or has the id of another, or there are too few.
+    """
+    groups = np.array(clusters_of(item.image_id for item in identified(items)))
+    n = len(set(groups))
     if n < FEWEST_IMAGES:
         raise InputError(
             f"Got {n} images; expected at least {FEWEST_IMAGES}, better hundreds: some train the "
             "probes and the others test them."
         )
-    return items
-
-
-def _check_files(item: LabelledImage, place: int) -> None:
-    """Images given as paths exist: a missing one must not end a long run.
-
-    Raises:
-        InputError: If one does not.
-    """
-    for image in item.image if isinstance(item.image, (list, tuple)) else [item.image]:
-        check_place(image, f"Record {place} has")
+    return groups
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:

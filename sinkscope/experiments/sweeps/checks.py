@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.run import check_detector
-from sinkscope.errors import InputError, SelectionError, nearest
+from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
-
-MERGES = ("max", "mean", "any")
 
 
 def check_batch(batch: Any) -> None:
@@ -23,19 +21,6 @@ def check_batch(batch: Any) -> None:
     number = isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1
     if not number and batch != "auto":
         raise InputError(f"Got batch={batch!r}; expected 'auto' or a number of pairs, 1 or more.")
-
-
-def check_merge(merge: Any) -> None:
-    """Refuse an unknown way to join ViT tokens.
-
-    Raises:
-        SelectionError: If it is unknown.
-    """
-    if merge not in MERGES:
-        raise SelectionError(
-            f"Got merge={merge!r}; expected {', '.join(map(repr, MERGES))}. "
-            f"{nearest(str(merge), MERGES)}"
-        )
 
 
 def check_rules(detector: Any, l_detector: Any, calibration: Any, *, with_l: bool) -> None:

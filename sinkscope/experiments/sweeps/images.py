@@ -44,7 +44,6 @@ from sinkscope.models.replay import Captured, capture_given, logits_at, resume
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.prepare import Sample
 
 Numbered = tuple[int, Item]
 Line = dict[str, Any]
@@ -72,57 +71,18 @@ def sweep_image(
     Raises:
         InputError: If a log-probability or a score is not finite.
     """
-    lines: list[Line] = []
-    notes: list[str] = []
-    parts = list(by_pixels(lvlm, group))
-    if len(parts) > 1:
-        images = {str(item.image_id) for _, item in group}
-        notes.append(
-            f"{len(parts)} different images have the id {min(images)!r}; nothing was shared"
-        )
-    for prepared in parts:
-        lines.extend(_one_image(lvlm, prepared, rules, tick, notes))
-    return lines, notes
-
-
-def by_pixels(lvlm: LVLM, group: Sequence[Numbered]) -> Iterator[list[tuple[Numbered, Sample]]]:
-    """The questions, prepared, in groups that really have the same image."""
-    names = lvlm.anatomy.family.image_inputs
-    parts: list[list[tuple[Numbered, Sample]]] = []
-    for index, item in group:
-        sample = lvlm.prepare(images=item.image, text=item.question)
-        for part in parts:
-            if all(_same(part[0][1].inputs.get(n), sample.inputs.get(n)) for n in names):
-                part.append(((index, item), sample))
-                break
-        else:
-            parts.append([((index, item), sample)])
-    yield from parts
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two image inputs are equal, bit for bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return a is b
-
-
-def _one_image(
-    lvlm: LVLM,
-    prepared: Sequence[tuple[Numbered, Sample]],
-    rules: Rules,
-    tick: Callable[[int], object],
-    notes: list[str],
-) -> list[Line]:
-    """Every cell of the questions about one image."""
-    ((_, _), first) = prepared[0]
+    prepared = [
+        ((index, item), lvlm.prepare(images=item.image, text=item.question))
+        for index, item in group
+    ]
+    (_, first) = prepared[0]
     end = int((first.tokens.image[0] >= 0).nonzero().max()) + 1
     sinks = v_sinks(lvlm, first, rules.detector, rules.merge)
     givens: list[Given] = []
     prompts: list[Prompted] = []
     features = None
     for (index, item), sample in prepared:
-        asked = ask(lvlm.tokenizer, item)
+        asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
@@ -130,14 +90,13 @@ def _one_image(
         own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
         own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
         prompts.append(Prompted(index, asked, sample, own))
+    if len(givens) == 1:
+        return _alone(lvlm, prompts, givens, rules, tick), []
     reason = why_not_shared(givens, end)
-    if reason is not None and len(givens) > 1:
-        notes.append(
-            f"nothing was shared by the questions about {prepared[0][0][1].image_id!r}: {reason}"
-        )
-    if reason is None and len(givens) > 1:
-        return _shared(lvlm, prompts, givens, end, rules, tick)
-    return _alone(lvlm, prompts, givens, rules, tick)
+    if reason is None:
+        return _shared(lvlm, prompts, givens, end, rules, tick), []
+    note = f"nothing was shared by the questions about {group[0][1].image_id!r}: {reason}"
+    return _alone(lvlm, prompts, givens, rules, tick), [note]
 
 
 def _alone(
@@ -309,7 +268,7 @@ def _lines(
             check_finite(item, after, where, edited=True)
             yield {
                 "item": prompt.index,
-                "image_id": str(item.image_id),
+                "image_id": item.image_id,
                 "task": item.task,
                 "layer": block - 1,
                 "edited": block,

@@ -133,7 +133,7 @@ def _of_group(sweep: Sweep, group: str, factor: float, seed: int) -> tuple[str, 
     change = part.assign(change=part["score"] - part["base_score"], sign=sign)
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink
-    images = part.drop_duplicates("item").set_index("item")["image_id"].astype(str)
+    images = part.drop_duplicates("item").set_index("item")["image_id"]
     columns = [*(table[layer] for layer in table), table.mean(axis=1)]
     mean, low, high = np.array([_interval_of(one, images, seed) for one in columns]).T * factor
     have = "are about images with V-sinks" if group == "V" else "have L-sinks at some layer"

@@ -13,6 +13,7 @@ from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.grid import GROUPS, nouns, words_of
 from sinkscope.experiments.sweeps.store import as_frame, read_manifest, read_parts
+from sinkscope.models.image_ids import clusters_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -284,7 +285,7 @@ def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, lis
     return (
         cast("pd.DataFrame", cells.reset_index(drop=True)),
         table.to_numpy(dtype=float),
-        images.astype(str).tolist(),
+        clusters_of(images),
     )
 
 

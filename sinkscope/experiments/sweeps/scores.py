@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.items import Item
+from sinkscope.models.answers import answer_ids
 
 
 @dataclass(frozen=True)
@@ -149,21 +150,6 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
     return name, SCORES[name]
 
 
-def answer_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of an answer, tokenised by itself.
-
-    A model whose answers begin with a space needs it in the answer (``" red"``), unless its
-    tokenizer adds it.
-
-    Raises:
-        InputError: If no token is left.
-    """
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise InputError(f"Got the answer {text!r}, which has no token; expected some text.")
-    return ids
-
-
 @dataclass(frozen=True, eq=False)
 class Asked:
     """One question, with its options as tokens.
@@ -181,9 +167,9 @@ class Asked:
     row_of: tuple[int, ...]
 
 
-def ask(tokenizer: Any, item: Item) -> Asked:
-    """The options of a question as tokens, and the fewest rows that score them all."""
-    options = tuple(answer_ids(tokenizer, text) for text in (item.answer, *item.choices))
+def ask(tokenizer: Any, prompt: str, item: Item) -> Asked:
+    """The options of a question as tokens behind its prompt, and the fewest rows that score them all."""
+    options = tuple(answer_ids(tokenizer, prompt, text) for text in (item.answer, *item.choices))
     feeds: list[tuple[int, ...]] = []
     for ids in sorted({ids[:-1] for ids in options}, key=lambda ids: (-len(ids), ids)):
         if not any(feed[: len(ids)] == ids for feed in feeds):
