@@ -220,7 +220,7 @@ def test_experiments_prepare_alike_and_refuse_before_they_run(tiny):
     runs = {
         "choices": lambda: ss.compare(lvlm, choices, {"base": []}),
         "compare": lambda: ss.compare(lvlm, wrong, {"base": []}),
-        "sweep": lambda: ss.sweep(lvlm, wrong, layers=[0], v_detector=ss.detectors.Norm(0.0)),
+        "sweep": lambda: ss.sweep(lvlm, wrong, layers=[0], v_detector=ss.detectors.Norm(1e-6)),
         "dry sweep": lambda: ss.sweep(lvlm, wrong, dry_run=True),
         "probes": lambda: ss.linear_probes(lvlm, labelled),
         "training": lambda: ss.train_lsg(lvlm, wrong, layers=[0]),
