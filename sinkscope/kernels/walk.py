@@ -123,7 +123,7 @@ def edit_value(here, step, value, factors, state, out):
     Where the model multiplies by factors behind the site, the product is edited and handed over
     divided by them; what no edit changed keeps its bits.
     """
-    old = new = times(value, factors)
+    old = new = state["unedited"] = times(value, factors)
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
         note_effect(out, slot, step, effect)
@@ -151,7 +151,8 @@ def read_site(root, tracer, step, state, out):
     factors = [locate(root, path) for path in step.get("factors", ())]
     if step["edits"]:
         return edit_value(here, step, value, factors, state, out)
-    return times(value, factors)
+    state["unedited"] = times(value, factors)
+    return state["unedited"]
 
 
 def device_of(value):

@@ -14,7 +14,7 @@ from sinkscope.kernels import writes
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.results import mask_padding, stack_layers, tidy
-from sinkscope.probes.writes import written_through
+from sinkscope.probes.writes import at_attention, follow_heads
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -182,25 +182,24 @@ class ContributionNorms:
     tower: Tower = "language"
 
     def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
+        """Two reads per layer: attention, and what it adds."""
         _, onehot = context.groups(self.tower, self.groups)
         shared = onehot.shape[1] == 1
         return [
-            Read(
-                Site(self.tower, "attention", layer),
-                writes.contribution_norms,
-                {
-                    "groups": onehot[:, 0 if shared else layer].contiguous(),
-                    "layout": context.layout(self.tower),
-                    **written_through(context, self.tower, layer),
-                },
-            )
+            read
             for layer in context.layers(self.tower, self.layers)
+            for read in follow_heads(
+                context,
+                self.tower,
+                layer,
+                writes.contribution_norms,
+                {"groups": onehot[:, 0 if shared else layer].contiguous()},
+            )
         ]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ContributionResult:
         """Stack the layers and mask the padding."""
-        live = context.live(self.tower)
+        live, answers = context.live(self.tower), at_attention(answers)
         names, _ = context.groups(self.tower, self.groups)
         return ContributionResult(
             mask_padding(stack_layers(answers, "norms"), live, 2),
