@@ -143,7 +143,7 @@ def test_head_writes_are_what_arrives_in_the_stream(case, name):
 
 
 class Int8(nn.Module):
-    """A linear layer in 8 bit, as quantisers make them: `weight` holds integers."""
+    """A linear layer in 8 bit, as quantisers make them: `weight` holds integers, nothing is a parameter."""
 
     def __init__(self, linear):
         super().__init__()
@@ -151,7 +151,7 @@ class Int8(nn.Module):
         scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
         self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
