@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.kernels import attention as kernels
@@ -75,7 +75,8 @@ class ValueNorms:
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ValueNormResult:
         """Stack the layers and mask the padding."""
-        norms = mask_padding(stack_layers(answers), context.live_keys(self.tower), 3)
+        live = context.live_keys(self.tower)
+        norms = mask_padding(stack_layers(answers, keys=live.shape[1]), live, 3)
         return ValueNormResult(norms, context.layers(self.tower, self.layers))
 
 
@@ -132,7 +133,7 @@ class AttentionValues:
         kept = context.live_keys(self.tower).clone()
         chosen = context.flat(self.tower, self.tokens)
         kept[:, : chosen.shape[1]] &= chosen
-        values = mask_padding(stack_layers(answers, axis=-2), kept, 3)
+        values = mask_padding(stack_layers(answers, axis=-2, keys=kept.shape[1]), kept, 3)
         layers = context.layers(self.tower, self.layers)
         return AttentionValueResult(values, layers, self.tower)
 
@@ -146,17 +147,20 @@ class ContributionResult:
         per_head: Float ``[batch layer head query group]``, the same for each head alone.
         groups: The group names.
         layers: The block indices, in order.
+        positions: Int ``[batch query]`` position of every query, -1 where there is none.
     """
 
     norms: Float[Tensor, "batch layer query group"]
     per_head: Float[Tensor, "batch layer head query group"]
     groups: tuple[str, ...]
     layers: tuple[int, ...]
+    positions: Int[Tensor, "batch query"]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, query, group, norm."""
         axes = ("batch", "layer", "query", "group")
-        return tidy({"norm": self.norms}, axes, {"layer": self.layers, "group": self.groups})
+        names = {"layer": self.layers, "query": self.positions, "group": self.groups}
+        return tidy({"norm": self.norms}, axes, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,4 +210,5 @@ class ContributionNorms:
             mask_padding(stack_layers(answers, "per_head"), live, 3),
             names,
             context.layers(self.tower, self.layers),
+            context.positions(self.tower),
         )

@@ -115,7 +115,8 @@ class HeadWrites:
     def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
         """Stack the layers and mask the padding."""
         answers = at_attention(answers)
-        norms = mask_padding(stack_layers(answers, "norms"), context.live_keys(self.tower), 3)
+        keys = context.live_keys(self.tower)
+        norms = mask_padding(stack_layers(answers, "norms", keys=keys.shape[1]), keys, 3)
         live = context.live(self.tower).any(dim=1)
         rank = stack_layers(answers, "rank").masked_fill(~live[:, None, None], float("nan"))
         return WriteResult(norms, rank, context.layers(self.tower, self.layers))
