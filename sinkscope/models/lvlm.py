@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -393,6 +394,13 @@ class LVLM:
             name: value.to(device) if isinstance(value, Tensor) and device else value
             for name, value in sample.inputs.items()
         }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LVLM:
+        made = memo[id(self)] = copy(self)
+        made._module, made._local = deepcopy(self._module, memo), None
+        if not self._weightless:
+            made._remote = None
+        return made
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(
