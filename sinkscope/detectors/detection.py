@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.probes.results import tidy
+from sinkscope.probes.results import Unsaved, tidy
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ SATURATION = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Detection:
+class Detection(Unsaved):
     """The tokens a detector flags.
 
     Attributes:

@@ -16,6 +16,7 @@ from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.result import check_by, counted
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.passes import looked, seen
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,7 @@ CELL = ["layer", "edited", "group"]
 
 
 @dataclass(frozen=True, eq=False)
-class GateCoefficients:
+class GateCoefficients(Unsaved):
     """The coefficients that gates give for questions.
 
     Attributes:

@@ -40,6 +40,7 @@ from sinkscope.probes import (
     TokenNorms,
 )
 from sinkscope.probes.protocol import Probe
+from sinkscope.probes.results import Unsaved
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkTrace:
+class SinkTrace(Unsaved):
     """The sinks of one sample.
 
     Attributes:

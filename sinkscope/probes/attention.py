@@ -15,7 +15,7 @@ from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
 from sinkscope.models.context import Context, indices_of
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -40,7 +40,7 @@ def refuse_flash(context: Context, tower: str, what: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MassResult:
+class MassResult(Unsaved):
     """Attention mass per key group.
 
     Attributes:
@@ -177,7 +177,7 @@ LEAST_SEEING = 8
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedResult:
+class ReceivedResult(Unsaved):
     """Mean attention received by every key.
 
     Attributes:
@@ -319,7 +319,7 @@ class ReceivedAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class PatternResult:
+class PatternResult(Unsaved):
     """Attention weights of chosen queries.
 
     Attributes:

@@ -14,7 +14,7 @@ from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import check_dims, check_site
-from sinkscope.probes.results import mask_padding, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelResult:
+class ChannelResult(Unsaved):
     """Values of chosen channels at chosen sites.
 
     Attributes:

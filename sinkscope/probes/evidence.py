@@ -14,7 +14,7 @@ from sinkscope.models.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
-from sinkscope.probes.results import tidy
+from sinkscope.probes.results import Unsaved, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CHANNELS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class EvidenceResult:
+class EvidenceResult(Unsaved):
     """Spikes and attention of every token.
 
     Attributes:

@@ -14,7 +14,7 @@ from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context, indices_of
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import check_count, check_site
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LensResult:
+class LensResult(Unsaved):
     """What the LM head reads from intermediate states.
 
     Attributes:

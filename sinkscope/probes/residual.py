@@ -14,7 +14,7 @@ from sinkscope.errors import ProbeError, nearest
 from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
 
@@ -71,7 +71,7 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveResult:
+class MassiveResult(Unsaved):
     """The largest channels of every token.
 
     Attributes:
@@ -152,7 +152,7 @@ class MassiveActivations:
 
 
 @dataclass(frozen=True, eq=False)
-class NormResult:
+class NormResult(Unsaved):
     """Token norms.
 
     Attributes:
@@ -203,7 +203,7 @@ class TokenNorms:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreResult:
+class ScoreResult(Unsaved):
     """One score per token.
 
     Attributes:
@@ -306,7 +306,7 @@ class CosineToFirst:
 
 
 @dataclass(frozen=True, eq=False)
-class StateResult:
+class StateResult(Unsaved):
     """Whole states of chosen tokens.
 
     Attributes:

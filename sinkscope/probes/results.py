@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sinkscope.sites import Site
+
+
+class Unsaved:
+    """A record without a format of its own. nnsight gives every object a `.save` that is about traces."""
+
+    def save(self, *given: Any, **options: Any) -> NoReturn:
+        """Say how to keep it.
+
+        Raises:
+            InputError: Always.
+        """
+        table = "x.to_dataframe().to_csv(path) for its table, or " * hasattr(self, "to_dataframe")
+        raise InputError(
+            f"Got save(...) on a {type(self).__name__}, which has none (nnsight's is for values inside "
+            f"a trace); expected pickle. Write {table}pickle.dump(x, open(path, 'wb')) for all of it."
+        )
 
 
 def stack_layers(

@@ -13,7 +13,7 @@ from sinkscope.kernels import attention as kernels
 from sinkscope.kernels import writes
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.probes.writes import at_attention, follow_heads
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueNormResult:
+class ValueNormResult(Unsaved):
     """Norms of the value vectors.
 
     Attributes:
@@ -81,7 +81,7 @@ class ValueNorms:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionValueResult:
+class AttentionValueResult(Unsaved):
     """Whole value vectors of chosen tokens.
 
     Attributes:
@@ -139,7 +139,7 @@ class AttentionValues:
 
 
 @dataclass(frozen=True, eq=False)
-class ContributionResult:
+class ContributionResult(Unsaved):
     """What each key group writes into the residual stream.
 
     Attributes:

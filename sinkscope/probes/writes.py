@@ -12,7 +12,7 @@ from torch import Tensor
 from sinkscope.kernels import writes as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def at_attention(answers: Mapping[Site, Any]) -> dict[Site, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class WriteResult:
+class WriteResult(Unsaved):
     """Writes of every key and head.
 
     Attributes:
