@@ -109,7 +109,7 @@ def make_plan(
         for slot, one in questions:
             lists = by_site.setdefault(one.site, ([], [], []))
             lists[kind].append((slot, one.kernel, dict(one.parameters)))
-            if kind:
+            if isinstance(one, Edit):
                 lists[2].append(one.stage)
     return [step_at(anatomy, site, *by_site[site]) for site in sorted(by_site)]
 
