@@ -20,9 +20,11 @@ def kurtosis(states, state):
 class KurtosisResult:
     values: Tensor  # [batch layer pos], NaN at padding
     layers: tuple[int, ...]
+    positions: Tensor  # [batch pos], -1 at padding
 
     def to_dataframe(self):
-        return tidy({"kurtosis": self.values}, ("batch", "layer", "pos"), {"layer": self.layers})
+        names = {"layer": self.layers, "pos": self.positions}
+        return tidy({"kurtosis": self.values}, ("batch", "layer", "pos"), names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,4 +38,5 @@ class TokenKurtosis:
 
     def finish(self, answers, context):
         values = mask_padding(stack_layers(answers), context.live(self.tower), 2)
-        return KurtosisResult(values, context.layers(self.tower, self.layers))
+        layers = context.layers(self.tower, self.layers)
+        return KurtosisResult(values, layers, context.positions(self.tower))

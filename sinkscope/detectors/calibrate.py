@@ -32,6 +32,7 @@ from sinkscope.detectors.outcome import outcome_of
 from sinkscope.detectors.rules import STATE_SITE, Detector, Massive, NoSinks, SinkDimensions
 from sinkscope.errors import CalibrationError
 from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
+from sinkscope.probes.results import Unsaved
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class TowerCalibration:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Unsaved):
     """Detectors for one model, with the evidence.
 
     Attributes:

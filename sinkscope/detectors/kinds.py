@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkscope.errors import DetectorError, nearest
 from sinkscope.probes import Probe
-from sinkscope.probes.results import mask_padding, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kinds:
+class _Kinds(Unsaved):
     """Float scores ``[image layer pos]`` of 0 and 1, NaN at padding, at the block indices ``layers``."""
 
     scores: Float[Tensor, "image layer pos"]

@@ -18,6 +18,7 @@ from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.passes import looked, seen
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.runner import evaluated
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +34,7 @@ CELL = ["layer", "edited", "group"]
 
 
 @dataclass(frozen=True, eq=False)
-class GateCoefficients:
+class GateCoefficients(Unsaved):
     """The coefficients that gates give for questions.
 
     Attributes:

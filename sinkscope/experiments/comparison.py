@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Unsaved):
     """Answers under every condition.
 
     Attributes:

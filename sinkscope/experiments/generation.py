@@ -168,13 +168,15 @@ def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) ->
 def appended(seen: Any, new: Any) -> Any:
     """The result of a probe of states with the new token's behind it.
 
-    What has an axis of positions, ``[batch layer pos ...]``, grows; the rest, such as the median of a
-    layer, stays that of the prompt.
+    What has an axis of positions, ``[batch layer pos ...]`` or the positions themselves, grows; the
+    rest, such as the median of a layer, stays that of the prompt.
     """
     grown = {}
     for field in fields(seen):
         old, late = getattr(seen, field.name), getattr(new, field.name)
-        if torch.is_tensor(old) and old.ndim >= 3:
+        if field.name == "positions":
+            grown[field.name] = torch.cat([old, late], dim=1)
+        elif torch.is_tensor(old) and old.ndim >= 3:
             grown[field.name] = torch.cat([old, late], dim=2)
     return replace(seen, **grown)
 
@@ -191,10 +193,8 @@ def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Ten
     largest, mean, null = [], [], []
     for step in out.steps:
         result = step[probe]
-        # A sliding cache holds the last keys only; keys that are still to come follow.
-        known = n_keys - len(out.steps) + 1 + step.step
-        pad = (known - result.received.shape[-1], n_keys - known)
-        got = torch.nn.functional.pad(result.received, pad, value=float("nan"))
+        to_come = n_keys - result.received.shape[-1]
+        got = torch.nn.functional.pad(result.received, (0, to_come), value=float("nan"))
         largest.append(got.amax(dim=2))
         mean.append(got.mean(dim=2))
         null.append(result.null.nan_to_num(-1.0).amax(dim=2))

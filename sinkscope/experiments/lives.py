@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.models.prepare import Sample
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,7 @@ class SinkLife:
 
 
 @dataclass(frozen=True, eq=False)
-class GenerationTrace:
+class GenerationTrace(Unsaved):
     """Sinks while the model speaks.
 
     Step 0 is the pass over the prompt, whose query is the prompt's last token; the query of step s is the

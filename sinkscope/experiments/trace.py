@@ -41,6 +41,7 @@ from sinkscope.probes import (
     TokenNorms,
 )
 from sinkscope.probes.protocol import Probe
+from sinkscope.probes.results import Unsaved
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkTrace:
+class SinkTrace(Unsaved):
     """The sinks of one sample.
 
     Attributes:

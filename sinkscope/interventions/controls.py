@@ -24,6 +24,7 @@ from sinkscope.interventions.drawing import (
     tokens_of,
 )
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,7 @@ NEXT_TOKEN_KL = "KL of the next token from the unedited run (nats)"
 
 
 @dataclass(frozen=True, eq=False)
-class ControlResult:
+class ControlResult(Unsaved):
     """A real edit beside the same edit on other tokens.
 
     Attributes:

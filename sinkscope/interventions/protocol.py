@@ -17,6 +17,7 @@ from torch import Tensor
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
 from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.kernels.recipe import STAGES
+from sinkscope.probes.results import Unsaved
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Edit:
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
         stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
             ``"values"``. The edits of one site apply in this order, and in list order inside a
-            stage: a mask holds whatever is redistributed beside it.
+            stage: a mask holds whatever is redistributed beside it. A kernel that changes another
+            one is refused when it runs.
 
     Raises:
         InterventionError: If the stage is none.
@@ -82,7 +84,7 @@ class Intervention(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
+class Effect(Unsaved):
     """What one intervention did in one forward pass.
 
     Attributes:

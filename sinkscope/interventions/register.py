@@ -15,6 +15,7 @@ from sinkscope.interventions.attention import check_factor
 from sinkscope.interventions.protocol import Edit, check_prompt_only, check_tower
 from sinkscope.kernels import registers as kernels
 from sinkscope.probes.protocol import Read
+from sinkscope.probes.results import Unsaved
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -29,7 +30,7 @@ Neurons = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronResult:
+class NeuronResult(Unsaved):
     """Mean activity of neurons over chosen tokens.
 
     Attributes:

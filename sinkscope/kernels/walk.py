@@ -9,12 +9,15 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
 * ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in the order in
-  which they stand there, so that reads see what the model really uses.
+  which they stand there, so that reads see what the model really uses;
+* ``stages``: what every edit of attention says that it changes.
 """
 
 from __future__ import annotations
 
 import torch
+
+from sinkscope.kernels.attention import arguments
 
 
 def locate(root, path):
@@ -85,17 +88,43 @@ def edit_call(source, step, call, span, now, state, out):
     """Apply the site's edits to one call, in the plan's order, and have the model make the edited one."""
     before = call
     device = query_of(call).device
-    for slot, kernel, parameters in step["edits"]:
+    for (slot, kernel, parameters), stage in zip(step["edits"], step["stages"], strict=True):
         ready = resolve(None, parameters, device, state)
         state["edit"] = (slot, step["tower"], step["name"], step["layer"])
         state["unedited"] = before
-        call, effect = kernel(call, state, span, **ready)
+        was = call
+        call, effect = kernel(was, state, span, **ready)
+        check_stage(was, call, stage, kernel)
         note_effect(out, slot, step, effect)
     if call is not before:
         now["function"] = call[0]
         if call[1] is not before[1] or call[2] is not before[2]:
             getattr(source, step["call"]).inputs = (call[1], call[2])
     return call
+
+
+def check_stage(was, now, stage, kernel):
+    """Refuse an edit that changes another stage than it says: edits were put in order by what they say.
+
+    Args:
+        was: The call before the edit.
+        now: The call after it.
+        stage: What the edit says.
+        kernel: Its kernel.
+
+    Raises:
+        ValueError: If it changed something else.
+    """
+    old, new = getattr(was[0], "recipe", {}), getattr(now[0], "recipe", {})
+    changed = [name for name in new if len(new[name]) > len(old.get(name, ()))]
+    before, after = arguments(was)[0], arguments(now)[0]
+    changed += [f"{name}s" for name in ("key", "value") if after[name] is not before[name]]
+    if changed and stage not in changed:
+        raise ValueError(
+            f"Got an Edit with stage={stage!r} whose kernel {kernel.__name__} changes the "
+            f"{changed[0]}; expected what it changes, because edits of one site apply in the order of "
+            f"their stages. Write Edit(..., stage={changed[0]!r})."
+        )
 
 
 def note_effect(out, slot, step, effect):
@@ -123,7 +152,7 @@ def edit_value(here, step, value, factors, state, out):
     Where the model multiplies by factors behind the site, the product is edited and handed over
     divided by them; what no edit changed keeps its bits.
     """
-    old = new = times(value, factors)
+    old = new = state["unedited"] = times(value, factors)
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
         note_effect(out, slot, step, effect)
@@ -151,7 +180,8 @@ def read_site(root, tracer, step, state, out):
     factors = [locate(root, path) for path in step.get("factors", ())]
     if step["edits"]:
         return edit_value(here, step, value, factors, state, out)
-    return times(value, factors)
+    state["unedited"] = times(value, factors)
+    return state["unedited"]
 
 
 def device_of(value):

@@ -6,8 +6,9 @@ is a fixed map once its statistics are known::
 
     norm(t) = w * (t - mean t) / size(t) + b      so a part x of t adds   w * (x - mean x) / size(t)
 
-with no mean in an RMS norm. Parts add up to the whole; biases belong to no key. Neither ``w`` nor the
-kind of norm is looked up: they are measured by asking the module.
+with no mean in an RMS norm. Parts add up to the whole; biases belong to no key. No weight is looked up:
+the modules are asked, because adapters, 8 bit, hooks and offload apply others than they show. What
+they answer is compared with what they write in the pass, and that with what the block adds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from __future__ import annotations
 import torch
 
 from sinkscope.kernels.attention import arguments, ask, fit_keys, spans, unpack
+from sinkscope.kernels.residual import live_at
+
+SIZE = 256.0
+"""The largest number in a question to a projection: beside it the rounding of a bias is small."""
 
 
 def near(x, y, dtype):
@@ -28,7 +33,7 @@ def measure(part, like):
 
     Args:
         part: A module, or a number or parameter that multiplies.
-        like: The projection's weight, ``[d_model, ...]``.
+        like: What the projection wrote, ``[... d_model]``.
 
     Returns:
         A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is
@@ -37,7 +42,7 @@ def measure(part, like):
     Raises:
         ValueError: If it is neither a factor per channel nor a norm.
     """
-    width, dtype = like.shape[0], like.dtype
+    width, dtype = like.shape[-1], like.dtype
     if not callable(part):
         weight = torch.as_tensor(part, device=like.device).float().flatten()
         return {"weight": weight, "bias": 0.0, "centred": False, "norm": False, "part": part}
@@ -74,50 +79,182 @@ def onward(x, passed):
     return x * passed["weight"]
 
 
-def way(projection, parts):
-    """The map from heads to the stream, but for what norms divide by.
+def answers(projection, rows):
+    """What a module adds to its answer to zero, and that answer: its bias.
 
     Args:
-        projection: The output projection, weight ``[d_model, head * d_head]``.
-        parts: What lies between it and the stream, in order: modules, numbers and parameters.
+        projection: The module.
+        rows: ``[row width]``; each is asked times a power of two that brings it near `SIZE`.
 
     Returns:
-        The matrix ``[d_model, head * d_head]`` in fp32, and what every part was measured to be.
+        ``[row d_model]`` and ``[d_model]`` in fp32.
     """
-    passed = [measure(part, projection.weight) for part in parts]
-    matrix = projection.weight.float()
+    peak = rows.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    times = (SIZE / peak).log2().floor().exp2()
+    asked = (rows.float() * times).to(rows.dtype)
+    out = projection(torch.cat([asked, torch.zeros_like(asked[:1])])[None])[0].float()
+    return (out[:-1] - out[-1]) / times, out[-1]
+
+
+def name_of(module):
+    """Where a module lies and its class, for messages."""
+    kind = module._get_name() if hasattr(module, "_get_name") else type(module).__name__
+    return f"{getattr(module, 'path', '').removeprefix('model.')} ({kind})"
+
+
+def check_same(got, want, size, live, dtype, what):
+    """Refuse parts that do not make up the whole.
+
+    Args:
+        got: The sum of the parts, ``[batch query d_model]``.
+        want: The whole; may lack the batch axis.
+        size: ``[batch query]``: how large what was added up is.
+        live: ``[batch query]`` bool, or None for all.
+        dtype: What was computed in.
+        what: What is wrong if they differ.
+
+    Raises:
+        ValueError: If they differ at a live query by four roundings of bf16 in half precision, where
+            8-bit layers that round their inputs make about one; of fp16 (or TF32) in fp32.
+    """
+    rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
+    want = want.reshape(got.shape).float()
+    off = (got - want).norm(dim=-1) / torch.maximum(size, want.norm(dim=-1)).clamp(min=1e-30)
+    known = want.isfinite().all(dim=-1)
+    off = off[known if live is None else known & live_at(live, got)]
+    if not bool((off <= 4 * torch.finfo(rough).eps).all()):
+        raise ValueError(
+            f"{what}: off by up to {float(off.max()):.2g} of its size. Expected linear maps only, "
+            "because parts of attention's output cannot be followed through anything else. Take off "
+            "what changes it (a hook, a wrapper), or read site='attn_out' instead."
+        )
+
+
+def behind(x, passed):
+    """The linear part of all that lies behind the projection, ``[... d_model]``."""
     for one in passed:
-        matrix = onward(matrix.T, one).T
-    return matrix, passed
+        x = onward(x, one)
+    return x
 
 
-def shares(call, projection, passed):
-    """By what norms between attention and the stream multiply every query.
+def way(calls, state, projection, parts, live, asked=None):
+    """The way from heads to the stream, proven on attention's whole output.
 
     Args:
-        call: One attention call.
+        calls: The attention calls of one site.
+        state: The run's scratch space, where `arrives` finds what should arrive.
         projection: The output projection.
-        passed: From `way`.
+        parts: What lies between it and the stream, in order: modules, numbers and parameters.
+        live: ``[batch query]`` bool, or None for all.
+        asked: How many parts of attention's output will follow; None for any number.
 
     Returns:
-        ``[batch query]`` in fp32; ones ``[1 1]`` without a norm.
+        A dict of what was ``written`` in all, ``[batch query head d_head]``, the ``projection``, what
+        every part was ``passed`` as, ``scale`` ``[batch query]``, by which norms multiply a query, and ``matrix`` ``[head d_head d_model]`` in fp32: None if
+        fewer rows are asked for than it has, so that heads are better pushed one by one.
     """
-    scale = torch.ones(1, 1, device=projection.weight.device)
-    if not any(one["norm"] for one in passed):
-        return scale
-    written = ask(call)
-    total = projection(written.flatten(2)).float()
+    x = torch.cat([ask(call) for call in calls], dim=1)
+    heads, width = x.shape[2:]
+    wrote = projection(x.flatten(2))
+    passed = [measure(part, wrote) for part in parts]
+    made = {"written": x, "projection": projection, "passed": passed}
+    if asked is not None and x.shape[0] * x.shape[1] * (asked + 1) <= width:
+        made["matrix"], (total, bias) = None, pushed(x, projection)
+        total = total.sum(2)
+    else:
+        one_hot = torch.eye(heads * width, dtype=x.dtype, device=x.device)
+        columns, bias = answers(projection, one_hot)
+        total = x.flatten(2).float() @ columns
+        made["matrix"] = behind(columns, passed).reshape(heads, width, -1)
+    size = total.norm(dim=-1) + bias.norm()
+    what = f"{name_of(projection)} is not a linear map of attention's output"
+    check_same(total + bias, wrote, size, live, x.dtype, what)
+    state["arrived"], made["scale"] = arriving(wrote, passed, x.dtype)
+    return made
+
+
+def pushed(written, projection):
+    """What every head writes, ``[batch query head d_model]`` in fp32, head by head; and the bias."""
+    batch, queries, heads, width = written.shape
+    alone = torch.eye(heads, dtype=written.dtype, device=written.device)[..., None]
+    rows = (written[:, :, None] * alone).reshape(-1, heads * width)
+    out, bias = answers(projection, rows)
+    return out.reshape(batch, queries, heads, -1), bias
+
+
+def follow(written, made):
+    """A part of attention's output on its way, but for what norms multiply a query by.
+
+    Args:
+        written: ``[batch query head d_head]``.
+        made: From `way`.
+
+    Returns:
+        The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
+    """
+    if made["matrix"] is None:
+        by_head = behind(pushed(written, made["projection"])[0], made["passed"])
+        return by_head.norm(dim=-1), by_head.sum(2)
+    written, matrix = written.float(), made["matrix"]
+    if "gram" not in made:
+        made["gram"] = gram_of(matrix)
+    square = torch.einsum("bqhd,hde,bqhe->bqh", written, made["gram"], written)
+    return square.clamp(min=0).sqrt(), torch.einsum("bqhd,hdo->bqo", written, matrix)
+
+
+def gram_of(matrix):
+    """Inner products of what the dimensions of a head write, ``[head d_head d_head]``."""
+    return matrix @ matrix.transpose(1, 2)
+
+
+def arriving(total, passed, dtype):
+    """What the stream should get of what the projection wrote, and by what norms multiply a query.
+
+    Args:
+        total: ``[batch query d_model]``.
+        passed: What `measure` found of every part.
+        dtype: What norms are asked in.
+
+    Returns:
+        ``[batch query d_model]`` and ``[batch query]`` in fp32.
+    """
+    total = total.float()
+    scale = torch.ones_like(total[..., 0])
     for one in passed:
         made = onward(total, one)
         if one["norm"]:
-            normed = one["part"](total.to(written.dtype)).float() - one["bias"]
+            normed = one["part"](total.to(dtype)).float() - one["bias"]
             size = normed.norm(dim=-1) / made.norm(dim=-1).clamp(min=1e-30)
             scale, made = scale * size, made * size[..., None]
         total = made + one["bias"]
-    return scale
+    return total, scale
 
 
-def contribution_norms(calls, state, groups, projection, parts=(), layout=None):
+def arrives(states, state, live, attention, projection):
+    """Refuse a block that does not add what its heads write, as far as edits of it did not do it.
+
+    Args:
+        states: What the block adds.
+        state: The run's scratch space.
+        live: ``[batch query]`` bool in the model's layout.
+        attention: The attention module.
+        projection: Its output projection.
+
+    Returns:
+        Nothing to keep.
+    """
+    total = state.pop("arrived", None)
+    if total is not None:
+        added = state["unedited"]
+        what = (
+            f"What {name_of(attention)} adds to the stream is not what its heads write through "
+            f"{name_of(projection)}"
+        )
+        check_same(total, added, total.norm(dim=-1), live, added.dtype, what)
+    return {}
+
+
+def contribution_norms(calls, state, groups, projection, parts=(), live=None, layout=None):
     """How much each key group adds to the residual stream through attention.
 
     ``||D sum_h W_O^h (A_h 1_g v_h)||_2`` per query, and the same for each head alone (Kobayashi et al.
@@ -129,29 +266,26 @@ def contribution_norms(calls, state, groups, projection, parts=(), layout=None):
         calls: The attention calls of one site.
         state: The run's scratch space.
         groups: ``[batch key group]`` one-hot.
-        projection: The attention module's output projection, ``[d_model, head * d_head]`` weight.
+        projection: The attention module's output projection.
         parts: What lies between it and the stream, in order: modules, numbers and parameters.
+        live: ``[batch query]`` bool in the model's layout, or None for all.
         layout: ``[row pos]`` packed positions of a packed tower, or None.
 
     Returns:
         ``{"norms": [batch query group], "per_head": [batch head query group]}``.
     """
-    matrix, passed = way(projection, parts)
-    totals, heads_out, blocks, gram = [], [], None, None
-    for call, (_, _, k_at, k_to) in zip(calls, spans(calls), strict=True):
+    made = way(calls, state, projection, parts, live, groups.shape[-1])
+    totals, heads_out = [], []
+    for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
         part = (
             groups[:, k_at:k_to] if len(calls) > 1 else fit_keys(groups, k_to, state.get("step", 0))
         )
-        scale = shares(call, projection, passed)
+        scale = made["scale"][:, q_at:q_to]
         total, per_head = [], []
         for group in range(part.shape[-1]):
-            written = ask(call, keep=part[..., group]).float()
-            if gram is None:
-                blocks = matrix.reshape(matrix.shape[0], *written.shape[2:])
-                gram = torch.einsum("ohd,ohe->hde", blocks, blocks)
-            square = torch.einsum("bqhd,hde,bqhe->bhq", written, gram, written)
-            per_head.append(square.clamp(min=0).sqrt() * scale[:, None])
-            total.append(torch.einsum("bqhd,ohd->bqo", written, blocks).norm(dim=-1) * scale)
+            by_head, vector = follow(ask(call, keep=part[..., group]), made)
+            per_head.append(by_head.transpose(1, 2) * scale[:, None])
+            total.append(vector.norm(dim=-1) * scale)
         totals.append(torch.stack(total, dim=-1))
         heads_out.append(torch.stack(per_head, dim=-1))
     return {
@@ -170,8 +304,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
 
     Args:
         calls: The attention calls of one site.
-        state: The run's scratch space (unused).
-        projection: The output projection, weight ``[d_model, head * d_head]``.
+        state: The run's scratch space.
+        projection: The output projection.
         live: ``[batch query]`` bool in the model's layout.
         parts: What lies between it and the stream, in order: modules, numbers and parameters.
         layout: ``[row pos]`` packed positions of a packed tower, or None.
@@ -180,22 +314,17 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
         ``{"norms": [batch head key], "rank": [batch head]}``. In a packed tower the rank is taken
         over all images together and repeated for each.
     """
-    matrix, passed = way(projection, parts)
-    norms, outputs, gram = [], [], None
-    for call, (q_at, q_to, _, _) in zip(calls, spans(calls), strict=True):
+    made = way(calls, state, projection, parts, live)
+    gram, norms = gram_of(made["matrix"]), []
+    for call in calls:
         named, _ = arguments(call)
         value = named["value"].float()
         share = named["query"].shape[1] // value.shape[1]
         value = value.repeat_interleave(share, dim=1)
-        if gram is None:
-            blocks = matrix.reshape(matrix.shape[0], value.shape[1], value.shape[3])
-            gram = torch.einsum("ohd,ohe->hde", blocks, blocks)
         square = torch.einsum("bhkd,hde,bhke->bhk", value, gram, value)
         norms.append(square.clamp(min=0).sqrt())
-        rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
-        scale = shares(call, projection, passed) * rows
-        outputs.append(ask(call).float() * scale[:, :, None, None])
-    written = torch.cat(outputs, dim=1)
+    scale = made["scale"] * live[:, -made["scale"].shape[1] :]
+    written = made["written"].float() * scale[:, :, None, None]
     # U U^T and G^1/2 Y^T Y G^1/2 share their nonzero eigenvalues; the latter is d_head x d_head.
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]

@@ -16,6 +16,7 @@ from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_dataset
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.lsg.runner import Sums
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ SCORES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True, eq=False)
-class GateStack:
+class GateStack(Unsaved):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
     Attributes:

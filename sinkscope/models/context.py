@@ -53,6 +53,17 @@ class Context:
         grown = torch.ones(self.tokens.live.shape[0], self.step, dtype=torch.bool)
         return torch.cat([self.tokens.live, grown], dim=1) & self._going[:, None]
 
+    def positions(self, tower: str, selection: Selection | None = None) -> Tensor:
+        """Positions of all queries or of selected ones, int ``[row query]``, -1 where there is none.
+
+        At a decode step that of the newest token, -1 where the row has ended.
+        """
+        if selection is not None and not self.step:
+            return indices_of(self.flat(tower, selection))
+        live = self.live(tower)
+        first = self.tokens.live.shape[1] + self.step - 1 if self.step else 0
+        return torch.where(live, torch.arange(live.shape[1]) + first, -1)
+
     @property
     def _going(self) -> Tensor:
         """Rows whose answer has not ended, bool ``[batch]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -426,6 +427,15 @@ class LVLM:
             name: value.to(device) if isinstance(value, Tensor) and device else value
             for name, value in sample.inputs.items()
         }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LVLM:
+        made = memo[id(self)] = LVLM(deepcopy(self._module, memo), self._processor, verify=False)
+        made._anatomy, made._not_added = self._anatomy, self._not_added
+        made._verified, made._name = self._verified, self._name
+        made._always_remote = self._always_remote
+        if self._weightless:
+            made._remote = self._remote
+        return made
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(

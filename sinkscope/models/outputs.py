@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NonFiniteError, ProbeError
 from sinkscope.interventions.protocol import Effect, Intervention, effect_from
 from sinkscope.models.context import Context
 from sinkscope.models.runner import Raw
 from sinkscope.probes.protocol import Probe, Result
+from sinkscope.probes.results import Unsaved
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two objects are of one class and have equal parameters, tensors and weights."""
+    if type(one) is not type(other):
+        return False
+    if is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if isinstance(one, nn.Module):
+        own, others = (
+            {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            for module in (one, other)
+        )
+        return same(own, others) and same(one.state_dict(), other.state_dict())
+    if isinstance(one, (Tensor, np.ndarray)):
+        return torch.equal(*(torch.as_tensor(x).cpu() for x in (one, other)))
+    if isinstance(one, Mapping):
+        return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 class Effects(dict[Intervention, Effect]):
-    """What every intervention did, found by the intervention object."""
+    """What every intervention did, found by the intervention object, else by the only equal one."""
 
     def __missing__(self, key: Any) -> Effect:
+        equal = [it for it in self if same(it, key)]
+        if len(equal) == 1:
+            return self[equal[0]]
+        what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
         raise InterventionError(
-            f"Got {type(key).__name__} {key!r}, which did nothing in this pass; expected one of its "
-            f"interventions, {[type(it).__name__ for it in self]}. Effects are found by the object "
-            "itself: keep it in a variable and pass that one."
+            f"Got {what}, which did nothing in this pass, or stands for "
+            f"{len(equal)} of its interventions; expected one of {[type(it).__name__ for it in self]}. "
+            "Effects are found by the object itself, or by the only one with equal parameters: keep it "
+            "in a variable and pass that one."
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Run(Unsaved):
     """What one forward pass brought back.
 
     Attributes:
@@ -44,24 +72,30 @@ class Run:
     step: int = 0
 
     def __getitem__(self, probe: Probe) -> Any:
-        """The result of a probe of this run.
+        """The result of a probe of this run: of the object itself, or of one with equal parameters.
+
+        A run that was pickled and loaded has probes of its own, which equal those it was made with.
 
         Raises:
             ProbeError: If the probe did not run.
         """
-        if not isinstance(probe, Probe) or probe not in self.results:
-            ran = [type(p).__name__ for p in self.results]
-            what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
-            raise ProbeError(
-                f"Got {what}, which did not run; expected one of this run's, {ran}. Results are found by "
-                "the probe object itself: keep it in a variable and pass that one. Probes of the vision "
-                "tower run on the prompt, not at decode steps."
-            )
-        return self.results[probe]
+        if isinstance(probe, Probe):
+            if probe in self.results:
+                return self.results[probe]
+            for ran, result in self.results.items():
+                if same(ran, probe):
+                    return result
+        what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
+        raise ProbeError(
+            f"Got {what}, which did not run; expected one of this run's, "
+            f"{[type(ran).__name__ for ran in self.results]}. Results are found by the probe object "
+            "itself, or by one with equal parameters. Probes of the vision tower run on the prompt, "
+            "not at decode steps."
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Generation:
+class Generation(Unsaved):
     """What a generation brought back.
 
     Attributes:

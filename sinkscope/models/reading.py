@@ -161,13 +161,39 @@ def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
             f"{path} ({type(block).__name__}) holds nothing but attention and norms; expected an "
             "MLP beside them. Please report this class."
         )
-    return max(others, key=lambda m: sum(p.numel() for p in m.parameters()))
+    # Weights in 8 bit are buffers.
+    return max(others, key=lambda m: sum(x.numel() for x in (*m.parameters(), *m.buffers())))
 
 
-def neuron_map(mlp: nn.Module, width: int) -> nn.Linear | None:
-    """The MLP's last linear map into the residual stream, whose input are the neurons."""
-    last = [m for m in mlp.modules() if isinstance(m, nn.Linear) and m.out_features == width]
-    return last[-1] if last else None
+def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
+    """The MLP's last linear map into the residual stream, whose input are the neurons.
+
+    Any layer counts that says how wide it is. An adapter or a wrapper around one holds maps of lower
+    rank too, and its input is what all of them read: so the widest map is taken, and then the
+    outermost module around it that holds no map which reads the stream.
+
+    Args:
+        mlp: The MLP.
+        width: Width of the residual stream.
+
+    Returns:
+        The map and the number of neurons, or None if there is none.
+    """
+    maps: dict[str, tuple[int, int]] = {}
+    for path, module in mlp.named_modules():
+        sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        if path and isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            maps[path] = (sizes[0], sizes[1])
+    into = [(size[0], i, path) for i, (path, size) in enumerate(maps.items()) if size[1] == width]
+    if not into:
+        return None
+    neurons, _, path = max(into)
+    while around := path.rpartition(".")[0]:
+        inside = [size[0] for other, size in maps.items() if other.startswith(f"{around}.")]
+        if maps.get(around) != (neurons, width) and width in inside:
+            break
+        path = around
+    return mlp.get_submodule(path), neurons
 
 
 def output_projection(attention: nn.Module) -> nn.Module | None:
@@ -199,7 +225,7 @@ def read_tower(
         mlp=tuple(paths[id(mlp)] for mlp in mlps),
         attention_out=tuple(attention for attention, _ in branches),
         mlp_out=tuple(mlp for _, mlp in branches),
-        neurons=tuple("" if last is None else paths[id(last)] for last in neurons),
+        neurons=tuple("" if last is None else paths[id(last[0])] for last in neurons),
         projection=tuple("" if p is None else paths[id(p)] for p in projections),
         calls=tuple(look_for_attention_call(child, paths[id(child)]) for _, child in pairs),
         d_model=config.hidden_size,
@@ -216,7 +242,7 @@ def read_tower(
         softcap=any(
             getattr(child, "attn_logit_softcapping", None) is not None for _, child in pairs
         ),
-        d_mlp=min(0 if last is None else last.in_features for last in neurons),
+        d_mlp=min(0 if last is None else last[1] for last in neurons),
     )
 
 

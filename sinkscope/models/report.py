@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sinkscope.errors import ModelError, nearest
 from sinkscope.models.anatomy import TowerAnatomy
 from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, judge_edit, reason_of
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Unsaved):
     """A model's anatomy and what can be measured on it; print it, or show it in a notebook.
 
     Attributes:

@@ -103,16 +103,18 @@ def make_plan(
     Returns:
         The plan of `sinkscope.kernels.walk`.
     """
-    by_site: dict[Site, tuple[list, list]] = {}
+    by_site: dict[Site, tuple[list, list, list]] = {}
     staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
     for kind, questions in enumerate((reads, staged)):
         for slot, one in questions:
-            lists = by_site.setdefault(one.site, ([], []))
+            lists = by_site.setdefault(one.site, ([], [], []))
             lists[kind].append((slot, one.kernel, dict(one.parameters)))
+            if isinstance(one, Edit):
+                lists[2].append(one.stage)
     return [step_at(anatomy, site, *by_site[site]) for site in sorted(by_site)]
 
 
-def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list) -> dict[str, Any]:
+def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list, stages: list) -> dict[str, Any]:
     """One step of the plan: where a site lies in this model."""
     step: dict[str, Any] = {
         "tower": site.tower,
@@ -120,6 +122,7 @@ def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list) -> dict[str,
         "layer": site.layer,
         "reads": reads,
         "edits": edits,
+        "stages": stages,
     }
     if site.tower == "projector":
         return step | {"path": anatomy.projector, "how": site.name}

@@ -15,7 +15,7 @@ from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
 from sinkscope.models.context import Context, indices_of
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import at_positions, mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -40,7 +40,7 @@ def refuse_flash(context: Context, tower: str, what: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MassResult:
+class MassResult(Unsaved):
     """Attention mass per key group.
 
     Attributes:
@@ -104,8 +104,8 @@ class MassResult:
         if self.null is not None:
             columns["null"] = self.null[:, :, None].expand_as(self.mass)
         axes = ("batch", "layer", "head", "query", "group")
-        table = tidy(columns, axes, {"layer": self.layers, "group": self.groups})
-        return at_positions(table, "query", self.queries)
+        names = {"layer": self.layers, "query": self.queries, "group": self.groups}
+        return tidy(columns, axes, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,14 +164,8 @@ class AttentionMass:
         """Stack the layers and mask the padding."""
         mass = stack_layers(answers, "mass")
         null = stack_layers(answers, "null") if self.null else None
-        live = context.live(self.tower)
-        queries = indices_of(live) if context.step else torch.arange(live.shape[1])[None]
-        queries = torch.where(live, queries, -1)
-        if context.step:
-            queries = torch.full_like(queries, context.tokens.live.shape[1] + context.step - 1)
-        elif self.queries is not None:
-            queries = indices_of(context.flat(self.tower, self.queries))
-            live = queries >= 0
+        queries = context.positions(self.tower, self.queries)
+        live = queries >= 0
         mass = mask_padding(mass, live, 3)
         null = None if null is None else mask_padding(null, live, 2)
         names, _ = context.groups(self.tower, self.groups)
@@ -183,7 +177,7 @@ LEAST_SEEING = 8
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedResult:
+class ReceivedResult(Unsaved):
     """Mean attention received by every key.
 
     Attributes:
@@ -304,13 +298,17 @@ class ReceivedAttention:
         """Stack the layers and mask the padding."""
         live = context.live_keys(self.tower)
         layers = context.layers(self.tower, self.layers)
-        got = mask_padding(stack_layers(answers, "received"), live, 3)
-        null = mask_padding(stack_layers(answers, "null"), live, 2) if self.null else None
+
+        def stacked(part: str) -> Tensor:
+            return stack_layers(answers, part, keys=live.shape[1])
+
+        got = mask_padding(stacked("received"), live, 3)
+        null = mask_padding(stacked("null"), live, 2) if self.null else None
         if not self.others:
             return ReceivedResult(got, null, layers)
-        few = stack_layers(answers, "seeing") < LEAST_SEEING
-        others = mask_padding(stack_layers(answers, "others"), live, 3)
-        others_null = mask_padding(stack_layers(answers, "others_null"), live, 2)
+        few = stacked("seeing") < LEAST_SEEING
+        others = mask_padding(stacked("others"), live, 3)
+        others_null = mask_padding(stacked("others_null"), live, 2)
         return ReceivedResult(
             got,
             null,
@@ -321,7 +319,7 @@ class ReceivedAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class PatternResult:
+class PatternResult(Unsaved):
     """Attention weights of chosen queries.
 
     Attributes:
@@ -338,8 +336,8 @@ class PatternResult:
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, head, row (the query's position), key, attention."""
         axes = ("batch", "layer", "head", "row", "key")
-        table = tidy({"attention": self.patterns}, axes, {"layer": self.layers})
-        return at_positions(table, "row", self.rows)
+        names = {"layer": self.layers, "row": self.rows}
+        return tidy({"attention": self.patterns}, axes, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,9 +372,7 @@ class AttentionPatterns:
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> PatternResult:
         """Stack the layers and mask the padding."""
-        patterns = mask_padding(stack_layers(answers), context.live_keys(self.tower), 4)
-        rows = indices_of(context.flat(self.tower, self.rows))
-        if context.step:
-            at = context.tokens.live.shape[1] + context.step - 1
-            rows = torch.full((patterns.shape[0], 1), at)
+        live = context.live_keys(self.tower)
+        patterns = mask_padding(stack_layers(answers, keys=live.shape[1]), live, 4)
+        rows = context.positions(self.tower, self.rows)
         return PatternResult(patterns, rows, context.layers(self.tower, self.layers))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import check_dims, check_site
-from sinkscope.probes.results import mask_padding, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelResult:
+class ChannelResult(Unsaved):
     """Values of chosen channels at chosen sites.
 
     Attributes:
@@ -30,17 +30,24 @@ class ChannelResult:
         sites: The site names, in order.
         channels: The channel indices, in order.
         layers: The block indices, in order.
+        positions: Int ``[batch pos]``, -1 where there is none; None for 0, 1, 2, ...
     """
 
     values: Float[Tensor, "batch layer site pos channel"]
     sites: tuple[str, ...]
     channels: tuple[int, ...]
     layers: tuple[int, ...]
+    positions: Int[Tensor, "batch pos"] | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, site, pos, channel, value."""
         axes = ("batch", "layer", "site", "pos", "channel")
-        names = {"layer": self.layers, "site": self.sites, "channel": self.channels}
+        names = {
+            "layer": self.layers,
+            "site": self.sites,
+            "pos": self.positions,
+            "channel": self.channels,
+        }
         return tidy({"value": self.values}, axes, names)
 
 
@@ -87,4 +94,5 @@ class ChannelValues:
             dim=1,
         )
         values = mask_padding(values, context.live(self.tower), 3)
-        return ChannelResult(values, tuple(self.sites), tuple(self.channels), layers)
+        sites, channels = tuple(self.sites), tuple(self.channels)
+        return ChannelResult(values, sites, channels, layers, context.positions(self.tower))

@@ -14,7 +14,7 @@ from sinkscope.models.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
-from sinkscope.probes.results import tidy
+from sinkscope.probes.results import Unsaved, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CHANNELS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class EvidenceResult:
+class EvidenceResult(Unsaved):
     """Spikes and attention of every token.
 
     Attributes:
@@ -91,7 +91,8 @@ class EvidenceResult:
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, medians, prominence: one line per token and layer."""
         columns = {"medians": self.medians(), "prominence": self.prominence()}
-        return tidy(columns, ("batch", "layer", "pos"), {"layer": self.layers})
+        names = {"layer": self.layers, "pos": self.massive.positions}
+        return tidy(columns, ("batch", "layer", "pos"), names)
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -153,6 +154,5 @@ def _layers_of(result: MassiveResult, layers: tuple[int, ...]) -> MassiveResult:
     if layers == result.layers:
         return result
     at = [result.layers.index(layer) for layer in layers]
-    return MassiveResult(
-        result.values[:, at], result.channels[:, at], result.median[:, at], layers, result.site
-    )
+    values, channels, median = result.values[:, at], result.channels[:, at], result.median[:, at]
+    return replace(result, values=values, channels=channels, median=median, layers=layers)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context, indices_of
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import check_count, check_site
-from sinkscope.probes.results import at_positions, mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LensResult:
+class LensResult(Unsaved):
     """What the LM head reads from intermediate states.
 
     Attributes:
@@ -44,8 +43,8 @@ class LensResult:
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, row (the position), rank, token, logprob."""
         axes = ("batch", "layer", "row", "rank")
-        table = tidy({"token": self.tokens, "logprob": self.logprobs}, axes, {"layer": self.layers})
-        return at_positions(table, "row", self.positions)
+        names = {"layer": self.layers, "row": self.positions}
+        return tidy({"token": self.tokens, "logprob": self.logprobs}, axes, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +88,7 @@ class LogitLens:
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> LensResult:
         """Stack the layers."""
-        rows = indices_of(context.flat("language", self.positions))
-        if context.step:
-            at = context.tokens.live.shape[1] + context.step - 1
-            rows = torch.where(context.live("language"), at, -1)
+        rows = context.positions("language", self.positions)
         there = rows >= 0
         return LensResult(
             mask_padding(stack_layers(answers, "tokens"), there, 2),

@@ -14,7 +14,7 @@ from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context, check_groups
 from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import check_site
-from sinkscope.probes.results import stack_layers, tidy
+from sinkscope.probes.results import Unsaved, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class GroupMeansResult:
+class GroupMeansResult(Unsaved):
     """The mean state of every token group.
 
     Attributes:

@@ -14,7 +14,7 @@ from sinkscope.errors import ProbeError, nearest
 from sinkscope.kernels import residual as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
 
@@ -71,7 +71,7 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveResult:
+class MassiveResult(Unsaved):
     """The largest channels of every token.
 
     Attributes:
@@ -80,6 +80,7 @@ class MassiveResult:
         median: Float ``[batch layer]``, median of ``|h|`` over live positions and all channels.
         layers: The block indices, in order.
         site: Which site was read.
+        positions: Int ``[batch pos]``, -1 where there is none; None for 0, 1, 2, ...
     """
 
     values: Float[Tensor, "batch layer pos k"]
@@ -87,6 +88,7 @@ class MassiveResult:
     median: Float[Tensor, "batch layer"]
     layers: tuple[int, ...]
     site: str
+    positions: Int[Tensor, "batch pos"] | None = None
 
     def ratio(self) -> Float[Tensor, "batch layer pos"]:
         """Every token's largest ``|h|`` over the layer's median."""
@@ -100,7 +102,7 @@ class MassiveResult:
         """Columns batch, layer, pos, rank, value, channel."""
         axes = ("batch", "layer", "pos", "rank")
         columns = {"value": self.values, "channel": self.channels}
-        return tidy(columns, axes, {"layer": self.layers})
+        return tidy(columns, axes, {"layer": self.layers, "pos": self.positions})
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,26 +147,30 @@ class MassiveActivations:
             median.masked_fill(~live.any(dim=1, keepdim=True), float("nan")),
             context.layers(self.tower, self.layers),
             self.site,
+            context.positions(self.tower),
         )
 
 
 @dataclass(frozen=True, eq=False)
-class NormResult:
+class NormResult(Unsaved):
     """Token norms.
 
     Attributes:
         norms: Float ``[batch layer pos]``; NaN at padding.
         layers: The block indices, in order.
         site: Which site was read.
+        positions: Int ``[batch pos]``, -1 where there is none; None for 0, 1, 2, ...
     """
 
     norms: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
     site: str
+    positions: Int[Tensor, "batch pos"] | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, norm."""
-        return tidy({"norm": self.norms}, ("batch", "layer", "pos"), {"layer": self.layers})
+        names = {"layer": self.layers, "pos": self.positions}
+        return tidy({"norm": self.norms}, ("batch", "layer", "pos"), names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,26 +198,30 @@ class TokenNorms:
     def finish(self, answers: Mapping[Site, Any], context: Context) -> NormResult:
         """Stack the layers and mask the padding."""
         norms = mask_padding(stack_layers(answers), context.live(self.tower), 2)
-        return NormResult(norms, context.layers(self.tower, self.layers), self.site)
+        layers = context.layers(self.tower, self.layers)
+        return NormResult(norms, layers, self.site, context.positions(self.tower))
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreResult:
+class ScoreResult(Unsaved):
     """One score per token.
 
     Attributes:
         scores: Float ``[batch layer pos]``; NaN at padding.
         layers: The block indices, in order.
         bound: The largest possible score, or None.
+        positions: Int ``[batch pos]``, -1 where there is none; None for 0, 1, 2, ...
     """
 
     scores: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
     bound: float | None = None
+    positions: Int[Tensor, "batch pos"] | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, score."""
-        return tidy({"score": self.scores}, ("batch", "layer", "pos"), {"layer": self.layers})
+        names = {"layer": self.layers, "pos": self.positions}
+        return tidy({"score": self.scores}, ("batch", "layer", "pos"), names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +267,8 @@ class SinkDimensionScores:
         bound = None
         if self.normalize == "rms":
             bound = context.tower(self.tower).d_model ** 0.5
-        return ScoreResult(scores, context.layers(self.tower, self.layers), bound)
+        layers = context.layers(self.tower, self.layers)
+        return ScoreResult(scores, layers, bound, context.positions(self.tower))
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,11 +301,12 @@ class CosineToFirst:
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ScoreResult:
         """Stack the layers and mask the padding."""
         scores = mask_padding(stack_layers(answers), context.live(self.tower), 2)
-        return ScoreResult(scores, context.layers(self.tower, self.layers), 1.0)
+        layers = context.layers(self.tower, self.layers)
+        return ScoreResult(scores, layers, 1.0, context.positions(self.tower))
 
 
 @dataclass(frozen=True, eq=False)
-class StateResult:
+class StateResult(Unsaved):
     """Whole states of chosen tokens.
 
     Attributes:
@@ -302,17 +314,19 @@ class StateResult:
         layers: The block indices, in order.
         site: Which site was read.
         tower: Which tower was read.
+        positions: Int ``[batch pos]``, -1 where there is none; None for 0, 1, 2, ...
     """
 
     states: Float[Tensor, "batch layer pos d_model"]
     layers: tuple[int, ...]
     site: str
     tower: Tower
+    positions: Int[Tensor, "batch pos"] | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, channel, value: one line per number."""
         axes = ("batch", "layer", "pos", "channel")
-        return tidy({"value": self.states}, axes, {"layer": self.layers})
+        return tidy({"value": self.states}, axes, {"layer": self.layers, "pos": self.positions})
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,5 +362,5 @@ class ResidualStates:
         if not context.step:
             kept = kept & context.flat(self.tower, self.tokens)
         layers = context.layers(self.tower, self.layers)
-        states = stack_layers(answers)
-        return StateResult(mask_padding(states, kept, 2), layers, self.site, self.tower)
+        states = mask_padding(stack_layers(answers), kept, 2)
+        return StateResult(states, layers, self.site, self.tower, context.positions(self.tower))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,17 +16,36 @@ if TYPE_CHECKING:
     from sinkscope.sites import Site
 
 
-def stack_layers(answers: Mapping[Site, Any], part: str | None = None, axis: int = -1) -> Tensor:
+class Unsaved:
+    """A record without a format of its own. nnsight gives every object a `.save` that is about traces."""
+
+    def save(self, *given: Any, **options: Any) -> NoReturn:
+        """Say how to keep it.
+
+        Raises:
+            InputError: Always.
+        """
+        table = "x.to_dataframe().to_csv(path) for its table, or " * hasattr(self, "to_dataframe")
+        raise InputError(
+            f"Got save(...) on a {type(self).__name__}, which has none (nnsight's is for values inside "
+            f"a trace); expected pickle. Write {table}pickle.dump(x, open(path, 'wb')) for all of it."
+        )
+
+
+def stack_layers(
+    answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
+) -> Tensor:
     """Per-site answers as one tensor ``[batch layer ...]``, in forward order.
 
     Args:
         answers: ``{site: tensor or dict of tensors}``.
         part: Which entry of the dict.
         axis: The axis of keys, counted from the end.
+        keys: How many keys there are, if there is such an axis.
     """
     sites = sorted(answers)
     values = [answers[site] if part is None else answers[site][part] for site in sites]
-    longest = max(value.shape[axis] for value in values)
+    longest = max(keys, *(value.shape[axis] for value in values))
     if any(value.shape[axis] < longest for value in values):
         # A sliding cache holds the last keys only: those before it are out of reach.
         behind = (0, 0) * (-1 - axis)
@@ -49,14 +70,17 @@ def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:
 
 
 def tidy(
-    values: Mapping[str, Tensor], axes: Sequence[str], names: Mapping[str, Sequence[Any]]
+    values: Mapping[str, Tensor],
+    axes: Sequence[str],
+    names: Mapping[str, Sequence[Any] | Tensor | None],
 ) -> pd.DataFrame:
     """Tensors of one shape as a table, one line per entry that is not NaN.
 
     Args:
         values: Column name -> tensor; all of one shape.
-        axes: A name per axis, in order.
-        names: Axis name -> the label of every index; axes not named are numbered.
+        axes: A name per axis, in order; the first is the row.
+        names: Axis name -> the label of every index, or int ``[row index]`` if rows differ; axes not
+            named, or None, are numbered.
 
     Returns:
         Columns ``axes`` and ``values``.
@@ -74,20 +98,12 @@ def tidy(
     places = keep.nonzero().numpy()
     table: dict[str, Any] = {}
     for i, axis in enumerate(axes):
-        column = places[:, i]
-        table[axis] = np.asarray(list(names[axis]))[column] if axis in names else column
+        column, known = places[:, i], names.get(axis)
+        if isinstance(known, torch.Tensor):
+            column = known.numpy()[places[:, 0], column]
+        elif known is not None:
+            column = np.asarray(list(known))[column]
+        table[axis] = column
     for name, tensor in values.items():
         table[name] = tensor[keep].numpy()
     return pd.DataFrame(table)
-
-
-def at_positions(table: pd.DataFrame, axis: str, positions: Tensor) -> pd.DataFrame:
-    """The table with an axis' index replaced by the position it stands for.
-
-    Args:
-        table: From `tidy`, with a column ``batch`` and a column named ``axis``.
-        axis: The axis.
-        positions: Int ``[batch index]``.
-    """
-    batch, index = (torch.tensor(table[name].to_numpy(copy=True)) for name in ("batch", axis))
-    return table.assign(**{axis: positions[batch, index].numpy()})

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels import writes
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
-from sinkscope.probes.writes import written_through
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.probes.writes import at_attention, follow_heads
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueNormResult:
+class ValueNormResult(Unsaved):
     """Norms of the value vectors.
 
     Attributes:
@@ -75,12 +75,13 @@ class ValueNorms:
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ValueNormResult:
         """Stack the layers and mask the padding."""
-        norms = mask_padding(stack_layers(answers), context.live_keys(self.tower), 3)
+        live = context.live_keys(self.tower)
+        norms = mask_padding(stack_layers(answers, keys=live.shape[1]), live, 3)
         return ValueNormResult(norms, context.layers(self.tower, self.layers))
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionValueResult:
+class AttentionValueResult(Unsaved):
     """Whole value vectors of chosen tokens.
 
     Attributes:
@@ -132,13 +133,13 @@ class AttentionValues:
         kept = context.live_keys(self.tower).clone()
         chosen = context.flat(self.tower, self.tokens)
         kept[:, : chosen.shape[1]] &= chosen
-        values = mask_padding(stack_layers(answers, axis=-2), kept, 3)
+        values = mask_padding(stack_layers(answers, axis=-2, keys=kept.shape[1]), kept, 3)
         layers = context.layers(self.tower, self.layers)
         return AttentionValueResult(values, layers, self.tower)
 
 
 @dataclass(frozen=True, eq=False)
-class ContributionResult:
+class ContributionResult(Unsaved):
     """What each key group writes into the residual stream.
 
     Attributes:
@@ -146,17 +147,20 @@ class ContributionResult:
         per_head: Float ``[batch layer head query group]``, the same for each head alone.
         groups: The group names.
         layers: The block indices, in order.
+        positions: Int ``[batch query]`` position of every query, -1 where there is none.
     """
 
     norms: Float[Tensor, "batch layer query group"]
     per_head: Float[Tensor, "batch layer head query group"]
     groups: tuple[str, ...]
     layers: tuple[int, ...]
+    positions: Int[Tensor, "batch query"]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, query, group, norm."""
         axes = ("batch", "layer", "query", "group")
-        return tidy({"norm": self.norms}, axes, {"layer": self.layers, "group": self.groups})
+        names = {"layer": self.layers, "query": self.positions, "group": self.groups}
+        return tidy({"norm": self.norms}, axes, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,29 +186,29 @@ class ContributionNorms:
     tower: Tower = "language"
 
     def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
+        """Two reads per layer: attention, and what it adds."""
         _, onehot = context.groups(self.tower, self.groups)
         shared = onehot.shape[1] == 1
         return [
-            Read(
-                Site(self.tower, "attention", layer),
-                writes.contribution_norms,
-                {
-                    "groups": onehot[:, 0 if shared else layer].contiguous(),
-                    "layout": context.layout(self.tower),
-                    **written_through(context, self.tower, layer),
-                },
-            )
+            read
             for layer in context.layers(self.tower, self.layers)
+            for read in follow_heads(
+                context,
+                self.tower,
+                layer,
+                writes.contribution_norms,
+                {"groups": onehot[:, 0 if shared else layer].contiguous()},
+            )
         ]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ContributionResult:
         """Stack the layers and mask the padding."""
-        live = context.live(self.tower)
+        live, answers = context.live(self.tower), at_attention(answers)
         names, _ = context.groups(self.tower, self.groups)
         return ContributionResult(
             mask_padding(stack_layers(answers, "norms"), live, 2),
             mask_padding(stack_layers(answers, "per_head"), live, 3),
             names,
             context.layers(self.tower, self.layers),
+            context.positions(self.tower),
         )

@@ -12,25 +12,53 @@ from torch import Tensor
 from sinkscope.kernels import writes as kernels
 from sinkscope.models.context import Context
 from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def written_through(context: Context, tower: Tower, layer: int) -> dict[str, Any]:
-    """Parameters of a kernel that follows heads into the stream: ``projection`` and ``parts``.
+def follow_heads(
+    context: Context, tower: Tower, layer: int, kernel: Any, parameters: Mapping[str, Any]
+) -> list[Read]:
+    """What follows heads of a block into the stream, and compares the whole with what the block adds.
+
+    Args:
+        context: The model and the sample.
+        tower: The tower.
+        layer: The block.
+        kernel: The kernel that is asked at the attention site.
+        parameters: Its parameters, but for what it follows heads through.
 
     Raises:
         ModelError: If the way of that block could not be read.
     """
     projection, through = context.tower(tower).write(layer)
-    return {"projection": ("@module", projection), "parts": ("@modules", through)}
+    shared = {
+        "projection": ("@module", projection),
+        "live": context.pack(tower, context.live(tower), dim=1),
+    }
+    asked = {
+        **parameters,
+        **shared,
+        "layout": context.layout(tower),
+        "parts": ("@modules", through),
+    }
+    attention = ("@module", context.tower(tower).attention[layer])
+    return [
+        Read(Site(tower, "attention", layer), kernel, asked),
+        Read(Site(tower, "attn_out", layer), kernels.arrives, {**shared, "attention": attention}),
+    ]
+
+
+def at_attention(answers: Mapping[Site, Any]) -> dict[Site, Any]:
+    """The answers of attention sites."""
+    return {site: answer for site, answer in answers.items() if site.name == "attention"}
 
 
 @dataclass(frozen=True, eq=False)
-class WriteResult:
+class WriteResult(Unsaved):
     """Writes of every key and head.
 
     Attributes:
@@ -77,24 +105,18 @@ class HeadWrites:
     tower: Tower = "language"
 
     def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
-        live = context.pack(self.tower, context.live(self.tower), dim=1)
+        """Two reads per layer: attention, and what it adds."""
         return [
-            Read(
-                Site(self.tower, "attention", layer),
-                kernels.head_writes,
-                {
-                    "live": live,
-                    "layout": context.layout(self.tower),
-                    **written_through(context, self.tower, layer),
-                },
-            )
+            read
             for layer in context.layers(self.tower, self.layers)
+            for read in follow_heads(context, self.tower, layer, kernels.head_writes, {})
         ]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
         """Stack the layers and mask the padding."""
-        norms = mask_padding(stack_layers(answers, "norms"), context.live_keys(self.tower), 3)
+        answers = at_attention(answers)
+        keys = context.live_keys(self.tower)
+        norms = mask_padding(stack_layers(answers, "norms", keys=keys.shape[1]), keys, 3)
         live = context.live(self.tower).any(dim=1)
         rank = stack_layers(answers, "rank").masked_fill(~live[:, None, None], float("nan"))
         return WriteResult(norms, rank, context.layers(self.tower, self.layers))

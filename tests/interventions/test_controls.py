@@ -8,10 +8,11 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import NoEffectError
-from sinkscope.testing import plant, random_image
+from sinkscope.testing import plant, random_image, tiny_llava
 from tests.interventions.reference import grown_inputs
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import PLAIN
+from tests.probes.test_writes import HELD
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +503,33 @@ def test_every_setting_of_a_register_equals_hooks(tiny, batch, family, count, sc
         assert off(usual, want) > 1e-4
 
 
+@pytest.mark.parametrize("how", HELD)
+def test_neurons_are_what_the_last_map_of_an_mlp_reads_however_it_is_held(how):
+    """Found, measured and moved: an adapter's own maps, of rank 4, are no neurons."""
+    torch.manual_seed(0)
+    module, processor = tiny_llava("dinov2", "llama")
+    for name in ("fc1", "fc2", "down_proj"):
+        HELD[how](module, name)
+    lvlm = ss.LVLM(module.eval(), processor)
+    vision, language = lvlm.anatomy.vision, lvlm.anatomy.language
+    assert (vision.d_mlp, language.d_mlp) == (96, 96)
+    assert all(path.endswith(".mlp.fc2") for path in vision.neurons)
+    assert all(path.endswith(".mlp.down_proj") for path in language.neurons)
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    outlier = torch.zeros_like(sample.tokens.vision.live)
+    outlier[0, 5] = True
+    read = []
+    last = module.get_submodule(f"{vision.blocks[0]}.mlp.fc2")
+    hook = last.register_forward_pre_hook(lambda m, args: read.append(args[0][0, 5].abs()))
+    with torch.no_grad():
+        module(**sample.inputs)
+    hook.remove()
+    neurons = ss.find_register_neurons(lvlm, [sample], [outlier], top_k=6, max_layer=0)
+    assert neurons == {0: read[0].topk(6).indices.tolist()}
+    got = lvlm.run(sample, interventions=[ss.TestTimeRegister(neurons)]).logits
+    assert off(got, register_by_hand(lvlm, sample.inputs, neurons)) < 1e-5
+
+
 @torch.no_grad()
 def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
     """The same with plain torch hooks: append, shift, drop."""
@@ -533,7 +561,8 @@ def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
                 out[:, :-count, n], out[:, -count:, n] = rest[fill], peak[:, None]
             return (out,)
 
-        hooks.append(module[a.vision.neurons[layer]].register_forward_pre_hook(shift))
+        last = module[f"{a.vision.blocks[layer]}.mlp.fc2"]
+        hooks.append(last.register_forward_pre_hook(shift))
     last = module[a.vision.blocks[a.feed_layers[-1]]]
     hooks.append(
         last.register_forward_hook(

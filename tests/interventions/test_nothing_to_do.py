@@ -1,6 +1,7 @@
 """Wrong lists of interventions, and edits that find nothing to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,19 @@ class AtNoStage:
 
     def edits(self, context):
         return [Edit(ss.Site("language", "attention", 0), print, stage="softmax")]
+
+
+@dataclass(frozen=True, eq=False)
+class Relabelled:
+    """Someone's intervention whose edits say that they change another stage than they do."""
+
+    it: Any
+    stage: str
+    steps: str = "all"
+    allow_noop: bool = False
+
+    def edits(self, context):
+        return [replace(edit, stage=self.stage) for edit in self.it.edits(context)]
 
 
 LISTS = {
@@ -85,8 +99,9 @@ def test_an_effect_is_found_by_its_object(case):
     edit = ss.MaskKeys(c.some)
     run = c.lvlm.run(c.sample, interventions=[edit])
     assert run.effects[edit].touched.all()
-    with pytest.raises(KeyError):
-        run.effects[ss.MaskKeys(c.some)]
+    assert run.effects[ss.MaskKeys(c.some.clone())] is run.effects[edit]
+    with pytest.raises(InterventionError, match="Got MaskKeys, which did nothing in this pass"):
+        run.effects[ss.MaskKeys(c.other)]
 
 
 def test_allowed_noops_are_silent_and_change_nothing(case):
@@ -107,3 +122,27 @@ def test_allowed_noops_are_silent_and_change_nothing(case):
         assert torch.equal(run.logits, plain)
         assert run.effects[edit].rows.sum() == 0
         assert not run.effects[edit].layers
+
+
+CHANGES = {
+    "keys": lambda c: ss.ScaleKeys(c.some, 2.0),
+    "logits": lambda c: ss.MaskKeys(c.some),
+    "weights": lambda c: ss.Redistribute(c.some, c.other, 0.5),
+    "values": lambda c: ss.AblateValues(c.some),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+@pytest.mark.parametrize("done", CHANGES)
+def test_an_edit_that_changes_another_stage_than_it_says_is_refused(case, done, said):
+    """Its place among the edits of a site would be a wrong one."""
+    c = case(LLAVA)
+    it = CHANGES[done](c)
+    beside = [Relabelled(it, said), ss.ScaleAttention(c.other, 0.5)]
+    if said == done:
+        c.lvlm.run(c.sample, interventions=beside)
+        return
+    with pytest.raises(
+        ValueError, match=f"stage='{said}' whose kernel .* changes the {done}; .*stage='{done}'"
+    ):
+        c.lvlm.run(c.sample, interventions=beside)

@@ -488,7 +488,7 @@ def test_there_are_many():
 def test_the_effect_of_what_did_not_run_is_not_there(tiny):
     lvlm = tiny(LLAVA)
     sample = lvlm.prepare(images=random_image(32, 32, 0), text="a")
-    mask, other = ss.MaskKeys("image"), ss.MaskKeys("image")
+    mask, other = ss.MaskKeys("image"), ss.MaskKeys("bos")
     run = lvlm.run(sample, interventions=[mask])
     with pytest.raises(InterventionError, match=r"did nothing in this pass.*\['MaskKeys'\]"):
         run.effects[other]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from examples.kurtosis_probe import TokenKurtosis
 from sinkscope.testing import TINY, random_image
 from tests.probes.everything import assert_same, every_probe
 
@@ -63,6 +64,63 @@ def test_rows_that_have_ended_are_nan(tiny, batch, family):
                 assert other, (step, probe, name)
                 if step < stop and value.is_floating_point():
                     assert torch.equal(value[0].isnan(), before[0].isnan()), (step, probe, name)
+
+
+QUERIES = ("query", "row", "pos")
+KEYS = {
+    "AttentionValues": "pos",
+    "HeadWrites": "key",
+    "ReceivedAttention": "key",
+    "ValueNorms": "pos",
+}
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+def test_tables_of_steps_name_positions_in_the_whole_sequence(tiny, batch, family):
+    """The newest token's; those of keys from the first live one; -1 at an end."""
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    probes = [probe for probe in every_probe() if probe.tower == "language"]
+    probes = [probe for probe in probes if not isinstance(probe, ss.GroupMeans)] + [TokenKurtosis()]
+    prompt = sample.tokens.ids.shape[1]
+    answers = lvlm.generate(sample, max_new_tokens=3, min_new_tokens=3).sequences[:, prompt:]
+    first, second = answers.tolist()
+    other, end = next(
+        (row, token)
+        for row, mine, others in ((1, first, second), (0, second, first))
+        for token in mine[:2]
+        if token not in others
+    )
+    step = lvlm.generate(sample, probes, max_new_tokens=3, eos_token_id=[end]).steps[2]
+    begin = sample.tokens.live[other].int().argmax().item()
+    newest = prompt + 1
+    for probe in probes:
+        result = step[probe]
+        table = result.to_dataframe()
+        assert set(table["batch"]) == {other}, probe
+        keys = KEYS.get(type(probe).__name__)
+        if keys is not None:
+            assert table[keys].max() == newest, probe
+            assert table[keys].min() == begin or isinstance(probe, ss.AttentionValues), probe
+            continue
+        axis = next(axis for axis in QUERIES if axis in table)
+        assert set(table[axis]) == {newest}, probe
+        for name in ("positions", "queries", "rows"):
+            if hasattr(result, name):
+                at = getattr(result, name)
+                assert (at[other].item(), at[1 - other].item()) == (newest, -1), probe
+
+
+@pytest.mark.parametrize("kind", [ss.ValueNorms, ss.HeadWrites, ss.ReceivedAttention])
+def test_keys_of_a_sliding_layer_alone_are_those_beside_other_layers(tiny, kind):
+    lvlm = tiny("gemma3")
+    sample = lvlm.prepare(images=random_image(), text="what is it")
+    alone, beside = kind(layers=[0]), kind()
+    step = lvlm.generate(sample, [alone, beside], max_new_tokens=2, min_new_tokens=2).steps[1]
+    table = step[beside].to_dataframe()
+    table = table[table["layer"] == 0].reset_index(drop=True)
+    assert step[alone].to_dataframe().equals(table)
+    assert table.iloc[:, 3].min() > 0
 
 
 def test_generation_ends_when_all_rows_have_ended(tiny):

@@ -1,10 +1,14 @@
 """What groups and keys write is what arrives in the stream: by hand from eager attention."""
 
+import accelerate
+import peft
 import pytest
 import torch
+from torch import nn
+from transformers import BitNetConfig
 
 import sinkscope as ss
-from sinkscope.testing import TINY, random_image, tiny_llava
+from sinkscope.testing import TINY, random_image, tiny, tiny_llava
 from tests.reference import language_attention, projected_values, vision_attention
 
 # (tower, decoder): LayerScale, a norm after attention, a factor, and nothing.
@@ -136,3 +140,184 @@ def test_head_writes_are_what_arrives_in_the_stream(case, name):
         assert relative(got.ratio()[0, layer], norms / others) < 1e-4
         rank = spectrum.sum(-1) / spectrum.amax(-1)
         assert relative(got.stable_rank[0, layer], rank) < 1e-3
+
+
+class Int8(nn.Module):
+    """A linear layer in 8 bit, as quantisers make them: `weight` holds integers, nothing is a parameter."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class Wrapper(nn.Module):
+    """A user's own low-rank change of a layer, without a weight of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+        self.down = nn.Linear(linear.in_features, 4, bias=False)
+        self.up = nn.Linear(4, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapted(**options):
+    def change(module, name):
+        config = peft.LoraConfig(target_modules=[name], init_lora_weights=False, r=4, **options)
+        peft.inject_adapter_in_model(config, module)
+        for found in module.modules():  # as a trained one: at first DoRA is LoRA
+            for magnitude in getattr(found, "lora_magnitude_vector", {}).values():
+                nn.init.uniform_(magnitude.weight, 1, 2)
+
+    return change
+
+
+def each(change):
+    """Change every module of a name; what is returned takes its place."""
+
+    def changes(module, name):
+        for path, found in list(module.named_modules()):
+            if path.rpartition(".")[2] == name:
+                new = change(found)
+                if isinstance(new, nn.Module):
+                    module.set_submodule(path, new)
+
+    return changes
+
+
+def hooked(hook):
+    return each(lambda found: found.register_forward_hook(hook))
+
+
+HELD = {
+    "lora": adapted(),
+    "dora": adapted(use_dora=True),
+    "8 bit": each(Int8),
+    "wrapper": each(Wrapper),
+    "offloaded": each(lambda found: accelerate.cpu_offload(found, "cpu")),
+    "hook": hooked(lambda module, args, out: 1.5 * out.flip(-1) + 0.1),
+    "pre-hook": each(lambda found: found.register_forward_pre_hook(lambda m, x: 2 * x[0].flip(-1))),
+}
+"""How a layer may be held so that its `weight` is not what it applies."""
+PROJECTIONS = {"language": "o_proj", "vision": "out_proj"}
+
+
+@torch.no_grad()
+def by_hooks(lvlm, sample, path):
+    """In plain transformers: what a module is given, what it writes, and its answer to zero."""
+    seen, module = [], lvlm.module.get_submodule(path)
+    hook = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]), prepend=True)
+    lvlm.module(**sample.inputs)
+    hook.remove()
+    return module, seen[0], module(seen[0]), module(torch.zeros_like(seen[0]))
+
+
+def held(change, tower="language", llm="llama", **options):
+    torch.manual_seed(0)
+    module, processor = tiny_llava("clip", llm, **options)
+    change(module, PROJECTIONS[tower])
+    lvlm = ss.LVLM(module.eval(), processor)
+    return lvlm, lvlm.prepare(images=random_image(64, 64, 3), text="what is it")
+
+
+@pytest.mark.parametrize("tower", PROJECTIONS)
+@pytest.mark.parametrize("how", HELD)
+def test_writes_are_those_of_the_module_however_it_is_held(how, tower):
+    """Given a head's outputs alone, the projection writes what that head writes."""
+    lvlm, sample = held(HELD[how], tower)
+    anatomy = lvlm.anatomy.tower(tower)
+    probe, writes = ss.ContributionNorms({"all": "all"}, tower=tower), ss.HeadWrites(tower=tower)
+    values = ss.AttentionValues(tower=tower)
+    run = lvlm.run(sample, [probe, writes, values])
+    for layer in range(anatomy.n_layers):
+        module, given, out, zero = by_hooks(lvlm, sample, anatomy.projection[layer])
+        assert relative(run[probe].norms[:, layer, :, 0], (out - zero).norm(dim=-1)) < 1e-5
+        value = run[values].values[:, layer].repeat_interleave(anatomy.heads // anatomy.kv_heads, 1)
+        for head in range(anatomy.heads):
+            mine = slice(head * anatomy.d_head, (head + 1) * anatomy.d_head)
+            for heads_out, got in (
+                (given[..., mine], run[probe].per_head[:, layer, head, :, 0]),
+                (value[:, head], run[writes].norms[:, layer, head]),
+            ):
+                alone = torch.zeros_like(given)
+                alone[..., mine] = heads_out
+                with torch.no_grad():
+                    want = (module(alone) - zero).norm(dim=-1)
+                assert relative(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_bias_does_not_round_the_answers_away(dtype):
+    """In half precision a weight is lost beside a bias of 100 times its size, unless scaled up."""
+
+    def biased(linear):
+        nn.init.constant_(linear.bias, 20.0)
+
+    lvlm, sample = held(each(biased), "vision", dtype=dtype)
+    path = lvlm.anatomy.vision.projection[1]
+    probe = ss.ContributionNorms({"all": "all"}, tower="vision", layers=[1])
+    got = lvlm.run(sample, [probe])[probe].norms[0, 0, :, 0]
+    module, given, _, _ = by_hooks(lvlm, sample, path)
+    want = (given.float() @ module.weight.float().T).norm(dim=-1)
+    assert relative(got, want[0]) < 1e-2
+
+
+def last_only(module, args, out):
+    return torch.cat([out[:, :-1], 2 * out[:, -1:]], dim=1)
+
+
+REFUSED = {
+    "bent": (hooked(lambda module, args, out: out.tanh()), "llama"),
+    "bent for one token": (hooked(last_only), "llama"),
+    "normed before it": (lambda module, name: None, "bitnet"),
+}
+SAYS = {
+    "llama": r"layers\.0\.self_attn\.o_proj \(Linear\) is not a linear map of attention's output: off",
+    "bitnet": r"What .*layers\.0\.self_attn \(BitNetAttention\) adds to the stream is not what its "
+    r"heads write through .*layers\.0\.self_attn\.o_proj \(Linear\): off by up to",
+}
+
+
+@pytest.mark.parametrize("probe", [ss.ContributionNorms({"all": "all"}), ss.HeadWrites()])
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_is_not_linear_or_does_not_arrive_is_refused(how, probe, monkeypatch):
+    change, llm = REFUSED[how]
+    monkeypatch.setattr(tiny, "LLMS", {**tiny.LLMS, "bitnet": BitNetConfig})
+    lvlm, sample = held(change, llm=llm)
+    with pytest.raises(ValueError, match=SAYS[llm]):
+        lvlm.run(sample, [probe])
+    lvlm.run(sample, [ss.ValueNorms(), ss.TokenNorms(site="attn_out")])
+
+
+@pytest.mark.parametrize("how", ["lora", "8 bit"])
+def test_writes_at_decode_steps_are_those_of_a_longer_prompt(how):
+    """Heads of a few queries are pushed one by one; a prompt's pass asks for the whole matrix."""
+    lvlm, sample = held(HELD[how])
+    probe = ss.ContributionNorms({"image": "image", "text": "text"})
+    answer = lvlm.generate(sample, [probe], max_new_tokens=3, min_new_tokens=3)
+    ids = answer.sequences[:, :-1]
+    inputs = {**sample.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    again = lvlm.run(lvlm.prepare(inputs=inputs), [probe])[probe]
+    grown = again.norms[:, :, -2:]
+    for step in (1, 2):
+        got = answer.steps[step][probe]
+        assert relative(got.norms[:, :, 0, 0], grown[:, :, step - 1, 0]) < 1e-5
+        assert relative(got.per_head[..., 0, 0], again.per_head[..., step - 3, 0]) < 1e-5
+
+
+def test_edits_of_what_is_added_are_no_misfit():
+    """Contributions are what attention writes; an edit behind it does not belong to them."""
+    lvlm, sample = held(HELD["lora"])
+    probe = ss.ContributionNorms({"all": "all"})
+    edit = ss.AblateActivations([0, 1], "all", site="attn_out", layers=[0])
+    plain, edited = lvlm.run(sample, [probe]), lvlm.run(sample, [probe], [edit])
+    assert torch.equal(plain[probe].norms[:, 0], edited[probe].norms[:, 0])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sinkscope.errors import InputError
 from sinkscope.experiments.probing.classify import NONE
 from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LinearProbes:
+class LinearProbes(Unsaved):
     """How well attributes can be read from the states of token groups, layer by layer.
 
     Attributes:
