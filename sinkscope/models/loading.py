@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sinkscope.errors import CheckpointError, ModelError
-from sinkscope.models import processors, runner
+from sinkscope.models import processors, wrapping
 from sinkscope.models.families import family_of
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
@@ -71,7 +71,7 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
     trusted = bool(options.get("trust_remote_code"))
     try:
-        return runner.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
+        return wrapping.wrap_remote(name, processor, trust_remote_code=trusted, **rest)
     except UNREADABLE as error:
         raise unreadable(name, error) from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +24,7 @@ from sinkscope.interventions.running import (
 )
 from sinkscope.models import options as checking
 from sinkscope.models import prepare as preparing
-from sinkscope.models import runner
+from sinkscope.models import runner, wrapping
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
@@ -30,6 +32,7 @@ from sinkscope.models.outputs import Generation, Run, finish_run
 from sinkscope.models.prepare import Sample
 from sinkscope.models.reading import read_anatomy
 from sinkscope.models.source import kernel_of
+from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.probes.protocol import Probe
 
 if TYPE_CHECKING:
@@ -53,8 +56,8 @@ class LVLM:
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor
-        self._local: Any = None
-        self._remote: Any = None
+        self._local = Wrapped(module)
+        self._remote: Wrapped | ByName | None = None
         self._always_remote: bool | str = False
         self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self._verified = False
@@ -120,8 +123,8 @@ class LVLM:
             lvlm = cls(module, processor, verify=verify)
         else:
             wrapped = load_remote(where, options)
-            lvlm = cls(runner.module_of(wrapped), wrapped.processor, verify=False)
-            lvlm._remote = wrapped
+            lvlm = cls(wrapping.module_of(wrapped), wrapped.processor, verify=False)
+            lvlm._remote = ByName(wrapped)
         lvlm._always_remote, lvlm._name = remote, str(name)
         return lvlm
 
@@ -369,11 +372,9 @@ class LVLM:
         checking.check_weights(where, weightless=self._weightless)
         return where
 
-    def _traced(self, where: bool | str) -> Any:
-        """The nnsight model for a local or remote run."""
+    def _traced(self, where: bool | str) -> Wrapped | ByName:
+        """The wrapped model for a local or remote run."""
         if not where:
-            if self._local is None:
-                self._local = runner.wrap(self._module)
             return self._local
         if self._remote is None:
             if self._processor is None:
@@ -381,9 +382,11 @@ class LVLM:
                     "Got remote=... for a model without a processor; expected one. Write "
                     "ss.LVLM(model, processor)."
                 )
-            self._remote = runner.wrap_remote(self._module, self._processor)
+            # nnsight sets padding on the tokenizer it is given.
+            own = copy.deepcopy(self._processor)
+            self._remote = Wrapped(self._module, partial(wrapping.wrap_remote, processor=own))
         if where != "local":
-            runner.check_reachable(self._remote, self._name)
+            wrapping.check_reachable(self._remote.model, self._name)
         return self._remote
 
     def _placed(self, sample: Sample) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sinkscope.models.adding import watched_sums
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
 from sinkscope.models.prepare import Sample
+from sinkscope.models.wrapping import ONE_AT_A_TIME
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.probes.protocol import Read
 from sinkscope.sites import Site, Tower
@@ -76,7 +77,7 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
 @contextmanager
 def _few_threads(module: nn.Module) -> Iterator[None]:
     """One thread for the short passes of a small model, where several wait for one another."""
-    with runner.ONE_AT_A_TIME:  # the number of threads belongs to the process
+    with ONE_AT_A_TIME:  # the number of threads belongs to the process
         before = torch.get_num_threads()
         if sum(p.numel() for p in module.parameters()) <= SMALL:
             torch.set_num_threads(1)
