@@ -12,7 +12,7 @@ import httpx
 import nnsight
 from torch import nn
 
-from sinkscope.errors import CheckpointError
+from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.models.lending import ABSENT, Loan, lent, own_of, undisturbed
 
 STATE = "__nnsight__"
@@ -79,6 +79,11 @@ class Wrapped:
         with ONE_AT_A_TIME:
             model = self.model
             wanted = paths if self._make is LocalModel else self._loans
+            if not self._loans.keys() >= set(wanted):
+                raise ModelError(
+                    f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
+                    "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
+                )
             with undisturbed(self._module), lent([self._loans[path] for path in wanted]):
                 yield model
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.errors import ModelError
 from sinkscope.kernels import attention, residual, walk
 from sinkscope.models import Context
 from sinkscope.models.runner import make_plan
@@ -231,6 +232,10 @@ def test_a_part_that_is_replaced_is_seen(fresh):
     block.mlp = copy.deepcopy(block.mlp)
     del block.mlp.forward
     assert torch.equal(lvlm.run(sample).logits, logits)
+    owner, _, name = lvlm.anatomy.language.blocks[2].rpartition(".")
+    del lvlm.module.get_submodule(owner)[int(name)]
+    with pytest.raises(ModelError, match=r"no '.*layers\.2.*' any more; .* Write ss\.LVLM"):
+        lvlm.run(sample, [ss.TokenNorms()])
 
 
 @pytest.mark.parametrize("error", [StopThisError, InterruptedHere])
