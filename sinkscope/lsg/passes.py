@@ -66,17 +66,17 @@ class Losses:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """A model in evaluation mode whose parameters take no gradient, as it was before at the end."""
-    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    wanted = [(name, p.requires_grad) for name, p in module.named_parameters()]
     modes = [(part, part.training) for part in module.modules()]
     try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        module.requires_grad_(False)
         for part, _ in modes:
             part.training = False
         yield
     finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
+        now = dict(module.named_parameters())  # those of offloaded parts are made anew at each use
+        for name, flag in wanted:
+            now[name].requires_grad_(flag)
         for part, mode in modes:
             part.training = mode
 

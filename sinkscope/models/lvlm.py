@@ -28,6 +28,7 @@ from sinkscope.models import runner, wrapping
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
+from sinkscope.models.holding import device_of
 from sinkscope.models.outputs import Generation, Run, finish_run
 from sinkscope.models.prepare import Sample
 from sinkscope.models.reading import read_anatomy
@@ -165,7 +166,7 @@ class LVLM:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return self._module.get_input_embeddings().weight.device
+        return device_of(self._module.get_input_embeddings())
 
     def __repr__(self) -> str:
         a = self._anatomy
@@ -296,6 +297,7 @@ class LVLM:
             self._plan(later, edits, Context(self.anatomy, sample.tokens, step=1)),
         )
         given = {"max_new_tokens": int(max_new_tokens), "do_sample": False, **options}
+        given |= checking.growing_cache(options, defaults)
         raws, sequences = runner.generate_plan(
             self._traced(where), self._placed(sample), plans, given, where
         )
@@ -369,7 +371,8 @@ class LVLM:
     def _where(self, remote: bool | str | None) -> bool | str:
         """Where to run: what was asked, or what the model was loaded with."""
         where = checking.check_remote(self._always_remote if remote is None else remote)
-        checking.check_weights(where, weightless=self._weightless)
+        offloaded = next(self._module.parameters()).device.type == "meta"
+        checking.check_weights(where, weightless=self._weightless, offloaded=offloaded)
         return where
 
     def _traced(self, where: bool | str) -> Wrapped | ByName:

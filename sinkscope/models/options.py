@@ -28,6 +28,8 @@ ONE_QUERY_PER_ROW = MappingProxyType(
     }
 )
 GUIDANCE_OFF = (None, 1, 1.0)
+GROWING = (None, "dynamic", "offloaded", "quantized")
+"""Caches that hold the keys that were made and no others."""
 
 
 def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
@@ -121,12 +123,17 @@ def check_grad(grad: bool, where: bool | str) -> bool | str:
     return where
 
 
-def check_weights(where: bool | str, *, weightless: bool) -> None:
-    """Refuse to run here what has no weights here.
+def check_weights(where: bool | str, *, weightless: bool, offloaded: bool) -> None:
+    """Refuse to run here what has no weights here, and as on a server what is offloaded.
 
     Raises:
         InputError: If so.
     """
+    if offloaded and where == "local" and not weightless:
+        raise InputError(
+            "Got remote='local' for a model whose weights are offloaded; expected them in memory, as "
+            "they are on a server. Write remote=False, or load the model without offloading."
+        )
     if weightless and where in (False, "local"):
         raise InputError(
             f"Got remote={where!r} for a model without weights; expected remote=True. Write "
@@ -159,6 +166,12 @@ def check_generation(
                 f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed with "
                 f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
             )
+    cache = options.get("cache_implementation")
+    if cache not in GROWING:
+        raise InputError(
+            f"Got cache_implementation={cache!r}; expected one of {GROWING}, which hold no keys but "
+            "those of tokens. Leave it out: the answer is the same."
+        )
     guidance = options.get("guidance_scale", getattr(given, "guidance_scale", None))
     if guidance not in GUIDANCE_OFF:
         raise InputError(
@@ -182,6 +195,18 @@ def check_generation(
             "Got a right-padded batch to generate from; expected padding on the left. Write "
             "processor.tokenizer.padding_side = 'left' before you make the inputs."
         )
+
+
+def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
+    """The option that replaces a cache of fixed length in the model's settings; it changes no number.
+
+    Args:
+        options: The user's options of ``generate``.
+        defaults: The model's generation config, or None.
+    """
+    given = options.get("generation_config", defaults)
+    fixed = getattr(given, "cache_implementation", None) not in GROWING
+    return {"cache_implementation": "dynamic"} if fixed else {}
 
 
 def ended_rows(

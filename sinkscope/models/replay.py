@@ -285,7 +285,9 @@ def prove(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
     with undisturbed(module):
         own = module(**placed, use_cache=False).logits[:, -1].float()
     error = float((ours - own).abs().max())
-    limit = (1e-4 if module.dtype == torch.float32 else 0.05) * max(1.0, float(own.abs().max()))
+    limit = (1e-4 if seen.hidden.dtype == torch.float32 else 0.05) * max(
+        1.0, float(own.abs().max())
+    )
     if not error <= limit:
         raise ModelError(
             f"The decoder's replayed logits differ from the model's own by {error:.2g}; expected at "
