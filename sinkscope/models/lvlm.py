@@ -275,7 +275,8 @@ class LVLM:
             interventions: The interventions, each at the steps it names.
             max_new_tokens: Upper bound on the answer's length.
             remote: See `run`.
-            options: Further options of ``transformers``' ``generate``; greedy by default.
+            options: Further options of ``transformers``' ``generate``; greedy by default. A static
+                cache is replaced by one that grows, which changes no number.
 
         Returns:
             Sequences, text and one `Run` per forward pass.

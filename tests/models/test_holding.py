@@ -166,7 +166,7 @@ HELD = {
     "`nn.DataParallel`": Held(
         nn.DataParallel, refused={"load": rf"Got a DataParallel; {INNER}.*model\.module"}
     ),
-    "static cache in its settings": Held(with_static_cache),
+    "static cache": Held(with_static_cache),
     "`torch.autocast`": Held(around=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=5e-2),
     "`torch.inference_mode`": Held(
         around=torch.inference_mode,
@@ -352,11 +352,15 @@ def test_training_leaves_offloaded_weights_as_they_were(hold):
     assert all(before.values())
 
 
-def test_a_static_cache_that_is_asked_for_is_refused(hold):
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "hybrid"])
+def test_a_static_cache_that_is_asked_for_changes_nothing(hold, kind):
     sample, _ = twin(HELD["plain"].twin)
-    said = r"Got cache_implementation='static'; expected one of .* Leave it out"
-    with pytest.raises(InputError, match=said):
-        hold("plain").generate(sample, cache_implementation="static")
+    lvlm, probe = hold("plain"), ss.ReceivedAttention()
+    want = lvlm.generate(sample, [probe], max_new_tokens=3)
+    found = lvlm.generate(sample, [probe], max_new_tokens=3, cache_implementation=kind)
+    assert torch.equal(found.sequences, want.sequences)
+    for one, other in zip(found.steps, want.steps, strict=True):
+        assert torch.equal(one[probe].received, other[probe].received)
 
 
 def test_an_adapter_of_prompts_is_refused():
