@@ -16,8 +16,8 @@ from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweeps.result import check_by, counted
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.passes import looked, seen
+from sinkscope.models.lending import evaluated
 from sinkscope.models.prompts import check_questions
-from sinkscope.models.runner import evaluated
 from sinkscope.probes.results import Unsaved
 
 if TYPE_CHECKING:

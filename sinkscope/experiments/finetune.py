@@ -12,6 +12,7 @@ from sinkscope.lsg.loop import Loop
 from sinkscope.lsg.passes import Losses, score
 from sinkscope.lsg.runner import Trainee
 from sinkscope.lsg.training_settings import TrainingSettings
+from sinkscope.models.lending import undisturbed
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -38,7 +39,8 @@ class WholeObjective:
         """The losses of the batch."""
         device = self.lvlm.device
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shared.inputs.items()}
-        logits = self.lvlm.module(**given, use_cache=False).logits
+        with undisturbed(self.lvlm.module):
+            logits = self.lvlm.module(**given, use_cache=False).logits
         read = logits.gather(
             1, shared.positions.to(device)[..., None].expand(-1, -1, logits.shape[-1])
         )

@@ -35,9 +35,9 @@ from sinkscope.experiments.sweeps.scores import Score, ask, choose_score
 from sinkscope.experiments.sweeps.store import FORMATS, Folder, as_frame, as_table, check_out
 from sinkscope.models.identity import identity_of
 from sinkscope.models.image_ids import ImageIds
+from sinkscope.models.lending import evaluated
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import prove
-from sinkscope.models.runner import evaluated
 from sinkscope.tokens import check_merge
 
 if TYPE_CHECKING:

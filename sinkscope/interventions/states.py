@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,7 +83,8 @@ class AblateActivations:
         Raises:
             InterventionError: If there is one.
         """
-        dtype: torch.dtype = cast(Any, lvlm.module).dtype
+        block = lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0])
+        dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
         most = torch.finfo(dtype).max
         for name, number in (("replacement", self.replacement), ("value", self.value)):
             if isinstance(number, Real) and most < abs(float(number)) < float("inf"):

@@ -21,10 +21,12 @@ from sinkscope.kernels.attention import arguments
 
 
 def locate(root, path):
-    """The envoy at a dotted path; digits index lists."""
-    here = root
+    """The module or envoy at a dotted path, or the number or parameter; digits index lists."""
+    owner = here = root
     for part in path.split("."):
-        here = here[int(part)] if part.isdigit() else getattr(here, part)
+        owner, here = here, here[int(part)] if part.isdigit() else getattr(here, part)
+    if getattr(here, "is_meta", False) is True:  # offloaded by accelerate between two passes
+        return owner._hf_hook.weights_map[path.rpartition(".")[2]]
     return here
 
 
@@ -139,6 +141,12 @@ def note_effect(out, slot, step, effect):
     of_edit[key] = effect
 
 
+def factors_at(root, paths, device):
+    """The numbers or parameters by which the model multiplies, where the value is."""
+    found = [locate(root, path) for path in paths]
+    return [factor.to(device) if torch.is_tensor(factor) else factor for factor in found]
+
+
 def times(value, factors):
     """Factor by factor, as the model multiplies."""
     for factor in factors:
@@ -177,7 +185,7 @@ def read_site(root, tracer, step, state, out):
         return attention_calls(root, tracer, step, state, out)
     here = locate(root, step["path"])
     value = first_tensor(here.input if step["how"] == "input" else here.output)
-    factors = [locate(root, path) for path in step.get("factors", ())]
+    factors = factors_at(root, step.get("factors", ()), value.device)
     if step["edits"]:
         return edit_value(here, step, value, factors, state, out)
     state["unedited"] = times(value, factors)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from sinkscope.detectors.kinds import VisionTokens
@@ -258,12 +259,14 @@ def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
 
     Empty where the weights are not here. They agree within rounding across dtypes.
     """
-    weight = getattr(module.get_submodule(head), "weight", None)
-    if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
-        return ()
-    rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
-    columns = [i * weight.shape[1] // 4 for i in range(4)]
-    return tuple(weight.detach()[rows][:, columns].float().flatten().tolist())
+    part = module.get_submodule(head)
+    with align_module_device(part):  # which fetches offloaded weights
+        weight = getattr(part, "weight", None)
+        if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+            return ()
+        rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
+        columns = [i * weight.shape[1] // 4 for i in range(4)]
+        return tuple(weight.detach()[rows][:, columns].float().flatten().tolist())
 
 
 def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

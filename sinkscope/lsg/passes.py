@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.data import IGNORED, AnswerBatch
+from sinkscope.models.lending import evaluated
 from sinkscope.models.replay import Captured, capture, logits_at, resume
-from sinkscope.models.runner import evaluated
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -67,15 +67,15 @@ class Losses:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """A model in evaluation mode whose parameters take no gradient, as it was before at the end."""
-    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    wanted = [(name, p.requires_grad) for name, p in module.named_parameters()]
     try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        module.requires_grad_(False)
         with evaluated(module):
             yield
     finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
+        now = dict(module.named_parameters())  # those of offloaded parts are made anew at each use
+        for name, flag in wanted:
+            now[name].requires_grad_(flag)
 
 
 def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool = False) -> Shared:

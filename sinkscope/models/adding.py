@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkscope.kernels.walk import first_tensor
+from sinkscope.kernels.walk import factors_at, first_tensor, times
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.branches import Branch, NoBranch, no_branch
 
@@ -79,10 +79,7 @@ class _Block:
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
             states = first_tensor(out)
-            for path in branch.factors:
-                owner, _, name = path.rpartition(".")
-                states = states * getattr(self.module.get_submodule(owner), name)
-            self.parts.append(states)
+            self.parts.append(times(states, factors_at(self.module, branch.factors, states.device)))
 
         return note
 

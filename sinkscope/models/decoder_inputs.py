@@ -7,14 +7,15 @@ the vision tower runs once for any number of questions about an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sinkscope.errors import InputError, ModelError
+from sinkscope.models.lending import lent, undisturbed
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -66,7 +67,7 @@ def decoder_inputs(
     seen: list[Any] = []
     hook = module.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with _image_features(module.base_model, features, seen):
+        with undisturbed(module), _image_features(module.base_model, features, seen):
             module.base_model(**placed, use_cache=False)
     except _Reached as reached:
         return checked(reached.given), seen[-1] if seen else features
@@ -78,27 +79,17 @@ def decoder_inputs(
     )
 
 
-@contextmanager
-def _image_features(base: Any, known: Any, seen: list[Any]) -> Iterator[None]:
+def _image_features(base: Any, known: Any, seen: list[Any]) -> AbstractContextManager[None]:
     """Answer the model's own call for image features with known ones, or keep what it computes."""
     compute = getattr(base, "get_image_features", None)
     if compute is None:
-        yield
-        return
+        return nullcontext()
 
     def answer(*args: Any, **options: Any) -> Any:
         seen.append(compute(*args, **options) if known is None else known)
         return seen[-1]
 
-    had = "get_image_features" in vars(base)
-    base.get_image_features = answer
-    try:
-        yield
-    finally:
-        if had:
-            base.get_image_features = compute
-        else:
-            del base.get_image_features
+    return lent([(base, {"get_image_features": answer})])
 
 
 def checked(given: Mapping[str, Any]) -> Given:

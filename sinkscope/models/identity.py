@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,7 +38,10 @@ def weights_digest(module: nn.Module, samples: int = SAMPLES) -> str:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        with align_module_device(part):  # which fetches offloaded weights
+            flat = getattr(part, leaf).detach().reshape(-1)
         if flat.numel():
             at = torch.linspace(
                 0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64

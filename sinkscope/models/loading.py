@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sinkscope.errors import CheckpointError, ModelError, check_flags
-from sinkscope.models import processors, runner
+from sinkscope.models import processors, wrapping
 from sinkscope.models.families import family_of
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
@@ -79,12 +79,12 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
     try:
-        wrapped = runner.wrap_remote(
+        wrapped = wrapping.wrap_remote(
             name, processor, trust_remote_code=options["trust_remote_code"], **rest
         )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
-    module: Any = runner.module_of(wrapped)
+    module: Any = wrapping.module_of(wrapped)
     with suppress(OSError):  # a repository need not have one
         given = options.get("revision") or "main"
         module.generation_config = GenerationConfig.from_pretrained(name, revision=given)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,14 +24,16 @@ from sinkscope.interventions.running import (
 )
 from sinkscope.models import options as checking
 from sinkscope.models import prepare as preparing
-from sinkscope.models import runner
+from sinkscope.models import runner, wrapping
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
+from sinkscope.models.holding import device_of
 from sinkscope.models.outputs import Generation, Run, finish_run
 from sinkscope.models.prepare import Sample
 from sinkscope.models.reading import read_anatomy
 from sinkscope.models.source import kernel_of
+from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.probes.protocol import Probe
 
 if TYPE_CHECKING:
@@ -58,8 +61,8 @@ class LVLM:
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor
-        self._local: Any = None
-        self._remote: Any = None
+        self._local = Wrapped(module)
+        self._remote: Wrapped | ByName | None = None
         self._always_remote: bool | str = False
         self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self._verified = False
@@ -133,8 +136,8 @@ class LVLM:
             lvlm = cls(module, processor, verify=verify)
         else:
             wrapped = load_remote(where, options)
-            lvlm = cls(runner.module_of(wrapped), wrapped.processor, verify=False)
-            lvlm._remote = wrapped
+            lvlm = cls(wrapping.module_of(wrapped), wrapped.processor, verify=False)
+            lvlm._remote = ByName(wrapped)
         lvlm._always_remote, lvlm._name = remote, str(name)
         return lvlm
 
@@ -175,7 +178,7 @@ class LVLM:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return self._module.get_input_embeddings().weight.device
+        return device_of(self._module.get_input_embeddings())
 
     def __repr__(self) -> str:
         a = self._anatomy
@@ -302,7 +305,8 @@ class LVLM:
             max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
             options: Further settings of ``transformers``' ``generate``, with one query per row: no
-                beams, no several answers, no guessed tokens.
+                beams, no several answers, no guessed tokens. A static cache is replaced by one that
+                grows, which changes no number.
 
         Returns:
             Sequences, text and one `Run` per forward pass.
@@ -326,6 +330,7 @@ class LVLM:
             self._plan(asked, edits, Context(self.anatomy, sample.tokens)),
             self._plan(later, edits, Context(self.anatomy, sample.tokens, step=1)),
         )
+        options |= checking.growing_cache(options, defaults)
         raws, sequences = runner.generate_plan(
             self._traced(where), self._placed(sample), plans, options, where
         )
@@ -400,14 +405,13 @@ class LVLM:
     def _where(self, remote: bool | str | None) -> bool | str:
         """Where to run: what was asked, or what the model was loaded with."""
         where = checking.check_remote(self._always_remote if remote is None else remote)
-        checking.check_weights(where, weightless=self._weightless)
+        offloaded = next(self._module.parameters()).device.type == "meta"
+        checking.check_weights(where, weightless=self._weightless, offloaded=offloaded)
         return where
 
-    def _traced(self, where: bool | str) -> Any:
-        """The nnsight model for a local or remote run."""
+    def _traced(self, where: bool | str) -> Wrapped | ByName:
+        """The wrapped model for a local or remote run."""
         if not where:
-            if self._local is None:
-                self._local = runner.wrap(self._module)
             return self._local
         if self._remote is None:
             if self._processor is None:
@@ -415,9 +419,11 @@ class LVLM:
                     "Got remote=... for a model without a processor; expected one. Write "
                     "ss.LVLM(model, processor)."
                 )
-            self._remote = runner.wrap_remote(self._module, self._processor)
+            # nnsight sets padding on the tokenizer it is given.
+            own = copy.deepcopy(self._processor)
+            self._remote = Wrapped(self._module, partial(wrapping.wrap_remote, processor=own))
         if where != "local":
-            runner.check_reachable(self._remote, self._name)
+            wrapping.check_reachable(self._remote.model, self._name)
         return self._remote
 
     def _placed(self, sample: Sample) -> dict[str, Any]:
@@ -427,15 +433,6 @@ class LVLM:
             name: value.to(device) if isinstance(value, Tensor) and device else value
             for name, value in sample.inputs.items()
         }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LVLM:
-        made = memo[id(self)] = LVLM(deepcopy(self._module, memo), self._processor, verify=False)
-        made._anatomy, made._not_added = self._anatomy, self._not_added
-        made._verified, made._name = self._verified, self._name
-        made._always_remote = self._always_remote
-        if self._weightless:
-            made._remote = self._remote
-        return made
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(

@@ -66,6 +66,8 @@ BESIDE_SETTINGS = (
     "tokenizer",
 )
 """What ``generate`` takes beside the fields of a GenerationConfig, and no pass reads."""
+FIXED = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+"""Caches of fixed length, with room for keys that no token has made yet."""
 
 
 def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
@@ -159,12 +161,17 @@ def check_grad(grad: bool, where: bool | str) -> bool | str:
     return where
 
 
-def check_weights(where: bool | str, *, weightless: bool) -> None:
-    """Refuse to run here what has no weights here.
+def check_weights(where: bool | str, *, weightless: bool, offloaded: bool) -> None:
+    """Refuse to run here what has no weights here, and as on a server what is offloaded.
 
     Raises:
         InputError: If so.
     """
+    if offloaded and where == "local" and not weightless:
+        raise InputError(
+            "Got remote='local' for a model whose weights are offloaded; expected them in memory, as "
+            "they are on a server. Write remote=False, or load the model without offloading."
+        )
     if weightless and where in (False, "local"):
         raise InputError(
             f"Got remote={where!r} for a model without weights; expected remote=True. Write "
@@ -251,6 +258,18 @@ def check_settings(options: Mapping[str, Any]) -> None:
             f"Got a generation_config of type {type(config).__name__}; expected a "
             "transformers.GenerationConfig. Write its fields as options: lvlm.generate(..., do_sample=True)."
         )
+
+
+def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
+    """The option that replaces a cache of fixed length by one that grows; it changes no number.
+
+    Args:
+        options: The user's options of ``generate``.
+        defaults: The model's generation config, or None.
+    """
+    kind = setting("cache_implementation", options, defaults)
+    fixed = str(kind).removeprefix("offloaded_") in FIXED
+    return {"cache_implementation": "dynamic"} if fixed else {}
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:

@@ -14,6 +14,7 @@ from sinkscope.errors import ModelError
 from sinkscope.models.anatomy import Anatomy, TowerAnatomy
 from sinkscope.models.branches import read_branches
 from sinkscope.models.families import Family, family_of
+from sinkscope.models.holding import check_unwrapped
 from sinkscope.models.source import calls_attention, kernel_of, look_for_attention_call
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
@@ -86,6 +87,7 @@ def check_model(model: Any) -> Any:
     Raises:
         ModelError: If it is not.
     """
+    check_unwrapped(model)
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"Got {type(model).__name__}; expected a transformers model. Write "

@@ -19,8 +19,8 @@ prompts that begin alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.anatomy import Anatomy
 from sinkscope.models.decoder_inputs import Given, decoder_inputs, rows_of
 from sinkscope.models.keyhook import KeyEdit, scaled_keys
+from sinkscope.models.lending import lent, undisturbed
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -164,7 +165,8 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
         ModelError: If the decoder gives something else.
     """
     cached = {} if cache is None else {"past_key_values": cache}
-    out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
+    with undisturbed(module):
+        out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
     hidden = getattr(out, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
         raise ModelError(
@@ -258,21 +260,10 @@ def _ask(
     return ask
 
 
-@contextmanager
-def _from_block(captured: Captured, block: int, state: Tensor) -> Iterator[None]:
+def _from_block(captured: Captured, block: int, state: Tensor) -> AbstractContextManager[None]:
     """Make the blocks before one pass on the state that it reads."""
-    paths = captured.anatomy.language.blocks[:block]
-    parts = [captured.module.get_submodule(path) for path in paths]
-    before = [vars(part).get("forward") for part in parts]  # some loaders put one on the instance
-    try:
-        for part in parts:
-            part.forward = lambda *args, **named: state
-        yield
-    finally:
-        for part, forward in zip(parts, before, strict=True):
-            vars(part).pop("forward", None)
-            if forward is not None:
-                part.forward = forward
+    parts = map(captured.module.get_submodule, captured.anatomy.language.blocks[:block])
+    return lent([(part, {"forward": lambda *args, **named: state}) for part in parts])
 
 
 @torch.no_grad()
@@ -291,9 +282,12 @@ def prove(lvlm: LVLM, inputs: Mapping[str, Any]) -> None:
     ours = logits_at(seen, seen.hidden, last)[:, 0].float()
     placed = {k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     module: Any = lvlm.module
-    own = module(**placed, use_cache=False).logits[:, -1].float()
+    with undisturbed(module):
+        own = module(**placed, use_cache=False).logits[:, -1].float()
     error = float((ours - own).abs().max())
-    limit = (1e-4 if module.dtype == torch.float32 else 0.05) * max(1.0, float(own.abs().max()))
+    limit = (1e-4 if seen.hidden.dtype == torch.float32 else 0.05) * max(
+        1.0, float(own.abs().max())
+    )
     if not error <= limit:
         raise ModelError(
             f"The decoder's replayed logits differ from the model's own by {error:.2g}; expected at "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import ModelError, nearest
 from sinkscope.models.anatomy import TowerAnatomy
+from sinkscope.models.holding import dtype_of
 from sinkscope.models.judging import EDIT_JUDGES, JUDGES, Verdict, judge_edit, reason_of
 from sinkscope.probes.results import Unsaved
 
@@ -95,22 +96,22 @@ def make_report(lvlm: LVLM) -> Report:
     Args:
         lvlm: The model.
     """
-    towers, feeds = (lvlm.anatomy.vision, lvlm.anatomy.language), lvlm.anatomy.feed_layers
-    module: Any = lvlm.module
+    both, feeds = (lvlm.anatomy.vision, lvlm.anatomy.language), lvlm.anatomy.feed_layers
+    towers = [(tower, dtype_of(lvlm.module.get_submodule(tower.blocks[0]))) for tower in both]
     return Report(
         name=lvlm.name,
         facts=tuple(facts_of(lvlm)),
         verification=verification_of(lvlm),
         notes=tuple(notes_of(lvlm)),
         probes=tuple(
-            Verdict(name, tower.tower, *judge(tower, module.dtype))
+            Verdict(name, tower.tower, *judge(tower, dtype))
             for name, judge in JUDGES.items()
-            for tower in towers
+            for tower, dtype in towers
         ),
         edits=tuple(
-            Verdict(name, tower.tower, *judge_edit(name, tower, module.dtype, feeds))
+            Verdict(name, tower.tower, *judge_edit(name, tower, dtype, feeds))
             for name in EDIT_JUDGES
-            for tower in towers
+            for tower, dtype in towers
         ),
     )
 

@@ -1,43 +1,28 @@
-"""Run a plan on a model through nnsight: one trace for any number of probes.
-
-This is the only room that imports nnsight.
-"""
+"""Run a plan on a model through nnsight: one trace for any number of probes."""
 
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import nnsight
 import torch
-from torch import nn
 
 import sinkscope
-from sinkscope.errors import AttentionCallError, CheckpointError
+from sinkscope.errors import AttentionCallError
 from sinkscope.interventions.protocol import Edit
 from sinkscope.kernels import walk as walking
 from sinkscope.kernels.recipe import STAGES
 from sinkscope.models.anatomy import Anatomy
+from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.probes.protocol import Read
 from sinkscope.sites import Site
 
 Plan = list[dict[str, Any]]
-
-
-class LocalModel(nnsight.NNsight):
-    """A module that is already here, traced with the keyword arguments of one prepared batch."""
-
-    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        return int("input_ids" in kwargs)
-
-    def _batch(self, invokes: list, fn: Any) -> tuple:
-        return invokes[0]
 
 
 def ship_kernels(*plans: Plan) -> None:
@@ -52,39 +37,6 @@ def ship_kernels(*plans: Plan) -> None:
             home = sys.modules.get(kernel.__module__)
             if home is not None and kernel.__module__ != "__main__":
                 nnsight.register(home)
-
-
-def wrap(module: nn.Module) -> LocalModel:
-    """Trace a module that is already here."""
-    return LocalModel(module)
-
-
-def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.TransformersModel:
-    """A model for remote runs: a repository id (no weights here) or a module for ``remote="local"``."""
-    task = "image-text-to-text"
-    return nnsight.TransformersModel(source, task=task, processor=processor, **options)
-
-
-def module_of(model: Any) -> nn.Module:
-    """The module inside a wrapped model; without weights if it was wrapped by name."""
-    return model._module
-
-
-def check_reachable(model: nnsight.TransformersModel, name: str) -> None:
-    """Ask the hub for the model's canonical name, as every remote run must.
-
-    Raises:
-        CheckpointError: If the hub does not know the model or cannot be reached.
-    """
-    try:
-        model.to_model_key()
-    except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-        raise CheckpointError(
-            f"The hub could not be asked for the canonical name of {name!r} ({type(error).__name__}), "
-            "which a remote run needs; expected a public repository and a network. A model that only "
-            "exists here cannot run there: write remote='local', or "
-            "ss.LVLM.from_pretrained(repository, remote=True)."
-        ) from error
 
 
 def make_plan(
@@ -155,48 +107,27 @@ class Raw:
     logits: torch.Tensor
 
 
-ONE_AT_A_TIME = threading.RLock()
-"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
-
-
 @contextmanager
-def evaluated(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode in every module, whatever mode each is in, and all as they were at the end.
-
-    Modules are looked at one by one: an adapter comes in training mode into a model that is not.
-    """
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
-def ready_to_trace(
-    model: Any, where: bool | str, *plans: Plan, grad: bool = False
-) -> Iterator[None]:
-    """Evaluation mode without gradients, but with tensors that may have them: kernels ask for some.
+def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
+    """No gradients, but tensors that may have them: kernels ask the attention call for gradients.
 
     Args:
-        model: What `wrap` or `wrap_remote` returned.
-        where: Where the trace will run; runs on a server may overlap.
+        model: The wrapped model.
         plans: The plans of the trace.
         grad: Whether gradients are wanted all the same.
+
+    Yields:
+        nnsight's model.
     """
     ship_kernels(*plans)
-    turn = ONE_AT_A_TIME if where in (False, "local") else nullcontext()
     # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
-    no_inference = torch.inference_mode(mode=False)
-    with turn, evaluated(module_of(model)), no_inference, torch.set_grad_enabled(grad):
-        yield
+    paths = {"", *(step["path"] for plan in plans for step in plan)}
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad), model.on(paths) as traced:
+        yield traced
 
 
 def run_plan(
-    model: Any,
+    model: Wrapped | ByName,
     inputs: Mapping[str, Any],
     plan: Plan,
     last: torch.Tensor | None,
@@ -207,7 +138,7 @@ def run_plan(
     """One forward pass.
 
     Args:
-        model: What `wrap` or `wrap_remote` returned.
+        model: The wrapped model.
         inputs: Model inputs.
         plan: The plan.
         last: Int ``[batch]``, the position of every row whose logits to keep, or None for all.
@@ -224,11 +155,11 @@ def run_plan(
     if where:
         trace_options["remote"] = where
     with (
-        ready_to_trace(model, where, plan, grad=grad),
-        model.trace(**inputs, **trace_options) as tracer,
+        ready_to_trace(model, plan, grad=grad) as traced,
+        traced.trace(**inputs, **trace_options) as tracer,
     ):
-        answers = save(walk(model, tracer, plan))
-        logits = save(last_logits(model.output.logits, last, grad))
+        answers = save(walk(traced, tracer, plan))
+        logits = save(last_logits(traced.output.logits, last, grad))
     if logits is None:
         raise AttentionCallError(
             "The forward pass ended while a probe still waited for attention windows; expected the "
@@ -237,11 +168,13 @@ def run_plan(
     return Raw(sited(answers), logits)
 
 
-def run_until_read(model: Any, inputs: Mapping[str, Any], plan: Plan) -> dict[Any, dict[Site, Any]]:
+def run_until_read(
+    model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
+) -> dict[Any, dict[Site, Any]]:
     """A forward pass here that ends where the plan's last site is read: no logits.
 
     Args:
-        model: What `wrap` returned.
+        model: The wrapped model.
         inputs: Model inputs.
         plan: The plan.
 
@@ -250,14 +183,14 @@ def run_until_read(model: Any, inputs: Mapping[str, Any], plan: Plan) -> dict[An
     """
     walk, save = walking.walk, nnsight.save
     answers: Any = None
-    with ready_to_trace(model, False, plan), model.trace(**inputs) as tracer:
-        answers = save(walk(model, tracer, plan))
+    with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
+        answers = save(walk(traced, tracer, plan))
         tracer.stop()
     return sited(answers)
 
 
 def generate_plan(
-    model: Any,
+    model: Wrapped | ByName,
     inputs: Mapping[str, Any],
     plans: tuple[Plan, Plan],
     options: Mapping[str, Any],
@@ -267,7 +200,7 @@ def generate_plan(
     """Generate with the KV cache, running the first plan on the prompt and the second on every step.
 
     Args:
-        model: What `wrap` or `wrap_remote` returned.
+        model: The wrapped model.
         inputs: Model inputs.
         plans: The plan of the prompt and the plan of the decode steps.
         options: Options of ``generate``, such as ``max_new_tokens``.
@@ -280,23 +213,19 @@ def generate_plan(
     walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
-    local = isinstance(model, LocalModel)
-    begin: Any = model.trace if local else model.generate
-    given: dict[str, Any] = {**options, **trace_options}
-    if local:
-        given["fn"] = "generate"
-    if where:
-        given["remote"] = where
-    with ready_to_trace(model, where, *plans), warnings.catch_warnings():
+    # With some caches generate compiles the model of itself, and what is compiled has no sites.
+    given: dict[str, Any] = {**options, **trace_options, "disable_compile": True}
+    given |= {"remote": where} if where else {"fn": "generate"}
+    with ready_to_trace(model, *plans) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
-        with begin(**given) as tracer:
+        with (traced.generate if where else traced.trace)(**given) as tracer:
             steps, memory = save([]), {}
             with tracer.invoke(**inputs):
                 for step in tracer.iter[:]:
                     plan = step_plan if step else prompt_plan
-                    answers = walk(model, tracer, plan, step, memory)
-                    steps.append((answers, last_logits(model.output.logits, newest)))
+                    answers = walk(traced, tracer, plan, step, memory)
+                    steps.append((answers, last_logits(traced.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
     raws = [Raw(sited(answers), logits) for answers, logits in steps]

@@ -17,7 +17,9 @@ from sinkscope.models import runner
 from sinkscope.models.adding import watched_sums
 from sinkscope.models.branches import NoBranch
 from sinkscope.models.context import Context
+from sinkscope.models.holding import device_of, dtype_of
 from sinkscope.models.prepare import Sample
+from sinkscope.models.wrapping import ONE_AT_A_TIME
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.probes.protocol import Read
 from sinkscope.sites import Site, Tower
@@ -102,7 +104,7 @@ def _random_state() -> Tensor:
 @contextmanager
 def _few_threads(module: nn.Module) -> Iterator[None]:
     """One thread for the short passes of a small model, where several wait for one another."""
-    with runner.ONE_AT_A_TIME:  # the number of threads belongs to the process
+    with ONE_AT_A_TIME:  # the number of threads belongs to the process
         before = torch.get_num_threads()
         if sum(p.numel() for p in module.parameters()) <= SMALL:
             torch.set_num_threads(1)
@@ -142,7 +144,8 @@ def _check_picture(lvlm: LVLM, sample: Sample) -> None:
 
 def _check_sum(lvlm: LVLM, tower: Tower, mass: Tensor) -> None:
     """The mass on all tokens is one."""
-    tolerance = 2e-2 if lvlm.module.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    block = lvlm.module.get_submodule(lvlm.anatomy.tower(tower).blocks[0])
+    tolerance = 1e-3 if dtype_of(block) == torch.float32 else 2e-2
     over = mass - 1
     # A learned sink takes a share that belongs to no token.
     learned = lvlm.anatomy.tower(tower).learned_sink
@@ -181,7 +184,7 @@ def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
     if a.family.feed_norm:
         norm: Any = lvlm.module.get_submodule(a.family.feed_norm)
         with torch.no_grad():
-            made = norm(made.to(norm.weight.device, norm.weight.dtype)).float().cpu()
+            made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
     made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
     made, read = made.reshape(-1, made.shape[-1]), read.reshape(-1, read.shape[-1])
     if made.shape != read.shape or not torch.equal(made, read):
@@ -196,7 +199,9 @@ def _check_projection(lvlm: LVLM, sample: Any, seen: Mapping[Site, Tensor]) -> N
     """The projector's output reaches the image positions of the decoder's input."""
     visual = sample.tokens.image >= 0
     at_input = seen[Site("language", "resid_pre", 0)][visual]
-    written = seen[Site("projector", "output")].reshape(-1, at_input.shape[-1])
+    # The model brings what the projector writes into the decoder's dtype.
+    dtype = dtype_of(lvlm.module.get_input_embeddings())
+    written = seen[Site("projector", "output")].reshape(-1, at_input.shape[-1]).to(dtype).float()
     same = written.shape == at_input.shape
     order = None
     if same:

@@ -1,6 +1,9 @@
 """Nothing is left behind: neither after an exception in the middle of a pass, nor in memory."""
 
+import copy
 import gc
+import operator
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.errors import ModelError
 from sinkscope.kernels import attention, residual, walk
 from sinkscope.models import Context
 from sinkscope.models.runner import make_plan
@@ -84,6 +88,154 @@ def assert_untouched(lvlm, sample, logits, ids):
     assert torch.equal(again, ids)
     assert torch.equal(lvlm.run(sample).logits, logits)
     assert torch.equal(lvlm.generate(sample, max_new_tokens=4).sequences, ids)
+
+
+def everything_on(lvlm):
+    """What every part of a model, its configs, its processor and the process know, by name."""
+    module, processor = lvlm.module, lvlm.processor
+    registry = sys.modules[
+        type(module.get_submodule(lvlm.anatomy.language.attention[0])).__module__
+    ].ALL_ATTENTION_FUNCTIONS
+    found = {"registry": set(registry), "modes": [part.training for part in module.modules()]}
+    found["stance"] = torch._dynamo.eval_frame._stance
+    found["config"] = module.config.to_dict() | module.generation_config.to_dict()
+    things = dict(module.named_modules()) | {
+        "processor": processor,
+        "tokenizer": processor.tokenizer,
+        "images": processor.image_processor,
+    }
+    for path, thing in things.items():
+        found[path, "class"] = type(thing), getattr(type(thing), "forward", None)
+        for name, value in vars(thing).items():
+            whole = dict(value) if isinstance(value, dict) else value
+            found[path, name] = whole
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        found[name, "tensor"] = id(tensor), tensor._version, tensor.requires_grad, tensor.grad
+    return found
+
+
+def assert_same(lvlm, before):
+    after = everything_on(lvlm)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        equal = torch.equal if torch.is_tensor(value) else operator.eq
+        assert after[name] is value or equal(after[name], value), (
+            f"{name}: {value!r} became {after[name]!r}"
+        )
+
+
+ANSWERED = [{"image": random_image(seed=i), "question": "what", "answer": "red"} for i in range(4)]
+NORM = ss.detectors.Norm(2.0)
+USES = {
+    "load": lambda lvlm, sample: ss.LVLM(lvlm.module, lvlm.processor),
+    "run": lambda lvlm, sample: lvlm.run(sample, every_probe(), [ss.MaskKeys("image")]),
+    "run with a graph": lambda lvlm, sample: lvlm.run(
+        sample, interventions=[ss.LSG.for_model(lvlm, 0, v_detector=NORM)], grad=True
+    ),
+    "run as on a server": lambda lvlm, sample: lvlm.run(sample, every_probe(), remote="local"),
+    "generate": lambda lvlm, sample: lvlm.generate(
+        sample, every_probe(), [ss.ScaleKeys("image", 0.5)], max_new_tokens=2
+    ),
+    "trace_sinks": lambda lvlm, sample: ss.trace_sinks(lvlm, sample, NORM, NORM),
+    "sweep": lambda lvlm, sample: ss.sweep(lvlm, ANSWERED, [0], [(0.5, 1.0)], v_detector=NORM),
+    "train_lsg": lambda lvlm, sample: ss.train_lsg(
+        lvlm, ANSWERED, [0], v_detector=NORM, batch=4, validation=0.0, progress=False
+    ),
+    "attach": lambda lvlm, sample: used_attached(lvlm, sample),
+    "deepcopy": lambda lvlm, sample: [copy.deepcopy(lvlm).run(sample), lvlm.run(sample)],
+}
+
+
+def used_attached(lvlm, sample):
+    with ss.LSG.for_model(lvlm, 0, v_detector=NORM).attach(lvlm), torch.no_grad():
+        lvlm.module(**sample.inputs)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_use_leaves_nothing_on_the_model(fresh, use):
+    """No attribute, hook, forward, buffer, mode or config of any part, nor of the processor."""
+    lvlm, sample, *_ = fresh
+    before = everything_on(lvlm)
+    for _ in range(2):
+        USES[use](lvlm, sample)
+        assert_same(lvlm, before)
+
+
+@pytest.mark.parametrize("remote", [False, "local"])
+def test_an_error_in_the_middle_leaves_nothing_on_the_model(fresh, remote):
+    lvlm, sample, *_ = fresh
+    before = everything_on(lvlm)
+    for site in SITES[::2]:
+        with pytest.raises(StopThisError):
+            lvlm.run(sample, [Failing(site, StopThisError)], remote=remote)
+    with pytest.raises(StopThisError):
+        lvlm.generate(sample, [Failing(SITES[3], StopThisError, 2)], remote=remote)
+    assert_same(lvlm, before)
+
+
+def test_a_model_that_was_used_can_be_compiled():
+    module, processor = TINY["llava-clip-llama"]()
+    lvlm = ss.LVLM(module, processor)
+    sample = lvlm.prepare(images=random_image(), text="what")
+    lvlm.run(sample, [ss.AttentionMass({"all": "all"}, tower="vision")])
+    tower, pixels = module.model.vision_tower, sample.inputs["pixel_values"]
+    want = tower(pixels).last_hidden_state
+    del lvlm
+    compiled = torch.compile(tower, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(pixels).last_hidden_state, want)
+
+
+def test_generate_compiles_nothing(fresh, monkeypatch):
+    """On CUDA and with a static cache transformers compiles the model of itself."""
+    lvlm, sample, _, ids = fresh
+    asked = []
+
+    def would_compile(module, arguments, config):
+        asked.append(config.disable_compile)
+        return False
+
+    monkeypatch.setattr(type(lvlm.module), "_valid_auto_compile_criteria", would_compile)
+    assert torch.equal(lvlm.generate(sample, max_new_tokens=4).sequences, ids)
+    assert asked
+    assert all(asked)
+
+
+def test_a_trace_of_the_users_own_is_left_alone(fresh):
+    """Made before ours and used after it, and its model may be changed in between."""
+    lvlm, sample, logits, _ = fresh
+    theirs = nnsight.NNsight(lvlm.module)
+    before = everything_on(lvlm)
+    probe = ss.AttentionMass({"image": "image"})
+    want = lvlm.run(sample, [probe])
+    assert_same(lvlm, before)
+    with torch.no_grad(), theirs.trace(**sample.inputs):
+        theirs.model.language_model.layers[1].output = (
+            0 * theirs.model.language_model.layers[1].output
+        )
+        edited = theirs.output.logits.save()
+    assert not torch.equal(edited, logits)
+    assert torch.equal(lvlm.run(sample, [probe])[probe].mass, want[probe].mass)
+
+
+def test_a_part_that_is_replaced_is_seen(fresh):
+    """A forward of the user's own, and another module in its place, both after the first run."""
+    lvlm, sample, logits, _ = fresh
+    lvlm.run(sample)
+    block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+    probe = ss.TokenNorms(layers=[1], site="mlp_out")
+    forward = block.mlp.forward
+    block.mlp.forward = lambda x: 2 * forward(x)
+    want = lvlm.module(**sample.inputs).logits
+    assert not torch.equal(want, logits)
+    doubled = lvlm.run(sample, [probe])
+    assert torch.equal(doubled.logits, want)
+    block.mlp = copy.deepcopy(block.mlp)
+    del block.mlp.forward
+    assert torch.equal(lvlm.run(sample).logits, logits)
+    owner, _, name = lvlm.anatomy.language.blocks[2].rpartition(".")
+    del lvlm.module.get_submodule(owner)[int(name)]
+    with pytest.raises(ModelError, match=r"no '.*layers\.2.*' any more; .* Write ss\.LVLM"):
+        lvlm.run(sample, [ss.TokenNorms()])
 
 
 @pytest.mark.parametrize("error", [StopThisError, InterruptedHere])

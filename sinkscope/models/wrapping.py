@@ -1,0 +1,151 @@
+"""nnsight's model of a module. What nnsight puts on the module is there only while a trace runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+
+import httpx
+import nnsight
+from torch import nn
+
+from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.models.lending import ABSENT, Loan, lent, own_of, undisturbed
+
+STATE = "__nnsight__"
+NAMES = ("forward", STATE, "_persistent_id")
+"""What nnsight sets on a module; the last is how a request to a server names it."""
+ONE_AT_A_TIME = threading.RLock()
+"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
+
+
+class LocalModel(nnsight.NNsight):
+    """A module that is already here, traced with the keyword arguments of one prepared batch."""
+
+    @property
+    def device(self) -> None:
+        """None: inputs stay where `LVLM` has put them, for the first parameter may lie elsewhere."""
+
+    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+        return int("input_ids" in kwargs)
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        return invokes[0]
+
+
+class Wrapped:
+    """A module and nnsight's model of it.
+
+    nnsight wraps for good: it gives every module a ``forward`` of its own, later one with rewritten
+    source, which ``torch.compile`` cannot read. Here that is taken off again, and lent to the parts that
+    are looked at, for as long as a trace runs. A module that has changed since is wrapped anew.
+
+    Args:
+        module: The module.
+        make: What makes nnsight's model of it.
+    """
+
+    def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
+        self._module, self._make = module, make
+        self._model: Any = None
+        self._seen: list[tuple[nn.Module, Any, Any, dict[str, nn.Module | None]]] = []
+        self._loans: dict[str, Loan] = {}
+
+    @property
+    def model(self) -> Any:
+        """What nnsight made of the module as it is now; it is traced inside of `on`."""
+        with ONE_AT_A_TIME:
+            still = (
+                vars(part).get("forward") is own
+                and type(part).forward == of_class
+                and part._modules == children
+                for part, own, of_class, children in self._seen
+            )
+            if not (self._seen and all(still)):
+                self._wrap()
+        return self._model
+
+    @contextmanager
+    def on(self, paths: Collection[str]) -> Iterator[Any]:
+        """What nnsight traces, until the block ends.
+
+        Args:
+            paths: The parts whose inputs, outputs and sources will be asked for; the fewer, the
+                faster. A request to a server names all parts.
+        """
+        with ONE_AT_A_TIME:
+            model = self.model
+            wanted = paths if self._make is LocalModel else self._loans
+            if not self._loans.keys() >= set(wanted):
+                raise ModelError(
+                    f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
+                    "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
+                )
+            with undisturbed(self._module), lent([self._loans[path] for path in wanted]):
+                yield model
+
+    def _wrap(self) -> None:
+        """Wrap the module, and take off what that has set."""
+        parts = dict(self._module.named_modules())
+        self._seen = [
+            (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
+            for part in parts.values()
+        ]
+        with lent([(part, unwrapped(part)) for part in parts.values()]):
+            self._model = self._make(self._module)
+            self._loans = {path: (part, own_of(part, NAMES)) for path, part in parts.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy wraps its own module."""
+        return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
+
+
+class ByName:
+    """A module that nnsight made itself, without weights: remote runs may overlap."""
+
+    def __init__(self, model: nnsight.TransformersModel) -> None:
+        self.model = model
+
+    def on(self, paths: Collection[str]) -> AbstractContextManager[Any]:
+        """What nnsight traces."""
+        return nullcontext(self.model)
+
+
+def unwrapped(part: nn.Module) -> dict[str, Any]:
+    """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
+    own = vars(part)
+    forward = own.get("forward", ABSENT)
+    if STATE in own:
+        forward = MethodType(own[STATE].original, part)
+    return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
+
+
+def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.TransformersModel:
+    """A model for remote runs: a repository id (no weights here) or a module for ``remote="local"``."""
+    task = "image-text-to-text"
+    return nnsight.TransformersModel(source, task=task, processor=processor, **options)
+
+
+def module_of(model: nnsight.TransformersModel) -> nn.Module:
+    """The module inside a wrapped model; without weights if it was wrapped by name."""
+    return model._module
+
+
+def check_reachable(model: nnsight.TransformersModel, name: str) -> None:
+    """Ask the hub for the model's canonical name, as every remote run must.
+
+    Raises:
+        CheckpointError: If the hub does not know the model or cannot be reached.
+    """
+    try:
+        model.to_model_key()
+    except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
+        raise CheckpointError(
+            f"The hub could not be asked for the canonical name of {name!r} ({type(error).__name__}), "
+            "which a remote run needs; expected a public repository and a network. A model that only "
+            "exists here cannot run there: write remote='local', or "
+            "ss.LVLM.from_pretrained(repository, remote=True)."
+        ) from error
