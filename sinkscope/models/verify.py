@@ -199,8 +199,9 @@ def _check_projection(lvlm: LVLM, sample: Any, seen: Mapping[Site, Tensor]) -> N
     """The projector's output reaches the image positions of the decoder's input."""
     visual = sample.tokens.image >= 0
     at_input = seen[Site("language", "resid_pre", 0)][visual]
+    module: Any = lvlm.module
     # The model brings what the projector writes into the decoder's dtype.
-    dtype = dtype_of(lvlm.module.get_input_embeddings())
+    dtype = dtype_of(module.get_input_embeddings())
     written = seen[Site("projector", "output")].reshape(-1, at_input.shape[-1]).to(dtype).float()
     same = written.shape == at_input.shape
     order = None
