@@ -188,7 +188,7 @@ def test_a_calibration_is_shown(traces, folders, tmp_path) -> None:
 
 def test_a_report_is_written_over_and_leaves_other_files(traces, tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    (tmp_path / "index.html").write_text("old")
+    (tmp_path / "index.html").write_text("<p>Written by sinkscope.</p>")
     page = write_report(tmp_path, traces["none"])
     assert page == tmp_path / "index.html"
     assert page.read_text().startswith("<!DOCTYPE html>")
@@ -197,5 +197,5 @@ def test_a_report_is_written_over_and_leaves_other_files(traces, tmp_path) -> No
 
 def test_a_folder_that_cannot_be_written(traces, tmp_path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match=r"report folder .*taken.* cannot be written"):
+    with pytest.raises(InputError, match=r"taken', which is a file; expected a folder"):
         write_report(tmp_path / "taken", traces["none"])
