@@ -121,8 +121,14 @@ def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) ->
     """
     ship_kernels(*plans)
     # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
-    paths = {"", *(step["path"] for plan in plans for step in plan)}
-    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad), model.on(paths) as traced:
+    steps = [step for plan in plans for step in plan]
+    paths = {"", *(step["path"] for step in steps)}
+    outputs = {step["path"] for step in steps if step["how"] == "output"}
+    with (
+        torch.inference_mode(mode=False),
+        torch.set_grad_enabled(grad),
+        model.on(paths, outputs) as traced,
+    ):
         yield traced
 
 

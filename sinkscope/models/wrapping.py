@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -69,12 +69,17 @@ class Wrapped:
         return self._model
 
     @contextmanager
-    def on(self, paths: Collection[str]) -> Iterator[Any]:
+    def on(self, paths: Collection[str], outputs: Collection[str] = ()) -> Iterator[Any]:
         """What nnsight traces, until the block ends.
 
         Args:
             paths: The parts whose inputs, outputs and sources will be asked for; the fewer, the
                 faster. A request to a server names all parts.
+            outputs: Those whose outputs will be asked for: a hook of the user's runs behind that, and
+                may look at it, but not replace it.
+
+        Raises:
+            ModelError: If a part is gone, or a hook replaces such an output.
         """
         with ONE_AT_A_TIME:
             model = self.model
@@ -84,7 +89,12 @@ class Wrapped:
                     f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
                     "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
                 )
-            with undisturbed(self._module), lent([self._loans[path] for path in wanted]):
+            read = {path: self._loans[path][0] for path in outputs}
+            with (
+                undisturbed(self._module),
+                looking_only(read),
+                lent([self._loans[path] for path in wanted]),
+            ):
                 yield model
 
     def _wrap(self) -> None:
@@ -109,9 +119,48 @@ class ByName:
     def __init__(self, model: nnsight.TransformersModel) -> None:
         self.model = model
 
-    def on(self, paths: Collection[str]) -> AbstractContextManager[Any]:
+    def on(
+        self, paths: Collection[str], outputs: Collection[str] = ()
+    ) -> AbstractContextManager[Any]:
         """What nnsight traces."""
         return nullcontext(self.model)
+
+
+@contextmanager
+def looking_only(parts: Mapping[str, Any]) -> Iterator[None]:
+    """Forward hooks that are there raise where they replace an output, which is read before they run.
+
+    Args:
+        parts: Path -> module.
+    """
+
+    def guard(path: str, hook: Any) -> Any:
+        def looking(module: Any, *given: Any) -> Any:
+            made = hook(module, *given)
+            if made is not None and made is not given[-1]:
+                raise ModelError(
+                    f"Got a forward hook on {path!r} that replaces its output, which is read before hooks "
+                    "run, so that numbers would be of another model; expected hooks that only look. Remove "
+                    "it (handle.remove()), change the module itself, or write an intervention, such as "
+                    "ss.PatchActivations."
+                )
+            return made
+
+        return looking
+
+    before = [
+        (part._forward_hooks, key, hook, path)
+        for path, part in parts.items()
+        for key, hook in part._forward_hooks.items()
+    ]
+    try:
+        for hooks, key, hook, path in before:
+            hooks[key] = guard(path, hook)
+        yield
+    finally:
+        for hooks, key, hook, _ in before:
+            if key in hooks:
+                hooks[key] = hook
 
 
 def unwrapped(part: nn.Module) -> dict[str, Any]:

@@ -409,3 +409,26 @@ def test_a_plan_in_a_trace_of_your_own():
     mass = torch.stack([answers[0]["vision", "attention", i]["mass"] for i in range(4)], dim=1)
     want = lvlm.run(sample, [probe])[probe].mass
     assert torch.equal(mass.nan_to_num(), want.nan_to_num())
+
+
+def test_a_hook_that_replaces_what_is_read_is_refused(tiny):
+    """It runs behind nnsight: what a probe reads there is not what the next block gets."""
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
+    block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+    norms = [ss.TokenNorms([i], site=site) for i, site in ((1, "resid_post"), (2, "resid_pre"))]
+    seen = []
+    looking = block.register_forward_hook(lambda module, args, out: seen.append(out))
+    run = lvlm.run(sample, norms)
+    assert len(seen) == 1
+    assert torch.equal(run[norms[0]].norms, run[norms[1]].norms)
+    hooks = dict(block._forward_hooks)
+    scaling = block.register_forward_hook(
+        lambda module, args, out: (1.3 * out[0], *out[1:]) if isinstance(out, tuple) else 1.3 * out
+    )
+    with pytest.raises(ModelError, match=r"hook on .*layers.1' that replaces its output"):
+        lvlm.run(sample, norms[:1])
+    assert lvlm.run(sample, norms[1:])[norms[1]].norms.isfinite().any()  # behind the hook: right
+    scaling.remove()
+    assert block._forward_hooks == hooks
+    looking.remove()
