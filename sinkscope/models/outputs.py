@@ -47,11 +47,11 @@ class Effects(dict[Intervention, Effect]):
         if len(equal) == 1:
             return self[equal[0]]
         what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
+        which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
         raise InterventionError(
-            f"Got {what}, which did nothing in this pass, or stands for "
-            f"{len(equal)} of its interventions; expected one of {[type(it).__name__ for it in self]}. "
-            "Effects are found by the object itself, or by the only one with equal parameters: keep it "
-            "in a variable and pass that one."
+            f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are found "
+            "by the object itself, or by the only one with equal parameters: keep it in a variable and "
+            "pass that one."
         )
 
 
