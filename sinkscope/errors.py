@@ -66,31 +66,6 @@ class NonFiniteError(SinkscopeError, ArithmeticError):
     """NaN or infinite activations at live positions."""
 
 
-def check_flags(**given: object) -> None:
-    """Refuse what is not True or False: of the text ``"False"``, Python says that it is true.
-
-    Raises:
-        InputError: If one is something else, a text, a number or None.
-    """
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise InputError(
-                f"Got {name}={value!r}; expected True or False, without quotes. Write {name}=False, or "
-                "leave it out."
-            )
-
-
-def check_whole(least: int, **given: object) -> None:
-    """Refuse what is no int of at least ``least``.
-
-    Raises:
-        InputError: If one is something else, such as True, 2.0 or a text.
-    """
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"Got {name}={value!r}; expected an int of at least {least}.")
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest of ``known``, or lists them all.
 

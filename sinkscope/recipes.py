@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sinkscope.errors import InputError, check_flags, nearest
+from sinkscope.checks import check_flags
+from sinkscope.errors import InputError, nearest
 from sinkscope.named import load_model
 from sinkscope.specs import parse_detector
 from sinkscope.stages import stages

@@ -63,8 +63,8 @@ def answer_batch(
 ) -> Answers:
     """Answers of a batch, all of them free or all among options.
 
-    Free answers are greedy, without what a generation config adds to it, and of each only as many tokens count as its own right answer has, so
-    that no answer depends on the other questions of the batch. It is right if these are the tokens of
+    Free answers are greedy, without what a generation config adds, and of each only as many tokens
+    count as its own right answer has, so that no answer depends on the other questions of the batch. It is right if these are the tokens of
     the right answer, as in `sinkscope.experiments.sweeps.scores.exact`, or if they begin with the same
     text after stripping and lower case: a model may leave out the space before an answer.
 

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkscope.checks import check_whole
 from sinkscope.detectors.random import RandomTokens
-from sinkscope.errors import InputError, check_whole, nearest
+from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.conditions import EditSinks, content_seed, sink_masks
 from sinkscope.experiments.lora import LoRA, lora
 from sinkscope.experiments.trace import SinkTrace

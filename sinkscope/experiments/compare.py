@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError, check_flags, check_whole
+from sinkscope.checks import check_flags, check_whole
+from sinkscope.errors import InputError
 from sinkscope.experiments.answering import Answers, answer_batch
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.items import Item, as_items, check_tasks

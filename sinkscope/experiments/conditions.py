@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InputError, check_flags, check_whole
+from sinkscope.checks import check_flags, check_whole
+from sinkscope.errors import InputError
 from sinkscope.experiments.trace import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, RandomControl, ScaleAttention
 from sinkscope.interventions.drawing import drawable

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sinkscope.errors import InputError, check_flags
+from sinkscope.checks import check_flags
+from sinkscope.errors import InputError
 from sinkscope.experiments.compare import compare
 from sinkscope.experiments.comparison import Comparison
 from sinkscope.experiments.conditions import EDITS, KINDS, TOP, EditSinks

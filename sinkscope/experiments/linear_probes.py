@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from sinkscope.checks import is_number, is_whole
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.errors import InputError
 from sinkscope.experiments.probing.classify import (
@@ -121,9 +122,9 @@ def linear_probes(
     import pandas as pd
 
     options = _check_options(c, permutations, level, draws, seed)
-    if not _whole(batch, 1):
+    if not is_whole(batch, 1):
         raise InputError(f"Got batch={batch!r}; expected a number of records of at least 1.")
-    if not _whole(n_jobs, -1) or n_jobs == 0:
+    if not is_whole(n_jobs, -1) or n_jobs == 0:
         raise InputError(f"Got n_jobs={n_jobs!r}; expected a number of processes, or -1 for all.")
     chosen = check_groups(sink_groups() if groups is None else groups)
     wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
@@ -239,34 +240,26 @@ def _check_options(c: Any, permutations: Any, level: Any, draws: Any, seed: Any)
         InputError: If one is out of range.
     """
     checks = (
-        ("c", c, _real(c) and c > 0, "a positive number, scikit-learn's C"),
+        ("c", c, is_number(c) and c > 0, "a positive number, scikit-learn's C"),
         (
             "permutations",
             permutations,
-            _whole(permutations, 0),
+            is_whole(permutations, 0),
             "a number of trainings, 0 for none",
         ),
         (
             "level",
             level,
-            _real(level) and 0 < level < 1,
+            is_number(level) and 0 < level < 1,
             "a coverage between 0 and 1, such as 0.95",
         ),
-        ("draws", draws, _whole(draws, 1), "a number of bootstrap samples, such as 2000"),
-        ("seed", seed, _whole(seed, 0), "a whole number of at least 0"),
+        ("draws", draws, is_whole(draws, 1), "a number of bootstrap samples, such as 2000"),
+        ("seed", seed, is_whole(seed, 0), "a whole number of at least 0"),
     )
     for name, value, fits, expected in checks:
         if not fits:
             raise InputError(f"Got {name}={value!r}; expected {expected}.")
     return Options(float(c), int(permutations), float(level), int(draws), int(seed))
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _ids(images: np.ndarray) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from sinkscope.checks import check_flags
 from sinkscope.detectors.calibrate import Calibration
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.constants import known_for
 from sinkscope.detectors.rules import Detector, NoSinks
-from sinkscope.errors import check_flags
 from sinkscope.experiments.items import Item, as_items, check_tasks
 from sinkscope.experiments.sweeps.checks import (
     check_batch,

@@ -90,7 +90,6 @@ def masked(named, rest, bias):
         causal = getattr(named["module"], "is_causal", True) if causal is None else causal
         allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
         if causal and n_query > 1:
-            # Further keys are those of a static cache, not filled yet.
             allowed = allowed.tril()
             window = rest.get("sliding_window")
             if window is not None:

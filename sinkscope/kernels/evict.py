@@ -60,7 +60,7 @@ def out_of_reach(live, step, n_query, n_key, start, recent):
     """The keys that a streaming cache has dropped when a query comes.
 
     Ranks are counted over the whole sequence, prompt and answer, and cut afterwards: a sliding cache
-    holds the last keys only, and a static one has room behind them that is not filled yet.
+    holds the last keys only.
 
     Returns:
         ``[batch query key]`` bool, and the live queries ``[batch query]``.
@@ -69,9 +69,7 @@ def out_of_reach(live, step, n_query, n_key, start, recent):
     alive = torch.cat([live, grown], dim=1)
     rank = alive.cumsum(1) - 1
     query_rank, query_alive = rank[:, -n_query:], alive[:, -n_query:]
-    room = max(0, n_key - alive.shape[1])
-    alive = torch.nn.functional.pad(alive, (0, room))[:, -n_key:]
-    rank = torch.nn.functional.pad(rank, (0, room))[:, -n_key:]
+    alive, rank = alive[:, -n_key:], rank[:, -n_key:]
     distance = query_rank[:, :, None] - rank[:, None]
     out = (rank[:, None] >= start) & (distance >= recent) & alive[:, None]
     return out, query_alive

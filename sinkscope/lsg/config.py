@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from sinkscope.checks import plain
 from sinkscope.detectors.kinds import VisionTokens
 from sinkscope.detectors.random import RandomTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
@@ -182,12 +182,6 @@ def describe(detector: Any) -> dict[str, Any]:
     out = {f.name: plain(getattr(detector, f.name)) for f in fields(detector)}
     out["dims"] = [int(d) for d in out["dims"]] if "dims" in out else None
     return {"name": name, **{key: value for key, value in out.items() if value is not None}}
-
-
-def plain(value: Any) -> Any:
-    """A number of numpy or torch as one of Python; anything else as it is."""
-    alone = isinstance(value, (np.generic, torch.Tensor)) and not value.ndim
-    return value.item() if alone else value
 
 
 def detector_of(data: Mapping[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError, check_whole
+from sinkscope.checks import check_whole
+from sinkscope.errors import InputError
 from sinkscope.models.answers import answer_ids
 from sinkscope.models.image_ids import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, question_of

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.errors import InputError, check_flags, check_whole
+from sinkscope.checks import check_flags, check_whole
+from sinkscope.errors import InputError
 from sinkscope.lsg.choosing import check_gates
 from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_dataset
 from sinkscope.lsg.gate import LSG

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.errors import check_flags
+from sinkscope.checks import check_flags
 from sinkscope.folders import held
 from sinkscope.lsg.checkpoints import open_run
 from sinkscope.lsg.config import detector_of

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.errors import InputError, InterventionError, ModelError, check_whole
+from sinkscope.checks import check_whole
+from sinkscope.errors import InputError, InterventionError, ModelError
 from sinkscope.lsg.choosing import check_gates, check_layer
 from sinkscope.lsg.gate import LSG
 

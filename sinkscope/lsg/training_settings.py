@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sinkscope.errors import InputError, check_whole, nearest
+from sinkscope.checks import check_whole
+from sinkscope.errors import InputError, nearest
 
 SCHEDULES = ("cosine", "constant")
 

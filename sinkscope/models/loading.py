@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from sinkscope.errors import CheckpointError, ModelError, check_flags
+from sinkscope.checks import check_flags
+from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.models import processors, wrapping
 from sinkscope.models.families import family_of
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sinkscope.errors import CheckpointError, InputError, ModelError, check_flags
+from sinkscope.checks import check_flags
+from sinkscope.errors import CheckpointError, InputError, ModelError
 from sinkscope.interventions.edited import Edited
 from sinkscope.interventions.protocol import Intervention
 from sinkscope.interventions.running import (

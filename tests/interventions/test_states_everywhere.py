@@ -247,14 +247,3 @@ def test_the_effect_of_eviction_is_what_each_row_loses(case, family, kernel):
         assert abs(effect.mass_before[b, 0] - want) <= 1e-5
         assert want > 0.05
     assert (effect.mass_after == 0).all()
-
-
-@pytest.mark.parametrize("family", ["llava-clip-llama", "gemma3"])
-def test_eviction_with_a_static_cache_is_the_same(case, family):
-    c, edit = case(family), ss.EvictKeys(start=3, recent=4)
-    growing, static = generate(c, [edit]), generate(c, [edit], cache_implementation="static")
-    assert torch.equal(growing.sequences, static.sequences)
-    for one, other in zip(growing.steps, static.steps, strict=True):
-        assert off(other.logits, one.logits) <= 1e-5
-        assert torch.equal(other.effects[edit].tokens, one.effects[edit].tokens)
-        assert (other.effects[edit].mass_after == 0).all()
