@@ -26,7 +26,7 @@ from sinkscope.bundled import TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, scene_q
 from sinkscope.detectors import Norm, RandomTokens, Received
 from sinkscope.experiments import Comparison, per_seed
 from sinkscope.viz import plot_effects
-from sinkscope.viz.comparison import comparison_markdown
+from sinkscope.viz.effects import comparison_markdown
 
 OUT = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)

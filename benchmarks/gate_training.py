@@ -41,12 +41,11 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import sinkscope as ss
-from sinkscope.lsg.cost import cost_of
-from sinkscope.lsg.data import IGNORED, AnswerBatch
-from sinkscope.lsg.loop import Loop
-from sinkscope.lsg.passes import answer_losses, frozen, share
-from sinkscope.lsg.runner import Trainee
-from sinkscope.lsg.training_settings import TrainingSettings
+from sinkscope.data.batches import IGNORED, AnswerBatch
+from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.train import cost_of
+from sinkscope.training.loop import Loop, Trainee
+from sinkscope.training.settings import TrainingSettings
 
 PATCHES = 24 * 24  # one 336 x 336 image, as in LLaVA-1.5
 IMAGE_TOKEN = 1

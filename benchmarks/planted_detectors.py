@@ -18,7 +18,7 @@ from tqdm import tqdm
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.testing import plant
-from sinkscope.testing.scoring import Score, score
+from sinkscope.testing.truth import Score, score
 
 V_DIMS, L_DIMS = (90, 17), (41, 101)
 CALIBRATION_SEEDS = range(1000, 1004)

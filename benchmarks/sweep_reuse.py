@@ -10,7 +10,7 @@ vision tower of 24, 576 image tokens), and for one and for eight questions per i
 
 The plain loop is timed on randomly drawn cells and layers, in rounds; its whole time is the mean over
 cells times their number, plus the base. It is given the V-sinks for free. The bound is the ratio of
-multiplications of both (see `sinkscope.experiments.sweeps.cost`), in which matrices of all shapes are
+multiplications of both (see `sinkscope.experiments.sweep_grid`), in which matrices of all shapes are
 equally fast. Nothing is downloaded: the model is built from its config.
 
     python benchmarks/sweep_reuse.py
@@ -45,11 +45,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import logging as transformers_logging
 
 import sinkscope as ss
-from sinkscope.experiments.sweep import shape_of
-from sinkscope.experiments.sweeps.cost import work_of
-from sinkscope.experiments.sweeps.grid import Cells, check_layers
-from sinkscope.experiments.sweeps.groups import v_sinks
-from sinkscope.models.answers import answer_ids
+from sinkscope.data.answers import answer_ids
+from sinkscope.experiments.sweep_grid import Cells, check_layers, work_of
+from sinkscope.experiments.sweep_images import v_sinks
+from sinkscope.experiments.sweeping import shape_of
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
 
@@ -229,9 +228,8 @@ def measure(
 
 def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
     """The largest difference of logits, replayed against the plain loop, over random cells."""
-    from sinkscope.models.decoder_inputs import decoder_inputs, extend
     from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails
-    from sinkscope.models.replay import logits_at
+    from sinkscope.models.replay import decoder_inputs, extend, logits_at
 
     drawn = random.Random(1)
     items = dataset(1, len(WORDS))
@@ -264,7 +262,7 @@ def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
 
 def paper_bound(layers: int = 32, pairs: int = 11, tokens: int = 616) -> float:
     """The bound for LLaVA-1.5-7B: 576 image tokens and 40 of text, one question per image."""
-    from sinkscope.experiments.sweeps.cost import Shape, Work
+    from sinkscope.experiments.sweep_grid import Shape, Work
 
     language = 4 * 4096**2 + 3 * 4096 * 11008
     vision = 4 * 1024**2 + 2 * 1024 * 4096

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import sinkscope as ss
 from sinkscope.probes import Read
-from sinkscope.probes.results import mask_padding, stack_layers, tidy
+from sinkscope.results import mask_padding, stack_layers, tidy
 
 
 def kurtosis(states, state):

@@ -17,9 +17,9 @@ import pandas as pd
 import sinkscope as ss
 from sinkscope.bundled import VALIDATION_SEEDS, scene_questions
 from sinkscope.experiments import effect_table
-from sinkscope.experiments.effects import BASE
+from sinkscope.experiments.baselines import BASE
 from sinkscope.viz import effects_text
-from sinkscope.viz.comparison import comparison_markdown
+from sinkscope.viz.effects import comparison_markdown
 
 OUT = Path(__file__).parent.parent / "benchmarks" / "results"
 

@@ -14,7 +14,9 @@ import pytest
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
-from sinkscope.example import fetching, folder, sources
+from sinkscope.example import load as folder
+from sinkscope.example import sources
+from sinkscope.example import sources as fetching
 
 
 def example() -> ss.LVLM:

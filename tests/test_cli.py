@@ -12,12 +12,12 @@ import pytest
 
 import sinkscope as ss
 from sinkscope import detectors
+from sinkscope.anatomy.families import FAMILIES
 from sinkscope.bundled import draw_scene
 from sinkscope.cli import main, make_parser
+from sinkscope.cli.names import FORMS, parse_detector
 from sinkscope.detectors import KNOWN
 from sinkscope.errors import DetectorError, InputError
-from sinkscope.models.families import FAMILIES
-from sinkscope.specs import FORMS, parse_detector
 from sinkscope.testing import plant, write_checkpoint
 from tests.project.repository import ROOT
 

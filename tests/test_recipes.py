@@ -14,11 +14,10 @@ import yaml
 
 import sinkscope as ss
 from sinkscope.cli import main, make_parser
-from sinkscope.commands import flags_of
+from sinkscope.cli.commands import flags_of
+from sinkscope.cli.recipes import named_gates, parse_yaml, read_recipe
+from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
-from sinkscope.experiments.questions import Questions
-from sinkscope.recipe_conditions import named_gates
-from sinkscope.recipes import parse_yaml, read_recipe
 from sinkscope.testing import write_checkpoint
 from tests.models.test_bad_input import own_code
 from tests.project.repository import ROOT

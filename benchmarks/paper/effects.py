@@ -16,9 +16,9 @@ from benchmarks.paper.setting import (
 )
 from sinkscope.bundled.scenes import TASKS
 from sinkscope.experiments import Comparison
-from sinkscope.experiments.conditions import content_seed
+from sinkscope.experiments.baselines import content_seed
 from sinkscope.viz import plot_effects
-from sinkscope.viz.comparison import comparison_markdown
+from sinkscope.viz.effects import comparison_markdown
 
 NAME = "example_effects"
 TOP = 8

@@ -20,7 +20,7 @@ from sinkscope.detectors import RandomTokens
 from sinkscope.experiments import Comparison, GateCoefficients, per_seed
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.viz import plot_effects
-from sinkscope.viz.comparison import comparison_markdown
+from sinkscope.viz.effects import comparison_markdown
 
 NAME = "example_comparison"
 BASE = "base"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinkscope.bundled.dataset import scene_attributes, scene_questions
 from sinkscope.bundled.scenes import (
     TASKS,
     TEST_SEEDS,
@@ -23,6 +22,8 @@ from sinkscope.bundled.scenes import (
     all_questions,
     ask,
     draw_scene,
+    scene_attributes,
+    scene_questions,
 )
 
 if TYPE_CHECKING:

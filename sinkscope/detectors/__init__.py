@@ -1,13 +1,10 @@
 """Detectors: from scores to sink tokens, with their flagged fraction, null and warnings."""
 
-from sinkscope.detectors.calibrate import Calibration, TowerCalibration, calibrate
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.constants import KNOWN, Known, known_for, table
+from sinkscope.detectors.calibration import Calibration, Limits, TowerCalibration, calibrate
+from sinkscope.detectors.choice import KNOWN, Known, SinkRules, known_for, table
 from sinkscope.detectors.detection import SATURATION, Detection, jaccard
 from sinkscope.detectors.gap import Gap
-from sinkscope.detectors.kinds import VisionTokens
-from sinkscope.detectors.limits import Limits
-from sinkscope.detectors.random import RandomTokens
+from sinkscope.detectors.kinds import RandomTokens, VisionTokens
 from sinkscope.detectors.rules import (
     CosineToBOS,
     Detector,
@@ -17,7 +14,7 @@ from sinkscope.detectors.rules import (
     Received,
     SinkDimensions,
 )
-from sinkscope.detectors.run import agreement, detect, detect_all
+from sinkscope.detectors.running import agreement, detect, detect_all
 
 __all__ = [
     "KNOWN",

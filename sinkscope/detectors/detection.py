@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError, LayerError
-from sinkscope.probes.results import Unsaved, tidy
+from sinkscope.results import Unsaved, tidy
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:

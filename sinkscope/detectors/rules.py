@@ -30,7 +30,7 @@ from sinkscope.probes.evidence import SITES as STATE_SITE
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
-    from sinkscope.models.anatomy import TowerAnatomy
+    from sinkscope.anatomy.towers import TowerAnatomy
 
 
 @runtime_checkable

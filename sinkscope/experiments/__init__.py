@@ -1,36 +1,31 @@
 """Experiments: questions that take more than one probe."""
 
+from sinkscope.data.answers import Answered
+from sinkscope.data.items import Item, LabelledImage
+from sinkscope.data.questions import Questions
 from sinkscope.experiments import baselines
+from sinkscope.experiments.baselines import EditSinks, effect_conditions, effect_table, top_received
 from sinkscope.experiments.coefficients import GateCoefficients, gate_coefficients
-from sinkscope.experiments.compare import compare
-from sinkscope.experiments.comparison import Comparison
-from sinkscope.experiments.conditions import EditSinks, top_received
-from sinkscope.experiments.effects import effect_conditions, effect_table
-from sinkscope.experiments.generation import trace_generation
-from sinkscope.experiments.items import Item
-from sinkscope.experiments.linear_probes import linear_probes
-from sinkscope.experiments.lives import GenerationTrace, SinkLife
-from sinkscope.experiments.probing.labelled import LabelledImage
-from sinkscope.experiments.probing.pooling import RandomGroup, sink_groups
-from sinkscope.experiments.probing.result import LinearProbes
-from sinkscope.experiments.questions import Questions
-from sinkscope.experiments.records import SinkRecord, nop_or_broadcast
+from sinkscope.experiments.comparing import Comparison, PerSeed, compare, per_seed
+from sinkscope.experiments.controls import ControlResult, RandomControl, replacement_table
+from sinkscope.experiments.generation import GenerationTrace, SinkLife, trace_generation
+from sinkscope.experiments.pooling import RandomGroup, sink_groups
+from sinkscope.experiments.probing import LinearProbes, linear_probes
+from sinkscope.experiments.sink_records import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.statistics import (
     cluster_bootstrap,
     cluster_intervals,
     sign_flip_maximum,
 )
-from sinkscope.experiments.sweep import sweep
-from sinkscope.experiments.sweeps.cost import SweepCost
-from sinkscope.experiments.sweeps.grid import lsg_grid
-from sinkscope.experiments.sweeps.result import Sweep
-from sinkscope.experiments.sweeps.scores import Answered
-from sinkscope.experiments.trace import SinkTrace, trace_sinks
-from sinkscope.experiments.variants import PerSeed, per_seed
+from sinkscope.experiments.sweep_grid import SweepCost, lsg_grid
+from sinkscope.experiments.sweep_result import Sweep
+from sinkscope.experiments.sweeping import sweep
+from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 
 __all__ = [
     "Answered",
     "Comparison",
+    "ControlResult",
     "EditSinks",
     "GateCoefficients",
     "GenerationTrace",
@@ -39,6 +34,7 @@ __all__ = [
     "LinearProbes",
     "PerSeed",
     "Questions",
+    "RandomControl",
     "RandomGroup",
     "SinkLife",
     "SinkRecord",
@@ -56,6 +52,7 @@ __all__ = [
     "lsg_grid",
     "nop_or_broadcast",
     "per_seed",
+    "replacement_table",
     "sign_flip_maximum",
     "sink_groups",
     "sweep",

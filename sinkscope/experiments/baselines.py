@@ -1,45 +1,257 @@
-"""Prior methods as conditions of `compare`, one line each.
-
-::
-
-    from sinkscope import baselines
-
-    ss.compare(lvlm, questions, {
-        "base": [],
-        "VAR": baselines.var("paper"),
-        "to the front": baselines.sink_to_front(),
-        "weights": baselines.token_weights(sink=0.5),
-        "one cell": baselines.fixed_coefficients(layer=10, s_v=0.2, s_rest=0.8),
-        "its control": baselines.random_tokens(baselines.fixed_coefficients(10, 0.2, 0.8)),
-        "gate": [gate],
-        "LoRA": baselines.lora(lvlm, train, layer=10, like=gate),
-    })
-
-Each gets the `SinkTrace` of a batch, so the detectors of `compare` decide what a sink is. Rows in which
-a method has nothing to work with stay as they are, and the table says so (``touched``, ``sinks``).
-"""
+"""Ready-made conditions for `compare`: mask and scale sinks, and the same for random tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_whole
-from sinkscope.detectors.random import RandomTokens
+from sinkscope.checks import check_flags, check_whole
+from sinkscope.detectors.kinds import RandomTokens
 from sinkscope.errors import InputError, nearest
-from sinkscope.experiments.conditions import EditSinks, content_seed, sink_masks
+from sinkscope.experiments.comparing import Comparison, Condition, compare
+from sinkscope.experiments.controls import RandomControl, drawable
 from sinkscope.experiments.lora import LoRA, lora
-from sinkscope.experiments.trace import SinkTrace
-from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
-from sinkscope.interventions.attention import check_factor
-from sinkscope.interventions.running import tolerant
+from sinkscope.experiments.tracing import SinkTrace
+from sinkscope.interventions import (
+    AblateValues,
+    MaskKeys,
+    Redistribute,
+    ScaleAttention,
+    ScaleKeys,
+    ScaleTokens,
+    SinkToFront,
+)
+from sinkscope.interventions.application import tolerant
+from sinkscope.interventions.keys import check_factor
+from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.lsg import LSG
-from sinkscope.lsg.choosing import check_layer
+from sinkscope.lsg.building import check_layer
 from sinkscope.lsg.config import describe
+from sinkscope.models.inputs import Sample
+
+if TYPE_CHECKING:
+    from sinkscope.detectors.rules import Detector
+    from sinkscope.models.lvlm import LVLM
+
+KINDS = ("V-sinks", "L-sinks", "text sinks")
+
+TOP = "top attended"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A kind of edit of a token mask, by name: mask, halve, or replace the values."""
+
+    name: str
+    make: Callable[[Any, Any], Any]
+
+
+EDITS = (
+    Edit("mask", lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True)),
+    Edit("halve", lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True)),
+    *(
+        Edit(
+            f"{how} value",
+            lambda tokens, layers, how=how: AblateValues(tokens, how, layers, allow_noop=True),
+        )
+        for how in REPLACEMENTS
+    ),
+)
+
+
+def sink_masks(trace: SinkTrace) -> dict[str, Tensor]:
+    """The masks of a trace that can be edited, by name: `KINDS`."""
+    masks = (trace.v_sinks, trace.l_sinks(), trace.text_sinks())
+    return dict(zip(KINDS, masks, strict=True))
+
+
+def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
+    """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``.
+
+    Not sinks by any activation rule: what a model's strongest attractors are where no sink is found.
+    """
+    visual = trace.sample.tokens.image >= 0
+    received = trace.received.nan_to_num().mean(dim=(1, 2)).masked_fill(~visual, -1.0)
+    out = torch.zeros_like(visual)
+    out.scatter_(1, received.topk(min(k, received.shape[1]), dim=1).indices, True)
+    return out & visual
+
+
+@dataclass(frozen=True)
+class EditSinks:
+    """A condition: one edit of one kind of sink, or of as many random ordinary tokens.
+
+    Args:
+        kind: A key of `sink_masks`, or ``"top attended"``.
+        edit: A name among `EDITS`.
+        layers: Block indices, or None for all.
+        control: Whether to edit random tokens of the same number instead. A row with too few
+            ordinary tokens is left unedited and counted; see `uncontrolled`.
+        k: How many tokens ``"top attended"`` takes per row.
+        seed: Of the control's draw, which also depends on the images and texts of the batch: other
+            images, other positions.
+
+    Raises:
+        InputError: If the kind or the edit is unknown, or a number or a switch is of another type.
+    """
+
+    kind: str
+    edit: str = "mask"
+    layers: Any = None
+    control: bool = False
+    k: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("kind", self.kind, (*KINDS, TOP)), ("edit", self.edit, [e.name for e in EDITS])
+        for name, value, choices in known:
+            if value not in choices:
+                raise InputError(f"Got {name}={value!r}; expected one of {tuple(choices)}.")
+        check_flags(control=self.control)
+        check_whole(1, k=self.k)
+        check_whole(0, seed=self.seed)
+
+    def __call__(self, trace: SinkTrace) -> Sequence[Any]:
+        """The interventions for the trace of a batch; none if it has no such token."""
+        mask = self._mask(trace)
+        left = ~self.uncontrolled(trace)
+        mask = mask & (left[:, None] if mask.ndim == 2 else left[:, None, None])
+        make = next(edit.make for edit in EDITS if edit.name == self.edit)
+        if not mask.any():
+            return []
+        real = make(mask, self.layers)
+        if not self.control:
+            return [real]
+        seed = content_seed(trace.sample, self.seed)
+        return list(RandomControl(real, "count", n=1, seed=seed).draws(trace))
+
+    def uncontrolled(self, trace: SinkTrace) -> Tensor:
+        """Bool ``[batch]``: rows with such tokens, for which no control could be drawn.
+
+        `compare` puts them into its table, and summaries tell their share.
+        """
+        mask = self._mask(trace)
+        return mask.flatten(1).any(dim=1) & ~drawable(mask, trace) & self.control
+
+    def _mask(self, trace: SinkTrace) -> Tensor:
+        """The tokens of this kind."""
+        return top_received(trace, self.k) if self.kind == TOP else sink_masks(trace)[self.kind]
+
+
+def content_seed(sample: Sample, seed: int) -> int:
+    """A seed that differs from sample to sample, and is the same for the same one.
+
+    With one seed for a whole data set the "random" tokens would be the same positions of every image.
+    """
+    digest = seed
+    for name in sorted(sample.inputs):
+        value = sample.inputs[name]
+        if isinstance(value, Tensor):
+            digest = zlib.crc32(value.detach().cpu().double().numpy().tobytes(), digest)
+    return digest
+
+
+BASE = "base"
+
+
+def effect_conditions(
+    *,
+    edits: Sequence[str] = ("mask", "halve"),
+    layers: Any = None,
+    top: int = 4,
+    controls: bool = True,
+    seed: int = 0,
+) -> dict[str, Condition]:
+    """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
+
+    Args:
+        edits: Among ``"mask"``, ``"halve"`` (the attention weights), and ``"zero value"``,
+            ``"mean value"`` and ``"resample value"``, which are best reported side by side.
+        layers: Block indices to edit in, or None for all.
+        top: How many of the image tokens that receive the most attention to edit too, sinks or
+            not; 0 for none.
+        controls: Whether to add the same edits of as many random tokens that are no sinks.
+        seed: Of the random tokens.
+
+    Returns:
+        Name -> condition; ``"base"``, without any edit, comes first.
+
+    Raises:
+        InputError: If an edit is unknown or ``top`` is negative.
+    """
+    known = [edit.name for edit in EDITS]
+    unknown = [name for name in edits if name not in known]
+    if isinstance(edits, str) or unknown or not edits:
+        raise InputError(f"Got edits={edits!r}; expected some of {known}, as a list.")
+    check_flags(controls=controls)
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise InputError(f"Got top={top!r}; expected a number of tokens, 0 for none.")
+    named = [(kind, kind, f"as many as {kind}", 1) for kind in KINDS]
+    if top:
+        named.append((TOP, f"the top {top} attended", f"as many as the top {top}", top))
+    out: dict[str, Condition] = {BASE: []}
+    for kind, name, number, k in named:
+        for edit in edits:
+            out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k)
+            if controls:
+                out[f"{edit} random, {number}"] = EditSinks(kind, edit, layers, True, k, seed)
+    return out
+
+
+def effect_table(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    *,
+    v_detector: Detector | None = None,
+    l_detector: Detector | None = None,
+    edits: Sequence[str] = ("mask", "halve"),
+    layers: Any = None,
+    top: int = 4,
+    controls: bool = True,
+    seed: int = 0,
+    batch: int = 16,
+    progress: bool | None = None,
+) -> Comparison:
+    """What masking and scaling sinks, and as many random tokens, does to a model's answers.
+
+    Args:
+        lvlm: The model.
+        dataset: Questions; see `compare`.
+        v_detector: For V-sinks, best calibrated on other images; None: see `trace_sinks`.
+        l_detector: For L-sinks and text sinks, likewise.
+        edits: See `effect_conditions`.
+        layers: Block indices to edit in, or None for all.
+        top: How many of the most attended image tokens to edit too; 0 for none.
+        controls: Whether to edit random tokens too.
+        seed: Of the random tokens.
+        batch: The most questions per forward pass.
+        progress: Whether to show a progress bar; None shows it from 50 questions on.
+
+    Returns:
+        The comparison: ``.summary()`` is the table, ``.plot()`` the figure, and
+        ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
+
+    Raises:
+        InputError: If the dataset is empty or malformed, or an option is out of range.
+    """
+    conditions = effect_conditions(
+        edits=edits, layers=layers, top=top, controls=controls, seed=seed
+    )
+    return compare(
+        lvlm,
+        dataset,
+        conditions,
+        v_detector=v_detector,
+        l_detector=l_detector,
+        batch=batch,
+        progress=progress,
+    )
+
 
 __all__ = [
     "LoRA",
@@ -53,9 +265,13 @@ __all__ = [
 ]
 
 PRESETS = ("paper", "code")
+
 VISUAL = "visual sinks"
+
 SINKS = ("V-sinks", "L-sinks", VISUAL)
+
 L_SEED = 1_000_003
+
 """Added to the seed of random L-sinks: not the tokens of random V-sinks, nor those of the next seeds."""
 
 

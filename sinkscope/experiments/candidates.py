@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkscope.detectors.detection import Detection
-from sinkscope.detectors.gap import Gap
-from sinkscope.detectors.outcome import outcome_of
+from sinkscope.detectors.gap import Gap, outcome_of
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.probes import EvidenceResult
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
-    from sinkscope.experiments.trace import SinkTrace
+    from sinkscope.experiments.tracing import SinkTrace
 
 EACH = 3
 """Tokens listed per tower and row for their spike, and as many for the attention they draw."""
@@ -110,7 +109,7 @@ def judged_layers(trace: SinkTrace, tower: Tower) -> list[int]:
 
 def named(trace: SinkTrace, tower: Tower, row: int, pos: int) -> str:
     """A token's position with its word, or what ViT token it is."""
-    from sinkscope.viz.words import readable
+    from sinkscope.viz.tables import readable
 
     tokens = trace.sample.tokens
     if tower == "vision":

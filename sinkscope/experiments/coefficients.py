@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.errors import InputError
-from sinkscope.experiments.items import ALL, Item, as_items, check_tasks
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweeps.result import check_by, counted
-from sinkscope.lsg.choosing import check_gates
-from sinkscope.lsg.passes import looked, seen
-from sinkscope.models.lending import evaluated
+from sinkscope.experiments.sweep_result import check_by, counted
+from sinkscope.lsg.building import check_gates
+from sinkscope.lsg.losses import looked, seen
 from sinkscope.models.prompts import check_questions
-from sinkscope.probes.results import Unsaved
+from sinkscope.models.wrapping import evaluated
+from sinkscope.results import Unsaved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ class GateCoefficients(Unsaved):
         Returns:
             A matplotlib figure.
         """
-        from sinkscope.viz.coefficients import plot_coefficients
+        from sinkscope.viz.probes import plot_coefficients
 
         return plot_coefficients(self.to_dataframe(by, seed=seed))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sinkscope.models.image_ids import clusters_of
+from sinkscope.models.pictures import clusters_of
 
 
 def cluster_bootstrap(

@@ -1,16 +1,16 @@
 """Interventions: change what the model uses, exactly, and say what changed."""
 
-from sinkscope.interventions.attention import (
+from sinkscope.interventions.application import Edited
+from sinkscope.interventions.base import Edit, Effect, Intervention
+from sinkscope.interventions.keys import (
     AttentionKnockout,
+    EvictKeys,
     MaskKeys,
     ScaleAttention,
     ScaleKeys,
 )
-from sinkscope.interventions.controls import ControlResult, RandomControl, replacement_table
-from sinkscope.interventions.edited import Edited
-from sinkscope.interventions.protocol import Edit, Effect, Intervention
 from sinkscope.interventions.redistribute import ImageCentric, Redistribute
-from sinkscope.interventions.register import (
+from sinkscope.interventions.registers import (
     NeuronActivity,
     NeuronResult,
     TestTimeRegister,
@@ -22,14 +22,12 @@ from sinkscope.interventions.states import (
     ScaleTokens,
     SinkToFront,
 )
-from sinkscope.interventions.streaming import EvictKeys
 from sinkscope.interventions.values import AblateValues
 
 __all__ = [
     "AblateActivations",
     "AblateValues",
     "AttentionKnockout",
-    "ControlResult",
     "Edit",
     "Edited",
     "Effect",
@@ -40,7 +38,6 @@ __all__ = [
     "NeuronActivity",
     "NeuronResult",
     "PatchActivations",
-    "RandomControl",
     "Redistribute",
     "ScaleAttention",
     "ScaleKeys",
@@ -48,5 +45,4 @@ __all__ = [
     "SinkToFront",
     "TestTimeRegister",
     "find_register_neurons",
-    "replacement_table",
 ]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, nearest
-from sinkscope.interventions.protocol import at_layer
+from sinkscope.interventions.base import at_layer
 from sinkscope.probes.residual import StateResult
-from sinkscope.probes.values import AttentionValueResult
+from sinkscope.probes.writes import AttentionValueResult
 from sinkscope.sites import STATE_SITES
 
 if TYPE_CHECKING:
-    from sinkscope.models.context import Context
+    from sinkscope.anatomy.context import Context
 
 VALUES = "values"
 PATCH_SITES = (*STATE_SITES, VALUES)

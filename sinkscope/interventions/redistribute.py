@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.attention import check_factor, check_neutral
-from sinkscope.interventions.protocol import (
+from sinkscope.interventions.base import (
     Edit,
     at_layer,
     check_decodes,
@@ -22,13 +21,14 @@ from sinkscope.interventions.protocol import (
     runs_now,
     selected,
 )
+from sinkscope.interventions.keys import check_factor, check_neutral
 from sinkscope.kernels import edits as kernels
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
-    from sinkscope.experiments.trace import SinkTrace
-    from sinkscope.models.context import Context
+    from sinkscope.anatomy.context import Context
+    from sinkscope.experiments.tracing import SinkTrace
 
 AFTER_IMAGE = "after image"
 

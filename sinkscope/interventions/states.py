@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.attention import check_factor, check_neutral
-from sinkscope.interventions.donors import VALUES, check_finite, check_patch_site, donated
-from sinkscope.interventions.protocol import (
+from sinkscope.interventions.base import (
     Edit,
     at_layer,
     check_prompt_only,
@@ -20,6 +18,8 @@ from sinkscope.interventions.protocol import (
     runs_now,
     selected,
 )
+from sinkscope.interventions.donors import VALUES, check_finite, check_patch_site, donated
+from sinkscope.interventions.keys import check_factor, check_neutral
 from sinkscope.interventions.values import others, ready_values, value_edits
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
@@ -27,7 +27,7 @@ from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
-    from sinkscope.models.context import Context
+    from sinkscope.anatomy.context import Context
     from sinkscope.models.lvlm import LVLM
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, nearest
-from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
-from sinkscope.interventions.protocol import (
+from sinkscope.interventions.base import (
     Edit,
     at_layer,
     check_decodes,
@@ -20,13 +19,14 @@ from sinkscope.interventions.protocol import (
     runs_now,
     selected,
 )
-from sinkscope.kernels.values import edit_values
-from sinkscope.probes.values import AttentionValueResult
+from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
+from sinkscope.kernels.edited_call import edit_values
+from sinkscope.probes.writes import AttentionValueResult
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
-    from sinkscope.models.context import Context
+    from sinkscope.anatomy.context import Context
 
 REPLACEMENTS = ("zero", "mean", "resample")
 
@@ -142,7 +142,7 @@ def value_edits(
         tower: The tower.
         layers: The layers.
         mask: Bool ``[batch layer|1 pos]``.
-        how: See `sinkscope.kernels.values.edit_values`.
+        how: See `sinkscope.kernels.edited_call.edit_values`.
         values: Its ``donors`` or its ``tensor``, per layer.
         rows: Selected query rows in the model's layout, or None.
         heads: Selected query heads, or None.

@@ -1,7 +1,12 @@
-"""What a gate is made of, and for which model: plain data that is saved beside its weights."""
+"""Names under which other code bases and the hub know models of one architecture.
+
+Sizes are those of the published configs. A checkpoint that was converted has the same sizes and, up
+to rounding, the same weights, so a gate for the one is a gate for the other.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
@@ -11,28 +16,188 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from sinkscope.checks import plain
-from sinkscope.detectors.kinds import VisionTokens
-from sinkscope.detectors.random import RandomTokens
+from sinkscope.checks import is_number, is_whole, plain
+from sinkscope.detectors.kinds import RandomTokens, VisionTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
 from sinkscope.kernels.gating import ACTIVATIONS
-from sinkscope.lsg.aliases import canonical
-from sinkscope.lsg.checks import check_detector, check_sizes, require
 
 if TYPE_CHECKING:
-    from sinkscope.models.anatomy import Anatomy
+    from sinkscope.anatomy.towers import Anatomy
+
+MODEL_ALIASES = MappingProxyType(
+    {
+        "llava_llama": "llava",  # config.model_type of the original LLaVA code
+        "LlavaLlamaForCausalLM": "llava",  # its architecture
+        "LlavaForConditionalGeneration": "llava",
+        "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+        "Gemma3ForConditionalGeneration": "gemma3",
+    }
+)
+
+"""Model types and class names, and what ``transformers`` calls the type."""
+
+TOWER = MappingProxyType(  # CLIP ViT-L/14-336, read at its second-last block
+    {
+        "model_type": "llava",
+        "vision_layers": 24,
+        "vision_width": 1024,
+        "feed_layers": [22],
+        "tokens_merged": 1,
+    }
+)
+
+LLAVA_7B = MappingProxyType(
+    {
+        **TOWER,
+        "language_layers": 32,
+        "language_width": 4096,
+        "heads": 32,
+        "kv_heads": 32,
+        "head_dim": 128,
+    }
+)
+
+LLAVA_13B = MappingProxyType(
+    {
+        **TOWER,
+        "language_layers": 40,
+        "language_width": 5120,
+        "heads": 40,
+        "kv_heads": 40,
+        "head_dim": 128,
+    }
+)
+
+BASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "liuhaotian/llava-v1.5-7b": LLAVA_7B,
+        "llava-hf/llava-1.5-7b-hf": LLAVA_7B,
+        "liuhaotian/llava-v1.5-13b": LLAVA_13B,
+        "llava-hf/llava-1.5-13b-hf": LLAVA_13B,
+    }
+)
+
+"""Repositories and the fingerprint of what they hold."""
+
+
+def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint in the words of this library.
+
+    Args:
+        made_for: A fingerprint, perhaps with a foreign ``model_type``, or with ``base``, a
+            repository, in place of what it does not say itself.
+
+    Returns:
+        The fingerprint. An unknown ``base`` stays in it, so that it shows as a difference.
+    """
+    out = dict(made_for)
+    base = out.get("base")
+    if isinstance(base, str) and base in BASES:
+        out = {**BASES[base], **{name: value for name, value in out.items() if name != "base"}}
+    kind = out.get("model_type")
+    if isinstance(kind, str):
+        out["model_type"] = MODEL_ALIASES.get(kind, kind)
+    return out
+
+
+SEEDS = (-(2**63), 2**64 - 1)
+
+"""What torch takes."""
+
+
+def require(good: bool, name: str, value: Any, expected: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        InterventionError: If it is not good.
+    """
+    if not good:
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+        raise InterventionError(f"Got {name}={shown}; expected {expected}.")
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse numbers, switches and tables of a `GateConfig` that are of another type.
+
+    Raises:
+        InterventionError: If any is, with its name.
+    """
+    layer = config.layer
+    where = layer == "embed" or (is_whole(layer) and layer >= 0)
+    require(where, "layer", layer, "'embed' or the index of a block, from 0")
+    for name in ("d_model", "hidden"):
+        value = getattr(config, name)
+        require(is_whole(value) and value > 0, name, value, "a whole number of 1 or more")
+    scale = config.scale
+    require(is_number(scale) and scale > 0, "scale", scale, "a positive number, not infinite")
+    seed = config.seed
+    fits = is_whole(seed) and SEEDS[0] <= seed <= SEEDS[1]
+    require(fits, "seed", seed, "a whole number of at most 64 bits")
+    require(isinstance(config.affine, bool), "affine", config.affine, "True or False")
+    weights = config.weights
+    numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
+    require(numbers, "weights", weights, "a tuple of numbers, as sketch() gives them")
+    named = isinstance(config.model, Mapping) and all(isinstance(n, str) for n in config.model)
+    require(named, "model", config.model, "the fingerprint of a model, by name")
+
+
+def check_fingerprint(model: Mapping[str, Any]) -> None:
+    """Refuse a fingerprint that cannot be of a model.
+
+    Raises:
+        InterventionError: If a size is no whole number, or missing.
+    """
+    sizes = ("vision_layers", "vision_width", "tokens_merged", "language_layers", "language_width")
+    for name in (*sizes, "heads", "kv_heads", "head_dim"):
+        value = model.get(name)
+        good = is_whole(value) and value > 0
+        require(good, f"model[{name!r}]", value, "a whole number of 1 or more")
+    kind, feeds = model.get("model_type"), model.get("feed_layers")
+    require(isinstance(kind, str), "model['model_type']", kind, "the name of a type")
+    good = isinstance(feeds, list) and bool(feeds) and all(is_whole(f) and f >= 0 for f in feeds)
+    require(good, "model['feed_layers']", feeds, "a list of block indices")
+
+
+def check_detector(name: str, detector: Any, width: Any) -> None:
+    """Refuse a rule that cannot be one of this gate; its own numbers it checks itself.
+
+    Args:
+        name: ``"v_detector"`` or ``"l_detector"``, for messages.
+        detector: One that can be in a gate.
+        width: Of the states it judges, if that is known.
+
+    Raises:
+        InterventionError: If it is for another tower, or its channels are beyond the states.
+    """
+    if isinstance(detector, VisionTokens):
+        require(name == "v_detector", name, detector, "a rule for states of the decoder")
+        return
+    if isinstance(detector, Norm):
+        alone = not isinstance(detector.tau, str)
+        require(alone, f"{name}.tau", detector.tau, "a positive number, which judges tokens alone")
+    if isinstance(detector, SinkDimensions):
+        dims, most = detector.dims, width if is_whole(width) else math.inf
+        good = all(dim < most for dim in dims)
+        require(good, f"{name}.dims", dims, f"channels from 0, below {most}")
+
 
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
+
 SIGNALS = ("last", "mean", "visual")
+
 DECODE = ("frozen", "refresh", "off")
+
 INITS = ("uniform", "neutral")
+
 RULES = MappingProxyType(
     {
         cls.__name__: cls
         for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks, VisionTokens)
     }
 )
+
 """Detectors that judge every token by itself, so that they can run inside a pass."""
 
 

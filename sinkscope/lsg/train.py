@@ -1,4 +1,4 @@
-"""train_lsg: gates of several layers in one pass over the data, the model frozen (2604.03316)."""
+"""What training will cost, in passes of one block over one batch."""
 
 from __future__ import annotations
 
@@ -6,38 +6,235 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.checks import check_flags
-from sinkscope.folders import held
-from sinkscope.lsg.checkpoints import open_run
+from sinkscope.checks import check_flags, check_whole
+from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_parts
+from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.files import held
+from sinkscope.lsg.building import check_gates, check_layer
 from sinkscope.lsg.config import detector_of
-from sinkscope.lsg.cost import TrainingCost, cost_of
-from sinkscope.lsg.data import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.loop import Loop
-from sinkscope.lsg.passes import Losses, Shared, answer_losses, frozen, share
+from sinkscope.lsg.losses import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, own_record, record_of
-from sinkscope.lsg.runner import Sums, Trainee
-from sinkscope.lsg.training_checks import (
-    check_beside,
-    check_numbers,
-    check_place,
-    check_wanted,
-    wanted_layers,
-)
-from sinkscope.lsg.training_settings import TrainingSettings
 from sinkscope.models.identity import identity_of
 from sinkscope.models.replay import prove
+from sinkscope.training.loop import Loop, Sums, Trainee, open_run
+from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.prepare import Sample
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What training will cost.
+
+    A block that carries a gradient is run forward and, for the gradient of what it reads, backward;
+    its weights get none. Both count as one pass each.
+
+    Attributes:
+        steps: Steps of the optimiser.
+        batches: Forward batches of training.
+        looks: Looks at the validation part, the first before training.
+        held_batches: Batches of each look.
+        vision_blocks: Vision blocks per batch, without gradient.
+        plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
+        gate_blocks: Decoder blocks per batch with gradient, of each gate.
+        alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
+        decoder_blocks: Blocks of the decoder, which the plain model runs once per validation batch.
+    """
+
+    steps: int
+    batches: int
+    looks: int
+    held_batches: int
+    vision_blocks: int
+    plain_blocks: int
+    gate_blocks: tuple[int, ...]
+    alone_blocks: tuple[int, ...]
+    decoder_blocks: int
+
+    @property
+    def together(self) -> int:
+        """Decoder passes of one training batch, all gates together."""
+        return self.plain_blocks + 2 * sum(self.gate_blocks)
+
+    @property
+    def apart(self) -> int:
+        """Decoder passes of one training batch of every gate, each trained alone."""
+        return sum(self.alone_blocks) + 2 * sum(self.gate_blocks)
+
+    @property
+    def bound(self) -> float:
+        """How many times cheaper all gates together are than apart, counting decoder blocks.
+
+        For a gate at every layer of a deep decoder it tends to 1.5: alone, each costs half of its
+        forward pass without and one and a half with a gradient.
+        """
+        return self.apart / self.together
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"together": self.together, "apart": self.apart, "bound": self.bound}
+
+    def __str__(self) -> str:
+        seen, held = self.batches, self.looks * self.held_batches
+        plain = self.held_batches if self.looks else 0
+        blocks = (self.plain_blocks + sum(self.gate_blocks)) * held + self.decoder_blocks * plain
+        return "\n".join(
+            [
+                f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
+                f"{self.held_batches} validation batches.",
+                f"Training batch: {self.vision_blocks} vision blocks and {self.plain_blocks} decoder "
+                f"blocks without gradient, then {sum(self.gate_blocks)} decoder blocks forward and "
+                f"backward for {len(self.gate_blocks)} gates.",
+                f"Together {self.together * seen} decoder block passes; trained one by one "
+                f"{self.apart * seen} ({self.bound:.2f} times as many).",
+                f"Validation, and the plain model on it, add {blocks} decoder block passes and "
+                f"{self.vision_blocks * (held + plain)} of the vision tower, without gradient.",
+            ]
+        )
+
+
+def cost_of(
+    settings: TrainingSettings,
+    edited: Sequence[int],
+    rows: int,
+    held: int,
+    vision_blocks: int,
+    decoder_blocks: int,
+    processes: int = 1,
+) -> TrainingCost:
+    """The cost of a run without an early end, per process.
+
+    Args:
+        settings: How it is trained.
+        edited: The block whose keys each gate scales.
+        rows: Training records.
+        held: Validation records.
+        vision_blocks: Blocks of the vision tower.
+        decoder_blocks: Blocks of the decoder.
+        processes: Processes that share the rows.
+    """
+    own, own_held = -(-rows // processes), -(-held // processes)
+    per_epoch = -(-rows // (settings.batch * settings.accumulate * processes))
+    steps = per_epoch * settings.epochs
+    looks = 1 + -(-steps // (settings.evaluate_every or per_epoch))
+    return TrainingCost(
+        steps=steps,
+        batches=-(-own // settings.batch) * settings.epochs,
+        looks=looks if held else 0,
+        held_batches=-(-own_held // settings.batch),
+        vision_blocks=vision_blocks,
+        plain_blocks=max(edited),
+        gate_blocks=tuple(decoder_blocks - block for block in edited),
+        alone_blocks=tuple(edited),
+        decoder_blocks=decoder_blocks,
+    )
+
+
+def check_place(lvlm: LVLM, accelerator: Any) -> None:
+    """Refuse a model that cannot be trained with here.
+
+    Raises:
+        ModelError: If its weights are not here, or on another device than the process works on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "Got torch.inference_mode(), in which nothing can be trained; expected to be outside of it. "
+            "Leave that block; the model itself gets no gradient anyway."
+        )
+    if lvlm.device.type == "meta":
+        raise ModelError(
+            "Got a model without weights here; expected one to compute gradients with. Write "
+            "ss.LVLM.from_pretrained(name) without remote=True."
+        )
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    here, there = lvlm.device, accelerator.device
+    if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
+        raise ModelError(
+            f"Got a model on {here} in process {accelerator.process_index} of "
+            f"{accelerator.num_processes}, whose device is {there}; expected it there. "
+            "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
+        )
+
+
+def wanted_layers(lvlm: LVLM, layers: Any, gates: Any) -> list[int | str]:
+    """The layers as a list; None is all of them.
+
+    Raises:
+        InputError: If they are one layer and no list.
+    """
+    if layers is None:
+        return [] if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
+    if isinstance(layers, (int, str)):
+        raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
+    return [layer if isinstance(layer, str) else int(layer) for layer in layers]
+
+
+def check_beside(gates: Any, *others: Any) -> None:
+    """Refuse choices for gates that have made theirs.
+
+    Raises:
+        InputError: If there are any.
+    """
+    names = ("choices", "v_detector", "l_detector", "samples")
+    given = [name for name, value in zip(names, others, strict=True) if value is not None]
+    if gates and given:
+        raise InputError(
+            f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
+            "Write layers=[...] for new gates."
+        )
+
+
+def check_wanted(lvlm: LVLM, layers: Any, gates: Any) -> None:
+    """Check which gates to train.
+
+    Raises:
+        InputError: If there are none, both or one layer twice.
+        LayerError: If there is no such layer.
+        InterventionError: If a gate is none, or of another model.
+    """
+    if isinstance(gates, LSG):
+        raise InputError("Got one gate; expected a list. Write gates=[gate].")
+    if bool(layers) == bool(gates):
+        raise InputError(
+            f"Got layers={list(layers)} and {len(gates)} gates; expected either. Write layers=[10] "
+            "for a new gate, or gates=[gate] to train on."
+        )
+    for layer in layers:
+        check_layer(layer, lvlm.anatomy.language.n_layers)
+    found = list(layers) or [gate.layer for gate in check_gates(gates)]
+    if len(set(found)) != len(found):
+        raise InputError(f"Got the layers {found}; expected every layer once.")
+    for gate in gates:
+        if not isinstance(gate, LSG):
+            raise InterventionError(f"Got {gate!r} among the gates; expected LSG.")
+        gate.check_fits(lvlm)
+
+
+def check_numbers(patience: int, validation: float, checkpoint_every: Any) -> None:
+    """Check what belongs together.
+
+    Raises:
+        InputError: If early stopping is wanted without validation, or checkpoints never.
+    """
+    if patience and not validation:
+        raise InputError(
+            f"Got patience={patience} and validation={validation}; expected some validation data to "
+            "stop early by. Write validation=0.1, or patience=0."
+        )
+    check_whole(1, checkpoint_every=checkpoint_every)
+
 
 Gates = dict[int | str, LSG]
 
@@ -82,7 +279,7 @@ def train_lsg(
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
         dataset: Records with image (or a list of images), question, answer and, if you like,
-            image_id; see `sinkscope.lsg.records.read_dataset`.
+            image_id; see `sinkscope.data.batches.read_dataset`.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
         gates: Instead of layers, gates of different layers to start from. They are copied.
         choices: Fields of `GateConfig` for new gates, such as ``{"groups": ("V", "L", "rest")}``.
@@ -214,7 +411,7 @@ class GateObjective:
         return [Trainee(name, dict(gate.named_parameters())) for name, gate in self.gates.items()]
 
     def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
-        """The batch and the states that gates read; see `sinkscope.lsg.passes.share`."""
+        """The batch and the states that gates read; see `sinkscope.lsg.losses.share`."""
         batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
         return share(self.lvlm, batch, self.blocks, whole=whole)
 

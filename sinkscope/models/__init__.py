@@ -1,11 +1,10 @@
 """Models: anatomy, inputs, and the runner. The only room that knows nnsight and transformers."""
 
-from sinkscope.models.anatomy import Anatomy, TowerAnatomy
-from sinkscope.models.context import Context
-from sinkscope.models.judging import Verdict
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
+from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM, Generation, Run
-from sinkscope.models.prepare import Sample
-from sinkscope.models.report import Report
+from sinkscope.models.report import Report, Verdict
 
 __all__ = [
     "LVLM",

@@ -30,8 +30,8 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from torch import Tensor, nn
 
+from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import AttentionCallError, LayerError
-from sinkscope.models.anatomy import Anatomy
 
 KeyEdit = Callable[[Tensor], Tensor]
 PassEdit = Callable[[Tensor, Mapping[str, Any]], Tensor]

@@ -12,10 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from sinkscope.anatomy.families import family_of
 from sinkscope.checks import check_flags
 from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.models import processors, wrapping
-from sinkscope.models.families import family_of
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
 # cut off, of another model, or ask for a package that is not there.

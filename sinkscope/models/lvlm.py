@@ -12,30 +12,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sinkscope.anatomy.attention_call import kernel_of
+from sinkscope.anatomy.block_sum import NoBranch
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.discovery import read_anatomy
+from sinkscope.anatomy.holding import device_of
+from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_flags
 from sinkscope.errors import CheckpointError, InputError, ModelError
-from sinkscope.interventions.edited import Edited
-from sinkscope.interventions.protocol import Intervention
-from sinkscope.interventions.running import (
+from sinkscope.interventions.application import (
+    Edited,
     check_beside,
     check_interventions,
     check_reach,
     require_effects,
     with_kl,
 )
-from sinkscope.models import options as checking
-from sinkscope.models import prepare as preparing
-from sinkscope.models import runner, wrapping
-from sinkscope.models.anatomy import Anatomy
-from sinkscope.models.branches import NoBranch
-from sinkscope.models.context import Context
-from sinkscope.models.holding import device_of
-from sinkscope.models.outputs import Generation, Run, finish_run
-from sinkscope.models.prepare import Sample
-from sinkscope.models.reading import read_anatomy
-from sinkscope.models.source import kernel_of
+from sinkscope.interventions.base import Intervention
+from sinkscope.models import inputs as preparing
+from sinkscope.models import requests as checking
+from sinkscope.models import runs as runner
+from sinkscope.models import wrapping
+from sinkscope.models.inputs import Sample
+from sinkscope.models.runs import Generation, Run, finish_run
 from sinkscope.models.wrapping import ByName, Wrapped
-from sinkscope.probes.protocol import Probe
+from sinkscope.protocols import Probe
 
 if TYPE_CHECKING:
     from sinkscope.models.report import Report
@@ -69,7 +70,7 @@ class LVLM:
         self._verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         if verify and processor is not None and not self._weightless:
-            from sinkscope.models.verify import verify_anatomy
+            from sinkscope.models.proofs import verify_anatomy
 
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)

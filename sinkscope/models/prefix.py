@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkscope.models.decoder_inputs import Given
-from sinkscope.models.replay import Captured, capture_given, resume
+from sinkscope.models.replay import Captured, Given, capture_given, resume
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM

@@ -8,11 +8,7 @@ from sinkscope.probes.attention import (
     ReceivedAttention,
     ReceivedResult,
 )
-from sinkscope.probes.channels import ChannelResult, ChannelValues
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
-from sinkscope.probes.lens import LensResult, LogitLens
-from sinkscope.probes.means import GroupMeans, GroupMeansResult
-from sinkscope.probes.protocol import Probe, Read, Result
 from sinkscope.probes.residual import (
     CosineToFirst,
     MassiveActivations,
@@ -24,15 +20,25 @@ from sinkscope.probes.residual import (
     StateResult,
     TokenNorms,
 )
-from sinkscope.probes.values import (
+from sinkscope.probes.states import (
+    ChannelResult,
+    ChannelValues,
+    GroupMeans,
+    GroupMeansResult,
+    LensResult,
+    LogitLens,
+)
+from sinkscope.probes.writes import (
     AttentionValueResult,
     AttentionValues,
     ContributionNorms,
     ContributionResult,
+    HeadWrites,
     ValueNormResult,
     ValueNorms,
+    WriteResult,
 )
-from sinkscope.probes.writes import HeadWrites, WriteResult
+from sinkscope.protocols import Probe, Read, Result
 
 __all__ = [
     "AttentionMass",

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context, indices_of
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
-from sinkscope.models.context import Context, indices_of
-from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.protocols import Read
+from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -94,7 +94,7 @@ class MassResult(Unsaved):
             ProbeError: If there is no such group.
             SelectionError: If there is no such row or query.
         """
-        from sinkscope.viz.heads import plot_heads
+        from sinkscope.viz.layers import plot_heads
 
         return plot_heads(self, group, row, query=query)
 

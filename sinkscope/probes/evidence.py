@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.models.context import Context
+from sinkscope.anatomy.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
-from sinkscope.probes.protocol import Read
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
-from sinkscope.probes.results import Unsaved, tidy
+from sinkscope.protocols import Read
+from sinkscope.results import Unsaved, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:

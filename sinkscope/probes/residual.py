@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
 from sinkscope.errors import ProbeError, nearest
 from sinkscope.kernels import residual as kernels
-from sinkscope.models.context import Context
-from sinkscope.probes.protocol import Read
-from sinkscope.probes.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.protocols import Read
+from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
 

@@ -5,11 +5,16 @@ processors are loaded (`sinkscope.models.processors`).
 """
 
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
-from sinkscope.testing.building import random_image, write_checkpoint
 from sinkscope.testing.contracts import ContractError, check_intervention, check_probe
-from sinkscope.testing.gemma3 import tiny_gemma3
 from sinkscope.testing.planted import plant, random_plant, sink_free
-from sinkscope.testing.tiny import TINY, tiny_llava, tiny_qwen2_5_vl
+from sinkscope.testing.tiny import (
+    TINY,
+    random_image,
+    tiny_gemma3,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    write_checkpoint,
+)
 from sinkscope.testing.truth import Planted, Truth
 
 __all__ = [

@@ -1,20 +1,23 @@
-"""Tiny random vision-language models of real transformers classes, with their processors.
-
-Everything is built from configs: no download, a few hundred thousand parameters, milliseconds per
-forward pass. The weights are random but not degenerate (attention is clearly non-uniform).
-"""
+"""What the builders of tiny models share: random weights, sizes, checkpoints and images."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CohereConfig,
     Dinov2Config,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     Glm4Config,
     GptOssConfig,
     GraniteConfig,
@@ -23,6 +26,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Olmo2Config,
     PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -30,25 +35,212 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sinkscope.testing.building import (
-    HEAD_DIM,
-    ModelAndProcessor,
-    build,
-    check_choice,
-    check_divides,
-    text_settings,
-)
-from sinkscope.testing.gemma3 import tiny_gemma3
 from sinkscope.testing.processors import (
     QWEN_MERGE,
     QWEN_PATCH,
     QWEN_TEMPORAL,
     WITH_CLS,
+    gemma3_processor,
     llava_processor,
     qwen2_5_vl_processor,
 )
 
+ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
+
+HEAD_DIM = 16
+
+
+def write_checkpoint(
+    model: PreTrainedModel, processor: ProcessorMixin, folder: str | pathlib.Path
+) -> pathlib.Path:
+    """Save model and processor the way a hub repository holds them; return the folder.
+
+    ``AutoModelForImageTextToText.from_pretrained(folder)`` loads the model offline, and
+    ``AutoProcessor.from_pretrained(folder)`` the processor. For Qwen2.5-VL the latter needs
+    torchvision, a limit of transformers; `load_processor` does without.
+    """
+    where = pathlib.Path(folder)
+    model.save_pretrained(where)
+    processor.save_pretrained(where)
+    return where
+
+
+def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
+    """RGB image of random 8 x 8 pixel blocks, the same for the same arguments.
+
+    Raises:
+        ValueError: a side below one pixel.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"random_image needs positive sides, got width={width}, height={height}")
+    blocks = (-(-height // 8), -(-width // 8))
+    colours = np.random.default_rng(seed).integers(0, 256, size=(*blocks, 3), dtype=np.uint8)
+    pixels = colours.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return Image.fromarray(pixels)
+
+
+def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
+    """Overwrite every parameter of `model` with random values that keep activations in range.
+
+    Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
+    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that; learned
+    sink logits ten times it; LayerScale factors are uniform between 0.1 and 1.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            if "embed" in name and parameter.ndim == 2:
+                parameter.copy_(5 * noise)
+            elif parameter.ndim > 1:
+                parameter.copy_(noise)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.copy_(noise / 2 + 1.5)
+            elif name.endswith(".sinks"):
+                parameter.copy_(10 * noise)
+            elif "lambda" in name:
+                parameter.copy_(0.1 + 0.9 * torch.special.ndtr(noise / std))
+            else:
+                parameter.copy_(noise / 2 + float(name.endswith("weight")))
+
+
+def build(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    seed: int,
+    init_std: float,
+) -> PreTrainedModel:
+    """Model of `config` in eval mode with random weights of `seed`; the global RNG is untouched.
+
+    Only parameters are cast to `dtype`: rotary frequencies stay in float32, as after
+    ``from_pretrained``.
+    """
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    randomize(model, torch.Generator().manual_seed(seed), init_std)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def text_settings(
+    processor: ProcessorMixin, layers: int, heads: int, kv_heads: int
+) -> dict[str, Any]:
+    """Settings every LLM config takes; ids from the tokenizer."""
+    tokenizer = processor.tokenizer
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HEAD_DIM * heads,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse an unknown value with ``ValueError``."""
+    if value not in known:
+        raise ValueError(f"{argument}={value!r} is unknown; write one of {', '.join(known)}")
+
+
+def check_divides(small: str, divisor: int, large: str, number: int) -> None:
+    """Refuse a number that is no multiple with ``ValueError``."""
+    if divisor < 1 or number % divisor:
+        raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def tiny_gemma3(
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vision_layers: int = 3,
+    layers: int = 3,
+    full_attention_layers: tuple[int, ...] = (1,),
+    sliding_window: int = 12,
+    heads: int = 4,
+    kv_heads: int = 2,
+    image_size: int = 48,
+    patch_size: int = 8,
+    pool: int = 2,
+    init_std: float = 0.2,
+) -> ModelAndProcessor:
+    """Random ``Gemma3ForConditionalGeneration`` in eval mode, and its processor.
+
+    A SigLIP tower whose patches are average-pooled, ``pool x pool`` to an LLM token: at the defaults
+    6 x 6 patches become 9 tokens. In the LLM queries and keys are normed, the logits' scale is not
+    ``1 / sqrt(head_dim)``, tokens of one image see each other in both directions, and all layers but
+    ``full_attention_layers`` see the last ``sliding_window`` positions only.
+
+    Args:
+        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
+        dtype: of the weights.
+        seed: of the weights.
+        vision_layers: blocks of the ViT.
+        layers: blocks of the LLM.
+        full_attention_layers: LLM blocks without a sliding window.
+        sliding_window: positions a query sees in the other blocks, itself among them.
+        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
+        kv_heads: key and value heads of the LLM; must divide `heads`.
+        image_size: side in pixels of the square the processor makes of every image.
+        patch_size: side of a patch in pixels.
+        pool: patches per side of an LLM token; ``pool * patch_size`` must divide `image_size`.
+        init_std: standard deviation of the random weight matrices.
+
+    Raises:
+        ValueError: head counts, sizes or block indices that do not fit.
+    """
+    check_divides("kv_heads", kv_heads, "heads", heads)
+    check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
+    if any(not 0 <= block < layers for block in full_attention_layers):
+        raise ValueError(
+            f"full_attention_layers={full_attention_layers}: expected block indices in "
+            f"0..{layers - 1} (layers={layers})"
+        )
+    tokens = (image_size // patch_size // pool) ** 2
+    processor = gemma3_processor(image_size, tokens)
+    tokenizer = processor.tokenizer
+    kinds = [FULL if block in full_attention_layers else SLIDING for block in range(layers)]
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=4,
+            image_size=image_size,
+            patch_size=patch_size,
+            vision_use_head=False,
+        ),
+        text_config=Gemma3TextConfig(
+            **text_settings(processor, layers, heads, kv_heads),
+            head_dim=HEAD_DIM,
+            query_pre_attn_scalar=4 * HEAD_DIM,
+            sliding_window=sliding_window,
+            layer_types=kinds,
+        ),
+        mm_tokens_per_image=tokens,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    model = build(
+        Gemma3ForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
+    )
+    return model, processor
+
+
 TOWERS = ("clip", "siglip", "dinov2")
+
 LLMS = MappingProxyType(
     {
         "llama": LlamaConfig,
@@ -62,6 +254,7 @@ LLMS = MappingProxyType(
         "cohere": CohereConfig,
     }
 )
+
 OWN_SETTINGS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         # Both experts are always on: which of them come first would depend on the last bit.
@@ -250,4 +443,5 @@ TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType
         "gemma3": tiny_gemma3,
     }
 )
+
 """Builders by family; each takes the keyword arguments of its function."""

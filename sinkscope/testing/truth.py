@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from sinkscope.testing import circuits
-from sinkscope.testing.building import random_image
+from sinkscope.testing.tiny import random_image
 
 Writer = Literal["mlp", "attention"]
+
 """Sub-modules that can write a spike."""
+
 GRID = 8
+
 """Patches along each side of the image."""
+
 PATCH = 8
+
 """Pixels along each side of a patch."""
+
 PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
+
 PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 
 
@@ -120,3 +128,44 @@ class Planted:
         mask = torch.zeros(self.truth.cls_tokens + GRID**2, dtype=torch.bool)
         mask[[patch + self.truth.cls_tokens for patch in self.truth.patches(kind)]] = True
         return mask
+
+
+@dataclass(frozen=True)
+class Score:
+    """Counts of found and planted tokens.
+
+    Attributes:
+        hits: Planted tokens that were found.
+        found: Tokens that were found.
+        planted: Tokens that were planted.
+    """
+
+    hits: int = 0
+    found: int = 0
+    planted: int = 0
+
+    @property
+    def precision(self) -> float:
+        """Share of the found tokens that were planted; 1 if nothing was found."""
+        return self.hits / self.found if self.found else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the planted tokens that were found; 1 if nothing was planted."""
+        return self.hits / self.planted if self.planted else 1.0
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.hits + other.hits, self.found + other.found, self.planted + other.planted)
+
+
+def score(found: Bool[Tensor, "..."], planted: Bool[Tensor, "..."]) -> Score:
+    """Count hits of one mask against another of the same shape.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if found.shape != planted.shape:
+        raise ValueError(
+            f"Got masks of shapes {tuple(found.shape)} and {tuple(planted.shape)}; expected one shape"
+        )
+    return Score(int((found & planted).sum()), int(found.sum()), int(planted.sum()))

@@ -12,17 +12,30 @@ from torch import Tensor
 
 from sinkscope.errors import SelectionError
 from sinkscope.tokens import VISION_KINDS
-from sinkscope.viz.glyphs import cut, drawable, families
-from sinkscope.viz.heads import share
-from sinkscope.viz.shares import COLOURS, TICKS, share_scale
-from sinkscope.viz.style import LABEL, QUIET, SMALL, STYLES, TITLE, figure_of, new_axes, ticks_for
-from sinkscope.viz.words import aligned, neat, plural, ranges, readable
+from sinkscope.viz.layers import share
+from sinkscope.viz.style import (
+    COLOURS,
+    LABEL,
+    QUIET,
+    SMALL,
+    STYLES,
+    TICKS,
+    TITLE,
+    cut,
+    drawable,
+    families,
+    figure_of,
+    new_axes,
+    share_scale,
+    ticks_for,
+)
+from sinkscope.viz.tables import aligned, neat, plural, ranges, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sinkscope.experiments.lives import GenerationTrace, SinkLife
+    from sinkscope.experiments.generation import GenerationTrace, SinkLife
 
 SINKS, OTHERS = 12, 6
 """The most lines of each in a figure."""

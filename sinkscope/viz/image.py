@@ -10,7 +10,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from sinkscope.viz.canvas import draw_picture, token_grid
 from sinkscope.viz.style import (
     GROUP_OF,
     LABEL,
@@ -20,12 +19,14 @@ from sinkscope.viz.style import (
     check_choice,
     check_layer,
     check_row,
+    draw_picture,
     figure_of,
     legend_below,
     new_axes,
     plain_log,
+    token_grid,
 )
-from sinkscope.viz.words import readable
+from sinkscope.viz.tables import readable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sinkscope.experiments.records import SinkRecord
-    from sinkscope.experiments.trace import SinkTrace
+    from sinkscope.experiments.sink_records import SinkRecord
+    from sinkscope.experiments.tracing import SinkTrace
 
 OVERLAP = "V-sinks, L rule too"
 NONE = "none found"

@@ -1,19 +1,22 @@
-"""How figures look: one colour and one marker per kind of token, and axes that carry both towers.
-
-The colours are those of Okabe and Ito, which stay apart for colour-blind readers; markers differ
-too, so that nothing rests on colour alone. No global setting of matplotlib is touched.
-"""
+"""Which characters a figure can draw, and how wide they are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, cast
+from unicodedata import combining, east_asian_width
 
+import torch
+from matplotlib import colormaps, font_manager
 from matplotlib.axis import Axis
+from matplotlib.collections import LineCollection
+from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
+from torch import Tensor
 
 from sinkscope.errors import LayerError, SelectionError
 
@@ -23,10 +26,102 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from sinkscope.experiments.trace import SinkTrace
+    from sinkscope.experiments.tracing import SinkTrace
+
+BASE = "DejaVu Sans Mono"
+
+"""Comes with matplotlib; every letter is as wide as every other."""
+
+ASIAN = (
+    "Noto Sans Mono CJK SC",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+    "Arial Unicode MS",
+)
+
+"""Fonts with Chinese, Japanese and Korean characters, of common systems."""
+
+MISSING = "▯"
+
+ADVANCE = 0.65
+
+"""Width of a letter of `BASE` as a share of the font size, with room for its rounding to whole pixels."""
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """The base font, and those of `ASIAN` that are installed."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return (BASE, *(name for name in ASIAN if name in known))
+
+
+def drawable(text: str) -> str:
+    """The text with `MISSING` for every character that no font here has."""
+    return "".join(c if ord(c) in _covered() else MISSING for c in text)
+
+
+def columns_of(text: str) -> int:
+    """How many letters wide a text is: Chinese characters are as wide as two, accents of their own as none."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """The text, shortened to so many columns."""
+    if columns_of(text) <= columns:
+        return text
+    while columns_of(text) > columns - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+@cache
+def _covered() -> frozenset[int]:
+    paths = [font_manager.findfont(name, fallback_to_default=False) for name in families()]
+    return frozenset(code for path in paths for code in font_manager.get_font(path).get_charmap())
+
+
+COLOURS = "Purples"
+
+"""Light to dark, and no colour of a kind of sink."""
+
+TICKS = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
+
+DARK = 0.55
+
+"""Places on the scale from which on letters are white."""
+
+
+def share_scale() -> PowerNorm:
+    """A square-root scale: 0.01 lies at a tenth of it, 0.25 at a half."""
+    return PowerNorm(0.5, 0.0, 1.0)
+
+
+def colour_of(share: float) -> str:
+    """The colour of a share as ``#rrggbb``."""
+    return to_hex(colormaps[COLOURS](_place(share)))
+
+
+def ink_on(share: float) -> str:
+    """The colour of letters that can be read on it."""
+    return "#ffffff" if _place(share) > DARK else "#1c2127"
+
+
+def _place(share: float) -> float:
+    return float(share_scale()(min(max(share, 0.0), 1.0)))
+
 
 TITLE, LABEL, SMALL = 11, 10, 9
+
 """Font sizes in points."""
+
 QUIET = "#6b6b6b"
 
 
@@ -46,15 +141,20 @@ STYLES = {
     "ordinary": Style("#5F5F5F", "D"),
     "text": Style("#B45C91", "v"),
 }
+
 """Group of `SinkTrace.groups` -> style."""
+
 OTHERS = (
     Style("#56B4E9", "P"),
     Style("#E69F00", "X"),
     Style("#000000", "*"),
     Style("#8C510A", "p"),
 )
+
 """For groups of the user's own."""
+
 GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": "attended"}
+
 """`SinkRecord.kind` -> group."""
 
 
@@ -238,3 +338,64 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise SelectionError(f"Got {name}={value!r}; expected one of {tuple(known)}.")
     return value
+
+
+def draw_picture(ax: Axes, trace: SinkTrace, row: int, image: int, *, grey: bool = False) -> float:
+    """The image, if there is one, under the grid of the vision tower's patches.
+
+    Returns:
+        About how many points wide a token is drawn, to choose a marker that fits.
+    """
+    index = check_image(trace, row, image)
+    vision = trace.sample.tokens.vision
+    boxes = vision.box[index][~vision.box[index].isnan().any(dim=-1)]
+    low, high = boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)
+    images = trace.sample.images
+    if images is None:
+        ax.set_xlim(float(low[0]), float(high[0]))
+        ax.set_ylim(float(high[1]), float(low[1]))
+        ax.set_facecolor("#f2f2f2")
+        ax.set_aspect("equal")
+    else:
+        picture = images[row][image]
+        extent = (0, picture.width, picture.height, 0)
+        ax.imshow(picture.convert("L" if grey else "RGB"), extent=extent, cmap="gray", zorder=0)
+    _draw_grid(ax, boxes, low.tolist(), high.tolist())
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_anchor("NW")
+    if images is None:
+        ax.set_ylabel("no picture: input pixels", fontsize=SMALL, color=QUIET)
+    columns = int(trace.sample.tokens.column[row].amax()) + 1
+    return min(26.0, max(6.0, 230.0 / columns))
+
+
+def token_grid(
+    trace: SinkTrace, row: int, image: int, values: Tensor
+) -> tuple[Tensor, tuple[float, float, float, float]]:
+    """Values ``[pos]`` of a row's image tokens as ``[row column]``, and where they lie in pixels.
+
+    CLS and registers, which some projectors keep, have no place in the picture and are left out.
+    """
+    tokens = trace.sample.tokens
+    own = (tokens.image[row] == image) & (tokens.row[row] >= 0)
+    rows, columns = tokens.row[row, own], tokens.column[row, own]
+    grid = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), float("nan"))
+    grid[rows, columns] = values[own].float()
+    box = tokens.box[row, own]
+    x0, y0 = box[:, :2].amin(dim=0).tolist()
+    x1, y1 = box[:, 2:].amax(dim=0).tolist()
+    return grid, (x0, x1, y1, y0)
+
+
+def _draw_grid(ax: Axes, boxes: Tensor, low: list[float], high: list[float]) -> None:
+    """The edges of all patches."""
+    xs = torch.cat([boxes[:, 0], boxes[:, 2]]).unique().tolist()
+    ys = torch.cat([boxes[:, 1], boxes[:, 3]]).unique().tolist()
+    lines = [[(x, low[1]), (x, high[1])] for x in xs] + [[(low[0], y), (high[0], y)] for y in ys]
+    width = 0.9 if len(xs) < 20 else 0.4
+    for colour, thick in (("black", width), ("white", width / 2)):
+        ax.add_collection(
+            LineCollection(lines, colors=colour, linewidths=thick, alpha=0.55, zorder=1),
+            autolim=False,
+        )

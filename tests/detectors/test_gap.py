@@ -8,8 +8,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope import detectors
-from sinkscope.detectors.calibrate import _Look, _rule, separation
-from sinkscope.detectors.outcome import outcome_of
+from sinkscope.detectors.calibration import _Look, _rule, separation
+from sinkscope.detectors.gap import outcome_of
 from sinkscope.probes import EvidenceResult, MassiveResult, ReceivedResult
 from sinkscope.testing import random_image, tiny_llava
 

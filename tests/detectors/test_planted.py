@@ -15,10 +15,10 @@ from benchmarks.planted_detectors import (
     truth_of,
 )
 from sinkscope import detectors
+from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.errors import SelectionError
-from sinkscope.models.branches import NoBranch
 from sinkscope.testing import random_plant, sink_free
-from sinkscope.testing.scoring import Score
+from sinkscope.testing.truth import Score
 
 SEEDS = range(50)
 

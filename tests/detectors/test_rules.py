@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
 from sinkscope.errors import DetectorError, LayerError, SelectionError
-from sinkscope.experiments.sweeps.groups import v_sinks
+from sinkscope.experiments.sweep_images import v_sinks
 from sinkscope.kernels import residual
 from sinkscope.probes.attention import ReceivedResult
 from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult

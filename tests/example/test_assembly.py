@@ -15,7 +15,9 @@ from torch import nn
 import sinkscope as ss
 from sinkscope.bundled import bundled_path
 from sinkscope.errors import CheckpointError
-from sinkscope.example import assembly, language, layout, load
+from sinkscope.example import assembly, load
+from sinkscope.example import assembly as language
+from sinkscope.example import sources as layout
 from sinkscope.example.sources import HUB_LANGUAGE, HUB_VISION
 
 
@@ -38,7 +40,7 @@ def onnx_bytes(**tensors):
     ],
 )
 def test_another_graph_is_refused(tensors, says):
-    from sinkscope.example.vision import read_vision
+    from sinkscope.example.assembly import read_vision
 
     with pytest.raises(CheckpointError, match=says):
         read_vision(onnx_bytes(**tensors))

@@ -6,7 +6,7 @@ import json
 
 from safetensors.torch import load_file
 
-from sinkscope.example import layout
+from sinkscope.example import sources as layout
 from sinkscope.example.sources import BYTES, DINOV2, SMOLLM2
 
 CARD = (layout.ADAPTERS.parent / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import pytest
 
 from sinkscope.errors import CheckpointError
 from sinkscope.example import __main__ as command
-from sinkscope.example import fetching
-from sinkscope.example.folder import cache_folder, model_folder, wheel_folder
+from sinkscope.example import sources as fetching
+from sinkscope.example.load import cache_folder, model_folder, wheel_folder
 from sinkscope.example.sources import WHEELS, Wheel
 
 SCRIPT = """#!{python}

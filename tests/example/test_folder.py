@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import sinkscope as ss
-from sinkscope import folders
+from sinkscope import files as folders
 from sinkscope.errors import CheckpointError, InputError
-from sinkscope.example import assembly, fetching, folder, layout
+from sinkscope.example import assembly
+from sinkscope.example import load as folder
+from sinkscope.example import sources as fetching
+from sinkscope.example import sources as layout
 from sinkscope.example.sources import WHEELS, check_wheel
 
 SOURCES = [wheel.sha256 for wheel in WHEELS]

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import sinkscope as ss
 from sinkscope.bundled import TEST_SEEDS, ask, draw_scene
-from sinkscope.example import assembly, layout
+from sinkscope.data.answers import answer_ids
+from sinkscope.example import assembly
+from sinkscope.example import sources as layout
 from sinkscope.example.sources import DINOV2, SMOLLM2, read_member
-from sinkscope.models.answers import answer_ids
 from tests.real_model import example, example_folder, wheel_folder
 
 LORA_SCALE = 2.0  # alpha / r = 16 / 8

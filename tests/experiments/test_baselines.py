@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope import baselines, detectors
 from sinkscope.errors import InputError, LayerError
 from sinkscope.experiments.baselines import elsewhere
-from sinkscope.experiments.trace import trace_sinks
+from sinkscope.experiments.tracing import trace_sinks
 from sinkscope.testing import plant, random_image
 from tests.lsg.reference import eager
 

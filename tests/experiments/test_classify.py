@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sinkscope.experiments.probing.classify import (
+from sinkscope.data.items import Target
+from sinkscope.experiments.pooling import (
     Cell,
     Options,
     Split,
@@ -16,7 +17,6 @@ from sinkscope.experiments.probing.classify import (
     majority,
     shuffled,
 )
-from sinkscope.experiments.probing.labelled import Target
 
 OPTIONS = Options(c=1.0, permutations=20, level=0.95, draws=200, seed=0)
 

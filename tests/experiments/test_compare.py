@@ -10,9 +10,9 @@ import torch
 
 import sinkscope as ss
 from sinkscope import baselines, detectors
+from sinkscope.data.answers import answer_batch, score_options
+from sinkscope.data.items import as_items
 from sinkscope.experiments import Comparison, EditSinks, Item, cluster_bootstrap, per_seed
-from sinkscope.experiments.answering import answer_batch, score_options
-from sinkscope.experiments.items import as_items
 from sinkscope.testing import plant, random_image, tiny_llava
 
 

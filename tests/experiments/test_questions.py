@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import sinkscope as ss
+from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
-from sinkscope.experiments.questions import Questions
 from sinkscope.testing import random_image
 
 ROWS = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.data.answers import ask
 from sinkscope.errors import (
     CheckpointError,
     DetectorError,
@@ -18,9 +19,8 @@ from sinkscope.errors import (
 )
 from sinkscope.experiments import Answered, Item, SweepCost
 from sinkscope.experiments import sweep as sweep_function
-from sinkscope.experiments.sweeps import images
-from sinkscope.experiments.sweeps.edits import Batch, Edits, factors_of
-from sinkscope.experiments.sweeps.scores import ask
+from sinkscope.experiments import sweep_images as images
+from sinkscope.experiments.sweep_images import Batch, Edits, factors_of
 from sinkscope.models import replay
 from sinkscope.testing import plant, random_image, tiny_llava, write_checkpoint
 from tests.conftest import FAMILIES
@@ -202,7 +202,7 @@ def test_log_probabilities_that_are_no_numbers_are_refused_and_not_stored(option
 
 
 def test_a_model_that_overflows_by_itself_is_told_so(tiny, monkeypatch):
-    module = sys.modules["sinkscope.experiments.sweeps.images"]
+    module = sys.modules["sinkscope.experiments.sweep_images"]
     real = module.logits_at
     monkeypatch.setattr(module, "logits_at", lambda *given: real(*given) * float("nan"))
     with pytest.raises(InputError, match=r"at the base, without an edit.*model itself overflows"):

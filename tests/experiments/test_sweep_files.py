@@ -15,8 +15,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
-from sinkscope.experiments.sweeps import store
-from sinkscope.folders import LOCK, WRITING
+from sinkscope.experiments import sweep_result as store
+from sinkscope.files import LOCK, WRITING
 from tests.experiments.sweep_job import questions, run
 
 JOB = Path(__file__).with_name("sweep_job.py")
@@ -236,7 +236,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_no_others(small, living):
 
 HOLD = """
 import sys, pathlib
-from sinkscope.folders import held
+from sinkscope.files import held
 with held(pathlib.Path(sys.argv[1]), "sweep"):
     print("holding", flush=True)
     input()

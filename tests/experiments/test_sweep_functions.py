@@ -14,7 +14,7 @@ import torch
 
 from sinkscope.errors import InputError
 from sinkscope.experiments import Item
-from sinkscope.experiments.sweeps.functions import digest_function
+from sinkscope.experiments.sweeping import digest_function
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 0.5

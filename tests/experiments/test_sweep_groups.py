@@ -8,9 +8,8 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import CheckpointError, DetectorError, InputError
-from sinkscope.experiments.sweeps.edits import Edits, factors_of
-from sinkscope.experiments.sweeps.groups import by_token
-from sinkscope.experiments.sweeps.store import MANIFEST
+from sinkscope.experiments.sweep_images import Edits, by_token, factors_of
+from sinkscope.experiments.sweep_result import MANIFEST
 from sinkscope.testing import plant
 from tests.conftest import FAMILIES
 from tests.experiments.test_sweep import TEXT_FIRST, some, teacher_forced

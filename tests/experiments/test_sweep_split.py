@@ -94,7 +94,7 @@ def test_splitting_the_rest_by_hand():
 
 def test_noise_gains_nothing_from_splitting():
     """On noise the best of 45 beats the best of 9 where they are chosen, and not on other images."""
-    from sinkscope.experiments.sweeps.best import split_of
+    from sinkscope.experiments.findings import split_of
 
     found = [split_of(made(seed=s, images=12).table, seed=0) for s in range(40)]
     assert abs(np.mean([one["difference"][0] for one in found])) < 0.15

@@ -152,7 +152,7 @@ def test_the_result_carries_distribution_interval_and_p(traced):
 def test_replacements_stand_side_by_side_with_their_controls(traced):
     """Every line is what its own edit and controls give, and a sink's zero is the mildest of them."""
     lvlm, trace, _ = traced
-    table = ss.interventions.replacement_table(lvlm, trace, trace.v_sinks, [2, 3], n=6, seed=2)
+    table = ss.experiments.replacement_table(lvlm, trace, trace.v_sinks, [2, 3], n=6, seed=2)
     assert list(table["replacement"]) == ["zero", "mean", "resample"]
     assert list(table["batch"]) == [0, 0, 0]
     for line in table.to_dict("records"):
@@ -384,7 +384,7 @@ def test_several_donors_give_as_many_position_controls(traced):
 
 def test_the_interval_is_central():
     controls = torch.arange(101.0)[:, None]
-    result = ss.interventions.ControlResult(torch.zeros(1), controls, torch.zeros(1), "count")
+    result = ss.experiments.ControlResult(torch.zeros(1), controls, torch.zeros(1), "count")
     for level, ends in {0.95: (2.5, 97.5), 0.9: (5.0, 95.0), 0.5: (25.0, 75.0)}.items():
         assert [x.item() for x in result.interval(level)] == pytest.approx(ends)
     line = result.to_dataframe().loc[0]

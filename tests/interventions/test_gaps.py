@@ -17,9 +17,8 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import sinkscope as ss
-from sinkscope.kernels.edits import edit_keys, edit_mass
-from sinkscope.kernels.evict import evict_keys
-from sinkscope.kernels.values import edit_values
+from sinkscope.kernels.edited_call import edit_values
+from sinkscope.kernels.edits import edit_keys, edit_mass, evict_keys
 from sinkscope.testing import TINY
 from tests.interventions import reference as by_hand
 from tests.interventions.conftest import make_case

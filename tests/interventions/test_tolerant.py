@@ -6,7 +6,7 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.interventions.running import tolerant
+from sinkscope.interventions.application import tolerant
 from sinkscope.testing import random_image, tiny_llava
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import sinkscope as ss
 from sinkscope.errors import InputError, InterventionError
-from sinkscope.lsg.attached_state import ByIdentity, arguments_of
+from sinkscope.lsg.attach import ByIdentity, arguments_of
 from sinkscope.testing import TINY, random_image
 from tests.lsg.conftest import vision_states
 

@@ -11,12 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 import sinkscope as ss
+from sinkscope.data.answers import answer_ids, ask, score_options
+from sinkscope.data.batches import IGNORED, end_token, make_batch, read_dataset
 from sinkscope.errors import InputError
 from sinkscope.experiments import Item
-from sinkscope.experiments.answering import score_options
-from sinkscope.experiments.sweeps.scores import ask
-from sinkscope.lsg.data import IGNORED, end_token, make_batch, read_dataset
-from sinkscope.models.answers import answer_ids
 from sinkscope.testing import TINY, random_image
 
 

@@ -16,11 +16,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import sinkscope as ss
+from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import CheckpointError, InputError, InterventionError
-from sinkscope.lsg import storage
-from sinkscope.lsg.aliases import BASES, canonical
-from sinkscope.lsg.config import differences, fingerprint
-from sinkscope.models.reading import read_anatomy
+from sinkscope.lsg import files as storage
+from sinkscope.lsg.config import BASES, canonical, differences, fingerprint
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 RULE = ss.detectors.Norm(1.0)

@@ -14,7 +14,8 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
-from sinkscope.lsg import files, storage
+from sinkscope.lsg import files
+from sinkscope.lsg import files as storage
 
 TOKEN = "hf_" + "notARealTokenAtAll"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InterventionError, LayerError
-from sinkscope.lsg.matching import find_gates
-from sinkscope.lsg.settings import Settings
+from sinkscope.lsg.importing import Settings, find_gates
 from sinkscope.testing import random_image
 
 WIDTH, HIDDEN = 64, 16

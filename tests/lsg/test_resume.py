@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
-from sinkscope.folders import held
-from sinkscope.lsg import checkpoints
-from sinkscope.lsg import loop as looping
+from sinkscope.files import held
 from sinkscope.testing import random_image, tiny_llava
+from sinkscope.training import loop as checkpoints
+from sinkscope.training import loop as looping
 from tests.lsg.test_train import RULE, Bad, records, same, train, weights
 
 SCRIPT = """

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.data.batches import make_batch, read_dataset
 from sinkscope.errors import InputError, InterventionError
-from sinkscope.lsg.data import make_batch, read_dataset
-from sinkscope.lsg.stacking import GateStack
+from sinkscope.lsg.result import GateStack
 from sinkscope.testing import tiny_llava
 from tests.lsg.test_train import RULE, records
 

@@ -12,6 +12,7 @@ import transformers
 
 import sinkscope as ss
 from sinkscope.bundled.scenes import TRAIN_SEEDS
+from sinkscope.data.batches import make_batch, read_dataset
 from sinkscope.errors import (
     InputError,
     InterventionError,
@@ -19,11 +20,10 @@ from sinkscope.errors import (
     ModelError,
     NonFiniteError,
 )
-from sinkscope.lsg import loop as looping
-from sinkscope.lsg.cost import cost_of
-from sinkscope.lsg.data import make_batch, read_dataset
-from sinkscope.lsg.training_settings import TrainingSettings
+from sinkscope.lsg.train import cost_of
 from sinkscope.testing import TINY, random_image, tiny_llava
+from sinkscope.training import loop as looping
+from sinkscope.training.settings import TrainingSettings
 
 RULE = ss.detectors.Norm(8.0)
 

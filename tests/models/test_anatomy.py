@@ -10,14 +10,14 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sinkscope as ss
-from sinkscope.errors import AttentionCallError, ModelError, ProbeError
-from sinkscope.models.source import (
+from sinkscope.anatomy.attention_call import (
     AttentionCall,
     NoAttentionCall,
     calls_attention,
     find_attention_call,
     forward_tree,
 )
+from sinkscope.errors import AttentionCallError, ModelError, ProbeError
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image, tiny_llava, tiny_qwen2_5_vl
 
@@ -316,7 +316,7 @@ def test_feature_layers_that_do_not_exist_are_refused(layer):
     ],
 )
 def test_a_wrong_row_of_the_family_is_noticed_at_load(monkeypatch, wrong, says):
-    from sinkscope.models import families
+    from sinkscope.anatomy import families
 
     row = dataclasses.replace(families.LLAVA, **wrong)
     monkeypatch.setitem(families.FAMILIES, "llava", row)

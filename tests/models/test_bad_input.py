@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sinkscope as ss
+from sinkscope.anatomy import attention_call as source
 from sinkscope.errors import (
     AttentionCallError,
     CheckpointError,
@@ -25,7 +26,6 @@ from sinkscope.errors import (
     SelectionError,
     SinkscopeError,
 )
-from sinkscope.models import source
 from sinkscope.testing import random_image, tiny_llava, write_checkpoint
 
 IMAGE = random_image(40, 40, 0)

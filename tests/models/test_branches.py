@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import sinkscope as ss
+from sinkscope.anatomy import discovery as reading
+from sinkscope.anatomy.block_sum import Branch, NoBranch, read_branches
 from sinkscope.errors import ModelError
-from sinkscope.models import reading
-from sinkscope.models.branches import Branch, NoBranch, read_branches
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.interventions.reference import hook_on
 

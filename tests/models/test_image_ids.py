@@ -7,14 +7,13 @@ import pandas as pd
 import pytest
 
 import sinkscope as ss
+from sinkscope.data.batches import read_dataset
+from sinkscope.data.items import as_items, as_labelled, as_targets
+from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
-from sinkscope.experiments.items import as_items
-from sinkscope.experiments.linear_probes import split_images
-from sinkscope.experiments.probing.labelled import as_labelled, as_targets
-from sinkscope.experiments.questions import Questions
+from sinkscope.experiments.probing import split_images
 from sinkscope.experiments.statistics import cluster_bootstrap, cluster_intervals
-from sinkscope.experiments.sweep import by_image
-from sinkscope.lsg.data import read_dataset
+from sinkscope.experiments.sweeping import by_image
 from sinkscope.testing import random_image
 
 PICTURES = [random_image(8, 8, i) for i in range(24)]

@@ -11,10 +11,10 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import sinkscope as ss
+from sinkscope.cli.recipes import read_recipe
 from sinkscope.errors import CheckpointError
 from sinkscope.models import loading, processors
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor
-from sinkscope.recipes import read_recipe
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 FAMILIES = tuple(TINY)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.models.decoder_inputs import decoder_inputs, extend
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
-from sinkscope.models.replay import logits_at
+from sinkscope.models.replay import decoder_inputs, extend, logits_at
 from sinkscope.testing import random_image, tiny_llava
 from tests.conftest import FAMILIES
 

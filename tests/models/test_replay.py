@@ -7,9 +7,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.models.decoder_inputs import checked, decoder_inputs, extend
 from sinkscope.models.keyhook import scaled_keys
-from sinkscope.models.replay import capture, logits_at, resume
+from sinkscope.models.replay import capture, checked, decoder_inputs, extend, logits_at, resume
 from sinkscope.testing import random_image, tiny_gemma3, tiny_llava
 from tests.conftest import FAMILIES
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.anatomy import attention_call as source
+from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import ModelError, NonFiniteError
-from sinkscope.models import source, verify
-from sinkscope.models.reading import read_anatomy
+from sinkscope.models import proofs as verify
 from sinkscope.testing import TINY, tiny_llava
 
 FAMILIES = tuple(TINY)

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from sinkscope.models.words import words_of
+from sinkscope.models.token_map import words_of
 from sinkscope.testing import random_image
-from sinkscope.testing.tokenizers import llava_tokenizer, qwen_tokenizer
+from sinkscope.testing.processors import llava_tokenizer, qwen_tokenizer
 
 
 @pytest.fixture(scope="module")

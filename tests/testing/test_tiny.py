@@ -14,7 +14,7 @@ from sinkscope.testing import (
     tiny_qwen2_5_vl,
     write_checkpoint,
 )
-from sinkscope.testing.tokenizers import gemma_tokenizer, llava_tokenizer, qwen_tokenizer
+from sinkscope.testing.processors import gemma_tokenizer, llava_tokenizer, qwen_tokenizer
 
 FAMILIES = sorted(TINY)
 

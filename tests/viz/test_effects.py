@@ -12,8 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import sinkscope as ss
 from sinkscope.errors import InputError, SelectionError
-from sinkscope.experiments import Comparison
-from sinkscope.interventions import ControlResult
+from sinkscope.experiments import Comparison, ControlResult
 from sinkscope.viz import effects_text, plot_control, plot_effects
 
 RIGHT = {"mask V-sinks": 0.4, "mask random, as many": 0.8, "mask L-sinks": 0.9, "base": 0.9}

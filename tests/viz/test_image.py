@@ -92,8 +92,7 @@ def test_kinds_differ_in_colour_and_in_shape() -> None:
 
 def test_markers_fit_a_fine_grid(traces) -> None:
     """24 patches a side leave less room than 8."""
-    from sinkscope.viz.canvas import draw_picture
-    from sinkscope.viz.style import new_axes
+    from sinkscope.viz.style import draw_picture, new_axes
 
     trace = traces["one"]
     coarse = draw_picture(new_axes(None, (4, 4)), trace, 0, 0)

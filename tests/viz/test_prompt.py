@@ -15,10 +15,17 @@ import sinkscope as ss
 from sinkscope.errors import LayerError, SelectionError
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz import plot_received_map, plot_tokens, tokens_html
-from sinkscope.viz.chips import SEEN, chips_of, marks_of
-from sinkscope.viz.glyphs import MISSING, columns_of, cut, drawable
-from sinkscope.viz.shares import colour_of, ink_on, share_scale
-from sinkscope.viz.style import STYLES
+from sinkscope.viz.prompt import SEEN, chips_of, marks_of
+from sinkscope.viz.style import (
+    MISSING,
+    STYLES,
+    colour_of,
+    columns_of,
+    cut,
+    drawable,
+    ink_on,
+    share_scale,
+)
 from tests.viz.test_report import Page
 
 
@@ -199,7 +206,7 @@ def test_a_long_prompt_is_wrapped_and_nothing_overlaps(long) -> None:
 
 
 def test_characters_without_a_font_are_visible(long, monkeypatch) -> None:
-    monkeypatch.setattr("sinkscope.viz.glyphs._covered", lambda: set(range(0x2000)) | {0x25B2})
+    monkeypatch.setattr("sinkscope.viz.style._covered", lambda: set(range(0x2000)) | {0x25B2})
     assert drawable("图 1/3 é ▲") == f"{MISSING} 1/3 é ▲"
     figure = plot_tokens(long)
     assert f"{MISSING} 1/3" in [t.get_text() for t in written(figure)]
@@ -261,7 +268,7 @@ def test_wrong_use_is_explained(traces) -> None:
 
 
 def test_the_report_has_both(traces, tmp_path) -> None:
-    from sinkscope.viz.gallery import most_attended, pictures_of
+    from sinkscope.viz.pages import most_attended, pictures_of
 
     trace = traces["two rows"]
     for mass in (None, traces.masses["two rows"]):

@@ -15,9 +15,8 @@ from PIL import Image
 import sinkscope as ss
 from sinkscope.errors import InputError
 from sinkscope.viz import effects_text, write_report
-from sinkscope.viz.changes import effects_frame
-from sinkscope.viz.html import frame_table
-from sinkscope.viz.table import COLUMNS
+from sinkscope.viz.effects import effects_frame
+from sinkscope.viz.tables import COLUMNS, frame_table
 from tests.viz.test_effects import comparison
 from tests.viz.test_text import table_of
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from sinkscope.viz import trace_html, trace_summary
-from sinkscope.viz.words import aligned, neat, plural, ranges, readable, short
+from sinkscope.viz.tables import aligned, neat, plural, ranges, readable, short
 
 
 def body(summary):

@@ -1,0 +1,190 @@
+"""What a probe may know about the model and the sample: numbers, masks and paths, never modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
+from sinkscope.errors import ProbeError, SelectionError
+from sinkscope.tokens import Selection, TokenMap
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The model's anatomy and the sample's tokens at one step.
+
+    Attributes:
+        anatomy: The model's anatomy.
+        tokens: The sample's TokenMap.
+        step: 0 for the prompt, 1, 2, ... for the decode steps of ``generate``.
+        ended: Bool ``[batch]``, rows whose answer ended before this step; None while unknown.
+    """
+
+    anatomy: Anatomy
+    tokens: TokenMap
+    step: int = 0
+    ended: Tensor | None = None
+
+    def tower(self, name: str) -> TowerAnatomy:
+        """One tower's anatomy."""
+        return self.anatomy.tower(name)
+
+    def layers(self, tower: str, layers: Any) -> tuple[int, ...]:
+        """Checked, ascending layers of a tower."""
+        return self.tower(tower).layers(layers)
+
+    def live(self, tower: str) -> Tensor:
+        """Live query positions, bool ``[row pos]``; one position per row at a decode step."""
+        if tower == "vision":
+            return self.tokens.vision.live
+        if self.step:
+            return self._going[:, None]
+        return self.tokens.live
+
+    def live_keys(self, tower: str) -> Tensor:
+        """Live key positions, bool ``[row key]``, with the tokens generated so far."""
+        if tower == "vision":
+            return self.tokens.vision.live
+        grown = torch.ones(self.tokens.live.shape[0], self.step, dtype=torch.bool)
+        return torch.cat([self.tokens.live, grown], dim=1) & self._going[:, None]
+
+    def positions(self, tower: str, selection: Selection | None = None) -> Tensor:
+        """Positions of all queries or of selected ones, int ``[row query]``, -1 where there is none.
+
+        At a decode step that of the newest token, -1 where the row has ended.
+        """
+        if selection is not None and not self.step:
+            return indices_of(self.flat(tower, selection))
+        live = self.live(tower)
+        first = self.tokens.live.shape[1] + self.step - 1 if self.step else 0
+        return torch.where(live, torch.arange(live.shape[1]) + first, -1)
+
+    @property
+    def _going(self) -> Tensor:
+        """Rows whose answer has not ended, bool ``[batch]``."""
+        if self.ended is None:
+            return torch.ones(self.tokens.live.shape[0], dtype=torch.bool)
+        return ~self.ended
+
+    def layout(self, tower: str) -> Tensor | None:
+        """The packed layout of the vision tower, or None."""
+        return self.tokens.vision.layout if tower == "vision" else None
+
+    def select(self, tower: str, selection: Selection) -> Tensor:
+        """A selection as a bool mask ``[row pos]`` or ``[row layer pos]``."""
+        chosen = self.tokens.vision if tower == "vision" else self.tokens
+        return chosen.select(selection, self.tower(tower).n_layers)
+
+    def flat(self, tower: str, selection: Selection) -> Tensor:
+        """A selection of queries or rows: the same for all layers, and not an empty name.
+
+        Raises:
+            ProbeError: If the mask has a layer axis.
+            SelectionError: If it is a name that stands for no token of this sample.
+        """
+        mask = self.select(tower, selection)
+        if isinstance(selection, str) and not mask.any():
+            raise SelectionError(
+                f"Got the selection {selection!r} as queries or rows, which stands for no token of "
+                "this sample; expected at least one. A tokenizer without BOS leaves 'bos' empty: "
+                "write 'first' for the first token of every row."
+            )
+        if mask.ndim != 2:
+            raise ProbeError(
+                f"Got a per-layer mask of shape {tuple(mask.shape)} as queries or rows; expected "
+                "one mask for all layers, [batch pos]. Write mask.any(dim=1) or choose a layer."
+            )
+        return mask
+
+    def groups(self, tower: str, groups: Any) -> tuple[tuple[str, ...], Tensor]:
+        """Token groups as one-hot columns in the model's own layout.
+
+        Args:
+            tower: The tower.
+            groups: Name -> selection.
+
+        Returns:
+            The names, and fp32 ``[row layer|1 key group]``.
+
+        Raises:
+            ProbeError: If there is no group.
+        """
+        check_groups(groups)
+        masks = [self.select(tower, selection) for selection in groups.values()]
+        per_layer = any(mask.ndim == 3 for mask in masks)
+        n_layers = self.tower(tower).n_layers
+        if per_layer:
+            masks = [m if m.ndim == 3 else m[:, None].expand(-1, n_layers, -1) for m in masks]
+        else:
+            masks = [m[:, None] for m in masks]
+        onehot = torch.stack(masks, dim=-1).float()
+        return tuple(groups), self.pack(tower, onehot, dim=2)
+
+    def pack(self, tower: str, x: Tensor, dim: int) -> Tensor:
+        """Per-image values in the layout of a packed tower: ``[image ... pos ...] -> [1 ... packed ...]``.
+
+        Args:
+            tower: The tower.
+            x: Values with images first and positions at ``dim``.
+            dim: The position axis.
+
+        Returns:
+            ``x`` itself if the tower is not packed.
+        """
+        layout = self.layout(tower)
+        if layout is None:
+            return x
+        moved = x.movedim(dim, 1)
+        flat = moved[layout >= 0]
+        packed = torch.empty_like(flat)
+        packed[layout[layout >= 0]] = flat
+        return packed[None].movedim(1, dim)
+
+    def packed_rows(self, tower: str, mask: Tensor) -> Tensor:
+        """Chosen positions as indices in the model's layout, -1 padded.
+
+        Args:
+            tower: The tower.
+            mask: Bool ``[row pos]``.
+
+        Returns:
+            Int ``[row|1 chosen]``.
+        """
+        layout = self.layout(tower)
+        if layout is None:
+            return indices_of(mask)
+        chosen = layout[mask][None]
+        return chosen if chosen.shape[1] else torch.full((1, 1), -1)
+
+
+def check_groups(groups: Any) -> None:
+    """Refuse what is no mapping of names to selections.
+
+    Raises:
+        ProbeError: If there is no group, or a name is no string.
+    """
+    if not isinstance(groups, Mapping) or not groups:
+        raise ProbeError(
+            f"Got groups={groups!r}; expected a dict of names and selections, such as "
+            "{'image': 'image', 'text': 'text'}."
+        )
+    strange = [name for name in groups if not isinstance(name, str)]
+    if strange:
+        raise ProbeError(
+            f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
+        )
+
+
+def indices_of(mask: Tensor) -> Tensor:
+    """The True positions of every row, ``[row chosen]``, padded with -1 at the end."""
+    most = max(1, int(mask.sum(1).max()))
+    out = torch.full((mask.shape[0], most), -1)
+    for row, line in enumerate(mask):
+        at = line.nonzero().flatten()
+        out[row, : len(at)] = at
+    return out

@@ -1,0 +1,239 @@
+"""Anatomy: where a model keeps its blocks, attention calls, projector and head.
+
+Only paths and numbers are kept, no modules, so an anatomy can be printed, compared and shipped. How
+it is found is in `sinkscope.anatomy.discovery`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
+from sinkscope.anatomy.block_sum import Branch, NoBranch
+from sinkscope.anatomy.families import Family
+from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
+
+
+@dataclass(frozen=True)
+class TowerAnatomy:
+    """One tower of transformer blocks.
+
+    Attributes:
+        tower: ``"vision"`` or ``"language"``.
+        blocks: Dotted path of every block.
+        attention: Dotted path of every block's attention module.
+        mlp: Dotted path of every block's MLP.
+        attention_out: How attention of every block reaches the residual stream, or why that could
+            not be read.
+        mlp_out: The same for the MLP.
+        neurons: Dotted path of every MLP's last projection, whose input are the neurons; empty
+            where there is none.
+        projection: Dotted path of every block's attention output projection, "" if none was found.
+        calls: The attention call of every block, or why it was not found.
+        d_model: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key-value heads.
+        d_head: Head dimension.
+        packed: Whether all images share one sequence without a batch axis.
+        kernel: The attention implementation, such as ``"sdpa"``.
+        learned_sink: Whether attention has a learned sink, which takes a share of no token.
+        softcap: Whether attention logits are soft-capped.
+        d_mlp: Neurons of every MLP, 0 where none were found.
+    """
+
+    tower: str
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    attention_out: tuple[Branch | NoBranch, ...]
+    mlp_out: tuple[Branch | NoBranch, ...]
+    neurons: tuple[str, ...]
+    projection: tuple[str, ...]
+    calls: tuple[AttentionCall | NoAttentionCall, ...]
+    d_model: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    packed: bool
+    kernel: str = "sdpa"
+    learned_sink: bool = False
+    softcap: bool = False
+    d_mlp: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Blocks whose attention call was found; the others have a residual stream only."""
+        return tuple(i for i, call in enumerate(self.calls) if isinstance(call, AttentionCall))
+
+    def call(self, layer: int) -> AttentionCall:
+        """The attention call of a block.
+
+        Raises:
+            AttentionCallError: If it was not found in the module's source.
+        """
+        found = self.calls[layer]
+        if isinstance(found, NoAttentionCall):
+            others = f" Write layers={list(self.attending)} for the rest." if self.attending else ""
+            raise AttentionCallError(found.reason + others)
+        return found
+
+    @property
+    def adding(self) -> tuple[int, ...]:
+        """Blocks of which is known what attention and MLP add: those with attn_out and mlp_out."""
+        pairs = enumerate(zip(self.attention_out, self.mlp_out, strict=True))
+        return tuple(i for i, pair in pairs if all(isinstance(one, Branch) for one in pair))
+
+    def branch(self, site: str, layer: int) -> Branch:
+        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
+
+        Raises:
+            ModelError: If it could not be read, or was not what a pass has added.
+        """
+        found = (self.attention_out if site == "attn_out" else self.mlp_out)[layer]
+        if isinstance(found, NoBranch):
+            others = f" Write layers={list(self.adding)} for the rest." if self.adding else ""
+            raise ModelError(found.reason + others)
+        return found
+
+    @property
+    def writing(self) -> tuple[int, ...]:
+        """Blocks of which is known what every key writes into the stream through attention."""
+        return tuple(i for i in self.attending if i in self.adding and self.projection[i])
+
+    def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
+        """What lies between a head's output and the stream.
+
+        Returns:
+            The path of the output projection, and those of what follows it.
+
+        Raises:
+            ModelError: If there is no output projection, or its way could not be read.
+        """
+        through = self.branch("attn_out", layer).through
+        if not self.projection[layer]:
+            raise ModelError(
+                f"{self.attention[layer]} has no output projection that was found; expected a linear "
+                "map of its heads. AttentionMass and ValueNorms work on this model; please report "
+                "this class."
+            )
+        return self.projection[layer], through
+
+    def layers(self, layers: Any) -> tuple[int, ...]:
+        """Check and expand a layer selection.
+
+        Args:
+            layers: None for all, one 0-based block index, or several.
+
+        Returns:
+            Ascending layer indices without repeats.
+
+        Raises:
+            LayerError: If an index is negative, no integer, or beyond the last block.
+        """
+        if layers is None:
+            return tuple(range(self.n_layers))
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        wanted: list[Any] = list(layers) if several else [layers]
+        for layer in wanted:
+            if isinstance(layer, bool) or not isinstance(layer, Integral):
+                raise LayerError(
+                    f"Got layer {layer!r} of type {type(layer).__name__}; expected a block index "
+                    f"from 0 to {self.n_layers - 1}. Write layers=[0, 1] or layers=None for all."
+                )
+            if not 0 <= int(layer) < self.n_layers:
+                raise LayerError(
+                    f"Got layer {layer} in the {self.tower} tower; expected 0 to "
+                    f"{self.n_layers - 1}. Layers are block indices and never negative: write "
+                    f"{self.n_layers - 1} for the last block."
+                )
+        if not wanted:
+            raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
+        return tuple(sorted({int(layer) for layer in wanted}))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything sinkscope knows about a model's layout.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        family: The family's row of data.
+        vision: The vision tower.
+        language: The decoder.
+        projector: Dotted path of the projector.
+        feeds: Vision blocks whose ``resid_post`` feeds the projector, in the order it reads them.
+        drops: How many leading ViT tokens (CLS) the projector does not see.
+        merge: How many patches per side become one LLM token.
+        final_norm: Dotted path of the decoder's final norm.
+        head: Dotted path of the LM head.
+        image_token_id: The id of image positions.
+        vocab: Number of token ids.
+    """
+
+    model_type: str
+    family: Family
+    vision: TowerAnatomy
+    language: TowerAnatomy
+    projector: str
+    feeds: tuple[int, ...]
+    drops: int
+    merge: int
+    final_norm: str
+    head: str
+    image_token_id: int
+    vocab: int
+
+    def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
+        """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
+        made = self
+        for (name, layer), reason in missing.items():
+            tower = made.tower(name)
+            halves = {
+                half: tuple(reason if i == layer else one for i, one in enumerate(ways))
+                for half, ways in (
+                    ("attention_out", tower.attention_out),
+                    ("mlp_out", tower.mlp_out),
+                )
+            }
+            made = replace(made, **{name: replace(tower, **halves)})
+        return made
+
+    @property
+    def feed_layers(self) -> tuple[int, ...]:
+        """The blocks of `feeds`, ascending and without repeats."""
+        return tuple(sorted(set(self.feeds)))
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
+        return (
+            self.model_type,
+            self.image_token_id,
+            self.vocab,
+            self.drops,
+            self.merge,
+            (self.vision.n_layers, self.vision.d_model),
+            (self.language.n_layers, self.language.d_model),
+        )
+
+    def tower(self, name: str) -> TowerAnatomy:
+        """The tower of that name.
+
+        Raises:
+            ProbeError: If it is neither ``"vision"`` nor ``"language"``.
+        """
+        if name == "vision":
+            return self.vision
+        if name == "language":
+            return self.language
+        raise ProbeError(
+            f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for the ViT."
+        )

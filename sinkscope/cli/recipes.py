@@ -1,0 +1,436 @@
+"""Recipes: what ``sinkscope sweep``, ``train-lsg`` and ``compare`` do, from a YAML file or flags.
+
+::
+
+    model: {name: llava-hf/llava-1.5-7b-hf, dtype: float16, device_map: cuda}
+    v_detector: norm:100
+    sweep:
+      data: {source: Lin-Chen/MMStar, split: val, columns: {task: category}}
+      out: runs/mmstar
+    train:
+      data: {source: questions.jsonl}
+      layers: [10]
+
+What stands at the top holds for all three; what stands in a section wins there, and a flag wins over
+both. Every other key of a section is an argument of the function behind the command, by its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sinkscope.checks import check_flags
+from sinkscope.cli.names import load_model, parse_detector, stages
+from sinkscope.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from sinkscope.data.questions import Questions
+    from sinkscope.models import LVLM
+
+SECTIONS = ("sweep", "train", "compare")
+
+MODEL_KEYS = (
+    "name",
+    "dtype",
+    "device_map",
+    "revision",
+    "attn_implementation",
+    "quantization_config",
+    "trust_remote_code",
+)
+
+NOT_WORDS = (
+    "accelerator",
+    "calibration",
+    "dry_run",
+    "gates",
+    "progress",
+    "samples",
+    "validation_data",
+)
+
+"""Arguments that a recipe cannot give."""
+
+SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
+
+"""Keys with a meaning of their own; the others are arguments."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One command's settings.
+
+    Attributes:
+        section: ``"sweep"``, ``"train"`` or ``"compare"``.
+        model: Arguments of ``LVLM.from_pretrained``; the names ``"example"`` and ``"bundled"`` are the
+            models of the package.
+        data: The questions.
+        calibrate: Other questions, whose images the detectors are found on; or None.
+        v_detector: A detector in a few words, or None.
+        l_detector: Likewise.
+        out: The folder to write to.
+        conditions: For ``compare``: name -> what to do, see `sinkscope.cli.commands`.
+        options: Arguments of the function behind the command.
+    """
+
+    section: str
+    model: Mapping[str, Any]
+    data: Questions
+    calibrate: Questions | None = None
+    v_detector: str | None = None
+    l_detector: str | None = None
+    out: str | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, *, weights: bool = True) -> LVLM:
+        """The model.
+
+        Args:
+            weights: False builds the architecture alone, which is enough to count what a run costs.
+        """
+        given = dict(self.model)
+        with stages(1, "loading the model"):
+            return load_model(given.pop("name"), weights=weights, **given)
+
+    def given_detectors(self) -> dict[str, Any]:
+        """Detectors that are given; None where not."""
+        asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
+        return {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+
+    def detectors(self, lvlm: LVLM) -> dict[str, Any]:
+        """Detectors that are given, or found on the images of ``calibrate``; None where neither."""
+        out = self.given_detectors()
+        if self.calibrate is not None and None in out.values():
+            from sinkscope.detectors import calibrate
+
+            seen = list(self.calibrate)
+            samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in seen]
+            found = calibrate(lvlm, samples, progress=sys.stderr.isatty())
+            for name in out:
+                out[name] = out[name] or getattr(found, name)
+        return out
+
+
+def read_recipe(
+    section: str,
+    path: str | None,
+    flags: Mapping[str, Any],
+    function: Callable[..., Any],
+    *,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """The settings of a command.
+
+    Args:
+        section: One of `SECTIONS`.
+        path: A YAML file, or None.
+        flags: What was given on the command line, in the same shape. None takes back what the recipe
+            says.
+        function: The function behind the command, whose arguments are the options.
+        trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
+            anybody may have written, does not say it alone.
+
+    Raises:
+        InputError: If the file is none, a key is unknown, the model or data are missing, or a recipe
+            trusts the code of a repository by itself.
+    """
+    whole = {} if path is None else read_yaml(path)
+    top = {k: v for k, v in whole.items() if k not in SECTIONS}
+    mine = whole.get(section) or {}
+    if not isinstance(mine, Mapping):
+        raise InputError(f"Got {section}: {mine!r} in {path}; expected keys and values below it.")
+    check_keys(top, [*SHARED], f"at the top of {path}", SECTIONS)
+    settings = merged(merged(top, mine), flags)
+    settings["model"] = as_mapping(settings.get("model"), "name", "model")
+    settings["data"] = as_mapping(settings.get("data"), "source", "data")
+    known = arguments_of(function)
+    check_keys(settings, [*SHARED, *known], f"for sinkscope {command_of(section)}")
+    check_keys(settings["model"], MODEL_KEYS, "under model")
+    check_trust(settings["model"], trust_remote_code)
+    for name, needed in (("model", "name"), ("data", "source")):
+        if not settings[name].get(needed):
+            raise InputError(
+                f"Got no {name}; expected one. Write {name} in the recipe or give "
+                f"{'MODEL' if name == 'model' else '--data'}."
+            )
+    if section == "train":
+        settings["data"].setdefault("split", "train")
+    other = as_mapping(settings.get("calibrate"), "source", "calibrate")
+    if other:
+        other.setdefault("split", "validation")
+    for name in ("v_detector", "l_detector", "out"):
+        if not isinstance(settings.get(name), (str, type(None))):
+            raise InputError(
+                f"Got {name}: {settings[name]!r}; expected a word, such as {WORDS[name]}."
+            )
+    return Recipe(
+        section=section,
+        model=settings["model"],
+        data=as_questions(settings["data"], "data"),
+        calibrate=as_questions(other) if other else None,
+        v_detector=settings.get("v_detector"),
+        l_detector=settings.get("l_detector"),
+        out=settings.get("out"),
+        conditions=settings.get("conditions") or {},
+        options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
+    )
+
+
+def check_trust(model: dict[str, Any], flag: bool) -> None:
+    """Note the flag among the model's options; refuse a recipe that trusts without it.
+
+    Raises:
+        InputError: If so, or if the recipe says neither true nor false.
+    """
+    asked = model.get("trust_remote_code")
+    if asked is not None:
+        check_flags(trust_remote_code=asked)
+    if asked and not flag:
+        raise InputError(
+            f"Got trust_remote_code: true for {model['name']!r} in the recipe alone; expected the flag on "
+            "the command line too, because it runs code from there. If you have read and trust that "
+            "code, add --trust-remote-code."
+        )
+    if flag:
+        model["trust_remote_code"] = True
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: If there is no such file, or it holds something else.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"Got the recipe {path!r}, which is no YAML: {error}") from error
+    whole = parse_yaml(text, f"the recipe {path!r}")
+    if not isinstance(whole, dict):
+        raise InputError(
+            f"Got the recipe {path!r} with {type(whole).__name__}; expected keys and values, such as "
+            "'model: bundled'."
+        )
+    return whole
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number; YAML 1.1 takes it for text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        return yaml.load(text, Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        raise InputError(f"Got {where}, which is no YAML: {error}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two settings, of which the second wins; mappings below them are joined.
+
+    Columns and options belong to one data set, a revision to one model: where the second names
+    another of them, nothing of the first is kept.
+    """
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        if key in SHORT:
+            below, value = (as_long(x, SHORT[key]) for x in (below, value))
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and key != "conditions":
+            other = key in SHORT and value.get(SHORT[key]) not in (None, below.get(SHORT[key]))
+            value = dict(value) if other else merged(below, value)
+        out[key] = value
+    return out
+
+
+def as_long(value: Any, name: str) -> Any:
+    """A word as a mapping of one; anything else as it is."""
+    return {name: value} if isinstance(value, str) else value
+
+
+SHORT = {"model": "name", "data": "source", "calibrate": "source"}
+
+"""Keys whose value may be one word, and what that word is."""
+
+WORDS = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
+
+
+def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
+    """A mapping, or a word as a mapping of one.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if value is None:
+        return {}
+    value = as_long(value, name)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
+
+
+def as_questions(given: Mapping[str, Any], key: str = "calibrate") -> Questions:
+    """The questions of a ``data`` mapping."""
+    from sinkscope.data.questions import Questions
+
+    check_keys(given, [f.name for f in fields(Questions)], f"under {key}")
+    return Questions(**given)
+
+
+def arguments_of(function: Callable[..., Any]) -> list[str]:
+    """The options a command passes on."""
+    names = list(inspect.signature(function).parameters)[2:]
+    return [name for name in names if name not in (*SHARED, *NOT_WORDS)]
+
+
+def check_keys(
+    given: Mapping[str, Any], known: Sequence[str], where: str, also: Sequence[str] = ()
+) -> None:
+    """Refuse keys that mean nothing.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for key in given:
+        if key not in known and key not in also:
+            raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), [*known, *also])}")
+
+
+def command_of(section: str) -> str:
+    """The command that reads a section."""
+    return "train-lsg" if section == "train" else section
+
+
+METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
+
+"""Baselines that are made of plain values."""
+
+KEYS = ("gate", "stack", "edit", "random_tokens", *METHODS)
+
+
+def conditions_of(given: Any, lvlm: LVLM) -> dict[str, Any]:
+    """The conditions of a comparison, by name.
+
+    A condition is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved
+    stack or ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
+    ``random_tokens: {condition: ..., count, seed}``; or a name in `sinkscope.baselines` with its
+    arguments.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    return {name: one_condition(name, what, lvlm) for name, what in by_name(given).items()}
+
+
+def by_name(given: Any) -> dict[str, Any]:
+    """Conditions by name, not looked at yet.
+
+    Raises:
+        InputError: If they are something else.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"Got conditions: {given!r}; expected names with what to do, such as "
+            "{base: [], VAR: {var: {preset: code}}}."
+        )
+    return {str(name): what for name, what in given.items()}
+
+
+def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
+    """One condition; see `conditions_of`."""
+    from sinkscope.experiments import EditSinks, baselines
+
+    if what in ([], {}, None, "base"):
+        return []
+    if not isinstance(what, Mapping) or len(what) != 1:
+        raise InputError(
+            f"Got the condition {name}: {what!r}; expected [] or one key, such as {{gate: folder}} or "
+            "{var: {preset: code}}."
+        )
+    key, value = next(iter(what.items()))
+    if key in ("gate", "stack"):
+        return gates_of(name, key, value, lvlm)
+    if key not in KEYS:
+        raise InputError(
+            f"Got the condition {name}: {key}; expected gate, stack, edit, or one of {list(KEYS)}."
+        )
+    made = EditSinks if key == "edit" else getattr(baselines, key)
+    arguments = arguments_for(made, value, f"under {key} of the condition {name}")
+    if key == "random_tokens":
+        arguments["condition"] = one_condition(name, arguments["condition"], lvlm)
+    return made(**arguments)
+
+
+def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
+    """A gate, or several."""
+    from sinkscope.lsg import LSG
+
+    several = key == "stack" and isinstance(value, list)
+    folders: Any = value if several else [value]
+    if not folders or not all(isinstance(one, str) for one in folders):
+        raise InputError(
+            f"Got {key}: {value!r} in the condition {name}; expected a folder"
+            f"{' or a list of folders' if key == 'stack' else ''}."
+        )
+    if key == "stack" and isinstance(value, str):
+        return LSG.load_stack(value, lvlm=lvlm)
+    return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
+
+
+def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[str, Any]:
+    """Keys and values that a function takes.
+
+    Raises:
+        InputError: If a key is unknown, or one that it needs is missing.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"Got {value!r} {where}; expected keys and values.")
+    given = dict(value or {})
+    known = inspect.signature(function).parameters
+    check_keys(given, list(known), where)
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise InputError(f"Got {sorted(given)} {where}; expected {missing} too.")
+    return given
+
+
+def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
+
+    Raises:
+        InputError: If one folder is named twice.
+    """
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if twice:
+        raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")
+    out = {}
+    for folder, path in zip(folders, paths, strict=True):
+        depth = 1
+        while sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
+            depth += 1
+        out["/".join(path.parts[-depth:])] = {"gate": folder}
+    return out

@@ -1,0 +1,428 @@
+"""Datasets of questions with answers: read once, checked, and looked up again by index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.checks import check_whole
+from sinkscope.data.answers import answer_ids
+from sinkscope.errors import InputError
+from sinkscope.models.inputs import process
+from sinkscope.models.pictures import ImageIds, clusters_of
+from sinkscope.models.prompts import Marks, marks_of, question_of
+from sinkscope.models.replay import EXTENDED
+from sinkscope.tokens import TokenMap
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+
+NEEDED = ("image", "question", "answer")
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerData:
+    """A dataset that was read once and found whole.
+
+    Attributes:
+        records: What gives a record by its index: dicts, or objects with such attributes.
+        images: The image id of each record; see `sinkscope.models.pictures`.
+        groups: One name for all records that share an image, directly or through others.
+        fingerprint: A digest of all questions, answers, image ids and pixels, in order.
+        max_answer_tokens: The longest answer that is accepted.
+    """
+
+    records: Any
+    images: tuple[str, ...]
+    groups: tuple[str, ...]
+    fingerprint: str
+    max_answer_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def joined(self, other: AnswerData) -> AnswerData:
+        """This dataset and then another one."""
+        both = f"{self.fingerprint} {other.fingerprint}"
+        longest = max(self.max_answer_tokens, other.max_answer_tokens)
+        images = self.images + other.images
+        records = _Both(self.records, other.records)
+        return AnswerData(records, images, tuple(clusters_of(images)), both, longest)
+
+    def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Two parts without a common image.
+
+        Records about several images stay with all that share one of them.
+
+        Args:
+            share: Of the groups of images, for the second part; at least one where it is above 0.
+            seed: Of the choice.
+
+        Returns:
+            Indices of the first and of the second part, each in the dataset's order.
+
+        Raises:
+            InputError: If the share is no number from 0 to below 1, or there is one image only.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise InputError(
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
+                "dataset of your own write validation_data=dataset."
+            )
+        names = list(dict.fromkeys(self.groups))
+        if share == 0:
+            return list(range(len(self))), []
+        if len(names) < 2:
+            raise InputError(
+                f"Got {len(self)} records about one image and validation={share}; expected two images or "
+                "more that no record has both of, because the split is by image. Write validation=0, or "
+                "validation_data=dataset."
+            )
+        many = min(max(1, round(share * len(names))), len(names) - 1)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = {names[i] for i in order[:many]}
+        parts: tuple[list[int], list[int]] = ([], [])
+        for index, name in enumerate(self.groups):
+            parts[name in held].append(index)
+        return parts
+
+
+class _Both:
+    """Records of two datasets, one after the other."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    def __getitem__(self, index: int) -> Any:
+        n = len(self.first)
+        return self.first[index] if index < n else self.second[index - n]
+
+
+def read_dataset(
+    dataset: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    max_answer_tokens: int = 256,
+    image_token: int | None = None,
+    marks: Marks | None = None,
+    progress: bool = False,
+) -> AnswerData:
+    """Read a dataset once, check every record and keep no image.
+
+    Args:
+        dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
+            with such attributes. Something with a length and an index (a list,
+            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
+            else is kept as a list of its records.
+        tokenizer: To count the answers' tokens, or None.
+        max_answer_tokens: The longest answer that is accepted.
+        image_token: The id that stands for an image in prompts, which no answer may hold.
+        marks: The texts that stand for images, which no question may hold inside of words, or None.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: If it is empty, or a record lacks something, with its number.
+    """
+    check_whole(1, max_answer_tokens=max_answer_tokens)
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
+        raise InputError(
+            f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
+            "and answer. Write dataset['train'] for one split of several, or a list of dicts."
+        )
+    if hasattr(dataset, "itertuples"):
+        raise InputError(
+            "Got a DataFrame; expected records. Write dataset.to_dict(orient='records')."
+        )
+    records: Any = dataset if indexed else list(dataset)
+    if not len(records):
+        raise InputError("Got an empty dataset; expected at least one question with an answer.")
+    names, ids, digest = [], ImageIds(), hashlib.blake2b(digest_size=16)
+    for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
+        record = records[index]
+        question, answer = checked_texts(record, index)
+        if marks is not None:
+            question_of(question, marks, who=f"Record {index} has")
+        if tokenizer is not None:
+            _check_answer(tokenizer, answer, index, max_answer_tokens, image_token)
+        image = ids.add(index, field_of(record, "image"), field_of(record, "image_id"))
+        names.append(image[0])
+        digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
+    groups = tuple(clusters_of(names))
+    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
+
+
+def field_of(record: Any, name: str) -> Any:
+    """A field of a dict or of an object; None if it is missing."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+
+
+def checked_texts(record: Any, index: int) -> tuple[str, str]:
+    """Question and answer of a record that has all it needs.
+
+    Raises:
+        InputError: If it does not.
+    """
+    missing = [name for name in NEEDED if field_of(record, name) is None]
+    if missing:
+        known = sorted(record) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(
+            f"Record {index} ({known}) has no {' and no '.join(missing)}; expected image, question "
+            "and answer. Write dataset.rename_column(...), or leave such records out."
+        )
+    found = [field_of(record, name) for name in ("question", "answer")]
+    for name, text in zip(("question", "answer"), found, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"Record {index} has {name}={text!r}; expected a str with at least one word. Write "
+                "str(...) for numbers, or leave such records out."
+            )
+    return found[0], found[1]
+
+
+def _check_answer(
+    tokenizer: Any, answer: str, index: int, longest: int, image_token: int | None
+) -> None:
+    """Refuse an answer that is longer than wanted, or would be taken for an image.
+
+    Raises:
+        InputError: If so.
+    """
+    ids = answer_ids(tokenizer, "", answer)  # as long as behind a prompt, or a token longer
+    if image_token is not None and image_token in ids:
+        raise InputError(
+            f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for an "
+            "image; expected words. Remove it, or leave such records out."
+        )
+    n = len(ids)
+    if n > longest:
+        raise InputError(
+            f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
+            f"max_answer_tokens={n}, or leave such records out."
+        )
+
+
+IGNORED = -100
+
+"""The label of positions whose prediction does not count, as in PyTorch."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBatch:
+    """Prompts with their answers, left-padded.
+
+    Attributes:
+        inputs: What the model is called with; see the module for the layout.
+        labels: Int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere.
+        tokens: What every position is. Only the prompt is ``live``, so ``tokens.last`` is the end of
+            the prompt.
+        rows: The records' indices in the dataset.
+    """
+
+    inputs: Mapping[str, Any]
+    labels: Tensor
+    tokens: TokenMap
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many labels there are."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels of the last columns, as many as the longest answer has, ``[row n]``."""
+        longest = int((self.labels != IGNORED).sum(dim=1).max())
+        return self.labels[:, -longest:]
+
+    @property
+    def positions(self) -> Tensor:
+        """Int ``[row n]``: the positions that predict `targets`."""
+        end, longest = self.labels.shape[1], self.targets.shape[1]
+        return torch.arange(end - longest - 1, end - 1).expand(len(self), longest)
+
+
+def read_parts(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    validation_data: Iterable[Any] | None = None,
+    *,
+    validation: float = 0.1,
+    seed: int = 0,
+    max_answer_tokens: int = 256,
+    progress: bool | None = None,
+) -> tuple[AnswerData, list[int], list[int]]:
+    """A dataset to train on and to validate on, with one batch of each made to see that it fits.
+
+    Args:
+        lvlm: The model.
+        dataset: See `read_dataset`.
+        validation_data: Records to validate on, or None to hold out some of the dataset.
+        validation: Share of the images to hold out.
+        seed: Of the split.
+        max_answer_tokens: The longest answer that is accepted.
+        progress: Whether to show progress bars; None shows them from 50 records on.
+
+    Returns:
+        The data, and indices of the training and of the validation part.
+
+    Raises:
+        InputError: If something is missing or does not fit the model.
+    """
+    given = []
+    for part in (dataset, validation_data):
+        if part is not None:
+            shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
+            options = {"max_answer_tokens": max_answer_tokens, "progress": bool(shown)}
+            options["image_token"] = lvlm.anatomy.image_token_id
+            options["marks"] = marks_of(lvlm.processor)
+            given.append(read_dataset(part, lvlm.tokenizer, **options))
+    data = given[0]
+    rows, held = data.split(validation if validation_data is None else 0.0, seed)
+    if validation_data is not None:
+        data = data.joined(given[1])
+        held = list(range(len(rows), len(data)))
+    for part in (rows, held):
+        if part:
+            make_batch(lvlm, data, part[:1])
+    return data, rows, held
+
+
+def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    """Rows in groups of a size; the last may be smaller."""
+    for start in range(0, len(rows), size):
+        yield tuple(rows[start : start + size])
+
+
+def make_batch(
+    lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
+) -> AnswerBatch:
+    """Some records as one batch; their images are opened now.
+
+    Args:
+        lvlm: The model; its chat template renders the prompts.
+        data: The dataset.
+        rows: Indices of records.
+        append_end: Whether to train the token that ends an answer too, see `end_token`.
+
+    Raises:
+        InputError: If a record does not fit the model.
+    """
+    records = [data.records[row] for row in rows]
+    texts = [checked_texts(record, row) for record, row in zip(records, rows, strict=True)]
+    given = [field_of(record, "image") for record in records]
+    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
+    inputs, _, prompts = process(lvlm.processor, images, [question for question, _ in texts])
+    end = end_token(lvlm) if append_end else None
+    last = () if end is None else (end,)
+    tails = [
+        answer_ids(lvlm.tokenizer, prompt, answer) + last
+        for prompt, (_, answer) in zip(prompts, texts, strict=True)
+    ]
+    ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
+    tokens = lvlm.prepare(inputs=ready).tokens
+    blind = [
+        row for row, seen in zip(rows, (tokens.image >= 0).any(1).tolist(), strict=True) if not seen
+    ]
+    if blind:
+        raise InputError(
+            f"Records {blind} have no image token in their prompt; expected some, or there is nothing "
+            "for a gate to scale. Check the processor's image_token and chat template."
+        )
+    module: Any = lvlm.module
+    limit = module.config.get_text_config().max_position_embeddings
+    if labels.shape[1] > limit:
+        raise InputError(
+            f"Records {list(rows)} make {labels.shape[1]} tokens; expected at most {limit}, the "
+            "length of the model. Leave the longest out, or make the images smaller."
+        )
+    if not bool(ready["attention_mask"].all()) and not computes_positions(lvlm):
+        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    prompt = tokens.live & (labels == IGNORED)
+    return AnswerBatch(ready, labels, replace(tokens, live=prompt), tuple(rows))
+
+
+def computes_positions(lvlm: LVLM) -> bool:
+    """Whether the model derives positions from mask and image grid itself, as Qwen-VL does."""
+    module: Any = lvlm.module
+    return callable(getattr(module.base_model, "get_rope_index", None))
+
+
+def end_token(lvlm: LVLM) -> int | None:
+    """The token that ends an answer.
+
+    It is the one that stops generation; among several (Qwen, Gemma) the first that the chat template
+    puts behind an answer.
+
+    Returns:
+        Its id, or None if the model has none.
+    """
+    tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None or isinstance(ends, int):
+        return ends
+    template = getattr(lvlm.processor, "chat_template", None) or tokenizer.chat_template
+    if template and len(ends) > 1:
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": "yes"}]}
+            for role in ("user", "assistant")
+        ]
+        text = lvlm.processor.apply_chat_template(turns, chat_template=template, tokenize=False)
+        closing = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
+        ends = [token for token in closing if token in ends] or ends
+    return int(ends[0])
+
+
+def with_answers(
+    inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs with an answer after every prompt, padded on the left again.
+
+    Args:
+        inputs: Processor output of the prompts.
+        tails: The answer's tokens of every row.
+        pad: The token to pad with.
+
+    Returns:
+        The inputs, and labels ``[row pos]``.
+
+    Raises:
+        InputError: If an input has one entry per position and it is unknown which an answer has.
+    """
+    ids = inputs["input_ids"]
+    live = inputs["attention_mask"].bool()
+    lengths = [int(mask.sum()) + len(tail) for mask, tail in zip(live, tails, strict=True)]
+    shape = (len(tails), max(lengths))
+    out = dict(inputs)
+    labels = torch.full(shape, IGNORED)
+    for row, tail in enumerate(tails):
+        labels[row, shape[1] - len(tail) :] = torch.tensor(list(tail))
+    for name, value in inputs.items():
+        if name != "input_ids" and name not in EXTENDED:
+            if (
+                isinstance(value, Tensor)
+                and value.shape == ids.shape
+                and not value.is_floating_point()
+            ):
+                raise InputError(
+                    f"Got the input {name!r} with one entry per position; expected input_ids and "
+                    f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
+                )
+            continue
+        made = value.new_full(shape, pad if name == "input_ids" else 0)
+        for row, (mask, tail) in enumerate(zip(live, tails, strict=True)):
+            more = list(tail) if name == "input_ids" else [EXTENDED[name]] * len(tail)
+            whole = torch.cat([value[row][mask], value.new_tensor(more)])
+            made[row, shape[1] - lengths[row] :] = whole
+        out[name] = made
+    return out, labels

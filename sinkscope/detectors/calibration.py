@@ -1,0 +1,505 @@
+"""Limits: one threshold per layer, on one of three scores; what a calibration keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sinkscope.checks import is_number, is_whole
+from sinkscope.detectors.detection import expected_peak
+from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, outcome_of
+from sinkscope.detectors.rules import (
+    STATE_SITE,
+    Detector,
+    Massive,
+    NoSinks,
+    SinkDimensions,
+    check_strict,
+)
+from sinkscope.errors import CalibrationError, DetectorError
+from sinkscope.probes import (
+    ChannelValues,
+    EvidenceResult,
+    MassiveActivations,
+    Probe,
+    SinkDimensionScores,
+    TokenNorms,
+)
+from sinkscope.results import Unsaved
+from sinkscope.sites import Tower
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.anatomy.towers import TowerAnatomy
+    from sinkscope.models.inputs import Sample
+    from sinkscope.models.lvlm import LVLM
+
+SCORES = ("channels", "ratio", "absolute")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens whose score reaches the limit of their layer.
+
+    Args:
+        score: ``"channels"``: largest ``|h|`` on the sink channels, divided by the token's RMS;
+            ``"ratio"``: largest ``|h|`` over the layer's median; ``"absolute"``: largest ``|h|``.
+        limits: One per block of the tower; infinity where the layer has no sink.
+        dims: The sink channels, for ``"channels"``.
+    """
+
+    score: str
+    limits: Sequence[float]
+    dims: Sequence[int] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES or (self.score == "channels") != bool(len(self.dims)):
+            raise DetectorError(
+                f"Got score={self.score!r} with dims={tuple(self.dims)}; expected one of {SCORES}, and "
+                "channels for 'channels' only. Limits come from ss.calibrate(lvlm, samples)."
+            )
+        if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
+            raise DetectorError(
+                f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
+                "is no sink. Limits come from ss.calibrate(lvlm, samples)."
+            )
+        check_strict(self)
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """What the score is made of.
+
+        Raises:
+            DetectorError: If there is not one limit per block.
+        """
+        if len(self.limits) != anatomy.n_layers:
+            raise DetectorError(
+                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
+                "expected a positive one per block. Limits belong to one model: run "
+                "ss.calibrate(lvlm, samples) for this one."
+            )
+        if self.score == "channels":
+            return SinkDimensionScores(tuple(self.dims), layers, tower, "rms", STATE_SITE[tower])
+        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
+
+    def scores(self, result: Any) -> Tensor:
+        """The score of every token."""
+        if self.score == "channels":
+            return result.scores
+        return result.ratio() if self.score == "ratio" else result.values[..., 0].abs()
+
+    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
+        """The limits of the layers that were read."""
+        limits = torch.tensor([float(self.limits[layer]) for layer in result.layers])
+        return limits[None].expand(scores.shape[0], -1)
+
+    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
+        """What an isotropic state shows, as for `SinkDimensions` and `Massive`."""
+        return self._like(1.0).null(result, anatomy) / (
+            float(result.median.nanmean()) if self.score == "ratio" else 1.0
+        )
+
+    def at(self, layer: int) -> Detector:
+        """The rule of one layer as a detector with one number, for gates, which judge in one layer."""
+        limit = float(self.limits[layer])
+        return NoSinks("no sink in this layer") if limit == float("inf") else self._like(limit)
+
+    def _like(self, limit: float) -> Detector:
+        if self.score == "channels":
+            return SinkDimensions(tuple(self.dims), limit, "rms", strict=False)
+        if self.score == "ratio":
+            return Massive(absolute=0.0, ratio=limit)
+        return Massive(absolute=limit, ratio=0.0)
+
+    def __repr__(self) -> str:
+        known = [limit for limit in self.limits if limit != float("inf")]
+        span = f"{min(known):.3g} to {max(known):.3g}" if known else "none"
+        dims = f", dims={tuple(self.dims)}" if len(self.dims) else ""
+        return f"Limits({self.score!r}, {span} in {len(known)} of {len(self.limits)} layers{dims})"
+
+
+DISTINCT = 1.5
+
+"""The least gap at which a score separates."""
+
+MISSED = 0.05
+
+"""Share of the sinks that may fall below a limit, or be joined by other tokens."""
+
+CANDIDATES = 8
+
+"""Channels that are looked at."""
+
+
+@dataclass(frozen=True)
+class TowerCalibration:
+    """What was found in one tower.
+
+    Attributes:
+        tower: ``"language"`` or ``"vision"``.
+        detector: The rule, `NoSinks` if none was found.
+        score: The score that separates best, or None.
+        dims: Sink channels, strongest first, if the score is ``"channels"``.
+        tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
+        lowest_sink: The score that 95 % of the sinks reach, in the layer with the narrowest gap.
+        highest_other: The score that (nearly) no other token reaches there.
+        confidence: ``1 - highest_other / lowest_sink`` there, in [0, 1].
+        instances: How many (sample, layer, token) instances spiked and drew.
+        layers: Layers in which the score separates them.
+        gaps: Score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
+        reason: One sentence.
+    """
+
+    tower: Tower
+    detector: Detector
+    score: str | None = None
+    dims: tuple[int, ...] = ()
+    tau: float | None = None
+    lowest_sink: float = float("nan")
+    highest_other: float = float("nan")
+    confidence: float = 0.0
+    instances: int = 0
+    layers: tuple[int, ...] = ()
+    gaps: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a rule."""
+        return self.score is not None
+
+
+@dataclass(frozen=True)
+class Calibration(Unsaved):
+    """Detectors for one model, with the evidence.
+
+    Attributes:
+        vision: What was found in the ViT, on the states that feed the projector.
+        language: What was found in the decoder, on what its attention reads.
+        n_samples: How many samples were used.
+    """
+
+    vision: TowerCalibration
+    language: TowerCalibration
+    n_samples: int
+
+    @property
+    def v_detector(self) -> Detector:
+        """The rule for V-sinks."""
+        return self.vision.detector
+
+    @property
+    def l_detector(self) -> Detector:
+        """The rule for L-sinks."""
+        return self.language.detector
+
+    @property
+    def confidence(self) -> float:
+        """The lower of the two towers' confidences."""
+        return min(self.vision.confidence, self.language.confidence)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line per tower."""
+        import pandas as pd
+
+        columns = [f for f in TowerCalibration.__dataclass_fields__ if f != "detector"]
+        return pd.DataFrame(
+            [{c: getattr(t, c) for c in columns} for t in (self.vision, self.language)]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """One sample in one tower: its evidence, its sinks, and in a second pass the candidates' scores."""
+
+    evidence: EvidenceResult
+    sinks: Tensor  # [row layer pos]
+    scores: Tensor | None = None  # [row layer pos channel]
+
+
+def calibrate(
+    lvlm: LVLM,
+    samples: Sequence[Sample],
+    *,
+    draws: float = DRAWS,
+    spike: float = MEDIANS,
+    max_dims: int = 4,
+    towers: Sequence[str] = ("vision", "language"),
+    remote: bool | str | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """This model's thresholds, and its sink channels where channels separate best.
+
+    Two forward passes per sample, or one where no token is a sink.
+
+    Args:
+        lvlm: The model.
+        samples: A few samples with different images, better of different kinds; six to eight is
+            customary.
+        draws: See `detectors.Gap`.
+        spike: ``medians`` of `detectors.Gap`: least multiple of the layer's median ``|h|``.
+        max_dims: The most channels to keep per tower.
+        towers: The towers to look at, if not both; the other one has no rule then.
+        remote: See `LVLM.run`.
+        progress: Whether to show a progress bar; None shows it from four samples on.
+
+    Returns:
+        Detectors with the evidence they rest on.
+
+    Raises:
+        CalibrationError: If there is no sample or no such tower, or ``max_dims`` is no positive number.
+        DetectorError: If another number is impossible.
+    """
+    if not isinstance(samples, Sequence) or len(samples) == 0:
+        what = "no samples" if isinstance(samples, Sequence) else f"a {type(samples).__name__}"
+        raise CalibrationError(
+            f"Got {what}; expected a list with at least one prepared sample. "
+            "Write ss.calibrate(lvlm, [lvlm.prepare(images=a, text='...'), ...])."
+        )
+    if not is_whole(max_dims, 1):
+        raise CalibrationError(f"Got max_dims={max_dims!r}; expected a whole number from 1 on.")
+    if not towers or not set(towers) <= {"vision", "language"}:
+        raise CalibrationError(
+            f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
+        )
+    rule = Gap(draws=draws, medians=spike)
+    hidden = len(samples) < 4 if progress is None else not progress
+    bar = tqdm(samples, desc="calibrating: spikes and attention", disable=hidden, leave=False)
+    first = [_first_look(lvlm, sample, rule, towers, remote) for sample in bar]
+    channels = {
+        tower: _candidates([looks[tower] for looks in first], CANDIDATES) for tower in first[0]
+    }
+    if any(channels.values()):
+        bar = tqdm(samples, desc="calibrating: channels", disable=hidden, leave=False)
+        first = [
+            _second_look(lvlm, sample, channels, looks, remote)
+            for sample, looks in zip(bar, first, strict=True)
+        ]
+    found = {
+        tower: _conclude(
+            lvlm.anatomy.tower(tower),
+            rule,
+            channels[tower],
+            [looks[tower] for looks in first],
+            max_dims,
+        )
+        for tower in channels
+    }
+    for tower in ("vision", "language"):
+        unseen = NoSinks("this tower was not looked at")
+        found.setdefault(tower, TowerCalibration(tower, unseen, reason=unseen.reason))
+    return Calibration(found["vision"], found["language"], len(samples))
+
+
+def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
+    """V-sinks are judged where the projector reads; L-sinks everywhere."""
+    return lvlm.anatomy.feed_layers if tower == "vision" else None
+
+
+def _first_look(
+    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[str], remote: Any
+) -> dict[Any, _Look]:
+    """Spikes and attention of each tower, and the tokens that have both."""
+    a = lvlm.anatomy
+    names: list[Any] = list(dict.fromkeys(towers))
+    probes = {
+        tower: rule.probe(tower, judged_layers(lvlm, tower), a.tower(tower)) for tower in names
+    }
+    run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
+    looks = {}
+    for tower, probe in probes.items():
+        evidence: Any = run[probe]
+        looks[tower] = _Look(evidence, rule.spikes_in(evidence) & rule.also(evidence))
+    return looks
+
+
+def _candidates(looks: list[_Look], many: int) -> list[int]:
+    """The largest channels of the sinks, those that are largest in medians first."""
+    best: dict[int, float] = {}
+    for look in looks:
+        massive = look.evidence.massive
+        sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks]
+        pairs = zip(
+            massive.channels[look.sinks].flatten().tolist(), sizes.flatten().tolist(), strict=True
+        )
+        for channel, size in pairs:
+            best[channel] = max(best.get(channel, 0.0), size)
+    return sorted(best, key=lambda channel: -best[channel])[:many]
+
+
+def _second_look(
+    lvlm: LVLM, sample: Sample, channels: dict[Any, list[int]], looks: dict[Any, _Look], remote: Any
+) -> dict[Any, _Look]:
+    """RMS scores of the candidate channels at every token, in both towers."""
+    probes = {}
+    for tower, some in channels.items():
+        if some:
+            layers, site = judged_layers(lvlm, tower), STATE_SITE[tower]
+            layers = lvlm.anatomy.tower(tower).layers(layers)
+            probes[tower] = (
+                ChannelValues(some, layers, tower, (site,)),
+                TokenNorms(layers, tower, site),
+            )
+    run = lvlm.run(
+        sample, [p for pair in probes.values() for p in pair], logits="last", remote=remote
+    )
+    out = dict(looks)
+    for tower, (values, norms) in probes.items():
+        scale = lvlm.anatomy.tower(tower).d_model ** 0.5
+        scores = run[values].values[:, :, 0].abs() * scale / run[norms].norms[..., None]
+        out[tower] = _Look(looks[tower].evidence, looks[tower].sinks, scores)
+    return out
+
+
+@dataclass(frozen=True)
+class _Separation:
+    """How one score separates sinks from others in every layer that has sinks."""
+
+    low: dict[int, float]
+    high: dict[int, float]
+    elsewhere: float  # the highest score in layers without sinks
+
+    @property
+    def gaps(self) -> dict[int, float]:
+        return {layer: self.low[layer] / max(self.high[layer], 1e-30) for layer in self.low}
+
+    @property
+    def clear(self) -> tuple[int, ...]:
+        return tuple(layer for layer, gap in self.gaps.items() if gap >= DISTINCT)
+
+    @property
+    def quality(self) -> tuple[int, float]:
+        """Layers that are separated, then the narrowest gap among them."""
+        return len(self.clear), min((self.gaps[layer] for layer in self.clear), default=0.0)
+
+    def narrowest(self) -> int:
+        return min(self.clear, key=lambda layer: self.gaps[layer])
+
+
+def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
+    """Robust lowest score of the sinks and highest of the others, by layer.
+
+    Args:
+        looks: The samples.
+        scores: Their scores, ``[row layer pos]``.
+        floor: What an isotropic state shows: others are never taken for less.
+    """
+    low, high, elsewhere = {}, {}, floor
+    for i, layer in enumerate(looks[0].evidence.layers):
+        sinks = torch.cat([s[:, i][k.sinks[:, i]] for s, k in zip(scores, looks, strict=True)])
+        others = torch.cat([s[:, i][_others(k)[:, i]] for s, k in zip(scores, looks, strict=True)])
+        allowed = int(MISSED * len(sinks))
+        top = others.sort(descending=True).values[allowed : allowed + 1].tolist()
+        highest = max([floor, *top])
+        if len(sinks):
+            low[layer], high[layer] = float(sinks.sort().values[allowed]), highest
+        else:
+            elsewhere = max(elsewhere, highest)
+    return _Separation(low, high, elsewhere)
+
+
+def _others(look: _Look) -> Tensor:
+    """Judged tokens that are no sinks, ``[row layer pos]``."""
+    return look.evidence.judged[:, None] & ~look.sinks
+
+
+def _conclude(
+    tower: TowerAnatomy, rule: Gap, channels: list[int], looks: list[_Look], max_dims: int
+) -> TowerCalibration:
+    """The score that separates best, with its limits."""
+    name: Any = tower.tower
+    count = sum(int(look.sinks.sum()) for look in looks)
+    if not count:
+        text = outcome_of(rule, [look.evidence for look in looks], name).text
+        return TowerCalibration(name, NoSinks(text), reason=text)
+    scores = {
+        "ratio": [look.evidence.medians() for look in looks],
+        "absolute": [look.evidence.massive.values[..., 0].abs() for look in looks],
+    }
+    order = _separating_channels(looks, max_dims)
+    if order:
+        scores = {"channels": _peaks(looks, order)} | scores
+    floor = expected_peak(max(1, len(order)))
+    found = {
+        score: separation(looks, values, floor if score == "channels" else 0.0)
+        for score, values in scores.items()
+    }
+    gaps = {score: min(one.gaps.values()) for score, one in found.items()}
+    score = max(found, key=lambda one: found[one].quality)
+    best = found[score]
+    if not best.clear:
+        text = (
+            f"{count} instances spike and draw attention, but no score separates them from the other "
+            f"tokens by a factor of {DISTINCT}: "
+            + ", ".join(f"{one} by {gap:.2f}" for one, gap in gaps.items())
+        )
+        return TowerCalibration(name, NoSinks(text), instances=count, gaps=gaps, reason=text)
+    dims = tuple(channels[i] for i in order) if score == "channels" else ()
+    at = best.narrowest()
+    detector, tau = _rule(score, dims, best, tower.n_layers)
+    low, high = best.low[at], best.high[at]
+    reason = (
+        f"{count} instances spike and draw attention; {score} separate them in {len(best.clear)} of "
+        f"{len(best.low)} layers, by a factor of {low / high:.2f} in the narrowest (layer {at}): the "
+        f"lowest scores {low:.2f}, the highest other token {high:.2f}"
+    )
+    return TowerCalibration(
+        tower=name,
+        detector=detector,
+        score=score,
+        dims=dims,
+        tau=tau,
+        lowest_sink=low,
+        highest_other=high,
+        confidence=max(0.0, 1 - high / low),
+        instances=count,
+        layers=best.clear,
+        gaps=gaps,
+        reason=reason,
+    )
+
+
+def _peaks(looks: list[_Look], order: list[int]) -> list[Tensor]:
+    """The largest score on some of the candidate channels, ``[row layer pos]`` of every sample."""
+    return [look.scores[..., order].amax(dim=-1) for look in looks if look.scores is not None]
+
+
+def _separating_channels(looks: list[_Look], most: int) -> list[int]:
+    """Candidates that separate by themselves, best first, as many as still do so together."""
+    if looks[0].scores is None:
+        return []
+    alone = {
+        i: separation(looks, _peaks(looks, [i]), expected_peak(1))
+        for i in range(looks[0].scores.shape[-1])
+    }
+    kept = [i for i in alone if alone[i].clear]
+    kept = sorted(kept, key=lambda i: alone[i].quality, reverse=True)[:most]
+    while len(kept) > 1:
+        together = separation(looks, _peaks(looks, kept), expected_peak(len(kept)))
+        if len(together.clear) >= len(alone[kept[0]].clear):
+            break
+        kept.pop()
+    return kept
+
+
+def _rule(
+    score: str, dims: tuple[int, ...], best: _Separation, n_layers: int
+) -> tuple[Detector, float | None]:
+    """One threshold if it serves every layer, else one per layer."""
+    low = min(best.low[layer] for layer in best.clear)
+    high = max(*best.high.values(), best.elsewhere)
+    tau = (low * high) ** 0.5
+    if low >= DISTINCT * high:
+        if score == "channels":
+            return SinkDimensions(dims, tau, "rms"), tau
+        return (Massive(0.0, tau) if score == "ratio" else Massive(tau, 0.0)), tau
+    limits = [float("inf")] * n_layers
+    for layer in best.clear:
+        limits[layer] = (best.low[layer] * best.high[layer]) ** 0.5
+    return Limits(score, tuple(limits), dims), None

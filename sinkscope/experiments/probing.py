@@ -1,0 +1,410 @@
+"""What linear probes found: the table, differences between groups, and the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sinkscope.checks import is_number, is_whole
+from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.errors import InputError
+from sinkscope.experiments.pooling import (
+    FEWEST_TEST,
+    FEWEST_TRAINING,
+    NONE,
+    Cell,
+    Features,
+    Group,
+    Options,
+    Split,
+    check_groups,
+    judge,
+    needs_trace,
+    pool,
+    prepare,
+    sink_groups,
+)
+from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.models.prompts import check_questions
+from sinkscope.probes.residual import check_site
+from sinkscope.results import Unsaved
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from sinkscope.detectors.rules import Detector
+    from sinkscope.models.lvlm import LVLM
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbes(Unsaved):
+    """How well attributes can be read from the states of token groups, layer by layer.
+
+    Attributes:
+        table: One line per layer, group, target and metric: accuracy (for random tokens the mean
+            over draws, with ``std`` over them), its interval ``low`` to ``high``, ``null`` (mean
+            with labels shuffled over images), ``null_high`` (its 95 % quantile), ``majority``,
+            converged, n_train, n_test and missing (records), tokens (mean size of the group), note.
+        rows: How right each test record is, in [0, 1]: record, image_id, layer, group, target,
+            metric, correct.
+        classes: Target -> its classes.
+        images: Ids of the images that trained the probes, and of those that tested them.
+        site: Which states were read.
+        detectors: How the sinks were decided; empty if no group asked for sinks.
+    """
+
+    table: pd.DataFrame
+    rows: pd.DataFrame
+    classes: Mapping[str, tuple[Any, ...]]
+    images: tuple[tuple[str, ...], tuple[str, ...]]
+    site: str
+    detectors: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The table."""
+        return self.table
+
+    def summary(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+        """Every group's mean over layers and test records, with an interval that resamples images.
+
+        Args:
+            level: Coverage of the intervals.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns target, metric, group, layers (how many have probes), accuracy, low, high, worst
+            and best (layer), majority, null, above_null (layers whose accuracy exceeds
+            ``null_high``; by chance about 1 in 20), missing (share of records and layers without
+            such a token), note.
+        """
+        import pandas as pd
+
+        keys = ["target", "metric", "group"]
+        right = dict(iter(self.rows.groupby(keys)))
+        parts: dict[Any, Any] = dict(iter(self.table.groupby(keys)))
+        order = [list(dict.fromkeys(self.table[key])) for key in keys]
+        lines = []
+        for names in (names for names in product(*order) if names in parts):
+            part = parts[names]
+            own, there = right.get(names), part[part["accuracy"].notna()]
+            mean = (float("nan"),) * 3
+            if own is not None:
+                values, ids = own["correct"].tolist(), own["image_id"].tolist()
+                mean = cluster_bootstrap(values, ids, level=level, draws=draws, seed=seed)
+            above = there["accuracy"] > there["null_high"]
+            records = part["missing"] + part["n_train"] + part["n_test"]
+            lines.append(
+                {
+                    **dict(zip(keys, names, strict=True)),
+                    "layers": len(there),
+                    **dict(zip(("accuracy", "low", "high"), mean, strict=True)),
+                    "worst": there["accuracy"].min(),
+                    "best": there["accuracy"].max(),
+                    "majority": there["majority"].mean(),
+                    "null": there["null"].mean(),
+                    "above_null": above.sum() if there["null_high"].notna().any() else None,
+                    "missing": part["missing"].sum() / records.sum(),
+                    "note": "" if len(there) else part["note"].iloc[0],
+                }
+            )
+        return pd.DataFrame(lines)
+
+    def difference(
+        self,
+        base: str = "ordinary",
+        *,
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Every group minus a base group, paired on the test records that have both.
+
+        Args:
+            base: The group that others are compared with.
+            level: Coverage of the intervals.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns layer, group, target, metric, n (records), delta, low, high. Intervals resample
+            images and are not corrected for the number of comparisons.
+
+        Raises:
+            InputError: If there is no such group, or it has no probe.
+        """
+        import pandas as pd
+
+        known = list(dict.fromkeys(self.rows["group"]))
+        if base not in known:
+            raise InputError(f"Got base={base!r}; expected a group that has probes: {known}.")
+        keys = ["layer", "target", "metric", "record"]
+        of_base = self.rows[self.rows["group"] == base][[*keys, "correct"]]
+        others = self.rows[self.rows["group"] != base]
+        paired = others.merge(of_base, on=keys, suffixes=("", "_base"))
+        lines = []
+        by = ["layer", "group", "target", "metric"]
+        for names, part in paired.groupby(by, sort=False):
+            change, ids = (part["correct"] - part["correct_base"]).tolist(), part["image_id"]
+            delta = cluster_bootstrap(change, ids.tolist(), level=level, draws=draws, seed=seed)
+            numbers = dict(zip(("delta", "low", "high"), delta, strict=True))
+            lines.append({**dict(zip(by, names, strict=True)), "n": len(part), **numbers})
+        return pd.DataFrame(lines, columns=[*by, "n", "delta", "low", "high"])
+
+    def plot(
+        self, *, metric: str = "label accuracy", groups: Sequence[str] | None = None
+    ) -> Figure:
+        """Accuracy by layer, a panel per target; see `sinkscope.viz.plot_probes`.
+
+        Args:
+            metric: What to show of targets with several labels, ``"label accuracy"`` or
+                ``"exact set"``.
+            groups: Which groups to draw, or None for all.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.probes import plot_probes
+
+        return plot_probes(self.table, metric=metric, groups=groups)
+
+    def __repr__(self) -> str:
+        layers, groups = self.table["layer"].nunique(), list(dict.fromkeys(self.table["group"]))
+        empty = [g for g in groups if (self.table[self.table["group"] == g]["note"] == NONE).all()]
+        gone = f"; none found: {', '.join(empty)}" if empty else ""
+        return (
+            f"LinearProbes({len(self.classes)} targets, {layers} layers, {len(groups)} groups{gone}; "
+            f"{len(self.images[0])} images to train, {len(self.images[1])} to test)"
+        )
+
+
+LOOKED_AT = 8
+
+"""Records that detectors are calibrated on, if none were given and none are known."""
+
+
+def linear_probes(
+    lvlm: LVLM,
+    dataset: Iterable[Any],
+    *,
+    groups: Mapping[str, Group] | None = None,
+    targets: Sequence[str] | None = None,
+    layers: Any = None,
+    site: str = "resid_pre",
+    v_detector: Detector | None = None,
+    l_detector: Detector | None = None,
+    test_size: float = 0.3,
+    c: float = 1.0,
+    permutations: int = 20,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    batch: int = 16,
+    n_jobs: int = 1,
+    remote: bool | str | None = None,
+    progress: bool | None = None,
+) -> LinearProbes:
+    """Train linear classifiers on mean states of token groups, per layer, group and target.
+
+    The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
+    be read from V-sinks and L-sinks, and better than from ordinary tokens? Images, classifier, split
+    and the metric of several labels were not published; here they are: a pipeline of
+    ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a split
+    by image, accuracy.
+
+    It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
+    and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
+    several.
+    Mean states are kept in memory: records x layers x columns x d_model x 4 bytes, where random
+    tokens have a column per draw. Choose ``layers`` and ``permutations`` by that.
+
+    Args:
+        lvlm: The model.
+        dataset: Records with ``image``, ``attributes`` and, if you like, ``question`` and
+            ``image_id``: dicts or `LabelledImage`. An attribute is an int or a str, or a set or list
+            of them where several hold at once.
+        groups: Name -> a name of the `TokenMap`, a function that gets the `SinkTrace` of a batch and
+            gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomGroup`; None for
+            `sink_groups`. L-sinks of layer l are decided on what block l reads.
+        targets: Which attributes, or None for all of the first record.
+        layers: Block indices of the LLM, or None for all.
+        site: Which states: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or
+            ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``.
+        v_detector: For V-sinks, best calibrated on other images; None for published constants of
+            this model, else one calibration on the first 8 records, which looks at no label.
+        l_detector: For L-sinks, likewise.
+        test_size: Share of the images that test.
+        c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
+        permutations: How often labels are shuffled over all images, for the null; 0 for none. A group
+            of several draws has a probe per draw each time, and their mean is one value of the null.
+        level: Coverage of the intervals, which resample test images.
+        draws: Bootstrap samples of an interval.
+        seed: Of split, random tokens, shuffled labels and intervals.
+        batch: Records per forward pass.
+        n_jobs: Processes that fit (joblib).
+        remote: See `LVLM.run`.
+        progress: Whether to show progress bars; None shows them from 50 records on.
+
+    Returns:
+        Accuracies with intervals and nulls. Where a group has no token it says so, and records
+        without such a token are left out and counted in ``missing``.
+
+    Raises:
+        InputError: If the data set, the groups or an option is malformed, a target has one class in
+            the training part, or no group has a token anywhere.
+        LayerError: If there is no such layer.
+    """
+    import pandas as pd
+
+    options = _check_options(c, permutations, level, draws, seed)
+    if not is_whole(batch, 1):
+        raise InputError(f"Got batch={batch!r}; expected a number of records of at least 1.")
+    if not is_whole(n_jobs, -1) or n_jobs == 0:
+        raise InputError(f"Got n_jobs={n_jobs!r}; expected a number of processes, or -1 for all.")
+    chosen = check_groups(sink_groups() if groups is None else groups)
+    wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
+    if lvlm.processor is None:
+        raise InputError(
+            "Got an LVLM without a processor; expected one, to prepare the images. Write "
+            "ss.LVLM(model, processor)."
+        )
+    items = as_labelled(dataset)
+    check_questions(lvlm.processor, items)
+    goals = as_targets(items, targets)
+    split = split_images(items, goals, test_size, seed)
+    hidden = len(items) < 50 if progress is None else not progress
+    rules, how = None, ""
+    if needs_trace(chosen):
+        first = prepare(lvlm, items[:LOOKED_AT])
+        what = f"the first {min(LOOKED_AT, len(items))} records"
+        found = SinkRules.on_others(
+            lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
+        )
+        rules, how = (found.v, found.low), found.chosen
+    features = pool(
+        lvlm,
+        items,
+        chosen,
+        rules,
+        layers=wanted,
+        site=site,
+        batch=batch,
+        seed=seed,
+        remote=remote,
+        hidden=hidden,
+    )
+    if not features.counts.any():
+        raise InputError(
+            f"No token of {list(chosen)} was found in any image; expected at least one group with "
+            "tokens. Add one, such as {**ss.sink_groups(), 'image': 'image'}."
+        )
+    lines, rows = _judge_all(features, goals, split, options, n_jobs, hidden=hidden)
+    columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
+    judged = [pd.DataFrame(row, columns=columns) for row in rows]
+    return LinearProbes(
+        table=pd.DataFrame(lines),
+        rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
+        classes={goal.name: goal.classes for goal in goals},
+        images=(_ids(split.images[split.train]), _ids(split.images[~split.train])),
+        site=site,
+        detectors=how,
+    )
+
+
+def split_images(
+    items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
+) -> Split:
+    """Training and test images by scikit-learn's ``GroupShuffleSplit``.
+
+    Raises:
+        InputError: If the share leaves a part too small, or the training part shows one class only.
+    """
+    from sklearn.model_selection import GroupShuffleSplit
+
+    if isinstance(test_size, bool) or not isinstance(test_size, Real) or not 0 < test_size < 1:
+        raise InputError(f"Got test_size={test_size!r}; expected a share between 0 and 1.")
+    images = image_groups(items)
+    n = len(set(images))
+    tested = int(np.ceil(test_size * n))
+    if tested < FEWEST_TEST or n - tested < FEWEST_TRAINING:
+        raise InputError(
+            f"Got test_size={test_size} of {n} images, so {tested} test and {n - tested} train; "
+            f"expected at least {FEWEST_TEST} and {FEWEST_TRAINING}. Write test_size=0.3."
+        )
+    made = GroupShuffleSplit(n_splits=1, test_size=float(test_size), random_state=seed)
+    places = next(made.split(np.zeros(len(items)), groups=images))[0]
+    train = np.zeros(len(items), dtype=bool)
+    train[places] = True
+    for target in targets:
+        if len(np.unique(target.labels[train], axis=0)) < 2:
+            raise InputError(
+                f"Attribute {target.name!r} takes one value only in the {train.sum()} training "
+                "records; expected at least two. Give more images, or another seed."
+            )
+    return Split(train, images)
+
+
+def _judge_all(
+    features: Features,
+    targets: Sequence[Target],
+    split: Split,
+    options: Options,
+    n_jobs: int,
+    *,
+    hidden: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All cells, in the order of layers and groups."""
+    from joblib import Parallel, delayed
+
+    places = [(layer, group) for layer in features.layers for group in features.columns]
+    cells = (Cell(*place, features.of(*place), features.count(*place)) for place in places)
+    work: Any = Parallel(n_jobs, return_as="generator")(
+        delayed(judge)(cell, targets, split, options) for cell in cells
+    )
+    lines, rows = [], []
+    for more, right in tqdm(work, total=len(places), desc="fitting", unit="group", disable=hidden):
+        lines += more
+        rows += right
+    return lines, rows
+
+
+def _check_options(c: Any, permutations: Any, level: Any, draws: Any, seed: Any) -> Options:
+    """The options of all probes.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+    checks = (
+        ("c", c, is_number(c) and c > 0, "a positive number, scikit-learn's C"),
+        (
+            "permutations",
+            permutations,
+            is_whole(permutations, 0),
+            "a number of trainings, 0 for none",
+        ),
+        (
+            "level",
+            level,
+            is_number(level) and 0 < level < 1,
+            "a coverage between 0 and 1, such as 0.95",
+        ),
+        ("draws", draws, is_whole(draws, 1), "a number of bootstrap samples, such as 2000"),
+        ("seed", seed, is_whole(seed, 0), "a whole number of at least 0"),
+    )
+    for name, value, fits, expected in checks:
+        if not fits:
+            raise InputError(f"Got {name}={value!r}; expected {expected}.")
+    return Options(float(c), int(permutations), float(level), int(draws), int(seed))
+
+
+def _ids(images: np.ndarray) -> tuple[str, ...]:
+    """Every image once, in order."""
+    return tuple(dict.fromkeys(images.tolist()))

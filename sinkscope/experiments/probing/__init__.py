@@ -1,1 +1,0 @@
-"""The parts of `linear_probes`: labelled images, mean states, classifiers, and what came out."""

@@ -1,0 +1,504 @@
+"""What the pairs of a grid do to the keys of one prompt, and how many run in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sinkscope.anatomy.context import Context
+from sinkscope.data.answers import (
+    Answered,
+    Asked,
+    Score,
+    answered,
+    ask,
+    check_finite,
+    reading_of,
+    scored,
+)
+from sinkscope.data.items import Item
+from sinkscope.detectors.rules import (
+    STATE_SITE,
+    CosineToBOS,
+    Detector,
+    Norm,
+    NoSinks,
+    SinkDimensions,
+    decide,
+)
+from sinkscope.detectors.running import detect, visual_tokens
+from sinkscope.experiments.sweep_grid import Cells, Pair, words_of
+from sinkscope.experiments.tracing import carry
+from sinkscope.kernels.walk import detached, resolve
+from sinkscope.models.prefix import (
+    Branches,
+    capture_branches,
+    resume_stem,
+    resume_tails,
+    why_not_shared,
+)
+from sinkscope.models.replay import (
+    Captured,
+    Given,
+    capture_given,
+    decoder_inputs,
+    extend,
+    logits_at,
+    resume,
+)
+
+if TYPE_CHECKING:
+    from sinkscope.models.inputs import Sample
+    from sinkscope.models.lvlm import LVLM
+
+T = TypeVar("T")
+
+
+class Batch:
+    """How many edits run as rows of one forward pass; halved when memory runs out.
+
+    Args:
+        size: A number, which then stays, or ``"auto"``.
+        most: Where ``"auto"`` begins.
+    """
+
+    def __init__(self, size: int | str, most: int) -> None:
+        self.fixed = size != "auto"
+        self.size = int(size) if self.fixed else most
+
+    def chunks(self, n: int, work: Callable[[int, int], T]) -> list[T]:
+        """``work(start, stop)`` for all of ``0 .. n``, in order.
+
+        Raises:
+            torch.OutOfMemoryError: If one edit alone is too much, or the size is fixed.
+        """
+        done, start = [], 0
+        while start < n:
+            try:
+                stop = min(n, start + self.size)
+                done.append(work(start, stop))
+                start = stop
+            except torch.OutOfMemoryError:
+                if self.fixed or self.size == 1:
+                    raise
+                self.size = max(1, self.size // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return done
+
+
+def factors_of(
+    sinks: Tensor, visual: Tensor, pairs: Sequence[Pair], low: Tensor | None = None
+) -> Tensor:
+    """What every key is multiplied with under every pair or triple, float ``[pair pos]``.
+
+    Args:
+        sinks: V-sinks, bool ``[pos]``. Without any, all image tokens are "rest".
+        visual: Image tokens, bool ``[pos]``.
+        pairs: ``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``.
+        low: L-sinks, bool ``[pos]``, none of them a V-sink; with triples only.
+    """
+    values = torch.tensor(pairs)
+    image = torch.where(sinks, values[:, :1], values[:, -1:])
+    if low is not None:
+        image = torch.where(low, values[:, 1:2], image)
+    return torch.where(visual, image, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """The different edits among the pairs: where there is no V-sink, s_V makes no difference.
+
+    Attributes:
+        factors: Float ``[edit pos]``, none of them neutral.
+        of_pair: Pair -> its edit, -1 for one that changes nothing.
+    """
+
+    factors: Tensor
+    of_pair: tuple[int, ...]
+
+    @classmethod
+    def of(cls, factors: Tensor) -> Edits:
+        """The different rows that are not all ones."""
+        found: dict[bytes, int] = {}
+        places, rows = [], []
+        for i, (row, acts) in enumerate(zip(factors, (factors != 1).any(dim=1), strict=True)):
+            key = row.numpy().tobytes()
+            if acts and key not in found:
+                found[key] = len(found)
+                rows.append(i)
+            places.append(found.get(key, -1))
+        return cls(factors[rows], tuple(places))
+
+
+def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
+    """V-sinks of the only row at their LLM positions, bool ``[pos]``.
+
+    Args:
+        lvlm: The model.
+        sample: One prompt.
+        detector: The rule.
+        merge: See `sinkscope.trace_sinks`.
+    """
+    if isinstance(detector, NoSinks):
+        return torch.zeros_like(sample.tokens.live[0])
+    feeds = lvlm.anatomy.feed_layers
+    found = detect(lvlm, sample, detector, tower="vision", layers=feeds)
+    return carry(sample, found, list(range(len(feeds))), merge)[0]
+
+
+def by_token(detector: Detector) -> bool:
+    """Whether a rule for L-sinks surely judges an image token without the text behind it."""
+    fixed = type(detector) is Norm and not isinstance(detector.tau, str)
+    return fixed or type(detector) in (SinkDimensions, CosineToBOS, NoSinks)
+
+
+def l_sinks(
+    lvlm: LVLM, sample: Sample, detector: Detector, states: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Visual tokens of the only row that meet the L rule, V-sinks among them: block -> bool ``[pos]``.
+
+    The same as ``trace_sinks(...).l_sinks(block) | overlap(block)``, up to rounding of the states.
+
+    Args:
+        lvlm: The model.
+        sample: One prompt.
+        detector: The rule.
+        states: Block -> what it reads, ``[1 pos d_model]``, of the plain prompt. A rule that looks at
+            anything else, such as attention, has a pass of its own.
+    """
+    blocks = sorted(states)
+    anatomy = lvlm.anatomy.language
+    visual, live = visual_tokens(sample, "language")
+    probe = detector.probe("language", blocks, anatomy)
+    context = Context(lvlm.anatomy, sample.tokens)
+    reads = probe.reads(context)
+    here = all(
+        (read.site.tower, read.site.name) == ("language", STATE_SITE["language"])
+        and read.site.layer in states
+        for read in reads
+    )
+    if here:
+        answers = {}
+        for read in reads:
+            state = states[read.site.layer]
+            given = resolve(None, read.parameters, state.device, {})
+            answers[read.site] = detached(read.kernel(state, {}, **given))
+        result = probe.finish(answers, context)
+        mask = decide(detector, result, visual, live, "language", anatomy).mask
+    else:
+        mask = detect(lvlm, sample, detector, layers=blocks).mask
+    return {block: mask[0, i] & visual[0] for i, block in enumerate(blocks)}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is the same for every image of a sweep.
+
+    Attributes:
+        cells: Layers and pairs.
+        score: How an answer is scored.
+        detector: The rule for V-sinks.
+        merge: See `sinkscope.trace_sinks`.
+        batch: How many edits run together.
+        l_detector: The rule for L-sinks; None for pairs of coefficients.
+    """
+
+    cells: Cells
+    score: Score
+    detector: Detector
+    merge: str
+    batch: Batch
+    l_detector: Detector | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """One question, prepared: its tokens, its options, and its sinks.
+
+    Attributes:
+        index: Its number.
+        asked: Its options.
+        sample: Its prompt.
+        sinks: V-sinks, bool ``[pos]``.
+        low: Edited block -> L-sinks that are no V-sinks, bool ``[pos]``; empty with pairs.
+    """
+
+    index: int
+    asked: Asked
+    sample: Sample
+    sinks: Tensor
+    low: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def with_l_sinks(self, lvlm: LVLM, rules: Rules, states: Mapping[int, Tensor]) -> Prompted:
+        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``."""
+        if rules.l_detector is None:
+            return self
+        whole = {block: state[:, : self.last + 1] for block, state in states.items()}
+        found = l_sinks(lvlm, self.sample, rules.l_detector, whole)
+        return replace(self, low={block: mask & ~self.sinks for block, mask in found.items()})
+
+    def edits(self, block: int, rules: Rules, end: int | None = None) -> Edits:
+        """What the pairs do to the keys of a block, up to a position."""
+        factors = factors_of(self.sinks, self.visual, rules.cells.pairs, self.low.get(block))
+        return Edits.of(factors[:, :end])
+
+    @property
+    def visual(self) -> Tensor:
+        """Image tokens, bool ``[pos]``."""
+        return self.sample.tokens.image[0] >= 0
+
+    @property
+    def last(self) -> int:
+        """The last prompt token."""
+        return int(self.sample.tokens.ids.shape[1]) - 1
+
+
+Numbered = tuple[int, Item]
+
+Line = dict[str, Any]
+
+Read = tuple[Tensor, Tensor]
+
+BASE_CELL = "the base, without an edit"
+
+TAILS_PER_EDIT = 4
+
+"""Endings are short: this many of them take about the memory of one whole prompt."""
+
+
+@torch.no_grad()
+def sweep_image(
+    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
+) -> tuple[list[Line], list[str]]:
+    """Every cell of every question about an image.
+
+    Args:
+        lvlm: The model.
+        group: The questions with their numbers.
+        rules: What to run.
+        tick: Told how many cells are done.
+
+    Returns:
+        One line per question, layer and pair, and what a reader should know.
+
+    Raises:
+        InputError: If a log-probability or a score is not finite.
+    """
+    prepared = [
+        ((index, item), lvlm.prepare(images=item.image, text=item.question))
+        for index, item in group
+    ]
+    (_, first) = prepared[0]
+    end = int((first.tokens.image[0] >= 0).nonzero().max()) + 1
+    sinks = v_sinks(lvlm, first, rules.detector, rules.merge)
+    givens: list[Given] = []
+    prompts: list[Prompted] = []
+    features = None
+    for (index, item), sample in prepared:
+        asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
+        for feed in asked.feeds:
+            given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
+            givens.append(given)
+        alike = torch.equal(sample.tokens.ids[0, :end], first.tokens.ids[0, :end])
+        own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
+        own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
+        prompts.append(Prompted(index, asked, sample, own))
+    if len(givens) == 1:
+        return _alone(lvlm, prompts, givens, rules, tick), []
+    reason = why_not_shared(givens, end)
+    if reason is None:
+        return _shared(lvlm, prompts, givens, end, rules, tick), []
+    note = f"nothing was shared by the questions about {group[0][1].image_id!r}: {reason}"
+    return _alone(lvlm, prompts, givens, rules, tick), [note]
+
+
+def _alone(
+    lvlm: LVLM,
+    prompts: Sequence[Prompted],
+    givens: Sequence[Given],
+    rules: Rules,
+    tick: Callable[[int], object],
+) -> list[Line]:
+    """Questions that share nothing: each feed of each question is one row."""
+    lines: list[Line] = []
+    start = 0
+    for prompt in prompts:
+        own = givens[start : start + len(prompt.asked.feeds)]
+        start += len(own)
+        reading = reading_of([prompt.asked], [prompt.last] * len(own))
+        seen = [capture_given(lvlm, given, rules.cells.blocks) for given in own]
+        prompt = prompt.with_l_sinks(lvlm, rules, seen[0].states)
+
+        def read(captured: Captured, hidden: Tensor, row: int, reading: Any = reading) -> Read:
+            rows = torch.full((len(hidden),), row)
+            return reading.of(logits_at(captured, hidden, reading.positions[rows]), rows)
+
+        base = _answers([prompt], [[read(c, c.hidden, row) for row, c in enumerate(seen)]])
+        for block in rules.cells.blocks:
+            edits = prompt.edits(block, rules)
+
+            def work(
+                a: int, b: int, block: int = block, seen: Any = seen, edits: Any = edits
+            ) -> Any:
+                out = []
+                for row, captured in enumerate(seen):
+                    missing = captured.hidden.shape[1] - edits.factors.shape[1]
+                    factors = torch.nn.functional.pad(edits.factors[a:b], (0, missing), value=1.0)
+                    hidden = resume(captured, block, factors, rows=[0] * (b - a))
+                    out.append(read(captured, hidden, row))
+                return [
+                    [(logs[i : i + 1], best[i : i + 1]) for logs, best in out] for i in range(b - a)
+                ]
+
+            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
+            edited = [_answers([prompt], [one]) for one in reads]
+            lines.extend(_lines([prompt], base, edited, edits, block, rules))
+            tick(len(rules.cells.pairs))
+    return lines
+
+
+def _shared(
+    lvlm: LVLM,
+    prompts: Sequence[Prompted],
+    givens: Sequence[Given],
+    end: int,
+    rules: Rules,
+    tick: Callable[[int], object],
+) -> list[Line]:
+    """Questions that begin alike: the beginning runs once per layer and edit."""
+    lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
+    reading = reading_of([prompt.asked for prompt in prompts], lasts)
+    seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
+    every = torch.arange(len(givens))
+    rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
+    if rules.l_detector is not None:
+        prompts = [
+            prompt.with_l_sinks(lvlm, rules, _states(seen, int(own[0])))
+            for prompt, own in zip(prompts, rows, strict=True)
+        ]
+
+    def read(hidden: Tensor, rows: Tensor) -> Read:
+        return reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows)
+
+    base = _answers(prompts, [_split(*read(seen.tails.hidden, every))])
+    lines: list[Line] = []
+    for block in rules.cells.blocks:
+        for group in _alike(prompts, block):
+            some = [prompts[i] for i in group]
+            edits = some[0].edits(block, rules, end)
+            tails = torch.cat([rows[i] for i in group])
+
+            def work(
+                a: int, b: int, block: int = block, edits: Any = edits, tails: Tensor = tails
+            ) -> list[list[Read]]:
+                return _edited_tails(seen, block, edits.factors[a:b], tails, read, rules.batch)
+
+            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
+            edited = [_answers(some, [one]) for one in reads]
+            lines.extend(_lines(some, [base[i] for i in group], edited, edits, block, rules))
+            tick(len(rules.cells.pairs) * len(some))
+    return lines
+
+
+def _states(seen: Branches, tail: int) -> dict[int, Tensor]:
+    """What blocks read of a whole prompt, ``[1 pos d_model]``, padding of its ending included."""
+    parts = seen.tails.states
+    return {
+        block: torch.cat([state, parts[block][tail : tail + 1]], dim=1)
+        for block, state in seen.stem.states.items()
+    }
+
+
+def _alike(prompts: Sequence[Prompted], block: int) -> list[list[int]]:
+    """Prompts that begin alike, in groups with the same L-sinks at a block: what they are edited by."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places = prompt.low[block].nonzero().flatten().tolist() if prompt.low else []
+        groups.setdefault(tuple(places), []).append(i)
+    return list(groups.values())
+
+
+def _edited_tails(
+    seen: Branches,
+    block: int,
+    factors: Tensor,
+    tails: Tensor,
+    read: Callable[[Tensor, Tensor], Read],
+    batch: Batch,
+) -> list[list[Read]]:
+    """What is read of some endings under every edit: ``[edit][ending]``."""
+    past = resume_stem(seen, block, factors)
+    count = len(tails)
+    edits = torch.arange(len(factors)).repeat_interleave(count)
+    tails = tails.repeat(len(factors))
+    step = TAILS_PER_EDIT * batch.size
+    parts: list[Read] = []
+    for start in range(0, len(edits), step):
+        some = slice(start, start + step)
+        hidden = resume_tails(seen, block, factors, past, edits[some], tails[some])
+        parts.extend(_split(*read(hidden, tails[some])))
+    return [parts[i * count : (i + 1) * count] for i in range(len(factors))]
+
+
+def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
+    """Readings row by row."""
+    return [(logs[i : i + 1], greedy[i : i + 1]) for i in range(len(logs))]
+
+
+def _answers(prompts: Sequence[Prompted], reads: Sequence[Sequence[Read]]) -> list[Answered]:
+    """The answers of all questions from the readings of all their rows, in order."""
+    rows = iter([read for part in reads for read in part])
+    out = []
+    for prompt in prompts:
+        own = [next(rows) for _ in prompt.asked.feeds]
+        logs = [log[0].tolist() for log, _ in own]
+        out.append(answered(prompt.asked, logs, [best[0].tolist() for _, best in own]))
+    return out
+
+
+def _lines(
+    prompts: Sequence[Prompted],
+    base: Sequence[Answered],
+    edited: Sequence[Sequence[Answered]],
+    edits: Edits,
+    block: int,
+    rules: Rules,
+) -> Iterator[Line]:
+    """One line per question and pair of a layer.
+
+    Raises:
+        InputError: If a log-probability or a score is not finite.
+    """
+    layer = "embed" if block == 0 else block - 1
+    for i, prompt in enumerate(prompts):
+        item, plain = prompt.asked.item, base[i]
+        check_finite(item, plain, BASE_CELL, edited=False)
+        n_v = int(prompt.sinks.sum())
+        n_l = int(prompt.low[block].sum()) if prompt.low else 0
+        for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
+            after = plain if edit < 0 else edited[edit][i]
+            where = f"layer {layer}, {words_of(pair)}"
+            check_finite(item, after, where, edited=True)
+            yield {
+                "item": prompt.index,
+                "image_id": item.image_id,
+                "task": item.task,
+                "layer": block - 1,
+                "edited": block,
+                "pair": place,
+                "s_v": pair[0],
+                "s_l": pair[1] if prompt.low else None,
+                "s_rest": pair[-1],
+                "score": scored(rules.score, item, after, where),
+                "base_score": scored(rules.score, item, plain, BASE_CELL),
+                "logprob": after.logprob,
+                "base_logprob": plain.logprob,
+                "n_v": n_v,
+                "n_l": n_l,
+                "n_rest": int(prompt.visual.sum()) - n_v - n_l,
+            }

@@ -1,0 +1,487 @@
+"""A sweep on disk: a manifest and one Parquet part per image, each complete or not there.
+
+::
+
+    out/
+      manifest.json        what was run; another run is refused here
+      .lock                held by the process that writes; a second one is refused
+      part-000000.parquet  all cells of the questions about the first image
+      part-000001.parquet  ...
+
+A file is written under another name, flushed, and renamed. So a process may be killed at any moment:
+a part is there as a whole or not at all, and the next run makes those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sinkscope.errors import CheckpointError, InputError, nearest
+from sinkscope.experiments.statistics import cluster_intervals
+from sinkscope.experiments.sweep_grid import GROUPS, nouns, words_of
+from sinkscope.files import check_place, claim, held, read_json, write_whole
+from sinkscope.models.pictures import clusters_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+SCHEMA = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("image_id", pa.string()),
+        ("task", pa.string()),
+        ("layer", pa.int64()),
+        ("edited", pa.int64()),
+        ("pair", pa.int64()),
+        ("s_v", pa.float64()),
+        ("s_rest", pa.float64()),
+        ("score", pa.float64()),
+        ("base_score", pa.float64()),
+        ("logprob", pa.float64()),
+        ("base_logprob", pa.float64()),
+        ("n_v", pa.int64()),
+        ("n_rest", pa.int64()),
+    ]
+)
+
+WITH_L = SCHEMA.insert(SCHEMA.get_field_index("s_rest"), pa.field("s_l", pa.float64())).insert(
+    SCHEMA.get_field_index("n_rest") + 1, pa.field("n_l", pa.int64())
+)
+
+"""The same for triples."""
+
+FORMATS = {2: 2, 3: 3}
+
+"""Number of coefficients -> format of the parts, as a manifest states it."""
+
+ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
+
+MANIFEST = "manifest.json"
+
+
+def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
+    """Lines of a sweep as a table of fixed columns; with triples there are two more."""
+    return pa.Table.from_pylist(list(lines), schema=WITH_L if with_l else SCHEMA)
+
+
+def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
+    whole = pa.concat_tables(tables) if tables else schema_of(manifest).empty_table()
+    return whole.sort_by(ORDER).to_pandas()
+
+
+def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a sweep's parts."""
+    return WITH_L if len(manifest["grid"][0]) == len(GROUPS[3]) else SCHEMA
+
+
+class Folder:
+    """Where a sweep is written.
+
+    Args:
+        path: The folder; it is made if it does not exist.
+        manifest: What is run, as plain values.
+
+    Raises:
+        InputError: If the folder holds another sweep, with the differences, or other files.
+    """
+
+    def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path).expanduser()
+        self.with_l = schema_of(manifest) is WITH_L
+        claim(self.path, MANIFEST, manifest, "sweep")
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes out; see `sinkscope.files.held`."""
+        return held(self.path, "sweep")
+
+    def part(self, group: int) -> Path:
+        """The part of an image group."""
+        return self.path / f"part-{group:06d}.parquet"
+
+    def done(self, group: int) -> bool:
+        """Whether a group is there."""
+        return self.part(group).exists()
+
+    def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+        """Write a group, whole or not at all.
+
+        Args:
+            group: Its number.
+            lines: Its cells.
+            notes: What a reader should know about it.
+        """
+        table = as_table(lines, with_l=self.with_l)
+        table = table.replace_schema_metadata({"notes": json.dumps(list(notes))})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_whole(self.part(group), sink.getvalue().to_pybytes())
+
+
+def check_out(path: str | Path) -> None:
+    """Refuse a place where no sweep can be written; nothing is left behind there.
+
+    Raises:
+        InputError: If it is a file, or holds other files.
+        CheckpointError: If it cannot be written.
+    """
+    check_place(Path(path).expanduser(), MANIFEST, "sweep")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a folder says it holds.
+
+    Raises:
+        CheckpointError: If there is no manifest, it cannot be read, or its format is another one.
+    """
+    found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
+    known = sorted(FORMATS.values())
+    if found.get("format") not in known:
+        raise CheckpointError(
+            f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
+            f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of {known}. "
+            "Read it with that version, or run the sweep again into another folder."
+        )
+    return found
+
+
+def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table], list[str]]:
+    """The parts of a folder, and their notes.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
+    tables, notes = [], []
+    for file in sorted(path.glob("part-*.parquet")):
+        try:
+            table = pq.read_table(file, schema=schema_of(manifest))
+            said = pq.read_schema(file).metadata or {}
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
+                "file and run the sweep again: only its image is computed."
+            ) from error
+        notes.extend(json.loads(said.get(b"notes", b"[]")))
+        tables.append(table)
+    return tables, notes
+
+
+ALL = "all"
+
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
+
+"""What a cell is, in tables; without ``s_l`` for pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Every question under every cell.
+
+    Attributes:
+        table: One line per question, layer and pair: item, image_id, task, layer (-1 is
+            ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
+            logprob under the edit, base_score and base_logprob without, n_v and n_rest (V-sinks and
+            other image tokens). With triples there are s_l and n_l too (L-sinks of what the edited
+            block reads), and "other" are the ordinary tokens. Log-probabilities are of the right
+            answer, in nats.
+        settings: What was run, as plain values: the manifest.
+        notes: What a reader must know: how V-sinks were found, what could not be shared.
+        by: What the map is split by unless told otherwise: ``"task"`` or ``"all"``.
+    """
+
+    table: pd.DataFrame
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    by: str = "task"
+
+    @classmethod
+    def load(cls, folder: str | Path, by: str = "task") -> Sweep:
+        """A sweep from its folder, finished or not.
+
+        Args:
+            folder: What was given as ``out``.
+            by: See the class.
+
+        Raises:
+            CheckpointError: If the folder holds none, or a part cannot be read.
+        """
+        path = Path(folder).expanduser()
+        settings = read_manifest(path)
+        tables, notes = read_parts(path, settings)
+        notes = [*settings["notes"], *notes]
+        if len(tables) < settings["groups"]:
+            notes.append(f"not finished: {len(tables)} of {settings['groups']} images")
+        return cls(as_frame(tables, settings), settings, tuple(dict.fromkeys(notes)), check_by(by))
+
+    @property
+    def score(self) -> str:
+        """The name of the score."""
+        return str(self.settings["score"])
+
+    @property
+    def score_name(self) -> str:
+        """The score in words and figures: of a function its own name, without its module."""
+        return self.score.rpartition(".")[2]
+
+    @property
+    def pairs(self) -> list[tuple[float, ...]]:
+        """The coefficient pairs, or triples, in order."""
+        return [tuple(map(float, pair)) for pair in self.settings["grid"]]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What the coefficients are of: ``("V", "rest")`` or ``("V", "L", "rest")``, as in a gate."""
+        return GROUPS[len(self.pairs[0])]
+
+    def base(self, by: str | None = None) -> pd.DataFrame:
+        """What the model scores without an edit.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+
+        Returns:
+            Columns task, n, images, score, logprob and with_v (the share of the questions whose
+            image has a V-sink); with triples with_l too (an L-sink at some layer of the sweep).
+        """
+        import pandas as pd
+
+        lines = []
+        for name, part in self.by_task(by):
+            once = part.drop_duplicates("item")
+            line = {
+                "task": name,
+                "n": len(once),
+                "images": once["image_id"].nunique(),
+                "score": once["base_score"].mean(),
+                "logprob": once["base_logprob"].mean(),
+                "with_v": (once["n_v"] > 0).mean(),
+            }
+            if "n_l" in part:
+                most: Any = part.groupby("item")["n_l"].max()
+                line["with_l"] = (most > 0).mean()
+            lines.append(line)
+        return pd.DataFrame(lines)
+
+    def map(
+        self,
+        by: str | None = None,
+        *,
+        column: str = "score",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The layer x coefficient map: change against the base in every cell, with intervals.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            level: Coverage of the intervals, by bootstrap over images.
+            draws: Bootstrap samples.
+            seed: Of the draws.
+
+        Returns:
+            Columns task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n,
+            images, base, value, delta, low, high and clear (whether the interval excludes 0).
+        """
+        import pandas as pd
+
+        check_column(column)
+        tables = []
+        for name, part in self.by_task(by):
+            cells, changes, images = wide(part, column)
+            mean, low, high = cluster_intervals(
+                changes, images, level=level, draws=draws, seed=seed
+            )
+            base = part.drop_duplicates("item")[f"base_{column}"].mean()
+            some = {
+                "n": len(changes),
+                "images": len(set(images)),
+                "base": base,
+                "value": base + mean,
+            }
+            found = {"delta": mean, "low": low, "high": high, "clear": (low > 0) | (high < 0)}
+            cells.insert(0, "task", name)
+            tables.append(cells.assign(**some, **found))
+        return pd.concat(tables, ignore_index=True)
+
+    def best(
+        self,
+        by: str | None = None,
+        *,
+        column: str = "score",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The best cell per task: chosen on one half of its images, scored on the other.
+
+        The largest of hundreds of changes is large by chance. So the cell is chosen on half of a
+        task's images and ``delta`` is measured on the others. Beside it stands a test over all images
+        and cells: ``t`` is the largest change of all cells, each counted in units of its own spread
+        over images, and ``p`` says how often chance makes one as large: signs of whole images are
+        drawn anew, the same in all cells, and the largest t is taken again (see
+        `sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not be the one
+        that was chosen, which has the largest mean.
+
+        Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            level: Coverage of the intervals.
+            draws: Bootstrap samples, and draws of the null.
+            seed: Of the halves and the draws.
+
+        Returns:
+            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen),
+            n, images, delta, low, high (on the other half), maximum (the largest change of a cell on
+            all images, in units of the score), t (the largest t), t_95 (the 95 % point of the largest
+            t where nothing has an effect), p, and note. A task with fewer than two images, or whose
+            cells scale no key, has no best cell: its numbers are missing, and ``note`` says why.
+        """
+        import pandas as pd
+
+        from sinkscope.experiments.findings import best_of
+
+        check_column(column)
+        lines = [
+            {"task": name, **best_of(part, column, level=level, draws=draws, seed=seed)}
+            for name, part in self.by_task(by)
+        ]
+        return pd.DataFrame(lines).astype(dict.fromkeys(("layer", "edited", "pair"), "Int64"))
+
+    def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
+        """Heat maps: layer x pair per task, change against the base.
+
+        Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            column: ``"score"`` or ``"logprob"``.
+            seed: Of the intervals; cells whose interval excludes 0 carry a dot.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from sinkscope.viz.sweep import plot_sweep
+
+        return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
+
+    def observations(self, by: str | None = None, *, seed: int = 0) -> str:
+        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell.
+
+        Whether the best setting depends on the task, whether it depends on the layer, and whether
+        raising or splitting off sinks helps, each with its numbers.
+
+        Args:
+            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
+            seed: Of halves and intervals.
+
+        Returns:
+            Lines for a terminal.
+        """
+        from sinkscope.experiments.findings import observe
+
+        return observe(self, by or self.by, seed)
+
+    def score_text(self, column: str) -> str:
+        """What a column is, with its unit."""
+        if column == "logprob" or self.score == "logprob":
+            return "log-probability of the answer (nats)"
+        named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
+        return named.get(self.score, self.score_name)
+
+    def __repr__(self) -> str:
+        items, images, layers = (
+            self.table[name].nunique() for name in ("item", "image_id", "layer")
+        )
+        return (
+            f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
+            f"{counted(layers, 'layer')} x {counted(len(self.pairs), nouns(len(self.groups)))}, "
+            f"score={self.score!r})"
+        )
+
+    def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The table by task, and whole at the end if there are several."""
+        by = check_by(self.by if by is None else by)
+        if by == "task" and self.table["task"].nunique() > 1:
+            for name, part in self.table.groupby("task", sort=True):
+                yield str(name), part
+        yield ALL, self.table
+
+
+def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Cells, changes ``[question cell]``, and the image of every question.
+
+    Raises:
+        InputError: If a change is not finite: a sweep of ours has none.
+    """
+    change = part.assign(change=part[column] - part[f"base_{column}"])
+    table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
+        axis=1
+    )
+    broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
+    if len(broken):
+        line = broken.iloc[0]
+        raise InputError(
+            f"Got {len(broken)} changes of {column} that are not finite, the first of item "
+            f"{line['item']} at layer {line['layer']}, {words_of(coefficients_of(line))}; expected "
+            "numbers. Leave out these lines, or run the sweep again: it refuses them."
+        )
+    cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[cell_of(part)]
+    images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
+    return (
+        cast("pd.DataFrame", cells.reset_index(drop=True)),
+        table.to_numpy(dtype=float),
+        clusters_of(images),
+    )
+
+
+def cell_of(part: pd.DataFrame) -> list[str]:
+    """The columns that say which cell a line is of."""
+    return [name for name in CELL if name in part]
+
+
+def coefficients_of(line: Mapping[Any, Any]) -> list[float]:
+    """The coefficients of a line of a table."""
+    return [line[name] for name in CELL[3:] if name in line]
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def check_by(by: Any) -> str:
+    """The name itself.
+
+    Raises:
+        InputError: If it is unknown.
+    """
+    if by not in ("task", ALL):
+        raise InputError(
+            f"Got by={by!r}; expected 'task', or 'all' for all questions together. "
+            f"{nearest(str(by), ('task', ALL))}"
+        )
+    return by
+
+
+def check_column(column: Any) -> None:
+    """Refuse an unknown column.
+
+    Raises:
+        InputError: If it is neither ``"score"`` nor ``"logprob"``.
+    """
+    if column not in ("score", "logprob"):
+        raise InputError(f"Got column={column!r}; expected 'score' or 'logprob'.")

@@ -1,1 +1,0 @@
-"""The parts of `sinkscope.sweep`: its grid, its scores, one image at a time, its files, its result."""

@@ -1,0 +1,243 @@
+"""What the runner asks of a list of interventions before and after a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import InterventionError, NoEffectError
+from sinkscope.interventions.base import Edit, Effect, Intervention
+
+if TYPE_CHECKING:
+    from sinkscope.models.inputs import Sample
+    from sinkscope.models.lvlm import LVLM
+    from sinkscope.models.runs import Generation, Run
+    from sinkscope.protocols import Probe
+
+
+def check_interventions(interventions: Any) -> list[Intervention]:
+    """The interventions as a list.
+
+    Raises:
+        InterventionError: If something else came.
+    """
+    if isinstance(interventions, type):
+        raise InterventionError(
+            f"Got the class {interventions.__name__}; expected a list of interventions. Write "
+            f"interventions=[{interventions.__name__}(...)]."
+        )
+    if isinstance(interventions, Intervention):
+        raise InterventionError(
+            f"Got one {type(interventions).__name__}; expected a list of interventions. Write "
+            "interventions=[it]."
+        )
+    if not isinstance(interventions, Iterable) or isinstance(interventions, (str, Mapping)):
+        raise InterventionError(
+            f"Got interventions={interventions!r}; expected a list, such as "
+            "[ss.MaskKeys(trace.v_sinks, layers=[4])]."
+        )
+    out = list(interventions)
+    for it in out:
+        if isinstance(it, type):
+            raise InterventionError(
+                f"Got the class {it.__name__} among the interventions; expected an object of it. "
+                f"Write {it.__name__}(...)."
+            )
+        if not isinstance(it, Intervention):
+            raise InterventionError(
+                f"Got {it!r} among the interventions; expected objects with edits(), steps and "
+                "allow_noop, such as ss.MaskKeys(trace.v_sinks, layers=[4])."
+            )
+    if len({id(it) for it in out}) < len(out):
+        raise InterventionError(
+            "Got the same intervention object twice; expected each once, because its effect is found "
+            "by the object. Write two objects with equal parameters."
+        )
+    return out
+
+
+def tolerant(it: Any) -> Any:
+    """The same intervention, for which touching nothing is fine.
+
+    Args:
+        it: A dataclass, or an object with a method ``tolerant()`` of its own (a gate).
+
+    Raises:
+        InterventionError: If it is neither.
+    """
+    if it.allow_noop:
+        return it
+    own = getattr(it, "tolerant", None)
+    if callable(own):
+        return own()
+    if is_dataclass(it) and not isinstance(it, type):
+        return replace(it, allow_noop=True)
+    raise InterventionError(
+        f"Got a {type(it).__name__} that may not touch nothing; expected a dataclass, or an object "
+        "with a method tolerant() that gives its twin with allow_noop=True. Set allow_noop=True."
+    )
+
+
+def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -> None:
+    """Refuse edits of vision blocks behind the last one that the projector reads.
+
+    With ``layers=None`` such blocks are edited along with the others, for probes of the tower.
+
+    Args:
+        it: The intervention.
+        edits: Its edits.
+        feeds: The vision blocks that feed the projector, ascending.
+
+    Raises:
+        NoEffectError: If one was named, or there are no others, and that was not allowed.
+    """
+    vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
+    behind = sorted(layer for layer in vision if layer > feeds[-1])
+    everything = getattr(it, "layers", None) is None and len(behind) < len(vision)
+    if not behind or everything or it.allow_noop:
+        return
+    raise NoEffectError(
+        f"Got {type(it).__name__} in the vision blocks {behind}; expected blocks up to {feeds[-1]}: "
+        f"the projector reads {list(feeds)}, and what later blocks do reaches no token of the "
+        f"decoder. Write layers up to {feeds[-1]}, or allow_noop=True to probe the tower itself."
+    )
+
+
+def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:
+    """Refuse what counts a tower's positions beside an edit that adds some to it.
+
+    Raises:
+        InterventionError: If so.
+    """
+    for it in interventions:
+        tower = getattr(it, "changes_positions_of", None)
+        if tower is None:
+            continue
+        others = [other for other in (*probes, *interventions) if other is not it]
+        clash = [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]
+        if clash:
+            raise InterventionError(
+                f"Got {clash} of the {tower} tower beside {type(it).__name__}, which adds positions "
+                "to that tower; expected probes and edits of the other one only. Run them in a pass "
+                "of their own."
+            )
+
+
+def require_effects(
+    interventions: Sequence[Intervention], steps: Sequence[Mapping[Intervention, Effect]]
+) -> None:
+    """Refuse an intervention that touched nothing in any pass.
+
+    Raises:
+        NoEffectError: If there is one that may not.
+    """
+    for it in interventions:
+        mine = [effects[it] for effects in steps if it in effects]
+        if not it.allow_noop and not any(bool(effect.touched.any()) for effect in mine):
+            raise NoEffectError(why_nothing(it, mine, len(steps)))
+
+
+def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str:
+    """Why an intervention touched nothing, as far as its effects tell."""
+    name, allow = type(it).__name__, "Write allow_noop=True if nothing may happen."
+    if not effects:
+        return (
+            f"{name} never ran in {passes} forward passes; expected at least one at "
+            f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
+            "decode-only edit needs max_new_tokens=2 or more. " + allow
+        )
+    if not any(site.name == "attention" for effect in effects for site in effect.sites):
+        return f"{name} left every token as it was; expected at least one to change. " + allow
+    if empty := sum(int(effect.empty.sum()) for effect in effects):
+        return (
+            f"{name} touched no row: the {empty} that see the edited keys see nothing else, and "
+            "such a row keeps its unedited output. Leave some key to attend to. " + allow
+        )
+    return (
+        f"{name} touched no row in {len(effects)} forward passes; expected at least one. No "
+        "selected query sees the edited tokens: they come later, lie outside the window, are masked "
+        "already, or were given what they have. " + allow
+    )
+
+
+def with_kl(edited: Run, plain: Run, last: Tensor) -> Run:
+    """The run with ``KL(unedited || edited)`` of the next token in every effect.
+
+    Args:
+        edited: The run with interventions.
+        plain: A run without, ``logits="last"``.
+        last: Int ``[batch]``, the last prompt position of every row.
+    """
+    logits = edited.logits.detach()
+    if logits.shape[1] > 1:
+        logits = logits[torch.arange(len(last)), last][:, None]
+    p = plain.logits[:, -1].float().log_softmax(-1)
+    q = logits[:, -1].cpu().float().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    effects = {it: replace(effect, kl=kl) for it, effect in edited.effects.items()}
+    return replace(edited, effects=effects)
+
+
+class Edited:
+    """What ``with lvlm.edited(interventions) as edited`` gives: `run` and `generate`, edited.
+
+    The model's weights and the plain LVLM are untouched; masks among the interventions belong to
+    samples of their own shape, names such as ``"image"`` to any.
+    """
+
+    def __init__(self, lvlm: LVLM, interventions: Sequence[Intervention]) -> None:
+        self._lvlm = lvlm
+        self._interventions = tuple(interventions)
+        self._open = True
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """What is on."""
+        return self._interventions
+
+    def close(self) -> None:
+        """End the edits."""
+        self._open = False
+
+    def run(
+        self,
+        sample: Sample,
+        probes: Sequence[Probe] = (),
+        interventions: Sequence[Intervention] = (),
+        **options: Any,
+    ) -> Run:
+        """`LVLM.run` with these interventions first, then further ones."""
+        return self._model().run(sample, probes, (*self._interventions, *interventions), **options)
+
+    def generate(
+        self,
+        sample: Sample,
+        probes: Sequence[Probe] = (),
+        interventions: Sequence[Intervention] = (),
+        **options: Any,
+    ) -> Generation:
+        """`LVLM.generate` with these interventions first, then further ones."""
+        return self._model().generate(
+            sample, probes, (*self._interventions, *interventions), **options
+        )
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Sample:
+        """`LVLM.prepare`."""
+        return self._model().prepare(*args, **kwargs)
+
+    def _model(self) -> LVLM:
+        """The model.
+
+        Raises:
+            InterventionError: If the block has ended.
+        """
+        if not self._open:
+            raise InterventionError(
+                "Got a run on a model whose edits have ended; expected it inside the block. Write "
+                "with lvlm.edited([...]) as edited: edited.run(...)."
+            )
+        return self._lvlm

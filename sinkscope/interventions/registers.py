@@ -1,0 +1,252 @@
+"""TestTimeRegister: an extra ViT token that takes over what register neurons do to patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import InterventionError, ModelError
+from sinkscope.interventions.base import Edit, check_prompt_only, check_tower
+from sinkscope.interventions.keys import check_factor
+from sinkscope.kernels import states as kernels
+from sinkscope.protocols import Read
+from sinkscope.results import Unsaved
+from sinkscope.sites import Site, Tower
+from sinkscope.tokens import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinkscope.anatomy.context import Context
+    from sinkscope.models.inputs import Sample
+    from sinkscope.models.lvlm import LVLM
+
+Neurons = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronResult(Unsaved):
+    """Mean activity of neurons over chosen tokens.
+
+    Attributes:
+        activity: By layer, float ``[image neuron]``.
+        layers: The block indices, in order.
+    """
+
+    activity: Mapping[int, Tensor]
+    layers: tuple[int, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns image, layer, neuron, activity."""
+        import pandas as pd
+
+        lines = [
+            pd.DataFrame({"image": i, "layer": layer, "neuron": range(len(row)), "activity": row})
+            for layer in self.layers
+            for i, row in enumerate(self.activity[layer].tolist())
+        ]
+        return pd.concat(lines, ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronActivity:
+    """Mean ``|activation|`` of every MLP neuron of the ViT over chosen tokens (2506.08010).
+
+    Args:
+        tokens: ViT tokens; usually the outliers, ``v_detection.at(layer)``.
+        layers: Vision blocks, or None for all.
+    """
+
+    tokens: Selection
+    layers: Any = None
+    tower: Tower = "vision"
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        mask = unpacked(context).flat("vision", self.tokens)
+        return [
+            Read(Site("vision", "mlp_hidden", layer), kernels.peak_neurons, {"mask": mask})
+            for layer in context.layers("vision", self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> NeuronResult:
+        """By layer."""
+        activity = {site.layer: answers[site] for site in sorted(answers)}
+        return NeuronResult(activity, tuple(activity))
+
+
+def unpacked(context: Context) -> Context:
+    """The context of a vision tower with one row per image.
+
+    Raises:
+        ModelError: If the tower is packed.
+    """
+    if context.layout("vision") is not None:
+        raise ModelError(
+            "Got a packed vision tower (images share one sequence); expected one with a row per "
+            "image, such as CLIP's or SigLIP's. Registers are not defined inside its windows."
+        )
+    return context
+
+
+def find_register_neurons(
+    lvlm: LVLM,
+    samples: Sequence[Sample],
+    tokens: Sequence[Tensor],
+    *,
+    top_k: int = 10,
+    max_layer: int | None = None,
+) -> dict[int, list[int]]:
+    """The neurons that are most active on outlier tokens: candidates for register neurons.
+
+    Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
+
+    Args:
+        lvlm: The model.
+        samples: A few samples with outliers.
+        tokens: Per sample, the outliers: bool ``[image pos]`` over ViT tokens.
+        top_k: How many neurons in all; the paper uses 10 for CLIP-B and 45 for DINOv2-L.
+        max_layer: Last block to look at (outliers are made before they show), or None for all.
+
+    Returns:
+        Layer -> neuron indices.
+
+    Raises:
+        InterventionError: If no sample has an outlier, or there is not one mask per sample.
+    """
+    if len(samples) != len(tokens):
+        raise InterventionError(
+            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens per "
+            "sample."
+        )
+    if not any(bool(mask.any()) for mask in tokens):
+        raise InterventionError(
+            "Got no outlier token in any sample; expected some. Detect them first, for instance "
+            "with ss.detect(lvlm, sample, ss.detectors.Norm('valley'), tower='vision')."
+        )
+    n = lvlm.anatomy.vision.n_layers
+    layers = list(range(n if max_layer is None else max_layer + 1))
+    total: dict[int, Tensor] = {}
+    for sample, mask in zip(samples, tokens, strict=True):
+        probe = NeuronActivity(mask, layers)
+        found = lvlm.run(sample, probes=[probe], logits="last")[probe].activity
+        seen = mask.any(dim=1)
+        for layer, activity in found.items():
+            total[layer] = total.get(layer, torch.zeros(1)) + activity[seen].sum(0)
+    ranked = sorted(
+        (
+            (float(value), layer, neuron)
+            for layer in layers
+            for neuron, value in enumerate(total[layer])
+        ),
+        reverse=True,
+    )
+    out: dict[int, list[int]] = {}
+    for _, layer, neuron in ranked[:top_k]:
+        out.setdefault(layer, []).append(neuron)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class TestTimeRegister:
+    """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
+
+    A zero token is appended before the first block; in the given blocks the register neurons fire
+    there instead of on the patches; behind the last block that feeds the projector the token is
+    dropped again, so the LLM never sees it. Other probes of the vision tower see one position more
+    per register and are refused beside it; probes of the decoder work.
+
+    Args:
+        neurons: Layer -> register neurons, from `find_register_neurons`.
+        count: How many registers.
+        scale: Factor on the largest activation.
+        fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
+    """
+
+    __test__ = False
+    changes_positions_of = "vision"
+
+    neurons: Neurons
+    count: int = 1
+    scale: float = 1.0
+    fill: str = "zero"
+    allow_noop: bool = False
+    steps: str = "prefill"
+    tower: Tower = "vision"
+
+    def edits(self, context: Context) -> list[Edit]:
+        """Append, shift in every given layer, drop."""
+        check_tower(self.tower, "vision", "TestTimeRegister")
+        check_prompt_only(self.steps, "TestTimeRegister")
+        scale = check_factor("scale", self.scale)
+        if self.fill not in ("zero", "mean", "keep"):
+            raise InterventionError(f"Got fill={self.fill!r}; expected 'zero', 'mean' or 'keep'.")
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise InterventionError(f"Got count={self.count!r}; expected an int of 1 or more.")
+        if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
+            raise InterventionError(
+                f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "
+                "find_register_neurons(...)."
+            )
+        layers = unpacked(context).layers("vision", list(self.neurons))
+        last = context.anatomy.feed_layers[-1]
+        if len(context.anatomy.feed_layers) > 1:
+            raise ModelError(
+                f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
+                "would reach it through the earlier ones."
+            )
+        if not context.tower("vision").d_mlp:
+            raise ModelError(
+                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
+                "neurons. Registers need neurons."
+            )
+        if layers[-1] > last:
+            raise InterventionError(
+                f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
+                "that feeds the projector."
+            )
+        if context.step:
+            return []
+        chosen = {layer: self._neurons(context, layer) for layer in layers}
+        live = context.live("vision")
+        shift = {"live": live, "count": self.count, "scale": scale, "fill": self.fill}
+        keep = {"live": live, "count": self.count}
+        return [
+            Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep),
+            *(
+                Edit(
+                    Site("vision", "mlp_hidden", layer),
+                    kernels.shift_neurons,
+                    {**shift, "neurons": chosen[layer]},
+                )
+                for layer in layers
+            ),
+            Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep),
+        ]
+
+    def _neurons(self, context: Context, layer: int) -> list[int]:
+        """The neurons of one layer.
+
+        Raises:
+            InterventionError: If there is none, or one is out of range.
+        """
+        count, given = context.tower("vision").d_mlp, self.neurons[layer]
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        wanted: list[Any] = list(given) if several else [given]
+        if not wanted:
+            raise InterventionError(
+                f"Got no neurons in block {layer}; expected at least one. Leave the block out."
+            )
+        for neuron in wanted:
+            whole = isinstance(neuron, Integral) and not isinstance(neuron, bool)
+            if not whole or not 0 <= int(neuron) < count:
+                raise InterventionError(
+                    f"Got neuron {neuron!r} in vision block {layer}; expected 0 to {count - 1}, as "
+                    "find_register_neurons(...) gives them for this model."
+                )
+        return [int(neuron) for neuron in wanted]

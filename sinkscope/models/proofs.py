@@ -1,0 +1,316 @@
+"""Prove the anatomy on the model itself: a part of a forward pass with a picture, and one of words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sinkscope.anatomy.block_sum import Branch, NoBranch, no_branch
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.holding import device_of, dtype_of
+from sinkscope.anatomy.towers import Anatomy
+from sinkscope.errors import ModelError, NonFiniteError
+from sinkscope.kernels import residual
+from sinkscope.kernels.walk import factors_at, first_tensor, times
+from sinkscope.models import runs as runner
+from sinkscope.models.inputs import Sample
+from sinkscope.models.wrapping import ONE_AT_A_TIME
+from sinkscope.probes.attention import AttentionMass
+from sinkscope.protocols import Read
+from sinkscope.sites import Site, Tower
+
+if TYPE_CHECKING:
+    from sinkscope.models.lvlm import LVLM
+
+SMALL = 1_000_000_000
+
+"""Parameters of a model that is verified on one thread of the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Whole states at a few sites, as the model lays them out; used here only."""
+
+    sites: tuple[Site, ...]
+    tower: str = "vision"
+
+    def reads(self, context: Context) -> list[Read]:
+        return [Read(site, residual.keep) for site in self.sites]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        return answers
+
+
+def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
+    """Check that the sites are what they are called.
+
+    * attention mass over all live tokens sums to one in every block whose attention call was found;
+    * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
+    * what the projector writes is found at the image positions of the decoder's input;
+    * two passes compute the same, if a pass draws random numbers;
+    * a block adds attn_out and mlp_out to the stream, and nothing else.
+
+    Returns:
+        ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
+        sites, and the rest works.
+
+    A picture takes most of a prompt, and most of the time goes into the decoder. So the pass with the
+    picture ends in the first block of the decoder, and the prompt's words alone go through all of it.
+
+    Raises:
+        ModelError: If one of the others fails, with the numbers.
+        NonFiniteError: If the model computes NaN or infinity.
+    """
+    with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
+        sample = lvlm.prepare(images=_test_image(), text="a")
+        with _not_by_chance(lvlm, sample):
+            _check_picture(lvlm, sample)
+            words, sums = _words_only(sample), _sums(lvlm, "language")
+            run = lvlm.run(words, probes=sums, logits="last", remote=False)
+    for probe in sums:
+        _check_sum(lvlm, "language", run[probe].mass)
+    return wrong
+
+
+@contextmanager
+def _not_by_chance(lvlm: LVLM, sample: Sample) -> Iterator[None]:
+    """Where passes inside draw random numbers, refuse a model of which two passes differ."""
+    before = _random_state()
+    try:
+        yield
+    finally:
+        if not torch.equal(before, _random_state()):
+            first, second = (lvlm.run(sample, logits="last", remote=False).logits for _ in "12")
+            off = float((first - second).abs().max())
+            if not off <= 1e-2 * float(first.abs().max()):
+                raise ModelError(
+                    f"Two passes over one prompt differ by {off:.3g}, because the model draws random "
+                    "numbers in evaluation mode; expected equal passes. Give training=self.training "
+                    "to every functional dropout, or write verify=False to measure single draws."
+                )
+
+
+def _random_state() -> Tensor:
+    """Where the default random generators stand."""
+    here = [torch.get_rng_state()]
+    return torch.cat(here + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []))
+
+
+@contextmanager
+def _few_threads(module: nn.Module) -> Iterator[None]:
+    """One thread for the short passes of a small model, where several wait for one another."""
+    with ONE_AT_A_TIME:  # the number of threads belongs to the process
+        before = torch.get_num_threads()
+        if sum(p.numel() for p in module.parameters()) <= SMALL:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _sums(lvlm: LVLM, tower: Tower, most: int | None = None) -> list[AttentionMass]:
+    """The mass on all tokens, in the first blocks whose attention call was found, or in all of them."""
+    found = lvlm.anatomy.tower(tower).attending[:most]
+    return [AttentionMass({"all": "all"}, found, tower=tower, null=False)] if found else []
+
+
+def _check_picture(lvlm: LVLM, sample: Sample) -> None:
+    """Vision tower, projector and the way into the decoder, on a prompt with a picture."""
+    a = lvlm.anatomy
+    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
+    ends = (Site("projector", "input"), Site("projector", "output"))
+    states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
+    probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
+    context = Context(a, sample.tokens)
+    plan = lvlm._plan(probes, (), context)
+    answers = runner.run_until_read(lvlm._traced(False), lvlm._placed(sample), plan)
+    seen = answers[0]
+    if not torch.isfinite(seen[ends[1]]).all():
+        raise NonFiniteError(
+            "The projector writes NaN or infinite states for a test image; expected finite ones. Load "
+            "the model in bfloat16 or float32 and check the weights."
+        )
+    _check_feed(lvlm, [seen[site] for site in feeds], seen[ends[0]])
+    _check_projection(lvlm, sample, seen)
+    for slot, probe in enumerate(probes[1:], start=1):
+        _check_sum(lvlm, probe.tower, probe.finish(answers[slot], context).mass)
+
+
+def _check_sum(lvlm: LVLM, tower: Tower, mass: Tensor) -> None:
+    """The mass on all tokens is one."""
+    block = lvlm.module.get_submodule(lvlm.anatomy.tower(tower).blocks[0])
+    tolerance = 1e-3 if dtype_of(block) == torch.float32 else 2e-2
+    over = mass - 1
+    # A learned sink takes a share that belongs to no token.
+    learned = lvlm.anatomy.tower(tower).learned_sink
+    off = (over if learned else over.abs()).nan_to_num().amax()
+    if off > tolerance:
+        raise ModelError(
+            f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
+            f"{tolerance}. The attention call found is not the one that attends."
+        )
+
+
+def _words_only(sample: Sample) -> Sample:
+    """The prompt of one row without its image positions, as the model takes text alone."""
+    tokens = sample.tokens
+    words = (tokens.image < 0)[0]
+    per_position = {
+        field.name: value[:, words]
+        for field in fields(tokens)
+        if isinstance(value := getattr(tokens, field.name), Tensor)
+    }
+    inputs = {name: sample.inputs[name][:, words] for name in ("input_ids", "attention_mask")}
+    cut = replace(tokens, **per_position, words=None)
+    return Sample(inputs, cut, made_for=sample.made_for)
+
+
+def _test_image() -> Image.Image:
+    """A small image with structure, so that no two patches are alike."""
+    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
+    """The projector's input is the feeding blocks' output, normed if so, without dropped tokens."""
+    a = lvlm.anatomy
+    made = torch.cat(feeds, dim=-1)
+    if a.family.feed_norm:
+        norm: Any = lvlm.module.get_submodule(a.family.feed_norm)
+        with torch.no_grad():
+            made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
+    made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
+    made, read = made.reshape(-1, made.shape[-1]), read.reshape(-1, read.shape[-1])
+    if made.shape != read.shape or not torch.equal(made, read):
+        raise ModelError(
+            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
+            f"vision blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. "
+            "The family's row is wrong for this model: please report it."
+        )
+
+
+def _check_projection(lvlm: LVLM, sample: Any, seen: Mapping[Site, Tensor]) -> None:
+    """The projector's output reaches the image positions of the decoder's input."""
+    visual = sample.tokens.image >= 0
+    at_input = seen[Site("language", "resid_pre", 0)][visual]
+    module: Any = lvlm.module
+    # The model brings what the projector writes into the decoder's dtype.
+    dtype = dtype_of(module.get_input_embeddings())
+    written = seen[Site("projector", "output")].reshape(-1, at_input.shape[-1]).to(dtype).float()
+    same = written.shape == at_input.shape
+    order = None
+    if same:
+        order = torch.cdist(at_input, written).argmin(dim=1)
+        same = torch.equal(written[order], at_input)
+    if not same:
+        raise ModelError(
+            f"The projector writes {tuple(written.shape)}, but the decoder reads other states at "
+            f"its {tuple(at_input.shape)} image positions; expected the same vectors."
+        )
+
+
+LIMIT = 4.0
+
+"""Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
+
+TOKENS = 32
+
+"""How many tokens of a pass are looked at, which is more than enough."""
+
+
+@contextmanager
+def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str, int], NoBranch]]:
+    """Compare ``resid_pre + attn_out + mlp_out`` with ``resid_post`` in every pass inside.
+
+    Args:
+        module: The model.
+        anatomy: Its anatomy.
+
+    Yields:
+        ``(tower, layer) -> reason`` of the blocks in which they differ; filled when a block has run.
+    """
+    wrong: dict[tuple[str, int], NoBranch] = {}
+    handles: list[Any] = []
+    try:
+        for tower in (anatomy.vision, anatomy.language):
+            for layer in tower.adding:
+                block = _Block(module, tower.blocks[layer], wrong, (tower.tower, layer))
+                handles += block.watch(
+                    tower.branch("attn_out", layer), tower.branch("mlp_out", layer)
+                )
+        yield wrong
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Block:
+    """The sum of one block while a pass goes through it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        wrong: dict[tuple[str, int], NoBranch],
+        place: tuple[str, int],
+    ) -> None:
+        self.module, self.path, self.wrong, self.place = module, path, wrong, place
+        self.parts: list[Tensor] = []
+
+    def watch(self, *branches: Branch) -> list[Any]:
+        """Hooks on the block and on what its branches add."""
+        block = self.module.get_submodule(self.path)
+        return [
+            block.register_forward_pre_hook(self.begin, with_kwargs=True),
+            *(
+                self.module.get_submodule(branch.path).register_forward_hook(self.adder(branch))
+                for branch in branches
+            ),
+            block.register_forward_hook(self.end),
+        ]
+
+    def begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note what the block reads."""
+        self.parts = [args[0] if args else next(iter(kwargs.values()))]
+
+    def adder(self, branch: Branch) -> Any:
+        """A hook that notes what a branch adds."""
+
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            states = first_tensor(out)
+            self.parts.append(times(states, factors_at(self.module, branch.factors, states.device)))
+
+        return note
+
+    def end(self, block: nn.Module, args: Any, out: Any) -> None:
+        """Compare with what the block writes."""
+        off = rounding_errors(self.parts, first_tensor(out)) if len(self.parts) == 3 else None
+        self.parts = []
+        if off is None:
+            why = "attention or MLP did not run once in a pass"
+        elif off <= LIMIT:
+            return
+        else:
+            why = f"in a pass they differ by {off:.3g} rounding errors"
+        self.wrong[self.place] = no_branch(self.path, block, why)
+
+
+def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:
+    """The largest difference between a sum and the whole, in roundings of the sizes that were added."""
+    eps = max(torch.finfo(states.dtype).eps for states in (*parts, whole))
+    exact = torch.promote_types(whole.dtype, torch.float32)
+    width = whole.shape[-1]
+    pre, attention, mlp, post = (
+        states.detach().reshape(-1, width)[:TOKENS].to(whole.device, exact)
+        for states in (*parts, whole)
+    )
+    size = (pre.abs() + attention.abs() + mlp.abs()) * eps
+    off = (pre + attention + mlp - post).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return float(off.max())
