@@ -1,32 +1,27 @@
-"""Whether a value is the number or the switch that an argument needs."""
+"""Checks of single values, each said once: whole numbers, real numbers, switches and choices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, SinkscopeError, nearest
 
 
-def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
-    """Whether it is a whole number, of ``least`` or more; True and False are none."""
+def is_whole(value: Any, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
+    """Whether it is a whole number from ``least`` to ``most``; True and False are none."""
     value = plain(value)
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and (least is None or int(value) >= least)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return (least is None or int(value) >= least) and (most is None or int(value) <= most)
 
 
 def is_number(
     value: Any, least: float = -math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> TypeGuard[float]:
-    """Whether it is a finite real number, True and False left out.
-
-    Args:
-        value: Anything.
-        least: The least that counts.
-        above: What it must exceed.
-        below: What it must stay under.
-    """
+    """Whether it is a finite real number, at least ``least``, over ``above`` and under ``below``."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
@@ -43,7 +38,7 @@ def plain(value: Any) -> Any:
 
 
 def check_flags(**given: object) -> None:
-    """Refuse what is not True or False: of the text ``"False"``, Python says that it is true.
+    """Refuse what is not True or False; Python takes the text ``"False"`` for true.
 
     Raises:
         InputError: If one is something else, a text, a number or None.
@@ -56,12 +51,57 @@ def check_flags(**given: object) -> None:
             )
 
 
-def check_whole(least: int, **given: object) -> None:
-    """Refuse what is no int of at least ``least``.
+def check_whole(
+    least: int,
+    most: int | None = None,
+    *,
+    error: type[SinkscopeError] = InputError,
+    hint: str = "",
+    **given: Any,
+) -> None:
+    """Refuse what is no int from ``least`` to ``most``, such as True, 2.0 or a text.
 
-    Raises:
-        InputError: If one is something else, such as True, 2.0 or a text.
+    Args:
+        least: The least value.
+        most: The greatest value, or None.
+        error: What to raise.
+        hint: A sentence behind the message.
+        given: Name -> value.
     """
+    wanted = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
     for name, value in given.items():
-        if not (isinstance(value, int) and is_whole(value, least)):  # it may be written as JSON
-            raise InputError(f"Got {name}={value!r}; expected an int of at least {least}.")
+        if not (isinstance(value, int) and is_whole(value, least, most)):  # JSON must hold it
+            raise error(f"Got {name}={value!r}; expected {wanted}. {hint}".rstrip())
+
+
+def check_number(
+    least: float = -math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    error: type[SinkscopeError] = InputError,
+    hint: str = "",
+    **given: Any,
+) -> None:
+    """Refuse what is no finite real number in the range; see `is_number` and `check_whole`."""
+    limits = (("of at least", least), ("above", above), ("below", below))
+    wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+    for name, value in given.items():
+        if not is_number(value, least, above=above, below=below):
+            text = f"Got {name}={value!r}; expected a finite number {wanted}".rstrip()
+            raise error(f"{text}. {hint}".rstrip())
+
+
+def check_choice(
+    options: Iterable[Any],
+    *,
+    error: type[SinkscopeError] = InputError,
+    hint: str = "",
+    **given: Any,
+) -> None:
+    """Refuse what is none of ``options``, and name the nearest; see `check_whole`."""
+    known = tuple(options)
+    for name, value in given.items():
+        if not any(value is option or value == option for option in known):
+            close = hint or nearest(str(value), [str(option) for option in known])
+            raise error(f"Got {name}={value!r}; expected one of {known}. {close}".rstrip())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sinkscope.sites import Site
 
 
-class Unsaved:
+class Result:
     """A record without a format of its own. nnsight gives every object a `.save` that is about traces."""
 
     def save(self, *given: Any, **options: Any) -> NoReturn:

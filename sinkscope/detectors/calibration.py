@@ -30,7 +30,7 @@ from sinkscope.probes import (
     SinkDimensionScores,
     TokenNorms,
 )
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class TowerCalibration:
 
 
 @dataclass(frozen=True)
-class Calibration(Unsaved):
+class Calibration(Result):
     """Detectors for one model, with the evidence.
 
     Attributes:

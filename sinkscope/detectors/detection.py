@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError, LayerError
-from sinkscope.results import Unsaved, tidy
+from sinkscope.results import Result, tidy
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SATURATION = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Detection(Unsaved):
+class Detection(Result):
     """The tokens a detector flags.
 
     Attributes:

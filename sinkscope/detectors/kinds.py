@@ -18,7 +18,7 @@ from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError, nearest
 from sinkscope.kernels.gating import hashed
 from sinkscope.probes import MassiveActivations, Probe
-from sinkscope.results import Unsaved, mask_padding, tidy
+from sinkscope.results import Result, mask_padding, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kinds(Unsaved):
+class _Kinds(Result):
     """Float scores ``[image layer pos]`` of 0 and 1, NaN at padding, at the block indices ``layers``."""
 
     scores: Float[Tensor, "image layer pos"]

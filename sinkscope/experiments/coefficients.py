@@ -18,7 +18,7 @@ from sinkscope.lsg.building import check_gates
 from sinkscope.lsg.losses import looked, seen
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.wrapping import evaluated
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ CELL = ["layer", "edited", "group"]
 
 
 @dataclass(frozen=True, eq=False)
-class GateCoefficients(Unsaved):
+class GateCoefficients(Result):
     """The coefficients that gates give for questions.
 
     Attributes:

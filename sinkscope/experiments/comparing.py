@@ -19,9 +19,9 @@ from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 from sinkscope.interventions.application import check_interventions
-from sinkscope.interventions.base import Intervention
 from sinkscope.models.prompts import check_questions
-from sinkscope.results import Unsaved
+from sinkscope.protocols import Intervention
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison(Unsaved):
+class Comparison(Result):
     """Answers under every condition.
 
     Attributes:

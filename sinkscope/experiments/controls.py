@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -313,7 +313,7 @@ NEXT_TOKEN_KL = "KL of the next token from the unedited run (nats)"
 
 
 @dataclass(frozen=True, eq=False)
-class ControlResult(Unsaved):
+class ControlResult(Result):
     """A real edit beside the same edit on other tokens.
 
     Attributes:

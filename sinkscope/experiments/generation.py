@@ -20,7 +20,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.runs import Generation
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ class SinkLife:
 
 
 @dataclass(frozen=True, eq=False)
-class GenerationTrace(Unsaved):
+class GenerationTrace(Result):
     """Sinks while the model speaks.
 
     Step 0 is the pass over the prompt, whose query is the prompt's last token; the query of step s is the

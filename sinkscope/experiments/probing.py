@@ -34,7 +34,7 @@ from sinkscope.experiments.pooling import (
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.models.prompts import check_questions
 from sinkscope.probes.residual import check_site
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LinearProbes(Unsaved):
+class LinearProbes(Result):
     """How well attributes can be read from the states of token groups, layer by layer.
 
     Attributes:

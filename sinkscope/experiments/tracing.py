@@ -44,7 +44,7 @@ from sinkscope.probes import (
     TokenNorms,
 )
 from sinkscope.protocols import Probe
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkTrace(Unsaved):
+class SinkTrace(Result):
     """The sinks of one sample.
 
     Attributes:

@@ -1,7 +1,6 @@
 """Interventions: change what the model uses, exactly, and say what changed."""
 
 from sinkscope.interventions.application import Edited
-from sinkscope.interventions.base import Edit, Effect, Intervention
 from sinkscope.interventions.keys import (
     AttentionKnockout,
     EvictKeys,
@@ -23,6 +22,7 @@ from sinkscope.interventions.states import (
     SinkToFront,
 )
 from sinkscope.interventions.values import AblateValues
+from sinkscope.protocols import Edit, Effect, Intervention
 
 __all__ = [
     "AblateActivations",

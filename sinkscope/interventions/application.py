@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.interventions.base import Edit, Effect, Intervention
+from sinkscope.protocols import Edit, Effect, Intervention
 
 if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.interventions.base import (
-    Edit,
     at_layer,
     check_decodes,
     check_heads,
@@ -24,6 +23,7 @@ from sinkscope.interventions.base import (
 )
 from sinkscope.kernels import edits as kernels
 from sinkscope.kernels.edits import evict_keys
+from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 

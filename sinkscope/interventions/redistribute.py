@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
-    Edit,
     at_layer,
     check_decodes,
     check_heads,
@@ -23,6 +22,7 @@ from sinkscope.interventions.base import (
 )
 from sinkscope.interventions.keys import check_factor, check_neutral
 from sinkscope.kernels import edits as kernels
+from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.base import Edit, check_prompt_only, check_tower
+from sinkscope.interventions.base import check_prompt_only, check_tower
 from sinkscope.interventions.keys import check_factor
 from sinkscope.kernels import states as kernels
-from sinkscope.protocols import Read
-from sinkscope.results import Unsaved
+from sinkscope.protocols import Edit, Read
+from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -30,7 +30,7 @@ Neurons = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronResult(Unsaved):
+class NeuronResult(Result):
     """Mean activity of neurons over chosen tokens.
 
     Attributes:

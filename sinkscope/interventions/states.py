@@ -11,7 +11,6 @@ import torch
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
-    Edit,
     at_layer,
     check_prompt_only,
     check_tower,
@@ -23,6 +22,7 @@ from sinkscope.interventions.keys import check_factor, check_neutral
 from sinkscope.interventions.values import others, ready_values, value_edits
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
+from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import (
-    Edit,
     at_layer,
     check_decodes,
     check_heads,
@@ -22,6 +21,7 @@ from sinkscope.interventions.base import (
 from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
 from sinkscope.kernels.edited_call import edit_values
 from sinkscope.probes.writes import AttentionValueResult
+from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from sinkscope.detectors.kinds import VisionTokens, kept_tokens
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.interventions.base import Edit
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
 from sinkscope.lsg.building import config_for, device_for, refuse_other_model
 from sinkscope.lsg.config import GateConfig, detector_of, rule_of, same_weights, sketch
+from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from sinkscope.errors import InputError
 from sinkscope.lsg.building import check_gates
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.losses import answer_losses, frozen, share
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 from sinkscope.training.loop import Sums
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ SCORES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True, eq=False)
-class GateStack(Unsaved):
+class GateStack(Result):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
     Attributes:

@@ -28,7 +28,6 @@ from sinkscope.interventions.application import (
     require_effects,
     with_kl,
 )
-from sinkscope.interventions.base import Intervention
 from sinkscope.models import inputs as preparing
 from sinkscope.models import requests as checking
 from sinkscope.models import runs as runner
@@ -36,7 +35,7 @@ from sinkscope.models import wrapping
 from sinkscope.models.inputs import Sample
 from sinkscope.models.runs import Generation, Run, finish_run
 from sinkscope.models.wrapping import ByName, Wrapped
-from sinkscope.protocols import Probe
+from sinkscope.protocols import Intervention, Probe
 
 if TYPE_CHECKING:
     from sinkscope.models.report import Report

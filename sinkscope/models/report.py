@@ -16,7 +16,7 @@ from sinkscope.anatomy.holding import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.errors import ModelError, nearest
 from sinkscope.interventions.base import needs_a_mask
-from sinkscope.results import Unsaved
+from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report(Unsaved):
+class Report(Result):
     """A model's anatomy and what can be measured on it; print it, or show it in a notebook.
 
     Attributes:

@@ -18,12 +18,11 @@ import sinkscope
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import AttentionCallError, InterventionError, NonFiniteError, ProbeError
-from sinkscope.interventions.base import Edit, Effect, Intervention, effect_from
 from sinkscope.kernels import walk as walking
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.wrapping import ByName, Wrapped
-from sinkscope.protocols import Probe, Read, Result
-from sinkscope.results import Unsaved
+from sinkscope.protocols import Edit, Effect, Intervention, Probe, Read, effect_from
+from sinkscope.results import Result
 from sinkscope.sites import Site
 
 Plan = list[dict[str, Any]]
@@ -295,7 +294,7 @@ class Effects(dict[Intervention, Effect]):
 
 
 @dataclass(frozen=True, eq=False)
-class Run(Unsaved):
+class Run(Result):
     """What one forward pass brought back.
 
     Attributes:
@@ -334,7 +333,7 @@ class Run(Unsaved):
 
 
 @dataclass(frozen=True, eq=False)
-class Generation(Unsaved):
+class Generation(Result):
     """What a generation brought back.
 
     Attributes:

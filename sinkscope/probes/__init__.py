@@ -38,7 +38,8 @@ from sinkscope.probes.writes import (
     ValueNorms,
     WriteResult,
 )
-from sinkscope.protocols import Probe, Read, Result
+from sinkscope.protocols import Probe, Read
+from sinkscope.results import Result
 
 __all__ = [
     "AttentionMass",

@@ -15,7 +15,7 @@ from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
 from sinkscope.protocols import Read
-from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.results import Result, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -40,7 +40,7 @@ def refuse_flash(context: Context, tower: str, what: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MassResult(Unsaved):
+class MassResult(Result):
     """Attention mass per key group.
 
     Attributes:
@@ -177,7 +177,7 @@ LEAST_SEEING = 8
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedResult(Unsaved):
+class ReceivedResult(Result):
     """Mean attention received by every key.
 
     Attributes:
@@ -319,7 +319,7 @@ class ReceivedAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class PatternResult(Unsaved):
+class PatternResult(Result):
     """Attention weights of chosen queries.
 
     Attributes:

@@ -14,7 +14,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
 from sinkscope.protocols import Read
-from sinkscope.results import Unsaved, tidy
+from sinkscope.results import Result, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CHANNELS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class EvidenceResult(Unsaved):
+class EvidenceResult(Result):
     """Spikes and attention of every token.
 
     Attributes:

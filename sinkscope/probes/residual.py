@@ -14,7 +14,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.errors import ProbeError, nearest
 from sinkscope.kernels import residual as kernels
 from sinkscope.protocols import Read
-from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.results import Result, mask_padding, stack_layers, tidy
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
 
@@ -71,7 +71,7 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveResult(Unsaved):
+class MassiveResult(Result):
     """The largest channels of every token.
 
     Attributes:
@@ -152,7 +152,7 @@ class MassiveActivations:
 
 
 @dataclass(frozen=True, eq=False)
-class NormResult(Unsaved):
+class NormResult(Result):
     """Token norms.
 
     Attributes:
@@ -203,7 +203,7 @@ class TokenNorms:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreResult(Unsaved):
+class ScoreResult(Result):
     """One score per token.
 
     Attributes:
@@ -306,7 +306,7 @@ class CosineToFirst:
 
 
 @dataclass(frozen=True, eq=False)
-class StateResult(Unsaved):
+class StateResult(Result):
     """Whole states of chosen tokens.
 
     Attributes:

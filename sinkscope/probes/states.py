@@ -15,7 +15,7 @@ from sinkscope.errors import ProbeError
 from sinkscope.kernels import residual as kernels
 from sinkscope.probes.residual import check_count, check_dims, check_site
 from sinkscope.protocols import Read
-from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.results import Result, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelResult(Unsaved):
+class ChannelResult(Result):
     """Values of chosen channels at chosen sites.
 
     Attributes:
@@ -101,7 +101,7 @@ class ChannelValues:
 
 
 @dataclass(frozen=True, eq=False)
-class GroupMeansResult(Unsaved):
+class GroupMeansResult(Result):
     """The mean state of every token group.
 
     Attributes:
@@ -179,7 +179,7 @@ def _at(masks: list[Tensor], layer: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class LensResult(Unsaved):
+class LensResult(Result):
     """What the LM head reads from intermediate states.
 
     Attributes:

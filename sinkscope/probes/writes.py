@@ -14,7 +14,7 @@ from sinkscope.kernels import attention as attention_kernels
 from sinkscope.kernels import writes
 from sinkscope.kernels import writes as kernels
 from sinkscope.protocols import Read
-from sinkscope.results import Unsaved, mask_padding, stack_layers, tidy
+from sinkscope.results import Result, mask_padding, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -61,7 +61,7 @@ def at_attention(answers: Mapping[Site, Any]) -> dict[Site, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class WriteResult(Unsaved):
+class WriteResult(Result):
     """Writes of every key and head.
 
     Attributes:
@@ -126,7 +126,7 @@ class HeadWrites:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueNormResult(Unsaved):
+class ValueNormResult(Result):
     """Norms of the value vectors.
 
     Attributes:
@@ -188,7 +188,7 @@ class ValueNorms:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionValueResult(Unsaved):
+class AttentionValueResult(Result):
     """Whole value vectors of chosen tokens.
 
     Attributes:
@@ -246,7 +246,7 @@ class AttentionValues:
 
 
 @dataclass(frozen=True, eq=False)
-class ContributionResult(Unsaved):
+class ContributionResult(Result):
     """What each key group writes into the residual stream.
 
     Attributes:

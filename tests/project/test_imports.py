@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom. docs/architecture.md has the whole table."""
+"""The rooms of the package: who may import whom. docs/architecture.md has the same table."""
 
 from __future__ import annotations
 
@@ -6,41 +6,60 @@ from pathlib import Path
 
 import pytest
 
-from tests.project.repository import PACKAGE, imports
+from scripts.count_code import circles, imports_of, names_of
+from tests.project.repository import PACKAGE, imports, tree_of
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = names_of(PACKAGE)
 KERNELS = sorted((PACKAGE / "kernels").rglob("*.py"))
 KERNEL_IMPORTS = {"torch", "math", "typing", "__future__"}  # a server without sinkscope has these
 
-# room -> rooms it may import; rooms that are not listed may import more
-ROOMS = {
-    "errors": set(),
-    "sites": {"errors"},
-    "tokens": {"errors"},
-    "folders": {"errors"},
-    "bundled": {"bundled", "errors", "models"},
-    "example": {"errors", "example", "folders", "models"},
-    "testing": {
-        "testing",
-        "models",
-    },  # of models only `processors`, which imports transformers alone
-}
+# A room may import itself and the rooms above it in this list, and no other.
+ROOMS = (
+    "errors checks files sites tokens results kernels anatomy protocols viz probes interventions models "
+    "bundled example detectors data training lsg experiments cli"
+).split()
+ENTRIES = {"__init__", "__main__", "_public"}
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE.parent))
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def roots(path: Path) -> set[str]:
-    """The top-level packages that a file imports."""
-    return {name.partition(".")[0] for name in imports(path)}
+GRAPH = {name: imports_of(tree_of(path), MODULES) for name, path in MODULES.items()}
+
+
+def test_every_room_is_listed() -> None:
+    assert {room_of(module) for module in MODULES} == {*ROOMS, *ENTRIES, "testing"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_look_only_upwards(room: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room) + 1]}
+    if room == "cli":
+        allowed.add("testing")
+    found = {
+        f"{module} imports {other}"
+        for module in MODULES
+        if room_of(module) == room
+        for other in GRAPH[module]
+        if room_of(other) not in allowed
+    }
+    assert not found, "\n".join(sorted(found))
+
+
+def test_no_circle() -> None:
+    assert circles(GRAPH) == []
+
+
+def test_what_checks_depends_on_nothing_that_is_checked() -> None:
+    found = {o for m in MODULES if room_of(m) == "testing" for o in GRAPH[m]}
+    assert {o for o in found if room_of(o) != "testing"} == {"sinkscope.models.processors"}
 
 
 def test_nnsight_stays_in_models() -> None:
-    users = {path for path in FILES if "nnsight" in roots(path)}
+    users = {m for m, path in MODULES.items() if "nnsight" in roots(path)}
     assert users, "nobody imports nnsight: imports are read wrongly"
-    outside = [name_of(path) for path in users if not path.is_relative_to(PACKAGE / "models")]
-    assert not outside, f"{outside} import nnsight; only sinkscope/models may know it."
+    assert {room_of(m) for m in users} == {"models"}
 
 
 def test_kernels_import_what_every_server_has() -> None:
@@ -48,14 +67,14 @@ def test_kernels_import_what_every_server_has() -> None:
     for path in KERNELS:
         other = {name for name in imports(path) if not name.startswith("sinkscope.kernels")}
         unknown = {name.partition(".")[0] for name in other} - KERNEL_IMPORTS
-        assert not unknown, f"{name_of(path)} imports {unknown}, which a server may lack."
+        assert not unknown, f"{path.name} imports {unknown}, which a server may lack."
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_look_only_downwards(room: str) -> None:
-    files = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in (room, f"{room}.py")]
-    assert files
-    for path in files:
-        own = {name for name in imports(path) if name.startswith("sinkscope.")}
-        rooms = {name.split(".")[1] for name in own}
-        assert rooms <= ROOMS[room], f"{name_of(path)} imports {sorted(own)}"
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == [["b", "c"]]
+
+
+def roots(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    return {name.partition(".")[0] for name in imports(path)}
