@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.interventions.base import (
@@ -106,6 +106,8 @@ class MaskKeys:
         allow_noop: Whether touching nothing is fine.
     """
 
+    needs: ClassVar[str] = "bias"
+
     tokens: Selection
     layers: Any = None
     heads: Sequence[int] | None = None
@@ -159,6 +161,8 @@ class ScaleKeys:
         layers: See `MaskKeys`, as for the rest.
     """
 
+    needs: ClassVar[str] = "weights"
+
     tokens: Selection
     factor: float
     layers: Any = None
@@ -190,6 +194,8 @@ class ScaleAttention:
         layers: See `MaskKeys`, as for the rest.
         renormalize: Whether rows sum to one again.
     """
+
+    needs: ClassVar[str] = "bias"
 
     tokens: Selection
     factor: float
@@ -224,6 +230,8 @@ class AttentionKnockout:
         tower: ``"language"`` or ``"vision"``.
         allow_noop: Whether touching nothing is fine.
     """
+
+    needs: ClassVar[str] = "bias"
 
     queries: Selection
     keys: Selection
@@ -262,6 +270,8 @@ class EvictKeys:
         steps: ``"all"``, ``"prefill"`` or ``"decode"``.
         allow_noop: Whether evicting nothing (a short prompt) is fine.
     """
+
+    needs: ClassVar[str] = "eviction"
 
     start: int = 4
     recent: int = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ class Redistribute:
         steps: ``"all"``, ``"prefill"`` or ``"decode"``.
         allow_noop: Whether touching nothing is fine.
     """
+
+    needs: ClassVar[str] = "redistribution"
 
     source: Selection
     target: Selection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -167,6 +167,8 @@ class TestTimeRegister:
         scale: Factor on the largest activation.
         fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
     """
+
+    needs: ClassVar[str] = "registers"
 
     __test__ = False
     changes_positions_of = "vision"

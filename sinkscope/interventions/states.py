@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -46,6 +46,8 @@ class AblateActivations:
         tower: ``"language"`` or ``"vision"``.
         allow_noop: Whether touching nothing is fine.
     """
+
+    needs: ClassVar[str] = "states"
 
     dims: Sequence[int]
     tokens: Selection
@@ -146,6 +148,8 @@ class PatchActivations:
             ``"decode"``.
     """
 
+    needs: ClassVar[str] = "patches"
+
     from_run: Any
     site: str
     tokens: Selection
@@ -199,6 +203,8 @@ class ScaleTokens:
         allow_noop: Whether touching nothing is fine.
     """
 
+    needs: ClassVar[str] = "embeddings"
+
     tokens: Selection
     factor: float
     allow_noop: bool = False
@@ -230,6 +236,8 @@ class SinkToFront:
         tokens: Image tokens to move; their order among themselves is kept.
         allow_noop: Whether moving nothing is fine.
     """
+
+    needs: ClassVar[str] = "embeddings"
 
     tokens: Selection
     allow_noop: bool = False

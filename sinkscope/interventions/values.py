@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class AblateValues:
         seed: For resampling.
         allow_noop: Whether touching nothing is fine.
     """
+
+    needs: ClassVar[str] = "packed_values"
 
     tokens: Selection
     replacement: Any = "zero"

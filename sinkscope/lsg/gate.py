@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class LSG(nn.Module):
     Attributes:
         record: How it was trained, if that is known; saved with it.
     """
+
+    needs: ClassVar[str] = "gates"
 
     tower: Tower = "language"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -125,6 +125,8 @@ class AttentionMass:
         precision: ``"model"`` for the model's dtype, whose rounding in bf16 is about 6e-3, or
             ``"float32"``.
     """
+
+    needs: ClassVar[str] = "masses"
 
     groups: Mapping[str, Selection]
     layers: Any = None
@@ -265,6 +267,8 @@ class ReceivedAttention:
             (one more attention call per layer). It needs the null.
     """
 
+    needs: ClassVar[str] = "gradients"
+
     layers: Any = None
     queries: Selection | None = None
     tower: Tower = "language"
@@ -349,6 +353,8 @@ class AttentionPatterns:
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
+
+    needs: ClassVar[str] = "gradients"
 
     rows: Selection = "last"
     layers: Any = None

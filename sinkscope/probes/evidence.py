@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -112,6 +112,8 @@ class SinkEvidence:
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
+
+    needs: ClassVar[str] = "gradients"
 
     layers: Any = None
     tower: Tower = "language"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -119,6 +119,8 @@ class MassiveActivations:
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
     """
 
+    needs: ClassVar[str] = "states"
+
     layers: Any = None
     tower: Tower = "language"
     k: int = 4
@@ -183,6 +185,8 @@ class TokenNorms:
         site: See `MassiveActivations`.
     """
 
+    needs: ClassVar[str] = "states"
+
     layers: Any = None
     tower: Tower = "language"
     site: str = "resid_post"
@@ -240,6 +244,8 @@ class SinkDimensionScores:
         site: See `MassiveActivations`; the default is what the block's attention reads.
     """
 
+    needs: ClassVar[str] = "states"
+
     dims: Sequence[int]
     layers: Any = None
     tower: Tower = "language"
@@ -283,6 +289,8 @@ class CosineToFirst:
         tower: ``"language"`` or ``"vision"``.
         site: See `MassiveActivations`.
     """
+
+    needs: ClassVar[str] = "states"
 
     layers: Any = None
     tower: Tower = "language"
@@ -341,6 +349,8 @@ class ResidualStates:
         tower: ``"language"`` or ``"vision"``.
         site: See `MassiveActivations`.
     """
+
+    needs: ClassVar[str] = "states"
 
     tokens: Selection = "all"
     layers: Any = None

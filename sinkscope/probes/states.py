@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -66,6 +66,8 @@ class ChannelValues:
         tower: ``"language"`` or ``"vision"``.
         sites: Which sites to read.
     """
+
+    needs: ClassVar[str] = "states"
 
     channels: Sequence[int]
     layers: Any = None
@@ -141,6 +143,8 @@ class GroupMeans:
         site: See `MassiveActivations`; the default is what the block's attention reads.
     """
 
+    needs: ClassVar[str] = "states"
+
     groups: Mapping[str, Selection]
     layers: Any = None
     tower: Tower = "language"
@@ -215,6 +219,8 @@ class LogitLens:
         k: How many tokens to keep.
         site: See `MassiveActivations`.
     """
+
+    needs: ClassVar[str] = "head"
 
     positions: Selection = "last"
     layers: Any = None

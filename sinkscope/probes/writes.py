@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -104,6 +104,8 @@ class HeadWrites:
         tower: ``"language"`` or ``"vision"``.
     """
 
+    needs: ClassVar[str] = "head_writes"
+
     layers: Any = None
     tower: Tower = "language"
 
@@ -165,6 +167,8 @@ class ValueNorms:
         tower: ``"language"`` or ``"vision"``.
     """
 
+    needs: ClassVar[str] = "attention"
+
     layers: Any = None
     tower: Tower = "language"
 
@@ -221,6 +225,8 @@ class AttentionValues:
         tokens: Which tokens of the prompt to keep.
         tower: ``"language"`` or ``"vision"``.
     """
+
+    needs: ClassVar[str] = "attention"
 
     layers: Any = None
     tokens: Selection = "all"
@@ -287,6 +293,8 @@ class ContributionNorms:
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
+
+    needs: ClassVar[str] = "contributions"
 
     groups: Mapping[str, Selection]
     layers: Any = None
