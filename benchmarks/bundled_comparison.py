@@ -163,7 +163,8 @@ def one_setting(lvlm, name, data, rules, args):
     say(name, "gates trained")
     quiet = {"progress": False, "batch": 32}
     stacks = [
-        ss.greedy_stack(lvlm, list(gates[s].values()), data["validation"], **quiet) for s in SEEDS
+        ss.lsg.greedy_stack(lvlm, list(gates[s].values()), data["validation"], **quiet)
+        for s in SEEDS
     ]
     layer, by_layer = choose_layer(stacks)
     members = [[gate.layer for gate in stack.gates] for stack in stacks]

@@ -105,11 +105,11 @@ def main():
     samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in held]
     calibration = ss.calibrate(lvlm, samples)
     groups = {
-        **ss.sink_groups(),
+        **ss.experiments.sink_groups(),
         "top 5 attended": top_five,
         "all image tokens": "image",
         "last token": "last",
-        "random, first row": ss.RandomGroup(5, 5, first_row),
+        "random, first row": ss.experiments.RandomGroup(5, 5, first_row),
     }
     start = time.process_time()
     result = ss.linear_probes(

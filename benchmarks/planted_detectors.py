@@ -116,11 +116,11 @@ def score_singles(planted, singles):
     feed = lvlm.anatomy.feed_layers[-1]
     last = lvlm.anatomy.language.n_layers - 1
     out = {}
-    vision = ss.detect_all(lvlm, sample, singles["vision"], tower="vision", layers=[feed])
+    vision = ss.detectors.detect_all(lvlm, sample, singles["vision"], tower="vision", layers=[feed])
     for name, found in vision.items():
         carried = sample.tokens.from_vision(found.at(feed).float()).nan_to_num() > 0
         out["V", name] = score(carried, truth["V"])
-    language = ss.detect_all(lvlm, sample, singles["language"], layers=[last])
+    language = ss.detectors.detect_all(lvlm, sample, singles["language"], layers=[last])
     visual = sample.tokens.image >= 0
     for name, found in language.items():
         out["L", name] = score(found.at(last) & visual, truth["L rule"])

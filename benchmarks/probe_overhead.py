@@ -63,7 +63,7 @@ HEAD_DIM = 64
 GROUPS = {"first": "first", "image": "image", "first image": "image:0", "text": "text"}
 LIMITS = {"time": {640: 1.15, 4096: 1.6}, "memory": 1.25}  # what AttentionMass aims at
 
-Step = Callable[[ss.Sample], "Tensor | None"]
+Step = Callable[[ss.models.Sample], "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Variant:
 
 def prepare_plain(module: LlavaForConditionalGeneration) -> Step:
     @torch.no_grad()
-    def step(sample: ss.Sample) -> None:
+    def step(sample: ss.models.Sample) -> None:
         _ = module(**sample.inputs).logits
 
     return step
@@ -144,7 +144,7 @@ def prepare_plain(module: LlavaForConditionalGeneration) -> Step:
 def prepare_trace(module: LlavaForConditionalGeneration) -> Step:
     lvlm = ss.LVLM(module)
 
-    def step(sample: ss.Sample) -> None:
+    def step(sample: ss.models.Sample) -> None:
         lvlm.run(sample)
 
     return step
@@ -153,7 +153,7 @@ def prepare_trace(module: LlavaForConditionalGeneration) -> Step:
 def prepare_mass(module: LlavaForConditionalGeneration) -> Step:
     lvlm = ss.LVLM(module)
 
-    def step(sample: ss.Sample) -> Tensor:
+    def step(sample: ss.models.Sample) -> Tensor:
         probe = ss.AttentionMass(GROUPS)
         return lvlm.run(sample, probes=[probe])[probe].mass
 
@@ -163,7 +163,7 @@ def prepare_mass(module: LlavaForConditionalGeneration) -> Step:
 def prepare_received(module: LlavaForConditionalGeneration) -> Step:
     lvlm = ss.LVLM(module)
 
-    def step(sample: ss.Sample) -> None:
+    def step(sample: ss.models.Sample) -> None:
         lvlm.run(sample, probes=[ss.ReceivedAttention()])
 
     return step
@@ -171,7 +171,7 @@ def prepare_received(module: LlavaForConditionalGeneration) -> Step:
 
 def prepare_eager(module: LlavaForConditionalGeneration) -> Step:
     @torch.no_grad()
-    def step(sample: ss.Sample) -> Tensor:
+    def step(sample: ss.models.Sample) -> Tensor:
         groups = one_hot(sample)
         out = module(**sample.inputs, output_attentions=True)
         return torch.stack([weights @ groups for weights in out.attentions], dim=1)
@@ -189,7 +189,7 @@ def prepare_transformer_lens(module: LlavaForConditionalGeneration) -> Step:
     ]
 
     @torch.no_grad()
-    def step(sample: ss.Sample) -> Tensor:
+    def step(sample: ss.models.Sample) -> Tensor:
         groups = one_hot(sample)
         inputs = dict(sample.inputs)
         ids = inputs.pop("input_ids")
@@ -199,7 +199,7 @@ def prepare_transformer_lens(module: LlavaForConditionalGeneration) -> Step:
     return step
 
 
-def one_hot(sample: ss.Sample) -> Tensor:
+def one_hot(sample: ss.models.Sample) -> Tensor:
     """The groups as columns, ``[batch 1 key group]``."""
     masks = [sample.tokens.select(selection) for selection in GROUPS.values()]
     return torch.stack(masks, dim=-1).float()[:, None]
@@ -241,7 +241,7 @@ def prepare_all(names: list[str], decoder: Decoder) -> tuple[dict[str, Step], di
 
 def time_rounds(
     steps: dict[str, Step],
-    sample: ss.Sample,
+    sample: ss.models.Sample,
     rounds: int,
     clock: Callable[[], float],
     tick: Callable[[str], None],

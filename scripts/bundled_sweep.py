@@ -27,7 +27,7 @@ NAMES = {
 }
 
 
-def sweeps(images: int, per_image: int, folder: Path | None) -> dict[str, ss.Sweep]:
+def sweeps(images: int, per_image: int, folder: Path | None) -> dict[str, ss.experiments.Sweep]:
     """Both sweeps, on test scenes; the rule for V-sinks is calibrated on validation scenes."""
     lvlm = ss.load_bundled()
     data = list(ss.bundled.scene_questions(images, per_image))
@@ -39,12 +39,12 @@ def sweeps(images: int, per_image: int, folder: Path | None) -> dict[str, ss.Swe
     for name, rule in rules.items():
         out = None if folder is None else folder / name
         result = ss.sweep(lvlm, data, v_detector=rule, out=out, progress=True)
-        assert isinstance(result, ss.Sweep)
+        assert isinstance(result, ss.experiments.Sweep)
         made[name] = result
     return made
 
 
-def report(made: dict[str, ss.Sweep], names: dict[str, str] = NAMES) -> str:
+def report(made: dict[str, ss.experiments.Sweep], names: dict[str, str] = NAMES) -> str:
     """Sweeps in words and tables, as Markdown; their titles are in ``names``."""
     lines = []
     for name, sweep in made.items():

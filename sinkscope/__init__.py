@@ -29,7 +29,9 @@ else:
             return getattr(public, name)
         if name in globals():  # a submodule that came with them
             return globals()[name]
-        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
+        rooms = [room for room in public.ROOMS if name in getattr(public, room).__all__]
+        where = f"; write sinkscope.{rooms[0]}.{name}" if rooms else ""
+        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}{where}")
 
     def __dir__():
         return sorted({*globals(), *import_module("sinkscope._public").__all__})

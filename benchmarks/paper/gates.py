@@ -64,7 +64,7 @@ def seed_conditions(lvlm, data, seed, args, kept, clock):
     made = train_gates(lvlm, train, layers, gate_rule(), *common, kept.folder / "gates")
     gates = list(made[seed].values())
     clock.say(f"seed {seed}: {len(gates)} gates trained")
-    stack = ss.greedy_stack(lvlm, gates, data["validation"], batch=32, progress=False)
+    stack = ss.lsg.greedy_stack(lvlm, gates, data["validation"], batch=32, progress=False)
     best = stack.ordered[0]
     clock.say(f"seed {seed}: layers by loss {stack.order}, stack {[g.layer for g in stack.gates]}")
     made = train_gates(

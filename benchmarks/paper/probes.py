@@ -54,8 +54,8 @@ def groups_of(lvlm, repeats):
     return {
         CLS: cls_token,
         MOST: TopPatches(lvlm.anatomy.feed_layers[-1]),
-        ONE: ss.RandomGroup(1, repeats, patches),
-        SEVERAL: ss.RandomGroup(TOP, repeats, patches),
+        ONE: ss.experiments.RandomGroup(1, repeats, patches),
+        SEVERAL: ss.experiments.RandomGroup(TOP, repeats, patches),
         "all patches": patches,
         "last token": "last",
     }
@@ -98,7 +98,9 @@ def read(kept):
     body = kept.read("found")
     table = pd.read_csv(kept.folder / "table.csv").fillna({"note": ""})
     rows = pd.read_csv(kept.folder / "rows.csv.gz")
-    return ss.LinearProbes(table, rows, body["classes"], tuple(body["images"]), body["site"], "")
+    return ss.experiments.LinearProbes(
+        table, rows, body["classes"], tuple(body["images"]), body["site"], ""
+    )
 
 
 def render(args):

@@ -49,7 +49,7 @@ def measure(lvlm, args, clock):
 def read(kept):
     """The sweep of all rows there are."""
     body = kept.read("sweep")
-    return ss.Sweep(kept.rows(), body["settings"], tuple(body["notes"]))
+    return ss.experiments.Sweep(kept.rows(), body["settings"], tuple(body["notes"]))
 
 
 def render(args):

@@ -173,7 +173,7 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
             item = LabelledImage(**known)
         else:
             raise InputError(
-                f"Record {i} is a {type(record).__name__}; expected a dict or an ss.LabelledImage "
+                f"Record {i} is a {type(record).__name__}; expected a dict or an ss.experiments.LabelledImage "
                 "with image and attributes."
             )
         if not isinstance(item.attributes, Mapping) or not item.attributes:

@@ -304,7 +304,7 @@ def linear_probes(
     if not features.counts.any():
         raise InputError(
             f"No token of {list(chosen)} was found in any image; expected at least one group with "
-            "tokens. Add one, such as {**ss.sink_groups(), 'image': 'image'}."
+            "tokens. Add one, such as {**ss.experiments.sink_groups(), 'image': 'image'}."
         )
     lines, rows = _judge_all(features, goals, split, options, n_jobs, hidden=hidden)
     columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]

@@ -164,8 +164,8 @@ def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
     if tower != "language":
         options += f", tower={tower!r}"
     if site == VALUES:
-        return f"ss.AttentionValues({options})"
-    return f"ss.ResidualStates({options}, site={site!r})"
+        return f"ss.probes.AttentionValues({options})"
+    return f"ss.probes.ResidualStates({options}, site={site!r})"
 
 
 def fitted(

@@ -186,7 +186,7 @@ class Redistribute:
             came = repr(self.select) if isinstance(self.select, str) else type(self.select).__name__
             raise InterventionError(
                 f"Got select={came}; expected an ImageCentric rule, or None for all rows and heads. "
-                "Write select=ss.ImageCentric(trace.l_sinks()); tokens go to source, "
+                "Write select=ss.interventions.ImageCentric(trace.l_sinks()); tokens go to source, "
                 "target and queries."
             )
         after = isinstance(self.queries, str) and self.queries == AFTER_IMAGE

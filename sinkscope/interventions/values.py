@@ -93,7 +93,7 @@ class AblateValues:
             came = repr(given) if isinstance(given, str) else type(given).__name__
             raise InterventionError(
                 f"Got replacement={came}; expected one of {REPLACEMENTS} or a tensor, or a run that "
-                f"holds ss.AttentionValues. {nearest(str(given), REPLACEMENTS)}"
+                f"holds ss.probes.AttentionValues. {nearest(str(given), REPLACEMENTS)}"
             )
         if context.layout(self.tower) is not None and given != "zero":
             raise InterventionError(

@@ -471,7 +471,7 @@ def expected(source: Source, found: Any, kind: str) -> str:
     if found == FORMAT and kind == STACK:
         return "expected a stack. Write ss.LSG.from_pretrained(...) for one gate."
     if source.find("sink_cfg.json") is not None:
-        return "expected files of sinkscope. Write ss.import_gates(folder, lvlm) for these."
+        return "expected files of sinkscope. Write ss.lsg.import_gates(folder, lvlm) for these."
     writes = (
         "gate.save_pretrained(folder)" if kind == FORMAT else "ss.LSG.save_stack(gates, folder)"
     )
@@ -519,7 +519,7 @@ def check_tensors(config: GateConfig, tensors: Mapping[str, Tensor], path: Path)
         listed = "\n  ".join(lines)
         raise CheckpointError(
             f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}.\n"
-            f"  {listed}\nFor files of another tool write ss.import_gates(folder, lvlm)."
+            f"  {listed}\nFor files of another tool write ss.lsg.import_gates(folder, lvlm)."
         )
 
 

@@ -5,6 +5,7 @@ from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM, Generation, Run
 from sinkscope.models.report import Report, Verdict
+from sinkscope.tokens import TokenMap, VisionMap
 
 __all__ = [
     "LVLM",
@@ -14,6 +15,8 @@ __all__ = [
     "Report",
     "Run",
     "Sample",
+    "TokenMap",
     "TowerAnatomy",
     "Verdict",
+    "VisionMap",
 ]

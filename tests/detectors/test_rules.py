@@ -102,7 +102,7 @@ def test_jaccard_by_hand():
     assert jaccard(one, one) == 1.0
     empty = detection([[False, False, False]])
     assert jaccard(empty, empty) == 1.0
-    table = ss.agreement({"one": one, "other": other})
+    table = ss.detectors.agreement({"one": one, "other": other})
     assert table.loc["one", "other"] == 0.5
     with pytest.raises(DetectorError, match="expected the same sample"):
         jaccard(one, detection([[True]]))
@@ -131,8 +131,8 @@ def test_detectors_run_in_one_pass_and_compare(tiny, batch):
         "massive": detectors.Massive(1.0, 3.0),
     }
     for tower in ("language", "vision"):
-        found = ss.detect_all(lvlm, sample, rules, tower=tower)
-        assert ss.agreement(found).shape == (4, 4)
+        found = ss.detectors.detect_all(lvlm, sample, rules, tower=tower)
+        assert ss.detectors.agreement(found).shape == (4, 4)
         for one in found.values():
             live = sample.tokens.vision.live if tower == "vision" else sample.tokens.live
             assert not (one.mask & ~live[:, None]).any()
@@ -220,9 +220,9 @@ def test_layers_and_detections_that_are_not_there_are_named():
         ):
             one.at(layer)
     with pytest.raises(DetectorError, match="2 detections with 1 names"):
-        ss.agreement([one, one])
+        ss.detectors.agreement([one, one])
     with pytest.raises(DetectorError, match=r"Got object; expected what ss\.detect"):
-        ss.agreement({"a": one, "b": object()})
+        ss.detectors.agreement({"a": one, "b": object()})
 
 
 def test_known_constants_are_found_by_size_and_only_agreed_ones_are_used(tiny):

@@ -65,7 +65,7 @@ def test_linear_probes_read_cls(lvlm):
         for i in range(24)
     ]
     groups = {
-        **ss.sink_groups(3, 2),
+        **ss.experiments.sink_groups(3, 2),
         "by hand": lambda trace: cls_of(trace.sample),
     }
     quick = {"permutations": 0, "draws": 20, "progress": False}

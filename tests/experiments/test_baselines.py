@@ -63,7 +63,9 @@ def test_var_is_redistribute_with_that_trace(planted, trace, preset):
         visual & ~rule,
         0.7 if preset == "paper" else 0.3,
         [2, 3],
-        ss.ImageCentric(rule & visual, 0.2, 0.6 if preset == "paper" else 0.4, preset == "code"),
+        ss.interventions.ImageCentric(
+            rule & visual, 0.2, 0.6 if preset == "paper" else 0.4, preset == "code"
+        ),
         "after image",
         allow_noop=True,
     )

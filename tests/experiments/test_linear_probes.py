@@ -116,7 +116,7 @@ def test_accuracies_are_those_of_scikit_learn_on_hidden_states(bundled, scenes, 
 def test_image_tokens_cannot_know_a_later_word(planted) -> None:
     """Causality decides: the text says the word, whatever stands before it knows nothing."""
     lvlm, rules = planted
-    groups = {**ss.sink_groups(3, 2), "image": "image", "bos": "bos", "text": "text"}
+    groups = {**ss.experiments.sink_groups(3, 2), "image": "image", "bos": "bos", "text": "text"}
     given = {**rules, "groups": groups, "batch": 7}
     result = ss.linear_probes(lvlm, word_dataset(80), **given, permutations=20, progress=False)
     table = result.table[result.table["note"] == ""]
@@ -176,7 +176,7 @@ def test_batches_and_padding_change_no_answer(planted) -> None:
     tables = []
     for batch in (1, 5, 24):
         given = {**rules, **QUICK, "layers": [1, 3], "batch": batch}
-        groups = {**ss.sink_groups(), "text": "text"}
+        groups = {**ss.experiments.sink_groups(), "text": "text"}
         tables.append(ss.linear_probes(lvlm, data, groups=groups, **given).table)
     for other in tables[1:]:
         assert other.drop(columns="converged").equals(tables[0].drop(columns="converged"))
@@ -210,7 +210,7 @@ def test_images_without_the_group_are_left_out_and_counted(planted) -> None:
 
 
 def test_the_bundled_model_has_no_sinks_to_probe_and_says_so(bundled, scenes) -> None:
-    groups = {**ss.sink_groups(), "top 5": lambda trace: top_received(trace, 5)}
+    groups = {**ss.experiments.sink_groups(), "top 5": lambda trace: top_received(trace, 5)}
     result = ss.linear_probes(bundled, scenes, groups=groups, layers=4, targets=["count"], **QUICK)
     notes = result.table.set_index("group")["note"].to_dict()
     assert notes == {"V-sinks": "none found", "L-sinks": "none found", "ordinary": "", "top 5": ""}
@@ -226,7 +226,10 @@ def test_the_bundled_model_has_no_sinks_to_probe_and_says_so(bundled, scenes) ->
 
 
 def test_random_tokens_are_drawn_anew_and_their_spread_is_told(bundled, scenes) -> None:
-    groups = {"five": ss.RandomGroup(5, 3, "image"), "too many": ss.RandomGroup(65, 2, "image")}
+    groups = {
+        "five": ss.experiments.RandomGroup(5, 3, "image"),
+        "too many": ss.experiments.RandomGroup(65, 2, "image"),
+    }
     given = {"groups": groups, "layers": [2], "targets": ["colours"], **QUICK}
     result = ss.linear_probes(bundled, scenes, **given)
     line = cell(result, group="five", metric="exact set")
@@ -245,7 +248,7 @@ def test_random_tokens_are_drawn_anew_and_their_spread_is_told(bundled, scenes) 
 def test_random_tokens_are_n_different_candidates(planted) -> None:
     candidates = torch.zeros(3, 12, dtype=torch.bool)
     candidates[0, 2:11], candidates[1, 3:12], candidates[2, :2] = True, True, True
-    draws = ss.RandomGroup(4, 5).draw(candidates, [(0, 7), (0, 7), (0, 8)])
+    draws = ss.experiments.RandomGroup(4, 5).draw(candidates, [(0, 7), (0, 7), (0, 8)])
     for mask in draws:
         assert mask.sum(dim=1).tolist() == [4, 4, 0]  # the last row has too few
         assert not (mask & ~candidates).any()
@@ -372,7 +375,10 @@ def test_a_record_that_lacks_an_attribute_is_named(bundled) -> None:
         (lambda trace: [1, 2], "group 'mine': Got a selection of type list"),
         (lambda trace: torch.ones(2, 2, dtype=torch.bool), "group 'mine': Got a mask of shape"),
         ("imagge", "group 'mine'.*Did you mean 'image'"),
-        (ss.RandomGroup(2, 2, lambda trace: trace.l_sinks()), "draws among a mask of shape"),
+        (
+            ss.experiments.RandomGroup(2, 2, lambda trace: trace.l_sinks()),
+            "draws among a mask of shape",
+        ),
     ],
 )
 def test_a_group_that_is_no_mask_is_named(bundled, scenes, group, match) -> None:
@@ -383,7 +389,7 @@ def test_a_group_that_is_no_mask_is_named(bundled, scenes, group, match) -> None
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"repeats": 0}, {"n": 1.5}, {"n": True}])
 def test_random_tokens_of_no_number_are_refused(wrong) -> None:
     with pytest.raises(InputError, match=f"Got {next(iter(wrong))}="):
-        ss.RandomGroup(**wrong)
+        ss.experiments.RandomGroup(**wrong)
 
 
 def test_a_model_without_a_processor_is_refused(bundled, scenes) -> None:

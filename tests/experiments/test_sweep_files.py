@@ -58,7 +58,7 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, tmp_path):
     last = started(folder)
     said, _ = last.communicate()
     assert said.split() == [b"started", b"done"]
-    made = ss.Sweep.load(folder)
+    made = ss.experiments.Sweep.load(folder)
     pd.testing.assert_frame_equal(made.table, undisturbed.table, check_exact=True)
     assert made.notes == undisturbed.notes
     assert not list(folder.glob("*.writing"))
@@ -190,7 +190,7 @@ def test_strange_folders_are_refused(small, tmp_path):
     with pytest.raises(InputError, match="a folder with other files"):
         small(out=tmp_path)
     with pytest.raises(CheckpointError, match="Name the folder that"):
-        ss.Sweep.load(tmp_path)
+        ss.experiments.Sweep.load(tmp_path)
 
 
 def test_damaged_and_unfinished_folders(small):
@@ -199,9 +199,9 @@ def test_damaged_and_unfinished_folders(small):
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="Delete this file and run the sweep again"):
-        ss.Sweep.load(small.folder)
+        ss.experiments.Sweep.load(small.folder)
     part.unlink()
-    assert "not finished: 2 of 3 images" in ss.Sweep.load(small.folder).notes
+    assert "not finished: 2 of 3 images" in ss.experiments.Sweep.load(small.folder).notes
     assert not small().notes
     manifest = small.folder / store.MANIFEST
     manifest.write_text("{")

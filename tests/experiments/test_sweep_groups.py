@@ -353,7 +353,7 @@ def small(tiny, tmp_path):
 def test_a_folder_goes_on_and_equals_memory(small, tiny):
     first = small()
     (small.folder / "part-000001.parquet").unlink()
-    assert "not finished: 2 of 3 images" in ss.Sweep.load(small.folder).notes
+    assert "not finished: 2 of 3 images" in ss.experiments.Sweep.load(small.folder).notes
     again = small()
     pd.testing.assert_frame_equal(first.table, again.table, check_exact=True)
     rule = detectors.SinkDimensions((2, 7), 2.0)
@@ -380,7 +380,7 @@ def test_a_folder_of_another_format_is_refused(small):
     assert '"format": 2' in path.read_text()  # folders of pairs go on as they were
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(CheckpointError, match=r"a sweep of format 1, .* expected one of \[2, 3\]"):
-        ss.Sweep.load(small.folder)
+        ss.experiments.Sweep.load(small.folder)
     with pytest.raises(InputError, match="format: there 1, here 2"):
         small(grid=((0.5, 0.5),))
 

@@ -41,7 +41,7 @@ def made(effect=None, images=40, seed=0, n_v=3, score="logprob", tasks=("count",
                     }
                 )
     settings = {"score": score, "grid": [list(p) for p in GRID], "notes": []}
-    return ss.Sweep(pd.DataFrame(lines), settings, ("a note",))
+    return ss.experiments.Sweep(pd.DataFrame(lines), settings, ("a note",))
 
 
 def test_map_by_hand():
@@ -132,7 +132,7 @@ def one_task(changes, score="logprob", base=-2.0, grid=((0.0, 1.0), (1.0, 0.0)),
         for pair, change in enumerate(row)
     ]
     settings = {"score": score, "grid": [list(p) for p in grid], "notes": []}
-    return ss.Sweep(pd.DataFrame(lines), settings)
+    return ss.experiments.Sweep(pd.DataFrame(lines), settings)
 
 
 def test_a_harmful_cell_does_not_hide_a_certain_gain():
@@ -252,7 +252,7 @@ def test_observations_tell_what_was_planted():
 
 def test_one_image_in_a_half_has_no_interval_and_one_layer_is_singular():
     few = made(images=2, tasks=("one",))
-    said = ss.Sweep(few.table[few.table["layer"] == 1], few.settings).observations()
+    said = ss.experiments.Sweep(few.table[few.table["layer"] == 1], few.settings).observations()
     assert "(too few images for an interval); maximum over" in said
     assert "nan" not in said
     assert ", 2 images, 1 layer x " in said

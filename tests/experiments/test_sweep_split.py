@@ -37,7 +37,7 @@ def made(effect=lambda line: 0.0, images=40, seed=0, n_v=3, n_l=(0, 2, 2), grid=
                 line |= {"score": after, "base_score": base, "logprob": after, "base_logprob": base}
                 lines.append(line)
     settings = {"score": "logprob", "grid": [list(triple) for triple in grid], "notes": []}
-    return ss.Sweep(pd.DataFrame(lines), settings)
+    return ss.experiments.Sweep(pd.DataFrame(lines), settings)
 
 
 def test_map_and_best_say_which_triple():
@@ -168,7 +168,7 @@ def test_triangles_stay_apart_and_inside_the_figure():
     rows = [made(images=2).table.assign(layer=layer) for layer in range(10)]
     table = pd.concat([part[part["edited"] == 1].assign(edited=i) for i, part in enumerate(rows)])
     settings = {"score": "exact", "grid": [list(t) for t in GRID], "notes": []}
-    figure = ss.Sweep(table, settings).plot()
+    figure = ss.experiments.Sweep(table, settings).plot()
     figure.draw_without_rendering()
     boxes = [ax.get_window_extent() for ax in panels(figure)]
     assert len(boxes) == 30

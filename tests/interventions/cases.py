@@ -109,7 +109,7 @@ def turned(case):
 def run_of_turned(case, tower="language"):
     """A run of the other images whose probes keep all values, among other things."""
     other = turned(case)
-    probes = [ss.AttentionValues(tower=tower), ss.ResidualStates(tower=tower)]
+    probes = [ss.probes.AttentionValues(tower=tower), ss.probes.ResidualStates(tower=tower)]
     return case.lvlm.run(other, probes=probes)
 
 
@@ -212,7 +212,7 @@ LANGUAGE = {
             c.some | c.first,
             c.other,
             0.4,
-            select=ss.ImageCentric(c.some & (c.sample.tokens.image >= 0)),
+            select=ss.interventions.ImageCentric(c.some & (c.sample.tokens.image >= 0)),
         ),
         lambda c: H.redistributes(
             c.some | c.first, c.other, 0.4, narrower=image_centric(c, 0.2, 0.5)

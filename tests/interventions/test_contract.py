@@ -29,12 +29,12 @@ def prepared(tiny, batch):
 
 
 def states(lvlm, sample, layers):
-    probe = ss.ResidualStates(layers=layers)
+    probe = ss.probes.ResidualStates(layers=layers)
     return lvlm.run(sample, probes=[probe])[probe].states.flip(2)
 
 
 def values(lvlm, sample, layers, tower="language"):
-    probe = ss.AttentionValues(layers=layers, tower=tower)
+    probe = ss.probes.AttentionValues(layers=layers, tower=tower)
     return lvlm.run(sample, probes=[probe])[probe].values.nan_to_num().flip(3)
 
 
@@ -64,9 +64,9 @@ CASES = {
     "PatchActivations of patches' values": lambda c: ss.PatchActivations(
         values(c.lvlm, c.sample, [0], "vision"), "values", c.patches, [0], tower="vision"
     ),
-    "ScaleTokens": lambda c: ss.ScaleTokens(c.some, 0.5),
-    "SinkToFront": lambda c: ss.SinkToFront(c.some),
-    "EvictKeys": lambda c: ss.EvictKeys(start=2, recent=6),
+    "ScaleTokens": lambda c: ss.interventions.ScaleTokens(c.some, 0.5),
+    "SinkToFront": lambda c: ss.interventions.SinkToFront(c.some),
+    "EvictKeys": lambda c: ss.interventions.EvictKeys(start=2, recent=6),
 }
 NEUTRAL = {
     "ScaleKeys": lambda c: ss.ScaleKeys(c.some, 1.0, allow_noop=True),
@@ -75,10 +75,10 @@ NEUTRAL = {
         c.some, 1.0, renormalize=False, allow_noop=True
     ),
     "Redistribute": lambda c: ss.Redistribute(c.some, c.other, 0.0, allow_noop=True),
-    "ScaleTokens": lambda c: ss.ScaleTokens(c.some, 1.0, allow_noop=True),
+    "ScaleTokens": lambda c: ss.interventions.ScaleTokens(c.some, 1.0, allow_noop=True),
     "MaskKeys": lambda c: ss.MaskKeys(c.some & False, allow_noop=True),
     "AblateValues": lambda c: ss.AblateValues(c.some & False, allow_noop=True),
-    "EvictKeys": lambda c: ss.EvictKeys(4, 4096, allow_noop=True),
+    "EvictKeys": lambda c: ss.interventions.EvictKeys(4, 4096, allow_noop=True),
 }
 
 

@@ -171,7 +171,7 @@ def test_replacements_stand_side_by_side_with_their_controls(traced):
     [
         (dict(match="size"), "expected one of"),
         (dict(n=0), "at least 1 draw"),
-        (dict(intervention=ss.EvictKeys()), "one of the fields"),
+        (dict(intervention=ss.interventions.EvictKeys()), "one of the fields"),
         (dict(intervention=ss.MaskKeys("all")), "0 ordinary image tokens to draw from"),
         (dict(seed="a"), "Got seed='a'; expected an int"),
         (dict(seed=True), "Got seed=True; expected an int"),
@@ -302,7 +302,10 @@ def test_mass_under_queries_is_what_these_give(traced):
 def test_edits_without_layers_have_controls_too(traced, match):
     lvlm, trace, _ = traced
     received = trace.received.nan_to_num().mean(dim=(1, 2))
-    for edit in (ss.ScaleTokens(trace.v_sinks, 0.5), ss.SinkToFront(trace.v_sinks)):
+    for edit in (
+        ss.interventions.ScaleTokens(trace.v_sinks, 0.5),
+        ss.interventions.SinkToFront(trace.v_sinks),
+    ):
         result = ss.RandomControl(edit, match, n=1).run(lvlm, trace)
         assert result.real_mass.item() == pytest.approx(received[trace.v_sinks].sum().item())
 
@@ -415,7 +418,7 @@ def test_eviction_keeps_first_and_recent_keys(tiny, batch, family, kernel):
     live = sample.tokens.live
     rows = sample.tokens.select("all")
     patterns = ss.AttentionPatterns(rows, layers=[0])
-    evict = ss.EvictKeys(start=2, recent=5)
+    evict = ss.interventions.EvictKeys(start=2, recent=5)
     plain = lvlm.run(sample, probes=[patterns])[patterns].patterns
     run = lvlm.run(sample, probes=[patterns], interventions=[evict])
     got = run[patterns].patterns
@@ -440,9 +443,11 @@ def test_a_register_takes_over_the_neurons_and_stays_inside_the_tower(tiny, fami
     sample = lvlm.prepare(images=random_image(48, 48, 0), text="what is it")
     outlier = torch.zeros_like(sample.tokens.vision.live)
     outlier[0, 5] = True
-    neurons = ss.find_register_neurons(lvlm, [sample], [outlier], top_k=6, max_layer=1)
+    neurons = ss.interventions.find_register_neurons(
+        lvlm, [sample], [outlier], top_k=6, max_layer=1
+    )
     assert sum(len(v) for v in neurons.values()) == 6
-    probe = ss.NeuronActivity(outlier)
+    probe = ss.interventions.NeuronActivity(outlier)
     activity = lvlm.run(sample, probes=[probe])[probe]
     best = max(
         (float(a), layer, n) for layer in (0, 1) for n, a in enumerate(activity.activity[layer][0])
@@ -524,7 +529,9 @@ def test_neurons_are_what_the_last_map_of_an_mlp_reads_however_it_is_held(how):
     with torch.no_grad():
         module(**sample.inputs)
     hook.remove()
-    neurons = ss.find_register_neurons(lvlm, [sample], [outlier], top_k=6, max_layer=0)
+    neurons = ss.interventions.find_register_neurons(
+        lvlm, [sample], [outlier], top_k=6, max_layer=0
+    )
     assert neurons == {0: read[0].topk(6).indices.tolist()}
     got = lvlm.run(sample, interventions=[ss.TestTimeRegister(neurons)]).logits
     assert off(got, register_by_hand(lvlm, sample.inputs, neurons)) < 1e-5

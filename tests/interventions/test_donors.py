@@ -16,8 +16,8 @@ SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post", "values")
 
 def reads(site, layers=None, tower="language", tokens="all"):
     if site == "values":
-        return ss.AttentionValues(layers, tokens, tower)
-    return ss.ResidualStates(tokens, layers, tower, site)
+        return ss.probes.AttentionValues(layers, tokens, tower)
+    return ss.probes.ResidualStates(tokens, layers, tower, site)
 
 
 def patched(c, donor, site, layers, tower="language", **options):
@@ -73,7 +73,7 @@ def test_a_patch_from_the_same_run_changes_no_bit(case, family, tower, site, dty
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_are_patched_as_they_are_replaced(case, family):
     c = case(family)
-    probe = ss.AttentionValues()
+    probe = ss.probes.AttentionValues()
     run = c.lvlm.run(turned(c), probes=[probe])
     edits = [
         ss.PatchActivations(run, "values", c.some, [0, 2]),
@@ -110,7 +110,7 @@ def test_one_row_may_serve_all(case, family, site):
 def test_patched_values_hold_for_as_long_as_asked(case):
     """The cache keeps the model's own values, so only ``steps`` decides about later steps."""
     c = case("llava-clip-llama")
-    run = c.lvlm.run(turned(c), probes=[ss.AttentionValues()])
+    run = c.lvlm.run(turned(c), probes=[ss.probes.AttentionValues()])
     for steps, told in (("all", [1, 1, 1]), ("prefill", [1, 0, 0]), ("decode", [0, 1, 1])):
         edit = ss.PatchActivations(run, "values", c.some, steps=steps)
         out = generate(c, [edit], 3)

@@ -32,7 +32,7 @@ def off(got, want):
 
 def agree(case, edits, answer, tower, tolerance=1e-5):
     """Logits, and what attention writes in every layer of the tower, equal the reference's."""
-    states = ss.ResidualStates(tower=tower, site="attn_out")
+    states = ss.probes.ResidualStates(tower=tower, site="attn_out")
     run = case.lvlm.run(case.sample, probes=[states], interventions=edits)
     assert off(run.logits[case.live], answer.logits[case.live]) <= tolerance
     vision = case.sample.tokens.vision
@@ -206,7 +206,7 @@ def test_scaling_keys_down_can_raise_their_mass_and_the_effect_says_so(case, fam
 
 def test_rows_that_see_masked_keys_only_keep_their_output_and_are_counted(case):
     c = case("llava-clip-llama")
-    edit, states = ss.MaskKeys("first"), ss.ResidualStates()
+    edit, states = ss.MaskKeys("first"), ss.probes.ResidualStates()
     plain = c.lvlm.run(c.sample, probes=[states])
     run = c.lvlm.run(c.sample, probes=[states], interventions=[edit])
     assert torch.equal(run.effects[edit].empty, torch.ones(2, 3, dtype=torch.long))

@@ -72,7 +72,7 @@ def test_an_exception_in_a_users_kernel_leaves_the_model_as_it_was(case, family,
     before = plainly(c.lvlm, c.sample)
     edits = [
         ss.MaskKeys(c.patches, tower="vision"),
-        ss.ScaleTokens(c.some, 0.5),
+        ss.interventions.ScaleTokens(c.some, 0.5),
         ss.MaskKeys(c.some),
         Broken(site),
     ]

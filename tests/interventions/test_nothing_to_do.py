@@ -116,7 +116,7 @@ def test_allowed_noops_are_silent_and_change_nothing(case):
         ss.Redistribute(c.some, c.other, 0.0, allow_noop=True),
         ss.AblateValues(c.some & False, "mean", allow_noop=True),
         ss.AblateActivations([1], c.some & False, allow_noop=True),
-        ss.SinkToFront("image", allow_noop=True),
+        ss.interventions.SinkToFront("image", allow_noop=True),
     ):
         run = c.lvlm.run(c.sample, interventions=[edit])
         assert torch.equal(run.logits, plain)

@@ -67,7 +67,7 @@ def sets(c, tower, how, value=None):
 
 def agree(c, edit, hooks, tower="language", site="resid_post"):
     """Logits equal the reference's; tokens that are not edited are bitwise the plain model's."""
-    states = ss.ResidualStates(tower=tower, site=site)
+    states = ss.probes.ResidualStates(tower=tower, site=site)
     run = c.lvlm.run(c.sample, probes=[states], interventions=[edit])
     answer = reference_run(c, hooks=hooks)
     assert off(run.logits[c.live], answer.logits[c.live]) <= 1e-5
@@ -101,7 +101,7 @@ def check_channels(c, tower, site, replacement):
     )
     hook = (*place(c, tower, site, layer), sets(c, tower, replacement))
     run, states = agree(c, edit, [hook], tower, site)
-    probe = ss.ResidualStates(tower=tower, site=site)
+    probe = ss.probes.ResidualStates(tower=tower, site=site)
     plain = c.lvlm.run(c.sample, probes=[probe])[probe].states[:, layer]
     edited, chosen = states[:, layer], torch.zeros(plain.shape[-1], dtype=torch.bool)
     chosen[DIMS] = True
@@ -121,7 +121,7 @@ def test_patching_states_of_another_image(case, family, tower):
     c = case(family)
     turned = c.sample.inputs["pixel_values"].flip(-1)
     other = c.lvlm.prepare(inputs={**c.sample.inputs, "pixel_values": turned})
-    probe = ss.ResidualStates(tower=tower, layers=[0, 1])
+    probe = ss.probes.ResidualStates(tower=tower, layers=[0, 1])
     donor = c.lvlm.run(other, probes=[probe])[probe]
     tokens = c.some if tower == "language" else c.patches
     edit = ss.PatchActivations(donor, "resid_post", tokens, [0, 1], tower=tower)
@@ -147,7 +147,7 @@ def test_patching_all_tokens_from_another_image_gives_its_answer(case):
     c = case("llava-clip-llama")
     turned = c.sample.inputs["pixel_values"].flip(-1)
     other = c.lvlm.prepare(inputs={**c.sample.inputs, "pixel_values": turned})
-    probe = ss.ResidualStates(layers=[1])
+    probe = ss.probes.ResidualStates(layers=[1])
     there = c.lvlm.run(other, probes=[probe])
     edit = ss.PatchActivations(there, "resid_post", "all", [1])
     run = c.lvlm.run(c.sample, interventions=[edit])
@@ -157,18 +157,18 @@ def test_patching_all_tokens_from_another_image_gives_its_answer(case):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scaling_tokens_at_the_entrance(case, family):
     c = case(family)
-    edit = ss.ScaleTokens(c.some, 0.25)
+    edit = ss.interventions.ScaleTokens(c.some, 0.25)
 
     def change(states, rows, n):
         return torch.where(c.some[..., None], 0.25 * states, states)
 
     hook = (*place(c, "language", "resid_pre", 0), on_prompt(c, "language", change))
     run, states = agree(c, edit, [hook], site="resid_pre")
-    plain = ss.ResidualStates(layers=[0], site="resid_pre")
+    plain = ss.probes.ResidualStates(layers=[0], site="resid_pre")
     before = c.lvlm.run(c.sample, probes=[plain])[plain].states[:, 0]
     outside = c.live & ~c.some
     assert torch.equal(states[:, 0][outside], before[outside])
-    neutral = ss.ScaleTokens(c.some, 1.0, allow_noop=True)
+    neutral = ss.interventions.ScaleTokens(c.some, 1.0, allow_noop=True)
     run = c.lvlm.run(c.sample, interventions=[neutral])
     assert torch.equal(run.logits, c.lvlm.run(c.sample).logits)
     assert run.effects[neutral].rows.sum() == 0
@@ -190,7 +190,7 @@ def fronted(c, states, tokens):
 def test_sinks_to_the_front(case, family):
     c = case(family)
     tokens = c.some & (c.sample.tokens.image >= 0)
-    edit = ss.SinkToFront(tokens)
+    edit = ss.interventions.SinkToFront(tokens)
 
     def change(states, rows, n):
         return fronted(c, states, tokens)
@@ -198,13 +198,13 @@ def test_sinks_to_the_front(case, family):
     hook = (*place(c, "language", "resid_pre", 0), on_prompt(c, "language", change))
     run, states = agree(c, edit, [hook], site="resid_pre")
     text = c.live & (c.sample.tokens.image < 0)
-    probe = ss.ResidualStates(layers=[0], site="resid_pre")
+    probe = ss.probes.ResidualStates(layers=[0], site="resid_pre")
     plain = c.lvlm.run(c.sample, probes=[probe])[probe].states[:, 0]
     assert torch.equal(states[:, 0][text], plain[text])
     front = torch.zeros_like(tokens)
     for b in range(2):
         front[b, (c.sample.tokens.image[b] == 0).nonzero().flatten()[0]] = True
-    already = ss.SinkToFront(front, allow_noop=True)
+    already = ss.interventions.SinkToFront(front, allow_noop=True)
     run = c.lvlm.run(c.sample, interventions=[already])
     assert torch.equal(run.logits, c.lvlm.run(c.sample).logits)
 
@@ -215,7 +215,7 @@ def test_edited_states_live_on_in_the_cache(case, family, steps):
     c = case(family)
     edits = [
         ss.AblateActivations(DIMS, c.some, "mean", [1], steps=steps),
-        ss.ScaleTokens(c.other, 0.5, steps=steps),
+        ss.interventions.ScaleTokens(c.other, 0.5, steps=steps),
     ]
 
     def scale(states, rows, n):
@@ -239,6 +239,6 @@ def test_the_mean_of_channels_survives_fp16(case):
     c = case("llava-clip-llama", "sdpa", torch.float16)
     set_ = ss.AblateActivations([5], "all", 3.0e4, [1], site="mlp_out")
     mean = ss.AblateActivations([5], c.some, "mean", [1], site="mlp_out", allow_noop=True)
-    probe = ss.ResidualStates(layers=[1], site="mlp_out")
+    probe = ss.probes.ResidualStates(layers=[1], site="mlp_out")
     states = c.lvlm.run(c.sample, probes=[probe], interventions=[set_, mean])[probe].states
     assert (states[:, 0, :, 5][c.live] == 3.0e4).all()

@@ -128,32 +128,32 @@ EDITS = {
         tower="vision",
     ),
     "ScaleTokens": Pair(
-        lambda c: ss.ScaleTokens(c.other, 0.5),
+        lambda c: ss.interventions.ScaleTokens(c.other, 0.5),
         scaled,
         outside=lambda c: c.live & ~c.other,
         site="resid_pre",
         layer=0,
-        neutral=lambda c: ss.ScaleTokens(c.other, 1.0, allow_noop=True),
+        neutral=lambda c: ss.interventions.ScaleTokens(c.other, 1.0, allow_noop=True),
     ),
     "SinkToFront": Pair(
-        lambda c: ss.SinkToFront(c.some & (c.sample.tokens.image >= 0)),
+        lambda c: ss.interventions.SinkToFront(c.some & (c.sample.tokens.image >= 0)),
         moved,
         outside=lambda c: c.live & (c.sample.tokens.image < 0),
         site="resid_pre",
         layer=0,
-        neutral=lambda c: ss.SinkToFront(c.some & False, allow_noop=True),
+        neutral=lambda c: ss.interventions.SinkToFront(c.some & False, allow_noop=True),
     ),
     "EvictKeys": Pair(
-        lambda c: ss.EvictKeys(start=2, recent=12),
+        lambda c: ss.interventions.EvictKeys(start=2, recent=12),
         changes=lambda c: lost(c, 2, 12),
         outside=lambda c: c.live & (c.live.cumsum(1) <= 14),
         site="attn_out",
         layer=0,
-        neutral=lambda c: ss.EvictKeys(2, 4096, allow_noop=True),
+        neutral=lambda c: ss.interventions.EvictKeys(2, 4096, allow_noop=True),
     ),
     # Fewer than a window of 12: a sliding cache must not take its own first keys for the prompt's.
     "EvictKeys inside the window": Pair(
-        lambda c: ss.EvictKeys(start=3, recent=4),
+        lambda c: ss.interventions.EvictKeys(start=3, recent=4),
         changes=lambda c: lost(c, 3, 4),
         outside=lambda c: c.live & (c.live.cumsum(1) <= 7),
         site="attn_out",
@@ -201,7 +201,7 @@ def test_one_pass_equals_hooks_on_the_plain_model(case, plain_error, family, ker
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_tokens_outside_and_the_neutral_setting_keep_every_bit(case, kernel, dtype, name):
     c, pair = case("llava-clip-llama", kernel, dtype), EDITS[name]
-    probe = ss.ResidualStates(layers=[pair.layer], site=pair.site, tower=pair.tower)
+    probe = ss.probes.ResidualStates(layers=[pair.layer], site=pair.site, tower=pair.tower)
     plain = c.lvlm.run(c.sample, probes=[probe])
     run = c.lvlm.run(c.sample, probes=[probe], interventions=[pair.edit(c)])
     outside = pair.outside(c)
@@ -229,7 +229,7 @@ def test_sixteen_cached_steps_equal_recomputation(case, family, kernel, name):
 
 @pytest.mark.parametrize(("family", "kernel"), FAMILIES)
 def test_the_effect_of_eviction_is_what_each_row_loses(case, family, kernel):
-    c, edit = case(family, kernel), ss.EvictKeys(start=3, recent=4)
+    c, edit = case(family, kernel), ss.interventions.EvictKeys(start=3, recent=4)
     probe = ss.AttentionPatterns("all", layers=[0])
     plain = c.lvlm.run(c.sample, [probe])[probe].patterns[:, 0].nan_to_num()
     effect = c.lvlm.run(c.sample, interventions=[edit]).effects[edit]

@@ -20,12 +20,12 @@ NAN, INF = float("nan"), float("inf")
 
 
 def states(c, layers=(0,), site="resid_post", tokens="all"):
-    probe = ss.ResidualStates(tokens=tokens, layers=list(layers), site=site)
+    probe = ss.probes.ResidualStates(tokens=tokens, layers=list(layers), site=site)
     return c.lvlm.run(c.sample, probes=[probe])[probe]
 
 
 def values(c, layers=(0,), **options):
-    probe = ss.AttentionValues(layers=list(layers), **options)
+    probe = ss.probes.AttentionValues(layers=list(layers), **options)
     return c.lvlm.run(c.sample, probes=[probe])[probe]
 
 
@@ -42,7 +42,7 @@ def one_row(c):
     inputs = {name: x[1:] for name, x in c.sample.inputs.items() if x.shape[0] == 2}
     pixels = c.sample.inputs["pixel_values"][1:]
     other = c.lvlm.prepare(inputs={**inputs, "pixel_values": pixels})
-    return c.lvlm.run(other, probes=[ss.ResidualStates(layers=[0])])
+    return c.lvlm.run(other, probes=[ss.probes.ResidualStates(layers=[0])])
 
 
 def of_other_sample(c):
@@ -177,7 +177,7 @@ RUN = {
         lambda c: ss.ScaleAttention(c.some, 1), NoEffectError, "ScaleAttention with 1 changes nothing",
     ),
     "tokens times one": (
-        lambda c: ss.ScaleTokens(c.some, 1), NoEffectError, "ScaleTokens with 1 changes nothing",
+        lambda c: ss.interventions.ScaleTokens(c.some, 1), NoEffectError, "ScaleTokens with 1 changes nothing",
     ),
     # redistribution
     "more than all": (
@@ -202,7 +202,7 @@ RUN = {
     ),
     "image-centric in the ViT": (
         lambda c: ss.Redistribute(
-            c.patches, c.few, 0.5, select=ss.ImageCentric(c.patches), tower="vision"
+            c.patches, c.few, 0.5, select=ss.interventions.ImageCentric(c.patches), tower="vision"
         ), InterventionError, r"Got select=ImageCentric\(...\) in the vision tower",
     ),
     # values
@@ -268,22 +268,22 @@ RUN = {
     ),
     "values of another prompt": (
         lambda c: patch(c, torch.zeros(2, 1, 2, 5, 16), "values"), InterventionError,
-        r"expected \[batch layer kv_head pos d_head\] = \(2, 1, 2, \d+, 16\), or one row.*read ss.AttentionValues",
+        r"expected \[batch layer kv_head pos d_head\] = \(2, 1, 2, \d+, 16\), or one row.*read ss.probes.AttentionValues",
     ),
     "no donor": (
         lambda c: patch(c, None), InterventionError,
-        r"Got NoneType to patch from; expected a run.*Write from_run=lvlm.run\(other, probes=\[ss.ResidualStates",
+        r"Got NoneType to patch from; expected a run.*Write from_run=lvlm.run\(other, probes=\[ss.probes.ResidualStates",
     ),
     "the result of another probe": (
         lambda c: patch(c, run_with(c, norms := ss.TokenNorms())[norms]), InterventionError,
-        "Got NormResult to patch from; expected a run, its result of ss.ResidualStates",
+        "Got NormResult to patch from; expected a run, its result of ss.probes.ResidualStates",
     ),
     "a whole generation": (
         lambda c: patch(c, c.lvlm.generate(c.sample, max_new_tokens=1)), InterventionError,
         r"Got Generation to patch from.*Write from_run=out.steps\[0\]",
     ),
     "a decode step": (
-        lambda c: patch(c, c.lvlm.generate(c.sample, [ss.ResidualStates()], max_new_tokens=2).steps[1]),
+        lambda c: patch(c, c.lvlm.generate(c.sample, [ss.probes.ResidualStates()], max_new_tokens=2).steps[1]),
         InterventionError, r"Got the run of decode step 1 to patch from; expected that of the prompt",
     ),
     "a run without states": (
@@ -291,16 +291,16 @@ RUN = {
         r"Got a run that holds no such result; expected \('language', 'resid_post'\) of layers \(0,\). Write lvlm.run\(other",
     ),
     "a run with states of another layer": (
-        lambda c: patch(c, run_with(c, ss.ResidualStates(layers=[1]))), InterventionError,
+        lambda c: patch(c, run_with(c, ss.probes.ResidualStates(layers=[1]))), InterventionError,
         r"Got a run that holds \('language', 'resid_post'\) of layers \(1,\); expected .* of layers \(0,\)",
     ),
     "a run with two such results": (
-        lambda c: patch(c, run_with(c, ss.ResidualStates("image"), ss.ResidualStates())), InterventionError,
-        r"Got a run with 2 results that fit ss.ResidualStates\(layers=\[0\], site='resid_post'\).*from_run=run\[probe\]",
+        lambda c: patch(c, run_with(c, ss.probes.ResidualStates("image"), ss.probes.ResidualStates())), InterventionError,
+        r"Got a run with 2 results that fit ss.probes.ResidualStates\(layers=\[0\], site='resid_post'\).*from_run=run\[probe\]",
     ),
     "a run without values": (
-        lambda c: patch(c, run_with(c, ss.ResidualStates()), "values"), InterventionError,
-        r"Got a run that holds no such result.*probes=\[ss.AttentionValues\(layers=\[0\]\)\]",
+        lambda c: patch(c, run_with(c, ss.probes.ResidualStates()), "values"), InterventionError,
+        r"Got a run that holds no such result.*probes=\[ss.probes.AttentionValues\(layers=\[0\]\)\]",
     ),
     "states of other layers": (
         lambda c: patch(c, states(c), layers=[1]), InterventionError,
@@ -316,7 +316,7 @@ RUN = {
     ),
     "states as values": (
         lambda c: ss.AblateValues(c.some, states(c), [0]), InterventionError,
-        "Got replacement=StateResult; expected one of .* or a tensor, or a run that holds ss.AttentionValues",
+        "Got replacement=StateResult; expected one of .* or a tensor, or a run that holds ss.probes.AttentionValues",
     ),
     "values of the other tower": (
         lambda c: patch(c, values(c, tower="vision"), "values"), InterventionError,
@@ -348,15 +348,15 @@ RUN = {
     ),
     # towers and blocks
     "eviction in the ViT": (
-        lambda c: ss.EvictKeys(2, 5, tower="vision"), InterventionError,
+        lambda c: ss.interventions.EvictKeys(2, 5, tower="vision"), InterventionError,
         "Got tower='vision' for EvictKeys; expected 'language', the only tower in which it is defined",
     ),
     "image tokens scaled in the ViT": (
-        lambda c: ss.ScaleTokens("image", 0.5, tower="vision"), InterventionError,
+        lambda c: ss.interventions.ScaleTokens("image", 0.5, tower="vision"), InterventionError,
         "Got tower='vision' for ScaleTokens; expected 'language'",
     ),
     "image tokens moved in the ViT": (
-        lambda c: ss.SinkToFront(c.some, tower="vision"), InterventionError,
+        lambda c: ss.interventions.SinkToFront(c.some, tower="vision"), InterventionError,
         "Got tower='vision' for SinkToFront; expected 'language'",
     ),
     "a register in the decoder": (
@@ -416,15 +416,15 @@ RUN = {
     ),
     "tokens as a rule": (
         lambda c: moves(c, select="image"), InterventionError,
-        r"Got select='image'; expected an ImageCentric rule.*Write select=ss.ImageCentric\(trace.l_sinks\(\)\)",
+        r"Got select='image'; expected an ImageCentric rule.*Write select=ss.interventions.ImageCentric\(trace.l_sinks\(\)\)",
     ),
     # order
     "text to the front": (
-        lambda c: ss.SinkToFront(c.some), InterventionError,
+        lambda c: ss.interventions.SinkToFront(c.some), InterventionError,
         r"Got text tokens to move to the front; expected image tokens only. Write tokens & \(sample.tokens.image >= 0\)",
     ),
     "all to the front": (
-        lambda c: ss.SinkToFront("image"), NoEffectError,
+        lambda c: ss.interventions.SinkToFront("image"), NoEffectError,
         "SinkToFront left every token as it was; expected at least one to change",
     ),
 }  # fmt: skip

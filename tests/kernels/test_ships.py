@@ -192,9 +192,9 @@ def test_donors_travel_too(tiny, batch, remote, family, site, tower):
     """A patch whose donor was read on the server, and edits the server's model."""
     here, there = tiny(family), remote[family]
     probe = (
-        ss.AttentionValues([1], tower=tower)
+        ss.probes.AttentionValues([1], tower=tower)
         if site == "values"
-        else ss.ResidualStates(layers=[1], tower=tower)
+        else ss.probes.ResidualStates(layers=[1], tower=tower)
     )
     tokens = "image" if tower == "language" else "patch"
     logits = []

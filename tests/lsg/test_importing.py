@@ -130,7 +130,7 @@ LAYOUTS = {
 def test_one_gate_in_many_layouts(lvlm, write, layout, capsys):
     planted = Planted()
     folder = write(LAYOUTS[layout](planted), {"layer": 1})
-    found = ss.import_gates(folder, lvlm, v_detector=RULE)
+    found = ss.lsg.import_gates(folder, lvlm, v_detector=RULE)
     (gate,) = found.gates
     assert (gate.layer, gate.groups) == (1, ("V", "rest"))
     assert {value.dtype for value in gate.state_dict().values()} == {torch.float32}
@@ -147,7 +147,7 @@ def test_one_gate_in_many_layouts(lvlm, write, layout, capsys):
 @pytest.mark.parametrize("hidden", [HIDDEN, WIDTH])
 def test_what_a_file_lacks_is_neutral_and_said(lvlm, write, biases, affine, hidden):
     planted = Planted(biases=biases, affine=affine, hidden=hidden)
-    found = ss.import_gates(write(planted.placed(PEFT)), lvlm, v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(write(planted.placed(PEFT)), lvlm, v_detector=RULE, show=False)
     same(found.gates[0], planted)
     said = "\n".join(found.assumed)
     assert ("inner.bias is not in the file: 0" in said) == (not biases)
@@ -159,7 +159,7 @@ def test_what_a_file_lacks_is_neutral_and_said(lvlm, write, biases, affine, hidd
 def test_matrices_the_other_way_round(lvlm, write):
     planted = Planted()
     turned = {n: v.T.contiguous() if v.ndim == 2 else v for n, v in planted.placed(PEFT).items()}
-    found = ss.import_gates(write(turned), lvlm, v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(write(turned), lvlm, v_detector=RULE, show=False)
     same(found.gates[0], planted)
     assert sum("(transposed)" in use for _, use in found.matched) == 2
 
@@ -169,7 +169,7 @@ def test_matrices_the_other_way_round(lvlm, write):
 def test_types_and_file_kinds(lvlm, write, name, dtype):
     planted = Planted()
     planted.tensors = {role: value.to(dtype) for role, value in planted.tensors.items()}
-    found = ss.import_gates(
+    found = ss.lsg.import_gates(
         write(planted.placed(PEFT), name=name), lvlm, v_detector=RULE, show=False
     )
     same(found.gates[0], planted)
@@ -193,7 +193,7 @@ def test_several_gates_of_one_file(lvlm, write, layout):
     tensors = {}
     for place, one in reversed(list(enumerate(gates))):
         tensors |= one.placed(prefix(place, place))
-    found = ss.import_gates(write(tensors, settings), lvlm, v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(write(tensors, settings), lvlm, v_detector=RULE, show=False)
     assert [gate.layer for gate in found.gates] == [0, 1]
     for gate, planted in zip(found.gates, gates, strict=True):
         same(gate, planted)
@@ -205,7 +205,7 @@ def test_parts_in_lists_of_their_own(lvlm, write):
     tensors = {}
     for place, one in enumerate(gates):
         tensors |= one.placed("", f"norm.{place}", f"fc1.{place}", f"fc2.{place}")
-    found = ss.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
     for gate, planted in zip(found.gates, gates, strict=True):
         same(gate, planted)
 
@@ -234,7 +234,7 @@ def test_the_stack_of_the_paper_by_shape():
 def test_the_file_may_count_from_one(lvlm, write, base):
     tensors = Planted().placed(f"model.layers.{base}.gate.")
     for settings in ({}, {"layer": base}, {"gate": {"layer_idx": str(base)}}):
-        found = ss.import_gates(
+        found = ss.lsg.import_gates(
             write(tensors, settings), lvlm, index_base=base, v_detector=RULE, show=False
         )
         assert found.gates[0].layer == 0
@@ -242,11 +242,11 @@ def test_the_file_may_count_from_one(lvlm, write, base):
 
 def test_a_layer_that_is_given_counts_from_zero_and_outweighs_the_file(lvlm, write):
     folder = write(Planted().placed("model.layers.9.gate."), {"layer": 9})
-    found = ss.import_gates(folder, lvlm, layer=1, index_base=1, v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(folder, lvlm, layer=1, index_base=1, v_detector=RULE, show=False)
     assert found.gates[0].layer == 1
     assert "layers [1] as asked, though names say [9]" in found.assumed
     with pytest.raises(LayerError, match="layer=9 for a gate in a decoder of 3 blocks"):
-        ss.import_gates(folder, lvlm, v_detector=RULE, show=False)
+        ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False)
 
 
 WRONG_LAYERS = {
@@ -275,7 +275,7 @@ def test_layers_are_never_guessed(lvlm, write, case):
     prefix, settings, options, message = WRONG_LAYERS[case]
     folder = write(Planted().placed(prefix), settings)
     with pytest.raises(CheckpointError, match=message):
-        ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+        ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
 
 
 def two(prefix, first=0):
@@ -301,7 +301,9 @@ ORDERED = {
 def test_layers_are_of_the_gates_in_the_order_that_is_given(lvlm, write, case):
     prefix, settings, options = ORDERED[case]
     gates, tensors = two(prefix)
-    found = ss.import_gates(write(tensors, settings), lvlm, v_detector=RULE, show=False, **options)
+    found = ss.lsg.import_gates(
+        write(tensors, settings), lvlm, v_detector=RULE, show=False, **options
+    )
     assert [gate.layer for gate in found.gates] == [0, 1]
     for gate, planted in zip(found.gates, reversed(gates), strict=True):
         same(gate, planted)
@@ -325,33 +327,33 @@ def test_a_file_that_contradicts_itself_is_refused_with_both_readings(lvlm, writ
     prefix, first, layers, options, readings = CONTRADICTIONS[case]
     folder = write(two(prefix, first)[1], {"layers": layers})
     with pytest.raises(CheckpointError, match="by their names the gates are of the .*" + readings):
-        ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+        ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
 
 
 def test_each_gate_has_a_layer_of_its_own(lvlm, write):
     folder = write(two("lsg.gates.{}.")[1], {"layers": [1, 1]})
     for options in ({}, {"layer": [1, 1]}):
         with pytest.raises(CheckpointError, match=r"layers \[1, 1\] for the gates .* another one"):
-            ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
+            ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False, **options)
 
 
 def test_gates_without_numbers_have_no_order(lvlm, write):
     tensors = Planted(seed=3).placed("red.gate.") | Planted(seed=4).placed("blue.gate.")
     with pytest.raises(CheckpointError, match=r"numbers \[None, None\] .* which gate comes first"):
-        ss.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
+        ss.lsg.import_gates(write(tensors), lvlm, layer=[0, 1], v_detector=RULE, show=False)
 
 
 def test_the_embeddings_are_a_layer(lvlm, write):
     planted = Planted()
     folder = write(planted.placed("gate."))
-    found = ss.import_gates(folder, lvlm, layer="embed", v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(folder, lvlm, layer="embed", v_detector=RULE, show=False)
     assert found.gates[0].layer == "embed"
     same(found.gates[0], planted)
     both = write(two("gates.{}.")[1])
-    found = ss.import_gates(both, lvlm, layer=[1, "embed"], v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(both, lvlm, layer=[1, "embed"], v_detector=RULE, show=False)
     assert [gate.layer for gate in found.gates] == ["embed", 1]
     with pytest.raises(LayerError, match="layer='last' for a gate"):
-        ss.import_gates(folder, lvlm, layer=["last", 0], v_detector=RULE, show=False)
+        ss.lsg.import_gates(folder, lvlm, layer=["last", 0], v_detector=RULE, show=False)
 
 
 # Settings
@@ -368,7 +370,7 @@ def test_settings_are_read_and_the_rest_is_listed(lvlm, write):
         "base_model": "someone/model",
     }
     planted = Planted()
-    found = ss.import_gates(write(planted.placed("gate."), settings), lvlm, show=False)
+    found = ss.lsg.import_gates(write(planted.placed("gate."), settings), lvlm, show=False)
     (gate,) = found.gates
     assert gate.config.v_detector == {
         "name": "SinkDimensions",
@@ -390,7 +392,7 @@ def test_settings_are_read_and_the_rest_is_listed(lvlm, write):
 def test_arguments_outweigh_the_file(lvlm, write):
     settings = {"layer": 1, "activation": "relu", "prior": 1.25, "groups": ["v_sink", "rest"]}
     planted = Planted()
-    found = ss.import_gates(
+    found = ss.lsg.import_gates(
         write(planted.placed("gate."), settings),
         lvlm,
         activation="silu",
@@ -417,7 +419,7 @@ def test_three_groups_in_the_order_of_the_file(lvlm, write):
     planted = Planted(groups=3)
     folder = write(planted.placed("gate."), {"layer": 1, "groups": ["rest", "v_sink", "l_sink"]})
     low = ss.detectors.SinkDimensions((3,), 2.0)
-    (gate,) = ss.import_gates(folder, lvlm, v_detector=RULE, l_detector=low, show=False).gates
+    (gate,) = ss.lsg.import_gates(folder, lvlm, v_detector=RULE, l_detector=low, show=False).gates
     assert gate.groups == ("V", "L", "rest")
     states = torch.randn(2, WIDTH)
     torch.testing.assert_close(
@@ -427,7 +429,7 @@ def test_three_groups_in_the_order_of_the_file(lvlm, write):
 
 def test_half_a_rule_is_no_rule(lvlm, write):
     folder = write(Planted().placed("gate."), {"layer": 1, "sink_dims": [5]})
-    found = ss.import_gates(folder, lvlm, show=False)
+    found = ss.lsg.import_gates(folder, lvlm, show=False)
     assert found.gates[0].config.v_detector == ss.LSG.for_model(lvlm, 1).config.v_detector
     assert "sink_cfg.json: sink_dims" in found.ignored
     assert any("the rule is that of LSG.for_model" in one for one in found.assumed)
@@ -489,7 +491,7 @@ def test_settings_are_never_guessed(lvlm, write, case):
     settings = {"layer": 1, **settings} if isinstance(settings, dict) else settings
     folder = write(Planted().placed("gate."), settings)
     with pytest.raises(CheckpointError, match=message):
-        ss.import_gates(folder, lvlm, show=False, **options)
+        ss.lsg.import_gates(folder, lvlm, show=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_settings_are_never_guessed(lvlm, write, case):
 def test_a_word_in_a_longer_key_is_no_setting(lvlm, write, strange):
     planted = Planted()
     folder = write(planted.placed("gate."), {"layer": 1, **strange})
-    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False)
+    found = ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False)
     assert found.gates[0].layer == 1
     same(found.gates[0], planted)
     known = {"temperature", "pool"}
@@ -520,7 +522,7 @@ def test_keys_are_cut_into_words(lvlm, write):
         "SINK_DIMS": {"v": [5], "l": [41, 33]},
         "tau": {"vit": 2.5, "llm": 20},
     }
-    found = ss.import_gates(write(Planted().placed("gate."), settings), lvlm, show=False)
+    found = ss.lsg.import_gates(write(Planted().placed("gate."), settings), lvlm, show=False)
     rule = found.gates[0].config.v_detector
     assert (rule["dims"], rule["tau"]) == ([5], 2.5)
     assert set(found.ignored) == {"sink_cfg.json: SINK_DIMS.l", "sink_cfg.json: tau.llm"}
@@ -531,11 +533,11 @@ def test_a_setting_that_cannot_be_read_is_settled_by_an_argument(lvlm, write):
     settings = {"layer": 1, "activation": "leaky_relu", "pool": "mean", "prior": [1, 1]}
     folder = write(planted.placed("gate."), settings)
     choices = {"activation": "relu", "signal": "visual", "scale": 2.0}
-    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, **choices)
+    found = ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False, **choices)
     same(found.gates[0], planted, activation=torch.relu, scale=2.0)
     assert found.gates[0].config.signal == "visual"
     left = ("activation", "pool", "prior")
-    found = ss.import_gates(folder, lvlm, v_detector=RULE, show=False, ignore=left)
+    found = ss.lsg.import_gates(folder, lvlm, v_detector=RULE, show=False, ignore=left)
     same(found.gates[0], planted)
     assert set(found.ignored) == {f"sink_cfg.json: {key}" for key in left}
 
@@ -545,7 +547,7 @@ def test_a_known_base_must_be_this_model(lvlm, write):
         Planted().placed("gate."), {"layer": 1, "base_model": "liuhaotian/llava-v1.5-7b"}
     )
     with pytest.raises(InterventionError, match=r"(?s)gates for 'liuhaotian.*language_width"):
-        ss.import_gates(folder, lvlm, show=False)
+        ss.lsg.import_gates(folder, lvlm, show=False)
 
 
 # Tensors that could be read twice
@@ -606,7 +608,7 @@ WRONG_TENSORS = {
 def test_tensors_are_never_guessed(lvlm, write, case):
     tensors, message = WRONG_TENSORS[case]
     with pytest.raises(CheckpointError, match=message):
-        ss.import_gates(write(tensors, {"layer": 1} if "layers" not in next(iter(tensors)) else {}), lvlm, v_detector=RULE, show=False)  # fmt: skip
+        ss.lsg.import_gates(write(tensors, {"layer": 1} if "layers" not in next(iter(tensors)) else {}), lvlm, v_detector=RULE, show=False)  # fmt: skip
 
 
 def test_names_and_ignored_parts_settle_it(lvlm, write):
@@ -617,7 +619,7 @@ def test_names_and_ignored_parts_settle_it(lvlm, write):
         "gate.temperature": torch.ones(1),
     }
     folder = write(twice, {"layer": 1})
-    ignored = ss.import_gates(
+    ignored = ss.lsg.import_gates(
         folder, lvlm, ignore=("mlp.4", "temperature"), v_detector=RULE, show=False
     )
     same(ignored.gates[0], planted)
@@ -625,13 +627,13 @@ def test_names_and_ignored_parts_settle_it(lvlm, write):
     names = {role: f"gate.{role}" for role in ("norm.weight", "norm.bias")}
     names |= {"inner.weight": "gate.mlp.0.weight", "outer.weight": "gate.mlp.2.weight"}
     names |= {"inner.bias": "gate.mlp.0.bias", "outer.bias": "gate.mlp.2.bias"}
-    named = ss.import_gates(folder, lvlm, tensors=names, v_detector=RULE, show=False)
+    named = ss.lsg.import_gates(folder, lvlm, tensors=names, v_detector=RULE, show=False)
     same(named.gates[0], planted)
     swapped = {**names, "inner.weight": "gate.mlp.4.weight"}
     with pytest.raises(CheckpointError, match="tensors that make no gate of a decoder of width 64"):
-        ss.import_gates(folder, lvlm, tensors=swapped, v_detector=RULE, show=False)
+        ss.lsg.import_gates(folder, lvlm, tensors=swapped, v_detector=RULE, show=False)
     with pytest.raises(CheckpointError, match=r"unknown \['first', 'nothing'\] and without"):
-        ss.import_gates(folder, lvlm, tensors={"first": "nothing"}, v_detector=RULE, show=False)
+        ss.lsg.import_gates(folder, lvlm, tensors={"first": "nothing"}, v_detector=RULE, show=False)
 
 
 # Files
@@ -641,17 +643,17 @@ def test_files_that_are_not_there_or_not_whole(lvlm, write, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"without non_lora_trainables.bin; expected it there"
     ):
-        ss.import_gates(tmp_path, lvlm)
+        ss.lsg.import_gates(tmp_path, lvlm)
     folder = write(Planted().placed("gate."), {"layer": 1})
     with pytest.raises(InterventionError, match="index_base=2; expected 0 or 1"):
-        ss.import_gates(folder, lvlm, index_base=2)
+        ss.lsg.import_gates(folder, lvlm, index_base=2)
     path = folder / "non_lora_trainables.bin"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="damaged or cut off"):
-        ss.import_gates(folder, lvlm)
+        ss.lsg.import_gates(folder, lvlm)
     torch.save(torch.zeros(3), path)
     with pytest.raises(CheckpointError, match="holds a Tensor; expected tensors by name"):
-        ss.import_gates(folder, lvlm)
+        ss.lsg.import_gates(folder, lvlm)
 
 
 class Bomb:
@@ -665,12 +667,12 @@ class Bomb:
 def test_a_bomb_among_tensors_does_not_go_off(lvlm, write, tmp_path):
     folder = write({**Planted().placed("gate."), "note": Bomb(tmp_path / "went-off")})
     with pytest.raises(CheckpointError, match="Nothing of it was run"):
-        ss.import_gates(folder, lvlm)
+        ss.lsg.import_gates(folder, lvlm)
     assert not (tmp_path / "went-off").exists()
 
 
 def test_an_imported_gate_is_saved_and_loaded(lvlm, write, tmp_path):
-    (gate,) = ss.import_gates(
+    (gate,) = ss.lsg.import_gates(
         write(Planted().placed("gate."), {"layer": 1}), lvlm, v_detector=RULE, show=False
     ).gates
     gate.save_pretrained(tmp_path / "ours")

@@ -42,7 +42,7 @@ def attached_loss(lvlm, gates, data):
 def test_the_order_is_that_of_single_gains_and_scores_are_those_of_attached_gates(lvlm):
     data = records(6)
     gates = [gate_of(lvlm, layer, seed) for seed, layer in enumerate((1, "embed", 0))]
-    stack = ss.greedy_stack(lvlm, gates, data, batch=4)
+    stack = ss.lsg.greedy_stack(lvlm, gates, data, batch=4)
     base = attached_loss(lvlm, [], data)
     alone = {gate.layer: attached_loss(lvlm, [gate], data) for gate in gates}
     assert stack.base == pytest.approx(base, rel=1e-5)
@@ -88,7 +88,7 @@ def test_accuracy_is_that_of_generated_answers():
         lvlm, [lvlm.prepare(r["image"], r["question"]) for r in data[:4]]
     ).v_detector
     gates = [ss.LSG.for_model(lvlm, layer, v_detector=rule) for layer in ("embed", 1)]
-    stack = ss.greedy_stack(lvlm, gates, data, score="accuracy", batch=24)
+    stack = ss.lsg.greedy_stack(lvlm, gates, data, score="accuracy", batch=24)
     sample = lvlm.prepare([r["image"] for r in data], [r["question"] for r in data])
 
     def accuracy(edits):
@@ -114,7 +114,7 @@ def test_accuracy_is_that_of_generated_answers():
 def test_mistakes_are_named(lvlm, options, error, message):
     given = {"gates": [gate_of(lvlm, 0, 0)], "dataset": records(2)} | options
     with pytest.raises(error, match=message):
-        ss.greedy_stack(lvlm, **given)
+        ss.lsg.greedy_stack(lvlm, **given)
 
 
 def test_gates_of_one_layer_or_of_another_model_are_refused(lvlm):
@@ -122,7 +122,7 @@ def test_gates_of_one_layer_or_of_another_model_are_refused(lvlm):
     with pytest.raises(
         InputError, match=r"gates of the layers \[0, 0\]; expected every layer once"
     ):
-        ss.greedy_stack(lvlm, [gate, gate_of(lvlm, 0, 1)], records(2))
+        ss.lsg.greedy_stack(lvlm, [gate, gate_of(lvlm, 0, 1)], records(2))
     other = ss.LVLM(*tiny_llava(heads=2), verify=False)
     with pytest.raises(InterventionError, match="made for another model"):
-        ss.greedy_stack(other, [gate], records(2))
+        ss.lsg.greedy_stack(other, [gate], records(2))

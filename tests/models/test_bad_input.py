@@ -37,7 +37,7 @@ class World:
 
     lvlm: ss.LVLM
     qwen: ss.LVLM
-    sample: ss.Sample
+    sample: ss.models.Sample
     folder: Path
     model: Any = field(default=None)
 
@@ -469,12 +469,12 @@ RUNS = {
         "right-padded batch .*padding_side = 'left'",
     ),
     "a probe that did not run": (
-        lambda w: ss.Run(torch.zeros(1), {MASS: None})[ss.TokenNorms()],
+        lambda w: ss.models.Run(torch.zeros(1), {MASS: None})[ss.TokenNorms()],
         ProbeError,
         r"TokenNorms, which did not run; expected one of this run's, \['AttentionMass'\]",
     ),
     "a result by name": (
-        lambda w: ss.Run(torch.zeros(1), {})["AttentionMass"],
+        lambda w: ss.models.Run(torch.zeros(1), {})["AttentionMass"],
         ProbeError,
         "'AttentionMass', which did not run",
     ),
@@ -596,7 +596,7 @@ PROBES = {
         "no dimensions; expected at least one",
     ),
     "a bare dimension": (
-        lambda w: w.run(having(ss.ChannelValues([5]), channels=5)),
+        lambda w: w.run(having(ss.probes.ChannelValues([5]), channels=5)),
         ProbeError,
         r"dimensions 5; expected a list of channel indices. Write \[5\]",
     ),

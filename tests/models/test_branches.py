@@ -91,8 +91,10 @@ def test_the_sites_are_what_is_added_to_the_stream(names, tower):
     lvlm, between = make(names)
     assert len(lvlm.anatomy.tower(tower).adding) == lvlm.anatomy.tower(tower).n_layers
     sample = lvlm.prepare(images=random_image(64, 64, 3), text="what is it")
-    halves = [ss.ResidualStates(tower=tower, site=site) for site in ("attn_out", "mlp_out")]
-    ends = [ss.ResidualStates(tower=tower, site=site) for site in ("resid_pre", "resid_post")]
+    halves = [ss.probes.ResidualStates(tower=tower, site=site) for site in ("attn_out", "mlp_out")]
+    ends = [
+        ss.probes.ResidualStates(tower=tower, site=site) for site in ("resid_pre", "resid_post")
+    ]
     run = lvlm.run(sample, [*halves, *ends])
     layout = sample.tokens.vision.layout if tower == "vision" else None
     for probe, want in zip(halves, added(lvlm, sample, tower, between[tower]), strict=True):
@@ -127,7 +129,7 @@ def test_an_edit_sets_what_is_added(names, tower):
     )
     chosen[0, 3] = True
     edit = ss.AblateActivations([5, 7], chosen, 2.5, layers=[1], site="attn_out", tower=tower)
-    probe = ss.ResidualStates(tower=tower, site="attn_out")
+    probe = ss.probes.ResidualStates(tower=tower, site="attn_out")
     plain = lvlm.run(sample, [probe])[probe].states
     run = lvlm.run(sample, [probe], [edit])
     where = torch.zeros_like(plain[:, 1], dtype=torch.bool)
@@ -139,11 +141,14 @@ def test_an_edit_sets_what_is_added(names, tower):
         lambda mid: torch.where(where, mid - plain[:, 1] + 2.5, mid),
     )
     # The sum between attention and MLP is not passed on from there: what the MLP adds must be as by hand.
-    mlp = ss.ResidualStates(layers=[1], tower=tower, site="mlp_out")
+    mlp = ss.probes.ResidualStates(layers=[1], tower=tower, site="mlp_out")
     by_hand = lvlm.run(sample, [mlp])[mlp].states
     hook.remove()
     assert (lvlm.run(sample, [mlp], [edit])[mlp].states - by_hand).abs().max() < 1e-4
-    ends = [ss.ResidualStates(layers=[1], tower=tower, site=s) for s in ("resid_pre", "resid_post")]
+    ends = [
+        ss.probes.ResidualStates(layers=[1], tower=tower, site=s)
+        for s in ("resid_pre", "resid_post")
+    ]
     run = lvlm.run(sample, [mlp, *ends], [edit])
     pre, post = (run[end].states[:, 0] for end in ends)
     assert ((post - pre - run[mlp].states[:, 0])[where] - 2.5).abs().max() < 1e-4

@@ -215,7 +215,7 @@ def one_of_every_edit(lvlm, sample, tower):
     some, other = torch.zeros_like(tokens.live), torch.zeros_like(tokens.live)
     some[tuple(places[:2].T)], other[tuple(places[2:].T)] = True, True
     at = {"layers": [0], "tower": tower}
-    states = ss.ResidualStates(**at)
+    states = ss.probes.ResidualStates(**at)
     donor = 2 * lvlm.run(sample, [states])[states].states
     return [
         ss.MaskKeys(some, **at),
@@ -223,12 +223,12 @@ def one_of_every_edit(lvlm, sample, tower):
         ss.ScaleKeys(some, 0.5, **at),
         ss.ScaleAttention(some, 0.5, **at),
         ss.Redistribute(some, other, 0.5, **at),
-        ss.EvictKeys(2, 3, **at),
+        ss.interventions.EvictKeys(2, 3, **at),
         ss.AblateValues(some, **at),
         ss.AblateActivations([0], some, **at),
         ss.PatchActivations(donor, "resid_post", some, **at),
-        ss.ScaleTokens(some, 0.5, tower=tower),
-        ss.SinkToFront(some, tower=tower),
+        ss.interventions.ScaleTokens(some, 0.5, tower=tower),
+        ss.interventions.SinkToFront(some, tower=tower),
         ss.TestTimeRegister({0: [1]}, tower=tower),
     ]
 

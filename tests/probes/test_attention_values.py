@@ -29,7 +29,7 @@ def masked(values, live):
 def test_values_of_the_decoder_are_those_of_its_projection(tiny, batch, family, kernel):
     lvlm = tiny(family, kernel)
     sample = batch(lvlm)
-    every, some = ss.AttentionValues(), ss.AttentionValues([0, 2], "image")
+    every, some = ss.probes.AttentionValues(), ss.probes.AttentionValues([0, 2], "image")
     run = lvlm.run(sample, [every, some])
     want = projected_values(lvlm.module, lvlm, sample.inputs, "language")
     assert_equal(run[every].values, masked(want, sample.tokens.live))
@@ -44,7 +44,7 @@ def test_values_of_the_decoder_are_those_of_its_projection(tiny, batch, family, 
 def test_values_of_the_vision_tower_are_those_of_its_projection(tiny, batch, family, kernel):
     lvlm = tiny(family, kernel)
     sample = batch(lvlm)
-    probe, vision = ss.AttentionValues(tower="vision"), sample.tokens.vision
+    probe, vision = ss.probes.AttentionValues(tower="vision"), sample.tokens.vision
     got = lvlm.run(sample, [probe])[probe].values
     want = projected_values(lvlm.module, lvlm, sample.inputs, "vision")
     if vision.layout is not None:
@@ -57,7 +57,7 @@ def test_values_of_the_vision_tower_are_those_of_its_projection(tiny, batch, fam
 def test_values_at_decode_steps_are_those_in_the_cache(tiny, batch, family):
     lvlm = tiny(family)
     sample = batch(lvlm)
-    probe, image = ss.AttentionValues(), ss.AttentionValues([1], "image")
+    probe, image = ss.probes.AttentionValues(), ss.probes.AttentionValues([1], "image")
     norms = ss.ValueNorms()
     image_token = [lvlm.anatomy.image_token_id]
     steps = 6
@@ -92,7 +92,7 @@ def test_values_at_decode_steps_are_those_in_the_cache(tiny, batch, family):
 def test_values_in_half_precision_are_the_models_own(tiny, dtype):
     lvlm = tiny("llava-clip-llama", "sdpa", dtype)
     sample = lvlm.prepare(inputs=half_inputs(lvlm, dtype))
-    probe = ss.AttentionValues()
+    probe = ss.probes.AttentionValues()
     got = lvlm.run(sample, [probe])[probe].values
     assert got.dtype == torch.float32
     assert_equal(got, projected_values(lvlm.module, lvlm, sample.inputs, "language"))
@@ -107,7 +107,7 @@ def half_inputs(lvlm, dtype):
 def test_values_are_those_after_the_runs_edits(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
-    probe, image = ss.AttentionValues([0]), sample.tokens.image >= 0
+    probe, image = ss.probes.AttentionValues([0]), sample.tokens.image >= 0
     plain = lvlm.run(sample, [probe])[probe].values.movedim(3, 1)
     edits = [ss.AblateValues("image", layers=[0])]
     edited = lvlm.run(sample, [probe], edits)[probe].values.movedim(3, 1)
@@ -116,7 +116,7 @@ def test_values_are_those_after_the_runs_edits(tiny, batch):
     assert torch.equal(edited[rest], plain[rest])
 
 
-@pytest.mark.parametrize("kind", [ss.AttentionValues, ss.ValueNorms])
+@pytest.mark.parametrize("kind", [ss.probes.AttentionValues, ss.ValueNorms])
 @pytest.mark.parametrize("narrow", [{"heads": [1]}, {"queries": "last"}])
 def test_values_that_differ_by_reader_are_not_one_number(tiny, batch, narrow, kind):
     lvlm = tiny("llava-clip-llama")
@@ -124,13 +124,13 @@ def test_values_that_differ_by_reader_are_not_one_number(tiny, batch, narrow, ki
     edit = ss.AblateValues("image", layers=[0], **narrow)
     with pytest.raises(ValueError, match="heads and queries of one key read different values"):
         lvlm.run(sample, [kind()], [edit])
-    lvlm.run(sample, [ss.AttentionValues([1])], [edit])
+    lvlm.run(sample, [ss.probes.AttentionValues([1])], [edit])
 
 
 def test_the_table_of_values(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
-    probe = ss.AttentionValues([1], "last")
+    probe = ss.probes.AttentionValues([1], "last")
     result = lvlm.run(sample, [probe])[probe]
     table = result.to_dataframe()
     assert list(table.columns) == ["batch", "layer", "kv_head", "pos", "dim", "value"]

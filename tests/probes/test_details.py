@@ -81,7 +81,9 @@ def test_tables_of_steps_name_positions_in_the_whole_sequence(tiny, batch, famil
     lvlm = tiny(family)
     sample = batch(lvlm)
     probes = [probe for probe in every_probe() if probe.tower == "language"]
-    probes = [probe for probe in probes if not isinstance(probe, ss.GroupMeans)] + [TokenKurtosis()]
+    probes = [probe for probe in probes if not isinstance(probe, ss.probes.GroupMeans)] + [
+        TokenKurtosis()
+    ]
     prompt = sample.tokens.ids.shape[1]
     answers = lvlm.generate(sample, max_new_tokens=3, min_new_tokens=3).sequences[:, prompt:]
     first, second = answers.tolist()
@@ -101,7 +103,7 @@ def test_tables_of_steps_name_positions_in_the_whole_sequence(tiny, batch, famil
         keys = KEYS.get(type(probe).__name__)
         if keys is not None:
             assert table[keys].max() == newest, probe
-            assert table[keys].min() == begin or isinstance(probe, ss.AttentionValues), probe
+            assert table[keys].min() == begin or isinstance(probe, ss.probes.AttentionValues), probe
             continue
         axis = next(axis for axis in QUERIES if axis in table)
         assert set(table[axis]) == {newest}, probe

@@ -22,8 +22,8 @@ def test_means_by_hand_on_every_layer_and_site(tiny, batch, family, tower):
     by_layer[0, 0], by_layer[-1, 1] = False, False
     some = torch.rand(live.shape, generator=generator) < 0.5
     groups = {"some": some & live, "by layer": by_layer & live[:, None], "all": "all"}
-    before = ss.GroupMeans(groups, tower=tower)
-    after = ss.GroupMeans(groups, tower=tower, layers=[1], site="resid_post")
+    before = ss.probes.GroupMeans(groups, tower=tower)
+    after = ss.probes.GroupMeans(groups, tower=tower, layers=[1], site="resid_post")
     run = lvlm.run(sample, [before, after])
     states = hidden_states(lvlm, sample, tower)
     for row in range(len(live)):
@@ -50,7 +50,7 @@ def test_a_table_has_no_lines_for_an_empty_group(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
     none = torch.zeros_like(sample.tokens.live)
-    probe = ss.GroupMeans({"none": none, "last": "last"}, layers=[0])
+    probe = ss.probes.GroupMeans({"none": none, "last": "last"}, layers=[0])
     table = lvlm.run(sample, [probe])[probe].to_dataframe()
     assert set(table["group"]) == {"last"}
     assert (table["count"] == 1).all()
@@ -59,7 +59,7 @@ def test_a_table_has_no_lines_for_an_empty_group(tiny, batch):
 
 def test_at_a_decode_step_every_group_is_empty(tiny, batch):
     lvlm = tiny("llava-clip-llama")
-    probe = ss.GroupMeans({"all": "all"})
+    probe = ss.probes.GroupMeans({"all": "all"})
     out = lvlm.generate(batch(lvlm), [probe], max_new_tokens=2, min_new_tokens=2)
     assert (out.steps[0][probe].count > 0).all()
     assert (out.steps[1][probe].count == 0).all()
@@ -76,10 +76,10 @@ def test_at_a_decode_step_every_group_is_empty(tiny, batch):
 def test_wrong_groups_are_refused(tiny, batch, groups, error, match):
     lvlm = tiny("llava-clip-llama")
     with pytest.raises(error, match=match):
-        lvlm.run(batch(lvlm), [ss.GroupMeans(groups)])
+        lvlm.run(batch(lvlm), [ss.probes.GroupMeans(groups)])
 
 
 def test_an_unknown_site_is_refused(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     with pytest.raises(ProbeError, match="Did you mean 'resid_pre'"):
-        lvlm.run(batch(lvlm), [ss.GroupMeans({"image": "image"}, site="resid_prae")])
+        lvlm.run(batch(lvlm), [ss.probes.GroupMeans({"image": "image"}, site="resid_prae")])

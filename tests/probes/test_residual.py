@@ -60,7 +60,7 @@ def test_norms_spikes_scores_and_cosines_by_hand(tiny, batch, family, tower):
     massive = ss.MassiveActivations(tower=tower, k=3)
     rms = ss.SinkDimensionScores([5, 2], tower=tower)
     raw = ss.SinkDimensionScores([5, 2], tower=tower, normalize="none")
-    cosine = ss.CosineToFirst(tower=tower)
+    cosine = ss.probes.CosineToFirst(tower=tower)
     run = lvlm.run(sample, [norms, before, massive, rms, raw, cosine])
     states = hidden_states(lvlm, sample, tower)
     pre, post = states[:, :-1], states[:, 1:]
@@ -91,7 +91,7 @@ def test_attention_and_mlp_write_what_a_block_adds(tiny, batch, family, tower):
     lvlm = tiny(family)
     sample = batch(lvlm)
     d_model = lvlm.anatomy.tower(tower).d_model
-    probe = ss.ChannelValues(range(d_model), tower=tower)
+    probe = ss.probes.ChannelValues(range(d_model), tower=tower)
     result = lvlm.run(sample, [probe])[probe]
     pre, attention, mlp, post = result.values.unbind(dim=2)
     close(post - pre, attention + mlp, 1e-4)
@@ -175,7 +175,7 @@ def test_tables_hold_every_live_value_once(tiny, batch):
         ss.TokenNorms(): 3 * live,
         ss.MassiveActivations(k=2): 3 * live * 2,
         ss.SinkDimensionScores([0]): 3 * live,
-        ss.ChannelValues([1, 2], sites=("resid_pre", "mlp_out")): 3 * live * 4,
+        ss.probes.ChannelValues([1, 2], sites=("resid_pre", "mlp_out")): 3 * live * 4,
         ss.LogitLens(k=3): 3 * 2 * 3,
         ss.ValueNorms(): 3 * live * 2,
         ss.AttentionMass({"image": "image", "text": "text"}, null=False): 3 * live * 4 * 2,

@@ -104,7 +104,7 @@ def test_contributions_are_what_a_group_adds_to_the_stream(case, name):
     first[:, :4] = True
     groups = {"first": first, "rest": ~first, "all": "all"}
     probe = ss.ContributionNorms(groups, tower=c.tower)
-    states = ss.ResidualStates(tower=c.tower, site="attn_out")
+    states = ss.probes.ResidualStates(tower=c.tower, site="attn_out")
     run = c.lvlm.run(c.sample, [probe, states])
     got = run[probe]
     for layer in range(c.anatomy.n_layers):
@@ -236,7 +236,7 @@ def test_writes_are_those_of_the_module_however_it_is_held(how, tower):
     lvlm, sample = held(HELD[how], tower)
     anatomy = lvlm.anatomy.tower(tower)
     probe, writes = ss.ContributionNorms({"all": "all"}, tower=tower), ss.HeadWrites(tower=tower)
-    values = ss.AttentionValues(tower=tower)
+    values = ss.probes.AttentionValues(tower=tower)
     run = lvlm.run(sample, [probe, writes, values])
     for layer in range(anatomy.n_layers):
         module, given, out, zero = by_hooks(lvlm, sample, anatomy.projection[layer])

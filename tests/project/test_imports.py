@@ -14,10 +14,29 @@ KERNELS = sorted((PACKAGE / "kernels").rglob("*.py"))
 KERNEL_IMPORTS = {"torch", "math", "typing", "__future__"}  # a server without sinkscope has these
 
 # A room may import itself and the rooms above it in this list, and no other.
-ROOMS = (
-    "errors checks files sites tokens results kernels anatomy protocols viz probes interventions models "
-    "bundled example detectors data training lsg experiments cli"
-).split()
+ROOMS = [
+    "errors",
+    "checks",
+    "files",
+    "sites",
+    "tokens",
+    "results",
+    "kernels",
+    "anatomy",
+    "protocols",
+    "viz",
+    "probes",
+    "interventions",
+    "models",
+    "bundled",
+    "example",
+    "detectors",
+    "data",
+    "training",
+    "lsg",
+    "experiments",
+    "cli",
+]
 ENTRIES = {"__init__", "__main__", "_public"}
 
 
