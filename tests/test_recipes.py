@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 import sinkscope as ss
-from sinkscope.cli import main, make_parser
-from sinkscope.cli.commands import flags_of
+from sinkscope.cli import app, main
 from sinkscope.cli.recipes import named_gates, parse_yaml, read_recipe
 from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
@@ -137,10 +136,11 @@ def test_the_commands_in_the_recipe_ask_what_they_say(monkeypatch) -> None:
         "compare",
     ]
     for words in found:
-        given = make_parser().parse_args(words)
+        _, bound, _ = app.parse_args(words, exit_on_error=False)
+        settings = bound.arguments["settings"]
         section = {"train-lsg": "train"}.get(words[0], words[0])
         function = {"sweep": ss.sweep, "train": ss.train_lsg, "compare": ss.compare}[section]
-        data = read_recipe(section, given.recipe, flags_of(given), function).data
+        data = settings.read(section, function, settings.flags(None)).data
         if "nyu-visionx/CV-Bench" in words:
             assert data == Questions(
                 "nyu-visionx/CV-Bench",
@@ -346,10 +346,10 @@ def test_flags_and_rules_reach_the_training(tmp_path, capsys) -> None:
         "1",
         "--epochs",
         "1",
-        "--lr",
-        "0.004",
+        "--batch",
+        "4",
     ]
-    assert main([*words, "--batch", "4", "--out", str(out)]) == 0
+    assert main([*words, "--lr", "0.004", "--out", str(out)]) == 0
     gate = ss.LSG.from_pretrained(out / "gate-1")
     assert gate.config.v_detector == ss.lsg.describe(ss.detectors.Norm(30.0))
     settings = gate.record["settings"]

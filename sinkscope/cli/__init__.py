@@ -1,34 +1,49 @@
-"""The command line: ``sinkscope demo``, ``trace``, ``doctor``, ``models``, and those of a recipe."""
+"""The command line, made from the signatures of its commands."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from sinkscope.cli.commands import add_commands
-from sinkscope.cli.names import HELP, MODEL, TRUST, check_word, load_model, parse_detector, stages
+from cyclopts import App, CycloptsError, Parameter
+
+from sinkscope.cli import experiments
+from sinkscope.cli.experiments import Dtype
+from sinkscope.cli.names import HELP, check_word, load_model, parse_detector, stages
 from sinkscope.errors import CheckpointError, SinkscopeError
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-    from torch import Tensor
-
-    from sinkscope.bundled import Scene
-    from sinkscope.experiments import SinkTrace
-    from sinkscope.models import LVLM, Sample
 
 DEMO = "a real model: what it answers, its attention sinks, what masking them does, and a report"
 TOY = "the same on the toy model inside the package, which has no sinks and needs no download"
-ANSWER = "What the model answers"
+PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
 LONGEST = 64
 """Tokens of an answer."""
-PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
+WITHOUT = (
+    "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
+    "found on the images of --calibrate."
+)
+
+
+def version() -> str:
+    """The name and version of the program."""
+    from sinkscope import __version__
+
+    return f"sinkscope {__version__}"
+
+
+app = App(
+    name="sinkscope",
+    help="Attention sinks in vision-language models: see, trace, measure. With --debug, any command shows "
+    "the traceback of an error.",
+    version=version,
+    version_flags="--version",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=(), consume_multiple=True),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 after an error that was explained, 130 if interrupted.
     """
-    given = make_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in given if word != "--debug"]
     try:
         with warnings.catch_warnings():
             # transformers says once per class that torchvision, which is not needed, is not there.
             warnings.filterwarnings("ignore", message=".*torchvision.*")
-            return given.command(given)
+            done = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+            return done or (0 if words else 2)
+    except CycloptsError as error:
+        command = f"{words[0]} " if words and words[0] in app else ""
+        print(f"sinkscope: {error}\nusage: sinkscope {command}--help", file=sys.stderr)
+        return 2
     except SinkscopeError as error:
-        if given.debug:
+        if words != given:
             raise
         print(f"sinkscope: {error}", file=sys.stderr)
         return 2
@@ -55,233 +76,162 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    from sinkscope import __version__
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded.
 
-    parser = argparse.ArgumentParser(
-        prog="sinkscope",
-        description="Attention sinks in vision-language models: see, trace, measure.",
-    )
-    parser.add_argument("--version", action="version", version=f"sinkscope {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _demo_parser(commands, common)
-    _trace_parser(commands, common)
-    add_commands(commands, common)
-    doctor = commands.add_parser(
-        "doctor", parents=[common], help="what can be measured on a model, and how exactly"
-    )
-    _model_options(doctor)
-    doctor.set_defaults(command=run_doctor)
-    models = commands.add_parser(
-        "models", parents=[common], help="supported families and published sink constants"
-    )
-    models.set_defaults(command=run_models)
-    return parser
+    Attributes:
+        dtype: What to compute in.
+        device_map: Such as auto or cuda:0 (the CPU).
+        revision: Branch, tag or commit of the repository.
+        remote: Run on NDIF; no weights are loaded here.
+        trust_remote_code: Run the code that the model's repository brings; read it first.
+    """
+
+    dtype: Dtype = "auto"
+    device_map: str | None = None
+    revision: str | None = None
+    remote: bool = False
+    trust_remote_code: bool = False
 
 
-def _demo_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    demo = commands.add_parser("demo", parents=[common], help=DEMO, description=DEMO + ".")
-    demo.add_argument(
-        "--out", default="sinkscope-demo", metavar="DIR", help="folder of the report (%(default)s)"
-    )
-    demo.add_argument(
-        "--seed", type=int, default=11_000_000, metavar="N", help="seed of the scene (%(default)s)"
-    )
-    demo.add_argument(
-        "--questions", type=int, default=6, metavar="K", help="how many to ask (%(default)s)"
-    )
-    demo.add_argument(
-        "--effects",
-        type=int,
-        default=8,
-        metavar="N",
-        help="with --toy: scenes on which to edit sinks, 0 for none (%(default)s)",
-    )
-    demo.add_argument("--toy", action="store_true", help=TOY)
-    demo.add_argument("--planted", action="store_true", help=PLANTED)
-    demo.set_defaults(command=run_demo)
+@app.command
+def demo(
+    *,
+    out: str = "sinkscope-demo",
+    seed: int = 11_000_000,
+    questions: int = 6,
+    effects: int = 8,
+    toy: bool = False,
+    planted: bool = False,
+) -> int:
+    """A real model: what it answers, its attention sinks, what masking them does, and a report.
 
-
-def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    trace = commands.add_parser(
-        "trace",
-        parents=[common],
-        help="trace the sinks of an image and a prompt",
-        description="Trace the sinks of an image and a prompt: a table here, a report in a folder.",
-        epilog=HELP + " Without one: published constants of the model, else a calibration on "
-        "the image itself, or on the images of --calibrate, which is better.",
-    )
-    _model_options(trace)
-    add = trace.add_argument
-    add("--image", nargs="+", required=True, metavar="PATH", help="one image or several")
-    add("--prompt", required=True, metavar="TEXT", help="what to ask; the chat template is added")
-    add("--out", metavar="DIR", help="folder of the report (sinkscope-trace; with --json: none)")
-    add("--v-detector", type=str, metavar="SPEC", help="rule for V-sinks, such as norm:100")
-    add(
-        "--l-detector", type=str, metavar="SPEC", help="rule for L-sinks, such as dims:1415,2533:20"
-    )
-    add("--calibrate", nargs="+", metavar="PATH", help="other images to find the detectors on")
-    add("--json", action="store_true", help="print the trace as JSON instead of a table")
-    trace.set_defaults(command=run_trace)
-
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help=MODEL)
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    add("--dtype", choices=dtypes, default="auto", help="what to compute in (%(default)s)")
-    add("--device-map", metavar="MAP", help="such as auto or cuda:0 (the CPU)")
-    add("--revision", metavar="REV", help="branch, tag or commit of the repository")
-    add("--remote", action="store_true", help="run on NDIF; no weights are loaded here")
-    add("--trust-remote-code", action="store_true", help=TRUST)
-
-
-def run_demo(given: argparse.Namespace) -> int:
-    """The demo on the example model, on the toy, or on a planted model."""
+    Args:
+        out: Folder of the report.
+        seed: Seed of the scene.
+        questions: How many to ask.
+        effects: With --toy: scenes on which to edit sinks, 0 for none.
+        toy: The same on the toy model inside the package, which has no sinks and needs no download.
+        planted: Trace a model whose sinks were planted in its weights, and compare with the truth.
+    """
     from sinkscope.bundled import draw_scene
-    from sinkscope.cli import demo
+    from sinkscope.cli import demo as shows
     from sinkscope.viz.pages import check_folder
 
-    scene = draw_scene(given.seed)
-    demo.choose_questions(scene, given.questions)
-    demo.check_effects(given.effects)
-    check_folder(given.out)
-    if given.planted:
+    scene = draw_scene(seed)
+    asked = shows.choose_questions(scene, questions)
+    shows.check_effects(effects)
+    check_folder(out)
+    if planted:
         print(f"sinkscope demo: {PLANTED}.", flush=True)
-        return run_planted(given, scene)
-    if not given.toy:
+        return shows.show_planted(scene, out)
+    if not toy:
         print(f"sinkscope demo: {DEMO}.", flush=True)
         try:
             lvlm = load_model("example")
         except CheckpointError as error:
             print(f"The example model cannot be had, so here is the toy.\n{error}\n", flush=True)
         else:
-            return run_real(given, lvlm, scene)
+            return shows.show_example(lvlm, scene, asked, out)
     print(f"sinkscope demo: {TOY}.", flush=True)
-    return run_toy(given, scene)
+    return shows.show_toy(scene, asked, effects, out)
 
 
-def run_real(given: argparse.Namespace, lvlm: LVLM, scene: Scene) -> int:
-    """The example model: a drawn scene, a photograph, and what masking does."""
-    from sinkscope.cli import demo
-    from sinkscope.cli import demo as real_demo
+@app.command(help_epilogue=f"{HELP} {WITHOUT}")
+def trace(
+    model: str,
+    /,
+    *,
+    image: tuple[str, ...],
+    prompt: str,
+    out: str | None = None,
+    v_detector: str | None = None,
+    l_detector: str | None = None,
+    calibrate: tuple[str, ...] = (),
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    loading: Loading = Loading(),
+) -> int:
+    """Trace the sinks of an image and a prompt: a table here, a report in a folder.
 
-    with stages(5, "starting") as step:
-        shown = real_demo.show(lvlm, scene, given.questions, step)
-    print(f"\n{demo.describe(scene)}\n\n{real_demo.page_tables(shown.tables)}\n")
-    print(f"Sinks of the drawn scene, block by block:\n{real_demo.life(shown.trace)}\n")
-    photo = write_folder(Path(given.out) / "photo", lvlm, shown.photo, shown.photo_trace, {})
-    print(f"Sinks of the photograph:\n{real_demo.life(shown.photo_trace)}\nReport: {photo}\n")
-    shown.tables[real_demo.PHOTO].attrs["notes"].append("Its own page: photo/index.html.")
-    return _show(given.out, lvlm, shown.sample, shown.trace, shown.tables)
-
-
-def run_planted(given: argparse.Namespace, scene: Scene) -> int:
-    """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
-    from sinkscope.cli import demo
-
-    lvlm, truth = demo.planted_model(scene.seed)
-    sample = lvlm.prepare(images=scene.image, text="how many shapes are there?")
-    from sinkscope.experiments import trace_sinks
-
-    trace = trace_sinks(lvlm, sample)
-    tables = demo.planted_and_found(trace, truth)
-    for head, table in tables.items():
-        print(f"\n{head}:\n{demo.as_text(table)}")
-    print()
-    return _show(given.out, lvlm, sample, trace, tables, decoys=demo.decoys_of(trace, truth))
-
-
-def run_toy(given: argparse.Namespace, scene: Scene) -> int:
-    """The bundled model: questions, trace, what editing does."""
-    from sinkscope.cli import demo
-    from sinkscope.experiments import trace_sinks
-
-    questions = demo.choose_questions(scene, given.questions)
-    with stages(3, "loading the model") as step:
-        lvlm = load_model("bundled")
-        step("asking")
-        tables = {demo.ANSWERS: demo.ask_model(lvlm, scene, questions)}
-        step("tracing")
-        sample = lvlm.prepare(images=scene.image, text=questions[0].text)
-        trace = trace_sinks(lvlm, sample)
-    print(f"\n{demo.describe(scene)}")
-    for head, table in tables.items():
-        print(f"\n{head}:\n{demo.as_text(table)}")
-    if given.effects:
-        text, table = demo.effects_of(lvlm, given.effects)
-        print(f"\n{demo.EFFECTS}:\n{text}")
-        tables[demo.EFFECTS] = table
-    print()
-    hint = (
-        ""
-        if trace.records
-        else "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"
-    )
-    return _show(given.out, lvlm, sample, trace, tables, hint)
-
-
-def run_trace(given: argparse.Namespace) -> int:
-    """Load, calibrate if asked, trace, show."""
-    asked = (given.v_detector, given.l_detector)
-    v, low = (None if spec is None else parse_detector(spec) for spec in asked)
+    Args:
+        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
+        image: One image or several; paths or URLs.
+        prompt: What to ask; the chat template is added.
+        out: Folder of the report (sinkscope-trace; with --json: none).
+        v_detector: Rule for V-sinks, such as norm:100.
+        l_detector: Rule for L-sinks, such as dims:1415,2533:20.
+        calibrate: Other images to find the detectors on.
+        as_json: Print the trace as JSON instead of a table.
+        loading: How the model is loaded.
+    """
     import pandas as pd
 
-    from sinkscope.detectors import calibrate
+    from sinkscope import detectors
+    from sinkscope.cli.demo import show, write_folder
     from sinkscope.experiments import trace_sinks
     from sinkscope.models.pictures import open_image
+    from sinkscope.models.requests import GREEDY
     from sinkscope.viz.pages import check_folder
 
-    check_word(given.model)
-    paths = given.calibrate or []
-    pictures, others = ([open_image(path) for path in some] for some in (given.image, paths))
-    out = given.out or (None if given.json else "sinkscope-trace")
-    if out is not None:
-        check_folder(out)
-    with stages(4 + bool(paths), "loading the model") as step:
-        lvlm = load(given)
+    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
+    check_word(model)
+    pictures, others = ([open_image(path) for path in some] for some in (image, calibrate))
+    folder = out or (None if as_json else "sinkscope-trace")
+    if folder is not None:
+        check_folder(folder)
+    with stages(4 + bool(others), "loading the model") as step:
+        lvlm = load_model(model, **asdict(loading))
         step("preparing")
-        sample = lvlm.prepare(images=pictures, text=given.prompt)
+        sample = lvlm.prepare(images=pictures, text=prompt)
         calibration = None
-        if paths:
-            step(f"calibrating on {len(paths)} images")
-            samples = [lvlm.prepare(images=image, text=given.prompt) for image in others]
-            calibration = calibrate(lvlm, samples, progress=sys.stderr.isatty())
+        if others:
+            step(f"calibrating on {len(others)} images")
+            samples = [lvlm.prepare(images=picture, text=prompt) for picture in others]
+            calibration = detectors.calibrate(lvlm, samples, progress=sys.stderr.isatty())
         step("tracing")
-        trace = trace_sinks(lvlm, sample, v, low, calibration=calibration)
+        found = trace_sinks(lvlm, sample, v, low, calibration=calibration)
         step("answering")
-        said = answer(lvlm, sample)
-    tables = {ANSWER: pd.DataFrame([{"prompt": given.prompt, "answer": said}])}
-    if given.json:
-        print(json.dumps({"answer": said, **json.loads(trace.to_json())}, indent=2))
-        if out is not None:
-            write_folder(out, lvlm, sample, trace, tables)
+        text = lvlm.generate(sample, max_new_tokens=LONGEST, **GREEDY).text or ()
+        said = " | ".join(one.strip() for one in text)
+    tables = {"What the model answers": pd.DataFrame([{"prompt": prompt, "answer": said}])}
+    if as_json:
+        print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
+        if folder is not None:
+            write_folder(folder, lvlm, sample, found, tables)
         return 0
-    print(f"{lvlm.name}: {given.prompt}\n\nAnswer: {said}\n")
-    return _show(str(out), lvlm, sample, trace, tables)
+    print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
+    return show(str(folder), lvlm, sample, found, tables)
 
 
-def answer(lvlm: LVLM, sample: Sample) -> str:
-    """What the model says, greedy, in at most `LONGEST` tokens."""
-    from sinkscope.models.requests import GREEDY
-
-    out = lvlm.generate(sample, max_new_tokens=LONGEST, **GREEDY)
-    return " | ".join(text.strip() for text in out.text or ())
+app.command(experiments.sweep)
+app.command(experiments.train_lsg)
+app.command(experiments.compare)
 
 
-def run_doctor(given: argparse.Namespace) -> int:
-    """The model's report."""
+@app.command
+def doctor(
+    model: str,
+    /,
+    *,
+    loading: Loading = Loading(),
+) -> int:
+    """What can be measured on a model, and how exactly.
+
+    Args:
+        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
+        loading: How it is loaded.
+    """
     with stages(1, "loading the model"):
-        lvlm = load(given)
+        lvlm = load_model(model, **asdict(loading))
     print(lvlm.report())
     return 0
 
 
-def run_models(given: argparse.Namespace) -> int:
-    """Families and constants."""
+@app.command
+def models() -> int:
+    """Supported families and published sink constants."""
     from sinkscope.anatomy.families import FAMILIES
     from sinkscope.detectors import KNOWN
 
@@ -296,53 +246,3 @@ def run_models(given: argparse.Namespace) -> int:
         print(f"  {row.name}: L channels {dims}, tau {row.tau:g}; V rule {rule}; {use}")
         print(textwrap.fill(row.source, 100, initial_indent="    ", subsequent_indent="    "))
     return 0
-
-
-def load(given: argparse.Namespace) -> LVLM:
-    """The model that was asked for.
-
-    Raises:
-        SinkscopeError: If it cannot be read.
-    """
-    return load_model(
-        given.model,
-        revision=given.revision,
-        dtype=given.dtype,
-        device_map=given.device_map,
-        remote=given.remote,
-        trust_remote_code=given.trust_remote_code,
-    )
-
-
-def _show(
-    out: str,
-    lvlm: LVLM,
-    sample: Sample,
-    trace: SinkTrace,
-    tables: Mapping[str, DataFrame],
-    hint: str = "",
-    decoys: Mapping[str, Tensor] | None = None,
-) -> int:
-    """Print the table, write the folder, say where it is."""
-    print(trace.summary() + hint, flush=True)
-    page = write_folder(out, lvlm, sample, trace, tables, decoys)
-    print(f"\nReport: {page}")
-    return 0
-
-
-def write_folder(
-    out: str | Path,
-    lvlm: LVLM,
-    sample: Sample,
-    trace: SinkTrace,
-    tables: Mapping[str, DataFrame],
-    decoys: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Measure the masses of the groups and write the report."""
-    from sinkscope.probes import AttentionMass
-    from sinkscope.viz import write_report
-
-    mass = AttentionMass(trace.groups)
-    result = lvlm.run(sample, [mass], logits="last")[mass]
-    title = f"Attention sinks: {lvlm.name}"
-    return write_report(out, trace, mass=result, title=title, tables=tables, decoys=decoys)

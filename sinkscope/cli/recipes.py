@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from sinkscope.data.questions import Questions
     from sinkscope.models import LVLM
 
-SECTIONS = ("sweep", "train", "compare")
-
-MODEL_KEYS = (
+COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}
+"""Section of a recipe -> the command that reads it."""
+MODEL_KEYS = [
     "name",
     "dtype",
     "device_map",
@@ -45,8 +45,7 @@ MODEL_KEYS = (
     "attn_implementation",
     "quantization_config",
     "trust_remote_code",
-)
-
+]
 NOT_WORDS = (
     "accelerator",
     "calibration",
@@ -54,14 +53,17 @@ NOT_WORDS = (
     "gates",
     "progress",
     "samples",
+    "settings",
     "validation_data",
 )
-
 """Arguments that a recipe cannot give."""
-
 SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
-
 """Keys with a meaning of their own; the others are arguments."""
+SHORT = {"model": "name", "data": "source", "calibrate": "source"}
+"""Keys whose value may be one word, and what that word is."""
+EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
+METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
+"""Baselines that are made of plain values."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Recipe:
         v_detector: A detector in a few words, or None.
         l_detector: Likewise.
         out: The folder to write to.
-        conditions: For ``compare``: name -> what to do, see `sinkscope.cli.commands`.
+        conditions: For ``compare``: name -> what to do, see `conditions_of`.
         options: Arguments of the function behind the command.
     """
 
@@ -92,31 +94,21 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, *, weights: bool = True) -> LVLM:
-        """The model.
-
-        Args:
-            weights: False builds the architecture alone, which is enough to count what a run costs.
-        """
+        """Load the model, or without ``weights`` its architecture, which is enough to count a run's cost."""
         given = dict(self.model)
         with stages(1, "loading the model"):
             return load_model(given.pop("name"), weights=weights, **given)
 
-    def given_detectors(self) -> dict[str, Any]:
-        """Detectors that are given; None where not."""
+    def detectors(self, lvlm: LVLM | None = None) -> dict[str, Any]:
+        """The detectors that are given, or found by ``lvlm`` on the images of ``calibrate``; else None."""
         asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
-        return {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
-
-    def detectors(self, lvlm: LVLM) -> dict[str, Any]:
-        """Detectors that are given, or found on the images of ``calibrate``; None where neither."""
-        out = self.given_detectors()
-        if self.calibrate is not None and None in out.values():
+        out = {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+        if lvlm is not None and self.calibrate is not None and None in out.values():
             from sinkscope.detectors import calibrate
 
-            seen = list(self.calibrate)
-            samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in seen]
+            samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in self.calibrate]
             found = calibrate(lvlm, samples, progress=sys.stderr.isatty())
-            for name in out:
-                out[name] = out[name] or getattr(found, name)
+            out = {name: given or getattr(found, name) for name, given in out.items()}
         return out
 
 
@@ -128,13 +120,12 @@ def read_recipe(
     *,
     trust_remote_code: bool = False,
 ) -> Recipe:
-    """The settings of a command.
+    """Read the settings of a command.
 
     Args:
-        section: One of `SECTIONS`.
+        section: A key of `COMMANDS`.
         path: A YAML file, or None.
-        flags: What was given on the command line, in the same shape. None takes back what the recipe
-            says.
+        flags: What was given on the command line, in the same shape; None takes back what the recipe says.
         function: The function behind the command, whose arguments are the options.
         trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
             anybody may have written, does not say it alone.
@@ -144,39 +135,36 @@ def read_recipe(
             trusts the code of a repository by itself.
     """
     whole = {} if path is None else read_yaml(path)
-    top = {k: v for k, v in whole.items() if k not in SECTIONS}
+    top = {k: v for k, v in whole.items() if k not in COMMANDS}
     mine = whole.get(section) or {}
     if not isinstance(mine, Mapping):
         raise InputError(f"Got {section}: {mine!r} in {path}; expected keys and values below it.")
-    check_keys(top, [*SHARED], f"at the top of {path}", SECTIONS)
+    check_keys(top, [*SHARED, *COMMANDS], f"at the top of {path}")
     settings = merged(merged(top, mine), flags)
-    settings["model"] = as_mapping(settings.get("model"), "name", "model")
-    settings["data"] = as_mapping(settings.get("data"), "source", "data")
-    known = arguments_of(function)
-    check_keys(settings, [*SHARED, *known], f"for sinkscope {command_of(section)}")
-    check_keys(settings["model"], MODEL_KEYS, "under model")
-    check_trust(settings["model"], trust_remote_code)
-    for name, needed in (("model", "name"), ("data", "source")):
-        if not settings[name].get(needed):
+    for key, word in SHORT.items():
+        settings[key] = as_mapping(settings.get(key), word, key)
+    model, data, other = (settings[key] for key in SHORT)
+    known = [
+        name for name in list(inspect.signature(function).parameters)[2:] if name not in NOT_WORDS
+    ]
+    check_keys(settings, [*SHARED, *known], f"for sinkscope {COMMANDS[section]}")
+    check_keys(model, MODEL_KEYS, "under model")
+    check_trust(model, trust_remote_code)
+    for name, given, write in (("model", model, "MODEL"), ("data", data, "--data")):
+        if not given.get(SHORT[name]):
             raise InputError(
-                f"Got no {name}; expected one. Write {name} in the recipe or give "
-                f"{'MODEL' if name == 'model' else '--data'}."
+                f"Got no {name}; expected one. Write {name} in the recipe or give {write}."
             )
-    if section == "train":
-        settings["data"].setdefault("split", "train")
-    other = as_mapping(settings.get("calibrate"), "source", "calibrate")
-    if other:
-        other.setdefault("split", "validation")
-    for name in ("v_detector", "l_detector", "out"):
+    for name, example in EXAMPLES.items():
         if not isinstance(settings.get(name), (str, type(None))):
-            raise InputError(
-                f"Got {name}: {settings[name]!r}; expected a word, such as {WORDS[name]}."
-            )
+            raise InputError(f"Got {name}: {settings[name]!r}; expected a word, such as {example}.")
+    if section == "train":
+        data.setdefault("split", "train")
     return Recipe(
         section=section,
-        model=settings["model"],
-        data=as_questions(settings["data"], "data"),
-        calibrate=as_questions(other) if other else None,
+        model=model,
+        data=as_questions(data, "data"),
+        calibrate=as_questions({"split": "validation", **other}, "calibrate") if other else None,
         v_detector=settings.get("v_detector"),
         l_detector=settings.get("l_detector"),
         out=settings.get("out"),
@@ -186,11 +174,7 @@ def read_recipe(
 
 
 def check_trust(model: dict[str, Any], flag: bool) -> None:
-    """Note the flag among the model's options; refuse a recipe that trusts without it.
-
-    Raises:
-        InputError: If so, or if the recipe says neither true nor false.
-    """
+    """Note the flag among the model's options; refuse a recipe that trusts without it."""
     asked = model.get("trust_remote_code")
     if asked is not None:
         check_flags(trust_remote_code=asked)
@@ -205,17 +189,15 @@ def check_trust(model: dict[str, Any], flag: bool) -> None:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
         InputError: If there is no such file, or it holds something else.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"Got the recipe {path!r}, which is no YAML: {error}") from error
     whole = parse_yaml(text, f"the recipe {path!r}")
     if not isinstance(whole, dict):
         raise InputError(
@@ -237,11 +219,7 @@ Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        InputError: If it is none.
-    """
+    """Read the value of a YAML text, or raise an InputError that says ``where`` it stands."""
     try:
         return yaml.load(text, Loader)  # a safe loader
     except yaml.YAMLError as error:
@@ -249,7 +227,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two settings, of which the second wins; mappings below them are joined.
+    """Join two settings, of which the second wins, also inside mappings.
 
     Columns and options belong to one data set, a revision to one model: where the second names
     another of them, nothing of the first is kept.
@@ -271,28 +249,15 @@ def as_long(value: Any, name: str) -> Any:
     return {name: value} if isinstance(value, str) else value
 
 
-SHORT = {"model": "name", "data": "source", "calibrate": "source"}
-
-"""Keys whose value may be one word, and what that word is."""
-
-WORDS = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
-
-
 def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
-    """A mapping, or a word as a mapping of one.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    if value is None:
-        return {}
-    value = as_long(value, name)
+    """A mapping, or a word as a mapping of one; {} for None."""
+    value = {} if value is None else as_long(value, name)
     if isinstance(value, Mapping):
         return dict(value)
     raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
 
 
-def as_questions(given: Mapping[str, Any], key: str = "calibrate") -> Questions:
+def as_questions(given: Mapping[str, Any], key: str) -> Questions:
     """The questions of a ``data`` mapping."""
     from sinkscope.data.questions import Questions
 
@@ -300,44 +265,19 @@ def as_questions(given: Mapping[str, Any], key: str = "calibrate") -> Questions:
     return Questions(**given)
 
 
-def arguments_of(function: Callable[..., Any]) -> list[str]:
-    """The options a command passes on."""
-    names = list(inspect.signature(function).parameters)[2:]
-    return [name for name in names if name not in (*SHARED, *NOT_WORDS)]
-
-
-def check_keys(
-    given: Mapping[str, Any], known: Sequence[str], where: str, also: Sequence[str] = ()
-) -> None:
-    """Refuse keys that mean nothing.
-
-    Raises:
-        InputError: If there is one.
-    """
+def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse keys that mean nothing ``where`` they stand."""
     for key in given:
-        if key not in known and key not in also:
-            raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), [*known, *also])}")
-
-
-def command_of(section: str) -> str:
-    """The command that reads a section."""
-    return "train-lsg" if section == "train" else section
-
-
-METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
-
-"""Baselines that are made of plain values."""
-
-KEYS = ("gate", "stack", "edit", "random_tokens", *METHODS)
+        if key not in known:
+            raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), known)}")
 
 
 def conditions_of(given: Any, lvlm: LVLM) -> dict[str, Any]:
-    """The conditions of a comparison, by name.
+    """Make the conditions of a comparison, by name.
 
     A condition is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved
     stack or ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
-    ``random_tokens: {condition: ..., count, seed}``; or a name in `sinkscope.baselines` with its
-    arguments.
+    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
 
     Raises:
         InputError: If it is something else.
@@ -346,11 +286,7 @@ def conditions_of(given: Any, lvlm: LVLM) -> dict[str, Any]:
 
 
 def by_name(given: Any) -> dict[str, Any]:
-    """Conditions by name, not looked at yet.
-
-    Raises:
-        InputError: If they are something else.
-    """
+    """Conditions by name, not looked at yet."""
     if not isinstance(given, Mapping):
         raise InputError(
             f"Got conditions: {given!r}; expected names with what to do, such as "
@@ -363,20 +299,17 @@ def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
     """One condition; see `conditions_of`."""
     from sinkscope.experiments import EditSinks, baselines
 
+    keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
     if what in ([], {}, None, "base"):
         return []
-    if not isinstance(what, Mapping) or len(what) != 1:
+    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in keys:
         raise InputError(
-            f"Got the condition {name}: {what!r}; expected [] or one key, such as {{gate: folder}} or "
-            "{var: {preset: code}}."
+            f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
+            "{gate: folder} or {var: {preset: code}}."
         )
     key, value = next(iter(what.items()))
     if key in ("gate", "stack"):
         return gates_of(name, key, value, lvlm)
-    if key not in KEYS:
-        raise InputError(
-            f"Got the condition {name}: {key}; expected gate, stack, edit, or one of {list(KEYS)}."
-        )
     made = EditSinks if key == "edit" else getattr(baselines, key)
     arguments = arguments_for(made, value, f"under {key} of the condition {name}")
     if key == "random_tokens":
@@ -388,8 +321,7 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
     """A gate, or several."""
     from sinkscope.lsg import LSG
 
-    several = key == "stack" and isinstance(value, list)
-    folders: Any = value if several else [value]
+    folders: Any = value if key == "stack" and isinstance(value, list) else [value]
     if not folders or not all(isinstance(one, str) for one in folders):
         raise InputError(
             f"Got {key}: {value!r} in the condition {name}; expected a folder"
@@ -401,11 +333,7 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
 
 
 def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[str, Any]:
-    """Keys and values that a function takes.
-
-    Raises:
-        InputError: If a key is unknown, or one that it needs is missing.
-    """
+    """Keys and values that a function takes; refuses unknown and missing ones."""
     if value is not None and not isinstance(value, Mapping):
         raise InputError(f"Got {value!r} {where}; expected keys and values.")
     given = dict(value or {})
@@ -418,7 +346,7 @@ def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[
 
 
 def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
+    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
 
     Raises:
         InputError: If one folder is named twice.
