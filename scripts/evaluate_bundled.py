@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bundled_model.card import write_card
+from bundled_model.packing import patch_truth, pixels_of
+from bundled_model.recipe import IMAGE_SIZE, PATCH_SIZE
+from bundled_model.scoring import Pair, answer, one_question_per_task, prompt, right_by_task
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sinkscope.bundled import TASKS, TEST_SEEDS, Scene, bundled_path, draw_scene
-from sinkscope.bundled.card import write_card
-from sinkscope.bundled.packing import patch_truth, pixels_of
-from sinkscope.bundled.recipe import IMAGE_SIZE, PATCH_SIZE
-from sinkscope.bundled.scoring import Pair, answer, one_question_per_task, prompt, right_by_task
 
 MIN_QUERIES = 8  # a key that fewer queries can see has no stable received attention
 

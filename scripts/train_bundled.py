@@ -22,16 +22,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from bundled_model.packing import Batch, pack
+from bundled_model.pretraining import VisionHeads, vision_loss
+from bundled_model.recipe import build_config, build_processor
+from bundled_model.scoring import answer, one_question_per_task, right_by_task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from sinkscope.bundled import TRAIN_SEEDS, VALIDATION_SEEDS, Scene, draw_scene
-from sinkscope.bundled.packing import Batch, pack
-from sinkscope.bundled.pretraining import VisionHeads, vision_loss
-from sinkscope.bundled.recipe import build_config, build_processor
-from sinkscope.bundled.scoring import answer, one_question_per_task, right_by_task
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,13 @@ from PIL import Image, ImageDraw
 from sinkscope.errors import InputError
 
 IMAGE_SIZE = 64  # pixels, both sides
-
 GRID = 3  # places per side
-
 MAX_OBJECTS = 6
-
 SUPERSAMPLING = 4
-
 NOISE = 5.0  # standard deviation of a pixel's channel, in grey levels
-
 MIDDLE = 127.5  # the grey level that contrast leaves alone
-
 SHAPES = ("circle", "square", "triangle")
-
 SIZES = {"small": 13, "large": 18}  # side of the bounding box in pixels, before jitter
-
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -44,16 +36,13 @@ COLOURS = {
     "yellow": (235, 205, 40),
     "purple": (150, 60, 180),
 }
-
 BACKGROUNDS = {
     "black": (16, 16, 16),
     "grey": (120, 120, 120),
     "white": (238, 238, 238),
     "brown": (110, 70, 40),
 }
-
 ROWS = ("top", "middle", "bottom")
-
 COLUMNS = ("left", "centre", "right")
 
 TASKS = {  # task -> scope
@@ -65,9 +54,7 @@ TASKS = {  # task -> scope
 }
 
 TRAIN_SEEDS = range(10_000_000)
-
 VALIDATION_SEEDS = range(10_000_000, 11_000_000)
-
 TEST_SEEDS = range(11_000_000, 12_000_000)
 
 

@@ -92,10 +92,13 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
     if given.get("dtype") == "auto":
         del given["dtype"]
     if name == "example":
-        from sinkscope.example.load import load_example as load
+        from sinkscope.example.load import load_example
+
+        lvlm = load_example(**given)
     else:
-        from sinkscope.bundled.load import load_bundled as load
-    lvlm = load(**given)
+        from sinkscope.bundled.load import load_bundled
+
+        lvlm = load_bundled(**given)
     if device is not None:
         module: Any = lvlm.module
         try:

@@ -4,6 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from bundled_model.packing import pack, patch_truth, turn_ids
+from bundled_model.recipe import IMAGE_TOKENS, build_processor, vocabulary
+from bundled_model.scoring import prompt
 from PIL import Image
 
 from sinkscope.bundled import (
@@ -19,10 +22,7 @@ from sinkscope.bundled import (
     scene_attributes,
     scene_questions,
 )
-from sinkscope.bundled.packing import pack, patch_truth, turn_ids
-from sinkscope.bundled.recipe import IMAGE_TOKENS, build_processor, vocabulary
 from sinkscope.bundled.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, SIZES
-from sinkscope.bundled.scoring import prompt
 from sinkscope.errors import InputError
 
 

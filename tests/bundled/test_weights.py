@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from bundled_model.scoring import answer, one_question_per_task, right_by_task
 
 from sinkscope.bundled import TASKS, TEST_SEEDS, bundled_path, draw_scene, load_bundled_hf
-from sinkscope.bundled.scoring import answer, one_question_per_task, right_by_task
 
 FLOOR = (
     0.9  # measured on the 60 scenes below: 0.95 to 1; the card has the intervals of a larger sample

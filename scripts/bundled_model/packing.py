@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sinkscope.bundled.recipe import IMAGE_TOKENS, PATCH_SIZE, vocabulary
+from bundled_model.recipe import IMAGE_TOKENS, PATCH_SIZE, vocabulary
 from sinkscope.bundled.scenes import COLOURS, GRID, IMAGE_SIZE, SHAPES, Question, Scene, ask
 
 VOCABULARY = vocabulary()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from sinkscope.bundled.recipe import IMAGE_TOKENS, SPECIAL_TOKENS, vocabulary
+from bundled_model.recipe import IMAGE_TOKENS, SPECIAL_TOKENS, vocabulary
 from sinkscope.bundled.scenes import TASKS, TEST_SEEDS, all_questions, draw_scene
 
 RECEIVED_EPS = 0.3  # Gu et al., 2025: a sink receives at least this share in a head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sinkscope.bundled.packing import patch_truth, pixels_of
+from bundled_model.packing import patch_truth, pixels_of
 from sinkscope.bundled.scenes import BACKGROUNDS, COLOURS, GRID, MAX_OBJECTS, SHAPES, Scene
 
 
