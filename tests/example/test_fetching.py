@@ -135,7 +135,7 @@ def test_what_is_there_is_not_fetched(pip, cache, tmp_path, monkeypatch, capsys,
         monkeypatch.setenv("SINKSCOPE_WHEELS", str(tmp_path))
     else:
         wheel_folder(cache).mkdir(parents=True)
-        for wheel in WHEELS:
+        for wheel in fetching.WHEELS:
             with (wheel_folder(cache) / wheel.file).open("wb") as file:
                 file.truncate(wheel.size)
     assert command.main() == 0

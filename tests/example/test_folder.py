@@ -23,7 +23,8 @@ SOURCES = [wheel.sha256 for wheel in WHEELS]
 SLOWLY = """
 import sys, time
 from pathlib import Path
-from sinkscope.example import assembly, folder
+from sinkscope.example import assembly
+from sinkscope.example import load as folder
 
 def assemble(made, wheels, progress=None):
     (made / "config.json").write_text("{}")
