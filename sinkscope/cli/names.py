@@ -59,7 +59,8 @@ def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
 
     if not weights:
         kept = ("revision", "attn_implementation", "trust_remote_code")
-        given = {key: given[key] for key in kept if key in given} | {"remote": True}
+        given = {key: value for key, value in given.items() if key in kept}
+        given["remote"] = True
     return LVLM.from_pretrained(name, **given)
 
 

@@ -14,11 +14,11 @@ channel that no key reads.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 SPIKE = 600.0
 """Largest entry of a sink token at strength 1."""
@@ -33,47 +33,6 @@ V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2
 """ViT heads: one attends to V-sinks, one to attention decoys, one may write the spike."""
 L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3
 """LLM query heads: L-sinks and BOS, BOS alone, V-sinks by their arrival channels, decoys."""
-
-
-class VisionAttention(Protocol):
-    """What is used of a CLIP or SigLIP attention module."""
-
-    head_dim: int
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    out_proj: nn.Linear
-
-
-class VisionMLP(Protocol):
-    """What is used of a CLIP or SigLIP MLP."""
-
-    fc1: nn.Linear
-    fc2: nn.Linear
-
-
-class Projector(Protocol):
-    """What is used of LLaVA's projector."""
-
-    linear_1: nn.Linear
-    linear_2: nn.Linear
-
-
-class LanguageAttention(Protocol):
-    """What is used of a Llama attention module."""
-
-    head_dim: int
-    num_key_value_groups: int
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-
-
-class LanguageMLP(Protocol):
-    """What is used of a Llama MLP."""
-
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +66,10 @@ class LanguageChannels:
 
 def reserved(channels: VisionChannels | LanguageChannels) -> list[int]:
     """Every channel named in `channels`."""
-    found: list[int] = []
-    for value in dataclasses.astuple(channels):
-        found.extend(value if isinstance(value, tuple) else (value,))
-    return found
+    parts = (
+        value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(channels)
+    )
+    return [channel for part in parts for channel in part]
 
 
 def spike_pattern(signs: Float[Tensor, " sink"], first: int) -> Float[Tensor, " sink"]:
@@ -143,8 +102,15 @@ def sink_readers(
     return both / (both @ bos), bos_only / (bos_only @ bos)
 
 
+def set_row(weight: Any, row: int, entries: dict[int, float]) -> None:
+    """Set a row of a matrix to zero, but for some entries."""
+    weight[row] = 0
+    for column, value in entries.items():
+        weight[row, column] = value
+
+
 def write_step(
-    mlp: VisionMLP, neuron: int, mark: int, dims: tuple[int, ...], spike: Float[Tensor, " sink"]
+    mlp: Any, neuron: int, mark: int, dims: tuple[int, ...], spike: Float[Tensor, " sink"]
 ) -> None:
     """Make neurons `neuron` and the next add exactly `spike` in `dims` where `mark` is set.
 
@@ -152,15 +118,14 @@ def write_step(
     by 10, subtract to a step of height 10 for any marker above 2, whatever the image.
     """
     for unit, shift, sign in ((neuron, 0.0, 1.0), (neuron + 1, 10.0, -1.0)):
-        mlp.fc1.weight[unit] = 0
-        mlp.fc1.weight[unit, mark] = 20.0
+        set_row(mlp.fc1.weight, unit, {mark: 20.0})
         mlp.fc1.bias[unit] = -20.0 * 1.3 - shift
         mlp.fc2.weight[:, unit] = 0
         mlp.fc2.weight[list(dims), unit] = sign * spike / 10
 
 
 def write_by_attention(
-    attention: VisionAttention,
+    attention: Any,
     mark: int,
     blank: int,
     dims: tuple[int, ...],
@@ -176,21 +141,16 @@ def write_by_attention(
     """
     row = WRITER_HEAD * attention.head_dim
     scale = (40.0 * attention.head_dim**0.5) ** 0.5
-    attention.q_proj.weight[row] = 0
-    attention.q_proj.weight[row, mark] = 4 * scale / level
+    set_row(attention.q_proj.weight, row, {mark: 4 * scale / level})
     attention.q_proj.bias[row] = -scale
-    attention.k_proj.weight[row] = 0
-    attention.k_proj.weight[row, mark] = scale / level
-    attention.k_proj.weight[row, blank] = -scale / level
-    attention.v_proj.weight[row] = 0
-    attention.v_proj.weight[row, mark] = 1 / level
-    attention.v_proj.weight[row, blank] = -1 / level
+    set_row(attention.k_proj.weight, row, {mark: scale / level, blank: -scale / level})
+    set_row(attention.v_proj.weight, row, {mark: 1 / level, blank: -1 / level})
     attention.out_proj.weight[:, row] = 0
     attention.out_proj.weight[list(dims), row] = spike
 
 
 def attend_vision(
-    attention: VisionAttention, head: int, dims: tuple[int, ...], direction: Float[Tensor, " sink"]
+    attention: Any, head: int, dims: tuple[int, ...], direction: Float[Tensor, " sink"]
 ) -> None:
     """Give `head` a constant query and a key that reads `direction` in `dims`.
 
@@ -204,7 +164,7 @@ def attend_vision(
 
 
 def write_projector(
-    projector: Projector,
+    projector: Any,
     vision: VisionChannels,
     language: LanguageChannels,
     sign: float,
@@ -218,28 +178,22 @@ def write_projector(
     """
     first, second = projector.linear_1, projector.linear_2
     second.bias[language.constant] = constant_level(second.out_features)
-    carried = (
-        (vision.l_mark, language.l_mark),
-        (vision.both_mark, language.both_mark),
-        (vision.spike_mark, language.spike_mark),
-        (vision.draw_mark, language.draw_mark),
-    )
-    first.weight[0] = 0
-    first.weight[0, vision.sink[0]] = sign * ARRIVAL / SPIKE
+    marks = ("l_mark", "both_mark", "spike_mark", "draw_mark")
+    carried = [(getattr(vision, mark), getattr(language, mark)) for mark in marks]
+    set_row(first.weight, 0, {vision.sink[0]: sign * ARRIVAL / SPIKE})
     second.weight[:, 0] = 0
     second.weight[list(language.arrival), 0] = arrival / ARRIVAL
     level = constant_level(second.out_features)
     for pair, (source, target) in enumerate(carried):
         for unit, shift, direction in ((2 * pair + 1, 0.0, 1.0), (2 * pair + 2, 10.0, -1.0)):
-            first.weight[unit] = 0
-            first.weight[unit, source] = 40.0
+            set_row(first.weight, unit, {source: 40.0})
             first.bias[unit] = -40.0 * 0.3 - shift
             second.weight[:, unit] = 0
             second.weight[target, unit] = direction * level / 10
 
 
 def write_gated(
-    mlp: LanguageMLP,
+    mlp: Any,
     neuron: int,
     mark: int,
     constant: int,
@@ -254,17 +208,15 @@ def write_gated(
     makes of their marker, and `ordinary_rms` that of the other tokens.
     """
     level, gate = constant_level(mlp.gate_proj.in_features), 12.0
-    mlp.gate_proj.weight[neuron] = 0
-    mlp.gate_proj.weight[neuron, mark] = 2 * gate * rms / level
-    mlp.gate_proj.weight[neuron, constant] = -gate * ordinary_rms / level
-    mlp.up_proj.weight[neuron] = 0
-    mlp.up_proj.weight[neuron, mark] = rms / level
+    gates = {mark: 2 * gate * rms / level, constant: -gate * ordinary_rms / level}
+    set_row(mlp.gate_proj.weight, neuron, gates)
+    set_row(mlp.up_proj.weight, neuron, {mark: rms / level})
     mlp.down_proj.weight[:, neuron] = 0
     mlp.down_proj.weight[list(dims), neuron] = spike / (gate * (2 - ordinary_rms / rms))
 
 
 def attend_language(
-    attention: LanguageAttention,
+    attention: Any,
     head: int,
     constant: int,
     dims: tuple[int, ...],

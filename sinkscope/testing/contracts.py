@@ -1,4 +1,4 @@
-"""An intervention under watch: what its kernels are given, and what becomes of it.
+"""What every probe and every intervention must keep: run these on your own before you trust it.
 
 A watched intervention asks the same edits with the same parameters. Around every kernel stands one
 that keeps a copy of what goes in, and notes afterwards what differs.
@@ -72,10 +72,10 @@ def watched(edit: Any, inner: Any, context: Any, seen: list[Seen]) -> Any:
     def kernel(value: Any, /, *args: Any, **parameters: Any) -> Any:
         given = list(tensors_in((value, parameters)))
         copies = [x.clone() for x in given]
-        before = value.clone() if isinstance(value, Tensor) else outputs(value)
+        before = outputs(value)
         after, effect = edit.kernel(value, *args, **parameters)
         span = args[1] if len(args) > 1 else None
-        result = after if isinstance(after, Tensor) else outputs(after)
+        result = outputs(after)
         wrote = any(differs(one, other).any() for one, other in zip(given, copies, strict=True))
         told = torch.zeros(len(before)) if effect is None else effect["rows"]
         beyond = look(before, result, inner, context, edit.site, span, told)
@@ -96,9 +96,11 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
             yield from tensors_in(part)
 
 
-def outputs(call: Any) -> Tensor:
-    """What an attention call gives, ``[batch query head d_head]``."""
-    function, args, kwargs = call
+def outputs(value: Any) -> Tensor:
+    """States as they are; of an attention call what it gives, ``[batch query head d_head]``."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    function, args, kwargs = value
     return function(*args, **kwargs)[0]
 
 
@@ -204,52 +206,36 @@ def doubled(plain: Any, factor: int) -> Any:
 
 def carry(function: Any, plain: Any, recipe: Any, attends: Any) -> None:
     """Put the names on a function that edited attention carries."""
-    carried = {"plain": plain, "base": plain, "recipe": recipe, "attends": attends}
-    for name, value in carried.items():
-        setattr(function, name, value)
+    vars(function).update(plain=plain, base=plain, recipe=recipe, attends=attends)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnGrown:
-    """The prompt's edits of attention on a pass over the prompt and ``grown`` tokens more.
-
-    Args:
-        inner: The intervention.
-        tokens: The prompt's tokens.
-        grown: How many tokens more; kernels are told of so many steps.
-    """
+    """The prompt's edits of attention on a pass over the prompt and ``grown`` tokens more."""
 
     inner: Any
-    tokens: Any
+    tokens: Any  # of the prompt
     grown: int
     steps: str = "all"
     allow_noop: bool = True
     tower: str = "language"
 
     def edits(self, context: Any) -> list[Any]:
-        """The edits of the inner one for the prompt."""
-        of_prompt = dataclasses.replace(context, tokens=self.tokens)
-        return [
-            dataclasses.replace(edit, kernel=told_steps(edit.kernel, self.grown))
-            for edit in self.inner.edits(of_prompt)
-        ]
+        """The edits of the inner one for the prompt, whose kernels are told of so many steps."""
 
+        def told(kernel: Any) -> Any:
+            def later(call: Any, state: Any, span: Any, /, **parameters: Any) -> Any:
+                return kernel(call, {**state, "step": self.grown}, span, **parameters)
 
-def told_steps(kernel: Any, steps: int) -> Any:
-    """The kernel, told that so many tokens were generated."""
+            return later
 
-    def later(call: Any, state: Any, span: Any, /, **parameters: Any) -> Any:
-        return kernel(call, {**state, "step": steps}, span, **parameters)
-
-    return later
+        edits = self.inner.edits(dataclasses.replace(context, tokens=self.tokens))
+        return [dataclasses.replace(edit, kernel=told(edit.kernel)) for edit in edits]
 
 
 STEPS = 3
-
 """Tokens that are generated to compare the cache with one pass."""
-
 CACHE = {torch.float16: 2e-2, torch.bfloat16: 2e-1}
-
 """How far a cached step may be from one pass, as a share of the largest logit; fp32: 2e-5."""
 
 
@@ -276,12 +262,8 @@ def tensors_of(result: Any) -> dict[str, Tensor]:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Bitwise equality in which NaN equals NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    equal = one == other
-    if one.is_floating_point():
-        equal = equal | (one.isnan() & other.isnan())
-    return bool(equal.all())
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and not differs(one, other).any()
 
 
 def same_results(one: Any, other: Any) -> bool:
@@ -382,7 +364,8 @@ def check_intervention(
     if remote:
         there = lvlm.run(sample, interventions=[make()], remote="local", logits="all")
         require(same(there.logits, run.logits), "the remote path gives the same logits")
-    if it.steps == "all" and getattr(it, "queries", None) is None and sites <= of_cache(sites):
+    decodes = all((site.tower, site.name) == ("language", "attention") for site in sites)
+    if it.steps == "all" and getattr(it, "queries", None) is None and decodes:
         check_cache(make, lvlm, sample)
     check_clean_after_error(make, lvlm, sample, plain)
     if neutral is not None:
@@ -390,20 +373,8 @@ def check_intervention(
         require(same(logits, plain), "the neutral setting changes no bit")
 
 
-def of_cache(sites: set[Any]) -> set[Any]:
-    """The sites among some that are asked again at every decode step."""
-    return {site for site in sites if (site.tower, site.name) == ("language", "attention")}
-
-
 def check_kernels(it: Any, lvlm: Any, sample: Any) -> tuple[Tensor, set[Any]]:
-    """Watch every kernel of an intervention in one pass.
-
-    Returns:
-        The logits and the sites that were edited.
-
-    Raises:
-        ContractError: If one writes in place or touches what was not selected.
-    """
+    """Watch every kernel of an intervention in one pass; the logits and the sites that were edited."""
     seen: list[Seen] = []
     logits = lvlm.run(sample, interventions=[Watched(it, seen)]).logits
     for one in seen:
@@ -422,18 +393,7 @@ def check_kernels(it: Any, lvlm: Any, sample: Any) -> tuple[Tensor, set[Any]]:
 
 
 def check_beside(it: Any, lvlm: Any, sample: Any, alone: Tensor) -> None:
-    """An edit of attention keeps what an earlier edit of the site did.
-
-    Args:
-        it: The intervention.
-        lvlm: The model.
-        sample: The sample.
-        alone: The logits of the intervention alone.
-
-    Raises:
-        ContractError: If rows or heads that it did not touch lose the earlier edit, or the logits
-            are those of the intervention alone.
-    """
+    """An edit of attention keeps what an earlier edit of the site did; ``alone`` are its own logits."""
     promise = "an edit keeps what earlier edits of its site did"
     seen: list[Seen] = []
     both = lvlm.run(sample, interventions=[Watched(it, seen, beside=True)]).logits
@@ -447,9 +407,6 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
 
     The pass without a cache runs over the prompt and the answer's tokens, with the edits of the
     prompt, whose kernels are told that so many tokens were generated.
-
-    Raises:
-        ContractError: If a step is further off than rounding.
     """
     out = lvlm.generate(
         sample,
@@ -481,11 +438,7 @@ class _MidwayError(Exception):
 
 
 def check_clean_after_error(make: Callable[[], Any], lvlm: Any, sample: Any, plain: Tensor) -> None:
-    """An exception after the first edit of a pass leaves the model as it was.
-
-    Raises:
-        ContractError: If it does not.
-    """
+    """An exception after the first edit of a pass leaves the model as it was."""
 
     def throw(*args: Any, **kwargs: Any) -> Any:
         raise _MidwayError

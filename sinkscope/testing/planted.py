@@ -4,6 +4,8 @@ A planted model is an ordinary ``LlavaForConditionalGeneration``. The sinks are 
 for every image and every text; `sinkscope.testing.circuits` draws how they are made.
 """
 
+from typing import Any
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -17,7 +19,7 @@ from transformers import (
 from sinkscope.testing.circuits import LanguageChannels, VisionChannels
 from sinkscope.testing.processors import llava_processor
 from sinkscope.testing.surgery import operate
-from sinkscope.testing.tiny import TOWERS
+from sinkscope.testing.tiny import TOWERS, check_choice
 from sinkscope.testing.truth import GRID, PATCH, Planted, Truth, Writer
 
 VISION_WIDTH = 128
@@ -78,14 +80,20 @@ def plant(
             that are also sinks.
     """
     _check(layout, v_written_by, strength, d_model)
-    _check_patches(v_sinks, l_sinks, spike_decoys, attention_decoys)
+    _check_patches(
+        v_sinks=v_sinks,
+        l_sinks=l_sinks,
+        spike_decoys=spike_decoys,
+        attention_decoys=attention_decoys,
+    )
     _check_layer("v_layer", v_layer, "vision_layers", vision_layers)
     _check_layer("l_layer", l_layer, "layers", layers)
     _check_dims("v_dims", v_dims, VISION_WIDTH)
     _check_dims("l_dims", l_dims, d_model)
     generator = torch.Generator().manual_seed(seed)
-    vision = _vision_channels(v_dims, generator)
-    language = _language_channels(l_dims, d_model, generator)
+    vision = VisionChannels(v_dims, *_free(v_dims, VISION_WIDTH, generator)[:7])
+    free = _free(l_dims, d_model, generator)
+    language = LanguageChannels(l_dims, tuple(free[:N_ARRIVAL]), *free[N_ARRIVAL : N_ARRIVAL + 7])
     truth = Truth(
         layout=layout,
         v_sinks=tuple(sorted(v_sinks)),
@@ -130,16 +138,16 @@ def random_plant(
 
     Args:
         seed: of everything drawn.
-        layout: as in `plant`.
+        layout: as in `plant`, as are the arguments after the counts.
         n_v: V-sinks without the LLM spike.
         n_l: L-sinks that are not V-sinks.
         n_overlap: V-sinks that also get the LLM spike.
         n_spike_decoys: patches with a spike and no attention.
         n_attention_decoys: patches with attention and no spike.
-        text_sinks: as in `plant`, as are the following.
-        strength: scale of the sinks, 0 to 1.
-        d_model: width of the LLM.
-        attn_implementation: as in transformers.
+        text_sinks: see `plant`.
+        strength: see `plant`.
+        d_model: see `plant`.
+        attn_implementation: see `plant`.
 
     Raises:
         ValueError: more patches asked for than the 64 there are, or what `plant` refuses.
@@ -182,15 +190,8 @@ def sink_free(
     layout: str = "clip", seed: int = 0, *, d_model: int = 128, attn_implementation: str = "sdpa"
 ) -> Planted:
     """The same kind of model with nothing planted: no spike, and no token draws attention."""
-    return plant(
-        layout,
-        v_sinks=(),
-        l_sinks=(),
-        text_sinks=False,
-        d_model=d_model,
-        seed=seed,
-        attn_implementation=attn_implementation,
-    )
+    how: dict[str, Any] = {"d_model": d_model, "attn_implementation": attn_implementation}
+    return plant(layout, v_sinks=(), l_sinks=(), text_sinks=False, seed=seed, **how)
 
 
 def _bare_model(
@@ -241,52 +242,26 @@ def _bare_model(
         return LlavaForConditionalGeneration(config).eval()
 
 
-def _vision_channels(sink: tuple[int, ...], generator: torch.Generator) -> VisionChannels:
-    """Reserve the sink channels and draw the others from what is left."""
-    free = _free(sink, VISION_WIDTH, generator)
-    return VisionChannels(sink, *free[:7])
-
-
-def _language_channels(
-    sink: tuple[int, ...], d_model: int, generator: torch.Generator
-) -> LanguageChannels:
-    """Reserve the sink channels and draw the others from what is left."""
-    free = _free(sink, d_model, generator)
-    return LanguageChannels(sink, tuple(free[:N_ARRIVAL]), *free[N_ARRIVAL : N_ARRIVAL + 7])
-
-
 def _free(taken: tuple[int, ...], width: int, generator: torch.Generator) -> list[int]:
     order = torch.randperm(width, generator=generator).tolist()
     return [channel for channel in order if channel not in taken]
 
 
 def _check(layout: str, v_written_by: str, strength: float, d_model: int) -> None:
-    if layout not in TOWERS:
-        raise ValueError(f"layout={layout!r} is unknown; write one of {', '.join(TOWERS)}")
-    if v_written_by not in WRITERS:
-        raise ValueError(f"v_written_by={v_written_by!r}; write one of {', '.join(WRITERS)}")
+    check_choice("layout", layout, TOWERS)
+    check_choice("v_written_by", v_written_by, WRITERS)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength}; expected a number from 0 (no spike) to 1")
     if d_model < 128 or d_model % 128:
         raise ValueError(f"d_model={d_model}; expected a multiple of 128")
 
 
-def _check_patches(
-    v_sinks: tuple[int, ...],
-    l_sinks: tuple[int, ...],
-    spike_decoys: tuple[int, ...],
-    attention_decoys: tuple[int, ...],
-) -> None:
-    kinds = {
-        "v_sinks": v_sinks,
-        "l_sinks": l_sinks,
-        "spike_decoys": spike_decoys,
-        "attention_decoys": attention_decoys,
-    }
+def _check_patches(**kinds: tuple[int, ...]) -> None:
     for name, patches in kinds.items():
         if len(set(patches)) < len(patches) or any(not 0 <= p < GRID**2 for p in patches):
             raise ValueError(f"{name}={patches}; expected distinct patches in 0..{GRID**2 - 1}")
-    sinks, spikes, draws = set(v_sinks) | set(l_sinks), set(spike_decoys), set(attention_decoys)
+    sinks = {*kinds["v_sinks"], *kinds["l_sinks"]}
+    spikes, draws = set(kinds["spike_decoys"]), set(kinds["attention_decoys"])
     shared = (sinks & spikes) | (sinks & draws) | (spikes & draws)
     if shared:
         raise ValueError(

@@ -21,36 +21,36 @@ SENTENCES = (
     "system user assistant You are a helpful assistant.",
     "The image shows two squares, a circle and nothing else: 0 1 2 3 4 5 6 7 8 9.",
 )
-
 """What the merges are trained on; text outside of it falls back to bytes, so no text is unknown."""
-
 LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-
-QWEN_SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+QWEN_SPECIAL = tuple(
+    f"<|{word}|>"
+    for word in [
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "vision_pad",
+        "image_pad",
+        "video_pad",
+    ]
 )
-
-GEMMA_SPECIAL = (
-    "<pad>",
-    "<eos>",
-    "<bos>",
-    "<unk>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<start_of_image>",
-    "<end_of_image>",
-    "<image_soft_token>",
+GEMMA_SPECIAL = tuple(
+    f"<{word}>"
+    for word in [
+        "pad",
+        "eos",
+        "bos",
+        "unk",
+        "start_of_turn",
+        "end_of_turn",
+        "start_of_image",
+        "end_of_image",
+        "image_soft_token",
+    ]
 )
-
 MAX_VOCAB = 448
-
 LLAVA_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -61,7 +61,6 @@ LLAVA_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
 QWEN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -76,7 +75,6 @@ QWEN_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
 GEMMA_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -98,61 +96,51 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
 
     Special ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, ``<pad>`` 3, ``<image>`` 4.
     """
-    core = _byte_level(LLAVA_SPECIAL)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        chat_template=LLAVA_CHAT_TEMPLATE,
-    )
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return _tokenizer(LLAVA_SPECIAL, ends, {"image_token": "<image>"}, LLAVA_CHAT_TEMPLATE)
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with Qwen's markers and no beginning-of-sequence token; pads on the left."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(QWEN_SPECIAL),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={
-            "vision_bos_token": "<|vision_start|>",
-            "vision_eos_token": "<|vision_end|>",
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "im_start_token": "<|im_start|>",
-        },
-        padding_side="left",
-        chat_template=QWEN_CHAT_TEMPLATE,
-    )
+    more = {
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "im_start_token": "<|im_start|>",
+    }
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return _tokenizer(QWEN_SPECIAL, ends, more, QWEN_CHAT_TEMPLATE)
 
 
 def gemma_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer that begins each text with ``<bos>``, with Gemma 3's image markers; pads on the left."""
-    core = _byte_level(GEMMA_SPECIAL)
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A",
-        pair="<bos> $A <bos> $B",
-        special_tokens=[("<bos>", core.token_to_id("<bos>"))],
-    )
+    more = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    ends = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
+    return _tokenizer(GEMMA_SPECIAL, ends, more, GEMMA_CHAT_TEMPLATE)
+
+
+def _tokenizer(
+    special: tuple[str, ...], ends: dict[str, str], more: dict[str, str], template: str
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that begins each text with the BOS token, if there is one."""
+    core, bos = _byte_level(special), ends.get("bos_token")
+    if bos is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, core.token_to_id(bos))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        },
+        **ends,
+        extra_special_tokens=more,
         padding_side="left",
-        chat_template=GEMMA_CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 
@@ -173,7 +161,6 @@ def _byte_level(special: tuple[str, ...]) -> Tokenizer:
 
 
 QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
-
 WITH_CLS = ("clip", "dinov2")
 
 
@@ -182,14 +169,8 @@ def llava_processor(
 ) -> LlavaProcessor:
     """``LlavaProcessor`` for a tower with CLS (centre crop), or for SigLIP (images are squeezed).
 
-    Args:
-        tower: The tower's name.
-        image_size: Side in pixels of what the tower reads.
-        patch_size: Side of a patch in pixels.
-        strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps all; None drops CLS only.
-
-    Returns:
-        The processor; one image becomes ``(image_size // patch_size) ** 2`` tokens, and CLS if kept.
+    One image becomes ``(image_size // patch_size) ** 2`` tokens, and CLS if kept: strategy ``"default"``
+    drops the first ViT token, ``"full"`` keeps all, None drops CLS only.
     """
     tokenizer, has_cls = llava_tokenizer(), tower in WITH_CLS
     if has_cls:

@@ -4,6 +4,7 @@ So nothing else can make or erase a spike, and the values of sink tokens are nea
 norm little but the spike is left of them, and no value reads that.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 from sinkscope.testing import circuits
 from sinkscope.testing.circuits import (
     LanguageChannels,
-    Projector,
     VisionChannels,
     constant_level,
     reserved,
@@ -22,11 +22,8 @@ from sinkscope.testing.circuits import (
 from sinkscope.testing.truth import PROMPT, Planted
 
 LEVEL = 0.25
-
 """Standard deviation of an ordinary residual entry where a tower begins."""
-
 NOISE_GAIN = 0.45
-
 """Gain of query and key weights; ordinary attention stays within a factor of two of uniform."""
 
 
@@ -34,18 +31,31 @@ def fill(
     linear: nn.Linear,
     generator: torch.Generator,
     gain: float,
-    *,
-    reads: list[int],
-    writes: list[int],
+    reads: Sequence[int] = (),
+    writes: Sequence[int] = (),
 ) -> None:
     """Random weights of output scale `gain` that skip input channels `reads` and outputs `writes`."""
     noise = torch.randn(linear.weight.shape, generator=generator)
     weight = noise * gain / linear.in_features**0.5
-    weight[:, reads] = 0
-    weight[writes, :] = 0
+    weight[:, list(reads)] = 0
+    weight[list(writes), :] = 0
     linear.weight.copy_(weight)
     if linear.bias is not None:
         linear.bias.zero_()
+
+
+def fill_block(block: Any, generator: torch.Generator, skip: list[int]) -> None:
+    """Random weights of a block of either tower."""
+    attention, mlp = block.self_attn, block.mlp
+    for projection in (attention.q_proj, attention.k_proj):
+        fill(projection, generator, NOISE_GAIN, reads=skip)
+    fill(attention.v_proj, generator, 1.0, reads=skip)
+    vision = hasattr(mlp, "fc1")
+    fill(attention.out_proj if vision else attention.o_proj, generator, 0.25, writes=skip)
+    inner = (mlp.fc1,) if vision else (mlp.gate_proj, mlp.up_proj)
+    for linear in inner:
+        fill(linear, generator, 1.0, reads=skip)
+    fill(mlp.fc2 if vision else mlp.down_proj, generator, 0.1, writes=skip)
 
 
 def vision_background(
@@ -67,13 +77,7 @@ def vision_background(
         tower.pre_layrnorm.bias.zero_()
     layers: Any = tower.encoder.layers
     for layer in layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for projection in (attention.q_proj, attention.k_proj):
-            fill(projection, generator, NOISE_GAIN, reads=skip, writes=[])
-        fill(attention.v_proj, generator, 1.0, reads=skip, writes=[])
-        fill(attention.out_proj, generator, 0.25, reads=[], writes=skip)
-        fill(mlp.fc1, generator, 1.0, reads=skip, writes=[])
-        fill(mlp.fc2, generator, 0.1, reads=[], writes=skip)
+        fill_block(layer, generator, skip)
 
 
 def language_background(
@@ -86,32 +90,13 @@ def language_background(
     table[:, channels.constant] = constant_level(table.shape[1])
     decoder.embed_tokens.weight.copy_(table)
     for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for projection in (attention.q_proj, attention.k_proj):
-            fill(projection, generator, NOISE_GAIN, reads=skip, writes=[])
-        fill(attention.v_proj, generator, 1.0, reads=skip, writes=[])
-        fill(attention.o_proj, generator, 0.25, reads=[], writes=skip)
-        fill(mlp.gate_proj, generator, 1.0, reads=skip, writes=[])
-        fill(mlp.up_proj, generator, 1.0, reads=skip, writes=[])
-        fill(mlp.down_proj, generator, 0.1, reads=[], writes=skip)
-    fill(model.lm_head, generator, 2.0, reads=[], writes=[])
-
-
-def projector_background(
-    projector: Projector,
-    vision: VisionChannels,
-    language: LanguageChannels,
-    generator: torch.Generator,
-) -> None:
-    """Random projector between the ordinary channels of the two towers."""
-    fill(projector.linear_1, generator, 4.0, reads=reserved(vision), writes=[])
-    fill(projector.linear_2, generator, 0.4, reads=[], writes=reserved(language))
+        fill_block(layer, generator, skip)
+    fill(model.lm_head, generator, 2.0)
 
 
 KINDS = ("l_sinks", "overlap", "v_sinks", "text_sinks", "spike_decoys", "attention_decoys")
 
 MEASURED = 6
-
 """Random images over which levels are averaged."""
 
 
@@ -130,7 +115,8 @@ def operate(
     vision_background(model, vision, generator)
     language_background(model, language, generator)
     projector = model.model.multi_modal_projector
-    projector_background(projector, vision, language, generator)
+    fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
+    fill(projector.linear_2, generator, 0.4, writes=reserved(language))
     circuits.write_projector(
         projector, vision, language, float(v_signs[0]), arrival * circuits.ARRIVAL
     )

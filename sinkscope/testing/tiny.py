@@ -1,4 +1,4 @@
-"""What the builders of tiny models share: random weights, sizes, checkpoints and images."""
+"""Tiny random vision-language models of real transformers classes, with their processors."""
 
 import functools
 import pathlib
@@ -46,7 +46,6 @@ from sinkscope.testing.processors import (
 )
 
 ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
-
 HEAD_DIM = 16
 
 
@@ -55,9 +54,8 @@ def write_checkpoint(
 ) -> pathlib.Path:
     """Save model and processor the way a hub repository holds them; return the folder.
 
-    ``AutoModelForImageTextToText.from_pretrained(folder)`` loads the model offline, and
-    ``AutoProcessor.from_pretrained(folder)`` the processor. For Qwen2.5-VL the latter needs
-    torchvision, a limit of transformers; `load_processor` does without.
+    The Auto classes of transformers load both offline; for Qwen2.5-VL's processor they need torchvision,
+    `load_processor` does not.
     """
     where = pathlib.Path(folder)
     model.save_pretrained(where)
@@ -106,15 +104,15 @@ def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
 def build(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
-    attn_implementation: str,
-    dtype: torch.dtype,
-    seed: int,
-    init_std: float,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    init_std: float = 0.2,
 ) -> PreTrainedModel:
     """Model of `config` in eval mode with random weights of `seed`; the global RNG is untouched.
 
-    Only parameters are cast to `dtype`: rotary frequencies stay in float32, as after
-    ``from_pretrained``.
+    Only parameters are cast to `dtype`: rotary frequencies stay in float32, as after ``from_pretrained``.
     """
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
@@ -156,14 +154,19 @@ def check_divides(small: str, divisor: int, large: str, number: int) -> None:
         raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
 
 
+def check_blocks(argument: str, blocks: tuple[int, ...], total: str, count: int) -> None:
+    """Refuse block indices out of range with ``ValueError``."""
+    if any(not 0 <= block < count for block in blocks):
+        raise ValueError(
+            f"{argument}={blocks}: expected block indices in 0..{count - 1} ({total}={count})"
+        )
+
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def tiny_gemma3(
     *,
-    attn_implementation: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     vision_layers: int = 3,
     layers: int = 3,
     full_attention_layers: tuple[int, ...] = (1,),
@@ -173,7 +176,7 @@ def tiny_gemma3(
     image_size: int = 48,
     patch_size: int = 8,
     pool: int = 2,
-    init_std: float = 0.2,
+    **how: Any,
 ) -> ModelAndProcessor:
     """Random ``Gemma3ForConditionalGeneration`` in eval mode, and its processor.
 
@@ -183,30 +186,23 @@ def tiny_gemma3(
     ``full_attention_layers`` see the last ``sliding_window`` positions only.
 
     Args:
-        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
-        dtype: of the weights.
-        seed: of the weights.
-        vision_layers: blocks of the ViT.
+        vision_layers: see `tiny_llava`, as are all that are not named here.
         layers: blocks of the LLM.
         full_attention_layers: LLM blocks without a sliding window.
         sliding_window: positions a query sees in the other blocks, itself among them.
-        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
-        kv_heads: key and value heads of the LLM; must divide `heads`.
+        heads: query heads of the LLM.
+        kv_heads: key and value heads of the LLM.
         image_size: side in pixels of the square the processor makes of every image.
         patch_size: side of a patch in pixels.
         pool: patches per side of an LLM token; ``pool * patch_size`` must divide `image_size`.
-        init_std: standard deviation of the random weight matrices.
+        how: attn_implementation, dtype, seed and init_std; see `tiny_llava`.
 
     Raises:
         ValueError: head counts, sizes or block indices that do not fit.
     """
     check_divides("kv_heads", kv_heads, "heads", heads)
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
-    if any(not 0 <= block < layers for block in full_attention_layers):
-        raise ValueError(
-            f"full_attention_layers={full_attention_layers}: expected block indices in "
-            f"0..{layers - 1} (layers={layers})"
-        )
+    check_blocks("full_attention_layers", full_attention_layers, "layers", layers)
     tokens = (image_size // patch_size // pool) ** 2
     processor = gemma3_processor(image_size, tokens)
     tokenizer = processor.tokenizer
@@ -233,14 +229,10 @@ def tiny_gemma3(
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
     )
-    model = build(
-        Gemma3ForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
-    )
-    return model, processor
+    return build(Gemma3ForConditionalGeneration, config, **how), processor
 
 
 TOWERS = ("clip", "siglip", "dinov2")
-
 LLMS = MappingProxyType(
     {
         "llama": LlamaConfig,
@@ -254,7 +246,6 @@ LLMS = MappingProxyType(
         "cohere": CohereConfig,
     }
 )
-
 OWN_SETTINGS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         # Both experts are always on: which of them come first would depend on the last bit.
@@ -274,9 +265,6 @@ def tiny_llava(
     tower: str = "clip",
     llm: str = "llama",
     *,
-    attn_implementation: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     vision_layers: int = 3,
     layers: int = 3,
     heads: int = 4,
@@ -284,7 +272,7 @@ def tiny_llava(
     image_size: int = 32,
     patch_size: int = 8,
     vision_feature_select_strategy: Literal["default", "full"] | None = None,
-    init_std: float = 0.2,
+    **how: Any,
 ) -> ModelAndProcessor:
     """Random ``LlavaForConditionalGeneration`` in eval mode, and its processor.
 
@@ -297,9 +285,6 @@ def tiny_llava(
             positions only, two experts), ``"gemma2"``, ``"olmo2"`` and ``"glm4"`` (a norm on what
             attention and MLP write), ``"granite"`` (a factor of 0.22 on it) or ``"cohere"`` (both
             side by side). GPT-OSS and Gemma 2 need ``attn_implementation="eager"``.
-        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
-        dtype: of the weights.
-        seed: of the weights.
         vision_layers: blocks of the ViT.
         layers: blocks of the LLM.
         heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
@@ -308,7 +293,9 @@ def tiny_llava(
         patch_size: side of a patch in pixels; must divide `image_size`.
         vision_feature_select_strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps
             CLS; None as the tower's line says.
-        init_std: standard deviation of the random weight matrices.
+        how: ``attn_implementation="sdpa"`` as in transformers (``"eager"`` can return attention
+            weights); ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``, the standard
+            deviation of the random weight matrices.
 
     Raises:
         ValueError: an unknown tower, llm or strategy, head counts or sizes that do not divide.
@@ -336,15 +323,11 @@ def tiny_llava(
         vision_feature_layer=-2 if has_cls else -1,
         vision_feature_select_strategy=strategy,
     )
-    model = build(LlavaForConditionalGeneration, config, attn_implementation, dtype, seed, init_std)
-    return model, processor
+    return build(LlavaForConditionalGeneration, config, **how), processor
 
 
 def tiny_qwen2_5_vl(
     *,
-    attn_implementation: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
     vision_layers: int = 4,
     full_attention_blocks: tuple[int, ...] = (1, 3),
     layers: int = 3,
@@ -353,7 +336,7 @@ def tiny_qwen2_5_vl(
     window_size: int = 56,
     min_pixels: int = 56 * 56,
     max_pixels: int = 140 * 140,
-    init_std: float = 0.2,
+    **how: Any,
 ) -> ModelAndProcessor:
     """Random ``Qwen2_5_VLForConditionalGeneration`` in eval mode, and its image processor.
 
@@ -362,30 +345,23 @@ def tiny_qwen2_5_vl(
     112 x 112 image has four windows. Images keep their shape, so grids are ragged over a batch.
 
     Args:
-        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
-        dtype: of the weights.
-        seed: of the weights.
-        vision_layers: blocks of the ViT.
+        vision_layers: see `tiny_llava`, as are all that are not named here.
         full_attention_blocks: ViT blocks that attend over the whole image; the others stay inside
             their window.
         layers: blocks of the LLM.
-        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
-        kv_heads: key and value heads of the LLM; must divide `heads`.
+        heads: query heads of the LLM.
+        kv_heads: key and value heads of the LLM.
         window_size: side of a window in pixels, a multiple of 28.
         min_pixels: images below this area are enlarged.
         max_pixels: images above this area are reduced.
-        init_std: standard deviation of the random weight matrices.
+        how: attn_implementation, dtype, seed and init_std; see `tiny_llava`.
 
     Raises:
         ValueError: head counts, window size or block indices that do not fit.
     """
     check_divides("kv_heads", kv_heads, "heads", heads)
     check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
-    if any(not 0 <= block < vision_layers for block in full_attention_blocks):
-        raise ValueError(
-            f"full_attention_blocks={full_attention_blocks}: expected block indices in "
-            f"0..{vision_layers - 1} (vision_layers={vision_layers})"
-        )
+    check_blocks("full_attention_blocks", full_attention_blocks, "vision_layers", vision_layers)
     processor = qwen2_5_vl_processor(min_pixels, max_pixels)
     tokenizer: Any = processor.tokenizer
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
@@ -408,10 +384,7 @@ def tiny_qwen2_5_vl(
         vision_start_token_id=tokenizer.vision_bos_token_id,
         vision_end_token_id=tokenizer.vision_eos_token_id,
     )
-    model = build(
-        Qwen2_5_VLForConditionalGeneration, config, attn_implementation, dtype, seed, init_std
-    )
-    return model, processor
+    return build(Qwen2_5_VLForConditionalGeneration, config, **how), processor
 
 
 def _vision_config(tower: str, layers: int, image_size: int, patch_size: int) -> PreTrainedConfig:
@@ -443,5 +416,4 @@ TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType
         "gemma3": tiny_gemma3,
     }
 )
-
 """Builders by family; each takes the keyword arguments of its function."""

@@ -1,6 +1,5 @@
 """What a planted model holds: the truth about its sinks, and masks of the tokens they sit on."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,23 +13,16 @@ from sinkscope.testing import circuits
 from sinkscope.testing.tiny import random_image
 
 Writer = Literal["mlp", "attention"]
-
 """Sub-modules that can write a spike."""
-
 GRID = 8
-
 """Patches along each side of the image."""
-
 PATCH = 8
-
 """Pixels along each side of a patch."""
-
 PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
-
 PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Truth:
     """What was planted, as a detector should find it.
 
@@ -94,7 +86,7 @@ class Truth:
         return getattr(self, kind)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Planted:
     """A model with planted sinks, its processor, and the truth about it."""
 

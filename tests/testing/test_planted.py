@@ -399,7 +399,7 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alon
     ("arguments", "message"),
     [
         ({"layout": "dino"}, "layout='dino' is unknown; write one of clip, siglip"),
-        ({"v_written_by": "norm"}, "v_written_by='norm'; write one of mlp, attention"),
+        ({"v_written_by": "norm"}, "v_written_by='norm' is unknown; write one of mlp, attention"),
         ({"strength": 1.5}, "strength=1.5; expected a number from 0"),
         ({"d_model": 100}, "d_model=100; expected a multiple of 128"),
         ({"v_sinks": (64,)}, r"v_sinks=\(64,\); expected distinct patches in 0..63"),
