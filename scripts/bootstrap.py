@@ -30,7 +30,7 @@ SINKSCOPE = "{sinkscope}"  # replaced by its console script
 # job -> (extras it needs, commands it runs); arguments of the user go to the last command
 JOBS = {
     "demo": (("example",), [[SINKSCOPE, "demo"]]),
-    "test": (("dev",), [[PYTHON, "-m", "pytest"]]),
+    "test": (("dev",), [[PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal"]]),
     "check": (
         ("dev", "docs"),
         [
