@@ -1,4 +1,4 @@
-"""The best cell of a sweep: chosen on one half of the images, scored on the other, with its null."""
+"""What a sweep found: its best cell, held out and with its null, and the paper's three observations."""
 
 from __future__ import annotations
 
@@ -17,26 +17,15 @@ if TYPE_CHECKING:
     from sinkscope.experiments.sweep_result import Sweep
 
 NUMBERS = ("chosen_on", "delta", "low", "high", "maximum", "t", "t_95", "p")
-
 ALONE = "images of one half only, so none is left to score what was chosen"
-
 NEUTRAL = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
-
 NO_GAIN = "no cell gains where it was chosen"
 
 
 def best_of(
     part: pd.DataFrame, column: str, *, level: float, draws: int, seed: int
 ) -> dict[str, Any]:
-    """One line of `Sweep.best`, without the name of its task.
-
-    Args:
-        part: The questions of one task.
-        column: ``"score"`` or ``"logprob"``.
-        level: Coverage of the interval.
-        draws: Bootstrap samples, and draws of the null.
-        seed: Of the halves and the draws.
-    """
+    """One line of `Sweep.best` for the questions of one task."""
     cells, changes, images = wide(part, column)
     acts = acting(part)
     here = half(images, seed)
@@ -71,15 +60,8 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
 
     The best triple, and the best of those with s_L = s_rest, are chosen on one half of the images and
-    compared on the other.
-
-    Args:
-        part: The questions of one task, with triples.
-        seed: Of the halves and the draws.
-
-    Returns:
-        ``split`` and ``whole``, the two cells with their ``delta`` on the other half, and
-        ``difference``, its mean and interval; None where there is no such pair of cells.
+    compared on the other. Gives ``split`` and ``whole``, the two cells with their ``delta``, and
+    ``difference``, its mean and interval; None where there is no such pair of cells.
     """
     cells, changes, images = wide(part, "score")
     here = half(images, seed)
@@ -138,7 +120,6 @@ UNITS = {
     "choice": (" in points", 100.0),
     "logprob": (" in nats", 1.0),
 }
-
 """Score -> its unit as words, and what it is multiplied with."""
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sinkscope.checks import check_whole, is_number, is_whole
 from sinkscope.errors import InputError, LayerError
 
 if TYPE_CHECKING:
@@ -17,15 +16,10 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 Pair = tuple[float, ...]
-
 """``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
-
 GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
-
 """Number of coefficients -> the groups they are of, as in a gate."""
-
 EMBED = -1
-
 """How tables write ``layer="embed"``."""
 
 
@@ -44,9 +38,8 @@ def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
     Raises:
         InputError: If there are fewer than two steps, or other groups.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise InputError(f"Got steps={steps!r}; expected 2 or more. Write ss.lsg_grid(steps=11).")
-    if groups not in GROUPS or isinstance(groups, bool):
+    check_whole(2, steps=steps, hint="Write ss.lsg_grid(steps=11).")
+    if not is_whole(groups, 2, 3):
         raise InputError(
             f"Got groups={groups!r}; expected 2 (V-sinks and the rest) or 3 (V-sinks, L-sinks and "
             "ordinary tokens). Write ss.lsg_grid(steps=11, groups=3)."
@@ -60,11 +53,7 @@ def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
 
 
 def check_grid(grid: Any) -> list[Pair]:
-    """The pairs or triples, without repeats and without the base, which is always run.
-
-    Raises:
-        InputError: If one is neither, a number is not finite, both are mixed, or none is left.
-    """
+    """The pairs or triples, without repeats and without the base, which is always run."""
     hint = (
         "Write grid=ss.lsg_grid(), or pairs (s_V, s_rest) such as [(0.5, 0.5), (1.0, 0.0)], or triples "
         "(s_V, s_L, s_rest) such as [(0.2, 0.2, 0.6)]."
@@ -74,10 +63,7 @@ def check_grid(grid: Any) -> list[Pair]:
     pairs: dict[Pair, None] = {}
     for pair in grid:
         numbers = list(pair) if isinstance(pair, Iterable) and not isinstance(pair, str) else []
-        fine = [
-            isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in numbers
-        ]
-        if len(fine) not in GROUPS or not all(fine):
+        if len(numbers) not in GROUPS or not all(map(is_number, numbers)):
             raise InputError(
                 f"Got {pair!r} in the grid; expected two finite numbers, or three. {hint}"
             )
@@ -127,34 +113,19 @@ class Cells:
 
 
 def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
-    """Layers in the convention of LSG: a gate at layer l edits block l + 1.
-
-    Args:
-        layers: None for all, ``"embed"``, an index, or several of these.
-        n_layers: Blocks of the decoder.
-
-    Raises:
-        LayerError: If an entry is neither ``"embed"`` nor an index with a block after it.
-    """
+    """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
     several = isinstance(layers, Iterable) and not isinstance(layers, str)
     found = set()
     for layer in list(layers) if several else [layers]:
-        if layer == "embed":
-            found.add(EMBED)
-        elif (
-            isinstance(layer, bool)
-            or not isinstance(layer, Integral)
-            or not 0 <= int(layer) < n_layers - 1
-        ):
+        if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
             raise LayerError(
                 f"Got layer {layer!r}; expected 'embed' or 0 to {n_layers - 2}. A gate at layer l "
                 f"edits block l + 1, and block {n_layers - 1} is the last. Write layers='embed' to "
                 "edit block 0."
             )
-        else:
-            found.add(int(layer))
+        found.add(EMBED if layer == "embed" else int(layer))
     if not found:
         raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
     return tuple(sorted(found))
@@ -301,16 +272,7 @@ class SweepCost:
 def cost_of(
     work: Work, shapes: Sequence[Shape], cells: Cells, questions: int, images: int, looked_at: int
 ) -> SweepCost:
-    """The cost of a sweep whose images are like some of them.
-
-    Args:
-        work: The model's.
-        shapes: Of the images that were looked at.
-        cells: Layers and pairs.
-        questions: All questions.
-        images: All images.
-        looked_at: Questions about the images that were looked at.
-    """
+    """The cost of a sweep whose images are like those of ``shapes``, with ``looked_at`` questions."""
     n = len(work.language)
     runs = 1 + len(cells.layers) * len(cells.pairs)
     rows = sum(shape.rows for shape in shapes) / len(shapes)

@@ -1,4 +1,4 @@
-"""What the pairs of a grid do to the keys of one prompt, and how many run in one forward pass."""
+"""All cells for the questions about one image, with everything reused that an edit cannot change."""
 
 from __future__ import annotations
 
@@ -59,23 +59,14 @@ T = TypeVar("T")
 
 
 class Batch:
-    """How many edits run as rows of one forward pass; halved when memory runs out.
-
-    Args:
-        size: A number, which then stays, or ``"auto"``.
-        most: Where ``"auto"`` begins.
-    """
+    """How many edits run as rows of one forward pass; ``"auto"`` begins with ``most`` and is halved when memory runs out."""
 
     def __init__(self, size: int | str, most: int) -> None:
         self.fixed = size != "auto"
         self.size = int(size) if self.fixed else most
 
     def chunks(self, n: int, work: Callable[[int, int], T]) -> list[T]:
-        """``work(start, stop)`` for all of ``0 .. n``, in order.
-
-        Raises:
-            torch.OutOfMemoryError: If one edit alone is too much, or the size is fixed.
-        """
+        """``work(start, stop)`` for all of ``0 .. n``, in order; out of memory if one edit alone is too much."""
         done, start = [], 0
         while start < n:
             try:
@@ -96,11 +87,7 @@ def factors_of(
 ) -> Tensor:
     """What every key is multiplied with under every pair or triple, float ``[pair pos]``.
 
-    Args:
-        sinks: V-sinks, bool ``[pos]``. Without any, all image tokens are "rest".
-        visual: Image tokens, bool ``[pos]``.
-        pairs: ``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``.
-        low: L-sinks, bool ``[pos]``, none of them a V-sink; with triples only.
+    Masks are bool ``[pos]``; ``low`` are L-sinks that are no V-sinks, with triples only.
     """
     values = torch.tensor(pairs)
     image = torch.where(sinks, values[:, :1], values[:, -1:])
@@ -136,14 +123,7 @@ class Edits:
 
 
 def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
-    """V-sinks of the only row at their LLM positions, bool ``[pos]``.
-
-    Args:
-        lvlm: The model.
-        sample: One prompt.
-        detector: The rule.
-        merge: See `sinkscope.trace_sinks`.
-    """
+    """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
     if isinstance(detector, NoSinks):
         return torch.zeros_like(sample.tokens.live[0])
     feeds = lvlm.anatomy.feed_layers
@@ -163,13 +143,8 @@ def l_sinks(
     """Visual tokens of the only row that meet the L rule, V-sinks among them: block -> bool ``[pos]``.
 
     The same as ``trace_sinks(...).l_sinks(block) | overlap(block)``, up to rounding of the states.
-
-    Args:
-        lvlm: The model.
-        sample: One prompt.
-        detector: The rule.
-        states: Block -> what it reads, ``[1 pos d_model]``, of the plain prompt. A rule that looks at
-            anything else, such as attention, has a pass of its own.
+    ``states`` are what blocks read of the plain prompt, ``[1 pos d_model]``; a rule that looks at anything
+    else, such as attention, has a pass of its own.
     """
     blocks = sorted(states)
     anatomy = lvlm.anatomy.language
@@ -177,12 +152,8 @@ def l_sinks(
     probe = detector.probe("language", blocks, anatomy)
     context = Context(lvlm.anatomy, sample.tokens)
     reads = probe.reads(context)
-    here = all(
-        (read.site.tower, read.site.name) == ("language", STATE_SITE["language"])
-        and read.site.layer in states
-        for read in reads
-    )
-    if here:
+    own = {("language", STATE_SITE["language"], block) for block in blocks}
+    if all((read.site.tower, read.site.name, read.site.layer) in own for read in reads):
         answers = {}
         for read in reads:
             state = states[read.site.layer]
@@ -259,15 +230,10 @@ class Prompted:
 
 
 Numbered = tuple[int, Item]
-
 Line = dict[str, Any]
-
 Read = tuple[Tensor, Tensor]
-
 BASE_CELL = "the base, without an edit"
-
 TAILS_PER_EDIT = 4
-
 """Endings are short: this many of them take about the memory of one whole prompt."""
 
 
@@ -275,19 +241,9 @@ TAILS_PER_EDIT = 4
 def sweep_image(
     lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
 ) -> tuple[list[Line], list[str]]:
-    """Every cell of every question about an image.
+    """Every cell of every question about an image: one line per question, layer and pair, and notes.
 
-    Args:
-        lvlm: The model.
-        group: The questions with their numbers.
-        rules: What to run.
-        tick: Told how many cells are done.
-
-    Returns:
-        One line per question, layer and pair, and what a reader should know.
-
-    Raises:
-        InputError: If a log-probability or a score is not finite.
+    ``tick`` is told how many cells are done. A log-probability or score that is not finite is refused.
     """
     prepared = [
         ((index, item), lvlm.prepare(images=item.image, text=item.question))
@@ -469,11 +425,7 @@ def _lines(
     block: int,
     rules: Rules,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer.
-
-    Raises:
-        InputError: If a log-probability or a score is not finite.
-    """
+    """One line per question and pair of a layer."""
     layer = "embed" if block == 0 else block - 1
     for i, prompt in enumerate(prompts):
         item, plain = prompt.asked.item, base[i]

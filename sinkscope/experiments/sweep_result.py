@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sinkscope.errors import CheckpointError, InputError, nearest
+from sinkscope.checks import check_choice
+from sinkscope.errors import CheckpointError, InputError
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweep_grid import GROUPS, nouns, words_of
 from sinkscope.files import check_place, claim, held, read_json, write_whole
@@ -35,43 +36,64 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-SCHEMA = pa.schema(
-    [
-        ("item", pa.int64()),
-        ("image_id", pa.string()),
-        ("task", pa.string()),
-        ("layer", pa.int64()),
-        ("edited", pa.int64()),
-        ("pair", pa.int64()),
-        ("s_v", pa.float64()),
-        ("s_rest", pa.float64()),
-        ("score", pa.float64()),
-        ("base_score", pa.float64()),
-        ("logprob", pa.float64()),
-        ("base_logprob", pa.float64()),
-        ("n_v", pa.int64()),
-        ("n_rest", pa.int64()),
-    ]
-)
-
-WITH_L = SCHEMA.insert(SCHEMA.get_field_index("s_rest"), pa.field("s_l", pa.float64())).insert(
-    SCHEMA.get_field_index("n_rest") + 1, pa.field("n_l", pa.int64())
-)
-
-"""The same for triples."""
-
+NUMBERS = ["score", "base_score", "logprob", "base_logprob"]
+COLUMNS = {
+    2: [
+        "item",
+        "image_id",
+        "task",
+        "layer",
+        "edited",
+        "pair",
+        "s_v",
+        "s_rest",
+        *NUMBERS,
+        "n_v",
+        "n_rest",
+    ],
+    3: [
+        "item",
+        "image_id",
+        "task",
+        "layer",
+        "edited",
+        "pair",
+        "s_v",
+        "s_l",
+        "s_rest",
+        *NUMBERS,
+        "n_v",
+        "n_rest",
+        "n_l",
+    ],
+}
+"""Columns of a part, for pairs and for triples."""
+WHOLE = {"item", "layer", "edited", "pair", "n_v", "n_rest", "n_l"}
+SCHEMAS = {
+    many: pa.schema(
+        [
+            (
+                name,
+                pa.int64()
+                if name in WHOLE
+                else pa.float64()
+                if name not in ("image_id", "task")
+                else pa.string(),
+            )
+            for name in names
+        ]
+    )
+    for many, names in COLUMNS.items()
+}
 FORMATS = {2: 2, 3: 3}
-
 """Number of coefficients -> format of the parts, as a manifest states it."""
-
 ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
-
 MANIFEST = "manifest.json"
 
 
 def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
     """Lines of a sweep as a table of fixed columns; with triples there are two more."""
-    return pa.Table.from_pylist(list(lines), schema=WITH_L if with_l else SCHEMA)
+    return pa.Table.from_pylist(list(lines), schema=SCHEMAS[3 if with_l else 2])
 
 
 def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
@@ -82,23 +104,15 @@ def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.Data
 
 def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
     """The columns of a sweep's parts."""
-    return WITH_L if len(manifest["grid"][0]) == len(GROUPS[3]) else SCHEMA
+    return SCHEMAS[len(manifest["grid"][0])]
 
 
 class Folder:
-    """Where a sweep is written.
-
-    Args:
-        path: The folder; it is made if it does not exist.
-        manifest: What is run, as plain values.
-
-    Raises:
-        InputError: If the folder holds another sweep, with the differences, or other files.
-    """
+    """The folder of one sweep, made if it does not exist; another sweep or other files are refused."""
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
         self.path = Path(path).expanduser()
-        self.with_l = schema_of(manifest) is WITH_L
+        self.with_l = schema_of(manifest) is SCHEMAS[3]
         claim(self.path, MANIFEST, manifest, "sweep")
 
     def held(self) -> AbstractContextManager[None]:
@@ -114,13 +128,7 @@ class Folder:
         return self.part(group).exists()
 
     def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
-        """Write a group, whole or not at all.
-
-        Args:
-            group: Its number.
-            lines: Its cells.
-            notes: What a reader should know about it.
-        """
+        """Write a group's cells and notes, whole or not at all."""
         table = as_table(lines, with_l=self.with_l)
         table = table.replace_schema_metadata({"notes": json.dumps(list(notes))})
         sink = pa.BufferOutputStream()
@@ -129,21 +137,12 @@ class Folder:
 
 
 def check_out(path: str | Path) -> None:
-    """Refuse a place where no sweep can be written; nothing is left behind there.
-
-    Raises:
-        InputError: If it is a file, or holds other files.
-        CheckpointError: If it cannot be written.
-    """
+    """Refuse a place where no sweep can be written; nothing is left behind there."""
     check_place(Path(path).expanduser(), MANIFEST, "sweep")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a folder says it holds.
-
-    Raises:
-        CheckpointError: If there is no manifest, it cannot be read, or its format is another one.
-    """
+    """What a folder says it holds; a CheckpointError if it has no manifest of a known format."""
     found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
     known = sorted(FORMATS.values())
     if found.get("format") not in known:
@@ -156,11 +155,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table], list[str]]:
-    """The parts of a folder, and their notes.
-
-    Raises:
-        CheckpointError: If one cannot be read.
-    """
+    """The parts of a folder, and their notes."""
     tables, notes = [], []
     for file in sorted(path.glob("part-*.parquet")):
         try:
@@ -179,7 +174,6 @@ def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table],
 ALL = "all"
 
 CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
-
 """What a cell is, in tables; without ``s_l`` for pairs."""
 
 
@@ -422,11 +416,7 @@ class Sweep:
 
 
 def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Cells, changes ``[question cell]``, and the image of every question.
-
-    Raises:
-        InputError: If a change is not finite: a sweep of ours has none.
-    """
+    """Cells, changes ``[question cell]``, and the image of every question."""
     change = part.assign(change=part[column] - part[f"base_{column}"])
     table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
         axis=1
@@ -464,24 +454,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def check_by(by: Any) -> str:
-    """The name itself.
-
-    Raises:
-        InputError: If it is unknown.
-    """
-    if by not in ("task", ALL):
-        raise InputError(
-            f"Got by={by!r}; expected 'task', or 'all' for all questions together. "
-            f"{nearest(str(by), ('task', ALL))}"
-        )
+    """``"task"``, or ``"all"`` for all questions together."""
+    check_choice(("task", ALL), by=by)
     return by
 
 
 def check_column(column: Any) -> None:
-    """Refuse an unknown column.
-
-    Raises:
-        InputError: If it is neither ``"score"`` nor ``"logprob"``.
-    """
-    if column not in ("score", "logprob"):
-        raise InputError(f"Got column={column!r}; expected 'score' or 'logprob'.")
+    """Refuse an unknown column."""
+    check_choice(("score", "logprob"), column=column)

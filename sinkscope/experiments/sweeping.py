@@ -1,14 +1,13 @@
-"""What a sweep is given, checked before anything runs."""
+"""sweep: the layer x coefficient map of key gating, exact, resumable, and with everything reused."""
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
@@ -17,11 +16,12 @@ from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import joblib
 import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_flags
+from sinkscope.checks import check_flags, check_whole
 from sinkscope.data.answers import Score, ask, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors.calibration import Calibration
@@ -64,30 +64,14 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 
-def check_batch(batch: Any) -> None:
-    """Refuse anything but ``"auto"`` and a positive number.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    number = isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1
-    if not number and batch != "auto":
-        raise InputError(f"Got batch={batch!r}; expected 'auto' or a number of pairs, 1 or more.")
+CALIBRATION_IMAGES = 6
+SHOWN_FROM = 50
+"""Questions from which a progress bar is shown unasked."""
+LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
 def check_rules(detector: Any, l_detector: Any, calibration: Any, *, with_l: bool) -> None:
-    """Refuse what is no rule for sinks, two of a kind, and one for L-sinks that have no coefficient.
-
-    Args:
-        detector: For V-sinks.
-        l_detector: For L-sinks.
-        calibration: For both.
-        with_l: Whether L-sinks have a coefficient of their own.
-
-    Raises:
-        InputError: If there are two, one is of no use, or ``calibration`` is no calibration.
-        DetectorError: If a detector is none.
-    """
+    """Require one rule of a kind at most, and none for L-sinks where they have no coefficient."""
     for name, one in (("v_detector", detector), ("l_detector", l_detector)):
         if one is not None and calibration is not None:
             raise InputError(
@@ -110,15 +94,7 @@ def check_rules(detector: Any, l_detector: Any, calibration: Any, *, with_l: boo
 
 
 def check_usable(lvlm: LVLM, *, weights: bool) -> None:
-    """Refuse a model that cannot read answers, or has no weights where they are needed.
-
-    Args:
-        lvlm: The model.
-        weights: Whether they are needed.
-
-    Raises:
-        InputError: If it has no processor, or no weights.
-    """
+    """Require a processor and, if they are needed, weights."""
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     if weights and lvlm.device.type == "meta":
@@ -129,53 +105,39 @@ def check_usable(lvlm: LVLM, *, weights: bool) -> None:
         )
 
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
-
-LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
-
-
 def digest_function(function: Callable[..., Any]) -> str:
-    """A digest of what a function computes: bytecode, constants, defaults and what it refers to.
+    """Digest what a function computes: bytecode, constants, defaults, and the values it refers to.
 
-    Values of its closure and of the module-level names it uses count as well, and functions and
-    classes among them in the same way. Of modules, built-in functions and what belongs to an
+    Functions and classes among those values count in the same way; of modules and of what belongs to an
     installed library the name is taken. Other versions of Python compile to other bytecode, so the
-    version is part of the digest.
+    interpreter's tag stands in front.
 
     Args:
         function: A function, a method, a ``functools.partial`` or an object with ``__call__``.
 
-    Returns:
-        The interpreter's tag and 32 hexadecimal digits.
-
     Raises:
         InputError: If it refers to a value whose content cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(function, "the score function", ()):
-        digest.update(f"{len(part)} ".encode() + part)
-    return f"{sys.implementation.cache_tag} {digest.hexdigest()}"
+    return f"{sys.implementation.cache_tag} {joblib.hash(_content(function, 'the score function', ()))}"
 
 
-def _parts(value: Any, where: str, above: tuple[int, ...]) -> Iterator[bytes]:
-    """The content of a value as bytes, each part with its kind; ``above`` are the values around it."""
-    if isinstance(value, PLAIN):
-        yield f"{type(value).__name__} {value!r}".encode()
-    elif id(value) in above:  # a function that calls itself
-        yield b"again"
-    elif isinstance(value, (Tensor, np.ndarray, np.generic)):
-        array = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value)
-        yield f"array {array.dtype} {array.shape} ".encode() + array.tobytes()
-    elif isinstance(value, (set, frozenset)):
-        yield b"set".join(sorted(b" ".join(_parts(each, where, above)) for each in value))
-    elif above and _of_a_library(value):
+def _content(value: Any, where: str, above: tuple[int, ...]) -> Any:
+    """The content of a value as plain lists and numbers; ``above`` are the values around it."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...))):
+        return [type(value).__name__, repr(value)]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value)
+    if id(value) in above:  # a function that calls itself
+        return "again"
+    inside = (*above, id(value))
+    if isinstance(value, (set, frozenset)):
+        return sorted(joblib.hash(_content(each, where, inside)) for each in value)
+    if above and _of_a_library(value):
         name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
-        yield f"named {getattr(value, '__module__', '')} {name}".encode()
-    else:
-        yield type(value).__qualname__.encode()
-        for name, inner in _inside(value, where):
-            yield name.encode()
-            yield from _parts(inner, f"{name} of {where}", (*above, id(value)))
+        return f"{getattr(value, '__module__', '')} {name}"
+    parts = _parts(value, where)
+    found = [[name, _content(inner, f"{name} of {where}", inside)] for name, inner in parts.items()]
+    return [type(value).__qualname__, found]
 
 
 def _of_a_library(value: Any) -> bool:
@@ -186,52 +148,49 @@ def _of_a_library(value: Any) -> bool:
         return value.__self__ is None or isinstance(value.__self__, (ModuleType, type))
     if not isinstance(value, (FunctionType, type)):
         return False
-    top = value.__module__.partition(".")[0]
-    if top in ("sinkscope", *sys.builtin_module_names):
+    if value.__module__.partition(".")[0] in ("sinkscope", *sys.builtin_module_names):
         return True
     file = getattr(sys.modules.get(value.__module__), "__file__", None)
     return file is not None and any(folder in Path(file).parents for folder in LIBRARIES)
 
 
-def _inside(value: Any, where: str) -> list[tuple[str, Any]]:
-    """What a value consists of, by name.
-
-    Raises:
-        InputError: If that cannot be told.
-    """
+def _parts(value: Any, where: str) -> dict[str, Any]:
+    """What a value consists of, by name."""
     if isinstance(value, CodeType):  # where its lines stood does not matter
         names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_argcount", "co_consts")
-        return [(name, getattr(value, name)) for name in names]
+        return {name: getattr(value, name) for name in names}
     if isinstance(value, FunctionType):
-        cells = (cell.cell_contents for cell in value.__closure__ or ())
-        return [
-            ("code", value.__code__),
-            ("defaults", value.__defaults__),
-            ("keywords", value.__kwdefaults__),
-            *zip(value.__code__.co_freevars, cells, strict=True),
-            *((name, value.__globals__[name]) for name in _globals(value)),
-        ]
+        code, found = value.__code__, value.__globals__
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = {"code": code, "defaults": (value.__defaults__, value.__kwdefaults__)}
+        return {
+            **parts,
+            **dict(zip(code.co_freevars, cells, strict=True)),
+            **{name: found[name] for name in sorted(_names(code) & found.keys())},
+        }
     if isinstance(value, (tuple, list)):
-        return [(str(i), each) for i, each in enumerate(value)]
+        return {str(i): each for i, each in enumerate(value)}
     if isinstance(value, Mapping):
-        return [(repr(key), each) for key, each in value.items()]
+        return {repr(key): each for key, each in value.items()}
     if isinstance(value, type):
-        return [("bases", value.__bases__), *_members(value)]
+        members = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in vars(value).items()}
+        own = {n: m for n, m in members.items() if isinstance(m, FunctionType) or n[:2] != "__"}
+        return {"bases": value.__bases__, **dict(sorted(own.items()))}
     if isinstance(value, BuiltinFunctionType):
-        return [("name", value.__name__), ("object", value.__self__)]
+        return {"name": value.__name__, "object": value.__self__}
     if isinstance(value, MethodType):
         own = value.__self__
-        return [("function", value.__func__), ("class", type(own)), *_fields(own)]
+        return {"function": value.__func__, "class": type(own), **getattr(own, "__dict__", {})}
     if isinstance(value, functools.partial):
-        return [("function", value.func), ("args", value.args), ("keywords", value.keywords)]
+        return {"function": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, re.Pattern):
-        return [("pattern", value.pattern), ("flags", int(value.flags))]
+        return {"pattern": value.pattern, "flags": int(value.flags)}
     if isinstance(value, Enum):
-        return [("member", value.name), ("value", value.value)]
+        return {"member": value.name, "value": value.value}
     if isinstance(getattr(value, "__wrapped__", None), FunctionType):
-        return [("function", value.__wrapped__)]
+        return {"function": value.__wrapped__}
     if callable(value) and not _of_a_library(type(value)):
-        return [("class", type(value)), *_fields(value)]
+        return {"class": type(value), **dict(sorted(getattr(value, "__dict__", {}).items()))}
     raise InputError(
         f"Got {where}, of type {type(value).__name__}, whose content cannot be read; expected numbers, "
         "texts, tensors, lists of these or functions. Without that out= cannot tell when a sweep is "
@@ -239,37 +198,10 @@ def _inside(value: Any, where: str) -> list[tuple[str, Any]]:
     )
 
 
-def _fields(value: Any) -> list[tuple[str, Any]]:
-    """What an object holds."""
-    return sorted(getattr(value, "__dict__", {}).items())
-
-
-def _members(value: type) -> list[tuple[str, Any]]:
-    """The functions of a class, and its values without those that Python adds."""
-    out = []
-    for name, member in sorted(vars(value).items()):
-        member = getattr(member, "__func__", getattr(member, "fget", member))
-        if isinstance(member, FunctionType) or not name.startswith("__"):
-            out.append((name, member))
-    return out
-
-
-def _globals(function: FunctionType) -> list[str]:
-    """Module-level names that a function and the functions inside it use."""
-    found: set[str] = set()
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return sorted(found & function.__globals__.keys())
-
-
-CALIBRATION_IMAGES = 6
-
-SHOWN_FROM = 50
-
-"""Questions from which a progress bar is shown unasked."""
+def _names(code: CodeType) -> set[str]:
+    """The names that a function and the functions inside it use."""
+    inner = [_names(one) for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def sweep(
@@ -351,7 +283,8 @@ def sweep(
     check_by(by)
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
-    check_batch(batch)
+    if batch != "auto":
+        check_whole(1, batch=batch, hint="Or write batch='auto'.")
     check_merge(merge)
     check_rules(v_detector, l_detector, calibration, with_l=cells.with_l)
     check_usable(lvlm, weights=not dry_run)
@@ -440,16 +373,9 @@ def choose_rules(
     given: Mapping[str, Detector | None],
     calibration: Calibration | None,
 ) -> tuple[dict[str, Detector], dict[str, str], list[str]]:
-    """The rules for sinks, how they came about, and what a reader must know of that.
+    """The rules for sinks by the names of ``given``, both in words, and notes for a reader.
 
-    Args:
-        lvlm: The model.
-        groups: The questions by image.
-        given: ``"v"`` and, where L-sinks have a coefficient, ``"l"``, with the rule or None.
-        calibration: For those that are None, or None.
-
-    Returns:
-        Rules by the same names, ``v_rule`` and ``l_rule`` in words, and notes.
+    ``given`` has ``"v"`` and, where L-sinks have a coefficient, ``"l"``, with the rule or None.
     """
     first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
     what = f"the first {len(first)} images of the dataset"
@@ -481,13 +407,10 @@ def estimate(
     questions: int,
     l_detector: Detector | None = None,
 ) -> SweepCost:
-    """The cost of a sweep, from the lengths of the first images' prompts.
-
-    With triples, questions are taken to share only where the rule for L-sinks surely allows it.
-    """
+    """The cost of a sweep, from the first images' prompts; triples share only where that is sure."""
     some = groups[:8]
-    known = known_for(lvlm)
-    if l_detector is None and known is not None and known.default:
+    known = known_for(lvlm) if l_detector is None else None
+    if known is not None and known.default:
         l_detector = known.l_detector
     alone = cells.with_l and (l_detector is None or not by_token(l_detector))
     shapes = []

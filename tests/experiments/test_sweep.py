@@ -422,7 +422,7 @@ WRONG = {
     ],
     "by": [("tasks", "Did you mean 'task'")],
     "batch": [
-        (0, "expected 'auto' or a number"),
+        (0, "expected an int of at least 1. Or write batch='auto'"),
         (True, "expected 'auto'"),
         ("all", "expected 'auto'"),
     ],
