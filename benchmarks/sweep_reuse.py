@@ -46,9 +46,9 @@ from transformers.utils import logging as transformers_logging
 
 import sinkscope as ss
 from sinkscope.data.answers import answer_ids
-from sinkscope.experiments.sweep_grid import Cells, check_layers, work_of
+from sinkscope.experiments.sweep_cost import shape_of, work_of
+from sinkscope.experiments.sweep_grid import Cells, check_layers
 from sinkscope.experiments.sweep_images import v_sinks
-from sinkscope.experiments.sweeping import shape_of
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
 
@@ -262,7 +262,7 @@ def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
 
 def paper_bound(layers: int = 32, pairs: int = 11, tokens: int = 616) -> float:
     """The bound for LLaVA-1.5-7B: 576 image tokens and 40 of text, one question per image."""
-    from sinkscope.experiments.sweep_grid import Shape, Work
+    from sinkscope.experiments.sweep_cost import Shape, Work
 
     language = 4 * 4096**2 + 3 * 4096 * 11008
     vision = 4 * 1024**2 + 2 * 1024 * 4096

@@ -17,7 +17,8 @@ from sinkscope.experiments.statistics import (
     cluster_intervals,
     sign_flip_maximum,
 )
-from sinkscope.experiments.sweep_grid import SweepCost, lsg_grid
+from sinkscope.experiments.sweep_cost import SweepCost
+from sinkscope.experiments.sweep_grid import lsg_grid
 from sinkscope.experiments.sweep_result import Sweep
 from sinkscope.experiments.sweeping import sweep
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks

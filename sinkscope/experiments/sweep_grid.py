@@ -1,20 +1,18 @@
-"""Which cells a sweep has: layers and coefficients, in pairs or triples."""
+"""The cells of a sweep: layers and coefficients, in pairs or triples, and what they do to keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from sinkscope.checks import check_whole, is_number, is_whole
 from sinkscope.errors import InputError, LayerError
 
-if TYPE_CHECKING:
-    from sinkscope.anatomy.towers import TowerAnatomy
-    from sinkscope.models.lvlm import LVLM
-
+T = TypeVar("T")
 Pair = tuple[float, ...]
 """``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
 GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
@@ -131,163 +129,66 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The questions about one image, in tokens.
+class Batch:
+    """How many edits run as rows of one pass; ``"auto"`` begins with ``most``, halved when memory runs out."""
+
+    def __init__(self, size: int | str, most: int) -> None:
+        self.fixed = size != "auto"
+        self.size = int(size) if self.fixed else most
+
+    def chunks(self, n: int, work: Callable[[int, int], list[T]]) -> list[T]:
+        """What ``work(start, stop)`` gives for all of ``0 .. n``, in order."""
+        done: list[T] = []
+        start = 0
+        while start < n:
+            try:
+                stop = min(n, start + self.size)
+                done += work(start, stop)
+                start = stop
+            except torch.OutOfMemoryError:
+                if self.fixed or self.size == 1:
+                    raise
+                self.size = max(1, self.size // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return done
+
+
+def factors_of(
+    sinks: Tensor, visual: Tensor, pairs: Sequence[Pair], low: Tensor | None = None
+) -> Tensor:
+    """What every key is multiplied with under every pair or triple, float ``[pair pos]``.
+
+    Masks are bool ``[pos]``; ``low`` are L-sinks that are no V-sinks, with triples only.
+    """
+    values = torch.tensor(pairs)
+    image = torch.where(sinks, values[:, :1], values[:, -1:])
+    if low is not None:
+        image = torch.where(low, values[:, 1:2], image)
+    return torch.where(visual, image, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """The different edits among the pairs: where there is no V-sink, s_V makes no difference.
 
     Attributes:
-        vision: ViT tokens of its images, one entry per image.
-        stem: LLM tokens up to the end of the last image.
-        tails: LLM tokens after it, one entry per row of the model (questions, longer options).
-        alone: Whether every row may need an edited beginning of its own, because its L-sinks may not
-            be those of the others.
+        factors: Float ``[edit pos]``, none of them neutral.
+        of_pair: Pair -> its edit, -1 for one that changes nothing.
     """
 
-    vision: tuple[int, ...]
-    stem: int
-    tails: tuple[int, ...]
-    alone: bool = False
+    factors: Tensor
+    of_pair: tuple[int, ...]
 
-    @property
-    def rows(self) -> int:
-        """Rows without an edit: the endings, and their common beginning."""
-        return len(self.tails) + (len(self.tails) > 1)
-
-    @property
-    def edited_rows(self) -> int:
-        """The most rows of one edit."""
-        return 2 * len(self.tails) if self.alone and len(self.tails) > 1 else self.rows
-
-
-@dataclass(frozen=True)
-class Work:
-    """The size of a model, as far as work depends on it.
-
-    Attributes:
-        vision: Weights of every vision block.
-        language: Weights of every decoder block.
-        widths: Of vision and language attention, heads times head dimension.
-    """
-
-    vision: tuple[int, ...]
-    language: tuple[int, ...]
-    widths: tuple[int, int]
-
-    def see(self, shape: Shape) -> float:
-        """The vision tower on the images of a shape, each on its own."""
-        return sum(
-            2.0 * weights * n + 4.0 * self.widths[0] * n * n
-            for weights in self.vision
-            for n in shape.vision
-        )
-
-    def decode(self, tokens: int, keys: int, first: int = 0) -> float:
-        """Decoder blocks from ``first`` on, on ``tokens`` queries that see ``keys`` keys."""
-        each = 4.0 * self.widths[1] * tokens * keys
-        return sum(2.0 * weights * tokens + each for weights in self.language[first:])
-
-    def plain(self, shape: Shape, cells: Cells) -> float:
-        """One whole forward pass per question and cell, and one without edit."""
-        lengths = [shape.stem + tail for tail in shape.tails]
-        once = sum(self.see(shape) + self.decode(n, n) for n in lengths)
-        return once * (1 + len(cells.layers) * len(cells.pairs))
-
-    def reused(self, shape: Shape, cells: Cells) -> float:
-        """The same with everything reused that an edit cannot change."""
-        total = self.see(shape) + self._from(shape, 0)
-        edited = [shape]
-        if shape.alone:
-            edited = [Shape(shape.vision, shape.stem, (tail,)) for tail in shape.tails]
-        once = sum(self._from(one, block) for block in cells.blocks for one in edited)
-        return total + len(cells.pairs) * once
-
-    def _from(self, shape: Shape, first: int) -> float:
-        """Decoder blocks from one on, the common beginning once."""
-        if len(shape.tails) == 1:
-            whole = shape.stem + shape.tails[0]
-            return self.decode(whole, whole, first)
-        tails = sum(self.decode(tail, shape.stem + tail, first) for tail in shape.tails)
-        return self.decode(shape.stem, shape.stem, first) + tails
-
-
-def work_of(lvlm: LVLM) -> Work:
-    """The work of a model's blocks."""
-    a = lvlm.anatomy
-    return Work(
-        _weights(lvlm.module, a.vision),
-        _weights(lvlm.module, a.language),
-        (a.vision.heads * a.vision.d_head, a.language.heads * a.language.d_head),
-    )
-
-
-def _weights(module: nn.Module, tower: TowerAnatomy) -> tuple[int, ...]:
-    """Parameters of every block."""
-    blocks = [module.get_submodule(path) for path in tower.blocks]
-    return tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
-
-
-@dataclass(frozen=True)
-class SweepCost:
-    """What a sweep would do. Print it.
-
-    Attributes:
-        questions: Questions.
-        images: Different image ids.
-        layers: Layers.
-        pairs: Coefficient pairs, or triples, the base apart.
-        forwards: Full forward passes of the plain loop: one per question, layer and pair, and one per
-            question for the base.
-        blocks_plain: Decoder blocks times rows that the plain loop runs.
-        blocks: Decoder blocks times rows that the sweep runs at most, a common beginning and each of
-            its endings counted as rows of their own. What finds the sinks is not counted.
-        bound: Work of the plain loop over that of the sweep: an estimate of how many times cheaper it
-            is. It counts multiplications only, so what is measured may lie on either side of it. Where
-            an image has no V-sinks, pairs that do the same are run once, which is not counted.
-        looked_at: Questions whose lengths were looked at; the rest is taken to be like them.
-        groups: 2 for pairs of coefficients, 3 for triples.
-    """
-
-    questions: int
-    images: int
-    layers: int
-    pairs: int
-    forwards: int
-    blocks_plain: int
-    blocks: int
-    bound: float
-    looked_at: int
-    groups: int = 2
-
-    def __str__(self) -> str:
-        return (
-            f"{self.questions} questions about {self.images} images, {self.layers} layers x "
-            f"{self.pairs} {nouns(self.groups)}s and the base: {self.questions * self.layers * self.pairs} cells\n"
-            f"plain loop: {self.forwards} forward passes, {self.blocks_plain} decoder block passes\n"
-            f"sweep: at most {self.blocks} decoder block passes, many of them short; with vision tower "
-            f"and lengths counted about {self.bound:.2f} times cheaper (multiplications of {self.looked_at} "
-            "questions)"
-        )
-
-
-def cost_of(
-    work: Work, shapes: Sequence[Shape], cells: Cells, questions: int, images: int, looked_at: int
-) -> SweepCost:
-    """The cost of a sweep whose images are like those of ``shapes``, with ``looked_at`` questions."""
-    n = len(work.language)
-    runs = 1 + len(cells.layers) * len(cells.pairs)
-    rows = sum(shape.rows for shape in shapes) / len(shapes)
-    edited = sum(shape.edited_rows for shape in shapes) / len(shapes)
-    resumed = sum(n - block for block in cells.blocks) * len(cells.pairs)
-    return SweepCost(
-        questions=questions,
-        images=images,
-        layers=len(cells.layers),
-        pairs=len(cells.pairs),
-        forwards=questions * runs,
-        blocks_plain=questions * runs * n,
-        blocks=round(images * (rows * n + edited * resumed)),
-        bound=sum(work.plain(s, cells) for s in shapes)
-        / sum(work.reused(s, cells) for s in shapes),
-        looked_at=looked_at,
-        groups=len(cells.pairs[0]),
-    )
+    @classmethod
+    def of(cls, factors: Tensor) -> Edits:
+        """The different rows that are not all ones."""
+        found: dict[bytes, int] = {}
+        places, rows = [], []
+        for i, (row, acts) in enumerate(zip(factors, (factors != 1).any(dim=1), strict=True)):
+            key = row.numpy().tobytes()
+            if acts and key not in found:
+                found[key] = len(found)
+                rows.append(i)
+            places.append(found.get(key, -1))
+        return cls(factors[rows], tuple(places))

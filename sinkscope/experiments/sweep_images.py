@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from sinkscope.detectors.rules import (
     decide,
 )
 from sinkscope.detectors.running import detect, visual_tokens
-from sinkscope.experiments.sweep_grid import Cells, Pair, words_of
+from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.experiments.tracing import carry
 from sinkscope.kernels.walk import detached, resolve
 from sinkscope.models.prefix import (
@@ -55,71 +55,13 @@ if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
 
-T = TypeVar("T")
-
-
-class Batch:
-    """How many edits run as rows of one forward pass; ``"auto"`` begins with ``most`` and is halved when memory runs out."""
-
-    def __init__(self, size: int | str, most: int) -> None:
-        self.fixed = size != "auto"
-        self.size = int(size) if self.fixed else most
-
-    def chunks(self, n: int, work: Callable[[int, int], T]) -> list[T]:
-        """``work(start, stop)`` for all of ``0 .. n``, in order; out of memory if one edit alone is too much."""
-        done, start = [], 0
-        while start < n:
-            try:
-                stop = min(n, start + self.size)
-                done.append(work(start, stop))
-                start = stop
-            except torch.OutOfMemoryError:
-                if self.fixed or self.size == 1:
-                    raise
-                self.size = max(1, self.size // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-        return done
-
-
-def factors_of(
-    sinks: Tensor, visual: Tensor, pairs: Sequence[Pair], low: Tensor | None = None
-) -> Tensor:
-    """What every key is multiplied with under every pair or triple, float ``[pair pos]``.
-
-    Masks are bool ``[pos]``; ``low`` are L-sinks that are no V-sinks, with triples only.
-    """
-    values = torch.tensor(pairs)
-    image = torch.where(sinks, values[:, :1], values[:, -1:])
-    if low is not None:
-        image = torch.where(low, values[:, 1:2], image)
-    return torch.where(visual, image, 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Edits:
-    """The different edits among the pairs: where there is no V-sink, s_V makes no difference.
-
-    Attributes:
-        factors: Float ``[edit pos]``, none of them neutral.
-        of_pair: Pair -> its edit, -1 for one that changes nothing.
-    """
-
-    factors: Tensor
-    of_pair: tuple[int, ...]
-
-    @classmethod
-    def of(cls, factors: Tensor) -> Edits:
-        """The different rows that are not all ones."""
-        found: dict[bytes, int] = {}
-        places, rows = [], []
-        for i, (row, acts) in enumerate(zip(factors, (factors != 1).any(dim=1), strict=True)):
-            key = row.numpy().tobytes()
-            if acts and key not in found:
-                found[key] = len(found)
-                rows.append(i)
-            places.append(found.get(key, -1))
-        return cls(factors[rows], tuple(places))
+Numbered = tuple[int, Item]
+Line = dict[str, Any]
+Read = tuple[Tensor, Tensor]
+Tick = Callable[[int], object]
+BASE_CELL = "the base, without an edit"
+TAILS_PER_EDIT = 4
+"""Endings are short: this many of them take about the memory of one whole prompt."""
 
 
 def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
@@ -146,8 +88,7 @@ def l_sinks(
     ``states`` are what blocks read of the plain prompt, ``[1 pos d_model]``; a rule that looks at anything
     else, such as attention, has a pass of its own.
     """
-    blocks = sorted(states)
-    anatomy = lvlm.anatomy.language
+    blocks, anatomy = sorted(states), lvlm.anatomy.language
     visual, live = visual_tokens(sample, "language")
     probe = detector.probe("language", blocks, anatomy)
     context = Context(lvlm.anatomy, sample.tokens)
@@ -168,16 +109,7 @@ def l_sinks(
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every image of a sweep.
-
-    Attributes:
-        cells: Layers and pairs.
-        score: How an answer is scored.
-        detector: The rule for V-sinks.
-        merge: See `sinkscope.trace_sinks`.
-        batch: How many edits run together.
-        l_detector: The rule for L-sinks; None for pairs of coefficients.
-    """
+    """What is the same for every image: cells, score, rules for sinks (no L rule for pairs), rows of a pass."""
 
     cells: Cells
     score: Score
@@ -189,12 +121,9 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """One question, prepared: its tokens, its options, and its sinks.
+    """One question, prepared: its number, options, prompt and sinks.
 
     Attributes:
-        index: Its number.
-        asked: Its options.
-        sample: Its prompt.
         sinks: V-sinks, bool ``[pos]``.
         low: Edited block -> L-sinks that are no V-sinks, bool ``[pos]``; empty with pairs.
     """
@@ -229,65 +158,46 @@ class Prompted:
         return int(self.sample.tokens.ids.shape[1]) - 1
 
 
-Numbered = tuple[int, Item]
-Line = dict[str, Any]
-Read = tuple[Tensor, Tensor]
-BASE_CELL = "the base, without an edit"
-TAILS_PER_EDIT = 4
-"""Endings are short: this many of them take about the memory of one whole prompt."""
-
-
 @torch.no_grad()
 def sweep_image(
-    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
+    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Tick
 ) -> tuple[list[Line], list[str]]:
     """Every cell of every question about an image: one line per question, layer and pair, and notes.
 
     ``tick`` is told how many cells are done. A log-probability or score that is not finite is refused.
     """
-    prepared = [
-        ((index, item), lvlm.prepare(images=item.image, text=item.question))
-        for index, item in group
-    ]
-    (_, first) = prepared[0]
-    end = int((first.tokens.image[0] >= 0).nonzero().max()) + 1
-    sinks = v_sinks(lvlm, first, rules.detector, rules.merge)
+    samples = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
+    first = samples[0].tokens
+    end = int((first.image[0] >= 0).nonzero().max()) + 1
+    sinks = v_sinks(lvlm, samples[0], rules.detector, rules.merge)
     givens: list[Given] = []
     prompts: list[Prompted] = []
     features = None
-    for (index, item), sample in prepared:
+    for (index, item), sample in zip(group, samples, strict=True):
         asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
-        alike = torch.equal(sample.tokens.ids[0, :end], first.tokens.ids[0, :end])
+        alike = torch.equal(sample.tokens.ids[0, :end], first.ids[0, :end])
         own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
         own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
         prompts.append(Prompted(index, asked, sample, own))
-    if len(givens) == 1:
-        return _alone(lvlm, prompts, givens, rules, tick), []
-    reason = why_not_shared(givens, end)
+    reason = why_not_shared(givens, end) if len(givens) > 1 else ""
     if reason is None:
         return _shared(lvlm, prompts, givens, end, rules, tick), []
-    note = f"nothing was shared by the questions about {group[0][1].image_id!r}: {reason}"
-    return _alone(lvlm, prompts, givens, rules, tick), [note]
+    notes = [f"nothing was shared by the questions about {group[0][1].image_id!r}: {reason}"]
+    return _alone(lvlm, prompts, givens, rules, tick), notes if reason else []
 
 
 def _alone(
-    lvlm: LVLM,
-    prompts: Sequence[Prompted],
-    givens: Sequence[Given],
-    rules: Rules,
-    tick: Callable[[int], object],
+    lvlm: LVLM, prompts: Sequence[Prompted], givens: Sequence[Given], rules: Rules, tick: Tick
 ) -> list[Line]:
     """Questions that share nothing: each feed of each question is one row."""
     lines: list[Line] = []
-    start = 0
+    rest = iter(givens)
     for prompt in prompts:
-        own = givens[start : start + len(prompt.asked.feeds)]
-        start += len(own)
-        reading = reading_of([prompt.asked], [prompt.last] * len(own))
-        seen = [capture_given(lvlm, given, rules.cells.blocks) for given in own]
+        seen = [capture_given(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
+        reading = reading_of([prompt.asked], [prompt.last] * len(seen))
         prompt = prompt.with_l_sinks(lvlm, rules, seen[0].states)
 
         def read(captured: Captured, hidden: Tensor, row: int, reading: Any = reading) -> Read:
@@ -300,19 +210,16 @@ def _alone(
 
             def work(
                 a: int, b: int, block: int = block, seen: Any = seen, edits: Any = edits
-            ) -> Any:
+            ) -> list[list[Read]]:
                 out = []
                 for row, captured in enumerate(seen):
                     missing = captured.hidden.shape[1] - edits.factors.shape[1]
                     factors = torch.nn.functional.pad(edits.factors[a:b], (0, missing), value=1.0)
                     hidden = resume(captured, block, factors, rows=[0] * (b - a))
-                    out.append(read(captured, hidden, row))
-                return [
-                    [(logs[i : i + 1], best[i : i + 1]) for logs, best in out] for i in range(b - a)
-                ]
+                    out.append(_split(*read(captured, hidden, row)))
+                return [list(reads) for reads in zip(*out, strict=True)]
 
-            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
-            edited = [_answers([prompt], [one]) for one in reads]
+            edited = [_answers([prompt], [r]) for r in rules.batch.chunks(len(edits.factors), work)]
             lines.extend(_lines([prompt], base, edited, edits, block, rules))
             tick(len(rules.cells.pairs))
     return lines
@@ -324,7 +231,7 @@ def _shared(
     givens: Sequence[Given],
     end: int,
     rules: Rules,
-    tick: Callable[[int], object],
+    tick: Tick,
 ) -> list[Line]:
     """Questions that begin alike: the beginning runs once per layer and edit."""
     lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
@@ -354,8 +261,7 @@ def _shared(
             ) -> list[list[Read]]:
                 return _edited_tails(seen, block, edits.factors[a:b], tails, read, rules.batch)
 
-            reads = [r for part in rules.batch.chunks(len(edits.factors), work) for r in part]
-            edited = [_answers(some, [one]) for one in reads]
+            edited = [_answers(some, [r]) for r in rules.batch.chunks(len(edits.factors), work)]
             lines.extend(_lines(some, [base[i] for i in group], edited, edits, block, rules))
             tick(len(rules.cells.pairs) * len(some))
     return lines
@@ -363,11 +269,9 @@ def _shared(
 
 def _states(seen: Branches, tail: int) -> dict[int, Tensor]:
     """What blocks read of a whole prompt, ``[1 pos d_model]``, padding of its ending included."""
-    parts = seen.tails.states
-    return {
-        block: torch.cat([state, parts[block][tail : tail + 1]], dim=1)
-        for block, state in seen.stem.states.items()
-    }
+    ends = seen.tails.states
+    stem = seen.stem.states
+    return {at: torch.cat([state, ends[at][tail : tail + 1]], dim=1) for at, state in stem.items()}
 
 
 def _alike(prompts: Sequence[Prompted], block: int) -> list[list[int]]:
@@ -403,7 +307,7 @@ def _edited_tails(
 
 def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
     """Readings row by row."""
-    return [(logs[i : i + 1], greedy[i : i + 1]) for i in range(len(logs))]
+    return list(zip(logs.split(1), greedy.split(1), strict=True))
 
 
 def _answers(prompts: Sequence[Prompted], reads: Sequence[Sequence[Read]]) -> list[Answered]:
@@ -412,8 +316,8 @@ def _answers(prompts: Sequence[Prompted], reads: Sequence[Sequence[Read]]) -> li
     out = []
     for prompt in prompts:
         own = [next(rows) for _ in prompt.asked.feeds]
-        logs = [log[0].tolist() for log, _ in own]
-        out.append(answered(prompt.asked, logs, [best[0].tolist() for _, best in own]))
+        logs, greedy = ([part[0].tolist() for part in side] for side in zip(*own, strict=True))
+        out.append(answered(prompt.asked, logs, greedy))
     return out
 
 
@@ -430,8 +334,7 @@ def _lines(
     for i, prompt in enumerate(prompts):
         item, plain = prompt.asked.item, base[i]
         check_finite(item, plain, BASE_CELL, edited=False)
-        n_v = int(prompt.sinks.sum())
-        n_l = int(prompt.low[block].sum()) if prompt.low else 0
+        n_v, n_l = int(prompt.sinks.sum()), int(prompt.low[block].sum()) if prompt.low else 0
         for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"

@@ -1,4 +1,4 @@
-"""A sweep on disk: a manifest and one Parquet part per image, each complete or not there.
+"""A sweep: its table, its map with intervals, its best cell; in memory, and on disk part by part.
 
 ::
 
@@ -8,8 +8,8 @@
       part-000000.parquet  all cells of the questions about the first image
       part-000001.parquet  ...
 
-A file is written under another name, flushed, and renamed. So a process may be killed at any moment:
-a part is there as a whole or not at all, and the next run makes those that are missing.
+A part is written whole or not at all, so that a process may be killed at any moment; the next run makes
+the parts that are missing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,70 +36,37 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-NUMBERS = ["score", "base_score", "logprob", "base_logprob"]
-COLUMNS = {
-    2: [
-        "item",
-        "image_id",
-        "task",
-        "layer",
-        "edited",
-        "pair",
-        "s_v",
-        "s_rest",
-        *NUMBERS,
-        "n_v",
-        "n_rest",
-    ],
-    3: [
-        "item",
-        "image_id",
-        "task",
-        "layer",
-        "edited",
-        "pair",
-        "s_v",
-        "s_l",
-        "s_rest",
-        *NUMBERS,
-        "n_v",
-        "n_rest",
-        "n_l",
-    ],
-}
-"""Columns of a part, for pairs and for triples."""
-WHOLE = {"item", "layer", "edited", "pair", "n_v", "n_rest", "n_l"}
+_PLACE = {"item": pa.int64(), "image_id": pa.string(), "task": pa.string()}
+_CELL = dict.fromkeys(("layer", "edited", "pair"), pa.int64())
+_SCORES = dict.fromkeys(("score", "base_score", "logprob", "base_logprob"), pa.float64())
 SCHEMAS = {
     many: pa.schema(
-        [
-            (
-                name,
-                pa.int64()
-                if name in WHOLE
-                else pa.float64()
-                if name not in ("image_id", "task")
-                else pa.string(),
-            )
-            for name in names
-        ]
+        _PLACE
+        | _CELL
+        | {f"s_{group.lower()}": pa.float64() for group in groups}
+        | _SCORES
+        | {f"n_{group.lower()}": pa.int64() for group in groups}
     )
-    for many, names in COLUMNS.items()
+    for many, groups in GROUPS.items()
 }
+"""Number of coefficients -> columns of a part."""
 FORMATS = {2: 2, 3: 3}
 """Number of coefficients -> format of the parts, as a manifest states it."""
-ORDER = [("item", "ascending"), ("layer", "ascending"), ("pair", "ascending")]
 MANIFEST = "manifest.json"
+ALL = "all"
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
+"""What a cell is, in tables; without ``s_l`` for pairs."""
 
 
 def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
     """Lines of a sweep as a table of fixed columns; with triples there are two more."""
-    return pa.Table.from_pylist(list(lines), schema=SCHEMAS[3 if with_l else 2])
+    return pa.Table.from_pylist(list(lines), schema=SCHEMAS[2 + with_l])
 
 
 def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
     whole = pa.concat_tables(tables) if tables else schema_of(manifest).empty_table()
-    return whole.sort_by(ORDER).to_pandas()
+    return whole.sort_by([(name, "ascending") for name in ("item", "layer", "pair")]).to_pandas()
 
 
 def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
@@ -112,7 +79,7 @@ class Folder:
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
         self.path = Path(path).expanduser()
-        self.with_l = schema_of(manifest) is SCHEMAS[3]
+        self.schema = schema_of(manifest)
         claim(self.path, MANIFEST, manifest, "sweep")
 
     def held(self) -> AbstractContextManager[None]:
@@ -120,19 +87,14 @@ class Folder:
         return held(self.path, "sweep")
 
     def part(self, group: int) -> Path:
-        """The part of an image group."""
+        """The part of an image group; it is there once the group is done."""
         return self.path / f"part-{group:06d}.parquet"
-
-    def done(self, group: int) -> bool:
-        """Whether a group is there."""
-        return self.part(group).exists()
 
     def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         """Write a group's cells and notes, whole or not at all."""
-        table = as_table(lines, with_l=self.with_l)
-        table = table.replace_schema_metadata({"notes": json.dumps(list(notes))})
+        table = pa.Table.from_pylist(list(lines), schema=self.schema)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table.replace_schema_metadata({"notes": json.dumps(list(notes))}), sink)
         write_whole(self.part(group), sink.getvalue().to_pybytes())
 
 
@@ -159,7 +121,7 @@ def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table],
     tables, notes = [], []
     for file in sorted(path.glob("part-*.parquet")):
         try:
-            table = pq.read_table(file, schema=schema_of(manifest))
+            tables.append(pq.read_table(file, schema=schema_of(manifest)))
             said = pq.read_schema(file).metadata or {}
         except (OSError, pa.ArrowException) as error:
             raise CheckpointError(
@@ -167,19 +129,16 @@ def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table],
                 "file and run the sweep again: only its image is computed."
             ) from error
         notes.extend(json.loads(said.get(b"notes", b"[]")))
-        tables.append(table)
     return tables, notes
-
-
-ALL = "all"
-
-CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
-"""What a cell is, in tables; without ``s_l`` for pairs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Every question under every cell.
+
+    Where a method takes ``by``, it is ``"task"``, ``"all"``, or None for what the sweep was made with;
+    ``column`` is ``"score"`` or ``"logprob"``; intervals cover ``level`` by a bootstrap over images of
+    ``draws`` samples, and ``seed`` is theirs.
 
     Attributes:
         table: One line per question, layer and pair: item, image_id, task, layer (-1 is
@@ -190,21 +149,17 @@ class Sweep:
             answer, in nats.
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
-        by: What the map is split by unless told otherwise: ``"task"`` or ``"all"``.
+        by: What the map is split by unless told otherwise.
     """
 
     table: pd.DataFrame
     settings: Mapping[str, Any]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     by: str = "task"
 
     @classmethod
     def load(cls, folder: str | Path, by: str = "task") -> Sweep:
-        """A sweep from its folder, finished or not.
-
-        Args:
-            folder: What was given as ``out``.
-            by: See the class.
+        """Read a sweep, finished or not, from what was given as ``out``.
 
         Raises:
             CheckpointError: If the folder holds none, or a part cannot be read.
@@ -237,11 +192,12 @@ class Sweep:
         """What the coefficients are of: ``("V", "rest")`` or ``("V", "L", "rest")``, as in a gate."""
         return GROUPS[len(self.pairs[0])]
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy of `table`."""
+        return self.table.copy()
+
     def base(self, by: str | None = None) -> pd.DataFrame:
         """What the model scores without an edit.
-
-        Args:
-            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
 
         Returns:
             Columns task, n, images, score, logprob and with_v (the share of the questions whose
@@ -252,14 +208,10 @@ class Sweep:
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            line = {
-                "task": name,
-                "n": len(once),
-                "images": once["image_id"].nunique(),
-                "score": once["base_score"].mean(),
-                "logprob": once["base_logprob"].mean(),
-                "with_v": (once["n_v"] > 0).mean(),
-            }
+            means = once[["base_score", "base_logprob"]].mean()
+            line = {"task": name, "n": len(once), "images": once["image_id"].nunique()}
+            line |= {"score": means["base_score"], "logprob": means["base_logprob"]}
+            line["with_v"] = (once["n_v"] > 0).mean()
             if "n_l" in part:
                 most: Any = part.groupby("item")["n_l"].max()
                 line["with_l"] = (most > 0).mean()
@@ -277,20 +229,13 @@ class Sweep:
     ) -> pd.DataFrame:
         """The layer x coefficient map: change against the base in every cell, with intervals.
 
-        Args:
-            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
-            column: ``"score"`` or ``"logprob"``.
-            level: Coverage of the intervals, by bootstrap over images.
-            draws: Bootstrap samples.
-            seed: Of the draws.
-
         Returns:
             Columns task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n,
             images, base, value, delta, low, high and clear (whether the interval excludes 0).
         """
         import pandas as pd
 
-        check_column(column)
+        check_choice(("score", "logprob"), column=column)
         tables = []
         for name, part in self.by_task(by):
             cells, changes, images = wide(part, column)
@@ -322,20 +267,11 @@ class Sweep:
 
         The largest of hundreds of changes is large by chance. So the cell is chosen on half of a
         task's images and ``delta`` is measured on the others. Beside it stands a test over all images
-        and cells: ``t`` is the largest change of all cells, each counted in units of its own spread
-        over images, and ``p`` says how often chance makes one as large: signs of whole images are
-        drawn anew, the same in all cells, and the largest t is taken again (see
-        `sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not be the one
-        that was chosen, which has the largest mean.
-
-        Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
-
-        Args:
-            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
-            column: ``"score"`` or ``"logprob"``.
-            level: Coverage of the intervals.
-            draws: Bootstrap samples, and draws of the null.
-            seed: Of the halves and the draws.
+        and cells: ``t`` is the largest change of all cells, each in units of its own spread over images,
+        and ``p`` says how often chance makes one as large, when signs of whole images are drawn anew, the
+        same in all cells (`sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not
+        be the one that was chosen, which has the largest mean. Cells that scale no key, such as (0, 1)
+        where no image has a V-sink, are left out.
 
         Returns:
             Columns as in `map` up to s_rest, then chosen_on (change where it was chosen),
@@ -348,25 +284,15 @@ class Sweep:
 
         from sinkscope.experiments.findings import best_of
 
-        check_column(column)
-        lines = [
-            {"task": name, **best_of(part, column, level=level, draws=draws, seed=seed)}
-            for name, part in self.by_task(by)
-        ]
+        check_choice(("score", "logprob"), column=column)
+        how = {"level": level, "draws": draws, "seed": seed}
+        lines = [{"task": name, **best_of(part, column, **how)} for name, part in self.by_task(by)]
         return pd.DataFrame(lines).astype(dict.fromkeys(("layer", "edited", "pair"), "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
-        """Heat maps: layer x pair per task, change against the base.
+        """Draw heat maps, layer x pair per task: the change against the base, a dot where its interval excludes 0.
 
         Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
-
-        Args:
-            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
-            column: ``"score"`` or ``"logprob"``.
-            seed: Of the intervals; cells whose interval excludes 0 carry a dot.
-
-        Returns:
-            A matplotlib figure.
         """
         from sinkscope.viz.sweep import plot_sweep
 
@@ -376,18 +302,13 @@ class Sweep:
         """The three observations of Choi et al. (2604.03316), as far as this sweep can tell.
 
         Whether the best setting depends on the task, whether it depends on the layer, and whether
-        raising or splitting off sinks helps, each with its numbers.
-
-        Args:
-            by: ``"task"`` or ``"all"``; None for what the sweep was made with.
-            seed: Of halves and intervals.
-
-        Returns:
-            Lines for a terminal.
+        raising or splitting off sinks helps, each with its numbers, as lines for a terminal.
         """
         from sinkscope.experiments.findings import observe
 
         return observe(self, by or self.by, seed)
+
+    summary = observations
 
     def score_text(self, column: str) -> str:
         """What a column is, with its unit."""
@@ -397,9 +318,8 @@ class Sweep:
         return named.get(self.score, self.score_name)
 
     def __repr__(self) -> str:
-        items, images, layers = (
-            self.table[name].nunique() for name in ("item", "image_id", "layer")
-        )
+        names = ("item", "image_id", "layer")
+        items, images, layers = (self.table[name].nunique() for name in names)
         return (
             f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
             f"{counted(layers, 'layer')} x {counted(len(self.pairs), nouns(len(self.groups)))}, "
@@ -418,9 +338,6 @@ class Sweep:
 def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
     """Cells, changes ``[question cell]``, and the image of every question."""
     change = part.assign(change=part[column] - part[f"base_{column}"])
-    table = change.pivot(index="item", columns=["layer", "pair"], values="change").sort_index(
-        axis=1
-    )
     broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
     if len(broken):
         line = broken.iloc[0]
@@ -429,13 +346,11 @@ def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, lis
             f"{line['item']} at layer {line['layer']}, {words_of(coefficients_of(line))}; expected "
             "numbers. Leave out these lines, or run the sweep again: it refuses them."
         )
-    cells = part.drop_duplicates(["layer", "pair"]).sort_values(["layer", "pair"])[cell_of(part)]
+    place = ["layer", "pair"]
+    table = change.pivot(index="item", columns=place, values="change").sort_index(axis=1)
+    cells: Any = part.drop_duplicates(place).sort_values(place)[cell_of(part)]
     images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
-    return (
-        cast("pd.DataFrame", cells.reset_index(drop=True)),
-        table.to_numpy(dtype=float),
-        clusters_of(images),
-    )
+    return cells.reset_index(drop=True), table.to_numpy(dtype=float), clusters_of(images)
 
 
 def cell_of(part: pd.DataFrame) -> list[str]:
@@ -453,12 +368,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def check_by(by: Any) -> str:
-    """``"task"``, or ``"all"`` for all questions together."""
+def check_by(by: str) -> str:
+    """``"task"``, or ``"all"`` for all questions together; another name is refused."""
     check_choice(("task", ALL), by=by)
     return by
-
-
-def check_column(column: Any) -> None:
-    """Refuse an unknown column."""
-    check_choice(("score", "logprob"), column=column)

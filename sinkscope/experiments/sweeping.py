@@ -9,7 +9,6 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -22,25 +21,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_flags, check_whole
-from sinkscope.data.answers import Score, ask, choose_score
+from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors.calibration import Calibration
-from sinkscope.detectors.choice import SinkRules, known_for
+from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.detectors.running import check_detector
 from sinkscope.errors import InputError
-from sinkscope.experiments.sweep_grid import (
-    Cells,
-    Pair,
-    Shape,
-    SweepCost,
-    check_grid,
-    check_layers,
-    cost_of,
-    lsg_grid,
-    work_of,
-)
-from sinkscope.experiments.sweep_images import Batch, Numbered, Rules, by_token, sweep_image
+from sinkscope.experiments.sweep_cost import SweepCost, estimate
+from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
+from sinkscope.experiments.sweep_images import Numbered, Rules, sweep_image
 from sinkscope.experiments.sweep_result import (
     FORMATS,
     Folder,
@@ -131,7 +121,7 @@ def _content(value: Any, where: str, above: tuple[int, ...]) -> Any:
         return "again"
     inside = (*above, id(value))
     if isinstance(value, (set, frozenset)):
-        return sorted(joblib.hash(_content(each, where, inside)) for each in value)
+        return sorted(str(joblib.hash(_content(each, where, inside))) for each in value)
     if above and _of_a_library(value):
         name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
         return f"{getattr(value, '__module__', '')} {name}"
@@ -338,7 +328,7 @@ def run_groups(
 ) -> list[tuple[pa.Table, list[str]]]:
     """Run the groups that are not there yet; kept in memory only if there is no folder."""
     each = len(rules.cells.layers) * len(rules.cells.pairs)
-    done = [folder is not None and folder.done(i) for i in range(len(groups))]
+    done = [folder is not None and folder.part(i).exists() for i in range(len(groups))]
     before = each * sum(len(group) for group, there in zip(groups, done, strict=True) if there)
     total = each * sum(len(group) for group in groups)
     kept = []
@@ -398,40 +388,6 @@ def choose_rules(
                 f"({tower.reason}). Write calibration=ss.calibrate(lvlm, samples of other images)"
             )
     return rules, said, notes
-
-
-def estimate(
-    lvlm: LVLM,
-    groups: Sequence[Sequence[Numbered]],
-    cells: Cells,
-    questions: int,
-    l_detector: Detector | None = None,
-) -> SweepCost:
-    """The cost of a sweep, from the first images' prompts; triples share only where that is sure."""
-    some = groups[:8]
-    known = known_for(lvlm) if l_detector is None else None
-    if known is not None and known.default:
-        l_detector = known.l_detector
-    alone = cells.with_l and (l_detector is None or not by_token(l_detector))
-    shapes = []
-    for group in some:
-        prepared = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
-        shape = shape_of(lvlm, prepared, [item for _, item in group])
-        shapes.append(replace(shape, alone=alone))
-    looked_at = sum(len(group) for group in some)
-    return cost_of(work_of(lvlm), shapes, cells, questions, len(groups), looked_at)
-
-
-def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Shape:
-    """The lengths of the questions about one image."""
-    first = samples[0].tokens
-    stem = int((first.image[0] >= 0).nonzero().max()) + 1
-    tails = [
-        int(sample.tokens.ids.shape[1]) - stem + len(feed)
-        for sample, item in zip(samples, items, strict=True)
-        for feed in ask(lvlm.tokenizer, (sample.texts or ("",))[0], item).feeds
-    ]
-    return Shape(tuple(first.vision.live.sum(dim=1).tolist()), stem, tuple(tails))
 
 
 def digest_of(items: Sequence[Item]) -> str:

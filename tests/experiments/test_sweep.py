@@ -20,7 +20,7 @@ from sinkscope.errors import (
 from sinkscope.experiments import Answered, Item, SweepCost
 from sinkscope.experiments import sweep as sweep_function
 from sinkscope.experiments import sweep_images as images
-from sinkscope.experiments.sweep_images import Batch, Edits, factors_of
+from sinkscope.experiments.sweep_grid import Batch, Edits, factors_of
 from sinkscope.models import replay
 from sinkscope.testing import plant, random_image, tiny_llava, write_checkpoint
 from tests.conftest import FAMILIES
@@ -423,8 +423,8 @@ WRONG = {
     "by": [("tasks", "Did you mean 'task'")],
     "batch": [
         (0, "expected an int of at least 1. Or write batch='auto'"),
-        (True, "expected 'auto'"),
-        ("all", "expected 'auto'"),
+        (True, "Or write batch='auto'"),
+        ("all", "Or write batch='auto'"),
     ],
     "calibration": [("six", "expected what ss.calibrate")],
 }

@@ -8,7 +8,8 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import CheckpointError, DetectorError, InputError
-from sinkscope.experiments.sweep_images import Edits, by_token, factors_of
+from sinkscope.experiments.sweep_grid import Edits, factors_of
+from sinkscope.experiments.sweep_images import by_token
 from sinkscope.experiments.sweep_result import MANIFEST
 from sinkscope.testing import plant
 from tests.conftest import FAMILIES

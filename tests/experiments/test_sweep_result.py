@@ -293,7 +293,7 @@ def test_names_are_checked():
         sweep.map("image")
     with pytest.raises(InputError, match="column='accuracy'"):
         sweep.map(column="accuracy")
-    with pytest.raises(InputError, match="expected 'score' or 'logprob'"):
+    with pytest.raises(InputError, match=r"expected one of \('score', 'logprob'\)"):
         sweep.best(column="n_v")
 
 
