@@ -114,9 +114,11 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
-    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given: list[Any] = (
+        list(layers) if isinstance(layers, Iterable) and layers != "embed" else [layers]
+    )
     found = set()
-    for layer in list(layers) if several else [layers]:
+    for layer in given:
         if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
             raise LayerError(
                 f"Got layer {layer!r}; expected 'embed' or 0 to {n_layers - 2}. A gate at layer l "
