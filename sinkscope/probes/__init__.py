@@ -9,6 +9,7 @@ from sinkscope.probes.attention import (
     ReceivedResult,
 )
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
+from sinkscope.probes.per_layer import LayerProbe
 from sinkscope.probes.residual import (
     CosineToFirst,
     MassiveActivations,
@@ -55,6 +56,7 @@ __all__ = [
     "GroupMeans",
     "GroupMeansResult",
     "HeadWrites",
+    "LayerProbe",
     "LensResult",
     "LogitLens",
     "MassResult",
