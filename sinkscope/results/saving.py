@@ -108,11 +108,14 @@ def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
         return {"dict": entries}
     if KNOWN.get(name_of(type(value))) is not type(value):
         raise InputError(
-            f"Got {at.strip('/') or 'a result'} of type {type(value).__name__}, which no file can hold; expected "
+            f"Got {at or 'a result'} of type {type(value).__name__}, which no file can hold; expected "
             "tensors, numbers, texts and results. Derive a result of your own from "
             "sinkscope.results.Result; of tables write x.to_dataframe().to_csv(path)."
         )
-    parts = {f.name: pack(getattr(value, f.name), f"{at}/{f.name}", tensors) for f in fields(value)}
+    parts = {
+        f.name: pack(getattr(value, f.name), f"{at}/{f.name}".lstrip("/"), tensors)
+        for f in fields(value)
+    }
     return {"record": [name_of(type(value)), parts]}
 
 
