@@ -1,7 +1,7 @@
 """Every detector on states made by hand, its null, and its warnings."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,15 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
+from sinkscope.detectors.rules import Rule
 from sinkscope.errors import DetectorError, LayerError, SelectionError
 from sinkscope.experiments.sweep_images import v_sinks
 from sinkscope.kernels import residual
 from sinkscope.probes.attention import ReceivedResult
 from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
+from sinkscope.results.saving import pack, unpack
 from sinkscope.testing import random_image
+from tests.keeping_cls import keeping_cls
 
 
 def flagged(detector, result):
@@ -25,6 +28,48 @@ def flagged(detector, result):
     if hasattr(detector, "also"):
         above = above & detector.also(result)
     return above
+
+
+EVERY = [
+    detectors.CosineToBOS(0.5),
+    detectors.Gap(),
+    detectors.Limits("ratio", [6.0, float("inf"), 4.0, 5.0]),
+    detectors.Massive(1.0, 6.0),
+    detectors.NoSinks(),
+    detectors.Norm("3sigma"),
+    detectors.RandomTokens(3),
+    detectors.Received(0.1),
+    detectors.SinkDimensions((0, 5), tau=3.0),
+    detectors.VisionTokens(),
+]
+"""One of every detector, for `test_every_detector_keeps_its_promises`."""
+
+
+def test_no_detector_is_missing():
+    named = [getattr(detectors, name) for name in detectors.__all__]
+    classes = {one for one in named if isinstance(one, type) and issubclass(one, Rule)}
+    assert {type(detector) for detector in EVERY} == classes
+
+
+@pytest.mark.parametrize("detector", EVERY, ids=lambda one: type(one).__name__)
+def test_every_detector_keeps_its_promises(tiny, batch, detector):
+    """A finite null, scores and flags of live tokens only, a threshold per layer, and a file."""
+    lvlm = keeping_cls() if isinstance(detector, detectors.VisionTokens) else tiny("qwen2.5-vl")
+    tower = "language" if not isinstance(detector, detectors.VisionTokens) else "vision"
+    if isinstance(detector, detectors.Limits):
+        tower = "vision"
+    sample = batch(lvlm)
+    live = sample.tokens.vision.live if tower == "vision" else sample.tokens.live
+    found = ss.detect(lvlm, sample, detector, tower=tower)
+    assert math.isfinite(found.null)
+    assert found.detector == repr(detector)
+    assert found.threshold.shape == found.mask.shape[:2]
+    assert found.scores[~live[:, None].expand_as(found.mask)].isnan().all()
+    assert not (found.mask & ~live[:, None]).any()
+    assert unpack(pack(detector, "", {}), {}) == detector
+    if hasattr(detector, "strict"):
+        with pytest.raises(DetectorError, match="strict='no'; expected True or False"):
+            replace(detector, strict="no")
 
 
 def test_rms_score_by_hand():

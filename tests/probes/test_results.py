@@ -16,28 +16,10 @@ from sinkscope import results
 from sinkscope.errors import CheckpointError, InputError, InterventionError, ProbeError
 from sinkscope.results import Result, load, load_run, saving
 from sinkscope.testing import random_plant
-from tests.probes.everything import assert_same, every_probe
+from tests.probes.everything import assert_same, tables
 
-COLUMNS = {
-    "AttentionMass": ["batch", "layer", "head", "query", "group", "mass", "null"],
-    "AttentionPatterns": ["batch", "layer", "head", "row", "key", "attention"],
-    "AttentionValues": ["batch", "layer", "kv_head", "pos", "dim", "value"],
-    "ChannelValues": ["batch", "layer", "site", "pos", "channel", "value"],
-    "ContributionNorms": ["batch", "layer", "query", "group", "norm"],
-    "CosineToFirst": ["batch", "layer", "pos", "score"],
-    "GroupMeans": ["batch", "layer", "group", "channel", "value", "count"],
-    "HeadWrites": ["batch", "layer", "head", "key", "norm"],
-    "LogitLens": ["batch", "layer", "row", "rank", "token", "logprob"],
-    "MassiveActivations": ["batch", "layer", "pos", "rank", "value", "channel"],
-    "ReceivedAttention": ["batch", "layer", "head", "key", "received", "null"],
-    "ResidualStates": ["batch", "layer", "pos", "channel", "value"],
-    "SinkDimensionScores": ["batch", "layer", "pos", "score"],
-    "SinkEvidence": ["batch", "layer", "pos", "medians", "prominence"],
-    "TokenKurtosis": ["batch", "layer", "pos", "kurtosis"],
-    "TokenNorms": ["batch", "layer", "pos", "norm"],
-    "ValueNorms": ["batch", "layer", "kv_head", "pos", "norm"],
-}
-PROBES = [*every_probe(), TokenKurtosis()]
+TABLES = tables() | {TokenKurtosis(): "pos kurtosis"}
+PROBES = list(TABLES)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +42,7 @@ def saved(run, tmp_path):
 def test_tables_texts_and_pages(run, i):
     result = run[PROBES[i]]
     table = result.to_dataframe()
-    assert list(table.columns) == COLUMNS[type(PROBES[i]).__name__]
+    assert list(table.columns) == ["batch", "layer", *TABLES[PROBES[i]].split()]
     assert set(table["layer"]) <= set(result.layers)
     assert len(repr(result)) <= 200
     assert repr(result).startswith(f"{type(result).__name__}(")
