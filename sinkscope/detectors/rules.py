@@ -160,7 +160,7 @@ class Massive(Rule):
         return {"how": "massive", **limits, "strict": self.strict}
 
 
-class _NormRule(Rule):
+class NormRule(Rule):
     """A rule on token norms; the null is the median norm."""
 
     score_field: ClassVar[str] = "norms"
@@ -175,7 +175,7 @@ class _NormRule(Rule):
 
 
 @dataclass(frozen=True)
-class Norm(_NormRule):
+class Norm(NormRule):
     """High-norm tokens, as in ViT registers (2309.16588) and DIYSink's CLIP rule (2510.08510).
 
     The score is the L2 norm; the null is the median norm.
@@ -303,7 +303,7 @@ class CosineToBOS(Rule):
 
 
 @dataclass(frozen=True)
-class NoSinks(_NormRule):
+class NoSinks(NormRule):
     """Flags nothing: what calibration returns for a tower in which it found no sink.
 
     Args:
