@@ -21,6 +21,7 @@ from sinkscope.detectors.rules import (
     Received,
     SinkDimensions,
 )
+from sinkscope.detectors.zscore import ZScore
 
 __all__ = [
     "KNOWN",
@@ -41,6 +42,7 @@ __all__ = [
     "SinkRules",
     "TowerCalibration",
     "VisionTokens",
+    "ZScore",
     "agreement",
     "calibrate",
     "detect",

@@ -41,6 +41,7 @@ EVERY = [
     detectors.Received(0.1),
     detectors.SinkDimensions((0, 5), tau=3.0),
     detectors.VisionTokens(),
+    detectors.ZScore(2.0),
 ]
 """One of every detector, for `test_every_detector_keeps_its_promises`."""
 
