@@ -11,6 +11,8 @@ def of_tower(tower, chosen, rows):
     """Probe -> what stands behind batch and layer in its table."""
     some = {"some": chosen}
     return {
+        probes.AttentionEntropy(some, tower=tower): "head query entropy null",
+        probes.AttentionEntropy(None, queries=rows, tower=tower): "head query entropy null",
         ss.AttentionMass(some, tower=tower): "head query group mass null",
         ss.AttentionMass(
             some, queries=rows, precision="float32", tower=tower
