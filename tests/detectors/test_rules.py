@@ -20,6 +20,8 @@ from sinkscope.results.saving import pack, unpack
 from sinkscope.testing import random_image
 from tests.keeping_cls import keeping_cls
 
+NAN = float("nan")
+
 
 def flagged(detector, result):
     scores = detector.scores(result)
@@ -118,6 +120,21 @@ def test_three_sigma_by_hand():
     assert flagged(rule, result).sum() == 1
 
 
+def test_z_scores_by_hand():
+    """The limit is that of 3 sigma at z=3, by row; padding does not count; eleven tokens are needed."""
+    norms = torch.cat([torch.ones(1, 1, 99), torch.full((1, 1, 1), 11.0)], dim=-1)
+    result = NormResult(torch.cat([norms, norms * NAN], dim=-1), (0,), "resid_post")
+    limit = detectors.ZScore().thresholds(result, result.norms)
+    assert math.isclose(float(limit), 1.1 + 3 * 1.0, rel_tol=1e-4)
+    assert flagged(detectors.ZScore(), result).nonzero().tolist() == [[0, 0, 99]]
+    assert not flagged(detectors.ZScore(9.91), result).any()
+    for tokens, found in ((10, 0), (11, 1)):
+        few = NormResult(norms[..., 100 - tokens :], (0,), "resid_post")
+        assert flagged(detectors.ZScore(), few).sum() == found
+    alone = NormResult(torch.tensor([[[5.0, NAN]]]), (0,), "resid_post")
+    assert detectors.ZScore().thresholds(alone, alone.norms).tolist() == [[math.inf]]
+
+
 def test_received_by_head_and_as_multiple_of_the_null():
     got = torch.tensor([[[[0.1, 0.4], [0.1, 0.1]]]])
     null = torch.tensor([[[0.5, 0.1]]])
@@ -210,7 +227,6 @@ WRONG = [
 ]
 
 
-NAN = float("nan")
 IMPOSSIBLE = [
     lambda: detectors.SinkDimensions([], tau=2.0),
     lambda: detectors.SinkDimensions("12", tau=2.0),
