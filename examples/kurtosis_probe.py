@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
-import sinkscope as ss
-from sinkscope.probes import Read
-from sinkscope.results import mask_padding, stack_layers, tidy
+from sinkscope.probes import LayerProbe, Result
 
 
 def kurtosis(states, state):
@@ -17,26 +16,17 @@ def kurtosis(states, state):
 
 
 @dataclass(frozen=True, eq=False)
-class KurtosisResult:
-    values: Tensor  # [batch layer pos], NaN at padding
+class KurtosisResult(Result):
+    kurtosis: Float[Tensor, "batch layer pos"]  # NaN at padding
     layers: tuple[int, ...]
-    positions: Tensor  # [batch pos], -1 at padding
-
-    def to_dataframe(self):
-        names = {"layer": self.layers, "pos": self.positions}
-        return tidy({"kurtosis": self.values}, ("batch", "layer", "pos"), names)
+    positions: Int[Tensor, "batch pos"]  # -1 at padding
 
 
 @dataclass(frozen=True, eq=False)
-class TokenKurtosis:
+class TokenKurtosis(LayerProbe):
+    kernel = staticmethod(kurtosis)
+    result = KurtosisResult
+
     layers: Any = None
     tower: str = "language"
-
-    def reads(self, context):
-        layers = context.layers(self.tower, self.layers)
-        return [Read(ss.Site(self.tower, "resid_post", layer), kurtosis) for layer in layers]
-
-    def finish(self, answers, context):
-        values = mask_padding(stack_layers(answers), context.live(self.tower), 2)
-        layers = context.layers(self.tower, self.layers)
-        return KurtosisResult(values, layers, context.positions(self.tower))
+    site: str = "resid_post"

@@ -1,20 +1,27 @@
 """Detectors: from scores to sink tokens, with their flagged fraction, null and warnings."""
 
-from sinkscope.detectors.calibration import Calibration, Limits, TowerCalibration, calibrate
+from sinkscope.detectors.calibration import Calibration, TowerCalibration, calibrate
 from sinkscope.detectors.choice import KNOWN, Known, SinkRules, known_for, table
-from sinkscope.detectors.detection import SATURATION, Detection, jaccard
-from sinkscope.detectors.gap import Gap
+from sinkscope.detectors.detection import (
+    SATURATION,
+    Detection,
+    Detector,
+    agreement,
+    detect,
+    detect_all,
+    jaccard,
+)
+from sinkscope.detectors.gap import Gap, Limits
 from sinkscope.detectors.kinds import RandomTokens, VisionTokens
 from sinkscope.detectors.rules import (
     CosineToBOS,
-    Detector,
     Massive,
     Norm,
     NoSinks,
     Received,
     SinkDimensions,
 )
-from sinkscope.detectors.running import agreement, detect, detect_all
+from sinkscope.detectors.zscore import ZScore
 
 __all__ = [
     "KNOWN",
@@ -35,6 +42,7 @@ __all__ = [
     "SinkRules",
     "TowerCalibration",
     "VisionTokens",
+    "ZScore",
     "agreement",
     "calibrate",
     "detect",

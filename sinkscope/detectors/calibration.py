@@ -1,36 +1,22 @@
-"""Limits: one threshold per layer, on one of three scores; what a calibration keeps."""
+"""Calibration: thresholds and sink channels of one model, from what spikes and draws in samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import is_number, is_whole
-from sinkscope.detectors.detection import expected_peak
-from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, outcome_of
-from sinkscope.detectors.rules import (
-    STATE_SITE,
-    Detector,
-    Massive,
-    NoSinks,
-    SinkDimensions,
-    check_strict,
-)
-from sinkscope.errors import CalibrationError, DetectorError
-from sinkscope.probes import (
-    ChannelValues,
-    EvidenceResult,
-    MassiveActivations,
-    Probe,
-    SinkDimensionScores,
-    TokenNorms,
-)
-from sinkscope.results import Result
+from sinkscope.checks import is_whole
+from sinkscope.detectors.detection import Detector, expected_peak
+from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, outcome_of
+from sinkscope.detectors.rules import STATE_SITE, NoSinks
+from sinkscope.errors import CalibrationError
+from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
+from sinkscope.results import Record, Result
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
@@ -40,105 +26,14 @@ if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
 
-SCORES = ("channels", "ratio", "absolute")
+TOWERS = ("vision", "language")
+DISTINCT = 1.5  # the least gap at which a score separates
+MISSED = 0.05  # share of the sinks that may fall below a limit, or be joined by other tokens
+CANDIDATES = 8  # channels that are looked at
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Tokens whose score reaches the limit of their layer.
-
-    Args:
-        score: ``"channels"``: largest ``|h|`` on the sink channels, divided by the token's RMS;
-            ``"ratio"``: largest ``|h|`` over the layer's median; ``"absolute"``: largest ``|h|``.
-        limits: One per block of the tower; infinity where the layer has no sink.
-        dims: The sink channels, for ``"channels"``.
-    """
-
-    score: str
-    limits: Sequence[float]
-    dims: Sequence[int] = ()
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES or (self.score == "channels") != bool(len(self.dims)):
-            raise DetectorError(
-                f"Got score={self.score!r} with dims={tuple(self.dims)}; expected one of {SCORES}, and "
-                "channels for 'channels' only. Limits come from ss.calibrate(lvlm, samples)."
-            )
-        if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
-            raise DetectorError(
-                f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
-                "is no sink. Limits come from ss.calibrate(lvlm, samples)."
-            )
-        check_strict(self)
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """What the score is made of.
-
-        Raises:
-            DetectorError: If there is not one limit per block.
-        """
-        if len(self.limits) != anatomy.n_layers:
-            raise DetectorError(
-                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
-                "expected a positive one per block. Limits belong to one model: run "
-                "ss.calibrate(lvlm, samples) for this one."
-            )
-        if self.score == "channels":
-            return SinkDimensionScores(tuple(self.dims), layers, tower, "rms", STATE_SITE[tower])
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
-
-    def scores(self, result: Any) -> Tensor:
-        """The score of every token."""
-        if self.score == "channels":
-            return result.scores
-        return result.ratio() if self.score == "ratio" else result.values[..., 0].abs()
-
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """The limits of the layers that were read."""
-        limits = torch.tensor([float(self.limits[layer]) for layer in result.layers])
-        return limits[None].expand(scores.shape[0], -1)
-
-    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """What an isotropic state shows, as for `SinkDimensions` and `Massive`."""
-        return self._like(1.0).null(result, anatomy) / (
-            float(result.median.nanmean()) if self.score == "ratio" else 1.0
-        )
-
-    def at(self, layer: int) -> Detector:
-        """The rule of one layer as a detector with one number, for gates, which judge in one layer."""
-        limit = float(self.limits[layer])
-        return NoSinks("no sink in this layer") if limit == float("inf") else self._like(limit)
-
-    def _like(self, limit: float) -> Detector:
-        if self.score == "channels":
-            return SinkDimensions(tuple(self.dims), limit, "rms", strict=False)
-        if self.score == "ratio":
-            return Massive(absolute=0.0, ratio=limit)
-        return Massive(absolute=limit, ratio=0.0)
-
-    def __repr__(self) -> str:
-        known = [limit for limit in self.limits if limit != float("inf")]
-        span = f"{min(known):.3g} to {max(known):.3g}" if known else "none"
-        dims = f", dims={tuple(self.dims)}" if len(self.dims) else ""
-        return f"Limits({self.score!r}, {span} in {len(known)} of {len(self.limits)} layers{dims})"
-
-
-DISTINCT = 1.5
-
-"""The least gap at which a score separates."""
-
-MISSED = 0.05
-
-"""Share of the sinks that may fall below a limit, or be joined by other tokens."""
-
-CANDIDATES = 8
-
-"""Channels that are looked at."""
-
-
-@dataclass(frozen=True)
-class TowerCalibration:
+class TowerCalibration(Record):
     """What was found in one tower.
 
     Attributes:
@@ -208,9 +103,14 @@ class Calibration(Result):
         """One line per tower."""
         import pandas as pd
 
-        columns = [f for f in TowerCalibration.__dataclass_fields__ if f != "detector"]
-        return pd.DataFrame(
-            [{c: getattr(t, c) for c in columns} for t in (self.vision, self.language)]
+        columns = [f.name for f in fields(TowerCalibration) if f.name != "detector"]
+        towers = (self.vision, self.language)
+        return pd.DataFrame([{c: getattr(tower, c) for c in columns} for tower in towers])
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration(V {self.v_detector!s:.70}, L {self.l_detector!s:.70}; {self.n_samples} "
+            f"samples, confidence {self.confidence:.2f})"
         )
 
 
@@ -221,6 +121,16 @@ class _Look:
     evidence: EvidenceResult
     sinks: Tensor  # [row layer pos]
     scores: Tensor | None = None  # [row layer pos channel]
+
+    @property
+    def others(self) -> Tensor:
+        """Judged tokens that are no sinks."""
+        return self.evidence.judged[:, None] & ~self.sinks
+
+    def peaks(self, order: list[int]) -> Tensor:
+        """The largest score on some of the candidate channels, ``[row layer pos]``."""
+        assert self.scores is not None
+        return self.scores[..., order].amax(dim=-1)
 
 
 def calibrate(
@@ -264,7 +174,7 @@ def calibrate(
         )
     if not is_whole(max_dims, 1):
         raise CalibrationError(f"Got max_dims={max_dims!r}; expected a whole number from 1 on.")
-    if not towers or not set(towers) <= {"vision", "language"}:
+    if not towers or not set(towers) <= set(TOWERS):
         raise CalibrationError(
             f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
         )
@@ -272,29 +182,22 @@ def calibrate(
     hidden = len(samples) < 4 if progress is None else not progress
     bar = tqdm(samples, desc="calibrating: spikes and attention", disable=hidden, leave=False)
     first = [_first_look(lvlm, sample, rule, towers, remote) for sample in bar]
-    channels = {
-        tower: _candidates([looks[tower] for looks in first], CANDIDATES) for tower in first[0]
-    }
+    channels = {tower: _candidates([looks[tower] for looks in first]) for tower in first[0]}
     if any(channels.values()):
         bar = tqdm(samples, desc="calibrating: channels", disable=hidden, leave=False)
         first = [
             _second_look(lvlm, sample, channels, looks, remote)
             for sample, looks in zip(bar, first, strict=True)
         ]
-    found = {
-        tower: _conclude(
-            lvlm.anatomy.tower(tower),
-            rule,
-            channels[tower],
-            [looks[tower] for looks in first],
-            max_dims,
-        )
-        for tower in channels
-    }
-    for tower in ("vision", "language"):
-        unseen = NoSinks("this tower was not looked at")
-        found.setdefault(tower, TowerCalibration(tower, unseen, reason=unseen.reason))
-    return Calibration(found["vision"], found["language"], len(samples))
+    found = {}
+    for tower in TOWERS:
+        if tower in channels:
+            anatomy, looks = lvlm.anatomy.tower(tower), [looks[tower] for looks in first]
+            found[tower] = _conclude(anatomy, rule, channels[tower], looks, max_dims)
+        else:
+            unseen = NoSinks("this tower was not looked at")
+            found[tower] = TowerCalibration(tower, unseen, reason=unseen.reason)
+    return Calibration(**found, n_samples=len(samples))
 
 
 def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
@@ -306,31 +209,26 @@ def _first_look(
     lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[str], remote: Any
 ) -> dict[Any, _Look]:
     """Spikes and attention of each tower, and the tokens that have both."""
-    a = lvlm.anatomy
     names: list[Any] = list(dict.fromkeys(towers))
     probes = {
-        tower: rule.probe(tower, judged_layers(lvlm, tower), a.tower(tower)) for tower in names
+        tower: rule.probe(tower, judged_layers(lvlm, tower), lvlm.anatomy.tower(tower))
+        for tower in names
     }
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
-    looks = {}
-    for tower, probe in probes.items():
-        evidence: Any = run[probe]
-        looks[tower] = _Look(evidence, rule.spikes_in(evidence) & rule.also(evidence))
-    return looks
+    found: dict[Any, Any] = {tower: run[probe] for tower, probe in probes.items()}
+    return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}
 
 
-def _candidates(looks: list[_Look], many: int) -> list[int]:
+def _candidates(looks: list[_Look]) -> list[int]:
     """The largest channels of the sinks, those that are largest in medians first."""
     best: dict[int, float] = {}
     for look in looks:
         massive = look.evidence.massive
-        sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks]
-        pairs = zip(
-            massive.channels[look.sinks].flatten().tolist(), sizes.flatten().tolist(), strict=True
-        )
-        for channel, size in pairs:
+        sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks].flatten()
+        at = massive.channels[look.sinks].flatten().tolist()
+        for channel, size in zip(at, sizes.tolist(), strict=True):
             best[channel] = max(best.get(channel, 0.0), size)
-    return sorted(best, key=lambda channel: -best[channel])[:many]
+    return sorted(best, key=lambda channel: -best[channel])[:CANDIDATES]
 
 
 def _second_look(
@@ -338,22 +236,16 @@ def _second_look(
 ) -> dict[Any, _Look]:
     """RMS scores of the candidate channels at every token, in both towers."""
     probes = {}
-    for tower, some in channels.items():
-        if some:
-            layers, site = judged_layers(lvlm, tower), STATE_SITE[tower]
-            layers = lvlm.anatomy.tower(tower).layers(layers)
-            probes[tower] = (
-                ChannelValues(some, layers, tower, (site,)),
-                TokenNorms(layers, tower, site),
-            )
-    run = lvlm.run(
-        sample, [p for pair in probes.values() for p in pair], logits="last", remote=remote
-    )
-    out = dict(looks)
+    for tower in (tower for tower, some in channels.items() if some):
+        site, layers = STATE_SITE[tower], judged_layers(lvlm, tower)
+        values = ChannelValues(channels[tower], layers, tower, (site,))
+        probes[tower] = values, TokenNorms(layers, tower, site)
+    every = [probe for pair in probes.values() for probe in pair]
+    run, out = lvlm.run(sample, every, logits="last", remote=remote), dict(looks)
     for tower, (values, norms) in probes.items():
         scale = lvlm.anatomy.tower(tower).d_model ** 0.5
         scores = run[values].values[:, :, 0].abs() * scale / run[norms].norms[..., None]
-        out[tower] = _Look(looks[tower].evidence, looks[tower].sinks, scores)
+        out[tower] = replace(looks[tower], scores=scores)
     return out
 
 
@@ -378,9 +270,6 @@ class _Separation:
         """Layers that are separated, then the narrowest gap among them."""
         return len(self.clear), min((self.gaps[layer] for layer in self.clear), default=0.0)
 
-    def narrowest(self) -> int:
-        return min(self.clear, key=lambda layer: self.gaps[layer])
-
 
 def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
     """Robust lowest score of the sinks and highest of the others, by layer.
@@ -391,9 +280,10 @@ def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separ
         floor: What an isotropic state shows: others are never taken for less.
     """
     low, high, elsewhere = {}, {}, floor
+    both = list(zip(scores, looks, strict=True))
     for i, layer in enumerate(looks[0].evidence.layers):
-        sinks = torch.cat([s[:, i][k.sinks[:, i]] for s, k in zip(scores, looks, strict=True)])
-        others = torch.cat([s[:, i][_others(k)[:, i]] for s, k in zip(scores, looks, strict=True)])
+        sinks = torch.cat([s[:, i][look.sinks[:, i]] for s, look in both])
+        others = torch.cat([s[:, i][look.others[:, i]] for s, look in both])
         allowed = int(MISSED * len(sinks))
         top = others.sort(descending=True).values[allowed : allowed + 1].tolist()
         highest = max([floor, *top])
@@ -402,11 +292,6 @@ def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separ
         else:
             elsewhere = max(elsewhere, highest)
     return _Separation(low, high, elsewhere)
-
-
-def _others(look: _Look) -> Tensor:
-    """Judged tokens that are no sinks, ``[row layer pos]``."""
-    return look.evidence.judged[:, None] & ~look.sinks
 
 
 def _conclude(
@@ -424,7 +309,7 @@ def _conclude(
     }
     order = _separating_channels(looks, max_dims)
     if order:
-        scores = {"channels": _peaks(looks, order)} | scores
+        scores = {"channels": [look.peaks(order) for look in looks]} | scores
     floor = expected_peak(max(1, len(order)))
     found = {
         score: separation(looks, values, floor if score == "channels" else 0.0)
@@ -434,14 +319,14 @@ def _conclude(
     score = max(found, key=lambda one: found[one].quality)
     best = found[score]
     if not best.clear:
+        listed = ", ".join(f"{one} by {gap:.2f}" for one, gap in gaps.items())
         text = (
             f"{count} instances spike and draw attention, but no score separates them from the other "
-            f"tokens by a factor of {DISTINCT}: "
-            + ", ".join(f"{one} by {gap:.2f}" for one, gap in gaps.items())
+            f"tokens by a factor of {DISTINCT}: {listed}"
         )
         return TowerCalibration(name, NoSinks(text), instances=count, gaps=gaps, reason=text)
     dims = tuple(channels[i] for i in order) if score == "channels" else ()
-    at = best.narrowest()
+    at = min(best.clear, key=lambda layer: best.gaps[layer])
     detector, tau = _rule(score, dims, best, tower.n_layers)
     low, high = best.low[at], best.high[at]
     reason = (
@@ -450,40 +335,34 @@ def _conclude(
         f"lowest scores {low:.2f}, the highest other token {high:.2f}"
     )
     return TowerCalibration(
-        tower=name,
-        detector=detector,
-        score=score,
-        dims=dims,
-        tau=tau,
-        lowest_sink=low,
-        highest_other=high,
-        confidence=max(0.0, 1 - high / low),
-        instances=count,
-        layers=best.clear,
-        gaps=gaps,
-        reason=reason,
+        name,
+        detector,
+        score,
+        dims,
+        tau,
+        low,
+        high,
+        max(0.0, 1 - high / low),
+        count,
+        best.clear,
+        gaps,
+        reason,
     )
-
-
-def _peaks(looks: list[_Look], order: list[int]) -> list[Tensor]:
-    """The largest score on some of the candidate channels, ``[row layer pos]`` of every sample."""
-    return [look.scores[..., order].amax(dim=-1) for look in looks if look.scores is not None]
 
 
 def _separating_channels(looks: list[_Look], most: int) -> list[int]:
     """Candidates that separate by themselves, best first, as many as still do so together."""
     if looks[0].scores is None:
         return []
-    alone = {
-        i: separation(looks, _peaks(looks, [i]), expected_peak(1))
-        for i in range(looks[0].scores.shape[-1])
-    }
+
+    def separated(order: list[int]) -> _Separation:
+        peaks = [look.peaks(order) for look in looks]
+        return separation(looks, peaks, expected_peak(len(order)))
+
+    alone = {i: separated([i]) for i in range(looks[0].scores.shape[-1])}
     kept = [i for i in alone if alone[i].clear]
     kept = sorted(kept, key=lambda i: alone[i].quality, reverse=True)[:most]
-    while len(kept) > 1:
-        together = separation(looks, _peaks(looks, kept), expected_peak(len(kept)))
-        if len(together.clear) >= len(alone[kept[0]].clear):
-            break
+    while len(kept) > 1 and len(separated(kept).clear) < len(alone[kept[0]].clear):
         kept.pop()
     return kept
 
@@ -496,9 +375,7 @@ def _rule(
     high = max(*best.high.values(), best.elsewhere)
     tau = (low * high) ** 0.5
     if low >= DISTINCT * high:
-        if score == "channels":
-            return SinkDimensions(dims, tau, "rms"), tau
-        return (Massive(0.0, tau) if score == "ratio" else Massive(tau, 0.0)), tau
+        return one_number(score, dims, tau), tau
     limits = [float("inf")] * n_layers
     for layer in best.clear:
         limits[layer] = (best.low[layer] * best.high[layer]) ** 0.5

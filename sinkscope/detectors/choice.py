@@ -1,20 +1,20 @@
-"""Published sink constants as a table with sources. Channels are 0-based.
+"""Published sink constants with their sources (channels are 0-based), and which rules are used.
 
-Rows whose sources agree are used as defaults by `sinkscope.trace_sinks`; the others are listed so
-that a user can see what others reported, and are never applied silently.
+Rows of the table whose sources agree are used unasked; the others are only shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sinkscope.detectors.calibration import Calibration, calibrate
+from sinkscope.detectors.detection import Detector, check_detector
 from sinkscope.detectors.gap import DRAWS, Gap
-from sinkscope.detectors.rules import Detector, Massive, Norm, SinkDimensions
-from sinkscope.detectors.running import check_detector
+from sinkscope.detectors.rules import Massive, Norm, SinkDimensions
 from sinkscope.probes.attention import LEAST_SEEING
+from sinkscope.results import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,69 +57,21 @@ class Known:
         return SinkDimensions(self.l_dims, self.tau)
 
 
+_LLAVA = "L: Kang et al. 2503.03321 (code), Sun et al. 2402.17762 (code). V: "
+_QWEN = "Channels in four independent third-party codes; 2718 is also large. No V rule published."
+_TWO = "Two third-party codes that differ: {318, 1874, 1819} and {1874, 1819}."
+_7B = (
+    _LLAVA + "ViT norm >= 100, Luo et al. 2510.08510; the threshold of Choi et al. 2604.03316 is "
+    "unpublished."
+)
+_13B = _LLAVA + "as for the 7B model, which has the same tower."
+_ONE = "One third-party code."
 KNOWN = (
-    Known(
-        "LLaVA-1.5-7B",
-        "llava",
-        4096,
-        32,
-        1024,
-        (1415, 2533),
-        20.0,
-        Norm(100.0),
-        "L: Kang et al. 2503.03321 (code), Sun et al. 2402.17762 (code). V: ViT norm >= 100, "
-        "Luo et al. 2510.08510; the threshold of Choi et al. 2604.03316 is unpublished.",
-        True,
-    ),
-    Known(
-        "LLaVA-1.5-13B",
-        "llava",
-        5120,
-        40,
-        1024,
-        (2100, 4743),
-        20.0,
-        Norm(100.0),
-        "L: Kang et al. 2503.03321 (code), Sun et al. 2402.17762 (code). V: as for the 7B model, "
-        "which has the same tower.",
-        True,
-    ),
-    Known(
-        "Qwen2.5-VL-7B",
-        "qwen2_5_vl",
-        3584,
-        28,
-        1280,
-        (458, 2570),
-        20.0,
-        None,
-        "Channels in four independent third-party codes; 2718 is also large. No V rule published.",
-        False,
-    ),
-    Known(
-        "Qwen2.5-VL-3B",
-        "qwen2_5_vl",
-        2048,
-        36,
-        1280,
-        (1874, 1819),
-        20.0,
-        None,
-        "Two third-party codes that differ: {318, 1874, 1819} and {1874, 1819}.",
-        False,
-    ),
-    Known(
-        "Qwen2.5-VL-32B",
-        "qwen2_5_vl",
-        5120,
-        64,
-        1280,
-        (4675, 3094),
-        20.0,
-        None,
-        "One third-party code.",
-        False,
-    ),
+    Known("LLaVA-1.5-7B", "llava", 4096, 32, 1024, (1415, 2533), 20.0, Norm(100.0), _7B, True),
+    Known("LLaVA-1.5-13B", "llava", 5120, 40, 1024, (2100, 4743), 20.0, Norm(100.0), _13B, True),
+    Known("Qwen2.5-VL-7B", "qwen2_5_vl", 3584, 28, 1280, (458, 2570), 20.0, None, _QWEN, False),
+    Known("Qwen2.5-VL-3B", "qwen2_5_vl", 2048, 36, 1280, (1874, 1819), 20.0, None, _TWO, False),
+    Known("Qwen2.5-VL-32B", "qwen2_5_vl", 5120, 64, 1280, (4675, 3094), 20.0, None, _ONE, False),
 )
 
 
@@ -157,23 +109,35 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
+    """By tower, the published rule that is used unasked and where it is from, or None."""
+    known = known_for(lvlm)
+    if known is None or not known.default:
+        return {"vision": None, "language": None}
+    rules = {"vision": known.v_detector, "language": known.l_detector}
+    source = f"published constants of {known.name}"
+    return {tower: None if rule is None else (rule, source) for tower, rule in rules.items()}
+
+
 GENERIC = "the generic definition (massive: |h| > 100 and 1000 medians)"
 
 
 @dataclass(frozen=True)
-class SinkRules:
-    """The rule of each kind of sink, and where it is from.
+class SinkRules(Record):
+    """The rule of each kind of sink, and where it is from: the one place that knows the order.
+
+    Given, published for this model, calibrated on samples or the gap rule, the generic definition.
 
     Attributes:
         v: The rule for V-sinks, on the states that feed the projector.
-        low: The rule for L-sinks, on what each LLM layer reads.
+        l_rule: The rule for L-sinks, on what each LLM layer reads.
         v_source: Where the V rule is from, in words.
         l_source: Where the L rule is from.
         calibration: The calibration, if one was made or given.
     """
 
     v: Detector
-    low: Detector
+    l_rule: Detector
     v_source: str
     l_source: str
     calibration: Calibration | None = None
@@ -187,7 +151,7 @@ class SinkRules:
 
     @classmethod
     def on_sample(
-        cls, lvlm: LVLM, sample: Sample, v: Any = None, low: Any = None, draws: float = DRAWS
+        cls, lvlm: LVLM, sample: Sample, v: Any = None, l_rule: Any = None, draws: float = DRAWS
     ) -> SinkRules:
         """Rules for one sample, which judges itself where nothing is given or published.
 
@@ -195,7 +159,7 @@ class SinkRules:
             lvlm: The model.
             sample: The sample.
             v: The rule for V-sinks, or None.
-            low: The rule for L-sinks, or None.
+            l_rule: The rule for L-sinks, or None.
             draws: Of `Gap`.
 
         Raises:
@@ -203,7 +167,7 @@ class SinkRules:
         """
         short = int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING
         last = (Massive(), GENERIC) if short else (Gap(draws=draws), "the gap rule on this sample")
-        return cls._in_order(lvlm, v, low, last, last)
+        return cls._in_order(lvlm, (v, l_rule), (last, last))
 
     @classmethod
     def on_others(
@@ -211,7 +175,7 @@ class SinkRules:
         lvlm: LVLM,
         samples: Callable[[], Sequence[Sample]],
         v: Any = None,
-        low: Any = None,
+        l_rule: Any = None,
         *,
         what: str = "",
         calibration: Calibration | None = None,
@@ -224,7 +188,7 @@ class SinkRules:
             lvlm: The model.
             samples: Makes the samples to calibrate on; called if that is needed.
             v: The rule for V-sinks, or None.
-            low: The rule for L-sinks, or None.
+            l_rule: The rule for L-sinks, or None.
             what: What the samples are, for the text; empty for their number.
             calibration: A calibration to take rules from, instead of making one.
             remote: See `LVLM.run`.
@@ -234,45 +198,25 @@ class SinkRules:
             DetectorError: If a rule is none.
             CalibrationError: If a calibration is needed and there is no sample.
         """
-        missing = _missing(lvlm, v, low)
+        given = zip(published(lvlm).items(), (v, l_rule), strict=True)
+        missing = [tower for (tower, known), rule in given if known is None and rule is None]
         if calibration is None and missing:
             calibration = calibrate(
                 lvlm, samples(), towers=missing, remote=remote, progress=progress
             )
         if calibration is None:
-            return cls._in_order(lvlm, v, low, None, None)
+            return cls._in_order(lvlm, (v, l_rule), (None, None))
         on = what or f"{calibration.n_samples} samples"
-        towers = (calibration.vision, calibration.language)
-        parts = [
+        last = [
             (tower.detector, f"calibrated on {on}" + ("" if tower.found else ", which show none"))
-            for tower in towers
+            for tower in (calibration.vision, calibration.language)
         ]
-        made = cls._in_order(lvlm, v, low, *parts)
-        return cls(made.v, made.low, made.v_source, made.l_source, calibration)
+        return replace(cls._in_order(lvlm, (v, l_rule), last), calibration=calibration)
 
     @classmethod
-    def _in_order(cls, lvlm: LVLM, v: Any, low: Any, last_v: Any, last_l: Any) -> SinkRules:
-        known = known_for(lvlm)
-        published: list[Any] = [None, None]
-        if known is not None and known.default:
-            source = f"published constants of {known.name}"
-            published = [
-                None if rule is None else (rule, source)
-                for rule in (known.v_detector, known.l_detector)
-            ]
-        rules = []
-        for given, constants, last in zip((v, low), published, (last_v, last_l), strict=True):
-            rules.append((given, "given") if given is not None else constants or last)
-        (chosen_v, v_source), (chosen_l, l_source) = rules
-        return cls(check_detector(chosen_v), check_detector(chosen_l), v_source, l_source)
-
-
-def _missing(lvlm: LVLM, v: Any, low: Any) -> list[str]:
-    """Towers whose rule is neither given nor published."""
-    known = known_for(lvlm)
-    if known is None or not known.default:
-        published: tuple[Any, Any] = (None, None)
-    else:
-        published = (known.v_detector, known.l_detector)
-    rules = {"vision": (v, published[0]), "language": (low, published[1])}
-    return [tower for tower, both in rules.items() if both == (None, None)]
+    def _in_order(cls, lvlm: LVLM, given: Sequence[Any], last: Sequence[Any]) -> SinkRules:
+        (v, v_source), (l_rule, l_source) = (
+            (rule, "given") if rule is not None else constants or at_last
+            for rule, constants, at_last in zip(given, published(lvlm).values(), last, strict=True)
+        )
+        return cls(check_detector(v), check_detector(l_rule), v_source, l_source)

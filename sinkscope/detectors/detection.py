@@ -1,9 +1,10 @@
-"""What a detector returns: the flagged tokens, why, and how much to trust it."""
+"""What a detector is and returns, and how detectors are run and compared."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,14 +12,45 @@ from torch import Tensor
 
 from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError, LayerError
-from sinkscope.results import Result, tidy
+from sinkscope.kernels.gating import reaches
+from sinkscope.protocols import Probe
+from sinkscope.results import Result
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sinkscope.anatomy.towers import TowerAnatomy
+    from sinkscope.models.inputs import Sample
+    from sinkscope.models.lvlm import LVLM, Run
+
 SATURATION = 0.2
 """A detector that flags more than this share of the image tokens is saturated."""
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Anything that flags tokens.
+
+    It may also have ``strict``, whether a score that equals its threshold is below it, and
+    ``also(result)``, a bool mask ``[batch layer pos]`` of what must hold besides.
+    """
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """What to measure; raises if the parameters cannot work on this tower."""
+        ...
+
+    def scores(self, result: Any) -> Tensor:
+        """The scores ``[batch layer pos]`` of a result."""
+        ...
+
+    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
+        """The threshold of every row and layer, ``[batch layer]``."""
+        ...
+
+    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
+        """The score to expect without any sink."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +61,16 @@ class Detection(Result):
         detector: The detector's description.
         tower: ``"language"`` or ``"vision"``.
         layers: The block indices, in order.
-        mask: Bool ``[batch layer pos]``; rows are images in the vision tower.
-        scores: Float ``[batch layer pos]``; NaN at padding.
-        threshold: Float ``[batch layer]``; infinite where the data give none.
+        mask: What is flagged; rows are images in the vision tower.
+        scores: NaN at padding.
+        threshold: Infinite where the data give none.
         null: The score to expect without any sink, see each detector.
-        visual: Bool ``[batch pos]``, which tokens are image tokens (patches in the ViT).
+        visual: Which tokens are image tokens (patches in the ViT).
         strict: Whether a score that equals its threshold is below it.
         warnings: What a reader must know before using the mask.
     """
 
+    columns: ClassVar[Mapping[str, str]] = {"score": "scores", "flagged": "mask"}
     detector: str
     tower: Tower
     layers: tuple[int, ...]
@@ -74,28 +107,138 @@ class Detection(Result):
         """Tokens flagged in at least one layer."""
         return self.mask.any(dim=1)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, pos, score, flagged."""
-        table = tidy({"score": self.scores}, ("batch", "layer", "pos"), {"layer": self.layers})
-        return table.assign(flagged=self.mask[~self.scores.isnan()].numpy())
 
+def decide(
+    detector: Any, result: Any, visual: Tensor, live: Tensor, tower: Tower, anatomy: TowerAnatomy
+) -> Detection:
+    """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged.
 
-def saturation_warning(detection: Detection) -> Detection:
-    """The same detection with a warning if it flags over 20 % of the image tokens."""
-    if not detection.saturated:
-        return detection
-    from dataclasses import replace
-
-    worst = detection.fraction.amax(dim=0)
-    layers = [
-        layer for layer, f in zip(detection.layers, worst.tolist(), strict=True) if f > SATURATION
-    ]
+    Args:
+        detector: The detector whose probe made the result.
+        result: The probe's result.
+        visual: Bool ``[batch pos]`` image tokens.
+        live: Bool ``[batch pos]``.
+        tower: The tower.
+        anatomy: Its anatomy.
+    """
+    scores, strict = detector.scores(result), getattr(detector, "strict", False)
+    limit = detector.thresholds(result, scores)
+    above = reaches(scores, limit[..., None], strict)
+    if getattr(detector, "also", None) is not None:
+        above = above & detector.also(result)
+    found = Detection(
+        detector=repr(detector),
+        tower=tower,
+        layers=result.layers,
+        mask=above & live[:, None],
+        scores=scores,
+        threshold=limit,
+        null=detector.null(result, anatomy),
+        visual=visual,
+        strict=strict,
+    )
+    if not found.saturated:
+        return found
+    worst = found.fraction.amax(dim=0)
+    layers = [found.layers[i] for i in (worst > SATURATION).nonzero().flatten().tolist()]
     text = (
-        f"{detection.detector} flags up to {float(worst.max()):.0%} of the image tokens in the "
-        f"{detection.tower} tower (layers {layers}): over {SATURATION:.0%} it finds no sinks but "
+        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the "
+        f"{tower} tower (layers {layers}): over {SATURATION:.0%} it finds no sinks but "
         "the scale of the model. Calibrate with ss.calibrate(lvlm, samples) or compare detectors."
     )
-    return replace(detection, warnings=(*detection.warnings, text))
+    return replace(found, warnings=(text,))
+
+
+def expected_peak(n: int) -> float:
+    """``E max of n |N(0, 1)|``: the null of a largest normalised channel among ``n``."""
+    t = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    return float(torch.trapezoid(1 - torch.erf(t / 2**0.5) ** n, t))
+
+
+def check_detector(detector: Any) -> Detector:
+    """The detector itself.
+
+    Raises:
+        DetectorError: If it is none.
+    """
+    if isinstance(detector, type) or not isinstance(detector, Detector):
+        raise DetectorError(
+            f"Got {detector!r} as detector; expected an object such as "
+            "ss.detectors.SinkDimensions([1415, 2533], tau=20) or ss.detectors.Norm('valley')."
+        )
+    return detector
+
+
+def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
+    """Image tokens and live tokens of a tower, bool ``[batch pos]``."""
+    if tower == "vision":
+        return sample.tokens.vision.select("patch"), sample.tokens.vision.live
+    return sample.tokens.image >= 0, sample.tokens.live
+
+
+def decided(detector: Detector, run: Run, probe: Any, lvlm: LVLM, sample: Sample) -> Detection:
+    """The detection of a probe that already ran."""
+    visual, live = visual_tokens(sample, probe.tower)
+    anatomy = lvlm.anatomy.tower(probe.tower)
+    return decide(detector, run[probe], visual, live, probe.tower, anatomy)
+
+
+def detect(
+    lvlm: LVLM,
+    sample: Sample,
+    detector: Detector,
+    *,
+    tower: Tower = "language",
+    layers: Any = None,
+    remote: bool | str | None = None,
+) -> Detection:
+    """Run one detector.
+
+    Args:
+        lvlm: The model.
+        sample: The sample.
+        detector: The detector.
+        tower: Where to look. States are judged on ``resid_pre`` in the language tower (what the
+            block's attention reads) and on ``resid_post`` in the vision tower.
+        layers: Block indices, or None for all.
+        remote: See `LVLM.run`.
+
+    Raises:
+        DetectorError: If the detector cannot work on this tower.
+    """
+    found = detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)
+    return found["it"]
+
+
+def detect_all(
+    lvlm: LVLM,
+    sample: Sample,
+    detectors: Mapping[str, Detector],
+    *,
+    tower: Tower = "language",
+    layers: Any = None,
+    remote: bool | str | None = None,
+) -> dict[str, Detection]:
+    """Run several detectors in one forward pass; arguments and errors as in `detect`.
+
+    Args:
+        lvlm: The model.
+        sample: The sample.
+        detectors: Name -> detector.
+        tower: Where to look.
+        layers: Block indices, or None for all.
+        remote: See `LVLM.run`.
+
+    Returns:
+        Name -> detection.
+    """
+    anatomy = lvlm.anatomy.tower(tower)
+    probes = {
+        name: check_detector(detector).probe(tower, layers, anatomy)
+        for name, detector in detectors.items()
+    }
+    run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
+    return {name: decided(detectors[name], run, p, lvlm, sample) for name, p in probes.items()}
 
 
 def jaccard(one: Detection, other: Detection) -> float:
@@ -114,7 +257,31 @@ def jaccard(one: Detection, other: Detection) -> float:
     return 1.0 if union == 0 else (one.mask & other.mask).sum().item() / union
 
 
-def expected_peak(n: int) -> float:
-    """``E max of n |N(0, 1)|``: the null of a largest normalised channel among ``n``."""
-    t = torch.linspace(0, 12, 24001, dtype=torch.float64)
-    return float(torch.trapezoid(1 - torch.erf(t / 2**0.5) ** n, t))
+def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
+    """Pairwise Jaccard index of detections of the same sample, tower and layers.
+
+    Args:
+        detections: Name -> detection, or a list.
+
+    Returns:
+        A square table in [0, 1]; two empty detections agree fully.
+
+    Raises:
+        DetectorError: If they looked at other tokens or layers, or are no detections; or if two of a
+            list have the same name.
+    """
+    import pandas as pd
+
+    listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
+    for one in listed:
+        if not isinstance(one, Detection):
+            raise DetectorError(f"Got {type(one).__name__}; expected what ss.detect(...) returns.")
+    if not isinstance(detections, Mapping):
+        detections = {one.detector: one for one in listed}
+    if len(detections) < len(listed):
+        raise DetectorError(
+            f"Got {len(listed)} detections with {len(detections)} names; expected a name for each. "
+            "Write agreement({'a': one, 'b': other})."
+        )
+    table = [[jaccard(one, other) for other in listed] for one in listed]
+    return pd.DataFrame(table, index=[*detections], columns=[*detections])

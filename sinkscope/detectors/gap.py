@@ -1,4 +1,4 @@
-"""The gap rule: a sink stands apart from the other tokens of its layer, and draws attention there."""
+"""Rules by layer: a gap to the other tokens of the layer, or a limit for each layer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkscope.checks import is_number
-from sinkscope.detectors.detection import expected_peak
-from sinkscope.detectors.rules import check_strict
+from sinkscope.checks import check_choice, check_number, is_number
+from sinkscope.detectors.detection import Detector, expected_peak
+from sinkscope.detectors.rules import STATE_SITE, Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
+from sinkscope.probes import MassiveActivations, SinkDimensionScores
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
@@ -24,7 +25,7 @@ GAP, MEDIANS, DRAWS, GROWTH = 3.0, 20.0, 0.06, 2.0
 
 
 @dataclass(frozen=True)
-class Gap:
+class Gap(Rule):
     """Tokens that spike *and* draw attention, judged on the sample itself; no constant of a model.
 
     In a layer, a token **spikes** if its largest ``|h|`` is at least ``gap`` times the upper quartile of
@@ -51,15 +52,10 @@ class Gap:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        positive = all(is_number(number, above=0) for number in (self.medians, self.growth))
-        share = is_number(self.draws, above=0, below=1)
-        if not (is_number(self.gap, above=1) and positive and share):
-            raise DetectorError(
-                f"Got gap={self.gap!r}, medians={self.medians!r}, draws={self.draws!r}, growth={self.growth!r}; "
-                "expected a gap above 1, positive medians and growth, and a share of attention between 0 "
-                "and 1. Write ss.detectors.Gap() for the default."
-            )
-        check_strict(self)
+        check_number(above=1, gap=self.gap, error=DetectorError)
+        check_number(above=0, medians=self.medians, growth=self.growth, error=DetectorError)
+        check_number(above=0, below=1, draws=self.draws, error=DetectorError)
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Spikes and attention."""
@@ -95,9 +91,96 @@ class Gap:
         return expected_peak(anatomy.d_model) / 0.6745
 
 
-NAMED = 3
+SCORES = ("channels", "ratio", "absolute")
 
-"""Tokens that a sentence names."""
+
+@dataclass(frozen=True)
+class Limits(Rule):
+    """Tokens whose score reaches the limit of their layer.
+
+    Args:
+        score: ``"channels"``: largest ``|h|`` on the sink channels, divided by the token's RMS;
+            ``"ratio"``: largest ``|h|`` over the layer's median; ``"absolute"``: largest ``|h|``.
+        limits: One per block of the tower; infinity where the layer has no sink.
+        dims: The sink channels, for ``"channels"``.
+    """
+
+    score: str
+    limits: Sequence[float]
+    dims: Sequence[int] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(SCORES, score=self.score, error=DetectorError)
+        if (self.score == "channels") != bool(len(self.dims)):
+            raise DetectorError(
+                f"Got score={self.score!r} with dims={tuple(self.dims)}; expected channels for 'channels' "
+                "only. Limits come from ss.calibrate(lvlm, samples)."
+            )
+        if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
+            raise DetectorError(
+                f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
+                "is no sink. Limits come from ss.calibrate(lvlm, samples)."
+            )
+        super().__post_init__()
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """What the score is made of.
+
+        Raises:
+            DetectorError: If there is not one limit per block.
+        """
+        if len(self.limits) != anatomy.n_layers:
+            raise DetectorError(
+                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
+                "expected a positive one per block. Limits belong to one model: run "
+                "ss.calibrate(lvlm, samples) for this one."
+            )
+        if self.score == "channels":
+            return SinkDimensionScores(tuple(self.dims), layers, tower, "rms", STATE_SITE[tower])
+        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
+
+    def scores(self, result: Any) -> Tensor:
+        """The score of every token."""
+        if self.score == "channels":
+            return result.scores
+        return result.ratio() if self.score == "ratio" else result.values[..., 0].abs()
+
+    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
+        """The limits of the layers that were read."""
+        limits = torch.tensor([float(self.limits[layer]) for layer in result.layers])
+        return limits[None].expand(scores.shape[0], -1)
+
+    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
+        """What an isotropic state shows, as for `SinkDimensions` and `Massive`."""
+        return self._like(1.0).null(result, anatomy) / (
+            float(result.median.nanmean()) if self.score == "ratio" else 1.0
+        )
+
+    def at(self, layer: int) -> Detector:
+        """The rule of one layer as a detector with one number, for gates, which judge in one layer."""
+        limit = float(self.limits[layer])
+        return NoSinks("no sink in this layer") if limit == float("inf") else self._like(limit)
+
+    def _like(self, limit: float) -> Detector:
+        return one_number(self.score, tuple(self.dims), limit, strict=False)
+
+    def __repr__(self) -> str:
+        known = [limit for limit in self.limits if limit != float("inf")]
+        span = f"{min(known):.3g} to {max(known):.3g}" if known else "none"
+        dims = f", dims={tuple(self.dims)}" if len(self.dims) else ""
+        return f"Limits({self.score!r}, {span} in {len(known)} of {len(self.limits)} layers{dims})"
+
+
+def one_number(score: str, dims: tuple[int, ...], limit: float, *, strict: bool = True) -> Detector:
+    """The detector of one score and one threshold for all layers; ``strict`` is for channels."""
+    if score == "channels":
+        return SinkDimensions(dims, limit, "rms", strict=strict)
+    return Massive(0.0, limit) if score == "ratio" else Massive(limit, 0.0)
+
+
+At = tuple[int, int, int]
+"""A token: sample, row, position."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +193,8 @@ class Outcome:
         text: The same in words.
     """
 
-    spiking: tuple[tuple[int, int, int], ...]
-    drawing: tuple[tuple[int, int, int], ...]
+    spiking: tuple[At, ...]
+    drawing: tuple[At, ...]
     text: str
 
 
@@ -130,77 +213,53 @@ def outcome_of(
         name: ``(sample, row, position) -> what to call the token``; None for its position.
     """
     called = name or (lambda sample, row, pos: f"position {pos}")
-    spiking = _tokens([rule.spikes_in(one) for one in evidence])
-    drawing = _tokens([rule.draws_in(one) & one.judged[:, None] for one in evidence])
-    noun = "patch" if tower == "vision" else "token"
-    parts = []
+    one, many = ("patch", "patches") if tower == "vision" else ("token", "tokens")
+    spiking = _tokens([rule.spikes_in(seen) for seen in evidence])
+    drawing = _tokens([rule.draws_in(seen) & seen.judged[:, None] for seen in evidence])
     if spiking:
-        largest = {at: _peak(evidence, at) for at in spiking}
-        parts.append(_listed(spiking, largest, called, noun, "spike", "medians"))
+        sizes = [float(evidence[s].medians()[r, :, p].nan_to_num().max()) for s, r, p in spiking]
+        verb = f"1 {one} spikes" if len(spiking) == 1 else f"{len(spiking)} {many} spike"
+        parts = [f"{verb}: {_listed(spiking, sizes, called, '{:.0f} medians')}"]
     else:
         medians, times, grown = _largest_spike(rule, evidence)
         came = "" if grown else ", and came with the embeddings"
-        parts.append(
-            f"no {noun} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
+        parts = [
+            f"no {one} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
             f"quartile of its layer{came}, where a spike has {rule.medians:g} and {rule.gap:g}"
-        )
+        ]
     if drawing:
-        most = {at: _most_drawn(evidence, at) for at in drawing}
-        parts.append(_listed(drawing, most, called, noun, "draw attention", "beyond uniform"))
-    else:
+        sizes = [float(evidence[s].drawn()[r, :, p].nan_to_num().max()) for s, r, p in drawing]
+        verb = f"1 {one} draws" if len(drawing) == 1 else f"{len(drawing)} {many} draw"
         parts.append(
-            f"no {noun} draws: the most that a head gives one beyond uniform attention is "
-            f"{_most(evidence):.3f}, where a sink has {rule.draws:g}"
+            f"{verb} attention: {_listed(drawing, sizes, called, '{:.2f} beyond uniform')}"
+        )
+    else:
+        most = max(float(_judged(seen, seen.drawn()).max()) for seen in evidence)
+        parts.append(
+            f"no {one} draws: the most that a head gives one beyond uniform attention is "
+            f"{most:.3f}, where a sink has {rule.draws:g}"
         )
     if spiking and drawing:
         parts.append("none does both in one layer")
     return Outcome(spiking, drawing, "; ".join(parts))
 
 
-def _tokens(masks: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+def _tokens(masks: Sequence[Tensor]) -> tuple[At, ...]:
     """Tokens that are True in some layer."""
-    found = []
-    for sample, mask in enumerate(masks):
-        found += [(sample, row, pos) for row, pos in mask.any(dim=1).nonzero().tolist()]
-    return tuple(found)
+    return tuple(
+        (sample, row, pos)
+        for sample, mask in enumerate(masks)
+        for row, pos in mask.any(dim=1).nonzero().tolist()
+    )
 
 
 def _listed(
-    tokens: Sequence[tuple[int, int, int]],
-    sizes: dict[tuple[int, int, int], float],
-    called: Callable[[int, int, int], str],
-    noun: str,
-    verb: str,
-    unit: str,
+    tokens: Sequence[At], sizes: Sequence[float], called: Callable[..., str], unit: str
 ) -> str:
-    """``2 tokens spike: position 1 (208 medians), ...``, the largest first."""
-    ranked = sorted(tokens, key=lambda at: -sizes[at])
-    digits = 0 if unit == "medians" else 2
-    some = [f"{called(*at)} ({sizes[at]:.{digits}f} {unit})" for at in ranked[:NAMED]]
-    more = f" and {len(ranked) - NAMED} more" if len(ranked) > NAMED else ""
-    many = (
-        f"1 {noun} {_third(verb)}" if len(ranked) == 1 else f"{len(ranked)} {_plural(noun)} {verb}"
-    )
-    return f"{many}: {', '.join(some)}{more}"
-
-
-def _third(verb: str) -> str:
-    first, *rest = verb.split(" ")
-    return " ".join([first + "s", *rest])
-
-
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("ch") else "s")
-
-
-def _peak(evidence: Sequence[EvidenceResult], at: tuple[int, int, int]) -> float:
-    sample, row, pos = at
-    return float(evidence[sample].medians()[row, :, pos].nan_to_num().max())
-
-
-def _most_drawn(evidence: Sequence[EvidenceResult], at: tuple[int, int, int]) -> float:
-    sample, row, pos = at
-    return float(evidence[sample].drawn()[row, :, pos].nan_to_num().max())
+    """``position 1 (208 medians), ...``: the three largest first, and how many more."""
+    ranked = sorted(zip(sizes, tokens, strict=True), key=lambda pair: -pair[0])
+    some = [f"{called(*at)} ({unit.format(size)})" for size, at in ranked[:3]]
+    return ", ".join(some) + (f" and {len(ranked) - 3} more" if len(ranked) > 3 else "")
 
 
 def _judged(one: EvidenceResult, values: Tensor) -> Tensor:
@@ -219,7 +278,3 @@ def _largest_spike(rule: Gap, evidence: Sequence[EvidenceResult]) -> tuple[float
         found = float(one.medians().flatten()[at]), float(times.flatten()[at]), grown
         best = max(best, found, key=lambda three: three[1])
     return best
-
-
-def _most(evidence: Sequence[EvidenceResult]) -> float:
-    return max(float(_judged(one, one.drawn()).max()) for one in evidence)

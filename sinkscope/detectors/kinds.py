@@ -1,29 +1,25 @@
-"""VisionTokens: ViT tokens by their kind, for a sink that draws attention and has no spike.
-
-Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does. A
-gate cannot ask for attention inside its pass, but it can name the token.
-"""
+"""Tokens chosen by kind or by chance, and detectors as the plain data that a gate holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.checks import is_whole
-from sinkscope.errors import DetectorError, nearest
+from sinkscope.checks import check_choice, is_whole, plain
+from sinkscope.detectors.rules import STATE_SITE, Rule
+from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.probes import MassiveActivations, Probe
-from sinkscope.results import Result, mask_padding, tidy
+from sinkscope.results import Record, Result, mask_padding
+from sinkscope.results.saving import KNOWN
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from sinkscope.anatomy.context import Context
     from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
     from sinkscope.protocols import Read
@@ -33,11 +29,13 @@ KINDS = ("cls", "register")
 
 
 @dataclass(frozen=True)
-class VisionTokens:
+class VisionTokens(Rule):
     """ViT tokens of one kind that the projector keeps: CLS, or registers.
 
-    The score is 1 at such a token and 0 elsewhere; the null is 0. It states which token is meant and
-    measures nothing: first see with `Received` that this token draws attention in your model.
+    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states
+    does. A gate cannot ask for attention inside its pass, but it can name the token. The score is 1 at
+    such a token and 0 elsewhere; the null is 0. It states which token is meant and measures nothing:
+    first see with `Received` that this token draws attention in your model.
 
     Args:
         kind: ``"cls"`` or ``"register"``.
@@ -46,10 +44,7 @@ class VisionTokens:
     kind: str = "cls"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise DetectorError(
-                f"Got kind={self.kind!r}; expected one of {KINDS}. {nearest(str(self.kind), KINDS)}"
-            )
+        check_choice(KINDS, kind=self.kind, error=DetectorError)
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """The kinds of the tokens; nothing of the pass is read.
@@ -65,10 +60,6 @@ class VisionTokens:
             )
         return _KindProbe(self.kind, layers)
 
-    def scores(self, result: Any) -> Tensor:
-        """1 at tokens of the kind, 0 elsewhere."""
-        return result.scores
-
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """Between 0 and 1."""
         return torch.full(scores.shape[:2], 0.5)
@@ -76,6 +67,10 @@ class VisionTokens:
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """0: without such a token nothing is flagged."""
         return 0.0
+
+    def rule(self) -> dict[str, Any]:
+        """See `Rule.rule`."""
+        return {"how": "all"}
 
 
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
@@ -115,16 +110,7 @@ def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
 
 
 def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
-    """Refuse a kind that does not reach the language model.
-
-    Args:
-        kind: One of `KINDS`.
-        there: Whether the vision tower has such tokens.
-        kept: Whether the projector passes them on.
-
-    Raises:
-        DetectorError: If it does not.
-    """
+    """Refuse a kind that the vision tower does not have, or whose tokens the projector drops."""
     if kept:
         return
     why = "whose projector drops it" if there else "whose vision tower has no such token"
@@ -138,18 +124,15 @@ def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Kinds(Result):
-    """Float scores ``[image layer pos]`` of 0 and 1, NaN at padding, at the block indices ``layers``."""
+    """Scores of 0 and 1, NaN at padding."""
 
-    scores: Float[Tensor, "image layer pos"]
+    columns: ClassVar[Mapping[str, str]] = {"score": "scores"}
+    scores: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, pos, score."""
-        return tidy({"score": self.scores}, ("batch", "layer", "pos"), {"layer": self.layers})
 
 
 @dataclass(frozen=True, eq=False)
-class _KindProbe:
+class _KindProbe(Record):
     """The kinds of ViT tokens, as a probe that reads nothing."""
 
     kind: str
@@ -170,7 +153,7 @@ class _KindProbe:
 
 
 @dataclass(frozen=True)
-class RandomTokens:
+class RandomTokens(Rule):
     """As many tokens as one likes, chosen by a hash: the control for a detector.
 
     The choice differs from image to image and is the same whenever an image is seen again. It is a
@@ -191,20 +174,17 @@ class RandomTokens:
             raise DetectorError(
                 f"Got count={self.count!r}, seed={self.seed!r}; expected whole numbers, the count 1 or more."
             )
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """The largest channel of every token."""
-        from sinkscope.detectors.rules import STATE_SITE
-
         return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
         """Minus the rank of the hash; NaN at padding."""
         live = ~result.values[..., 0].isnan()
-        peaks = result.channels[..., 0]
-        ranks = torch.stack(
-            [hashed(peaks[:, i], live[:, i], self.seed) for i in range(peaks.shape[1])], dim=1
-        )
+        layers = zip(result.channels[..., 0].unbind(1), live.unbind(1), strict=True)
+        ranks = torch.stack([hashed(peaks, alive, self.seed) for peaks, alive in layers], dim=1)
         return (-ranks.float()).masked_fill(~live, float("nan"))
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
@@ -214,3 +194,54 @@ class RandomTokens:
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """Minus the mean rank."""
         return -(result.values.shape[2] - 1) / 2
+
+    def rule(self) -> dict[str, Any]:
+        """See `Rule.rule`."""
+        return {"how": "random", "count": self.count, "seed": self.seed}
+
+
+def _alone() -> dict[str, type[Rule]]:
+    """Rules that judge every token by itself, so that they can run inside a pass."""
+    ours = (cls for name, cls in KNOWN.items() if "." not in name and issubclass(cls, Rule))
+    return {cls.__name__: cls for cls in ours if cls.rule is not Rule.rule}
+
+
+def describe(detector: Any) -> dict[str, Any]:
+    """A detector as plain data, for a gate.
+
+    Raises:
+        DetectorError: If it judges tokens by one another, or by attention.
+    """
+    name = type(detector).__name__
+    if _alone().get(name) is not type(detector) or detector.rule() is None:
+        raise DetectorError(
+            f"Got {detector!r} for a gate; expected a rule that judges every token by itself, "
+            f"because it runs inside the pass: one of {sorted(_alone())} with numbers. Write "
+            "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0); where the ViT's sink "
+            "is CLS, which attention finds and no state shows, ss.detectors.VisionTokens('cls')."
+        )
+    out = {f.name: plain(getattr(detector, f.name)) for f in fields(detector)}
+    if "dims" in out:
+        out["dims"] = [int(dim) for dim in out["dims"]]
+    return {"name": name, **out}
+
+
+def detector_of(data: Mapping[str, Any]) -> Any:
+    """The detector of `describe`.
+
+    Raises:
+        DetectorError: If it is unknown.
+    """
+    given, known = dict(data), _alone()
+    name = given.pop("name", None)
+    if name not in known:
+        raise DetectorError(f"Got the detector {name!r}; expected one of {sorted(known)}.")
+    try:
+        return known[name](**given)
+    except TypeError as error:
+        raise DetectorError(f"Got {given} for {name}: {error}.") from error
+
+
+def rule_of(data: Mapping[str, Any]) -> Any:
+    """The rule of `sinkscope.kernels.gating` for the plain data of `describe`."""
+    return detector_of(data).rule()

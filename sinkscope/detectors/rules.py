@@ -1,23 +1,21 @@
-"""Detectors: published rules that turn scores into sink tokens.
-
-Each is a frozen record with two methods: ``probe(tower, layers, tower_anatomy)`` says what to
-measure and ``decide(result, ...)`` flags tokens. All can be used alone (``detect``) or inside
-`sinkscope.trace_sinks`.
-"""
+"""Published rules that turn scores into sink tokens, alone (`detect`) or in `sinkscope.trace_sinks`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import is_number, is_whole
-from sinkscope.detectors.detection import Detection, expected_peak, saturation_warning
+from sinkscope.checks import check_choice, check_number, is_whole
+from sinkscope.detectors.detection import Detector as Detector
+from sinkscope.detectors.detection import decide as decide
+from sinkscope.detectors.detection import expected_peak
 from sinkscope.errors import DetectorError
+from sinkscope.kernels.gating import reaches
 from sinkscope.probes import (
     CosineToFirst,
     MassiveActivations,
@@ -27,92 +25,44 @@ from sinkscope.probes import (
     TokenNorms,
 )
 from sinkscope.probes.evidence import SITES as STATE_SITE
+from sinkscope.results import Record
 from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.towers import TowerAnatomy
 
 
-@runtime_checkable
-class Detector(Protocol):
-    """Anything that flags tokens."""
+class Rule(Record):
+    """The base of the detectors of this room: one field of a probe's result against one number.
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """What to measure; raises if the parameters cannot work on this tower."""
-        ...
+    Attributes:
+        score_field: The field of the result.
+        limit_field: The field of the rule with the threshold.
+    """
+
+    score_field: ClassVar[str] = "scores"
+    limit_field: ClassVar[str] = "tau"
+
+    def __post_init__(self) -> None:
+        strict = getattr(self, "strict", False)
+        if not isinstance(strict, bool):
+            raise DetectorError(f"Got strict={strict!r}; expected True or False.")
 
     def scores(self, result: Any) -> Tensor:
         """The scores ``[batch layer pos]`` of a result."""
-        ...
+        return getattr(result, self.score_field)
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """The threshold of every row and layer, ``[batch layer]``."""
-        ...
+        """The threshold of every row and layer."""
+        return torch.full(scores.shape[:2], float(getattr(self, self.limit_field)))
 
-    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """The score to expect without any sink."""
-        ...
-
-
-def decide(
-    detector: Any,
-    result: Any,
-    visual: Tensor,
-    live: Tensor,
-    tower: Tower,
-    anatomy: TowerAnatomy,
-) -> Detection:
-    """Flag tokens of a result.
-
-    Args:
-        detector: The detector whose probe made the result.
-        result: The probe's result.
-        visual: Bool ``[batch pos]`` image tokens.
-        live: Bool ``[batch pos]``.
-        tower: The tower.
-        anatomy: Its anatomy.
-
-    Returns:
-        The detection, with a warning if it is saturated.
-    """
-    scores = detector.scores(result)
-    limit = detector.thresholds(result, scores)
-    strict = getattr(detector, "strict", False)
-    above = scores > limit[..., None] if strict else scores >= limit[..., None]
-    extra = getattr(detector, "also", None)
-    if extra is not None:
-        above = above & extra(result)
-    detection = Detection(
-        detector=repr(detector),
-        tower=tower,
-        layers=result.layers,
-        mask=above & live[:, None],
-        scores=scores,
-        threshold=limit,
-        null=detector.null(result, anatomy),
-        visual=visual,
-        strict=strict,
-    )
-    return saturation_warning(detection)
-
-
-def check_strict(detector: Any) -> None:
-    """Refuse a ``strict`` that is no bool.
-
-    Raises:
-        DetectorError: If so.
-    """
-    if not isinstance(detector.strict, bool):
-        raise DetectorError(f"Got strict={detector.strict!r}; expected True or False.")
-
-
-def constant(scores: Tensor, value: float) -> Tensor:
-    """One threshold for every row and layer."""
-    return torch.full(scores.shape[:2], float(value))
+    def rule(self) -> dict[str, Any] | None:
+        """The rule as `sinkscope.kernels.gating` takes it; None if tokens are not judged alone."""
+        return None
 
 
 @dataclass(frozen=True)
-class SinkDimensions:
+class SinkDimensions(Rule):
     """Tokens whose sink-dimension value exceeds tau (Kang et al. 2503.03321; Choi et al. 2604.03316).
 
     Null: the expected score of an isotropic state (with RMS), or 0 (raw, which has no scale).
@@ -135,11 +85,9 @@ class SinkDimensions:
         dims = () if isinstance(self.dims, (str, Real)) else tuple(self.dims)
         if not dims or not all(is_whole(dim, 0) for dim in dims):
             raise DetectorError(f"Got dims={self.dims!r}; expected channels, such as [1415, 2533].")
-        if not is_number(self.tau, above=0):
-            raise DetectorError(f"Got tau={self.tau!r}; expected a positive threshold, such as 20.")
-        if self.normalize not in ("rms", "none"):
-            raise DetectorError(f"Got normalize={self.normalize!r}; expected 'rms' or 'none'.")
-        check_strict(self)
+        check_number(above=0, tau=self.tau, error=DetectorError)
+        check_choice(("rms", "none"), normalize=self.normalize, error=DetectorError)
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Sink-dimension scores.
@@ -155,25 +103,22 @@ class SinkDimensions:
                 "largest possible score. Published thresholds belong to wide models: run "
                 "ss.calibrate(lvlm, samples) for this one."
             )
-        return SinkDimensionScores(
-            tuple(self.dims), layers, tower, self.normalize, STATE_SITE[tower]
-        )
-
-    def scores(self, result: Any) -> Tensor:
-        """The probe's scores."""
-        return result.scores
-
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """Tau everywhere."""
-        return constant(scores, self.tau)
+        site = STATE_SITE[tower]
+        return SinkDimensionScores(tuple(self.dims), layers, tower, self.normalize, site)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """``E max of |dims| half-normals``."""
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
+    def rule(self) -> dict[str, Any]:
+        """See `Rule.rule`."""
+        rms, dims = self.normalize == "rms", [int(dim) for dim in self.dims]
+        tau = float(self.tau)
+        return {"how": "dims", "dims": dims, "tau": tau, "rms": rms, "strict": self.strict}
+
 
 @dataclass(frozen=True)
-class Massive:
+class Massive(Rule):
     """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762).
 
     The score is ``max |h|``; the null is the peak-to-median ratio of an isotropic state times the
@@ -184,17 +129,14 @@ class Massive:
         ratio: Least multiple of the median ``|h|`` of the layer.
     """
 
+    limit_field: ClassVar[str] = "absolute"
     absolute: float = 100.0
     ratio: float = 1000.0
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if not (is_number(self.absolute, 0) and is_number(self.ratio, 0)):
-            raise DetectorError(
-                f"Got absolute={self.absolute!r}, ratio={self.ratio!r}; expected two numbers from 0 on, "
-                "such as absolute=100, ratio=1000."
-            )
-        check_strict(self)
+        check_number(0, absolute=self.absolute, ratio=self.ratio, error=DetectorError)
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """The largest channel of every token."""
@@ -204,21 +146,36 @@ class Massive:
         """``max |h|``."""
         return result.values[..., 0].abs()
 
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """The absolute limit; the ratio is checked beside it."""
-        return constant(scores, self.absolute)
-
     def also(self, result: Any) -> Tensor:
         """Whether the ratio holds too."""
-        return result.ratio() >= self.ratio
+        return reaches(result.ratio(), self.ratio)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """Peak over median of D half-normals, times the mean median."""
         return expected_peak(anatomy.d_model) / 0.6745 * float(result.median.nanmean())
 
+    def rule(self) -> dict[str, Any]:
+        """See `Rule.rule`."""
+        limits = {"absolute": float(self.absolute), "ratio": float(self.ratio)}
+        return {"how": "massive", **limits, "strict": self.strict}
+
+
+class NormRule(Rule):
+    """A rule on token norms; the null is the median norm."""
+
+    score_field: ClassVar[str] = "norms"
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """Token norms."""
+        return TokenNorms(layers, tower, STATE_SITE[tower])
+
+    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
+        """The median norm."""
+        return float(result.norms.nanmedian())
+
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(NormRule):
     """High-norm tokens, as in ViT registers (2309.16588) and DIYSink's CLIP rule (2510.08510).
 
     The score is the L2 norm; the null is the median norm.
@@ -235,26 +192,16 @@ class Norm:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.tau not in ("valley", "3sigma") and not is_number(self.tau, above=0):
-            raise DetectorError(
-                f"Got tau={self.tau!r}; expected a positive number, 'valley' or '3sigma'."
-            )
-        if not is_number(self.gap, least=1):
-            raise DetectorError(f"Got gap={self.gap!r}; expected a ratio from 1 on, such as 1.5.")
-        check_strict(self)
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Token norms."""
-        return TokenNorms(layers, tower, STATE_SITE[tower])
-
-    def scores(self, result: Any) -> Tensor:
-        """The norms."""
-        return result.norms
+        if self.tau not in ("valley", "3sigma"):
+            hint = "Or write 'valley' or '3sigma'."
+            check_number(above=0, tau=self.tau, error=DetectorError, hint=hint)
+        check_number(1, gap=self.gap, error=DetectorError)
+        super().__post_init__()
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """A constant, or one per row and layer."""
         if not isinstance(self.tau, str):
-            return constant(scores, self.tau)
+            return super().thresholds(result, scores)
         rule = self._valley if self.tau == "valley" else _three_sigma
         return torch.stack(
             [torch.stack([rule(line[~line.isnan()]) for line in row]) for row in scores]
@@ -271,9 +218,11 @@ class Norm:
             return torch.tensor(float("inf"))
         return ((upper[at] + upper[at + 1]) / 2).exp()
 
-    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """The median norm."""
-        return float(result.norms.nanmedian())
+    def rule(self) -> dict[str, Any] | None:
+        """See `Rule.rule`; None for ``"valley"`` and ``"3sigma"``."""
+        if isinstance(self.tau, str):
+            return None
+        return {"how": "norm", "tau": float(self.tau), "strict": self.strict}
 
 
 def _three_sigma(norms: Tensor) -> Tensor:
@@ -282,7 +231,7 @@ def _three_sigma(norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Received:
+class Received(Rule):
     """Tokens that receive more than epsilon of the attention of the queries that see them.
 
     Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform
@@ -301,16 +250,11 @@ class Received:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if self.heads not in ("max", "mean"):
-            raise DetectorError(f"Got heads={self.heads!r}; expected 'max' or 'mean'.")
-        if not is_number(self.eps, above=0, below=1):
-            raise DetectorError(f"Got eps={self.eps!r}; expected a share between 0 and 1.")
-        if self.times_null is not None and not is_number(self.times_null, above=0):
-            raise DetectorError(
-                f"Got times_null={self.times_null!r}; expected a positive multiple of uniform attention, "
-                "such as 5."
-            )
-        check_strict(self)
+        check_choice(("max", "mean"), heads=self.heads, error=DetectorError)
+        check_number(above=0, below=1, eps=self.eps, error=DetectorError)
+        if self.times_null is not None:
+            check_number(above=0, times_null=self.times_null, error=DetectorError)
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Received attention."""
@@ -323,7 +267,8 @@ class Received:
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """Epsilon, or the multiple."""
-        return constant(scores, self.eps if self.times_null is None else self.times_null)
+        limit = self.eps if self.times_null is None else self.times_null
+        return torch.full(scores.shape[:2], float(limit))
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """The mean null, or 1 if scores are multiples of it."""
@@ -331,7 +276,7 @@ class Received:
 
 
 @dataclass(frozen=True)
-class CosineToBOS:
+class CosineToBOS(Rule):
     """Tokens whose state points the way of the first token's (secondary sinks).
 
     The first token itself is always flagged. Null: ``E |cos|`` of random directions.
@@ -340,25 +285,17 @@ class CosineToBOS:
         threshold: Least absolute cosine.
     """
 
+    limit_field: ClassVar[str] = "threshold"
     threshold: float = 0.9
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.threshold, above=0, below=1):
-            raise DetectorError(f"Got threshold={self.threshold!r}; expected between 0 and 1.")
-        check_strict(self)
+        check_number(above=0, below=1, threshold=self.threshold, error=DetectorError)
+        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Cosine to the first token."""
         return CosineToFirst(layers, tower, STATE_SITE[tower])
-
-    def scores(self, result: Any) -> Tensor:
-        """The cosines."""
-        return result.scores
-
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """The threshold everywhere."""
-        return constant(scores, self.threshold)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """``sqrt(2 / (pi D))``."""
@@ -366,7 +303,7 @@ class CosineToBOS:
 
 
 @dataclass(frozen=True)
-class NoSinks:
+class NoSinks(NormRule):
     """Flags nothing: what calibration returns for a tower in which it found no sink.
 
     Args:
@@ -379,20 +316,12 @@ class NoSinks:
     def __post_init__(self) -> None:
         if not isinstance(self.reason, str):
             raise DetectorError(f"Got reason={self.reason!r}; expected text.")
-        check_strict(self)
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Token norms, only to have scores to show."""
-        return TokenNorms(layers, tower, STATE_SITE[tower])
-
-    def scores(self, result: Any) -> Tensor:
-        """The norms."""
-        return result.norms
+        super().__post_init__()
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """Infinity."""
-        return constant(scores, float("inf"))
+        return torch.full(scores.shape[:2], float("inf"))
 
-    def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """The median norm."""
-        return float(result.norms.nanmedian())
+    def rule(self) -> dict[str, Any]:
+        """See `Rule.rule`."""
+        return {"how": "none"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.checks import check_flags, check_whole
-from sinkscope.detectors.kinds import RandomTokens
+from sinkscope.detectors.kinds import RandomTokens, describe
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.controls import RandomControl, drawable
@@ -31,7 +31,6 @@ from sinkscope.interventions.keys import check_factor
 from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.lsg import LSG
 from sinkscope.lsg.building import check_layer
-from sinkscope.lsg.config import describe
 from sinkscope.models.inputs import Sample
 
 if TYPE_CHECKING:

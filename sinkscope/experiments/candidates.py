@@ -62,7 +62,7 @@ def candidates_of(trace: SinkTrace) -> tuple[Candidate, ...]:
     out: list[Candidate] = []
     towers: tuple[tuple[Tower, EvidenceResult, Detection, Any], ...] = (
         ("vision", trace.vision, trace.v_detection, trace.rules.v),
-        ("language", trace.language, trace.l_detection, trace.rules.low),
+        ("language", trace.language, trace.l_detection, trace.rules.l_rule),
     )
     for tower, evidence, detection, rule in towers:
         times, drawn = evidence.prominence()[:, judged_layers(trace, tower)], evidence.drawn()
@@ -84,7 +84,7 @@ def outcomes_of(trace: SinkTrace) -> dict[Tower, str]:
     out: dict[Tower, str] = {}
     nothing: tuple[tuple[Tower, bool, Any, EvidenceResult], ...] = (
         ("vision", not bool(trace.v_sinks.any()), trace.rules.v, trace.vision),
-        ("language", not bool(trace.l_detection.mask.any()), trace.rules.low, trace.language),
+        ("language", not bool(trace.l_detection.mask.any()), trace.rules.l_rule, trace.language),
     )
     for tower, empty, rule, evidence in nothing:
         if not empty:

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.detection import check_detector
 from sinkscope.detectors.rules import Detector, NoSinks, decide
-from sinkscope.detectors.running import check_detector
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.models.inputs import Sample
@@ -349,7 +349,7 @@ def choose_rule(
         rules = SinkRules.on_others(
             lvlm, lambda: [sample], NoSinks(), None, what="the prompt", remote=remote
         )
-        rule, chosen = rules.low, rules.l_source
+        rule, chosen = rules.l_rule, rules.l_source
     else:
         rule, chosen = check_detector(l_detector), "given"
     probe = rule.probe("language", None, lvlm.anatomy.language)

@@ -288,7 +288,7 @@ def linear_probes(
         found = SinkRules.on_others(
             lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
         )
-        rules, how = (found.v, found.low), found.chosen
+        rules, how = (found.v, found.l_rule), found.chosen
     features = pool(
         lvlm,
         items,

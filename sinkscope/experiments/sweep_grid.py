@@ -115,7 +115,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
     given: list[Any] = (
-        list(layers) if isinstance(layers, Iterable) and layers != "embed" else [layers]
+        list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     )
     found = set()
     for layer in given:

@@ -21,6 +21,7 @@ from sinkscope.data.answers import (
     scored,
 )
 from sinkscope.data.items import Item
+from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import (
     STATE_SITE,
     CosineToBOS,
@@ -30,7 +31,6 @@ from sinkscope.detectors.rules import (
     SinkDimensions,
     decide,
 )
-from sinkscope.detectors.running import detect, visual_tokens
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.experiments.tracing import carry
 from sinkscope.kernels.walk import detached, resolve

@@ -25,8 +25,8 @@ from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors.calibration import Calibration
 from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.detection import check_detector
 from sinkscope.detectors.rules import Detector, NoSinks
-from sinkscope.detectors.running import check_detector
 from sinkscope.errors import InputError
 from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
@@ -375,7 +375,7 @@ def choose_rules(
 
     low = given.get("l") if "l" in given else NoSinks()
     found = SinkRules.on_others(lvlm, samples, given["v"], low, what=what, calibration=calibration)
-    both = {"v": (found.v, found.v_source), "l": (found.low, found.l_source)}
+    both = {"v": (found.v, found.v_source), "l": (found.l_rule, found.l_source)}
     rules, said, notes = {}, {}, []
     for name in given:
         rule, source = both[name]

@@ -22,10 +22,9 @@ from torch import Tensor
 from sinkscope.checks import is_number, is_whole
 from sinkscope.detectors.calibration import Calibration
 from sinkscope.detectors.choice import SinkRules, known_for
-from sinkscope.detectors.detection import Detection
+from sinkscope.detectors.detection import Detection, decided
 from sinkscope.detectors.gap import DRAWS, Gap
 from sinkscope.detectors.rules import STATE_SITE, Detector
-from sinkscope.detectors.running import decided
 from sinkscope.errors import DetectorError, SelectionError
 from sinkscope.experiments.candidates import Candidate, candidates_of, outcomes_of
 from sinkscope.experiments.sink_records import (
@@ -307,10 +306,10 @@ def make_probes(lvlm: LVLM, rules: SinkRules) -> Probes:
     many = min(16, a.vision.d_model, a.language.d_model)
     vision, language = SinkEvidence(tower="vision"), SinkEvidence()
     own_v = rules.v.probe("vision", None, a.vision)
-    own_l = rules.low.probe("language", None, a.language)
+    own_l = rules.l_rule.probe("language", None, a.language)
     return Probes(
         v=vision if isinstance(rules.v, Gap) else own_v,
-        low=language if isinstance(rules.low, Gap) else own_l,
+        low=language if isinstance(rules.l_rule, Gap) else own_l,
         vision=vision,
         language=language,
         vit_halves=halves_of(a.vision, many),
@@ -376,7 +375,7 @@ def trace_sinks(
     probes = make_probes(lvlm, rules)
     run = lvlm.run(sample, probes.all(), logits="last", remote=remote)
     v_detection = decided(rules.v, run, probes.v, lvlm, sample)
-    l_detection = decided(rules.low, run, probes.low, lvlm, sample)
+    l_detection = decided(rules.l_rule, run, probes.low, lvlm, sample)
     feeds = [v_detection.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
     v_sinks = carry(sample, v_detection, feeds, merge)
     m = measured(lvlm, sample, run, probes, v_detection, l_detection, draws)

@@ -45,10 +45,15 @@ def flags(states, rule, live, layout=None):
     else:
         scores = h.float().abs().amax(dim=-1)
     tau = rule["absolute"] if how == "massive" else rule["tau"]
-    above = scores > tau if rule["strict"] else scores >= tau
+    above = reaches(scores, tau, rule["strict"])
     if how == "massive":
-        above = above & (scores >= rule["ratio"] * medians(h, live)[:, None])
+        above = above & reaches(scores / medians(h, live)[:, None], rule["ratio"])
     return above & live
+
+
+def reaches(scores, limit, strict=False):
+    """Where scores reach a limit; if ``strict``, where they exceed it. Detectors ask it too."""
+    return scores > limit if strict else scores >= limit
 
 
 def medians(states, live):

@@ -1,7 +1,8 @@
 """Layer-wise Sink Gating: the gate, how it is attached, trained and kept."""
 
+from sinkscope.detectors.kinds import describe, detector_of
 from sinkscope.lsg.attach import Attachment
-from sinkscope.lsg.config import GateConfig, describe, detector_of
+from sinkscope.lsg.config import GateConfig
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.importing import ImportedGates, import_gates
 from sinkscope.lsg.result import GateStack, TrainResult, greedy_stack

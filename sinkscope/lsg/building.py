@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sinkscope.detectors.calibration import Limits
 from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.kinds import check_kept
+from sinkscope.detectors.kinds import check_kept, describe
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, LayerError
-from sinkscope.lsg.config import GateConfig, describe, differences, fingerprint, sketch
+from sinkscope.lsg.config import GateConfig, differences, fingerprint, sketch
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy
@@ -126,7 +126,7 @@ def choose_rules(
     )
     if not wants_l:
         return found.v, None
-    return found.v, found.low.at(block) if isinstance(found.low, Limits) else found.low
+    return found.v, found.l_rule.at(block) if isinstance(found.l_rule, Limits) else found.l_rule
 
 
 def drawn_samples(lvlm: LVLM) -> list[Sample]:

@@ -16,9 +16,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from sinkscope.checks import is_number, is_whole, plain
-from sinkscope.detectors.kinds import RandomTokens, VisionTokens
-from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
+from sinkscope.checks import is_number, is_whole
+from sinkscope.detectors.kinds import VisionTokens, detector_of
+from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
 from sinkscope.kernels.gating import ACTIVATIONS
 
@@ -191,15 +191,6 @@ DECODE = ("frozen", "refresh", "off")
 
 INITS = ("uniform", "neutral")
 
-RULES = MappingProxyType(
-    {
-        cls.__name__: cls
-        for cls in (SinkDimensions, Norm, Massive, RandomTokens, NoSinks, VisionTokens)
-    }
-)
-
-"""Detectors that judge every token by itself, so that they can run inside a pass."""
-
 
 @dataclass(frozen=True)
 class GateConfig:
@@ -327,70 +318,6 @@ class GateConfig:
             if isinstance(given.get(name), list):
                 given[name] = tuple(given[name])
         return cls(**given)
-
-
-def describe(detector: Any) -> dict[str, Any]:
-    """A detector as plain data.
-
-    Raises:
-        DetectorError: If it judges tokens by one another, or by attention.
-    """
-    name = type(detector).__name__
-    fits = name in RULES and not (name == "Norm" and isinstance(detector.tau, str))
-    if not fits:
-        raise DetectorError(
-            f"Got {detector!r} for a gate; expected a rule that judges every token by itself, "
-            f"because it runs inside the pass: one of {sorted(RULES)} with numbers. Write "
-            "ss.calibrate(lvlm, samples).v_detector, or ss.detectors.Norm(100.0); where the ViT's sink "
-            "is CLS, which attention finds and no state shows, ss.detectors.VisionTokens('cls')."
-        )
-    out = {f.name: plain(getattr(detector, f.name)) for f in fields(detector)}
-    out["dims"] = [int(d) for d in out["dims"]] if "dims" in out else None
-    return {"name": name, **{key: value for key, value in out.items() if value is not None}}
-
-
-def detector_of(data: Mapping[str, Any]) -> Any:
-    """The detector of `describe`.
-
-    Raises:
-        DetectorError: If it is unknown.
-    """
-    given = dict(data)
-    name = given.pop("name", None)
-    if name not in RULES:
-        raise DetectorError(f"Got the detector {name!r}; expected one of {sorted(RULES)}.")
-    try:
-        return RULES[name](**given)
-    except TypeError as error:
-        raise DetectorError(f"Got {given} for {name}: {error}.") from error
-
-
-def rule_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as the plain rule of `sinkscope.kernels.gating`."""
-    name = data["name"]
-    detector = detector_of(data)
-    if name == "SinkDimensions":
-        return {
-            "how": "dims",
-            "dims": [int(d) for d in detector.dims],
-            "tau": float(detector.tau),
-            "rms": detector.normalize == "rms",
-            "strict": detector.strict,
-        }
-    if name == "Norm":
-        return {"how": "norm", "tau": float(detector.tau), "strict": detector.strict}
-    if name == "Massive":
-        return {
-            "how": "massive",
-            "absolute": float(detector.absolute),
-            "ratio": float(detector.ratio),
-            "strict": detector.strict,
-        }
-    if name == "RandomTokens":
-        return {"how": "random", "count": detector.count, "seed": detector.seed}
-    if name == "VisionTokens":
-        return {"how": "all"}
-    return {"how": "none"}
 
 
 def fingerprint(anatomy: Anatomy) -> dict[str, Any]:

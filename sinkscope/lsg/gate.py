@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sinkscope.detectors.kinds import VisionTokens, kept_tokens
+from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
 from sinkscope.lsg.building import config_for, device_for, refuse_other_model
-from sinkscope.lsg.config import GateConfig, detector_of, rule_of, same_weights, sketch
+from sinkscope.lsg.config import GateConfig, same_weights, sketch
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 

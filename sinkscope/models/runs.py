@@ -6,13 +6,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import nnsight
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sinkscope
 from sinkscope.anatomy.context import Context
@@ -22,7 +21,7 @@ from sinkscope.kernels import walk as walking
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.protocols import Edit, Effect, Intervention, Probe, Read, effect_from
-from sinkscope.results import Result
+from sinkscope.results import Result, find, names_of
 from sinkscope.sites import Site
 
 Plan = list[dict[str, Any]]
@@ -256,34 +255,13 @@ def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> dict[Any, dict[Site, An
     }
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two objects are of one class and have equal parameters, tensors and weights."""
-    if type(one) is not type(other):
-        return False
-    if is_dataclass(one):
-        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    if isinstance(one, nn.Module):
-        own, others = (
-            {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            for module in (one, other)
-        )
-        return same(own, others) and same(one.state_dict(), other.state_dict())
-    if isinstance(one, (Tensor, np.ndarray)):
-        return torch.equal(*(torch.as_tensor(x).cpu() for x in (one, other)))
-    if isinstance(one, Mapping):
-        return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 class Effects(dict[Intervention, Effect]):
     """What every intervention did, found by the intervention object, else by the only equal one."""
 
     def __missing__(self, key: Any) -> Effect:
-        equal = [it for it in self if same(it, key)]
+        equal = find(self, key)
         if len(equal) == 1:
-            return self[equal[0]]
+            return equal[0]
         what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
         which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
         raise InterventionError(
@@ -309,26 +287,30 @@ class Run(Result):
     effects: Mapping[Intervention, Effect] = field(default_factory=Effects)
     step: int = 0
 
-    def __getitem__(self, probe: Probe) -> Any:
-        """The result of a probe of this run: of the object itself, or of one with equal parameters.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "effects", Effects(self.effects))  # a file has a plain dict
 
-        A run that was pickled and loaded has probes of its own, which equal those it was made with.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the results: the probes' classes, with ``_1``, ``_2`` where one ran twice."""
+        return names_of(self.results)
+
+    def __getitem__(self, probe: Probe | str) -> Any:
+        """The result of a probe of this run: the object itself, its name, or one with equal parameters.
+
+        A run that was loaded has probes of its own, which equal those it was made with.
 
         Raises:
             ProbeError: If the probe did not run.
         """
-        if isinstance(probe, Probe):
-            if probe in self.results:
-                return self.results[probe]
-            for ran, result in self.results.items():
-                if same(ran, probe):
-                    return result
+        found = find(self.results, probe)
+        if found:
+            return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
         raise ProbeError(
-            f"Got {what}, which did not run; expected one of this run's, "
-            f"{[type(ran).__name__ for ran in self.results]}. Results are found by the probe object "
-            "itself, or by one with equal parameters. Probes of the vision tower run on the prompt, "
-            "not at decode steps."
+            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}. Results are "
+            "found by the probe object itself, by its name, or by one with equal parameters. Probes of "
+            "the vision tower run on the prompt, not at decode steps."
         )
 
 

@@ -8,7 +8,9 @@ from sinkscope.probes.attention import (
     ReceivedAttention,
     ReceivedResult,
 )
+from sinkscope.probes.entropy import AttentionEntropy, EntropyResult
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
+from sinkscope.probes.per_layer import LayerProbe
 from sinkscope.probes.residual import (
     CosineToFirst,
     MassiveActivations,
@@ -42,6 +44,7 @@ from sinkscope.protocols import Probe, Read
 from sinkscope.results import Result
 
 __all__ = [
+    "AttentionEntropy",
     "AttentionMass",
     "AttentionPatterns",
     "AttentionValueResult",
@@ -51,10 +54,12 @@ __all__ = [
     "ContributionNorms",
     "ContributionResult",
     "CosineToFirst",
+    "EntropyResult",
     "EvidenceResult",
     "GroupMeans",
     "GroupMeansResult",
     "HeadWrites",
+    "LayerProbe",
     "LensResult",
     "LogitLens",
     "MassResult",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,16 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context, indices_of
+from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
-from sinkscope.protocols import Read
-from sinkscope.results import Result, mask_padding, stack_layers, tidy
+from sinkscope.probes.per_layer import AttentionProbe, ByLayer
+from sinkscope.results import Result, stack_layers
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -44,14 +44,14 @@ class MassResult(Result):
     """Attention mass per key group.
 
     Attributes:
-        mass: Float ``[batch layer head query group]`` in [0, 1]; NaN at padding.
-        null: Float ``[batch layer query group]``: uniform attention under the model's own mask, or
-            None if it was not asked for.
+        mass: In [0, 1]; NaN at padding.
+        null: Uniform attention under the model's own mask, or None if it was not asked for.
         groups: The group names, in order.
         layers: The block indices, in order.
-        queries: Int ``[batch query]`` position of every query, -1 padded.
+        queries: The position of every query, -1 padded.
     """
 
+    columns: ClassVar[Mapping[str, str]] = {"mass": "mass", "null": "null"}
     mass: Float[Tensor, "batch layer head query group"]
     null: Float[Tensor, "batch layer query group"] | None
     groups: tuple[str, ...]
@@ -98,18 +98,9 @@ class MassResult(Result):
 
         return plot_heads(self, group, row, query=query)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, head, query, group, mass and, if asked for, null."""
-        columns = {"mass": self.mass}
-        if self.null is not None:
-            columns["null"] = self.null[:, :, None].expand_as(self.mass)
-        axes = ("batch", "layer", "head", "query", "group")
-        names = {"layer": self.layers, "query": self.queries, "group": self.groups}
-        return tidy(columns, axes, names)
-
 
 @dataclass(frozen=True, eq=False)
-class AttentionMass:
+class AttentionMass(AttentionProbe):
     """How much attention each query pays to each group of keys, per head. Exact.
 
     ``mass[q, g] = sum_{k in g} A[q, k]``, computed as the model's own attention on one-hot values.
@@ -127,6 +118,9 @@ class AttentionMass:
     """
 
     needs: ClassVar[str] = "masses"
+    kernel: ClassVar[Any] = staticmethod(kernels.group_mass)
+    result: ClassVar[type[Result]] = MassResult
+    over: ClassVar[str] = "queries"
 
     groups: Mapping[str, Selection]
     layers: Any = None
@@ -135,43 +129,19 @@ class AttentionMass:
     null: bool = True
     precision: str = "model"
 
-    def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
-        if self.precision not in ("model", "float32"):
-            raise ProbeError(f"Got precision={self.precision!r}; expected 'model' or 'float32'.")
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        check_choice(("model", "float32"), precision=self.precision, error=ProbeError)
         if self.precision == "float32":
             refuse_flash(context, self.tower, "AttentionMass(precision='float32')")
         _, onehot = context.groups(self.tower, self.groups)
-        rows = None
-        if self.queries is not None and not context.step:
-            rows = indices_of(context.flat(self.tower, self.queries))
-        # One tensor per layer or one for all: the kernel shares nulls between equal tensors.
-        by_layer = [onehot[:, i].contiguous() for i in range(onehot.shape[1])]
-        return [
-            Read(
-                Site(self.tower, "attention", layer),
-                kernels.group_mass,
-                {
-                    "groups": by_layer[layer if len(by_layer) > 1 else 0],
-                    "rows": rows,
-                    "null": self.null,
-                    "float32": self.precision == "float32",
-                    "layout": context.layout(self.tower),
-                },
-            )
-            for layer in context.layers(self.tower, self.layers)
-        ]
-
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> MassResult:
-        """Stack the layers and mask the padding."""
-        mass = stack_layers(answers, "mass")
-        null = stack_layers(answers, "null") if self.null else None
-        queries = context.positions(self.tower, self.queries)
-        live = queries >= 0
-        mass = mask_padding(mass, live, 3)
-        null = None if null is None else mask_padding(null, live, 2)
-        names, _ = context.groups(self.tower, self.groups)
-        return MassResult(mass, null, names, context.layers(self.tower, self.layers), queries)
+        chosen = self.queries is not None and not context.step
+        return {
+            # One tensor per layer or one for all: the kernel shares nulls between equal tensors.
+            "groups": ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1])),
+            "rows": indices_of(context.flat(self.tower, self.queries)) if chosen else None,
+            "null": self.null,
+            "float32": self.precision == "float32",
+        }
 
 
 LEAST_SEEING = 8
@@ -183,15 +153,16 @@ class ReceivedResult(Result):
     """Mean attention received by every key.
 
     Attributes:
-        received: Float ``[batch layer head key]`` in [0, 1]; NaN at padding. The published measure:
-            the token's own query counts, so the last token of a prompt receives what it gives itself.
-        null: Float ``[batch layer key]``: the same under uniform attention.
+        received: In [0, 1]; NaN at padding. The published measure: the token's own query counts, so
+            the last token of a prompt receives what it gives itself.
+        null: The same under uniform attention.
         layers: The block indices, in order.
-        others: Float ``[batch layer head key]`` in [0, 1], if asked for: the mean over the queries of
-            other tokens. NaN at padding and where fewer than 8 of them see the key.
-        others_null: Float ``[batch layer key]``: the same under uniform attention.
+        others: If asked for, the mean over the queries of other tokens, in [0, 1]. NaN at padding and
+            where fewer than 8 of them see the key.
+        others_null: The same under uniform attention.
     """
 
+    columns: ClassVar[Mapping[str, str]] = {"received": "received", "null": "null"}
     received: Float[Tensor, "batch layer head key"]
     null: Float[Tensor, "batch layer key"] | None
     layers: tuple[int, ...]
@@ -201,10 +172,11 @@ class ReceivedResult(Result):
     def at(self, layers: Sequence[int]) -> ReceivedResult:
         """The same in some of its layers."""
         index = [self.layers.index(layer) for layer in layers]
-        tensors = (self.received, self.null, self.others, self.others_null)
-        got, null, others, others_null = (None if t is None else t[:, index] for t in tensors)
-        assert got is not None
-        return ReceivedResult(got, null, tuple(layers), others, others_null)
+        every = {
+            name: getattr(self, name) for name in ("received", "null", "others", "others_null")
+        }
+        some = {name: t[:, index] for name, t in every.items() if t is not None}
+        return replace(self, layers=tuple(layers), **some)
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``.
@@ -243,16 +215,9 @@ class ReceivedResult(Result):
             )
         return self.others, self.others_null
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, head, key, received and, if asked for, null."""
-        columns = {"received": self.received}
-        if self.null is not None:
-            columns["null"] = self.null[:, :, None].expand_as(self.received)
-        return tidy(columns, ("batch", "layer", "head", "key"), {"layer": self.layers})
-
 
 @dataclass(frozen=True, eq=False)
-class ReceivedAttention:
+class ReceivedAttention(AttentionProbe):
     """Mean attention each key receives from the queries that can see it, per head. Exact.
 
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
@@ -268,6 +233,9 @@ class ReceivedAttention:
     """
 
     needs: ClassVar[str] = "gradients"
+    kernel: ClassVar[Any] = staticmethod(received)
+    result: ClassVar[type[Result]] = ReceivedResult
+    per_key: ClassVar[bool] = True
 
     layers: Any = None
     queries: Selection | None = None
@@ -275,8 +243,7 @@ class ReceivedAttention:
     null: bool = True
     others: bool = False
 
-    def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
+    def _parameters(self, context: Context) -> dict[str, Any]:
         refuse_flash(context, self.tower, "ReceivedAttention")
         if self.others and not self.null:
             raise ProbeError(
@@ -287,39 +254,17 @@ class ReceivedAttention:
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
         live = context.pack(self.tower, live, dim=1)
-        parameters = {
-            "live": live,
-            "layout": context.layout(self.tower),
-            "null": self.null,
-            "others": self.others,
-        }
-        return [
-            Read(Site(self.tower, "attention", layer), received, parameters)
-            for layer in context.layers(self.tower, self.layers)
-        ]
+        return {"live": live, "null": self.null, "others": self.others}
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
-        """Stack the layers and mask the padding."""
-        live = context.live_keys(self.tower)
-        layers = context.layers(self.tower, self.layers)
-
-        def stacked(part: str) -> Tensor:
-            return stack_layers(answers, part, keys=live.shape[1])
-
-        got = mask_padding(stacked("received"), live, 3)
-        null = mask_padding(stacked("null"), live, 2) if self.null else None
+        """Stack the layers and mask the padding, and keys that fewer than 8 other tokens see."""
+        found = super().finish(answers, context)
         if not self.others:
-            return ReceivedResult(got, null, layers)
-        few = stacked("seeing") < LEAST_SEEING
-        others = mask_padding(stacked("others"), live, 3)
-        others_null = mask_padding(stacked("others_null"), live, 2)
-        return ReceivedResult(
-            got,
-            null,
-            layers,
-            others.masked_fill(few[:, :, None], float("nan")),
-            others_null.masked_fill(few, float("nan")),
-        )
+            return found
+        few = stack_layers(answers, "seeing", keys=found.others_null.shape[2]) < LEAST_SEEING
+        others = found.others.masked_fill(few[:, :, None], float("nan"))
+        null = found.others_null.masked_fill(few, float("nan"))
+        return replace(found, others=others, others_null=null)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,25 +272,20 @@ class PatternResult(Result):
     """Attention weights of chosen queries.
 
     Attributes:
-        patterns: Float ``[batch layer head row key]``; rows sum to 1 (less where the model has a
-            learned sink); NaN where a row is absent or a key is padding.
-        rows: Int ``[batch row]`` query positions, -1 padded.
+        patterns: Rows sum to 1 (less where the model has a learned sink); NaN where a row is absent
+            or a key is padding.
+        rows: The positions of the queries, -1 padded.
         layers: The block indices, in order.
     """
 
+    columns: ClassVar[Mapping[str, str]] = {"attention": "patterns"}
     patterns: Float[Tensor, "batch layer head row key"]
     rows: Int[Tensor, "batch row"]
     layers: tuple[int, ...]
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, head, row (the query's position), key, attention."""
-        axes = ("batch", "layer", "head", "row", "key")
-        names = {"layer": self.layers, "row": self.rows}
-        return tidy({"attention": self.patterns}, axes, names)
-
 
 @dataclass(frozen=True, eq=False)
-class AttentionPatterns:
+class AttentionPatterns(AttentionProbe):
     """Attention weights of chosen queries, and only those. Exact.
 
     Args:
@@ -355,30 +295,16 @@ class AttentionPatterns:
     """
 
     needs: ClassVar[str] = "gradients"
+    kernel: ClassVar[Any] = staticmethod(kernels.patterns)
+    result: ClassVar[type[Result]] = PatternResult
+    over: ClassVar[str] = "rows"
+    per_key: ClassVar[bool] = True
 
     rows: Selection = "last"
     layers: Any = None
     tower: Tower = "language"
 
-    def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
+    def _parameters(self, context: Context) -> dict[str, Any]:
         refuse_flash(context, self.tower, "AttentionPatterns")
-        mask = context.flat(self.tower, self.rows)
-        rows = context.packed_rows(self.tower, mask)
-        if context.step:
-            rows = torch.zeros(rows.shape[0], 1, dtype=torch.long)
-        return [
-            Read(
-                Site(self.tower, "attention", layer),
-                kernels.patterns,
-                {"rows": rows, "layout": context.layout(self.tower)},
-            )
-            for layer in context.layers(self.tower, self.layers)
-        ]
-
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> PatternResult:
-        """Stack the layers and mask the padding."""
-        live = context.live_keys(self.tower)
-        patterns = mask_padding(stack_layers(answers, keys=live.shape[1]), live, 4)
-        rows = context.positions(self.tower, self.rows)
-        return PatternResult(patterns, rows, context.layers(self.tower, self.layers))
+        rows = context.packed_rows(self.tower, context.flat(self.tower, self.rows))
+        return {"rows": torch.zeros(len(rows), 1, dtype=torch.long) if context.step else rows}

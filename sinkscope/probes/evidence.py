@@ -14,7 +14,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
 from sinkscope.protocols import Read
-from sinkscope.results import Result, tidy
+from sinkscope.results import Record, Result, tidy
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _largest(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkEvidence:
+class SinkEvidence(Record):
     """What tells a sink: how large its state is, and how much attention other tokens give it.
 
     Spikes are read where sinks are judged: ``resid_pre`` in the LLM (what a block's attention reads)

@@ -198,7 +198,7 @@ def test_a_prompt_that_is_too_short_takes_the_generic_definition(tiny):
     live[:, 8:] = False
     short = dataclasses.replace(sample, tokens=dataclasses.replace(sample.tokens, live=live))
     rules = detectors.SinkRules.on_sample(lvlm, short)
-    assert (rules.v, rules.low) == (detectors.Massive(), detectors.Massive())
+    assert (rules.v, rules.l_rule) == (detectors.Massive(), detectors.Massive())
     assert rules.chosen.startswith("the generic definition")
 
 
@@ -238,8 +238,8 @@ def test_published_constants_come_after_given_rules_and_before_the_gap_rule(tiny
         detectors.SinkRules.on_sample(lvlm, sample, given),
         detectors.SinkRules.on_others(lvlm, never, given),
     ):
-        assert (rules.v, rules.low) == (given, row.l_detector)
+        assert (rules.v, rules.l_rule) == (given, row.l_detector)
         assert rules.chosen == "V: given; L: published constants of Tiny-1B"
     both = detectors.SinkRules.on_sample(lvlm, sample)
-    assert (both.v, both.low) == (norm, row.l_detector)
+    assert (both.v, both.l_rule) == (norm, row.l_detector)
     assert both.chosen == "published constants of Tiny-1B"

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.detectors.detection import check_detector
+from sinkscope.detectors.kinds import describe, detector_of, rule_of
+from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.errors import DetectorError
+from sinkscope.kernels.gating import flags
 from tests.keeping_cls import cls_of, keeping_cls
 
 CLS = ss.detectors.VisionTokens("cls")
@@ -69,3 +73,48 @@ def test_it_is_no_rule_for_the_decoder(lvlm, batch):
 def test_other_kinds_are_refused(kind):
     with pytest.raises(DetectorError, match=r"Got kind=.*; expected one of \('cls', 'register'\)"):
         ss.detectors.VisionTokens(kind)
+
+
+ALONE = [
+    ss.detectors.SinkDimensions((0, 5), 2.0),
+    ss.detectors.SinkDimensions((0, 5), 1.0, "none", strict=False),
+    ss.detectors.Massive(1.0, 6.0),
+    ss.detectors.Norm(8.0),
+    ss.detectors.RandomTokens(3, seed=7),
+    ss.detectors.NoSinks(),
+    CLS,
+]
+
+
+@pytest.mark.parametrize("detector", ALONE, ids=lambda one: type(one).__name__)
+def test_a_gate_flags_what_the_detector_flags(lvlm, batch, detector):
+    """By the kernel that gates run on states, with the plain data that a gate holds."""
+    sample = batch(lvlm)
+    data = describe(detector)
+    assert describe(detector_of(data)) == data
+    for tower, site in STATE_SITE.items():
+        if detector is CLS and tower == "language":
+            continue
+        live = sample.tokens.vision.live if tower == "vision" else sample.tokens.live
+        states = ss.probes.ResidualStates(tower=tower, site=site)
+        seen = lvlm.run(sample, [states])[states].states.nan_to_num()
+        judged = sample.tokens.vision.select("cls") if detector is CLS else live
+        want = ss.detect(lvlm, sample, detector, tower=tower).mask
+        for layer in range(seen.shape[1]):
+            assert torch.equal(flags(seen[:, layer], rule_of(data), judged), want[:, layer])
+
+
+@pytest.mark.parametrize("detector", [ss.detectors.Gap(), ss.detectors.Norm("valley"), "norm"])
+def test_what_judges_tokens_by_one_another_is_no_rule_of_a_gate(detector):
+    with pytest.raises(DetectorError, match="expected a rule that judges every token by itself"):
+        describe(detector)
+    with pytest.raises(
+        DetectorError, match=r"detector 'Gap'; expected one of \['Massive', 'NoSinks'"
+    ):
+        detector_of({"name": "Gap"})
+
+
+def test_what_is_no_detector_is_refused():
+    for wrong in ("norm", ss.detectors.Norm):
+        with pytest.raises(DetectorError, match="expected an object such as"):
+            check_detector(wrong)

@@ -1,7 +1,7 @@
 """Every detector on states made by hand, its null, and its warnings."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,17 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.detection import Detection, expected_peak, jaccard
+from sinkscope.detectors.rules import Rule
 from sinkscope.errors import DetectorError, LayerError, SelectionError
 from sinkscope.experiments.sweep_images import v_sinks
 from sinkscope.kernels import residual
 from sinkscope.probes.attention import ReceivedResult
 from sinkscope.probes.residual import MassiveResult, NormResult, ScoreResult
+from sinkscope.results.saving import pack, unpack
 from sinkscope.testing import random_image
+from tests.keeping_cls import keeping_cls
+
+NAN = float("nan")
 
 
 def flagged(detector, result):
@@ -25,6 +30,49 @@ def flagged(detector, result):
     if hasattr(detector, "also"):
         above = above & detector.also(result)
     return above
+
+
+EVERY = [
+    detectors.CosineToBOS(0.5),
+    detectors.Gap(),
+    detectors.Limits("ratio", [6.0, float("inf"), 4.0, 5.0]),
+    detectors.Massive(1.0, 6.0),
+    detectors.NoSinks(),
+    detectors.Norm("3sigma"),
+    detectors.RandomTokens(3),
+    detectors.Received(0.1),
+    detectors.SinkDimensions((0, 5), tau=3.0),
+    detectors.VisionTokens(),
+    detectors.ZScore(2.0),
+]
+"""One of every detector, for `test_every_detector_keeps_its_promises`."""
+
+
+def test_no_detector_is_missing():
+    named = [getattr(detectors, name) for name in detectors.__all__]
+    classes = {one for one in named if isinstance(one, type) and issubclass(one, Rule)}
+    assert {type(detector) for detector in EVERY} == classes
+
+
+@pytest.mark.parametrize("detector", EVERY, ids=lambda one: type(one).__name__)
+def test_every_detector_keeps_its_promises(tiny, batch, detector):
+    """A finite null, scores and flags of live tokens only, a threshold per layer, and a file."""
+    lvlm = keeping_cls() if isinstance(detector, detectors.VisionTokens) else tiny("qwen2.5-vl")
+    tower = "language" if not isinstance(detector, detectors.VisionTokens) else "vision"
+    if isinstance(detector, detectors.Limits):
+        tower = "vision"
+    sample = batch(lvlm)
+    live = sample.tokens.vision.live if tower == "vision" else sample.tokens.live
+    found = ss.detect(lvlm, sample, detector, tower=tower)
+    assert math.isfinite(found.null)
+    assert found.detector == repr(detector)
+    assert found.threshold.shape == found.mask.shape[:2]
+    assert found.scores[~live[:, None].expand_as(found.mask)].isnan().all()
+    assert not (found.mask & ~live[:, None]).any()
+    assert unpack(pack(detector, "", {}), {}) == detector
+    if hasattr(detector, "strict"):
+        with pytest.raises(DetectorError, match="strict='no'; expected True or False"):
+            replace(detector, strict="no")
 
 
 def test_rms_score_by_hand():
@@ -70,6 +118,21 @@ def test_three_sigma_by_hand():
     limit = rule.thresholds(result, norms)
     assert math.isclose(float(limit), 1.1 + 3 * 1.0, rel_tol=1e-4)
     assert flagged(rule, result).sum() == 1
+
+
+def test_z_scores_by_hand():
+    """The limit is that of 3 sigma at z=3, by row; padding does not count; eleven tokens are needed."""
+    norms = torch.cat([torch.ones(1, 1, 99), torch.full((1, 1, 1), 11.0)], dim=-1)
+    result = NormResult(torch.cat([norms, norms * NAN], dim=-1), (0,), "resid_post")
+    limit = detectors.ZScore().thresholds(result, result.norms)
+    assert math.isclose(float(limit), 1.1 + 3 * 1.0, rel_tol=1e-4)
+    assert flagged(detectors.ZScore(), result).nonzero().tolist() == [[0, 0, 99]]
+    assert not flagged(detectors.ZScore(9.91), result).any()
+    for tokens, found in ((10, 0), (11, 1)):
+        few = NormResult(norms[..., 100 - tokens :], (0,), "resid_post")
+        assert flagged(detectors.ZScore(), few).sum() == found
+    alone = NormResult(torch.tensor([[[5.0, NAN]]]), (0,), "resid_post")
+    assert detectors.ZScore().thresholds(alone, alone.norms).tolist() == [[math.inf]]
 
 
 def test_received_by_head_and_as_multiple_of_the_null():
@@ -141,28 +204,29 @@ def test_detectors_run_in_one_pass_and_compare(tiny, batch):
 
 WRONG = [
     (lambda d: d.SinkDimensions([0], tau=20.0), r"less than sqrt\(64\) = 8.0"),
-    (lambda d: d.SinkDimensions([0], tau=-1.0), "expected a positive threshold"),
+    (lambda d: d.SinkDimensions([0], tau=-1.0), r"tau=-1.0; expected a finite number above 0"),
     (lambda d: d.SinkDimensions([99], tau=2.0), "expected 0 to 63"),
-    (lambda d: d.SinkDimensions([0], tau=2.0, normalize="l2"), "expected 'rms' or 'none'"),
-    (lambda d: d.Massive(absolute=-1), "expected two numbers from 0 on"),
-    (lambda d: d.Norm("gap"), "'valley' or '3sigma'"),
-    (lambda d: d.Norm(0), "expected a positive number"),
-    (lambda d: d.Received(eps=1.5), "expected a share between 0 and 1"),
-    (lambda d: d.Received(heads="sum"), "expected 'max' or 'mean'"),
-    (lambda d: d.Received(times_null=-1.0), "expected a positive multiple"),
-    (lambda d: d.Gap(gap=1.0), "expected a gap above 1"),
-    (lambda d: d.Gap(draws=0.0), "a share of attention between 0 and 1"),
-    (lambda d: d.Gap(medians=float("nan")), "positive medians and growth"),
+    (
+        lambda d: d.SinkDimensions([0], tau=2.0, normalize="l2"),
+        r"expected one of \('rms', 'none'\)",
+    ),
+    (lambda d: d.Massive(absolute=-1), "absolute=-1; expected a finite number of at least 0"),
+    (lambda d: d.Norm("gap"), "tau='gap'.*'valley' or '3sigma'"),
+    (lambda d: d.Norm(0), "tau=0; expected a finite number above 0"),
+    (lambda d: d.Received(eps=1.5), "eps=1.5; expected a finite number above 0 and below 1"),
+    (lambda d: d.Received(heads="sum"), r"expected one of \('max', 'mean'\)"),
+    (lambda d: d.Received(times_null=-1.0), "times_null=-1.0; expected a finite number above 0"),
+    (lambda d: d.Gap(gap=1.0), "gap=1.0; expected a finite number above 1"),
+    (lambda d: d.Gap(draws=0.0), "draws=0.0; expected a finite number above 0 and below 1"),
+    (lambda d: d.Gap(medians=float("nan")), "medians=nan; expected a finite number above 0"),
     (lambda d: d.Limits("size", (1.0, 1.0)), "expected one of"),
     (lambda d: d.Limits("ratio", (1.0,) * 9), "expected a positive one per block"),
     (lambda d: d.Limits("ratio", (1.0, float("nan"))), "expected a positive one per block"),
-    (lambda d: d.CosineToBOS(1.0), "expected between 0 and 1"),
+    (lambda d: d.CosineToBOS(1.0), "threshold=1.0; expected a finite number above 0 and below 1"),
     (lambda d: d.Norm, "expected an object such as"),
-    (lambda d: "norm", "expected an object such as"),
 ]
 
 
-NAN = float("nan")
 IMPOSSIBLE = [
     lambda: detectors.SinkDimensions([], tau=2.0),
     lambda: detectors.SinkDimensions("12", tau=2.0),

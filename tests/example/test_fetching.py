@@ -11,7 +11,7 @@ from sinkscope.errors import CheckpointError
 from sinkscope.example import __main__ as command
 from sinkscope.example import sources as fetching
 from sinkscope.example.load import cache_folder, model_folder, wheel_folder
-from sinkscope.example.sources import WHEELS, Wheel
+from sinkscope.example.sources import Wheel
 
 SCRIPT = """#!{python}
 import os, sys

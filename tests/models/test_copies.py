@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import InputError, InterventionError, ProbeError
+from sinkscope.errors import InterventionError, ProbeError
 from sinkscope.testing import TINY, random_image
 from tests.probes.everything import assert_same
 
@@ -67,19 +67,3 @@ def test_a_copied_model_is_one_of_its_own(where):
         other.module.get_output_embeddings().weight.mul_(2)
     assert torch.equal(lvlm.run(sample, remote=where).logits, want.logits)
     assert torch.equal(other.run(sample, remote=where).logits, 2 * want.logits)
-
-
-def test_save_is_not_that_of_a_trace(tiny):
-    lvlm = tiny("llava-clip-llama")
-    sample = lvlm.prepare(images=random_image(), text="what is it")
-    probe, edit = ss.TokenNorms(), ss.MaskKeys("image:0", layers=[0])
-    out = lvlm.generate(sample, [probe], [edit], max_new_tokens=1)
-    run = out.steps[0]
-    for one in (out, run):
-        with pytest.raises(InputError, match=r"Write pickle.dump\(x, open\(path, 'wb'\)\) for all"):
-            one.save("run.pkl")
-    for one in (run[probe], run.effects[edit], lvlm.report()):
-        with pytest.raises(
-            InputError, match=r"Write x.to_dataframe\(\).to_csv\(path\) for its table"
-        ):
-            one.save("table.csv")

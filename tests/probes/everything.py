@@ -1,4 +1,4 @@
-"""One of every probe, on both towers where it works on both."""
+"""One of every probe, on both towers where it works on both, with the columns of its table."""
 
 import dataclasses
 import inspect
@@ -6,44 +6,53 @@ import inspect
 import sinkscope as ss
 from sinkscope import probes
 
-ONE_TOWER = [ss.LogitLens()]
-
 
 def of_tower(tower, chosen, rows):
-    return [
-        ss.AttentionMass({"some": chosen}, tower=tower),
-        ss.AttentionMass({"some": chosen}, queries=rows, precision="float32", tower=tower),
-        ss.AttentionPatterns(rows, tower=tower),
-        ss.probes.AttentionValues(tokens=chosen, tower=tower),
-        ss.probes.ChannelValues([0, 3], tower=tower),
-        ss.ContributionNorms({"some": chosen}, tower=tower),
-        ss.probes.CosineToFirst(tower=tower),
-        ss.probes.GroupMeans({"some": chosen, "rest": "all"}, tower=tower),
-        ss.HeadWrites(tower=tower),
-        ss.MassiveActivations(tower=tower),
-        ss.ReceivedAttention(tower=tower),
-        ss.ReceivedAttention(others=True, tower=tower),
-        probes.ResidualStates(tokens=chosen, tower=tower),
-        ss.SinkDimensionScores([1, 2], tower=tower),
-        probes.SinkEvidence(tower=tower),
-        ss.TokenNorms(tower=tower),
-        ss.ValueNorms(tower=tower),
-    ]
+    """Probe -> what stands behind batch and layer in its table."""
+    some = {"some": chosen}
+    return {
+        probes.AttentionEntropy(some, tower=tower): "head query entropy null",
+        probes.AttentionEntropy(None, queries=rows, tower=tower): "head query entropy null",
+        ss.AttentionMass(some, tower=tower): "head query group mass null",
+        ss.AttentionMass(
+            some, queries=rows, precision="float32", tower=tower
+        ): "head query group mass null",
+        ss.AttentionPatterns(rows, tower=tower): "head row key attention",
+        probes.AttentionValues(tokens=chosen, tower=tower): "kv_head pos dim value",
+        probes.ChannelValues([0, 3], tower=tower): "site pos channel value",
+        ss.ContributionNorms(some, tower=tower): "query group norm",
+        probes.CosineToFirst(tower=tower): "pos score",
+        probes.GroupMeans({**some, "rest": "all"}, tower=tower): "group channel value count",
+        ss.HeadWrites(tower=tower): "head key norm",
+        ss.MassiveActivations(tower=tower): "pos rank value channel",
+        ss.ReceivedAttention(tower=tower): "head key received null",
+        ss.ReceivedAttention(others=True, tower=tower): "head key received null",
+        probes.ResidualStates(tokens=chosen, tower=tower): "pos channel value",
+        ss.SinkDimensionScores([1, 2], tower=tower): "pos score",
+        probes.SinkEvidence(tower=tower): "pos medians prominence",
+        ss.TokenNorms(tower=tower): "pos norm",
+        ss.ValueNorms(tower=tower): "kv_head pos norm",
+    }
+
+
+def tables():
+    """Every probe and the columns of its table; `test_contract` compares with what is exported."""
+    return {
+        ss.LogitLens(): "row rank token logprob",
+        **of_tower("language", "image", "last"),
+        **of_tower("vision", "patch", "patch"),
+    }
 
 
 def every_probe():
-    """A list that `test_nothing_is_missing` compares with what the package exports."""
-    return [
-        *ONE_TOWER,
-        *of_tower("language", "image", "last"),
-        *of_tower("vision", "patch", "patch"),
-    ]
+    return list(tables())
 
 
 def exported():
     """The classes of `sinkscope.probes` that are probes."""
     named = [getattr(probes, name) for name in probes.__all__]
-    classes = [one for one in named if inspect.isclass(one) and one is not probes.Probe]
+    bases = (probes.Probe, probes.LayerProbe)
+    classes = [one for one in named if inspect.isclass(one) and one not in bases]
     return {one for one in classes if hasattr(one, "reads") and hasattr(one, "finish")}
 
 

@@ -161,40 +161,6 @@ def test_logits_without_edits_are_bitwise_the_plain_model(tiny, batch, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_remote_local_equals_local_bitwise(tiny, batch, family):
-    lvlm = tiny(family)
-    sample = batch(lvlm)
-    probes = every_probe()
-    here = lvlm.run(sample, probes=probes, logits="all")
-    there = lvlm.run(sample, probes=probes, remote="local", logits="all")
-    assert torch.equal(here.logits, there.logits)
-    for probe in probes:
-        for name, value in vars(here[probe]).items():
-            if isinstance(value, torch.Tensor):
-                other = getattr(there[probe], name)
-                assert torch.equal(value.nan_to_num(), other.nan_to_num()), (probe, name)
-
-
-def every_probe():
-    """One of each, on both towers."""
-    out = [ss.LogitLens()]
-    for tower, chosen in (("language", "image"), ("vision", "patch")):
-        out += [
-            ss.MassiveActivations(tower=tower),
-            ss.TokenNorms(tower=tower),
-            ss.SinkDimensionScores([1, 2], tower=tower),
-            ss.probes.CosineToFirst(tower=tower),
-            ss.probes.ChannelValues([0, 3], tower=tower),
-            ss.AttentionMass({"some": chosen}, tower=tower),
-            ss.ReceivedAttention(tower=tower),
-            ss.AttentionPatterns("last" if tower == "language" else "patch", tower=tower),
-            ss.ValueNorms(tower=tower),
-            ss.ContributionNorms({"some": chosen}, tower=tower),
-        ]
-    return out
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_remote_local_equals_local(tiny, batch, family):
     lvlm = tiny(family)
     sample = batch(lvlm)
@@ -243,3 +209,52 @@ def test_contribution_of_all_groups_is_the_attention_output(tiny, batch):
     got, want = run[all_keys].norms[..., 0], run[written].norms
     assert torch.allclose(got.nan_to_num(), want.nan_to_num(), atol=1e-4)
     assert (run[all_keys].per_head.nan_to_num() >= 0).all()
+
+
+def nats(shares):
+    return -torch.xlogy(shares, shares).sum(dim=-1)
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entropies_equal_those_of_eager_weights(tiny, batch, family, tower):
+    """Over groups and what they leave, and over single keys; their nulls count visible keys."""
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    if tower == "language":
+        tokens, groups, rows = sample.tokens, {"image": "image", "first": "first"}, "text"
+        want, seen = language_attention(lvlm, sample.inputs), visible(lvlm, sample).float()
+    else:
+        tokens, groups, rows = sample.tokens.vision, {"patch": "patch"}, "patch"
+        want = vision_attention(lvlm, sample).nan_to_num()
+        seen = (want.sum(dim=2) > 0).float()
+    of_groups, of_keys, some = (
+        ss.probes.AttentionEntropy(groups, tower=tower),
+        ss.probes.AttentionEntropy(tower=tower),
+        ss.probes.AttentionEntropy(queries=rows, tower=tower),
+    )
+    run = lvlm.run(sample, [of_groups, of_keys, some])
+    live = tokens.live
+    onehot = torch.stack([tokens.select(g) for g in groups.values()], -1).float()
+    onehot = torch.cat([onehot, 1 - onehot.sum(dim=-1, keepdim=True)], dim=-1)
+    close(run[of_keys].entropy, mask_rows(nats(want), live, 3), 2e-5)
+    mass = torch.einsum("blhqk,bkg->blhqg", want, onehot)
+    close(run[of_groups].entropy, mask_rows(nats(mass), live, 3), 2e-5)
+    uniform = seen / seen.sum(dim=-1, keepdim=True).clamp(min=1)
+    close(run[of_keys].null, mask_rows(nats(uniform), live, 2), 2e-5)
+    mass = torch.einsum("blqk,bkg->blqg", uniform, onehot)
+    close(run[of_groups].null, mask_rows(nats(mass), live, 2), 2e-5)
+    for row, chosen in enumerate(tokens.select(rows)):
+        got = run[some].entropy[row, :, :, : int(chosen.sum())]
+        assert torch.allclose(got, run[of_keys].entropy[row][:, :, chosen], atol=1e-5)
+    with pytest.raises(ss.errors.ProbeError, match=r"groups \['a', 'b'\], which share tokens"):
+        lvlm.run(sample, [ss.probes.AttentionEntropy({"a": "all", "b": rows}, tower=tower)])
+
+
+def test_the_null_entropy_by_hand(tiny):
+    """A causal query at position q sees q + 1 keys: log(q + 1) nats."""
+    lvlm = tiny("llava-clip-llama")
+    sample = lvlm.prepare(images=random_image(32, 32, 0), text="what")
+    probe = ss.probes.AttentionEntropy()
+    null = lvlm.run(sample, [probe])[probe].null[0, 0]
+    assert torch.allclose(null, torch.arange(1, len(null) + 1).log(), atol=1e-5)

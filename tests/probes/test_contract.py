@@ -2,31 +2,11 @@
 
 import pytest
 
-import sinkscope as ss
 from examples.kurtosis_probe import TokenKurtosis
-from sinkscope.probes import SinkEvidence
 from sinkscope.testing import TINY, check_probe
+from tests.probes.everything import every_probe, exported
 
-PROBES = [
-    ss.AttentionMass({"image": "image"}),
-    ss.AttentionPatterns("last"),
-    ss.probes.AttentionValues(),
-    ss.probes.ChannelValues([0, 3]),
-    ss.ContributionNorms({"image": "image"}),
-    ss.probes.CosineToFirst(),
-    ss.probes.GroupMeans({"image": "image"}),
-    ss.HeadWrites(),
-    ss.LogitLens(),
-    ss.MassiveActivations(),
-    ss.ReceivedAttention(),
-    ss.ReceivedAttention(others=True),
-    ss.probes.ResidualStates("image"),
-    ss.SinkDimensionScores([1, 2]),
-    SinkEvidence(),
-    ss.TokenNorms(),
-    ss.ValueNorms(),
-    TokenKurtosis(),
-]
+PROBES = [*(probe for probe in every_probe() if probe.tower == "language"), TokenKurtosis()]
 
 
 @pytest.mark.parametrize("family", tuple(TINY))
@@ -34,3 +14,7 @@ PROBES = [
 def test_probe_keeps_its_contract(tiny, batch, family, probe):
     lvlm = tiny(family)
     check_probe(probe, lvlm, batch(lvlm))
+
+
+def test_nothing_is_missing():
+    assert {type(probe) for probe in every_probe()} == exported()

@@ -1,0 +1,117 @@
+"""The base of probes that ask one site of every layer one question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sinkscope.anatomy.context import Context
+from sinkscope.checks import check_choice
+from sinkscope.errors import ProbeError
+from sinkscope.protocols import Read
+from sinkscope.results import Record, Result, axes_of, mask_padding, stack_layers
+from sinkscope.sites import STATE_SITES, Site, Tower
+
+
+class ByLayer(tuple[Tensor, ...]):
+    """A parameter of a kernel with a value for every block, or one for all."""
+
+    def at(self, layer: int) -> Tensor:
+        """The value of one block."""
+        return self[layer if len(self) > 1 else 0]
+
+
+class LayerProbe(Record):
+    """A probe with one kernel at one site of every layer.
+
+    A subclass is a frozen dataclass with fields ``layers``, ``tower`` and ``site``. Its kernel gives
+    a tensor ``[batch ...]``, or a dict of tensors by the names of the result's fields. Of the result,
+    fields ``[batch layer ...]`` are stacked over layers and NaN at padding, an int field ``[batch
+    query]`` (or pos, row) holds positions, and the others are fields of the probe.
+
+    Attributes:
+        kernel: The kernel, as a ``staticmethod``.
+        result: The class of the result.
+        over: The field that selects which queries the result has; empty for all of them.
+        per_key: Whether the result has a value per key, at decode steps per key of the cache.
+    """
+
+    needs: ClassVar[str] = "states"
+    kernel: ClassVar[Any]
+    result: ClassVar[type[Result]]
+    over: ClassVar[str] = ""
+    per_key: ClassVar[bool] = False
+    at_sites: ClassVar[tuple[str, ...]] = STATE_SITES
+    layers: Any
+    tower: Tower
+    site: str
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer."""
+        check_choice(self.at_sites, site=self.site, error=ProbeError)
+        layout, parameters = context.layout(self.tower), self._parameters(context)
+        packed = {} if layout is None else {"layout": layout}
+        return [
+            Read(
+                Site(self.tower, self.site, layer),
+                self.kernel,
+                {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
+                | packed,
+            )
+            for layer in context.layers(self.tower, self.layers)
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack the layers and mask the padding."""
+        answers = {site: answer for site, answer in answers.items() if site.name == self.site}
+        axes, made = axes_of(self.result), {}
+        for name in (f.name for f in fields(self.result)):
+            if name == "layers":
+                made[name] = context.layers(self.tower, self.layers)
+            elif axes.get(name, ())[:2] == ("batch", "layer"):
+                made[name] = self._stacked(answers, name, axes[name], context)
+            elif name in axes:
+                made[name] = self._positions(context)
+            elif hasattr(self, name):
+                value = getattr(self, name)
+                made[name] = value if isinstance(value, (str, float)) else tuple(value)
+        return self.result(**made)
+
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        """Parameters of the kernel; raises if those of the probe fit neither model nor sample."""
+        return {}
+
+    def _positions(self, context: Context) -> Tensor:
+        """The queries of the result, see `Context.positions`."""
+        return context.positions(self.tower, getattr(self, self.over) if self.over else None)
+
+    def _kept(self, context: Context) -> Tensor:
+        """Which queries or keys have a value, bool ``[batch pos]``."""
+        return context.live_keys(self.tower) if self.per_key else self._positions(context) >= 0
+
+    def _stacked(
+        self, answers: Mapping[Site, Any], name: str, axes: tuple[str, ...], context: Context
+    ) -> Tensor | None:
+        """One field of the result; None if the kernel did not give it."""
+        some, kept = next(iter(answers.values())), self._kept(context)
+        part = name if isinstance(some, Mapping) else None
+        if part is not None and part not in some:
+            return None
+        along = next((axis for axis in ("key", "query", "row", "pos") if axis in axes), None)
+        if along is not None:
+            at, keys = axes.index(along), kept.shape[1] if self.per_key else 0
+            return mask_padding(stack_layers(answers, part, at - len(axes), keys), kept, at)
+        values = stack_layers(answers, part)
+        gone = ~kept.any(dim=1).reshape(-1, *[1] * (values.ndim - 1))
+        return values.masked_fill(gone, float("nan")) if values.is_floating_point() else values
+
+
+class AttentionProbe(LayerProbe):
+    """A probe of attention calls."""
+
+    needs: ClassVar[str] = "attention"
+    at_sites: ClassVar[tuple[str, ...]] = ("attention",)
+    site: str = "attention"

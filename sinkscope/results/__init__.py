@@ -1,0 +1,231 @@
+"""Results: frozen records with named axes, their tables, what is printed of them, and their files."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
+from sinkscope.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Record",
+    "Result",
+    "find",
+    "load",
+    "load_run",
+    "mask_padding",
+    "names_of",
+    "same",
+    "stack_layers",
+    "tidy",
+]
+
+TITLES = {"k": "rank", "d_model": "channel", "d_head": "dim"}
+AXES = re.compile(r"""Tensor, ["']([^"']+)["']\]""")
+
+
+class Result(Record):
+    """A frozen dataclass of tensors whose jaxtyping annotations name the axes.
+
+    Attributes:
+        columns: Column of the table -> field; the first field gives the axes of the table. Without
+            it the table holds the first field with axes.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = cls.__repr__  # so that @dataclass writes none, which would print all numbers
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line per entry that is not NaN; a result without axes has one line per part."""
+        return self._table()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one file, which `sinkscope.results.load` reads.
+
+        The file is safetensors, with everything that is no tensor as JSON in its metadata: one file
+        is there whole or not at all, can be sent, and other tools read its tensors.
+
+        Args:
+            path: Where to write, such as ``"run.safetensors"``; a file there is replaced.
+
+        Raises:
+            InputError: If it holds what no file can, such as a picture or a table.
+            CheckpointError: If it cannot be written there.
+        """
+        return write(self, Path(path))
+
+    def __repr__(self) -> str:
+        text = f"{type(self).__name__}({', '.join(self._said())})"
+        return text if len(text) <= 200 else f"{text[:196]}...)"
+
+    def _repr_html_(self) -> str:
+        own = type(self).to_dataframe is not Result.to_dataframe
+        table = self.to_dataframe().head(20) if own else self._table(20)
+        return f"<pre>{html.escape(repr(self))}</pre>{table.to_html(index=False, border=0)}"
+
+    def _said(self) -> Iterator[str]:
+        """Every field in a word or two; each axis once."""
+        axes, known = axes_of(type(self)), set()
+        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name in axes:
+                sizes = zip(axes[f.name], value.shape, strict=False)
+                new = [f"{axis} {size}" for axis, size in sizes if axis not in known]
+                known.update(axes[f.name])
+                yield f"{f.name} [{', '.join(new)}]" if new else f.name
+            elif value is not None and not (isinstance(value, (Mapping, tuple)) and not value):
+                yield f"{f.name} {short(value)}"
+
+    def _table(self, head: int | None = None) -> pd.DataFrame:
+        import pandas as pd
+
+        axes = axes_of(type(self))
+        columns = self.columns or {name: name for name in list(axes)[:1]}
+        columns = {c: name for c, name in columns.items() if getattr(self, name) is not None}
+        if not columns:
+            lines: list[tuple[str, str]] = []
+            for f in fields(self):  # type: ignore[arg-type]
+                value = getattr(self, f.name)
+                if isinstance(value, Mapping):
+                    named = zip(names_of(value), value.values(), strict=True)
+                    lines += [(f"{f.name}[{name!r}]", str(one)) for name, one in named]
+                else:
+                    lines.append((f.name, short(value)))
+            return pd.DataFrame(lines, columns=["part", "content"])
+        first = next(iter(columns.values()))
+        shape, labels = getattr(self, first).shape, self._labels(axes, axes[first])
+        values = {}
+        for column, name in columns.items():
+            index = [slice(None) if axis in axes[name] else None for axis in axes[first]]
+            values[column] = getattr(self, name)[tuple(index)].expand(shape)
+        titles = [TITLES.get(axis, axis) for axis in axes[first]]
+        return tidy(values, titles, labels, head)
+
+    def _labels(self, axes: Mapping[str, tuple[str, ...]], wanted: Iterable[str]) -> dict[str, Any]:
+        """Labels of the axes: from an int field ``[batch axis]``, else from a tuple ``axes``."""
+        labels = {axis: getattr(self, f"{axis}s", None) for axis in wanted}
+        labels = {axis: value for axis, value in labels.items() if isinstance(value, tuple)}
+        for name in {*axes} - {*self.columns.values()}:
+            value = getattr(self, name)
+            if len(axes[name]) == 2 and getattr(value, "dtype", None) == torch.long:
+                labels[axes[name][1]] = value
+        return labels
+
+
+def axes_of(cls: Any) -> dict[str, tuple[str, ...]]:
+    """The axes of every field with a jaxtyping annotation."""
+    out = {}
+    for f in fields(cls):
+        found = getattr(f.type, "dim_str", None) or (AXES.findall(str(f.type)) or [""])[0]
+        if found:
+            out[f.name] = tuple(found.split())
+    return out
+
+
+def short(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(names_of(value))}}}"
+    if isinstance(value, tuple) and value and isinstance(value[0], Record):
+        return f"{len(value)} x {type(value[0]).__name__}"
+    if isinstance(value, tuple) and len(value) > 2:
+        whole = all(type(one) is int for one in value)
+        if whole and value == tuple(range(value[0], value[-1] + 1)):
+            return f"{value[0]}-{value[-1]}"
+    text = type(value).__name__ if isinstance(value, Record) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def stack_layers(
+    answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
+) -> Tensor:
+    """Per-site answers as one tensor ``[batch layer ...]``, in forward order.
+
+    Args:
+        answers: ``{site: tensor or dict of tensors}``.
+        part: Which entry of the dict.
+        axis: The axis of keys, counted from the end.
+        keys: How many keys there are, if there is such an axis.
+    """
+    values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
+    longest = max(keys, *(value.shape[axis] for value in values))
+    after = (0, 0) * (-1 - axis)
+    padded = [  # a sliding cache holds the last keys only: those before are out of reach
+        nn.functional.pad(v, (*after, longest - v.shape[axis], 0), value=float("nan"))
+        if v.shape[axis] < longest
+        else v
+        for v in values
+    ]
+    return torch.stack(padded, dim=1)
+
+
+def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:
+    """NaN (index -1, mask False) where ``live`` ``[batch pos]`` is False along ``dim``."""
+    live = live[:, -values.shape[dim] :]
+    shape = [live.shape[0]] + [1] * (values.ndim - 1)
+    shape[dim] = live.shape[1]
+    fill: Any = float("nan")
+    if not values.is_floating_point():
+        fill = False if values.dtype == torch.bool else -1
+    return values.masked_fill(~live.reshape(shape), fill)
+
+
+def tidy(
+    values: Mapping[str, Tensor],
+    axes: Sequence[str],
+    labels: Mapping[str, Sequence[Any] | Tensor | None],
+    head: int | None = None,
+) -> pd.DataFrame:
+    """Tensors of one shape as a table, one line per entry that is not NaN, nor -1 in an index.
+
+    Args:
+        values: Column name -> tensor; all of one shape.
+        axes: A name per axis, in order; the first is the row.
+        labels: Axis -> the label of every index, or int ``[row index]`` if rows differ; axes not
+            named, or None, are numbered.
+        head: How many lines to make, or None for all.
+
+    Returns:
+        Columns ``axes`` and ``values``.
+    """
+    import pandas as pd
+
+    keep = torch.ones_like(next(iter(values.values())), dtype=torch.bool)
+    for tensor in values.values():
+        if tensor.is_floating_point():
+            keep &= ~tensor.isnan()
+        elif tensor.dtype != torch.bool:
+            keep &= tensor >= 0
+    if head is not None:  # the rest is left out before anything is made of it
+        flat = keep.view(-1)
+        flat[int(flat.byte().argmax()) + 100 * head if flat.numel() else 0 :] = False
+    places = keep.nonzero()[:head]
+    table: dict[str, Any] = {}
+    for i, axis in enumerate(axes):
+        column, known = places[:, i], labels.get(axis)
+        if isinstance(known, Tensor):
+            table[axis] = known[places[:, 0], column].numpy()
+        else:
+            table[axis] = (
+                column.numpy() if known is None else np.asarray(list(known))[column.numpy()]
+            )
+    for name, tensor in values.items():
+        table[name] = tensor[tuple(places.T)].numpy()
+    return pd.DataFrame(table)
