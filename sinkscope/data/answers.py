@@ -92,10 +92,9 @@ def score_options(
     decode steps for every edit. Options of one token cost one forward pass. Also: which rows an edit
     touched in a pass that their scores came from.
     """
-    prompts = zip(sample.texts or (), items, strict=True)
     options = [
         [torch.tensor(answer_ids(lvlm.tokenizer, prompt, text)) for text in item.choices]
-        for prompt, item in prompts
+        for prompt, item in zip(sample.texts or (), items, strict=True)
     ]
     if all(len(ids) == 1 for row in options for ids in row):
         run = lvlm.run(sample, [], edits, logits="last")
@@ -170,8 +169,6 @@ class Answered:
 
 
 Score = Callable[[Item, Answered], float]
-
-
 SCORES: dict[str, Score] = {
     # the right answer, in nats
     "logprob": lambda item, answered: answered.logprob,
@@ -206,12 +203,12 @@ def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) ->
 
     ``where`` is the cell in words, and ``edited`` whether keys were scaled there.
     """
-    cause = "The model itself overflows"
+    cause = "The model itself overflows: load"
     if edited:
-        cause = "A factor this large overflows: write smaller ones in grid"
+        cause = "A factor this large overflows: write smaller ones in grid, or load"
+    advice = f"{cause} the model with dtype='bfloat16' or 'float32'."
     for value in (*answered.logprobs, *answered.choices):
         if not math.isfinite(value):
-            advice = f"{cause}; or load the model with dtype='bfloat16' or 'float32'."
             raise _no_number("a log-probability of", value, where, item, advice)
 
 
@@ -282,9 +279,7 @@ class Reading:
     def of(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]``, on the CPU.
 
-        Args:
-            logits: ``[chunk n vocab]``.
-            rows: Int ``[chunk]``: which row of the reading each one is.
+        ``logits`` ``[chunk n vocab]`` are of these ``rows`` of the reading, int ``[chunk]``.
         """
         found = TokenScores.of(logits, self.tokens[rows])
         return found.logprobs.cpu(), found.greedy.cpu()

@@ -59,14 +59,15 @@ class AnswerData:
         Records about several images stay with all that share one of them.
 
         Args:
-            share: Of the groups of images, for the second part; at least one where it is above 0.
+            share: Of the groups of images, for the second part, from 0 to below 1; at least one group
+                where it is above 0.
             seed: Of the choice.
 
         Returns:
             Indices of the first and of the second part, each in the dataset's order.
 
         Raises:
-            InputError: If the share is no number from 0 to below 1, or there is one image only.
+            InputError: If the share is out of range, or there is one image only.
         """
         hint = (
             "It is a share of the images; for a dataset of your own write validation_data=dataset."
@@ -155,12 +156,8 @@ def read_dataset(
     """
     check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    frame = hasattr(dataset, "itertuples")
-    if (
-        frame
-        or isinstance(dataset, (str, Mapping))
-        or not (indexed or isinstance(dataset, Iterable))
-    ):
+    other = isinstance(dataset, (str, Mapping)) or hasattr(dataset, "itertuples")
+    if other or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(
             f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
             "and answer. Write dataset['train'] for one split of several, "
@@ -177,7 +174,7 @@ def read_dataset(
             question_of(question, marks, who=f"Record {index} has")
         # as long as behind a prompt, or a token longer
         tokens = () if tokenizer is None else answer_ids(tokenizer, "", answer)
-        if image_token is not None and image_token in tokens:
+        if image_token in tokens:
             raise InputError(
                 f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for "
                 "an image; expected words. Remove it, or leave such records out."

@@ -210,8 +210,7 @@ def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> 
     names = known if wanted is None else wanted
     if isinstance(names, str) or not names:
         raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
-    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
-    if twice:
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
         raise InputError(f"Got targets={list(names)}; expected every one once, not {twice} again.")
     return [_target(name, items) for name in names]
 

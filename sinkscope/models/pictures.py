@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from io import BytesIO
-from numbers import Integral, Real
 from typing import IO, Any, TypeVar
 from urllib.request import Request, urlopen
 from uuid import UUID
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
@@ -184,8 +184,7 @@ def _text_of(image_id: Any) -> str | None:
         return None
     if isinstance(image_id, (str, os.PathLike, UUID)):
         return None if image_id in ("nan", "None", "<NA>", "NaT") else str(image_id)
-    real: Any = isinstance(image_id, Real) and not isinstance(image_id, bool)
-    if real and (isinstance(image_id, Integral) or float(image_id).is_integer()):
+    if is_number(image_id) and float(image_id).is_integer():
         return str(int(image_id))
     raise InputError(
         f"Got image_id={image_id!r}; expected text or a whole number. Leave it out of all records to "

@@ -110,7 +110,8 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
     """
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
-    for mask in (m for given in givens for name, m in _leaves(given) if name == "attention_mask"):
+    leaves = [leaf for given in givens for leaf in _leaves(given)]
+    for mask in (value for (name, _), value in leaves if name == "attention_mask"):
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
             return "the model leaves its mask to the attention kernel"
         seen = mask[:, :, :length, length:] if mask.ndim == 4 else mask[:, :0]
@@ -118,28 +119,27 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
             return "the beginning sees what follows it"
         if mask.ndim == 2 and not bool(mask.all()):
             return "the prompt is padded"
-    first, *others = [list(_leaves(_stem(given, length))) for given in givens]
-    if not all(_equal(first, other) for other in others):
+    first, *others = [dict(_leaves(_stem(given, length))) for given in givens]
+    if any(
+        first.keys() != other.keys() or not all(_same(first[k], other[k]) for k in first)
+        for other in others
+    ):
         return "the prompts differ before the end of the last image"
     return None
 
 
-def _leaves(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each argument with its name, those in a dict one by one; a missing mask too."""
+def _leaves(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """The arguments, those in a dict one by one; a missing mask too."""
     for name, value in {"attention_mask": None, **given}.items():
-        if isinstance(value, Mapping):
-            yield from ((name, value[key]) for key in sorted(value))
-        else:
-            yield name, value
+        parts = value if isinstance(value, Mapping) else {"": value}
+        yield from (((name, key), parts[key]) for key in parts)
 
 
-def _equal(some: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]]) -> bool:
-    """Whether two sets of arguments are the same, bit for bit."""
-    return len(some) == len(others) and all(
-        a == b
-        and (isinstance(y, Tensor) and torch.equal(x, y) if isinstance(x, Tensor) else x == y)
-        for (a, x), (b, y) in zip(some, others, strict=True)
-    )
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _stem(given: Mapping[str, Any], length: int) -> Given:

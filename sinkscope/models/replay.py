@@ -19,9 +19,10 @@ prompts that begin alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,19 +190,21 @@ def resume(
         return _decode(captured.module, given, cache)
 
 
+@contextmanager
 def _reading(
     module: nn.Module, anatomy: Anatomy, blocks: Iterable[int], told: Callable[[int, Tensor], None]
-) -> ExitStack:
-    """While this is open, ``told`` gets the number of each block that begins, and what it reads."""
-    stack = ExitStack()
-    for block in blocks:
+) -> Iterator[None]:
+    """Tell the number of each block that begins, and what it reads."""
 
-        def hook(part: nn.Module, args: tuple, named: Given, block: int = block) -> None:
-            told(block, args[0] if args else named["hidden_states"])
+    def hook(block: int, part: nn.Module, args: tuple, named: Given) -> None:
+        told(block, args[0] if args else named["hidden_states"])
 
-        part = module.get_submodule(anatomy.language.blocks[block])
-        stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    return stack
+    with ExitStack() as stack:
+        for block in blocks:
+            part = module.get_submodule(anatomy.language.blocks[block])
+            made = part.register_forward_pre_hook(partial(hook, block), with_kwargs=True)
+            stack.callback(made.remove)
+        yield
 
 
 def _scaling(factors: Mapping[int, Tensor], block: int) -> KeyEdit:
@@ -245,9 +248,8 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
         edited = _decode(module, seen.given)
 
     def last(hidden: Tensor) -> Tensor:
-        return logits_at(seen, hidden, torch.full((len(seen), 1), hidden.shape[1] - 1))[
-            :, 0
-        ].float()
+        at = torch.full((len(seen), 1), hidden.shape[1] - 1)
+        return logits_at(seen, hidden, at)[:, 0].float()
 
     compared = {"": (last(seen.hidden), own)}
     compared[f" from block {block} on"] = (last(resume(seen, block, factors)), last(edited))
