@@ -166,8 +166,6 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
         ) from error

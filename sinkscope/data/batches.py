@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_number, check_whole
+from sinkscope.checks import check_whole, is_number
 from sinkscope.data.items import Lazy, check_texts, read_record
 from sinkscope.data.tokens import IGNORED, answer_ids, with_answers
 from sinkscope.errors import InputError
@@ -69,10 +69,11 @@ class AnswerData:
         Raises:
             InputError: If the share is out of range, or there is one image only.
         """
-        hint = (
-            "It is a share of the images; for a dataset of your own write validation_data=dataset."
-        )
-        check_number(0, below=1, hint=hint, validation=share)
+        if not is_number(share, 0, below=1):
+            raise InputError(
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
+                "dataset of your own write validation_data=dataset."
+            )
         names = list(dict.fromkeys(self.groups))
         if share == 0:
             return list(range(len(self))), []
@@ -159,7 +160,7 @@ def read_dataset(
     other = isinstance(dataset, (str, Mapping)) or hasattr(dataset, "itertuples")
     if other or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(
-            f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
+            f"Got a {type(dataset).__name__} as dataset; expected records with image, question "
             "and answer. Write dataset['train'] for one split of several, "
             "dataset.to_dict(orient='records') for a DataFrame, or a list of dicts."
         )
