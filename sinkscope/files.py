@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 from sinkscope.errors import CheckpointError, InputError
@@ -34,18 +34,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def folder_whole(path: Path) -> Iterator[Path]:
     """A folder that is there whole or not at all, also after a loss of power.
 
-    What is written goes to a folder beside it, which takes the name when the block has ended. If
-    another process was first, its folder stays. What dead processes left half-written is removed.
-
-    Args:
-        path: The folder; what it lies in is made if it is missing.
-
-    Yields:
-        The folder to write to.
+    What is written goes to the folder that this yields, which takes the name when the block has ended.
+    If another process was first, its folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*{WRITING}"):
-        if abandoned(left):
+        if _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
     made = path.with_name(f"{path.name}.{uuid4().hex[:8]}.{os.getpid()}{WRITING}")
     made.mkdir()
@@ -65,15 +59,7 @@ def folder_whole(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, advice: str) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path: The file.
-        advice: What to do if it is none: the end of the message.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """The content of a JSON file; ``advice`` ends the `CheckpointError` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
@@ -83,70 +69,48 @@ def read_json(path: Path, advice: str) -> Any:
         ) from error
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this number runs here; where that cannot be asked, it is taken to."""
-    if sys.platform == "win32":  # there, asking would end it
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def abandoned(file: Path) -> bool:
-    """Whether a half-written file belongs to a process that runs no more."""
+def _abandoned(file: Path) -> bool:
+    """Whether the process that wrote a half-written file is gone; on Windows asking would end it."""
     pid = file.name.removesuffix(WRITING).rpartition(".")[2]
-    return not (pid.isdecimal() and alive(int(pid)))
+    if not pid.isdecimal() or sys.platform == "win32":
+        return not pid.isdecimal()
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, PermissionError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from running in a folder; the system lets go of it if this one is killed.
 
-    A file system or a platform without locks keeps nobody out.
-
-    Args:
-        folder: The folder, which exists.
-        what: What a run is called, such as ``"sweep"``.
+    A file system or a platform without locks keeps nobody out. ``what`` names a run in messages.
 
     Raises:
         InputError: If another run holds it.
         CheckpointError: If the lock cannot be written.
     """
-    try:
+    with _writable(folder):
         file = (folder / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _not_writable(folder, error) from error
     with file:
-        if not _locked(file):
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             file.seek(0)
             raise InputError(
                 f"Got out={str(folder)!r}, where another {what} runs now (process "
                 f"{file.read().strip() or 'unknown'}); expected a folder that nobody writes to. Wait "
                 "until it ends, or write out='another folder'."
-            )
+            ) from error
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def _locked(file: IO[str]) -> bool:
-    """Lock an open file until it is closed; whether nobody else had."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # the file system has no locks
-        return True
-    return True
 
 
 def check_place(folder: Path, name: str, what: str) -> None:
@@ -161,70 +125,33 @@ def check_place(folder: Path, name: str, what: str) -> None:
         InputError: If it is a file, or holds other files.
         CheckpointError: If it cannot be made or read.
     """
-    _refuse_file(folder)
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_others(folder, name, what)
-        if missing:
-            for place in missing:
-                place.rmdir()
-        elif not os.access(folder, os.W_OK):
+    with _writable(folder):
+        _make(folder, name, what)
+        for place in missing:
+            place.rmdir()
+        if not missing and not os.access(folder, os.W_OK):
             raise PermissionError(f"no permission to write to {str(folder)!r}")
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-
-
-def _refuse_file(folder: Path) -> None:
-    """Refuse a file where a folder is expected."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Got out={str(folder)!r}, which is a file; expected a folder.")
-
-
-def _refuse_others(folder: Path, name: str, what: str) -> None:
-    """Refuse a folder with files of something else."""
-    others = [f for f in folder.iterdir() if f.name != LOCK and not f.name.endswith(WRITING)]
-    if others and not (folder / name).exists():
-        raise InputError(
-            f"Got out={str(folder)!r}, a folder with other files and no {name}; expected a new "
-            f"folder, or one of a {what} that is to be continued."
-        )
-
-
-def _not_writable(folder: Path, error: OSError) -> CheckpointError:
-    """What to say of a folder that cannot be written."""
-    return CheckpointError(
-        f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
-    )
 
 
 def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Note in a folder what runs there, or compare it with what was noted.
+    """Note in a folder what runs there, or compare it with what was noted; see `check_place`.
 
-    Args:
-        folder: The folder; it is made if it is missing.
-        name: The name of the manifest in it.
-        manifest: What is run, as JSON-ready values.
-        what: What a run is called, such as ``"sweep"``.
+    ``manifest`` is what is run, as JSON-ready values.
 
     Raises:
-        InputError: If it is a file, or holds another run (with every difference) or other files.
-        CheckpointError: If it cannot be read or written.
+        InputError: If the folder holds another run (with every difference) or other files.
     """
-    _refuse_file(folder)
     ours, noted = json.loads(json.dumps(manifest)), folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_others(folder, name, what)
+    with _writable(folder):
+        _make(folder, name, what)
         for left in folder.glob(f"*{WRITING}"):
-            if abandoned(left):
+            if _abandoned(left):
                 left.unlink(missing_ok=True)
         if not noted.exists():
             write_whole(noted, json.dumps(ours, indent=1) + "\n")
             return
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    lines = differing(read_json(noted, f"Remove {str(folder)!r} to start again."), ours)
+    lines = _differing(read_json(noted, f"Remove {str(folder)!r} to start again."), ours)
     if lines:
         listed = "\n  ".join(lines)
         raise InputError(
@@ -233,18 +160,41 @@ def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> No
         )
 
 
-def differing(before: Any, now: Any, name: str = "") -> list[str]:
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Say which folder could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
+        ) from error
+
+
+def _make(folder: Path, name: str, what: str) -> None:
+    """Make a folder, unless it is a file or holds other files and no manifest."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Got out={str(folder)!r}, which is a file; expected a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [f for f in folder.iterdir() if f.name != LOCK and not f.name.endswith(WRITING)]
+    if others and not (folder / name).exists():
+        raise InputError(
+            f"Got out={str(folder)!r}, a folder with other files and no {name}; expected a new "
+            f"folder, or one of a {what} that is to be continued."
+        )
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
     """One line per value that differs between two trees of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
-        out = []
-        for key in sorted({*before, *now}):
-            inner = f"{name}.{key}" if name else str(key)
-            out += differing(before.get(key), now.get(key), inner)
-        return out
-    return [] if before == now else [f"{name}: there {_short(before)}, here {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    """A value in a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+        keys = sorted({*before, *now})
+        names = [f"{name}.{key}" if name else str(key) for key in keys]
+        both = zip(keys, names, strict=True)
+        return [line for k, n in both for line in _differing(before.get(k), now.get(k), n)]
+    if before == now:
+        return []
+    there, here = (
+        text if len(text := json.dumps(value)) <= 120 else text[:117] + "..."
+        for value in (before, now)
+    )
+    return [f"{name}: there {there}, here {here}"]

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Questions about images: records from anywhere, their checks, answers as tokens, and scores."""

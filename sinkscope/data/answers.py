@@ -1,4 +1,4 @@
-"""The tokens of an answer, as they follow a prompt: one rule for training and for every score."""
+"""What a model answers: freely or among options, under edits; and the scores of what it answered."""
 
 from __future__ import annotations
 
@@ -10,45 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from sinkscope.checks import check_choice
 from sinkscope.data.items import Item, folded
-from sinkscope.errors import InputError, nearest
+from sinkscope.data.tokens import IGNORED, Ids, TokenScores, answer_ids, padded
+from sinkscope.errors import InputError
 from sinkscope.interventions.application import check_interventions, tolerant
 from sinkscope.models.requests import GREEDY
 
 if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.runs import Generation, Run
-
-
-def answer_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[int, ...]:
-    """The tokens of an answer behind a prompt, which is how generation continues it.
-
-    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``; one that ends in a
-    new line does not. So byte-level tokenizers give `` circle`` in the first case, and SentencePiece no
-    second space. An answer that begins with a space keeps it.
-
-    Args:
-        tokenizer: The model's.
-        prompt: The rendered prompt, as in ``sample.texts``.
-        answer: The answer.
-
-    Raises:
-        InputError: If the answer has no token, or the tokens of the prompt change with it.
-    """
-    if not answer.strip():
-        raise InputError(f"Got the answer {answer!r}, which has no token; expected some text.")
-    joined = not prompt or prompt[-1].isspace() or answer[0].isspace()
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    whole = prompt + ("" if joined else " ") + answer
-    both = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if both[: len(before)] != before or len(both) == len(before):
-        raise InputError(
-            f"Got the answer {answer[:40]!r} behind a prompt that ends in {prompt[-12:]!r}, whose tokens "
-            "change with it; expected them to stay, as in generation. Let the chat template end without a "
-            "space."
-        )
-    return tuple(both[len(before) :])
+    from sinkscope.models.runs import Run
 
 
 @dataclass(frozen=True)
@@ -66,24 +38,6 @@ class Answers:
     touched: tuple[bool, ...]
 
 
-class Forced:
-    """Makes ``generate`` write given tokens: a logits processor.
-
-    Args:
-        tokens: Int ``[batch step]``.
-        prompt: Length of the prompt.
-    """
-
-    def __init__(self, tokens: Tensor, prompt: int) -> None:
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores under which the next token is the given one."""
-        wanted = self.tokens[:, input_ids.shape[1] - self.prompt].to(scores.device)
-        out = torch.full_like(scores, float("-inf"))
-        return out.scatter(1, wanted[:, None], 0.0)
-
-
 def answer_batch(
     lvlm: LVLM,
     sample: Sample,
@@ -95,34 +49,24 @@ def answer_batch(
     """Answers of a batch, all of them free or all among options.
 
     Free answers are greedy, without what a generation config adds, and of each only as many tokens
-    count as its own right answer has, so that no answer depends on the other questions of the batch. It is right if these are the tokens of
-    the right answer, as in `sinkscope.data.answers.exact`, or if they begin with the same
+    count as its own right answer has, so that no answer depends on the other questions of the batch. It
+    is right if these are the tokens of the right answer, as in `exact`, or if they begin with the same
     text after stripping and lower case: a model may leave out the space before an answer.
 
-    An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is not length
-    normalised; the options are forced through ``generate``, so that a prompt is a prompt and an
-    option's tokens are decode steps for every edit. Options of one token cost one forward pass.
+    An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is
+    not length normalised; see `score_options`.
     """
     ready = [tolerant(it) for it in check_interventions(edits)]
-    if not items[0].choices:
-        return _answer_freely(lvlm, sample, items, ready)
-    scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
-    best = scores.argmax(dim=1).tolist()
-    given = tuple(item.choices[i] for item, i in zip(items, best, strict=True))
-    correct = tuple(text == item.answer for text, item in zip(given, items, strict=True))
-    return Answers(given, correct, touched)
-
-
-def _answer_freely(
-    lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any]
-) -> Answers:
-    """Greedy answers, each cut to the length of its own right answer."""
-    wanted = [
-        answer_ids(lvlm.tokenizer, prompt, item.answer)
-        for prompt, item in zip(sample.texts or (), items, strict=True)
-    ]
+    if items[0].choices:
+        scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
+        best = zip(items, scores.argmax(dim=1).tolist(), strict=True)
+        given = [item.choices[i] for item, i in best]
+        correct = [text == item.answer for text, item in zip(given, items, strict=True)]
+        return Answers(tuple(given), tuple(correct), touched)
+    prompts = zip(sample.texts or (), items, strict=True)
+    wanted = [answer_ids(lvlm.tokenizer, prompt, item.answer) for prompt, item in prompts]
     sizes = [len(ids) for ids in wanted]
-    out = lvlm.generate(sample, [], edits, max_new_tokens=max(sizes), **GREEDY)
+    out = lvlm.generate(sample, [], ready, max_new_tokens=max(sizes), **GREEDY)
     said = out.sequences[:, sample.tokens.ids.shape[1] :].tolist()
     given, correct = [], []
     for row, ids, item in zip(said, wanted, items, strict=True):
@@ -144,65 +88,52 @@ def score_options(
 ) -> tuple[Tensor, tuple[bool, ...]]:
     """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
 
-    Returns:
-        The scores, and whether an edit touched the row in a pass that its scores came from.
+    Options are forced through ``generate``, so that a prompt is a prompt and an option's tokens are
+    decode steps for every edit. Options of one token cost one forward pass. Also: which rows an edit
+    touched in a pass that their scores came from.
     """
-    tokens = [
-        [answer_ids(lvlm.tokenizer, prompt, text) for text in item.choices]
+    options = [
+        [torch.tensor(answer_ids(lvlm.tokenizer, prompt, text)) for text in item.choices]
         for prompt, item in zip(sample.texts or (), items, strict=True)
     ]
-    many = max(len(row) for row in tokens)
-    scores = torch.full((len(items), many), float("-inf"))
-    if all(len(option) == 1 for row in tokens for option in row):
+    if all(len(ids) == 1 for row in options for ids in row):
         run = lvlm.run(sample, [], edits, logits="last")
-        logp = run.logits[:, -1].float().log_softmax(-1).cpu()
-        for b, row in enumerate(tokens):
-            scores[b, : len(row)] = logp[b, [option[0] for option in row]]
-        return scores, _touched([run], [1] * len(items))
-    touched = torch.zeros(len(items), dtype=torch.bool)
-    for i in range(many):
-        forced = [row[min(i, len(row) - 1)] for row in tokens]
-        logp, out = _forced(lvlm, sample, forced, edits)
-        touched |= torch.tensor(_touched(out.steps, [len(option) for option in forced]))
-        for b, row in enumerate(tokens):
-            if i < len(row):
-                size = len(row[i]) if length_normalized else 1
-                scores[b, i] = logp[b] / size
-    return scores, tuple(touched.tolist())
+        wanted = padded([torch.cat(row) for row in options], IGNORED, "right")
+        found = TokenScores.of(run.logits[:, -1:], wanted[:, None]).logprobs[:, 0].cpu()
+        touched = _touched([run], [1] * len(items))
+        return found.masked_fill(wanted == IGNORED, float("-inf")), touched
+    scores, seen = [], torch.zeros(len(items), dtype=torch.bool)
+    for i in range(max(map(len, options))):
+        forced = [row[min(i, len(row) - 1)] for row in options]
+        out = _forced(lvlm, sample, forced, edits)
+        logits = torch.cat([run.logits[:, -1:] for run in out.steps], dim=1)
+        found = TokenScores.of(logits, padded(forced, IGNORED, "right"))
+        gone = torch.tensor([i >= len(row) for row in options])
+        each = (found.means if length_normalized else found.sums).cpu()
+        scores.append(each.masked_fill(gone, float("-inf")))
+        seen |= torch.tensor(_touched(out.steps, [len(ids) for ids in forced]))
+    return torch.stack(scores, dim=1), tuple(seen.tolist())
 
 
-def _forced(
-    lvlm: LVLM, sample: Sample, forced: Sequence[tuple[int, ...]], edits: Sequence[Any]
-) -> tuple[Tensor, Generation]:
-    """The summed log-probability of one continuation per row, ``[batch]``."""
-    from transformers import LogitsProcessorList
+def _forced(lvlm: LVLM, sample: Sample, forced: Sequence[Tensor], edits: Sequence[Any]) -> Any:
+    """A generation that writes given tokens, and repeats the last where others are longer."""
+    from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-    longest = max(len(row) for row in forced)
-    tokens = torch.tensor([row + row[-1:] * (longest - len(row)) for row in forced])
-    prompt = sample.tokens.ids.shape[1]
-    out = lvlm.generate(
-        sample,
-        [],
-        edits,
-        max_new_tokens=longest,
-        logits_processor=LogitsProcessorList([Forced(tokens, prompt)]),
-        **GREEDY,
-    )
-    total = torch.zeros(len(forced))
-    for step, run in enumerate(out.steps):
-        logp = run.logits[:, -1].float().log_softmax(-1).cpu()
-        inside = torch.tensor([step < len(row) for row in forced])
-        total += torch.where(inside, logp.gather(1, tokens[:, step, None])[:, 0], 0.0)
-    return total, out
+    start = sample.tokens.ids.shape[1]
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        return [int(forced[row][min(len(ids) - start, len(forced[row]) - 1)])]
+
+    only = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, num_beams=1)])
+    longest = max(map(len, forced))
+    return lvlm.generate(sample, [], edits, max_new_tokens=longest, logits_processor=only, **GREEDY)
 
 
 def _touched(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
     """Which rows an edit touched; a packed tower has one row for all.
 
-    Args:
-        steps: The passes, the prompt's first.
-        sizes: Per row, how many passes its answer took. What the row goes through later, because
-            another answer of the batch is longer, does not count.
+    ``sizes``: per row, how many of the passes (the prompt's first) its answer took. What the row goes
+    through later, because another answer of the batch is longer, does not count.
     """
     out = torch.zeros(len(sizes), dtype=torch.bool)
     for step, run in enumerate(steps):
@@ -225,9 +156,9 @@ class Answered:
         right: Which option is the right answer, -1 without options.
     """
 
-    tokens: tuple[int, ...]
+    tokens: Ids
     logprobs: tuple[float, ...]
-    greedy: tuple[int, ...]
+    greedy: Ids
     choices: tuple[float, ...] = ()
     right: int = -1
 
@@ -238,104 +169,67 @@ class Answered:
 
 
 Score = Callable[[Item, Answered], float]
+SCORES: dict[str, Score] = {
+    # the right answer, in nats
+    "logprob": lambda item, answered: answered.logprob,
+    # 1 if the right option has the highest mean log-probability per token, the first at a tie
+    "choice": lambda item, answered: float(
+        answered.choices.index(max(answered.choices)) == answered.right
+    ),
+    # 1 if greedy decoding begins with the right answer, token by token
+    "exact": lambda item, answered: float(answered.greedy == answered.tokens),
+}
 
 
-def logprob(item: Item, answered: Answered) -> float:
-    """Log-probability of the right answer, in nats."""
-    return answered.logprob
-
-
-def choice(item: Item, answered: Answered) -> float:
-    """1 if the right option has the highest mean log-probability per token, the first at a tie."""
-    return float(answered.choices.index(max(answered.choices)) == answered.right)
-
-
-def exact(item: Item, answered: Answered) -> float:
-    """1 if greedy decoding begins with the right answer, token by token.
-
-    As many tokens are compared as the answer has; what would follow is not looked at.
-    """
-    return float(answered.greedy == answered.tokens)
+def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
+    """The score and its name; None is ``"choice"`` where items have options, else ``"exact"``."""
+    with_options = sum(bool(item.choices) for item in items)
+    name = ("choice" if with_options else "exact") if score is None else score
+    if callable(name):
+        own = cast("Score", name)
+        return f"{own.__module__}.{getattr(own, '__qualname__', repr(own))}", own
+    check_choice(SCORES, score=name)
+    if name == "choice" and with_options < len(items):
+        raise InputError(
+            f"Got choices on {with_options} of {len(items)} items; expected options, such as "
+            f"choices=['red', 'green'], on all for score='choice', not {len(items) - with_options} items "
+            "without choices. Write score='exact' or score='logprob'."
+        )
+    return name, SCORES[name]
 
 
 def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) -> None:
-    """Refuse log-probabilities that are no numbers: every comparison with them would be wrong.
+    """Refuse log-probabilities that are NaN or infinite: every comparison with them would be wrong.
 
-    Args:
-        item: The question.
-        answered: What the model made of it.
-        where: The cell in words.
-        edited: Whether keys were scaled there.
-
-    Raises:
-        InputError: If one is NaN or infinite.
+    ``where`` is the cell in words, and ``edited`` whether keys were scaled there.
     """
-    numbers = (*answered.logprobs, *answered.choices)
-    if all(map(math.isfinite, numbers)):
-        return
-    wrong = next(x for x in numbers if not math.isfinite(x))
-    hint = (
-        "A factor this large overflows: write smaller ones in grid, or load the model with "
-        "dtype='bfloat16' or 'float32'."
-        if edited
-        else "The model itself overflows: load it with dtype='bfloat16' or 'float32'."
-    )
-    raise InputError(
-        f"Got a log-probability of {wrong} at {where}, for the question {item.question!r} about image "
-        f"{item.image_id!r}; expected finite numbers. {hint}"
-    )
+    cause = "The model itself overflows: load"
+    if edited:
+        cause = "A factor this large overflows: write smaller ones in grid, or load"
+    advice = f"{cause} the model with dtype='bfloat16' or 'float32'."
+    for value in (*answered.logprobs, *answered.choices):
+        if not math.isfinite(value):
+            raise _no_number("a log-probability of", value, where, item, advice)
 
 
 def scored(score: Score, item: Item, answered: Answered, where: str) -> float:
-    """The score of an answer, as a finite number.
-
-    Raises:
-        InputError: If a score function gives something else.
-    """
+    """The score of an answer, as a finite number; see `check_finite`."""
     value: Any = score(item, answered)
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(
-            f"Got the score {value!r} at {where}, for the question {item.question!r} about image "
-            f"{item.image_id!r}; expected a finite number. Return one for every question, or leave "
-            "out the questions that have no score."
-        )
+        advice = "Return one for every question, or leave out the questions that have no score."
+        raise _no_number("the score", value, where, item, advice)
     return number
 
 
-SCORES: dict[str, Score] = {"logprob": logprob, "choice": choice, "exact": exact}
-
-
-def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
-    """The score and its name; None is ``"choice"`` where items have options, else ``"exact"``.
-
-    Raises:
-        InputError: If it is unknown, or some item lacks the options it needs.
-    """
-    with_options = sum(bool(item.choices) for item in items)
-    if score is None and 0 < with_options < len(items):
-        raise InputError(
-            f"Got choices on {with_options} of {len(items)} items; expected all or none. Write "
-            "score='exact' or score='logprob'."
-        )
-    name = ("choice" if with_options else "exact") if score is None else score
-    if callable(name):
-        own = cast("Score", name)
-        return f"{own.__module__}.{getattr(own, '__qualname__', repr(own))}", own
-    if name not in SCORES:
-        raise InputError(
-            f"Got score={score!r}; expected {', '.join(map(repr, SCORES))} or a function of an item and "
-            f"what the model answered. {nearest(str(name), SCORES)}"
-        )
-    if name == "choice" and with_options < len(items):
-        raise InputError(
-            f"Got score='choice' and {len(items) - with_options} items without choices; expected "
-            "options on every item, such as choices=['red', 'green']. Write score='exact'."
-        )
-    return name, SCORES[name]
+def _no_number(what: str, value: Any, where: str, item: Item, advice: str) -> InputError:
+    return InputError(
+        f"Got {what} {value!r} at {where}, for the question {item.question!r} about image "
+        f"{item.image_id!r}; expected a finite number. {advice}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,23 +244,24 @@ class Asked:
     """
 
     item: Item
-    options: tuple[tuple[int, ...], ...]
-    feeds: tuple[tuple[int, ...], ...]
-    row_of: tuple[int, ...]
+    options: tuple[Ids, ...]
+    feeds: tuple[Ids, ...]
+    row_of: Ids
 
 
 def ask(tokenizer: Any, prompt: str, item: Item) -> Asked:
     """The options of a question as tokens behind its prompt, and the fewest rows that score them all."""
     options = tuple(answer_ids(tokenizer, prompt, text) for text in (item.answer, *item.choices))
-    feeds: list[tuple[int, ...]] = []
+    feeds: list[Ids] = []
+
+    def row_of(ids: Ids) -> int | None:
+        return next((i for i, feed in enumerate(feeds) if feed[: len(ids)] == ids), None)
+
     for ids in sorted({ids[:-1] for ids in options}, key=lambda ids: (-len(ids), ids)):
-        if not any(feed[: len(ids)] == ids for feed in feeds):
+        if row_of(ids) is None:
             feeds.append(ids)
-    row_of = tuple(
-        next(i for i, feed in enumerate(feeds) if feed[: len(ids) - 1] == ids[:-1])
-        for ids in options
-    )
-    return Asked(item, options, tuple(feeds), row_of)
+    rows = tuple(row_of(ids[:-1]) or 0 for ids in options)
+    return Asked(item, options, tuple(feeds), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,32 +277,23 @@ class Reading:
     tokens: Tensor
 
     def of(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and greedy tokens.
+        """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]``, on the CPU.
 
-        Args:
-            logits: ``[chunk n vocab]``.
-            rows: Int ``[chunk]``: which row of the reading each one is.
-
-        Returns:
-            Float ``[chunk n option]`` and int ``[chunk n]``, on the CPU.
+        ``logits`` ``[chunk n vocab]`` are of these ``rows`` of the reading, int ``[chunk]``.
         """
-        logs = logits.float().log_softmax(dim=-1)
-        wanted = self.tokens[rows].to(logs.device)
-        return logs.gather(2, wanted).cpu(), logits.argmax(dim=-1).cpu()
+        found = TokenScores.of(logits, self.tokens[rows])
+        return found.logprobs.cpu(), found.greedy.cpu()
 
 
 def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
-    """What to read of the rows of several questions.
+    """What to read of the rows of several questions: their feeds, in order.
 
-    Args:
-        asked: The questions; their feeds, in order, are the rows.
-        first: The position of each row's prompt's last token.
+    ``first`` is the position of the last token of each row's prompt.
     """
     rows = [(one, row, feed) for one in asked for row, feed in enumerate(one.feeds)]
     n = max(len(feed) for _, _, feed in rows) + 1
-    k = max(len(one.options) for one in asked)
     positions = torch.zeros(len(rows), n, dtype=torch.long)
-    tokens = torch.zeros(len(rows), n, k, dtype=torch.long)
+    tokens = torch.full((len(rows), n, max(len(one.options) for one in asked)), IGNORED)
     for i, ((one, row, feed), start) in enumerate(zip(rows, first, strict=True)):
         positions[i] = start + torch.arange(n).clamp(max=len(feed))
         for j, ids in enumerate(one.options):
@@ -417,18 +303,12 @@ def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
 
 
 def answered(one: Asked, logs: Sequence[Any], greedy: Sequence[Any]) -> Answered:
-    """What the model answered, from the readings of a question's rows.
-
-    Args:
-        one: The question.
-        logs: Per feed, ``[n option]`` as nested lists.
-        greedy: Per feed, ``[n]``.
-    """
+    """What the model answered: log-probabilities ``[n option]`` and greedy tokens ``[n]`` by feed."""
     each = [
         tuple(logs[row][p][j] for p in range(len(ids)))
         for j, (ids, row) in enumerate(zip(one.options, one.row_of, strict=True))
     ]
-    own = one.options[0]
+    own, said = one.options[0], greedy[one.row_of[0]]
     means = tuple(sum(values) / len(values) for values in each[1:])
     right = one.item.choices.index(one.item.answer) if one.item.choices else -1
-    return Answered(own, each[0], tuple(greedy[one.row_of[0]][: len(own)]), means, right)
+    return Answered(own, each[0], tuple(said[: len(own)]), means, right)

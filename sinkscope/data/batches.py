@@ -1,4 +1,4 @@
-"""Datasets of questions with answers: read once, checked, and looked up again by index."""
+"""Datasets of questions with answers: read once, checked, and looked up again as padded batches."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_whole
-from sinkscope.data.answers import answer_ids
+from sinkscope.checks import check_whole, is_number
+from sinkscope.data.items import Lazy, check_texts, read_record
+from sinkscope.data.tokens import IGNORED, answer_ids, with_answers
 from sinkscope.errors import InputError
 from sinkscope.models.inputs import process
 from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
-from sinkscope.models.replay import EXTENDED
 from sinkscope.tokens import TokenMap
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
-
-NEEDED = ("image", "question", "answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +47,10 @@ class AnswerData:
 
     def joined(self, other: AnswerData) -> AnswerData:
         """This dataset and then another one."""
+        n, images = len(self), self.images + other.images
+        records = Lazy(lambda i: self.records[i] if i < n else other.records[i - n], n + len(other))
         both = f"{self.fingerprint} {other.fingerprint}"
         longest = max(self.max_answer_tokens, other.max_answer_tokens)
-        images = self.images + other.images
-        records = _Both(self.records, other.records)
         return AnswerData(records, images, tuple(clusters_of(images)), both, longest)
 
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -61,16 +59,17 @@ class AnswerData:
         Records about several images stay with all that share one of them.
 
         Args:
-            share: Of the groups of images, for the second part; at least one where it is above 0.
+            share: Of the groups of images, for the second part, from 0 to below 1; at least one group
+                where it is above 0.
             seed: Of the choice.
 
         Returns:
             Indices of the first and of the second part, each in the dataset's order.
 
         Raises:
-            InputError: If the share is no number from 0 to below 1, or there is one image only.
+            InputError: If the share is out of range, or there is one image only.
         """
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        if not is_number(share, 0, below=1):
             raise InputError(
                 f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
                 "dataset of your own write validation_data=dataset."
@@ -93,132 +92,12 @@ class AnswerData:
         return parts
 
 
-class _Both:
-    """Records of two datasets, one after the other."""
-
-    def __init__(self, first: Any, second: Any) -> None:
-        self.first, self.second = first, second
-
-    def __getitem__(self, index: int) -> Any:
-        n = len(self.first)
-        return self.first[index] if index < n else self.second[index - n]
-
-
-def read_dataset(
-    dataset: Iterable[Any],
-    tokenizer: Any = None,
-    *,
-    max_answer_tokens: int = 256,
-    image_token: int | None = None,
-    marks: Marks | None = None,
-    progress: bool = False,
-) -> AnswerData:
-    """Read a dataset once, check every record and keep no image.
-
-    Args:
-        dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
-            with such attributes. Something with a length and an index (a list,
-            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
-            else is kept as a list of its records.
-        tokenizer: To count the answers' tokens, or None.
-        max_answer_tokens: The longest answer that is accepted.
-        image_token: The id that stands for an image in prompts, which no answer may hold.
-        marks: The texts that stand for images, which no question may hold inside of words, or None.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        InputError: If it is empty, or a record lacks something, with its number.
-    """
-    check_whole(1, max_answer_tokens=max_answer_tokens)
-    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if isinstance(dataset, (str, Mapping)) or not (indexed or isinstance(dataset, Iterable)):
-        raise InputError(
-            f"Got a dataset of type {type(dataset).__name__}; expected records with image, question "
-            "and answer. Write dataset['train'] for one split of several, or a list of dicts."
-        )
-    if hasattr(dataset, "itertuples"):
-        raise InputError(
-            "Got a DataFrame; expected records. Write dataset.to_dict(orient='records')."
-        )
-    records: Any = dataset if indexed else list(dataset)
-    if not len(records):
-        raise InputError("Got an empty dataset; expected at least one question with an answer.")
-    names, ids, digest = [], ImageIds(), hashlib.blake2b(digest_size=16)
-    for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
-        record = records[index]
-        question, answer = checked_texts(record, index)
-        if marks is not None:
-            question_of(question, marks, who=f"Record {index} has")
-        if tokenizer is not None:
-            _check_answer(tokenizer, answer, index, max_answer_tokens, image_token)
-        image = ids.add(index, field_of(record, "image"), field_of(record, "image_id"))
-        names.append(image[0])
-        digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
-    groups = tuple(clusters_of(names))
-    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
-
-
-def field_of(record: Any, name: str) -> Any:
-    """A field of a dict or of an object; None if it is missing."""
-    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
-
-
-def checked_texts(record: Any, index: int) -> tuple[str, str]:
-    """Question and answer of a record that has all it needs.
-
-    Raises:
-        InputError: If it does not.
-    """
-    missing = [name for name in NEEDED if field_of(record, name) is None]
-    if missing:
-        known = sorted(record) if isinstance(record, Mapping) else type(record).__name__
-        raise InputError(
-            f"Record {index} ({known}) has no {' and no '.join(missing)}; expected image, question "
-            "and answer. Write dataset.rename_column(...), or leave such records out."
-        )
-    found = [field_of(record, name) for name in ("question", "answer")]
-    for name, text in zip(("question", "answer"), found, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(
-                f"Record {index} has {name}={text!r}; expected a str with at least one word. Write "
-                "str(...) for numbers, or leave such records out."
-            )
-    return found[0], found[1]
-
-
-def _check_answer(
-    tokenizer: Any, answer: str, index: int, longest: int, image_token: int | None
-) -> None:
-    """Refuse an answer that is longer than wanted, or would be taken for an image.
-
-    Raises:
-        InputError: If so.
-    """
-    ids = answer_ids(tokenizer, "", answer)  # as long as behind a prompt, or a token longer
-    if image_token is not None and image_token in ids:
-        raise InputError(
-            f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for an "
-            "image; expected words. Remove it, or leave such records out."
-        )
-    n = len(ids)
-    if n > longest:
-        raise InputError(
-            f"Record {index} has an answer of {n} tokens; expected at most {longest}. Write "
-            f"max_answer_tokens={n}, or leave such records out."
-        )
-
-
-IGNORED = -100
-
-"""The label of positions whose prediction does not count, as in PyTorch."""
-
-
 @dataclass(frozen=True, eq=False)
 class AnswerBatch:
     """Prompts with their answers, left-padded.
 
     Attributes:
-        inputs: What the model is called with; see the module for the layout.
+        inputs: What the model is called with; see `with_answers`.
         labels: Int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere.
         tokens: What every position is. Only the prompt is ``live``, so ``tokens.last`` is the end of
             the prompt.
@@ -251,6 +130,75 @@ class AnswerBatch:
         return torch.arange(end - longest - 1, end - 1).expand(len(self), longest)
 
 
+def read_dataset(
+    dataset: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    max_answer_tokens: int = 256,
+    image_token: int | None = None,
+    marks: Marks | None = None,
+    progress: bool = False,
+) -> AnswerData:
+    """Read a dataset once, check every record and keep no image.
+
+    Args:
+        dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
+            with such attributes. Something with a length and an index (a list,
+            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
+            else is kept as a list of its records.
+        tokenizer: To count the answers' tokens, or None.
+        max_answer_tokens: The longest answer that is accepted.
+        image_token: The id that stands for an image in prompts, which no answer may hold.
+        marks: The texts that stand for images, which no question may hold inside of words, or None.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: If it is empty, or a record lacks something, with its number.
+    """
+    check_whole(1, max_answer_tokens=max_answer_tokens)
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    other = isinstance(dataset, (str, Mapping)) or hasattr(dataset, "itertuples")
+    if other or not (indexed or isinstance(dataset, Iterable)):
+        raise InputError(
+            f"Got a {type(dataset).__name__} as dataset; expected records with image, question "
+            "and answer. Write dataset['train'] for one split of several, "
+            "dataset.to_dict(orient='records') for a DataFrame, or a list of dicts."
+        )
+    records: Any = dataset if indexed else list(dataset)
+    if not len(records):
+        raise InputError("Got an empty dataset; expected at least one question with an answer.")
+    names, ids, digest = [], ImageIds(), hashlib.blake2b(digest_size=16)
+    for index in tqdm(range(len(records)), desc="reading", unit="record", disable=not progress):
+        record = _texts(records[index], index)
+        question, answer = record["question"], record["answer"]
+        if marks is not None:
+            question_of(question, marks, who=f"Record {index} has")
+        # as long as behind a prompt, or a token longer
+        tokens = () if tokenizer is None else answer_ids(tokenizer, "", answer)
+        if image_token in tokens:
+            raise InputError(
+                f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for "
+                "an image; expected words. Remove it, or leave such records out."
+            )
+        if len(tokens) > max_answer_tokens:
+            raise InputError(
+                f"Record {index} has an answer of {len(tokens)} tokens; expected at most "
+                f"{max_answer_tokens}. Write max_answer_tokens={len(tokens)}, or leave such records out."
+            )
+        image = ids.add(index, record["image"], record.get("image_id"))
+        names.append(image[0])
+        digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
+    groups = tuple(clusters_of(names))
+    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
+
+
+def _texts(record: Any, index: int) -> dict[str, Any]:
+    """The fields of a record whose question and answer have words."""
+    found = read_record(record, index)
+    check_texts(index, {name: found[name] for name in ("question", "answer")}, blank=False)
+    return found
+
+
 def read_parts(
     lvlm: LVLM,
     dataset: Iterable[Any],
@@ -278,18 +226,22 @@ def read_parts(
     Raises:
         InputError: If something is missing or does not fit the model.
     """
-    given = []
-    for part in (dataset, validation_data):
-        if part is not None:
-            shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
-            options = {"max_answer_tokens": max_answer_tokens, "progress": bool(shown)}
-            options["image_token"] = lvlm.anatomy.image_token_id
-            options["marks"] = marks_of(lvlm.processor)
-            given.append(read_dataset(part, lvlm.tokenizer, **options))
-    data = given[0]
+
+    def read(part: Iterable[Any]) -> AnswerData:
+        shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
+        return read_dataset(
+            part,
+            lvlm.tokenizer,
+            max_answer_tokens=max_answer_tokens,
+            image_token=lvlm.anatomy.image_token_id,
+            marks=marks_of(lvlm.processor),
+            progress=bool(shown),
+        )
+
+    data = read(dataset)
     rows, held = data.split(validation if validation_data is None else 0.0, seed)
     if validation_data is not None:
-        data = data.joined(given[1])
+        data = data.joined(read(validation_data))
         held = list(range(len(rows), len(data)))
     for part in (rows, held):
         if part:
@@ -317,23 +269,20 @@ def make_batch(
     Raises:
         InputError: If a record does not fit the model.
     """
-    records = [data.records[row] for row in rows]
-    texts = [checked_texts(record, row) for record, row in zip(records, rows, strict=True)]
-    given = [field_of(record, "image") for record in records]
+    records = [_texts(data.records[row], row) for row in rows]
+    given = [record["image"] for record in records]
     images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
-    inputs, _, prompts = process(lvlm.processor, images, [question for question, _ in texts])
+    inputs, _, prompts = process(lvlm.processor, images, [r["question"] for r in records])
     end = end_token(lvlm) if append_end else None
     last = () if end is None else (end,)
     tails = [
-        answer_ids(lvlm.tokenizer, prompt, answer) + last
-        for prompt, (_, answer) in zip(prompts, texts, strict=True)
+        answer_ids(lvlm.tokenizer, prompt, record["answer"]) + last
+        for prompt, record in zip(prompts, records, strict=True)
     ]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
-    blind = [
-        row for row, seen in zip(rows, (tokens.image >= 0).any(1).tolist(), strict=True) if not seen
-    ]
-    if blind:
+    seen = (tokens.image >= 0).any(1).tolist()
+    if blind := [row for row, sees in zip(rows, seen, strict=True) if not sees]:
         raise InputError(
             f"Records {blind} have no image token in their prompt; expected some, or there is nothing "
             "for a gate to scale. Check the processor's image_token and chat template."
@@ -345,26 +294,18 @@ def make_batch(
             f"Records {list(rows)} make {labels.shape[1]} tokens; expected at most {limit}, the "
             "length of the model. Leave the longest out, or make the images smaller."
         )
-    if not bool(ready["attention_mask"].all()) and not computes_positions(lvlm):
+    # Qwen-VL derives positions from mask and image grid itself
+    computed = callable(getattr(module.base_model, "get_rope_index", None))
+    if not computed and not bool(ready["attention_mask"].all()):
         ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
     prompt = tokens.live & (labels == IGNORED)
     return AnswerBatch(ready, labels, replace(tokens, live=prompt), tuple(rows))
 
 
-def computes_positions(lvlm: LVLM) -> bool:
-    """Whether the model derives positions from mask and image grid itself, as Qwen-VL does."""
-    module: Any = lvlm.module
-    return callable(getattr(module.base_model, "get_rope_index", None))
-
-
 def end_token(lvlm: LVLM) -> int | None:
-    """The token that ends an answer.
+    """The token that stops generation, or None if the model has none.
 
-    It is the one that stops generation; among several (Qwen, Gemma) the first that the chat template
-    puts behind an answer.
-
-    Returns:
-        Its id, or None if the model has none.
+    Among several (Qwen, Gemma) it is the first that the chat template puts behind an answer.
     """
     tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
@@ -381,48 +322,3 @@ def end_token(lvlm: LVLM) -> int | None:
         closing = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
         ends = [token for token in closing if token in ends] or ends
     return int(ends[0])
-
-
-def with_answers(
-    inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int
-) -> tuple[dict[str, Any], Tensor]:
-    """Inputs with an answer after every prompt, padded on the left again.
-
-    Args:
-        inputs: Processor output of the prompts.
-        tails: The answer's tokens of every row.
-        pad: The token to pad with.
-
-    Returns:
-        The inputs, and labels ``[row pos]``.
-
-    Raises:
-        InputError: If an input has one entry per position and it is unknown which an answer has.
-    """
-    ids = inputs["input_ids"]
-    live = inputs["attention_mask"].bool()
-    lengths = [int(mask.sum()) + len(tail) for mask, tail in zip(live, tails, strict=True)]
-    shape = (len(tails), max(lengths))
-    out = dict(inputs)
-    labels = torch.full(shape, IGNORED)
-    for row, tail in enumerate(tails):
-        labels[row, shape[1] - len(tail) :] = torch.tensor(list(tail))
-    for name, value in inputs.items():
-        if name != "input_ids" and name not in EXTENDED:
-            if (
-                isinstance(value, Tensor)
-                and value.shape == ids.shape
-                and not value.is_floating_point()
-            ):
-                raise InputError(
-                    f"Got the input {name!r} with one entry per position; expected input_ids and "
-                    f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
-                )
-            continue
-        made = value.new_full(shape, pad if name == "input_ids" else 0)
-        for row, (mask, tail) in enumerate(zip(live, tails, strict=True)):
-            more = list(tail) if name == "input_ids" else [EXTENDED[name]] * len(tail)
-            whole = torch.cat([value[row][mask], value.new_tensor(more)])
-            made[row, shape[1] - lengths[row] :] = whole
-        out[name] = made
-    return out, labels

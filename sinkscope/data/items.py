@@ -1,9 +1,10 @@
-"""Questions about images, as records."""
+"""Records of questions and of labelled images: one way to read them, and one check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from sinkscope.errors import InputError, nearest
 from sinkscope.models.pictures import clusters_of, identified
 
-NEEDED = frozenset({"image", "question", "answer"})
-
 ALL = "all"
-
 """The task of all questions together, and of a question without one."""
+FEWEST_IMAGES = 20
+"""Fewer images than this cannot be split into a training and a test part that mean anything."""
+
+
+ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 
 @dataclass(frozen=True)
@@ -41,80 +44,6 @@ class Item:
     task: str = ALL
     image_id: Any = None
     choices: tuple[str, ...] = ()
-
-
-def folded(text: str) -> str:
-    """A text as answers are compared: stripped, in lower case."""
-    return text.strip().lower()
-
-
-def as_items(dataset: Iterable[Any]) -> list[Item]:
-    """Questions as `Item` records.
-
-    Raises:
-        InputError: If a record lacks a field or has one of another type, its choices lack the answer,
-            its image cannot be read or has an id of another, or there is none.
-    """
-    items = [_checked(_as_item(i, record), i) for i, record in enumerate(dataset)]
-    if not items:
-        raise InputError("Got an empty dataset; expected at least one question.")
-    return identified(items)
-
-
-def check_tasks(items: Sequence[Item]) -> None:
-    """Refuse a task whose name stands for all questions, unless it is the only one.
-
-    Raises:
-        InputError: If there is one.
-    """
-    tasks = {item.task for item in items}
-    if ALL in tasks and len(tasks) > 1:
-        raise InputError(
-            f"Got the tasks {sorted(tasks)}; expected no task {ALL!r} beside others, which is the name "
-            "of all questions together. Write task='other' on items without one."
-        )
-
-
-def _as_item(i: int, record: Any) -> Item:
-    """One record."""
-    if isinstance(record, Item):
-        return record
-    if not isinstance(record, Mapping):
-        raise InputError(
-            f"Record {i} is a {type(record).__name__}; expected a dict or an Item with image, "
-            "question and answer."
-        )
-    missing = NEEDED - set(record)
-    if missing:
-        raise InputError(
-            f"Record {i} has {sorted(record)}; expected image, question, answer and, if you like, "
-            f"task, image_id and choices; missing {sorted(missing)}."
-        )
-    return Item(**{k: record[k] for k in Item.__dataclass_fields__ if k in record})
-
-
-def _checked(item: Item, i: int) -> Item:
-    """The item with choices as a tuple that holds the answer."""
-    for name in ("question", "answer", "task"):
-        value = getattr(item, name)
-        if not isinstance(value, str):
-            hint = " Leave task out of all records if there are no tasks." if name == "task" else ""
-            raise InputError(f"Record {i} has {name}={value!r}; expected a str.{hint}")
-    choices: Any = item.choices
-    listed = choices is None or (isinstance(choices, Sequence) and not isinstance(choices, str))
-    if not listed or not all(isinstance(choice, str) for choice in choices or ()):
-        raise InputError(f"Record {i} has choices={choices!r}; expected a list of str.")
-    if choices and item.answer not in choices:
-        raise InputError(
-            f"Record {i} has the answer {item.answer!r} and choices={list(choices)}; expected the "
-            "answer to be one of the choices, written in the same way."
-        )
-    return replace(item, choices=tuple(choices or ()))
-
-
-FEWEST_IMAGES = 20
-
-"""Fewer images than this cannot be split into a training and a test part that mean anything."""
 
 
 @dataclass(frozen=True)
@@ -152,30 +81,104 @@ class Target:
     labels: np.ndarray
 
 
-def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
-    """Records as `LabelledImage`; no image is opened yet.
+class Lazy(Sequence[Any]):
+    """Records that are made when they are asked for, and not kept: ``make(index)``, ``size`` of them."""
+
+    def __init__(self, make: Callable[[int], Any], size: int) -> None:
+        self.make, self.size = make, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(self.size)[index]
+        return self.make(places) if isinstance(places, int) else [self.make(i) for i in places]
+
+
+def read_record(
+    record: Any, number: int, kind: type = Item, where: str = "", advice: str = ADVICE
+) -> dict[str, Any]:
+    """The fields that a record has: a dict, or an object with such attributes.
+
+    Args:
+        record: The record.
+        number: Its number, for messages, with ``where`` behind it.
+        kind: `Item` or `LabelledImage`; fields without a default must be there and not None.
+        where: Behind the number in messages.
+        advice: The end of the message.
+    """
+    get = record.get if isinstance(record, Mapping) else partial(getattr, record)
+    found = {field.name: get(field.name, MISSING) for field in fields(kind)}
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    if missing := [name for name in needed if found[name] is None or found[name] is MISSING]:
+        shown = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
+        raise InputError(
+            f"Record {number}{where} ({shown}) has no {' and no '.join(missing)}; expected "
+            f"{', '.join(needed[:-1])} and {needed[-1]}, in a dict or an object. {advice}"
+        )
+    return {name: value for name, value in found.items() if value is not MISSING}
+
+
+def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
+    """Refuse what is no str, and also blank text unless ``blank``."""
+    for name, text in texts.items():
+        if not isinstance(text, str) or not (blank or text.strip()):
+            raise InputError(
+                f"Record {number} has {name}={text!r}; expected a str"
+                f"{'' if blank else ' with at least one word'}. Write str(...) for numbers, or leave "
+                "such records out, or a field that none needs out of all."
+            )
+
+
+def folded(text: str) -> str:
+    """A text as answers are compared: stripped, in lower case."""
+    return text.strip().lower()
+
+
+def as_items(dataset: Iterable[Any]) -> list[Item]:
+    """Questions as `Item` records.
 
     Raises:
-        InputError: If a record is malformed.
+        InputError: If a record is malformed, its image cannot be read or has an id of another.
     """
     items = []
     for i, record in enumerate(dataset):
-        if isinstance(record, LabelledImage):
-            item = record
-        elif isinstance(record, Mapping):
-            missing = {"image", "attributes"} - set(record)
-            if missing:
-                raise InputError(
-                    f"Record {i} has {sorted(record)}; expected image, attributes and, if you like, "
-                    f"question and image_id; missing {sorted(missing)}."
-                )
-            known = {k: record[k] for k in LabelledImage.__dataclass_fields__ if k in record}
-            item = LabelledImage(**known)
-        else:
+        found = read_record(record, i)
+        item = record if isinstance(record, Item) else Item(**found)
+        texts = {"question": item.question, "answer": item.answer, "task": item.task}
+        check_texts(i, texts, blank=True)
+        options: Any = () if item.choices is None else item.choices
+        listed = isinstance(options, Sequence) and not isinstance(options, str)
+        if not listed or not all(isinstance(option, str) for option in options):
+            raise InputError(f"Record {i} has choices={options!r}; expected a list of str.")
+        if options and item.answer not in options:
             raise InputError(
-                f"Record {i} is a {type(record).__name__}; expected a dict or an ss.experiments.LabelledImage "
-                "with image and attributes."
+                f"Record {i} has the answer {item.answer!r} and choices={list(options)}; expected the "
+                "answer to be one of the choices, written in the same way."
             )
+        items.append(replace(item, choices=tuple(options)))
+    if not items:
+        raise InputError("Got an empty dataset; expected at least one question.")
+    return identified(items)
+
+
+def check_tasks(items: Sequence[Item]) -> None:
+    """Refuse a task whose name stands for all questions, unless it is the only one."""
+    tasks = {item.task for item in items}
+    if ALL in tasks and len(tasks) > 1:
+        raise InputError(
+            f"Got the tasks {sorted(tasks)}; expected no task {ALL!r} beside others, which is the name "
+            "of all questions together. Write task='other' on items without one."
+        )
+
+
+def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
+    """Records as `LabelledImage`; no image is opened yet."""
+    items = []
+    for i, record in enumerate(dataset):
+        found = read_record(record, i, LabelledImage)
+        item = record if isinstance(record, LabelledImage) else LabelledImage(**found)
+        check_texts(i, {"question": item.question}, blank=True)
         if not isinstance(item.attributes, Mapping) or not item.attributes:
             raise InputError(
                 f"Record {i} has attributes={item.attributes!r}; expected a dict of names and "
@@ -186,11 +189,7 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
 
 
 def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
-    """The image of every record, as one name for all records that share one.
-
-    Raises:
-        InputError: If an image cannot be read or has the id of another, or there are too few.
-    """
+    """The image of every record, as one name for all records that share one; see `clusters_of`."""
     groups = np.array(clusters_of(item.image_id for item in identified(items)))
     n = len(set(groups))
     if n < FEWEST_IMAGES:
@@ -202,11 +201,7 @@ def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
-    """The attributes of all records as targets.
-
-    Args:
-        items: The records.
-        wanted: Names of the attributes to take, or None for those of the first record.
+    """The attributes of all records as targets: those wanted, or those of the first record.
 
     Raises:
         InputError: If a record lacks one, if its kinds are mixed, or if it takes one value only.
@@ -215,59 +210,49 @@ def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> 
     names = known if wanted is None else wanted
     if isinstance(names, str) or not names:
         raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
-    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
-    if twice:
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
         raise InputError(f"Got targets={list(names)}; expected every one once, not {twice} again.")
     return [_target(name, items) for name in names]
 
 
 def _target(name: str, items: Sequence[LabelledImage]) -> Target:
-    values = []
     for i, item in enumerate(items):
         if name not in item.attributes:
             raise InputError(
                 f"Record {i} lacks the attribute {name!r}; expected the same attributes in every "
                 f"record. {nearest(name, map(str, item.attributes))}"
             )
-        values.append(item.attributes[name])
+    values = [item.attributes[name] for item in items]
     several = [isinstance(value, (Set, list, tuple)) for value in values]
-    if any(several) != all(several):
+    multi = all(several)
+    if any(several) != multi:
         one, many = values[several.index(False)], values[several.index(True)]
         raise InputError(
             f"Attribute {name!r} is {one!r} in one record and {many!r} in another; expected one class "
             "in all records, or a set of classes in all. Write {'red'} for a set of one."
         )
-    flat = [c for v in values for c in v] if all(several) else values
-    _check_classes(name, flat)
-    classes = sorted(set(flat))
-    if all(several):
-        labels = np.array([[c in set(v) for c in classes] for v in values], dtype=bool)
-        labels = labels.reshape(len(values), len(classes))
+    classes = _classes(name, [c for value in values for c in value] if multi else values)
+    if multi:
+        labels = np.array([[c in set(value) for c in classes] for value in values], dtype=bool)
         told = np.flatnonzero(~labels.all(axis=0))
-        classes = [classes[i] for i in told]
-        labels = labels[:, told]
+        classes, labels = [classes[i] for i in told], labels[:, told]
     else:
-        labels = np.array([classes.index(v) for v in values])
-    if len(classes) < (1 if all(several) else 2):
+        labels = np.array([classes.index(value) for value in values])
+    if len(classes) < (1 if multi else 2):
         raise InputError(
             f"Attribute {name!r} is {values[0]!r} in every record; expected at least two different "
             "values: a probe of one class is always right."
         )
-    return Target(name, all(several), tuple(classes), labels)
+    return Target(name, multi, tuple(classes), labels)
 
 
-def _check_classes(name: str, values: Sequence[Any]) -> None:
-    """All of one kind: truth values, whole numbers or names.
-
-    Raises:
-        InputError: If they are not.
-    """
+def _classes(name: str, values: Sequence[Any]) -> list[Any]:
+    """The different values, sorted; all are truth values, whole numbers or names."""
+    types: dict[str, Any] = {"bool": (bool, np.bool_), "int": Integral, "str": str}
     kinds = {}
     for value in values:
-        kind = "bool" if isinstance(value, (bool, np.bool_)) else ""
-        kind = kind or ("int" if isinstance(value, Integral) else "")
-        kind = kind or ("str" if isinstance(value, str) else "")
-        if not kind:
+        kind = next((kind for kind, of in types.items() if isinstance(value, of)), None)
+        if kind is None:
             raise InputError(
                 f"Attribute {name!r} holds {value!r} of type {type(value).__name__}; expected an int "
                 "or a str per class. Sort continuous values into bins first."
@@ -275,6 +260,7 @@ def _check_classes(name: str, values: Sequence[Any]) -> None:
         kinds[kind] = value
     if len(kinds) > 1:
         raise InputError(
-            f"Attribute {name!r} holds {', '.join(repr(v) for v in kinds.values())}; expected classes "
-            "of one kind. Write all of them as str, or all as int."
+            f"Attribute {name!r} holds {', '.join(map(repr, kinds.values()))}; expected classes of one "
+            "kind. Write all of them as str, or all as int."
         )
+    return sorted(set(values))

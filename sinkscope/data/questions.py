@@ -1,23 +1,32 @@
-"""Questions about images, from drawn scenes, files, or the ``datasets`` library, as plain records."""
+"""Questions from drawn scenes, files, or the ``datasets`` library, as plain records."""
 
 from __future__ import annotations
 
 import csv
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sinkscope.errors import InputError, nearest
+from sinkscope.checks import check_choice, check_whole
+from sinkscope.data.items import Lazy, read_record
+from sinkscope.errors import InputError
 from sinkscope.models.pictures import ADDRESSES, is_missing
 
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
-NEEDED = ("image", "question", "answer")
 SCENES = "scenes"
 READERS = (".jsonl", ".json", ".csv", ".parquet")
-SPLITS = ("train", "validation", "test")
+WORD = ((str, type(None)), "a word")
+WANTED: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), WORD),
+    **dict.fromkeys(("start", "per_image"), (int, "a whole number")),
+    "limit": ((int, type(None)), "a whole number"),
+    "columns": (Mapping, "fields and the names of their columns"),
+    "choices": ((list, tuple, type(None)), "a list"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,91 +66,54 @@ class Questions:
     subset: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_types()
-        strange = sorted(set(self.columns) - set(FIELDS))
-        if strange:
-            raise InputError(
-                f"Got columns for {strange}; expected fields among {FIELDS}. "
-                f"{nearest(strange[0], FIELDS)}"
-            )
+        for name, (kind, what) in WANTED.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"Got {name}={value!r} for questions; expected {what}.")
+        check_whole(1, per_image=self.per_image)
+        check_whole(0, start=self.start)
+        if self.limit is not None:
+            check_whole(1, limit=self.limit, hint="Write None for all questions.")
+        for name in self.columns:
+            check_choice(FIELDS, columns=name)
         if self.letters is not None and "A" not in self.letters:
             raise InputError(f"Got letters={self.letters!r}; expected how an A looks, as '(A)'.")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"Got limit={self.limit}; expected 1 or more, or None for all.")
-        if self.start < 0:
-            raise InputError(f"Got start={self.start}; expected 0 or more.")
-        if self.source == SCENES and self.split not in SPLITS:
-            raise InputError(
-                f"Got split={self.split!r} of the scenes; expected one of {SPLITS}. "
-                f"{nearest(self.split, SPLITS)}"
-            )
-
-    def _check_types(self) -> None:
-        """Refuse what a recipe may hold by mistake.
-
-        Raises:
-            InputError: If a value is of another type.
-        """
-        words = ("source", "split", "suffix", "letters", "subset")
-        wanted: dict[str, tuple[Any, str]] = {name: ((str, type(None)), "a word") for name in words}
-        wanted |= dict.fromkeys(("start", "per_image"), (int, "a whole number"))
-        wanted |= {"limit": ((int, type(None)), "a whole number")}
-        wanted |= {"columns": (Mapping, "fields and the names of their columns")}
-        wanted |= {"choices": ((list, tuple, type(None)), "a list")}
-        for name, (kind, what) in wanted.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise InputError(f"Got {name}={value!r} for questions; expected {what}.")
+        if self.source == SCENES:
+            check_choice(("train", "validation", "test"), split=self.split)
 
     def indexed(self) -> Sequence[dict[str, Any]]:
         """The records as a sequence that can be read again and again, for training.
 
         Images of a data set are decoded when their record is asked for; those of files stay paths.
         """
-        path = Path(self.source).expanduser()
-        if self.source == SCENES or path.suffix in READERS:
+        if self.source == SCENES or Path(self.source).suffix in READERS:
             return list(self)
-        return Indexed(self, self._load())
+        raw = self._load()
+        stop = len(raw) if self.limit is None else self.start + self.limit
+        places = range(len(raw))[self.start : stop]
+        return Lazy(lambda i: self._record(raw[places[i]], places[i]), len(places))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.source == SCENES:
             yield from self._scenes()
             return
-        for i, record in enumerate(self._raw()):
-            if i < self.start:
-                continue
-            if self.limit is not None and i >= self.start + self.limit:
-                return
+        path = Path(self.source).expanduser()
+        raw = read_file(path) if path.suffix in READERS else self._load()
+        stop = None if self.limit is None else self.start + self.limit
+        for i, record in islice(enumerate(raw), self.start, stop):
             yield self._record(record, i)
 
     def _scenes(self) -> Iterator[dict[str, Any]]:
         """Questions about drawn scenes."""
         from sinkscope.bundled import scenes
-        from sinkscope.bundled.scenes import scene_questions
 
-        seeds = {
-            "train": scenes.TRAIN_SEEDS,
-            "validation": scenes.VALIDATION_SEEDS,
-            "test": scenes.TEST_SEEDS,
-        }[self.split]
+        seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
         limit = 100 * self.per_image if self.limit is None else self.limit
         skipped, first = divmod(self.start, self.per_image)
         images = -(-(first + limit) // self.per_image)
-        made = scene_questions(images, self.per_image, seeds=seeds, start=skipped)
-        for i, record in enumerate(made):
-            if first <= i < first + limit:
-                record["question"] += self.suffix
-                yield record
-
-    def _raw(self) -> Iterator[Mapping[str, Any]]:
-        """Records as they stand in the file or data set."""
-        path = Path(self.source).expanduser()
-        if path.suffix in READERS:
-            if not path.is_file():
-                raise InputError(f"Got the file {self.source!r}, which does not exist.")
-            yield from read_file(path)
-            return
-        yield from self._load()
+        made = scenes.scene_questions(images, self.per_image, seeds=seeds, start=skipped)
+        for record in islice(made, first, first + limit):
+            record["question"] += self.suffix
+            yield record
 
     def _load(self) -> Any:
         """The data set of the ``datasets`` library."""
@@ -163,87 +135,47 @@ class Questions:
             ) from error
 
     def _record(self, raw: Mapping[str, Any], i: int) -> dict[str, Any]:
-        """One record with the fields of an item."""
-        out = {}
-        for name in FIELDS:
-            column = self.columns.get(name, name)
-            value = raw.get(column)
-            if isinstance(value, str) or not is_missing(value):
-                out[name] = value
-        missing = [name for name in NEEDED if name not in out]
-        if missing:
-            raise InputError(
-                f"Record {i} of {self.source!r} has the columns {sorted(raw)}; expected {missing} "
-                f"too, and not empty. Write columns={{{missing[0]!r}: 'the column'}}."
-            )
+        """One record with the fields of an item; empty columns are missing."""
+        named = {name: raw.get(self.columns.get(name, name)) for name in FIELDS}
+        some = {k: v for k, v in named.items() if isinstance(v, str) or not is_missing(v)}
+        advice = f"Its columns are {sorted(raw)}: write columns={{'answer': 'the column'}}."
+        out = read_record(some, i, where=f" of {self.source!r}", advice=advice)
         if isinstance(out["image"], str) and not out["image"].startswith(ADDRESSES):
             out["image"] = str(Path(self.source).expanduser().parent / out["image"])
         out["question"] = str(out["question"]) + self.suffix
         out["answer"] = str(out["answer"])
-        self._name_choices(out, i)
-        return out
-
-    def _name_choices(self, out: dict[str, Any], i: int) -> None:
-        """Options as they look in answers."""
-        if self.choices is not None:
-            out["choices"] = list(self.choices)
-        elif "choices" in out and isinstance(out["choices"], str):
-            out["choices"] = [part.strip() for part in out["choices"].split("|")]
-        if "choices" not in out:
-            return
-        options = [str(option) for option in out["choices"]]
+        options = out.pop("choices", None) if self.choices is None else self.choices
+        if options is None:
+            return out
+        if isinstance(options, str):
+            options = [part.strip() for part in options.split("|")]
+        out["choices"] = [str(option) for option in options]
         if self.letters is not None and self.choices is None:
-            named = string.ascii_uppercase[: len(options)]
-            options = [self.letters.replace("A", letter) for letter in named]
-        if out["answer"] not in options:
+            named_by = string.ascii_uppercase[: len(options)]
+            out["choices"] = [self.letters.replace("A", letter) for letter in named_by]
+        if out["answer"] not in out["choices"]:
             raise InputError(
                 f"Record {i} of {self.source!r} has the answer {out['answer']!r} and the options "
-                f"{options}; expected one of them. Set letters='A' or letters='(A)' if answers are "
-                "letters."
+                f"{out['choices']}; expected one of them. Set letters='A' or letters='(A)' if answers "
+                "are letters."
             )
-        out["choices"] = options
+        return out
 
 
-class Indexed(Sequence[dict[str, Any]]):
-    """Records of a data set, each made when it is asked for.
-
-    Args:
-        questions: How records are read.
-        raw: The data set: something with a length and an index.
-    """
-
-    def __init__(self, questions: Questions, raw: Any) -> None:
-        self.questions, self.raw = questions, raw
-        stop = len(raw) if questions.limit is None else questions.start + questions.limit
-        self.places = range(len(raw))[questions.start : stop]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        place = self.places[index]
-        return self.questions._record(self.raw[place], place)
-
-
-def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a file, one by one.
-
-    Raises:
-        InputError: If a line is no record.
-    """
+def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    """The records of a file, one by one."""
+    if not path.is_file():
+        raise InputError(f"Got the file {str(path)!r}, which does not exist.")
     if path.suffix == ".parquet":
         import pandas as pd
 
         yield from pd.read_parquet(path).to_dict(orient="records")  # type: ignore[misc]
         return
     with path.open(newline="", encoding="utf-8") as lines:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(lines)
-            return
         try:
-            if path.suffix == ".json":
+            if path.suffix == ".csv":
+                yield from csv.DictReader(lines)
+            elif path.suffix == ".json":
                 yield from json.load(lines)
             else:
                 yield from (json.loads(line) for line in lines if line.strip())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
-from sinkscope.results import Result
+from sinkscope.results import Result, kl_of_next
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -599,6 +599,4 @@ class KLFrom:
 
     def __call__(self, run: Run) -> Tensor:
         """The divergence of every row."""
-        p = self.base.logits[:, -1].float().log_softmax(-1)
-        q = run.logits[:, -1].float().log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
+        return kl_of_next(self.base.logits, run.logits)

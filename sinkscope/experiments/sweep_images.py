@@ -21,6 +21,7 @@ from sinkscope.data.answers import (
     scored,
 )
 from sinkscope.data.items import Item
+from sinkscope.data.tokens import extend
 from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import (
     STATE_SITE,
@@ -46,7 +47,6 @@ from sinkscope.models.replay import (
     Given,
     capture_given,
     decoder_inputs,
-    extend,
     logits_at,
     resume,
 )

@@ -43,7 +43,7 @@ from sinkscope.experiments.sweep_result import (
 from sinkscope.models.identity import identity_of
 from sinkscope.models.pictures import ImageIds
 from sinkscope.models.prompts import check_questions
-from sinkscope.models.replay import prove
+from sinkscope.models.replay import check_replay
 from sinkscope.models.wrapping import evaluated
 from sinkscope.tokens import check_merge
 
@@ -339,7 +339,8 @@ def run_groups(
                 continue
             if not proven:
                 first = group[0][1]
-                prove(lvlm, lvlm.prepare(images=first.image, text=first.question).inputs)
+                sample = lvlm.prepare(images=first.image, text=first.question)
+                check_replay(lvlm, sample.inputs, rules.cells.blocks)
                 proven = True
             lines, notes = sweep_image(lvlm, group, rules, bar.update)
             if folder is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.protocols import Edit, Effect, Intervention
+from sinkscope.results import kl_of_next
 
 if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
@@ -175,9 +176,7 @@ def with_kl(edited: Run, plain: Run, last: Tensor) -> Run:
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]
-    p = plain.logits[:, -1].float().log_softmax(-1)
-    q = logits[:, -1].cpu().float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
+    kl = kl_of_next(plain.logits, logits.cpu())
     effects = {it: replace(effect, kl=kl) for it, effect in edited.effects.items()}
     return replace(edited, effects=effects)
 

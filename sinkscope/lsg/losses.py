@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from sinkscope.data.batches import IGNORED, AnswerBatch
+from sinkscope.data.batches import AnswerBatch
+from sinkscope.data.tokens import TokenScores
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.models.replay import Captured, capture, logits_at, resume
@@ -211,10 +211,7 @@ def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: Float ``[row n vocab]``.
-        targets: Int ``[row n]``, `IGNORED` where there is none.
+        targets: Int ``[row n]``, -100 where there is none.
     """
-    total = cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    right = (logits.detach().argmax(dim=-1) == targets) | (targets == IGNORED)
-    return total, right.all(dim=1)
+    scores = TokenScores.of(logits, targets)
+    return scores.loss, scores.exact

@@ -22,7 +22,7 @@ from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.losses import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
-from sinkscope.models.replay import prove
+from sinkscope.models.replay import check_replay
 from sinkscope.training.loop import Loop, Sums, Trainee, open_run
 from sinkscope.training.settings import TrainingSettings
 
@@ -352,7 +352,7 @@ def train_lsg(
     facts = facts_of(lvlm, data, (rows, held_rows), settings, append_end)
     facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     with frozen(lvlm.module):
-        prove(lvlm, make_batch(lvlm, data, rows[:1]).inputs)
+        check_replay(lvlm, make_batch(lvlm, data, rows[:1]).inputs, edited)
     if gates:
         made: Gates = {gate.layer: copy.deepcopy(gate) for gate in gates}
     else:

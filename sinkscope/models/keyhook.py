@@ -7,14 +7,10 @@
     attention = REGISTRY[module.config...]      <- this look-up finds our function
     attention(module, q, edit(k), v, mask)      the base function, with edited keys
 
-An attention module looks its function up by a name in its config. The module gets a shallow copy of
-the config with a name of our own, under which the registry holds a function that edits the keys and
-then asks the function that was there before. So keys are edited after RoPE and after any k-norm, at
-every pass, under the model's own kernel. The model's config object is not touched, so it makes its
-masks as before.
-
-Edits of a trace may add head dimensions to queries and keys, which carry a bias of the logits. They
-are no part of the keys, and are handed on as they are.
+The attention module gets a shallow copy of its config, with a name of our own for the function it
+looks up. Keys are so edited after RoPE and after any k-norm, at every pass, under the model's own
+kernel. The model's config object, from which masks are made, is not touched. Head dimensions that a
+trace adds for a bias of the logits are no part of the keys, and are handed on as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
+from sinkscope.checks import check_whole
 from sinkscope.errors import AttentionCallError, LayerError
 
 KeyEdit = Callable[[Tensor], Tensor]
@@ -61,22 +58,12 @@ def scaled_keys(
         LayerError: If there is no such block.
         AttentionCallError: If a block does not call attention through transformers' registry.
     """
-    tower = anatomy.language
+    hint = "Write {10: lambda key: 0.5 * key} to halve the logits of block 10."
     for block in edits:
-        if (
-            isinstance(block, bool)
-            or not isinstance(block, int)
-            or block not in range(tower.n_layers)
-        ):
-            raise LayerError(
-                f"Got block {block!r}; expected an index from 0 to {tower.n_layers - 1}. Write "
-                "{10: lambda key: 0.5 * key} to halve the logits of block 10."
-            )
-        tower.call(block)
+        check_whole(0, anatomy.language.n_layers - 1, error=LayerError, hint=hint, block=block)
     with ExitStack() as stack:
         for block, edit in edits.items():
-            attention = module.get_submodule(tower.attention[block])
-            stack.callback(_redirect(attention, tower.d_head, _plainly(edit)))
+            stack.callback(_redirect(module, anatomy, block, lambda key, _, edit=edit: edit(key)))
         yield
 
 
@@ -91,7 +78,6 @@ def share_keys(
     Raises:
         AttentionCallError: As `scaled_keys`.
     """
-    anatomy.language.call(block)
     attention = module.get_submodule(anatomy.language.attention[block])
     if attention not in SHARED:
         edits: list[PassEdit] = []
@@ -101,7 +87,7 @@ def share_keys(
                 key = one(key, given)
             return key
 
-        SHARED[attention] = (edits, _redirect(attention, anatomy.language.d_head, all_edits))
+        SHARED[attention] = (edits, _redirect(module, anatomy, block, all_edits))
     mine, end_all = SHARED[attention]
     mine.append(edit)
     seen = ref(attention)
@@ -116,17 +102,10 @@ def share_keys(
     return end
 
 
-def _plainly(edit: KeyEdit) -> PassEdit:
-    """An edit that reads nothing but the keys."""
-    return lambda key, given: edit(key)
-
-
-def _redirect(attention: Any, d_head: int, edit: PassEdit) -> Callable[[], None]:
-    """Give one attention module a config of its own that leads to the edited function.
-
-    Returns:
-        A function that gives the old config back.
-    """
+def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) -> Callable[[], None]:
+    """Lead a block's attention to the edited function; the result gives its old config back."""
+    anatomy.language.call(block)
+    attention: Any = model.get_submodule(anatomy.language.attention[block])
     names = inspect.unwrap(type(attention).forward).__globals__
     registry, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
     if registry is None:
@@ -134,6 +113,9 @@ def _redirect(attention: Any, d_head: int, edit: PassEdit) -> Callable[[], None]
             f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention "
             "module of transformers 5. Please report this class."
         )
+    # Of the module's own keys; latent attention says it by another name.
+    width = getattr(attention, "head_dim", anatomy.language.d_head)
+    width = getattr(attention, "qk_head_dim", width)
     before = attention.config
     ours = copy.copy(before)
     name = f"sinkscope_keys_{next(NUMBERS)}"
@@ -142,7 +124,9 @@ def _redirect(attention: Any, d_head: int, edit: PassEdit) -> Callable[[], None]
     # The registry outlives the module, so nothing here may hold the module.
     def attend(module: Any, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
         function = registry.get_interface(before._attn_implementation, eager)
-        edited = _edited(key, _width(module, d_head), edit, named)
+        edited = edit(key[..., :width], named)
+        if key.shape[-1] > width:
+            edited = torch.cat([edited, key[..., width:]], dim=-1)
         now, module.config = module.config, before  # what kernels read there is the model's own
         try:
             return function(module, query, edited, *rest, **named)
@@ -162,15 +146,3 @@ def _redirect(attention: Any, d_head: int, edit: PassEdit) -> Callable[[], None]
         forget()
 
     return end
-
-
-def _edited(key: Tensor, width: int, edit: PassEdit, given: Mapping[str, Any]) -> Tensor:
-    """The keys, edited in the head dimensions that are the module's own."""
-    if key.shape[-1] <= width:
-        return edit(key, given)
-    return torch.cat([edit(key[..., :width], given), key[..., width:]], dim=-1)
-
-
-def _width(attention: Any, d_head: int) -> int:
-    """Of a module's own keys; latent attention says it by another name."""
-    return getattr(attention, "qk_head_dim", getattr(attention, "head_dim", d_head))

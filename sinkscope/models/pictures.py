@@ -1,4 +1,7 @@
-"""A picture as people see it, out of whatever users hold: the only place that opens or converts one."""
+"""Pictures as people see them, out of whatever users hold, and which records are about one picture.
+
+Nothing else opens or converts a picture, or compares the ids of images.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from io import BytesIO
-from numbers import Integral, Real
 from typing import IO, Any, TypeVar
 from urllib.request import Request, urlopen
 from uuid import UUID
@@ -17,25 +19,18 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
-
-PATIENCE = 20
-
-"""Seconds to wait for a server."""
-
+SECONDS = 20  # to wait for a server
 CHANNELS = (1, 3, 4)
-
-NOT_READABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
-
+TOO_LARGE = Image.DecompressionBombError
+NOT_READABLE = (UnidentifiedImageError, TOO_LARGE, OSError, SyntaxError, ValueError)
 """What PIL raises on a file that is no image, is cut off, or is absurdly large."""
+PIXELS = "pixels:"
+"""How the id of an image without one begins; digests of several are joined by ``|``."""
+T = TypeVar("T", bound=Any)
 
 
 def open_image(image: Any) -> Image.Image:
@@ -76,12 +71,30 @@ def open_image(image: Any) -> Image.Image:
     return _as_seen(_from_array(image))
 
 
-def _read(given: Any, shown: str) -> Image.Image:
-    """A PIL image or a file as people see it.
+def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
+    """The file at a path or a URL."""
+    where = os.path.expanduser(os.fspath(place))
+    if os.path.isfile(where):
+        return open(where, "rb")
+    if not where.startswith(ADDRESSES):
+        what = "a folder" if os.path.isdir(where) else "neither an existing file nor a URL"
+        raise InputError(
+            f"Got the image {where[:60]!r}, which is {what}; expected the path or URL of a picture. "
+            f"Paths are relative to {os.getcwd()!r}; URLs begin with {', '.join(ADDRESSES)}."
+        )
+    request = Request(where, headers={"User-Agent": "sinkscope"})
+    try:
+        with urlopen(request, timeout=SECONDS) as answer:
+            return BytesIO(answer.read())
+    except (OSError, ValueError, HTTPException) as error:
+        raise InputError(
+            f"Got the image {shown}, which could not be fetched ({error}); expected a URL that this "
+            "machine reaches. Otherwise save it and write the path of the file."
+        ) from error
 
-    Raises:
-        InputError: If PIL cannot read it, or its values have no known range.
-    """
+
+def _read(given: Any, shown: str) -> Image.Image:
+    """A PIL image or a file as people see it."""
     try:
         if isinstance(given, Image.Image):
             return _as_seen(given)
@@ -96,50 +109,6 @@ def _read(given: Any, shown: str) -> Image.Image:
         ) from error
 
 
-def check_place(image: Any, who: str = "Got") -> None:
-    """Refuse a path without a file, before long work; what is no path or URL, and URLs, pass.
-
-    Args:
-        image: What `open_image` takes.
-        who: How the message begins.
-
-    Raises:
-        InputError: If there is no such file.
-    """
-    if not isinstance(image, (str, os.PathLike)):
-        return
-    where = os.path.expanduser(os.fspath(image))
-    if os.path.isfile(where) or where.startswith(ADDRESSES):
-        return
-    what = "a folder" if os.path.isdir(where) else "neither an existing file nor a URL"
-    raise InputError(
-        f"{who} the image {where[:60]!r}, which is {what}; expected the path or URL of a picture. Paths "
-        f"are relative to {os.getcwd()!r}; URLs begin with {', '.join(ADDRESSES)}."
-    )
-
-
-def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
-    """The file at a path or a URL.
-
-    Raises:
-        InputError: If there is none.
-    """
-    check_place(place)
-    where = os.path.expanduser(os.fspath(place))
-    if os.path.isfile(where):
-        return open(where, "rb")
-    try:
-        with urlopen(
-            Request(where, headers={"User-Agent": "sinkscope"}), timeout=PATIENCE
-        ) as answer:
-            return BytesIO(answer.read())
-    except (OSError, ValueError, HTTPException) as error:
-        raise InputError(
-            f"Got the image {shown}, which could not be fetched ({error}); expected a URL that this "
-            "machine reaches. Otherwise save it and write the path of the file."
-        ) from error
-
-
 def _as_seen(picture: Image.Image) -> Image.Image:
     """Upright, with 8 bits, on white."""
     picture = ImageOps.exif_transpose(picture)
@@ -147,52 +116,41 @@ def _as_seen(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(_levels(np.asarray(picture)))
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 
 def _from_array(values: Any) -> Image.Image:
-    """Grey, RGB or RGBA from an array in any usual layout.
-
-    Raises:
-        InputError: If it has no such layout.
-    """
+    """Grey, RGB or RGBA from an array in any usual layout."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
     array = np.asarray(values)
-    shape = tuple(array.shape)
-    what = f"Got an image of shape {shape} and dtype {array.dtype}; expected "
+    shape, wanted = array.shape, ""
+    first, last = (array.ndim == 3 and shape[axis] in CHANNELS for axis in (0, -1))
     if array.ndim == 4:
-        raise InputError(
-            f"{what}one picture. For several write images=list(pictures), one entry per text, or "
+        wanted = (
+            "one picture. For several write images=list(pictures), one entry per text, or "
             "images=[list(pictures)] for one text."
         )
-    if array.ndim == 3 and 0 not in shape:
-        first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
-        if first and last:
-            raise InputError(
-                f"{what}1, 3 or 4 channels either first or last, and here both could be. Write "
-                "Image.fromarray(...)."
-            )
-        array = np.moveaxis(array, 0, -1) if first else array
-        array = array[..., 0] if array.shape[-1] == 1 else array
-    if (
-        array.dtype.kind not in "biuf"
-        or 0 in shape
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in CHANNELS))
-    ):
-        raise InputError(f"{what}numbers [height width], or with 1, 3 or 4 channels first or last.")
+    elif array.dtype.kind not in "biuf" or 0 in shape or not (array.ndim == 2 or first or last):
+        wanted = "numbers [height width], or with 1, 3 or 4 channels first or last."
+    elif first and last:
+        wanted = (
+            "1, 3 or 4 channels either first or last, and here both could be. Write "
+            "Image.fromarray(...)."
+        )
+    if wanted:
+        raise InputError(
+            f"Got an image of shape {shape} and dtype {array.dtype}; expected {wanted}"
+        )
+    array = np.moveaxis(array, 0, -1) if first else array
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     return Image.fromarray(np.ascontiguousarray(_levels(array)))
 
 
 def _levels(array: np.ndarray) -> np.ndarray:
-    """Values as 8 bits: integers from 255 or 65535, floats from 1 or 255, bool from 1.
-
-    Raises:
-        InputError: If they lie outside, or are not finite.
-    """
+    """Values as 8 bits: integers from 255 or 65535, floats from 1 or 255, bool from 1."""
     if array.dtype == np.uint8:
         return array
     if not np.isfinite(array).all():
@@ -211,17 +169,6 @@ def _levels(array: np.ndarray) -> np.ndarray:
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
 
 
-T = TypeVar("T", bound=Any)
-
-PIXELS = "pixels:"
-
-"""How the id of an image without one begins; digests of several are joined by ``|``."""
-
-WRITTEN = ("nan", "None", "<NA>", "NaT")
-
-"""What a missing id looks like once somebody has turned it into text."""
-
-
 def is_missing(value: Any) -> bool:
     """Whether that stands for nothing: None, NaN, ``pd.NA``, ``pd.NaT`` or blank text."""
     if value is None or isinstance(value, str):
@@ -231,19 +178,14 @@ def is_missing(value: Any) -> bool:
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def text_of(image_id: Any) -> str | None:
-    """An image id as text; None if it is missing.
-
-    Raises:
-        InputError: If it is neither text nor a whole number, so that it may not be the same twice.
-    """
-    if is_missing(image_id) or (isinstance(image_id, str) and image_id in WRITTEN):
+def _text_of(image_id: Any) -> str | None:
+    """An image id as text; None if it is missing, also where that has been turned into text."""
+    if is_missing(image_id):
         return None
-    number: Any = image_id if isinstance(image_id, Real) and not isinstance(image_id, bool) else 0.5
-    if isinstance(number, Integral) or float(number).is_integer():
-        return str(int(number))
     if isinstance(image_id, (str, os.PathLike, UUID)):
-        return str(image_id)
+        return None if image_id in ("nan", "None", "<NA>", "NaT") else str(image_id)
+    if is_number(image_id) and float(image_id).is_integer():
+        return str(int(image_id))
     raise InputError(
         f"Got image_id={image_id!r}; expected text or a whole number. Leave it out of all records to "
         "tell images by their pixels."
@@ -275,7 +217,7 @@ class ImageIds:
             raise InputError(f"Record {record} has no image; expected at least one.")
         try:
             pixels = PIXELS + "|".join(map(self._digest, images))
-            name = text_of(image_id)
+            name = _text_of(image_id)
         except InputError as error:
             raise InputError(f"Record {record}: {error}") from error
         given = name is not None
@@ -308,11 +250,7 @@ class ImageIds:
 
 
 def identified(records: Sequence[T]) -> list[T]:
-    """Records with the id of their image in the field ``image_id``.
-
-    Raises:
-        InputError: See `ImageIds.add`.
-    """
+    """Records with the id of their image in the field ``image_id``; see `ImageIds.add`."""
     ids = ImageIds()
     return [
         replace(it, image_id=ids.add(i, it.image, it.image_id)[0]) for i, it in enumerate(records)
@@ -322,11 +260,7 @@ def identified(records: Sequence[T]) -> list[T]:
 def clusters_of(image_ids: Iterable[Any]) -> list[str]:
     """The same name for all records that share an image, directly or through others.
 
-    Args:
-        image_ids: Ids of a table or of records, as `ImageIds` gives them.
-
-    Raises:
-        InputError: If one is missing: questions without an image are no group.
+    Takes ids as `ImageIds` gives them; refuses a missing one: questions without an image are no group.
     """
     root: dict[str, str] = {}
 
@@ -337,16 +271,15 @@ def clusters_of(image_ids: Iterable[Any]) -> list[str]:
 
     firsts: list[str] = []
     for place, image_id in enumerate(image_ids):
-        name = text_of(image_id)
+        name = _text_of(image_id)
         if name is None:
             raise InputError(
                 f"Got image id {image_id!r} at place {place}; expected an id for every question. Leave "
                 "such lines out, or give them ids of their own."
             )
         several = name.startswith(PIXELS) and "|" in name
-        first, *others = (
-            [PIXELS + one for one in name[len(PIXELS) :].split("|")] if several else [name]
-        )
+        parts = name[len(PIXELS) :].split("|") if several else []
+        first, *others = [PIXELS + part for part in parts] or [name]
         for other in others:
             root[find(other)] = find(first)
         firsts.append(first)

@@ -13,7 +13,7 @@ Tails are padded on the right, where no live token sees the padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkscope.models.replay import Captured, Given, capture_given, resume
+from sinkscope.models.replay import Captured, Given, capture_given, map_tensors, resume, row_axis
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -42,7 +42,7 @@ class _Past(DynamicLayer):
         """The keys and values to attend to."""
         if self.before is None:
             self.new = (key_states, value_states)
-            return key_states, value_states
+            return self.new
         key, value = self.before
         return torch.cat([key, key_states], dim=-2), torch.cat([value, value_states], dim=-2)
 
@@ -69,20 +69,23 @@ class KeyValues:
     by_block: Mapping[int, tuple[Tensor, Tensor]]
     blocks: int
 
-    def cache(self, rows: Tensor) -> Cache:
-        """A cache that begins with them.
+    @classmethod
+    def of(cls, cache: Cache, length: int) -> KeyValues:
+        """The keys and values that a pass made."""
+        layers = [layer for layer in cache.layers if isinstance(layer, _Past)]
+        made = {i: layer.new for i, layer in enumerate(layers) if layer.new is not None}
+        return cls(length, made, len(layers))
 
-        Args:
-            rows: Int ``[row]``: which of the stem's rows each row continues.
-        """
-        picked = {
-            block: (
-                key.index_select(0, rows.to(key.device)),
-                value.index_select(0, rows.to(key.device)),
-            )
-            for block, (key, value) in self.by_block.items()
-        }
-        return Cache(layers=[_Past(self.length, picked.get(i)) for i in range(self.blocks)])
+    def cache(self, rows: Tensor) -> Cache:
+        """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
+        layers = []
+        for block in range(self.blocks):
+            pair = self.by_block.get(block)
+            if pair is not None:
+                key, value = (part.index_select(0, rows.to(part.device)) for part in pair)
+                pair = (key, value)
+            layers.append(_Past(self.length, pair))
+        return Cache(layers=layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,60 +104,42 @@ class Branches:
 
 
 def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | None:
-    """Why prompts cannot share a beginning, or None if they can.
+    """Why prompts cannot share their first ``length`` positions, or None if they can.
 
-    Args:
-        givens: Decoder arguments of single rows.
-        length: Positions of the beginning.
+    ``givens`` are decoder arguments of single rows.
     """
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
-    masks = [mask for given in givens for mask in _masks(given)]
-    for mask in masks:
+    leaves = [leaf for given in givens for leaf in _leaves(given)]
+    for mask in (value for (name, _), value in leaves if name == "attention_mask"):
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
             return "the model leaves its mask to the attention kernel"
-        if mask.ndim == 4 and _sees(mask[:, :, :length, length:]):
+        seen = mask[:, :, :length, length:] if mask.ndim == 4 else mask[:, :0]
+        if bool((seen if mask.dtype == torch.bool else seen == 0).any()):
             return "the beginning sees what follows it"
         if mask.ndim == 2 and not bool(mask.all()):
             return "the prompt is padded"
-    first = _stem(givens[0], length)
-    if not all(_equal(first, _stem(given, length)) for given in givens[1:]):
+    first, *others = [dict(_leaves(_stem(given, length))) for given in givens]
+    if any(
+        first.keys() != other.keys() or not all(_same(first[k], other[k]) for k in first)
+        for other in others
+    ):
         return "the prompts differ before the end of the last image"
     return None
 
 
-def _sees(mask: Tensor) -> bool:
-    """Whether an explicit mask lets anything through."""
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    return bool(allowed.any())
+def _leaves(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """The arguments, those in a dict one by one; a missing mask too."""
+    for name, value in {"attention_mask": None, **given}.items():
+        parts = value if isinstance(value, Mapping) else {"": value}
+        yield from (((name, key), parts[key]) for key in parts)
 
 
-def _masks(given: Mapping[str, Any]) -> list[Any]:
-    """The masks among the arguments."""
-    mask = given.get("attention_mask")
-    return list(mask.values()) if isinstance(mask, Mapping) else [mask]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two sets of arguments are the same, bit for bit."""
-    if isinstance(a, Mapping):
-        return (
-            isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-        )
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
-
-
-def _map(given: Mapping[str, Any], change: Any) -> Given:
-    """The arguments with every tensor changed, masks inside a dict too."""
-    out: Given = {}
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            out[name] = {key: change(name, part) for key, part in value.items()}
-        else:
-            out[name] = change(name, value) if isinstance(value, Tensor) else value
-    return out
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _stem(given: Mapping[str, Any], length: int) -> Given:
@@ -167,7 +152,7 @@ def _stem(given: Mapping[str, Any], length: int) -> Given:
             return value[:, :, :length, :length]
         return value[..., :length]
 
-    return _map(given, cut)
+    return map_tensors(cut, given)
 
 
 def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
@@ -187,21 +172,7 @@ def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
         value = F.pad(value, (0, missing), value=hidden)
         return torch.cat([value, value[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
 
-    return _map(given, cut)
-
-
-def _stack(givens: Sequence[Given]) -> Given:
-    """Single rows as one batch."""
-    out: Given = {}
-    for name, value in givens[0].items():
-        if isinstance(value, Mapping):
-            out[name] = _stack([given[name] for given in givens])
-        elif isinstance(value, Tensor):
-            axis = 1 if name == "position_ids" and value.ndim == 3 else 0
-            out[name] = torch.cat([given[name] for given in givens], dim=axis)
-        else:
-            out[name] = value
-    return out
+    return map_tensors(cut, given)
 
 
 @torch.no_grad()
@@ -216,44 +187,34 @@ def capture_branches(
         length: Positions of the beginning.
         blocks: The blocks that will be edited, or None for all.
     """
-    count = lvlm.anatomy.language.n_layers
-    empty = Cache(layers=[_Past(0) for _ in range(count)])
+    empty = Cache(layers=[_Past(0) for _ in range(lvlm.anatomy.language.n_layers)])
     stem = capture_given(lvlm, _stem(givens[0], length), blocks, empty)
-    past = _left_behind(empty, length)
+    past = KeyValues.of(empty, length)
     longest = max(given["inputs_embeds"].shape[1] for given in givens) - length
-    tails = _stack([_tail(given, length, longest) for given in givens])
+
+    def stack(name: str, *values: Tensor) -> Tensor:
+        return torch.cat(values, dim=row_axis(name, values[0]))
+
+    tails = map_tensors(stack, *(_tail(given, length, longest) for given in givens))
     rows = torch.zeros(len(givens), dtype=torch.long)
     return Branches(stem, past, capture_given(lvlm, tails, blocks, past.cache(rows)))
 
 
-def _left_behind(cache: Cache, length: int) -> KeyValues:
-    """The keys and values that a pass made."""
-    layers = [layer for layer in cache.layers if isinstance(layer, _Past)]
-    made = {i: layer.new for i, layer in enumerate(layers) if layer.new is not None}
-    return KeyValues(length, made, len(layers))
-
-
 def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
-    """The stem's keys and values under edits of one block.
+    """The stem's keys and values under edits of one captured block, and of those behind it.
 
-    Args:
-        branches: From `capture_branches`.
-        block: The edited block, among those captured.
-        factors: ``[row key]``: one row per edit, one factor per position of the stem.
-
-    Returns:
-        Keys and values with one row per edit, from that block on.
+    ``factors`` ``[row key]``: one row per edit, one factor per position of the stem.
     """
     empty = Cache(layers=[_Past(0) for _ in range(branches.past.blocks)])
     rows = torch.zeros(len(factors), dtype=torch.long)
     resume(branches.stem, block, factors, rows=rows, cache=empty)
-    return _left_behind(empty, branches.past.length)
+    return KeyValues.of(empty, branches.past.length)
 
 
 def resume_tails(
     branches: Branches, block: int, factors: Tensor, past: KeyValues, edits: Tensor, tails: Tensor
 ) -> Tensor:
-    """The endings under edits of one block.
+    """The endings under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
 
     Args:
         branches: From `capture_branches`.
@@ -262,10 +223,6 @@ def resume_tails(
         past: What `resume_stem` gave.
         edits: Int ``[row]``: the edit of each row.
         tails: Int ``[row]``: the ending of each row.
-
-    Returns:
-        Hidden states after the final norm, ``[row pos d_model]``, positions counted from the end of
-        the stem.
     """
     longest = branches.tails.hidden.shape[1]
     scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)

@@ -44,11 +44,7 @@ def marks_of(processor: Any) -> Marks:
 
 
 def check_words(text: str, marks: Marks, who: str) -> None:
-    """Refuse a mark inside of words.
-
-    Raises:
-        InputError: If there is one.
-    """
+    """Refuse a mark inside of words; ``who`` begins the message."""
     for mark in marks.all:
         if mark in text:
             raise InputError(
@@ -62,15 +58,7 @@ def check_words(text: str, marks: Marks, who: str) -> None:
 def question_of(text: str, marks: Marks, images: int | None = None, who: str = "Got") -> str:
     """A question without marks that stand alone on its first or last lines: there is the image's place.
 
-    Args:
-        text: The question.
-        marks: What the model's processor reads as images.
-        images: How many images the question is about, or None if that does not matter.
-        who: How a message begins.
-
-    Raises:
-        InputError: If such marks are not as many as the images, nothing else is there, or there is a
-            mark inside of words.
+    Such marks must be as many as the images, unless that is None. ``who`` begins messages.
     """
     mark = re.compile("|".join(map(re.escape, {PLACE, *marks.images})))
     lines, found = text.split("\n"), 0
@@ -90,15 +78,7 @@ def question_of(text: str, marks: Marks, images: int | None = None, who: str = "
 
 
 def check_questions(processor: Any, items: Iterable[Any]) -> None:
-    """Refuse questions that `LVLM.prepare` would, and answers with a mark, before long work.
-
-    Args:
-        processor: The model's.
-        items: With ``question``, and perhaps ``answer`` and ``choices``.
-
-    Raises:
-        InputError: If there is one, with its number.
-    """
+    """Refuse questions that `LVLM.prepare` would, and answers with a mark, before long work."""
     marks = marks_of(processor)
     for i, item in enumerate(items):
         question_of(item.question, marks, who=f"Record {i} has")
@@ -106,89 +86,18 @@ def check_questions(processor: Any, items: Iterable[Any]) -> None:
             check_words(words, marks, f"Record {i} has")
 
 
-def is_chat(given: Any) -> bool:
-    """Whether this is a list of chat messages."""
-    many = isinstance(given, (list, tuple)) and len(given) > 0
-    return many and all(
-        isinstance(message, Mapping) and "bytes" not in message for message in given
-    )
-
-
-def unfold(
-    messages: Sequence[Mapping[str, Any]], given: Sequence[Any], who: str
-) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The pictures of chat messages in order, and the messages without them.
-
-    Args:
-        messages: With ``role`` and ``content``: a str, or parts of type ``text`` and ``image``.
-        given: Pictures for the parts that hold none.
-        who: How a message begins.
-
-    Raises:
-        InputError: If a message has another form, or parts and pictures differ in number.
-    """
-    left, pictures, bare = list(given), [], []
-    for message in messages:
-        content = message.get("content")
-        if "role" not in message or not isinstance(content, (str, list, tuple)):
-            raise InputError(
-                f"{who} a message with {sorted(message)}; expected role and content, and content a str "
-                "or a list of parts. Write {'role': 'user', 'content': [{'type': 'image', 'image': "
-                "picture}, {'type': 'text', 'text': '...'}]}."
-            )
-        if isinstance(content, str):
-            bare.append(dict(message))
-            continue
-        parts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            if kind not in ("text", "image", "image_url"):
-                raise InputError(
-                    f"{who} a part of type {kind!r} in a message; expected 'text' or 'image': only "
-                    "still images are mapped to tokens. Write the frames of a video as images."
-                )
-            if kind != "text":
-                own = [_source(name, part[name]) for name in SOURCES if part.get(name) is not None]
-                if not own and not left:
-                    raise InputError(
-                        f"{who} more image parts than images; expected a picture for each. Write "
-                        "{'type': 'image', 'image': picture}."
-                    )
-                pictures.append(own[0] if own else left.pop(0))
-            parts.append(dict(part) if kind == "text" else {"type": "image"})
-        bare.append({**message, "content": parts})
-    if left:
-        raise InputError(
-            f"{who} {len(left)} images for which the messages have no part; expected a part for each. "
-            "Write {'type': 'image'} where it belongs."
-        )
-    return pictures, bare
-
-
-def _source(name: str, value: Any) -> Any:
-    """The picture of a part, in a form that `open_image` knows."""
-    if name == "image_url" and isinstance(value, Mapping):
-        value = value.get("url")
-    inline = name == "base64" and not str(value).startswith("data:")
-    return f"data:image;base64,{value}" if inline else value
-
-
 def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]:
-    """The images of every batch row, opened, and its text or its chat messages without images.
-
-    Raises:
-        InputError: If there is no image, no text, or their numbers differ.
-    """
-    if is_chat(images) and text is None:
+    """The images of every batch row, opened, and its text or its chat messages without images."""
+    if _is_chat(images) and text is None:
         raise InputError(
             "Got chat messages as images; expected them as text. Write lvlm.prepare(text=messages)."
         )
-    single = isinstance(text, str) or is_chat(text)
+    single = isinstance(text, str) or _is_chat(text)
     texts = [text] if single or not isinstance(text, Sequence) else list(text)
     rows, asked, opened = [], [], {}
     for i, (entry, own) in enumerate(zip(texts, _paired(images, texts, single), strict=True)):
         if not isinstance(entry, str):
-            own, entry = unfold(entry, own, f"Row {i} has")
+            own, entry = _unfold(entry, own, f"Row {i} has")
         if not own:
             raise InputError(f"Got no image in row {i}; expected at least one image per row.")
         for picture in own:
@@ -199,15 +108,17 @@ def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]
     return rows, asked
 
 
-def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
-    """The images of every text, unopened; none where chat messages hold them.
+def _is_chat(given: Any) -> bool:
+    """Whether this is a list of chat messages."""
+    many = isinstance(given, (list, tuple)) and len(given) > 0
+    return many and all(isinstance(one, Mapping) and "bytes" not in one for one in given)
 
-    Raises:
-        InputError: If there is no image, no text, or their numbers differ.
-    """
+
+def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
+    """The images of every text, unopened; none where chat messages hold them."""
     many = isinstance(images, (list, tuple))
     bare = images is None or (many and not images)
-    if bare and not (texts and all(map(is_chat, texts))):
+    if bare and not (texts and all(map(_is_chat, texts))):
         raise InputError(
             "Got no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
             "text alone there is no visual sink to look for."
@@ -217,7 +128,7 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
             "Got no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
         )
     for entry in texts:
-        if not isinstance(entry, str) and not is_chat(entry):
+        if not isinstance(entry, str) and not _is_chat(entry):
             raise InputError(
                 f"Got a text of type {type(entry).__name__}; expected a str or a list of chat messages, "
                 "or a list with one of them per row."
@@ -235,6 +146,53 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     return [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
+def _unfold(
+    messages: Sequence[Mapping[str, Any]], given: Sequence[Any], who: str
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The pictures of chat messages in order, those ``given`` included, and the messages without."""
+    left, pictures, bare = list(given), [], []
+    for message in messages:
+        content = message.get("content")
+        if "role" not in message or not isinstance(content, (str, list, tuple)):
+            raise InputError(
+                f"{who} a message with {sorted(message)}; expected role and content, and content a str "
+                "or a list of parts. Write {'role': 'user', 'content': [{'type': 'image', 'image': "
+                "picture}, {'type': 'text', 'text': '...'}]}."
+            )
+        parts: list[Any] = []
+        for part in () if isinstance(content, str) else content:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            if kind not in ("text", "image", "image_url"):
+                raise InputError(
+                    f"{who} a part of type {kind!r} in a message; expected 'text' or 'image': only "
+                    "still images are mapped to tokens. Write the frames of a video as images."
+                )
+            if kind != "text":
+                own = [_source(name, part[name]) for name in SOURCES if part.get(name) is not None]
+                if not own and not left:
+                    raise InputError(
+                        f"{who} more image parts than images; expected a picture for each. Write "
+                        "{'type': 'image', 'image': picture}."
+                    )
+                pictures.append(own[0] if own else left.pop(0))
+            parts.append(dict(part) if kind == "text" else {"type": "image"})
+        bare.append({**message, "content": content if isinstance(content, str) else parts})
+    if left:
+        raise InputError(
+            f"{who} {len(left)} images for which the messages have no part; expected a part for each. "
+            "Write {'type': 'image'} where it belongs."
+        )
+    return pictures, bare
+
+
+def _source(name: str, value: Any) -> Any:
+    """The picture of a part, in a form that `open_image` knows."""
+    if name == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+    inline = name == "base64" and not str(value).startswith("data:")
+    return f"data:image;base64,{value}" if inline else value
+
+
 def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int) -> str:
     """The full prompt of a row.
 
@@ -244,38 +202,28 @@ def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int)
         asked: A question, chat messages without pictures, or a finished prompt.
         rendered: Whether it is a finished prompt, which is taken as it is.
         row: The row's number, for messages.
-
-    Raises:
-        InputError: If text holds image marks where they do not belong, or another number of them.
     """
     marks, who = marks_of(processor), f"Row {row} has"
     template = getattr(processor, "chat_template", None)
     template = template or getattr(processor.tokenizer, "chat_template", None)
-    if rendered:
-        prompt = asked
-    elif isinstance(asked, str):
+    prompt = asked
+    if not rendered and isinstance(asked, str):
         asked = question_of(asked, marks, images, who)
-        parts = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": asked}]
-        messages = [{"role": "user", "content": parts}]
-        prompt = (
-            _chat(processor, template, messages)
-            if template
-            else marks.image * images + "\n" + asked
-        )
-    elif template:
-        for message in asked:
-            content = message["content"]
-            texts = [content] if isinstance(content, str) else [p.get("text") for p in content]
-            for words in texts:
-                check_words(words or "", marks, who)
+        prompt = marks.image * images + "\n" + asked
+        parts = [{"type": "image"}] * images + [{"type": "text", "text": asked}]
+        asked = [{"role": "user", "content": parts}]
+    elif not rendered:
+        if not template:
+            raise InputError(
+                f"{who} chat messages, and the processor has no chat template; expected one. Write "
+                "processor.chat_template = '...', or a finished prompt with rendered=True."
+            )
+        for content in (message["content"] for message in asked):
+            for text in [content] if isinstance(content, str) else [p.get("text") for p in content]:
+                check_words(text or "", marks, who)
+    if template and not rendered:
         prompt = _chat(processor, template, asked)
-    else:
-        raise InputError(
-            f"{who} chat messages, and the processor has no chat template; expected one. Write "
-            "processor.chat_template = '...', or a finished prompt with rendered=True."
-        )
-    if prompt.count(marks.image) != images:
-        found = prompt.count(marks.image)
+    if (found := prompt.count(marks.image)) != images:
         raise InputError(
             f"Got {found} {marks.image!r} tokens and {images} images in row {row}; expected as many. "
             "A finished prompt holds one per image, and so must what the chat template writes."
@@ -284,11 +232,7 @@ def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int)
 
 
 def _chat(processor: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Messages through a template; where the last is not the assistant's, its turn begins.
-
-    Raises:
-        InputError: If the template refuses them.
-    """
+    """Messages through a template; where the last is not the assistant's, its turn begins."""
     try:
         return processor.apply_chat_template(
             list(messages),

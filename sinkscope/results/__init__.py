@@ -229,3 +229,9 @@ def tidy(
     for name, tensor in values.items():
         table[name] = tensor[tuple(places.T)].numpy()
     return pd.DataFrame(table)
+
+
+def kl_of_next(base: Tensor, other: Tensor) -> Tensor:
+    """``KL(base || other)`` of the next token in nats, ``[batch]``, from logits ``[batch pos vocab]``."""
+    p, q = (logits[:, -1].float().log_softmax(-1) for logits in (base, other))
+    return (p.exp() * (p - q)).sum(-1)

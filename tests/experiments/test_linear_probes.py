@@ -323,8 +323,8 @@ def records(n=24, **change):
     ("data", "options", "error", "match"),
     [
         (records(6), {}, InputError, "Got 6 images; expected at least 20"),
-        ([3], {}, InputError, "Record 0 is a int"),
-        ([{"image": 1}], {}, InputError, r"missing \['attributes'\]"),
+        ([3], {}, InputError, r"Record 0 \(int\) has no image"),
+        ([{"image": 1}], {}, InputError, r"has no attributes"),
         ([{"image": 1, "attributes": 3}], {}, InputError, "attributes=3; expected a dict"),
         (records(a=lambda i: "red"), {}, InputError, "'a' is 'red' in every record"),
         (records(a=lambda i: {"red"}), {}, InputError, "in every record"),

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import sinkscope as ss
 from sinkscope.data.answers import answer_ids, ask, score_options
 from sinkscope.data.batches import IGNORED, end_token, make_batch, read_dataset
+from sinkscope.data.tokens import TokenScores
 from sinkscope.errors import InputError
 from sinkscope.experiments import Item
 from sinkscope.testing import TINY, random_image
@@ -123,6 +124,29 @@ def test_training_and_scores_read_the_same_tokens(lvlm):
     assert swept.table["base_logprob"][0] == pytest.approx(-float(loss), abs=1e-4)
     scores, _ = score_options(lvlm, sample, [replace(item, choices=(item.answer,))], [], False)
     assert float(scores[0, 0]) == pytest.approx(-float(loss), abs=1e-4)
+
+
+def test_scores_of_tokens_are_pytorchs_cross_entropy():
+    """The loss and its gradient to the bit; sums, means and exactness by hand."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(3, 40, 60, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 60, (3, 40), generator=generator)
+    targets[0, :30] = IGNORED
+    targets[2] = logits.argmax(-1)[2]
+    found = TokenScores.of(logits, targets)
+    (ours,) = torch.autograd.grad(found.loss, logits)
+    flat = (logits.flatten(0, 1), targets.flatten())
+    expected = cross_entropy(*flat, ignore_index=IGNORED, reduction="sum")
+    (theirs,) = torch.autograd.grad(expected, logits)
+    assert torch.equal(found.loss, expected)
+    assert torch.equal(ours, theirs)
+    assert found.exact.tolist() == [False, False, True]
+    assert found.logprobs[0, :30].tolist() == [0.0] * 30
+    rows = -cross_entropy(*flat, ignore_index=IGNORED, reduction="none").reshape(3, 40).sum(1)
+    torch.testing.assert_close(found.sums, rows)
+    torch.testing.assert_close(found.means, rows / torch.tensor([10, 40, 40]))
+    several = TokenScores.of(logits, targets[..., None].expand(-1, -1, 2))
+    assert torch.equal(several.logprobs[..., 1], found.logprobs)
 
 
 def test_sentencepiece_gives_an_answer_one_space():
@@ -256,7 +280,7 @@ def test_datasets_and_items_are_the_same_questions(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": None}, r"Record 1 .* has no image; expected image, question"),
+        ({"image": None}, r"Record 1 .* has no image; expected image, question and answer"),
         ({"answer": None}, r"Record 1 .* has no answer"),
         ({"answer": " "}, r"Record 1 has answer=' '; expected a str with at least one word"),
         ({"answer": 3}, r"Record 1 has answer=3; .* Write str\(\.\.\.\) for numbers"),
@@ -283,7 +307,7 @@ def test_records_that_lack_something_are_named(change, message):
 
 @pytest.mark.parametrize("given", [3, "scenes", {"train": []}])
 def test_what_is_no_dataset_is_refused(given):
-    with pytest.raises(InputError, match="Got a dataset of type"):
+    with pytest.raises(InputError, match=r"Got a .* as dataset; expected records"):
         read_dataset(given)
 
 

@@ -208,8 +208,10 @@ def test_no_gradient_is_kept_below_the_gate(lvlm):
     train(lvlm, layers=[0, 1], validation=0.0, batch=12, epochs=1)
     for hook in hooks:
         hook.remove()
-    proof = [False, False]  # that a captured pass is the model's own, once before the training
-    assert seen == {0: [*proof, False], 1: [*proof, False, True], 2: [*proof, True, True]}
+    proof = [
+        False
+    ] * 3  # the model's own pass, a captured and an edited one; block 2 is resumed too
+    assert seen == {0: [*proof, False], 1: [*proof, False, True], 2: [*proof, False, True, True]}
 
 
 def test_the_history_is_tidy(lvlm):
@@ -297,10 +299,10 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(lvlm):
     for hook in hooks:
         hook.remove()
     assert real.record["steps"] == 4
-    proof = 2  # passes that compare a captured pass with the model's own
+    proof = 3 * 3 + 2  # the model's own pass, a captured and an edited one, and two blocks resumed
     training = cost.batches * (cost.plain_blocks + sum(cost.gate_blocks))
-    assert seen["language"] == training + 27 + 3 * proof
-    assert seen["vision"] == cost.batches * cost.vision_blocks + 12 + cost.vision_blocks * proof
+    assert seen["language"] == training + 27 + proof
+    assert seen["vision"] == cost.batches * cost.vision_blocks + 12 + cost.vision_blocks * 2
 
 
 def test_the_bound_of_sharing_tends_to_one_and_a_half():

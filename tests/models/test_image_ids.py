@@ -48,15 +48,19 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
-def told(request):
+def told_by(way):
     """What a way takes for one image: for every record the first one with the same."""
 
     def get(given):
-        names = WAYS[request.param](given)
+        names = WAYS[way](given)
         return [names.index(name) for name in names]
 
     return get
+
+
+@pytest.fixture(params=WAYS)
+def told(request):
+    return told_by(request.param)
 
 
 PAIRS = [i - i % 2 for i in range(48)]
@@ -64,8 +68,12 @@ MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, "", "  ", "nan"
 
 
 @pytest.mark.parametrize("nothing", MISSING, ids=repr)
-def test_no_id_is_no_image_called_nan(told, nothing):
-    assert told(records([nothing] * 48)) == PAIRS
+def test_no_id_is_no_image_called_nan(nothing):
+    assert told_by("answers")(records([nothing] * 48)) == PAIRS
+
+
+def test_no_id_is_none_in_every_way(told):
+    assert told(records([float("nan")] * 48)) == PAIRS
 
 
 @pytest.mark.parametrize(
@@ -164,5 +172,5 @@ def test_what_is_missing_in_a_file_is_no_text(tmp_path):
         assert len({item.image_id for item in items}) == 2
     lines[1]["answer"] = float("nan")
     pd.DataFrame(lines).to_parquet(tmp_path / "q.parquet")
-    with pytest.raises(InputError, match=r"Record 1 .*expected \['answer'\] too, and not empty"):
+    with pytest.raises(InputError, match=r"Record 1 of .*has no answer; expected"):
         list(Questions(str(tmp_path / "q.parquet")))

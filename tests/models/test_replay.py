@@ -6,13 +6,16 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.data.tokens import extend
 from sinkscope.errors import InputError, LayerError, ModelError
+from sinkscope.models.inputs import checked, decoder_inputs
 from sinkscope.models.keyhook import scaled_keys
-from sinkscope.models.replay import capture, checked, decoder_inputs, extend, logits_at, resume
+from sinkscope.models.replay import capture, check_replay, logits_at, resume
 from sinkscope.testing import random_image, tiny_gemma3, tiny_llava
 from tests.conftest import FAMILIES
 
 FACTORS = (0.0, 0.3, 1.0, 1.7)
+KINDS = [(family, "sdpa") for family in FAMILIES] + [("gemma3", "eager"), ("qwen2.5-vl", "eager")]
 
 
 def whole(lvlm, sample):
@@ -28,8 +31,7 @@ def factors_of(sample, factor, text=1.0):
     return torch.where(sample.tokens.image >= 0, factor, text)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kernel"), KINDS)
 def test_capture_is_the_plain_pass(family, kernel, tiny, batch):
     lvlm = tiny(family, kernel)
     sample = batch(lvlm)
@@ -41,8 +43,7 @@ def test_capture_is_the_plain_pass(family, kernel, tiny, batch):
         assert torch.equal(state, states[block])
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kernel"), KINDS)
 def test_resume_equals_scale_keys(family, kernel, tiny, batch):
     """Every block, several factors as rows of one pass, on a padded batch of unequal questions."""
     lvlm = tiny(family, kernel)
@@ -146,6 +147,22 @@ def test_the_model_is_left_as_it_was(own, tiny, batch):
     assert torch.equal(whole(lvlm, sample), logits)
 
 
+def test_a_wrong_resume_from_a_middle_block_is_refused(batch):
+    """A hook on block 0 acts once more when it passes on a state. From block 0 on nothing is wrong."""
+    lvlm = ss.LVLM(*tiny_llava())
+    inputs = batch(lvlm).inputs
+    check_replay(lvlm, inputs)
+    block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[0])
+    hook = block.register_forward_hook(lambda part, args, out: out + out.roll(1, -1))
+    check_replay(lvlm, inputs, [0])
+    with pytest.raises(
+        ModelError, match=r"replayed logits from block 1 on differ .*hooks of yours"
+    ):
+        check_replay(lvlm, inputs)
+    hook.remove()
+    check_replay(lvlm, inputs, [1, 2])
+
+
 def test_uncaptured_blocks_are_refused(tiny, batch):
     lvlm = tiny("llava-clip-llama")
     sample = batch(lvlm)
@@ -184,7 +201,7 @@ def test_extended_inputs_are_the_longer_prompt(family, tiny):
 
 def test_extend_refuses_what_it_does_not_know(tiny, batch):
     lvlm = tiny("llava-clip-llama")
-    with pytest.raises(InputError, match="Got 2 rows; expected one"):
+    with pytest.raises(InputError, match="Got 2 rows and 1 answers; expected one per row"):
         extend(batch(lvlm).inputs, [3])
     sample = lvlm.prepare(images=random_image(), text="what is it")
     strange = {**sample.inputs, "tile_ids": sample.inputs["input_ids"]}
