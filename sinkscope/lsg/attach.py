@@ -11,20 +11,18 @@ import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from sinkscope.anatomy.discovery import read_anatomy
-from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, InterventionError, ModelError
 from sinkscope.interventions.application import Edited
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.config import GateConfig
 from sinkscope.lsg.passes import (
     ByIdentity,
     Pass,
@@ -32,33 +30,15 @@ from sinkscope.lsg.passes import (
     continued,
     images_of,
     length_of,
-    placed,
     refuse_reentrant,
     started,
 )
+from sinkscope.lsg.signals import Gate, placed, signals_of
 from sinkscope.models.keyhook import share_keys
-from sinkscope.protocols import Edit
 from sinkscope.sites import Site
-from sinkscope.tokens import TokenMap
 
 CARRIED = "sinkscope_passes"
 """The argument of blocks that holds, by attachment, the pass that calls them."""
-
-
-class Gate(Protocol):
-    """What an attachment needs of a gate; `sinkscope.lsg.gate.LSG` has it."""
-
-    config: GateConfig
-
-    def signals(self, tokens: TokenMap, step: int = 0) -> list[Edit]:
-        """See `LSG.signals`."""
-        ...
-
-    def check_model(self, anatomy: Anatomy) -> None:
-        """See `LSG.check_model`."""
-
-    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
-        """See `LSG.check_weights`."""
 
 
 class Attachment:
@@ -238,7 +218,7 @@ class Attachment:
         if now.tokens is None or now.last is None:
             return
         found = first_tensor(seen)
-        for signal in self.gate.signals(now.tokens, now.state["step"]):
+        for signal in signals_of(self.gate, now.tokens, now.state["step"]):
             if signal.site == site:
                 given = placed(signal.parameters, found)
                 if "at" in given:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sinkscope.detectors.kinds import VisionTokens, kept_tokens
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
 from sinkscope.lsg.attach import Attachment, attach, detach
 from sinkscope.lsg.building import config_for, device_for, refuse_other_model
-from sinkscope.lsg.config import GateConfig, detector_of, rule_of, same_weights, sketch
+from sinkscope.lsg.config import GateConfig, same_weights, sketch
+from sinkscope.lsg.signals import signals_of
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.tokens import TokenMap
 
 
 class LSG(nn.Module):
-    """Layer-wise Sink Gating (Choi et al. 2604.03316): a module and an intervention in one.
+    """Layer-wise Sink Gating (Choi et al. 2604.03316), as a module and as an intervention.
 
     ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))`` of the state ``h`` that block ``layer`` writes
     at the last prompt token; in block ``layer + 1`` the key of every image token is multiplied by
@@ -90,11 +89,8 @@ class LSG(nn.Module):
             samples: What to calibrate on; None draws six scenes. Never those you test on.
             allow_noop: See the class.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
-                activation, affine, seed.
-
-        Returns:
-            The gate. With ``init="uniform"`` it is no identity: every coefficient is one over the
-            number of groups.
+                activation, affine, seed. With ``init="uniform"`` the new gate is no identity: every
+                coefficient is one over the number of groups.
 
         Raises:
             LayerError: If there is no such block, or none behind it.
@@ -153,61 +149,10 @@ class LSG(nn.Module):
                 "Got a sample without image tokens for a gate; expected some keys to scale. Write "
                 "allow_noop=True if nothing may happen."
             )
-        parameters = {
-            "slot": id(self),
-            "visual": visual,
-            "live": context.live("language"),
-            "groups": list(self.groups),
-        }
+        given = {"slot": id(self), "visual": visual, "live": context.live("language")}
         site = Site("language", "attention", self.config.edited)
-        scale = Edit(site, kernels.gate_keys, parameters, "keys")
-        return [*self.signals(context.tokens, context.step), scale]
-
-    def signals(self, tokens: TokenMap, step: int = 0) -> list[Edit]:
-        """What the gate reads in one pass, as edits that change nothing.
-
-        Args:
-            tokens: What every position of the prompt is.
-            step: 0 for the prompt; later the state of the newest token only, if it is refreshed.
-        """
-        config, slot, image = self.config, id(self), tokens.image >= 0
-        if step and config.decode != "refresh":
-            return []
-        reading = {
-            "slot": slot,
-            "signal": "last" if config.signal == "last" else "mean",
-            "at": tokens.last,
-            "tokens": tokens.live if config.signal == "mean" else image,
-            "activation": config.activation,
-            "scale": config.scale,
-            **self.weights,
-        }
-        place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
-        out = [Edit(Site("language", *place), kernels.note_coefficients, reading)]
-        if step:
-            return out
-        vision, detector = tokens.vision, detector_of(config.v_detector)
-        judged = vision.live
-        if isinstance(detector, VisionTokens):
-            judged = kept_tokens(tokens, detector.kind)
-        finding = {
-            "slot": slot,
-            "rule": rule_of(config.v_detector),
-            "live": judged,
-            "image_index": tokens.image_index,
-            "sources": tokens.sources,
-            "layout": vision.layout,
-        }
-        for layer in config.model["feed_layers"]:
-            out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
-        if config.l_detector is not None:
-            rule = rule_of(config.l_detector)
-            # A sink is judged by itself; random ones are so many of those whose keys can be scaled.
-            judged = image if rule["how"] == "random" else tokens.live
-            site = Site("language", "resid_pre", config.edited)
-            given = {"slot": slot, "rule": rule, "live": judged}
-            out.append(Edit(site, kernels.note_l_sinks, given))
-        return out
+        scale = Edit(site, kernels.gate_keys, given | {"groups": list(self.groups)}, "keys")
+        return [*signals_of(self, context.tokens, context.step), scale]
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raise an InterventionError, with the differences, if the gate was made for another model."""
@@ -280,9 +225,9 @@ class LSG(nn.Module):
         """Write ``model.safetensors`` (fp32), ``config.json`` and a card; all of it or nothing.
 
         Args:
-            folder: A new folder, an empty one, or one of another gate, which is replaced.
-            record: How it was trained, such as ``result.record``: plain data, for the card and
-                ``training.json``. None for the gate's own ``record``.
+            folder: A new or empty folder, or one of another gate, which is replaced.
+            record: How it was trained, as plain data for the card and ``training.json``; None for the
+                gate's own ``record``.
 
         Raises:
             CheckpointError: If the folder holds something else, or cannot be written.
@@ -305,8 +250,7 @@ class LSG(nn.Module):
             path_or_repo: A folder, or a hub repository.
             revision: Branch, tag or commit of a repository.
             subfolder: A folder within.
-            lvlm: The model to check it against now, on whose device it goes. Without one it is
-                checked at its first use.
+            lvlm: The model to check it against now, on whose device it goes; None checks at first use.
             allow_noop: See the class.
 
         Raises:

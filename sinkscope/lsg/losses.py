@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from sinkscope.data.batches import IGNORED, AnswerBatch
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.passes import placed
+from sinkscope.lsg.signals import placed, signals_of
 from sinkscope.models.replay import Captured, capture, logits_at, resume
 from sinkscope.models.wrapping import evaluated
 from sinkscope.training.loop import Losses
@@ -109,7 +109,7 @@ def gate_signals(
         state: What the edited block reads, ``[row pos d_model]``; the gate reads the same.
     """
     notes: dict[str, Any] = {"step": 0, "memory": {}}
-    for signal in gate.signals(tokens):
+    for signal in signals_of(gate, tokens):
         states = vision[signal.site.layer] if signal.site.tower == "vision" else state
         signal.kernel(states, notes, **placed(signal.parameters, states))
     found = notes["memory"][("gate", id(gate))]

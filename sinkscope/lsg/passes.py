@@ -185,9 +185,3 @@ def last_prompt(tokens: TokenMap, labels: Tensor | None) -> Tensor:
             f"Write labels[:, :prompt_length] = {IGNORED}."
         )
     return torch.where(wanted.any(dim=1), first - 1, tokens.last)
-
-
-def placed(values: Mapping[str, Any], beside: Tensor) -> dict[str, Any]:
-    """Values with all tensors on the device of ``beside``."""
-    at = beside.device
-    return {k: v.to(at) if isinstance(v, Tensor) else v for k, v in values.items()}

@@ -125,15 +125,7 @@ def record_of(
     loop: Loop,
     base: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """The record of a run.
-
-    Args:
-        name: Of the model.
-        facts: What it was started with.
-        cost: What it was to cost.
-        loop: The finished loop.
-        base: Loss and accuracy of the model without a gate on the validation part, or None.
-    """
+    """The record of a finished loop: what it was started with, what came out, and where it ran."""
     packages = ("sinkscope", "torch", "transformers", "accelerate")
     versions = {name: str(sys.modules[name].__version__) for name in packages}
     return {

@@ -205,18 +205,16 @@ def train_lsg(
     facts = {
         "model": identity_of(lvlm),
         "settings": {**settings.to_dict(), "append_end": append_end},
-        "data": {
-            "fingerprint": data.fingerprint,
-            "train": counts_of(data, rows),
-            "validation": counts_of(data, tested),
-        },
+        "data": {"fingerprint": data.fingerprint},
         "steps": {"rows": settings.batch * settings.accumulate * count, "all": cost.steps},
         "gates": {str(layer): described(gate) for layer, gate in made.items()},
     }
+    for name, part in (("train", rows), ("validation", tested)):
+        images = {data.images[row] for row in part}
+        facts["data"][name] = {"records": len(part), "images": len(images)}
     shown = len(data) >= 50 if progress is None else progress
-    objective = GateObjective(
-        lvlm, {str(layer): gate for layer, gate in made.items()}, data, append_end
-    )
+    by_name = {str(layer): gate for layer, gate in made.items()}
+    objective = GateObjective(lvlm, by_name, data, append_end)
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
         if folder is not None and (accelerator is None or accelerator.is_main_process):
@@ -227,17 +225,8 @@ def train_lsg(
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
         base = objective.base(tested, settings.batch) if tested else None
-        loop = Loop(
-            objective.trainees,
-            objective,
-            rows,
-            tested,
-            settings,
-            folder,
-            checkpoint_every,
-            shown,
-            accelerator,
-        )
+        run = (objective.trainees, objective, rows, tested, settings)
+        loop = Loop(*run, folder, checkpoint_every, shown, accelerator)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
@@ -286,27 +275,17 @@ class GateObjective:
 
 
 def new_gates(
-    lvlm: LVLM,
-    layers: Sequence[int | str],
-    choices: Mapping[str, Any],
-    rules: Mapping[str, Any],
+    lvlm: LVLM, layers: Sequence[int | str], choices: Mapping[str, Any], rules: Mapping[str, Any]
 ) -> dict[int | str, LSG]:
     """Untrained gates that share their rules, so that there is one calibration at most."""
     out: dict[int | str, LSG] = {}
     known = dict(rules)
     for layer in layers:
         out[layer] = LSG.for_model(lvlm, layer, **known, **choices)
-        found = {
-            "v_detector": out[layer].config.v_detector,
-            "l_detector": out[layer].config.l_detector,
-        }
-        known = {name: None if rule is None else detector_of(rule) for name, rule in found.items()}
+        for name in ("v_detector", "l_detector"):
+            rule = getattr(out[layer].config, name)
+            known[name] = None if rule is None else detector_of(rule)
     return out
-
-
-def counts_of(data: AnswerData, rows: Sequence[int]) -> dict[str, int]:
-    """How many records and images some rows are."""
-    return {"records": len(rows), "images": len({data.images[row] for row in rows})}
 
 
 def described(gate: LSG) -> dict[str, Any]:

@@ -11,24 +11,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.errors import CheckpointError, NonFiniteError
-from sinkscope.files import folder_whole, read_json, write_whole
+from sinkscope.files import read_json, write_whole
 from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-NUMBERS = ("best_loss", "best_step", "waited", "ended", "failed")
-"""What a trainee needs to go on, besides its tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +81,9 @@ class Sums(dict[str, float]):
 
 @dataclass(eq=False)
 class Trainee:
-    """Parameters to train, by name and in place, and where their training stands.
+    """Parameters to train, by name and in place; a loop sets the other attributes."""
 
-    Attributes:
-        name: Its name in the history and in files.
-        parameters: Its parameters by name. A loop sets the other attributes.
-    """
+    NUMBERS: ClassVar = ("best_loss", "best_step", "waited", "ended", "failed")
 
     name: str
     parameters: Mapping[str, nn.Parameter]
@@ -127,7 +121,7 @@ class Trainee:
                 index, key = path.removeprefix(f"{name}/adam/").split("/")
                 state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        for key in NUMBERS:
+        for key in self.NUMBERS:
             setattr(self, key, numbers.get(key))
 
     def keep_best(self, loss: float | None, step: int, patience: int) -> None:
@@ -155,8 +149,7 @@ class Loop:
         progress: Whether to show a progress bar.
         accelerator: Processes to share the rows with, or None for this one alone.
         history: One line per trainee, step and split.
-        step: Steps done.
-        seconds: Wall time spent, up to now and before the last kill.
+        step: Steps done, in ``seconds`` of wall time, those before a kill included.
     """
 
     trainees: Sequence[Trainee]
@@ -189,27 +182,25 @@ class Loop:
 
         Raises:
             NonFiniteError: If that happened to all of them.
-            CheckpointError: If the checkpoint cannot be read.
         """
         self._restore()
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
-        every = self.settings.evaluate_every or self.per_epoch
         steps = {"total": self.steps, "initial": self.step, "unit": "step"}
         with tqdm(**steps, desc="training", disable=not (self.progress and self.writes)) as bar:
             while self.step < self.steps and self._active:
                 self._one_step(bar)
                 done = self.step == self.steps
-                if done or self.step % every == 0:
+                if done or self.step % (self.settings.evaluate_every or self.per_epoch) == 0:
                     self._validate()
                 if done or self.step % self.checkpoint_every == 0 or not self._active:
                     self._save()
         self.seconds = time.monotonic() - self._since
         for trainee in self.trainees:
             if trainee.failed is not None:
-                text = f"{trainee.failed} The others were trained to the end; this one has its weights of"
-                warnings.warn(f"{text} step {trainee.best_step}.", UserWarning, stacklevel=3)
+                rest = f"The others were trained on; this one has its weights of step {trainee.best_step}."
+                warnings.warn(f"{trainee.failed} {rest}", UserWarning, stacklevel=3)
             for key, parameter in trainee.parameters.items():
                 parameter.data.copy_(trainee.best[key])
                 parameter.grad = None
@@ -217,18 +208,15 @@ class Loop:
     @property
     def _active(self) -> list[Trainee]:
         """The trainees that have neither ended early nor failed."""
-        return [trainee for trainee in self.trainees if not trainee.ended]
+        return [one for one in self.trainees if not one.ended]
 
     def plan(self, step: int) -> list[tuple[int, ...]]:
-        """The rows of one step for this process, in groups of ``batch``.
-
-        Every epoch has an order of its own, which depends on the seed only.
-        """
+        """The rows of one step for this process, in groups; each epoch has its own order, by the seed."""
         epoch, place = divmod(step, self.per_epoch)
         made = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.rows), generator=made).tolist()
         size = self.settings.batch * self.settings.accumulate * self.processes
-        return self._own([self.rows[i] for i in order[place * size : (place + 1) * size]])
+        return self._own([self.rows[i] for i in order[place * size :][:size]])
 
     def _own(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
         """This process' share of rows, in groups."""
@@ -298,11 +286,7 @@ class Loop:
         return True
 
     def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
-        """Whether all numbers are finite; if not, their trainee ends.
-
-        Raises:
-            NonFiniteError: If none is left, or several processes would disagree.
-        """
+        """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
         if bool(torch.isfinite(value).all()):
             return True
         found = f" of {float(value.detach())}" if value.numel() == 1 else ""
@@ -323,23 +307,24 @@ class Loop:
         return self.history[-1]
 
     def _save(self) -> None:
-        """Write a checkpoint, whole or not at all; those of other steps are removed afterwards."""
+        """Write a checkpoint, whole or not at all; the one before is removed afterwards."""
         if self.folder is None or not self.writes:
             return
-        numbers = {t.name: {n: getattr(t, n) for n in NUMBERS} for t in self.trainees}
+        numbers = {t.name: {n: getattr(t, n) for n in t.NUMBERS} for t in self.trainees}
         data = {"step": self.step, "seconds": time.monotonic() - self._since}
         data |= {"runners": numbers, "history": self.history}
-        final = self.folder / f"checkpoint-{self.step:06d}"
-        with folder_whole(final) as made:
-            tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
-            save_file(tensors, made / "state.safetensors")
-            write_whole(made / "state.json", json.dumps(data, allow_nan=False))
+        tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
+        made = self.folder / f"checkpoint-{self.step:06d}.tmp"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        write_whole(made / "state.safetensors", save(tensors))
+        write_whole(made / "state.json", json.dumps(data, allow_nan=False))
+        made.rename(made.with_suffix(""))
         handle = os.open(self.folder, os.O_RDONLY)
         os.fsync(handle)  # the new name is on the disk before the old one goes
         os.close(handle)
-        for path in _checkpoints(self.folder):
-            if path != final:
-                shutil.rmtree(path)
+        for path in _checkpoints(self.folder)[:-1]:
+            shutil.rmtree(path)
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
