@@ -84,7 +84,6 @@ class Trainee:
     """Parameters to train, by name and in place; a loop sets the other attributes."""
 
     NUMBERS: ClassVar = ("best_loss", "best_step", "waited", "ended", "failed")
-
     name: str
     parameters: Mapping[str, nn.Parameter]
     best_loss: float | None = None

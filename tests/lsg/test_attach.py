@@ -301,7 +301,7 @@ MISUSE = {
     "an edited model": (
         lambda c: edited(c),
         ModelError,
-        r"interventions on.*gate.attach\(lvlm\), or lvlm.edited",
+        r"Got Edited to attach.*gate.attach\(lvlm\), or lvlm.edited",
     ),
     "a plain module": (
         lambda c: c.gate().attach(torch.nn.Linear(2, 2)),
