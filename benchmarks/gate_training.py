@@ -42,8 +42,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import sinkscope as ss
 from sinkscope.data.batches import IGNORED, AnswerBatch
-from sinkscope.lsg.cost import cost_of
 from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.train import cost_of
 from sinkscope.training.loop import Loop, Trainee
 from sinkscope.training.settings import TrainingSettings
 

@@ -2,11 +2,10 @@
 
 from sinkscope.lsg.attach import Attachment
 from sinkscope.lsg.config import GateConfig, describe, detector_of
-from sinkscope.lsg.cost import TrainingCost
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.importing import ImportedGates, import_gates
 from sinkscope.lsg.result import GateStack, TrainResult, greedy_stack
-from sinkscope.lsg.train import train_lsg
+from sinkscope.lsg.train import TrainingCost, train_lsg
 from sinkscope.training.settings import TrainingSettings
 
 __all__ = [

@@ -109,13 +109,11 @@ class Attachment:
             handles.append(edited.register_forward_pre_hook(self._around, with_kwargs=True))
         for handle in handles:
             self._stack.callback(handle.remove)
-        scale = WeakMethod(self._scale)  # the function that asks for it outlives the model
-
-        def edit(key: Tensor, given: Mapping[str, Any]) -> Tensor:
-            method: Any = scale()
-            return method(key, given)
-
-        self._stack.callback(share_keys(self.model, self.anatomy, config.edited, edit))
+        scale: Any = WeakMethod(self._scale)  # the function that asks for it outlives the model
+        end = share_keys(
+            self.model, self.anatomy, config.edited, lambda key, given: scale()(key, given)
+        )
+        self._stack.callback(end)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before a pass: a prompt is mapped anew, a decode step is counted."""

@@ -58,9 +58,11 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
 
 
 def wanted_layers(
-    lvlm: LVLM, layers: Any, gates: Sequence[LSG], given: Sequence[str]
+    lvlm: LVLM, layers: Any, gates: Any, choices: Mapping[str, Any]
 ) -> list[int | str]:
-    """The layers of new gates, none if ``gates`` are given, which bring what ``given`` names."""
+    """The layers of new gates, none if ``gates`` are given, which have made their ``choices``."""
+    if isinstance(gates, LSG):
+        raise InputError("Got one gate; expected a list. Write gates=[gate].")
     if layers is None:
         layers = () if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
     if isinstance(layers, (int, str)):
@@ -73,6 +75,7 @@ def wanted_layers(
         )
     for layer in wanted:
         check_layer(layer, lvlm.anatomy.language.n_layers)
+    given = [name for name, value in choices.items() if value is not None]
     if gates and given:
         raise InputError(
             f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
@@ -175,22 +178,17 @@ def train_lsg(
     check_whole(1, checkpoint_every=checkpoint_every)
     if not dry_run:
         check_place(lvlm, accelerator)
-    if isinstance(gates, LSG):
-        raise InputError("Got one gate; expected a list. Write gates=[gate].")
     rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
-    given = [name for name, v in {"choices": choices, **rules}.items() if v is not None]
-    wanted = wanted_layers(lvlm, layers, gates, given)
+    wanted = wanted_layers(lvlm, layers, gates, {"choices": choices, **rules})
     if settings.patience and not validation and validation_data is None:
         raise InputError(
             f"Got patience={settings.patience} and validation={validation}; expected some validation "
             "data to stop early by. Write validation=0.1, or patience=0."
         )
-    parts = {
-        "validation": validation,
-        "seed": settings.seed,
-        "max_answer_tokens": max_answer_tokens,
-    }
-    data, rows, tested = read_parts(lvlm, dataset, validation_data, progress=progress, **parts)
+    split = {"validation": validation, "seed": settings.seed, "progress": progress}
+    data, rows, tested = read_parts(
+        lvlm, dataset, validation_data, max_answer_tokens=max_answer_tokens, **split
+    )
     count = 1 if accelerator is None else accelerator.num_processes
     edited = [gate.config.edited for gate in gates]
     edited += [0 if isinstance(layer, str) else layer + 1 for layer in wanted]
@@ -202,19 +200,11 @@ def train_lsg(
         prove(lvlm, make_batch(lvlm, data, rows[:1]).inputs)
     made: dict[int | str, LSG] = {gate.layer: copy.deepcopy(gate) for gate in gates}
     made |= new_gates(lvlm, wanted, {"seed": settings.seed, **(choices or {})}, rules)
-    facts = {
-        "model": identity_of(lvlm),
-        "settings": {**settings.to_dict(), "append_end": append_end},
-        "data": {"fingerprint": data.fingerprint},
-        "steps": {"rows": settings.batch * settings.accumulate * count, "all": cost.steps},
-        "gates": {str(layer): described(gate) for layer, gate in made.items()},
-    }
-    for name, part in (("train", rows), ("validation", tested)):
-        images = {data.images[row] for row in part}
-        facts["data"][name] = {"records": len(part), "images": len(images)}
-    shown = len(data) >= 50 if progress is None else progress
     by_name = {str(layer): gate for layer, gate in made.items()}
     objective = GateObjective(lvlm, by_name, data, append_end)
+    steps = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
+    facts = facts_of(objective, {"train": rows, "validation": tested}, settings, steps)
+    shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
         if folder is not None and (accelerator is None or accelerator.is_main_process):
@@ -286,6 +276,27 @@ def new_gates(
             rule = getattr(out[layer].config, name)
             known[name] = None if rule is None else detector_of(rule)
     return out
+
+
+def facts_of(
+    objective: GateObjective,
+    parts: Mapping[str, Sequence[int]],
+    settings: TrainingSettings,
+    steps: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a run is started with, as plain data: a run that goes on must have the same."""
+    data = objective.data
+    images = {name: {data.images[row] for row in rows} for name, rows in parts.items()}
+    return {
+        "model": identity_of(objective.lvlm),
+        "settings": {**settings.to_dict(), "append_end": objective.append_end},
+        "data": {
+            "fingerprint": data.fingerprint,
+            **{n: {"records": len(parts[n]), "images": len(images[n])} for n in parts},
+        },
+        "steps": dict(steps),
+        "gates": {name: described(gate) for name, gate in objective.gates.items()},
+    }
 
 
 def described(gate: LSG) -> dict[str, Any]:

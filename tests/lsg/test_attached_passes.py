@@ -47,8 +47,16 @@ class Pair:
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
 
 
-@pytest.mark.parametrize("decode", ["frozen", "refresh", "off"])
-@pytest.mark.parametrize("between", ["another image", "a text", "a step of another prompt"])
+@pytest.mark.parametrize(
+    ("between", "decode"),
+    [
+        ("another image", "frozen"),
+        ("another image", "refresh"),
+        ("a text", "off"),
+        ("a text", "frozen"),
+        ("a step of another prompt", "refresh"),
+    ],
+)
 def test_what_comes_between_changes_no_step(one, between, decode):
     gate = one.gate(decode=decode)
     with torch.no_grad(), gate.attach(one.model) as attached:
