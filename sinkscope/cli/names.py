@@ -57,11 +57,11 @@ def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
         return _of_the_package(name, given)
     from sinkscope.models import LVLM
 
+    kept = ("revision", "attn_implementation", "trust_remote_code")
     if not weights:
-        kept = ("revision", "attn_implementation", "trust_remote_code")
-        given = {key: value for key, value in given.items() if key in kept}
-        given["remote"] = True
-    return LVLM.from_pretrained(name, **given)
+        given = {"remote": True, **{key: given[key] for key in kept if key in given}}
+    load: Any = LVLM.from_pretrained
+    return load(name, **given)
 
 
 def check_word(name: Any) -> None:

@@ -15,7 +15,7 @@ from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweep_result import check_by, counted
 from sinkscope.lsg.building import check_gates
-from sinkscope.lsg.losses import looked, seen
+from sinkscope.lsg.losses import gate_inputs, gate_signals
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.wrapping import evaluated
 from sinkscope.results import Result
@@ -168,9 +168,11 @@ def gate_coefficients(
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
             sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
-            captured, vision = seen(lvlm, sample.inputs, blocks)
+            captured, vision = gate_inputs(lvlm, sample.inputs, blocks)
             for gate in given:
-                found = looked(gate, sample.tokens, vision, captured.state(gate.config.edited))
+                found = gate_signals(
+                    gate, sample.tokens, vision, captured.state(gate.config.edited)
+                )
                 lines += _lines(gate, part, start, found, sample.tokens)
             bar.update(len(part))
     table = pd.DataFrame(lines).sort_values(["item", "edited"], kind="stable", ignore_index=True)

@@ -11,26 +11,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
+from sinkscope.lsg.attach import Attachment, attach, detach
 from sinkscope.lsg.building import config_for, device_for, refuse_other_model
 from sinkscope.lsg.config import GateConfig, same_weights, sketch
+from sinkscope.lsg.signals import signals_of
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
     from sinkscope.anatomy.towers import Anatomy
-    from sinkscope.lsg.attach import Attachment
-    from sinkscope.lsg.config import GateConfig
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
 
 
 class LSG(nn.Module):
-    """Layer-wise Sink Gating (Choi et al. 2604.03316): a module and an intervention in one.
+    """Layer-wise Sink Gating (Choi et al. 2604.03316), as a module and as an intervention.
 
     ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))`` of the state ``h`` that block ``layer`` writes
     at the last prompt token; in block ``layer + 1`` the key of every image token is multiplied by
@@ -49,7 +48,6 @@ class LSG(nn.Module):
     """
 
     needs: ClassVar[str] = "gates"
-
     tower: Tower = "language"
 
     def __init__(self, config: GateConfig, *, allow_noop: bool = False) -> None:
@@ -58,12 +56,11 @@ class LSG(nn.Module):
         self.allow_noop = allow_noop
         self.record: Mapping[str, Any] | None = None
         generator = torch.Generator().manual_seed(config.seed)
-        width, hidden, many = config.d_model, config.hidden, len(config.groups)
-        self.norm = nn.LayerNorm(width, elementwise_affine=config.affine)
-        self.inner = nn.Linear(width, hidden)
-        self.outer = nn.Linear(hidden, many)
+        self.norm = nn.LayerNorm(config.d_model, elementwise_affine=config.affine)
+        self.inner = nn.Linear(config.d_model, config.hidden)
+        self.outer = nn.Linear(config.hidden, len(config.groups))
         with torch.no_grad():
-            bound = width**-0.5
+            bound = config.d_model**-0.5
             for tensor in (self.inner.weight, self.inner.bias):
                 tensor.uniform_(-bound, bound, generator=generator)
             self.outer.weight.zero_()
@@ -81,7 +78,7 @@ class LSG(nn.Module):
         allow_noop: bool = False,
         **choices: Any,
     ) -> LSG:
-        """An untrained gate for a model.
+        """Make an untrained gate for a model.
 
         Args:
             lvlm: The model.
@@ -92,11 +89,8 @@ class LSG(nn.Module):
             samples: What to calibrate on; None draws six scenes. Never those you test on.
             allow_noop: See the class.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
-                activation, affine, seed.
-
-        Returns:
-            The gate. With ``init="uniform"`` it is no identity: every coefficient is one over the
-            number of groups.
+                activation, affine, seed. With ``init="uniform"`` the new gate is no identity: every
+                coefficient is one over the number of groups.
 
         Raises:
             LayerError: If there is no such block, or none behind it.
@@ -134,20 +128,13 @@ class LSG(nn.Module):
         }
 
     def forward(self, states: Tensor) -> Tensor:
-        """The coefficients for states.
-
-        Args:
-            states: Float ``[batch d_model]``: what the gate reads.
-
-        Returns:
-            Float ``[batch group]`` in fp32; they sum to ``scale``.
-        """
+        """The coefficients for states ``[batch d_model]``, fp32 ``[batch group]``; they sum to ``scale``."""
         return kernels.coefficients(
             states, **self.weights, activation=self.config.activation, scale=self.config.scale
         )
 
     def edits(self, context: Context) -> list[Edit]:
-        """Two or three looks and one edit of keys.
+        """The signals that the gate reads, and one edit of keys.
 
         Raises:
             InterventionError: If it was made for another model.
@@ -156,54 +143,23 @@ class LSG(nn.Module):
         self.check_model(context.anatomy)
         if context.step and self.config.decode == "off":
             return []
-        looks = self.looks(context.tokens, context.step)
         visual = context.tokens.image >= 0
         if not visual.any() and not self.allow_noop:
             raise NoEffectError(
                 "Got a sample without image tokens for a gate; expected some keys to scale. Write "
                 "allow_noop=True if nothing may happen."
             )
-        parameters = {
-            "slot": id(self),
-            "visual": visual,
-            "live": context.live("language"),
-            "groups": list(self.groups),
-        }
+        given = {"slot": id(self), "visual": visual, "live": context.live("language")}
         site = Site("language", "attention", self.config.edited)
-        return [*looks, Edit(site, kernels.gate_keys, parameters, "keys")]
-
-    def looks(self, tokens: Any, step: int = 0) -> list[Edit]:
-        """What it looks at in one pass, as edits that change nothing.
-
-        Args:
-            tokens: The sample's TokenMap.
-            step: 0 for the prompt; later the signal only, if it is refreshed.
-        """
-        return looks_of(self.config, id(self), self.weights, tokens, step)
+        scale = Edit(site, kernels.gate_keys, given | {"groups": list(self.groups)}, "keys")
+        return [*signals_of(self, context.tokens, context.step), scale]
 
     def check_model(self, anatomy: Anatomy) -> None:
-        """Refuse a model that the gate was not made for.
-
-        Raises:
-            InterventionError: If so, with the differences.
-        """
+        """Raise an InterventionError, with the differences, if the gate was made for another model."""
         refuse_other_model(self.config, anatomy)
 
-    def check_fits(self, lvlm: LVLM) -> None:
-        """As `check_model`, and compare a few weights where they are here.
-
-        Raises:
-            InterventionError: If the model is another one.
-        """
-        self.check_model(lvlm.anatomy)
-        self.check_weights(lvlm.module, lvlm.anatomy)
-
     def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
-        """Refuse another checkpoint of the same architecture.
-
-        Raises:
-            InterventionError: If the LM head's weights are others.
-        """
+        """Raise an InterventionError if the LM head is that of another checkpoint."""
         if not same_weights(self.config.weights, sketch(module, anatomy.head)):
             raise InterventionError(
                 "Got a gate made for other weights of this architecture (the LM heads differ); "
@@ -211,8 +167,13 @@ class LSG(nn.Module):
                 "gate = gate.adopt(lvlm), and know that it reads a stream it was not trained on."
             )
 
+    def check_fits(self, lvlm: LVLM) -> None:
+        """`check_model`, and `check_weights` where weights are here."""
+        self.check_model(lvlm.anatomy)
+        self.check_weights(lvlm.module, lvlm.anatomy)
+
     def adopt(self, lvlm: LVLM) -> LSG:
-        """The same gate for other weights of the same architecture; parameters are copied.
+        """Copy the gate for other weights of the same architecture.
 
         Raises:
             InterventionError: If the architecture differs.
@@ -248,8 +209,6 @@ class LSG(nn.Module):
             InputError: While attached, for a pass that cannot be gated rightly, such as one on a cache
                 that was filled before.
         """
-        from sinkscope.lsg.attach import attach
-
         return attach(self, model)
 
     def detach(self) -> None:
@@ -258,8 +217,6 @@ class LSG(nn.Module):
         Raises:
             InterventionError: If it is attached to nothing.
         """
-        from sinkscope.lsg.attach import detach
-
         detach(self)
 
     def save_pretrained(
@@ -268,9 +225,9 @@ class LSG(nn.Module):
         """Write ``model.safetensors`` (fp32), ``config.json`` and a card; all of it or nothing.
 
         Args:
-            folder: A new folder, an empty one, or one of another gate, which is replaced.
-            record: How it was trained, such as ``result.record``: plain data, for the card and
-                ``training.json``. None for the gate's own ``record``.
+            folder: A new or empty folder, or one of another gate, which is replaced.
+            record: How it was trained, as plain data for the card and ``training.json``; None for the
+                gate's own ``record``.
 
         Raises:
             CheckpointError: If the folder holds something else, or cannot be written.
@@ -293,8 +250,7 @@ class LSG(nn.Module):
             path_or_repo: A folder, or a hub repository.
             revision: Branch, tag or commit of a repository.
             subfolder: A folder within.
-            lvlm: The model to check it against now, on whose device it goes. Without one it is
-                checked at its first use.
+            lvlm: The model to check it against now, on whose device it goes; None checks at first use.
             allow_noop: See the class.
 
         Raises:
@@ -360,52 +316,9 @@ class LSG(nn.Module):
         return f"layer={c.layer!r}, groups={c.groups}, decode={c.decode!r}, scale={c.scale:g}"
 
 
-def looks_of(
-    config: GateConfig, slot: int, weights: Mapping[str, Any], tokens: Any, step: int
-) -> list[Edit]:
-    """The looks of a gate.
-
-    Args:
-        config: The gate's choices.
-        slot: Where in the run's memory it notes what it sees.
-        weights: Its tensors, by the names of `sinkscope.kernels.gating.coefficients`.
-        tokens: The sample's TokenMap.
-        step: 0 for the prompt; later the signal only, if it is refreshed.
-    """
-    out = []
-    if step and config.decode != "refresh":
-        return []
-    vision, live = tokens.vision, tokens.live
-    if not step:
-        shared = {"slot": slot, "image_index": tokens.image_index}
-        shared |= {"sources": tokens.sources, "live": vision.live, "layout": vision.layout}
-        detector, rule = detector_of(config.v_detector), rule_of(config.v_detector)
-        if isinstance(detector, VisionTokens):
-            shared["live"] = kept_tokens(tokens, detector.kind)
-        out += [
-            Edit(
-                Site("vision", "resid_post", layer),
-                kernels.note_v_sinks,
-                {**shared, "rule": rule},
-            )
-            for layer in config.model["feed_layers"]
-        ]
-    reading = {
-        "slot": slot,
-        "signal": "last" if config.signal == "last" else "mean",
-        "at": tokens.last,
-        "tokens": live if config.signal == "mean" else tokens.image >= 0,
-        "activation": config.activation,
-        "scale": config.scale,
-        **weights,
-    }
-    place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
-    out.append(Edit(Site("language", *place), kernels.note_coefficients, reading))
-    if not step and config.l_detector is not None:
-        rule = rule_of(config.l_detector)
-        # A sink is judged by itself; random ones are so many of those whose keys can be scaled.
-        judged = tokens.image >= 0 if rule["how"] == "random" else live
-        parameters = {"slot": slot, "rule": rule, "live": judged}
-        site = Site("language", "resid_pre", config.edited)
-        out.append(Edit(site, kernels.note_l_sinks, parameters))
+def check_gates(gates: Any) -> list[LSG]:
+    """One gate or several as a list; an InterventionError if something else came."""
+    out = [gates] if isinstance(gates, LSG) else list(gates)
+    if not out or not all(isinstance(gate, LSG) for gate in out):
+        raise InterventionError(f"Got {gates!r}; expected one LSG or a list of them.")
     return out

@@ -1,10 +1,10 @@
-"""What training gave: gates, history and a record of how it came about."""
+"""What training gave: gates, history and a record; and stacks of gates that were trained alone."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_flags, check_whole
-from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_dataset
+from sinkscope.checks import check_choice, check_flags, check_whole
+from sinkscope.data.batches import batches_of, make_batch, read_dataset
 from sinkscope.errors import InputError
-from sinkscope.lsg.building import check_gates
-from sinkscope.lsg.gate import LSG
+from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import answer_losses, frozen, share
 from sinkscope.results import Result
 from sinkscope.training.loop import Sums
@@ -26,16 +25,28 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from sinkscope.lsg.gate import LSG
-    from sinkscope.lsg.train import TrainingCost
     from sinkscope.models.lvlm import LVLM
-    from sinkscope.training.loop import Loop
+    from sinkscope.training.loop import Loop, Trainee
 
-PACKAGES = ("sinkscope", "torch", "transformers", "accelerate")
+
+class Shown:
+    """A result that is shown as a sentence and a table."""
+
+    def _parts(self) -> tuple[str, pd.DataFrame]:
+        """The sentence, and the table with rounded numbers."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        head, table = self._parts()
+        return f"{head}\n{table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        head, table = self._parts()
+        return f"<p>{escape(head)}</p>{table.to_html(index=False, border=0)}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TrainResult:
+class TrainResult(Shown):
     """Trained gates.
 
     Attributes:
@@ -79,11 +90,7 @@ class TrainResult:
         return pd.DataFrame(lines, columns=[*first, *groups])
 
     def plot(self) -> Figure:
-        """Loss and coefficients over steps.
-
-        Returns:
-            A matplotlib figure.
-        """
+        """Draw loss and coefficients over steps, as a matplotlib figure."""
         from sinkscope.viz.probes import plot_training
 
         return plot_training(self.history, (self.record.get("base") or {}).get("loss"))
@@ -93,62 +100,52 @@ class TrainResult:
         import pandas as pd
 
         base = self.record.get("base") or {}
-        lines = []
-        for layer in self.gates:
-            found = self.record["results"].get(str(layer), {})
-            line = {"layer": layer, **found}
-            if base:
-                line |= {"base_loss": base["loss"], "base_accuracy": base["accuracy"]}
-            lines.append(line)
-        return pd.DataFrame(lines)
+        plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
+        found = self.record["results"]
+        return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
 
-    def __str__(self) -> str:
-        data, record = self.record["data"], self.record
+    def _parts(self) -> tuple[str, pd.DataFrame]:
+        record, many = self.record, len(self.gates)
+        train, held = record["data"]["train"], record["data"]["validation"]
         head = (
-            f"{len(self.gates)} gate{'s' if len(self.gates) > 1 else ''} of {record['base_model']}: {data['train']['records']} records "
-            f"about {data['train']['images']} images, {record['steps']} of {record['cost']['steps']} "
-            f"steps in {record['seconds']:.1f} s; validated on {data['validation']['records']} records "
-            f"about {data['validation']['images']} other images."
+            f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {train['records']} records "
+            f"about {train['images']} images, {record['steps']} of {record['cost']['steps']} steps in "
+            f"{record['seconds']:.1f} s; validated on {held['records']} records about "
+            f"{held['images']} other images."
         )
-        return head + "\n" + self.summary().round(4).to_string(index=False)
+        return head, self.summary().round(4)
 
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        head = escape(str(self).split("\n", 1)[0])
-        return f"<p>{head}</p>" + self.summary().round(4).to_html(index=False, border=0)
+    __repr__ = Shown.__str__
 
 
 def record_of(
     name: str,
     facts: Mapping[str, Any],
-    cost: TrainingCost,
+    cost: Mapping[str, Any],
     loop: Loop,
     base: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """The record of a run.
-
-    Args:
-        name: Of the model.
-        facts: What it was started with.
-        cost: What it was to cost.
-        loop: The finished loop.
-        base: Loss and accuracy of the model without a gate on the validation part, or None.
-    """
+    """The record of a finished loop: what it was started with, what came out, and where it ran."""
+    packages = ("sinkscope", "torch", "transformers", "accelerate")
+    versions = {name: str(sys.modules[name].__version__) for name in packages}
     return {
         **facts,
         "base_model": name,
         "method": "Layer-wise Sink Gating, arXiv 2604.03316",
         "objective": "next-token loss on the answer, model frozen",
-        "cost": cost.to_dict(),
+        "cost": dict(cost),
         "steps": loop.step,
         "seconds": loop.seconds,
         "base": None if base is None else dict(base),
-        "results": {layer: _result_of(loop, layer) for layer in loop.runners},
-        "versions": {name: _version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "machine": machine(),
+        "results": {trainee.name: _result_of(loop, trainee) for trainee in loop.trainees},
+        "versions": {**versions, "python": platform.python_version()},
+        "machine": {  # what numbers and times depend on; nothing that names the machine
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 
@@ -165,54 +162,27 @@ def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
     }
 
 
-def _result_of(loop: Loop, name: str) -> dict[str, Any]:
+def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
     """First and best numbers of one trainee, on the validation part where there is one."""
     split = "validation" if loop.held else "train"
-    lines = [line for line in loop.history if line["name"] == name and line["split"] == split]
-    runner = loop.runners[name]
-    at = runner.best_step
-    if not lines:
-        lines = [{"step": 0, "loss": None, "accuracy": None}]
-    best = next((line for line in lines if line["step"] == at), lines[-1])
-    means = {key: value for key, value in best.items() if key.startswith("rho_")}
+    lines = [a for a in loop.history if a["name"] == trainee.name and a["split"] == split]
+    lines = lines or [{"step": 0, "loss": None, "accuracy": None}]
+    best = next((line for line in lines if line["step"] == trainee.best_step), lines[-1])
     return {
         "split": split,
         "first_loss": lines[0]["loss"],
         "best_loss": best["loss"],
         "first_accuracy": lines[0]["accuracy"],
         "best_accuracy": best["accuracy"],
-        "best_step": at,
-        "ended_early": runner.ended,
-        **({} if runner.failed is None else {"failed": runner.failed}),
-        **means,
+        "best_step": trainee.best_step,
+        "ended_early": trainee.ended,
+        **({} if trainee.failed is None else {"failed": trainee.failed}),
+        **{key: value for key, value in best.items() if key.startswith("rho_")},
     }
-
-
-def _version(package: str) -> str | None:
-    """The installed version, None without one."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def machine() -> dict[str, Any]:
-    """What numbers and times depend on; nothing that names the machine."""
-    found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "gpu": found,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-SCORES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True, eq=False)
-class GateStack(Result):
+class GateStack(Shown, Result):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
     Attributes:
@@ -237,46 +207,36 @@ class GateStack(Result):
     @property
     def gains(self) -> list[float]:
         """What the stack of the first 1, 2, ... gates gains over no gate; more is better."""
-        return [self._gain(value) for value in self.stacked]
+        return self._gains(self.stacked)
 
     @property
     def gates(self) -> list[LSG]:
-        """The first gates that together gain the most, ready for ``interventions=``.
+        """The first gates that together gain the most, ready for ``interventions=``; none if none gains."""
+        best = max(self.gains)
+        return list(self.ordered[: self.gains.index(best) + 1]) if best > 0 else []
 
-        It is empty if no stack gains anything.
-        """
-        best = max(range(len(self.gains)), key=lambda i: (self.gains[i], -i))
-        return list(self.ordered[: best + 1]) if self.gains[best] > 0 else []
-
-    def _gain(self, value: float) -> float:
-        return self.base - value if self.score == "loss" else value - self.base
+    def _gains(self, values: Sequence[float]) -> list[float]:
+        sign = -1 if self.score == "loss" else 1
+        return [sign * (value - self.base) for value in values]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per gate, in order: gates, layer, single, single_gain, stacked, stacked_gain."""
+        """One line per gate: gates, layer, single, single_gain, stacked, stacked_gain, chosen."""
         import pandas as pd
 
-        chosen = len(self.gates)
-        lines = [
-            {
-                "gates": i + 1,
-                "layer": gate.layer,
-                "single": self.single[i],
-                "single_gain": self._gain(self.single[i]),
-                "stacked": self.stacked[i],
-                "stacked_gain": self.gains[i],
-                "chosen": i < chosen,
-            }
-            for i, gate in enumerate(self.ordered)
-        ]
-        return pd.DataFrame(lines)
+        many = range(1, len(self.ordered) + 1)
+        columns = {
+            "gates": list(many),
+            "layer": self.order,
+            "single": self.single,
+            "single_gain": self._gains(self.single),
+            "stacked": self.stacked,
+            "stacked_gain": self.gains,
+            "chosen": [i <= len(self.gates) for i in many],
+        }
+        return pd.DataFrame(columns)
 
-    def __str__(self) -> str:
-        table = self.to_dataframe().round(4).to_string(index=False)
-        return f"{self.score} without a gate: {self.base:.4f}\n{table}"
-
-    def _repr_html_(self) -> str:
-        head = escape(f"{self.score} without a gate: {self.base:.4f}")
-        return f"<p>{head}</p>" + self.to_dataframe().round(4).to_html(index=False, border=0)
+    def _parts(self) -> tuple[str, pd.DataFrame]:
+        return f"{self.score} without a gate: {self.base:.4f}", self.to_dataframe().round(4)
 
 
 def greedy_stack(
@@ -307,16 +267,12 @@ def greedy_stack(
         max_answer_tokens: The longest answer that is accepted.
         progress: Whether to show a progress bar; None shows it from 50 records on.
 
-    Returns:
-        The stack.
-
     Raises:
         InputError: If the data or the score does not fit, or two gates have one layer.
         InterventionError: If a gate was made for another model.
     """
     given = check_gates(gates)
-    if score not in SCORES:
-        raise InputError(f"Got score={score!r}; expected one of {SCORES}.")
+    check_choice(("loss", "accuracy"), score=score)
     check_whole(1, batch=batch)
     check_flags(append_end=append_end)
     layers = [gate.layer for gate in given]
@@ -326,49 +282,24 @@ def greedy_stack(
         gate.check_fits(lvlm)
     data = read_dataset(dataset, lvlm.tokenizer, max_answer_tokens=max_answer_tokens)
     shown = len(data) >= 50 if progress is None else progress
+
+    def scores(stacks: Sequence[Sequence[LSG]], what: str) -> list[float]:
+        """The score of each stack; what lies below all of them is computed once per batch."""
+        blocks = [gate.config.edited for stack in stacks for gate in stack]
+        sums = [Sums() for _ in stacks]
+        groups = list(batches_of(range(len(data)), batch))
+        for rows in tqdm(groups, desc=what, unit="batch", disable=not shown):
+            made = make_batch(lvlm, data, rows, append_end=append_end)
+            shared = share(lvlm, made, blocks, whole=not all(stacks))
+            for stack, total in zip(stacks, sums, strict=True):
+                total.add(answer_losses(stack, shared))
+        return [total.line()[score] for total in sums]
+
     with frozen(lvlm.module), torch.no_grad():
-        alone: list[list[LSG]] = [[], *([gate] for gate in given)]
-        scoring = {"score": score, "batch": batch, "append_end": append_end}
-        base, *single = score_stacks(lvlm, alone, data, "one by one", shown, **scoring)
+        base, *single = scores([[], *([gate] for gate in given)], "one by one")
         sign = -1 if score == "loss" else 1
         places = sorted(range(len(given)), key=lambda i: -sign * single[i])
         ordered = [given[i] for i in places]
         grown = [ordered[: i + 1] for i in range(1, len(ordered))]
-        more = score_stacks(lvlm, grown, data, "stacked", shown, **scoring) if grown else []
-    stacked = (single[places[0]], *more)
+        stacked = (single[places[0]], *(scores(grown, "stacked") if grown else ()))
     return GateStack(tuple(ordered), base, tuple(single[i] for i in places), stacked, score)
-
-
-def score_stacks(
-    lvlm: LVLM,
-    stacks: Sequence[Sequence[LSG]],
-    data: AnswerData,
-    what: str,
-    progress: bool,
-    *,
-    score: str,
-    batch: int,
-    append_end: bool,
-) -> list[float]:
-    """The score of several stacks; what lies below them is computed once per batch.
-
-    Args:
-        lvlm: The model, frozen.
-        stacks: Each a list of gates; an empty one is the plain model.
-        data: The records.
-        what: What the progress bar says.
-        progress: Whether to show it.
-        score: See `greedy_stack`.
-        batch: Rows per forward pass.
-        append_end: See `greedy_stack`.
-    """
-    blocks = [gate.config.edited for stack in stacks for gate in stack]
-    whole = any(not stack for stack in stacks)
-    sums = [Sums() for _ in stacks]
-    groups = list(batches_of(range(len(data)), batch))
-    for rows in tqdm(groups, desc=what, unit="batch", disable=not progress):
-        made = make_batch(lvlm, data, rows, append_end=append_end)
-        shared = share(lvlm, made, blocks, whole=whole)
-        for stack, total in zip(stacks, sums, strict=True):
-            total.add(answer_losses(stack, shared))
-    return [total.line()[score] for total in sums]

@@ -1,4 +1,4 @@
-"""What training will cost, in passes of one block over one batch."""
+"""Train gates: next-token loss on answers, the model frozen, all layers in one pass over the data."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkscope.checks import check_flags, check_whole
+from sinkscope.checks import check_flags, check_whole, plain
 from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.detectors.kinds import detector_of
-from sinkscope.errors import InputError, InterventionError, ModelError
-from sinkscope.files import held
-from sinkscope.lsg.building import check_gates, check_layer
-from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.losses import Losses, Shared, answer_losses, frozen, share
+from sinkscope.errors import InputError, ModelError
+from sinkscope.files import claim, held
+from sinkscope.lsg.building import check_layer
+from sinkscope.lsg.cost import TrainingCost, cost_of
+from sinkscope.lsg.gate import LSG, check_gates
+from sinkscope.lsg.losses import Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
 from sinkscope.models.replay import check_replay
-from sinkscope.training.loop import Loop, Sums, Trainee, open_run
+from sinkscope.training.loop import Loop, Losses, Sums, Trainee
 from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -33,120 +34,8 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 
-@dataclass(frozen=True)
-class TrainingCost:
-    """What training will cost.
-
-    A block that carries a gradient is run forward and, for the gradient of what it reads, backward;
-    its weights get none. Both count as one pass each.
-
-    Attributes:
-        steps: Steps of the optimiser.
-        batches: Forward batches of training.
-        looks: Looks at the validation part, the first before training.
-        held_batches: Batches of each look.
-        vision_blocks: Vision blocks per batch, without gradient.
-        plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
-        gate_blocks: Decoder blocks per batch with gradient, of each gate.
-        alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
-        decoder_blocks: Blocks of the decoder, which the plain model runs once per validation batch.
-    """
-
-    steps: int
-    batches: int
-    looks: int
-    held_batches: int
-    vision_blocks: int
-    plain_blocks: int
-    gate_blocks: tuple[int, ...]
-    alone_blocks: tuple[int, ...]
-    decoder_blocks: int
-
-    @property
-    def together(self) -> int:
-        """Decoder passes of one training batch, all gates together."""
-        return self.plain_blocks + 2 * sum(self.gate_blocks)
-
-    @property
-    def apart(self) -> int:
-        """Decoder passes of one training batch of every gate, each trained alone."""
-        return sum(self.alone_blocks) + 2 * sum(self.gate_blocks)
-
-    @property
-    def bound(self) -> float:
-        """How many times cheaper all gates together are than apart, counting decoder blocks.
-
-        For a gate at every layer of a deep decoder it tends to 1.5: alone, each costs half of its
-        forward pass without and one and a half with a gradient.
-        """
-        return self.apart / self.together
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self) | {"together": self.together, "apart": self.apart, "bound": self.bound}
-
-    def __str__(self) -> str:
-        seen, held = self.batches, self.looks * self.held_batches
-        plain = self.held_batches if self.looks else 0
-        blocks = (self.plain_blocks + sum(self.gate_blocks)) * held + self.decoder_blocks * plain
-        return "\n".join(
-            [
-                f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
-                f"{self.held_batches} validation batches.",
-                f"Training batch: {self.vision_blocks} vision blocks and {self.plain_blocks} decoder "
-                f"blocks without gradient, then {sum(self.gate_blocks)} decoder blocks forward and "
-                f"backward for {len(self.gate_blocks)} gates.",
-                f"Together {self.together * seen} decoder block passes; trained one by one "
-                f"{self.apart * seen} ({self.bound:.2f} times as many).",
-                f"Validation, and the plain model on it, add {blocks} decoder block passes and "
-                f"{self.vision_blocks * (held + plain)} of the vision tower, without gradient.",
-            ]
-        )
-
-
-def cost_of(
-    settings: TrainingSettings,
-    edited: Sequence[int],
-    rows: int,
-    held: int,
-    vision_blocks: int,
-    decoder_blocks: int,
-    processes: int = 1,
-) -> TrainingCost:
-    """The cost of a run without an early end, per process.
-
-    Args:
-        settings: How it is trained.
-        edited: The block whose keys each gate scales.
-        rows: Training records.
-        held: Validation records.
-        vision_blocks: Blocks of the vision tower.
-        decoder_blocks: Blocks of the decoder.
-        processes: Processes that share the rows.
-    """
-    own, own_held = -(-rows // processes), -(-held // processes)
-    per_epoch = -(-rows // (settings.batch * settings.accumulate * processes))
-    steps = per_epoch * settings.epochs
-    looks = 1 + -(-steps // (settings.evaluate_every or per_epoch))
-    return TrainingCost(
-        steps=steps,
-        batches=-(-own // settings.batch) * settings.epochs,
-        looks=looks if held else 0,
-        held_batches=-(-own_held // settings.batch),
-        vision_blocks=vision_blocks,
-        plain_blocks=max(edited),
-        gate_blocks=tuple(decoder_blocks - block for block in edited),
-        alone_blocks=tuple(edited),
-        decoder_blocks=decoder_blocks,
-    )
-
-
 def check_place(lvlm: LVLM, accelerator: Any) -> None:
-    """Refuse a model that cannot be trained with here.
-
-    Raises:
-        ModelError: If its weights are not here, or on another device than the process works on.
-    """
+    """Refuse a model that cannot be trained with here."""
     if torch.is_inference_mode_enabled():
         raise ModelError(
             "Got torch.inference_mode(), in which nothing can be trained; expected to be outside of it. "
@@ -168,75 +57,36 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         )
 
 
-def wanted_layers(lvlm: LVLM, layers: Any, gates: Any) -> list[int | str]:
-    """The layers as a list; None is all of them.
-
-    Raises:
-        InputError: If they are one layer and no list.
-    """
+def wanted_layers(
+    lvlm: LVLM, layers: Any, gates: Any, choices: Mapping[str, Any]
+) -> list[int | str]:
+    """The layers of new gates, none if ``gates`` are given, which have made their ``choices``."""
+    if isinstance(gates, LSG):
+        raise InputError("Got one gate; expected a list. Write gates=[gate].")
     if layers is None:
-        return [] if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
+        layers = () if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
     if isinstance(layers, (int, str)):
         raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
-    return [layer if isinstance(layer, str) else int(layer) for layer in layers]
-
-
-def check_beside(gates: Any, *others: Any) -> None:
-    """Refuse choices for gates that have made theirs.
-
-    Raises:
-        InputError: If there are any.
-    """
-    names = ("choices", "v_detector", "l_detector", "samples")
-    given = [name for name, value in zip(names, others, strict=True) if value is not None]
+    wanted = [plain(layer) for layer in layers]
+    if bool(wanted) == bool(gates):
+        raise InputError(
+            f"Got layers={wanted} and {len(gates)} gates; expected either. Write layers=[10] for a new "
+            "gate, or gates=[gate] to train on."
+        )
+    for layer in wanted:
+        check_layer(layer, lvlm.anatomy.language.n_layers)
+    given = [name for name, value in choices.items() if value is not None]
     if gates and given:
         raise InputError(
             f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
             "Write layers=[...] for new gates."
         )
-
-
-def check_wanted(lvlm: LVLM, layers: Any, gates: Any) -> None:
-    """Check which gates to train.
-
-    Raises:
-        InputError: If there are none, both or one layer twice.
-        LayerError: If there is no such layer.
-        InterventionError: If a gate is none, or of another model.
-    """
-    if isinstance(gates, LSG):
-        raise InputError("Got one gate; expected a list. Write gates=[gate].")
-    if bool(layers) == bool(gates):
-        raise InputError(
-            f"Got layers={list(layers)} and {len(gates)} gates; expected either. Write layers=[10] "
-            "for a new gate, or gates=[gate] to train on."
-        )
-    for layer in layers:
-        check_layer(layer, lvlm.anatomy.language.n_layers)
-    found = list(layers) or [gate.layer for gate in check_gates(gates)]
-    if len(set(found)) != len(found):
-        raise InputError(f"Got the layers {found}; expected every layer once.")
+    every = wanted or [gate.layer for gate in check_gates(gates)]
+    if len(set(every)) != len(every):
+        raise InputError(f"Got the layers {every}; expected every layer once.")
     for gate in gates:
-        if not isinstance(gate, LSG):
-            raise InterventionError(f"Got {gate!r} among the gates; expected LSG.")
         gate.check_fits(lvlm)
-
-
-def check_numbers(patience: int, validation: float, checkpoint_every: Any) -> None:
-    """Check what belongs together.
-
-    Raises:
-        InputError: If early stopping is wanted without validation, or checkpoints never.
-    """
-    if patience and not validation:
-        raise InputError(
-            f"Got patience={patience} and validation={validation}; expected some validation data to "
-            "stop early by. Write validation=0.1, or patience=0."
-        )
-    check_whole(1, checkpoint_every=checkpoint_every)
-
-
-Gates = dict[int | str, LSG]
+    return wanted
 
 
 def train_lsg(
@@ -244,6 +94,7 @@ def train_lsg(
     dataset: Iterable[Any],
     layers: Sequence[int | str] | None = (),
     *,
+    settings: TrainingSettings | None = None,
     gates: Sequence[LSG] = (),
     choices: Mapping[str, Any] | None = None,
     v_detector: Any = None,
@@ -251,17 +102,17 @@ def train_lsg(
     samples: Sequence[Sample] | None = None,
     validation: float = 0.1,
     validation_data: Iterable[Any] | None = None,
-    epochs: int = 2,
-    batch: int = 8,
-    accumulate: int = 1,
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
-    schedule: str = "cosine",
-    warmup: float = 0.03,
-    clip: float = 1.0,
-    evaluate_every: int = 0,
-    patience: int = 0,
-    seed: int = 0,
+    epochs: int | None = None,
+    batch: int | None = None,
+    accumulate: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    schedule: str | None = None,
+    warmup: float | None = None,
+    clip: float | None = None,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    seed: int | None = None,
     append_end: bool = True,
     max_answer_tokens: int = 256,
     out: str | Path | None = None,
@@ -281,14 +132,16 @@ def train_lsg(
         dataset: Records with image (or a list of images), question, answer and, if you like,
             image_id; see `sinkscope.data.batches.read_dataset`.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
+        settings: The numbers of the run; or write its fields, ``epochs`` to ``seed``, as arguments.
         gates: Instead of layers, gates of different layers to start from. They are copied.
         choices: Fields of `GateConfig` for new gates, such as ``{"groups": ("V", "L", "rest")}``.
-        v_detector: See `LSG.for_model`.
-        l_detector: See `LSG.for_model`.
-        samples: See `LSG.for_model`.
+        v_detector: See `LSG.for_model`, as for ``l_detector`` and ``samples``.
+        l_detector: The rule for L-sinks.
+        samples: What to calibrate rules on.
         validation: Share of the images to hold out. 0 trains on all, and keeps the last weights.
         validation_data: Instead of a share, records to validate on.
-        epochs: Passes over the data. More on this and all settings up to ``seed``: `TrainingSettings`.
+        epochs: Passes over the data. For this and all up to ``seed``, None is the default of
+            `TrainingSettings`, which says more.
         batch: Rows per forward pass.
         accumulate: Forward passes per step.
         lr: Highest learning rate.
@@ -320,90 +173,72 @@ def train_lsg(
         NonFiniteError: If a loss or gradient of every gate is NaN or infinite, with the step. Of some
             only: those end with a warning, their record says why, and the others go on.
     """
-    settings = TrainingSettings(
-        epochs,
-        batch,
-        accumulate,
-        lr,
-        weight_decay,
-        schedule,
-        warmup,
-        clip,
-        evaluate_every,
-        patience,
-        seed,
-    )
+    settings = TrainingSettings.of(settings, locals())
     check_flags(append_end=append_end, dry_run=dry_run)
+    check_whole(1, checkpoint_every=checkpoint_every)
     if not dry_run:
         check_place(lvlm, accelerator)
-    layers = wanted_layers(lvlm, layers, gates)
-    check_wanted(lvlm, layers, gates)
-    check_beside(gates, choices, v_detector, l_detector, samples)
-    held_out = validation if validation_data is None else 1.0
-    check_numbers(patience, held_out, checkpoint_every)
-    parts = {"validation": validation, "seed": seed, "max_answer_tokens": max_answer_tokens}
-    data, rows, held_rows = read_parts(lvlm, dataset, validation_data, progress=progress, **parts)
+    rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
+    wanted = wanted_layers(lvlm, layers, gates, {"choices": choices, **rules})
+    if settings.patience and not validation and validation_data is None:
+        raise InputError(
+            f"Got patience={settings.patience} and validation={validation}; expected some validation "
+            "data to stop early by. Write validation=0.1, or patience=0."
+        )
+    split = {"validation": validation, "seed": settings.seed, "progress": progress}
+    data, rows, tested = read_parts(
+        lvlm, dataset, validation_data, max_answer_tokens=max_answer_tokens, **split
+    )
     count = 1 if accelerator is None else accelerator.num_processes
-    edited = [gate.config.edited for gate in gates] or [edited_by(layer) for layer in layers]
+    edited = [gate.config.edited for gate in gates]
+    edited += [0 if isinstance(layer, str) else layer + 1 for layer in wanted]
     towers = (lvlm.anatomy.vision.n_layers, lvlm.anatomy.language.n_layers)
-    cost = cost_of(settings, edited, len(rows), len(held_rows), *towers, processes=count)
+    cost = cost_of(settings, edited, len(rows), len(tested), *towers, processes=count)
     if dry_run:
         return cost
-    facts = facts_of(lvlm, data, (rows, held_rows), settings, append_end)
-    facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     with frozen(lvlm.module):
         check_replay(lvlm, make_batch(lvlm, data, rows[:1]).inputs, edited)
-    if gates:
-        made: Gates = {gate.layer: copy.deepcopy(gate) for gate in gates}
-    else:
-        rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
-        made = new_gates(lvlm, layers, {"seed": seed, **(choices or {})}, rules)
-    facts["gates"] = {str(layer): described(gate) for layer, gate in made.items()}
+    made: dict[int | str, LSG] = {gate.layer: copy.deepcopy(gate) for gate in gates}
+    made |= new_gates(lvlm, wanted, {"seed": settings.seed, **(choices or {})}, rules)
+    by_name = {str(layer): gate for layer, gate in made.items()}
+    objective = GateObjective(lvlm, by_name, data, append_end)
+    steps = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
+    facts = facts_of(objective, {"train": rows, "validation": tested}, settings, steps)
+    shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
         if folder is not None and (accelerator is None or accelerator.is_main_process):
-            open_run(folder, facts)
+            claim(folder, "run.json", facts, "run")
             stack.enter_context(held(folder, "run"))
         if accelerator is not None:
             accelerator.wait_for_everyone()
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
-        objective = GateObjective(lvlm, made, data, append_end)
-        base = base_losses(objective, held_rows, settings.batch) if held_rows else None
-        loop = Loop(
-            objective.trainees,
-            objective,
-            rows,
-            held_rows,
-            settings,
-            folder,
-            checkpoint_every,
-            len(data) >= 50 if progress is None else progress,
-            accelerator,
-        )
+        base = objective.base(tested, settings.batch) if tested else None
+        run = (objective.trainees, objective, rows, tested, settings)
+        loop = Loop(*run, folder, checkpoint_every, shown, accelerator)
         loop.run()
-    record = record_of(lvlm.name, facts, cost, loop, base)
+    record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
         gate.record = own_record(record, layer)
     return TrainResult(made, record, loop.history)
 
 
+@dataclass(frozen=True, eq=False)
 class GateObjective:
     """Next-token loss of answers under gates, each alone.
 
-    Args:
+    Attributes:
         lvlm: The model, frozen.
-        gates: By layer.
+        gates: By name.
         data: The records.
         append_end: See `train_lsg`.
     """
 
-    def __init__(
-        self, lvlm: LVLM, gates: Mapping[int | str, LSG], data: AnswerData, append_end: bool
-    ) -> None:
-        self.lvlm, self.data, self.append_end = lvlm, data, append_end
-        self.gates = {str(layer): gate for layer, gate in gates.items()}
-        self.blocks = [gate.config.edited for gate in gates.values()]
+    lvlm: LVLM
+    gates: Mapping[str, LSG]
+    data: AnswerData
+    append_end: bool
 
     @property
     def trainees(self) -> list[Trainee]:
@@ -413,71 +248,54 @@ class GateObjective:
     def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
         """The batch and the states that gates read; see `sinkscope.lsg.losses.share`."""
         batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
-        return share(self.lvlm, batch, self.blocks, whole=whole)
+        blocks = [gate.config.edited for gate in self.gates.values()]
+        return share(self.lvlm, batch, blocks, whole=whole)
 
     def losses(self, shared: Shared, name: str) -> Losses:
         """The losses under one gate."""
         return answer_losses([self.gates[name]], shared)
 
-
-@torch.no_grad()
-def base_losses(objective: GateObjective, rows: Sequence[int], batch: int) -> dict[str, float]:
-    """Loss and accuracy of the model without a gate.
-
-    Args:
-        objective: The objective.
-        rows: Indices of records.
-        batch: Rows per forward pass.
-    """
-    sums = Sums()
-    for part in batches_of(rows, batch):
-        sums.add(answer_losses([], objective.share(part, whole=True)))
-    return sums.line()
+    @torch.no_grad()
+    def base(self, rows: Sequence[int], batch: int) -> dict[str, float]:
+        """Loss and accuracy of the model without a gate."""
+        sums = Sums()
+        for part in batches_of(rows, batch):
+            sums.add(answer_losses([], self.share(part, whole=True)))
+        return sums.line()
 
 
 def new_gates(
-    lvlm: LVLM,
-    layers: Sequence[int | str],
-    choices: Mapping[str, Any],
-    rules: Mapping[str, Any],
-) -> Gates:
-    """Untrained gates that share their detectors, so that there is one calibration at most.
-
-    Args:
-        lvlm: The model.
-        layers: One gate each.
-        choices: Fields of `GateConfig`.
-        rules: ``v_detector``, ``l_detector`` and ``samples`` of `LSG.for_model`.
-    """
-    out: Gates = {}
+    lvlm: LVLM, layers: Sequence[int | str], choices: Mapping[str, Any], rules: Mapping[str, Any]
+) -> dict[int | str, LSG]:
+    """Untrained gates that share their rules, so that there is one calibration at most."""
+    out: dict[int | str, LSG] = {}
     known = dict(rules)
     for layer in layers:
-        gate = LSG.for_model(lvlm, layer, **known, **choices)
-        config, out[layer] = gate.config, gate
-        known = {"v_detector": detector_of(config.v_detector), "l_detector": None}
-        if config.l_detector is not None:
-            known["l_detector"] = detector_of(config.l_detector)
+        out[layer] = LSG.for_model(lvlm, layer, **known, **choices)
+        for name in ("v_detector", "l_detector"):
+            rule = getattr(out[layer].config, name)
+            known[name] = None if rule is None else detector_of(rule)
     return out
 
 
 def facts_of(
-    lvlm: LVLM,
-    data: AnswerData,
-    parts: tuple[Sequence[int], Sequence[int]],
+    objective: GateObjective,
+    parts: Mapping[str, Sequence[int]],
     settings: TrainingSettings,
-    append_end: bool,
+    steps: Mapping[str, int],
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that goes on must have the same."""
-    rows, held = parts
-    names = [len({data.images[i] for i in part}) for part in parts]
+    data = objective.data
+    images = {name: {data.images[row] for row in rows} for name, rows in parts.items()}
     return {
-        "model": identity_of(lvlm),
-        "settings": {**settings.to_dict(), "append_end": append_end},
+        "model": identity_of(objective.lvlm),
+        "settings": {**settings.to_dict(), "append_end": objective.append_end},
         "data": {
             "fingerprint": data.fingerprint,
-            "train": {"records": len(rows), "images": names[0]},
-            "validation": {"records": len(held), "images": names[1]},
+            **{n: {"records": len(parts[n]), "images": len(images[n])} for n in parts},
         },
+        "steps": dict(steps),
+        "gates": {name: described(gate) for name, gate in objective.gates.items()},
     }
 
 
@@ -487,8 +305,3 @@ def described(gate: LSG) -> dict[str, Any]:
     for value in gate.state_dict().values():
         digest.update(value.detach().cpu().numpy().tobytes())
     return {**gate.config.to_dict(), "start": digest.hexdigest()}
-
-
-def edited_by(layer: int | str) -> int:
-    """The block whose keys a gate at a layer scales."""
-    return 0 if isinstance(layer, str) else layer + 1

@@ -1,1 +1,1 @@
-"""TODO"""
+"""One training loop for small sets of parameters beside a frozen model: gates and LoRA alike."""

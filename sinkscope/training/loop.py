@@ -1,4 +1,4 @@
-"""One thing that is trained, with its optimiser, its best weights and the sums of its losses."""
+"""Train named parameters on batches of records, with checkpoints, validation and early ends."""
 
 from __future__ import annotations
 
@@ -11,200 +11,38 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.errors import CheckpointError, NonFiniteError
-from sinkscope.files import claim, read_json, write_whole
+from sinkscope.files import read_json, write_whole
 from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from sinkscope.lsg.losses import Losses
-
 
 @dataclass(frozen=True, eq=False)
-class Trainee:
-    """Something to train.
+class Losses:
+    """How well the answers of a batch are predicted.
 
     Attributes:
-        name: Its name in the history and in files.
-        parameters: Its parameters by name; they are trained in place.
+        total: The sum of the next-token losses of all answer tokens, in nats.
+        tokens: How many there are.
+        correct: Bool ``[row]``: whether greedy decoding writes the answer.
+        notes: Means over the rows to keep in the history, by name.
     """
 
-    name: str
-    parameters: Mapping[str, nn.Parameter]
-
-
-@dataclass
-class Runner:
-    """One trainee on its way."""
-
-    trainee: Trainee
-    optimizer: torch.optim.AdamW
-    best: dict[str, Tensor]
-    best_loss: float | None = None
-    best_step: int = 0
-    waited: int = 0
-    ended: bool = False
-    failed: str | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a kill, by flat names."""
-        name = self.trainee.name
-        out = {f"{name}/weight/{k}": p.detach() for k, p in self.trainee.parameters.items()}
-        out |= {f"{name}/best/{k}": value for k, value in self.best.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            out |= {f"{name}/adam/{index}/{k}": value for k, value in moments.items()}
-        return out
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Go back to what was saved."""
-        name = self.trainee.name
-        for key, parameter in self.trainee.parameters.items():
-            parameter.copy_(tensors[f"{name}/weight/{key}"])
-            self.best[key] = tensors[f"{name}/best/{key}"].to(parameter.device)
-        state: dict[int, dict[str, Tensor]] = {}
-        for path, value in tensors.items():
-            if path.startswith(f"{name}/adam/"):
-                index, key = path.removeprefix(f"{name}/adam/").split("/")
-                state.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.best_loss, self.best_step = data["best_loss"], data["best_step"]
-        self.waited, self.ended = data["waited"], data["ended"]
-        self.failed = data.get("failed")
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The rest of it, JSON-ready."""
-        return {
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "waited": self.waited,
-            "ended": self.ended,
-            "failed": self.failed,
-        }
-
-    def fail(self, why: str) -> None:
-        """End here, with the best weights so far."""
-        self.failed, self.ended = why, True
-
-    def keep_best(self, loss: float | None, step: int, patience: int) -> None:
-        """Keep the weights if the loss fell; None keeps them without a loss."""
-        if loss is None or self.best_loss is None or loss < self.best_loss:
-            self.best = {k: p.detach().clone() for k, p in self.trainee.parameters.items()}
-            self.best_loss, self.best_step, self.waited = loss, step, 0
-        else:
-            self.waited += 1
-            self.ended = bool(patience) and self.waited >= patience
-
-
-@dataclass
-class Sums:
-    """Sums over rows, of one trainee."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    rows: int = 0
-    correct: int = 0
-    notes: dict[str, float] = field(default_factory=dict)
-
-    def add(self, losses: Losses) -> None:
-        """Add a batch."""
-        rows = len(losses.correct)
-        self.loss += float(losses.total.detach())
-        self.tokens += losses.tokens
-        self.rows += rows
-        self.correct += int(losses.correct.sum())
-        for name, value in losses.notes.items():
-            self.notes[name] = self.notes.get(name, 0.0) + value * rows
-
-    def line(self) -> dict[str, float]:
-        """Means: loss per answer token, accuracy per row, notes per row."""
-        means = {name: value / self.rows for name, value in self.notes.items()}
-        return {"loss": self.loss / self.tokens, "accuracy": self.correct / self.rows, **means}
-
-
-NAME = re.compile(r"checkpoint-(\d{6,})")
-
-
-def open_run(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Note what a run is started with, or compare it with what was noted; see `claim`."""
-    claim(folder, "run.json", identity, "run")
-
-
-def save_state(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
-) -> None:
-    """Write the state after a step; the one before is removed afterwards.
-
-    Args:
-        folder: The run's folder.
-        step: Steps done.
-        tensors: Flat, by name.
-        data: JSON-ready values.
-    """
-    final = folder / f"checkpoint-{step:06d}"
-    made = final.with_suffix(".tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(whole, made / "state.safetensors")
-    _sync(made / "state.safetensors")
-    write_whole(made / "state.json", json.dumps(data, allow_nan=False))
-    if final.exists():  # the same step again: nothing to add
-        shutil.rmtree(made)
-    else:
-        made.rename(final)
-        _sync(folder)
-    for path in _checkpoints(folder):
-        if path != final:
-            shutil.rmtree(path)
-
-
-def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest state, or None if there is none yet.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    try:
-        tensors = load_file(newest / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error}); expected a whole "
-            "file. Remove this folder to train from the start."
-        ) from error
-    again = f"Remove {str(newest)!r} to start again."
-    return tensors, read_json(newest / "state.json", again)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Finished states, the newest last."""
-    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
-
-
-def _sync(path: Path) -> None:
-    """Ask the system to write a file or folder to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    total: Tensor
+    tokens: int
+    correct: Tensor
+    notes: Mapping[str, float]
 
 
 class Objective(Protocol):
@@ -212,11 +50,87 @@ class Objective(Protocol):
 
     def share(self, rows: Sequence[int]) -> Any:
         """What all trainees need of some rows, computed once without gradient."""
-        ...
 
     def losses(self, shared: Any, name: str) -> Losses:
         """The losses of these rows for one trainee, with a graph if gradients are on."""
         ...
+
+
+class Sums(dict[str, float]):
+    """Sums over rows, of one trainee: loss, tokens, rows, correct, and notes by name."""
+
+    def add(self, losses: Losses) -> None:
+        """Add a batch."""
+        rows = len(losses.correct)
+        self.merge({name: value * rows for name, value in losses.notes.items()})
+        self.merge({"loss": float(losses.total.detach()), "tokens": losses.tokens})
+        self.merge({"rows": rows, "correct": int(losses.correct.sum())})
+
+    def merge(self, other: Mapping[str, float]) -> None:
+        """Add the sums of other rows."""
+        for name, value in other.items():
+            self[name] = self.get(name, 0) + value
+
+    def line(self) -> dict[str, float]:
+        """Means: loss per answer token, accuracy per row, notes per row."""
+        sums = dict(self)
+        loss, rows = sums.pop("loss") / sums.pop("tokens"), sums.pop("rows")
+        out = {"loss": loss, "accuracy": sums.pop("correct") / rows}
+        return out | {name: value / rows for name, value in sums.items()}
+
+
+@dataclass(eq=False)
+class Trainee:
+    """Parameters to train, by name and in place; a loop sets the other attributes."""
+
+    NUMBERS: ClassVar = ("best_loss", "best_step", "waited", "ended", "failed")
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    best_loss: float | None = None
+    best_step: int = 0
+    waited: int = 0
+    ended: bool = False
+    failed: str | None = None
+
+    def start(self, settings: TrainingSettings) -> None:
+        """Make ready for the first step."""
+        given, decay = list(self.parameters.values()), settings.weight_decay
+        self.optimizer = torch.optim.AdamW(given, lr=settings.lr, weight_decay=decay)
+        self.ended, self.failed = False, None
+        self.keep_best(None, 0, 0)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a run needs to go on, by flat names."""
+        parts: dict[str, Mapping[str, Tensor]] = {"weight": self.parameters, "best": self.best}
+        moments = self.optimizer.state_dict()["state"].items()
+        parts |= {f"adam/{index}": values for index, values in moments}
+        each = [(f"{self.name}/{part}/{k}", v) for part, of in parts.items() for k, v in of.items()]
+        return {name: value.detach().cpu().contiguous() for name, value in each}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go back to what was saved."""
+        name, state = self.name, {}
+        for key, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"{name}/weight/{key}"])
+            self.best[key] = tensors[f"{name}/best/{key}"].to(parameter.device)
+        for path, value in tensors.items():
+            if path.startswith(f"{name}/adam/"):
+                index, key = path.removeprefix(f"{name}/adam/").split("/")
+                state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for key in self.NUMBERS:
+            setattr(self, key, numbers.get(key))
+
+    def keep_best(self, loss: float | None, step: int, patience: int) -> None:
+        """Keep the weights if the loss fell; None keeps them without a loss."""
+        if loss is None or self.best_loss is None or loss < self.best_loss:
+            self.best = {k: p.detach().clone() for k, p in self.parameters.items()}
+            self.best_loss, self.best_step, self.waited = loss, step, 0
+        else:
+            self.waited += 1
+            self.ended = bool(patience) and self.waited >= patience
 
 
 @dataclass(eq=False)
@@ -228,14 +142,13 @@ class Loop:
         objective: What for.
         rows: Indices of the training part.
         held: Indices of the validation part, or none.
-        settings: How.
+        settings: The numbers of the run.
         folder: Where checkpoints go, or None for nowhere.
         checkpoint_every: Steps between two checkpoints.
         progress: Whether to show a progress bar.
         accelerator: Processes to share the rows with, or None for this one alone.
         history: One line per trainee, step and split.
-        step: Steps done.
-        seconds: Wall time spent, up to now and before the last kill.
+        step: Steps done, in ``seconds`` of wall time, those before a kill included.
     """
 
     trainees: Sequence[Trainee]
@@ -252,24 +165,19 @@ class Loop:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.runners = {t.name: self._runner(t) for t in self.trainees}
-        count = 1 if self.accelerator is None else self.accelerator.num_processes
-        self.size = self.settings.batch * self.settings.accumulate * count
-        self.per_epoch = -(-len(self.rows) // self.size)
+        a = self.accelerator
+        self.place, self.processes = (0, 1) if a is None else (a.process_index, a.num_processes)
+        self.writes = a is None or a.is_main_process
+        self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
-
-    def _runner(self, trainee: Trainee) -> Runner:
-        parameters = list(trainee.parameters.values())
-        decay = self.settings.weight_decay
-        optimizer = torch.optim.AdamW(parameters, lr=self.settings.lr, weight_decay=decay)
-        start = {k: p.detach().clone() for k, p in trainee.parameters.items()}
-        return Runner(trainee, optimizer, start)
+        for trainee in self.trainees:
+            trainee.start(self.settings)
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
-        A trainee whose loss, gradient or weights are NaN or infinite ends with the best weights that it
-        had, and the others go on. Several processes stop all, because each sees other rows.
+        A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
+        then, and the others go on. Several processes stop all, because each sees other rows.
 
         Raises:
             NonFiniteError: If that happened to all of them.
@@ -278,209 +186,165 @@ class Loop:
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
-        with tqdm(
-            total=self.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (self.progress and self._main),
-        ) as bar:
+        steps = {"total": self.steps, "initial": self.step, "unit": "step"}
+        with tqdm(**steps, desc="training", disable=not (self.progress and self.writes)) as bar:
             while self.step < self.steps and self._active:
                 self._one_step(bar)
                 done = self.step == self.steps
-                every = self.settings.evaluate_every or self.per_epoch
-                if done or self.step % every == 0:
+                if done or self.step % (self.settings.evaluate_every or self.per_epoch) == 0:
                     self._validate()
                 if done or self.step % self.checkpoint_every == 0 or not self._active:
                     self._save()
         self.seconds = time.monotonic() - self._since
-        self._tell()
-        with torch.no_grad():
-            for runner in self.runners.values():
-                for key, parameter in runner.trainee.parameters.items():
-                    parameter.copy_(runner.best[key])
-                    parameter.grad = None
+        for trainee in self.trainees:
+            if trainee.failed is not None:
+                rest = f"The others were trained on; this one has its weights of step {trainee.best_step}."
+                warnings.warn(f"{trainee.failed} {rest}", UserWarning, stacklevel=3)
+            for key, parameter in trainee.parameters.items():
+                parameter.data.copy_(trainee.best[key])
+                parameter.grad = None
 
     @property
-    def _active(self) -> list[Runner]:
-        """Those that have not ended early."""
-        return [runner for runner in self.runners.values() if not runner.ended]
-
-    @property
-    def _main(self) -> bool:
-        """Whether this process writes files."""
-        return self.accelerator is None or self.accelerator.is_main_process
+    def _active(self) -> list[Trainee]:
+        """The trainees that have neither ended early nor failed."""
+        return [one for one in self.trainees if not one.ended]
 
     def plan(self, step: int) -> list[tuple[int, ...]]:
-        """The rows of one step for this process, in groups of ``batch``.
-
-        Every epoch has an order of its own, which depends on the seed only.
-        """
+        """The rows of one step for this process, in groups; each epoch has its own order, by the seed."""
         epoch, place = divmod(step, self.per_epoch)
         made = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.rows), generator=made).tolist()
-        rows = [self.rows[i] for i in order[place * self.size : (place + 1) * self.size]]
-        return self._mine(rows)
+        size = self.settings.batch * self.settings.accumulate * self.processes
+        return self._own([self.rows[i] for i in order[place * size :][:size]])
 
-    def _mine(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+    def _own(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
         """This process' share of rows, in groups."""
-        a, size = self.accelerator, self.settings.batch
-        own = rows if a is None else rows[a.process_index :: a.num_processes]
+        own, size = rows[self.place :: self.processes], self.settings.batch
         return [tuple(own[start : start + size]) for start in range(0, len(own), size)]
 
     def _one_step(self, bar: Any) -> None:
-        """One step of every trainee that has not ended."""
-        active, lr = self._active, self.settings.lr_at(self.step, self.steps)
-        sums = {runner.trainee.name: Sums() for runner in active}
-        for runner in active:
-            runner.optimizer.zero_grad()
-        for rows in self.plan(self.step):
-            with torch.no_grad():
-                shared = self.objective.share(rows)
-            for runner in self._still(active):
-                losses = self.objective.losses(shared, runner.trainee.name)
-                if self._finite(losses.total, runner, "loss", lr):
-                    losses.total.backward()
-                    sums[runner.trainee.name].add(losses)
-        for runner in self._still(active):
-            total = self._gathered(sums[runner.trainee.name])
-            if self._update(runner, total.tokens, lr):
-                self._note(runner, "train", total, lr)
+        """Take one step with every active trainee."""
+        before, lr = self._active, self.settings.lr_at(self.step, self.steps)
+        for trainee in before:
+            trainee.optimizer.zero_grad()
+        for trainee, total in self._summed(self.plan(self.step), lr, train=True):
+            if self._update(trainee, total["tokens"], lr):
+                self._note(trainee, "train", total, lr)
         self.step += 1
-        losses = [line["loss"] for line in self.history[-len(active) :]]
-        if losses:
-            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+        losses = [line["loss"] for line in self.history[-len(before) :]]
+        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
         bar.update()
 
-    @staticmethod
-    def _still(runners: Sequence[Runner]) -> list[Runner]:
-        """Those that have not failed meanwhile."""
-        return [runner for runner in runners if runner.failed is None]
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Keep the weights of the lowest validation loss; without a validation part, the newest."""
+        lr = self.settings.lr
+        for trainee, total in self._summed(self._own(self.held), lr) if self.held else ():
+            line = self._note(trainee, "validation", total, None)
+            trainee.keep_best(line["loss"], self.step, self.settings.patience)
+        for trainee in () if self.held else self._active:
+            weights = torch.cat([p.flatten() for p in trainee.parameters.values()])
+            if self._finite(weights, trainee, "weight", lr):
+                trainee.keep_best(None, self.step, 0)
 
-    def _update(self, runner: Runner, tokens: int, lr: float) -> bool:
-        """Take a step along the mean gradient of all answer tokens, of all processes, if it is finite."""
-        parameters = list(runner.trainee.parameters.values())
+    def _summed(
+        self, groups: Sequence[Sequence[int]], lr: float, *, train: bool = False
+    ) -> list[tuple[Trainee, Sums]]:
+        """Every active trainee with its sums over rows of all processes; ``train`` adds gradients."""
+        sums = {trainee.name: Sums() for trainee in self._active}
+        for rows in groups:
+            with torch.no_grad():
+                shared = self.objective.share(rows)
+            for trainee in self._active:
+                losses = self.objective.losses(shared, trainee.name)
+                if self._finite(losses.total, trainee, "loss", lr):
+                    if train:
+                        losses.total.backward()
+                    sums[trainee.name].add(losses)
+        out = [(trainee, Sums()) for trainee in self._active]
+        for trainee, total in out:
+            own = [sums[trainee.name]]
+            for part in own if self.processes == 1 else gather_object(own):
+                total.merge(part)
+        return out
+
+    def _update(self, trainee: Trainee, tokens: float, lr: float) -> bool:
+        """Step along the mean gradient of all answer tokens, of all processes, if it is finite."""
+        parameters = list(trainee.parameters.values())
         for parameter in parameters:
             whole: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self.accelerator is not None:
                 whole = self.accelerator.reduce(whole, "sum")
             parameter.grad = whole / tokens
         length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-        if not self._finite(length, runner, "gradient", lr):
+        if not self._finite(length, trainee, "gradient", lr):
             return False
-        for group in runner.optimizer.param_groups:
+        for group in trainee.optimizer.param_groups:
             group["lr"] = lr
-        runner.optimizer.step()
+        trainee.optimizer.step()
         return True
 
-    def _finite(self, value: Tensor, runner: Runner, what: str, lr: float) -> bool:
-        """Whether a number is one; if not, its trainee ends.
-
-        Raises:
-            NonFiniteError: If none is left, or several processes would disagree.
-        """
+    def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
+        """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
         if bool(torch.isfinite(value).all()):
             return True
-        name = runner.trainee.name
         found = f" of {float(value.detach())}" if value.numel() == 1 else ""
-        why = (
-            f"Got a {what}{found} for {name!r} in step {self.step + 1}, at lr={lr:.2g}; expected "
-            "finite numbers. Try a lower lr, or dtype='bfloat16' instead of float16."
+        trainee.ended = True
+        trainee.failed = (
+            f"Got a {what}{found} for {trainee.name!r} in step {self.step + 1}, at lr={lr:.2g}; "
+            "expected finite numbers. Try a lower lr, or dtype='bfloat16' instead of float16."
         )
-        runner.fail(why)
-        several = self.accelerator is not None and self.accelerator.num_processes > 1
-        if several or not self._still(list(self.runners.values())):
-            raise NonFiniteError(why)
+        if self.processes > 1 or all(one.failed is not None for one in self.trainees):
+            raise NonFiniteError(trainee.failed)
         return False
 
-    def _tell(self) -> None:
-        """Warn of trainees that ended because of a number that is none."""
-        for runner in self.runners.values():
-            if runner.failed is not None:
-                warnings.warn(
-                    f"{runner.failed} The others were trained to the end; this one has its weights of "
-                    f"step {runner.best_step}.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """Look at the validation part, and keep the best weights; without one, the newest."""
-        active = self._active
-        if not self.held:
-            for runner in active:
-                weights = [p.flatten() for p in runner.trainee.parameters.values()]
-                if self._finite(torch.cat(weights), runner, "weight", self.settings.lr):
-                    runner.keep_best(None, self.step, 0)
-            return
-        sums = {runner.trainee.name: Sums() for runner in active}
-        for rows in self._mine(self.held):
-            shared = self.objective.share(rows)
-            for runner in self._still(active):
-                losses = self.objective.losses(shared, runner.trainee.name)
-                if self._finite(losses.total, runner, "loss", self.settings.lr):
-                    sums[runner.trainee.name].add(losses)
-        for runner in self._still(active):
-            total = self._gathered(sums[runner.trainee.name])
-            line = self._note(runner, "validation", total, None)
-            runner.keep_best(line["loss"], self.step, self.settings.patience)
-
-    def _gathered(self, sums: Sums) -> Sums:
-        """The sums of all processes."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
-            return sums
-        names = sorted({name for part in self._all_names(sums) for name in part})
-        numbers = [sums.loss, sums.tokens, sums.rows, sums.correct]
-        numbers += [sums.notes.get(name, 0.0) for name in names]
-        given = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
-        summed: Any = self.accelerator.reduce(given, "sum")
-        loss, tokens, rows, correct, *notes = summed.tolist()
-        by_name = dict(zip(names, notes, strict=True))
-        return Sums(loss, round(tokens), round(rows), round(correct), by_name)
-
-    def _all_names(self, sums: Sums) -> list[list[str]]:
-        """The names of notes in every process; one without rows has none."""
-        from accelerate.utils import gather_object
-
-        return gather_object([list(sums.notes)])
-
-    def _note(self, runner: Runner, split: str, total: Sums, lr: float | None) -> dict[str, Any]:
+    def _note(self, trainee: Trainee, split: str, total: Sums, lr: float | None) -> dict[str, Any]:
         """Add a line to the history."""
         done = self.step if split == "validation" else self.step + 1
-        line = {
-            "name": runner.trainee.name,
-            "step": done,
-            "epoch": done / self.per_epoch,
-            "split": split,
-            "lr": lr,
-            **total.line(),
-        }
-        self.history.append(line)
-        return line
+        line = {"name": trainee.name, "step": done, "epoch": done / self.per_epoch}
+        self.history.append(line | {"split": split, "lr": lr} | total.line())
+        return self.history[-1]
 
     def _save(self) -> None:
-        """Write a checkpoint."""
-        if self.folder is None or not self._main:
+        """Write a checkpoint, whole or not at all; the one before is removed afterwards."""
+        if self.folder is None or not self.writes:
             return
-        tensors: dict[str, Tensor] = {}
-        for runner in self.runners.values():
-            tensors |= runner.tensors
-        numbers = {name: runner.numbers for name, runner in self.runners.items()}
-        data = {
-            "step": self.step,
-            "seconds": time.monotonic() - self._since,
-            "runners": numbers,
-            "history": self.history,
-        }
-        save_state(self.folder, self.step, tensors, data)
+        numbers = {t.name: {n: getattr(t, n) for n in t.NUMBERS} for t in self.trainees}
+        data = {"step": self.step, "seconds": time.monotonic() - self._since}
+        data |= {"runners": numbers, "history": self.history}
+        tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
+        made = self.folder / f"checkpoint-{self.step:06d}.tmp"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        write_whole(made / "state.safetensors", save(tensors))
+        write_whole(made / "state.json", json.dumps(data, allow_nan=False))
+        made.rename(made.with_suffix(""))
+        handle = os.open(self.folder, os.O_RDONLY)
+        os.fsync(handle)  # the new name is on the disk before the old one goes
+        os.close(handle)
+        for path in _checkpoints(self.folder)[:-1]:
+            shutil.rmtree(path)
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        found = None if self.folder is None else load_state(self.folder)
-        if found is None:
+        found = [] if self.folder is None else _checkpoints(self.folder)
+        if not found:
             return
-        tensors, data = found
-        for name, runner in self.runners.items():
-            runner.restore(tensors, data["runners"][name])
+        again = f"Remove {str(found[-1])!r} to start again."
+        try:
+            tensors = load_file(found[-1] / "state.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error}); expected a "
+                f"whole file. {again}"
+            ) from error
+        data = read_json(found[-1] / "state.json", again)
+        for trainee in self.trainees:
+            trainee.restore(tensors, data["runners"][trainee.name])
         self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Finished states, the newest last."""
+    found = [(re.fullmatch(r"checkpoint-(\d{6,})", path.name), path) for path in folder.iterdir()]
+    return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]

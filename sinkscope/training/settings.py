@@ -1,20 +1,19 @@
-"""How something small is trained: numbers with documented defaults, checked when they are given."""
+"""How a few parameters are trained: numbers with documented defaults, checked when they are given."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sinkscope.checks import check_whole
-from sinkscope.errors import InputError, nearest
-
-SCHEDULES = ("cosine", "constant")
+from sinkscope.checks import check_choice, check_number, check_whole, plain
+from sinkscope.errors import InputError
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How something small is trained.
+    """The numbers of a training run.
 
     The paper (2604.03316) publishes two epochs. It publishes no optimiser, learning rate, schedule
     or batch size: the other defaults are ours.
@@ -29,9 +28,12 @@ class TrainingSettings:
         schedule: ``"cosine"`` falls to 0 at the last step; ``"constant"`` stays.
         warmup: Share of all steps during which the rate rises to ``lr``.
         clip: Longest gradient of a step (Euclidean norm); 0 for no limit.
-        evaluate_every: Steps between two looks at the validation part; 0 looks after every epoch.
-        patience: Stop after so many looks without a lower loss; 0 never stops early.
+        evaluate_every: Steps between two validations; 0 validates after every epoch.
+        patience: Stop after so many validations without a lower loss; 0 never stops early.
         seed: Of the order of the records and of the split.
+
+    Raises:
+        InputError: If a value is impossible.
     """
 
     epochs: int = 2
@@ -49,29 +51,38 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         check_whole(1, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
         check_whole(0, evaluate_every=self.evaluate_every, patience=self.patience, seed=self.seed)
-        for name in ("lr", "weight_decay", "warmup", "clip"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-                raise InputError(f"Got {name}={value!r}; expected a positive number.")
+        check_number(above=0, lr=self.lr)
+        check_number(0, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip)
         if self.warmup > 1:
             raise InputError(
                 f"Got warmup={self.warmup}; expected a share of all steps, from 0 to 1. Write "
                 "warmup=0.03."
             )
-        if self.schedule not in SCHEDULES:
+        check_choice(("cosine", "constant"), schedule=self.schedule)
+
+    @classmethod
+    def of(cls, settings: TrainingSettings | None, given: Mapping[str, Any]) -> TrainingSettings:
+        """``settings``, or new ones with the fields in ``given`` that are not None.
+
+        Raises:
+            InputError: If both came, or a value is impossible.
+        """
+        chosen = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+        if settings is None:
+            return cls(**chosen)
+        if chosen or not isinstance(settings, cls):
             raise InputError(
-                f"Got schedule={self.schedule!r}; expected one of {SCHEDULES}. "
-                f"{nearest(str(self.schedule), SCHEDULES)}"
+                f"Got settings={settings!r} and {chosen}; expected TrainingSettings alone. Write "
+                "settings=TrainingSettings(lr=1e-2), or lr=1e-2 without settings."
             )
+        return settings
+
+    def per_epoch(self, rows: int, processes: int = 1) -> int:
+        """Steps of one epoch over ``rows`` records that ``processes`` share."""
+        return -(-rows // (self.batch * self.accumulate * processes))
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of one step.
-
-        Args:
-            step: The step, from 0.
-            steps: How many there are.
-        """
+        """The learning rate of one step (counted from 0) of ``steps``."""
         rising = math.ceil(self.warmup * steps)
         if step < rising:
             return self.lr * (step + 1) / rising
@@ -82,4 +93,4 @@ class TrainingSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {name: plain(value) for name, value in asdict(self).items()}

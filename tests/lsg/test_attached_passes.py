@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import sinkscope as ss
 from sinkscope.errors import InputError, InterventionError
-from sinkscope.lsg.attach import ByIdentity, arguments_of
+from sinkscope.lsg.passes import ByIdentity, arguments_of
 from sinkscope.testing import TINY, random_image
 from tests.lsg.conftest import vision_states
 
@@ -47,8 +47,16 @@ class Pair:
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
 
 
-@pytest.mark.parametrize("decode", ["frozen", "refresh", "off"])
-@pytest.mark.parametrize("between", ["another image", "a text", "a step of another prompt"])
+@pytest.mark.parametrize(
+    ("between", "decode"),
+    [
+        ("another image", "frozen"),
+        ("another image", "refresh"),
+        ("a text", "off"),
+        ("a text", "frozen"),
+        ("a step of another prompt", "refresh"),
+    ],
+)
 def test_what_comes_between_changes_no_step(one, between, decode):
     gate = one.gate(decode=decode)
     with torch.no_grad(), gate.attach(one.model) as attached:
@@ -209,12 +217,12 @@ REFUSED = {
     "a copy of a cache": (copied, "not a copy of it"),
     "an image behind a text": (text_first, "images behind 3 tokens.*whole conversation"),
     "an image behind an image": (two_images, "images behind [0-9]+ tokens"),
-    "a further turn": (further_turn, "Got 5 new tokens.*for a further turn pass the whole"),
-    "more rows": (other_rows, "Got 2 rows to go on from a gated prompt of 1"),
+    "a further turn": (further_turn, "Got 1 rows of 5 new tokens.*Pass the whole conversation"),
+    "more rows": (other_rows, "Got 2 rows of 1 new tokens to go on from 1 gated prompts"),
     "a cache cut below its prompt": (cut_below, "expected all of it"),
     "no cache": (generate(use_cache=False), r"generate\(use_cache=False\).*Write use_cache=True"),
-    "chunks": (generate(prefill_chunk_size=8), "leave it out"),
-    "large chunks": (generate(prefill_chunk_size=20), "leave out prefill_chunk_size"),
+    "chunks": (generate(prefill_chunk_size=8), "prefill_chunk_size: leave it out"),
+    "large chunks": (generate(prefill_chunk_size=20), "leave out .*prefill_chunk_size"),
     "guesses": (generate(prompt_lookup_num_tokens=2), "guessed tokens.*prompt_lookup_num_tokens"),
     "a video": (
         whole(lambda m, i: m(**i, pixel_values_videos=torch.zeros(1))),

@@ -13,14 +13,8 @@ import transformers
 import sinkscope as ss
 from sinkscope.bundled.scenes import TRAIN_SEEDS
 from sinkscope.data.batches import make_batch, read_dataset
-from sinkscope.errors import (
-    InputError,
-    InterventionError,
-    LayerError,
-    ModelError,
-    NonFiniteError,
-)
-from sinkscope.lsg.train import cost_of
+from sinkscope.errors import InputError, InterventionError, LayerError, ModelError, NonFiniteError
+from sinkscope.lsg.cost import cost_of
 from sinkscope.testing import TINY, random_image, tiny_llava
 from sinkscope.training import loop as looping
 from sinkscope.training.settings import TrainingSettings
@@ -70,39 +64,42 @@ def digest(module):
 def test_a_gate_learns_to_repair_what_its_start_breaks():
     """The bundled model under an untrained gate at "embed" answers worse; training gets it back."""
     lvlm = ss.load_bundled()
-    data = list(ss.bundled.scene_questions(16, 6, seeds=TRAIN_SEEDS))
-    result = ss.train_lsg(lvlm, data, ["embed"], lr=0.01, batch=16, epochs=3, validation=0.25)
+    data = list(ss.bundled.scene_questions(16, 4, seeds=TRAIN_SEEDS))
+    result = ss.train_lsg(lvlm, data, ["embed"], lr=0.02, batch=8, epochs=1, validation=0.25)
     held = result.history[result.history["split"] == "validation"]["loss"].tolist()
     assert held[0] > 0.5
-    assert min(held) < 0.2 * held[0]
-    rho = result.history.iloc[-1]
-    assert rho["rho_V"] + rho["rho_rest"] == pytest.approx(1.0)
-    assert rho["rho_rest"] > 0.8
+    assert min(held) < 0.3 * held[0]
+    assert result.history.iloc[-1]["rho_rest"] > 0.7
     assert result.gate is result.gates["embed"]
 
 
 def test_several_layers_at_once_equal_separate_runs(lvlm):
     layers = ["embed", 0, 1]
-    together = weights(train(lvlm, layers=layers, accumulate=2))
-    apart = {}
+    options = {"accumulate": 2, "evaluate_every": 1, "patience": 2, "lr": 0.05}
+    together = train(lvlm, layers=layers, **options)
+    results, ended = together.record["results"], set()
     for layer in layers:
-        apart |= weights(train(lvlm, layers=[layer], accumulate=2))
-    assert same(together, apart, 1e-6)
-    assert not same(together, weights(train(lvlm, layers=layers, accumulate=2, lr=0.01)), 1e-6)
-
-
-def test_an_early_end_of_one_layer_leaves_the_others_alone(lvlm):
-    options = {"patience": 1, "evaluate_every": 1, "epochs": 6, "lr": 0.3}
-    together = train(lvlm, layers=[0, 1], **options)
-    ends = {layer: together.record["results"][str(layer)]["best_step"] for layer in (0, 1)}
-    ended = [together.record["results"][str(layer)]["ended_early"] for layer in (0, 1)]
-    assert any(ended)
-    for layer in (0, 1):
         alone = train(lvlm, layers=[layer], **options)
-        assert same(
-            weights(alone), {k: v for k, v in weights(together).items() if k[0] == layer}, 1e-6
-        )
-        assert alone.record["results"][str(layer)]["best_step"] == ends[layer]
+        mine = {k: v for k, v in weights(together).items() if k[0] == layer}
+        assert same(weights(alone), mine, 1e-6)
+        found = alone.record["results"][str(layer)]
+        assert found["best_step"] == results[str(layer)]["best_step"]
+        ended.add(found["ended_early"])
+    assert ended == {True, False}, "an early end of one leaves the others alone"
+
+
+def test_settings_and_arguments_are_one_thing(lvlm):
+    data, options = records(6), {"layers": [0], "v_detector": RULE, "validation": 0.0}
+    numbers = {"batch": 4, "lr": np.float32(0.02), "epochs": 1, "seed": 3}
+    one = ss.train_lsg(lvlm, data, **options, **numbers)
+    other = ss.train_lsg(lvlm, data, **options, settings=TrainingSettings(**numbers))
+    assert same(weights(one), weights(other))
+    assert one.record["settings"] == {**TrainingSettings(**numbers).to_dict(), "append_end": True}
+    json.dumps(one.record)
+    with pytest.raises(InputError, match=r"and \{'lr': 0\.1\}; expected TrainingSettings alone"):
+        ss.train_lsg(lvlm, data, **options, settings=TrainingSettings(), lr=0.1)
+    with pytest.raises(InputError, match="Got settings=3"):
+        ss.train_lsg(lvlm, data, **options, settings=3)
 
 
 def test_the_best_weights_are_kept(lvlm):
@@ -119,15 +116,15 @@ def test_the_best_weights_are_kept(lvlm):
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(lvlm):
-    one, other = train(lvlm, seed=3), train(lvlm, seed=3)
+    one, other = train(lvlm, seed=3, epochs=1), train(lvlm, seed=3, epochs=1)
     assert same(weights(one), weights(other))
     assert one.history.equals(other.history)
-    assert not same(weights(one), weights(train(lvlm, seed=4)), 1e-4)
+    assert not same(weights(one), weights(train(lvlm, seed=4, epochs=1)), 1e-4)
 
 
 def test_accumulated_batches_are_one_larger_batch(lvlm):
     """Rows have answers of different lengths, so a mean of means would differ."""
-    options = {"validation": 0.0, "epochs": 3, "lr": 0.01}
+    options = {"validation": 0.0, "lr": 0.01}
     whole = train(lvlm, batch=6, **options)
     parts = train(lvlm, batch=2, accumulate=3, **options)
     assert whole.history["loss"].tolist() == pytest.approx(parts.history["loss"].tolist(), abs=1e-4)
@@ -151,7 +148,7 @@ def test_every_family_trains_and_is_left_as_it_was(family):
     hooks = hooks_of(lvlm)
     flags = [p.requires_grad for p in lvlm.module.parameters()]
     modes = [m.training for m in lvlm.module.modules()]
-    result = train(lvlm, layers=["embed", 0], lr=0.005, validation=0.0)
+    result = train(lvlm, layers=["embed", 0], lr=0.01, validation=0.0, epochs=1)
     assert digest(lvlm.module) == before
     assert [p.requires_grad for p in lvlm.module.parameters()] == flags
     assert [m.training for m in lvlm.module.modules()] == modes
@@ -177,13 +174,12 @@ class Bad(list):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
-def test_the_model_is_left_as_it_was_when_training_breaks_off(lvlm, error):
+def test_the_model_is_left_as_it_was_when_training_breaks_off(lvlm):
     before = digest(lvlm.module)
     flags = [p.requires_grad for p in lvlm.module.parameters()]
     hooks = hooks_of(lvlm)
-    bad = Bad(records(), error)
-    with pytest.raises(type(error)):
+    bad = Bad(records(), KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
         train(lvlm, bad, epochs=50)
     assert bad.reads > 40
     assert digest(lvlm.module) == before
@@ -248,9 +244,8 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert own["trained_with"] == []
     assert own["settings"] == result.record["settings"]
     assert "gates" not in own
-    text, html = str(result), result._repr_html_()
+    text, html = repr(result), result._repr_html_()
     assert text.startswith("1 gate of")
-    assert repr(result) == text
     assert "<table" in html
     assert "best_loss" in html
     assert result.summary()["base_loss"].tolist() == [record["base"]["loss"]]
@@ -283,9 +278,7 @@ def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(lvlm):
     assert (cost.plain_blocks, cost.gate_blocks) == (2, (3, 2, 1))
     assert (cost.together, cost.apart) == (14, 15)
     assert "4 steps, 6 training batches; 3 looks at 1 validation batches" in str(cost)
-    assert "2 decoder blocks without gradient, then 6 decoder blocks forward and backward" in str(
-        cost
-    )
+    assert "2 decoder blocks without gradient, then 6 decoder blocks forward and" in str(cost)
     assert "add 27 decoder block passes and 12 of the vision tower" in str(cost)
     seen = {"language": 0, "vision": 0}
     hooks = [
@@ -343,14 +336,11 @@ def test_clipping_bounds_the_step(lvlm, monkeypatch):
 def test_gates_to_start_from_are_copied(lvlm):
     start = ss.LSG.for_model(lvlm, 1, v_detector=RULE, groups=("V", "rest"), seed=9)
     before = {k: v.clone() for k, v in start.state_dict().items()}
-    result = train(lvlm, gates=[start], validation=0.0)
+    result = train(lvlm, gates=[start], validation=0.0, epochs=1)
     assert list(result.gates) == [1]
     assert result.gate is not start
     assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
     assert not torch.equal(result.gate.outer.weight, start.outer.weight)
-    several = train(lvlm, layers=[0, 1])
-    with pytest.raises(InputError, match=r"gates at the layers \[0, 1\]; expected one"):
-        _ = several.gate
 
 
 def broken(lvlm, layer):
@@ -382,6 +372,8 @@ def test_a_gate_that_fails_leaves_the_others_alone(lvlm, tmp_path):
     with pytest.warns(UserWarning, match="loss of nan"):
         again = train(lvlm, gates=[broken(lvlm, 0), good], out=tmp_path)
     assert again.record["results"] == results
+    with pytest.raises(InputError, match=r"gates at the layers \[0, 1\]; expected one"):
+        _ = both.gate
 
 
 def test_a_gradient_that_is_no_number_changes_no_weight(lvlm, monkeypatch):
@@ -418,33 +410,33 @@ def test_every_epoch_has_an_order_of_its_own(lvlm):
 
 
 def test_weight_decay_and_the_last_token_matter(lvlm):
-    plain = weights(train(lvlm, validation=0.0))
-    assert not same(plain, weights(train(lvlm, validation=0.0, weight_decay=5.0)), 1e-4)
-    assert not same(plain, weights(train(lvlm, validation=0.0, append_end=False)), 1e-4)
+    options = {"validation": 0.0, "epochs": 1}
+    plain = weights(train(lvlm, **options))
+    assert not same(plain, weights(train(lvlm, **options, weight_decay=5.0)), 1e-4)
+    assert not same(plain, weights(train(lvlm, **options, append_end=False)), 1e-4)
 
 
 def test_the_model_is_evaluated_while_it_stays_in_training_mode(lvlm):
     """Dropout would act in training mode: the weights must not depend on the mode it is in."""
-    expected = weights(train(lvlm, validation=0.0))
+    expected = weights(train(lvlm, validation=0.0, epochs=1))
     attention = lvlm.module.get_submodule(lvlm.anatomy.language.attention[1])
     attention.attention_dropout = 0.9
     lvlm.module.train()
-    assert same(expected, weights(train(lvlm, validation=0.0)))
+    assert same(expected, weights(train(lvlm, validation=0.0, epochs=1)))
     assert lvlm.module.training
 
 
 def test_all_layers_and_odd_lists(lvlm):
-    every = train(lvlm, layers=None, epochs=1)
-    assert list(every.gates) == ["embed", 0, 1]
-    some = train(lvlm, layers=np.arange(2), epochs=1)
-    assert list(some.gates) == [0, 1]
-    assert list(train(lvlm, layers=(i for i in (1,)), epochs=1).gates) == [1]
+    options = {"epochs": 1, "dry_run": True}
+    assert train(lvlm, layers=None, **options).alone_blocks == (0, 1, 2)
+    assert train(lvlm, layers=np.arange(2), **options).alone_blocks == (1, 2)
+    assert train(lvlm, layers=(i for i in (1,)), **options).alone_blocks == (2,)
 
 
 def test_grad_modes_of_the_caller(lvlm):
-    expected = weights(train(lvlm))
+    expected = weights(train(lvlm, epochs=1))
     with torch.no_grad():
-        assert same(expected, weights(train(lvlm)))
+        assert same(expected, weights(train(lvlm, epochs=1)))
     with torch.inference_mode(), pytest.raises(ModelError, match="expected to be outside of it"):
         train(lvlm)
 
@@ -475,10 +467,11 @@ def doubled(out):
         ({"layers": []}, InputError, r"Got layers=\[\] and 0 gates; expected either"),
         ({"layers": 1}, InputError, r"Got layers=1; expected a list\. Write layers=\[1\]"),
         ({"layers": [2]}, LayerError, r"Got layer=2 for a gate in a decoder of 3 blocks"),
+        ({"layers": [0.5]}, LayerError, r"Got layer=0\.5 for a gate"),
         ({"layers": [0, 0]}, InputError, r"Got the layers \[0, 0\]; expected every layer once"),
         ({"batch": 0}, InputError, "Got batch=0; expected an int of at least 1"),
-        ({"lr": -1.0}, InputError, r"Got lr=-1\.0; expected a positive number"),
-        ({"lr": float("nan")}, InputError, "Got lr=nan; expected a positive number"),
+        ({"lr": -1.0}, InputError, r"Got lr=-1\.0; expected a finite number above 0"),
+        ({"lr": float("nan")}, InputError, "Got lr=nan; expected a finite number above 0"),
         ({"schedule": "cosin"}, InputError, "Got schedule='cosin'.*Did you mean 'cosine'"),
         ({"warmup": 3.0}, InputError, r"Got warmup=3\.0; expected a share"),
         ({"validation": 1.0}, InputError, r"Got validation=1\.0; expected a share"),
