@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
 from sinkscope.lsg.building import config_for, device_for, refuse_other_model
+from sinkscope.lsg.card import SavedGate
 from sinkscope.lsg.config import GateConfig, detector_of, rule_of, same_weights, sketch
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
@@ -276,7 +278,7 @@ class LSG(nn.Module):
             CheckpointError: If the folder holds something else, or cannot be written.
             InputError: If the record is no plain data.
         """
-        files.save_gate(self, folder, record)
+        files.save_gate(folder, saved(self, record))
 
     @staticmethod
     def from_pretrained(
@@ -301,7 +303,7 @@ class LSG(nn.Module):
             CheckpointError: If files are missing, damaged or of something else.
             InterventionError: If it was made for another model, with the differences.
         """
-        return files.load_gate(path_or_repo, revision, subfolder, lvlm, allow_noop)
+        return loaded(files.load_gate(path_or_repo, revision, subfolder), lvlm, allow_noop)
 
     def push_to_hub(
         self,
@@ -327,7 +329,7 @@ class LSG(nn.Module):
         Raises:
             CheckpointError: Without network, login or permission.
         """
-        return files.push_gate(self, repo, record, private, revision, token)
+        return files.push_gate(repo, saved(self, record), private, revision, token)
 
     @staticmethod
     def save_stack(
@@ -340,7 +342,7 @@ class LSG(nn.Module):
             folder: As in `save_pretrained`.
             record: How they were made together; each keeps its own ``record`` besides.
         """
-        files.save_stack(gates, folder, record)
+        files.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
 
     @staticmethod
     def load_stack(
@@ -352,7 +354,8 @@ class LSG(nn.Module):
         allow_noop: bool = False,
     ) -> list[LSG]:
         """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
-        return files.load_stack(path_or_repo, revision, subfolder, lvlm, allow_noop)
+        found = files.load_stack(path_or_repo, revision, subfolder)
+        return [loaded(one, lvlm, allow_noop) for one in found]
 
     def extra_repr(self) -> str:
         """What stands in ``repr``."""
@@ -409,3 +412,35 @@ def looks_of(
         site = Site("language", "resid_pre", config.edited)
         out.append(Edit(site, kernels.note_l_sinks, parameters))
     return out
+
+
+def check_gates(gates: Any) -> list[LSG]:
+    """One gate or several as a list; an InterventionError if something else came."""
+    out = [gates] if isinstance(gates, LSG) else list(gates)
+    if not out or not all(isinstance(gate, LSG) for gate in out):
+        raise InterventionError(f"Got {gates!r}; expected one LSG or a list of them.")
+    return out
+
+
+def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> SavedGate:
+    """A gate as plain data, with its own record if no other is given."""
+    tensors = {name: value.detach() for name, value in gate.state_dict().items()}
+    return SavedGate(gate.config, tensors, gate.record if record is None else record)
+
+
+def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
+    """The gate of saved data, on the device of the model it was made for; another model is refused."""
+    gate = LSG(found.config, allow_noop=allow_noop)
+    gate.load_state_dict(found.tensors)
+    gate.record = found.record
+    if lvlm is None:
+        return gate
+    gate.check_fits(lvlm)
+    if not gate.config.weights or not sketch(lvlm.module, lvlm.anatomy.head):
+        warnings.warn(
+            f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: "
+            + ("the gate knows none." if not gate.config.weights else "the model has none here."),
+            UserWarning,
+            stacklevel=3,
+        )
+    return gate.to(device_for(lvlm))

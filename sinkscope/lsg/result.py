@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_flags, check_whole
 from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_dataset
 from sinkscope.errors import InputError
-from sinkscope.lsg.building import check_gates
-from sinkscope.lsg.gate import LSG
+from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import answer_losses, frozen, share
 from sinkscope.results import Result
 from sinkscope.training.loop import Sums

@@ -16,9 +16,9 @@ from sinkscope.checks import check_flags, check_whole
 from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_parts
 from sinkscope.errors import InputError, InterventionError, ModelError
 from sinkscope.files import held
-from sinkscope.lsg.building import check_gates, check_layer
+from sinkscope.lsg.building import check_layer
 from sinkscope.lsg.config import detector_of
-from sinkscope.lsg.gate import LSG
+from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import Losses, Shared, answer_losses, frozen, share
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import sinkscope as ss
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import CheckpointError, InputError, InterventionError
-from sinkscope.lsg import files as storage
 from sinkscope.lsg.config import BASES, canonical, differences, fingerprint
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
@@ -185,7 +184,7 @@ def test_a_gate_in_half_precision_is_saved_in_fp32(gate, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
 def test_other_types_are_refused(folder, dtype):
     edit_tensors(folder, lambda t: t.update({"outer.bias": t["outer.bias"].to(dtype)}))
-    with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected one of"):
+    with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected finite"):
         ss.LSG.from_pretrained(folder)
 
 
@@ -207,9 +206,7 @@ def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "config.json").is_file()
     assert ss.LSG.from_pretrained("~/mine").config == gate.config
     assert ss.LSG.from_pretrained(tmp_path, subfolder="mine").config == gate.config
-    with pytest.raises(
-        CheckpointError, match=r"subfolder='other' of .*; expected one of \['mine'\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"/other', which is without config"):
         ss.LSG.from_pretrained(tmp_path, subfolder="other")
 
 
@@ -240,7 +237,7 @@ def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
         ss.LSG.from_pretrained(tmp_path / "stack")
     with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.from_pretrained"):
         ss.LSG.load_stack(folder)
-    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+    with pytest.raises(CheckpointError, match="expected a new or empty one"):
         gate.save_pretrained(tmp_path / "stack")
     with pytest.raises(InterventionError, match="expected one LSG or a list"):
         ss.LSG.save_stack([], tmp_path / "none")
@@ -396,25 +393,25 @@ def spoil(tensors):
 
 
 DAMAGE = {
-    "truncated": (cut, "damaged or cut off .*SafetensorError"),
+    "truncated": (cut, "damaged or cut off: SafetensorError"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or cut off"),
     "renamed": (
         lambda f: edit_tensors(f, rename),
-        r"(?s)inner.weight \(16, 64\) is missing; perhaps \['first.weight'\].*first.weight .* is not part",
+        r"(?s)inner.weight: expected \(16, 64\), found none.*first.weight: expected none, found \(16",
     ),
     "extra": (
         lambda f: edit_tensors(f, lambda t: t.update(more=torch.zeros(3))),
-        r"more \(3,\) is not part of this gate",
+        r"more: expected none, found \(3,\)",
     ),
     "missing": (
         lambda f: edit_tensors(f, lambda t: t.pop("outer.bias")),
-        r"outer.bias \(2,\) is missing",
+        r"outer.bias: expected \(2,\), found none",
     ),
     "shape": (
         lambda f: edit_tensors(f, shorten),
-        r"inner.weight has shape \(16, 63\), expected \(16, 64\)",
+        r"inner.weight: expected \(16, 64\), found \(16, 63\)",
     ),
-    "nan": (lambda f: edit_tensors(f, spoil), "NaN or infinite numbers in 'outer.bias'"),
+    "nan": (lambda f: edit_tensors(f, spoil), "'outer.bias' of .* with NaN or infinite"),
     "no tensors": (lambda f: (f / "model.safetensors").unlink(), "without model.safetensors"),
     "no config": (
         lambda f: (f / "config.json").unlink(),
@@ -426,7 +423,7 @@ DAMAGE = {
         "cannot be read as JSON",
     ),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
-    "nothing": (lambda f: (f / "config.json").write_text("{}"), "names no format"),
+    "nothing": (lambda f: (f / "config.json").write_text("{}"), "a dict of the format 'None'"),
     "unknown field": (
         lambda f: edit_json(f / "config.json", colour="red"),
         r"unknown fields \['colour'\]",
@@ -437,7 +434,7 @@ DAMAGE = {
     ),
     "newer": (
         lambda f: edit_json(f / "config.json", format_version=2, versions={"sinkscope": "9.1"}),
-        r"format_version=2 .* written by sinkscope 9\.1; expected at most 1\. Upgrade",
+        r"format_version=2 .*'sinkscope': '9\.1'}.*; expected 1 to 1, .* Upgrade",
     ),
     "version as text": (
         lambda f: edit_json(f / "config.json", format_version="1"),
@@ -456,7 +453,10 @@ DAMAGE = {
     "layer": (lambda f: edit_gate(f, layer="last"), "impossible: Got layer='last'"),
     "rule": (lambda f: edit_gate(f, v_detector={"name": "Shell"}), "the detector 'Shell'"),
     "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible: Got v_detector={}"),
-    "no model": (lambda f: edit_gate(f, model={}), "impossible: Got no fingerprint of a model"),
+    "no model": (
+        lambda f: edit_gate(f, model={}),
+        "impossible: Got model={}; expected the fingerprint",
+    ),
     "gate is text": (
         lambda f: edit_json(f / "config.json", gate="V"),
         "impossible: Got gate='V'; expected its choices, by name",
@@ -464,15 +464,15 @@ DAMAGE = {
     "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible: Got gate=3"),
     "no version": (
         lambda f: edit_json(f / "config.json", format_version=-5),
-        "format_version=-5 in config.json of .*; expected 1 to 1",
+        "format_version=-5 .* in config.json of .*; expected 1 to 1",
     ),
     "newer, by whom": (
         lambda f: edit_json(f / "config.json", format_version=2, versions=[1]),
-        "format_version=2 .* written by sinkscope unknown; expected at most 1",
+        r"format_version=2 and versions=\[1\] .*; expected 1 to 1",
     ),
     "versions": (
         lambda f: edit_json(f / "config.json", versions=[1]),
-        r"versions=\[1\] in config.json of .*; expected the versions of libraries",
+        r"versions=\[1\] in config.json of .*; expected .* versions by name",
     ),
     "deep config": (
         lambda f: (f / "config.json").write_text('{"a":' * 20_000),
@@ -644,7 +644,7 @@ def test_a_whole_model_is_no_gate(tmp_path):
 
 def test_released_files_point_to_the_importer(tmp_path):
     (tmp_path / "sink_cfg.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"Write ss\.import_gates\(folder, lvlm\)"):
+    with pytest.raises(CheckpointError, match=r"Write ss\.lsg\.import_gates\(folder, lvlm\)"):
         ss.LSG.from_pretrained(tmp_path)
 
 
@@ -659,7 +659,7 @@ def test_a_path_that_is_not_there(name):
 def test_a_file_is_no_folder(folder):
     with pytest.raises(CheckpointError, match="which is a file"):
         ss.LSG.from_pretrained(folder / "config.json")
-    with pytest.raises(CheckpointError, match="Got int for files of a gate"):
+    with pytest.raises(CheckpointError, match="Got '3', which is of type int"):
         ss.LSG.from_pretrained(3)
 
 
@@ -748,7 +748,7 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(storage.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
         real = Path.rename
 

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
-from sinkscope.lsg import files
-from sinkscope.lsg import files as storage
+from sinkscope.lsg import files, sources
 
 TOKEN = "hf_" + "notARealTokenAtAll"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -150,7 +150,7 @@ def test_without_network_both_readings_are_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError(f"no connection with {TOKEN}")
 
-    monkeypatch.setattr(storage, "hf_hub_download", unreachable)
+    monkeypatch.setattr(sources, "hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match="no folder here, and the hub could not") as caught:
         ss.LSG.from_pretrained("user/gate")
     assert TOKEN not in str(caught.value)
@@ -175,10 +175,12 @@ class Api:
     def list_repo_files(self, repo, revision):
         return self.there
 
-    def upload_folder(self, repo_id, folder_path, revision, commit_message):
-        self.seen.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+    def create_commit(self, repo, operations, commit_message, revision):
+        added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+        self.seen.update({one.path_in_repo: one.path_or_fileobj for one in added})
+        self.seen.update(gone={one.path_in_repo for one in operations if one not in added})
         self.seen.update(message=commit_message)
-        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})
+        return type("Commit", (), {"commit_url": f"https://hub/{repo}/commit/1"})
 
 
 @pytest.fixture
@@ -220,3 +222,11 @@ def test_a_failed_push_is_said_without_the_token(gate, api, error):
     assert TOKEN not in str(caught.value)
     assert "my-own-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_a_record_that_the_new_gate_has_not_leaves_the_repository(gate, api):
+    api.there = ["config.json", "training.json"]
+    gate.push_to_hub("user/gate")
+    assert api.seen["gone"] == {"training.json"}
+    gate.push_to_hub("user/gate", record={"seed": 3})
+    assert api.seen["gone"] == set()
