@@ -1,13 +1,11 @@
-"""Gates from files of another tool, whose format we have not seen.
-
-Tensors are named by the user, or told apart by shape where only one reading fits; settings are never read.
-"""
+"""Gates of another tool: tensors are named by the user, or by shape where only one reading fits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,30 +28,12 @@ SETTINGS = "sink_cfg.json"
 ROLES = ("norm.weight", "norm.bias", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
 WEIGHTS = ("weight", "w", "gamma", "g", "scale")
 SHIFTS = ("bias", "b", "beta", "shift")
-LAYER = re.compile(r"(?:^|[._])(?:layers?|blocks?|h|l)[._]?(\d+)(?=[._])", re.IGNORECASE)
-OTHERS = frozenset(
-    [
-        "projector",
-        "mm_projector",
-        "multi_modal_projector",
-        "embed_tokens",
-        "embeddings",
-        "lm_head",
-        "vision_tower",
-        "vision_model",
-        "lora_a",
-        "lora_b",
-        "lora_embedding_a",
-        "lora_embedding_b",
-        "lora_magnitude_vector",
-        "original_module",
-    ]
+LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|l)\.?(\d+)\.")
+OTHERS = re.compile(
+    r"(?:^|\.)(?:(?:mm_|multi_modal_)?projector|embed_tokens|embeddings|lm_head|vision_(?:tower|model)|"
+    r"lora_(?:embedding_)?[ab]|lora_magnitude_vector|original_module)(?:\.|$)"
 )
 """Modules that lie beside a gate in such files; the last is peft's untrained copy of a saved module."""
-WRITE = (
-    "Write tensors={'inner.weight': name, ...} with all names of one gate, or ignore=('part of a "
-    "name',) for what is no part of it."
-)
 
 
 @dataclass(frozen=True)
@@ -73,12 +53,12 @@ class ImportedGates:
     assumed: tuple[str, ...]
 
     def __str__(self) -> str:
-        wide = max((len(one) for one, _ in self.matched), default=0)
-        lines = ["matched"]
-        lines += [f"  {one:<{wide}}  ->  {other}" for one, other in self.matched]
-        lines += ["ignored", *(f"  {one}" for one in self.ignored or ("nothing",))]
-        lines += ["assumed", *(f"  {one}" for one in self.assumed or ("nothing",))]
-        return "\n".join(lines)
+        wide = max([0, *(len(one) for one, _ in self.matched)])
+        parts: dict[str, Sequence[str]] = {"ignored": self.ignored, "assumed": self.assumed}
+        parts = {"matched": [f"{a:<{wide}}  ->  {b}" for a, b in self.matched], **parts}
+        return "\n".join(
+            "\n  ".join([name, *(what or ["nothing"])]) for name, what in parts.items()
+        )
 
 
 def import_gates(
@@ -108,22 +88,19 @@ def import_gates(
     Args:
         path_or_repo: A folder, or a hub repository.
         lvlm: The model the gates are for. Its decoder's width tells the matrices apart.
-        layer: The block that a gate reads, counted from 0 as everywhere here, or ``"embed"``; for
-            several gates one each, in the order of the numbers in their names. None for the number
-            behind "layer" or "block" in the names.
+        layer: The block that a gate reads, counted from 0, or ``"embed"``; for several gates a list in
+            the order of the numbers in their names. None for the number behind "layer" in names.
         index_base: From what the names count layers, 0 or 1.
-        groups: What the coefficients stand for, in the file's order. None for ("V", "rest"), or
-            ("V", "L", "rest") if there are three.
+        groups: Of the coefficients, in the file's order. None for ("V", "rest") or ("V", "L", "rest").
         activation: None for "gelu".
         scale: What multiplies the softmax. None for 1.
         v_detector: The rule for V-sinks. None for that of `LSG.for_model`.
         l_detector: The rule for L-sinks, likewise.
         signal: As in `GateConfig`. None for "last".
         decode: As in `GateConfig`. None for "frozen".
-        tensors: The names of one gate's tensors by role, such as ``{"inner.weight": name}``; roles are
-            those of `LSG`'s state dict. None to tell them apart by shape.
-        ignore: Parts of names of tensors that are no part of a gate, or of keys of settings that say
-            nothing of it.
+        tensors: Names of one gate's tensors by role, which is a key of `LSG`'s state dict. None to
+            tell them apart by shape.
+        ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
         revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as one for each gate.
         show: Whether to print how the files were read.
@@ -132,8 +109,7 @@ def import_gates(
         The gates, and what was matched, ignored and assumed.
 
     Raises:
-        CheckpointError: If files are missing or damaged, a choice that settings may say is not given, or
-            tensors fit in no way or in several.
+        CheckpointError: If files are missing or damaged, a choice is, or tensors do not fit in one way.
         InterventionError: If a choice is impossible, or the settings name another model.
         LayerError: If a layer is beyond the model.
     """
@@ -142,29 +118,22 @@ def import_gates(
     path = source.find(FILES[0]) or source.find(FILES[1])
     if path is None:
         raise CheckpointError(
-            f"Got {source} without {FILES[0]}; expected it there. For what sinkscope wrote, write "
-            "ss.LSG.from_pretrained(...)."
+            f"Got {source} without {FILES[0]}; expected it there. Write ss.LSG.from_pretrained(...) for "
+            "what sinkscope wrote."
         )
-    asked: dict[str, Any] = {
-        "groups": groups,
-        "activation": activation,
-        "scale": scale,
-        "signal": signal,
-    }
-    needed = {"layer": layer, **asked, "v_detector": v_detector}
-    settings = read_settings(source.find(SETTINGS), ignore, needed, lvlm)
+    asked: dict[str, Any] = dict(groups=groups, activation=activation, scale=scale, signal=signal)
+    said = {"layer": layer, **asked, "v_detector": v_detector}
+    settings = read_settings(source.find(SETTINGS), ignore, said, lvlm)
     found = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     width = lvlm.anatomy.language.d_model
-    if tensors is None:
-        left = {name: shape for name, shape in shapes.items() if not skipped(name, ignore)}
-        matches = match_gates(left, width)
-    else:
-        check_named(tensors, shapes)
-        matches = [dict(tensors)]
+    matches = match_gates(shapes, width, ignore) if tensors is None else [checked(tensors, shapes)]
     counts = {sizes_of(match, shapes, width)[1] for match in matches}
-    if len(counts) > 1:
-        raise refused(f"gates with {sorted(counts)} coefficients in one file", "the same number")
+    if counts not in ({2}, {3}):
+        what = f"tensors of gates with {sorted(counts)} coefficients"
+        raise refused(
+            what, f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
+        )
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
@@ -173,19 +142,19 @@ def import_gates(
     asked["decode"] = decode
     choices: dict[str, Any] = usual | {k: v for k, v in asked.items() if v is not None}
     assumed += [f"{name} is {value!r}" for name, value in usual.items() if asked[name] is None]
-    named = tuple(choices["groups"])
-    if {len(named)} != counts:
+    order, many = tuple(choices["groups"]), counts.pop()
+    if len(order) != many:
         raise CheckpointError(
-            f"Got groups={named} and {counts.pop()} coefficients; expected a name for each."
+            f"Got groups={order} and {many} coefficients; expected as many names."
         )
-    if v_detector is None and "V" in named:
+    if v_detector is None and "V" in order:
         assumed.append("the rule for V-sinks is that of LSG.for_model")
-    choices["groups"] = next((one for one in GROUPS if set(one) == set(named)), named)
+    choices["groups"] = next((one for one in GROUPS if set(one) == set(order)), order)
     config = config_for(lvlm, 0, v_detector, l_detector, None, choices)
-    order = [named.index(one) for one in choices["groups"]]
+    places = [order.index(one) for one in choices["groups"]]
     matched: list[tuple[str, str]] = []
     gates = [
-        build(match, replace(config, layer=where), order, found, path, matched, assumed)
+        build(match, replace(config, layer=where), places, found, path, matched, assumed)
         for match, where in zip(matches, layers, strict=True)
     ]
     gates = sorted((gate.to(device_for(lvlm)) for gate in gates), key=lambda g: g.config.edited)
@@ -201,47 +170,35 @@ def import_gates(
 def read_settings(
     path: Path | None, ignore: Sequence[str], asked: Mapping[str, Any], lvlm: LVLM
 ) -> dict[str, Any]:
-    """The settings beside the tensors, for the eye; refused where a choice they may say is not given.
-
-    A value that is the name of a model known to us must be of this one.
-    """
-    if path is None:
-        return {}
-    read = read_json(path, AGAIN)
+    """The settings, only to be shown; refused where they may say what is not given, or another model."""
+    read = {} if path is None else read_json(path, AGAIN)
     if not isinstance(read, Mapping):
         raise CheckpointError(
-            f"Got a {type(read).__name__} in {str(path)!r}; expected settings by name."
+            f"Got a {type(read).__name__} in {SETTINGS}; expected settings by name."
         )
     out = dict(leaves(read))
     telling = {k: v for k, v in out.items() if not any(part in k.lower() for part in ignore)}
-    for key, value in telling.items():
-        known = BASES.get(value) if isinstance(value, str) else None
-        lines = differences(known, fingerprint(lvlm.anatomy)) if known else []
-        if lines:
+    for base in BASES.keys() & {one for one in telling.values() if isinstance(one, str)}:
+        if lines := differences(BASES[base], fingerprint(lvlm.anatomy)):
             listed = "\n  ".join(lines)
             raise InterventionError(
-                f"Got gates for {value!r} ({SETTINGS}: {key}); expected gates for {lvlm.name!r}.\n"
-                f"  {listed}"
+                f"Got gates for {base!r} in {SETTINGS}; expected gates for {lvlm.name!r}.\n  {listed}"
             )
     missing = [name for name, value in asked.items() if value is None]
     if telling and missing:
         raise CheckpointError(
-            f"Got {telling} in {SETTINGS}, whose keys are not read, without {missing}; expected every "
-            f"choice as an argument. Write {', '.join(f'{name}=...' for name in missing)}, or ignore=(...) "
-            "with parts of keys that say nothing of the gate."
+            f"Got {telling} in {SETTINGS}, which is not read, without {missing}; expected every choice. "
+            f"Write {', '.join(f'{name}=...' for name in missing)}, or ignore=('part of a key',)."
         )
     return out
 
 
 def refused(what: str, expected: str) -> CheckpointError:
     """The error of tensors that fit in no way or in several."""
-    return CheckpointError(f"Got {what}; expected {expected}. {WRITE}")
-
-
-def skipped(name: str, ignore: Sequence[str]) -> bool:
-    """Whether a tensor is of a module beside the gate, or to be left alone."""
-    name = name.lower()
-    return bool(OTHERS & set(name.split("."))) or any(part in name for part in ignore)
+    write = "Write tensors={'inner.weight': name, ...} with all names of one gate"
+    return CheckpointError(
+        f"Got {what}; expected {expected}. {write}, or ignore=('part of a name',)."
+    )
 
 
 def words(name: str) -> list[str]:
@@ -252,43 +209,35 @@ def words(name: str) -> list[str]:
 def pairs_in(shapes: Mapping[str, tuple[int, ...]], width: int) -> list[tuple[str, str]]:
     """Matrices ``[hidden, width]`` and ``[2 or 3, hidden]``, either way round."""
     flat = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    return [
-        (one, other)
-        for one, first in flat.items()
-        for other, last in flat.items()
-        if one != other
-        and any(
-            a == width and (b, groups) in (last, last[::-1])
-            for a, b in (first, first[::-1])
-            for groups in (2, 3)
-        )
-    ]
+    out = []
+    for (one, first), (other, last) in permutations(flat.items(), 2):
+        hidden = {size for size, rest in (first, first[::-1]) if rest == width}
+        if any(size in hidden and many in (2, 3) for size, many in (last, last[::-1])):
+            out.append((one, other))
+    return out
 
 
-def match_gates(shapes: Mapping[str, tuple[int, ...]], width: int) -> list[dict[str, str]]:
-    """The names of every gate's tensors by role, in the order of the numbers in their names.
-
-    Raises:
-        CheckpointError: If there is no gate, something fits twice, or something has no place.
-    """
+def match_gates(
+    shapes: Mapping[str, tuple[int, ...]], width: int, ignore: Sequence[str]
+) -> list[dict[str, str]]:
+    """The names of every gate's tensors by role, in the order of the numbers in their names."""
+    listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
+    left = [name for name in shapes if not OTHERS.search(name.lower())]
+    left = [name for name in left if not any(part in name.lower() for part in ignore)]
+    shapes = {name: shapes[name] for name in left}
     firsts = list(dict(pairs_in(shapes, width)))
     if not firsts:
-        listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
-        wanted = f"a matrix [hidden, {width}] and one [2 or 3, hidden] for this model"
-        raise refused("no gate", f"{wanted}. The file holds\n  {listed}\n")
-    if len(firsts) == 1:
-        return [match_gate(shapes, width)]
-    at = [i for i, some in enumerate(zip(*map(words, firsts), strict=False)) if len(set(some)) > 1]
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+        wanted = f"matrices [hidden, {width}] and [2 or 3, hidden]. The file holds\n  {listed}\n"
+        raise refused("no gate", wanted)
+    differing = [len(set(some)) > 1 for some in zip(*map(words, firsts), strict=False)]
+    place = differing.index(True) if differing.count(True) == 1 else len(differing)
+    parts: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        own = words(name)
-        parts.setdefault(own[at[0]] if len(at) == 1 and at[0] < len(own) else "", {})[name] = shape
-    numbers = {part: re.findall(r"\d+", part) for part in parts}
-    if any(len(found) != 1 for found in numbers.values()):
-        what = f"the first matrices {firsts}, and a number does not tell all tensors of their gates apart"
-        raise refused(what, "one gate, or a number at one place of all names")
-    ordered = sorted(parts, key=lambda part: int(numbers[part][0]))
-    return [match_gate(parts[part], width) for part in ordered]
+        numbers = re.findall(r"\d+", "".join(words(name)[place : place + 1]))
+        parts.setdefault(int(numbers[0]) if len(numbers) == 1 else -1, {})[name] = shape
+    if len(firsts) == 1 or -1 in parts:  # one gate; several that no number tells apart are refused
+        return [match_gate(shapes, width)]
+    return [match_gate(part, width) for _, part in sorted(parts.items())]
 
 
 def match_gate(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, str]:
@@ -313,48 +262,32 @@ def match_gate(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, s
             if words(name)[-1].rstrip("0123456789") in endings
             if beside is None or words(name)[:-1] == stem
         ]
-        if len(found) > 1:
-            listed = ", ".join(f"{name} {shapes[name]}" for name in found)
-            raise refused(f"several candidates for {role} of {pairs[0][0]}: {listed}", "one")
-        out.update(zip([role], found, strict=False))
+        if len(found) == 1:
+            out[role] = found[0]
     rest = [f"{name} {shape}" for name, shape in shapes.items() if name not in out.values()]
     if rest:
-        what = f"tensors that have no place in a gate: {', '.join(rest)}"
+        what = f"tensors that have no place in a gate, or several the same: {', '.join(rest)}"
         raise refused(what, "a LayerNorm and two matrices, with weights and biases called so")
     return out
 
 
-def check_named(names: Mapping[str, str], shapes: Mapping[str, Any]) -> None:
-    """Refuse roles and names that are unknown, and a gate without its two matrices."""
+def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a gate's tensors as the user wrote them; refused if a role or a name is unknown."""
     wrong = sorted(set(names) - set(ROLES)) + sorted(set(names.values()) - set(shapes))
-    lacks = [role for role in ("inner.weight", "outer.weight") if role not in names]
+    both = ("inner.weight", "outer.weight")
+    lacks = [role for role in both if len(shapes.get(names.get(role, ""), ())) != 2]
     if wrong or lacks:
-        raise CheckpointError(
-            f"Got tensors={dict(names)} with unknown {wrong} and without {lacks}; expected roles among "
-            f"{ROLES} and names among {sorted(shapes)}."
-        )
+        what = f"tensors={dict(names)} with unknown {wrong} and without the matrices {lacks}"
+        raise refused(what, f"roles among {ROLES} and names among {sorted(shapes)}")
+    return dict(names)
 
 
 def sizes_of(
     names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], width: int
 ) -> tuple[int, int]:
     """The hidden width of a gate and how many coefficients it has; matrices may lie either way round."""
-    first, last = shapes[names["inner.weight"]], shapes[names["outer.weight"]]
-    hidden = next((size for size in first if size != width), width)
-    many = next((size for size in last if size != hidden), hidden)
-    wants = {"inner.weight": (hidden, width), "outer.weight": (many, hidden)}
-    wants |= {"inner.bias": (hidden,), "outer.bias": (many,)}
-    wrong = {
-        f"{name} {shapes[name]}": wants.get(role, (width,))
-        for role, name in names.items()
-        if sorted(shapes[name]) != sorted(wants.get(role, (width,)))
-    }
-    if wrong or many not in (2, 3):
-        what = (
-            f"tensors that make no gate of a decoder of width {width}: {wrong or f'{many} groups'}"
-        )
-        raise refused(what, "these shapes, and 2 or 3 groups")
-    return hidden, many
+    hidden = next((size for size in shapes[names["inner.weight"]] if size != width), width)
+    return hidden, next((size for size in shapes[names["outer.weight"]] if size != hidden), hidden)
 
 
 def layers_of(
@@ -363,37 +296,25 @@ def layers_of(
     base: int,
     assumed: list[str],
 ) -> list[int | str]:
-    """The block that each gate reads, counted from 0: as given, else as the names say.
-
-    Raises:
-        CheckpointError: If nobody says it, or says it of two gates.
-    """
+    """The block that each gate reads, counted from 0: as given, else as its names say."""
     firsts = [match["inner.weight"] for match in matches]
-    said = [
-        {tuple(LAYER.findall(match[f"{part}.weight"])[:1]) for part in ("inner", "outer")}
-        for match in matches
-    ]
-    plain = all(len(one) == 1 and () not in one for one in said)  # in both names, and the same
-    named: list[int | str] = [int(one.pop()[0]) - base for one in said] if plain else []
-    if given is None and not named:
-        raise CheckpointError(
-            f"Got gates whose names say no layer, {firsts}; expected to know which block each reads. "
-            f"Write layer={list(range(len(matches)))} with the true ones."
-        )
+    named: list[Any] = []
+    for match in matches:
+        both = zip(words(match["inner.weight"]), words(match["outer.weight"]), strict=False)
+        found = LAYER.search(".".join(one for one, other in both if one == other))
+        named.append(None if found is None else int(found[1]) - base)
+    named = [] if None in named else named
+    out = named if given is None else [given] if isinstance(given, (int, str)) else list(given)
     if given is None:
-        out = named
-        assumed.append(f"layers {out}, counted from 0, are the blocks that are read")
-        assumed.append(f"layers in names are counted from {base}")
-    else:
-        out = [given] if isinstance(given, (int, str)) else list(given)
-        if named and named != out:
-            assumed.append(f"layers {out} as asked, though names say {named}")
-        elif len(matches) > 1 and not named:
-            assumed.append(f"gates in the order {firsts} are of the layers {out}")
+        assumed.append(f"blocks {out} are read: the layers in names, counted from {base}")
+    elif named and named != out:
+        assumed.append(f"layers {out} as asked, though names say {named}")
+    elif len(matches) > 1 and not named:
+        assumed.append(f"gates in the order {firsts} are of the layers {out}")
     if len(out) != len(matches) or len(set(out)) < len(out):
         raise CheckpointError(
-            f"Got the layers {out} for the gates of {firsts}; expected another one for each. Write "
-            "layer=[...] with the true ones, or tensors={...} for one gate alone."
+            f"Got the layers {out} for the gates of {firsts}; expected one of its own for each. Write "
+            f"layer={list(range(len(matches)))} with the blocks that they read, or tensors={{...}}."
         )
     return out
 
@@ -422,6 +343,8 @@ def build(
             continue
         name, shape = match[role], shapes[match[role]]
         read = as_fp32(name, tensors[name], path)
+        if sorted(shape) != sorted(own.shape):
+            raise refused(f"{name} {shape} for {role} of a gate", f"the shape {tuple(own.shape)}")
         note = " (transposed)" if shape != own.shape else ""
         if len(shape) == 2 and shape[0] == shape[1]:
             assumed.append(f"the rows of the square matrix {name} are its outputs")
