@@ -122,8 +122,7 @@ def drawn_samples(lvlm: LVLM) -> list[Sample]:
     if lvlm.processor is None:
         raise InputError(
             "Got a model without published constants and without a processor; expected a rule for "
-            "V-sinks. Write ss.LSG.for_model(lvlm, layer, v_detector=ss.detectors.Norm(100.0)) or "
-            "samples=[...]."
+            "V-sinks. Write v_detector=ss.detectors.Norm(100.0), or samples=[...]."
         )
     return [lvlm.prepare(draw_scene(s).image, "describe the image") for s in VALIDATION_SEEDS[:6]]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from sinkscope.lsg.sources import AGAIN, as_fp32, leaves, read_tensors, source_o
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 SETTINGS = "sink_cfg.json"
 ROLES = ("norm.weight", "norm.bias", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
@@ -54,8 +55,8 @@ class ImportedGates:
 
     def __str__(self) -> str:
         wide = max([0, *(len(one) for one, _ in self.matched)])
-        parts: dict[str, Sequence[str]] = {"ignored": self.ignored, "assumed": self.assumed}
-        parts = {"matched": [f"{a:<{wide}}  ->  {b}" for a, b in self.matched], **parts}
+        matched = tuple(f"{one:<{wide}}  ->  {other}" for one, other in self.matched)
+        parts = {"matched": matched, "ignored": self.ignored, "assumed": self.assumed}
         return "\n".join(
             "\n  ".join([name, *(what or ["nothing"])]) for name, what in parts.items()
         )
@@ -109,7 +110,7 @@ def import_gates(
         The gates, and what was matched, ignored and assumed.
 
     Raises:
-        CheckpointError: If files are missing or damaged, a choice is, or tensors do not fit in one way.
+        CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
         InterventionError: If a choice is impossible, or the settings name another model.
         LayerError: If a layer is beyond the model.
     """
@@ -160,8 +161,7 @@ def import_gates(
     gates = sorted((gate.to(device_for(lvlm)) for gate in gates), key=lambda g: g.config.edited)
     ignored = [name for name in shapes if not any(name in match.values() for match in matches)]
     ignored += [f"{SETTINGS}: {key} = {value!r}" for key, value in settings.items()]
-    assumed = list(dict.fromkeys(assumed))
-    out = ImportedGates(tuple(gates), tuple(matched), tuple(ignored), tuple(assumed))
+    out = ImportedGates(tuple(gates), tuple(matched), tuple(ignored), tuple(dict.fromkeys(assumed)))
     if show:
         print(out)
     return out
@@ -173,9 +173,7 @@ def read_settings(
     """The settings, only to be shown; refused where they may say what is not given, or another model."""
     read = {} if path is None else read_json(path, AGAIN)
     if not isinstance(read, Mapping):
-        raise CheckpointError(
-            f"Got a {type(read).__name__} in {SETTINGS}; expected settings by name."
-        )
+        raise CheckpointError(f"Got a {type(read).__name__} in {SETTINGS}; expected a dictionary.")
     out = dict(leaves(read))
     telling = {k: v for k, v in out.items() if not any(part in k.lower() for part in ignore)}
     for base in BASES.keys() & {one for one in telling.values() if isinstance(one, str)}:
@@ -195,10 +193,8 @@ def read_settings(
 
 def refused(what: str, expected: str) -> CheckpointError:
     """The error of tensors that fit in no way or in several."""
-    write = "Write tensors={'inner.weight': name, ...} with all names of one gate"
-    return CheckpointError(
-        f"Got {what}; expected {expected}. {write}, or ignore=('part of a name',)."
-    )
+    write = "Write tensors={'inner.weight': name, ...} for one gate, or ignore=('part of a name',)"
+    return CheckpointError(f"Got {what}; expected {expected}. {write}.")
 
 
 def words(name: str) -> list[str]:
@@ -206,7 +202,7 @@ def words(name: str) -> list[str]:
     return re.split(r"[._/]", name.lower())
 
 
-def pairs_in(shapes: Mapping[str, tuple[int, ...]], width: int) -> list[tuple[str, str]]:
+def pairs_in(shapes: Shapes, width: int) -> list[tuple[str, str]]:
     """Matrices ``[hidden, width]`` and ``[2 or 3, hidden]``, either way round."""
     flat = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     out = []
@@ -217,9 +213,7 @@ def pairs_in(shapes: Mapping[str, tuple[int, ...]], width: int) -> list[tuple[st
     return out
 
 
-def match_gates(
-    shapes: Mapping[str, tuple[int, ...]], width: int, ignore: Sequence[str]
-) -> list[dict[str, str]]:
+def match_gates(shapes: Shapes, width: int, ignore: Sequence[str]) -> list[dict[str, str]]:
     """The names of every gate's tensors by role, in the order of the numbers in their names."""
     listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
     left = [name for name in shapes if not OTHERS.search(name.lower())]
@@ -240,13 +234,13 @@ def match_gates(
     return [match_gate(part, width) for _, part in sorted(parts.items())]
 
 
-def match_gate(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, str]:
+def match_gate(shapes: Shapes, width: int) -> dict[str, str]:
     """The names of one gate's tensors by role; biases and norm may lack, nothing may be left over."""
     pairs = pairs_in(shapes, width)
     if len(pairs) != 1:
         listed = ", ".join(f"{a} {shapes[a]} with {b} {shapes[b]}" for a, b in pairs)
         raise refused(f"several candidates for two matrices: {listed or list(shapes)}", "one pair")
-    out = dict(zip(("inner.weight", "outer.weight"), pairs[0], strict=True))
+    out: dict[str, str] = {"inner.weight": pairs[0][0], "outer.weight": pairs[0][1]}
     hidden, many = sizes_of(out, shapes, width)
     for role, size, beside, endings in (
         ("inner.bias", hidden, "inner.weight", SHIFTS),
@@ -282,9 +276,7 @@ def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, st
     return dict(names)
 
 
-def sizes_of(
-    names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], width: int
-) -> tuple[int, int]:
+def sizes_of(names: Mapping[str, str], shapes: Shapes, width: int) -> tuple[int, int]:
     """The hidden width of a gate and how many coefficients it has; matrices may lie either way round."""
     hidden = next((size for size in shapes[names["inner.weight"]] if size != width), width)
     return hidden, next((size for size in shapes[names["outer.weight"]] if size != hidden), hidden)
@@ -351,7 +343,6 @@ def build(
         read = read.T.contiguous() if note else read
         state[role] = read[order] if role.startswith("outer") else read
         kind = str(tensors[name].dtype).removeprefix("torch.")
-        size = "x".join(map(str, shape))
-        matched.append((name, f"layer {config.layer}: {role}{note}, {size} {kind}"))
+        matched.append((name, f"layer {config.layer}: {role}{note}, {list(shape)} {kind}"))
     gate.load_state_dict(state)
     return gate
