@@ -5,9 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,7 @@ def edit_tensors(folder, change):
 # What is loaded is what was saved
 
 
+@pytest.mark.filterwarnings("error")  # nothing is said where weights were compared
 @pytest.mark.parametrize(
     "choices",
     [
@@ -100,17 +101,14 @@ torch.set_num_threads(1)
 import sinkscope as ss
 from sinkscope.testing import random_image
 
-model, where = sys.argv[1:3]
-lvlm = ss.LVLM.from_pretrained(model)
-gates = ss.LSG.load_stack(where, lvlm=lvlm) if sys.argv[3] == "stack" else [ss.LSG.from_pretrained(where)]
+lvlm = ss.LVLM.from_pretrained(sys.argv[1])
+gates = ss.LSG.load_stack(sys.argv[2], lvlm=lvlm)
 sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
 traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
 attached = [gate.attach(lvlm) for gate in gates]
 plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
 first = lvlm.module(**sample.inputs)
 seen = [one.coefficients for one in attached]
-for gate in gates:
-    gate.detach()
 print("ANSWER", json.dumps({
     "traced": traced.tolist(), "attached": plain.tolist(),
     "coefficients": [[value.hex() for value in one.flatten().tolist()] for one in seen],
@@ -119,34 +117,23 @@ print("ANSWER", json.dumps({
 """
 
 
-def answer(model, where, kind):
-    """The answer of a process of its own, which loads model and gate."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+@pytest.mark.slow
+def test_another_process_answers_with_the_same_tokens(tmp_path):
+    """The gates here are those in memory, never read from a file."""
+    write_checkpoint(*TINY["qwen2.5-vl"](), tmp_path / "model")
+    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
+    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
+    ss.LSG.save_stack(gates, tmp_path / "saved")
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER, str(model), str(where), kind],
-        env=env,
+        [sys.executable, "-c", ANSWER, str(tmp_path / "model"), str(tmp_path / "saved")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.partition("ANSWER ")[2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [(FAMILY, "one"), ("qwen2.5-vl", "stack")])
-def test_another_process_answers_with_the_same_tokens(tmp_path, family, kind):
-    """The gates here are those in memory, never read from a file."""
-    write_checkpoint(*TINY[family](), tmp_path / "model")
-    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
-    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
-    if kind == "stack":
-        ss.LSG.save_stack(gates, tmp_path / "saved")
-    else:
-        gates = gates[:1]
-        gates[0].save_pretrained(tmp_path / "saved")
-    there = answer(tmp_path / "model", tmp_path / "saved", kind)
+    there = json.loads(done.stdout.partition("ANSWER ")[2])
 
     sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
     traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
@@ -160,28 +147,23 @@ def test_another_process_answers_with_the_same_tokens(tmp_path, family, kind):
     assert there["attached"] == plain.tolist()
     assert there["coefficients"] == [[value.hex() for value in one] for one in seen]
     assert there["logits"] == [value.hex() for value in logits.tolist()]
-    ungated = lvlm.module(**sample.inputs).logits[0, -1]
-    assert not torch.equal(logits, ungated)
+    assert not torch.equal(logits, lvlm.module(**sample.inputs).logits[0, -1])
     assert all(abs(value - 0.5) > 1e-3 for value in seen[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_fp32(folder, gate, dtype):
+def test_half_precision_is_read_and_saved_as_fp32(folder, gate, tmp_path, dtype):
     edit_tensors(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))
     loaded = ss.LSG.from_pretrained(folder)
     for name, value in gate.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.float32
         assert torch.equal(loaded.state_dict()[name], value.to(dtype).float())
-
-
-def test_a_gate_in_half_precision_is_saved_in_fp32(gate, tmp_path):
-    gate.half().save_pretrained(tmp_path / "gate")
-    tensors = load_file(tmp_path / "gate" / "model.safetensors")
+    loaded.to(dtype).save_pretrained(tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float32}
-    gate.float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_other_types_are_refused(folder, dtype):
     edit_tensors(folder, lambda t: t.update({"outer.bias": t["outer.bias"].to(dtype)}))
     with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected finite"):
@@ -191,13 +173,10 @@ def test_other_types_are_refused(folder, dtype):
 def test_a_torch_file_is_read_where_there_are_no_safetensors(folder, gate):
     (folder / "model.safetensors").unlink()
     torch.save(gate.state_dict(), folder / "pytorch_model.bin")
-    loaded = ss.LSG.from_pretrained(folder)
+    loaded = ss.LSG.from_pretrained(folder, allow_noop=True)
     assert torch.equal(loaded.inner.weight, gate.inner.weight)
-
-
-def test_allow_noop_is_a_choice_of_who_loads(folder):
+    assert loaded.allow_noop
     assert not ss.LSG.from_pretrained(folder).allow_noop
-    assert ss.LSG.from_pretrained(folder, allow_noop=True).allow_noop
 
 
 def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
@@ -293,12 +272,6 @@ def test_other_weights_are_refused_and_adopted(folder, use):
     assert other.run(sample, interventions=[adopted]).logits.isfinite().all()
 
 
-def test_a_layer_beyond_the_model_is_refused(folder):
-    edit_gate(folder, layer=2)
-    with pytest.raises(CheckpointError, match=r"layer=2 for a gate in a decoder of 3 blocks"):
-        ss.LSG.from_pretrained(folder)
-
-
 def test_without_weights_the_gate_loads_and_says_what_was_not_compared(gate, folder, tmp_path):
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
     remote = ss.LVLM.from_pretrained(tmp_path / "model", remote=True)
@@ -311,22 +284,13 @@ def test_without_weights_the_gate_loads_and_says_what_was_not_compared(gate, fol
         ss.LSG.from_pretrained(folder, lvlm=ss.LVLM.from_pretrained(tmp_path / "model"))
 
 
-def test_nothing_is_said_where_weights_were_compared(lvlm, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ss.LSG.from_pretrained(folder, lvlm=lvlm)
-
-
 # Names of one model
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_llama", "LlavaLlamaForCausalLM"])
 def test_foreign_names_of_the_type_are_one_model(lvlm, gate, folder, name):
     edit_gate(folder, model={**gate.config.model, "model_type": name})
-    sample = lvlm.prepare(images=random_image(), text="what")
-    loaded = ss.LSG.from_pretrained(folder, lvlm=lvlm)
-    want = lvlm.run(sample, interventions=[gate]).logits
-    assert torch.equal(lvlm.run(sample, interventions=[loaded]).logits, want)
+    assert ss.LSG.from_pretrained(folder, lvlm=lvlm).config == gate.config
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -380,113 +344,77 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def rename(tensors):
-    tensors["first.weight"] = tensors.pop("inner.weight")
+def text(name, content):
+    """A damage that replaces a file."""
+    return lambda folder: (folder / name).write_bytes(content.encode("latin-1"))
 
 
-def shorten(tensors):
-    tensors["inner.weight"] = tensors["inner.weight"][:, :-1].contiguous()
+def head(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def spoil(tensors):
-    tensors["outer.bias"] = torch.tensor([float("nan"), 0.0])
+def choice(**changes):
+    return lambda folder: edit_gate(folder, **changes)
 
 
+def tensors(change):
+    return lambda folder: edit_tensors(folder, change)
+
+
+C, M, T = "config.json", "model.safetensors", "training.json"
+NEW = {"sinkscope": "9.1"}
 DAMAGE = {
     "truncated": (cut, "damaged or cut off: SafetensorError"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or cut off"),
+    "empty": (text(M, ""), "damaged or cut off"),
     "renamed": (
-        lambda f: edit_tensors(f, rename),
+        tensors(lambda t: t.update({"first.weight": t.pop("inner.weight")})),
         r"(?s)inner.weight: expected \(16, 64\), found none.*first.weight: expected none, found \(16",
     ),
-    "extra": (
-        lambda f: edit_tensors(f, lambda t: t.update(more=torch.zeros(3))),
-        r"more: expected none, found \(3,\)",
-    ),
-    "missing": (
-        lambda f: edit_tensors(f, lambda t: t.pop("outer.bias")),
-        r"outer.bias: expected \(2,\), found none",
-    ),
+    "extra": (tensors(lambda t: t.update(more=torch.zeros(3))), r"more: expected none, found \(3,"),
+    "missing": (tensors(lambda t: t.pop("outer.bias")), r"bias: expected \(2,\), found none"),
     "shape": (
-        lambda f: edit_tensors(f, shorten),
+        tensors(lambda t: t.update({"inner.weight": t["inner.weight"][:, :-1].contiguous()})),
         r"inner.weight: expected \(16, 64\), found \(16, 63\)",
     ),
-    "nan": (lambda f: edit_tensors(f, spoil), "'outer.bias' of .* with NaN or infinite"),
-    "no tensors": (lambda f: (f / "model.safetensors").unlink(), "without model.safetensors"),
+    "nan": (
+        tensors(lambda t: t.update({"outer.bias": torch.tensor([float("nan"), 0.0])})),
+        "'outer.bias' of .* with NaN or infinite",
+    ),
+    "no tensors": (lambda f: (f / M).unlink(), "without model.safetensors"),
     "no config": (
-        lambda f: (f / "config.json").unlink(),
+        lambda f: (f / C).unlink(),
         r"without config.json; expected what gate.save_pretrained\(folder\) wrote",
     ),
-    "no json": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "binary": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
-        "cannot be read as JSON",
+    "no json": (text(C, "{"), "cannot be read as JSON"),
+    "binary": (text(C, "\xff\xfe\x00"), "cannot be read as JSON"),
+    "a list": (text(C, "[]"), "holds a list"),
+    "nothing": (text(C, "{}"), "a dict of the format 'None'"),
+    "a list as format": (head(format=["x"]), r"of the format \"\['x'\]\""),
+    "unknown field": (head(colour="red"), r"unknown fields \['colour'\]"),
+    "unknown gate field": (choice(colour="red"), r"impossible: Got .* unknown fields \['colour'\]"),
+    "newer": (head(format_version=2, versions=NEW), r"=2 .*'9\.1'}.*; expected 1 to 1, .* Upgrade"),
+    "version as text": (head(format_version="1"), "format_version='1'"),
+    "no version": (head(format_version=-5), "format_version=-5 .*; expected 1 to 1"),
+    "versions": (head(versions=[1]), r"versions=\[1\] in config.json of .* versions by name"),
+    "width": (choice(d_model=65), "impossible: Got d_model=65; expected the model's width, 64"),
+    "a layer beyond": (choice(layer=2), "layer=2 for a gate in a decoder of 3 blocks"),
+    "layer": (choice(layer="last"), "impossible: Got layer='last'"),
+    "group": (choice(groups=["V", "x"]), "impossible: Got groups"),
+    "rule": (choice(v_detector={"name": "Shell"}), "the detector 'Shell'"),
+    "rule without name": (choice(v_detector={}), "impossible: Got v_detector={}"),
+    "rule is a list": (choice(v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
+    "rule's name": (choice(v_detector={"name": ["Norm"]}), "Got v_detector={'name'"),
+    "no model": (choice(model={}), "impossible: Got model={}; expected the fingerprint"),
+    "gate is text": (head(gate="V"), "impossible: Got gate='V'; expected its choices, by name"),
+    "gate is a number": (head(gate=3), "impossible: Got gate=3"),
+    "deep config": (text(C, '{"a":' * 20_000), "config.json', which cannot .*RecursionError"),
+    "deep record": (text(T, "[" * 100_000), "training.json', which cannot .*RecursionError"),
+    "a record without names": (
+        text(T, "[1, 2]"),
+        "training.json', which holds a list; expected a tr",
     ),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
-    "nothing": (lambda f: (f / "config.json").write_text("{}"), "a dict of the format 'None'"),
-    "unknown field": (
-        lambda f: edit_json(f / "config.json", colour="red"),
-        r"unknown fields \['colour'\]",
-    ),
-    "unknown gate field": (
-        lambda f: edit_gate(f, colour="red"),
-        r"impossible: Got a gate config with unknown fields \['colour'\]",
-    ),
-    "newer": (
-        lambda f: edit_json(f / "config.json", format_version=2, versions={"sinkscope": "9.1"}),
-        r"format_version=2 .*'sinkscope': '9\.1'}.*; expected 1 to 1, .* Upgrade",
-    ),
-    "version as text": (
-        lambda f: edit_json(f / "config.json", format_version="1"),
-        "format_version='1'",
-    ),
-    "width": (
-        lambda f: edit_gate(f, d_model=65),
-        "impossible: Got d_model=65; expected the model's width, 64",
-    ),
-    "hidden": (
-        lambda f: edit_gate(f, hidden=16.0),
-        r"impossible: Got hidden=16\.0; expected a whole number",
-    ),
-    "group": (lambda f: edit_gate(f, groups=["V", "x"]), "impossible: Got groups"),
-    "no groups": (lambda f: edit_gate(f, groups=None), "impossible: Got groups=None"),
-    "layer": (lambda f: edit_gate(f, layer="last"), "impossible: Got layer='last'"),
-    "rule": (lambda f: edit_gate(f, v_detector={"name": "Shell"}), "the detector 'Shell'"),
-    "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible: Got v_detector={}"),
-    "no model": (
-        lambda f: edit_gate(f, model={}),
-        "impossible: Got model={}; expected the fingerprint",
-    ),
-    "gate is text": (
-        lambda f: edit_json(f / "config.json", gate="V"),
-        "impossible: Got gate='V'; expected its choices, by name",
-    ),
-    "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible: Got gate=3"),
-    "no version": (
-        lambda f: edit_json(f / "config.json", format_version=-5),
-        "format_version=-5 .* in config.json of .*; expected 1 to 1",
-    ),
-    "newer, by whom": (
-        lambda f: edit_json(f / "config.json", format_version=2, versions=[1]),
-        r"format_version=2 and versions=\[1\] .*; expected 1 to 1",
-    ),
-    "versions": (
-        lambda f: edit_json(f / "config.json", versions=[1]),
-        r"versions=\[1\] in config.json of .*; expected .* versions by name",
-    ),
-    "deep config": (
-        lambda f: (f / "config.json").write_text('{"a":' * 20_000),
-        "config.json', which cannot be read as JSON .RecursionError",
-    ),
-    "deep record": (
-        lambda f: (f / "training.json").write_text("[" * 100_000),
-        "training.json', which cannot be read as JSON .RecursionError",
-    ),
-    "rule is a list": (lambda f: edit_gate(f, v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
-    "rule's name": (
-        lambda f: edit_gate(f, v_detector={"name": ["Norm"]}),
-        "Got v_detector={'name'",
-    ),
+    "no record": (text(T, "null"), "training.json', which holds a NoneType; expected a training"),
+    "large": (choice(hidden=10**13), r"expected \(10000000000000, 64\)"),
 }
 
 
@@ -521,6 +449,7 @@ WRONG_FIELDS = {
     "v_detector.reason": [{"name": "NoSinks", "reason": 3}],
     "v_detector.gap": [{"name": "Norm", "tau": 1.0, "gap": float("nan")}],
 }
+FIRST = {name: values[0] for name, values in WRONG_FIELDS.items()}
 WRONG_FIELDS = [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
 
 
@@ -528,13 +457,12 @@ def called(value):
     return repr(value)[:24]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=called)
+@pytest.mark.parametrize(("name", "value"), FIRST.items(), ids=called)
 def test_every_field_has_its_type_in_a_file(folder, name, value):
     head, _, part = name.partition(".")
     edit_gate(folder, **{head: value})
-    with pytest.raises(
-        CheckpointError, match=rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
-    ):
+    said = rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
+    with pytest.raises(CheckpointError, match=said):
         ss.LSG.from_pretrained(folder)
 
 
@@ -586,15 +514,6 @@ def test_what_the_model_says_is_no_choice(lvlm, name):
         ss.LSG.for_model(lvlm, 1, v_detector=RULE, **{name: 3})
 
 
-@pytest.mark.parametrize("record", ["[1, 2]", "3", '"abc"', "null"])
-def test_a_record_is_names_and_values(folder, record):
-    (folder / "training.json").write_text(record)
-    with pytest.raises(
-        CheckpointError, match=r"training.json', which holds a \w+; expected a train"
-    ):
-        ss.LSG.from_pretrained(folder)
-
-
 STRANGE = {
     "meta": lambda: torch.empty(2, device="meta"),
     "sparse": lambda: torch.ones(2).to_sparse(),
@@ -627,12 +546,6 @@ def test_dictionaries_within_dictionaries_end(folder):
     with pytest.raises(
         CheckpointError, match=r"pytorch_model\.bin', whose dictionaries are nested"
     ):
-        ss.LSG.from_pretrained(folder)
-
-
-def test_a_large_size_in_a_config_is_refused_before_memory_is_taken(folder):
-    edit_gate(folder, hidden=10**13)
-    with pytest.raises(CheckpointError, match=r"expected \(10000000000000, 64\)"):
         ss.LSG.from_pretrained(folder)
 
 
@@ -800,29 +713,18 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("within", ["", "gate-00-layer-1"])
+@pytest.mark.parametrize("within", [None, "", "gate-00-layer-1"])
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_stack_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+def test_a_folder_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+    """A gate (None), a stack, and a gate in a stack."""
     put, name = FOREIGN[case]
-    stack = tmp_path / "stack"
-    ss.LSG.save_stack([gate], stack)
-    put(stack / within)
+    save = gate.save_pretrained if within is None else partial(ss.LSG.save_stack, [gate])
+    save(tmp_path / "ours")
+    put(tmp_path / "ours" / (within or ""))
     before = under(tmp_path)
     said = f"{within}/{name}" if within else name
-    with pytest.raises(
-        CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected a new"
-    ):
-        ss.LSG.save_stack([gate], stack)
-    assert under(tmp_path) == before
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_gate_with_something_else_in_it_is_not_overwritten(gate, folder, tmp_path, case):
-    put, name = FOREIGN[case]
-    put(folder)
-    before = under(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"which holds \['{name}'\]"):
-        gate.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected"):
+        save(tmp_path / "ours")
     assert under(tmp_path) == before
 
 
