@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,14 @@ def refuse_other_model(config: GateConfig, anatomy: Anatomy) -> None:
         )
 
 
+def warn_unchecked(config: GateConfig, lvlm: LVLM) -> None:
+    """Say that a gate's weights were not compared with the model's, where one side has none."""
+    if not config.weights or not sketch(lvlm.module, lvlm.anatomy.head):
+        why = "the model has none here" if config.weights else "the gate knows none"
+        text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
 def check_layer(layer: Any, n_layers: int) -> int | str:
     """The block a gate reads: ``"embed"`` or an index with a block behind it; else a LayerError."""
     if layer == "embed":
@@ -96,20 +105,19 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
 def choose_rules(
     lvlm: LVLM, v: Any, low: Any, wants_l: bool, block: int, samples: Sequence[Sample] | None
 ) -> tuple[Any, Any]:
-    """The rules of a gate: given, else published constants, else calibrated on samples.
-
-    Limits per layer become the one number of ``block``, whose keys the gate scales.
-    """
+    """The rules of a gate: given, else published, else calibrated; limits per layer are that of a block."""
     if low is not None and not wants_l:
         raise InterventionError(
             f"Got l_detector={low!r} for a gate without an L group; expected none. Write "
             "groups=('V', 'L', 'rest')."
         )
-
-    def drawn() -> Sequence[Sample]:
-        return samples or drawn_samples(lvlm)
-
-    found = SinkRules.on_others(lvlm, drawn, v, low if wants_l else NoSinks(), progress=None)
+    found = SinkRules.on_others(
+        lvlm,
+        lambda: samples or drawn_samples(lvlm),
+        v,
+        low if wants_l else NoSinks(),
+        progress=None,
+    )
     if not wants_l:
         return found.v, None
     return found.v, found.low.at(block) if isinstance(found.low, Limits) else found.low

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from sinkscope.detectors.kinds import VisionTokens, kept_tokens
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
-from sinkscope.lsg.building import config_for, device_for, refuse_other_model
+from sinkscope.lsg.building import config_for, device_for, refuse_other_model, warn_unchecked
 from sinkscope.lsg.card import SavedGate
 from sinkscope.lsg.config import GateConfig, detector_of, rule_of, same_weights, sketch
 from sinkscope.protocols import Edit
@@ -424,23 +423,16 @@ def check_gates(gates: Any) -> list[LSG]:
 
 def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> SavedGate:
     """A gate as plain data, with its own record if no other is given."""
-    tensors = {name: value.detach() for name, value in gate.state_dict().items()}
-    return SavedGate(gate.config, tensors, gate.record if record is None else record)
+    return SavedGate(gate.config, gate.state_dict(), gate.record if record is None else record)
 
 
 def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
-    """The gate of saved data, on the device of the model it was made for; another model is refused."""
+    """The gate of saved data, on the device of the model; one that it was not made for is refused."""
     gate = LSG(found.config, allow_noop=allow_noop)
     gate.load_state_dict(found.tensors)
     gate.record = found.record
     if lvlm is None:
         return gate
     gate.check_fits(lvlm)
-    if not gate.config.weights or not sketch(lvlm.module, lvlm.anatomy.head):
-        warnings.warn(
-            f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: "
-            + ("the gate knows none." if not gate.config.weights else "the model has none here."),
-            UserWarning,
-            stacklevel=3,
-        )
+    warn_unchecked(gate.config, lvlm)
     return gate.to(device_for(lvlm))

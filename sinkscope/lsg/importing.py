@@ -129,7 +129,7 @@ def import_gates(
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     width = lvlm.anatomy.language.d_model
     matches = match_gates(shapes, width, ignore) if tensors is None else [checked(tensors, shapes)]
-    counts = {sizes_of(match, shapes, width)[1] for match in matches}
+    counts = {widths_of(match, shapes, width)[1] for match in matches}
     if counts not in ({2}, {3}):
         what = f"tensors of gates with {sorted(counts)} coefficients"
         raise refused(
@@ -241,7 +241,7 @@ def match_gate(shapes: Shapes, width: int) -> dict[str, str]:
         listed = ", ".join(f"{a} {shapes[a]} with {b} {shapes[b]}" for a, b in pairs)
         raise refused(f"several candidates for two matrices: {listed or list(shapes)}", "one pair")
     out: dict[str, str] = {"inner.weight": pairs[0][0], "outer.weight": pairs[0][1]}
-    hidden, many = sizes_of(out, shapes, width)
+    hidden, many = widths_of(out, shapes, width)
     for role, size, beside, endings in (
         ("inner.bias", hidden, "inner.weight", SHIFTS),
         ("outer.bias", many, "outer.weight", SHIFTS),
@@ -276,7 +276,7 @@ def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, st
     return dict(names)
 
 
-def sizes_of(names: Mapping[str, str], shapes: Shapes, width: int) -> tuple[int, int]:
+def widths_of(names: Mapping[str, str], shapes: Shapes, width: int) -> tuple[int, int]:
     """The hidden width of a gate and how many coefficients it has; matrices may lie either way round."""
     hidden = next((size for size in shapes[names["inner.weight"]] if size != width), width)
     return hidden, next((size for size in shapes[names["outer.weight"]] if size != hidden), hidden)
@@ -323,7 +323,7 @@ def build(
     """One gate with the tensors of the file; ``order`` says which of its coefficients ours are."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     affine = any(role.startswith("norm") for role in match)
-    hidden, _ = sizes_of(match, shapes, config.d_model)
+    hidden, _ = widths_of(match, shapes, config.d_model)
     gate = LSG(replace(config, hidden=hidden, affine=affine))
     if not affine:
         assumed.append("no tensor of a LayerNorm: there is one without weights")

@@ -20,7 +20,7 @@ from torch import Tensor
 from sinkscope.errors import CheckpointError
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
-HUB_ERRORS = (OSError, ValueError, HTTPError, RuntimeError)
+HUB_ERRORS = (OSError, ValueError, HTTPError, RuntimeError, EntryNotFoundError)
 """What the hub's client raises: no network, no such repository, no permission, an impossible name."""
 AGAIN = "Download or copy it again."
 
