@@ -22,6 +22,7 @@ from sinkscope.lsg.config import BASES, canonical, differences, fingerprint
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 RULE = ss.detectors.Norm(1.0)
+refused = partial(pytest.raises, CheckpointError)
 FAMILY = "llava-clip-llama"
 HERE = Path(__file__).parent
 
@@ -166,7 +167,7 @@ def test_half_precision_is_read_and_saved_as_fp32(folder, gate, tmp_path, dtype)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_other_types_are_refused(folder, dtype):
     edit_tensors(folder, lambda t: t.update({"outer.bias": t["outer.bias"].to(dtype)}))
-    with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected finite"):
+    with refused(match=rf"'outer.bias' of .* in {dtype}; expected finite"):
         ss.LSG.from_pretrained(folder)
 
 
@@ -185,7 +186,7 @@ def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "config.json").is_file()
     assert ss.LSG.from_pretrained("~/mine").config == gate.config
     assert ss.LSG.from_pretrained(tmp_path, subfolder="mine").config == gate.config
-    with pytest.raises(CheckpointError, match=r"/other', which is without config"):
+    with refused(match=r"/other', which is without config"):
         ss.LSG.from_pretrained(tmp_path, subfolder="other")
 
 
@@ -212,11 +213,11 @@ def test_a_stack_keeps_its_order(lvlm, tmp_path):
 
 def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
     ss.LSG.save_stack([gate], tmp_path / "stack")
-    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.load_stack"):
+    with refused(match=r"Write ss\.LSG\.load_stack"):
         ss.LSG.from_pretrained(tmp_path / "stack")
-    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.from_pretrained"):
+    with refused(match=r"Write ss\.LSG\.from_pretrained"):
         ss.LSG.load_stack(folder)
-    with pytest.raises(CheckpointError, match="expected a new or empty one"):
+    with refused(match="expected a new or empty one"):
         gate.save_pretrained(tmp_path / "stack")
     with pytest.raises(InterventionError, match="expected one LSG or a list"):
         ss.LSG.save_stack([], tmp_path / "none")
@@ -227,7 +228,7 @@ def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
 def test_names_in_a_stack_stay_inside(gate, tmp_path, names):
     ss.LSG.save_stack([gate], tmp_path / "stack")
     edit_json(tmp_path / "stack" / "config.json", gates=names)
-    with pytest.raises(CheckpointError, match="expected names of folders beside it"):
+    with refused(match="expected names of folders beside it"):
         ss.LSG.load_stack(tmp_path / "stack")
 
 
@@ -422,7 +423,7 @@ DAMAGE = {
 def test_damage_is_said(folder, case):
     damage, message = DAMAGE[case]
     damage(folder)
-    with pytest.raises(CheckpointError, match=message):
+    with refused(match=message):
         ss.LSG.from_pretrained(folder)
 
 
@@ -462,7 +463,7 @@ def test_every_field_has_its_type_in_a_file(folder, name, value):
     head, _, part = name.partition(".")
     edit_gate(folder, **{head: value})
     said = rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
-    with pytest.raises(CheckpointError, match=said):
+    with refused(match=said):
         ss.LSG.from_pretrained(folder)
 
 
@@ -488,7 +489,7 @@ def test_every_field_has_its_type_in_memory(gate, name, value):
 )
 def test_every_size_of_the_model_has_its_type(gate, folder, name, value):
     edit_gate(folder, model={**gate.config.model, name: value})
-    with pytest.raises(CheckpointError, match=rf"is impossible: Got model\['{name}'\]="):
+    with refused(match=rf"is impossible: Got model\['{name}'\]="):
         ss.LSG.from_pretrained(folder)
 
 
@@ -527,9 +528,7 @@ STRANGE = {
 def test_tensors_without_numbers_of_their_own_are_refused(gate, folder, kind):
     (folder / "model.safetensors").unlink()
     torch.save({**gate.state_dict(), "outer.bias": STRANGE[kind]()}, folder / "pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model.bin', in which \['outer.bias'\] hold"
-    ):
+    with refused(match=r"pytorch_model.bin', in which \['outer.bias'\] hold"):
         ss.LSG.from_pretrained(folder)
 
 
@@ -543,21 +542,19 @@ def test_dictionaries_within_dictionaries_end(folder):
     with zipfile.ZipFile(path, "w") as file:
         for name, content in parts.items():
             file.writestr(name, pickled if name.endswith("data.pkl") else content)
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model\.bin', whose dictionaries are nested"
-    ):
+    with refused(match=r"pytorch_model\.bin', whose dictionaries are nested"):
         ss.LSG.from_pretrained(folder)
 
 
 def test_a_whole_model_is_no_gate(tmp_path):
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"a checkpoint of a whole model \('llava'\)"):
+    with refused(match=r"a checkpoint of a whole model \('llava'\)"):
         ss.LSG.from_pretrained(tmp_path / "model")
 
 
 def test_released_files_point_to_the_importer(tmp_path):
     (tmp_path / "sink_cfg.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"Write ss\.lsg\.import_gates\(folder, lvlm\)"):
+    with refused(match=r"Write ss\.lsg\.import_gates\(folder, lvlm\)"):
         ss.LSG.from_pretrained(tmp_path)
 
 
@@ -565,14 +562,14 @@ def test_released_files_point_to_the_importer(tmp_path):
     "name", ["/no/such/folder", "./none", "~/none", Path("none"), "none", "a/b/c"]
 )
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(CheckpointError, match="which is nothing that exists; expected the folder"):
+    with refused(match="which is nothing that exists; expected the folder"):
         ss.LSG.from_pretrained(name)
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(CheckpointError, match="which is a file"):
+    with refused(match="which is a file"):
         ss.LSG.from_pretrained(folder / "config.json")
-    with pytest.raises(CheckpointError, match="Got '3', which is of type int"):
+    with refused(match="Got '3', which is of type int"):
         ss.LSG.from_pretrained(3)
 
 
@@ -602,7 +599,7 @@ def test_a_pickle_bomb_does_not_go_off(folder, tmp_path, monkeypatch, layout, fo
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=layout == "torch")
-    with pytest.raises(CheckpointError, match="Nothing of it was run"):
+    with refused(match="Nothing of it was run"):
         ss.LSG.from_pretrained(folder)
     assert not target.exists()
     torch.load(path, weights_only=False) if layout != "plain pickle" else pickle.loads(
@@ -614,7 +611,7 @@ def test_a_pickle_bomb_does_not_go_off(folder, tmp_path, monkeypatch, layout, fo
 def test_a_pickle_under_the_name_of_safetensors_is_not_unpickled(folder, tmp_path):
     target = tmp_path / "went-off"
     (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(target)))
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with refused(match="damaged or cut off"):
         ss.LSG.from_pretrained(folder)
     assert not target.exists()
 
@@ -625,12 +622,12 @@ def test_a_pickle_under_the_name_of_safetensors_is_not_unpickled(folder, tmp_pat
 def test_nothing_else_is_overwritten(gate, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match=r"holds \['thesis.tex'\]; expected a new or empty"):
+    with refused(match=r"holds \['thesis.tex'\]; expected a new or empty"):
         gate.save_pretrained(tmp_path / "mine")
-    with pytest.raises(CheckpointError, match="which is a file; expected a folder"):
+    with refused(match="which is a file; expected a folder"):
         gate.save_pretrained(tmp_path / "mine" / "thesis.tex")
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"holds \[.*'config.json'"):
+    with refused(match=r"holds \[.*'config.json'"):
         gate.save_pretrained(tmp_path / "model")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
@@ -650,7 +647,7 @@ def test_a_gate_replaces_a_gate(lvlm, gate, folder, tmp_path):
     gate.save_pretrained(tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "gate"]
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds \['notes.txt'\]"):
+    with refused(match=r"holds \['notes.txt'\]"):
         gate.save_pretrained(folder)
 
 
@@ -672,7 +669,7 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
 
         monkeypatch.setattr(Path, "rename", refuse)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match="What was there is still there"):
+    with refused(match="What was there is still there"):
         gate_for(lvlm, "embed").save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert ss.LSG.from_pretrained(folder).config == gate.config
@@ -723,7 +720,7 @@ def test_a_folder_with_something_else_in_it_is_not_overwritten(gate, tmp_path, c
     put(tmp_path / "ours" / (within or ""))
     before = under(tmp_path)
     said = f"{within}/{name}" if within else name
-    with pytest.raises(CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected"):
+    with refused(match=rf"^Got the folder .* holds \['{said}'\]; expected"):
         save(tmp_path / "ours")
     assert under(tmp_path) == before
 
@@ -739,7 +736,7 @@ def test_what_a_config_lists_is_not_ours_for_that(gate, tmp_path, name):
     (stack / name / "model.safetensors").write_bytes(b"mine")
     edit_json(stack / "config.json", gates=[name, "gate-01-layer-1", 3, ["x"]])
     before = under(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"which holds \['{name}"):
+    with refused(match=rf"which holds \['{name}"):
         ss.LSG.save_stack([gate], stack)
     assert under(tmp_path) == before
 
@@ -762,7 +759,7 @@ def test_the_working_directory_stays(lvlm, gate, tmp_path, monkeypatch, full):
 def test_a_broken_gate_is_not_saved(gate, tmp_path):
     with torch.no_grad():
         gate.inner.weight[0, 0] = float("inf")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite numbers in \['inner.weight'\]"):
+    with refused(match=r"NaN or infinite numbers in \['inner.weight'\]"):
         gate.save_pretrained(tmp_path / "gate")
     assert not (tmp_path / "gate").exists()
 

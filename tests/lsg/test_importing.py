@@ -18,6 +18,7 @@ from tests.lsg.test_files import Bomb
 WIDTH, HIDDEN = 64, 16
 RULE = ss.detectors.Norm(1.0)
 CHOICES = {"groups": ("V", "rest"), "activation": "gelu", "scale": 1.0, "signal": "last"}
+refused = partial(pytest.raises, CheckpointError)
 load = partial(ss.lsg.import_gates, show=False, v_detector=RULE)
 
 
@@ -235,7 +236,7 @@ def test_settings_are_not_read_and_every_choice_must_be_given(lvlm, write):
     )
     given = {**CHOICES, "activation": "relu", "scale": 1.25}
     for name in given:
-        with pytest.raises(CheckpointError, match=rf"without \['{name}'\]"):
+        with refused(match=rf"without \['{name}'\]"):
             load(folder, lvlm, layer=1, **{**given, name: None})
     found = load(folder, lvlm, layer=1, **given)
     same(found.gates[0], planted, activation=torch.relu, scale=1.25)
@@ -252,7 +253,7 @@ def test_choices_and_the_order_of_groups_are_those_given(lvlm, write):
     assert (gate.config.decode, gate.config.signal) == ("off", "mean")
     assert gate.groups == ("V", "L", "rest")
     same(gate, planted, order=[1, 2, 0], scale=2.0)
-    with pytest.raises(CheckpointError, match="and 3 coefficients; expected as many names"):
+    with refused(match="and 3 coefficients; expected as many names"):
         load(write(planted.placed()), lvlm, groups=("V", "rest"))
 
 
@@ -307,7 +308,7 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize("case", WRONG_TENSORS)
 def test_tensors_are_never_guessed(lvlm, write, case):
     tensors, message = WRONG_TENSORS[case]
-    with pytest.raises(CheckpointError, match=message):
+    with refused(match=message):
         load(write(tensors), lvlm)
 
 
@@ -323,11 +324,9 @@ def test_names_and_ignored_parts_settle_it(lvlm, write):
     same(named.gates[0], planted)
     assert set(named.ignored) == set(more)
     for name in ("mlp.4.weight", "mlp.2.bias", "temperature"):
-        with pytest.raises(
-            CheckpointError, match=r"for inner.weight of a gate; expected the|without the matrices"
-        ):
+        with refused(match=r"for inner.weight of a gate; expected the|without the matrices"):
             load(folder, lvlm, tensors={**names, "inner.weight": f"{G}{name}"})
-    with pytest.raises(CheckpointError, match=r"unknown \['first', 'nothing'\] and without"):
+    with refused(match=r"unknown \['first', 'nothing'\] and without"):
         load(folder, lvlm, tensors={"first": "nothing"})
 
 
@@ -335,24 +334,24 @@ def test_names_and_ignored_parts_settle_it(lvlm, write):
 
 
 def test_files_that_are_not_there_or_not_whole(lvlm, write, tmp_path):
-    with pytest.raises(CheckpointError, match=r"without non_lora_trainables.bin; expected it"):
+    with refused(match=r"without non_lora_trainables.bin; expected it"):
         load(tmp_path, lvlm)
     folder = write(Planted().placed(), [1])
-    with pytest.raises(CheckpointError, match=r"a list in sink_cfg.json; expected a dict"):
+    with refused(match=r"a list in sink_cfg.json; expected a dict"):
         load(folder, lvlm)
     (folder / "sink_cfg.json").unlink()
     path = folder / "non_lora_trainables.bin"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with refused(match="damaged or cut off"):
         load(folder, lvlm)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(CheckpointError, match="holds a Tensor; expected tensors by name"):
+    with refused(match="holds a Tensor; expected tensors by name"):
         load(folder, lvlm)
 
 
 def test_a_bomb_among_tensors_does_not_go_off(lvlm, write, tmp_path):
     folder = write({**Planted().placed(), "note": Bomb(tmp_path / "went-off")})
-    with pytest.raises(CheckpointError, match="Nothing of it was run"):
+    with refused(match="Nothing of it was run"):
         load(folder, lvlm)
     assert not (tmp_path / "went-off").exists()
 
