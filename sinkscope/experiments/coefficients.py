@@ -14,7 +14,7 @@ from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweep_result import check_by, counted
-from sinkscope.lsg.building import check_gates
+from sinkscope.lsg.gate import check_gates
 from sinkscope.lsg.losses import gate_inputs, gate_signals
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.wrapping import evaluated

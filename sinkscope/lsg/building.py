@@ -1,13 +1,14 @@
-"""What a gate is made with: its layer, its rules for sinks, and lists of gates."""
+"""What a new gate is made with: its layer and its rules for sinks."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from sinkscope.checks import is_whole
 from sinkscope.detectors.calibration import Limits
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.kinds import check_kept, describe
@@ -17,11 +18,9 @@ from sinkscope.lsg.config import GateConfig, differences, fingerprint, sketch
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy
-    from sinkscope.lsg.gate import LSG
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
 
-CALIBRATION_IMAGES = 6
 CHOICES = frozenset(
     {"groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"}
 )
@@ -39,20 +38,19 @@ def config_for(
     """The config of a new gate for a model; arguments and errors as in `LSG.for_model`."""
     anatomy = lvlm.anatomy
     where = check_layer(layer, anatomy.language.n_layers)
-    groups = tuple(choices.get("groups", ("V", "rest")))
+    made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
     block = 0 if isinstance(where, str) else where + 1
-    v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, "L" in groups, block, samples)
+    wants_l = "L" in made["groups"]
+    v_rule, l_rule = choose_rules(lvlm, v_detector, l_detector, wants_l, block, samples)
     module: Any = lvlm.module
     check_kept(v_rule, anatomy, module.config)
-    scale = choices.get("scale", 1.0)
-    if choices.get("init") == "neutral":
-        if scale != 1.0:
+    if made.get("init") == "neutral":
+        if made["scale"] != 1.0:
             raise InterventionError(
-                f"Got init='neutral' and scale={scale}; expected one of them. Neutral "
+                f"Got init='neutral' and scale={made['scale']}; expected one of them. Neutral "
                 "coefficients need a scale of as many as there are groups."
             )
-        scale = float(len(groups))
-    made = {**choices, "groups": groups, "scale": scale}
+        made["scale"] = float(len(made["groups"]))
     strange = sorted(set(made) - CHOICES)
     if strange:
         raise InterventionError(
@@ -74,7 +72,7 @@ def config_for(
 
 
 def refuse_other_model(config: GateConfig, anatomy: Anatomy) -> None:
-    """See `LSG.check_model`."""
+    """Refuse a model that the gate was not made for; see `LSG.check_model`."""
     lines = differences(config.model, fingerprint(anatomy))
     if lines:
         listed = "\n  ".join(lines)
@@ -84,16 +82,19 @@ def refuse_other_model(config: GateConfig, anatomy: Anatomy) -> None:
         )
 
 
-def check_layer(layer: Any, n_layers: int) -> int | str:
-    """The block a gate reads: ``"embed"`` or an index with a block behind it.
+def warn_unchecked(config: GateConfig, lvlm: LVLM) -> None:
+    """Say that a gate's weights were not compared with the model's, where one side has none."""
+    if not config.weights or not sketch(lvlm.module, lvlm.anatomy.head):
+        why = "the model has none here" if config.weights else "the gate knows none"
+        text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
+        warnings.warn(text, UserWarning, stacklevel=4)
 
-    Raises:
-        LayerError: If there is none.
-    """
+
+def check_layer(layer: Any, n_layers: int) -> int | str:
+    """The block a gate reads: ``"embed"`` or an index with a block behind it; else a LayerError."""
     if layer == "embed":
         return "embed"
-    whole = isinstance(layer, int) and not isinstance(layer, bool)
-    if not whole or not 0 <= layer < n_layers - 1:
+    if not (isinstance(layer, int) and is_whole(layer, 0, n_layers - 2)):
         raise LayerError(
             f"Got layer={layer!r} for a gate in a decoder of {n_layers} blocks; expected 'embed' or "
             f"0 to {n_layers - 2}: a gate at block l scales keys in block l + 1."
@@ -104,14 +105,7 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
 def choose_rules(
     lvlm: LVLM, v: Any, low: Any, wants_l: bool, block: int, samples: Sequence[Sample] | None
 ) -> tuple[Any, Any]:
-    """The rules of a gate: given, published constants, else calibrated on samples.
-
-    Limits per layer become the one number of ``block``, whose keys the gate scales.
-
-    Raises:
-        InputError: If a calibration is needed and there is no processor and no sample.
-        InterventionError: If a rule for L-sinks came without such a group.
-    """
+    """The rules of a gate: given, else published, else calibrated; limits per layer are that of a block."""
     if low is not None and not wants_l:
         raise InterventionError(
             f"Got l_detector={low!r} for a gate without an L group; expected none. Write "
@@ -136,32 +130,11 @@ def drawn_samples(lvlm: LVLM) -> list[Sample]:
     if lvlm.processor is None:
         raise InputError(
             "Got a model without published constants and without a processor; expected a rule for "
-            "V-sinks. Write ss.LSG.for_model(lvlm, layer, v_detector=ss.detectors.Norm(100.0)) or "
-            "samples=[...]."
+            "V-sinks. Write v_detector=ss.detectors.Norm(100.0), or samples=[...]."
         )
-    seeds = VALIDATION_SEEDS[:CALIBRATION_IMAGES]
-    return [lvlm.prepare(draw_scene(seed).image, "describe the image") for seed in seeds]
+    return [lvlm.prepare(draw_scene(s).image, "describe the image") for s in VALIDATION_SEEDS[:6]]
 
 
 def device_for(lvlm: LVLM) -> torch.device:
     """Where a gate for that model belongs: beside its weights, or here if it has none."""
     return torch.device("cpu") if lvlm.device.type == "meta" else lvlm.device
-
-
-def check_gates(gates: Any) -> list[LSG]:
-    """Gates as a list.
-
-    Raises:
-        InterventionError: If something else came.
-    """
-    from sinkscope.lsg.gate import LSG
-
-    out = [gates] if isinstance(gates, LSG) else list(gates)
-    if not out or not all(isinstance(gate, LSG) for gate in out):
-        raise InterventionError(f"Got {gates!r}; expected one LSG or a list of them.")
-    return out
-
-
-def by_name(gate: LSG, values: Tensor) -> Mapping[str, float]:
-    """Coefficients ``[group]`` by the names of their groups."""
-    return dict(zip(gate.groups, values.tolist(), strict=True))

@@ -1,12 +1,7 @@
-"""Names under which other code bases and the hub know models of one architecture.
-
-Sizes are those of the published configs. A checkpoint that was converted has the same sizes and, up
-to rounding, the same weights, so a gate for the one is a gate for the other.
-"""
+"""What a gate is made of and for: one checked record, and the names and sizes of its model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
@@ -16,15 +11,16 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from sinkscope.checks import is_number, is_whole
+from sinkscope.checks import check_choice, is_number, is_whole
 from sinkscope.detectors.kinds import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
-from sinkscope.errors import DetectorError, InterventionError, nearest
+from sinkscope.errors import DetectorError, InterventionError
 from sinkscope.kernels.gating import ACTIVATIONS
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy
 
+GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
 MODEL_ALIASES = MappingProxyType(
     {
         "llava_llama": "llava",  # config.model_type of the original LLaVA code
@@ -34,162 +30,49 @@ MODEL_ALIASES = MappingProxyType(
         "Gemma3ForConditionalGeneration": "gemma3",
     }
 )
-
 """Model types and class names, and what ``transformers`` calls the type."""
 
-TOWER = MappingProxyType(  # CLIP ViT-L/14-336, read at its second-last block
-    {
-        "model_type": "llava",
-        "vision_layers": 24,
-        "vision_width": 1024,
-        "feed_layers": [22],
-        "tokens_merged": 1,
-    }
-)
 
-LLAVA_7B = MappingProxyType(
-    {
-        **TOWER,
-        "language_layers": 32,
-        "language_width": 4096,
-        "heads": 32,
-        "kv_heads": 32,
-        "head_dim": 128,
-    }
-)
+def _llava(layers: int, width: int) -> Mapping[str, Any]:
+    """The fingerprint of a LLaVA-1.5: CLIP ViT-L/14-336, read at its second-last block."""
+    vision = {"vision_layers": 24, "vision_width": 1024, "feed_layers": [22], "tokens_merged": 1}
+    language = {"language_layers": layers, "language_width": width}
+    heads = {"heads": width // 128, "kv_heads": width // 128, "head_dim": 128}
+    return MappingProxyType({"model_type": "llava", **vision, **language, **heads})
 
-LLAVA_13B = MappingProxyType(
-    {
-        **TOWER,
-        "language_layers": 40,
-        "language_width": 5120,
-        "heads": 40,
-        "kv_heads": 40,
-        "head_dim": 128,
-    }
-)
 
 BASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "liuhaotian/llava-v1.5-7b": LLAVA_7B,
-        "llava-hf/llava-1.5-7b-hf": LLAVA_7B,
-        "liuhaotian/llava-v1.5-13b": LLAVA_13B,
-        "llava-hf/llava-1.5-13b-hf": LLAVA_13B,
+        "liuhaotian/llava-v1.5-7b": _llava(32, 4096),
+        "llava-hf/llava-1.5-7b-hf": _llava(32, 4096),
+        "liuhaotian/llava-v1.5-13b": _llava(40, 5120),
+        "llava-hf/llava-1.5-13b-hf": _llava(40, 5120),
     }
 )
-
-"""Repositories and the fingerprint of what they hold."""
-
-
-def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint in the words of this library.
-
-    Args:
-        made_for: A fingerprint, perhaps with a foreign ``model_type``, or with ``base``, a
-            repository, in place of what it does not say itself.
-
-    Returns:
-        The fingerprint. An unknown ``base`` stays in it, so that it shows as a difference.
-    """
-    out = dict(made_for)
-    base = out.get("base")
-    if isinstance(base, str) and base in BASES:
-        out = {**BASES[base], **{name: value for name, value in out.items() if name != "base"}}
-    kind = out.get("model_type")
-    if isinstance(kind, str):
-        out["model_type"] = MODEL_ALIASES.get(kind, kind)
-    return out
-
-
-SEEDS = (-(2**63), 2**64 - 1)
-
-"""What torch takes."""
+"""Repositories and the fingerprint of their model. A converted checkpoint has the same sizes and, up to
+rounding, the same weights: a gate for the one is a gate for the other."""
 
 
 def require(good: bool, name: str, value: Any, expected: str) -> None:
-    """Refuse a value.
-
-    Raises:
-        InterventionError: If it is not good.
-    """
+    """Refuse a value that is not good."""
     if not good:
         shown = repr(value)
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise InterventionError(f"Got {name}={shown}; expected {expected}.")
 
 
-def check_sizes(config: Any) -> None:
-    """Refuse numbers, switches and tables of a `GateConfig` that are of another type.
-
-    Raises:
-        InterventionError: If any is, with its name.
-    """
-    layer = config.layer
-    where = layer == "embed" or (is_whole(layer) and layer >= 0)
-    require(where, "layer", layer, "'embed' or the index of a block, from 0")
-    for name in ("d_model", "hidden"):
-        value = getattr(config, name)
-        require(is_whole(value) and value > 0, name, value, "a whole number of 1 or more")
-    scale = config.scale
-    require(is_number(scale) and scale > 0, "scale", scale, "a positive number, not infinite")
-    seed = config.seed
-    fits = is_whole(seed) and SEEDS[0] <= seed <= SEEDS[1]
-    require(fits, "seed", seed, "a whole number of at most 64 bits")
-    require(isinstance(config.affine, bool), "affine", config.affine, "True or False")
-    weights = config.weights
-    numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
-    require(numbers, "weights", weights, "a tuple of numbers, as sketch() gives them")
-    named = isinstance(config.model, Mapping) and all(isinstance(n, str) for n in config.model)
-    require(named, "model", config.model, "the fingerprint of a model, by name")
-
-
 def check_fingerprint(model: Mapping[str, Any]) -> None:
-    """Refuse a fingerprint that cannot be of a model.
-
-    Raises:
-        InterventionError: If a size is no whole number, or missing.
-    """
-    sizes = ("vision_layers", "vision_width", "tokens_merged", "language_layers", "language_width")
-    for name in (*sizes, "heads", "kv_heads", "head_dim"):
+    """Refuse a fingerprint that cannot be of a model: a size is missing or no whole number."""
+    require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
+    for name in _llava(1, 128):
         value = model.get(name)
-        good = is_whole(value) and value > 0
-        require(good, f"model[{name!r}]", value, "a whole number of 1 or more")
-    kind, feeds = model.get("model_type"), model.get("feed_layers")
-    require(isinstance(kind, str), "model['model_type']", kind, "the name of a type")
-    good = isinstance(feeds, list) and bool(feeds) and all(is_whole(f) and f >= 0 for f in feeds)
-    require(good, "model['feed_layers']", feeds, "a list of block indices")
-
-
-def check_detector(name: str, detector: Any, width: Any) -> None:
-    """Refuse a rule that cannot be one of this gate; its own numbers it checks itself.
-
-    Args:
-        name: ``"v_detector"`` or ``"l_detector"``, for messages.
-        detector: One that can be in a gate.
-        width: Of the states it judges, if that is known.
-
-    Raises:
-        InterventionError: If it is for another tower, or its channels are beyond the states.
-    """
-    if isinstance(detector, VisionTokens):
-        require(name == "v_detector", name, detector, "a rule for states of the decoder")
-        return
-    if isinstance(detector, Norm):
-        alone = not isinstance(detector.tau, str)
-        require(alone, f"{name}.tau", detector.tau, "a positive number, which judges tokens alone")
-    if isinstance(detector, SinkDimensions):
-        dims, most = detector.dims, width if is_whole(width) else math.inf
-        good = all(dim < most for dim in dims)
-        require(good, f"{name}.dims", dims, f"channels from 0, below {most}")
-
-
-GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
-
-SIGNALS = ("last", "mean", "visual")
-
-DECODE = ("frozen", "refresh", "off")
-
-INITS = ("uniform", "neutral")
+        if name == "model_type":
+            require(isinstance(value, str), f"model[{name!r}]", value, "the name of a type")
+        elif name == "feed_layers":
+            good = isinstance(value, list) and value != [] and all(is_whole(v, 0) for v in value)
+            require(good, f"model[{name!r}]", value, "a list of block indices")
+        else:
+            require(is_whole(value, 1), f"model[{name!r}]", value, "a whole number of 1 or more")
 
 
 @dataclass(frozen=True)
@@ -238,56 +121,52 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices: tuple[tuple[str, Any, Any], ...] = (
-            ("groups", self.groups, GROUPS),
-            ("signal", self.signal, SIGNALS),
-            ("decode", self.decode, DECODE),
-            ("init", self.init, INITS),
-            ("activation", self.activation, ACTIVATIONS),
-        )
-        for name, value, known in choices:
-            if value not in known:
-                hint = nearest(value, [str(k) for k in known]) if isinstance(value, str) else ""
-                raise InterventionError(
-                    f"Got {name}={value!r}; expected one of {known}. {hint}".rstrip()
-                )
+        refused: dict[str, Any] = {"error": InterventionError}
+        check_choice(GROUPS, groups=self.groups, **refused)
+        check_choice(("last", "mean", "visual"), signal=self.signal, **refused)
+        check_choice(("frozen", "refresh", "off"), decode=self.decode, **refused)
+        check_choice(("uniform", "neutral"), init=self.init, **refused)
+        check_choice(ACTIVATIONS, activation=self.activation, **refused)
         if self.decode == "refresh" and self.signal != "last":
             raise InterventionError(
                 f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
                 "over prompt tokens does not change at decode steps: write decode='frozen'."
             )
-        check_sizes(self)
-        if self.init == "neutral" and self.scale != len(self.groups):
+        self._check_types()
+        many = len(self.groups)
+        if self.init == "neutral" and self.scale != many:
             raise InterventionError(
-                f"Got init='neutral' and scale={self.scale:g}; expected scale={len(self.groups)}: as many "
-                f"as there are groups {self.groups}, so that a new gate's coefficients are 1."
+                f"Got init='neutral' and scale={self.scale:g}; expected scale={many}: as many as "
+                f"there are groups {self.groups}, so that a new gate's coefficients are 1."
             )
         if ("L" in self.groups) != (self.l_detector is not None):
             raise InterventionError(
                 f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
                 "L-sinks exactly where 'L' is a group."
             )
-        self._check_rules()
+        _check_rule("v_detector", self.v_detector, self.model.get("vision_width"))
+        if self.l_detector is not None:
+            _check_rule("l_detector", self.l_detector, self.d_model)
 
-    def _check_rules(self) -> None:
-        """Refuse rules that are none, or beyond the states they judge."""
-        rules = (
-            ("v_detector", self.v_detector, self.model.get("vision_width")),
-            ("l_detector", self.l_detector, self.d_model),
-        )
-        for name, rule, width in rules:
-            if rule is None and name == "l_detector":
-                continue
-            if not isinstance(rule, Mapping) or not isinstance(rule.get("name"), str):
-                raise InterventionError(
-                    f"Got {name}={rule!r}; expected a rule by name and parameters, as "
-                    "sinkscope.lsg.describe(detector) gives it."
-                )
-            try:
-                detector = detector_of(rule)
-            except DetectorError as error:
-                raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
-            check_detector(name, detector, width)
+    def _check_types(self) -> None:
+        """Refuse numbers, switches and tables of another type."""
+        layer, weights, model = self.layer, self.weights, self.model
+        named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
+        numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
+        where = layer == "embed" or is_whole(layer, 0)
+        # torch takes a seed of at most 64 bits, with a sign or without
+        seeded = is_whole(self.seed, -(2**63), 2**64 - 1)
+        for name, good, expected in (
+            ("layer", where, "'embed' or the index of a block, from 0"),
+            ("d_model", is_whole(self.d_model, 1), "a whole number of 1 or more"),
+            ("hidden", is_whole(self.hidden, 1), "a whole number of 1 or more"),
+            ("scale", is_number(self.scale, above=0), "a positive number, not infinite"),
+            ("seed", seeded, "a whole number of at most 64 bits"),
+            ("affine", isinstance(self.affine, bool), "True or False"),
+            ("weights", numbers, "a tuple of numbers, as sketch() gives them"),
+            ("model", named, "the fingerprint of a model, by name"),
+        ):
+            require(good, name, getattr(self, name), expected)
 
     @property
     def edited(self) -> int:
@@ -320,6 +199,33 @@ class GateConfig:
         return cls(**given)
 
 
+def _check_rule(name: str, rule: Any, width: Any) -> None:
+    """Refuse a rule that is none, is for another tower, or reads channels beyond the states.
+
+    Args:
+        name: ``"v_detector"`` or ``"l_detector"``, for messages.
+        rule: As `describe` gives it.
+        width: Of the states it judges, if that is known.
+    """
+    if not isinstance(rule, Mapping) or not isinstance(rule.get("name"), str):
+        raise InterventionError(
+            f"Got {name}={rule!r}; expected a rule by name and parameters, as "
+            "sinkscope.lsg.describe(detector) gives it."
+        )
+    try:
+        detector = detector_of(rule)
+    except DetectorError as error:
+        raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
+    if isinstance(detector, VisionTokens):
+        require(name == "v_detector", name, detector, "a rule for states of the decoder")
+    elif isinstance(detector, Norm):
+        alone = not isinstance(detector.tau, str)
+        require(alone, f"{name}.tau", detector.tau, "a positive number, which judges tokens alone")
+    elif isinstance(detector, SinkDimensions) and is_whole(width):
+        inside = all(dim < width for dim in detector.dims)
+        require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
+
+
 def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
     """What a gate must agree with, by name: type and sizes of both towers.
 
@@ -327,7 +233,7 @@ def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
     """
     vision, language = anatomy.vision, anatomy.language
     return {
-        "model_type": canonical({"model_type": anatomy.model_type})["model_type"],
+        "model_type": MODEL_ALIASES.get(anatomy.model_type, anatomy.model_type),
         "vision_layers": vision.n_layers,
         "vision_width": vision.d_model,
         "feed_layers": list(anatomy.feed_layers),
@@ -361,6 +267,21 @@ def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
         return True
     a, b = torch.tensor(one), torch.tensor(other)
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=2e-2, atol=float(a.std()) * 1e-2))
+
+
+def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint in the words of transformers: aliases resolved, ``base`` replaced by its sizes.
+
+    An unknown ``base`` stays in it, so that it shows as a difference.
+    """
+    out, base = dict(made_for), made_for.get("base")
+    if isinstance(base, str) and base in BASES:
+        del out["base"]
+        out = {**BASES[base], **out}
+    kind = out.get("model_type")
+    if isinstance(kind, str):
+        out["model_type"] = MODEL_ALIASES.get(kind, kind)
+    return out
 
 
 def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

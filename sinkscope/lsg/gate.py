@@ -15,7 +15,8 @@ from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import files
 from sinkscope.lsg.attach import Attachment, attach, detach
-from sinkscope.lsg.building import config_for, device_for, refuse_other_model
+from sinkscope.lsg.building import config_for, device_for, refuse_other_model, warn_unchecked
+from sinkscope.lsg.card import SavedGate
 from sinkscope.lsg.config import GateConfig, same_weights, sketch
 from sinkscope.lsg.signals import signals_of
 from sinkscope.protocols import Edit
@@ -233,7 +234,7 @@ class LSG(nn.Module):
             CheckpointError: If the folder holds something else, or cannot be written.
             InputError: If the record is no plain data.
         """
-        files.save_gate(self, folder, record)
+        files.save_gate(folder, saved(self, record))
 
     @staticmethod
     def from_pretrained(
@@ -257,7 +258,7 @@ class LSG(nn.Module):
             CheckpointError: If files are missing, damaged or of something else.
             InterventionError: If it was made for another model, with the differences.
         """
-        return files.load_gate(path_or_repo, revision, subfolder, lvlm, allow_noop)
+        return loaded(files.load_gate(path_or_repo, revision, subfolder), lvlm, allow_noop)
 
     def push_to_hub(
         self,
@@ -283,7 +284,7 @@ class LSG(nn.Module):
         Raises:
             CheckpointError: Without network, login or permission.
         """
-        return files.push_gate(self, repo, record, private, revision, token)
+        return files.push_gate(repo, saved(self, record), private, revision, token)
 
     @staticmethod
     def save_stack(
@@ -296,7 +297,7 @@ class LSG(nn.Module):
             folder: As in `save_pretrained`.
             record: How they were made together; each keeps its own ``record`` besides.
         """
-        files.save_stack(gates, folder, record)
+        files.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
 
     @staticmethod
     def load_stack(
@@ -308,7 +309,8 @@ class LSG(nn.Module):
         allow_noop: bool = False,
     ) -> list[LSG]:
         """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
-        return files.load_stack(path_or_repo, revision, subfolder, lvlm, allow_noop)
+        found = files.load_stack(path_or_repo, revision, subfolder)
+        return [loaded(one, lvlm, allow_noop) for one in found]
 
     def extra_repr(self) -> str:
         """What stands in ``repr``."""
@@ -322,3 +324,20 @@ def check_gates(gates: Any) -> list[LSG]:
     if not out or not all(isinstance(gate, LSG) for gate in out):
         raise InterventionError(f"Got {gates!r}; expected one LSG or a list of them.")
     return out
+
+
+def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> SavedGate:
+    """A gate as plain data, with its own record if no other is given."""
+    return SavedGate(gate.config, gate.state_dict(), gate.record if record is None else record)
+
+
+def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
+    """The gate of saved data, on the device of the model; one that it was not made for is refused."""
+    gate = LSG(found.config, allow_noop=allow_noop)
+    gate.load_state_dict(found.tensors)
+    gate.record = found.record
+    if lvlm is None:
+        return gate
+    gate.check_fits(lvlm)
+    warn_unchecked(gate.config, lvlm)
+    return gate.to(device_for(lvlm))

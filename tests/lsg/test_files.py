@@ -5,9 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 import sinkscope as ss
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import CheckpointError, InputError, InterventionError
-from sinkscope.lsg import files as storage
 from sinkscope.lsg.config import BASES, canonical, differences, fingerprint
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 RULE = ss.detectors.Norm(1.0)
+refused = partial(pytest.raises, CheckpointError)
 FAMILY = "llava-clip-llama"
 HERE = Path(__file__).parent
 
@@ -71,6 +71,7 @@ def edit_tensors(folder, change):
 # What is loaded is what was saved
 
 
+@pytest.mark.filterwarnings("error")  # nothing is said where weights were compared
 @pytest.mark.parametrize(
     "choices",
     [
@@ -101,17 +102,14 @@ torch.set_num_threads(1)
 import sinkscope as ss
 from sinkscope.testing import random_image
 
-model, where = sys.argv[1:3]
-lvlm = ss.LVLM.from_pretrained(model)
-gates = ss.LSG.load_stack(where, lvlm=lvlm) if sys.argv[3] == "stack" else [ss.LSG.from_pretrained(where)]
+lvlm = ss.LVLM.from_pretrained(sys.argv[1])
+gates = ss.LSG.load_stack(sys.argv[2], lvlm=lvlm)
 sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
 traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
 attached = [gate.attach(lvlm) for gate in gates]
 plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
 first = lvlm.module(**sample.inputs)
 seen = [one.coefficients for one in attached]
-for gate in gates:
-    gate.detach()
 print("ANSWER", json.dumps({
     "traced": traced.tolist(), "attached": plain.tolist(),
     "coefficients": [[value.hex() for value in one.flatten().tolist()] for one in seen],
@@ -120,34 +118,23 @@ print("ANSWER", json.dumps({
 """
 
 
-def answer(model, where, kind):
-    """The answer of a process of its own, which loads model and gate."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+@pytest.mark.slow
+def test_another_process_answers_with_the_same_tokens(tmp_path):
+    """The gates here are those in memory, never read from a file."""
+    write_checkpoint(*TINY["qwen2.5-vl"](), tmp_path / "model")
+    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
+    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
+    ss.LSG.save_stack(gates, tmp_path / "saved")
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER, str(model), str(where), kind],
-        env=env,
+        [sys.executable, "-c", ANSWER, str(tmp_path / "model"), str(tmp_path / "saved")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.partition("ANSWER ")[2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [(FAMILY, "one"), ("qwen2.5-vl", "stack")])
-def test_another_process_answers_with_the_same_tokens(tmp_path, family, kind):
-    """The gates here are those in memory, never read from a file."""
-    write_checkpoint(*TINY[family](), tmp_path / "model")
-    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
-    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
-    if kind == "stack":
-        ss.LSG.save_stack(gates, tmp_path / "saved")
-    else:
-        gates = gates[:1]
-        gates[0].save_pretrained(tmp_path / "saved")
-    there = answer(tmp_path / "model", tmp_path / "saved", kind)
+    there = json.loads(done.stdout.partition("ANSWER ")[2])
 
     sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
     traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
@@ -161,44 +148,36 @@ def test_another_process_answers_with_the_same_tokens(tmp_path, family, kind):
     assert there["attached"] == plain.tolist()
     assert there["coefficients"] == [[value.hex() for value in one] for one in seen]
     assert there["logits"] == [value.hex() for value in logits.tolist()]
-    ungated = lvlm.module(**sample.inputs).logits[0, -1]
-    assert not torch.equal(logits, ungated)
+    assert not torch.equal(logits, lvlm.module(**sample.inputs).logits[0, -1])
     assert all(abs(value - 0.5) > 1e-3 for value in seen[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_fp32(folder, gate, dtype):
+def test_half_precision_is_read_and_saved_as_fp32(folder, gate, tmp_path, dtype):
     edit_tensors(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))
     loaded = ss.LSG.from_pretrained(folder)
     for name, value in gate.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.float32
         assert torch.equal(loaded.state_dict()[name], value.to(dtype).float())
-
-
-def test_a_gate_in_half_precision_is_saved_in_fp32(gate, tmp_path):
-    gate.half().save_pretrained(tmp_path / "gate")
-    tensors = load_file(tmp_path / "gate" / "model.safetensors")
+    loaded.to(dtype).save_pretrained(tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float32}
-    gate.float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_other_types_are_refused(folder, dtype):
     edit_tensors(folder, lambda t: t.update({"outer.bias": t["outer.bias"].to(dtype)}))
-    with pytest.raises(CheckpointError, match=rf"'outer.bias' of .* in {dtype}; expected one of"):
+    with refused(match=rf"'outer.bias' of .* in {dtype}; expected finite"):
         ss.LSG.from_pretrained(folder)
 
 
 def test_a_torch_file_is_read_where_there_are_no_safetensors(folder, gate):
     (folder / "model.safetensors").unlink()
     torch.save(gate.state_dict(), folder / "pytorch_model.bin")
-    loaded = ss.LSG.from_pretrained(folder)
+    loaded = ss.LSG.from_pretrained(folder, allow_noop=True)
     assert torch.equal(loaded.inner.weight, gate.inner.weight)
-
-
-def test_allow_noop_is_a_choice_of_who_loads(folder):
+    assert loaded.allow_noop
     assert not ss.LSG.from_pretrained(folder).allow_noop
-    assert ss.LSG.from_pretrained(folder, allow_noop=True).allow_noop
 
 
 def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
@@ -207,9 +186,7 @@ def test_home_is_expanded_and_paths_are_taken(gate, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "config.json").is_file()
     assert ss.LSG.from_pretrained("~/mine").config == gate.config
     assert ss.LSG.from_pretrained(tmp_path, subfolder="mine").config == gate.config
-    with pytest.raises(
-        CheckpointError, match=r"subfolder='other' of .*; expected one of \['mine'\]"
-    ):
+    with refused(match=r"/other', which is without config"):
         ss.LSG.from_pretrained(tmp_path, subfolder="other")
 
 
@@ -236,11 +213,11 @@ def test_a_stack_keeps_its_order(lvlm, tmp_path):
 
 def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
     ss.LSG.save_stack([gate], tmp_path / "stack")
-    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.load_stack"):
+    with refused(match=r"Write ss\.LSG\.load_stack"):
         ss.LSG.from_pretrained(tmp_path / "stack")
-    with pytest.raises(CheckpointError, match=r"Write ss\.LSG\.from_pretrained"):
+    with refused(match=r"Write ss\.LSG\.from_pretrained"):
         ss.LSG.load_stack(folder)
-    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+    with refused(match="expected a new or empty one"):
         gate.save_pretrained(tmp_path / "stack")
     with pytest.raises(InterventionError, match="expected one LSG or a list"):
         ss.LSG.save_stack([], tmp_path / "none")
@@ -251,7 +228,7 @@ def test_gate_and_stack_are_told_apart(gate, folder, tmp_path):
 def test_names_in_a_stack_stay_inside(gate, tmp_path, names):
     ss.LSG.save_stack([gate], tmp_path / "stack")
     edit_json(tmp_path / "stack" / "config.json", gates=names)
-    with pytest.raises(CheckpointError, match="expected names of folders beside it"):
+    with refused(match="expected names of folders beside it"):
         ss.LSG.load_stack(tmp_path / "stack")
 
 
@@ -296,12 +273,6 @@ def test_other_weights_are_refused_and_adopted(folder, use):
     assert other.run(sample, interventions=[adopted]).logits.isfinite().all()
 
 
-def test_a_layer_beyond_the_model_is_refused(folder):
-    edit_gate(folder, layer=2)
-    with pytest.raises(CheckpointError, match=r"layer=2 for a gate in a decoder of 3 blocks"):
-        ss.LSG.from_pretrained(folder)
-
-
 def test_without_weights_the_gate_loads_and_says_what_was_not_compared(gate, folder, tmp_path):
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
     remote = ss.LVLM.from_pretrained(tmp_path / "model", remote=True)
@@ -314,22 +285,13 @@ def test_without_weights_the_gate_loads_and_says_what_was_not_compared(gate, fol
         ss.LSG.from_pretrained(folder, lvlm=ss.LVLM.from_pretrained(tmp_path / "model"))
 
 
-def test_nothing_is_said_where_weights_were_compared(lvlm, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ss.LSG.from_pretrained(folder, lvlm=lvlm)
-
-
 # Names of one model
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_llama", "LlavaLlamaForCausalLM"])
 def test_foreign_names_of_the_type_are_one_model(lvlm, gate, folder, name):
     edit_gate(folder, model={**gate.config.model, "model_type": name})
-    sample = lvlm.prepare(images=random_image(), text="what")
-    loaded = ss.LSG.from_pretrained(folder, lvlm=lvlm)
-    want = lvlm.run(sample, interventions=[gate]).logits
-    assert torch.equal(lvlm.run(sample, interventions=[loaded]).logits, want)
+    assert ss.LSG.from_pretrained(folder, lvlm=lvlm).config == gate.config
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -383,110 +345,77 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def rename(tensors):
-    tensors["first.weight"] = tensors.pop("inner.weight")
+def text(name, content):
+    """A damage that replaces a file."""
+    return lambda folder: (folder / name).write_bytes(content.encode("latin-1"))
 
 
-def shorten(tensors):
-    tensors["inner.weight"] = tensors["inner.weight"][:, :-1].contiguous()
+def head(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def spoil(tensors):
-    tensors["outer.bias"] = torch.tensor([float("nan"), 0.0])
+def choice(**changes):
+    return lambda folder: edit_gate(folder, **changes)
 
 
+def tensors(change):
+    return lambda folder: edit_tensors(folder, change)
+
+
+C, M, T = "config.json", "model.safetensors", "training.json"
+NEW = {"sinkscope": "9.1"}
 DAMAGE = {
-    "truncated": (cut, "damaged or cut off .*SafetensorError"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or cut off"),
+    "truncated": (cut, "damaged or cut off: SafetensorError"),
+    "empty": (text(M, ""), "damaged or cut off"),
     "renamed": (
-        lambda f: edit_tensors(f, rename),
-        r"(?s)inner.weight \(16, 64\) is missing; perhaps \['first.weight'\].*first.weight .* is not part",
+        tensors(lambda t: t.update({"first.weight": t.pop("inner.weight")})),
+        r"(?s)inner.weight: expected \(16, 64\), found none.*first.weight: expected none, found \(16",
     ),
-    "extra": (
-        lambda f: edit_tensors(f, lambda t: t.update(more=torch.zeros(3))),
-        r"more \(3,\) is not part of this gate",
-    ),
-    "missing": (
-        lambda f: edit_tensors(f, lambda t: t.pop("outer.bias")),
-        r"outer.bias \(2,\) is missing",
-    ),
+    "extra": (tensors(lambda t: t.update(more=torch.zeros(3))), r"more: expected none, found \(3,"),
+    "missing": (tensors(lambda t: t.pop("outer.bias")), r"bias: expected \(2,\), found none"),
     "shape": (
-        lambda f: edit_tensors(f, shorten),
-        r"inner.weight has shape \(16, 63\), expected \(16, 64\)",
+        tensors(lambda t: t.update({"inner.weight": t["inner.weight"][:, :-1].contiguous()})),
+        r"inner.weight: expected \(16, 64\), found \(16, 63\)",
     ),
-    "nan": (lambda f: edit_tensors(f, spoil), "NaN or infinite numbers in 'outer.bias'"),
-    "no tensors": (lambda f: (f / "model.safetensors").unlink(), "without model.safetensors"),
+    "nan": (
+        tensors(lambda t: t.update({"outer.bias": torch.tensor([float("nan"), 0.0])})),
+        "'outer.bias' of .* with NaN or infinite",
+    ),
+    "no tensors": (lambda f: (f / M).unlink(), "without model.safetensors"),
     "no config": (
-        lambda f: (f / "config.json").unlink(),
+        lambda f: (f / C).unlink(),
         r"without config.json; expected what gate.save_pretrained\(folder\) wrote",
     ),
-    "no json": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "binary": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
-        "cannot be read as JSON",
+    "no json": (text(C, "{"), "cannot be read as JSON"),
+    "binary": (text(C, "\xff\xfe\x00"), "cannot be read as JSON"),
+    "a list": (text(C, "[]"), "holds a list"),
+    "nothing": (text(C, "{}"), "a dict of the format 'None'"),
+    "a list as format": (head(format=["x"]), r"of the format \"\['x'\]\""),
+    "unknown field": (head(colour="red"), r"unknown fields \['colour'\]"),
+    "unknown gate field": (choice(colour="red"), r"impossible: Got .* unknown fields \['colour'\]"),
+    "newer": (head(format_version=2, versions=NEW), r"=2 .*'9\.1'}.*; expected 1 to 1, .* Upgrade"),
+    "version as text": (head(format_version="1"), "format_version='1'"),
+    "no version": (head(format_version=-5), "format_version=-5 .*; expected 1 to 1"),
+    "versions": (head(versions=[1]), r"versions=\[1\] in config.json of .* versions by name"),
+    "width": (choice(d_model=65), "impossible: Got d_model=65; expected the model's width, 64"),
+    "a layer beyond": (choice(layer=2), "layer=2 for a gate in a decoder of 3 blocks"),
+    "layer": (choice(layer="last"), "impossible: Got layer='last'"),
+    "group": (choice(groups=["V", "x"]), "impossible: Got groups"),
+    "rule": (choice(v_detector={"name": "Shell"}), "the detector 'Shell'"),
+    "rule without name": (choice(v_detector={}), "impossible: Got v_detector={}"),
+    "rule is a list": (choice(v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
+    "rule's name": (choice(v_detector={"name": ["Norm"]}), "Got v_detector={'name'"),
+    "no model": (choice(model={}), "impossible: Got model={}; expected the fingerprint"),
+    "gate is text": (head(gate="V"), "impossible: Got gate='V'; expected its choices, by name"),
+    "gate is a number": (head(gate=3), "impossible: Got gate=3"),
+    "deep config": (text(C, '{"a":' * 20_000), "config.json', which cannot .*RecursionError"),
+    "deep record": (text(T, "[" * 100_000), "training.json', which cannot .*RecursionError"),
+    "a record without names": (
+        text(T, "[1, 2]"),
+        "training.json', which holds a list; expected a tr",
     ),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
-    "nothing": (lambda f: (f / "config.json").write_text("{}"), "names no format"),
-    "unknown field": (
-        lambda f: edit_json(f / "config.json", colour="red"),
-        r"unknown fields \['colour'\]",
-    ),
-    "unknown gate field": (
-        lambda f: edit_gate(f, colour="red"),
-        r"impossible: Got a gate config with unknown fields \['colour'\]",
-    ),
-    "newer": (
-        lambda f: edit_json(f / "config.json", format_version=2, versions={"sinkscope": "9.1"}),
-        r"format_version=2 .* written by sinkscope 9\.1; expected at most 1\. Upgrade",
-    ),
-    "version as text": (
-        lambda f: edit_json(f / "config.json", format_version="1"),
-        "format_version='1'",
-    ),
-    "width": (
-        lambda f: edit_gate(f, d_model=65),
-        "impossible: Got d_model=65; expected the model's width, 64",
-    ),
-    "hidden": (
-        lambda f: edit_gate(f, hidden=16.0),
-        r"impossible: Got hidden=16\.0; expected a whole number",
-    ),
-    "group": (lambda f: edit_gate(f, groups=["V", "x"]), "impossible: Got groups"),
-    "no groups": (lambda f: edit_gate(f, groups=None), "impossible: Got groups=None"),
-    "layer": (lambda f: edit_gate(f, layer="last"), "impossible: Got layer='last'"),
-    "rule": (lambda f: edit_gate(f, v_detector={"name": "Shell"}), "the detector 'Shell'"),
-    "rule without name": (lambda f: edit_gate(f, v_detector={}), "impossible: Got v_detector={}"),
-    "no model": (lambda f: edit_gate(f, model={}), "impossible: Got no fingerprint of a model"),
-    "gate is text": (
-        lambda f: edit_json(f / "config.json", gate="V"),
-        "impossible: Got gate='V'; expected its choices, by name",
-    ),
-    "gate is a number": (lambda f: edit_json(f / "config.json", gate=3), "impossible: Got gate=3"),
-    "no version": (
-        lambda f: edit_json(f / "config.json", format_version=-5),
-        "format_version=-5 in config.json of .*; expected 1 to 1",
-    ),
-    "newer, by whom": (
-        lambda f: edit_json(f / "config.json", format_version=2, versions=[1]),
-        "format_version=2 .* written by sinkscope unknown; expected at most 1",
-    ),
-    "versions": (
-        lambda f: edit_json(f / "config.json", versions=[1]),
-        r"versions=\[1\] in config.json of .*; expected the versions of libraries",
-    ),
-    "deep config": (
-        lambda f: (f / "config.json").write_text('{"a":' * 20_000),
-        "config.json', which cannot be read as JSON .RecursionError",
-    ),
-    "deep record": (
-        lambda f: (f / "training.json").write_text("[" * 100_000),
-        "training.json', which cannot be read as JSON .RecursionError",
-    ),
-    "rule is a list": (lambda f: edit_gate(f, v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
-    "rule's name": (
-        lambda f: edit_gate(f, v_detector={"name": ["Norm"]}),
-        "Got v_detector={'name'",
-    ),
+    "no record": (text(T, "null"), "training.json', which holds a NoneType; expected a training"),
+    "large": (choice(hidden=10**13), r"expected \(10000000000000, 64\)"),
 }
 
 
@@ -494,7 +423,7 @@ DAMAGE = {
 def test_damage_is_said(folder, case):
     damage, message = DAMAGE[case]
     damage(folder)
-    with pytest.raises(CheckpointError, match=message):
+    with refused(match=message):
         ss.LSG.from_pretrained(folder)
 
 
@@ -521,6 +450,7 @@ WRONG_FIELDS = {
     "v_detector.reason": [{"name": "NoSinks", "reason": 3}],
     "v_detector.gap": [{"name": "Norm", "tau": 1.0, "gap": float("nan")}],
 }
+FIRST = {name: values[0] for name, values in WRONG_FIELDS.items()}
 WRONG_FIELDS = [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
 
 
@@ -528,13 +458,12 @@ def called(value):
     return repr(value)[:24]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=called)
+@pytest.mark.parametrize(("name", "value"), FIRST.items(), ids=called)
 def test_every_field_has_its_type_in_a_file(folder, name, value):
     head, _, part = name.partition(".")
     edit_gate(folder, **{head: value})
-    with pytest.raises(
-        CheckpointError, match=rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
-    ):
+    said = rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
+    with refused(match=said):
         ss.LSG.from_pretrained(folder)
 
 
@@ -560,7 +489,7 @@ def test_every_field_has_its_type_in_memory(gate, name, value):
 )
 def test_every_size_of_the_model_has_its_type(gate, folder, name, value):
     edit_gate(folder, model={**gate.config.model, name: value})
-    with pytest.raises(CheckpointError, match=rf"is impossible: Got model\['{name}'\]="):
+    with refused(match=rf"is impossible: Got model\['{name}'\]="):
         ss.LSG.from_pretrained(folder)
 
 
@@ -586,15 +515,6 @@ def test_what_the_model_says_is_no_choice(lvlm, name):
         ss.LSG.for_model(lvlm, 1, v_detector=RULE, **{name: 3})
 
 
-@pytest.mark.parametrize("record", ["[1, 2]", "3", '"abc"', "null"])
-def test_a_record_is_names_and_values(folder, record):
-    (folder / "training.json").write_text(record)
-    with pytest.raises(
-        CheckpointError, match=r"training.json', which holds a \w+; expected a train"
-    ):
-        ss.LSG.from_pretrained(folder)
-
-
 STRANGE = {
     "meta": lambda: torch.empty(2, device="meta"),
     "sparse": lambda: torch.ones(2).to_sparse(),
@@ -608,9 +528,7 @@ STRANGE = {
 def test_tensors_without_numbers_of_their_own_are_refused(gate, folder, kind):
     (folder / "model.safetensors").unlink()
     torch.save({**gate.state_dict(), "outer.bias": STRANGE[kind]()}, folder / "pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model.bin', in which \['outer.bias'\] hold"
-    ):
+    with refused(match=r"pytorch_model.bin', in which \['outer.bias'\] hold"):
         ss.LSG.from_pretrained(folder)
 
 
@@ -624,27 +542,19 @@ def test_dictionaries_within_dictionaries_end(folder):
     with zipfile.ZipFile(path, "w") as file:
         for name, content in parts.items():
             file.writestr(name, pickled if name.endswith("data.pkl") else content)
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model\.bin', whose dictionaries are nested"
-    ):
-        ss.LSG.from_pretrained(folder)
-
-
-def test_a_large_size_in_a_config_is_refused_before_memory_is_taken(folder):
-    edit_gate(folder, hidden=10**13)
-    with pytest.raises(CheckpointError, match=r"expected \(10000000000000, 64\)"):
+    with refused(match=r"pytorch_model\.bin', whose dictionaries are nested"):
         ss.LSG.from_pretrained(folder)
 
 
 def test_a_whole_model_is_no_gate(tmp_path):
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"a checkpoint of a whole model \('llava'\)"):
+    with refused(match=r"a checkpoint of a whole model \('llava'\)"):
         ss.LSG.from_pretrained(tmp_path / "model")
 
 
 def test_released_files_point_to_the_importer(tmp_path):
     (tmp_path / "sink_cfg.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"Write ss\.import_gates\(folder, lvlm\)"):
+    with refused(match=r"Write ss\.lsg\.import_gates\(folder, lvlm\)"):
         ss.LSG.from_pretrained(tmp_path)
 
 
@@ -652,14 +562,14 @@ def test_released_files_point_to_the_importer(tmp_path):
     "name", ["/no/such/folder", "./none", "~/none", Path("none"), "none", "a/b/c"]
 )
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(CheckpointError, match="which is nothing that exists; expected the folder"):
+    with refused(match="which is nothing that exists; expected the folder"):
         ss.LSG.from_pretrained(name)
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(CheckpointError, match="which is a file"):
+    with refused(match="which is a file"):
         ss.LSG.from_pretrained(folder / "config.json")
-    with pytest.raises(CheckpointError, match="Got int for files of a gate"):
+    with refused(match="Got '3', which is of type int"):
         ss.LSG.from_pretrained(3)
 
 
@@ -689,7 +599,7 @@ def test_a_pickle_bomb_does_not_go_off(folder, tmp_path, monkeypatch, layout, fo
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=layout == "torch")
-    with pytest.raises(CheckpointError, match="Nothing of it was run"):
+    with refused(match="Nothing of it was run"):
         ss.LSG.from_pretrained(folder)
     assert not target.exists()
     torch.load(path, weights_only=False) if layout != "plain pickle" else pickle.loads(
@@ -701,7 +611,7 @@ def test_a_pickle_bomb_does_not_go_off(folder, tmp_path, monkeypatch, layout, fo
 def test_a_pickle_under_the_name_of_safetensors_is_not_unpickled(folder, tmp_path):
     target = tmp_path / "went-off"
     (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(target)))
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with refused(match="damaged or cut off"):
         ss.LSG.from_pretrained(folder)
     assert not target.exists()
 
@@ -712,12 +622,12 @@ def test_a_pickle_under_the_name_of_safetensors_is_not_unpickled(folder, tmp_pat
 def test_nothing_else_is_overwritten(gate, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match=r"holds \['thesis.tex'\]; expected a new or empty"):
+    with refused(match=r"holds \['thesis.tex'\]; expected a new or empty"):
         gate.save_pretrained(tmp_path / "mine")
-    with pytest.raises(CheckpointError, match="which is a file; expected a folder"):
+    with refused(match="which is a file; expected a folder"):
         gate.save_pretrained(tmp_path / "mine" / "thesis.tex")
     write_checkpoint(*TINY[FAMILY](), tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"holds \[.*'config.json'"):
+    with refused(match=r"holds \[.*'config.json'"):
         gate.save_pretrained(tmp_path / "model")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
@@ -737,7 +647,7 @@ def test_a_gate_replaces_a_gate(lvlm, gate, folder, tmp_path):
     gate.save_pretrained(tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "gate"]
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds \['notes.txt'\]"):
+    with refused(match=r"holds \['notes.txt'\]"):
         gate.save_pretrained(folder)
 
 
@@ -748,7 +658,7 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(storage.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
         real = Path.rename
 
@@ -759,7 +669,7 @@ def test_a_failure_leaves_what_was_there(lvlm, gate, folder, tmp_path, monkeypat
 
         monkeypatch.setattr(Path, "rename", refuse)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match="What was there is still there"):
+    with refused(match="What was there is still there"):
         gate_for(lvlm, "embed").save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert ss.LSG.from_pretrained(folder).config == gate.config
@@ -800,29 +710,18 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("within", ["", "gate-00-layer-1"])
+@pytest.mark.parametrize("within", [None, "", "gate-00-layer-1"])
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_stack_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+def test_a_folder_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
+    """A gate (None), a stack, and a gate in a stack."""
     put, name = FOREIGN[case]
-    stack = tmp_path / "stack"
-    ss.LSG.save_stack([gate], stack)
-    put(stack / within)
+    save = gate.save_pretrained if within is None else partial(ss.LSG.save_stack, [gate])
+    save(tmp_path / "ours")
+    put(tmp_path / "ours" / (within or ""))
     before = under(tmp_path)
     said = f"{within}/{name}" if within else name
-    with pytest.raises(
-        CheckpointError, match=rf"^Got the folder .* holds \['{said}'\]; expected a new"
-    ):
-        ss.LSG.save_stack([gate], stack)
-    assert under(tmp_path) == before
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_gate_with_something_else_in_it_is_not_overwritten(gate, folder, tmp_path, case):
-    put, name = FOREIGN[case]
-    put(folder)
-    before = under(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"which holds \['{name}'\]"):
-        gate.save_pretrained(folder)
+    with refused(match=rf"^Got the folder .* holds \['{said}'\]; expected"):
+        save(tmp_path / "ours")
     assert under(tmp_path) == before
 
 
@@ -837,7 +736,7 @@ def test_what_a_config_lists_is_not_ours_for_that(gate, tmp_path, name):
     (stack / name / "model.safetensors").write_bytes(b"mine")
     edit_json(stack / "config.json", gates=[name, "gate-01-layer-1", 3, ["x"]])
     before = under(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"which holds \['{name}"):
+    with refused(match=rf"which holds \['{name}"):
         ss.LSG.save_stack([gate], stack)
     assert under(tmp_path) == before
 
@@ -860,7 +759,7 @@ def test_the_working_directory_stays(lvlm, gate, tmp_path, monkeypatch, full):
 def test_a_broken_gate_is_not_saved(gate, tmp_path):
     with torch.no_grad():
         gate.inner.weight[0, 0] = float("inf")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite numbers in \['inner.weight'\]"):
+    with refused(match=r"NaN or infinite numbers in \['inner.weight'\]"):
         gate.save_pretrained(tmp_path / "gate")
     assert not (tmp_path / "gate").exists()
 

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
-from sinkscope.lsg import files
-from sinkscope.lsg import files as storage
+from sinkscope.lsg import files, sources
 
 TOKEN = "hf_" + "notARealTokenAtAll"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,93 +64,80 @@ class Hub(http.server.BaseHTTPRequestHandler):
 LOAD = """
 import json, sys
 import sinkscope as ss
-try:
-    load = ss.LSG.load_stack if sys.argv[2] == "stack" else ss.LSG.from_pretrained
-    made = load(sys.argv[1], **json.loads(sys.argv[3]))
+
+def load(kind, name, options):
+    try:
+        made = getattr(ss.LSG, kind)(name, **options)
+    except ss.SinkscopeError as error:
+        return f"{type(error).__name__}: {error}"
     gates = made if isinstance(made, list) else [made]
-    print("ANSWER", json.dumps([[float(p.detach().sum()) for p in gate.parameters()] for gate in gates]))
-except ss.SinkscopeError as error:
-    print("ANSWER", json.dumps(f"{type(error).__name__}: {error}"))
+    return [[float(p.detach().sum()) for p in gate.parameters()] for gate in gates]
+
+print("ANSWER", json.dumps([load(*one) for one in json.loads(sys.argv[1])]))
 """
 
 
-@pytest.fixture
-def load_from(tmp_path):
-    """``load_from(root, name)``: what a process of its own makes of a repository, and what it asked."""
-    servers = []
-
-    def load(root, name="user/gate", kind="one", **options):
-        handler = type("Handler", (Hub,), {"root": root, "asked": []})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        env.pop("HF_HUB_OFFLINE", None)
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, name, kind, json.dumps(options)],
-            env=env,
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert TOKEN not in done.stdout + done.stderr
-        return json.loads(done.stdout.partition("ANSWER ")[2]), handler.asked
-
-    yield load
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def sums(gate):
-    return [float(parameter.detach().sum()) for parameter in gate.parameters()]
+def load_all(root, cache, requests):
+    """What a process of its own makes of a repository's folders, and what it asked the hub for."""
+    handler = type("Handler", (Hub,), {"root": root, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(cache),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(requests)],
+        env=env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TOKEN not in done.stdout + done.stderr
+    return json.loads(done.stdout.partition("ANSWER ")[2]), handler.asked
 
 
 @pytest.mark.slow
-def test_a_repository_is_loaded_and_held_to_one_commit(gate, tmp_path, load_from):
-    gate.save_pretrained(tmp_path / "repo" / "l1")
-    answer, asked = load_from(tmp_path / "repo", subfolder="l1", revision="main")
-    assert answer == [sums(gate)]
+def test_repositories_are_read_and_held_to_one_commit(gate, tmp_path):
+    root = tmp_path / "repo"
+    gate.save_pretrained(root / "l1")
+    ss.LSG.save_stack([gate, gate], root / "many")
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text('{"model_type": "llava"}')
+    (root / "model" / "model.safetensors").write_bytes(b"large")
+    requests = [
+        ("from_pretrained", "user/gate", {"subfolder": "l1", "revision": "main"}),
+        ("load_stack", "user/gate", {"subfolder": "many"}),
+        ("from_pretrained", "user/gate", {"subfolder": "model"}),
+        ("from_pretrained", "user/other", {}),
+    ]
+    (one, stack, model, other), asked = load_all(root, tmp_path / "cache", requests)
+    sums = [float(parameter.detach().sum()) for parameter in gate.parameters()]
+    assert one == [sums]
+    assert stack == [sums] * 2
+    assert model.startswith("CheckpointError: Got 'user/gate/model', a checkpoint of a whole model")
+    assert "CheckpointError: Got 'user/other', which is no folder here, and the hub could" in other
     assert "HEAD main/l1/config.json" in asked
-    assert all(COMMIT in one for one in asked if "model.safetensors" in one)
-
-
-@pytest.mark.slow
-def test_a_stack_comes_from_a_repository(gate, tmp_path, load_from):
-    ss.LSG.save_stack([gate, gate], tmp_path / "repo")
-    assert load_from(tmp_path / "repo", kind="stack")[0] == [sums(gate)] * 2
-
-
-@pytest.mark.slow
-def test_no_weights_of_a_whole_model_are_downloaded(tmp_path, load_from):
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "config.json").write_text('{"model_type": "llava"}')
-    (tmp_path / "repo" / "model.safetensors").write_bytes(b"large")
-    answer, asked = load_from(tmp_path / "repo")
-    assert answer.startswith("CheckpointError: Got 'user/gate', a checkpoint of a whole model")
-    assert not [one for one in asked if "safetensors" in one]
-
-
-@pytest.mark.slow
-def test_a_repository_that_is_not_there(tmp_path, load_from):
-    answer, _ = load_from(tmp_path, name="user/other")
-    assert "CheckpointError: Got 'user/other', which is no folder here, and the hub could" in answer
+    tensors = [path for path in asked if "model.safetensors" in path]
+    assert tensors
+    assert all(COMMIT in path for path in tensors)
+    assert not [path for path in tensors if "/model/" in path]  # no weights of a whole model
 
 
 def test_without_network_both_readings_are_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError(f"no connection with {TOKEN}")
 
-    monkeypatch.setattr(storage, "hf_hub_download", unreachable)
+    monkeypatch.setattr(sources, "hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match="no folder here, and the hub could not") as caught:
         ss.LSG.from_pretrained("user/gate")
     assert TOKEN not in str(caught.value)
@@ -175,10 +162,12 @@ class Api:
     def list_repo_files(self, repo, revision):
         return self.there
 
-    def upload_folder(self, repo_id, folder_path, revision, commit_message):
-        self.seen.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+    def create_commit(self, repo, operations, commit_message, revision):
+        added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+        self.seen.update({one.path_in_repo: one.path_or_fileobj for one in added})
+        self.seen.update(gone={one.path_in_repo for one in operations if one not in added})
         self.seen.update(message=commit_message)
-        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})
+        return type("Commit", (), {"commit_url": f"https://hub/{repo}/commit/1"})
 
 
 @pytest.fixture
@@ -220,3 +209,11 @@ def test_a_failed_push_is_said_without_the_token(gate, api, error):
     assert TOKEN not in str(caught.value)
     assert "my-own-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_a_record_that_the_new_gate_has_not_leaves_the_repository(gate, api):
+    api.there = ["config.json", "training.json"]
+    gate.push_to_hub("user/gate")
+    assert api.seen["gone"] == {"training.json"}
+    gate.push_to_hub("user/gate", record={"seed": 3})
+    assert api.seen["gone"] == set()

@@ -1,0 +1,187 @@
+"""One forward pass of a gated model: where its prompt ends, and how a cache goes on from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.anatomy.towers import Anatomy
+from sinkscope.data.batches import IGNORED
+from sinkscope.errors import InputError
+from sinkscope.models.inputs import make_sample
+from sinkscope.tokens import TokenMap
+
+NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "logits_to_keep")
+
+
+class Pass:
+    """One forward pass; no dataclass, because wrappers of models copy dataclasses among arguments.
+
+    Attributes:
+        tokens: The prompt's TokenMap; None for a prompt without images, where nothing is scaled.
+        last: The last prompt position of every row, ``[batch]``; None likewise.
+        state: The scratch space of the kernels: ``{"step", "memory"}``.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenMap | None = None,
+        last: Tensor | None = None,
+        step: int = 0,
+        memory: Mapping[Any, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        self.tokens, self.last = tokens, last
+        found = {slot: dict(kept) for slot, kept in memory.items()}
+        self.state: dict[str, Any] = {"step": step, "memory": found}
+
+    def at(self, step: int) -> Pass:
+        """The pass of a later decode step."""
+        return Pass(self.tokens, self.last, step, self.state["memory"])
+
+
+class ByIdentity:
+    """Weak dictionary keyed by object identity."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def put(self, key: Any, value: Any) -> None:
+        """Keep a value as long as the object lives."""
+        kept, number = self._kept, id(key)
+        try:
+            seen = ref(key, lambda _: kept.pop(number, None))
+        except TypeError as error:
+            raise InputError(
+                f"Got a cache of type {type(key).__name__} for a gated model; expected one of "
+                "transformers' caches. Write past_key_values=DynamicCache()."
+            ) from error
+        kept[number] = (seen, value)
+
+    def get(self, key: Any) -> Any:
+        """What was kept for the object, or None."""
+        seen, value = self._kept.get(id(key), (None, None))
+        return value if seen is not None and seen() is key else None
+
+
+def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they were passed."""
+    signature = inspect.signature(type(module).forward)
+    given = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    given.pop(next(iter(signature.parameters)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+        if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
+            raise InputError(
+                f"Got arguments without names for {type(module).__name__}, which does not say what "
+                "they are; expected names. Write model(input_ids=..., pixel_values=...)."
+            )
+    return given
+
+
+def refuse_reentrant(block: Any) -> None:
+    """Refuse checkpoints that run a block without a graph first."""
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return
+    keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
+    if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
+        raise InputError(
+            "Got reentrant gradient checkpointing on a gated model, which loses the gate's gradients; "
+            'expected the other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
+
+
+def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The pixels of a call, and what the vision tower made of them before the call; no videos."""
+    encoded = given.get("mm_encoder_outputs") or {}
+    if given.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise InputError(
+            "Got a video for a gated model; expected images, in which a gate finds its groups. Pass "
+            "frames as images, or write gate.detach() first."
+        )
+    return given.get("pixel_values"), encoded.get("image")
+
+
+def length_of(cache: Any) -> int:
+    """How many tokens a cache holds; 0 for None."""
+    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+        raise InputError(
+            f"Got past_key_values of type {type(cache).__name__} for a gated model; expected one of "
+            "transformers' caches. Write past_key_values=DynamicCache()."
+        )
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def started(
+    module: nn.Module, anatomy: Anatomy, given: Mapping[str, Any], images: Mapping[str, Tensor]
+) -> Pass:
+    """The pass of a prompt with images; ``images`` are those encoded before, as ``generate()`` does it."""
+    inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
+    ids = given["input_ids"]
+    try:
+        tokens = make_sample(module, None, anatomy, None, None, inputs | dict(images)).tokens
+    except InputError as error:
+        if not images:
+            raise
+        why = "generate() cuts a prompt for prefill_chunk_size: leave it out."
+        if ids.shape[0] > ids.unique(dim=0).shape[0]:
+            why = (
+                "generate() repeats rows for beams and several sequences: a gate works with greedy "
+                "decoding and sampling of one sequence."
+            )
+        raise InputError(f"{error} {why}") from error
+    return Pass(tokens, last_prompt(tokens, given.get("labels")))
+
+
+def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pass:
+    """The pass that goes on from ``before``, the last one that filled its cache of ``length`` tokens."""
+    if before is None:
+        raise InputError(
+            f"Got a cache of {length} tokens that this gate has not seen; expected the cache of a "
+            "prompt that ran while the gate was attached, and not a copy of it. Write "
+            "gate.attach(model) before the prompt."
+        )
+    turn = "Pass the whole conversation with its images and without past_key_values"
+    if any(value is not None for value in images_of(given)):
+        raise InputError(
+            f"Got images behind {length} tokens that are in the cache already; expected them in one "
+            f"prompt with all that comes before them. {turn}, and no prefill_chunk_size."
+        )
+    if before.tokens is None:
+        return before.at(before.state["step"] + 1)
+    new = given.get("input_ids")
+    new = given.get("inputs_embeds") if new is None else new
+    rows, many = (0, 0) if new is None else new.shape[:2]
+    prompts, prompt = before.tokens.image.shape
+    if rows != prompts or many != 1:
+        raise InputError(
+            f"Got {rows} rows of {many} new tokens to go on from {prompts} gated prompts; expected one "
+            f"token each. {turn}; in generate() leave out beams, several sequences, prefill_chunk_size "
+            "and assisted decoding."
+        )
+    if length < prompt:
+        raise InputError(
+            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Do not cut "
+            "a cache below its prompt: run the shorter prompt instead."
+        )
+    return before.at(length - prompt + 1)
+
+
+def last_prompt(tokens: TokenMap, labels: Tensor | None) -> Tensor:
+    """The last prompt position of every row: the one before the first label, else the last live one."""
+    if labels is None:
+        return tokens.last
+    wanted = (labels != IGNORED).cpu() & tokens.live
+    first = wanted.int().argmax(dim=1)
+    if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
+        raise InputError(
+            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
+            f"Write labels[:, :prompt_length] = {IGNORED}."
+        )
+    return torch.where(wanted.any(dim=1), first - 1, tokens.last)
