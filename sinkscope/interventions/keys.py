@@ -76,7 +76,6 @@ def key_edits(
             {
                 "keys": context.pack(tower, at_layer(mask, layer), dim=1),
                 "live": live,
-                "how": how,
                 "factor": factor,
                 "rows": rows,
                 "heads": heads,

@@ -19,7 +19,7 @@ from sinkscope.interventions.base import (
     selected,
 )
 from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
-from sinkscope.kernels.edited_call import edit_values
+from sinkscope.kernels.edits import edit_values
 from sinkscope.probes.writes import AttentionValueResult
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
@@ -144,7 +144,7 @@ def value_edits(
         tower: The tower.
         layers: The layers.
         mask: Bool ``[batch layer|1 pos]``.
-        how: See `sinkscope.kernels.edited_call.edit_values`.
+        how: See `sinkscope.kernels.edits.edit_values`.
         values: Its ``donors`` or its ``tensor``, per layer.
         rows: Selected query rows in the model's layout, or None.
         heads: Selected query heads, or None.
