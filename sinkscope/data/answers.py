@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinkscope.data.items import Item, folded
 from sinkscope.errors import InputError, nearest
-from sinkscope.interventions.application import check_interventions, tolerant
+from sinkscope.interventions.application import allowing_noop, check_interventions
 from sinkscope.models.requests import GREEDY
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def answer_batch(
     normalised; the options are forced through ``generate``, so that a prompt is a prompt and an
     option's tokens are decode steps for every edit. Options of one token cost one forward pass.
     """
-    ready = [tolerant(it) for it in check_interventions(edits)]
+    ready = [allowing_noop(it) for it in check_interventions(edits)]
     if not items[0].choices:
         return _answer_freely(lvlm, sample, items, ready)
     scores, touched = score_options(lvlm, sample, items, ready, length_normalized)

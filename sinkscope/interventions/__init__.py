@@ -22,12 +22,13 @@ from sinkscope.interventions.states import (
     SinkToFront,
 )
 from sinkscope.interventions.values import AblateValues
-from sinkscope.protocols import Edit, Effect, Intervention
+from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 
 __all__ = [
     "AblateActivations",
     "AblateValues",
     "AttentionKnockout",
+    "BaseIntervention",
     "Edit",
     "Edited",
     "Effect",
