@@ -82,7 +82,11 @@ RUN = {
         lambda c: ss.MaskKeys(c.some.nonzero()), SelectionError,
         r"dtype torch.int64.*expected torch.bool. Indices are ambiguous in a padded batch",
     ),
-    "a list": (lambda c: ss.MaskKeys([3, 4]), SelectionError, "Got a selection of type list"),
+    "positions at padding": (
+        lambda c: ss.MaskKeys([0, 9]), SelectionError, "position 0 in the language tower, which is padding in row 0",
+    ),
+    "a negative position": (lambda c: ss.MaskKeys(-1), SelectionError, "Got position -1 .*called 'last'"),
+    "no selection": (lambda c: ss.MaskKeys(None), SelectionError, "Got a selection of type NoneType"),
     "an empty mask": (
         lambda c: ss.MaskKeys(c.some & False), NoEffectError,
         "MaskKeys was given a selection without any token; expected at least one.*allow_noop=True",
