@@ -14,26 +14,20 @@ from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention, Mo
 
 
 def check_interventions(interventions: Any) -> list[Intervention]:
-    """The interventions as a list.
-
-    Raises:
-        InterventionError: If something else came.
-    """
-    wanted = "expected a list of interventions"
-    if isinstance(interventions, type):
-        name = interventions.__name__
+    """The interventions as a list; InterventionError if something else came."""
+    came, name = interventions, getattr(interventions, "__name__", type(interventions).__name__)
+    if isinstance(came, type):
         raise InterventionError(
-            f"Got the class {name}; {wanted}. Write interventions=[{name}(...)]."
+            f"Got the class {name}; expected a list of interventions. Write interventions=[{name}(...)]."
         )
-    if isinstance(interventions, Intervention):
-        name = type(interventions).__name__
-        raise InterventionError(f"Got one {name}; {wanted}. Write interventions=[it].")
-    if not isinstance(interventions, Iterable) or isinstance(interventions, (str, Mapping)):
+    if isinstance(came, Intervention):
         raise InterventionError(
-            f"Got interventions={interventions!r}; expected a list, such as "
-            "[ss.MaskKeys(trace.v_sinks, layers=[4])]."
+            f"Got one {name}; expected a list of interventions. Write interventions=[it]."
         )
-    out = list(interventions)
+    such = "such as ss.MaskKeys(trace.v_sinks, layers=[4])."
+    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
+        raise InterventionError(f"Got interventions={came!r}; expected a list of objects {such}")
+    out = list(came)
     for it in out:
         if isinstance(it, type):
             raise InterventionError(
@@ -43,7 +37,7 @@ def check_interventions(interventions: Any) -> list[Intervention]:
         if not isinstance(it, Intervention):
             raise InterventionError(
                 f"Got {it!r} among the interventions; expected objects with edits(), steps and "
-                "allow_noop, such as ss.MaskKeys(trace.v_sinks, layers=[4])."
+                f"allow_noop, {such}"
             )
     if len({id(it) for it in out}) < len(out):
         raise InterventionError(
@@ -54,11 +48,7 @@ def check_interventions(interventions: Any) -> list[Intervention]:
 
 
 def allowing_noop(it: Any) -> Any:
-    """The same intervention, for which touching nothing is fine.
-
-    Raises:
-        InterventionError: If it is neither a dataclass nor has a method of this name (as a gate).
-    """
+    """The same dataclass, or object with a method of this name, for which touching nothing is fine."""
     if it.allow_noop:
         return it
     if hasattr(it, "allowing_noop"):
@@ -75,9 +65,7 @@ def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -
     """Refuse edits of vision blocks behind the last one that the projector reads, of ``feeds``.
 
     With ``layers=None`` such blocks are edited along with the others, for probes of the tower.
-
-    Raises:
-        NoEffectError: If one was named, or there are no others, and that was not allowed.
+    NoEffectError if one was named, or there are no others, and that was not allowed.
     """
     vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
     behind = sorted(layer for layer in vision if layer > feeds[-1])
@@ -116,34 +104,34 @@ def require_effects(
 
 def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str:
     """Why an intervention touched nothing, as far as its effects tell."""
-    name, allow = type(it).__name__, "Write allow_noop=True if nothing may happen."
+    name, empty = type(it).__name__, sum(int(effect.empty.sum()) for effect in effects)
     if not effects:
-        return (
-            f"{name} never ran in {passes} forward passes; expected at least one at "
-            f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
-            "decode-only edit needs max_new_tokens=2 or more. " + allow
+        why = (
+            f" never ran in {passes} forward passes; expected at least one at steps={it.steps!r}. The "
+            "first token of an answer comes from the prompt's pass, so a decode-only edit needs "
+            "max_new_tokens=2 or more."
         )
-    if not any(site.name == "attention" for effect in effects for site in effect.sites):
-        return f"{name} left every token as it was; expected at least one to change. " + allow
-    if empty := sum(int(effect.empty.sum()) for effect in effects):
-        return (
-            f"{name} touched no row: the {empty} that see the edited keys see nothing else, and "
-            "such a row keeps its unedited output. Leave some key to attend to. " + allow
+    elif not any(site.name == "attention" for effect in effects for site in effect.sites):
+        why = " left every token as it was; expected at least one to change."
+    elif empty:
+        why = (
+            f" touched no row: the {empty} that see the edited keys see nothing else, and such a row "
+            "keeps its unedited output. Leave some key to attend to."
         )
-    return (
-        f"{name} touched no row in {len(effects)} forward passes; expected at least one. No "
-        "selected query sees the edited tokens: they come later, lie outside the window, are masked "
-        "already, or were given what they have. " + allow
-    )
+    else:
+        why = (
+            f" touched no row in {len(effects)} forward passes; expected at least one. No selected query "
+            "sees the edited tokens: they come later, lie outside the window, are masked already, or "
+            "were given what they have."
+        )
+    return f"{name}{why} Write allow_noop=True if nothing may happen."
 
 
 def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
-    """A run with ``KL(unedited || edited)`` of the next token in every effect.
+    """The `Run` ``edited`` with ``KL(unedited || edited)`` of the next token in every effect.
 
-    Args:
-        edited: The `Run` with interventions.
-        plain: A run without, ``logits="last"``.
-        last: Int ``[batch]``, the last prompt position of every row.
+    ``plain`` is a run without interventions and with ``logits="last"``; ``last`` int ``[batch]`` the last
+    prompt position of every row.
     """
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
@@ -176,23 +164,13 @@ class Edited:
         """End the edits."""
         self._open = False
 
-    def run(
-        self,
-        sample: Any,
-        probes: Sequence[Probe] = (),
-        interventions: Sequence[Intervention] = (),
-        **options: Any,
-    ) -> Any:
+    def run(self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any) -> Any:
         """`LVLM.run` with these interventions first, then further ones."""
         both = (*self._interventions, *interventions)
         return self._model().run(sample, probes, both, **options)
 
     def generate(
-        self,
-        sample: Any,
-        probes: Sequence[Probe] = (),
-        interventions: Sequence[Intervention] = (),
-        **options: Any,
+        self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any
     ) -> Any:
         """`LVLM.generate` with these interventions first, then further ones."""
         both = (*self._interventions, *interventions)

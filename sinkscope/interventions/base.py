@@ -28,17 +28,12 @@ def check_steps(steps: str) -> str:
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
-    """Whether an intervention applies at this step; the vision tower runs on the prompt only.
+    """Whether an intervention with these ``steps`` edits ``tower`` now; InterventionError if unknown.
 
-    Args:
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``; else InterventionError.
-        context: What ``edits`` was given; its ``step`` is 0 for the prompt.
-        tower: The tower that is edited.
+    The vision tower runs on the prompt only.
     """
-    check_steps(steps)
-    if context.step == 0:
-        return steps in ("all", "prefill")
-    return steps in ("all", "decode") and tower == "language"
+    now = "decode" if context.step else "prefill"
+    return check_steps(steps) in ("all", now) and (now == "prefill" or tower == "language")
 
 
 def selected(
@@ -84,11 +79,7 @@ def at_layer(mask: Tensor, layer: int) -> Tensor:
 
 
 def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
-    """Query heads of a tower, ascending; None for all.
-
-    Raises:
-        InterventionError: If there is none or one is out of range.
-    """
+    """Query heads, ascending, of a tower that has ``count``, None for all; else InterventionError."""
     if heads is None:
         return None
     several = isinstance(heads, Iterable) and not isinstance(heads, str)
@@ -109,9 +100,7 @@ def rows_at(
 ) -> Tensor | None:
     """Selected query rows in the model's layout, or None for all.
 
-    Raises:
-        SelectionError: If the selection differs by layer.
-        NoEffectError: If it is empty in every row.
+    SelectionError if the selection differs by layer, NoEffectError if it is empty in every row.
     """
     if queries is None:
         return None
@@ -204,11 +193,7 @@ def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
 
 
 def check_neutral(name: str, factor: float, neutral: float, allow_noop: bool) -> None:
-    """Refuse a setting that changes nothing.
-
-    Raises:
-        NoEffectError: If it is neutral and that was not allowed.
-    """
+    """Refuse a setting that changes nothing, unless that was allowed: NoEffectError."""
     if factor == neutral and not allow_noop:
         raise NoEffectError(
             f"{name} with {neutral:g} changes nothing; expected another value. Write "

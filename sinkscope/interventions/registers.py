@@ -78,11 +78,7 @@ class NeuronActivity:
 
 
 def unpacked(context: Context) -> Context:
-    """The context of a vision tower with one row per image.
-
-    Raises:
-        ModelError: If the tower is packed.
-    """
+    """The context, unless its vision tower is packed: ModelError."""
     if context.layout("vision") is not None:
         raise ModelError(
             "Got a packed vision tower (images share one sequence); expected one with a row per "
@@ -111,10 +107,8 @@ def find_register_neurons(
         max_layer: Last block to look at (outliers are made before they show), or None for all.
 
     Returns:
-        Layer -> neuron indices.
-
-    Raises:
-        InterventionError: If no sample has an outlier, or there is not one mask per sample.
+        Layer -> neuron indices; InterventionError if no sample has an outlier, or there is not one
+        mask per sample.
     """
     if len(samples) != len(tokens):
         raise InterventionError(

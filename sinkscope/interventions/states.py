@@ -74,15 +74,15 @@ class AblateActivations(BaseIntervention):
         site, layers = check_site(self.site), context.layers(self.tower, self.layers)
         if context.step:
             return []
+        shared = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
         out = []
         for layer in layers:
-            chosen = at_layer(mask, layer)
-            value: Any = {"set": self.replacement, "clamp": self.value}.get(how)
+            given = {**shared, "mask": at_layer(mask, layer)}
+            given["value"] = {"set": self.replacement, "clamp": self.value}.get(how)
             if how == "mean":
-                value = others(context.live(self.tower), chosen, "AblateActivations")
-            parameters = {"mask": chosen, "dims": dims, "how": how, "value": value}
-            parameters["layout"] = context.layout(self.tower)
-            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, parameters))
+                live = context.live(self.tower)
+                given["value"] = others(live, given["mask"], "AblateActivations")
+            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
         return out
 
     def check_fits(self, lvlm: Model) -> None:

@@ -120,13 +120,11 @@ def value_edits(
 
 def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:
     """Given values as ``[batch layer kv_head pos d_head]``; InterventionError if they do not fit."""
-    anatomy, live = context.tower(tower), live_prompt(context, tower)
-    wanted = (live.shape[0], n_layers, anatomy.kv_heads, live.shape[1], anatomy.d_head)
-    of_all = wanted[:1] + wanted[2:]
+    (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
+    of_all = (rows, anatomy.kv_heads, length, anatomy.d_head)
+    wanted, given = (rows, n_layers, *of_all[1:]), given.detach().cpu()
     try:
-        if given.ndim <= 4:
-            return given.detach().cpu().expand(of_all)[:, None].expand(wanted)
-        return given.detach().cpu().expand(wanted)
+        return (given.expand(of_all)[:, None] if given.ndim <= 4 else given).expand(wanted)
     except RuntimeError as error:
         raise InterventionError(
             f"Got values of shape {tuple(given.shape)}; expected something that broadcasts to "
@@ -141,11 +139,7 @@ def live_prompt(context: Context, tower: str) -> Tensor:
 
 
 def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
-    """The live tokens that are not edited, whose mean replaces the edited ones, ``[batch pos]``.
-
-    Raises:
-        InterventionError: If some row has none.
-    """
+    """The live tokens that are not edited, of which every row needs some for a mean, ``[batch pos]``."""
     rest = live & ~mask
     alone = (mask.any(dim=1) & ~rest.any(dim=1)).nonzero().flatten().tolist()
     if alone:
@@ -157,19 +151,9 @@ def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
 
 
 def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tensor:
-    """For every selected position a random unselected one of its row; itself for the others.
+    """For every position in ``mask`` a random live other one of its row; itself elsewhere, ``[batch pos]``.
 
-    Args:
-        mask: Bool ``[batch pos]`` selected positions.
-        live: Bool ``[batch pos]``.
-        visual: Bool ``[batch pos]``: image tokens draw from image tokens, the others from the rest.
-        seed: Of the draw.
-
-    Returns:
-        Int ``[batch pos]``.
-
-    Raises:
-        InterventionError: If there is no unselected token of the kind.
+    Image tokens, those in ``visual``, draw from image tokens, and the others from the rest.
     """
     generator = torch.Generator().manual_seed(seed)
     out = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
@@ -212,20 +196,11 @@ def check_patch_site(site: Any) -> str:
 
 
 def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:
-    """What a donor gives, one entry per row of the batch and layer.
-
-    Args:
-        given: A run, a result of one, or a tensor; one row may stand for all.
-        context: The sample that is edited.
-        tower: The tower.
-        site: One of `PATCH_SITES`.
-        layers: The edited layers; a run or a result may hold more.
+    """What a run, a result of one or a tensor gives; one row may stand for all.
 
     Returns:
-        Float ``[batch layer pos d_model]``; of values ``[batch layer kv_head pos d_head]``.
-
-    Raises:
-        InterventionError: If there is none that fits, or several, or its shape is another.
+        Float ``[batch layer pos d_model]``, or ``[batch layer kv_head pos d_head]`` if ``site`` is
+        ``"values"``; InterventionError if none fits, or several, or the shape is another.
     """
     if isinstance(given, Tensor):
         return fitted(given, context, tower, site, layers)
@@ -315,13 +290,11 @@ def fitted(
     tensor: Tensor, context: Context, tower: str, site: str, layers: tuple[int, ...]
 ) -> Tensor:
     """A donor's tensor for every row of the batch, on the CPU; InterventionError if it does not fit."""
-    live, anatomy = live_prompt(context, tower), context.tower(tower)
-    rows, many, length = live.shape[0], len(layers), live.shape[1]
+    (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
+    axes, wanted = "[batch layer pos d_model]", (rows, len(layers), length, anatomy.d_model)
     if site == VALUES:
         axes = "[batch layer kv_head pos d_head]"
-        wanted = (rows, many, anatomy.kv_heads, length, anatomy.d_head)
-    else:
-        axes, wanted = "[batch layer pos d_model]", (rows, many, length, anatomy.d_model)
+        wanted = (rows, len(layers), anatomy.kv_heads, length, anatomy.d_head)
     shape = tuple(tensor.shape)
     if shape[1:] != wanted[1:] or shape[:1] not in ((1,), (rows,)):
         raise InterventionError(
