@@ -34,19 +34,11 @@ def arguments(call):
 
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
-    """The model's own attention on other tensors.
+    """The model's own attention on other tensors, ``[batch query head d_head]``.
 
-    Args:
-        call: One attention call.
-        query: Replacement query ``[batch head query d_head]`` or None to keep the model's.
-        key: Replacement key ``[batch kv_head key d_head]`` or None.
-        value: Replacement value ``[batch kv_head key d_head]`` or None.
-        float32: Whether to compute in fp32 whatever the model's dtype.
-        keep: ``[batch key]`` weights of the values: what chosen keys write. Values that an edit
-            replaced for some rows or heads are weighed after it.
-
-    Returns:
-        ``[batch query head d_head]``, as ``transformers`` lays it out.
+    ``query``, ``key`` and ``value`` ``[batch head pos d_head]`` replace the model's, ``float32`` computes
+    in fp32 whatever its dtype, and ``keep`` ``[batch key]`` weighs the values: what chosen keys write.
+    Values that an edit replaced for some rows or heads are weighed after it.
     """
     named, rest = arguments(call)
     given = {"query": query, "key": key, "value": value}
@@ -134,13 +126,9 @@ def one_head(call):
 
 
 def weigh_values(call, x, null=False, float32=False):
-    """``A @ x`` for every head: ``[batch key column]`` as ``[batch head query column]``.
+    """``A @ x`` for every head: any ``[batch key column]`` as ``[batch head query column]``.
 
-    Args:
-        call: One attention call.
-        x: Any number of columns.
-        null: Whether to use ``q = 0``, so that ``A`` is uniform over the visible keys.
-        float32: Whether to compute in fp32.
+    With ``null`` it is asked with ``q = 0``, so that ``A`` is uniform over the visible keys.
     """
     call = attending(call, null)
     named, _ = arguments(call)
@@ -168,13 +156,7 @@ def weights_on(call, start, stop, float32=False):
 
 
 def weigh_queries(call, weights, null=False):
-    """``w @ A`` for every head, in fp32: ``[batch row query]`` as ``[batch head row key]``.
-
-    Args:
-        call: One attention call.
-        weights: Any number of rows.
-        null: Whether to use ``q = 0``.
-    """
+    """``w @ A`` for every head, in fp32: any ``[batch row query]`` as ``[batch head row key]``."""
     call = attending(call, null)
     named, _ = arguments(call)
     query, value = named["query"].detach(), named["value"]
@@ -235,13 +217,13 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
     """Attention mass on each key group, per head and query, and its null.
 
     Args:
-        calls: The attention calls of one site.
-        state: See the module.
+        calls: See the module, as for ``state`` and ``layout``.
+        state: See above.
         groups: ``[batch key group]`` one-hot (or any weights).
         rows: ``[batch row]`` query rows to keep, -1 where absent, or None for all.
         null: Whether to compute the null.
         float32: Whether to compute in fp32.
-        layout: See the module.
+        layout: See above.
 
     Returns:
         ``{"mass": [batch head query group], "null": [batch query group]}``.
@@ -262,17 +244,10 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
 
 
 def patterns(calls, state, rows, layout=None):
-    """Attention weights of chosen query rows, without the other rows.
+    """Attention weights of chosen query rows, ``[batch head row key]``, without the other rows.
 
-    Args:
-        calls: The attention calls of one site.
-        state: See the module.
-        rows: ``[batch row]`` positions of queries in the model's layout, -1 where a row is absent.
-            At a decode step of one query the rows are that query.
-        layout: See the module.
-
-    Returns:
-        ``[batch head row key]``; rows that are absent are NaN, keys of another window are 0.
+    ``rows`` ``[batch row]`` are positions in the model's layout, -1 where a row is absent; at a decode
+    step of one query they are that query. Absent rows are NaN, keys of another window are 0.
     """
     located = spans(calls)
     n_query, n_key = located[-1][1], located[-1][3]
@@ -304,21 +279,17 @@ def by_image(pattern, rows, layout):
 
 
 def value_norms(calls, state, layout=None):
-    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head.
-
-    Raises:
-        ValueError: If queries or heads read different ones.
-    """
+    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head."""
     return unpack(read_values(calls, "ValueNorms").norm(dim=-1), layout, 2)
 
 
 def values(calls, state, layout=None):
-    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32; raises as `value_norms`."""
+    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32."""
     return unpack(read_values(calls, "AttentionValues"), layout, 2)
 
 
 def read_values(calls, probe):
-    """The values of all calls in fp32, unless an edit has heads or queries read different ones."""
+    """The values of all calls in fp32; ValueError if an edit has heads or queries read different ones."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         raise ValueError(
             f"Got an edit of values for some heads or queries beside {probe}; expected edits for all "
@@ -329,13 +300,9 @@ def read_values(calls, probe):
 
 
 def unpack(x, layout, dim):
-    """A packed tower's result as one row per image, NaN at padding; others unchanged.
+    """A packed tower's ``[1 ... packed ...]`` as ``[image ... pos ...]``, NaN at padding; others as is.
 
-    Args:
-        x: ``[1 ... packed ...]`` with the packed axis at ``dim``.
-        layout: ``[image pos]`` index of each image's tokens in the packed sequence, -1 for padding,
-            or None if the tower already has one row per image.
-        dim: The position axis of ``x`` and of the result, ``[image ... pos ...]``.
+    ``dim`` is the position axis of both, and ``layout`` ``[image pos]`` where each token lies.
     """
     if layout is None:
         return x

@@ -52,13 +52,12 @@ def prepared(call, state, span, keys, live, rows):
         call: The call, plain or edited.
         state: The run's scratch space, which knows the step.
         span: The part of a packed sequence that the call covers, or None.
-        keys: ``[batch key]`` bool of the prompt.
-        live: ``[batch query]`` bool of the prompt.
+        keys: ``[batch key]`` bool of the prompt; keys generated since are not selected.
+        live: ``[batch query]`` bool of the prompt; the query of a decode step is live.
         rows: ``[batch query]`` bool of the prompt, or None.
 
     Returns:
-        ``(keys, live, rows)`` for this call: keys generated since the prompt are not selected, the
-        query of a decode step is live.
+        ``(keys, live, rows)`` for this call.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]

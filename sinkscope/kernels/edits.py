@@ -176,17 +176,13 @@ def image_centric(mass, visual, least_visual, most_sink_share):
 def of_target(call, target, live, mass, exact):
     """How to ask for attention among the target keys, and in which rows there is any.
 
-    Args:
-        call: The call.
-        target: ``[batch key]`` bool.
-        live: ``[batch query]`` bool.
-        mass: ``[batch head query 2 or more]``, masses on source and target.
-        exact: Whether the kernel knows fp32.
+    ``mass`` ``[batch head query 2 or more]`` are the masses on source and target, and ``exact`` says
+    whether the kernel knows fp32.
 
     Returns:
-        ``(among, whole, some)``: the change of logits that leaves the target alone (None beside
-        earlier edits of weights, which would not show in it), what the answer's weights sum to
-        ``[batch head query]``, and the rows with any ``[batch query head 1]``.
+        The change of logits that leaves the target alone (None beside earlier edits of weights, which
+        would not show in it), what the answer's weights sum to ``[batch head query]``, and the rows
+        with any ``[batch query head 1]``.
     """
     least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
     if getattr(call[0], "recipe", {}).get("weights"):
@@ -243,13 +239,10 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
 
 
 def out_of_reach(live, step, n_query, n_key, start, recent):
-    """The keys that a streaming cache has dropped when a query comes.
+    """The keys that a streaming cache has dropped, ``[batch query key]``, and the live queries.
 
     Ranks are counted over the whole sequence, prompt and answer, and cut afterwards: a sliding cache
     holds the last keys only.
-
-    Returns:
-        ``[batch query key]`` bool, and the live queries ``[batch query]``.
     """
     alive = torch.nn.functional.pad(live, (0, step), value=True)
     rank = alive.cumsum(1) - 1
@@ -268,17 +261,8 @@ def edit_values(
     different keys do not depend on their order, nor on which heads and queries they name. Batch rows
     in which no value became another count as untouched.
 
-    Args:
-        call: See the module, as are those that say no more.
-        state: Its ``"unedited"`` is the call before any edit of this layer.
-        span: See above.
-        keys: The keys.
-        live: See above.
-        how: ``"zero"``, ``"mean"`` (of the donors), ``"resample"`` (a donor each) or ``"tensor"``.
-        donors: For the mean ``[batch key]`` bool; for resampling ``[batch key]`` int positions.
-        tensor: ``[batch kv_head key d_head]`` of the prompt, for ``"tensor"``.
-        rows: See above.
-        heads: See above.
+    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position
+    each, ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
@@ -308,10 +292,7 @@ def edit_values(
 def from_donors(call, state, span, how, donors):
     """Values made of the prompt's other values, ``[batch kv_head key d_head]``.
 
-    A sliding cache drops donors after the prompt, so what they gave is remembered.
-
-    Raises:
-        ValueError: If they were dropped and nothing is remembered.
+    A sliding cache drops donors after the prompt, so what they gave is remembered; ValueError if not.
     """
     named, rest = arguments(state.get("unedited", call))
     value, n_key = named["value"], named["value"].shape[2]

@@ -34,13 +34,7 @@ def received(calls, state, live, layout=None, null=True, others=False):
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
     ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        live: ``[batch query]`` bool, False at padding.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-        null: Whether to compute the null.
-        others: Whether to compute what other tokens give, too.
+    ``live`` is ``[batch query]`` bool, False at padding; the others are as in `group_mass`.
 
     Returns:
         ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query sees. With
@@ -110,9 +104,7 @@ def column_sums(call, rows, null=False, others=False):
 def own_weights(call, null=False):
     """The weight of every query on its own token's key, ``A_ii``, ``[batch head query]`` in fp32.
 
-    Args:
-        call: One attention call; its last keys belong to its queries.
-        null: Whether to use ``q = 0``.
+    The last keys of a call belong to its queries. With ``null`` it is asked with ``q = 0``.
     """
     call = attending(call, null)
     named, rest = arguments(call)

@@ -39,10 +39,8 @@ def attention_calls(root, tracer, step, state, out):
     """The attention calls of one site after its edits; all windows of a packed tower, in order.
 
     Edits replace the callee where the module binds it, so the model itself calls the edited
-    function: one call, at every window and every decode step.
-
-    Raises:
-        RuntimeError: If the windows do not tile the sequence.
+    function: one call, at every window and every decode step. RuntimeError if the source is not as the
+    anatomy says, or the windows do not tile the sequence.
     """
     here = locate(root, step["path"])
     source = here.source
@@ -160,17 +158,11 @@ def read_site(root, tracer, step, state, out):
     return state["unedited"]
 
 
-def device_of(value):
-    """The device of a site's value."""
-    return query_of(value[0]).device if isinstance(value, list) else value.device
-
-
 def resolve(root, parameters, device, state):
     """Parameters ready for a kernel: modules looked up, tensors on the site's device.
 
-    ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or
-    for parameters and numbers. A tensor is moved once per run, so that kernels may compare it by
-    identity.
+    ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
+    parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
     """
     placed = state.setdefault("placed", {})
     out = {}
@@ -207,14 +199,13 @@ def walk(root, tracer, plan, number=0, memory=None):
         memory: What edits keep from one step of a generation to the next.
 
     Returns:
-        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects
-        of edits.
+        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         key = (step["tower"], step["name"], step["layer"])
-        device = device_of(value)
+        device = query_of(value[0]).device if isinstance(value, list) else value.device
         for slot, kernel, parameters in step["reads"]:
             answer = kernel(value, state, **resolve(root, parameters, device, state))
             out.setdefault(slot, {})[key] = detached(answer)
@@ -222,12 +213,9 @@ def walk(root, tracer, plan, number=0, memory=None):
 
 
 def last_logits(logits, last=None, graph=False):
-    """All logits, or those of one position per row.
+    """All logits ``[batch pos vocab]``, or those of one position per row, ``last`` ``[batch]``.
 
-    Args:
-        logits: ``[batch pos vocab]``.
-        last: ``[batch]`` positions, negative ones counted from the end; None for all.
-        graph: Whether to keep the graph, and the device with it.
+    Negative positions count from the end; ``graph`` keeps the graph, and the device with it.
     """
     if last is not None:
         rows = torch.arange(logits.shape[0], device=logits.device)

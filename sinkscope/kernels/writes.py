@@ -129,13 +129,8 @@ def behind(x, passed):
 def way(calls, state, projection, parts, live, asked=None):
     """The way from heads to the stream, proven on attention's whole output.
 
-    Args:
-        calls: See the module, as are those that say no more.
-        state: Where `arrives` finds what should arrive.
-        projection: See above.
-        parts: See above.
-        live: See above.
-        asked: How many parts of attention's output will follow; None for any number.
+    So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
+    in ``state`` what should arrive.
 
     Returns:
         A dict of what was ``written`` in all, ``[batch query head d_head]``, the ``projection``, what
@@ -230,17 +225,9 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
     and the stream, at this query. The vectors of all groups and the biases add up to what attention
     adds.
 
-    Args:
-        calls: See the module, as are those that say no more.
-        state: See above.
-        groups: ``[batch key group]`` one-hot.
-        projection: See above.
-        parts: See above.
-        live: See above.
-        layout: See above.
-
     Returns:
-        ``{"norms": [batch query group], "per_head": [batch head query group]}``.
+        ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
+        ``[batch key group]``.
     """
     made = way(calls, state, projection, parts, live, groups.shape[-1])
     totals, heads_out = [], []
@@ -264,14 +251,6 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     ``||U||_F^2 / sigma_1^2`` over the live queries, which is 1 if the head writes one direction only.
     ``D`` is what lies between the output projection and the stream. A norm there divides each query by
     a size of its own, which is in ``S`` and not in ``u``.
-
-    Args:
-        calls: See the module, as are the others.
-        state: See above.
-        projection: See above.
-        live: See above.
-        parts: See above.
-        layout: See above.
 
     Returns:
         ``{"norms": [batch head key], "rank": [batch head]}``. In a packed tower the rank is taken
