@@ -19,6 +19,24 @@ class Pair:
     neutral: Any = None
 
 
+SIX = (
+    "MaskKeys of heads, layers, queries",
+    "ScaleKeys",
+    "ScaleAttention",
+    "Redistribute",
+    "AblateValues mean",
+    "PatchActivations of values",
+)
+"""Edits of attention that stand for all where every model and dtype is crossed with them."""
+
+
+def crossed(names, models, full=1, few=SIX):
+    """``(*model, name)``: every name on the first ``full`` models, ``few`` of them on the others."""
+    names = list(names)
+    chosen = [name for name in names if name in few]
+    return [(*m, name) for i, m in enumerate(models) for name in (names if i < full else chosen)]
+
+
 def per_layer(case):
     """Other tokens in every layer, ``[batch layer pos]``."""
     layers = range(case.lvlm.anatomy.language.n_layers)
