@@ -14,7 +14,7 @@ import torch
 import sinkscope as ss
 from tests.interventions.cases import crossed, run_of_turned, turned
 from tests.interventions.conftest import MODELS
-from tests.interventions.reference import INF, Change, grown_inputs, reference_run
+from tests.interventions.reference import INF, Change, every, grown_inputs, reference_run
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import FAMILIES, HALF, STEPS, TIMES, generate
 from tests.interventions.test_states import DIMS, fronted, on_prompt, place, sets
@@ -92,9 +92,8 @@ def lost(c, start, recent):
         gone = (rank[:, None] >= start) & (distance >= recent) & live[:, None]
         return x.masked_fill(gone[:, None], -INF)
 
-    # Keys of the answer are lost too; what the pass does not have is cut off again.
-    every = torch.nn.functional.pad(c.live, (0, STEPS), value=True)
-    return [Change("logits", every, apply)]
+    # Keys of the answer are lost too.
+    return [Change("logits", every(c), apply)]
 
 
 EDITS = {
