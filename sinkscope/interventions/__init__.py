@@ -21,6 +21,7 @@ from sinkscope.interventions.states import (
     ScaleTokens,
     SinkToFront,
 )
+from sinkscope.interventions.temperature import AttentionTemperature
 from sinkscope.interventions.values import AblateValues
 from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 
@@ -28,6 +29,7 @@ __all__ = [
     "AblateActivations",
     "AblateValues",
     "AttentionKnockout",
+    "AttentionTemperature",
     "BaseIntervention",
     "Edit",
     "Edited",
