@@ -1,19 +1,20 @@
 """The protocols of a probe and of an intervention: what they ask of a site, and what comes back.
 
-A probe is a frozen dataclass of parameters with two methods. It never holds a model: the runner
-asks it what to read, reduces inside the trace, and hands back small tensors.
+Both are frozen dataclasses of parameters that never hold a model: the runner asks them what to read or
+to edit, kernels do it inside the trace, and small tensors come back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sinkscope.errors import InterventionError, nearest
+from sinkscope.checks import check_choice
+from sinkscope.errors import InterventionError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
 from sinkscope.sites import Site
@@ -22,6 +23,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sinkscope.anatomy.context import Context
+
+
+class Model(Protocol):
+    """What probes and interventions use of an `LVLM`."""
+
+    @property
+    def module(self) -> Any:
+        """The ``transformers`` model."""
+
+    @property
+    def anatomy(self) -> Any:
+        """What it is made of, an `Anatomy`."""
+
+    @property
+    def prepare(self) -> Callable[..., Any]:
+        """`LVLM.prepare`."""
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """`LVLM.run`."""
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """`LVLM.generate`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +72,12 @@ class Probe(Protocol):
     @property
     def tower(self) -> str:
         """The tower whose steps matter: vision probes run on the prompt only."""
-        ...
 
     def reads(self, context: Context) -> Sequence[Read]:
         """What to read; raises if the parameters do not fit the model or the sample."""
-        ...
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Result:
         """From the kernels' small tensors to the typed result."""
-        ...
-
-
-TOLD = ("rows", "empty", "tokens", "count", "before", "after")
-"""What every kernel tells of its edit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +92,8 @@ class Edit:
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
         stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
             ``"values"``. The edits of one site apply in this order, and in list order inside a
-            stage: a mask holds whatever is redistributed beside it. A kernel that changes another
-            one is refused when it runs.
+            stage: a mask holds whatever is redistributed beside it. It is said here only; the
+            kernel finds it in ``state["stage"]``.
 
     Raises:
         InterventionError: If the stage is none.
@@ -87,30 +105,46 @@ class Edit:
     stage: str = "values"
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise InterventionError(
-                f"Got stage={self.stage!r}; expected one of {STAGES}. "
-                f"{nearest(str(self.stage), STAGES)}"
-            )
+        check_choice(STAGES, error=InterventionError, stage=self.stage)
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """Anything the runner can apply."""
+    """Anything the runner can apply. It reads what `BaseIntervention` has too, if it is there."""
 
     @property
     def steps(self) -> str:
         """``"all"``, ``"prefill"`` or ``"decode"``."""
-        ...
 
     @property
     def allow_noop(self) -> bool:
         """Whether touching nothing is fine; else it raises."""
-        ...
 
     def edits(self, context: Context) -> Sequence[Edit]:
         """What to edit at this step; raises if the parameters do not fit the model or the sample."""
-        ...
+
+
+class BaseIntervention:
+    """What the runner reads of an `Intervention` besides, and what holds for those that have it not.
+
+    Attributes:
+        needs: What it needs of a tower, a name that `LVLM.report` knows.
+        changes_positions_of: The tower to which it adds positions, if there is one.
+        tower: A field: the tower it edits; none is ``"language"``.
+        layers: A field: the blocks it edits; none is all, as None.
+    """
+
+    needs: ClassVar[str] = ""
+    changes_positions_of: ClassVar[str | None] = None
+    tower: Any
+    layers: Any
+
+    def check_fits(self, lvlm: Model) -> None:
+        """Refuse a model, before it runs, for which this was not made."""
+
+    def allowing_noop(self: Any) -> Any:
+        """The same intervention, for which touching nothing is fine."""
+        return replace(self, allow_noop=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +182,8 @@ class Effect(Result):
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers in which some row was touched."""
-        touched = self.rows.sum(0) > 0
-        return tuple(
-            sorted({s.layer for s, t in zip(self.sites, touched.tolist(), strict=True) if t})
-        )
+        touched = (self.rows.sum(0) > 0).nonzero().flatten().tolist()
+        return tuple(sorted({self.sites[i].layer for i in touched}))
 
     @property
     def touched(self) -> Tensor:
@@ -162,21 +194,15 @@ class Effect(Result):
         """One line per batch row and site."""
         import pandas as pd
 
-        lines = [
-            {
-                "batch": b,
-                "site": str(site),
-                "layer": site.layer,
-                "rows": int(self.rows[b, i]),
-                "empty": int(self.empty[b, i]),
-                "tokens": int(self.tokens[b, i]),
-                "mass_before": float(self.mass_before[b, i]),
-                "mass_after": float(self.mass_after[b, i]),
-            }
-            for b in range(self.rows.shape[0])
-            for i, site in enumerate(self.sites)
-        ]
-        return pd.DataFrame(lines)
+        names = ("rows", "empty", "tokens", "mass_before", "mass_after")
+        many = self.rows.shape[0]
+        table = {
+            "batch": [row for row in range(many) for _ in self.sites],
+            "site": [str(site) for site in self.sites] * many,
+            "layer": [site.layer for site in self.sites] * many,
+            **{name: getattr(self, name).flatten().tolist() for name in names},
+        }
+        return pd.DataFrame(table)
 
 
 def effect_from(
@@ -191,21 +217,23 @@ def effect_from(
     """
     sites = tuple(sorted(answers))
 
-    def counts(name: str) -> Tensor:
-        out = torch.stack([answers[s][name] for s in sites], dim=1)
-        return out if ended is None else out.masked_fill(ended[:, None], 0)
+    def stacked(name: str) -> Tensor:
+        return torch.stack([answers[site][name] for site in sites], dim=1)
 
-    count = counts("count")
+    def total(name: str) -> Tensor:
+        return stacked(name) if ended is None else stacked(name).masked_fill(ended[:, None], 0)
+
+    count = total("count")
 
     def mean(name: str) -> Tensor:
-        columns = []
-        for s in sites:
-            one = answers[s]
-            nothing = torch.full(one["count"].shape, float("nan"))
-            columns.append(one[name] / one["count"] if name in one else nothing)
-        return torch.stack(columns, dim=1).masked_fill(count == 0, float("nan"))
+        nothing = torch.full((len(count),), float("nan"))
+        sums = [
+            answers[s][name] / answers[s]["count"] if name in answers[s] else nothing for s in sites
+        ]
+        return torch.stack(sums, dim=1).masked_fill(count == 0, float("nan"))
 
-    rows, empty, tokens = counts("rows"), counts("empty"), counts("tokens")
-    more = set.intersection(*(set(answers[s]) for s in sites)) - set(TOLD)
-    extra = {name: torch.stack([answers[s][name] for s in sites], dim=1) for name in sorted(more)}
+    told = {"rows", "empty", "tokens", "count", "before", "after"}
+    more = set.intersection(*(set(answers[site]) for site in sites)) - told
+    extra = {name: stacked(name) for name in sorted(more)}
+    rows, empty, tokens = (total(name) for name in ("rows", "empty", "tokens"))
     return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step, extra)

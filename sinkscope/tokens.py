@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkscope.checks import is_whole
 from sinkscope.errors import SelectionError, nearest
 
 if TYPE_CHECKING:
@@ -28,39 +29,22 @@ if TYPE_CHECKING:
 KINDS = ("pad", "bos", "text", "image", "special")
 VISION_KINDS = ("pad", "cls", "register", "patch")
 Selection = Any
-"""A mask ``[batch pos]``, a per-layer mask ``[batch layer pos]`` or a name."""
+"""A name, words of the prompt, positions, or a mask ``[batch pos]`` or ``[batch layer pos]``."""
 
 
-def as_mask(selection: Any, shape: tuple[int, int], n_layers: int, what: str) -> Tensor:
-    """Check a mask given by the user.
-
-    Args:
-        selection: Anything that is not a name.
-        shape: ``(batch, pos)`` of the sample.
-        n_layers: Layers of the tower.
-        what: Where the mask is used, for the message.
-
-    Returns:
-        Bool ``[batch pos]`` or ``[batch layer pos]``.
-
-    Raises:
-        SelectionError: If it is no boolean mask of this batch.
-    """
+def mask_of(selection: Any, live: Tensor, n_layers: int, what: str) -> Tensor:
+    """Positions or a mask of the tower ``what`` as a bool mask ``[batch pos]`` or ``[batch layer pos]``."""
+    batch, pos = live.shape
     if not isinstance(selection, Tensor):
-        raise SelectionError(
-            f"Got a selection of type {type(selection).__name__} in {what}; expected a boolean "
-            "tensor [batch pos], [batch layer pos] or a name such as 'image'. Write "
-            "torch.zeros(batch, pos, dtype=torch.bool) and set the positions you mean."
-        )
+        mask = torch.zeros_like(live)
+        mask[:, positions_of(selection, live, what)] = True
+        return mask
     if selection.dtype != torch.bool:
         raise SelectionError(
-            f"Got a selection of dtype {selection.dtype} in {what}; expected torch.bool. Indices "
-            "are ambiguous in a padded batch: write mask = torch.zeros(batch, pos, "
-            "dtype=torch.bool); mask[row, index] = True."
+            f"Got a selection of dtype {selection.dtype} in {what}; expected torch.bool. Indices are "
+            "ambiguous in a padded batch: write mask[row, index] = True, or a list of positions."
         )
-    batch, pos = shape
-    fits = tuple(selection.shape) in ((batch, pos), (batch, n_layers, pos))
-    if not fits:
+    if tuple(selection.shape) not in ((batch, pos), (batch, n_layers, pos)):
         raise SelectionError(
             f"Got a mask of shape {tuple(selection.shape)} in {what}; expected ({batch}, {pos}) or "
             f"({batch}, {n_layers}, {pos}) for this sample. A mask belongs to the sample it was made "
@@ -69,18 +53,39 @@ def as_mask(selection: Any, shape: tuple[int, int], n_layers: int, what: str) ->
     return selection.cpu()
 
 
-MERGES = ("max", "mean", "any")
+def positions_of(given: Any, live: Tensor, what: str) -> list[int]:
+    """Positions, counted with padding, of tokens that every row has; else SelectionError."""
+    pos = live.shape[1]
+    wanted = list(given) if isinstance(given, (list, tuple, range)) else [given]
+    if isinstance(given, slice):
+        ends = (given.start or 0, pos if given.stop is None else given.stop, given.step or 1)
+        wanted = list(range(*ends)) if all(map(is_whole, ends)) else []
+    if not wanted or not all(map(is_whole, wanted)):
+        raise SelectionError(
+            f"Got a selection of type {type(given).__name__} in {what}, {given!r}; expected a name such "
+            "as 'image' or 'last', words of the prompt, positions such as [0, 5] or slice(0, 4), or a "
+            "boolean tensor [batch pos] or [batch layer pos]."
+        )
+    for p in wanted:
+        if not 0 <= p < pos:
+            raise SelectionError(
+                f"Got position {p} in {what}; expected 0 to {pos - 1}, never negative. The last token of "
+                "every row of the prompt is called 'last'."
+            )
+        if not live[:, p].all():
+            row = int(live[:, p].int().argmin())
+            raise SelectionError(
+                f"Got position {p} in {what}, which is padding in row {row}; expected a token in every "
+                "row, because positions count padding. Write a name such as 'first', or a mask."
+            )
+    return wanted
 
 
 def check_merge(merge: str) -> None:
-    """Refuse an unknown way to join ViT tokens.
-
-    Raises:
-        SelectionError: If it is unknown.
-    """
-    if merge not in MERGES:
+    """Refuse an unknown way to join ViT tokens: SelectionError."""
+    if merge not in (known := ("max", "mean", "any")):
         raise SelectionError(
-            f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {nearest(str(merge), MERGES)}"
+            f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {nearest(str(merge), known)}"
         )
 
 
@@ -110,30 +115,23 @@ class VisionMap:
     batch_row: Int[Tensor, " image"]
 
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
-        """A selection of ViT tokens as a mask.
+        """A selection of ViT tokens as a bool mask; SelectionError if it does not fit.
 
         Args:
-            selection: ``"all"``, ``"cls"``, ``"register"``, ``"patch"``, or a bool mask
+            selection: ``"all"``, ``"cls"``, ``"register"``, ``"patch"``, positions, or a bool mask
                 ``[image pos]`` or ``[image layer pos]``.
             n_layers: Layers of the vision tower, to recognise per-layer masks.
-
-        Returns:
-            Bool mask.
-
-        Raises:
-            SelectionError: If the name is unknown or the mask is of another batch.
         """
-        if isinstance(selection, str):
-            if selection == "all":
-                return self.live
-            if selection not in VISION_KINDS[1:]:
-                raise SelectionError(
-                    f"Got the vision selection {selection!r}; expected one of 'all', 'cls', "
-                    f"'register', 'patch' or a mask. {nearest(selection, VISION_KINDS[1:])}"
-                )
-            return self.live & (self.kind == VISION_KINDS.index(selection))
-        shape = (self.live.shape[0], self.live.shape[1])
-        return as_mask(selection, shape, n_layers, "the vision tower")
+        if not isinstance(selection, str):
+            return mask_of(selection, self.live, n_layers, "the vision tower")
+        if selection == "all":
+            return self.live
+        if selection not in VISION_KINDS[1:]:
+            raise SelectionError(
+                f"Got the vision selection {selection!r}; expected one of 'all', 'cls', "
+                f"'register', 'patch', positions or a mask. {nearest(selection, VISION_KINDS[1:])}"
+            )
+        return self.live & (self.kind == VISION_KINDS.index(selection))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,64 +183,69 @@ class TokenMap:
     def names(self) -> tuple[str, ...]:
         """The names that `select` knows for this sample."""
         images = int(self.image.max().item()) + 1 if self.image.numel() else 0
-        return (
-            "all",
-            "bos",
-            "first",
-            "text",
-            "special",
-            "image",
-            "last",
-            *(f"image:{i}" for i in range(images)),
-        )
+        fixed = ("all", "bos", "first", "text", "special", "image", "last")
+        return (*fixed, *(f"image:{i}" for i in range(images)))
 
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
-        """A selection as a mask.
+        """A selection as a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
         Args:
-            selection: A name from `names`, or a bool mask ``[batch pos]`` / ``[batch layer pos]``.
-                ``"text"`` are all live positions that are neither image, BOS nor special tokens;
-                ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
+            selection: A name from `names`; other words, which are looked for in the text of every
+                row (all tokens of all places that hold them); a position, a list of positions or a
+                slice, counted as here, with padding; or a bool mask ``[batch pos]`` / ``[batch layer
+                pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
+                tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
             n_layers: Layers of the tower, to recognise per-layer masks.
 
-        Returns:
-            Bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
-
         Raises:
-            SelectionError: If the name is unknown or the mask is of another batch.
+            SelectionError: If a row does not hold the words or the position, or the mask is of
+                another batch.
         """
         if not isinstance(selection, str):
-            shape = (self.live.shape[0], self.live.shape[1])
-            mask = as_mask(selection, shape, n_layers, "the language tower")
+            mask = mask_of(selection, self.live, n_layers, "the language tower")
             return mask & (self.live if mask.ndim == 2 else self.live[:, None])
         if selection not in self.names:
-            raise SelectionError(
-                f"Got the selection {selection!r}; expected one of {self.names} or a boolean mask. "
-                f"{nearest(selection, self.names)}"
-            )
-        places = torch.arange(self.live.shape[1])
+            return self._holding(selection)
         if selection == "all":
             return self.live
         if selection in ("last", "first"):
             at = self.last if selection == "last" else self.first
-            return self.live & (places == at[:, None])
+            return self.live & (torch.arange(self.live.shape[1]) == at[:, None])
         if selection.startswith("image:"):
             return self.image == int(selection.removeprefix("image:"))
         return self.live & (self.kind == KINDS.index(selection))
 
+    def _holding(self, text: str) -> Tensor:
+        """The text tokens of every place that holds some words."""
+        mask, textual = torch.zeros_like(self.live), self.live & (self.kind == KINDS.index("text"))
+        for row, words in enumerate(self.words or ()):
+            line, owners = _line_of(words, textual[row].tolist())
+            start = line.find(text) if text.strip() else -1
+            while start >= 0:
+                mask[row, sorted(set().union(*owners[start : start + len(text)]))] = True
+                start = line.find(text, start + 1)
+        lacking = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if not mask.any():
+            raise SelectionError(
+                f"Got the selection {text!r}; expected one of {self.names} or a boolean mask. "
+                f"{nearest(text, self.names)} The text of the prompt "
+                f"{'does not hold it' if self.words else 'is unknown without a tokenizer'}: write words "
+                "as sample.tokens.words shows them, or positions such as [0, 5]."
+            )
+        if lacking:
+            raise SelectionError(
+                f"Got the selection {text!r}, which the text of rows {lacking} does not hold; expected "
+                "words of every row. Prepare those rows apart, or write a mask."
+            )
+        return mask
+
     def from_vision(self, scores: Float[Tensor, "image pos"], merge: str = "max") -> Tensor:
-        """Carry scores of ViT tokens to the LLM positions they feed.
+        """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
 
         Args:
             scores: One score per ViT token.
             merge: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``) over the ViT tokens
-                that merge into one position.
-
-        Returns:
-            Float ``[batch pos]``, NaN where no image token is.
-
-        Raises:
-            SelectionError: If ``merge`` is unknown, or the scores are of other images.
+                that merge into one position; else SelectionError.
         """
         check_merge(merge)
         if scores.shape != self.vision.live.shape:
@@ -265,25 +268,30 @@ class TokenMap:
         """One line per live position: kind, image, grid cell, ViT tokens, pixel box, word."""
         import pandas as pd
 
-        lines: list[Mapping[str, Any]] = []
-        for b, p in self.live.nonzero().tolist():
-            sources = [int(s) for s in self.sources[b, p] if s >= 0]
-            x0, y0, x1, y1 = self.box[b, p].tolist()
-            lines.append(
-                {
-                    "batch": b,
-                    "pos": p,
-                    "id": int(self.ids[b, p]),
-                    "word": self.words[b][p] if self.words else None,
-                    "kind": KINDS[int(self.kind[b, p])],
-                    "image": int(self.image[b, p]),
-                    "row": int(self.row[b, p]),
-                    "column": int(self.column[b, p]),
-                    "vit_tokens": sources,
-                    "x0": x0,
-                    "y0": y0,
-                    "x1": x1,
-                    "y1": y1,
-                }
-            )
-        return pd.DataFrame(lines)
+        live, places = self.live, self.live.nonzero().tolist()
+        table: dict[str, Any] = {"batch": [b for b, _ in places], "pos": [p for _, p in places]}
+        table["id"] = self.ids[live].tolist()
+        table["word"] = [self.words[b][p] if self.words else None for b, p in places]
+        table["kind"] = [KINDS[kind] for kind in self.kind[live].tolist()]
+        table |= {name: getattr(self, name)[live].tolist() for name in ("image", "row", "column")}
+        table["vit_tokens"] = [[s for s in few if s >= 0] for few in self.sources[live].tolist()]
+        table |= zip(("x0", "y0", "x1", "y1"), self.box[live].T.tolist(), strict=True)
+        return pd.DataFrame(table)
+
+
+def _line_of(words: tuple[str, ...], textual: list[bool]) -> tuple[str, list[range]]:
+    """The text of a row, and of every character its tokens; other tokens interrupt it with a zero.
+
+    A character whose bytes lie in several tokens, ``中 1/2`` and ``中 2/2``, belongs to all of them.
+    """
+    line, owners, at = "", [], 0
+    while at < len(words):
+        word = words[at] if textual[at] else "\0"
+        parts = re.fullmatch(r"(.+) 1/([2-9])", word, flags=re.DOTALL)
+        if parts and words[at + 1 : at + 2] == (f"{parts[1]} 2/{parts[2]}",):
+            word, many = parts[1], int(parts[2])
+        else:
+            many = 1
+        line, owners = line + word, owners + [range(at, at + many)] * len(word)
+        at += many
+    return line, owners

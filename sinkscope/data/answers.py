@@ -14,7 +14,7 @@ from sinkscope.checks import check_choice
 from sinkscope.data.items import Item, folded
 from sinkscope.data.tokens import IGNORED, Ids, TokenScores, answer_ids, padded
 from sinkscope.errors import InputError
-from sinkscope.interventions.application import check_interventions, tolerant
+from sinkscope.interventions.application import allowing_noop, check_interventions
 from sinkscope.models.requests import GREEDY
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def answer_batch(
     An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is
     not length normalised; see `score_options`.
     """
-    ready = [tolerant(it) for it in check_interventions(edits)]
+    ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
         scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
         best = zip(items, scores.argmax(dim=1).tolist(), strict=True)

@@ -21,13 +21,16 @@ from sinkscope.interventions.states import (
     ScaleTokens,
     SinkToFront,
 )
+from sinkscope.interventions.temperature import AttentionTemperature
 from sinkscope.interventions.values import AblateValues
-from sinkscope.protocols import Edit, Effect, Intervention
+from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 
 __all__ = [
     "AblateActivations",
     "AblateValues",
     "AttentionKnockout",
+    "AttentionTemperature",
+    "BaseIntervention",
     "Edit",
     "Edited",
     "Effect",

@@ -4,44 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.protocols import Edit, Effect, Intervention
+from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention, Model, Probe
 from sinkscope.results import kl_of_next
-
-if TYPE_CHECKING:
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.runs import Generation, Run
-    from sinkscope.protocols import Probe
 
 
 def check_interventions(interventions: Any) -> list[Intervention]:
-    """The interventions as a list.
-
-    Raises:
-        InterventionError: If something else came.
-    """
-    if isinstance(interventions, type):
+    """The interventions as a list; InterventionError if something else came."""
+    came, name = interventions, getattr(interventions, "__name__", type(interventions).__name__)
+    if isinstance(came, type):
         raise InterventionError(
-            f"Got the class {interventions.__name__}; expected a list of interventions. Write "
-            f"interventions=[{interventions.__name__}(...)]."
+            f"Got the class {name}; expected a list of interventions. Write interventions=[{name}(...)]."
         )
-    if isinstance(interventions, Intervention):
+    if isinstance(came, Intervention):
         raise InterventionError(
-            f"Got one {type(interventions).__name__}; expected a list of interventions. Write "
-            "interventions=[it]."
+            f"Got one {name}; expected a list of interventions. Write interventions=[it]."
         )
-    if not isinstance(interventions, Iterable) or isinstance(interventions, (str, Mapping)):
-        raise InterventionError(
-            f"Got interventions={interventions!r}; expected a list, such as "
-            "[ss.MaskKeys(trace.v_sinks, layers=[4])]."
-        )
-    out = list(interventions)
+    such = "such as ss.MaskKeys(trace.v_sinks, layers=[4])."
+    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
+        raise InterventionError(f"Got interventions={came!r}; expected a list of objects {such}")
+    out = list(came)
     for it in out:
         if isinstance(it, type):
             raise InterventionError(
@@ -51,7 +38,7 @@ def check_interventions(interventions: Any) -> list[Intervention]:
         if not isinstance(it, Intervention):
             raise InterventionError(
                 f"Got {it!r} among the interventions; expected objects with edits(), steps and "
-                "allow_noop, such as ss.MaskKeys(trace.v_sinks, layers=[4])."
+                f"allow_noop, {such}"
             )
     if len({id(it) for it in out}) < len(out):
         raise InterventionError(
@@ -61,64 +48,42 @@ def check_interventions(interventions: Any) -> list[Intervention]:
     return out
 
 
-def tolerant(it: Any) -> Any:
-    """The same intervention, for which touching nothing is fine.
-
-    Args:
-        it: A dataclass, or an object with a method ``tolerant()`` of its own (a gate).
-
-    Raises:
-        InterventionError: If it is neither.
-    """
+def allowing_noop(it: Any) -> Any:
+    """The same dataclass, or object with a method of this name, for which touching nothing is fine."""
     if it.allow_noop:
         return it
-    own = getattr(it, "tolerant", None)
-    if callable(own):
-        return own()
+    if hasattr(it, "allowing_noop"):
+        return it.allowing_noop()
     if is_dataclass(it) and not isinstance(it, type):
         return replace(it, allow_noop=True)
     raise InterventionError(
         f"Got a {type(it).__name__} that may not touch nothing; expected a dataclass, or an object "
-        "with a method tolerant() that gives its twin with allow_noop=True. Set allow_noop=True."
+        "with a method allowing_noop() that gives its twin with allow_noop=True. Set allow_noop=True."
     )
 
 
 def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -> None:
-    """Refuse edits of vision blocks behind the last one that the projector reads.
+    """Refuse edits of vision blocks behind the last one that the projector reads, of ``feeds``.
 
     With ``layers=None`` such blocks are edited along with the others, for probes of the tower.
-
-    Args:
-        it: The intervention.
-        edits: Its edits.
-        feeds: The vision blocks that feed the projector, ascending.
-
-    Raises:
-        NoEffectError: If one was named, or there are no others, and that was not allowed.
+    NoEffectError if one was named, or there are no others, and that was not allowed.
     """
     vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
     behind = sorted(layer for layer in vision if layer > feeds[-1])
     everything = getattr(it, "layers", None) is None and len(behind) < len(vision)
-    if not behind or everything or it.allow_noop:
-        return
-    raise NoEffectError(
-        f"Got {type(it).__name__} in the vision blocks {behind}; expected blocks up to {feeds[-1]}: "
-        f"the projector reads {list(feeds)}, and what later blocks do reaches no token of the "
-        f"decoder. Write layers up to {feeds[-1]}, or allow_noop=True to probe the tower itself."
-    )
+    if behind and not everything and not it.allow_noop:
+        raise NoEffectError(
+            f"Got {type(it).__name__} in the vision blocks {behind}; expected blocks up to {feeds[-1]}: "
+            f"the projector reads {list(feeds)}, and what later blocks do reaches no token of the "
+            f"decoder. Write layers up to {feeds[-1]}, or allow_noop=True to probe the tower itself."
+        )
 
 
 def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:
-    """Refuse what counts a tower's positions beside an edit that adds some to it.
-
-    Raises:
-        InterventionError: If so.
-    """
+    """Refuse probes and edits of a tower to which another edit adds positions."""
     for it in interventions:
-        tower = getattr(it, "changes_positions_of", None)
-        if tower is None:
-            continue
-        others = [other for other in (*probes, *interventions) if other is not it]
+        tower = getattr(it, "changes_positions_of", BaseIntervention.changes_positions_of)
+        others = [other for other in (*probes, *interventions) if tower and other is not it]
         clash = [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]
         if clash:
             raise InterventionError(
@@ -131,11 +96,7 @@ def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe])
 def require_effects(
     interventions: Sequence[Intervention], steps: Sequence[Mapping[Intervention, Effect]]
 ) -> None:
-    """Refuse an intervention that touched nothing in any pass.
-
-    Raises:
-        NoEffectError: If there is one that may not.
-    """
+    """Refuse an intervention that touched nothing in any pass, unless it may: NoEffectError."""
     for it in interventions:
         mine = [effects[it] for effects in steps if it in effects]
         if not it.allow_noop and not any(bool(effect.touched.any()) for effect in mine):
@@ -144,34 +105,34 @@ def require_effects(
 
 def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str:
     """Why an intervention touched nothing, as far as its effects tell."""
-    name, allow = type(it).__name__, "Write allow_noop=True if nothing may happen."
+    name, empty = type(it).__name__, sum(int(effect.empty.sum()) for effect in effects)
     if not effects:
-        return (
-            f"{name} never ran in {passes} forward passes; expected at least one at "
-            f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
-            "decode-only edit needs max_new_tokens=2 or more. " + allow
+        why = (
+            f" never ran in {passes} forward passes; expected at least one at steps={it.steps!r}. The "
+            "first token of an answer comes from the prompt's pass, so a decode-only edit needs "
+            "max_new_tokens=2 or more."
         )
-    if not any(site.name == "attention" for effect in effects for site in effect.sites):
-        return f"{name} left every token as it was; expected at least one to change. " + allow
-    if empty := sum(int(effect.empty.sum()) for effect in effects):
-        return (
-            f"{name} touched no row: the {empty} that see the edited keys see nothing else, and "
-            "such a row keeps its unedited output. Leave some key to attend to. " + allow
+    elif not any(site.name == "attention" for effect in effects for site in effect.sites):
+        why = " left every token as it was; expected at least one to change."
+    elif empty:
+        why = (
+            f" touched no row: the {empty} that see the edited keys see nothing else, and such a row "
+            "keeps its unedited output. Leave some key to attend to."
         )
-    return (
-        f"{name} touched no row in {len(effects)} forward passes; expected at least one. No "
-        "selected query sees the edited tokens: they come later, lie outside the window, are masked "
-        "already, or were given what they have. " + allow
-    )
+    else:
+        why = (
+            f" touched no row in {len(effects)} forward passes; expected at least one. No selected query "
+            "sees the edited tokens: they come later, lie outside the window, are masked already, or "
+            "were given what they have."
+        )
+    return f"{name}{why} Write allow_noop=True if nothing may happen."
 
 
-def with_kl(edited: Run, plain: Run, last: Tensor) -> Run:
-    """The run with ``KL(unedited || edited)`` of the next token in every effect.
+def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
+    """The `Run` ``edited`` with ``KL(unedited || edited)`` of the next token in every effect.
 
-    Args:
-        edited: The run with interventions.
-        plain: A run without, ``logits="last"``.
-        last: Int ``[batch]``, the last prompt position of every row.
+    ``plain`` is a run without interventions and with ``logits="last"``; ``last`` int ``[batch]`` the last
+    prompt position of every row.
     """
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
@@ -188,7 +149,7 @@ class Edited:
     samples of their own shape, names such as ``"image"`` to any.
     """
 
-    def __init__(self, lvlm: LVLM, interventions: Sequence[Intervention]) -> None:
+    def __init__(self, lvlm: Model, interventions: Sequence[Intervention]) -> None:
         self._lvlm = lvlm
         self._interventions = tuple(interventions)
         self._open = True
@@ -202,38 +163,24 @@ class Edited:
         """End the edits."""
         self._open = False
 
-    def run(
-        self,
-        sample: Sample,
-        probes: Sequence[Probe] = (),
-        interventions: Sequence[Intervention] = (),
-        **options: Any,
-    ) -> Run:
+    def run(self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any) -> Any:
         """`LVLM.run` with these interventions first, then further ones."""
-        return self._model().run(sample, probes, (*self._interventions, *interventions), **options)
+        both = (*self._interventions, *interventions)
+        return self._model().run(sample, probes, both, **options)
 
     def generate(
-        self,
-        sample: Sample,
-        probes: Sequence[Probe] = (),
-        interventions: Sequence[Intervention] = (),
-        **options: Any,
-    ) -> Generation:
+        self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any
+    ) -> Any:
         """`LVLM.generate` with these interventions first, then further ones."""
-        return self._model().generate(
-            sample, probes, (*self._interventions, *interventions), **options
-        )
+        both = (*self._interventions, *interventions)
+        return self._model().generate(sample, probes, both, **options)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Sample:
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """`LVLM.prepare`."""
         return self._model().prepare(*args, **kwargs)
 
-    def _model(self) -> LVLM:
-        """The model.
-
-        Raises:
-            InterventionError: If the block has ended.
-        """
+    def _model(self) -> Model:
+        """The model, unless the block has ended."""
         if not self._open:
             raise InterventionError(
                 "Got a run on a model whose edits have ended; expected it inside the block. Write "

@@ -1,20 +1,17 @@
-"""The protocol of an intervention: which sites it edits, with which kernel, and what it reports.
-
-An intervention is a frozen dataclass of parameters with one method. Like a probe it never holds a
-model: the runner asks what to edit and the kernel turns the old value into a new one.
-"""
+"""What interventions share: steps, selections, heads, numbers, and one edit of attention per layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sinkscope.errors import InterventionError, NoEffectError, SelectionError, nearest
+from sinkscope.checks import check_choice, check_number, is_whole
+from sinkscope.errors import InterventionError, NoEffectError, SelectionError
 from sinkscope.kernels.edits import EXTRA, WIDEST
-from sinkscope.sites import Tower
+from sinkscope.protocols import Edit
+from sinkscope.sites import Site, Tower
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
@@ -25,50 +22,35 @@ STEPS = ("all", "prefill", "decode")
 
 
 def check_steps(steps: str) -> str:
-    """A known value of ``steps``.
-
-    Raises:
-        InterventionError: If it is none.
-    """
-    if steps not in STEPS:
-        raise InterventionError(
-            f"Got steps={steps!r}; expected one of {STEPS}. {nearest(str(steps), STEPS)}"
-        )
+    """``steps``, unless it is unknown: then InterventionError."""
+    check_choice(STEPS, error=InterventionError, steps=steps)
     return steps
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
-    """Whether an intervention applies at this step; the vision tower runs on the prompt only.
+    """Whether an intervention with these ``steps`` edits ``tower`` now; InterventionError if unknown.
 
-    Args:
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        context: What ``edits`` was given; its ``step`` is 0 for the prompt.
-        tower: The tower that is edited.
-
-    Raises:
-        InterventionError: If ``steps`` is unknown.
+    The vision tower runs on the prompt only.
     """
-    check_steps(steps)
-    if context.step == 0:
-        return steps in ("all", "prefill")
-    return steps in ("all", "decode") and tower == "language"
+    now = "decode" if context.step else "prefill"
+    return check_steps(steps) in ("all", now) and (now == "prefill" or tower == "language")
 
 
 def selected(
     context: Context, tower: str, tokens: Selection, what: str, allow_empty: bool
 ) -> Tensor:
-    """A selection as ``[batch layer|1 pos]`` in the sample's own layout.
+    """A selection as ``[batch layer pos]`` in the sample's own layout, False at padding.
 
     Args:
         context: What ``edits`` was given.
         tower: ``"language"`` or ``"vision"``.
-        tokens: A name such as ``"image"``, or a bool mask ``[batch pos]`` or ``[batch layer pos]``.
+        tokens: A selection, see `TokenMap.select`.
         what: The intervention's name, for the message.
         allow_empty: Whether an empty selection is fine.
 
     Returns:
         A bool mask with one layer, or with as many as the tower has if the selection differs by
-        layer; see `at_layer`. Padding is False.
+        layer; see `at_layer`.
 
     Raises:
         NoEffectError: If it is empty in every row.
@@ -97,11 +79,7 @@ def at_layer(mask: Tensor, layer: int) -> Tensor:
 
 
 def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
-    """Query heads of a tower.
-
-    Raises:
-        InterventionError: If there is none or one is out of range.
-    """
+    """Query heads, ascending, of a tower that has ``count``, None for all; else InterventionError."""
     if heads is None:
         return None
     several = isinstance(heads, Iterable) and not isinstance(heads, str)
@@ -109,8 +87,7 @@ def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
     if not wanted:
         raise InterventionError("Got no heads; expected at least one, or None for all.")
     for head in wanted:
-        whole = isinstance(head, Integral) and not isinstance(head, bool)
-        if not whole or not 0 <= int(head) < count:
+        if not is_whole(head, 0, count - 1):
             raise InterventionError(
                 f"Got head {head!r}; expected query heads from 0 to {count - 1}. With grouped "
                 "queries several query heads share a key-value head: these are query heads."
@@ -123,9 +100,7 @@ def rows_at(
 ) -> Tensor | None:
     """Selected query rows in the model's layout, or None for all.
 
-    Raises:
-        SelectionError: If the selection differs by layer.
-        NoEffectError: If it is empty in every row.
+    SelectionError if the selection differs by layer, NoEffectError if it is empty in every row.
     """
     if queries is None:
         return None
@@ -143,12 +118,48 @@ def rows_at(
     return context.pack(tower, mask, dim=1)
 
 
-def check_decodes(steps: str, queries: Selection | None) -> None:
-    """Refuse to edit prompt positions at decode steps only.
+def attention_edits(
+    it: Any,
+    context: Context,
+    kernel: Callable[..., Any],
+    stage: str,
+    masks: Mapping[str, Tensor],
+    each: Sequence[Mapping[str, Any]] | None = None,
+    **shared: Any,
+) -> list[Edit]:
+    """One edit per layer of an intervention on attention, if it runs at this step.
 
-    Raises:
-        InterventionError: If so.
+    Args:
+        it: The intervention, with the members of `BaseIntervention`.
+        context: What ``edits`` was given.
+        kernel: A kernel of attention, which takes ``live``, ``rows`` and ``heads`` too.
+        stage: See `Edit`.
+        masks: Masks for the kernel, as `selected` gives them.
+        each: Parameters that differ, one mapping per layer.
+        shared: Parameters of all layers.
     """
+    tower, name = it.tower, type(it).__name__
+    layers = context.layers(tower, it.layers)
+    shared["heads"] = check_heads(it.heads, context.tower(tower).heads)
+    shared["rows"] = rows_at(context, tower, it.queries, name, it.allow_noop)
+    check_decodes(it.steps, it.queries)
+    now = runs_now(it.steps, context, tower)
+    # Queries are prompt positions: none of them is the query of a decode step.
+    if not now or (context.step and shared["rows"] is not None):
+        return []
+    shared["live"] = context.pack(tower, context.live(tower), dim=1)
+    # What is the same in all layers stays one tensor, so that it is moved to the device once.
+    packed = {key: context.pack(tower, mask, dim=2).unbind(1) for key, mask in masks.items()}
+    edits = []
+    for i, layer in enumerate(layers):
+        mine = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
+        mine |= shared if each is None else {**shared, **each[i]}
+        edits.append(Edit(Site(tower, "attention", layer), kernel, mine, stage))
+    return edits
+
+
+def check_decodes(steps: str, queries: Selection | None) -> None:
+    """Refuse to edit prompt positions at decode steps only."""
     if check_steps(steps) == "decode" and queries is not None:
         raise InterventionError(
             "Got queries together with steps='decode'; expected either. Queries are prompt "
@@ -157,11 +168,7 @@ def check_decodes(steps: str, queries: Selection | None) -> None:
 
 
 def check_prompt_only(steps: str, what: str) -> None:
-    """Refuse decode steps for an edit of prompt tokens' states.
-
-    Raises:
-        InterventionError: If so.
-    """
+    """Refuse decode steps for an edit of prompt tokens' states."""
     if check_steps(steps) == "decode":
         raise InterventionError(
             f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here. "
@@ -171,15 +178,26 @@ def check_prompt_only(steps: str, what: str) -> None:
 
 
 def check_tower(given: str, expected: Tower, what: str) -> None:
-    """Refuse a tower in which an intervention is not defined.
-
-    Raises:
-        InterventionError: If it is another one.
-    """
+    """Refuse a tower in which an intervention is not defined."""
     if given != expected:
         raise InterventionError(
             f"Got tower={given!r} for {what}; expected {expected!r}, the only tower in which it is "
             f"defined. Write tower={expected!r}, or leave it out."
+        )
+
+
+def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
+    """A finite number of at least ``least``."""
+    check_number(least, error=InterventionError, **{name: factor})
+    return float(factor)
+
+
+def check_neutral(name: str, factor: float, neutral: float, allow_noop: bool) -> None:
+    """Refuse a setting that changes nothing, unless that was allowed: NoEffectError."""
+    if factor == neutral and not allow_noop:
+        raise NoEffectError(
+            f"{name} with {neutral:g} changes nothing; expected another value. Write "
+            "allow_noop=True if that is meant, for instance as the base of a sweep."
         )
 
 
@@ -193,16 +211,7 @@ def needs_a_mask(tower: TowerAnatomy) -> str:
 
 
 def check_maskable(tower: TowerAnatomy, reason: str, what: str) -> None:
-    """Refuse an explicit mask under a flash kernel, which knows padding only.
-
-    Args:
-        tower: The tower.
-        reason: Why there must be a mask; "" if there need not.
-        what: The intervention.
-
-    Raises:
-        InterventionError: If so.
-    """
+    """Refuse an explicit mask, if ``reason`` says why there must be one, under a flash kernel."""
     if reason and "flash" in tower.kernel:
         raise InterventionError(
             f"Got {what} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', which take "

@@ -2,93 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sinkscope.errors import InterventionError, NoEffectError
+from sinkscope.checks import check_whole
+from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
-    at_layer,
-    check_decodes,
-    check_heads,
+    attention_edits,
+    check_factor,
     check_maskable,
+    check_neutral,
     check_tower,
     needs_a_mask,
-    rows_at,
     runs_now,
     selected,
 )
-from sinkscope.kernels import edits as kernels
-from sinkscope.kernels.edits import evict_keys
-from sinkscope.protocols import Edit
+from sinkscope.kernels.edits import edit_keys, evict_keys
+from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
 
-STAGE_OF = MappingProxyType(
-    {
-        "scale": "keys",
-        "mask": "logits",
-        "weight": "logits",
-        "weight without renormalising": "weights",
-    }
-)
-
 
 def key_edits(
-    it: Any, context: Context, tokens: Selection, how: str, factor: float, neutral: float | None
+    it: Any, context: Context, stage: str, factor: float, neutral: float | None = None
 ) -> list[Edit]:
-    """One edit per layer of an intervention with layers, heads, queries and steps.
-
-    Args:
-        it: The intervention.
-        context: The model's anatomy and the sample's tokens.
-        tokens: The keys.
-        how: See `sinkscope.kernels.edits.edit_keys`.
-        factor: The factor.
-        neutral: The factor that changes nothing: then no key is edited.
-    """
-    tower, name = it.tower, type(it).__name__
-    if STAGE_OF[how] == "logits":
-        check_maskable(context.tower(tower), needs_a_mask(context.tower(tower)), name)
-    layers, heads = (
-        context.layers(tower, it.layers),
-        check_heads(it.heads, context.tower(tower).heads),
-    )
-    mask = selected(context, tower, tokens, name, it.allow_noop)
-    rows = rows_at(context, tower, it.queries, name, it.allow_noop)
-    check_decodes(it.steps, it.queries)
-    # Queries are prompt positions: none of them is the query of a decode step.
-    if not runs_now(it.steps, context, tower) or (context.step and rows is not None):
-        return []
-    if factor == neutral:
-        mask = mask & False
-    live = context.pack(tower, context.live(tower), dim=1)
-    return [
-        Edit(
-            Site(tower, "attention", layer),
-            kernels.edit_keys,
-            {
-                "keys": context.pack(tower, at_layer(mask, layer), dim=1),
-                "live": live,
-                "how": how,
-                "factor": factor,
-                "rows": rows,
-                "heads": heads,
-            },
-            STAGE_OF[how],
-        )
-        for layer in layers
-    ]
+    """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
+    name, tower = type(it).__name__, context.tower(it.tower)
+    if neutral is not None:
+        check_neutral(name, factor, neutral, it.allow_noop)
+    if stage == "logits":
+        check_maskable(tower, needs_a_mask(tower), name)
+    mask = selected(context, it.tower, it.tokens, name, it.allow_noop) & (factor != neutral)
+    return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
-class MaskKeys:
+class MaskKeys(BaseIntervention):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
@@ -118,37 +71,11 @@ class MaskKeys:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, self.tokens, "mask", 0.0, None)
-
-
-def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
-    """A finite number.
-
-    Raises:
-        InterventionError: If it is none, or below ``least``.
-    """
-    number = isinstance(factor, Real) and not isinstance(factor, bool)
-    if not number or not math.isfinite(factor) or factor < least:
-        bound = "" if least == float("-inf") else f", {least:g} or more"
-        raise InterventionError(f"Got {name}={factor!r}; expected a finite number{bound}.")
-    return float(factor)
-
-
-def check_neutral(name: str, factor: float, neutral: float, allow_noop: bool) -> None:
-    """Refuse a setting that changes nothing.
-
-    Raises:
-        NoEffectError: If it is neutral and that was not allowed.
-    """
-    if factor == neutral and not allow_noop:
-        raise NoEffectError(
-            f"{name} with {neutral:g} changes nothing; expected another value. Write "
-            "allow_noop=True if that is meant, for instance as the base of a sweep."
-        )
+        return key_edits(self, context, "logits", 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleKeys:
+class ScaleKeys(BaseIntervention):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
     Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
@@ -174,13 +101,11 @@ class ScaleKeys:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        factor = check_factor("factor", self.factor)
-        check_neutral("ScaleKeys", factor, 1.0, self.allow_noop)
-        return key_edits(self, context, self.tokens, "scale", factor, 1.0)
+        return key_edits(self, context, "keys", check_factor("factor", self.factor), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleAttention:
+class ScaleAttention(BaseIntervention):
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
@@ -209,15 +134,12 @@ class ScaleAttention:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        least = 0.0 if self.renormalize else float("-inf")
-        factor = check_factor("factor", self.factor, least)
-        check_neutral("ScaleAttention", factor, 1.0, self.allow_noop)
-        how = "weight" if self.renormalize else "weight without renormalising"
-        return key_edits(self, context, self.tokens, how, factor, 1.0)
+        least, stage = (0.0, "logits") if self.renormalize else (float("-inf"), "weights")
+        return key_edits(self, context, stage, check_factor("factor", self.factor, least), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout:
+class AttentionKnockout(BaseIntervention):
     """Cut attention from a set of queries to a set of keys in a window of layers.
 
     ``MaskKeys`` with queries, in the order in which knockouts are written (Geva et al. 2304.14767).
@@ -225,10 +147,7 @@ class AttentionKnockout:
     Args:
         queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
         keys: The keys.
-        layers: Block indices, or None for all.
-        heads: Query heads, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        allow_noop: Whether touching nothing is fine.
+        layers: See `MaskKeys`, as for the rest.
     """
 
     needs: ClassVar[str] = "bias"
@@ -243,20 +162,12 @@ class AttentionKnockout:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        same = MaskKeys(
-            self.keys,
-            self.layers,
-            self.heads,
-            self.queries,
-            self.steps,
-            self.tower,
-            self.allow_noop,
-        )
-        return same.edits(context)
+        where = (self.layers, self.heads, self.queries, self.steps, self.tower, self.allow_noop)
+        return MaskKeys(self.keys, *where).edits(context)
 
 
 @dataclass(frozen=True, eq=False)
-class EvictKeys:
+class EvictKeys(BaseIntervention):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
     Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
@@ -283,11 +194,8 @@ class EvictKeys:
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         check_tower(self.tower, "language", "EvictKeys")
-        for name, value, least in (("start", self.start, 0), ("recent", self.recent, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InterventionError(
-                    f"Got {name}={value!r}; expected an int of {least} or more."
-                )
+        check_whole(0, error=InterventionError, start=self.start)
+        check_whole(1, error=InterventionError, recent=self.recent)
         differs = "what is evicted differs by query"
         check_maskable(context.tower("language"), differs, "EvictKeys")
         if not runs_now(self.steps, context, "language"):

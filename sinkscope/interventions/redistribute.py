@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,24 +11,20 @@ from torch import Tensor
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
-    at_layer,
-    check_decodes,
-    check_heads,
+    attention_edits,
+    check_factor,
     check_maskable,
+    check_neutral,
     needs_a_mask,
-    rows_at,
-    runs_now,
     selected,
 )
-from sinkscope.interventions.keys import check_factor, check_neutral
-from sinkscope.kernels import edits as kernels
-from sinkscope.protocols import Edit
-from sinkscope.sites import Site, Tower
+from sinkscope.kernels.edits import edit_mass
+from sinkscope.protocols import BaseIntervention, Edit
+from sinkscope.sites import Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
-    from sinkscope.experiments.tracing import SinkTrace
 
 AFTER_IMAGE = "after image"
 
@@ -64,7 +60,7 @@ def after_image(context: Context) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Redistribute:
+class Redistribute(BaseIntervention):
     """Move attention from source tokens to target tokens in proportion (VAR, ACT).
 
     Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
@@ -100,31 +96,30 @@ class Redistribute:
 
     @classmethod
     def var_paper(
-        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
     ) -> Redistribute:
-        """VAR as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
+        """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
         return cls._var(trace, layers, p, 1 - rho, needs_sink=False)
 
     @classmethod
     def var_code(
-        cls, trace: SinkTrace, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
     ) -> Redistribute:
-        """VAR as its code does it: keep ``p``, sink share at most ``rho``."""
+        """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
         return cls._var(trace, layers, 1 - p, rho, needs_sink=True)
 
     @classmethod
     def _var(
-        cls, trace: SinkTrace, layers: Any, recycle: float, share: float, *, needs_sink: bool
+        cls, trace: Any, layers: Any, recycle: float, share: float, *, needs_sink: bool
     ) -> Redistribute:
         """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
         rule = trace.l_detection.mask
         visual = (trace.sample.tokens.image >= 0)[:, None]
-        chosen = tuple(range(2, trace.n_layers)) if layers is None else layers
         return cls(
             source=rule,
             target=visual & ~rule,
             recycle=recycle,
-            layers=chosen,
+            layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
             select=ImageCentric(rule & visual, 0.2, share, needs_sink),
             queries=AFTER_IMAGE,
             allow_noop=not bool((rule & visual).any()),
@@ -139,33 +134,21 @@ class Redistribute:
         tower = context.tower(self.tower)
         check_maskable(tower, needs_a_mask(tower), "Redistribute")
         source, target = self._ends(context)
-        rows = self._rows(context)
-        heads = check_heads(self.heads, context.tower(self.tower).heads)
-        layers = context.layers(self.tower, self.layers)
-        if not runs_now(self.steps, context, self.tower) or (context.step and rows is not None):
-            return []
-        shared = {
-            "live": context.pack(self.tower, context.live(self.tower), dim=1),
-            "recycle": recycle,
-            "rows": rows,
-            "heads": heads,
-        }
-        return [
-            Edit(
-                Site(self.tower, "attention", layer),
-                kernels.edit_mass,
-                {**shared, **self._at(context, source, target, layer)},
-                "weights",
+        masks, given = {"source": source & (recycle != 0), "target": target}, {"recycle": recycle}
+        it = self._checked_queries(context)
+        if self.select is not None:
+            masks["visual_sinks"] = sinks = selected(
+                context, self.tower, self.select.visual_sinks, "ImageCentric", True
             )
-            for layer in layers
-        ]
+            if self.select.needs_sink:
+                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
+            for name in ("least_visual", "most_sink_share"):
+                given[name] = check_factor(name, getattr(self.select, name))
+            given["visual"] = context.tokens.image >= 0
+        return attention_edits(it, context, edit_mass, "weights", masks, **given)
 
     def _ends(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Source and target, ``[batch layer|1 pos]``; an empty source if nothing is taken.
-
-        Raises:
-            InterventionError: If they overlap.
-        """
+        """Source and target, ``[batch layer|1 pos]``, unless they overlap."""
         source = selected(context, self.tower, self.source, "Redistribute", self.allow_noop)
         target = selected(context, self.tower, self.target, "Redistribute", self.allow_noop)
         both = source & target
@@ -174,10 +157,10 @@ class Redistribute:
                 f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
                 "disjoint sets. Write target & ~source."
             )
-        return (source & False, target) if self.recycle == 0 else (source, target)
+        return source, target
 
-    def _rows(self, context: Context) -> Tensor | None:
-        """The selected queries in the model's layout; None for all, and for those after the image.
+    def _checked_queries(self, context: Context) -> Redistribute:
+        """The same with a mask of queries instead of ``"after image"``; every decode step is after it.
 
         Raises:
             InterventionError: If the rule or the queries do not fit the tower.
@@ -196,28 +179,7 @@ class Redistribute:
                 f"Got {what} in the {self.tower} tower; expected it in the decoder only, where "
                 "image and text meet. Write tower='language', or leave it out."
             )
-        if after:
-            return None if context.step else after_image(context)
-        check_decodes(self.steps, self.queries)
-        return rows_at(context, self.tower, self.queries, "Redistribute", self.allow_noop)
-
-    def _at(self, context: Context, source: Tensor, target: Tensor, layer: int) -> dict[str, Any]:
-        """The masks of one layer, and the parameters of the image-centric rule."""
-        giving = at_layer(source, layer)
-        rule: dict[str, Any] = {}
-        if self.select is not None:
-            chosen = selected(context, self.tower, self.select.visual_sinks, "ImageCentric", True)
-            sinks = at_layer(chosen, layer)
-            rule = {
-                "visual": context.tokens.image >= 0,
-                "visual_sinks": sinks,
-                "least_visual": check_factor("least_visual", self.select.least_visual),
-                "most_sink_share": check_factor("most_sink_share", self.select.most_sink_share),
-            }
-            if self.select.needs_sink:
-                giving = giving & sinks.any(dim=1, keepdim=True)
-        return {
-            "source": context.pack(self.tower, giving, dim=1),
-            "target": context.pack(self.tower, at_layer(target, layer), dim=1),
-            **rule,
-        }
+        if not after:
+            return self
+        prompt = not context.step and self.steps != "decode"
+        return replace(self, queries=after_image(context) if prompt else None, allow_noop=True)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sinkscope.checks import check_choice, check_whole, is_whole
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.base import check_prompt_only, check_tower
-from sinkscope.interventions.keys import check_factor
+from sinkscope.interventions.base import check_factor, check_prompt_only, check_tower
 from sinkscope.kernels import states as kernels
-from sinkscope.protocols import Edit, Read
+from sinkscope.protocols import BaseIntervention, Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sinkscope.anatomy.context import Context
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 Neurons = Mapping[int, Sequence[int]]
 
@@ -81,11 +78,7 @@ class NeuronActivity:
 
 
 def unpacked(context: Context) -> Context:
-    """The context of a vision tower with one row per image.
-
-    Raises:
-        ModelError: If the tower is packed.
-    """
+    """The context, unless its vision tower is packed: ModelError."""
     if context.layout("vision") is not None:
         raise ModelError(
             "Got a packed vision tower (images share one sequence); expected one with a row per "
@@ -95,8 +88,8 @@ def unpacked(context: Context) -> Context:
 
 
 def find_register_neurons(
-    lvlm: LVLM,
-    samples: Sequence[Sample],
+    lvlm: Model,
+    samples: Sequence[Any],
     tokens: Sequence[Tensor],
     *,
     top_k: int = 10,
@@ -114,10 +107,8 @@ def find_register_neurons(
         max_layer: Last block to look at (outliers are made before they show), or None for all.
 
     Returns:
-        Layer -> neuron indices.
-
-    Raises:
-        InterventionError: If no sample has an outlier, or there is not one mask per sample.
+        Layer -> neuron indices; InterventionError if no sample has an outlier, or there is not one
+        mask per sample.
     """
     if len(samples) != len(tokens):
         raise InterventionError(
@@ -129,21 +120,15 @@ def find_register_neurons(
             "Got no outlier token in any sample; expected some. Detect them first, for instance "
             "with ss.detect(lvlm, sample, ss.detectors.Norm('valley'), tower='vision')."
         )
-    n = lvlm.anatomy.vision.n_layers
-    layers = list(range(n if max_layer is None else max_layer + 1))
-    total: dict[int, Tensor] = {}
+    layers = list(range(lvlm.anatomy.vision.n_layers if max_layer is None else max_layer + 1))
+    total: dict[int, Tensor] = dict.fromkeys(layers, torch.zeros(1))
     for sample, mask in zip(samples, tokens, strict=True):
         probe = NeuronActivity(mask, layers)
         found = lvlm.run(sample, probes=[probe], logits="last")[probe].activity
-        seen = mask.any(dim=1)
-        for layer, activity in found.items():
-            total[layer] = total.get(layer, torch.zeros(1)) + activity[seen].sum(0)
+        for layer in layers:
+            total[layer] = total[layer] + found[layer][mask.any(dim=1)].sum(0)
     ranked = sorted(
-        (
-            (float(value), layer, neuron)
-            for layer in layers
-            for neuron, value in enumerate(total[layer])
-        ),
+        ((value, at, i) for at in layers for i, value in enumerate(total[at].tolist())),
         reverse=True,
     )
     out: dict[int, list[int]] = {}
@@ -153,7 +138,7 @@ def find_register_neurons(
 
 
 @dataclass(frozen=True, eq=False)
-class TestTimeRegister:
+class TestTimeRegister(BaseIntervention):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
     A zero token is appended before the first block; in the given blocks the register neurons fire
@@ -171,7 +156,7 @@ class TestTimeRegister:
     needs: ClassVar[str] = "registers"
 
     __test__ = False
-    changes_positions_of = "vision"
+    changes_positions_of: ClassVar[str | None] = "vision"
 
     neurons: Neurons
     count: int = 1
@@ -186,17 +171,33 @@ class TestTimeRegister:
         check_tower(self.tower, "vision", "TestTimeRegister")
         check_prompt_only(self.steps, "TestTimeRegister")
         scale = check_factor("scale", self.scale)
-        if self.fill not in ("zero", "mean", "keep"):
-            raise InterventionError(f"Got fill={self.fill!r}; expected 'zero', 'mean' or 'keep'.")
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise InterventionError(f"Got count={self.count!r}; expected an int of 1 or more.")
+        check_choice(("zero", "mean", "keep"), error=InterventionError, fill=self.fill)
+        check_whole(1, error=InterventionError, count=self.count)
         if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
             raise InterventionError(
                 f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "
                 "find_register_neurons(...)."
             )
         layers = unpacked(context).layers("vision", list(self.neurons))
-        last = context.anatomy.feed_layers[-1]
+        last = self._feeding(context)
+        if layers[-1] > last:
+            raise InterventionError(
+                f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
+                "that feeds the projector."
+            )
+        if context.step:
+            return []
+        chosen = {layer: self._neurons(context, layer) for layer in layers}
+        keep = {"live": context.live("vision"), "count": self.count}
+        shift = {**keep, "scale": scale, "fill": self.fill}
+        out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
+        for layer in layers:
+            given = {**shift, "neurons": chosen[layer]}
+            out.append(Edit(Site("vision", "mlp_hidden", layer), kernels.shift_neurons, given))
+        return [*out, Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep)]
+
+    def _feeding(self, context: Context) -> int:
+        """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
         if len(context.anatomy.feed_layers) > 1:
             raise ModelError(
                 f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
@@ -207,36 +208,10 @@ class TestTimeRegister:
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
                 "neurons. Registers need neurons."
             )
-        if layers[-1] > last:
-            raise InterventionError(
-                f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
-                "that feeds the projector."
-            )
-        if context.step:
-            return []
-        chosen = {layer: self._neurons(context, layer) for layer in layers}
-        live = context.live("vision")
-        shift = {"live": live, "count": self.count, "scale": scale, "fill": self.fill}
-        keep = {"live": live, "count": self.count}
-        return [
-            Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep),
-            *(
-                Edit(
-                    Site("vision", "mlp_hidden", layer),
-                    kernels.shift_neurons,
-                    {**shift, "neurons": chosen[layer]},
-                )
-                for layer in layers
-            ),
-            Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep),
-        ]
+        return context.anatomy.feed_layers[-1]
 
     def _neurons(self, context: Context, layer: int) -> list[int]:
-        """The neurons of one layer.
-
-        Raises:
-            InterventionError: If there is none, or one is out of range.
-        """
+        """The neurons of one layer; InterventionError if there is none, or one is out of range."""
         count, given = context.tower("vision").d_mlp, self.neurons[layer]
         several = isinstance(given, Iterable) and not isinstance(given, str)
         wanted: list[Any] = list(given) if several else [given]
@@ -245,8 +220,7 @@ class TestTimeRegister:
                 f"Got no neurons in block {layer}; expected at least one. Leave the block out."
             )
         for neuron in wanted:
-            whole = isinstance(neuron, Integral) and not isinstance(neuron, bool)
-            if not whole or not 0 <= int(neuron) < count:
+            if not is_whole(neuron, 0, count - 1):
                 raise InterventionError(
                     f"Got neuron {neuron!r} in vision block {layer}; expected 0 to {count - 1}, as "
                     "find_register_neurons(...) gives them for this model."

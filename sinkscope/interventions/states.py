@@ -4,35 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from sinkscope.anatomy.holding import dtype_of
+from sinkscope.checks import is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     at_layer,
+    check_factor,
+    check_neutral,
     check_prompt_only,
     check_tower,
-    runs_now,
     selected,
 )
-from sinkscope.interventions.donors import VALUES, check_finite, check_patch_site, donated
-from sinkscope.interventions.keys import check_factor, check_neutral
-from sinkscope.interventions.values import others, ready_values, value_edits
+from sinkscope.interventions.values import (
+    VALUES,
+    check_finite,
+    check_patch_site,
+    donated,
+    others,
+    value_edits,
+)
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
-from sinkscope.protocols import Edit
+from sinkscope.protocols import BaseIntervention, Edit, Model
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
-    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)
-class AblateActivations:
+class AblateActivations(BaseIntervention):
     """Set channels of tokens: what massive activations do (Sun et al. 2402.17762).
 
     Args:
@@ -68,64 +74,54 @@ class AblateActivations:
         site, layers = check_site(self.site), context.layers(self.tower, self.layers)
         if context.step:
             return []
+        shared = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
         out = []
         for layer in layers:
-            chosen = at_layer(mask, layer)
-            value: Any = {"set": self.replacement, "clamp": self.value}.get(how)
+            given = {**shared, "mask": at_layer(mask, layer)}
+            given["value"] = {"set": self.replacement, "clamp": self.value}.get(how)
             if how == "mean":
-                value = others(context.live(self.tower), chosen, "AblateActivations")
-            parameters = {"mask": chosen, "dims": dims, "how": how, "value": value}
-            parameters["layout"] = context.layout(self.tower)
-            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, parameters))
+                live = context.live(self.tower)
+                given["value"] = others(live, given["mask"], "AblateActivations")
+            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
         return out
 
-    def check_fits(self, lvlm: LVLM) -> None:
-        """Refuse a number that the model's dtype does not know.
-
-        Raises:
-            InterventionError: If there is one.
-        """
+    def check_fits(self, lvlm: Model) -> None:
+        """Refuse a number that the model's dtype does not know."""
         block = lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0])
-        dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
+        dtype = dtype_of(block)
         most = torch.finfo(dtype).max
         for name, number in (("replacement", self.replacement), ("value", self.value)):
-            if isinstance(number, Real) and most < abs(float(number)) < float("inf"):
+            if is_number(number) and abs(number) > most:
                 raise InterventionError(
                     f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
                     f"expected at most {most:g} in magnitude, the largest number of that dtype."
                 )
 
     def _how(self) -> str:
-        """The kind of replacement.
-
-        Raises:
-            InterventionError: If it is unknown, or ``value`` is missing or means nothing.
-        """
-        number = isinstance(self.replacement, Real) and not isinstance(self.replacement, bool)
-        how = "set" if number else self.replacement
-        if how not in ("zero", "mean", "clamp", "set"):
+        """The kind of replacement, unless it is unknown, or ``value`` is missing or means nothing."""
+        how = self.replacement if isinstance(self.replacement, str) else "set"
+        if how not in ("zero", "mean", "clamp") and not is_number(self.replacement):
             raise InterventionError(
-                f"Got replacement={how!r}; expected 'zero', 'mean', 'clamp' or a number."
+                f"Got replacement={self.replacement!r}; expected 'zero', 'mean', 'clamp' or a finite "
+                "number."
             )
-        if how == "set":
-            check_factor("replacement", self.replacement)
         if how != "clamp" and self.value is not None:
             raise InterventionError(
                 f"Got value={self.value!r} with replacement={self.replacement!r}; expected it with "
                 f"'clamp' only. To set channels write replacement={self.value!r}."
             )
+        if how == "clamp" and self.value is None:
+            raise InterventionError(
+                "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
+                "Write value=10.0."
+            )
         if how == "clamp":
-            if self.value is None:
-                raise InterventionError(
-                    "Got replacement='clamp' without a value; expected the largest magnitude to "
-                    "keep. Write value=10.0."
-                )
             check_factor("value", self.value, 0.0)
-        return str(how)
+        return how
 
 
 @dataclass(frozen=True, eq=False)
-class PatchActivations:
+class PatchActivations(BaseIntervention):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
     The donor's prompt must have the shape of this one's, such as the same question about another
@@ -149,6 +145,7 @@ class PatchActivations:
     """
 
     needs: ClassVar[str] = "patches"
+    heads = queries = None  # values are patched for all of them
 
     from_run: Any
     site: str
@@ -167,31 +164,21 @@ class PatchActivations:
         mask = selected(context, self.tower, self.tokens, "PatchActivations", self.allow_noop)
         donor = donated(self.from_run, context, self.tower, site, layers)
         if site == VALUES:
-            values = [
-                {"tensor": one} for one in ready_values(context, self.tower, donor, mask, layers)
-            ]
-            if not runs_now(self.steps, context, self.tower):
-                return []
-            return value_edits(context, self.tower, layers, mask, "tensor", values)
+            return value_edits(self, context, donor, mask, layers)
         check_finite(donor, mask, layers, 2)
         if context.step:
             return []
-        return [
-            Edit(
-                Site(self.tower, site, layer),
-                kernels.edit_states,
-                {
-                    "mask": at_layer(mask, layer),
-                    "donor": donor[:, i].nan_to_num(),
-                    "layout": context.layout(self.tower),
-                },
-            )
-            for i, layer in enumerate(layers)
-        ]
+        layout = context.layout(self.tower)
+        edits = []
+        for i, layer in enumerate(layers):
+            given = {"mask": at_layer(mask, layer), "donor": donor[:, i].nan_to_num()}
+            given["layout"] = layout
+            edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
+        return edits
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleTokens:
+class ScaleTokens(BaseIntervention):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
     RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
@@ -220,13 +207,12 @@ class ScaleTokens:
         mask = selected(context, "language", self.tokens, "ScaleTokens", self.allow_noop)
         if context.step:
             return []
-        mask = mask & (factor != 1.0)
-        parameters = {"mask": at_layer(mask, 0), "factor": factor}
+        parameters = {"mask": at_layer(mask, 0) & (factor != 1.0), "factor": factor}
         return [Edit(Site("language", "resid_pre", 0), kernels.scale_states, parameters)]
 
 
 @dataclass(frozen=True, eq=False)
-class SinkToFront:
+class SinkToFront(BaseIntervention):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered and the LLM's positions stay where they are: a moved token takes

@@ -1,38 +1,34 @@
-"""AblateValues: what is attended stays, what is read from it changes."""
+"""AblateValues, and where new values and states come from: donors in the row, other runs, tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sinkscope.checks import check_choice
 from sinkscope.errors import InterventionError, nearest
-from sinkscope.interventions.base import (
-    at_layer,
-    check_decodes,
-    check_heads,
-    rows_at,
-    runs_now,
-    selected,
-)
-from sinkscope.interventions.donors import VALUES, Holder, check_finite, donated, live_prompt
-from sinkscope.kernels.edited_call import edit_values
+from sinkscope.interventions.base import at_layer, attention_edits, selected
+from sinkscope.kernels.edits import edit_values
+from sinkscope.probes.residual import StateResult
 from sinkscope.probes.writes import AttentionValueResult
-from sinkscope.protocols import Edit
-from sinkscope.sites import Site, Tower
+from sinkscope.protocols import BaseIntervention, Edit
+from sinkscope.sites import STATE_SITES, Tower
 from sinkscope.tokens import Selection
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.context import Context
 
 REPLACEMENTS = ("zero", "mean", "resample")
+VALUES = "values"
+PATCH_SITES = (*STATE_SITES, VALUES)
 
 
 @dataclass(frozen=True, eq=False)
-class AblateValues:
+class AblateValues(BaseIntervention):
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
     Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
@@ -69,26 +65,24 @@ class AblateValues:
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        tower, how = self.tower, self._how(context)
-        mask = selected(context, tower, self.tokens, "AblateValues", self.allow_noop)
-        heads = check_heads(self.heads, context.tower(tower).heads)
-        rows = rows_at(context, tower, self.queries, "AblateValues", self.allow_noop)
-        layers = context.layers(tower, self.layers)
-        check_decodes(self.steps, self.queries)
-        values = self._values(context, how, mask, layers)
-        if not runs_now(self.steps, context, tower) or (context.step and rows is not None):
-            return []
-        return value_edits(context, tower, layers, mask, how, values, rows, heads)
+        given = self._kind(context)
+        mask = selected(context, self.tower, self.tokens, "AblateValues", self.allow_noop)
+        layers = context.layers(self.tower, self.layers)
+        if isinstance(given, Tensor):
+            values = broadcast(given, context, self.tower, len(layers))
+            return value_edits(self, context, values, mask, layers)
+        if not isinstance(given, str):
+            values = donated(given, context, self.tower, VALUES, layers)
+            return value_edits(self, context, values, mask, layers)
+        donors = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
+        masks = {"keys": mask}
+        return attention_edits(self, context, edit_values, VALUES, masks, donors, how=given)
 
-    def _how(self, context: Context) -> str:
-        """The kind of replacement.
-
-        Raises:
-            InterventionError: If it is unknown, or the tower's layout does not allow it.
-        """
+    def _kind(self, context: Context) -> Any:
+        """The replacement, unless it is unknown, or the tower's layout does not allow it."""
         given = self.replacement
         if isinstance(given, Tensor | AttentionValueResult | Holder):
-            return "tensor"
+            return given
         if given not in REPLACEMENTS:
             came = repr(given) if isinstance(given, str) else type(given).__name__
             raise InterventionError(
@@ -103,82 +97,34 @@ class AblateValues:
             )
         return given
 
-    def _values(
-        self, context: Context, how: str, mask: Tensor, layers: tuple[int, ...]
-    ) -> list[dict[str, Any]]:
-        """What the kernel needs in every layer to make the new values."""
-        if how != "tensor":
-            return [{"donors": self._donors(context, at_layer(mask, at), how)} for at in layers]
-        given = self.replacement
-        if isinstance(given, Tensor):
-            given = broadcast(given, context, self.tower, len(layers))
-        else:
-            given = donated(given, context, self.tower, VALUES, layers)
-        return [{"tensor": one} for one in ready_values(context, self.tower, given, mask, layers)]
-
-    def _donors(self, context: Context, mask: Tensor, how: str) -> Tensor | None:
+    def _donors(self, context: Context, mask: Tensor) -> Tensor | None:
         """Who the mean is over, or which token each takes its value from."""
         live = live_prompt(context, self.tower)
-        if how == "mean":
+        if self.replacement == "mean":
             return others(live, mask, "AblateValues")
-        if how != "resample":
+        if self.replacement == "zero":
             return None
         visual = context.tokens.image >= 0 if self.tower == "language" else live
         return random_donors(mask, live, visual, self.seed)
 
 
 def value_edits(
-    context: Context,
-    tower: Tower,
-    layers: tuple[int, ...],
-    mask: Tensor,
-    how: str,
-    values: Sequence[Mapping[str, Any]],
-    rows: Tensor | None = None,
-    heads: list[int] | None = None,
+    it: Any, context: Context, values: Tensor, mask: Tensor, layers: tuple[int, ...]
 ) -> list[Edit]:
-    """One edit per layer that replaces the values of the tokens in ``mask``.
-
-    Args:
-        context: The sample and the step.
-        tower: The tower.
-        layers: The layers.
-        mask: Bool ``[batch layer|1 pos]``.
-        how: See `sinkscope.kernels.edited_call.edit_values`.
-        values: Its ``donors`` or its ``tensor``, per layer.
-        rows: Selected query rows in the model's layout, or None.
-        heads: Selected query heads, or None.
-    """
-    shared = {
-        "live": context.pack(tower, context.live(tower), dim=1),
-        "how": how,
-        "rows": rows,
-        "heads": heads,
-    }
-    return [
-        Edit(
-            Site(tower, "attention", layer),
-            edit_values,
-            {**shared, "keys": context.pack(tower, at_layer(mask, layer), dim=1), **one},
-            "values",
-        )
-        for layer, one in zip(layers, values, strict=True)
-    ]
+    """One edit per layer: values ``[batch layer kv_head pos d_head]`` at the tokens in ``mask``."""
+    check_finite(values, mask, layers, 3)
+    ready = [context.pack(it.tower, one.nan_to_num(), dim=2) for one in values.unbind(1)]
+    each = [{"tensor": one} for one in ready]
+    return attention_edits(it, context, edit_values, VALUES, {"keys": mask}, each, how="tensor")
 
 
 def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:
-    """Given values as ``[batch layer kv_head pos d_head]``.
-
-    Raises:
-        InterventionError: If they do not broadcast to it.
-    """
-    anatomy, live = context.tower(tower), live_prompt(context, tower)
-    wanted = (live.shape[0], n_layers, anatomy.kv_heads, live.shape[1], anatomy.d_head)
-    of_all = wanted[:1] + wanted[2:]
+    """Given values as ``[batch layer kv_head pos d_head]``; InterventionError if they do not fit."""
+    (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
+    of_all = (rows, anatomy.kv_heads, length, anatomy.d_head)
+    wanted, given = (rows, n_layers, *of_all[1:]), given.detach().cpu()
     try:
-        if given.ndim <= 4:
-            return given.detach().cpu().expand(of_all)[:, None].expand(wanted)
-        return given.detach().cpu().expand(wanted)
+        return (given.expand(of_all)[:, None] if given.ndim <= 4 else given).expand(wanted)
     except RuntimeError as error:
         raise InterventionError(
             f"Got values of shape {tuple(given.shape)}; expected something that broadcasts to "
@@ -187,31 +133,13 @@ def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Ten
         ) from error
 
 
-def ready_values(
-    context: Context, tower: str, values: Tensor, mask: Tensor, layers: tuple[int, ...]
-) -> list[Tensor]:
-    """Values per layer in the model's layout, after a look for NaN.
-
-    Args:
-        context: The sample.
-        tower: The tower.
-        values: ``[batch layer kv_head pos d_head]``.
-        mask: Bool ``[batch layer|1 pos]``: the tokens that take them.
-        layers: The layers.
-
-    Returns:
-        Per layer ``[batch kv_head pos d_head]``, or ``[1 kv_head packed d_head]``.
-    """
-    check_finite(values, mask, layers, 3)
-    return [context.pack(tower, values[:, i].nan_to_num(), dim=2) for i in range(len(layers))]
+def live_prompt(context: Context, tower: str) -> Tensor:
+    """Live positions of the prompt, at every step, bool ``[batch pos]``."""
+    return context.tokens.vision.live if tower == "vision" else context.tokens.live
 
 
 def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
-    """The live tokens that are not edited, whose mean replaces the edited ones, ``[batch pos]``.
-
-    Raises:
-        InterventionError: If some row has none.
-    """
+    """The live tokens that are not edited, of which every row needs some for a mean, ``[batch pos]``."""
     rest = live & ~mask
     alone = (mask.any(dim=1) & ~rest.any(dim=1)).nonzero().flatten().tolist()
     if alone:
@@ -223,19 +151,9 @@ def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
 
 
 def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tensor:
-    """For every selected position a random unselected one of its row; itself for the others.
+    """For every position in ``mask`` a random live other one of its row; itself elsewhere, ``[batch pos]``.
 
-    Args:
-        mask: Bool ``[batch pos]`` selected positions.
-        live: Bool ``[batch pos]``.
-        visual: Bool ``[batch pos]``: image tokens draw from image tokens, the others from the rest.
-        seed: Of the draw.
-
-    Returns:
-        Int ``[batch pos]``.
-
-    Raises:
-        InterventionError: If there is no unselected token of the kind.
+    Image tokens, those in ``visual``, draw from image tokens, and the others from the rest.
     """
     generator = torch.Generator().manual_seed(seed)
     out = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
@@ -243,12 +161,157 @@ def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tens
         for kind in (visual[b], ~visual[b]):
             takers = (mask[b] & kind & live[b]).nonzero().flatten()
             pool = (~mask[b] & kind & live[b]).nonzero().flatten()
-            if not len(takers):
-                continue
-            if not len(pool):
+            if len(takers) and not len(pool):
                 raise InterventionError(
                     f"Got a selection that holds every token of its kind in row {b}; expected some "
                     "left to resample from. Write replacement='zero' or a tensor."
                 )
-            out[b, takers] = pool[torch.randint(len(pool), (len(takers),), generator=generator)]
+            if len(takers):
+                out[b, takers] = pool[torch.randint(len(pool), (len(takers),), generator=generator)]
     return out
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A `Run`, as far as a donor is concerned."""
+
+    @property
+    def results(self) -> Mapping[Any, Any]:
+        """Results by probe."""
+
+    @property
+    def step(self) -> int:
+        """0 for a prompt."""
+
+
+def check_patch_site(site: Any) -> str:
+    """Where something can be patched, a name in `PATCH_SITES`; else InterventionError."""
+    if not isinstance(site, str):
+        raise InterventionError(
+            f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
+            "ss.PatchActivations(from_run, site, tokens, layers)."
+        )
+    check_choice(PATCH_SITES, error=InterventionError, site=site)
+    return site
+
+
+def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:
+    """What a run, a result of one or a tensor gives; one row may stand for all.
+
+    Returns:
+        Float ``[batch layer pos d_model]``, or ``[batch layer kv_head pos d_head]`` if ``site`` is
+        ``"values"``; InterventionError if none fits, or several, or the shape is another.
+    """
+    if isinstance(given, Tensor):
+        return fitted(given, context, tower, site, layers)
+    result = result_of(given, tower, site, layers)
+    check_place(result, tower, site, layers)
+    tensor = result.values if isinstance(result, AttentionValueResult) else result.states
+    picked = tensor[:, [result.layers.index(layer) for layer in layers]]
+    tensor = fitted(picked, context, tower, site, layers)
+    padded = ~live_prompt(context, tower).all(dim=1)
+    if tower == "language" and picked.shape[0] < len(padded) and padded.any():
+        raise InterventionError(
+            f"Got a donor of one row for the rows {padded.nonzero().flatten().tolist()}, which are "
+            "padded; expected rows without padding, because its tokens stand at other positions "
+            "there. Patch rows of one length together, or give a donor with a row for each."
+        )
+    return tensor
+
+
+def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any:
+    """The one result of a tower, a site and layers that a donor is or holds; else InterventionError."""
+    if isinstance(given, StateResult | AttentionValueResult):
+        return given
+    probe = probe_for(tower, site, layers)
+    if not isinstance(given, Holder):
+        steps = hasattr(given, "sequences") and hasattr(given, "steps")
+        advice = "from_run=out.steps[0]" if steps else f"from_run=lvlm.run(other, probes=[{probe}])"
+        raise InterventionError(
+            f"Got {type(given).__name__} to patch from; expected a run, its result of {probe}, or "
+            f"a tensor. Write {advice}."
+        )
+    if given.step:
+        raise InterventionError(
+            f"Got the run of decode step {given.step} to patch from; expected that of the prompt. "
+            "Write from_run=out.steps[0]."
+        )
+    kind = AttentionValueResult if site == VALUES else StateResult
+    held = [result for result in given.results.values() if isinstance(result, kind)]
+    fitting = [
+        one for one in held if place_of(one) == (tower, site) and set(layers) <= set(one.layers)
+    ]
+    if len(fitting) > 1:
+        raise InterventionError(
+            f"Got a run with {len(fitting)} results that fit {probe}; expected one. Write "
+            "from_run=run[probe] with the probe you mean."
+        )
+    if not fitting:
+        has = [f"{place_of(one)} of layers {one.layers}" for one in held]
+        raise InterventionError(
+            f"Got a run that holds {', '.join(has) or 'no such result'}; expected "
+            f"{(tower, site)} of layers {layers}. Write lvlm.run(other, probes=[{probe}])."
+        )
+    return fitting[0]
+
+
+def check_place(result: Any, tower: str, site: str, layers: tuple[int, ...]) -> None:
+    """Refuse a result of another tower, site or layers."""
+    mine, read = place_of(result), f"or read another with {probe_for(tower, site, layers)}."
+    for name, found, wanted in (("tower", mine[0], tower), ("site", mine[1], site)):
+        if found != wanted:
+            raise InterventionError(
+                f"Got a donor of {name} {found!r} to patch at {name} {wanted!r}; expected the same. "
+                f"Write {name}={found!r}, {read}"
+            )
+    if not set(layers) <= set(result.layers):
+        raise InterventionError(
+            f"Got a donor of layers {result.layers} to patch at layers {layers}; expected it to hold "
+            f"them all. Write layers={list(result.layers)}, {read}"
+        )
+
+
+def place_of(result: Any) -> tuple[str, str]:
+    """The tower and site of a donor's result."""
+    return result.tower, VALUES if isinstance(result, AttentionValueResult) else result.site
+
+
+def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
+    """The probe that reads a donor, as the user writes it."""
+    options = f"layers={list(layers)}"
+    if tower != "language":
+        options += f", tower={tower!r}"
+    if site == VALUES:
+        return f"ss.probes.AttentionValues({options})"
+    return f"ss.probes.ResidualStates({options}, site={site!r})"
+
+
+def fitted(
+    tensor: Tensor, context: Context, tower: str, site: str, layers: tuple[int, ...]
+) -> Tensor:
+    """A donor's tensor for every row of the batch, on the CPU; InterventionError if it does not fit."""
+    (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
+    axes, wanted = "[batch layer pos d_model]", (rows, len(layers), length, anatomy.d_model)
+    if site == VALUES:
+        axes = "[batch layer kv_head pos d_head]"
+        wanted = (rows, len(layers), anatomy.kv_heads, length, anatomy.d_head)
+    shape = tuple(tensor.shape)
+    if shape[1:] != wanted[1:] or shape[:1] not in ((1,), (rows,)):
+        raise InterventionError(
+            f"Got a donor of shape {shape}; expected {axes} = {wanted}, or one row for all: that "
+            "of a run with a prompt of the same shape. Ask the same question about an image of the "
+            f"same size, and read {probe_for(tower, site, layers)}."
+        )
+    return tensor.detach().cpu().expand(wanted)
+
+
+def check_finite(tensor: Tensor, mask: Tensor, layers: tuple[int, ...], dim: int) -> None:
+    """Refuse a donor ``[batch layer ...]``, positions at ``dim``, with no number at tokens to overwrite."""
+    for i, layer in enumerate(layers):
+        chosen = tensor[:, i].movedim(dim - 1, 1)[at_layer(mask, layer)]
+        if not chosen.isfinite().all():
+            raise InterventionError(
+                f"Got NaN or infinite numbers at tokens to overwrite (layer {layer}); expected "
+                "finite ones, because others would spread to every live token of the row. A donor "
+                "has NaN at its padding and at tokens that its probe did not keep."
+            )

@@ -14,7 +14,8 @@ of any of them is the same call with ``q = 0``: uniform attention under the mode
 An attention site is a list of ``calls``, because a packed vision tower calls once per window. A call
 is ``(function, positional arguments, keyword arguments)`` with arguments
 ``module, query, key, value, mask`` as in ``transformers``' attention interface. Windows tile the
-sequence: call ``i`` owns the queries and keys that follow those of call ``i - 1``.
+sequence: call ``i`` owns the queries and keys that follow those of call ``i - 1``. ``state`` is the
+run's scratch space, ``layout`` the ``[row pos]`` packed positions of a packed tower, or None.
 """
 
 from __future__ import annotations
@@ -27,55 +28,54 @@ NAMES = ("module", "query", "key", "value", "attention_mask")
 def arguments(call):
     """The call's arguments by name, and the remaining keyword arguments."""
     _, args, kwargs = call
-    named = dict(zip(NAMES, args, strict=False))
-    rest = {}
-    for name, value in kwargs.items():
-        if name in NAMES:
-            named[name] = value
-        else:
-            rest[name] = value
-    named.setdefault("attention_mask", None)
-    return named, rest
+    named = {"attention_mask": None, **dict(zip(NAMES, args, strict=False))}
+    named |= {name: value for name, value in kwargs.items() if name in NAMES}
+    return named, {name: value for name, value in kwargs.items() if name not in NAMES}
 
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
-    """The model's own attention on other tensors.
+    """The model's own attention on other tensors, ``[batch query head d_head]``.
 
-    Args:
-        call: One attention call.
-        query: Replacement query ``[batch head query d_head]`` or None to keep the model's.
-        key: Replacement key ``[batch kv_head key d_head]`` or None.
-        value: Replacement value ``[batch kv_head key d_head]`` or None.
-        float32: Whether to compute in fp32 whatever the model's dtype.
-        keep: ``[batch key]`` weights of the values: what chosen keys write. Values that an edit
-            replaced for some rows or heads are weighed after it.
-
-    Returns:
-        ``[batch query head d_head]``, as ``transformers`` lays it out.
+    ``query``, ``key`` and ``value`` ``[batch head pos d_head]`` replace the model's, ``float32`` computes
+    in fp32 whatever its dtype, and ``keep`` ``[batch key]`` weighs the values: what chosen keys write.
+    Values that an edit replaced for some rows or heads are weighed after it.
     """
     named, rest = arguments(call)
+    given = {"query": query, "key": key, "value": value}
+    query, key, value = (named[name] if x is None else x for name, x in given.items())
     if keep is not None and hasattr(call[0], "recipe"):
         rest = {**rest, "keep": keep}
     elif keep is not None:
-        value = (named["value"] if value is None else value) * keep[:, None, :, None].to(
-            named["value"].dtype
-        )
-    mask = named["attention_mask"]
-    tensors = [
-        named["query"] if query is None else query,
-        named["key"] if key is None else key,
-        named["value"] if value is None else value,
-    ]
+        value = value * keep[:, None, :, None].to(named["value"].dtype)
+    tensors, mask = [query, key, value], named["attention_mask"]
     if float32:
         tensors = [t.float() for t in tensors]
         if mask is not None and mask.is_floating_point():
             mask = mask.float().clamp(min=torch.finfo(torch.float32).min)
-    if mask is not None and mask.is_floating_point() and mask.dtype != tensors[0].dtype:
+    if mask is not None and mask.is_floating_point():
         mask = mask.to(tensors[0].dtype)
     # Autocast, which the model or a server may run under, would round what was asked for in fp32.
     device = tensors[0].device.type
     with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not float32):
         return call[0](named["module"], *tensors, mask, **rest)[0]
+
+
+def is_causal(named, rest):
+    """Whether a call without a mask hides later keys."""
+    causal = rest.get("is_causal")
+    return getattr(named["module"], "is_causal", True) if causal is None else causal
+
+
+def attending(call, null=False):
+    """The call without edits of values, which leave attention as it is; without any for a null."""
+    function = getattr(call[0], "plain", call[0]) if null else call[0]
+    return (getattr(function, "attends", function), *call[1:])
+
+
+def learned_sink(call):
+    """Whether a learned sink takes part of the attention."""
+    named, rest = arguments(call)
+    return hasattr(named["module"], "sinks") or rest.get("s_aux") is not None
 
 
 def spans(calls):
@@ -89,21 +89,24 @@ def spans(calls):
     return out
 
 
-def fit_keys(x, n_keys, step=0):
-    """``x`` ``[batch pos group]`` of the prompt, brought to the keys that a call really has.
+def fit_keys(x, n_keys, step=0, fill=0):
+    """``x`` ``[... pos any]`` of the prompt, brought to the keys that a call really has.
 
-    Keys generated since the prompt get zeros; a sliding cache holds the last keys only.
-
-    Args:
-        x: Values of the prompt's positions.
-        n_keys: Keys of the call.
-        step: How many tokens were generated since the prompt.
+    Keys generated in the ``step`` steps since the prompt get ``fill``; a sliding cache holds the last
+    keys only.
     """
-    missing = max(step, n_keys - x.shape[1])
-    if missing > 0:
-        pad = torch.zeros(x.shape[0], missing, x.shape[2], dtype=x.dtype, device=x.device)
-        x = torch.cat([x, pad], dim=1)
-    return x[:, -n_keys:]
+    missing = max(step, n_keys - x.shape[-2])
+    return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)[..., -n_keys:, :]
+
+
+def by_call(calls, groups, state):
+    """Every call with its span, and its part of ``groups`` ``[batch key group]``."""
+    for call, span in zip(calls, spans(calls), strict=True):
+        _, _, k_at, k_to = span
+        if len(calls) > 1:
+            yield call, span, groups[:, k_at:k_to]
+        else:
+            yield call, span, fit_keys(groups, k_to, state.get("step", 0))
 
 
 def one_head(call):
@@ -118,31 +121,16 @@ def one_head(call):
     by_head = any(torch.is_tensor(extra) and heads in extra.shape for extra in extras)
     if by_head or hasattr(named["module"], "sinks"):
         return call
-    share = heads // key.shape[1]
-    named = {
-        **named,
-        "query": query[:, :share],
-        "key": key[:, :1],
-        "value": named["value"][:, :1],
-    }
-    return call[0], (), {**named, **rest}
+    query, value = query[:, : heads // key.shape[1]], named["value"][:, :1]
+    return call[0], (), {**named, **rest, "query": query, "key": key[:, :1], "value": value}
 
 
 def weigh_values(call, x, null=False, float32=False):
-    """``A @ x`` for every head.
+    """``A @ x`` for every head: any ``[batch key column]`` as ``[batch head query column]``.
 
-    Args:
-        call: One attention call.
-        x: ``[batch key column]``; any number of columns.
-        null: Whether to use ``q = 0``, so that ``A`` is uniform over the visible keys.
-        float32: Whether to compute in fp32.
-
-    Returns:
-        ``[batch head query column]``.
+    With ``null`` it is asked with ``q = 0``, so that ``A`` is uniform over the visible keys.
     """
-    if null:
-        call = (getattr(call[0], "plain", call[0]), *call[1:])
-    call = (getattr(call[0], "attends", call[0]), *call[1:])
+    call = attending(call, null)
     named, _ = arguments(call)
     value = named["value"]
     query = torch.zeros_like(named["query"]) if null else None
@@ -151,30 +139,25 @@ def weigh_values(call, x, null=False, float32=False):
         part = x[..., start : start + width]
         columns = part.shape[-1]
         # Padded to the head dimension: another width would leave the fused kernel.
-        padded = torch.zeros(
-            value.shape[0], value.shape[2], width, dtype=value.dtype, device=value.device
-        )
-        padded[..., :columns] = part.to(value)
+        part = part.to(value).expand(value.shape[0], -1, -1)
+        padded = torch.nn.functional.pad(part, (0, width - columns))
         padded = padded[:, None].expand(-1, value.shape[1], -1, -1)
         answer = ask(call, query=query, value=padded, float32=float32)
         out.append(answer[..., :columns].transpose(1, 2))
     return torch.cat(out, dim=-1)
 
 
+def weights_on(call, start, stop, float32=False):
+    """Attention weights on the keys from ``start`` to ``stop``, ``[batch head query key]``."""
+    key = arguments(call)[0]["key"]
+    every = torch.arange(key.shape[2], device=key.device)
+    columns = (every[:, None] == every[start:stop]).float()[None]
+    return weigh_values(call, columns, float32=float32)
+
+
 def weigh_queries(call, weights, null=False):
-    """``w @ A`` for every head, in fp32.
-
-    Args:
-        call: One attention call.
-        weights: ``[batch row query]``; any number of rows.
-        null: Whether to use ``q = 0``.
-
-    Returns:
-        ``[batch head row key]``.
-    """
-    if null:
-        call = (getattr(call[0], "plain", call[0]), *call[1:])
-    call = (getattr(call[0], "attends", call[0]), *call[1:])
+    """``w @ A`` for every head, in fp32: any ``[batch row query]`` as ``[batch head row key]``."""
+    call = attending(call, null)
     named, _ = arguments(call)
     query, value = named["query"].detach(), named["value"]
     heads, kv_heads, width = query.shape[1], value.shape[1], value.shape[-1]
@@ -201,43 +184,9 @@ def weigh_queries(call, weights, null=False):
                 seed[:, :, head, first : first + rows] = part.transpose(1, 2)
             (grad,) = torch.autograd.grad(answer, probe, seed)
         # grad: [batch kv_head key d_head]; head h of group g sits in columns (h % share) * rows.
-        grad = grad[..., : share * rows].reshape(*grad.shape[:3], share, rows)
-        grad = grad.permute(0, 1, 3, 4, 2)
-        out.append(grad.reshape(grad.shape[0], heads, rows, grad.shape[-1]))
+        grad = grad[..., : share * rows].unflatten(-1, (share, rows)).permute(0, 1, 3, 4, 2)
+        out.append(grad.flatten(1, 2))
     return torch.cat(out, dim=2).detach()
-
-
-def visible_queries(call, live):
-    """How many live queries can see each key.
-
-    Args:
-        call: One attention call.
-        live: ``[batch query]`` bool, False at padding.
-
-    Returns:
-        ``[batch key]`` fp32 counts.
-    """
-    named, rest = arguments(call)
-    query, key, mask = named["query"], named["key"], named["attention_mask"]
-    n_query, n_key = query.shape[2], key.shape[2]
-    weights = live.float()
-    if mask is not None and mask.ndim == 4:
-        seen = mask[..., :n_key]
-        if seen.dtype != torch.bool:
-            seen = seen > torch.finfo(seen.dtype).min / 2
-        seen = seen[:, 0].expand(weights.shape[0], -1, -1)
-        return torch.einsum("bq,bqk->bk", weights, seen.float())
-    causal = rest.get("is_causal")
-    if causal is None:
-        causal = getattr(named["module"], "is_causal", True)
-    if not causal or n_query == 1:
-        return weights.sum(1, keepdim=True).expand(-1, n_key)
-    from_here = weights.flip(1).cumsum(1).flip(1)
-    window = rest.get("sliding_window")
-    if window is not None and window < n_query:
-        later = torch.cat([from_here[:, window:], torch.zeros_like(from_here[:, :window])], dim=1)
-        from_here = from_here - later
-    return from_here
 
 
 def pick(x, rows, dim):
@@ -246,54 +195,48 @@ def pick(x, rows, dim):
         return x
     shape = [1] * x.ndim
     shape[0], shape[dim] = rows.shape
-    size = list(x.shape)
-    size[dim] = rows.shape[1]
+    size = [*x.shape[:dim], rows.shape[1], *x.shape[dim + 1 :]]
     index = rows.clamp(min=0).reshape(shape).expand(size)
     return x.gather(dim, index).masked_fill((rows < 0).reshape(shape), float("nan"))
 
 
-def visibility(call):
-    """What decides which keys a query sees: calls that agree on it share their nulls."""
+def shared_null(state, call, mark, make):
+    """What ``make(call)`` gives, once per run for calls whose queries see the same keys."""
     named, rest = arguments(call)
-    module = named["module"]
-    causal = rest.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
-    learned = hasattr(module, "sinks") or rest.get("s_aux") is not None
-    own = id(module) if learned else None
-    return id(named["attention_mask"]), rest.get("sliding_window"), causal, own
+    mask, module = named["attention_mask"], named["module"]
+    own = id(module) if learned_sink(call) else None
+    seen = (id(mask), rest.get("sliding_window"), is_causal(named, rest), own)
+    key = (mark, seen, tuple(named["query"].shape))
+    if key not in state:
+        # The mask is kept so that its id cannot be given to another one.
+        state[key] = (make(one_head(call)), mask)
+    return state[key][0]
 
 
 def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout=None):
     """Attention mass on each key group, per head and query, and its null.
 
     Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space; nulls are shared by layers with the same mask.
+        calls: See the module, as for ``state`` and ``layout``.
+        state: See above.
         groups: ``[batch key group]`` one-hot (or any weights).
         rows: ``[batch row]`` query rows to keep, -1 where absent, or None for all.
         null: Whether to compute the null.
         float32: Whether to compute in fp32.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
+        layout: See above.
 
     Returns:
         ``{"mass": [batch head query group], "null": [batch query group]}``.
     """
     masses, nulls = [], []
-    for call, (_, _, k_at, k_to) in zip(calls, spans(calls), strict=True):
-        named, _ = arguments(call)
-        part = (
-            groups[:, k_at:k_to] if len(calls) > 1 else fit_keys(groups, k_to, state.get("step", 0))
-        )
+    for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
+
+        def flat(call, part=part):
+            return weigh_values(call, part, null=True, float32=float32)[:, 0].float()
+
         masses.append(weigh_values(call, part, float32=float32).float())
         if null:
-            mark = ("mass", id(groups), float32, visibility(call), k_at, k_to)
-            shape = tuple(named["query"].shape)
-            if (mark, shape) not in state:
-                answer = weigh_values(one_head(call), part, null=True, float32=float32)
-                # The mask is kept so that its id cannot be given to another one.
-                state[(mark, shape)] = (answer[:, 0].float(), named["attention_mask"])
-            nulls.append(state[(mark, shape)][0])
+            nulls.append(shared_null(state, call, ("mass", id(groups), float32, k_at, k_to), flat))
     out = {"mass": pick(unpack(torch.cat(masses, dim=2), layout, 2), rows, 2)}
     if null:
         out["null"] = pick(unpack(torch.cat(nulls, dim=1), layout, 1), rows, 1)
@@ -301,24 +244,16 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
 
 
 def patterns(calls, state, rows, layout=None):
-    """Attention weights of chosen query rows, without the other rows.
+    """Attention weights of chosen query rows, ``[batch head row key]``, without the other rows.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        rows: ``[batch row]`` positions of queries in the model's layout, -1 where a row is absent.
-            At a decode step of one query the rows are that query.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-
-    Returns:
-        ``[batch head row key]``; rows that are absent are NaN, keys of another window are 0.
+    ``rows`` ``[batch row]`` are positions in the model's layout, -1 where a row is absent; at a decode
+    step of one query they are that query. Absent rows are NaN, keys of another window are 0.
     """
     located = spans(calls)
     n_query, n_key = located[-1][1], located[-1][3]
     if len(calls) == 1 and n_query == 1:
         rows = torch.where(rows >= 0, torch.zeros_like(rows), rows)[:, :1]
-    places = torch.arange(n_query, device=rows.device)
-    onehot = (rows[..., None] == places).float()
+    onehot = (rows[..., None] == torch.arange(n_query, device=rows.device)).float()
     parts = [
         weigh_queries(call, onehot[..., q_at:q_to])
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True)
@@ -326,85 +261,53 @@ def patterns(calls, state, rows, layout=None):
     pattern = torch.cat(parts, dim=-1)
     absent = (rows < 0)[:, None, :, None].expand(-1, pattern.shape[1], -1, n_key)
     pattern = pattern.masked_fill(absent, float("nan"))
-    if layout is None:
-        return pattern
-    return by_image(pattern, rows, layout)
+    return pattern if layout is None else by_image(pattern, rows, layout)
 
 
 def by_image(pattern, rows, layout):
     """Patterns of a packed tower as ``[image head row key]``: each row beside its image's keys."""
     out = []
-    for image in range(layout.shape[0]):
-        index = layout[image].clamp(min=0)
-        mine = torch.isin(rows[0], layout[image][layout[image] >= 0])
-        part = pattern[0][:, mine][..., index]
-        part = part.masked_fill((layout[image] < 0)[None, None], float("nan"))
-        out.append(part)
+    for at in layout:
+        mine = torch.isin(rows[0], at[at >= 0])
+        part = pattern[0][:, mine][..., at.clamp(min=0)]
+        out.append(part.masked_fill((at < 0)[None, None], float("nan")))
     most = max(1, *(part.shape[1] for part in out))
-    padded = [
-        torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1]), value=float("nan"))
-        for part in out
-    ]
-    return torch.stack(padded)
-
-
-def value_norms(calls, state, layout=None):
-    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head.
-
-    Raises:
-        ValueError: If queries or heads read different ones.
-    """
-    one_value_per_key(calls, "ValueNorms")
-    norms = [arguments(call)[0]["value"].float().norm(dim=-1) for call in calls]
-    return unpack(torch.cat(norms, dim=2), layout, 2)
-
-
-def values(calls, state, layout=None):
-    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32.
-
-    Raises:
-        ValueError: If queries or heads read different ones.
-    """
-    one_value_per_key(calls, "AttentionValues")
-    return unpack(
-        torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2), layout, 2
+    pad = torch.nn.functional.pad
+    return torch.stack(
+        [pad(part, (0, 0, 0, most - part.shape[1]), value=float("nan")) for part in out]
     )
 
 
-def one_value_per_key(calls, probe):
-    """Refuse an edit under which heads or queries read different values of one key.
+def value_norms(calls, state, layout=None):
+    """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head."""
+    return unpack(read_values(calls, "ValueNorms").norm(dim=-1), layout, 2)
 
-    Raises:
-        ValueError: If there is one.
-    """
+
+def values(calls, state, layout=None):
+    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32."""
+    return unpack(read_values(calls, "AttentionValues"), layout, 2)
+
+
+def read_values(calls, probe):
+    """The values of all calls in fp32; ValueError if an edit has heads or queries read different ones."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         raise ValueError(
             f"Got an edit of values for some heads or queries beside {probe}; expected edits for all "
             "of them, because here heads and queries of one key read different values. Read them in "
             "a run without that edit, or write heads=None and queries=None."
         )
+    return torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
 
 
 def unpack(x, layout, dim):
-    """A packed tower's result, ``[1 ... packed ...]``, as one row per image; others unchanged.
+    """A packed tower's ``[1 ... packed ...]`` as ``[image ... pos ...]``, NaN at padding; others as is.
 
-    Args:
-        x: Result with batch first and the packed position axis at ``dim``.
-        layout: ``[image pos]`` index of each image's tokens in the packed sequence, -1 for padding,
-            or None if the tower already has one row per image.
-        dim: The position axis.
-
-    Returns:
-        ``[image ... pos ...]`` with NaN at padding.
+    ``dim`` is the position axis of both, and ``layout`` ``[image pos]`` where each token lies.
     """
     if layout is None:
         return x
-    flat = layout.clamp(min=0).reshape(-1)
-    picked = x[0].index_select(dim - 1, flat)
-    shape = list(picked.shape)
-    shape[dim - 1 : dim] = [layout.shape[0], layout.shape[1]]
-    picked = picked.reshape(shape).movedim(dim - 1, 0)
-    gone = layout < 0
+    picked = x[0].index_select(dim - 1, layout.clamp(min=0).flatten())
+    picked = picked.unflatten(dim - 1, tuple(layout.shape)).movedim(dim - 1, 0)
     view = [layout.shape[0]] + [1] * (picked.ndim - 1)
     view[dim] = layout.shape[1]
-    return picked.masked_fill(gone.reshape(view), float("nan"))
+    return picked.masked_fill((layout < 0).reshape(view), float("nan"))

@@ -15,35 +15,22 @@ from __future__ import annotations
 import torch
 
 from sinkscope.kernels.edits import edit_keys
-from sinkscope.kernels.residual import dimension_scores, live_at, rows_of
+from sinkscope.kernels.residual import dimension_scores, live_at, norms, rows_of
 
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 
 def flags(states, rule, live, layout=None):
-    """Tokens that meet a rule.
-
-    Args:
-        states: ``[batch pos d_model]``, or packed.
-        rule: See above.
-        live: ``[batch pos]`` bool: the tokens to judge.
-        layout: Packed layout or None.
-
-    Returns:
-        ``[batch pos]`` bool.
-    """
-    how = rule["how"]
-    h = rows_of(states, layout)
+    """Tokens that meet a rule, among those to judge, ``live``; both ``[batch pos]`` bool."""
+    how, h = rule["how"], rows_of(states, layout)
     if how in ("all", "none"):
         return live if how == "all" else torch.zeros_like(live)
     if how == "random":
         return random_tokens(h, live, rule["count"], rule["seed"])
     if how == "dims":
         scores = dimension_scores(h, None, rule["dims"], rule["rms"])
-    elif how == "norm":
-        scores = h.float().norm(dim=-1)
     else:
-        scores = h.float().abs().amax(dim=-1)
+        scores = norms(h, None) if how == "norm" else h.float().abs().amax(dim=-1)
     tau = rule["absolute"] if how == "massive" else rule["tau"]
     above = reaches(scores, tau, rule["strict"])
     if how == "massive":
@@ -88,15 +75,8 @@ def hashed(peaks, live, seed):
 def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):
     """Remember which LLM positions are made of a ViT token that meets the rule.
 
-    Args:
-        states: What feeds the projector.
-        state: The run's scratch space.
-        slot: The gate's place in it.
-        rule: See above.
-        live: ``[image pos]`` bool: ViT tokens to judge (patches).
-        image_index: ``[batch pos]``, see `sinkscope.tokens.TokenMap`.
-        sources: ``[batch pos source]``.
-        layout: Packed layout or None.
+    ``live`` ``[image pos]`` are the ViT tokens to judge; ``image_index`` ``[batch pos]`` and ``sources``
+    ``[batch pos source]`` are those of `sinkscope.tokens.TokenMap`.
     """
     found = flags(states, rule, live, layout)
     picked = found[image_index.clamp(min=0)[..., None], sources.clamp(min=0)]
@@ -112,22 +92,7 @@ def note_l_sinks(states, state, slot, rule, live):
     return states, None
 
 
-def note_coefficients(
-    states,
-    state,
-    slot,
-    signal,
-    at,
-    tokens,
-    norm_weight,
-    norm_bias,
-    in_weight,
-    in_bias,
-    out_weight,
-    out_bias,
-    activation,
-    scale,
-):
+def note_coefficients(states, state, slot, signal, at, tokens, **gate):
     """Remember the coefficients that the gate gives for what it reads here.
 
     Args:
@@ -135,32 +100,20 @@ def note_coefficients(
         state: The run's scratch space.
         slot: The gate's place in it.
         signal: ``"last"`` or ``"mean"``.
-        at: ``[batch]``: the position to read for ``"last"``.
+        at: ``[batch]``: the position to read for ``"last"``; the newest one at a decode step.
         tokens: ``[batch pos]`` bool: the tokens to average for ``"mean"``.
-        norm_weight: Of the LayerNorm, ``[d_model]`` or None; so ``norm_bias``.
-        norm_bias: See above.
-        in_weight: ``[hidden d_model]``, with ``in_bias``.
-        in_bias: See above.
-        out_weight: ``[group hidden]``, with ``out_bias``.
-        out_bias: See above.
-        activation: One of `ACTIVATIONS`.
-        scale: What the softmax is multiplied by.
+        gate: The gate's tensors and numbers, see `coefficients`.
     """
-    read = signal_of(states, signal, at, tokens, state.get("step", 0))
-    weights = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
-    memory_of(state, slot)["coefficients"] = coefficients(read, *weights, activation, scale)
-    return states, None
-
-
-def signal_of(states, signal, at, tokens, step=0):
-    """What the gate reads, ``[batch d_model]`` in fp32; the newest token at a decode step."""
     if signal == "mean":
         weight = tokens[..., None].float()
-        total = torch.where(tokens[..., None], states.float(), 0.0).sum(1)
-        return total / weight.sum(1).clamp(min=1)
-    if step:
-        return states[:, -1].float()
-    return states[torch.arange(states.shape[0], device=states.device), at].float()
+        read = torch.where(tokens[..., None], states.float(), 0.0).sum(1)
+        read = read / weight.sum(1).clamp(min=1)
+    elif state.get("step", 0):
+        read = states[:, -1].float()
+    else:
+        read = states[torch.arange(states.shape[0], device=states.device), at].float()
+    memory_of(state, slot)["coefficients"] = coefficients(read, **gate)
+    return states, None
 
 
 def coefficients(
@@ -168,7 +121,16 @@ def coefficients(
 ):
     """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
 
-    Weights of another dtype are read as fp32.
+    Args:
+        read: ``[batch d_model]``.
+        norm_weight: Of the LayerNorm, ``[d_model]`` or None, with ``norm_bias``. All are read as fp32.
+        norm_bias: See above.
+        in_weight: ``[hidden d_model]``, with ``in_bias``.
+        in_bias: See above.
+        out_weight: ``[group hidden]``, with ``out_bias``.
+        out_bias: See above.
+        activation: One of `ACTIVATIONS`.
+        scale: What the softmax is multiplied by.
     """
     norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
         None if weight is None else weight.float()
@@ -191,38 +153,25 @@ def factors_of(kept, visual, groups):
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
-    for name in ("L", "V"):
-        if name not in groups:
-            continue
-        mine = kept[name] & visual
-        if name == "L" and "V" in kept:
-            mine = mine & ~kept["V"]
-        out = torch.where(mine, c[:, groups.index(name)][:, None], out)
+    for name in ("L", "V"):  # V wins
+        if name in groups:
+            mine = kept[name] & visual
+            if name == "L" and "V" in kept:
+                mine = mine & ~kept["V"]
+            out = torch.where(mine, c[:, groups.index(name)][:, None], out)
     return out
 
 
 def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
     """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``.
 
-    Args:
-        call: The attention call.
-        state: The run's scratch space.
-        span: None; the decoder is never packed.
-        slot: The gate's place in the memory.
-        visual: ``[batch pos]`` bool.
-        live: ``[batch query]`` bool.
-        groups: See `factors_of`.
-        measure: Whether to measure the attention on the scaled keys before and after.
-
-    Returns:
-        The edited call and its effect, with the coefficients ``[batch group]``.
+    ``visual`` is ``[batch pos]`` bool; see `factors_of` for ``groups`` and `edit_keys` for the others.
+    The effect has the coefficients ``[batch group]``.
     """
     kept = memory_of(state, slot)
     factors = factors_of(kept, visual, groups)
     keys = visual & (factors != 1)
-    after, effect = edit_keys(
-        call, state, span, keys, live, "scale", None, measure=measure, factors=factors
-    )
+    after, effect = edit_keys(call, state, span, keys, live, factors, measure=measure)
     return after, {**effect, "coefficients": kept["coefficients"]}
 
 

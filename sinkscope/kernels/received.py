@@ -15,13 +15,13 @@ import torch
 from sinkscope.kernels.attention import (
     arguments,
     ask,
-    one_head,
+    attending,
+    is_causal,
+    shared_null,
     spans,
     unpack,
-    visibility,
-    visible_queries,
     weigh_queries,
-    weigh_values,
+    weights_on,
 )
 
 EXTRA = 8
@@ -34,55 +34,61 @@ def received(calls, state, live, layout=None, null=True, others=False):
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
     ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        live: ``[batch query]`` bool, False at padding.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-        null: Whether to compute the null.
-        others: Whether to compute what other tokens give, too.
+    ``live`` is ``[batch query]`` bool, False at padding; the others are as in `group_mass`.
 
     Returns:
         ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query sees. With
         ``others`` also ``"others"``, ``"others_null"`` and how many others see the key, ``"seeing"``
         ``[batch key]``.
     """
-    parts = {}
+    windows = []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
         rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
         count = visible_queries(call, rows)
+        # Which keys are seen by their own token's live query.
+        own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
         total, own = column_sums(call, rows, others=others)
-        note(parts, "received", total / count[:, None])
-        seeing = count - own_rows(rows, count.shape[1])
+        seeing, one = count - own_row, {"received": total / count[:, None]}
         if others:
-            note(parts, "others", over(total - own, seeing[:, None]))
-            note(parts, "seeing", seeing)
+            one |= {"others": mean(total - own, seeing[:, None]), "seeing": seeing}
         if null:
-            named, _ = arguments(call)
-            mark = ("received", id(live), others, visibility(call), k_at, k_to)
-            shape = tuple(named["query"].shape)
-            if (mark, shape) not in state:
-                flat, self_flat = column_sums(one_head(call), rows, null=True, others=others)
-                # The mask is kept so that its id cannot be given to another one.
-                state[(mark, shape)] = (flat[:, 0], self_flat, named["attention_mask"])
-            flat, self_flat, _ = state[(mark, shape)]
-            note(parts, "null", flat / count)
+
+            def flat(call, rows=rows):
+                return column_sums(call, rows, null=True, others=others)
+
+            mark = ("received", id(live), others, k_at, k_to)
+            flat_total, flat_own = shared_null(state, call, mark, flat)
+            one["null"] = flat_total[:, 0] / count
             if others:
-                note(parts, "others_null", over(flat - self_flat[:, 0], seeing))
-    return {
-        name: unpack(torch.cat(part, dim=-1), layout, part[0].ndim - 1)
-        for name, part in parts.items()
-    }
+                one["others_null"] = mean(flat_total[:, 0] - flat_own[:, 0], seeing)
+        windows.append(one)
+    joined = {name: torch.cat([one[name] for one in windows], dim=-1) for name in windows[0]}
+    return {name: unpack(x, layout, x.ndim - 1) for name, x in joined.items()}
 
 
-def over(total, count):
+def visible_queries(call, live):
+    """How many live queries ``[batch query]`` can see each key, ``[batch key]`` in fp32."""
+    named, rest = arguments(call)
+    n_query, n_key = named["query"].shape[2], named["key"].shape[2]
+    mask, weights = named["attention_mask"], live.float()
+    if mask is not None and mask.ndim == 4:
+        seen = mask[..., :n_key]
+        if seen.dtype != torch.bool:
+            seen = seen > torch.finfo(seen.dtype).min / 2
+        seen = seen[:, 0].expand(weights.shape[0], -1, -1)
+        return torch.einsum("bq,bqk->bk", weights, seen.float())
+    if not is_causal(named, rest) or n_query == 1:
+        return weights.sum(1, keepdim=True).expand(-1, n_key)
+    from_here = weights.flip(1).cumsum(1).flip(1)
+    window = rest.get("sliding_window")
+    if window is not None and window < n_query:
+        from_here = from_here - torch.nn.functional.pad(from_here[:, window:], (0, window))
+    return from_here
+
+
+def mean(total, count):
     """A mean; NaN where nothing was counted."""
     return (total / count.clamp(min=1)).clamp(min=0).masked_fill(count == 0, float("nan"))
-
-
-def note(parts, name, value):
-    """Add one window's values to those of the windows before."""
-    parts.setdefault(name, []).append(value)
 
 
 def column_sums(call, rows, null=False, others=False):
@@ -92,28 +98,15 @@ def column_sums(call, rows, null=False, others=False):
         return total, None
     own = own_weights(call, null=null)
     own = torch.where(rows[:, None], own, torch.zeros_like(own))
-    before = total.shape[-1] - own.shape[-1]
-    return total, torch.nn.functional.pad(own, (before, 0))
-
-
-def own_rows(rows, n_key):
-    """Which keys are seen by their own token's live query, ``[batch key]`` fp32."""
-    return torch.nn.functional.pad(rows.float(), (n_key - rows.shape[1], 0))
+    return total, torch.nn.functional.pad(own, (total.shape[-1] - own.shape[-1], 0))
 
 
 def own_weights(call, null=False):
-    """The weight of every query on its own token's key, ``A_ii``, in fp32.
+    """The weight of every query on its own token's key, ``A_ii``, ``[batch head query]`` in fp32.
 
-    Args:
-        call: One attention call; its last keys belong to its queries.
-        null: Whether to use ``q = 0``.
-
-    Returns:
-        ``[batch head query]``.
+    The last keys of a call belong to its queries. With ``null`` it is asked with ``q = 0``.
     """
-    if null:
-        call = (getattr(call[0], "plain", call[0]), *call[1:])
-    call = (getattr(call[0], "attends", call[0]), *call[1:])
+    call = attending(call, null)
     named, rest = arguments(call)
     query, key = named["query"].detach(), named["key"].detach()
     if null:
@@ -129,16 +122,13 @@ def own_weights(call, null=False):
 
 def by_columns(call, query):
     """``A_ii`` from the weights on a few keys at a time: any call, at a cost that grows with the prompt."""
-    named, _ = arguments(call)
-    call = (call[0], (), {**arguments(call)[1], **named, "query": query})
-    n_query, n_key, batch = query.shape[2], named["key"].shape[2], query.shape[0]
-    step, first, out = named["value"].shape[-1], n_key - n_query, []
+    named, rest = arguments(call)
+    call = (call[0], (), {**rest, **named, "query": query})
+    n_query, step, out = query.shape[2], named["value"].shape[-1], []
+    first = named["key"].shape[2] - n_query
     for at in range(0, n_query, step):
         stop = min(at + step, n_query)
-        x = torch.zeros(batch, n_key, stop - at, device=query.device)
-        index = torch.arange(stop - at, device=query.device)
-        x[:, first + at + index, index] = 1.0
-        answer = weigh_values(call, x, float32=True)[:, :, at:stop]
+        answer = weights_on(call, first + at, first + stop, float32=True)[:, :, at:stop]
         out.append(answer.diagonal(dim1=2, dim2=3))
     return torch.cat(out, dim=-1)
 
@@ -147,9 +137,7 @@ def by_copy(call, query, key):
     """``A_ii`` from one call with a copy of every token's own key; see the module."""
     named, rest = arguments(call)
     mask, width = named["attention_mask"], query.shape[-1]
-    causal = rest.get("is_causal")
-    causal = getattr(named["module"], "is_causal", True) if causal is None else causal
-    first = mask is None and causal
+    first = mask is None and is_causal(named, rest)
     share = query.shape[1] // key.shape[1]
     query, key = query.float(), key.float()
     own = (query * key.repeat_interleave(share, dim=1)).sum(dim=-1, keepdim=True)

@@ -1,6 +1,7 @@
 """Questions asked to the residual stream. Every function takes states ``[batch pos d_model]``.
 
-Everything is computed in fp32: squared norms of large towers overflow fp16.
+Everything is computed in fp32: squared norms of large towers overflow fp16. ``state`` is the run's
+scratch space, ``layout`` the ``[row pos]`` packed positions of a packed tower, or None.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ def rows_of(states, layout):
     """States of a packed tower, ``[packed d]`` or ``[1 packed d]``, as ``[image pos d]``."""
     if layout is None:
         return states
-    flat = states.reshape(-1, states.shape[-1])
-    return flat[layout.clamp(min=0)]
+    return states.reshape(-1, states.shape[-1])[layout.clamp(min=0)]
 
 
 def live_at(live, states):
@@ -27,22 +27,15 @@ def live_at(live, states):
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
 
-    Args:
-        states: ``[batch pos d_model]``.
-        state: The run's scratch space (unused).
-        live: ``[batch pos]`` bool, False at padding.
-        k: How many channels.
-        layout: Packed layout or None.
-
     Returns:
-        ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``.
+        ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``; the median
+        is over the tokens in ``live`` ``[batch pos]``.
     """
     h = rows_of(states, layout).float()
-    live = live_at(live, h)
     top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
     medians = []
-    for row in range(h.shape[0]):
-        mine = h[row][live[row]]
+    for row, alive in zip(h, live_at(live, h), strict=True):
+        mine = row[alive]
         medians.append(mine.abs().median() if mine.numel() else h.new_tensor(float("nan")))
     return {"values": h.gather(-1, top), "channels": top, "median": torch.stack(medians)}
 
@@ -53,30 +46,17 @@ def norms(states, state, layout=None):
 
 
 def dimension_scores(states, state, dims, rms=True, layout=None):
-    """Sink-dimension value: ``max over dims of |h_d|``, divided by the token's RMS if ``rms``.
+    """Sink-dimension value ``max over dims of |h_d|``, ``[batch pos]``.
 
-    Args:
-        states: ``[batch pos d_model]``.
-        state: The run's scratch space (unused).
-        dims: Channel indices.
-        rms: Whether to divide by ``sqrt(mean_d h_d^2 + 1e-6)``, which bounds the score by sqrt(D).
-        layout: Packed layout or None.
-
-    Returns:
-        ``[batch pos]`` fp32.
+    With ``rms`` it is divided by ``sqrt(mean_d h_d^2 + 1e-6)``, which bounds it by sqrt(D).
     """
     h = rows_of(states, layout).float()
     peak = h[..., dims].abs().amax(dim=-1)
-    if rms:
-        peak = peak / (h.pow(2).mean(dim=-1) + 1e-6).sqrt()
-    return peak
+    return peak / (h.pow(2).mean(dim=-1) + 1e-6).sqrt() if rms else peak
 
 
 def cosine_to(states, state, anchor, layout=None):
-    """Absolute cosine of every token with the token at position ``anchor`` ``[batch]``.
-
-    At a decode step the anchor is remembered from the prompt.
-    """
+    """Absolute cosine of every token with the token at position ``anchor`` ``[batch]``."""
     h = rows_of(states, layout).float()
     rows = torch.arange(h.shape[0], device=h.device)
     reference = h[rows, anchor.clamp(max=h.shape[1] - 1)]
@@ -89,7 +69,7 @@ def lens(states, state, norm, head, positions=None, k=5, layout=None):
 
     Args:
         states: ``[batch pos d_model]``.
-        state: The run's scratch space (unused).
+        state: See the module.
         norm: The final norm module.
         head: The LM head module.
         positions: ``[batch row]`` positions to read, -1 where absent, or None for all.
@@ -106,8 +86,7 @@ def lens(states, state, norm, head, positions=None, k=5, layout=None):
         states, gone = states.gather(1, index), positions < 0
     logprobs = head(norm(states)).float().log_softmax(dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    top = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    values, tokens = top.values, top.indices
+    values, tokens = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
     if gone is not None:
         values = values.masked_fill(gone[..., None], float("nan"))
         tokens = tokens.masked_fill(gone[..., None], -1)
@@ -126,13 +105,7 @@ def keep(states, state, layout=None):
 
 
 def group_means(states, state, groups, layout=None):
-    """The mean state of every token group, and how many tokens it has.
-
-    Args:
-        states: ``[batch pos d_model]``.
-        state: The run's scratch space (unused).
-        groups: ``[batch pos group]`` bool; one position of False at a decode step.
-        layout: Packed layout or None.
+    """The mean state of every token group ``[batch pos group]`` bool, and how many tokens it has.
 
     Returns:
         ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
@@ -141,7 +114,5 @@ def group_means(states, state, groups, layout=None):
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
     count = groups.sum(dim=1)
     total = torch.einsum("bpg,bpd->bgd", groups.float(), h)
-    means = (total / count.clamp(min=1)[..., None]).masked_fill(
-        ~(count > 0)[..., None], float("nan")
-    )
-    return {"means": means, "count": count}
+    means = total / count.clamp(min=1)[..., None]
+    return {"means": means.masked_fill((count == 0)[..., None], float("nan")), "count": count}

@@ -10,14 +10,12 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
 * ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in the order in
   which they stand there, so that reads see what the model really uses;
-* ``stages``: what every edit of attention says that it changes.
+* ``stages``: the stage of every edit of attention; its kernel finds it in ``state["stage"]``.
 """
 
 from __future__ import annotations
 
 import torch
-
-from sinkscope.kernels.attention import arguments
 
 
 def locate(root, path):
@@ -41,10 +39,8 @@ def attention_calls(root, tracer, step, state, out):
     """The attention calls of one site after its edits; all windows of a packed tower, in order.
 
     Edits replace the callee where the module binds it, so the model itself calls the edited
-    function: one call, at every window and every decode step.
-
-    Raises:
-        RuntimeError: If the windows do not tile the sequence.
+    function: one call, at every window and every decode step. RuntimeError if the source is not as the
+    anatomy says, or the windows do not tile the sequence.
     """
     here = locate(root, step["path"])
     source = here.source
@@ -67,10 +63,9 @@ def attention_calls(root, tracer, step, state, out):
     calls, covered = [], 0
     for _ in tracer.iter[:]:
         call = (function, *getattr(source, step["call"]).inputs)
-        size = query_of(call).shape[2]
-        span = (covered, covered + size)
+        span = (covered, covered + query_of(call).shape[2])
         calls.append(edit_call(source, step, call, span, now, state, out))
-        covered += size
+        covered = span[1]
         if covered >= length:
             break
     if covered != length:
@@ -88,15 +83,11 @@ def query_of(call):
 
 def edit_call(source, step, call, span, now, state, out):
     """Apply the site's edits to one call, in the plan's order, and have the model make the edited one."""
-    before = call
-    device = query_of(call).device
+    before, device = call, query_of(call).device
     for (slot, kernel, parameters), stage in zip(step["edits"], step["stages"], strict=True):
-        ready = resolve(None, parameters, device, state)
-        state["edit"] = (slot, step["tower"], step["name"], step["layer"])
-        state["unedited"] = before
-        was = call
-        call, effect = kernel(was, state, span, **ready)
-        check_stage(was, call, stage, kernel)
+        place = (slot, step["tower"], step["name"], step["layer"])
+        state |= {"edit": place, "stage": stage, "unedited": before}
+        call, effect = kernel(call, state, span, **resolve(None, parameters, device, state))
         note_effect(out, slot, step, effect)
     if call is not before:
         now["function"] = call[0]
@@ -105,36 +96,11 @@ def edit_call(source, step, call, span, now, state, out):
     return call
 
 
-def check_stage(was, now, stage, kernel):
-    """Refuse an edit that changes another stage than it says: edits were put in order by what they say.
-
-    Args:
-        was: The call before the edit.
-        now: The call after it.
-        stage: What the edit says.
-        kernel: Its kernel.
-
-    Raises:
-        ValueError: If it changed something else.
-    """
-    old, new = getattr(was[0], "recipe", {}), getattr(now[0], "recipe", {})
-    changed = [name for name in new if len(new[name]) > len(old.get(name, ()))]
-    before, after = arguments(was)[0], arguments(now)[0]
-    changed += [f"{name}s" for name in ("key", "value") if after[name] is not before[name]]
-    if changed and stage not in changed:
-        raise ValueError(
-            f"Got an Edit with stage={stage!r} whose kernel {kernel.__name__} changes the "
-            f"{changed[0]}; expected what it changes, because edits of one site apply in the order of "
-            f"their stages. Write Edit(..., stage={changed[0]!r})."
-        )
-
-
 def note_effect(out, slot, step, effect):
     """Add an effect to those of the same edit at the same site (one per window); a look has none."""
     if effect is None:
         return
-    key = (step["tower"], step["name"], step["layer"])
-    effect = detached(effect)
+    key, effect = (step["tower"], step["name"], step["layer"]), detached(effect)
     of_edit = out.setdefault(("edit", slot), {})
     if key in of_edit:
         effect = {name: of_edit[key][name] + value for name, value in effect.items()}
@@ -192,17 +158,11 @@ def read_site(root, tracer, step, state, out):
     return state["unedited"]
 
 
-def device_of(value):
-    """The device of a site's value."""
-    return query_of(value[0]).device if isinstance(value, list) else value.device
-
-
 def resolve(root, parameters, device, state):
     """Parameters ready for a kernel: modules looked up, tensors on the site's device.
 
-    ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or
-    for parameters and numbers. A tensor is moved once per run, so that kernels may compare it by
-    identity.
+    ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
+    parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
     """
     placed = state.setdefault("placed", {})
     out = {}
@@ -239,14 +199,13 @@ def walk(root, tracer, plan, number=0, memory=None):
         memory: What edits keep from one step of a generation to the next.
 
     Returns:
-        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects
-        of edits.
+        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         key = (step["tower"], step["name"], step["layer"])
-        device = device_of(value)
+        device = query_of(value[0]).device if isinstance(value, list) else value.device
         for slot, kernel, parameters in step["reads"]:
             answer = kernel(value, state, **resolve(root, parameters, device, state))
             out.setdefault(slot, {})[key] = detached(answer)
@@ -254,12 +213,9 @@ def walk(root, tracer, plan, number=0, memory=None):
 
 
 def last_logits(logits, last=None, graph=False):
-    """All logits, or those of one position per row.
+    """All logits ``[batch pos vocab]``, or those of one position per row, ``last`` ``[batch]``.
 
-    Args:
-        logits: ``[batch pos vocab]``.
-        last: ``[batch]`` positions, negative ones counted from the end; None for all.
-        graph: Whether to keep the graph, and the device with it.
+    Negative positions count from the end; ``graph`` keeps the graph, and the device with it.
     """
     if last is not None:
         rows = torch.arange(logits.shape[0], device=logits.device)

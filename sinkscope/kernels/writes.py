@@ -9,13 +9,18 @@ is a fixed map once its statistics are known::
 with no mean in an RMS norm. Parts add up to the whole; biases belong to no key. No weight is looked up:
 the modules are asked, because adapters, 8 bit, hooks and offload apply others than they show. What
 they answer is compared with what they write in the pass, and that with what the block adds.
+
+Parameters that several share: ``calls``, the attention calls of one site; ``state``, the run's scratch
+space; ``projection``, the output projection; ``parts``, what lies between it and the stream, in order:
+modules, numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all;
+``layout``, the packed positions of a packed tower, or None.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sinkscope.kernels.attention import arguments, ask, fit_keys, spans, unpack
+from sinkscope.kernels.attention import arguments, ask, by_call, unpack
 from sinkscope.kernels.residual import live_at
 
 SIZE = 256.0
@@ -29,11 +34,7 @@ def near(x, y, dtype):
 
 
 def measure(part, like):
-    """One thing between the output projection and the stream, as a map per channel.
-
-    Args:
-        part: A module, or a number or parameter that multiplies.
-        like: What the projection wrote, ``[... d_model]``.
+    """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
 
     Returns:
         A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is
@@ -80,14 +81,9 @@ def onward(x, passed):
 
 
 def answers(projection, rows):
-    """What a module adds to its answer to zero, and that answer: its bias.
+    """What a module adds to its answer to zero, ``[row d_model]``, and that answer, its bias, in fp32.
 
-    Args:
-        projection: The module.
-        rows: ``[row width]``; each is asked times a power of two that brings it near `SIZE`.
-
-    Returns:
-        ``[row d_model]`` and ``[d_model]`` in fp32.
+    Each of ``rows`` ``[row width]`` is asked times a power of two that brings it near `SIZE`.
     """
     peak = rows.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     times = (SIZE / peak).log2().floor().exp2()
@@ -103,19 +99,12 @@ def name_of(module):
 
 
 def check_same(got, want, size, live, dtype, what):
-    """Refuse parts that do not make up the whole.
-
-    Args:
-        got: The sum of the parts, ``[batch query d_model]``.
-        want: The whole; may lack the batch axis.
-        size: ``[batch query]``: how large what was added up is.
-        live: ``[batch query]`` bool, or None for all.
-        dtype: What was computed in.
-        what: What is wrong if they differ.
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``.
 
     Raises:
-        ValueError: If they differ at a live query by four roundings of bf16 in half precision, where
-            8-bit layers that round their inputs make about one; of fp16 (or TF32) in fp32.
+        ValueError: If they differ at a live query, as a share of ``size`` ``[batch query]``, by four
+            roundings of bf16 in half precision, where 8-bit layers that round their inputs make about
+            one; of fp16 (or TF32) in fp32. ``what`` says what is wrong then.
     """
     rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
@@ -140,27 +129,23 @@ def behind(x, passed):
 def way(calls, state, projection, parts, live, asked=None):
     """The way from heads to the stream, proven on attention's whole output.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space, where `arrives` finds what should arrive.
-        projection: The output projection.
-        parts: What lies between it and the stream, in order: modules, numbers and parameters.
-        live: ``[batch query]`` bool, or None for all.
-        asked: How many parts of attention's output will follow; None for any number.
+    So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
+    in ``state`` what should arrive.
 
     Returns:
         A dict of what was ``written`` in all, ``[batch query head d_head]``, the ``projection``, what
-        every part was ``passed`` as, ``scale`` ``[batch query]``, by which norms multiply a query, and ``matrix`` ``[head d_head d_model]`` in fp32: None if
-        fewer rows are asked for than it has, so that heads are better pushed one by one.
+        every part was ``passed`` as, ``scale`` ``[batch query]``, by which norms multiply a query, and
+        ``matrix`` ``[head d_head d_model]`` in fp32: None if fewer rows are asked for than it has, so
+        that heads are better pushed one by one.
     """
     x = torch.cat([ask(call) for call in calls], dim=1)
     heads, width = x.shape[2:]
     wrote = projection(x.flatten(2))
     passed = [measure(part, wrote) for part in parts]
-    made = {"written": x, "projection": projection, "passed": passed}
+    made = {"written": x, "projection": projection, "passed": passed, "matrix": None}
     if asked is not None and x.shape[0] * x.shape[1] * (asked + 1) <= width:
-        made["matrix"], (total, bias) = None, pushed(x, projection)
-        total = total.sum(2)
+        by_head, bias = pushed(x, projection)
+        total = by_head.sum(2)
     else:
         one_hot = torch.eye(heads * width, dtype=x.dtype, device=x.device)
         columns, bias = answers(projection, one_hot)
@@ -183,11 +168,7 @@ def pushed(written, projection):
 
 
 def follow(written, made):
-    """A part of attention's output on its way, but for what norms multiply a query by.
-
-    Args:
-        written: ``[batch query head d_head]``.
-        made: From `way`.
+    """A part of attention's output ``[batch query head d_head]`` on its `way`, before norms divide it.
 
     Returns:
         The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
@@ -208,15 +189,10 @@ def gram_of(matrix):
 
 
 def arriving(total, passed, dtype):
-    """What the stream should get of what the projection wrote, and by what norms multiply a query.
-
-    Args:
-        total: ``[batch query d_model]``.
-        passed: What `measure` found of every part.
-        dtype: What norms are asked in.
+    """What the stream should get of what the projection wrote, ``total`` ``[batch query d_model]``.
 
     Returns:
-        ``[batch query d_model]`` and ``[batch query]`` in fp32.
+        It, and by what norms (asked in ``dtype``) multiply a query, ``[batch query]``; both in fp32.
     """
     total = total.float()
     scale = torch.ones_like(total[..., 0])
@@ -231,25 +207,12 @@ def arriving(total, passed, dtype):
 
 
 def arrives(states, state, live, attention, projection):
-    """Refuse a block that does not add what its heads write, as far as edits of it did not do it.
-
-    Args:
-        states: What the block adds.
-        state: The run's scratch space.
-        live: ``[batch query]`` bool in the model's layout.
-        attention: The attention module.
-        projection: Its output projection.
-
-    Returns:
-        Nothing to keep.
-    """
+    """Refuse a block that does not add what its heads write, as far as edits of it did not do it."""
     total = state.pop("arrived", None)
     if total is not None:
         added = state["unedited"]
-        what = (
-            f"What {name_of(attention)} adds to the stream is not what its heads write through "
-            f"{name_of(projection)}"
-        )
+        what = f"What {name_of(attention)} adds to the stream is not what its heads write through "
+        what += name_of(projection)
         check_same(total, added, total.norm(dim=-1), live, added.dtype, what)
     return {}
 
@@ -262,32 +225,19 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
     and the stream, at this query. The vectors of all groups and the biases add up to what attention
     adds.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        groups: ``[batch key group]`` one-hot.
-        projection: The attention module's output projection.
-        parts: What lies between it and the stream, in order: modules, numbers and parameters.
-        live: ``[batch query]`` bool in the model's layout, or None for all.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-
     Returns:
-        ``{"norms": [batch query group], "per_head": [batch head query group]}``.
+        ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
+        ``[batch key group]``.
     """
     made = way(calls, state, projection, parts, live, groups.shape[-1])
     totals, heads_out = [], []
-    for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
-        part = (
-            groups[:, k_at:k_to] if len(calls) > 1 else fit_keys(groups, k_to, state.get("step", 0))
-        )
+    for call, (q_at, q_to, _, _), part in by_call(calls, groups, state):
         scale = made["scale"][:, q_at:q_to]
-        total, per_head = [], []
-        for group in range(part.shape[-1]):
-            by_head, vector = follow(ask(call, keep=part[..., group]), made)
-            per_head.append(by_head.transpose(1, 2) * scale[:, None])
-            total.append(vector.norm(dim=-1) * scale)
-        totals.append(torch.stack(total, dim=-1))
+        followed = [follow(ask(call, keep=one), made) for one in part.unbind(-1)]
+        per_head = [by_head.transpose(1, 2) * scale[:, None] for by_head, _ in followed]
         heads_out.append(torch.stack(per_head, dim=-1))
+        total = [vector.norm(dim=-1) * scale for _, vector in followed]
+        totals.append(torch.stack(total, dim=-1))
     return {
         "norms": unpack(torch.cat(totals, dim=1), layout, 1),
         "per_head": unpack(torch.cat(heads_out, dim=2), layout, 2),
@@ -301,14 +251,6 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     ``||U||_F^2 / sigma_1^2`` over the live queries, which is 1 if the head writes one direction only.
     ``D`` is what lies between the output projection and the stream. A norm there divides each query by
     a size of its own, which is in ``S`` and not in ``u``.
-
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space.
-        projection: The output projection.
-        live: ``[batch query]`` bool in the model's layout.
-        parts: What lies between it and the stream, in order: modules, numbers and parameters.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
 
     Returns:
         ``{"norms": [batch head key], "rank": [batch head]}``. In a packed tower the rank is taken
@@ -329,9 +271,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]
     inner = torch.einsum("bqhd,bqhe->bhde", written, written)
-    spectrum = torch.linalg.eigvalsh(torch.einsum("hdi,bhde,hej->bhij", root, inner, root)).clamp(
-        min=0
-    )
+    spectrum = torch.linalg.eigvalsh(torch.einsum("hdi,bhde,hej->bhij", root, inner, root))
+    spectrum = spectrum.clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
     if layout is not None:
         rank = rank.expand(layout.shape[0], -1)

@@ -185,7 +185,7 @@ class LSG(nn.Module):
         out.load_state_dict(self.state_dict())
         return out
 
-    def tolerant(self) -> LSG:
+    def allowing_noop(self) -> LSG:
         """The same gate, sharing its parameters, for which touching nothing is fine."""
         out = copy.copy(self)
         out.allow_noop = True

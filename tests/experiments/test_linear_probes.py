@@ -372,7 +372,7 @@ def test_a_record_that_lacks_an_attribute_is_named(bundled) -> None:
 @pytest.mark.parametrize(
     ("group", "match"),
     [
-        (lambda trace: [1, 2], "group 'mine': Got a selection of type list"),
+        (lambda trace: {1, 2}, "group 'mine': Got a selection of type set"),
         (lambda trace: torch.ones(2, 2, dtype=torch.bool), "group 'mine': Got a mask of shape"),
         ("imagge", "group 'mine'.*Did you mean 'image'"),
         (

@@ -19,6 +19,24 @@ class Pair:
     neutral: Any = None
 
 
+SIX = (
+    "MaskKeys of heads, layers, queries",
+    "ScaleKeys",
+    "ScaleAttention",
+    "Redistribute",
+    "AblateValues mean",
+    "PatchActivations of values",
+)
+"""Edits of attention that stand for all where every model and dtype is crossed with them."""
+
+
+def crossed(names, models, full=1, few=SIX):
+    """``(*model, name)``: every name on the first ``full`` models, ``few`` of them on the others."""
+    names = list(names)
+    chosen = [name for name in names if name in few]
+    return [(*m, name) for i, m in enumerate(models) for name in (names if i < full else chosen)]
+
+
 def per_layer(case):
     """Other tokens in every layer, ``[batch layer pos]``."""
     layers = range(case.lvlm.anatomy.language.n_layers)
@@ -198,6 +216,15 @@ LANGUAGE = {
         lambda c: H.masks(c.sample.tokens.image >= 0, layers=(1, 2), rows=c.late),
         lambda c: ss.AttentionKnockout(c.late, c.some & False, allow_noop=True),
     ),
+    "AttentionTemperature": Pair(
+        lambda c: ss.interventions.AttentionTemperature(0.7),
+        lambda c: H.Change("keys", H.every(c), lambda x, at: x / 0.7),
+        lambda c: ss.interventions.AttentionTemperature(1.0, allow_noop=True),
+    ),
+    "AttentionTemperature of heads and queries": Pair(
+        lambda c: ss.interventions.AttentionTemperature(3.0, [0, 2], heads=[1, 2], queries=c.late),
+        lambda c: H.Change("keys", H.every(c), lambda x, at: x / 3, (0, 2), (1, 2), c.late),
+    ),
     "Redistribute": Pair(
         lambda c: ss.Redistribute(c.some | c.first, c.other, 0.6),
         lambda c: H.redistributes(c.some | c.first, c.other, 0.6),
@@ -273,6 +300,13 @@ VISION = {
         lambda c: ss.ScaleKeys(c.patches, -0.5, **V),
         lambda c: H.scales_keys(c.patches, -0.5, **V),
         lambda c: ss.ScaleKeys(c.patches, 1.0, allow_noop=True, **V),
+    ),
+    "AttentionTemperature of a head": Pair(
+        lambda c: ss.interventions.AttentionTemperature(2.0, heads=[1], **V),
+        lambda c: H.Change(
+            "keys", c.sample.tokens.vision.live, lambda x, at: x / 2, None, (1,), **V
+        ),
+        lambda c: ss.interventions.AttentionTemperature(1.0, allow_noop=True, **V),
     ),
     "ScaleAttention": Pair(
         lambda c: ss.ScaleAttention(c.patches, 4.0, **V),

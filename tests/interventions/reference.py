@@ -276,6 +276,11 @@ def grown_inputs(sample, sequences, steps, inputs=None):
     return grown
 
 
+def every(case, steps=16):
+    """All live keys of the prompt, and of an answer; what a pass does not have is cut off again."""
+    return torch.nn.functional.pad(case.live, (0, steps), value=True)
+
+
 # ---------------------------------------------------------------- the published formulas, one each
 
 

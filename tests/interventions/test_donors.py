@@ -6,12 +6,14 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import NoEffectError
 from sinkscope.testing import random_image
-from tests.interventions.cases import turned
+from tests.interventions.cases import crossed, turned
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import generate
 
 FAMILIES = ("llava-clip-llama", "gemma3", "qwen2.5-vl")
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post", "values")
+TOWERS = [(family, tower) for family in FAMILIES for tower in ("language", "vision")]
+FEW = ("mlp_out", "values")
 
 
 def reads(site, layers=None, tower="language", tokens="all"):
@@ -26,9 +28,7 @@ def patched(c, donor, site, layers, tower="language", **options):
     return c.lvlm.run(c.sample, interventions=[edit]).logits
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("tower", ["language", "vision"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tower", "site"), crossed(SITES, TOWERS, 2, FEW))
 def test_a_run_a_result_and_a_tensor_are_the_same_donor(case, family, tower, site):
     """The run holds other layers too, and results of every other site and of the other tower."""
     c = case(family)
@@ -58,9 +58,7 @@ def test_the_prompt_of_an_answer_is_a_donor(case, site):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("tower", ["language", "vision"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tower", "site"), crossed(SITES, TOWERS, 2, FEW))
 def test_a_patch_from_the_same_run_changes_no_bit(case, family, tower, site, dtype):
     c = case(family, "sdpa", dtype)
     plain = c.lvlm.run(c.sample, probes=[reads(site, None, tower)])

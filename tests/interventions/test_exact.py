@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from tests.interventions.cases import LANGUAGE, UNPACKED, VISION
+from tests.interventions.cases import LANGUAGE, UNPACKED, VISION, crossed
 from tests.interventions.conftest import LEARNED, MODELS
 from tests.interventions.reference import Change, reference_run
 
@@ -64,8 +64,7 @@ def effect_agrees(effect, notes, measured):
             assert (got - want).nan_to_num().abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
-@pytest.mark.parametrize(("family", "kernel"), MODELS)
+@pytest.mark.parametrize(("family", "kernel", "name"), crossed(LANGUAGE, MODELS))
 def test_edits_of_the_decoder_equal_their_formula_and_tell_what_they_did(
     case, family, kernel, name
 ):
@@ -78,8 +77,7 @@ def test_edits_of_the_decoder_equal_their_formula_and_tell_what_they_did(
     effect_agrees(run.effects[edit], answer.notes[change], change.stage != "values")
 
 
-@pytest.mark.parametrize("name", VISION)
-@pytest.mark.parametrize(("family", "kernel"), TOWERS)
+@pytest.mark.parametrize(("family", "kernel", "name"), crossed(VISION, TOWERS))
 def test_edits_of_the_vision_tower_equal_their_formula(case, family, kernel, name):
     c, pair = case(family, kernel), VISION[name]
     edit, change = pair.edit(c), pair.change(c)

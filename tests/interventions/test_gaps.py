@@ -17,8 +17,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import sinkscope as ss
-from sinkscope.kernels.edited_call import edit_values
-from sinkscope.kernels.edits import edit_keys, edit_mass, evict_keys
+from sinkscope.kernels.edits import edit_keys, edit_mass, edit_values, evict_keys
 from sinkscope.testing import TINY
 from tests.interventions import reference as by_hand
 from tests.interventions.conftest import make_case
@@ -87,8 +86,13 @@ OTHERS = torch.zeros(2, N, dtype=torch.bool).index_fill(1, torch.tensor([0, 1, 4
 LIVE = torch.ones(2, N, dtype=torch.bool)
 
 
-def edited(call, **parameters):
-    after, _ = edit_keys(call, {}, None, SINKS, LIVE, measure=False, **parameters)
+LOGITS, VALUES = {"stage": "logits"}, {"stage": "values"}
+STAGE_OF = {"scale": "keys", "mask": "logits", "weight": "logits"}
+
+
+def edited(call, how, factor):
+    state = {"stage": STAGE_OF.get(how, "weights")}
+    after, _ = edit_keys(call, state, None, SINKS, LIVE, factor, measure=False)
     return after[0](*after[1], **after[2])[0]
 
 
@@ -159,7 +163,7 @@ def test_moving_the_weight_of_a_dominant_key(kernel, dtype, gap):
     """What is given goes to the target in proportion, though exp(-95) is 0 in every dtype."""
     tensors, scaling = planted(gap, dtype)
     call = call_of(kernel, tensors, scaling)
-    after, effect = edit_mass(call, {}, None, SINKS, OTHERS, LIVE, 0.6)
+    after, effect = edit_mass(call, {"stage": "weights"}, None, SINKS, OTHERS, LIVE, 0.6)
     got = after[0](*after[1], **after[2])[0].double()
 
     def moves(w):
@@ -177,7 +181,7 @@ def test_moving_the_weight_of_a_dominant_key(kernel, dtype, gap):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_replacing_the_value_of_a_dominant_key(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
-    after, _ = edit_values(call_of(kernel, tensors, scaling), {}, None, SINKS, LIVE, "zero")
+    after, _ = edit_values(call_of(kernel, tensors, scaling), VALUES, None, SINKS, LIVE, "zero")
     got = after[0](*after[1], **after[2])[0].double()
     want = explicit(tensors, scaling, values=lambda v: v.masked_fill(SINKS[:, None, :, None], 0.0))
     assert (got - want).abs().max() <= TOLERANCE[dtype]
@@ -190,7 +194,7 @@ def test_patching_the_value_of_a_dominant_key(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     given = torch.randn(2, KV_HEADS, N, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
     after, _ = edit_values(
-        call_of(kernel, tensors, scaling), {}, None, SINKS, LIVE, "tensor", tensor=given
+        call_of(kernel, tensors, scaling), VALUES, None, SINKS, LIVE, "tensor", tensor=given
     )
     got = after[0](*after[1], **after[2])[0].double()
     heads = given.double().repeat_interleave(HEADS // KV_HEADS, dim=1)
@@ -206,7 +210,7 @@ def test_patching_the_value_of_a_dominant_key(kernel, dtype, gap):
 def test_evicting_a_dominant_key(kernel, dtype, gap):
     """Without the first keys: rows lose the sink once it is no longer among their recent ones."""
     tensors, scaling = planted(gap, dtype)
-    after, _ = evict_keys(call_of(kernel, tensors, scaling), {}, None, LIVE, 0, 3, measure=False)
+    after, _ = evict_keys(call_of(kernel, tensors, scaling), LOGITS, None, LIVE, 0, 3, False)
     got = after[0](*after[1], **after[2])[0].double()
     gone = torch.ones(N, N, dtype=torch.bool).tril(-3)
     want = explicit(tensors, scaling, lambda x: x.masked_fill(gone, -INF))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from tests.interventions.cases import LANGUAGE
+from tests.interventions.cases import LANGUAGE, crossed
 from tests.interventions.conftest import LEARNED
 from tests.interventions.reference import grown_inputs, masks, reference_run
 from tests.interventions.test_exact import off, var_by_hand
@@ -64,8 +64,7 @@ def agree_at_every_step(c, out, changes):
     return answer.notes
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
-@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+@pytest.mark.parametrize(("family", "kernel", "name"), crossed(LANGUAGE, FAMILIES))
 def test_cached_generation_equals_recomputation(case, family, kernel, name):
     c, pair = case(family, kernel), LANGUAGE[name]
     edit, change = pair.edit(c), pair.change(c)
@@ -141,9 +140,14 @@ def test_the_plain_models_own_error_is_as_stated(plain_error, family, kernel, dt
 
 
 # Rounding moves rows across the image-centric rule's thresholds.
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", [name for name in LANGUAGE if name != THRESHOLDS])
-@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kernel", "dtype", "name"),
+    crossed(
+        [name for name in LANGUAGE if name != THRESHOLDS],
+        [(*model, dtype) for model in FAMILIES for dtype in HALF],
+    ),
+    ids=str,
+)
 def test_cached_generation_in_half_precision(case, plain_error, family, kernel, name, dtype):
     c, pair = case(family, kernel, dtype), LANGUAGE[name]
     edit, change = pair.edit(c), pair.change(c)

@@ -124,25 +124,35 @@ def test_allowed_noops_are_silent_and_change_nothing(case):
         assert not run.effects[edit].layers
 
 
-CHANGES = {
-    "keys": lambda c: ss.ScaleKeys(c.some, 2.0),
+SAYS = {  # an edit's stage -> the same edit said otherwise
+    "keys": lambda c: ss.ScaleKeys(c.some, 0.0),
     "logits": lambda c: ss.MaskKeys(c.some),
-    "weights": lambda c: ss.Redistribute(c.some, c.other, 0.5),
-    "values": lambda c: ss.AblateValues(c.some),
+    "weights": lambda c: ss.ScaleAttention(c.some, 0.0, renormalize=False),
 }
 
 
-@pytest.mark.parametrize("said", CHANGES)
-@pytest.mark.parametrize("done", CHANGES)
-def test_an_edit_that_changes_another_stage_than_it_says_is_refused(case, done, said):
+@pytest.mark.parametrize("said", SAYS)
+@pytest.mark.parametrize("done", SAYS)
+def test_the_stage_alone_says_what_a_factor_multiplies(case, done, said):
+    """No kernel says it again, so a label cannot lie: the logit, the weight renormalised, the weight."""
+    c = case(LLAVA)
+    got = c.lvlm.run(c.sample, interventions=[Relabelled(SAYS[done](c), said)]).logits
+    assert torch.equal(got, c.lvlm.run(c.sample, interventions=[SAYS[said](c)]).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "stages", "takes"),
+    [
+        (SAYS["keys"], ["values"], "2 arguments; expected change[(]value[)]"),
+        (lambda c: ss.Redistribute(c.some, c.other, 0.5), ["keys", "logits", "values"], "3 arg"),
+        (lambda c: ss.AblateValues(c.some), ["keys", "logits", "weights"], "1 arg"),
+        (lambda c: ss.AblateValues(c.some, heads=[1]), ["keys", "logits", "weights"], "1 arg"),
+    ],
+)
+def test_a_change_of_another_stage_than_is_said_is_refused(case, make, stages, takes):
     """Its place among the edits of a site would be a wrong one."""
     c = case(LLAVA)
-    it = CHANGES[done](c)
-    beside = [Relabelled(it, said), ss.ScaleAttention(c.other, 0.5)]
-    if said == done:
-        c.lvlm.run(c.sample, interventions=beside)
-        return
-    with pytest.raises(
-        ValueError, match=f"stage='{said}' whose kernel .* changes the {done}; .*stage='{done}'"
-    ):
-        c.lvlm.run(c.sample, interventions=beside)
+    for stage in stages:
+        message = f"stage='{stage}' whose kernel makes a change of {takes}.*Write the stage"
+        with pytest.raises(ValueError, match=message):
+            c.lvlm.run(c.sample, interventions=[Relabelled(make(c), stage)])

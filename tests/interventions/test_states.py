@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import sinkscope as ss
+from tests.interventions.cases import crossed
 from tests.interventions.reference import grown_inputs, reference_run
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import generate
 
 FAMILIES = ("llava-clip-llama", "llava-dinov2-olmo2", "gemma3", "qwen2.5-vl")
 DIMS = [1, 40, 7]
+REPLACEMENTS = ("zero", "mean", "clamp", "set")
 
 
 def place(c, tower, site, layer):
@@ -74,21 +76,25 @@ def agree(c, edit, hooks, tower="language", site="resid_post"):
     return run, run[states].states
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean", "clamp", "set"])
-@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out", "resid_post"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_channels_of_the_decoder(case, family, site, replacement):
-    check_channels(case(family), "language", site, replacement)
+SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out")
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean", "clamp", "set"])
-@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_channels_of_the_vision_tower(case, family, site, replacement):
-    check_channels(case(family), "vision", site, replacement)
-
-
-def check_channels(c, tower, site, replacement):
+@pytest.mark.parametrize(
+    ("tower", "site", "family", "replacement"),
+    [
+        *crossed(REPLACEMENTS, [("language", s, FAMILIES[0]) for s in SITES], full=4),
+        *crossed(REPLACEMENTS, [("vision", s, FAMILIES[0]) for s in SITES[:2]], full=2),
+        *[
+            (t, s, f, "mean")
+            for t in ("language", "vision")
+            for s in SITES[:2]
+            for f in FAMILIES[1:]
+        ],
+        *[("language", s, f, "clamp") for s in SITES[2:] for f in FAMILIES[1:]],
+    ],
+)
+def test_channels_of_tokens(case, tower, site, family, replacement):
+    c = case(family)
     tokens, layer = (c.some, 1) if tower == "language" else (c.patches, 1)
     edit = ss.AblateActivations(
         DIMS,

@@ -12,22 +12,21 @@ import pytest
 import torch
 
 import sinkscope as ss
-from tests.interventions.cases import run_of_turned, turned
-from tests.interventions.conftest import LEARNED, MODELS
-from tests.interventions.reference import INF, Change, grown_inputs, reference_run
+from tests.interventions.cases import crossed, run_of_turned, turned
+from tests.interventions.conftest import MODELS
+from tests.interventions.reference import INF, Change, every, grown_inputs, reference_run
 from tests.interventions.test_exact import off
 from tests.interventions.test_generation import FAMILIES, HALF, STEPS, TIMES, generate
 from tests.interventions.test_states import DIMS, fronted, on_prompt, place, sets
 from tests.interventions.test_untouched import half
 
-DTYPES = [
-    *[("llava-clip-llama", kernel, dtype) for kernel in ("sdpa", "eager") for dtype in HALF],
-    *[("llava-siglip-qwen3", "sdpa", dtype) for dtype in HALF],
-    *[("gemma3", "sdpa", dtype) for dtype in HALF],
-    *[("qwen2.5-vl", "eager", dtype) for dtype in HALF],
-    *[(LEARNED, "eager", dtype) for dtype in HALF],
+EVERYWHERE = [
+    ("llava-clip-llama", "sdpa", torch.float32),
+    ("llava-clip-llama", "sdpa", torch.bfloat16),
+    *[(*model, torch.float32) for model in MODELS[1:]],
+    *[(*model, dtype) for model in FAMILIES[1:] for dtype in HALF],
 ]
-EXACT = [(*model, torch.float32) for model in MODELS]
+FEW = ("AblateActivations mean", "PatchActivations of patches", "EvictKeys inside the window")
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ def lost(c, start, recent):
         gone = (rank[:, None] >= start) & (distance >= recent) & live[:, None]
         return x.masked_fill(gone[:, None], -INF)
 
-    # Keys of the answer are lost too; what the pass does not have is cut off again.
-    every = torch.nn.functional.pad(c.live, (0, STEPS), value=True)
-    return [Change("logits", every, apply)]
+    # Keys of the answer are lost too.
+    return [Change("logits", every(c), apply)]
 
 
 EDITS = {
@@ -184,8 +182,9 @@ def plain_error(case):
     return get
 
 
-@pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize(("family", "kernel", "dtype"), [*EXACT, *DTYPES], ids=str)
+@pytest.mark.parametrize(
+    ("family", "kernel", "dtype", "name"), crossed(EDITS, EVERYWHERE, 2, FEW), ids=str
+)
 def test_one_pass_equals_hooks_on_the_plain_model(case, plain_error, family, kernel, dtype, name):
     c, pair = case(family, kernel, dtype), EDITS[name]
     got = c.lvlm.run(c.sample, interventions=[pair.edit(c)]).logits[c.live]
@@ -196,9 +195,11 @@ def test_one_pass_equals_hooks_on_the_plain_model(case, plain_error, family, ker
         assert off(answer(c, pair, unedited=True)[c.live], want) > 10 * most
 
 
-@pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "name"),
+    crossed(EDITS, [(k, d) for k in ("sdpa", "eager") for d in (torch.float32, *HALF)], 2, FEW),
+    ids=str,
+)
 def test_tokens_outside_and_the_neutral_setting_keep_every_bit(case, kernel, dtype, name):
     c, pair = case("llava-clip-llama", kernel, dtype), EDITS[name]
     probe = ss.probes.ResidualStates(layers=[pair.layer], site=pair.site, tower=pair.tower)
@@ -214,8 +215,7 @@ def test_tokens_outside_and_the_neutral_setting_keep_every_bit(case, kernel, dty
         assert torch.equal(nothing.logits, plain.logits)
 
 
-@pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize(("family", "kernel"), FAMILIES)
+@pytest.mark.parametrize(("family", "kernel", "name"), crossed(EDITS, FAMILIES, few=FEW))
 def test_sixteen_cached_steps_equal_recomputation(case, family, kernel, name):
     c, pair = case(family, kernel), EDITS[name]
     edit = pair.edit(c)

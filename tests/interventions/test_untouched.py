@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from tests.interventions.cases import LANGUAGE, UNPACKED, VISION
+from tests.interventions.cases import LANGUAGE, UNPACKED, VISION, crossed
 from tests.interventions.conftest import LEARNED
 from tests.interventions.reference import reference_run
 from tests.interventions.test_exact import off
@@ -32,6 +32,12 @@ MODELS = [
         )
         for dtype in (torch.bfloat16, torch.float16)
     ],
+]
+TOWERS = [
+    ("llava-clip-llama", "sdpa", torch.float32),
+    ("qwen2.5-vl", "sdpa", torch.bfloat16),
+    ("llava-clip-llama", "eager", torch.bfloat16),
+    ("qwen2.5-vl", "eager", torch.float32),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 THRESHOLDS = "Redistribute where image-centric"
@@ -74,8 +80,9 @@ def compare(c, pair, tower_name, dtype):
     return (*rows, gate.transpose(1, 2), run, base)
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
-@pytest.mark.parametrize(("family", "kernel", "dtype"), MODELS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "kernel", "dtype", "name"), crossed(LANGUAGE, MODELS, full=2), ids=str
+)
 def test_only_selected_rows_and_heads_of_the_decoder_change(case, family, kernel, dtype, name):
     c = case(family, kernel, dtype)
     got, plain, want, gate, run, base = compare(c, LANGUAGE[name], "language", dtype)
@@ -95,11 +102,8 @@ def test_only_selected_rows_and_heads_of_the_decoder_change(case, family, kernel
     assert torch.equal(run.logits[quiet], base.logits[quiet])
 
 
-@pytest.mark.parametrize("name", [*VISION, *UNPACKED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("family", "kernel"),
-    [("llava-clip-llama", "sdpa"), ("llava-clip-llama", "eager"), ("qwen2.5-vl", "sdpa")],
+    ("family", "kernel", "dtype", "name"), crossed(VISION | UNPACKED, TOWERS, full=2), ids=str
 )
 def test_only_selected_rows_and_heads_of_the_vision_tower_change(case, family, kernel, dtype, name):
     c = case(family, kernel, dtype)
@@ -113,8 +117,11 @@ def test_only_selected_rows_and_heads_of_the_vision_tower_change(case, family, k
     assert off(got[gate], want[gate]) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", [n for n, pair in LANGUAGE.items() if pair.neutral])
-@pytest.mark.parametrize(("family", "kernel", "dtype"), MODELS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "kernel", "dtype", "name"),
+    crossed([n for n, pair in LANGUAGE.items() if pair.neutral], MODELS, full=2),
+    ids=str,
+)
 def test_the_neutral_setting_changes_no_bit(case, family, kernel, dtype, name):
     c = case(family, kernel, dtype)
     edit = LANGUAGE[name].neutral(c)
@@ -124,16 +131,10 @@ def test_the_neutral_setting_changes_no_bit(case, family, kernel, dtype, name):
     assert not run.effects[edit].touched.any()
 
 
-@pytest.mark.parametrize("name", [n for n, pair in (VISION | UNPACKED).items() if pair.neutral])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("family", "kernel"),
-    [
-        ("llava-clip-llama", "sdpa"),
-        ("llava-clip-llama", "eager"),
-        ("qwen2.5-vl", "sdpa"),
-        ("qwen2.5-vl", "eager"),
-    ],
+    ("family", "kernel", "dtype", "name"),
+    crossed([n for n, pair in (VISION | UNPACKED).items() if pair.neutral], TOWERS, full=2),
+    ids=str,
 )
 def test_the_neutral_setting_changes_no_bit_of_the_vision_tower(case, family, kernel, dtype, name):
     c = case(family, kernel, dtype)

@@ -82,7 +82,11 @@ RUN = {
         lambda c: ss.MaskKeys(c.some.nonzero()), SelectionError,
         r"dtype torch.int64.*expected torch.bool. Indices are ambiguous in a padded batch",
     ),
-    "a list": (lambda c: ss.MaskKeys([3, 4]), SelectionError, "Got a selection of type list"),
+    "positions at padding": (
+        lambda c: ss.MaskKeys([0, 9]), SelectionError, "position 0 in the language tower, which is padding in row 0",
+    ),
+    "a negative position": (lambda c: ss.MaskKeys(-1), SelectionError, "Got position -1 .*called 'last'"),
+    "no selection": (lambda c: ss.MaskKeys(None), SelectionError, "Got a selection of type NoneType"),
     "an empty mask": (
         lambda c: ss.MaskKeys(c.some & False), NoEffectError,
         "MaskKeys was given a selection without any token; expected at least one.*allow_noop=True",
@@ -161,7 +165,7 @@ RUN = {
     ),
     "a negative weight": (
         lambda c: ss.ScaleAttention(c.some, -0.5), InterventionError,
-        "Got factor=-0.5; expected a finite number, 0 or more",
+        "Got factor=-0.5; expected a finite number of at least 0",
     ),
     "a factor that is a word": (
         lambda c: ss.ScaleKeys(c.some, "half"), InterventionError, "Got factor='half'; expected a finite number",
@@ -184,7 +188,7 @@ RUN = {
         lambda c: moves(c, recycle=1.2), InterventionError, r"Got recycle=1.2; expected a share from 0 to 1",
     ),
     "less than nothing": (
-        lambda c: moves(c, recycle=-0.1), InterventionError, "Got recycle=-0.1; expected a finite number, 0 or more",
+        lambda c: moves(c, recycle=-0.1), InterventionError, "Got recycle=-0.1; expected a finite number of at least 0",
     ),
     "nothing to move": (
         lambda c: moves(c, recycle=0), NoEffectError, "Redistribute with 0 changes nothing",
@@ -248,14 +252,14 @@ RUN = {
     ),
     "a clamp below nothing": (
         lambda c: ss.AblateActivations([1], c.some, "clamp", value=-1), InterventionError,
-        "Got value=-1; expected a finite number, 0 or more",
+        "Got value=-1; expected a finite number of at least 0",
     ),
     "a value without a clamp": (
         lambda c: ss.AblateActivations([1], c.some, "zero", value=3.0), InterventionError,
         "Got value=3.0 with replacement='zero'; expected it with 'clamp' only. To set channels write replacement=3.0",
     ),
     "channels set to NaN": (
-        lambda c: ss.AblateActivations([1], c.some, NAN), InterventionError, "Got replacement=nan; expected a finite",
+        lambda c: ss.AblateActivations([1], c.some, NAN), InterventionError, "Got replacement=nan; expected .* a finite number",
     ),
     "channels of the attention call": (
         lambda c: ss.AblateActivations([1], c.some, site="attention"), ProbeError,

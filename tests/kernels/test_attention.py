@@ -96,7 +96,7 @@ def test_masses_received_and_patterns_by_hand(kind):
     live = torch.ones(2, N, dtype=torch.bool)
     live[1, :2] = False
     seen = torch.einsum("bq,qk->bk", live.float(), visible(kind).float())
-    assert torch.equal(attention.visible_queries(call, live), seen)
+    assert torch.equal(received.visible_queries(call, live), seen)
     got = received.received([call], {}, live, others=True)
     column = torch.einsum("bhqk,bq->bhk", want, live.float()) / seen[:, None]
     assert torch.allclose(got["received"].nan_to_num(), column.nan_to_num(), atol=1e-6)

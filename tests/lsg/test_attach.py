@@ -460,7 +460,7 @@ def test_adopt_is_how_one_means_it(case):
 
 def test_a_tolerant_twin_shares_parameters(case):
     gate = case("llava-clip-llama").gate()
-    twin = gate.tolerant()
+    twin = gate.allowing_noop()
     assert twin.allow_noop
     assert not gate.allow_noop
     assert twin.outer.weight is gate.outer.weight

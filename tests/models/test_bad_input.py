@@ -510,10 +510,10 @@ SELECTIONS = {
         SelectionError,
         r"dtype torch.int64.*mask\[row, index\] = True",
     ),
-    "indices": (
-        lambda w: w.run(ss.AttentionMass({"a": [0, 3]})),
+    "a set": (
+        lambda w: w.run(ss.AttentionMass({"a": {0, 3}})),
         SelectionError,
-        "selection of type list.*expected a boolean tensor",
+        "selection of type set.*expected a name .* or a boolean tensor",
     ),
     "per-layer mask as queries": (
         lambda w: w.run(ss.AttentionMass({"a": "image"}, queries=per_layer(w))),

@@ -1,6 +1,7 @@
 """The map from pixels to ViT tokens to LLM positions, proven by disturbing one thing at a time."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -248,6 +249,109 @@ def test_a_model_without_bos_has_a_first_token_and_an_empty_bos(tiny):
     assert not tokens.select("bos").any()
     assert tokens.select("first").sum(1).tolist() == [1, 1]
     assert [tokens.words[b][int(p)] for b, p in enumerate(tokens.first)] == ["<|im_start|>"] * 2
+
+
+@pytest.fixture(scope="module")
+def padded(tiny):
+    """A model and a left-padded batch of two rows."""
+    images = [[random_image(32, 32, seed)] for seed in range(2)]
+    texts = ["how many red shapes", "see many red red shapes 中 are there"]
+    sample = tiny("llava-clip-llama").prepare(images=images, text=texts)
+    assert not sample.tokens.live[0].all()
+    return tiny("llava-clip-llama"), sample
+
+
+def chosen(tokens, selection):
+    """The words of every row's selected tokens, in order."""
+    mask = tokens.select(selection)
+    return [[tokens.words[b][p] for p in row.nonzero().flatten()] for b, row in enumerate(mask)]
+
+
+def test_words_of_the_prompt_are_a_selection(padded):
+    """All places, across tokens and parts of tokens; names go first, and only text is searched."""
+    _, sample = padded
+    tokens = sample.tokens
+    assert chosen(tokens, "red") == [[" red"], [" red", " red"]]
+    assert chosen(tokens, "many red") == 2 * [[" many", " red"]]
+    assert chosen(tokens, "ed sha") == 2 * [[" red", " shapes"]]
+    assert chosen(tokens, "shapes") == 2 * [[" shapes"]]
+    assert tokens.select("image").sum(1).tolist() == [16, 16]
+    for text, rows in (("are there", "[0]"), ("how", "[1]"), ("中", "[0]")):
+        with pytest.raises(
+            SelectionError, match=f"the text of rows \\{rows} does not hold; expected"
+        ):
+            tokens.select(text)
+    for text in ("imag", "USERS", "<image>", "", " "):
+        with pytest.raises(
+            SelectionError, match=r"expected one of .*does not hold it: write words as"
+        ):
+            tokens.select(text)
+    with pytest.raises(SelectionError, match="is unknown without a tokenizer"):
+        replace(tokens, words=None).select("red")
+
+
+def test_a_character_of_several_tokens_is_found_in_all_of_them(tiny):
+    sample = tiny("llava-clip-llama").prepare(images=random_image(32, 32), text="red 中 shapes")
+    assert chosen(sample.tokens, "中") == [["中 1/3", "中 2/3", "中 3/3"]]
+    assert chosen(sample.tokens, "中 sh")[0][-1] == " shapes"
+
+
+def test_positions_are_a_selection_of_either_tower(padded):
+    tokens = padded[1].tokens
+    start, n = int(tokens.first.max()), tokens.live.shape[1]
+    for given, want in (
+        (start, [start]), ([start, n - 1], [start, n - 1]), ((n - 2,), [n - 2]),
+        (slice(start, start + 3), [start, start + 1, start + 2]), (slice(n - 2, None), [n - 2, n - 1]),
+    ):  # fmt: skip
+        assert [row.nonzero().flatten().tolist() for row in tokens.select(given)] == [want, want]
+    assert tokens.vision.select([0, 5]).nonzero().tolist() == [[0, 0], [0, 5], [1, 0], [1, 5]]
+    assert tokens.vision.select(slice(None, 2)).sum(1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (-1, "position -1 in the language tower; expected 0 to .*never negative.*called 'last'"),
+        (slice(-2, None), "position -2 .*called 'last'"),
+        ([10**6], "position 1000000 in the language tower; expected 0 to"),
+        ([0], "position 0 in the language tower, which is padding in row 0"),
+        (slice(3), "position 0 .* is padding in row 0"),
+        (
+            [],
+            r"type list in the language tower, \[\]; expected a name such as 'image' or 'last', words",
+        ),
+        (slice(0, -1), "of type slice"),
+        (True, "of type bool"),
+        ([0.5], "of type list"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_positions_that_are_none_are_refused(padded, given, message):
+    with pytest.raises(SelectionError, match=message):
+        padded[1].tokens.select(given)
+
+
+def test_probes_and_interventions_take_words_and_positions(padded):
+    """The same as the mask that they stand for."""
+    lvlm, sample = padded
+    tokens, last = sample.tokens, sample.tokens.live.shape[1] - 1
+    red = tokens.select("red")
+    named = ss.AttentionMass({"red": "red", "two": [last - 1, last]}, queries=last)
+    two = torch.zeros_like(red)
+    two[:, -2:] = True
+    masked = ss.AttentionMass({"red": red, "two": two}, queries=tokens.select("last"))
+    edits = [ss.MaskKeys("red", queries=slice(last - 1, None)), ss.MaskKeys(red, queries=two)]
+    runs = [lvlm.run(sample, [named, masked], [edit]) for edit in edits]
+    assert torch.equal(runs[0].logits, runs[1].logits)
+    assert not torch.equal(runs[0].logits, lvlm.run(sample).logits)
+    assert torch.equal(runs[0][named].mass, runs[0][masked].mass)
+    patches = torch.zeros_like(tokens.vision.live)
+    patches[:, [3, 4]] = True
+    logits = [
+        lvlm.run(sample, interventions=[ss.MaskKeys(given, tower="vision")]).logits
+        for given in ([3, 4], patches)
+    ]
+    assert torch.equal(*logits)
 
 
 def test_vision_selections_by_name(tiny):
