@@ -9,9 +9,6 @@ from torch import nn
 
 from sinkscope.errors import ModelError
 
-WRAPPERS = ("_orig_mod", "module", "model")
-"""Where `torch.compile`, data-parallel wrappers and pipelines keep the model."""
-
 
 def check_unwrapped(model: Any) -> None:
     """Refuse what holds a model, and say where the model itself is.
@@ -30,7 +27,7 @@ def check_unwrapped(model: Any) -> None:
             f"Got a {name}; expected the transformers model inside, whose adapters stay on. Write "
             "ss.LVLM(model.get_base_model(), processor)."
         )
-    for inner in WRAPPERS:
+    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
         found = getattr(model, inner, None)
         wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
         if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
@@ -38,14 +35,13 @@ def check_unwrapped(model: Any) -> None:
                 f"Got a {name}; expected the transformers model inside, with the same weights. Write "
                 f"ss.LVLM(model.{inner}, processor)."
             )
-    if isinstance(model, nn.Module):
-        for path, part in model.named_modules():
-            if "_orig_mod" in part._modules:
-                raise ModelError(
-                    f"Got a model in which {path} is compiled ({type(part).__name__}); expected the "
-                    "part itself, whose blocks have a place. Write part.compile(), which compiles it "
-                    "in place, or put part._orig_mod back."
-                )
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if "_orig_mod" in part._modules:
+            raise ModelError(
+                f"Got a model in which {path} is compiled ({type(part).__name__}); expected the part "
+                "itself, whose blocks have a place. Write part.compile(), which compiles it in "
+                "place, or put part._orig_mod back."
+            )
 
 
 def device_of(part: nn.Module) -> torch.device:

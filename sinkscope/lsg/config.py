@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -21,9 +21,6 @@ from sinkscope.detectors.kinds import RandomTokens, VisionTokens
 from sinkscope.detectors.rules import Massive, Norm, NoSinks, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, nearest
 from sinkscope.kernels.gating import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.towers import Anatomy
 
 MODEL_ALIASES = MappingProxyType(
     {
@@ -225,7 +222,7 @@ class GateConfig:
         affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
         v_detector: The rule for V-sinks, by name and parameters.
         l_detector: The rule for L-sinks likewise, or None without an L group.
-        model: What the gate was made for: see `fingerprint`.
+        model: What the gate was made for: see `sinkscope.models.identity.sizes_of`.
         weights: A few numbers of the model's weights, see `sketch`; empty if it had none.
         seed: Of the first layer's weights.
     """
@@ -391,26 +388,6 @@ def rule_of(data: Mapping[str, Any]) -> dict[str, Any]:
     if name == "VisionTokens":
         return {"how": "all"}
     return {"how": "none"}
-
-
-def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
-    """What a gate must agree with, by name: type and sizes of both towers.
-
-    Names of checkpoints are not among it: a folder, a copy and the original are one model.
-    """
-    vision, language = anatomy.vision, anatomy.language
-    return {
-        "model_type": canonical({"model_type": anatomy.model_type})["model_type"],
-        "vision_layers": vision.n_layers,
-        "vision_width": vision.d_model,
-        "feed_layers": list(anatomy.feed_layers),
-        "tokens_merged": anatomy.merge,
-        "language_layers": language.n_layers,
-        "language_width": language.d_model,
-        "heads": language.heads,
-        "kv_heads": language.kv_heads,
-        "head_dim": language.d_head,
-    }
 
 
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:

@@ -23,8 +23,9 @@ from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
 from sinkscope.kernels.gating import ACTIVATIONS
 from sinkscope.lsg.building import check_layer, config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences, fingerprint
+from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences
 from sinkscope.lsg.files import AGAIN, as_fp32, read_tensors, source_of
+from sinkscope.models.identity import sizes_of
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -720,7 +721,7 @@ class Reading:
         for key, name in self.settings.bases().items():
             known = BASES.get(name)
             self.settings.used[key] = "the model" if known else "a model unknown to us, not checked"
-            lines = differences(known, fingerprint(self.lvlm.anatomy)) if known else []
+            lines = differences(known, sizes_of(self.lvlm.anatomy)) if known else []
             if lines:
                 listed = "\n  ".join(lines)
                 raise InterventionError(

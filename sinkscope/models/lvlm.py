@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,36 +22,36 @@ from sinkscope.checks import check_flags
 from sinkscope.errors import CheckpointError, InputError, ModelError
 from sinkscope.interventions.application import (
     Edited,
-    check_beside,
     check_interventions,
-    check_reach,
     require_effects,
     with_kl,
 )
 from sinkscope.models import inputs as preparing
+from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models import runs as runner
-from sinkscope.models import wrapping
+from sinkscope.models.identity import layout_of
 from sinkscope.models.inputs import Sample
+from sinkscope.models.open_trace import OpenTrace
+from sinkscope.models.plans import plan_of
+from sinkscope.models.proofs import verify_anatomy
+from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Generation, Run, finish_run
 from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.protocols import Intervention, Probe
-
-if TYPE_CHECKING:
-    from sinkscope.models.report import Report
+from sinkscope.sites import Tower
 
 
 class LVLM:
     """A vision-language model with named sites.
 
-    Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs. So
-    no dropout acts, that of a fresh adapter included, and gradient checkpointing is off.
+    Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs.
+    No dropout acts, and gradient checkpointing is off.
 
     Args:
         module: A ``transformers`` image-text-to-text model.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
-        verify: Whether to run two short passes now that prove the anatomy (needs a
-            processor and real weights).
+        verify: Whether two short passes prove the anatomy now, where there is a processor and weights.
 
     Raises:
         ModelError: If the model is no LVLM that sinkscope can read.
@@ -68,9 +68,8 @@ class LVLM:
         self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self._verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
+        self._open: OpenTrace | None = None
         if verify and processor is not None and not self._weightless:
-            from sinkscope.models.proofs import verify_anatomy
-
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)
             self._verified = True
@@ -97,16 +96,11 @@ class LVLM:
             dtype: ``"auto"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
-            quantization_config: Passed to ``transformers``: one of its configs, such as
-                ``BitsAndBytesConfig(load_in_8bit=True)``, or the same as a dict.
+            quantization_config: One of ``transformers``' configs, or the same as a dict.
             remote: True to run on NDIF: only the architecture is built here, no weights.
                 ``"local"`` takes the same path without a server, with the weights here.
-            trust_remote_code: Never implied; True, and nothing that counts as true, runs code from
-                the repository.
+            trust_remote_code: Whether to run code from the repository; nothing but True does.
             verify: See the class.
-
-        Returns:
-            The model in evaluation mode.
 
         Raises:
             InputError: If ``trust_remote_code`` or ``verify`` is neither True nor False.
@@ -114,9 +108,12 @@ class LVLM:
                 another type.
             ModelError: If it is no LVLM that sinkscope can read.
         """
-        from sinkscope.models.loading import load, load_remote
-
         check_flags(verify=verify)  # before the weights are read
+        if not isinstance(name, (str, Path)):
+            raise CheckpointError(
+                f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a "
+                "folder. For a model you already hold write ss.LVLM(model, processor)."
+            )
         options = {
             "revision": revision,
             "dtype": dtype,
@@ -125,18 +122,12 @@ class LVLM:
             "quantization_config": quantization_config,
             "trust_remote_code": trust_remote_code,
         }
-        if not isinstance(name, (str, Path)):
-            raise CheckpointError(
-                f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a "
-                "folder. For a model you already hold write ss.LVLM(model, processor)."
-            )
         folder = Path(name).expanduser()
         where = str(folder) if folder.is_dir() else str(name)
         if checking.check_remote(remote) in (False, "local"):
-            module, processor = load(where, options)
-            lvlm = cls(module, processor, verify=verify)
+            lvlm = cls(*loading.load(where, options), verify=verify)
         else:
-            wrapped = load_remote(where, options)
+            wrapped = loading.load_remote(where, options)
             lvlm = cls(wrapping.module_of(wrapped), wrapped.processor, verify=False)
             lvlm._remote = ByName(wrapped)
         lvlm._always_remote, lvlm._name = remote, str(name)
@@ -201,19 +192,14 @@ class LVLM:
         Args:
             images: One image, or a list. With one text all images belong to it; with a list of
                 texts there is one entry (an image or a list of images) per text, or one image for
-                all. PIL images, paths, URLs, bytes, arrays or tensors; each is read as people see
-                it, upright and opaque (`sinkscope.models.pictures.open_image`).
+                all. PIL images, paths, URLs, bytes, arrays or tensors, as
+                `sinkscope.models.pictures.open_image` reads them.
             text: A question or chat messages, or a list of them: one batch row each, left-padded. A
-                question goes through the model's chat template, its images first. ``<image>``, or
-                the model's own image token, alone on the first or last line changes nothing; inside
-                of words it is refused. Messages may hold their pictures; those that do not take
-                ``images`` in order.
+                question goes through the model's chat template, its images first. ``<image>`` alone
+                on the first or last line changes nothing; inside of words it is refused. Messages
+                may hold their pictures; those that do not take ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
-            rendered: Whether texts are finished prompts, with one image token per image: they are
-                taken as they are.
-
-        Returns:
-            The sample.
+            rendered: Whether texts are finished prompts, with one image token per image.
 
         Raises:
             InputError: If something is missing or does not fit.
@@ -233,11 +219,10 @@ class LVLM:
         kl: bool = False,
         grad: bool = False,
     ) -> Run:
-        """One forward pass with any number of probes and interventions.
+        """Run one forward pass with any number of probes and interventions.
 
-        Sites are visited in forward order, and probes see what the model really uses after all
-        edits of a site. Edits of states apply in list order. Those of one attention call apply in
-        stages, whatever their place in the list: keys, logits, weights, values; list order decides
+        Probes see what the model uses after all edits of a site. Edits of states apply in list order;
+        those of one attention call in stages (keys, logits, weights, values), and in list order
         inside a stage.
 
         Args:
@@ -249,12 +234,8 @@ class LVLM:
                 the model was loaded with.
             kl: Whether to run once more without interventions and put the KL divergence of the
                 next token, ``KL(unedited || edited)`` in nats, into the effects.
-            grad: Whether the logits keep their graph, so that a loss reaches what an intervention
-                learns (a gate's parameters). They stay on the model's device then. Runs here only;
-                to train a gate, `train_lsg` is cheaper.
-
-        Returns:
-            Logits, results and effects.
+            grad: Whether the logits keep their graph and stay on the model's device, so that a loss
+                reaches a gate's parameters. Runs here only; `train_lsg` is cheaper.
 
         Raises:
             ProbeError: If a probe does not fit the model or the sample.
@@ -262,17 +243,16 @@ class LVLM:
                 touched nothing.
             NonFiniteError: If live logits hold NaN.
         """
-        checking.check_sample(sample, self.anatomy.fingerprint)
         check_flags(kl=kl, grad=grad)
-        asked, edits = checking.check_probes(probes), check_interventions(interventions)
-        check_beside(edits, asked)
-        where = checking.check_grad(grad, self._where(remote))
+        layout = layout_of(self.anatomy)
+        asked, edits = checking.check_run(sample, layout, probes, interventions)
+        where = self._where(remote, grad)
         keep_all = checking.check_logits(logits, "last" if where else "all")
         context = Context(self.anatomy, sample.tokens)
-        plan = self._plan(asked, edits, context)
+        plan = plan_of(asked, edits, context, self)
         last = None if keep_all else sample.tokens.last
-        raw = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where, grad)
-        out = finish_run(raw, asked, context, edits, keep_all=keep_all)
+        made = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where, grad)
+        out = finish_run(made, asked, context, edits, keep_all=keep_all)
         require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
@@ -291,13 +271,10 @@ class LVLM:
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
 
-        The answer is the one of ``model.generate(**sample.inputs, **options)``: what is not given
-        here is as the model's ``generation_config`` says, and then as ``transformers`` has it (greedy, 20
-        tokens). A config that samples does so here; ``torch.manual_seed(0)`` before the call repeats
-        it, and ``do_sample=False`` turns it off.
-
-        Probes of the vision tower have a result at the prompt only. At a decode step there is one
-        query, and keys are the prompt's and those generated so far.
+        The answer is the one of ``model.generate(**sample.inputs, **options)``, with the model's
+        ``generation_config``: a config that samples does so here, and ``torch.manual_seed(0)`` before
+        the call repeats it. Probes of the vision tower have a result at the prompt only. At a decode
+        step there is one query, and keys are the prompt's and those generated so far.
 
         Args:
             sample: From `prepare`.
@@ -305,12 +282,9 @@ class LVLM:
             interventions: The interventions, each at the steps it names.
             max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
-            options: Further settings of ``transformers``' ``generate``, with one query per row: no
+            options: Further settings of ``transformers``' ``generate`` with one query per row: no
                 beams, no several answers, no guessed tokens. A static cache is replaced by one that
                 grows, which changes no number.
-
-        Returns:
-            Sequences, text and one `Run` per forward pass.
 
         Raises:
             ProbeError: If a probe does not fit the model or the sample.
@@ -318,9 +292,8 @@ class LVLM:
             InterventionError: If an intervention does not fit; its child NoEffectError if it
                 touched nothing at any step.
         """
-        checking.check_sample(sample, self.anatomy.fingerprint)
-        asked, edits = checking.check_probes(probes), check_interventions(interventions)
-        check_beside(edits, asked)
+        layout = layout_of(self.anatomy)
+        asked, edits = checking.check_run(sample, layout, probes, interventions)
         where = self._where(remote)
         defaults = getattr(self._module, "generation_config", None)
         if max_new_tokens is not None:
@@ -328,19 +301,19 @@ class LVLM:
         checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         plans = (
-            self._plan(asked, edits, Context(self.anatomy, sample.tokens)),
-            self._plan(later, edits, Context(self.anatomy, sample.tokens, step=1)),
+            plan_of(asked, edits, Context(self.anatomy, sample.tokens), self),
+            plan_of(later, edits, Context(self.anatomy, sample.tokens, step=1), self),
         )
         options |= checking.growing_cache(options, defaults)
-        raws, sequences = runner.generate_plan(
+        outputs, sequences = runner.generate_plan(
             self._traced(where), self._placed(sample), plans, options, where
         )
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
-        for step, raw in enumerate(raws):
+        for step, output in enumerate(outputs):
             ended = checking.ended_rows(sequences, prompt, step, ends)
             context = Context(self.anatomy, sample.tokens, step, ended)
-            steps.append(finish_run(raw, later if step else asked, context, edits))
+            steps.append(finish_run(output, later if step else asked, context, edits))
         require_effects(edits, [step.effects for step in steps])
         text = None
         if self.tokenizer is not None:
@@ -350,18 +323,12 @@ class LVLM:
 
     @contextmanager
     def edited(self, interventions: Sequence[Intervention]) -> Iterator[Edited]:
-        """The same model with interventions on, until the block ends.
+        """The same model with interventions on, with `run` and `generate`, until the block ends.
 
         ::
 
             with lvlm.edited([ss.MaskKeys("image:0", layers=[4])]) as edited:
                 edited.generate(sample)
-
-        Args:
-            interventions: The interventions.
-
-        Yields:
-            A model with `run` and `generate`.
 
         Raises:
             InterventionError: If something else came.
@@ -372,42 +339,76 @@ class LVLM:
         finally:
             edited.close()
 
-    def report(self) -> Report:
-        """Anatomy and, per probe, whether it is exact, approximate or unavailable, and why.
+    def trace(self, sample: Sample, *, grad: bool = False) -> Any:
+        """Open nnsight's own trace of one forward pass here, on the sample's inputs.
 
-        Returns:
-            A `sinkscope.models.report.Report`; print it, or show it in a notebook.
+        ::
+
+            with lvlm.trace(sample) as tracer:
+                states = lvlm.site("language", 1, "resid_post").save()
+                logits = lvlm.nn.output.logits.save()
+
+        The block is nnsight's: it runs while the model does, sites come in forward order, and what
+        is saved is there afterwards. The model is left as it was, also after an error.
+
+        Args:
+            sample: From `prepare`.
+            grad: Whether the pass keeps a graph.
         """
-        from sinkscope.models.report import make_report
+        check_flags(grad=grad)
+        checking.check_run(sample, layout_of(self.anatomy))
+        self._where(False)
+        self._open = OpenTrace(self._local, self.anatomy, grad)
+        return self._local.model.trace(**self._placed(sample), backend=self._open)
 
+    @property
+    def nn(self) -> Any:
+        """The nnsight model of `module`, inside the block of `trace`."""
+        return self._opened.root
+
+    def site(self, tower: Tower, layer: int, name: str) -> Any:
+        """The value at a site of `sinkscope.sites` inside the block of `trace`.
+
+        States are the model's own tensor, in its own layout; an edit in place is seen by the model.
+        ``"attention"`` gives the list of calls, ``(function, args, kwargs)`` each, that kernels of
+        attention take. Where the model multiplies a branch by a factor (``attn_out``, ``mlp_out``), the
+        product is a copy, and an edit in place of it is refused after the pass: use `set_site`.
+
+        Raises:
+            ProbeError: If there is no such site, or no block is running.
+            LayerError: If there is no such layer.
+        """
+        return self._opened.site(tower, layer, name)
+
+    def set_site(self, tower: Tower, layer: int, name: str, value: Tensor) -> None:
+        """Replace the states at a site inside the block of `trace`, by a tensor of the same shape.
+
+        Raises:
+            InterventionError: If shape or dtype are others, or the site is ``"attention"``.
+            ProbeError: If there is no such site, or no block is running.
+            LayerError: If there is no such layer.
+        """
+        self._opened.set_site(tower, layer, name, value)
+
+    def report(self) -> Report:
+        """Anatomy, and whether every probe and edit is exact, approximate or unavailable, and why."""
         return make_report(self)
+
+    @property
+    def _opened(self) -> OpenTrace:
+        """The trace whose block is running."""
+        return self._open or OpenTrace(self._local, self._anatomy, False)
 
     @property
     def _weightless(self) -> bool:
         """Whether only the architecture is here."""
         return self.device.type == "meta"
 
-    def _plan(
-        self, probes: Sequence[Probe], edits: Sequence[Intervention], context: Context
-    ) -> runner.Plan:
-        """The plan of all probes and interventions, which must be made for this model."""
-        for it in edits:
-            check_fits = getattr(it, "check_fits", None)
-            if check_fits is not None:
-                check_fits(self)
-        reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
-        changes = []
-        for slot, it in enumerate(edits):
-            mine = it.edits(context)
-            check_reach(it, mine, context.anatomy.feed_layers)
-            changes += [(slot, edit) for edit in mine]
-        return runner.make_plan(context.anatomy, reads, changes)
-
-    def _where(self, remote: bool | str | None) -> bool | str:
+    def _where(self, remote: bool | str | None, grad: bool = False) -> bool | str:
         """Where to run: what was asked, or what the model was loaded with."""
         where = checking.check_remote(self._always_remote if remote is None else remote)
         offloaded = next(self._module.parameters()).device.type == "meta"
-        checking.check_weights(where, weightless=self._weightless, offloaded=offloaded)
+        checking.check_place(where, grad=grad, weightless=self._weightless, offloaded=offloaded)
         return where
 
     def _traced(self, where: bool | str) -> Wrapped | ByName:

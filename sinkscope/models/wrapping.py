@@ -1,4 +1,4 @@
-"""Attributes lent to objects: there until a block ends, and then what was there before."""
+"""nnsight's model of a module, and attributes lent to modules: back as they were when a block ends."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from torch import nn
 from sinkscope.errors import CheckpointError, ModelError
 
 ABSENT = object()
-
 """Stands for an attribute that the instance does not have."""
-
 Loan = tuple[object, Mapping[str, Any]]
-
 """An object, such as a module, and what its instance attributes are to be."""
+STATE = "__nnsight__"
+NAMES = ("forward", STATE, "_persistent_id")
+"""What nnsight sets on a module; the last is how a request to a server names it."""
+ONE_AT_A_TIME = threading.RLock()
+"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
 
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
-    """Set instance attributes until the block ends, also if it ends in an error.
-
-    Args:
-        loans: What to set on which object.
-    """
+    """Set instance attributes until the block ends, also if it ends in an error."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for thing, attributes in loans:
-            own = vars(thing)
-            before.append((own, {name: own.get(name, ABSENT) for name in attributes}))
-            _set(own, attributes)
+            before.append((vars(thing), own_of(thing, attributes)))
+            _set(vars(thing), attributes)
         yield
     finally:
         for own, attributes in reversed(before):
@@ -53,8 +50,8 @@ def _set(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
     for name, value in attributes.items():
         if value is not ABSENT:
             own[name] = value
-        elif name in own:
-            del own[name]
+        else:
+            own.pop(name, None)
 
 
 @contextmanager
@@ -62,30 +59,17 @@ def evaluated(module: Any) -> Iterator[None]:
     """Evaluation mode in every module, whatever mode each is in, and all as they were at the end.
 
     Modules are looked at one by one: an adapter comes in training mode into a model that is not.
-
-    Args:
-        module: The whole model.
     """
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
+    with lent([(part, {"training": False}) for part in module.modules() if part.training]):
         yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager
 def undisturbed(module: Any) -> Iterator[None]:
-    """Run passes in evaluation mode that leave a user's own alone.
+    """Run passes of a whole model in evaluation mode that leave a user's own alone.
 
-    What ``torch.compile`` made of a part has no sites and sees no hooks of ours, so the part runs as
-    it was written. Qwen keeps ``rope_deltas`` of its last prompt, by which the decode steps that
-    follow are placed; they stay those of the user's prompt.
-
-    Args:
-        module: The whole model.
+    What ``torch.compile`` made of a part has no sites, so the part runs as it was written. Qwen keeps
+    ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
     """
     kept = [part for part in (module, module.base_model) if "rope_deltas" in vars(part)]
     with (
@@ -94,17 +78,6 @@ def undisturbed(module: Any) -> Iterator[None]:
         lent([(part, own_of(part, ["rope_deltas"])) for part in kept]),
     ):
         yield
-
-
-STATE = "__nnsight__"
-
-NAMES = ("forward", STATE, "_persistent_id")
-
-"""What nnsight sets on a module; the last is how a request to a server names it."""
-
-ONE_AT_A_TIME = threading.RLock()
-
-"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
 
 class LocalModel(nnsight.NNsight):
@@ -122,15 +95,11 @@ class LocalModel(nnsight.NNsight):
 
 
 class Wrapped:
-    """A module and nnsight's model of it.
+    """A module and what ``make`` makes of it: nnsight's model.
 
-    nnsight wraps for good: it gives every module a ``forward`` of its own, later one with rewritten
-    source, which ``torch.compile`` cannot read. Here that is taken off again, and lent to the parts that
-    are looked at, for as long as a trace runs. A module that has changed since is wrapped anew.
-
-    Args:
-        module: The module.
-        make: What makes nnsight's model of it.
+    nnsight wraps for good: it gives every module a ``forward`` of its own, which ``torch.compile``
+    cannot read. Here that is taken off again, and lent to the parts that are looked at for as long
+    as a trace runs. A module that has changed since is wrapped anew.
     """
 
     def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
@@ -154,31 +123,33 @@ class Wrapped:
         return self._model
 
     @contextmanager
-    def on(self, paths: Collection[str], outputs: Collection[str] = ()) -> Iterator[Any]:
+    def on(
+        self, paths: Collection[str] | None = None, outputs: Collection[str] = ()
+    ) -> Iterator[Any]:
         """What nnsight traces, until the block ends.
 
         Args:
-            paths: The parts whose inputs, outputs and sources will be asked for; the fewer, the
-                faster. A request to a server names all parts.
-            outputs: Those whose outputs will be asked for: a hook of the user's runs behind that, and
-                may look at it, but not replace it.
+            paths: The parts that will be looked at, None for all; the fewer, the faster. A request to
+                a server names all parts.
+            outputs: Those whose outputs are read, which may still grow: hooks of the user's run
+                behind that, and may look, but not replace.
 
         Raises:
             ModelError: If a part is gone, or a hook replaces such an output.
         """
         with ONE_AT_A_TIME:
             model = self.model
-            wanted = paths if self._make is LocalModel else self._loans
+            wanted = self._loans if paths is None or self._make is not LocalModel else paths
             if not self._loans.keys() >= set(wanted):
                 raise ModelError(
                     f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
                     "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
                 )
-            read = {path: self._loans[path][0] for path in outputs}
+            parts = {path: self._loans[path] for path in wanted}
             with (
                 undisturbed(self._module),
-                looking_only(read),
-                lent([self._loans[path] for path in wanted]),
+                looking_only({path: part for path, (part, _) in parts.items()}, outputs),
+                lent(parts.values()),
             ):
                 yield model
 
@@ -205,29 +176,25 @@ class ByName:
         self.model = model
 
     def on(
-        self, paths: Collection[str], outputs: Collection[str] = ()
+        self, paths: Collection[str] | None = None, outputs: Collection[str] = ()
     ) -> AbstractContextManager[Any]:
         """What nnsight traces."""
         return nullcontext(self.model)
 
 
 @contextmanager
-def looking_only(parts: Mapping[str, Any]) -> Iterator[None]:
-    """Forward hooks that are there raise where they replace an output, which is read before they run.
-
-    Args:
-        parts: Path -> module.
-    """
+def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator[None]:
+    """Hooks on the parts raise where they replace one of the outputs, which is read before they run."""
 
     def guard(path: str, hook: Any) -> Any:
         def looking(module: Any, *given: Any) -> Any:
             made = hook(module, *given)
-            if made is not None and made is not given[-1]:
+            if path in outputs and made is not None and made is not given[-1]:
                 raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before hooks "
-                    "run, so that numbers would be of another model; expected hooks that only look. Remove "
-                    "it (handle.remove()), change the module itself, or write an intervention, such as "
-                    "ss.PatchActivations."
+                    f"Got a forward hook on {path!r} that replaces its output, which is read before "
+                    "hooks run, so that numbers would be of another model; expected hooks that only "
+                    "look. Remove it (handle.remove()), change the module itself, or write an "
+                    "intervention, such as ss.PatchActivations."
                 )
             return made
 
