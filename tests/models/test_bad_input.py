@@ -419,7 +419,7 @@ RUNS = {
     "unknown logits": (
         lambda w: w.run(logits="foo"),
         ProbeError,
-        "logits='foo'; expected 'all' or 'last'",
+        "logits='foo'; expected one of .'all', 'last', None.",
     ),
     "unknown remote": (
         lambda w: w.run(remote="ndif"),
@@ -556,12 +556,12 @@ PROBES = {
     "layer that is no int": (
         lambda w: w.run(ss.TokenNorms(layers=1.0)),
         LayerError,
-        r"layer 1.0 of type float.*Write layers=\[0, 1\]",
+        r"layer 1.0 .* an int .* layers=\[0, 1\] for two",
     ),
     "layer by name": (
         lambda w: w.run(ss.TokenNorms(layers="all")),
         LayerError,
-        "'all' of type str.*layers=None for all",
+        "layer 'all' .*layers=None for all",
     ),
     "True for a layer": (lambda w: w.run(ss.TokenNorms(layers=[True])), LayerError, "layer True"),
     "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
