@@ -85,7 +85,7 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
         )
     except UNREADABLE as error:
         raise unreadable(name, error) from error
-    module: Any = wrapping.module_of(wrapped)
+    module: Any = wrapped._module
     with suppress(OSError):  # a repository need not have one
         given = options.get("revision") or "main"
         module.generation_config = GenerationConfig.from_pretrained(name, revision=given)

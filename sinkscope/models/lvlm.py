@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +14,9 @@ from sinkscope.anatomy.attention_call import kernel_of
 from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
-from sinkscope.anatomy.holding import device_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_flags
-from sinkscope.errors import CheckpointError, InputError, ModelError
+from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.interventions.application import (
     Edited,
     check_interventions,
@@ -33,11 +30,9 @@ from sinkscope.models import runs as runner
 from sinkscope.models.identity import layout_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.open_trace import OpenTrace
-from sinkscope.models.plans import plan_of
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Generation, Run, finish_run
-from sinkscope.models.wrapping import ByName, Wrapped
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -62,14 +57,12 @@ class LVLM:
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor
-        self._local = Wrapped(module)
-        self._remote: Wrapped | ByName | None = None
-        self._always_remote: bool | str = False
+        self._places = wrapping.Places(module, processor)
         self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self._verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
-        self._open: OpenTrace | None = None
-        if verify and processor is not None and not self._weightless:
+        self._open = OpenTrace(self._places.here, self._anatomy)
+        if verify and processor is not None and not self._places.weightless:
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)
             self._verified = True
@@ -103,9 +96,8 @@ class LVLM:
             verify: See the class.
 
         Raises:
-            InputError: If ``trust_remote_code`` or ``verify`` is neither True nor False.
             CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is of
-                another type.
+                another type; InputError for switches.
             ModelError: If it is no LVLM that sinkscope can read.
         """
         check_flags(verify=verify)  # before the weights are read
@@ -124,13 +116,13 @@ class LVLM:
         }
         folder = Path(name).expanduser()
         where = str(folder) if folder.is_dir() else str(name)
-        if checking.check_remote(remote) in (False, "local"):
+        if wrapping.check_remote(remote) in (False, "local"):
             lvlm = cls(*loading.load(where, options), verify=verify)
         else:
             wrapped = loading.load_remote(where, options)
-            lvlm = cls(wrapping.module_of(wrapped), wrapped.processor, verify=False)
-            lvlm._remote = ByName(wrapped)
-        lvlm._always_remote, lvlm._name = remote, str(name)
+            lvlm = cls(wrapped._module, wrapped.processor, verify=False)
+            lvlm._places = wrapping.Places(wrapped._module, wrapped.processor, wrapped)
+        lvlm._places.usual, lvlm._name = remote, str(name)
         return lvlm
 
     @property
@@ -170,7 +162,7 @@ class LVLM:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return device_of(self._module.get_input_embeddings())
+        return self._places.device
 
     def __repr__(self) -> str:
         a = self._anatomy
@@ -239,19 +231,19 @@ class LVLM:
 
         Raises:
             ProbeError: If a probe does not fit the model or the sample.
-            InterventionError: If an intervention does not fit; its child NoEffectError if it
-                touched nothing.
+            InterventionError: If an intervention does not fit; NoEffectError if it touched nothing.
             NonFiniteError: If live logits hold NaN.
         """
         check_flags(kl=kl, grad=grad)
         layout = layout_of(self.anatomy)
         asked, edits = checking.check_run(sample, layout, probes, interventions)
-        where = self._where(remote, grad)
+        where = self._places.choose(remote, grad)
         keep_all = checking.check_logits(logits, "last" if where else "all")
         context = Context(self.anatomy, sample.tokens)
-        plan = plan_of(asked, edits, context, self)
+        plan = runner.plan_of(asked, edits, context, self)
         last = None if keep_all else sample.tokens.last
-        made = runner.run_plan(self._traced(where), self._placed(sample), plan, last, where, grad)
+        model, inputs = self._places.model(where, self._name), self._places.placed(sample.inputs)
+        made = runner.run_plan(model, inputs, plan, last, where, grad)
         out = finish_run(made, asked, context, edits, keep_all=keep_all)
         require_effects(edits, [out.effects])
         if not (kl and edits):
@@ -287,27 +279,24 @@ class LVLM:
                 grows, which changes no number.
 
         Raises:
-            ProbeError: If a probe does not fit the model or the sample.
             InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
-            InterventionError: If an intervention does not fit; its child NoEffectError if it
-                touched nothing at any step.
+            SinkscopeError: As in `run`.
         """
         layout = layout_of(self.anatomy)
         asked, edits = checking.check_run(sample, layout, probes, interventions)
-        where = self._where(remote)
+        where = self._places.choose(remote)
         defaults = getattr(self._module, "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         plans = (
-            plan_of(asked, edits, Context(self.anatomy, sample.tokens), self),
-            plan_of(later, edits, Context(self.anatomy, sample.tokens, step=1), self),
+            runner.plan_of(asked, edits, Context(self.anatomy, sample.tokens), self),
+            runner.plan_of(later, edits, Context(self.anatomy, sample.tokens, step=1), self),
         )
         options |= checking.growing_cache(options, defaults)
-        outputs, sequences = runner.generate_plan(
-            self._traced(where), self._placed(sample), plans, options, where
-        )
+        model, inputs = self._places.model(where, self._name), self._places.placed(sample.inputs)
+        outputs, sequences = runner.generate_plan(model, inputs, plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):
@@ -323,16 +312,7 @@ class LVLM:
 
     @contextmanager
     def edited(self, interventions: Sequence[Intervention]) -> Iterator[Edited]:
-        """The same model with interventions on, with `run` and `generate`, until the block ends.
-
-        ::
-
-            with lvlm.edited([ss.MaskKeys("image:0", layers=[4])]) as edited:
-                edited.generate(sample)
-
-        Raises:
-            InterventionError: If something else came.
-        """
+        """The same model with interventions on, until the block ends: it has `run` and `generate`."""
         edited = Edited(self, check_interventions(interventions))
         try:
             yield edited
@@ -348,93 +328,46 @@ class LVLM:
                 states = lvlm.site("language", 1, "resid_post").save()
                 logits = lvlm.nn.output.logits.save()
 
-        The block is nnsight's: it runs while the model does, sites come in forward order, and what
-        is saved is there afterwards. The model is left as it was, also after an error.
-
-        Args:
-            sample: From `prepare`.
-            grad: Whether the pass keeps a graph.
+        The block runs while the model does, sites come in forward order, and what is saved is there
+        afterwards. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
         check_flags(grad=grad)
         checking.check_run(sample, layout_of(self.anatomy))
-        self._where(False)
-        self._open = OpenTrace(self._local, self.anatomy, grad)
-        return self._local.model.trace(**self._placed(sample), backend=self._open)
+        self._places.choose(False)
+        self._open = OpenTrace(self._places.here, self.anatomy, grad)
+        inputs = self._places.placed(sample.inputs)
+        return self._places.here.model.trace(**inputs, backend=self._open)
 
     @property
     def nn(self) -> Any:
         """The nnsight model of `module`, inside the block of `trace`."""
-        return self._opened.root
+        return self._open.root
 
     def site(self, tower: Tower, layer: int, name: str) -> Any:
         """The value at a site of `sinkscope.sites` inside the block of `trace`.
 
-        States are the model's own tensor, in its own layout; an edit in place is seen by the model.
-        ``"attention"`` gives the list of calls, ``(function, args, kwargs)`` each, that kernels of
-        attention take. Where the model multiplies a branch by a factor (``attn_out``, ``mlp_out``), the
-        product is a copy, and an edit in place of it is refused after the pass: use `set_site`.
+        States are the model's own tensor, in its own layout, and may be edited in place; a branch that
+        the model multiplies by a factor is a copy, for which there is `set_site`. ``"attention"`` gives
+        the list of calls, ``(function, args, kwargs)``, that kernels of attention take.
 
         Raises:
             ProbeError: If there is no such site, or no block is running.
             LayerError: If there is no such layer.
         """
-        return self._opened.site(tower, layer, name)
+        return self._open.site(tower, layer, name)
 
     def set_site(self, tower: Tower, layer: int, name: str, value: Tensor) -> None:
         """Replace the states at a site inside the block of `trace`, by a tensor of the same shape.
 
         Raises:
             InterventionError: If shape or dtype are others, or the site is ``"attention"``.
-            ProbeError: If there is no such site, or no block is running.
-            LayerError: If there is no such layer.
+            SinkscopeError: As in `site`.
         """
-        self._opened.set_site(tower, layer, name, value)
+        self._open.set_site(tower, layer, name, value)
 
     def report(self) -> Report:
         """Anatomy, and whether every probe and edit is exact, approximate or unavailable, and why."""
         return make_report(self)
-
-    @property
-    def _opened(self) -> OpenTrace:
-        """The trace whose block is running."""
-        return self._open or OpenTrace(self._local, self._anatomy, False)
-
-    @property
-    def _weightless(self) -> bool:
-        """Whether only the architecture is here."""
-        return self.device.type == "meta"
-
-    def _where(self, remote: bool | str | None, grad: bool = False) -> bool | str:
-        """Where to run: what was asked, or what the model was loaded with."""
-        where = checking.check_remote(self._always_remote if remote is None else remote)
-        offloaded = next(self._module.parameters()).device.type == "meta"
-        checking.check_place(where, grad=grad, weightless=self._weightless, offloaded=offloaded)
-        return where
-
-    def _traced(self, where: bool | str) -> Wrapped | ByName:
-        """The wrapped model for a local or remote run."""
-        if not where:
-            return self._local
-        if self._remote is None:
-            if self._processor is None:
-                raise InputError(
-                    "Got remote=... for a model without a processor; expected one. Write "
-                    "ss.LVLM(model, processor)."
-                )
-            # nnsight sets padding on the tokenizer it is given.
-            own = copy.deepcopy(self._processor)
-            self._remote = Wrapped(self._module, partial(wrapping.wrap_remote, processor=own))
-        if where != "local":
-            wrapping.check_reachable(self._remote.model, self._name)
-        return self._remote
-
-    def _placed(self, sample: Sample) -> dict[str, Any]:
-        """The inputs on the model's device; where there are no weights they stay where they are."""
-        device = None if self._weightless else self.device
-        return {
-            name: value.to(device) if isinstance(value, Tensor) and device else value
-            for name, value in sample.inputs.items()
-        }
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(

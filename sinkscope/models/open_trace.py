@@ -11,8 +11,7 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
 from sinkscope.errors import InterventionError, LayerError, ProbeError
 from sinkscope.kernels import walk
-from sinkscope.models.plans import step_at
-from sinkscope.models.runs import ready_to_trace
+from sinkscope.models.runs import step_at
 from sinkscope.models.wrapping import Wrapped
 from sinkscope.sites import Site, Tower
 
@@ -26,7 +25,7 @@ class OpenTrace:
         grad: Whether the pass keeps a graph.
     """
 
-    def __init__(self, model: Wrapped, anatomy: Anatomy, grad: bool) -> None:
+    def __init__(self, model: Wrapped, anatomy: Anatomy, grad: bool = False) -> None:
         self._model, self._anatomy, self._grad = model, anatomy, grad
         self._root: Any = None
         self._tracer: Any = None
@@ -40,7 +39,7 @@ class OpenTrace:
             InterventionError: If the block changed a value in place that the model does not see.
         """
         try:
-            with ready_to_trace(self._model, None, self._outputs, self._grad) as self._root:
+            with self._model.on(None, self._outputs, self._grad) as self._root:
                 self._tracer = tracer
                 tracer.execute(tracer.info.code)
             for site, value, version in self._copies:

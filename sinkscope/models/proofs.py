@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.block_sum import Branch, NoBranch, no_branch
 from sinkscope.anatomy.context import Context
-from sinkscope.anatomy.holding import device_of, dtype_of
+from sinkscope.anatomy.discovery import device_of, dtype_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import ModelError, NonFiniteError
 from sinkscope.kernels import residual
 from sinkscope.kernels.walk import factors_at, first_tensor, times
 from sinkscope.models import runs as runner
 from sinkscope.models.inputs import Sample
-from sinkscope.models.plans import plan_of
 from sinkscope.models.wrapping import ONE_AT_A_TIME
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
@@ -130,8 +129,9 @@ def _check_picture(lvlm: Any, sample: Sample) -> None:
     states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
     probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
     context = Context(a, sample.tokens)
-    plan = plan_of(probes, (), context, lvlm)
-    answers = runner.run_until_read(lvlm._traced(False), lvlm._placed(sample), plan)
+    plan = runner.plan_of(probes, (), context, lvlm)
+    places = lvlm._places
+    answers = runner.run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
     if not torch.isfinite(seen[ends[1]]).all():
         raise NonFiniteError(

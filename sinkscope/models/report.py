@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sinkscope import interventions, probes
-from sinkscope.anatomy.holding import dtype_of
+from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.errors import ModelError, nearest
 from sinkscope.models.capabilities import Asked, Status, judge, missing_call

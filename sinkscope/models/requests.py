@@ -145,48 +145,6 @@ def check_logits(logits: Any, default: str) -> bool:
     return (logits or default) == "all"
 
 
-def check_remote(remote: Any) -> bool | str:
-    """Where to run.
-
-    Raises:
-        InputError: If ``remote`` is neither a bool, ``"local"`` nor the address of a server.
-    """
-    if isinstance(remote, bool) or remote == "local":
-        return remote
-    if isinstance(remote, str) and remote.startswith(("http://", "https://")):
-        return remote
-    raise InputError(
-        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
-        "False, or the address of a server, 'https://...'."
-    )
-
-
-def check_place(
-    where: bool | str, *, grad: bool = False, weightless: bool, offloaded: bool
-) -> None:
-    """Refuse a place that cannot run this model, or keep a graph of the run.
-
-    Raises:
-        InputError: If it is elsewhere and gradients are wanted, here and there are no weights here,
-            or as on a server and they are offloaded.
-    """
-    if grad and where:
-        raise InputError(
-            f"Got grad=True with remote={where!r}; expected a run here, where the graph can be kept. "
-            "Write remote=False."
-        )
-    if offloaded and where == "local" and not weightless:
-        raise InputError(
-            "Got remote='local' for a model whose weights are offloaded; expected them in memory, as "
-            "they are on a server. Write remote=False, or load the model without offloading."
-        )
-    if weightless and where in (False, "local"):
-        raise InputError(
-            f"Got remote={where!r} for a model without weights; expected remote=True. Write "
-            "ss.LVLM.from_pretrained(name) to load the weights here."
-        )
-
-
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
     """What ``generate`` will take a setting to be: an option, a config among them, or the model's.
 

@@ -15,13 +15,79 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import AttentionCallError, InterventionError, NonFiniteError, ProbeError
+from sinkscope.interventions.application import check_reach
 from sinkscope.kernels import walk as walking
-from sinkscope.models.plans import Plan
+from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.wrapping import ByName, Wrapped
-from sinkscope.protocols import Effect, Intervention, Probe, effect_from
+from sinkscope.protocols import Edit, Effect, Intervention, Probe, Read, effect_from
 from sinkscope.results import Result
 from sinkscope.sites import Site
+
+Plan = list[dict[str, Any]]
+
+
+def plan_of(
+    probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
+) -> Plan:
+    """The plan of probes and interventions, which must be made for this model (an `LVLM`)."""
+    reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
+    edits = []
+    for slot, it in enumerate(interventions):
+        check_fits = getattr(it, "check_fits", None)
+        if check_fits is not None:
+            check_fits(model)
+        mine = it.edits(context)
+        check_reach(it, mine, context.anatomy.feed_layers)
+        edits += [(slot, edit) for edit in mine]
+    return make_plan(context.anatomy, reads, edits)
+
+
+def make_plan(
+    anatomy: Anatomy,
+    reads: Sequence[tuple[int, Read]],
+    edits: Sequence[tuple[int, Edit]] = (),
+) -> Plan:
+    """Group all reads and edits by site and sort the sites in forward order.
+
+    Slots are the numbers of probes and interventions. Edits of one site apply in the order of their
+    stages, and in the order given inside a stage.
+
+    Returns:
+        The plan of `sinkscope.kernels.walk`.
+    """
+    by_site: dict[Site, tuple[list, list, list]] = {}
+    staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
+    for kind, questions in enumerate((reads, staged)):
+        for slot, one in questions:
+            lists = by_site.setdefault(one.site, ([], [], []))
+            lists[kind].append((slot, one.kernel, dict(one.parameters)))
+            if isinstance(one, Edit):
+                lists[2].append(one.stage)
+    return [step_at(anatomy, site, *by_site[site]) for site in sorted(by_site)]
+
+
+def step_at(
+    anatomy: Anatomy, site: Site, reads: Sequence = (), edits: Sequence = (), stages: Sequence = ()
+) -> dict[str, Any]:
+    """One step of the plan: where a site lies in this model, and what is asked there."""
+    step = {**vars(site), "reads": reads, "edits": edits, "stages": stages}
+    if site.tower == "projector":
+        return step | {"path": anatomy.projector, "how": site.name}
+    tower, layer = anatomy.tower(site.tower), site.layer
+    if site.name == "attention":
+        call = tower.call(layer)
+        return step | vars(call) | {"path": tower.attention[layer], "how": "attention"}
+    if site.name in ("attn_out", "mlp_out"):
+        branch = tower.branch(site.name, layer)
+        return step | {"path": branch.path, "how": "output", "factors": branch.factors}
+    path, how = {
+        "resid_pre": (tower.blocks[layer], "input"),
+        "mlp_hidden": (tower.neurons[layer], "input"),
+        "resid_post": (tower.blocks[layer], "output"),
+    }[site.name]
+    return step | {"path": path, "how": how}
 
 
 @dataclass(frozen=True)
@@ -33,27 +99,8 @@ class TraceOutput:
 
 
 @contextmanager
-def ready_to_trace(
-    model: Wrapped | ByName,
-    paths: set[str] | None,
-    outputs: set[str],
-    grad: bool = False,
-) -> Iterator[Any]:
-    """Lend nnsight the parts at these paths; see `Wrapped.on`.
-
-    Tensors made under inference_mode could never have a gradient, which kernels ask for.
-    """
-    with (
-        torch.inference_mode(mode=False),
-        torch.set_grad_enabled(grad),
-        model.on(paths, outputs) as traced,
-    ):
-        yield traced
-
-
-@contextmanager
-def ready_for(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
-    """Lend nnsight what some plans look at, whose kernels travel by source on remote runs.
+def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
+    """Lend nnsight what some plans look at; their kernels travel by source on remote runs.
 
     A user's kernel travels with the functions of its own module; what it imports from elsewhere must
     exist on the server.
@@ -66,7 +113,7 @@ def ready_for(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iter
             nnsight.register(home)
     paths = {"", *(step["path"] for step in steps)}
     outputs = {step["path"] for step in steps if step["how"] == "output"}
-    with ready_to_trace(model, paths, outputs, grad) as traced:
+    with model.on(paths, outputs, grad) as traced:
         yield traced
 
 
@@ -78,7 +125,7 @@ def run_plan(
     where: bool | str = False,
     grad: bool = False,
 ) -> TraceOutput:
-    """One forward pass.
+    """Run one forward pass.
 
     Args:
         model: The wrapped model.
@@ -92,7 +139,10 @@ def run_plan(
     answers: Any = None
     logits: Any = None
     remote: dict[str, Any] = {"remote": where} if where else {}
-    with ready_for(model, plan, grad=grad) as traced, traced.trace(**inputs, **remote) as tracer:
+    with (
+        ready_to_trace(model, plan, grad=grad) as traced,
+        traced.trace(**inputs, **remote) as tracer,
+    ):
         answers = save(walk(traced, tracer, plan))
         logits = save(last_logits(traced.output.logits, last, grad))
     if logits is None:
@@ -109,7 +159,7 @@ def run_until_read(
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
     walk, save = walking.walk, nnsight.save
     answers: Any = None
-    with ready_for(model, plan) as traced, traced.trace(**inputs) as tracer:
+    with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
         answers = save(walk(traced, tracer, plan))
         tracer.stop()
     return sited(answers)
@@ -122,12 +172,12 @@ def generate_plan(
     options: Mapping[str, Any],
     where: bool | str = False,
 ) -> tuple[list[TraceOutput], Tensor]:
-    """Generate with the KV cache, running the first plan on the prompt and the second on every step.
+    """Generate with the KV cache, with a plan for the prompt and another for every decode step.
 
     Args:
         model: The wrapped model.
         inputs: Model inputs.
-        plans: The plan of the prompt and the plan of the decode steps.
+        plans: Both plans.
         options: Options of ``generate``, such as ``max_new_tokens``.
         where: False to run here, else nnsight's ``remote``.
 
@@ -140,7 +190,7 @@ def generate_plan(
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
     given: dict[str, Any] = {**options, "disable_compile": True}
     given |= {"remote": where} if where else {"fn": "generate"}
-    with ready_for(model, *plans) as traced, warnings.catch_warnings():
+    with ready_to_trace(model, *plans) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with (traced.generate if where else traced.trace)(**given) as tracer:
@@ -271,12 +321,7 @@ def finish_run(
 ) -> Run:
     """Typed results of probes and interventions, in the order of their slots.
 
-    Args:
-        output: What the forward pass brought back.
-        probes: The probes.
-        context: The sample and the step.
-        interventions: The interventions.
-        keep_all: Whether the logits are those of all positions.
+    ``keep_all`` says whether the logits are those of all positions.
 
     Raises:
         NonFiniteError: If live logits hold NaN or infinity.

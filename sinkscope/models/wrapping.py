@@ -1,19 +1,22 @@
-"""nnsight's model of a module, and attributes lent to modules: back as they were when a block ends."""
+"""Where a model runs, and nnsight's model of it, which is lent its modules for one pass only."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import httpx
 import nnsight
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.anatomy.discovery import device_of
+from sinkscope.errors import CheckpointError, InputError, ModelError
 
 ABSENT = object()
 """Stands for an attribute that the instance does not have."""
@@ -124,15 +127,21 @@ class Wrapped:
 
     @contextmanager
     def on(
-        self, paths: Collection[str] | None = None, outputs: Collection[str] = ()
+        self,
+        paths: Collection[str] | None = None,
+        outputs: Collection[str] = (),
+        grad: bool = False,
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends.
+
+        Not in inference mode: what is made there never has a gradient, for which kernels may ask.
 
         Args:
             paths: The parts that will be looked at, None for all; the fewer, the faster. A request to
                 a server names all parts.
             outputs: Those whose outputs are read, which may still grow: hooks of the user's run
                 behind that, and may look, but not replace.
+            grad: Whether results keep their graph.
 
         Raises:
             ModelError: If a part is gone, or a hook replaces such an output.
@@ -147,6 +156,8 @@ class Wrapped:
                 )
             parts = {path: self._loans[path] for path in wanted}
             with (
+                torch.inference_mode(mode=False),
+                torch.set_grad_enabled(grad),
                 undisturbed(self._module),
                 looking_only({path: part for path, (part, _) in parts.items()}, outputs),
                 lent(parts.values()),
@@ -167,19 +178,6 @@ class Wrapped:
     def __getstate__(self) -> dict[str, Any]:
         """A copy wraps its own module."""
         return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
-
-
-class ByName:
-    """A module that nnsight made itself, without weights: remote runs may overlap."""
-
-    def __init__(self, model: nnsight.TransformersModel) -> None:
-        self.model = model
-
-    def on(
-        self, paths: Collection[str] | None = None, outputs: Collection[str] = ()
-    ) -> AbstractContextManager[Any]:
-        """What nnsight traces."""
-        return nullcontext(self.model)
 
 
 @contextmanager
@@ -224,29 +222,120 @@ def unwrapped(part: nn.Module) -> dict[str, Any]:
     return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
+class ByName:
+    """A module that nnsight made itself, without weights: remote runs may overlap."""
+
+    def __init__(self, model: nnsight.TransformersModel) -> None:
+        self.model = model
+
+    def on(self, *given: Any) -> AbstractContextManager[Any]:
+        """What nnsight traces; see `Wrapped.on`."""
+        return nullcontext(self.model)
+
+
 def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.TransformersModel:
     """A model for remote runs: a repository id (no weights here) or a module for ``remote="local"``."""
     task = "image-text-to-text"
     return nnsight.TransformersModel(source, task=task, processor=processor, **options)
 
 
-def module_of(model: nnsight.TransformersModel) -> nn.Module:
-    """The module inside a wrapped model; without weights if it was wrapped by name."""
-    return model._module
-
-
-def check_reachable(model: nnsight.TransformersModel, name: str) -> None:
-    """Ask the hub for the model's canonical name, as every remote run must.
+def check_remote(remote: Any) -> bool | str:
+    """Where to run.
 
     Raises:
-        CheckpointError: If the hub does not know the model or cannot be reached.
+        InputError: If ``remote`` is neither a bool, ``"local"`` nor the address of a server.
     """
-    try:
-        model.to_model_key()
-    except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-        raise CheckpointError(
-            f"The hub could not be asked for the canonical name of {name!r} ({type(error).__name__}), "
-            "which a remote run needs; expected a public repository and a network. A model that only "
-            "exists here cannot run there: write remote='local', or "
-            "ss.LVLM.from_pretrained(repository, remote=True)."
-        ) from error
+    address = isinstance(remote, str) and remote.startswith(("http://", "https://"))
+    if address or isinstance(remote, bool) or remote == "local":
+        return remote
+    raise InputError(
+        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
+        "False, or the address of a server, 'https://...'."
+    )
+
+
+class Places:
+    """Where a model can run: here, here on the path of a server (``"local"``), or on a server.
+
+    ``by_name`` is nnsight's model of a repository, if there are no weights here.
+    """
+
+    def __init__(self, module: Any, processor: Any, by_name: Any = None) -> None:
+        self._module, self._processor = module, processor
+        self.here = Wrapped(module)
+        self._there: Wrapped | ByName | None = None if by_name is None else ByName(by_name)
+        self.usual: bool | str = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return device_of(self._module.get_input_embeddings())
+
+    @property
+    def weightless(self) -> bool:
+        """Whether only the architecture is here."""
+        return self.device.type == "meta"
+
+    def choose(self, remote: bool | str | None, grad: bool = False) -> bool | str:
+        """Where to run: what was asked, or the usual place.
+
+        Raises:
+            InputError: If it is elsewhere and a graph is wanted, here and there are no weights here,
+                or as on a server and they are offloaded.
+        """
+        where = check_remote(self.usual if remote is None else remote)
+        offloaded = next(self._module.parameters()).device.type == "meta"
+        if grad and where:
+            raise InputError(
+                f"Got grad=True with remote={where!r}; expected a run here, where the graph can be "
+                "kept. Write remote=False."
+            )
+        if self.weightless and where in (False, "local"):
+            raise InputError(
+                f"Got remote={where!r} for a model without weights; expected remote=True. Write "
+                "ss.LVLM.from_pretrained(name) to load the weights here."
+            )
+        if offloaded and where == "local":
+            raise InputError(
+                "Got remote='local' for a model whose weights are offloaded; expected them in memory, "
+                "as they are on a server. Write remote=False, or load the model without offloading."
+            )
+        return where
+
+    def model(self, where: bool | str, name: str) -> Wrapped | ByName:
+        """The wrapped model for a run there; for a server the hub is asked for its canonical name.
+
+        Raises:
+            InputError: If there is no processor, which a request needs.
+            CheckpointError: If the hub does not know the model or cannot be reached.
+        """
+        if not where:
+            return self.here
+        if self._there is None:
+            if self._processor is None:
+                raise InputError(
+                    "Got remote=... for a model without a processor; expected one. Write "
+                    "ss.LVLM(model, processor)."
+                )
+            # nnsight sets padding on the tokenizer it is given.
+            own = copy.deepcopy(self._processor)
+            self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
+        if where != "local":
+            try:
+                self._there.model.to_model_key()
+            except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
+                raise CheckpointError(
+                    f"The hub could not be asked for the canonical name of {name!r} "
+                    f"({type(error).__name__}), which a remote run needs; expected a public repository "
+                    "and a network. A model that only exists here cannot run there: write "
+                    "remote='local', or ss.LVLM.from_pretrained(repository, remote=True)."
+                ) from error
+        return self._there
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs on the model's device; where there are no weights they stay where they are."""
+        device = None if self.weightless else self.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and device else value
+            for name, value in inputs.items()
+        }
