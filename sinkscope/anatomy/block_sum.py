@@ -247,8 +247,9 @@ class _Flow:
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             compare = COMPARISONS.get(type(test.ops[0]))
             left, right = self.value(test.left, names), self.value(test.comparators[0], names)
-            known = isinstance(left, _Known) and isinstance(right, _Known)
-            return bool(compare(left.value, right.value)) if compare and known else None
+            if compare and isinstance(left, _Known) and isinstance(right, _Known):
+                return bool(compare(left.value, right.value))
+            return None
         made = self.value(test, names)
         if isinstance(made, _Known) and isinstance(made.value, (bool, int, str, type(None))):
             return bool(made.value)

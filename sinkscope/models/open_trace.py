@@ -30,7 +30,7 @@ class OpenTrace:
         self._root: Any = None
         self._tracer: Any = None
         self._outputs: set[str] = set()
-        self._copies: list[tuple[Site, Tensor, int]] = []
+        self._copies: dict[Site, tuple[Tensor, int]] = {}
 
     def __call__(self, tracer: Any) -> None:
         """Run the block that nnsight has captured, as one of its backends.
@@ -42,7 +42,7 @@ class OpenTrace:
             with self._model.on(None, self._outputs, self._grad) as self._root:
                 self._tracer = tracer
                 tracer.execute(tracer.info.code)
-            for site, value, version in self._copies:
+            for site, (value, version) in self._copies.items():
                 if value._version != version:
                     raise InterventionError(
                         f"Got an edit in place of {site}, where the model multiplies by a factor and "
@@ -51,7 +51,7 @@ class OpenTrace:
                     )
         finally:
             self._root = self._tracer = None
-            self._copies = []
+            self._copies = {}
 
     @property
     def root(self) -> Any:
@@ -67,43 +67,42 @@ class OpenTrace:
             )
         return self._root
 
-    def step(
-        self, tower: Tower, layer: int, name: str, **asked: Any
-    ) -> tuple[Site, dict[str, Any]]:
-        """A site that this model has, and a step of a plan there."""
-        site = Site(tower, name, layer)
+    def _read(self, tower: Tower, layer: int, name: str, **asked: Any) -> tuple[Site, Any, bool]:
+        """A site that this model has, its value, and whether that is a copy; ``asked`` edits it."""
+        root, site = self.root, Site(tower, name, layer)
         if tower == "projector":
             check_choice((0,), error=LayerError, layer=layer)
         else:
             self._anatomy.tower(tower).layers(layer)
-        return site, step_at(self._anatomy, site, **asked)
-
-    def site(self, tower: Tower, layer: int, name: str) -> Any:
-        """The value at a site: see `LVLM.site`."""
-        root, (site, step) = self.root, self.step(tower, layer, name)
+        step = step_at(self._anatomy, site, **asked)
         if step["how"] == "output":
             self._outputs.add(step["path"])
         value = walk.read_site(root, self._tracer, step, {}, {})
-        if step.get("factors"):
-            self._copies.append((site, value, value._version))
+        return site, value, bool(step.get("factors"))
+
+    def site(self, tower: Tower, layer: int, name: str) -> Any:
+        """The value at a site: see `LVLM.site`."""
+        site, value, copied = self._read(tower, layer, name)
+        if copied:
+            self._copies[site] = (value, value._version)
         return value
 
     def set_site(self, tower: Tower, layer: int, name: str, value: Any) -> None:
         """Replace the value at a site: see `LVLM.set_site`."""
-
-        def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
-            given = getattr(value, "shape", None), getattr(value, "dtype", None)
-            if not torch.is_tensor(value) or given != (old.shape, old.dtype):
-                raise InterventionError(
-                    f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {site}; "
-                    f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
-                )
-            return value.to(old.device), None
-
-        root, (site, step) = self.root, self.step(tower, layer, name, edits=[(None, replaced, {})])
         if name == "attention":
             raise InterventionError(
                 "Got set_site for the attention call, which is no tensor; expected an edit in place of "
                 "what lvlm.site gives, or an intervention such as ss.ScaleKeys."
             )
-        walk.read_site(root, self._tracer, step, {}, {})
+
+        def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
+            given = getattr(value, "shape", None), getattr(value, "dtype", None)
+            if not torch.is_tensor(value) or given != (old.shape, old.dtype):
+                raise InterventionError(
+                    f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {name!r}; "
+                    f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
+                )
+            return value.to(old.device), None
+
+        site, _, _ = self._read(tower, layer, name, edits=[(None, replaced, {})])
+        self._copies.pop(site, None)

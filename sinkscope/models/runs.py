@@ -45,9 +45,7 @@ def plan_of(
 
 
 def make_plan(
-    anatomy: Anatomy,
-    reads: Sequence[tuple[int, Read]],
-    edits: Sequence[tuple[int, Edit]] = (),
+    anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
 ) -> Plan:
     """Group all reads and edits by site and sort the sites in forward order.
 

@@ -113,7 +113,7 @@ def test_a_forward_without_source_is_refused():
         find_attention_call(made(), "here")
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_of_every_family_has_its_call(family, kernel):
     """Flash is set on the config object only: its kernel is not here, its branch in the source is."""

@@ -136,6 +136,12 @@ def test_a_branch_behind_a_factor_is_set_and_never_edited_in_place(granite):
         lvlm.set_site("language", 1, "attn_out", torch.zeros_like(states))
         logits = lvlm.nn.output.logits.save()
     assert torch.equal(logits, want)
+    with lvlm.trace(sample):
+        states = lvlm.site("language", 1, "attn_out")
+        states[:] = 0
+        lvlm.set_site("language", 1, "attn_out", states)
+        logits = lvlm.nn.output.logits.save()
+    assert torch.equal(logits, want)
     says = r"in place of language.attn_out\(1\).*set_site"
     with pytest.raises(InterventionError, match=says), lvlm.trace(sample):
         lvlm.site("language", 1, "attn_out")[:] = 0
