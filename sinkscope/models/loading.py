@@ -17,7 +17,7 @@ from sinkscope.anatomy.families import family_of
 from sinkscope.checks import check_flags
 from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.models import processors
-from sinkscope.models.wrapping import wrap_remote
+from sinkscope.models.wrapping import check_remote, wrap_remote
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
 # cut off, of another model, or ask for a package that is not there.
@@ -34,13 +34,30 @@ UNREADABLE = (
 )
 
 
-def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """A model with weights, in evaluation mode, and its processor.
+def open_checkpoint(
+    name: Any, options: dict[str, Any], remote: Any = False
+) -> tuple[Any, Any, Any]:
+    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it.
 
     Raises:
         CheckpointError: If it cannot be read.
         ModelError: If it is no vision-language model of a known family.
     """
+    if not isinstance(name, (str, Path)):
+        raise CheckpointError(
+            f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a folder. "
+            "For a model you already hold write ss.LVLM(model, processor)."
+        )
+    folder = Path(name).expanduser()
+    where = str(folder) if folder.is_dir() else str(name)
+    if check_remote(remote) in (False, "local"):
+        return *load(where, options), None
+    wrapped = load_remote(where, options)
+    return wrapped._module, wrapped.processor, wrapped
+
+
+def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A model with weights, in evaluation mode, and its processor."""
     config = load_config(name, options)
     processor = load_processor(name, options)
     loader: Any = AutoModelForImageTextToText
@@ -58,12 +75,7 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def load_remote(name: str, options: dict[str, Any]) -> Any:
-    """The architecture without weights, for remote runs.
-
-    Raises:
-        CheckpointError: If config or processor cannot be read, or a quantisation is asked for.
-        ModelError: If it is no vision-language model of a known family.
-    """
+    """The architecture without weights, for remote runs."""
     load_config(name, options)
     if options["quantization_config"] is not None:
         raise CheckpointError(
@@ -83,12 +95,7 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
 
 
 def load_config(name: str, options: dict[str, Any]) -> Any:
-    """The config, checked to be of a vision-language model that sinkscope knows.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-        ModelError: If the model is text-only or of an unknown family.
-    """
+    """The config, checked to be of a vision-language model that sinkscope knows."""
     check_options(options)
     check_name(name)
     with _explained(name):
@@ -109,12 +116,7 @@ def _source(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of another type, as a recipe or a command line may give them.
-
-    Raises:
-        InputError: If trust is neither True nor False.
-        CheckpointError: If a name is no text, or the dtype is unknown.
-    """
+    """Refuse options of another type, as a recipe or a command line may give them."""
     check_flags(trust_remote_code=options.get("trust_remote_code", False))
     for key, known in (("revision", str), ("attn_implementation", (str, dict))):
         value = options.get(key)
@@ -131,11 +133,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a folder that is none, before anything is read.
-
-    Raises:
-        CheckpointError: If the folder is missing or holds no config.
-    """
+    """Refuse a folder that is missing or holds no config, before anything is read."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -150,11 +148,7 @@ def check_name(name: str) -> None:
 
 
 def load_processor(name: str, options: dict[str, Any]) -> Any:
-    """The processor.
-
-    Raises:
-        CheckpointError: If it cannot be read, or has no tokenizer or no image processor.
-    """
+    """The processor, with a tokenizer and an image processor."""
     expected = "expected processor_config.json or preprocessor_config.json"
     try:
         processor: Any = processors.load_processor(name, **_source(options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_flags
-from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.errors import ModelError
 from sinkscope.interventions.application import (
     Edited,
     check_interventions,
@@ -96,16 +96,10 @@ class LVLM:
             verify: See the class.
 
         Raises:
-            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is of
-                another type; InputError for switches.
+            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is wrong.
             ModelError: If it is no LVLM that sinkscope can read.
         """
         check_flags(verify=verify)  # before the weights are read
-        if not isinstance(name, (str, Path)):
-            raise CheckpointError(
-                f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a "
-                "folder. For a model you already hold write ss.LVLM(model, processor)."
-            )
         options = {
             "revision": revision,
             "dtype": dtype,
@@ -114,15 +108,10 @@ class LVLM:
             "quantization_config": quantization_config,
             "trust_remote_code": trust_remote_code,
         }
-        folder = Path(name).expanduser()
-        where = str(folder) if folder.is_dir() else str(name)
-        if wrapping.check_remote(remote) in (False, "local"):
-            lvlm = cls(*loading.load(where, options), verify=verify)
-        else:
-            wrapped = loading.load_remote(where, options)
-            lvlm = cls(wrapped._module, wrapped.processor, verify=False)
-            lvlm._places = wrapping.Places(wrapped._module, wrapped.processor, wrapped)
-        lvlm._places.usual, lvlm._name = remote, str(name)
+        module, processor, by_name = loading.open_checkpoint(name, options, remote)
+        lvlm = cls(module, processor, verify=verify and by_name is None)
+        lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
+        lvlm._name = str(name)
         return lvlm
 
     @property
@@ -166,10 +155,8 @@ class LVLM:
 
     def __repr__(self) -> str:
         a = self._anatomy
-        return (
-            f"LVLM({self._name!r}, {a.family.name}: vision {a.vision.n_layers} x {a.vision.d_model}, "
-            f"language {a.language.n_layers} x {a.language.d_model})"
-        )
+        sizes = (f"{t.tower} {t.n_layers} x {t.d_model}" for t in (a.vision, a.language))
+        return f"LVLM({self._name!r}, {a.family.name}: {', '.join(sizes)})"
 
     def prepare(
         self,
@@ -184,12 +171,11 @@ class LVLM:
         Args:
             images: One image, or a list. With one text all images belong to it; with a list of
                 texts there is one entry (an image or a list of images) per text, or one image for
-                all. PIL images, paths, URLs, bytes, arrays or tensors, as
-                `sinkscope.models.pictures.open_image` reads them.
+                all. PIL images, paths, URLs, bytes, arrays or tensors: see `pictures.open_image`.
             text: A question or chat messages, or a list of them: one batch row each, left-padded. A
-                question goes through the model's chat template, its images first. ``<image>`` alone
-                on the first or last line changes nothing; inside of words it is refused. Messages
-                may hold their pictures; those that do not take ``images`` in order.
+                question goes through the model's chat template, its images first; ``<image>`` may
+                stand alone on its first or last line. Messages may hold their pictures; those that
+                do not take ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
 
@@ -224,10 +210,9 @@ class LVLM:
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
             remote: True for NDIF, ``"local"`` for the same path without a server; None for what
                 the model was loaded with.
-            kl: Whether to run once more without interventions and put the KL divergence of the
-                next token, ``KL(unedited || edited)`` in nats, into the effects.
-            grad: Whether the logits keep their graph and stay on the model's device, so that a loss
-                reaches a gate's parameters. Runs here only; `train_lsg` is cheaper.
+            kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
+                the next token, in nats, into the effects.
+            grad: Whether the logits keep their graph, on the model's device; runs here only.
 
         Raises:
             ProbeError: If a probe does not fit the model or the sample.
@@ -242,8 +227,7 @@ class LVLM:
         context = Context(self.anatomy, sample.tokens)
         plan = runner.plan_of(asked, edits, context, self)
         last = None if keep_all else sample.tokens.last
-        model, inputs = self._places.model(where, self._name), self._places.placed(sample.inputs)
-        made = runner.run_plan(model, inputs, plan, last, where, grad)
+        made = runner.run_plan(*self._on(where, sample), plan, last, where, grad)
         out = finish_run(made, asked, context, edits, keep_all=keep_all)
         require_effects(edits, [out.effects])
         if not (kl and edits):
@@ -263,10 +247,9 @@ class LVLM:
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
 
-        The answer is the one of ``model.generate(**sample.inputs, **options)``, with the model's
-        ``generation_config``: a config that samples does so here, and ``torch.manual_seed(0)`` before
-        the call repeats it. Probes of the vision tower have a result at the prompt only. At a decode
-        step there is one query, and keys are the prompt's and those generated so far.
+        The answer is the one of ``model.generate(**sample.inputs, **options)``, sampled if the model's
+        ``generation_config`` samples. Probes of the vision tower have a result at the prompt only. At
+        a decode step there is one query, and keys are the prompt's and those generated so far.
 
         Args:
             sample: From `prepare`.
@@ -274,13 +257,11 @@ class LVLM:
             interventions: The interventions, each at the steps it names.
             max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
-            options: Further settings of ``transformers``' ``generate`` with one query per row: no
-                beams, no several answers, no guessed tokens. A static cache is replaced by one that
-                grows, which changes no number.
+            options: Further settings of ``transformers``' ``generate`` with one query per row, such
+                as no beams. A static cache is replaced by one that grows, which changes no number.
 
         Raises:
             InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
-            SinkscopeError: As in `run`.
         """
         layout = layout_of(self.anatomy)
         asked, edits = checking.check_run(sample, layout, probes, interventions)
@@ -295,8 +276,7 @@ class LVLM:
             runner.plan_of(later, edits, Context(self.anatomy, sample.tokens, step=1), self),
         )
         options |= checking.growing_cache(options, defaults)
-        model, inputs = self._places.model(where, self._name), self._places.placed(sample.inputs)
-        outputs, sequences = runner.generate_plan(model, inputs, plans, options, where)
+        outputs, sequences = runner.generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):
@@ -304,29 +284,21 @@ class LVLM:
             context = Context(self.anatomy, sample.tokens, step, ended)
             steps.append(finish_run(output, later if step else asked, context, edits))
         require_effects(edits, [step.effects for step in steps])
-        text = None
-        if self.tokenizer is not None:
-            answers = sequences[:, prompt:]
-            text = tuple(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+        decode = getattr(self.tokenizer, "batch_decode", None)
+        text = decode and tuple(decode(sequences[:, prompt:], skip_special_tokens=True))
         return Generation(sequences, text, tuple(steps))
 
-    @contextmanager
-    def edited(self, interventions: Sequence[Intervention]) -> Iterator[Edited]:
+    def edited(self, interventions: Sequence[Intervention]) -> AbstractContextManager[Edited]:
         """The same model with interventions on, until the block ends: it has `run` and `generate`."""
-        edited = Edited(self, check_interventions(interventions))
-        try:
-            yield edited
-        finally:
-            edited.close()
+        return closing(Edited(self, check_interventions(interventions)))
 
     def trace(self, sample: Sample, *, grad: bool = False) -> Any:
         """Open nnsight's own trace of one forward pass here, on the sample's inputs.
 
         ::
 
-            with lvlm.trace(sample) as tracer:
+            with lvlm.trace(sample):
                 states = lvlm.site("language", 1, "resid_post").save()
-                logits = lvlm.nn.output.logits.save()
 
         The block runs while the model does, sites come in forward order, and what is saved is there
         afterwards. ``grad`` keeps a graph. The model is left as it was, also after an error.
@@ -335,8 +307,8 @@ class LVLM:
         checking.check_run(sample, layout_of(self.anatomy))
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)
-        inputs = self._places.placed(sample.inputs)
-        return self._places.here.model.trace(**inputs, backend=self._open)
+        model, inputs = self._on(False, sample)
+        return model.model.trace(**inputs, backend=self._open)
 
     @property
     def nn(self) -> Any:
@@ -361,7 +333,6 @@ class LVLM:
 
         Raises:
             InterventionError: If shape or dtype are others, or the site is ``"attention"``.
-            SinkscopeError: As in `site`.
         """
         self._open.set_site(tower, layer, name, value)
 
@@ -369,8 +340,12 @@ class LVLM:
         """Anatomy, and whether every probe and edit is exact, approximate or unavailable, and why."""
         return make_report(self)
 
+    def _on(self, where: bool | str, sample: Sample) -> tuple[Any, dict[str, Any]]:
+        """The wrapped model for a run there, and the inputs on its device."""
+        return self._places.model(where, self._name), self._places.placed(sample.inputs)
+
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(
-            "Got iteration over an LVLM, which has no order; expected a use of its parts. They are in "
-            "lvlm.anatomy: write lvlm.module.get_submodule(path) for the module at one of its paths."
+            "Got iteration over an LVLM; expected a use of its parts. They are in lvlm.anatomy: write "
+            "lvlm.module.get_submodule(path) for the module at one of its paths."
         )

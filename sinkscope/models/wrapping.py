@@ -260,11 +260,12 @@ class Places:
     ``by_name`` is nnsight's model of a repository, if there are no weights here.
     """
 
-    def __init__(self, module: Any, processor: Any, by_name: Any = None) -> None:
-        self._module, self._processor = module, processor
+    def __init__(
+        self, module: Any, processor: Any, by_name: Any = None, usual: bool | str = False
+    ) -> None:
+        self._module, self._processor, self._usual = module, processor, usual
         self.here = Wrapped(module)
         self._there: Wrapped | ByName | None = None if by_name is None else ByName(by_name)
-        self.usual: bool | str = False
 
     @property
     def device(self) -> torch.device:
@@ -283,7 +284,7 @@ class Places:
             InputError: If it is elsewhere and a graph is wanted, here and there are no weights here,
                 or as on a server and they are offloaded.
         """
-        where = check_remote(self.usual if remote is None else remote)
+        where = check_remote(self._usual if remote is None else remote)
         offloaded = next(self._module.parameters()).device.type == "meta"
         if grad and where:
             raise InputError(
