@@ -17,8 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from sinkscope.errors import AttentionCallError
-
 LOOK_UPS = ("get_interface", "ALL_ATTENTION_FUNCTIONS")
 LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
 
@@ -118,27 +116,15 @@ def kernel_of(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def look_for_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAttentionCall:
-    """The attention call of a module, or the reason why there is none that can be read."""
-    try:
-        return find_attention_call(module, path)
-    except AttentionCallError as error:
-        return NoAttentionCall(str(error))
-
-
-def find_attention_call(module: nn.Module, path: str) -> AttentionCall:
-    """Find the attention call of a module under its present kernel; ``path`` is for the message.
-
-    Raises:
-        AttentionCallError: If the source shows no call, or several for the present kernel.
-    """
+def read_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAttentionCall:
+    """Read the attention call of a module under its present kernel, or why there is not one."""
     read = _read(inspect.unwrap(type(module).forward))
+    what = f"{path} ({type(module).__name__})"
     works = "Probes of the residual stream still work on this model."
     if read is None:
-        raise AttentionCallError(
-            f"{path} ({type(module).__name__}) does not call attention through transformers' "
-            "attention interface; expected a forward that looks its function up in "
-            f"ALL_ATTENTION_FUNCTIONS. {works}"
+        return NoAttentionCall(
+            f"{what} does not call attention through transformers' attention interface; expected a "
+            f"forward that looks its function up in ALL_ATTENTION_FUNCTIONS. {works}"
         )
     name, operations = read
     kernel = kernel_of(getattr(module, "config", None))
@@ -146,9 +132,9 @@ def find_attention_call(module: nn.Module, path: str) -> AttentionCall:
     binds = [i for i, one in enumerate(operations) if not one.is_call]
     calls = [i for i, one in enumerate(operations) if one.is_call and one.flash in seen]
     if len(calls) != 1 or not binds or binds[-1] > calls[0]:
-        raise AttentionCallError(
-            f"{path} ({type(module).__name__}) has {len(calls)} attention calls for kernel "
-            f"{kernel!r}; expected exactly one after its binding. {works} Please report this class."
+        return NoAttentionCall(
+            f"{what} has {len(calls)} attention calls for kernel {kernel!r}; expected exactly one after "
+            f"its binding. {works} Please report this class."
         )
     fires = "per window" if operations[calls[0]].in_loop else "once"
     return AttentionCall(f"{name}_{binds[-1]}", f"{name}_{calls[0]}", fires)

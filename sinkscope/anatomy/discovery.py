@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sinkscope.anatomy.attention_call import calls_attention, kernel_of, look_for_attention_call
+from sinkscope.anatomy.attention_call import calls_attention, kernel_of, read_attention_call
 from sinkscope.anatomy.block_sum import read_branches
-from sinkscope.anatomy.families import Family, family_of
+from sinkscope.anatomy.families import family_of
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ModelError
 
@@ -33,48 +33,44 @@ def read_anatomy(model: Any) -> Anatomy:
     """
     config = check_model(model)
     check_kernels(config)
-    family = family_of(config.model_type)
+    family, kind = family_of(config.model_type), type(model).__name__
     paths = {id(module): path for path, module in model.named_modules()}
     decoder: nn.Module = model.get_decoder()
-    found = {
-        "vision": find_blocks(model, skip={id(m) for m in decoder.modules()}),
-        "language": find_blocks(decoder),
-    }
-    kind = type(model).__name__
-    for tower, part in (("language", "decoder"), ("vision", "vision")):
-        if not found[tower]:
-            raise ModelError(
-                f"Found no {part} blocks in {kind}; expected a list of blocks that each hold an "
-                "attention module. Please report this class."
-            )
+    blocks = f"blocks in {kind}; expected a list of blocks that each hold an attention module"
+    language = found(find_blocks(decoder), f"decoder {blocks}")
+    vision = found(find_blocks(model, {id(m) for m in decoder.modules()}), f"vision {blocks}")
+    eye = read_tower("vision", vision, paths, config.vision_config, family.packed)
     text_config = config.get_text_config()
-    vision = read_tower("vision", found["vision"], paths, config.vision_config, family.packed)
-    norms = [child for name, child in decoder.named_children() if "norm" in name]
-    if not norms:
-        raise ModelError(
-            f"{type(decoder).__name__} has no final norm; expected a child named after one. Please "
-            "report this class."
-        )
+    norms = [paths[id(child)] for name, child in decoder.named_children() if "norm" in name]
+    projectors = [path for path in family.projector if path in paths.values()]
     names = ("image_token_id", "image_token_index")  # the latter in old configs
-    image = next((i for name in names if (i := getattr(config, name, None)) is not None), None)
-    if image is None:
-        raise ModelError(
-            "The config names no image_token_id; expected one to find image positions."
-        )
+    ids = [value for name in names if (value := getattr(config, name, None)) is not None]
+    expected = f"module at {family.projector} in {kind}; expected the projector of {family.name}"
     return Anatomy(
         model_type=config.model_type,
         family=family,
-        vision=vision,
-        language=read_tower("language", found["language"], paths, text_config, packed=False),
-        projector=find_projector(model, family),
-        feeds=family.feed_layers(config, vision.n_layers),
+        vision=eye,
+        language=read_tower("language", language, paths, text_config, packed=False),
+        projector=found(projectors, expected)[0],
+        feeds=family.feed_layers(config, eye.n_layers),
         drops=family.drops(config),
         merge=family.merge(config),
-        final_norm=paths[id(norms[-1])],
+        final_norm=found(norms, "final norm in the decoder; expected a child named after one")[-1],
         head=paths[id(model.get_output_embeddings())],
-        image_token_id=int(image),
+        image_token_id=int(found(ids, "image_token_id in the config; expected one")[0]),
         vocab=int(text_config.vocab_size),
     )
+
+
+def found(things: list[Any], what: str) -> list[Any]:
+    """The things, of which there is one at least.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if not things:
+        raise ModelError(f"Found no {what}. Please report this class.")
+    return things
 
 
 def check_kernels(config: Any) -> None:
@@ -83,14 +79,12 @@ def check_kernels(config: Any) -> None:
     Raises:
         ModelError: If a tower uses it.
     """
-    towers = (("vision", config.vision_config), ("language", config.get_text_config()))
-    for tower, part in towers:
+    for tower, part in (("vision", config.vision_config), ("language", config.get_text_config())):
         if "flex" in kernel_of(part):
             raise ModelError(
                 f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel, whose calls can be asked again with other tensors. Write "
-                "attn_implementation='sdpa' where the model is loaded, or "
-                "model.set_attn_implementation('sdpa')."
+                "'eager' or a flash kernel. Write attn_implementation='sdpa' where the model is loaded, "
+                "or model.set_attn_implementation('sdpa')."
             )
 
 
@@ -98,33 +92,58 @@ def check_model(model: Any) -> Any:
     """The model's config, if it is a vision-language model of transformers.
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If it is not, or is wrapped, or one of its parts is.
     """
-    check_unwrapped(model)
-    kind = type(model).__name__
+    if wrong := _wrapping_of(model) or _missing_in(model):
+        raise ModelError(f"Got a {type(model).__name__}{wrong}")
+    return model.config
+
+
+def _missing_in(model: Any) -> str:
+    """What is missing for a vision-language model of transformers; "" if it is one."""
     config = getattr(model, "config", None)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"Got {kind}; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load "
-            "one by name."
-        )
+        return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
     if config is None or not hasattr(model, "get_decoder"):
-        raise ModelError(
-            f"Got a {kind}; expected a transformers image-text-to-text model with a config and "
-            "get_decoder(). Write AutoModelForImageTextToText.from_pretrained(...)."
+        return (
+            "; expected a transformers image-text-to-text model with a config and get_decoder(). "
+            f"{write}"
         )
     if getattr(config, "vision_config", None) is None:
-        raise ModelError(
-            f"Got a {kind} (model_type {config.model_type!r}) without a vision tower; expected a "
-            "vision-language model. For a text-only model use TransformerLens or nnsight directly."
+        return (
+            f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
+            "model. For a text-only model use TransformerLens or nnsight directly."
         )
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)
     if head() is None:
-        raise ModelError(
-            f"Got a {kind} without an LM head; expected the ...ForConditionalGeneration class. Write "
-            "AutoModelForImageTextToText.from_pretrained(...)."
-        )
-    return config
+        return f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
+    return ""
+
+
+def _wrapping_of(model: Any) -> str:
+    """What holds a model or one of its parts, and where the model itself is; "" if nothing does."""
+    kind = type(model)
+    inside = "; expected the transformers model inside, with the same weights. Write "
+    if callable(getattr(kind, "get_base_model", None)):  # by peft, whose adapters stay on
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            return (
+                " with an adapter that puts states of its own before the prompt; expected one that only "
+                "changes weights, such as LoRA: sinkscope would not see those states."
+            )
+        return f"{inside}ss.LVLM(model.get_base_model(), processor)."
+    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
+        found = getattr(model, inner, None)
+        wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
+        if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
+            return f"{inside}ss.LVLM(model.{inner}, processor)."
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if "_orig_mod" in part._modules:
+            return (
+                f" in which {path} is compiled ({type(part).__name__}); expected the part itself, whose "
+                "blocks have a place. Write part.compile(), or put part._orig_mod back."
+            )
+    return ""
 
 
 def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:
@@ -229,7 +248,7 @@ def read_tower(
         branches=tuple(read_branches(*part, width) for part in parts),
         neurons=tuple("" if last is None else path(last[0]) for last in neurons),
         projection=tuple(path(output_projection(child)) for child in attentions),
-        calls=tuple(look_for_attention_call(child, path(child)) for child in attentions),
+        calls=tuple(read_attention_call(child, path(child)) for child in attentions),
         d_model=width,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -246,56 +265,6 @@ def read_tower(
         ),
         d_mlp=min(0 if last is None else last[1] for last in neurons),
     )
-
-
-def find_projector(model: nn.Module, family: Family) -> str:
-    """The projector's path, checked to exist.
-
-    Raises:
-        ModelError: If it is not where the family's row says.
-    """
-    names = dict(model.named_modules())
-    for path in family.projector:
-        if path in names:
-            return path
-    raise ModelError(
-        f"{type(model).__name__} has no module at {family.projector}; expected the projector of the "
-        f"{family.name} family there."
-    )
-
-
-def check_unwrapped(model: Any) -> None:
-    """Refuse what holds a model, and say where the model itself is.
-
-    Raises:
-        ModelError: If it is wrapped, or one of its parts is.
-    """
-    name, kind = type(model).__name__, type(model)
-    if callable(getattr(kind, "get_base_model", None)):  # by peft
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
-            raise ModelError(
-                f"Got a {name} with an adapter that puts states of its own before the prompt; expected "
-                "one that only changes weights, such as LoRA: sinkscope would not see those states."
-            )
-        raise ModelError(
-            f"Got a {name}; expected the transformers model inside, whose adapters stay on. Write "
-            "ss.LVLM(model.get_base_model(), processor)."
-        )
-    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
-        found = getattr(model, inner, None)
-        wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
-        if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
-            raise ModelError(
-                f"Got a {name}; expected the transformers model inside, with the same weights. Write "
-                f"ss.LVLM(model.{inner}, processor)."
-            )
-    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
-        if "_orig_mod" in part._modules:
-            raise ModelError(
-                f"Got a model in which {path} is compiled ({type(part).__name__}); expected the part "
-                "itself, whose blocks have a place. Write part.compile(), which compiles it in "
-                "place, or put part._orig_mod back."
-            )
 
 
 def device_of(part: nn.Module) -> torch.device:

@@ -118,7 +118,7 @@ class LVLM:
     def anatomy(self) -> Anatomy:
         """Where the model keeps its parts, under its present attention kernel."""
         config, known = self._module.config, self._anatomy
-        kernels = (kernel_of(config.vision_config), kernel_of(config.get_text_config()))
+        kernels = kernel_of(config.vision_config), kernel_of(config.get_text_config())
         if kernels != (known.vision.kernel, known.language.kernel):
             self._anatomy = read_anatomy(self._module).without(self._not_added)
         return self._anatomy

@@ -43,7 +43,10 @@ def same(one, other):
 
 @pytest.mark.parametrize(
     ("family", "remote"),
-    [*((family, False) for family in FAMILIES), *((f, "local") for f in ("llava-clip-llama", "qwen2.5-vl"))],
+    [
+        *((family, False) for family in FAMILIES),
+        *((f, "local") for f in ("llava-clip-llama", "qwen2.5-vl")),
+    ],
 )
 def test_a_loaded_model_is_bitwise_the_one_in_memory(tiny, batch, folders, family, remote):
     here, loaded = tiny(family), ss.LVLM.from_pretrained(folders[family], remote=remote)
