@@ -135,9 +135,10 @@ class TowerAnatomy:
         last = self.n_layers - 1
         for layer in wanted:
             if not is_whole(layer, 0, last):
+                kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
                 raise LayerError(
-                    f"Got layer {layer!r} in the {self.tower} tower; expected 0 to {last}, an int and "
-                    f"never negative: write {last} for the last block, layers=[0, 1] for two, or "
+                    f"Got layer {layer!r}{kind} in the {self.tower} tower; expected 0 to {last}, never "
+                    f"negative: write {last} for the last block. Write layers=[0, 1] for two, or "
                     "layers=None for all."
                 )
         if not wanted:

@@ -110,26 +110,18 @@ def check_probes(probes: Any) -> list[Probe]:
     Raises:
         ProbeError: If there is something else among them.
     """
-    if isinstance(probes, Probe):
-        raise ProbeError(
-            f"Got one {type(probes).__name__}; expected a list of probes. Write probes=[probe]."
-        )
-    if not isinstance(probes, Iterable) or isinstance(probes, (str, Mapping)):
-        raise ProbeError(
-            f"Got probes={probes!r}; expected a list of probes, such as "
-            "[ss.AttentionMass({'image': 'image'})]."
-        )
+    if isinstance(probes, (Probe, str, Mapping)) or not isinstance(probes, Iterable):
+        got = f"one {type(probes).__name__}" if isinstance(probes, Probe) else f"probes={probes!r}"
+        raise ProbeError(f"Got {got}; expected a list of probes. Write probes=[probe].")
     out = list(probes)
     for probe in out:
         if isinstance(probe, type):
-            raise ProbeError(
-                f"Got the class {probe.__name__} among the probes; expected an object of it. Write "
-                f"{probe.__name__}(...)."
-            )
+            name = probe.__name__
+            raise ProbeError(f"Got the class {name}; expected an object of it. Write {name}(...).")
         if not isinstance(probe, Probe):
             raise ProbeError(
-                f"Got {probe!r} among the probes; expected objects with reads() and finish(), "
-                "such as ss.AttentionMass({'image': 'image'})."
+                f"Got {probe!r} among the probes; expected objects with reads() and finish(), such as "
+                "ss.AttentionMass({'image': 'image'})."
             )
     return out
 
@@ -148,10 +140,7 @@ def check_logits(logits: Any, default: str) -> bool:
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
     """What ``generate`` will take a setting to be: an option, a config among them, or the model's.
 
-    Args:
-        name: A field of a GenerationConfig.
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
+    ``defaults`` is the model's generation config, or None.
     """
     if name in options:
         return options[name]
@@ -160,12 +149,7 @@ def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
 
 
 def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> None:
-    """Refuse ways of generating whose steps cannot be probed one query at a time.
-
-    Args:
-        sample: The sample.
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
+    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`.
 
     Raises:
         InputError: If so.

@@ -286,21 +286,17 @@ class Places:
         """
         where = check_remote(self._usual if remote is None else remote)
         offloaded = next(self._module.parameters()).device.type == "meta"
+        got, wrong = f"remote={where!r}", ""
         if grad and where:
-            raise InputError(
-                f"Got grad=True with remote={where!r}; expected a run here, where the graph can be "
-                "kept. Write remote=False."
-            )
-        if self.weightless and where in (False, "local"):
-            raise InputError(
-                f"Got remote={where!r} for a model without weights; expected remote=True. Write "
-                "ss.LVLM.from_pretrained(name) to load the weights here."
-            )
-        if offloaded and where == "local":
-            raise InputError(
-                "Got remote='local' for a model whose weights are offloaded; expected them in memory, "
-                "as they are on a server. Write remote=False, or load the model without offloading."
-            )
+            got, wrong = f"grad=True with {got}", "a run here, where the graph can be kept"
+        elif self.weightless and where in (False, "local"):
+            got += " for a model without weights"
+            wrong = "remote=True, or weights: ss.LVLM.from_pretrained(name)"
+        elif offloaded and where == "local":
+            got += " for a model whose weights are offloaded"
+            wrong = "them in memory, as they are on a server. Write remote=False, or load it so"
+        if wrong:
+            raise InputError(f"Got {got}; expected {wrong}.")
         return where
 
     def model(self, where: bool | str, name: str) -> Wrapped | ByName:

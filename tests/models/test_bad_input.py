@@ -500,12 +500,12 @@ PROBES = {
     "layer that is no int": (
         lambda w: w.run(ss.TokenNorms(layers=1.0)),
         LayerError,
-        r"layer 1.0 .* an int .* layers=\[0, 1\] for two",
+        r"layer 1.0 of type float.*Write layers=\[0, 1\]",
     ),
     "layer by name": (
         lambda w: w.run(ss.TokenNorms(layers="all")),
         LayerError,
-        "layer 'all' .*layers=None for all",
+        "'all' of type str.*layers=None for all",
     ),
     "True for a layer": (lambda w: w.run(ss.TokenNorms(layers=[True])), LayerError, "layer True"),
     "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
