@@ -1,10 +1,8 @@
 """Find the attention call in a module's ``forward`` by what it is, never by its label.
 
 ``transformers`` looks the attention function up in a registry, binds it to a variable and calls it.
-nnsight numbers the operations on that variable in execution order, so the label of the call depends
-on the bindings and branches before it. We read the source: which variable holds the result of the
-registry look-up, which calls go through it, whether they sit in a branch for flash attention, and
-whether in a loop (one call per window).
+nnsight numbers the operations on that variable in source order, so the call's label depends on the
+bindings and branches before it. These are read here.
 """
 
 from __future__ import annotations
@@ -12,14 +10,12 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
-
-from sinkscope.errors import AttentionCallError
 
 LOOK_UPS = ("get_interface", "ALL_ATTENTION_FUNCTIONS")
 LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
@@ -42,7 +38,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class NoAttentionCall:
-    """Stands where a module's attention call was not found: the residual stream can still be probed.
+    """Stands where a module's attention call was not found; the residual stream can be probed.
 
     Attributes:
         reason: The message of the `AttentionCallError` that asking for it raises.
@@ -52,8 +48,8 @@ class NoAttentionCall:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """One operation on the attention variable, in source order."""
+class _Operation:
+    """One binding or call of the attention variable."""
 
     line: int
     is_call: bool
@@ -61,8 +57,9 @@ class _Found:
     flash: bool | None
 
 
+@lru_cache(maxsize=256)
 def forward_tree(forward: Callable[..., Any]) -> ast.AST | None:
-    """The syntax tree of a ``forward``, or None where no source exists."""
+    """The syntax tree of a ``forward``, or None where no source exists; all blocks share one."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
@@ -74,73 +71,44 @@ def _looked_up(tree: ast.AST) -> str | None:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(target, ast.Name) and any(
-                word in ast.unparse(node.value) for word in LOOK_UPS
-            ):
+            source = ast.unparse(node.value)
+            if isinstance(target, ast.Name) and any(word in source for word in LOOK_UPS):
                 return target.id
     return None
 
 
-class _Operations(ast.NodeVisitor):
-    """Collect bindings and calls of one variable with the branch and loop they are in."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.found: list[_Found] = []
-        self.loops = 0
-        self.flash: bool | None = None
-
-    def visit(self, node: ast.AST) -> None:
-        """Visit a node, remembering loops and flash branches."""
-        if isinstance(node, ast.If) and "flash" in ast.unparse(node.test):
-            before = self.flash
-            for branch, flash in ((node.body, True), (node.orelse, False)):
-                self.flash = flash
-                for child in branch:
-                    self.visit(child)
-            self.flash = before
-            return
-        in_loop = isinstance(node, LOOPS)
-        self.loops += in_loop
-        self.generic_visit(node)
-        self.loops -= in_loop
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == self.name:
-            self._note(node.lineno, is_call=True, in_loop=self.loops > 0)
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and any(
-            getattr(t, "id", None) == self.name for t in targets
-        ):
-            self._note(node.lineno, is_call=False, in_loop=False)
-
-    def _note(self, line: int, *, is_call: bool, in_loop: bool) -> None:
-        """Remember one operation on the variable."""
-        self.found.append(_Found(line, is_call, in_loop, self.flash))
+def _operations(
+    node: ast.AST, name: str, in_loop: bool = False, flash: bool | None = None
+) -> Iterator[_Operation]:
+    """Bindings and calls of one variable, with the loop and the flash branch they are in."""
+    if isinstance(node, ast.If) and "flash" in ast.unparse(node.test):
+        for branch, is_flash in ((node.body, True), (node.orelse, False)):
+            for child in branch:
+                yield from _operations(child, name, in_loop, is_flash)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _operations(child, name, in_loop or isinstance(node, LOOPS), flash)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
+        yield _Operation(node.lineno, True, in_loop, flash)
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(getattr(target, "id", None) == name for target in targets):
+            yield _Operation(node.lineno, False, False, flash)
 
 
 @lru_cache(maxsize=256)
-def _read(forward: Callable[..., Any]) -> tuple[str, tuple[_Found, ...]] | None:
-    """The attention variable of a ``forward`` and what is done with it, in source order.
-
-    None where no variable holds the attention function. All blocks of a tower share one ``forward``,
-    so its source is parsed once.
-    """
+def _read(forward: Callable[..., Any]) -> tuple[str, list[_Operation]] | None:
+    """The attention variable of a ``forward`` and its operations in source order, or None."""
     tree = forward_tree(forward)
     name = None if tree is None else _looked_up(tree)
     if tree is None or name is None:
         return None
-    visitor = _Operations(name)
-    visitor.visit(tree)
-    return name, tuple(sorted(visitor.found, key=lambda op: op.line))
-
-
-def _read_class(module: nn.Module) -> tuple[str, tuple[_Found, ...]] | None:
-    """What `_read` says of the class's own ``forward``."""
-    return _read(inspect.unwrap(type(module).forward))
+    return name, sorted(_operations(tree, name), key=lambda one: one.line)
 
 
 def calls_attention(module: nn.Module) -> bool:
     """Whether the class's own ``forward`` looks an attention function up and calls it."""
-    return _read_class(module) is not None
+    return _read(inspect.unwrap(type(module).forward)) is not None
 
 
 def kernel_of(config: Any) -> str:
@@ -148,47 +116,25 @@ def kernel_of(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def look_for_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAttentionCall:
-    """The attention call of a module, or the reason why there is none that can be read."""
-    try:
-        return find_attention_call(module, path)
-    except AttentionCallError as error:
-        return NoAttentionCall(str(error))
-
-
-def find_attention_call(module: nn.Module, path: str) -> AttentionCall:
-    """The attention call of an attention module under its present kernel.
-
-    Args:
-        module: The attention module.
-        path: Its dotted path, for the message.
-
-    Returns:
-        The labels and how often the call fires.
-
-    Raises:
-        AttentionCallError: If the source shows no call, or several for the present kernel.
-    """
-    read = _read_class(module)
+def read_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAttentionCall:
+    """Read the attention call of a module under its present kernel, or why there is not one."""
+    read = _read(inspect.unwrap(type(module).forward))
+    what = f"{path} ({type(module).__name__})"
+    works = "Probes of the residual stream still work on this model."
     if read is None:
-        raise AttentionCallError(
-            f"{path} ({type(module).__name__}) does not call attention through transformers' "
-            "attention interface; expected a forward that looks its function up in "
-            "ALL_ATTENTION_FUNCTIONS. Probes of the residual stream still work on this model."
+        return NoAttentionCall(
+            f"{what} does not call attention through transformers' attention interface; expected a "
+            f"forward that looks its function up in ALL_ATTENTION_FUNCTIONS. {works}"
         )
-    name, ordered = read
+    name, operations = read
     kernel = kernel_of(getattr(module, "config", None))
-    wants_flash = "flash" in kernel
-    binds = [i for i, op in enumerate(ordered) if not op.is_call]
-    calls = [i for i, op in enumerate(ordered) if op.is_call and op.flash in (None, wants_flash)]
+    seen = (None, "flash" in kernel)
+    binds = [i for i, one in enumerate(operations) if not one.is_call]
+    calls = [i for i, one in enumerate(operations) if one.is_call and one.flash in seen]
     if len(calls) != 1 or not binds or binds[-1] > calls[0]:
-        raise AttentionCallError(
-            f"{path} ({type(module).__name__}) has {len(calls)} attention calls for kernel "
-            f"{kernel!r}; expected exactly one after its binding. Probes of the residual "
-            "stream still work on this model. Please report this class."
+        return NoAttentionCall(
+            f"{what} has {len(calls)} attention calls for kernel {kernel!r}; expected exactly one after "
+            f"its binding. {works} Please report this class."
         )
-    return AttentionCall(
-        bind=f"{name}_{binds[-1]}",
-        call=f"{name}_{calls[0]}",
-        fires="per window" if ordered[calls[0]].in_loop else "once",
-    )
+    fires = "per window" if operations[calls[0]].in_loop else "once"
+    return AttentionCall(f"{name}_{binds[-1]}", f"{name}_{calls[0]}", fires)

@@ -5,9 +5,9 @@
     stream ------------------------------------------(+)---> stream
        `---> norm ---> attention ---> LayerScale ---> x 0.22 --'
 
-What a branch passes behind its own module (a LayerScale, a norm, a factor that is a parameter or a
-number) is read in the source of the block. Modules that change nothing when the model is evaluated,
-such as dropout and DropPath, are left out.
+What a branch passes behind its own module is read in the source of the block: ``forward`` is
+followed with sums of terms in the place of tensors. Modules without effect in evaluation, such as
+dropout, are left out.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import operator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from sinkscope.anatomy.attention_call import forward_tree
-
-BRANCHES = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class NoBranch:
 
 def read_branches(
     path: str, block: nn.Module, attention: nn.Module, mlp: nn.Module, width: int
-) -> tuple[Branch, Branch] | tuple[NoBranch, NoBranch]:
-    """How attention and the MLP of a block reach the residual stream.
+) -> tuple[Branch, Branch] | NoBranch:
+    """Read how attention and the MLP of a block reach the residual stream.
 
     Args:
         path: The block's dotted path.
@@ -71,42 +69,42 @@ def read_branches(
     Returns:
         The branch of attention and that of the MLP, or why they cannot be read.
     """
-    flow = Flow(block, {"attention": attention, "mlp": mlp}, width)
+    flow = _Flow(block, {"attention": attention, "mlp": mlp}, width)
     terms = flow.result()
     steps = {term.source: term.steps for term in terms}
     twice = [step for term in terms for step in term.steps if flow.calls.get(step, 0) > 1]
     why = ""
-    if sorted(term.source for term in terms) != sorted((STREAM, *BRANCHES)) or steps[STREAM]:
+    sources = sorted(term.source for term in terms)
+    if sources != ["attention", "mlp", STREAM] or steps[STREAM]:
         found = " + ".join(" * ".join((term.source, *term.steps)) for term in terms)
         why = f"its forward returns {found or 'what cannot be read'}"
     elif twice:
         why = f"its {twice[0]} is called more than once"
     if why:
-        missing = no_branch(path, block, why)
-        return missing, missing
-    modules = dict(block.named_modules())
-    first, second = (
-        branch_of(path, flow.names[id(own)], steps[name], modules)
-        for name, own in zip(BRANCHES, (attention, mlp), strict=True)
+        return no_branch(path, block, why)
+    return (
+        _branch(path, block, attention, steps["attention"]),
+        _branch(path, block, mlp, steps["mlp"]),
     )
-    return first, second
 
 
-def branch_of(path: str, own: str, steps: tuple[str, ...], modules: dict[str, nn.Module]) -> Branch:
-    """A branch from the names of what it passes, all relative to the block."""
-    passed = [i for i, step in enumerate(steps) if step in modules]
+def _branch(path: str, block: nn.Module, own: nn.Module, steps: tuple[str, ...]) -> Branch:
+    """A branch from the names of what it passes behind its own module."""
+    modules = dict(block.named_modules())
+    passed = [name for name in steps if name in modules]
+    last = steps.index(passed[-1]) + 1 if passed else 0
+    starts = next(name for name, module in modules.items() if module is own)
     through = tuple(f"{path}.{step}" for step in steps)
-    last = passed[-1] if passed else -1
     return Branch(
-        path=through[last] if passed else f"{path}.{own}",
-        factors=through[last + 1 :],
+        path=f"{path}.{passed[-1] if passed else starts}",
+        factors=through[last:],
         through=through,
-        norm=any("norm" in type(modules[steps[i]]).__name__.lower() for i in passed),
+        norm=any("norm" in type(modules[name]).__name__.lower() for name in passed),
     )
 
 
 def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
-    """The reason why there are no sites, in the words of an error."""
+    """The reason why a block has no sites, in the words of an error."""
     return NoBranch(
         f"{path} ({type(block).__name__}) has no sites attn_out and mlp_out: {why}; expected "
         "resid_post = resid_pre + attn_out + mlp_out. Write site='resid_pre' or 'resid_post', which "
@@ -115,54 +113,42 @@ def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
 
 
 STREAM = "the stream"
-
 DROPOUT = ("functional.dropout", "F.dropout")
-
-TREES: WeakKeyDictionary[type, ast.AST | None] = WeakKeyDictionary()
-
-"""The ``forward`` of classes that were read: all blocks of a tower are of one or two."""
+COMPARISONS = {
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
 
 
 @dataclass(frozen=True)
-class Term:
-    """One summand.
-
-    Attributes:
-        source: `STREAM`, the name of a branch, or the source of something else.
-        steps: Modules and factors that it has passed, as dotted names inside the block.
-    """
+class _Term:
+    """A summand: `STREAM`, a branch or other source, and the modules and factors it has passed."""
 
     source: str
     steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class _Known:
     """An attribute of the block, or a constant."""
 
     value: Any
 
 
-Sum = tuple[Term, ...]
-
-Value = Sum | Known
-
-Names = dict[str, Value]
+_Value = tuple[_Term, ...] | _Known
+_Names = dict[str, _Value]
 
 
-def other(node: ast.AST) -> Sum:
+def _other(node: ast.AST) -> tuple[_Term, ...]:
     """Something that is neither the stream nor a branch, in the words of the source."""
     words = ast.unparse(node)
-    return (Term(words if len(words) <= 60 else f"{words[:57]}..."),)
+    return (_Term(words if len(words) <= 60 else f"{words[:57]}..."),)
 
 
-def changes_nothing(module: nn.Module, width: int) -> bool:
-    """Whether a module without parameters returns what it is given when the model is evaluated.
-
-    Args:
-        module: The module, such as a dropout.
-        width: Width of the residual stream.
-    """
+def _changes_nothing(module: nn.Module, width: int) -> bool:
+    """Whether a module without parameters returns its input when it is evaluated."""
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         return False
     forward: Any = type(module).forward
@@ -175,39 +161,30 @@ def changes_nothing(module: nn.Module, width: int) -> bool:
     return torch.is_tensor(out) and torch.equal(out, states)
 
 
-class Flow:
-    """What a block's ``forward`` makes of the stream and of its branches.
-
-    Args:
-        block: The block.
-        branches: Name -> the module in which the branch starts.
-        width: Width of the residual stream.
-    """
+class _Flow:
+    """What a block's ``forward`` makes of the stream and of the modules in which branches start."""
 
     def __init__(self, block: nn.Module, branches: dict[str, nn.Module], width: int) -> None:
         self.block, self.width = block, width
         self.branches = {id(module): name for name, module in branches.items()}
         self.names = {id(module): name for name, module in block.named_modules() if name}
         self.calls: dict[str, int] = {}
-        self.returned: list[Value] = []
+        self.returned: list[_Value] = []
 
-    def result(self) -> Sum:
+    def result(self) -> tuple[_Term, ...]:
         """The terms that ``forward`` returns; empty if its source cannot be read."""
-        kind = type(self.block)
-        if kind not in TREES:
-            TREES[kind] = forward_tree(inspect.unwrap(type(self.block).forward))
-        tree = TREES[kind]
+        tree = forward_tree(inspect.unwrap(type(self.block).forward))
         function = tree.body[0] if isinstance(tree, ast.Module) else None
         if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
             return ()
         own, stream = (arg.arg for arg in function.args.args[:2])
-        self.follow(function.body, {own: Known(self.block), stream: (Term(STREAM),)})
+        self.follow(function.body, {own: _Known(self.block), stream: (_Term(STREAM),)})
         made = self.returned[0] if self.returned else ()
         if any(again != made for again in self.returned):
-            return (Term("one of several results"),)
+            return (_Term("one of several results"),)
         return made if isinstance(made, tuple) else ()
 
-    def follow(self, body: list[ast.stmt], names: Names) -> bool:
+    def follow(self, body: list[ast.stmt], names: _Names) -> bool:
         """Follow statements, which change the names; whether they return."""
         for node in body:
             if isinstance(node, ast.Return):
@@ -222,45 +199,41 @@ class Flow:
                     self.assign(target, made, names)
             elif isinstance(node, ast.AugAssign):
                 left = ast.parse(ast.unparse(node.target), mode="eval").body
-                self.assign(
-                    node.target, self.value(ast.BinOp(left, node.op, node.value), names), names
-                )
+                made = self.value(ast.BinOp(left, node.op, node.value), names)
+                self.assign(node.target, made, names)
             elif isinstance(node, ast.Expr):
                 self.value(node.value, names)
             else:
                 for inner in ast.walk(node):
                     if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                        names[inner.id] = other(inner)
+                        names[inner.id] = _other(inner)
         return False
 
-    def follow_if(self, node: ast.If, names: Names) -> bool:
+    def follow_if(self, node: ast.If, names: _Names) -> bool:
         """Follow the side that the block's attributes choose, or both; whether they return."""
         chosen = self.truth(node.test, names)
         if chosen is not None:
             return self.follow(node.body if chosen else node.orelse, names)
-        going = []
-        for body in (node.body, node.orelse):
-            side = dict(names)
-            if not self.follow(body, side):
-                going.append(side)
+        sides = [(dict(names), body) for body in (node.body, node.orelse)]
+        going = [side for side, body in sides if not self.follow(body, side)]
         for name in {name for side in going for name in side}:
             first = going[0].get(name, ())
             same = all(side.get(name) == first for side in going)
-            unsure = (Term(f"(what depends on {ast.unparse(node.test)})"),)
+            unsure = (_Term(f"(what depends on {ast.unparse(node.test)})"),)
             names[name] = first if same else unsure
         return not going
 
-    def assign(self, target: ast.expr, value: Value, names: Names) -> None:
+    def assign(self, target: ast.expr, value: _Value, names: _Names) -> None:
         """Bind a target: of several the first is the states; a part of a tensor spoils the whole."""
         if isinstance(target, ast.Name):
             names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             for i, part in enumerate(target.elts):
-                self.assign(part, value if i == 0 else other(part), names)
+                self.assign(part, value if i == 0 else _other(part), names)
         elif isinstance(target, ast.Subscript):
-            self.assign(target.value, other(target), names)
+            self.assign(target.value, _other(target), names)
 
-    def truth(self, test: ast.expr, names: Names) -> bool | None:
+    def truth(self, test: ast.expr, names: _Names) -> bool | None:
         """A condition on the block's attributes, or None if it is about anything else."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             inner = self.truth(test.operand, names)
@@ -272,38 +245,30 @@ class Flow:
                 return decides
             return None if None in sides else not decides
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            return self.comparison(test, names)
-        made = self.value(test, names)
-        simple = (bool, int, str, type(None))
-        known = isinstance(made, Known) and isinstance(made.value, simple)
-        return bool(made.value) if known and isinstance(made, Known) else None
-
-    def comparison(self, test: ast.Compare, names: Names) -> bool | None:
-        """``is`` and ``==`` between attributes and constants."""
-        left, right = self.value(test.left, names), self.value(test.comparators[0], names)
-        if not (isinstance(left, Known) and isinstance(right, Known)):
+            compare = COMPARISONS.get(type(test.ops[0]))
+            left, right = self.value(test.left, names), self.value(test.comparators[0], names)
+            if compare and isinstance(left, _Known) and isinstance(right, _Known):
+                return bool(compare(left.value, right.value))
             return None
-        kind = test.ops[0]
-        if isinstance(kind, (ast.Is, ast.IsNot)):
-            return (left.value is right.value) == isinstance(kind, ast.Is)
-        if isinstance(kind, (ast.Eq, ast.NotEq)):
-            return bool(left.value == right.value) == isinstance(kind, ast.Eq)
+        made = self.value(test, names)
+        if isinstance(made, _Known) and isinstance(made.value, (bool, int, str, type(None))):
+            return bool(made.value)
         return None
 
-    def value(self, node: ast.expr, names: Names) -> Value:
+    def value(self, node: ast.expr, names: _Names) -> _Value:
         """What an expression stands for; a tuple for its first part."""
         if isinstance(node, ast.Name):
-            return names.get(node.id, other(node))
+            return names.get(node.id, _other(node))
         if isinstance(node, ast.Constant):
-            return Known(node.value)
+            return _Known(node.value)
         if isinstance(node, ast.Call):
             return self.call(node, names)
         if isinstance(node, ast.BinOp):
             return self.operation(node, names)
         if isinstance(node, ast.Attribute):
             base = self.value(node.value, names)
-            if isinstance(base, Known) and hasattr(base.value, node.attr):
-                return Known(getattr(base.value, node.attr))
+            if isinstance(base, _Known) and hasattr(base.value, node.attr):
+                return _Known(getattr(base.value, node.attr))
         elif isinstance(node, ast.Tuple) and node.elts:
             return self.value(node.elts[0], names)
         elif isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "0":
@@ -312,40 +277,41 @@ class Flow:
             chosen = self.truth(node.test, names)
             if chosen is not None:
                 return self.value(node.body if chosen else node.orelse, names)
-        return other(node)
+        return _other(node)
 
-    def operation(self, node: ast.BinOp, names: Names) -> Value:
+    def operation(self, node: ast.BinOp, names: _Names) -> _Value:
         """Sums, and products with a number or a parameter of the block."""
         left, right = self.value(node.left, names), self.value(node.right, names)
         if isinstance(node.op, ast.Add) and isinstance(left, tuple) and isinstance(right, tuple):
             return left if isinstance(node.right, ast.Tuple) else left + right
         states, factor, name = left, right, ast.unparse(node.right)
-        if isinstance(left, Known):
+        if isinstance(left, _Known):
             states, factor, name = right, left, ast.unparse(node.left)
-        own = isinstance(factor, Known) and isinstance(factor.value, (int, float, torch.Tensor))
+        own = isinstance(factor, _Known) and isinstance(factor.value, (int, float, torch.Tensor))
         if isinstance(node.op, ast.Mult) and isinstance(states, tuple) and own:
             owner, _, step = name.partition(".")
-            if isinstance(names.get(owner), Known) and step:
-                return tuple(Term(term.source, (*term.steps, step)) for term in states)
-        return other(node)
+            if isinstance(names.get(owner), _Known) and step:
+                return tuple(_Term(term.source, (*term.steps, step)) for term in states)
+        return _other(node)
 
-    def call(self, node: ast.Call, names: Names) -> Value:
+    def call(self, node: ast.Call, names: _Names) -> _Value:
         """A module of the block on states, or dropout; anything else is unknown."""
         values = [self.value(one, names) for one in (*node.args, *(k.value for k in node.keywords))]
         if ast.unparse(node.func).endswith(DROPOUT) and values:
             return values[0]
         function = self.value(node.func, names)
-        module = function.value if isinstance(function, Known) else None
+        module = function.value if isinstance(function, _Known) else None
         if not isinstance(module, nn.Module) or id(module) not in self.names:
-            return other(node)
+            return _other(node)
         name = self.names[id(module)]
         self.calls[name] = self.calls.get(name, 0) + 1
         if id(module) in self.branches:
-            return (Term(self.branches[id(module)]),)
-        states = values[0] if values else other(node)
-        if changes_nothing(module, self.width):
+            return (_Term(self.branches[id(module)]),)
+        states = values[0] if values else _other(node)
+        if _changes_nothing(module, self.width):
             return states
-        branch = isinstance(states, tuple) and len(states) == 1 and states[0].source
-        if isinstance(states, tuple) and branch in self.branches.values():
-            return (Term(states[0].source, (*states[0].steps, name)),)
-        return other(node)
+        if isinstance(states, tuple) and len(states) == 1:
+            (term,) = states
+            if term.source in self.branches.values():
+                return (_Term(term.source, (*term.steps, name)),)
+        return _other(node)

@@ -42,9 +42,7 @@ class Context:
         """Live query positions, bool ``[row pos]``; one position per row at a decode step."""
         if tower == "vision":
             return self.tokens.vision.live
-        if self.step:
-            return self._going[:, None]
-        return self.tokens.live
+        return self._going[:, None] if self.step else self.tokens.live
 
     def live_keys(self, tower: str) -> Tensor:
         """Live key positions, bool ``[row key]``, with the tokens generated so far."""
@@ -81,7 +79,7 @@ class Context:
         return chosen.select(selection, self.tower(tower).n_layers)
 
     def flat(self, tower: str, selection: Selection) -> Tensor:
-        """A selection of queries or rows: the same for all layers, and not an empty name.
+        """A selection of queries or rows, bool ``[row pos]``.
 
         Raises:
             ProbeError: If the mask has a layer axis.
@@ -112,49 +110,29 @@ class Context:
             The names, and fp32 ``[row layer|1 key group]``.
 
         Raises:
-            ProbeError: If there is no group.
+            ProbeError: If there is no group, or a name is no string.
         """
         check_groups(groups)
         masks = [self.select(tower, selection) for selection in groups.values()]
-        per_layer = any(mask.ndim == 3 for mask in masks)
-        n_layers = self.tower(tower).n_layers
-        if per_layer:
-            masks = [m if m.ndim == 3 else m[:, None].expand(-1, n_layers, -1) for m in masks]
-        else:
-            masks = [m[:, None] for m in masks]
-        onehot = torch.stack(masks, dim=-1).float()
-        return tuple(groups), self.pack(tower, onehot, dim=2)
+        many = self.tower(tower).n_layers if any(mask.ndim == 3 for mask in masks) else 1
+        masks = [m if m.ndim == 3 else m[:, None].expand(-1, many, -1) for m in masks]
+        return tuple(groups), self.pack(tower, torch.stack(masks, dim=-1).float(), dim=2)
 
     def pack(self, tower: str, x: Tensor, dim: int) -> Tensor:
-        """Per-image values in the layout of a packed tower: ``[image ... pos ...] -> [1 ... packed ...]``.
+        """Per-image values in the layout of a packed tower, else ``x`` itself.
 
-        Args:
-            tower: The tower.
-            x: Values with images first and positions at ``dim``.
-            dim: The position axis.
-
-        Returns:
-            ``x`` itself if the tower is not packed.
+        ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``.
         """
         layout = self.layout(tower)
         if layout is None:
             return x
-        moved = x.movedim(dim, 1)
-        flat = moved[layout >= 0]
+        flat = x.movedim(dim, 1)[layout >= 0]
         packed = torch.empty_like(flat)
         packed[layout[layout >= 0]] = flat
         return packed[None].movedim(1, dim)
 
     def packed_rows(self, tower: str, mask: Tensor) -> Tensor:
-        """Chosen positions as indices in the model's layout, -1 padded.
-
-        Args:
-            tower: The tower.
-            mask: Bool ``[row pos]``.
-
-        Returns:
-            Int ``[row|1 chosen]``.
-        """
+        """Positions of a mask ``[row pos]`` in the model's layout, int ``[row|1 chosen]``, -1 padded."""
         layout = self.layout(tower)
         if layout is None:
             return indices_of(mask)
@@ -182,9 +160,6 @@ def check_groups(groups: Any) -> None:
 
 def indices_of(mask: Tensor) -> Tensor:
     """The True positions of every row, ``[row chosen]``, padded with -1 at the end."""
-    most = max(1, int(mask.sum(1).max()))
-    out = torch.full((mask.shape[0], most), -1)
-    for row, line in enumerate(mask):
-        at = line.nonzero().flatten()
-        out[row, : len(at)] = at
-    return out
+    rows = [line.nonzero().flatten() for line in mask]
+    out = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return out if out.shape[1] else torch.full((mask.shape[0], 1), -1)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from sinkscope.anatomy.attention_call import calls_attention, kernel_of, look_for_attention_call
+from sinkscope.anatomy.attention_call import calls_attention, kernel_of, read_attention_call
 from sinkscope.anatomy.block_sum import read_branches
-from sinkscope.anatomy.families import Family, family_of
-from sinkscope.anatomy.holding import check_unwrapped
+from sinkscope.anatomy.families import family_of
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ModelError
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
+LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
@@ -26,42 +27,50 @@ def read_anatomy(model: Any) -> Anatomy:
     Args:
         model: A ``transformers`` image-text-to-text model; meta tensors suffice.
 
-    Returns:
-        The anatomy.
-
     Raises:
         ModelError: If there is no vision tower, no decoder or no known projector, or the kernel
             cannot be asked again.
     """
     config = check_model(model)
     check_kernels(config)
-    family = family_of(config.model_type)
+    family, kind = family_of(config.model_type), type(model).__name__
     paths = {id(module): path for path, module in model.named_modules()}
     decoder: nn.Module = model.get_decoder()
-    language_blocks = find_blocks(decoder)
-    vision_blocks = find_blocks(model, skip={id(m) for m in decoder.modules()})
-    if not language_blocks or not vision_blocks:
-        missing = "decoder blocks" if not language_blocks else "vision blocks"
-        raise ModelError(
-            f"Found no {missing} in {type(model).__name__}; expected a list of blocks that each "
-            "hold an attention module. Please report this class."
-        )
+    blocks = f"blocks in {kind}; expected a list of blocks that each hold an attention module"
+    language = found(find_blocks(decoder), f"decoder {blocks}")
+    vision = found(find_blocks(model, {id(m) for m in decoder.modules()}), f"vision {blocks}")
+    eye = read_tower("vision", vision, paths, config.vision_config, family.packed)
     text_config = config.get_text_config()
-    vision = read_tower("vision", vision_blocks, paths, config.vision_config, packed=family.packed)
+    norms = [paths[id(child)] for name, child in decoder.named_children() if "norm" in name]
+    projectors = [path for path in family.projector if path in paths.values()]
+    names = ("image_token_id", "image_token_index")  # the latter in old configs
+    ids = [value for name in names if (value := getattr(config, name, None)) is not None]
+    expected = f"module at {family.projector} in {kind}; expected the projector of {family.name}"
     return Anatomy(
         model_type=config.model_type,
         family=family,
-        vision=vision,
-        language=read_tower("language", language_blocks, paths, text_config, packed=False),
-        projector=find_projector(model, family),
-        feeds=family.feed_layers(config, vision.n_layers),
+        vision=eye,
+        language=read_tower("language", language, paths, text_config, packed=False),
+        projector=found(projectors, expected)[0],
+        feeds=family.feed_layers(config, eye.n_layers),
         drops=family.drops(config),
         merge=family.merge(config),
-        final_norm=paths[id(find_final_norm(decoder))],
+        final_norm=found(norms, "final norm in the decoder; expected a child named after one")[-1],
         head=paths[id(model.get_output_embeddings())],
-        image_token_id=find_image_token_id(config),
+        image_token_id=int(found(ids, "image_token_id in the config; expected one")[0]),
         vocab=int(text_config.vocab_size),
     )
+
+
+def found(things: list[Any], what: str) -> list[Any]:
+    """The things, of which there is one at least.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if not things:
+        raise ModelError(f"Found no {what}. Please report this class.")
+    return things
 
 
 def check_kernels(config: Any) -> None:
@@ -70,14 +79,12 @@ def check_kernels(config: Any) -> None:
     Raises:
         ModelError: If a tower uses it.
     """
-    towers = (("vision", config.vision_config), ("language", config.get_text_config()))
-    for tower, part in towers:
+    for tower, part in (("vision", config.vision_config), ("language", config.get_text_config())):
         if "flex" in kernel_of(part):
             raise ModelError(
                 f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel, whose calls can be asked again with other tensors. Write "
-                "attn_implementation='sdpa' where the model is loaded, or "
-                "model.set_attn_implementation('sdpa')."
+                "'eager' or a flash kernel. Write attn_implementation='sdpa' where the model is loaded, "
+                "or model.set_attn_implementation('sdpa')."
             )
 
 
@@ -85,66 +92,87 @@ def check_model(model: Any) -> Any:
     """The model's config, if it is a vision-language model of transformers.
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If it is not, or is wrapped, or one of its parts is.
     """
-    check_unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"Got {type(model).__name__}; expected a transformers model. Write "
-            "ss.LVLM.from_pretrained(name) to load one by name."
-        )
+    if wrong := _wrapping_of(model) or _missing_in(model):
+        raise ModelError(f"Got a {type(model).__name__}{wrong}")
+    return model.config
+
+
+def _missing_in(model: Any) -> str:
+    """What is missing for a vision-language model of transformers; "" if it is one."""
     config = getattr(model, "config", None)
+    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
+    if not isinstance(model, nn.Module):
+        return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
     if config is None or not hasattr(model, "get_decoder"):
-        raise ModelError(
-            f"Got a {type(model).__name__}; expected a transformers image-text-to-text model with a "
-            "config and get_decoder(). Write AutoModelForImageTextToText.from_pretrained(...)."
+        return (
+            "; expected a transformers image-text-to-text model with a config and get_decoder(). "
+            f"{write}"
         )
     if getattr(config, "vision_config", None) is None:
-        raise ModelError(
-            f"Got a {type(model).__name__} (model_type {config.model_type!r}) without a vision "
-            "tower; expected a vision-language model. For a text-only model use TransformerLens or "
-            "nnsight directly."
+        return (
+            f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
+            "model. For a text-only model use TransformerLens or nnsight directly."
         )
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise ModelError(
-            f"Got a {type(model).__name__} without an LM head; expected the "
-            "...ForConditionalGeneration class. Write AutoModelForImageTextToText.from_pretrained(...)."
-        )
-    return config
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    if head() is None:
+        return f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
+    return ""
 
 
-def find_blocks(root: nn.Module, skip: set[int] | None = None) -> list[nn.Module]:
+def _wrapping_of(model: Any) -> str:
+    """What holds a model or one of its parts, and where the model itself is; "" if nothing does."""
+    kind = type(model)
+    inside = "; expected the transformers model inside, with the same weights. Write "
+    if callable(getattr(kind, "get_base_model", None)):  # by peft, whose adapters stay on
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            return (
+                " with an adapter that puts states of its own before the prompt; expected one that only "
+                "changes weights, such as LoRA: sinkscope would not see those states."
+            )
+        return f"{inside}ss.LVLM(model.get_base_model(), processor)."
+    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
+        found = getattr(model, inner, None)
+        wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
+        if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
+            return f"{inside}ss.LVLM(model.{inner}, processor)."
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if "_orig_mod" in part._modules:
+            return (
+                f" in which {path} is compiled ({type(part).__name__}); expected the part itself, whose "
+                "blocks have a place. Write part.compile(), or put part._orig_mod back."
+            )
+    return ""
+
+
+def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:
     """The longest list whose every entry holds attention, preferring calls that can be read.
 
-    Args:
-        root: Where to look.
-        skip: Ids of modules to leave out.
+    Modules whose ids are in ``skip`` are left out.
     """
     best: tuple[tuple[bool, int], list[nn.Module]] = ((False, 0), [])
     for module in root.modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not isinstance(module, nn.ModuleList) or not len(module) or id(module) in skip:
             continue
-        if skip is not None and id(module) in skip:
-            continue
-        inner = [attention_child(block) for block in module]
-        if all(child is not None for child in inner):
-            readable = any(child is not None and calls_attention(child) for child in inner)
+        inner = [child for block in module if (child := attention_child(block)) is not None]
+        if len(inner) == len(module):
+            readable = any(calls_attention(child) for child in inner)
             if (readable, len(module)) > best[0]:
                 best = ((readable, len(module)), list(module))
     return best[1]
 
 
 def attention_child(block: nn.Module) -> nn.Module | None:
-    """The direct child that calls attention, or else the one that is named after it."""
-    named = None
-    for name, child in block.named_children():
-        if calls_attention(child):
-            return child
-        is_named = ("attn" in name or "attention" in name) and "norm" not in name
-        if named is None and is_named:
-            named = child
-    return named
+    """The direct child that calls attention, or else the first one that is named after it."""
+    children = dict(block.named_children())
+    named = (
+        child
+        for name, child in children.items()
+        if ("attn" in name or "attention" in name) and "norm" not in name
+    )
+    calling = (child for child in children.values() if calls_attention(child))
+    return next(calling, None) or next(named, None)
 
 
 def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
@@ -168,18 +196,11 @@ def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
 
 
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
-    """The MLP's last linear map into the residual stream, whose input are the neurons.
+    """The MLP's last linear map into the stream of this width, and how many neurons it reads.
 
-    Any layer counts that says how wide it is. An adapter or a wrapper around one holds maps of lower
-    rank too, and its input is what all of them read: so the widest map is taken, and then the
-    outermost module around it that holds no map which reads the stream.
-
-    Args:
-        mlp: The MLP.
-        width: Width of the residual stream.
-
-    Returns:
-        The map and the number of neurons, or None if there is none.
+    An adapter or a wrapper holds maps of lower rank too, and its input is what all of them read. So
+    the widest map is taken, and then the outermost module around it that holds no map which reads
+    the stream. Any layer counts that says how wide it is.
     """
     maps: dict[str, tuple[int, int]] = {}
     for path, module in mlp.named_modules():
@@ -200,93 +221,62 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
 
 def output_projection(attention: nn.Module) -> nn.Module | None:
     """The module that maps head outputs back to the residual stream."""
-    for name in OUTPUT_PROJECTIONS:
-        child = getattr(attention, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    return None
+    children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
+    return next((child for child in children if isinstance(child, nn.Module)), None)
 
 
 def read_tower(
-    tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, *, packed: bool
+    tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
     """Read one tower."""
-    pairs = [(block, child) for block in blocks if (child := attention_child(block)) is not None]
-    projections = [output_projection(child) for _, child in pairs]
-    mlps = [mlp_child(block, child, paths[id(block)]) for block, child in pairs]
-    branches = [
-        read_branches(paths[id(block)], block, child, mlp, config.hidden_size)
-        for (block, child), mlp in zip(pairs, mlps, strict=True)
-    ]
-    neurons = [neuron_map(mlp, config.hidden_size) for mlp in mlps]
+    where = [paths[id(block)] for block in blocks]
+    attentions = [child for block in blocks if (child := attention_child(block)) is not None]
+    mlps = [mlp_child(*parts) for parts in zip(blocks, attentions, where, strict=True)]
+    width = config.hidden_size
+    parts = zip(where, blocks, attentions, mlps, strict=True)
+    neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
+
+    def path(module: nn.Module | None) -> str:
+        return "" if module is None else paths[id(module)]
+
     return TowerAnatomy(
         tower=tower,
-        blocks=tuple(paths[id(block)] for block, _ in pairs),
-        attention=tuple(paths[id(child)] for _, child in pairs),
-        mlp=tuple(paths[id(mlp)] for mlp in mlps),
-        attention_out=tuple(attention for attention, _ in branches),
-        mlp_out=tuple(mlp for _, mlp in branches),
-        neurons=tuple("" if last is None else paths[id(last[0])] for last in neurons),
-        projection=tuple("" if p is None else paths[id(p)] for p in projections),
-        calls=tuple(look_for_attention_call(child, paths[id(child)]) for _, child in pairs),
-        d_model=config.hidden_size,
+        blocks=tuple(where),
+        attention=tuple(map(path, attentions)),
+        mlp=tuple(map(path, mlps)),
+        branches=tuple(read_branches(*part, width) for part in parts),
+        neurons=tuple("" if last is None else path(last[0]) for last in neurons),
+        projection=tuple(path(output_projection(child)) for child in attentions),
+        calls=tuple(read_attention_call(child, path(child)) for child in attentions),
+        d_model=width,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        d_head=getattr(config, "head_dim", None) or width // heads,
         packed=packed,
         kernel=kernel_of(config),
         learned_sink=any(
-            name.rpartition(".")[2] in ("sinks", "sink", "s_aux")
-            for _, child in pairs
+            name.rpartition(".")[2] in LEARNED_SINKS
+            for child in attentions
             for name, _ in child.named_parameters()
         ),
         softcap=any(
-            getattr(child, "attn_logit_softcapping", None) is not None for _, child in pairs
+            getattr(child, "attn_logit_softcapping", None) is not None for child in attentions
         ),
         d_mlp=min(0 if last is None else last[1] for last in neurons),
     )
 
 
-def find_final_norm(decoder: nn.Module) -> nn.Module:
-    """The decoder's last child named after a norm.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    norms = [child for name, child in decoder.named_children() if "norm" in name]
-    if not norms:
-        raise ModelError(
-            f"{type(decoder).__name__} has no final norm; expected a child named after one. Please "
-            "report this class."
-        )
-    return norms[-1]
+def device_of(part: nn.Module) -> torch.device:
+    """Where a part computes; offloaded weights lie elsewhere between two passes."""
+    hook = getattr(part, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(part.parameters()).device
 
 
-def find_projector(model: nn.Module, family: Family) -> str:
-    """The projector's path, checked to exist.
-
-    Raises:
-        ModelError: If it is not where the family's row says.
-    """
-    names = dict(model.named_modules())
-    for path in family.projector:
-        if path in names:
-            return path
-    raise ModelError(
-        f"{type(model).__name__} has no module at {family.projector}; expected the projector of the "
-        f"{family.name} family there."
-    )
-
-
-def find_image_token_id(config: Any) -> int:
-    """``image_token_id``, or ``image_token_index`` in old configs.
-
-    Raises:
-        ModelError: If the config names neither.
-    """
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    raise ModelError("The config names no image_token_id; expected one to find image positions.")
+def dtype_of(part: nn.Module) -> torch.dtype:
+    """The dtype in which a part computes: that of its first weights that are no integers."""
+    return next(p.dtype for p in part.parameters() if p.is_floating_point())

@@ -1,7 +1,6 @@
 """One row of data per model family: what the module tree alone does not say.
 
-Everything else (blocks, attention calls, head sizes, CLS) is found structurally. Adding a family
-is adding a row to `FAMILIES`; see the contributing page.
+Everything else (blocks, attention calls, head sizes, CLS) is found structurally.
 """
 
 from __future__ import annotations
@@ -137,13 +136,7 @@ FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model type.
-
-    Args:
-        model_type: ``config.model_type``.
-
-    Returns:
-        Its row.
+    """The row of a ``config.model_type``.
 
     Raises:
         ModelError: If no row exists yet.

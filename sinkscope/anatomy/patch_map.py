@@ -1,7 +1,6 @@
 """From the pixels of the user's image to the patch grid that the model sees, and back.
 
-A `Frame` says how one image was brought to the model: which part of it, at which scale, in how many
-patches. Boxes are ``x0 y0 x1 y1`` with the origin at the top left.
+Boxes are ``x0 y0 x1 y1`` with the origin at the top left.
 """
 
 from __future__ import annotations
@@ -47,27 +46,15 @@ class Frame:
         return torch.stack([grid_x, grid_y, grid_x + size[0], grid_y + size[1]], dim=-1)
 
 
-FrameReader = Callable[
-    [Any, Any, Mapping[str, Tensor], "Sequence[tuple[int, int]] | None"], list[Frame]
-]
+Sizes = Sequence[tuple[int, int]] | None
+FrameReader = Callable[[Any, Any, Mapping[str, Tensor], Sizes], list[Frame]]
 """``(config, image_processor, inputs, original (width, height) sizes or None) -> frames``."""
 
 
-def _edge(size: Any, name: str) -> int | None:
-    """An entry of a processor's ``size``, which is a dict or an object with attributes."""
-    if size is None:
-        return None
-    value = size.get(name) if hasattr(size, "get") else getattr(size, name, None)
-    return None if value is None else int(value)
-
-
 def resized_and_cropped(
-    config: Any,
-    image_processor: Any,
-    inputs: Mapping[str, Tensor],
-    sizes: Sequence[tuple[int, int]] | None,
+    config: Any, image_processor: Any, inputs: Mapping[str, Tensor], sizes: Sizes
 ) -> list[Frame]:
-    """Frames of images that were resized, perhaps padded to a square, and perhaps centre-cropped."""
+    """Frames of images that were resized, perhaps padded to a square, perhaps centre-cropped."""
     pixels = inputs["pixel_values"]
     if pixels.ndim != 4:
         raise InputError(
@@ -94,20 +81,18 @@ def resized_and_cropped(
 
 
 def _resized(w: int, h: int, size: Any, crop: tuple[int, int]) -> tuple[int, int]:
-    """The size after resizing: the shortest edge fixed, or both edges fixed."""
-    shortest = _edge(size, "shortest_edge")
+    """The size after resizing to ``size``, a dict or an object: shortest edge or both edges fixed."""
+    read = size.get if hasattr(size, "get") else lambda name: getattr(size, name, None)
+    shortest = read("shortest_edge")
     if shortest is None:
-        return _edge(size, "width") or crop[0], _edge(size, "height") or crop[1]
+        return int(read("width") or crop[0]), int(read("height") or crop[1])
     if w <= h:
-        return shortest, int(shortest * h / w)
-    return int(shortest * w / h), shortest
+        return int(shortest), int(int(shortest) * h / w)
+    return int(int(shortest) * w / h), int(shortest)
 
 
 def smart_resized(
-    config: Any,
-    image_processor: Any,
-    inputs: Mapping[str, Tensor],
-    sizes: Sequence[tuple[int, int]] | None,
+    config: Any, image_processor: Any, inputs: Mapping[str, Tensor], sizes: Sizes
 ) -> list[Frame]:
     """Frames of images resized to a multiple of the patch grid, one grid per image."""
     if "image_grid_thw" not in inputs:
@@ -116,13 +101,10 @@ def smart_resized(
             "output: lvlm.prepare(inputs=processor(...))."
         )
     patch = config.vision_config.patch_size
-    frames = []
-    for i, (_, rows, columns) in enumerate(inputs["image_grid_thw"].tolist()):
-        if sizes is None:
-            frames.append(Frame(rows, columns, patch))
-            continue
-        w, h = sizes[i]
-        frames.append(
-            Frame(rows, columns, patch, (w / (columns * patch), h / (rows * patch)), original=True)
-        )
-    return frames
+    grids = [(rows, columns) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+    if sizes is None:
+        return [Frame(rows, columns, patch) for rows, columns in grids]
+    return [
+        Frame(rows, columns, patch, (w / (columns * patch), h / (rows * patch)), original=True)
+        for (rows, columns), (w, h) in zip(grids, sizes, strict=True)
+    ]

@@ -1,38 +1,32 @@
-"""Anatomy: where a model keeps its blocks, attention calls, projector and head.
-
-Only paths and numbers are kept, no modules, so an anatomy can be printed, compared and shipped. How
-it is found is in `sinkscope.anatomy.discovery`.
-"""
+"""Where a model keeps its blocks, attention calls, projector and head: paths and numbers only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.anatomy.families import Family
+from sinkscope.checks import is_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
 
 @dataclass(frozen=True)
 class TowerAnatomy:
-    """One tower of transformer blocks.
+    """One tower of transformer blocks; tuples have one entry per block.
 
     Attributes:
         tower: ``"vision"`` or ``"language"``.
-        blocks: Dotted path of every block.
-        attention: Dotted path of every block's attention module.
-        mlp: Dotted path of every block's MLP.
-        attention_out: How attention of every block reaches the residual stream, or why that could
-            not be read.
-        mlp_out: The same for the MLP.
-        neurons: Dotted path of every MLP's last projection, whose input are the neurons; empty
-            where there is none.
-        projection: Dotted path of every block's attention output projection, "" if none was found.
-        calls: The attention call of every block, or why it was not found.
+        blocks: Dotted paths of the blocks.
+        attention: Dotted paths of the attention modules.
+        mlp: Dotted paths of the MLPs.
+        branches: How attention and the MLP reach the residual stream, or why that could not be read.
+        neurons: Dotted paths of the MLPs' last projections, whose inputs are the neurons; "" where
+            there is none.
+        projection: Dotted paths of the attention output projections, "" where none was found.
+        calls: The attention calls, or why they were not found.
         d_model: Width of the residual stream.
         heads: Query heads.
         kv_heads: Key-value heads.
@@ -48,8 +42,7 @@ class TowerAnatomy:
     blocks: tuple[str, ...]
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
-    attention_out: tuple[Branch | NoBranch, ...]
-    mlp_out: tuple[Branch | NoBranch, ...]
+    branches: tuple[tuple[Branch, Branch] | NoBranch, ...]
     neurons: tuple[str, ...]
     projection: tuple[str, ...]
     calls: tuple[AttentionCall | NoAttentionCall, ...]
@@ -73,6 +66,16 @@ class TowerAnatomy:
         """Blocks whose attention call was found; the others have a residual stream only."""
         return tuple(i for i, call in enumerate(self.calls) if isinstance(call, AttentionCall))
 
+    @property
+    def adding(self) -> tuple[int, ...]:
+        """Blocks of which is known what attention and MLP add: those with attn_out and mlp_out."""
+        return tuple(i for i, found in enumerate(self.branches) if isinstance(found, tuple))
+
+    @property
+    def writing(self) -> tuple[int, ...]:
+        """Blocks of which is known what every key writes into the stream through attention."""
+        return tuple(i for i in self.attending if i in self.adding and self.projection[i])
+
     def call(self, layer: int) -> AttentionCall:
         """The attention call of a block.
 
@@ -81,15 +84,8 @@ class TowerAnatomy:
         """
         found = self.calls[layer]
         if isinstance(found, NoAttentionCall):
-            others = f" Write layers={list(self.attending)} for the rest." if self.attending else ""
-            raise AttentionCallError(found.reason + others)
+            raise AttentionCallError(found.reason + _others(self.attending))
         return found
-
-    @property
-    def adding(self) -> tuple[int, ...]:
-        """Blocks of which is known what attention and MLP add: those with attn_out and mlp_out."""
-        pairs = enumerate(zip(self.attention_out, self.mlp_out, strict=True))
-        return tuple(i for i, pair in pairs if all(isinstance(one, Branch) for one in pair))
 
     def branch(self, site: str, layer: int) -> Branch:
         """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
@@ -97,16 +93,10 @@ class TowerAnatomy:
         Raises:
             ModelError: If it could not be read, or was not what a pass has added.
         """
-        found = (self.attention_out if site == "attn_out" else self.mlp_out)[layer]
+        found = self.branches[layer]
         if isinstance(found, NoBranch):
-            others = f" Write layers={list(self.adding)} for the rest." if self.adding else ""
-            raise ModelError(found.reason + others)
-        return found
-
-    @property
-    def writing(self) -> tuple[int, ...]:
-        """Blocks of which is known what every key writes into the stream through attention."""
-        return tuple(i for i in self.attending if i in self.adding and self.projection[i])
+            raise ModelError(found.reason + _others(self.adding))
+        return found[0 if site == "attn_out" else 1]
 
     def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
         """What lies between a head's output and the stream.
@@ -142,21 +132,23 @@ class TowerAnatomy:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
         wanted: list[Any] = list(layers) if several else [layers]
+        last = self.n_layers - 1
         for layer in wanted:
-            if isinstance(layer, bool) or not isinstance(layer, Integral):
+            if not is_whole(layer, 0, last):
+                kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
                 raise LayerError(
-                    f"Got layer {layer!r} of type {type(layer).__name__}; expected a block index "
-                    f"from 0 to {self.n_layers - 1}. Write layers=[0, 1] or layers=None for all."
-                )
-            if not 0 <= int(layer) < self.n_layers:
-                raise LayerError(
-                    f"Got layer {layer} in the {self.tower} tower; expected 0 to "
-                    f"{self.n_layers - 1}. Layers are block indices and never negative: write "
-                    f"{self.n_layers - 1} for the last block."
+                    f"Got layer {layer!r}{kind} in the {self.tower} tower; expected 0 to {last}, never "
+                    f"negative: write {last} for the last block. Write layers=[0, 1] for two, or "
+                    "layers=None for all."
                 )
         if not wanted:
             raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
         return tuple(sorted({int(layer) for layer in wanted}))
+
+
+def _others(layers: tuple[int, ...]) -> str:
+    """Which blocks still work, as the end of a message."""
+    return f" Write layers={list(layers)} for the rest." if layers else ""
 
 
 @dataclass(frozen=True)
@@ -193,36 +185,17 @@ class Anatomy:
 
     def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
         """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
-        made = self
-        for (name, layer), reason in missing.items():
-            tower = made.tower(name)
-            halves = {
-                half: tuple(reason if i == layer else one for i, one in enumerate(ways))
-                for half, ways in (
-                    ("attention_out", tower.attention_out),
-                    ("mlp_out", tower.mlp_out),
-                )
-            }
-            made = replace(made, **{name: replace(tower, **halves)})
-        return made
+        changes = {}
+        for tower in (self.vision, self.language):
+            pairs = enumerate(tower.branches)
+            branches = tuple(missing.get((tower.tower, i), pair) for i, pair in pairs)
+            changes[tower.tower] = replace(tower, branches=branches)
+        return replace(self, **changes)
 
     @property
     def feed_layers(self) -> tuple[int, ...]:
         """The blocks of `feeds`, ascending and without repeats."""
         return tuple(sorted(set(self.feeds)))
-
-    @property
-    def fingerprint(self) -> tuple[Any, ...]:
-        """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
-        return (
-            self.model_type,
-            self.image_token_id,
-            self.vocab,
-            self.drops,
-            self.merge,
-            (self.vision.n_layers, self.vision.d_model),
-            (self.language.n_layers, self.language.d_model),
-        )
 
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name.
@@ -230,10 +203,9 @@ class Anatomy:
         Raises:
             ProbeError: If it is neither ``"vision"`` nor ``"language"``.
         """
-        if name == "vision":
-            return self.vision
-        if name == "language":
-            return self.language
-        raise ProbeError(
-            f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for the ViT."
-        )
+        if name not in ("vision", "language"):
+            raise ProbeError(
+                f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for the "
+                "ViT."
+            )
+        return self.vision if name == "vision" else self.language

@@ -208,7 +208,7 @@ class TestTimeRegister(BaseIntervention):
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
                 "neurons. Registers need neurons."
             )
-        return context.anatomy.feed_layers[-1]
+        return max(context.anatomy.feed_layers)
 
     def _neurons(self, context: Context, layer: int) -> list[int]:
         """The neurons of one layer; InterventionError if there is none, or one is out of range."""

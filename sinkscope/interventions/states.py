@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from sinkscope.anatomy.holding import dtype_of
+from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.checks import is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
@@ -171,7 +171,10 @@ class PatchActivations(BaseIntervention):
         layout = context.layout(self.tower)
         edits = []
         for i, layer in enumerate(layers):
-            given = {"mask": at_layer(mask, layer), "donor": donor[:, i].nan_to_num()}
+            given: dict[str, Any] = {
+                "mask": at_layer(mask, layer),
+                "donor": donor[:, i].nan_to_num(),
+            }
             given["layout"] = layout
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits

@@ -14,7 +14,8 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.kinds import check_kept, describe
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, LayerError
-from sinkscope.lsg.config import GateConfig, differences, fingerprint, sketch
+from sinkscope.lsg.config import GateConfig, differences, sketch
+from sinkscope.models.identity import sizes_of
 
 if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy
@@ -62,7 +63,7 @@ def config_for(
         d_model=anatomy.language.d_model,
         v_detector=describe(v_rule),
         l_detector=None if l_rule is None else describe(l_rule),
-        model=fingerprint(anatomy),
+        model=sizes_of(anatomy),
         weights=sketch(lvlm.module, anatomy.head),
         **made,
     )
@@ -73,7 +74,7 @@ def config_for(
 
 def refuse_other_model(config: GateConfig, anatomy: Anatomy) -> None:
     """Refuse a model that the gate was not made for; see `LSG.check_model`."""
-    lines = differences(config.model, fingerprint(anatomy))
+    lines = differences(config.model, sizes_of(anatomy))
     if lines:
         listed = "\n  ".join(lines)
         raise InterventionError(

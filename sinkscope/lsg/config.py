@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,9 +16,6 @@ from sinkscope.detectors.kinds import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError
 from sinkscope.kernels.gating import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.towers import Anatomy
 
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
 MODEL_ALIASES = MappingProxyType(
@@ -224,26 +221,6 @@ def _check_rule(name: str, rule: Any, width: Any) -> None:
     elif isinstance(detector, SinkDimensions) and is_whole(width):
         inside = all(dim < width for dim in detector.dims)
         require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
-
-
-def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
-    """What a gate must agree with, by name: type and sizes of both towers.
-
-    Names of checkpoints are not among it: a folder, a copy and the original are one model.
-    """
-    vision, language = anatomy.vision, anatomy.language
-    return {
-        "model_type": MODEL_ALIASES.get(anatomy.model_type, anatomy.model_type),
-        "vision_layers": vision.n_layers,
-        "vision_width": vision.d_model,
-        "feed_layers": list(anatomy.feed_layers),
-        "tokens_merged": anatomy.merge,
-        "language_layers": language.n_layers,
-        "language_width": language.d_model,
-        "heads": language.heads,
-        "kv_heads": language.kv_heads,
-        "head_dim": language.d_head,
-    }
 
 
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:

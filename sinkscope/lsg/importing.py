@@ -16,9 +16,10 @@ from sinkscope.checks import check_choice
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
 from sinkscope.lsg.building import check_layer, config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences, fingerprint
+from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.sources import AGAIN, as_fp32, leaves, read_tensors, source_of
+from sinkscope.models.identity import sizes_of
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -177,7 +178,7 @@ def read_settings(
     out = dict(leaves(read))
     telling = {k: v for k, v in out.items() if not any(part in k.lower() for part in ignore)}
     for base in BASES.keys() & {one for one in telling.values() if isinstance(one, str)}:
-        if lines := differences(BASES[base], fingerprint(lvlm.anatomy)):
+        if lines := differences(BASES[base], sizes_of(lvlm.anatomy)):
             listed = "\n  ".join(lines)
             raise InterventionError(
                 f"Got gates for {base!r} in {SETTINGS}; expected gates for {lvlm.name!r}.\n  {listed}"

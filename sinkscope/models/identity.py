@@ -1,18 +1,17 @@
-"""Which model this is: layout, sizes, and digests of weights and preparation that are cheap to take."""
+"""Which model this is: its layout, its sizes, and digests that are cheap to take."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from PIL import Image
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.anatomy.towers import Anatomy
 
 SAMPLES = 32
 """Values read of every tensor, evenly spaced."""
@@ -20,19 +19,48 @@ ASKED = "What is it, and how many are there: 0, 1 or 23?"
 """A question that is prepared to see what the template and the tokenizer make of one."""
 
 
+def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
+    """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
+    towers = ((tower.n_layers, tower.d_model) for tower in (anatomy.vision, anatomy.language))
+    ids = (anatomy.image_token_id, anatomy.vocab, anatomy.drops, anatomy.merge)
+    return (anatomy.model_type, *ids, *towers)
+
+
+def sizes_of(anatomy: Anatomy) -> dict[str, Any]:
+    """What a gate must agree with, by name: type and sizes of both towers, whatever checkpoint."""
+    vision, language = anatomy.vision, anatomy.language
+    return {
+        "model_type": anatomy.model_type,
+        "vision_layers": vision.n_layers,
+        "vision_width": vision.d_model,
+        "feed_layers": list(anatomy.feed_layers),
+        "tokens_merged": anatomy.merge,
+        "language_layers": language.n_layers,
+        "language_width": language.d_model,
+        "heads": language.heads,
+        "kv_heads": language.kv_heads,
+        "head_dim": language.d_head,
+    }
+
+
+def identity_of(lvlm: Any) -> dict[str, Any]:
+    """What must agree for two runs to be runs of one model, as plain values; takes an `LVLM`."""
+    anatomy = lvlm.anatomy
+    return {
+        "class": type(lvlm.module).__name__,
+        "layout": [list(x) if isinstance(x, tuple) else x for x in layout_of(anatomy)],
+        "kernels": [anatomy.vision.kernel, anatomy.language.kernel],
+        "weights": weights_digest(lvlm.module),
+        "preparation": preparation_digest(lvlm),
+    }
+
+
 @torch.no_grad()
-def weights_digest(module: nn.Module, samples: int = SAMPLES) -> str:
-    """A digest of names, shapes, dtypes and a few values of every parameter and buffer.
+def weights_digest(module: nn.Module) -> str:
+    """Take a digest of names, shapes, dtypes and a few values of all parameters and buffers.
 
-    Another checkpoint of the same architecture has another digest. It is no proof against a change
-    of single weights: only some of them are read.
-
-    Args:
-        module: The model.
-        samples: Values read of every tensor.
-
-    Returns:
-        32 hexadecimal digits.
+    32 hexadecimal digits, which another checkpoint of the same architecture does not share. It is no
+    proof against a change of single weights: only some of them are read.
     """
     digest = hashlib.blake2b(digest_size=16)
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -42,59 +70,31 @@ def weights_digest(module: nn.Module, samples: int = SAMPLES) -> str:
         part = module.get_submodule(owner)
         with align_module_device(part):  # which fetches offloaded weights
             flat = getattr(part, leaf).detach().reshape(-1)
-        if flat.numel():
-            at = torch.linspace(
-                0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64
-            )
+        if count := flat.numel():
+            at = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64)
             values = flat[at.round().long().to(flat.device)].double().cpu()
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
-def preparation_digest(lvlm: LVLM) -> str | None:
-    """A digest of how images and questions become model inputs; None without a processor.
+def preparation_digest(lvlm: Any) -> str | None:
+    """Take a digest of how images and questions become model inputs; None without a processor.
 
-    It takes the settings of the image processor (sizes, means, resampling), the token ids of a fixed
-    question about a fixed image, with the chat template around it, and the shapes of what comes out.
-    Pixels themselves are not taken: their last bits may differ between machines.
-
-    Args:
-        lvlm: The model.
-
-    Returns:
-        32 hexadecimal digits.
+    It takes the settings of the image processor, the token ids of a fixed question about a fixed
+    image, with the chat template around it, and the shapes of what comes out. Pixels themselves are
+    not taken: their last bits may differ between machines.
     """
     if lvlm.processor is None:
         return None
     processor: Any = lvlm.processor
     images = getattr(processor, "image_processor", None)
     sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=ASKED)
-    shapes = {
-        name: [list(value.shape), str(value.dtype)]
-        for name, value in sample.inputs.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in sample.inputs.items() if isinstance(value, Tensor)}
     parts = {
         "classes": [type(x).__name__ for x in (processor, images, lvlm.tokenizer)],
         "images": None if images is None else images.to_dict(),
         "ids": sample.tokens.ids.tolist(),
-        "shapes": shapes,
+        "shapes": {name: [list(x.shape), str(x.dtype)] for name, x in tensors.items()},
     }
     text = json.dumps(parts, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def identity_of(lvlm: LVLM) -> dict[str, Any]:
-    """What must agree for two runs to be runs of one model, as plain values.
-
-    Args:
-        lvlm: The model.
-    """
-    anatomy = lvlm.anatomy
-    return {
-        "class": type(lvlm.module).__name__,
-        "layout": [list(x) if isinstance(x, tuple) else x for x in anatomy.fingerprint],
-        "kernels": [anatomy.vision.kernel, anatomy.language.kernel],
-        "weights": weights_digest(lvlm.module),
-        "preparation": preparation_digest(lvlm),
-    }

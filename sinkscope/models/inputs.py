@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, ModelError
+from sinkscope.models.identity import layout_of
 from sinkscope.models.prompts import as_rows, render
 from sinkscope.models.token_map import build_token_map
 from sinkscope.models.wrapping import lent, undisturbed
@@ -35,7 +36,7 @@ class Sample:
         tokens: What every position is.
         images: The images of every row, as people see them; None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
-        made_for: The layout of the model it was prepared for (`Anatomy.fingerprint`).
+        made_for: The layout of the model it was prepared for (`identity.layout_of`).
     """
 
     inputs: Mapping[str, Any]
@@ -88,7 +89,7 @@ def make_sample(
         tokens=build_token_map(anatomy, module.config, ready, frames, tokenizer),
         images=None if rows is None else tuple(map(tuple, rows)),
         texts=None if prompts is None else tuple(prompts),
-        made_for=anatomy.fingerprint,
+        made_for=layout_of(anatomy),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from sinkscope.anatomy.families import family_of
 from sinkscope.checks import check_flags
 from sinkscope.errors import CheckpointError, ModelError
-from sinkscope.models import processors, wrapping
+from sinkscope.models import processors
+from sinkscope.models.wrapping import check_remote, wrap_remote
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
 # cut off, of another model, or ask for a package that is not there.
@@ -30,28 +32,38 @@ UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-EXPECTED = "expected a hub repository you may read, or a folder written by save_pretrained()."
 
 
-def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """A model with weights, in evaluation mode, and its processor.
+def open_checkpoint(
+    name: Any, options: dict[str, Any], remote: Any = False
+) -> tuple[Any, Any, Any]:
+    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it.
 
     Raises:
         CheckpointError: If it cannot be read.
         ModelError: If it is no vision-language model of a known family.
     """
-    from transformers import AutoModelForImageTextToText
+    if not isinstance(name, (str, Path)):
+        raise CheckpointError(
+            f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a folder. "
+            "For a model you already hold write ss.LVLM(model, processor)."
+        )
+    folder = Path(name).expanduser()
+    where = str(folder) if folder.is_dir() else str(name)
+    if check_remote(remote) in (False, "local"):
+        return *load(where, options), None
+    wrapped = load_remote(where, options)
+    return wrapped._module, wrapped.processor, wrapped
 
+
+def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A model with weights, in evaluation mode, and its processor."""
     config = load_config(name, options)
     processor = load_processor(name, options)
     loader: Any = AutoModelForImageTextToText
     rest = {k: v for k, v in options.items() if v is not None}
-    try:
+    with _explained(name):
         model, info = loader.from_pretrained(name, config=config, output_loading_info=True, **rest)
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
     missing = sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key)
     if missing:
         raise CheckpointError(
@@ -63,14 +75,7 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def load_remote(name: str, options: dict[str, Any]) -> Any:
-    """The architecture without weights, for remote runs.
-
-    Raises:
-        CheckpointError: If config or processor cannot be read, or a quantisation is asked for.
-        ModelError: If it is no vision-language model of a known family.
-    """
-    from transformers import GenerationConfig
-
+    """The architecture without weights, for remote runs."""
     load_config(name, options)
     if options["quantization_config"] is not None:
         raise CheckpointError(
@@ -79,13 +84,10 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
         )
     processor = load_processor(name, options)
     rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
-    try:
-        wrapped = wrapping.wrap_remote(
-            name, processor, trust_remote_code=options["trust_remote_code"], **rest
-        )
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
-    module: Any = wrapping.module_of(wrapped)
+    trust = options["trust_remote_code"]
+    with _explained(name):
+        wrapped = wrap_remote(name, processor, trust_remote_code=trust, **rest)
+    module: Any = wrapped._module
     with suppress(OSError):  # a repository need not have one
         given = options.get("revision") or "main"
         module.generation_config = GenerationConfig.from_pretrained(name, revision=given)
@@ -93,24 +95,11 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
 
 
 def load_config(name: str, options: dict[str, Any]) -> Any:
-    """The config, checked to be of a vision-language model that sinkscope knows.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-        ModelError: If the model is text-only or of an unknown family.
-    """
-    from transformers import AutoConfig
-
+    """The config, checked to be of a vision-language model that sinkscope knows."""
     check_options(options)
     check_name(name)
-    try:
-        config = AutoConfig.from_pretrained(
-            name,
-            revision=options.get("revision"),
-            trust_remote_code=options.get("trust_remote_code", False),
-        )
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
+    with _explained(name):
+        config = AutoConfig.from_pretrained(name, **_source(options))
     if getattr(config, "vision_config", None) is None:
         raise ModelError(
             f"Got {name!r}, a {config.model_type!r} model without a vision tower; expected a "
@@ -120,23 +109,23 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of another type, as a recipe or a command line may give them.
+def _source(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Which revision, and whether its code may run."""
+    trust = options.get("trust_remote_code", False)
+    return {"revision": options.get("revision"), "trust_remote_code": trust}
 
-    Raises:
-        InputError: If trust is neither True nor False.
-        CheckpointError: If a name is no text, or the dtype is unknown.
-    """
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of another type, as a recipe or a command line may give them."""
     check_flags(trust_remote_code=options.get("trust_remote_code", False))
-    kinds = {"revision": (str,), "attn_implementation": (str, dict)}
-    for key, known in kinds.items():
+    for key, known in (("revision", str), ("attn_implementation", (str, dict))):
         value = options.get(key)
         if value is not None and not isinstance(value, known):
             raise CheckpointError(
                 f"Got {key}={value!r}; expected text. Write {key}: '...' in quotes in a recipe."
             )
     dtype = options.get("dtype")
-    named = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
+    named = dtype in (None, "auto") or isinstance(dtype, torch.dtype)
     if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise CheckpointError(
             f"Got dtype={dtype!r}; expected 'auto', a torch dtype, or its name such as 'bfloat16'."
@@ -144,11 +133,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a folder that is none, before anything is read.
-
-    Raises:
-        CheckpointError: If the folder is missing or holds no config.
-    """
+    """Refuse a folder that is missing or holds no config, before anything is read."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -163,52 +148,51 @@ def check_name(name: str) -> None:
 
 
 def load_processor(name: str, options: dict[str, Any]) -> Any:
-    """The processor.
-
-    Raises:
-        CheckpointError: If it cannot be read, or has no tokenizer or no image processor.
-    """
+    """The processor, with a tokenizer and an image processor."""
+    expected = "expected processor_config.json or preprocessor_config.json"
     try:
-        processor: Any = processors.load_processor(
-            name,
-            revision=options.get("revision"),
-            trust_remote_code=options.get("trust_remote_code", False),
-        )
+        processor: Any = processors.load_processor(name, **_source(options))
     except UNREADABLE as error:
         raise CheckpointError(
-            f"The processor of {name!r} could not be read ({type(error).__name__}: "
-            f"{first_line(error)}); expected processor_config.json or preprocessor_config.json, and "
+            f"The processor of {name!r} could not be read ({_first_line(error)}); {expected}, and "
             "tokenizer files, beside the weights."
         ) from error
     lacks = [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]
     if lacks:
         raise CheckpointError(
-            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; expected "
-            "processor_config.json or preprocessor_config.json beside the weights."
+            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; {expected} "
+            "beside the weights."
         )
     return processor
 
 
-def unreadable(name: str, error: Exception) -> CheckpointError:
-    """One message for every way a checkpoint can fail to load, with what helps in each."""
-    hint = EXPECTED
-    if "trust_remote_code" in str(error):
-        hint = (
-            "it holds its own code; expected a model of transformers itself. If you have read and "
-            "trust that code, write trust_remote_code=True."
-        )
-    elif isinstance(error, SafetensorError):
-        hint = "expected whole weight files: this one is damaged or cut off. Download it again."
-    elif isinstance(error, ImportError):
-        hint = (
-            "expected that package: install it, or choose another attn_implementation or "
-            "quantization_config."
-        )
-    return CheckpointError(
-        f"{name!r} could not be loaded ({type(error).__name__}: {first_line(error)}); {hint}"
-    )
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One error for every way a checkpoint can fail to load, with what helps in each."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        hint = "expected a hub repository you may read, or a folder written by save_pretrained()."
+        if "trust_remote_code" in str(error):
+            hint = (
+                "it holds its own code; expected a model of transformers itself. If you have read and "
+                "trust that code, write trust_remote_code=True."
+            )
+        elif isinstance(error, SafetensorError):
+            hint = "expected whole weight files: this one is damaged or cut off. Download it again."
+        elif isinstance(error, ImportError):
+            hint = (
+                "expected that package: install it, or choose another attn_implementation or "
+                "quantization_config."
+            )
+        raise CheckpointError(
+            f"{name!r} could not be loaded ({_first_line(error)}); {hint}"
+        ) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error, which is all a message has room for."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _first_line(error: Exception) -> str:
+    """The type of an error and its first line, which is all a message has room for."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first}"

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLPr
 class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transformers writes it
     """``Qwen2_5_VLProcessor`` without its video slot, for machines without torchvision.
 
-    transformers' video processors need torchvision, and without it the parent class cannot be built
-    at all. Text and images take the parent's own path. What is saved names the parent class and the
-    real video processor, so the folder loads with ``AutoProcessor`` where torchvision is installed;
-    elsewhere use `load_processor`.
+    transformers' video processors need torchvision, and without it the parent class cannot be built.
+    Text and images take the parent's own path. What is saved names the parent class and the real
+    video processor, so the folder loads with ``AutoProcessor`` where torchvision is installed, and
+    elsewhere with `load_processor`.
 
     Args:
         image_processor: A Qwen2-VL image processor, such as ``Qwen2VLImageProcessorPil``.
@@ -29,19 +29,12 @@ class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transform
     def __init__(
         self, image_processor: Any, tokenizer: Any, chat_template: str | None = None
     ) -> None:
-        self.image_token = tokenizer.image_token
-        self.video_token = tokenizer.video_token
-        self.image_token_id = tokenizer.image_token_id
-        self.video_token_id = tokenizer.video_token_id
+        for name in ("image_token", "video_token", "image_token_id", "video_token_id"):
+            setattr(self, name, getattr(tokenizer, name))
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def validate_inputs(
-        self,
-        images: Any = None,
-        text: Any = None,
-        videos: Any = None,
-        audio: Any = None,
-        **kwargs: Any,
+    def validate_inputs(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
     ) -> None:
         """Raise ``ValueError`` for videos, then check as the parent does."""
         if videos is not None:
@@ -49,7 +42,7 @@ class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transform
                 "this processor takes images and text, but videos came; pass images=..., or install "
                 "torchvision and build transformers' Qwen2_5_VLProcessor"
             )
-        super().validate_inputs(images=images, text=text, videos=None, audio=audio, **kwargs)
+        super().validate_inputs(images=images, text=text, videos=None, **kwargs)
 
     def to_dict(self) -> dict[str, object]:
         """Settings as the parent class would save them, its default video settings included."""
@@ -76,11 +69,6 @@ def load_processor(
 
     What ``AutoProcessor`` gives; where that needs a package that is missing (torchvision, for the
     video half of Qwen2.5-VL's processor), the family's processor without its video slot.
-
-    Args:
-        name: Repository id or folder.
-        revision: Branch, tag or commit.
-        trust_remote_code: Whether to run code from the repository; nothing but True does.
 
     Raises:
         ImportError: If a package is missing and the family has no processor without it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.block_sum import Branch, NoBranch, no_branch
 from sinkscope.anatomy.context import Context
-from sinkscope.anatomy.holding import device_of, dtype_of
+from sinkscope.anatomy.discovery import device_of, dtype_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import ModelError, NonFiniteError
 from sinkscope.kernels import residual
@@ -25,12 +25,12 @@ from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
 from sinkscope.sites import Site, Tower
 
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
-
 SMALL = 1_000_000_000
-
 """Parameters of a model that is verified on one thread of the CPU."""
+LIMIT = 4.0
+"""Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
+TOKENS = 32
+"""How many tokens of a pass are looked at, which is more than enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class _States:
         return answers
 
 
-def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
-    """Check that the sites are what they are called.
+def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
+    """Check that the sites of an `LVLM` are what they are called.
 
     * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
@@ -56,12 +56,12 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
     * two passes compute the same, if a pass draws random numbers;
     * a block adds attn_out and mlp_out to the stream, and nothing else.
 
+    A picture takes most of a prompt, and most of the time goes into the decoder. So the pass with the
+    picture ends in the first block of the decoder, and the prompt's words alone go through all of it.
+
     Returns:
         ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
         sites, and the rest works.
-
-    A picture takes most of a prompt, and most of the time goes into the decoder. So the pass with the
-    picture ends in the first block of the decoder, and the prompt's words alone go through all of it.
 
     Raises:
         ModelError: If one of the others fails, with the numbers.
@@ -79,7 +79,7 @@ def verify_anatomy(lvlm: LVLM) -> dict[tuple[str, int], NoBranch]:
 
 
 @contextmanager
-def _not_by_chance(lvlm: LVLM, sample: Sample) -> Iterator[None]:
+def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
     """Where passes inside draw random numbers, refuse a model of which two passes differ."""
     before = _random_state()
     try:
@@ -115,13 +115,13 @@ def _few_threads(module: nn.Module) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _sums(lvlm: LVLM, tower: Tower, most: int | None = None) -> list[AttentionMass]:
+def _sums(lvlm: Any, tower: Tower, most: int | None = None) -> list[AttentionMass]:
     """The mass on all tokens, in the first blocks whose attention call was found, or in all of them."""
     found = lvlm.anatomy.tower(tower).attending[:most]
     return [AttentionMass({"all": "all"}, found, tower=tower, null=False)] if found else []
 
 
-def _check_picture(lvlm: LVLM, sample: Sample) -> None:
+def _check_picture(lvlm: Any, sample: Sample) -> None:
     """Vision tower, projector and the way into the decoder, on a prompt with a picture."""
     a = lvlm.anatomy
     feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
@@ -129,8 +129,9 @@ def _check_picture(lvlm: LVLM, sample: Sample) -> None:
     states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
     probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
     context = Context(a, sample.tokens)
-    plan = lvlm._plan(probes, (), context)
-    answers = runner.run_until_read(lvlm._traced(False), lvlm._placed(sample), plan)
+    plan = runner.plan_of(probes, (), context, lvlm)
+    places = lvlm._places
+    answers = runner.run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
     if not torch.isfinite(seen[ends[1]]).all():
         raise NonFiniteError(
@@ -143,14 +144,13 @@ def _check_picture(lvlm: LVLM, sample: Sample) -> None:
         _check_sum(lvlm, probe.tower, probe.finish(answers[slot], context).mass)
 
 
-def _check_sum(lvlm: LVLM, tower: Tower, mass: Tensor) -> None:
-    """The mass on all tokens is one."""
-    block = lvlm.module.get_submodule(lvlm.anatomy.tower(tower).blocks[0])
-    tolerance = 1e-3 if dtype_of(block) == torch.float32 else 2e-2
+def _check_sum(lvlm: Any, tower: Tower, mass: Tensor) -> None:
+    """The mass on all tokens is one, or less with a learned sink."""
+    anatomy = lvlm.anatomy.tower(tower)
+    half = dtype_of(lvlm.module.get_submodule(anatomy.blocks[0])) != torch.float32
+    tolerance = 2e-2 if half else 1e-3
     over = mass - 1
-    # A learned sink takes a share that belongs to no token.
-    learned = lvlm.anatomy.tower(tower).learned_sink
-    off = (over if learned else over.abs()).nan_to_num().amax()
+    off = (over if anatomy.learned_sink else over.abs()).nan_to_num().amax()
     if off > tolerance:
         raise ModelError(
             f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
@@ -160,16 +160,11 @@ def _check_sum(lvlm: LVLM, tower: Tower, mass: Tensor) -> None:
 
 def _words_only(sample: Sample) -> Sample:
     """The prompt of one row without its image positions, as the model takes text alone."""
-    tokens = sample.tokens
-    words = (tokens.image < 0)[0]
-    per_position = {
-        field.name: value[:, words]
-        for field in fields(tokens)
-        if isinstance(value := getattr(tokens, field.name), Tensor)
-    }
+    words = (sample.tokens.image < 0)[0]
+    tensors = {n: x[:, words] for n, x in vars(sample.tokens).items() if isinstance(x, Tensor)}
     inputs = {name: sample.inputs[name][:, words] for name in ("input_ids", "attention_mask")}
-    cut = replace(tokens, **per_position, words=None)
-    return Sample(inputs, cut, made_for=sample.made_for)
+    tokens = replace(sample.tokens, **tensors, words=None)
+    return Sample(inputs, tokens, made_for=sample.made_for)
 
 
 def _test_image() -> Image.Image:
@@ -178,7 +173,7 @@ def _test_image() -> Image.Image:
     return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
-def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
+def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
     """The projector's input is the feeding blocks' output, normed if so, without dropped tokens."""
     a = lvlm.anatomy
     made = torch.cat(feeds, dim=-1)
@@ -188,7 +183,7 @@ def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
             made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
     made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
     made, read = made.reshape(-1, made.shape[-1]), read.reshape(-1, read.shape[-1])
-    if made.shape != read.shape or not torch.equal(made, read):
+    if not torch.equal(made, read):
         raise ModelError(
             f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
             f"vision blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. "
@@ -196,42 +191,23 @@ def _check_feed(lvlm: LVLM, feeds: list[Tensor], read: Tensor) -> None:
         )
 
 
-def _check_projection(lvlm: LVLM, sample: Any, seen: Mapping[Site, Tensor]) -> None:
+def _check_projection(lvlm: Any, sample: Sample, seen: Mapping[Site, Tensor]) -> None:
     """The projector's output reaches the image positions of the decoder's input."""
-    visual = sample.tokens.image >= 0
-    at_input = seen[Site("language", "resid_pre", 0)][visual]
-    module: Any = lvlm.module
+    read = seen[Site("language", "resid_pre", 0)][sample.tokens.image >= 0]
     # The model brings what the projector writes into the decoder's dtype.
-    dtype = dtype_of(module.get_input_embeddings())
-    written = seen[Site("projector", "output")].reshape(-1, at_input.shape[-1]).to(dtype).float()
-    same = written.shape == at_input.shape
-    order = None
-    if same:
-        order = torch.cdist(at_input, written).argmin(dim=1)
-        same = torch.equal(written[order], at_input)
-    if not same:
+    dtype = dtype_of(lvlm.module.get_input_embeddings())
+    written = seen[Site("projector", "output")].reshape(-1, read.shape[-1]).to(dtype).float()
+    same = written.shape == read.shape
+    if not (same and torch.equal(written[torch.cdist(read, written).argmin(dim=1)], read)):
         raise ModelError(
             f"The projector writes {tuple(written.shape)}, but the decoder reads other states at "
-            f"its {tuple(at_input.shape)} image positions; expected the same vectors."
+            f"its {tuple(read.shape)} image positions; expected the same vectors."
         )
-
-
-LIMIT = 4.0
-
-"""Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
-
-TOKENS = 32
-
-"""How many tokens of a pass are looked at, which is more than enough."""
 
 
 @contextmanager
 def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str, int], NoBranch]]:
     """Compare ``resid_pre + attn_out + mlp_out`` with ``resid_post`` in every pass inside.
-
-    Args:
-        module: The model.
-        anatomy: Its anatomy.
 
     Yields:
         ``(tower, layer) -> reason`` of the blocks in which they differ; filled when a block has run.
@@ -241,65 +217,50 @@ def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str
     try:
         for tower in (anatomy.vision, anatomy.language):
             for layer in tower.adding:
-                block = _Block(module, tower.blocks[layer], wrong, (tower.tower, layer))
-                handles += block.watch(
-                    tower.branch("attn_out", layer), tower.branch("mlp_out", layer)
-                )
+                branches = [tower.branch(site, layer) for site in ("attn_out", "mlp_out")]
+                place = (tower.tower, layer)
+                handles += _watch(module, tower.blocks[layer], branches, wrong, place)
         yield wrong
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Block:
-    """The sum of one block while a pass goes through it."""
+def _watch(
+    module: nn.Module,
+    path: str,
+    branches: list[Branch],
+    wrong: dict[tuple[str, int], NoBranch],
+    place: tuple[str, int],
+) -> list[Any]:
+    """Hooks on a block and on what its branches add, which note where the sum is wrong."""
+    parts: list[Tensor] = []
 
-    def __init__(
-        self,
-        module: nn.Module,
-        path: str,
-        wrong: dict[tuple[str, int], NoBranch],
-        place: tuple[str, int],
-    ) -> None:
-        self.module, self.path, self.wrong, self.place = module, path, wrong, place
-        self.parts: list[Tensor] = []
+    def begin(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        parts[:] = [args[0] if args else next(iter(kwargs.values()))]
 
-    def watch(self, *branches: Branch) -> list[Any]:
-        """Hooks on the block and on what its branches add."""
-        block = self.module.get_submodule(self.path)
-        return [
-            block.register_forward_pre_hook(self.begin, with_kwargs=True),
-            *(
-                self.module.get_submodule(branch.path).register_forward_hook(self.adder(branch))
-                for branch in branches
-            ),
-            block.register_forward_hook(self.end),
-        ]
-
-    def begin(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note what the block reads."""
-        self.parts = [args[0] if args else next(iter(kwargs.values()))]
-
-    def adder(self, branch: Branch) -> Any:
-        """A hook that notes what a branch adds."""
-
-        def note(module: nn.Module, args: Any, out: Any) -> None:
+    def adder(branch: Branch) -> Any:
+        def note(part: nn.Module, args: Any, out: Any) -> None:
             states = first_tensor(out)
-            self.parts.append(times(states, factors_at(self.module, branch.factors, states.device)))
+            parts.append(times(states, factors_at(module, branch.factors, states.device)))
 
         return note
 
-    def end(self, block: nn.Module, args: Any, out: Any) -> None:
-        """Compare with what the block writes."""
-        off = rounding_errors(self.parts, first_tensor(out)) if len(self.parts) == 3 else None
-        self.parts = []
+    def end(block: nn.Module, args: Any, out: Any) -> None:
+        off = rounding_errors(parts, first_tensor(out)) if len(parts) == 3 else None
+        parts.clear()
         if off is None:
-            why = "attention or MLP did not run once in a pass"
-        elif off <= LIMIT:
-            return
-        else:
+            wrong[place] = no_branch(path, block, "attention or MLP did not run once in a pass")
+        elif not off <= LIMIT:
             why = f"in a pass they differ by {off:.3g} rounding errors"
-        self.wrong[self.place] = no_branch(self.path, block, why)
+            wrong[place] = no_branch(path, block, why)
+
+    block, get = module.get_submodule(path), module.get_submodule
+    return [
+        block.register_forward_pre_hook(begin, with_kwargs=True),
+        *(get(branch.path).register_forward_hook(adder(branch)) for branch in branches),
+        block.register_forward_hook(end),
+    ]
 
 
 def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:

@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import InputError, ProbeError, nearest
+from sinkscope.interventions.application import check_beside, check_interventions
 from sinkscope.models.inputs import Sample
-from sinkscope.protocols import Probe
+from sinkscope.protocols import Intervention, Probe
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
-ONE_QUERY_PER_ROW = MappingProxyType(
+ONE_QUERY_PER_ROW: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "num_beams": (None, 1),
         "num_return_sequences": (None, 1),
         "use_cache": (None, True),
-        "return_dict_in_generate": (None, False),
-        "prompt_lookup_num_tokens": (None,),
-        "assistant_early_exit": (None,),
-        "use_mtp": (None, False),
-        "is_assistant": (None, False),
-        "penalty_alpha": (None,),
-        "dola_layers": (None,),
-        "constraints": (None,),
-        "force_words_ids": (None,),
         "guidance_scale": (None, 1),
-        "prefill_chunk_size": (None,),
-        "token_healing": (None, False),
+        **dict.fromkeys(
+            ("return_dict_in_generate", "use_mtp", "is_assistant", "token_healing"), (None, False)
+        ),
+        **dict.fromkeys(
+            (
+                "prompt_lookup_num_tokens",
+                "assistant_early_exit",
+                "penalty_alpha",
+                "dola_layers",
+                "constraints",
+                "force_words_ids",
+                "prefill_chunk_size",
+            ),
+            (None,),
+        ),
     }
 )
 GREEDY: Mapping[str, Any] = MappingProxyType(
     {
         **{name: allowed[-1] for name, allowed in ONE_QUERY_PER_ROW.items()},
         "do_sample": False,
-        "repetition_penalty": 1.0,
-        "encoder_repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-        "min_length": 0,
-        "min_new_tokens": None,
-        "forced_eos_token_id": None,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "bad_words_ids": None,
-        "sequence_bias": None,
-        "watermarking_config": None,
-        "exponential_decay_length_penalty": None,
-        "stop_strings": None,
-        "max_time": None,
+        **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0),
+        **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
+        **dict.fromkeys(
+            (
+                "min_new_tokens",
+                "forced_eos_token_id",
+                "suppress_tokens",
+                "begin_suppress_tokens",
+                "bad_words_ids",
+                "sequence_bias",
+                "watermarking_config",
+                "exponential_decay_length_penalty",
+                "stop_strings",
+                "max_time",
+            )
+        ),
     }
 )
-"""Options of ``generate`` under which every token has the highest logit, whatever the model's own config says."""
+"""Options of ``generate`` under which every token has the highest logit, whatever the model's config."""
 BESIDE_SETTINGS = (
     "generation_config",
     "logits_processor",
@@ -70,8 +76,18 @@ FIXED = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 """Caches of fixed length, with room for keys that no token has made yet."""
 
 
-def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
-    """Refuse what is no sample, or one of another model.
+def check_run(
+    sample: Any, layout: tuple[Any, ...], probes: Any = (), interventions: Any = ()
+) -> tuple[list[Probe], list[Intervention]]:
+    """The probes and interventions of a run as lists, all of the right kind; see `check_sample`."""
+    check_sample(sample, layout)
+    asked, edits = check_probes(probes), check_interventions(interventions)
+    check_beside(edits, asked)
+    return asked, edits
+
+
+def check_sample(sample: Any, layout: tuple[Any, ...]) -> None:
+    """Refuse what is no sample, or one of a model of another layout (`identity.layout_of`).
 
     Raises:
         InputError: If so.
@@ -81,7 +97,7 @@ def check_sample(sample: Any, fingerprint: tuple[Any, ...]) -> None:
             f"Got {type(sample).__name__} as sample; expected what lvlm.prepare(...) returns. Write "
             "lvlm.run(lvlm.prepare(images=image, text='...'))."
         )
-    if sample.made_for is not None and sample.made_for != fingerprint:
+    if sample.made_for is not None and sample.made_for != layout:
         raise InputError(
             f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made by "
             "this LVLM. Write lvlm.prepare(...) with the same images and text."
@@ -94,26 +110,18 @@ def check_probes(probes: Any) -> list[Probe]:
     Raises:
         ProbeError: If there is something else among them.
     """
-    if isinstance(probes, Probe):
-        raise ProbeError(
-            f"Got one {type(probes).__name__}; expected a list of probes. Write probes=[probe]."
-        )
-    if not isinstance(probes, Iterable) or isinstance(probes, (str, Mapping)):
-        raise ProbeError(
-            f"Got probes={probes!r}; expected a list of probes, such as "
-            "[ss.AttentionMass({'image': 'image'})]."
-        )
+    if isinstance(probes, (Probe, str, Mapping)) or not isinstance(probes, Iterable):
+        got = f"one {type(probes).__name__}" if isinstance(probes, Probe) else f"probes={probes!r}"
+        raise ProbeError(f"Got {got}; expected a list of probes. Write probes=[probe].")
     out = list(probes)
     for probe in out:
         if isinstance(probe, type):
-            raise ProbeError(
-                f"Got the class {probe.__name__} among the probes; expected an object of it. Write "
-                f"{probe.__name__}(...)."
-            )
+            name = probe.__name__
+            raise ProbeError(f"Got the class {name}; expected an object of it. Write {name}(...).")
         if not isinstance(probe, Probe):
             raise ProbeError(
-                f"Got {probe!r} among the probes; expected objects with reads() and finish(), "
-                "such as ss.AttentionMass({'image': 'image'})."
+                f"Got {probe!r} among the probes; expected objects with reads() and finish(), such as "
+                "ss.AttentionMass({'image': 'image'})."
             )
     return out
 
@@ -124,68 +132,15 @@ def check_logits(logits: Any, default: str) -> bool:
     Raises:
         ProbeError: If ``logits`` is neither ``"all"`` nor ``"last"`` nor None.
     """
-    if logits not in (None, "all", "last"):
-        raise ProbeError(
-            f"Got logits={logits!r}; expected 'all' or 'last', or None for 'all' here and 'last' on "
-            "remote runs."
-        )
+    hint = "None is 'all' here and 'last' on remote runs."
+    check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
     return (logits or default) == "all"
 
 
-def check_remote(remote: Any) -> bool | str:
-    """Where to run.
-
-    Raises:
-        InputError: If ``remote`` is neither a bool, ``"local"`` nor the address of a server.
-    """
-    known = isinstance(remote, bool) or remote == "local"
-    if known or (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
-        return remote
-    raise InputError(
-        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
-        "False, or the address of a server, 'https://...'."
-    )
-
-
-def check_grad(grad: bool, where: bool | str) -> bool | str:
-    """Where to run, which is here if gradients are wanted.
-
-    Raises:
-        InputError: If it is elsewhere.
-    """
-    if grad and where:
-        raise InputError(
-            f"Got grad=True with remote={where!r}; expected a run here, where the graph can be kept. "
-            "Write remote=False."
-        )
-    return where
-
-
-def check_weights(where: bool | str, *, weightless: bool, offloaded: bool) -> None:
-    """Refuse to run here what has no weights here, and as on a server what is offloaded.
-
-    Raises:
-        InputError: If so.
-    """
-    if offloaded and where == "local" and not weightless:
-        raise InputError(
-            "Got remote='local' for a model whose weights are offloaded; expected them in memory, as "
-            "they are on a server. Write remote=False, or load the model without offloading."
-        )
-    if weightless and where in (False, "local"):
-        raise InputError(
-            f"Got remote={where!r} for a model without weights; expected remote=True. Write "
-            "ss.LVLM.from_pretrained(name) to load the weights here."
-        )
-
-
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
-    """What ``generate`` will take a setting to be: an option, else a config given with them, else the model's.
+    """What ``generate`` will take a setting to be: an option, a config among them, or the model's.
 
-    Args:
-        name: A field of a GenerationConfig.
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
+    ``defaults`` is the model's generation config, or None.
     """
     if name in options:
         return options[name]
@@ -194,12 +149,7 @@ def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
 
 
 def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> None:
-    """Refuse ways of generating whose steps cannot be probed one query at a time.
-
-    Args:
-        sample: The sample.
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
+    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`.
 
     Raises:
         InputError: If so.
@@ -249,37 +199,27 @@ def check_settings(options: Mapping[str, Any]) -> None:
             "are for lvlm.run(...)."
         )
     many = options.get("max_new_tokens")
-    whole = isinstance(many, Integral) and not isinstance(many, bool) and int(many) >= 1
-    if many is not None and not whole:
+    if many is not None and not is_whole(many, 1):
         raise InputError(f"Got max_new_tokens={many!r}; expected an int of at least 1.")
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise InputError(
             f"Got a generation_config of type {type(config).__name__}; expected a "
-            "transformers.GenerationConfig. Write its fields as options: lvlm.generate(..., do_sample=True)."
+            "transformers.GenerationConfig. Write its fields as options: do_sample=True."
         )
 
 
 def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
-    """The option that replaces a cache of fixed length by one that grows; it changes no number.
-
-    Args:
-        options: The user's options of ``generate``.
-        defaults: The model's generation config, or None.
-    """
+    """The option that replaces a cache of fixed length by one that grows; it changes no number."""
     kind = setting("cache_implementation", options, defaults)
     fixed = str(kind).removeprefix("offloaded_") in FIXED
     return {"cache_implementation": "dynamic"} if fixed else {}
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:
-    """Rows whose answer ended before this step, bool ``[batch]``.
+    """Rows of ``[batch pos]`` whose answer behind the prompt ended before a step, bool ``[batch]``.
 
-    Args:
-        sequences: Int ``[batch pos]``.
-        prompt: Length of the prompt.
-        step: The step; it reads the tokens generated before it.
-        ends: The token or tokens that end an answer, or None.
+    ``ends`` is the token or the tokens that end an answer, or None.
     """
     if ends is None:
         return torch.zeros(sequences.shape[0], dtype=torch.bool)

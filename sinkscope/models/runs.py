@@ -1,4 +1,4 @@
-"""Run a plan on a model through nnsight: one trace for any number of probes."""
+"""Run a plan on a model through nnsight: one trace for any number of probes and interventions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import nnsight
 import torch
 from torch import Tensor
 
-import sinkscope
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import AttentionCallError, InterventionError, NonFiniteError, ProbeError
+from sinkscope.interventions.application import check_reach
 from sinkscope.kernels import walk as walking
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.wrapping import ByName, Wrapped
@@ -27,32 +27,29 @@ from sinkscope.sites import Site
 Plan = list[dict[str, Any]]
 
 
-def ship_kernels(*plans: Plan) -> None:
-    """Have the kernels of a trace travel by source on remote runs: ours and the user's own.
-
-    A user's kernel travels with the functions of its own module; what it imports from elsewhere must
-    exist on the server.
-    """
-    nnsight.register(sinkscope)
-    for step in (step for plan in plans for step in plan):
-        for _, kernel, _ in (*step["reads"], *step["edits"]):
-            home = sys.modules.get(kernel.__module__)
-            if home is not None and kernel.__module__ != "__main__":
-                nnsight.register(home)
+def plan_of(
+    probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
+) -> Plan:
+    """The plan of probes and interventions, which must be made for this model (an `LVLM`)."""
+    reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
+    edits = []
+    for slot, it in enumerate(interventions):
+        check_fits = getattr(it, "check_fits", None)
+        if check_fits is not None:
+            check_fits(model)
+        mine = it.edits(context)
+        check_reach(it, mine, context.anatomy.feed_layers)
+        edits += [(slot, edit) for edit in mine]
+    return make_plan(context.anatomy, reads, edits)
 
 
 def make_plan(
-    anatomy: Anatomy,
-    reads: Sequence[tuple[int, Read]],
-    edits: Sequence[tuple[int, Edit]] = (),
+    anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
 ) -> Plan:
     """Group all reads and edits by site and sort the sites in forward order.
 
-    Args:
-        anatomy: The model's anatomy.
-        reads: ``(slot, read)``: the slot is the probe's number.
-        edits: ``(slot, edit)``: the slot is the intervention's number. At one site they apply in the
-            order of their stages, and in the order given inside a stage.
+    Slots are the numbers of probes and interventions. Edits of one site apply in the order of their
+    stages, and in the order given inside a stage.
 
     Returns:
         The plan of `sinkscope.kernels.walk`.
@@ -68,69 +65,52 @@ def make_plan(
     return [step_at(anatomy, site, *by_site[site]) for site in sorted(by_site)]
 
 
-def step_at(anatomy: Anatomy, site: Site, reads: list, edits: list, stages: list) -> dict[str, Any]:
-    """One step of the plan: where a site lies in this model."""
-    step: dict[str, Any] = {
-        "tower": site.tower,
-        "name": site.name,
-        "layer": site.layer,
-        "reads": reads,
-        "edits": edits,
-        "stages": stages,
-    }
+def step_at(
+    anatomy: Anatomy, site: Site, reads: Sequence = (), edits: Sequence = (), stages: Sequence = ()
+) -> dict[str, Any]:
+    """One step of the plan: where a site lies in this model, and what is asked there."""
+    step = {**vars(site), "reads": reads, "edits": edits, "stages": stages}
     if site.tower == "projector":
         return step | {"path": anatomy.projector, "how": site.name}
-    tower = anatomy.tower(site.tower)
+    tower, layer = anatomy.tower(site.tower), site.layer
     if site.name == "attention":
-        call = tower.call(site.layer)
-        return step | {
-            "path": tower.attention[site.layer],
-            "how": "attention",
-            "bind": call.bind,
-            "call": call.call,
-            "fires": call.fires,
-        }
+        call = tower.call(layer)
+        return step | vars(call) | {"path": tower.attention[layer], "how": "attention"}
     if site.name in ("attn_out", "mlp_out"):
-        branch = tower.branch(site.name, site.layer)
+        branch = tower.branch(site.name, layer)
         return step | {"path": branch.path, "how": "output", "factors": branch.factors}
     path, how = {
-        "resid_pre": (tower.blocks[site.layer], "input"),
-        "mlp_hidden": (tower.neurons[site.layer], "input"),
-        "resid_post": (tower.blocks[site.layer], "output"),
+        "resid_pre": (tower.blocks[layer], "input"),
+        "mlp_hidden": (tower.neurons[layer], "input"),
+        "resid_post": (tower.blocks[layer], "output"),
     }[site.name]
     return step | {"path": path, "how": how}
 
 
 @dataclass(frozen=True)
-class Raw:
+class TraceOutput:
     """What one forward pass brought back: ``answers[slot][site] -> kernel result``, and logits."""
 
     answers: dict[Any, dict[Site, Any]]
-    logits: torch.Tensor
+    logits: Tensor
 
 
 @contextmanager
 def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
-    """No gradients, but tensors that may have them: kernels ask the attention call for gradients.
+    """Lend nnsight what some plans look at; their kernels travel by source on remote runs.
 
-    Args:
-        model: The wrapped model.
-        plans: The plans of the trace.
-        grad: Whether gradients are wanted all the same.
-
-    Yields:
-        nnsight's model.
+    A user's kernel travels with the functions of its own module; what it imports from elsewhere must
+    exist on the server.
     """
-    ship_kernels(*plans)
-    # Tensors made under inference_mode could never have a gradient, not even in a kernel of ours.
+    nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
+    for _, kernel, _ in (one for step in steps for one in (*step["reads"], *step["edits"])):
+        home = sys.modules.get(kernel.__module__)
+        if home is not None and kernel.__module__ != "__main__":
+            nnsight.register(home)
     paths = {"", *(step["path"] for step in steps)}
     outputs = {step["path"] for step in steps if step["how"] == "output"}
-    with (
-        torch.inference_mode(mode=False),
-        torch.set_grad_enabled(grad),
-        model.on(paths, outputs) as traced,
-    ):
+    with model.on(paths, outputs, grad) as traced:
         yield traced
 
 
@@ -138,12 +118,11 @@ def run_plan(
     model: Wrapped | ByName,
     inputs: Mapping[str, Any],
     plan: Plan,
-    last: torch.Tensor | None,
+    last: Tensor | None,
     where: bool | str = False,
     grad: bool = False,
-    **trace_options: Any,
-) -> Raw:
-    """One forward pass.
+) -> TraceOutput:
+    """Run one forward pass.
 
     Args:
         model: The wrapped model.
@@ -152,19 +131,14 @@ def run_plan(
         last: Int ``[batch]``, the position of every row whose logits to keep, or None for all.
         where: False to run here, else nnsight's ``remote``.
         grad: Whether the logits keep their graph.
-        trace_options: Further options of the trace, such as ``backend=...``.
-
-    Returns:
-        The raw answers.
     """
     walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
     answers: Any = None
     logits: Any = None
-    if where:
-        trace_options["remote"] = where
+    remote: dict[str, Any] = {"remote": where} if where else {}
     with (
         ready_to_trace(model, plan, grad=grad) as traced,
-        traced.trace(**inputs, **trace_options) as tracer,
+        traced.trace(**inputs, **remote) as tracer,
     ):
         answers = save(walk(traced, tracer, plan))
         logits = save(last_logits(traced.output.logits, last, grad))
@@ -173,22 +147,13 @@ def run_plan(
             "The forward pass ended while a probe still waited for attention windows; expected the "
             "windows to cover the sequence. Please report this model: its anatomy is wrong."
         )
-    return Raw(sited(answers), logits)
+    return TraceOutput(sited(answers), logits)
 
 
 def run_until_read(
     model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
 ) -> dict[Any, dict[Site, Any]]:
-    """A forward pass here that ends where the plan's last site is read: no logits.
-
-    Args:
-        model: The wrapped model.
-        inputs: Model inputs.
-        plan: The plan.
-
-    Returns:
-        ``answers[slot][site] -> kernel result``.
-    """
+    """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
     walk, save = walking.walk, nnsight.save
     answers: Any = None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
@@ -203,26 +168,24 @@ def generate_plan(
     plans: tuple[Plan, Plan],
     options: Mapping[str, Any],
     where: bool | str = False,
-    **trace_options: Any,
-) -> tuple[list[Raw], torch.Tensor]:
-    """Generate with the KV cache, running the first plan on the prompt and the second on every step.
+) -> tuple[list[TraceOutput], Tensor]:
+    """Generate with the KV cache, with a plan for the prompt and another for every decode step.
 
     Args:
         model: The wrapped model.
         inputs: Model inputs.
-        plans: The plan of the prompt and the plan of the decode steps.
+        plans: Both plans.
         options: Options of ``generate``, such as ``max_new_tokens``.
         where: False to run here, else nnsight's ``remote``.
-        trace_options: Further options of the trace, such as ``backend=...``.
 
     Returns:
-        One `Raw` per forward pass, and the sequences ``[batch pos]`` with the prompt.
+        What every forward pass brought back, and the sequences ``[batch pos]`` with the prompt.
     """
     walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
-    given: dict[str, Any] = {**options, **trace_options, "disable_compile": True}
+    given: dict[str, Any] = {**options, "disable_compile": True}
     given |= {"remote": where} if where else {"fn": "generate"}
     with ready_to_trace(model, *plans) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
@@ -236,15 +199,15 @@ def generate_plan(
                     steps.append((answers, last_logits(traced.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
-    raws = [Raw(sited(answers), logits) for answers, logits in steps]
+    outputs = [TraceOutput(sited(answers), logits) for answers, logits in steps]
     made = sequences.shape[1] - inputs["input_ids"].shape[1]
-    if len(raws) != made:
+    if len(outputs) != made:
         raise AttentionCallError(
-            f"Read {len(raws)} of {made} forward passes; expected all. A site was not reached at "
+            f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
             "every decode step: probe this model with lvlm.run(...), or leave out the probe of that "
             "site."
         )
-    return raws, sequences.detach().cpu()
+    return outputs, sequences.detach().cpu()
 
 
 def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> dict[Any, dict[Site, Any]]:
@@ -265,9 +228,9 @@ class Effects(dict[Intervention, Effect]):
         what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
         which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
         raise InterventionError(
-            f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are found "
-            "by the object itself, or by the only one with equal parameters: keep it in a variable and "
-            "pass that one."
+            f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
+            "found by the object itself, or by the only one with equal parameters: keep it in a "
+            "variable and pass that one."
         )
 
 
@@ -331,28 +294,23 @@ class Generation(Result):
 
 
 def finish_run(
-    raw: Raw,
+    output: TraceOutput,
     probes: Sequence[Probe],
     context: Context,
     interventions: Sequence[Intervention] = (),
     *,
     keep_all: bool = False,
 ) -> Run:
-    """Typed results, after a look at the logits.
+    """Typed results of probes and interventions, in the order of their slots.
 
-    Args:
-        raw: What the forward pass brought back.
-        probes: The probes, in the order of their slots.
-        context: The sample and the step.
-        interventions: The interventions, in the order of their slots.
-        keep_all: Whether the logits are those of all positions.
+    ``keep_all`` says whether the logits are those of all positions.
 
     Raises:
         NonFiniteError: If live logits hold NaN or infinity.
     """
     live = context.live("language")
     live = live if keep_all else live.any(dim=1, keepdim=True)
-    bad = ~torch.isfinite(raw.logits.detach()).all(dim=-1).cpu() & live
+    bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise NonFiniteError(
             f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions "
@@ -360,13 +318,14 @@ def finish_run(
             "bfloat16 or float32 and check the weights and the images."
         )
     results = {
-        probe: probe.finish(raw.answers.get(slot, {}), context) for slot, probe in enumerate(probes)
+        probe: probe.finish(output.answers.get(slot, {}), context)
+        for slot, probe in enumerate(probes)
     }
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
     effects = Effects(
-        (it, effect_from(raw.answers["edit", slot], context.step, ended))
+        (it, effect_from(output.answers["edit", slot], context.step, ended))
         for slot, it in enumerate(interventions)
-        if ("edit", slot) in raw.answers
+        if ("edit", slot) in output.answers
     )
-    return Run(raw.logits, results, effects, context.step)
+    return Run(output.logits, results, effects, context.step)

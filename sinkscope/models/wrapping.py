@@ -1,42 +1,42 @@
-"""Attributes lent to objects: there until a block ends, and then what was there before."""
+"""Where a model runs, and nnsight's model of it, which is lent its modules for one pass only."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import httpx
 import nnsight
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sinkscope.errors import CheckpointError, ModelError
+from sinkscope.anatomy.discovery import device_of
+from sinkscope.errors import CheckpointError, InputError, ModelError
 
 ABSENT = object()
-
 """Stands for an attribute that the instance does not have."""
-
 Loan = tuple[object, Mapping[str, Any]]
-
 """An object, such as a module, and what its instance attributes are to be."""
+STATE = "__nnsight__"
+NAMES = ("forward", STATE, "_persistent_id")
+"""What nnsight sets on a module; the last is how a request to a server names it."""
+ONE_AT_A_TIME = threading.RLock()
+"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
 
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
-    """Set instance attributes until the block ends, also if it ends in an error.
-
-    Args:
-        loans: What to set on which object.
-    """
+    """Set instance attributes until the block ends, also if it ends in an error."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for thing, attributes in loans:
-            own = vars(thing)
-            before.append((own, {name: own.get(name, ABSENT) for name in attributes}))
-            _set(own, attributes)
+            before.append((vars(thing), own_of(thing, attributes)))
+            _set(vars(thing), attributes)
         yield
     finally:
         for own, attributes in reversed(before):
@@ -53,8 +53,8 @@ def _set(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
     for name, value in attributes.items():
         if value is not ABSENT:
             own[name] = value
-        elif name in own:
-            del own[name]
+        else:
+            own.pop(name, None)
 
 
 @contextmanager
@@ -62,30 +62,17 @@ def evaluated(module: Any) -> Iterator[None]:
     """Evaluation mode in every module, whatever mode each is in, and all as they were at the end.
 
     Modules are looked at one by one: an adapter comes in training mode into a model that is not.
-
-    Args:
-        module: The whole model.
     """
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
+    with lent([(part, {"training": False}) for part in module.modules() if part.training]):
         yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager
 def undisturbed(module: Any) -> Iterator[None]:
-    """Run passes in evaluation mode that leave a user's own alone.
+    """Run passes of a whole model in evaluation mode that leave a user's own alone.
 
-    What ``torch.compile`` made of a part has no sites and sees no hooks of ours, so the part runs as
-    it was written. Qwen keeps ``rope_deltas`` of its last prompt, by which the decode steps that
-    follow are placed; they stay those of the user's prompt.
-
-    Args:
-        module: The whole model.
+    What ``torch.compile`` made of a part has no sites, so the part runs as it was written. Qwen keeps
+    ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
     """
     kept = [part for part in (module, module.base_model) if "rope_deltas" in vars(part)]
     with (
@@ -94,17 +81,6 @@ def undisturbed(module: Any) -> Iterator[None]:
         lent([(part, own_of(part, ["rope_deltas"])) for part in kept]),
     ):
         yield
-
-
-STATE = "__nnsight__"
-
-NAMES = ("forward", STATE, "_persistent_id")
-
-"""What nnsight sets on a module; the last is how a request to a server names it."""
-
-ONE_AT_A_TIME = threading.RLock()
-
-"""nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
 
 class LocalModel(nnsight.NNsight):
@@ -122,15 +98,11 @@ class LocalModel(nnsight.NNsight):
 
 
 class Wrapped:
-    """A module and nnsight's model of it.
+    """A module and what ``make`` makes of it: nnsight's model.
 
-    nnsight wraps for good: it gives every module a ``forward`` of its own, later one with rewritten
-    source, which ``torch.compile`` cannot read. Here that is taken off again, and lent to the parts that
-    are looked at, for as long as a trace runs. A module that has changed since is wrapped anew.
-
-    Args:
-        module: The module.
-        make: What makes nnsight's model of it.
+    nnsight wraps for good: it gives every module a ``forward`` of its own, which ``torch.compile``
+    cannot read. Here that is taken off again, and lent to the parts that are looked at for as long
+    as a trace runs. A module that has changed since is wrapped anew.
     """
 
     def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
@@ -154,31 +126,41 @@ class Wrapped:
         return self._model
 
     @contextmanager
-    def on(self, paths: Collection[str], outputs: Collection[str] = ()) -> Iterator[Any]:
+    def on(
+        self,
+        paths: Collection[str] | None = None,
+        outputs: Collection[str] = (),
+        grad: bool = False,
+    ) -> Iterator[Any]:
         """What nnsight traces, until the block ends.
 
+        Not in inference mode: what is made there never has a gradient, for which kernels may ask.
+
         Args:
-            paths: The parts whose inputs, outputs and sources will be asked for; the fewer, the
-                faster. A request to a server names all parts.
-            outputs: Those whose outputs will be asked for: a hook of the user's runs behind that, and
-                may look at it, but not replace it.
+            paths: The parts that will be looked at, None for all; the fewer, the faster. A request to
+                a server names all parts.
+            outputs: Those whose outputs are read, which may still grow: hooks of the user's run
+                behind that, and may look, but not replace.
+            grad: Whether results keep their graph.
 
         Raises:
             ModelError: If a part is gone, or a hook replaces such an output.
         """
         with ONE_AT_A_TIME:
             model = self.model
-            wanted = paths if self._make is LocalModel else self._loans
+            wanted = self._loans if paths is None or self._make is not LocalModel else paths
             if not self._loans.keys() >= set(wanted):
                 raise ModelError(
                     f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
                     "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
                 )
-            read = {path: self._loans[path][0] for path in outputs}
+            parts = {path: self._loans[path] for path in wanted}
             with (
+                torch.inference_mode(mode=False),
+                torch.set_grad_enabled(grad),
                 undisturbed(self._module),
-                looking_only(read),
-                lent([self._loans[path] for path in wanted]),
+                looking_only({path: part for path, (part, _) in parts.items()}, outputs),
+                lent(parts.values()),
             ):
                 yield model
 
@@ -198,36 +180,19 @@ class Wrapped:
         return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
 
 
-class ByName:
-    """A module that nnsight made itself, without weights: remote runs may overlap."""
-
-    def __init__(self, model: nnsight.TransformersModel) -> None:
-        self.model = model
-
-    def on(
-        self, paths: Collection[str], outputs: Collection[str] = ()
-    ) -> AbstractContextManager[Any]:
-        """What nnsight traces."""
-        return nullcontext(self.model)
-
-
 @contextmanager
-def looking_only(parts: Mapping[str, Any]) -> Iterator[None]:
-    """Forward hooks that are there raise where they replace an output, which is read before they run.
-
-    Args:
-        parts: Path -> module.
-    """
+def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator[None]:
+    """Hooks on the parts raise where they replace one of the outputs, which is read before they run."""
 
     def guard(path: str, hook: Any) -> Any:
         def looking(module: Any, *given: Any) -> Any:
             made = hook(module, *given)
-            if made is not None and made is not given[-1]:
+            if path in outputs and made is not None and made is not given[-1]:
                 raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before hooks "
-                    "run, so that numbers would be of another model; expected hooks that only look. Remove "
-                    "it (handle.remove()), change the module itself, or write an intervention, such as "
-                    "ss.PatchActivations."
+                    f"Got a forward hook on {path!r} that replaces its output, which is read before "
+                    "hooks run, so that numbers would be of another model; expected hooks that only "
+                    "look. Remove it (handle.remove()), change the module itself, or write an "
+                    "intervention, such as ss.PatchActivations."
                 )
             return made
 
@@ -257,29 +222,117 @@ def unwrapped(part: nn.Module) -> dict[str, Any]:
     return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
+class ByName:
+    """A module that nnsight made itself, without weights: remote runs may overlap."""
+
+    def __init__(self, model: nnsight.TransformersModel) -> None:
+        self.model = model
+
+    def on(self, *given: Any) -> AbstractContextManager[Any]:
+        """What nnsight traces; see `Wrapped.on`."""
+        return nullcontext(self.model)
+
+
 def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.TransformersModel:
     """A model for remote runs: a repository id (no weights here) or a module for ``remote="local"``."""
     task = "image-text-to-text"
     return nnsight.TransformersModel(source, task=task, processor=processor, **options)
 
 
-def module_of(model: nnsight.TransformersModel) -> nn.Module:
-    """The module inside a wrapped model; without weights if it was wrapped by name."""
-    return model._module
-
-
-def check_reachable(model: nnsight.TransformersModel, name: str) -> None:
-    """Ask the hub for the model's canonical name, as every remote run must.
+def check_remote(remote: Any) -> bool | str:
+    """Where to run.
 
     Raises:
-        CheckpointError: If the hub does not know the model or cannot be reached.
+        InputError: If ``remote`` is neither a bool, ``"local"`` nor the address of a server.
     """
-    try:
-        model.to_model_key()
-    except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-        raise CheckpointError(
-            f"The hub could not be asked for the canonical name of {name!r} ({type(error).__name__}), "
-            "which a remote run needs; expected a public repository and a network. A model that only "
-            "exists here cannot run there: write remote='local', or "
-            "ss.LVLM.from_pretrained(repository, remote=True)."
-        ) from error
+    address = isinstance(remote, str) and remote.startswith(("http://", "https://"))
+    if address or isinstance(remote, bool) or remote == "local":
+        return remote
+    raise InputError(
+        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
+        "False, or the address of a server, 'https://...'."
+    )
+
+
+class Places:
+    """Where a model can run: here, here on the path of a server (``"local"``), or on a server.
+
+    ``by_name`` is nnsight's model of a repository, if there are no weights here.
+    """
+
+    def __init__(
+        self, module: Any, processor: Any, by_name: Any = None, usual: bool | str = False
+    ) -> None:
+        self._module, self._processor, self._usual = module, processor, usual
+        self.here = Wrapped(module)
+        self._there: Wrapped | ByName | None = None if by_name is None else ByName(by_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return device_of(self._module.get_input_embeddings())
+
+    @property
+    def weightless(self) -> bool:
+        """Whether only the architecture is here."""
+        return self.device.type == "meta"
+
+    def choose(self, remote: bool | str | None, grad: bool = False) -> bool | str:
+        """Where to run: what was asked, or the usual place.
+
+        Raises:
+            InputError: If it is elsewhere and a graph is wanted, here and there are no weights here,
+                or as on a server and they are offloaded.
+        """
+        where = check_remote(self._usual if remote is None else remote)
+        offloaded = next(self._module.parameters()).device.type == "meta"
+        got, wrong = f"remote={where!r}", ""
+        if grad and where:
+            got, wrong = f"grad=True with {got}", "a run here, where the graph can be kept"
+        elif self.weightless and where in (False, "local"):
+            got += " for a model without weights"
+            wrong = "remote=True, or weights: ss.LVLM.from_pretrained(name)"
+        elif offloaded and where == "local":
+            got += " for a model whose weights are offloaded"
+            wrong = "them in memory, as they are on a server. Write remote=False, or load it so"
+        if wrong:
+            raise InputError(f"Got {got}; expected {wrong}.")
+        return where
+
+    def model(self, where: bool | str, name: str) -> Wrapped | ByName:
+        """The wrapped model for a run there; for a server the hub is asked for its canonical name.
+
+        Raises:
+            InputError: If there is no processor, which a request needs.
+            CheckpointError: If the hub does not know the model or cannot be reached.
+        """
+        if not where:
+            return self.here
+        if self._there is None:
+            if self._processor is None:
+                raise InputError(
+                    "Got remote=... for a model without a processor; expected one. Write "
+                    "ss.LVLM(model, processor)."
+                )
+            # nnsight sets padding on the tokenizer it is given.
+            own = copy.deepcopy(self._processor)
+            self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
+        if where != "local":
+            try:
+                self._there.model.to_model_key()
+            except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
+                raise CheckpointError(
+                    f"The hub could not be asked for the canonical name of {name!r} "
+                    f"({type(error).__name__}), which a remote run needs; expected a public repository "
+                    "and a network. A model that only exists here cannot run there: write "
+                    "remote='local', or ss.LVLM.from_pretrained(repository, remote=True)."
+                ) from error
+        return self._there
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs on the model's device; where there are no weights they stay where they are."""
+        device = None if self.weightless else self.device
+        return {
+            name: value.to(device) if isinstance(value, Tensor) and device else value
+            for name, value in inputs.items()
+        }

@@ -15,11 +15,12 @@ from sinkscope.errors import ProbeError
 from sinkscope.kernels.attention import (
     arguments,
     group_mass,
+    is_causal,
+    learned_sink,
     one_head,
     pick,
     spans,
     unpack,
-    visibility,
     weigh_queries,
 )
 from sinkscope.probes.attention import refuse_flash
@@ -71,7 +72,7 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
         rows = places[None].expand(first.shape[0], -1)
     out = []
     for part in rows.split(16, dim=1):
-        onehot, total = (part[..., None] == places).float(), 0
+        onehot, total = (part[..., None] == places).float(), torch.zeros((), device=first.device)
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True):
             weights = weigh_queries(call, onehot[..., q_at:q_to], null=null).clamp(min=0)
             named, rest = arguments(call)
@@ -86,8 +87,13 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
 
 def by_key_null(calls, state, rows):  # type: ignore[no-untyped-def]
     """The same under uniform attention ``[batch row]``, once per kind of mask."""
-    masks = [arguments(call)[0]["attention_mask"] for call in calls]
-    mark = ("entropy", id(rows), *(visibility(call) for call in calls), *spans(calls))
+    masks, seen = [], []
+    for call in calls:
+        named, rest = arguments(call)
+        own = id(named["module"]) if learned_sink(call) else None
+        masks.append(named["attention_mask"])
+        seen.append((id(masks[-1]), rest.get("sliding_window"), is_causal(named, rest), own))
+    mark = ("entropy", id(rows), *seen, *spans(calls))
     if mark not in state:  # masks and rows are kept so that their ids cannot be given to others
         state[mark] = by_key([one_head(call) for call in calls], rows, True)[:, 0], masks, rows
     return state[mark][0]

@@ -68,7 +68,8 @@ class LayerProbe(Record):
         """Stack the layers and mask the padding."""
         answers = {site: answer for site, answer in answers.items() if site.name == self.site}
         axes, made = axes_of(self.result), {}
-        for name in (f.name for f in fields(self.result)):
+        record: Any = self.result
+        for name in (f.name for f in fields(record)):
             if name == "layers":
                 made[name] = context.layers(self.tower, self.layers)
             elif axes.get(name, ())[:2] == ("batch", "layer"):

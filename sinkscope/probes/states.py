@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,7 @@ class ChannelValues(LayerProbe):
     layers: Any = None
     tower: Tower = "language"
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    site: ClassVar[str] = "resid_pre"  # under which `finish` stacks
+    site: str = field(default="resid_pre", init=False)  # under which `finish` stacks
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer and site."""

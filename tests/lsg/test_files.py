@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import sinkscope as ss
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import CheckpointError, InputError, InterventionError
-from sinkscope.lsg.config import BASES, canonical, differences, fingerprint
+from sinkscope.lsg.config import BASES, canonical, differences
+from sinkscope.models.identity import sizes_of
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 RULE = ss.detectors.Norm(1.0)
@@ -312,7 +313,7 @@ def test_original_and_converted_llava_are_one_model(size):
     )
     with torch.device("meta"):
         model = Model(LlavaConfig(vision_config=vision, text_config=text))
-    found = fingerprint(read_anatomy(model))
+    found = sizes_of(read_anatomy(model))
     for base in (f"liuhaotian/llava-v1.5-{size}", f"llava-hf/llava-1.5-{size}-hf"):
         assert dict(BASES[base]) == found
         assert differences({"base": base}, found) == []

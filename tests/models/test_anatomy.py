@@ -1,6 +1,7 @@
 """Where a model keeps its parts: found by what they are, checked, and refused by name."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import nnsight
@@ -14,8 +15,8 @@ from sinkscope.anatomy.attention_call import (
     AttentionCall,
     NoAttentionCall,
     calls_attention,
-    find_attention_call,
     forward_tree,
+    read_attention_call,
 )
 from sinkscope.errors import AttentionCallError, ModelError, ProbeError
 from sinkscope.probes import Read
@@ -91,7 +92,7 @@ class ByHand(nn.Module):
 )
 def test_the_call_is_found_in_the_source(module, bind, call, fires):
     assert calls_attention(module())
-    assert find_attention_call(module(), "here") == AttentionCall(bind, call, fires)
+    assert read_attention_call(module(), "here") == AttentionCall(bind, call, fires)
 
 
 @pytest.mark.parametrize(
@@ -102,18 +103,17 @@ def test_the_call_is_found_in_the_source(module, bind, call, fires):
     ],
 )
 def test_what_is_not_one_call_is_refused_by_name(module, says):
-    with pytest.raises(AttentionCallError, match=says):
-        find_attention_call(module, "here")
+    assert re.match(says, read_attention_call(module, "here").reason)
 
 
 def test_a_forward_without_source_is_refused():
     made = type("Made", (nn.Module,), {"forward": eval("lambda self, x: x")})
     assert forward_tree(made.forward) is None
-    with pytest.raises(AttentionCallError, match=r"here .Made. does not call attention"):
-        find_attention_call(made(), "here")
+    reason = read_attention_call(made(), "here").reason
+    assert reason.startswith("here (Made) does not call attention")
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_of_every_family_has_its_call(family, kernel):
     """Flash is set on the config object only: its kernel is not here, its branch in the source is."""
@@ -312,7 +312,7 @@ def test_feature_layers_that_do_not_exist_are_refused(layer):
     [
         ({"feed_layers": lambda config, n: (0,)}, "differs from the output of vision blocks .0,."),
         ({"drops": lambda config: 0}, "expected the row of image 0 to hold 17 more"),
-        ({"projector": ("model.nowhere",)}, "no module at .'model.nowhere'"),
+        ({"projector": ("model.nowhere",)}, "Found no module at .'model.nowhere'"),
     ],
 )
 def test_a_wrong_row_of_the_family_is_noticed_at_load(monkeypatch, wrong, says):

@@ -14,9 +14,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sinkscope as ss
-from sinkscope.anatomy import attention_call as source
 from sinkscope.errors import (
-    AttentionCallError,
     CheckpointError,
     InputError,
     LayerError,
@@ -183,46 +181,39 @@ def per_layer(world):
     return mask(world, 1, 3, world.sample.tokens.live.shape[1])
 
 
-# name -> (wrong use, error, what its message must say)
+# name -> (wrong use, error if it is another than its table's, what its message must say)
 INPUTS = {
-    "no image": (lambda w: w.prepare(images=None), InputError, "no image; expected at least one"),
-    "empty list of images": (lambda w: w.prepare(images=[]), InputError, "no image"),
+    "no image": (lambda w: w.prepare(images=None), "no image; expected at least one"),
+    "empty list of images": (lambda w: w.prepare(images=[]), "no image"),
     "a row without image": (
         lambda w: w.prepare([[IMAGE], []], ["a", "b"]),
-        InputError,
         "no image in row 1",
     ),
-    "no text": (lambda w: w.prepare(text=None), InputError, "no text; expected a question"),
-    "empty text": (lambda w: w.prepare(text=""), InputError, "no text"),
-    "text of another type": (lambda w: w.prepare(text=5), InputError, "text of type int"),
+    "no text": (lambda w: w.prepare(text=None), "no text; expected a question"),
+    "empty text": (lambda w: w.prepare(text=""), "no text"),
+    "text of another type": (lambda w: w.prepare(text=5), "text of type int"),
     "texts of another type": (
         lambda w: w.prepare([IMAGE, IMAGE], ["a", b"b"]),
-        InputError,
         "text of type bytes; expected a str",
     ),
     "fewer images than rows": (
         lambda w: w.prepare([IMAGE], ["a", "b"]),
-        InputError,
         "1 image entries for 2 texts",
     ),
     "more image tokens than images": (
         lambda w: w.prepare(text="<image> and <image>", rendered=True),
-        InputError,
         "2 '<image>' tokens and 1 images in row 0",
     ),
     "fewer image tokens than images": (
         lambda w: w.prepare([IMAGE, IMAGE], "<image> what", rendered=True),
-        InputError,
         "1 '<image>' tokens and 2 images",
     ),
     "missing image path": (
         lambda w: w.prepare("nowhere.png"),
-        InputError,
         "'nowhere.png', which is neither an existing file nor a URL",
     ),
     "a file that is no image": (
         lambda w: w.prepare(write(w.folder, "notes.png", "no pixels here")),
-        InputError,
         "no readable image .*PNG, JPEG",
     ),
     "a truncated image": (
@@ -231,124 +222,101 @@ INPUTS = {
             cut(w.folder, "cut.png"),
             w.prepare(w.folder / "cut.png"),
         ),
-        InputError,
         "no readable image",
     ),
-    "image of another type": (lambda w: w.prepare(3.5), InputError, "image of type float"),
+    "image of another type": (lambda w: w.prepare(3.5), "image of type float"),
     "an image the processor refuses": (
         lambda w: w.qwen.prepare(Image.new("RGB", (6000, 10)), "what"),
-        InputError,
         r"images of \[\(6000, 10\)\] pixels .* aspect ratio",
     ),
     "inputs together with images": (
         lambda w: w.prepare(inputs={}),
-        InputError,
         "inputs together with images or text",
     ),
     "images without a processor": (
         lambda w: ss.LVLM(w.lvlm.module).prepare(IMAGE, "what"),
-        InputError,
         "no processor; expected one",
     ),
     "a tokenizer for a processor": (
         lambda w: ss.LVLM(w.lvlm.module, w.lvlm.tokenizer),
-        InputError,
         "as processor, which has no tokenizer; expected the model's whole processor",
     ),
     "a processor without patch size": (
         lambda w: ss.LVLM(w.lvlm.module, changed(w.lvlm.processor, patch_size=None)),
-        InputError,
         "LlavaProcessor without patch_size; .*processor.patch_size = model.config.vision_config",
     ),
     "a processor without strategy": (
         lambda w: ss.LVLM(
             w.lvlm.module, changed(w.lvlm.processor, vision_feature_select_strategy=None)
         ),
-        InputError,
         "without vision_feature_select_strategy",
     ),
     "a processor of another tower": (
         lambda w: ss.LVLM(w.lvlm.module, changed(w.lvlm.processor, num_additional_image_tokens=0)),
-        InputError,
         "its patch_size and num_additional_image_tokens must be",
     ),
     "rows without a pad token": (
         lambda w: ss.LVLM(w.lvlm.module, without_pad(w.lvlm.processor), verify=False).prepare(
             IMAGE, ["a", "b c"]
         ),
-        InputError,
         "2 rows and a tokenizer without a pad token; .*pad_token = processor.tokenizer.eos_token",
     ),
     "a video beside an image": (
         lambda w: w.qwen.prepare(inputs=filmed(w, pixel_values_videos=torch.zeros(16, 1176))),
-        InputError,
         r"Got 4 video tokens \(id 7\) and pixel_values_videos; expected still images.*Write the frames",
     ),
     "video tokens alone": (
         lambda w: w.qwen.prepare(inputs=filmed(w)),
-        InputError,
         "Got 4 video tokens .* and no pixel_values_videos",
     ),
     "a video without an image": (
         lambda w: w.qwen.prepare(
             inputs=filmed(w, pixel_values=None, pixel_values_videos=torch.zeros(16, 1176))
         ),
-        InputError,
         "Got 4 video tokens .*Write the frames as images",
     ),
     "a video in a question": (
         lambda w: w.qwen.prepare(IMAGE, "what is <|video_pad|>"),
-        InputError,
         "'<.video_pad.>' inside of .*an image or a video",
     ),
     "inputs that are no dict": (
         lambda w: w.lvlm.prepare(inputs="what"),
-        InputError,
         "inputs of type str; expected the processor's output",
     ),
     "inputs without pixels": (
         lambda w: w.lvlm.prepare(inputs={"input_ids": w.sample.inputs["input_ids"]}),
-        InputError,
         r"missing \['pixel_values'\]",
     ),
     "inputs without ids": (
         lambda w: w.inputs(input_ids=None),
-        InputError,
         r"missing \['input_ids'\]",
     ),
     "a mask that is added": (
         lambda w: w.inputs(attention_mask=w.sample.inputs["attention_mask"] * -10000.0),
-        InputError,
         r"an attention_mask with the values \[-10000.0\]; expected 1 .* and 0",
     ),
     "a mask of packed texts": (
         lambda w: w.inputs(attention_mask=w.sample.inputs["attention_mask"].cumsum(1) // 20 + 1),
-        InputError,
         r"an attention_mask with the values \[2\]; expected 1",
     ),
     "ids as lists": (
         lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"].tolist()),
-        InputError,
         "input_ids of type list; expected a tensor. Write return_tensors='pt'",
     ),
     "one row without batch": (
         lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"][0]),
-        InputError,
         r"expected a tensor \[batch pos\]. Write input_ids\[None\]",
     ),
     "mask of another length": (
         lambda w: w.inputs(attention_mask=torch.ones(1, 3)),
-        InputError,
         r"attention_mask of shape \(1, 3\)",
     ),
     "a row of padding": (
         lambda w: w.inputs(attention_mask=torch.zeros_like(w.sample.inputs["input_ids"])),
-        InputError,
         r"rows \[0\] with nothing but padding",
     ),
     "ids of another tokenizer": (
         lambda w: w.inputs(input_ids=w.sample.inputs["input_ids"] + 30000),
-        InputError,
         "token id 3.*another model's processor",
     ),
     "truncated prompt": (
@@ -356,7 +324,6 @@ INPUTS = {
             input_ids=w.sample.inputs["input_ids"][:, :9],
             attention_mask=w.sample.inputs["attention_mask"][:, :9],
         ),
-        InputError,
         r"expected the row of image 0 to hold 16 more. Was the prompt truncated",
     ),
     "pixels of fewer images": (
@@ -366,17 +333,14 @@ INPUTS = {
                 "pixel_values": w.sample.inputs["pixel_values"],
             }
         ),
-        InputError,
         r"Got \[32\] image tokens per row for 1 images of \[16\] tokens",
     ),
     "NaN pixels": (
         lambda w: w.inputs(pixel_values=w.sample.inputs["pixel_values"] * float("nan")),
-        InputError,
         "NaN or infinite pixel_values",
     ),
     "infinite pixels": (
         lambda w: w.inputs(pixel_values=w.sample.inputs["pixel_values"] / 0),
-        InputError,
         "NaN or infinite pixel_values",
     ),
     "pixels without grid": (
@@ -387,21 +351,18 @@ INPUTS = {
                 if k != "image_grid_thw"
             }
         ),
-        InputError,
         "pixel_values without image_grid_thw",
     ),
     "pixels of another rank": (
         lambda w: w.inputs(pixel_values=torch.zeros(4, 4)),
-        InputError,
         r"pixel_values of shape \(4, 4\); expected \[image channel height width\]",
     ),
 }
 RUNS = {
-    "no sample": (lambda w: w.lvlm.run("what"), InputError, "Got str as sample"),
-    "images instead of a sample": (lambda w: w.lvlm.run(IMAGE, []), InputError, "lvlm.prepare"),
+    "no sample": (lambda w: w.lvlm.run("what"), "Got str as sample"),
+    "images instead of a sample": (lambda w: w.lvlm.run(IMAGE, []), "lvlm.prepare"),
     "a sample of another model": (
         lambda w: w.qwen.run(w.sample),
-        InputError,
         "a sample of a 'llava' model of another layout",
     ),
     "a single probe": (
@@ -419,41 +380,34 @@ RUNS = {
     "unknown logits": (
         lambda w: w.run(logits="foo"),
         ProbeError,
-        "logits='foo'; expected 'all' or 'last'",
+        "logits='foo'; expected one of .'all', 'last', None.",
     ),
     "unknown remote": (
         lambda w: w.run(remote="ndif"),
-        InputError,
         "remote='ndif'; expected True for NDIF",
     ),
     "remote without a processor": (
         lambda w: ss.LVLM(w.lvlm.module).run(w.sample, remote="local"),
-        InputError,
         "remote=... for a model without a processor",
     ),
     "no new tokens": (
         lambda w: w.lvlm.generate(w.sample, max_new_tokens=0),
-        InputError,
         "max_new_tokens=0; expected an int of at least 1",
     ),
     "new tokens that are no int": (
         lambda w: w.lvlm.generate(w.sample, max_new_tokens="many"),
-        InputError,
         "max_new_tokens='many'",
     ),
     "beams": (
         lambda w: w.lvlm.generate(w.sample, num_beams=3),
-        InputError,
         "num_beams=3; expected 1. Every decode step is probed with one query per row",
     ),
     "no cache": (
         lambda w: w.lvlm.generate(w.sample, use_cache=False),
-        InputError,
         "use_cache=False; expected True",
     ),
     "inputs as options": (
         lambda w: w.lvlm.generate(w.sample, input_ids=w.sample.inputs["input_ids"]),
-        InputError,
         r"\['input_ids'\] as options of generate",
     ),
     "padding on the right": (
@@ -465,7 +419,6 @@ RUNS = {
                 }
             )
         ),
-        InputError,
         "right-padded batch .*padding_side = 'left'",
     ),
     "a probe that did not run": (
@@ -482,37 +435,30 @@ RUNS = {
 SELECTIONS = {
     "unknown selection": (
         lambda w: w.run(ss.AttentionMass({"a": "imgae"})),
-        SelectionError,
         "'imgae'; expected one of .* Did you mean 'image'",
     ),
     "an image that is not there": (
         lambda w: w.run(ss.AttentionMass({"a": "image:1"})),
-        SelectionError,
         "'image:1'.*Did you mean 'image:0'",
     ),
     "unknown vision selection": (
         lambda w: w.run(ss.AttentionMass({"a": "patches"}, tower="vision")),
-        SelectionError,
         "'patches'.*Did you mean 'patch'",
     ),
     "a name that is empty here": (
         lambda w: w.qwen.run(w.qwen.prepare(IMAGE, "what"), [ss.AttentionPatterns("bos")]),
-        SelectionError,
         "'bos' as queries or rows, which stands for no token .* write 'first'",
     ),
     "mask of another batch": (
         lambda w: w.run(ss.AttentionMass({"a": mask(w, 2, 5)})),
-        SelectionError,
         r"mask of shape \(2, 5\).*belongs to the sample it was made from",
     ),
     "int mask": (
         lambda w: w.run(ss.AttentionMass({"a": mask(w, dtype=torch.long)})),
-        SelectionError,
         r"dtype torch.int64.*mask\[row, index\] = True",
     ),
     "a set": (
         lambda w: w.run(ss.AttentionMass({"a": {0, 3}})),
-        SelectionError,
         "selection of type set.*expected a name .* or a boolean tensor",
     ),
     "per-layer mask as queries": (
@@ -533,12 +479,10 @@ SELECTIONS = {
     ),
     "unknown merge": (
         lambda w: w.sample.tokens.from_vision(torch.zeros(1, 17), merge="sum"),
-        SelectionError,
         "merge='sum'; expected 'max', 'mean' or 'any'",
     ),
     "scores of other images": (
         lambda w: w.sample.tokens.from_vision(torch.zeros(2, 17)),
-        SelectionError,
         r"scores of shape \(2, 17\); expected \(1, 17\)",
     ),
 }
@@ -567,146 +511,114 @@ PROBES = {
     "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
     "unknown tower": (
         lambda w: w.run(having(ss.TokenNorms(), tower="visual")),
-        ProbeError,
         "tower='visual'; expected 'vision' or 'language'. Write tower='vision'",
     ),
     "unknown site": (
         lambda w: w.run(ss.TokenNorms(site="resid_mid")),
-        ProbeError,
         "site='resid_mid'; expected one of",
     ),
     "the attention site for states": (
         lambda w: w.run(ss.MassiveActivations(site="attention")),
-        ProbeError,
         "site='attention'",
     ),
     "a site of the wrong tower": (
         lambda w: ss.Site("projector", "resid_pre"),
-        ProbeError,
         r"site 'resid_pre' in the projector tower; expected one of \('input', 'output'\)",
     ),
     "dimensions out of range": (
         lambda w: w.run(ss.SinkDimensionScores([1415])),
-        ProbeError,
         "dimension 1415 in the language tower; expected 0 to 63. Sink dimensions belong to one",
     ),
     "no dimensions": (
         lambda w: w.run(ss.SinkDimensionScores([])),
-        ProbeError,
         "no dimensions; expected at least one",
     ),
     "a bare dimension": (
         lambda w: w.run(having(ss.probes.ChannelValues([5]), channels=5)),
-        ProbeError,
         r"dimensions 5; expected a list of channel indices. Write \[5\]",
     ),
     "unknown normalisation": (
         lambda w: w.run(ss.SinkDimensionScores([0], normalize="l2")),
-        ProbeError,
         "normalize='l2'; expected 'rms' or 'none'",
     ),
     "more channels than there are": (
         lambda w: w.run(ss.MassiveActivations(k=65)),
-        ProbeError,
         "k=65; expected 1 to 64 channels",
     ),
     "no tokens of the lens": (
         lambda w: w.run(ss.LogitLens(k=0)),
-        ProbeError,
         "k=0; expected 1 to 4.. tokens",
     ),
     "the lens on the vision tower": (
         lambda w: w.run(ss.LogitLens(tower="vision")),
-        ProbeError,
         "vision tower has no LM head",
     ),
     "unknown precision": (
         lambda w: w.run(ss.AttentionMass({"a": "image"}, precision="fp32")),
-        ProbeError,
         "precision='fp32'; expected 'model' or 'float32'",
     ),
     "a group that was not asked for": (
         lambda w: w.run(MASS)[MASS].group("text"),
-        ProbeError,
         r"the group 'text'; expected one of \('image',\)",
     ),
     "over a null that was not asked for": (
         lambda w: (lambda p: w.run(p)[p].excess())(ss.ReceivedAttention()),
-        ProbeError,
         r"without the attention of other tokens .* Write ReceivedAttention\(others=True\)",
     ),
 }
 MODELS = {
     "a name as model": (
         lambda w: ss.LVLM("llava-hf/llava-1.5-7b-hf"),
-        ModelError,
-        r"Got str; .*ss.LVLM.from_pretrained\(name\)",
+        r"Got a str; .*ss.LVLM.from_pretrained\(name\)",
     ),
     "a layer": (
         lambda w: ss.LVLM(torch.nn.Linear(2, 2)),
-        ModelError,
         "Got a Linear; expected a transformers image-text-to-text model",
     ),
     "a text-only model": (
         lambda w: ss.LVLM(text_only()),
-        ModelError,
         "LlamaForCausalLM .*without a vision tower",
     ),
     "a model without head": (
         lambda w: ss.LVLM(w.lvlm.module.model),
-        ModelError,
         "LlavaModel without an LM head; expected the ...ForConditionalGeneration class",
     ),
     "iteration over a model": (
         lambda w: list(w.lvlm),
-        ModelError,
         "They are in lvlm.anatomy: write lvlm.module.get_submodule",
-    ),
-    "a module without attention": (
-        lambda w: source.find_attention_call(torch.nn.Linear(2, 2), "model.lin"),
-        AttentionCallError,
-        "model.lin .Linear. does not call attention through transformers' attention interface",
     ),
 }
 CHECKPOINTS = {
     "a model as name": (
         lambda w: ss.LVLM.from_pretrained(w.lvlm.module),
-        CheckpointError,
         r"checkpoint of type Llava.*write ss.LVLM\(model, processor\)",
     ),
     "a folder that is not there": (
         lambda w: ss.LVLM.from_pretrained("./nowhere/at-all"),
-        CheckpointError,
         "'./nowhere/at-all', which is no folder",
     ),
     "a file": (
         lambda w: ss.LVLM.from_pretrained(w.folder / "config.json"),
-        CheckpointError,
         "which is no folder; expected the folder that save_pretrained",
     ),
     "no config": (
         lambda w: w.load(lambda f: (f / "config.json").unlink()),
-        CheckpointError,
         "holds no config.json",
     ),
     "broken config": (
         lambda w: w.load(lambda f: write(f, "config.json", '{"model_type": ')),
-        CheckpointError,
         "not a valid JSON file.*folder written by save_pretrained",
     ),
     "config of no model": (
         lambda w: w.load(lambda f: write(f, "config.json", "{}")),
-        CheckpointError,
         "Unrecognized model",
     ),
     "config of a wrong type": (
         lambda w: w.load(lambda f: edit_config(f, text_config__hidden_size="wide")),
-        CheckpointError,
         "hidden_size",
     ),
     "unknown model type": (
         lambda w: w.load(lambda f: edit_config(f, model_type="llawa")),
-        CheckpointError,
         "model type `llawa`",
     ),
     "a family without a row": (
@@ -721,86 +633,82 @@ CHECKPOINTS = {
     ),
     "truncated weights": (
         lambda w: w.load(lambda f: cut(f, "model.safetensors")),
-        CheckpointError,
         "SafetensorError.*damaged or cut off. Download it again",
     ),
     "empty weights": (
         lambda w: w.load(lambda f: cut(f, "model.safetensors", 0)),
-        CheckpointError,
         "damaged or cut off",
     ),
     "no weights": (
         lambda w: w.load(lambda f: (f / "model.safetensors").unlink()),
-        CheckpointError,
         "no file named model.safetensors",
     ),
     "a missing shard": (
         lambda w: w.load(lambda f: sharded(f)[1].unlink()),
-        CheckpointError,
         "No such file or directory: .*model-00002",
     ),
     "a broken index": (
         lambda w: w.load(lambda f: (sharded(f), cut(f, "model.safetensors.index.json"))),
-        CheckpointError,
         "JSONDecodeError",
     ),
     "weights of another size": (
         lambda w: w.load(lambda f: edit_config(f, text_config__intermediate_size=32)),
-        CheckpointError,
         "could not be loaded .RuntimeError",
     ),
     "weights of fewer layers": (
         lambda w: w.load(lambda f: edit_config(f, text_config__num_hidden_layers=4)),
-        CheckpointError,
         "lacks 9 weights, such as .*layers.3.*They would be random",
     ),
     "no tokenizer": (
         lambda w: w.load(lambda f: (f / "tokenizer.json").unlink()),
-        CheckpointError,
         "The processor of .* could not be read .*tokenizer files",
     ),
     "a broken tokenizer": (
         lambda w: w.load(lambda f: cut(f, "tokenizer.json")),
-        CheckpointError,
         "The processor of .*JSONDecodeError",
     ),
     "no processor": (
         lambda w: w.load(lambda f: (f / "processor_config.json").unlink()),
-        CheckpointError,
         "The processor of .* could not be read",
     ),
     "a broken processor": (
         lambda w: w.load(lambda f: cut(f, "processor_config.json")),
-        CheckpointError,
         "The processor of .*not a valid JSON",
     ),
     "code of its own": (
         lambda w: w.load(own_code),
-        CheckpointError,
         "holds its own code; .* write trust_remote_code=True",
     ),
     "unknown dtype": (
         lambda w: ss.LVLM.from_pretrained(w.folder, dtype="float7"),
-        CheckpointError,
         "dtype='float7'; expected 'auto'",
     ),
     "unknown kernel": (
         lambda w: ss.LVLM.from_pretrained(w.folder, attn_implementation="magic"),
-        CheckpointError,
         'attn_implementation="magic"',
     ),
     "a kernel that is not installed": (
         lambda w: ss.LVLM.from_pretrained(w.folder, attn_implementation="flash_attention_2"),
-        CheckpointError,
         "FlashAttention2 .*install it, or choose another attn_implementation",
     ),
     "unknown device": (
         lambda w: ss.LVLM.from_pretrained(w.folder, device_map="nonsense"),
-        CheckpointError,
         "device_map",
     ),
 }
-CASES = {**INPUTS, **RUNS, **SELECTIONS, **PROBES, **MODELS, **CHECKPOINTS}
+TABLES = (
+    (InputError, INPUTS),
+    (InputError, RUNS),
+    (SelectionError, SELECTIONS),
+    (ProbeError, PROBES),
+    (ModelError, MODELS),
+    (CheckpointError, CHECKPOINTS),
+)
+CASES = {
+    name: (case[0], case[1] if len(case) == 3 else error, case[-1])
+    for error, table in TABLES
+    for name, case in table.items()
+}
 AFTER_A_PASS = {"a group that was not asked for", "over a null that was not asked for"}
 
 

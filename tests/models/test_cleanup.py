@@ -238,8 +238,9 @@ def test_a_part_that_is_replaced_is_seen(fresh):
         lvlm.run(sample, [ss.TokenNorms()])
 
 
-@pytest.mark.parametrize("error", [StopThisError, InterruptedHere])
-@pytest.mark.parametrize("remote", [False, "local"])
+@pytest.mark.parametrize(
+    ("error", "remote"), [(StopThisError, "local"), (InterruptedHere, False)], ids=str
+)
 def test_an_exception_in_a_run_keeps_its_type_and_leaves_nothing(fresh, error, remote):
     lvlm, sample, logits, ids = fresh
     for site in SITES:
@@ -249,8 +250,7 @@ def test_an_exception_in_a_run_keeps_its_type_and_leaves_nothing(fresh, error, r
         assert_untouched(lvlm, sample, logits, ids)
 
 
-@pytest.mark.parametrize("error", [StopThisError, InterruptedHere])
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("error", "step"), [(StopThisError, 1), (InterruptedHere, 3)], ids=str)
 def test_an_exception_in_a_generation_keeps_its_type_and_leaves_nothing(fresh, error, step):
     lvlm, sample, logits, ids = fresh
     failing = Failing(ss.Site("language", "attention", 1), error, fail_at=step)
@@ -303,7 +303,7 @@ def live_tensors():
 
 @pytest.mark.parametrize("remote", [False, "local"])
 def test_runs_keep_no_tensors_alive(fresh, remote):
-    """As many tensors after ten runs and generations as after two."""
+    """As many tensors after four runs and generations as after two."""
     lvlm, sample, _, _ = fresh
 
     def use():
@@ -313,7 +313,7 @@ def test_runs_keep_no_tensors_alive(fresh, remote):
     use()
     use()
     before = live_tensors()
-    for _ in range(4):
+    for _ in range(2):
         use()
     assert live_tensors() <= before
 

@@ -7,7 +7,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ModelError, SinkscopeError
-from sinkscope.models.report import EDIT_JUDGES, JUDGES
+from sinkscope.models.capabilities import RULES
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.models.test_anatomy import without_interface
 from tests.probes.everything import every_probe, exported
@@ -19,8 +19,31 @@ def facts(lvlm):
     return dict(lvlm.report().facts)
 
 
-def test_every_public_probe_is_judged():
-    assert set(JUDGES) == {probe.__name__ for probe in exported()}
+def test_every_public_probe_and_edit_is_judged_by_what_it_needs(tiny):
+    """And every need is somebody's: no room above names a probe or an edit."""
+    edits = [getattr(ss.interventions, name) for name in ss.interventions.__all__]
+    edits = [kind for kind in edits if hasattr(kind, "edits") and hasattr(kind, "needs")]
+    assert len(edits) >= 12
+    assert set(RULES) == {kind.needs for kind in (*exported(), *edits, ss.LSG)}
+    report = tiny(FAMILIES[0]).report()
+    assert {one.name for one in report.probes} == {kind.__name__ for kind in exported()}
+    assert {one.name for one in report.edits} == {kind.__name__ for kind in (*edits, ss.LSG)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mine(ss.TokenNorms):
+    """A probe of the user's own, which needs more than states."""
+
+    needs = "masses"
+
+
+def test_a_new_probe_is_reported_without_a_change_of_the_report(monkeypatch, tiny):
+    monkeypatch.setattr(ss.probes, "Mine", Mine, raising=False)
+    monkeypatch.setattr(ss.probes, "__all__", [*ss.probes.__all__, "Mine"])
+    report = changed(learned_sink=True)
+    assert report.verdict("Mine") == dataclasses.replace(
+        report.verdict("AttentionMass"), name="Mine"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,15 +222,6 @@ def test_the_report_as_text_table_and_html(tiny):
     assert len(table) == len(report.probes) + len(report.edits)
 
 
-def test_every_public_intervention_is_judged():
-    edits = {
-        name
-        for name in ss.interventions.__all__
-        if name != "Intervention" and hasattr(getattr(ss.interventions, name), "edits")
-    }
-    assert set(EDIT_JUDGES) == {*edits, "LSG"}
-
-
 def one_of_every_edit(lvlm, sample, tower):
     """An intervention of every judged class on a tower, small enough to run everywhere."""
     tokens = sample.tokens if tower == "language" else sample.tokens.vision
@@ -244,7 +258,7 @@ def is_true(lvlm, sample, report, tower):
                 lvlm.run(sample, interventions=[edit])
         else:
             assert lvlm.run(sample, interventions=[edit]).effects[edit].touched.all()
-    assert set(told) | {"LSG"} == set(EDIT_JUDGES)
+    assert set(told) | {"LSG"} == {one.name for one in report.edits}
     assert report.verdict("LSG", "vision").status == "unavailable"
     return told
 

@@ -47,8 +47,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("config", CONFIGS)
+# Every config with no options, and every option with two configs.
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        *((config, "nothing") for config in CONFIGS),
+        *((config, option) for config in ("sampling", "tokens") for option in OPTIONS),
+    ],
+)
 def test_an_answer_is_that_of_transformers(model, batch, config, options):
     """What is given wins over the model's generation config, and that over defaults; a seed repeats."""
     model.module.generation_config.update(**CONFIGS[config])
@@ -147,8 +153,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("where", ["option", "config", "model"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *((name, "option") for name in SETTINGS),
+        *((name, where) for name in ("num_beams", "stop_strings") for where in ("config", "model")),
+    ],
+)
 def test_settings_whose_steps_cannot_be_probed_are_refused(model, batch, name, where):
     value, expected = SETTINGS[name]
     config, options = GenerationConfig(), {"max_new_tokens": 2}

@@ -47,6 +47,7 @@ def test_the_source_of_a_class_is_read_once(monkeypatch):
         return real(forward)
 
     source._read.cache_clear()
+    source.forward_tree.cache_clear()
     monkeypatch.setattr(source.inspect, "getsource", getsource)
     small, _ = tiny_llava()
     read_anatomy(small)
