@@ -10,7 +10,7 @@ from torch import nn
 import sinkscope as ss
 from sinkscope import baselines, detectors
 from sinkscope.errors import InputError, LayerError
-from sinkscope.experiments.baselines import elsewhere
+from sinkscope.experiments.sink_edits import with_random_sinks
 from sinkscope.experiments.tracing import trace_sinks
 from sinkscope.testing import plant, random_image
 from tests.lsg.reference import eager
@@ -185,7 +185,7 @@ def test_fixed_coefficients_are_a_gate_that_does_not_read(planted, trace):
 
 
 def test_random_tokens_are_as_many_and_ordinary(trace):
-    moved = elsewhere(trace, 3)
+    moved = with_random_sinks(trace, 3)
     visual = trace.sample.tokens.image >= 0
     assert torch.equal(moved.v_sinks.sum(1), trace.v_sinks.sum(1))
     assert torch.equal(moved.l_sinks().sum(2), trace.l_sinks().sum(2))
@@ -193,8 +193,8 @@ def test_random_tokens_are_as_many_and_ordinary(trace):
     taken = moved.v_sinks | moved.l_sinks().any(dim=1)
     assert bool((taken <= trace.ordinary()).all())
     assert torch.equal(moved.overlap().sum(2), trace.overlap().sum(2))
-    assert torch.equal(elsewhere(trace, 3).v_sinks, moved.v_sinks), "the same seed, the same tokens"
-    others = [elsewhere(trace, seed).v_sinks for seed in range(5)]
+    assert torch.equal(with_random_sinks(trace, 3).v_sinks, moved.v_sinks), "the same seed, the same tokens"
+    others = [with_random_sinks(trace, seed).v_sinks for seed in range(5)]
     assert any(not torch.equal(moved.v_sinks, other) for other in others)
     assert bool((moved.v_sinks <= visual).all())
 
@@ -207,7 +207,7 @@ def test_random_tokens_are_other_places_in_other_images(planted):
     for seed in range(4):
         sample = lvlm.prepare(images=random_image(64, 64, seed), text="how many")
         seen = trace_sinks(lvlm, sample, *rules)
-        drawn.append((seen.ordinary(), elsewhere(seen, 3).v_sinks))
+        drawn.append((seen.ordinary(), with_random_sinks(seen, 3).v_sinks))
     assert all(torch.equal(ordinary, drawn[0][0]) for ordinary, _ in drawn)
     assert len({tuple(mask.flatten().tolist()) for _, mask in drawn}) > 1
 
@@ -215,7 +215,7 @@ def test_random_tokens_are_other_places_in_other_images(planted):
 def test_random_tokens_wrap_any_function_of_a_trace(planted, trace):
     control = baselines.random_tokens(baselines.fixed_coefficients(1, 0.1, 0.9), seed=3)
     sinks, rest = control(trace)
-    moved = elsewhere(trace, 3).v_sinks
+    moved = with_random_sinks(trace, 3).v_sinks
     assert torch.equal(sinks.tokens, moved)
     assert torch.equal(rest.tokens, (trace.sample.tokens.image >= 0) & ~moved)
     assert (sinks.factor, rest.factor, list(sinks.layers)) == (0.1, 0.9, [2])
@@ -226,7 +226,7 @@ def test_too_few_ordinary_tokens_leave_a_row_alone(trace):
 
     visual = trace.sample.tokens.image >= 0
     full = replace(trace, v_sinks=visual.clone())
-    assert not elsewhere(full).v_sinks.any()
+    assert not with_random_sinks(full).v_sinks.any()
 
 
 def test_random_tokens_of_a_gate_keep_its_weights(planted):

@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import InputError
 from sinkscope.experiments import effect_conditions, effect_table
-from sinkscope.experiments.baselines import EditSinks, content_seed, top_received
+from sinkscope.experiments.sink_edits import EditSinks, content_seed, top_received
 from sinkscope.testing import plant, random_image, sink_free
 
 
