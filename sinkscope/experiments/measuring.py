@@ -1,0 +1,140 @@
+"""One pass that measures everything a trace reads, and what the rules flag in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.detectors.detection import Detection
+from sinkscope.detectors.gap import Gap
+from sinkscope.detectors.rules import STATE_SITE
+from sinkscope.detectors.running import decided
+from sinkscope.models.inputs import Sample
+from sinkscope.probes import (
+    EvidenceResult,
+    HeadWrites,
+    MassiveActivations,
+    MassiveResult,
+    SinkEvidence,
+    TokenNorms,
+    WriteResult,
+)
+
+if TYPE_CHECKING:
+    from sinkscope.detectors.choice import SinkRules
+    from sinkscope.models.lvlm import LVLM
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one pass of a trace measured, and what the rules flag.
+
+    Attributes:
+        sample: The sample.
+        vision: Spikes and attention in the vision tower.
+        language: Spikes and attention in the LLM.
+        v: What the V rule flags.
+        low: What the L rule flags.
+        vit_adds: What attention and MLP add in the vision blocks of which that is known, by site.
+        llm_adds: The same in the LLM.
+        vit_norms: Float ``[image layer pos]``.
+        llm_norms: Float ``[batch pos]``, in the embeddings of the LLM.
+        writes: What heads write, in the layers of which that is known; None if there are none.
+        last: The last vision block that feeds the projector.
+        draws: The least attention beyond uniform.
+    """
+
+    sample: Sample
+    vision: EvidenceResult
+    language: EvidenceResult
+    v: Detection
+    low: Detection
+    vit_adds: Mapping[str, MassiveResult]
+    llm_adds: Mapping[str, MassiveResult]
+    vit_norms: Tensor
+    llm_norms: Tensor
+    writes: WriteResult | None
+    last: int
+    draws: float
+
+    @cached_property
+    def excess(self) -> Tensor:
+        """``[batch layer head key]`` in the LLM, see `ReceivedResult.excess`."""
+        return self.language.received.excess()
+
+    @cached_property
+    def ratio(self) -> Tensor | None:
+        """``[batch layer head key]``, every key's write over the mean of the others."""
+        return None if self.writes is None else self.writes.ratio()
+
+    def attended_throughout(self) -> Tensor:
+        """ViT tokens that attract attention in most blocks up to the last, bool ``[image pos]``.
+
+        In a block some head gives them ``draws`` beyond uniform attention and 5 times as much as
+        uniform attention (ACT, 2406.15765), which matters where there are few tokens.
+        """
+        uniform = self.vision.received.others_null
+        assert uniform is not None
+        drawing = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
+        return drawing[:, : self.last + 1].float().mean(dim=1) > 0.5
+
+
+def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
+    """Everything that a trace reads, in one forward pass, and what the rules flag in it."""
+    a = lvlm.anatomy
+    k = min(16, a.vision.d_model, a.language.d_model)
+    vision, language = SinkEvidence(tower="vision"), SinkEvidence()
+    # The gap rule needs no probe of its own.
+    v = vision if isinstance(rules.v, Gap) else rules.v.probe("vision", None, a.vision)
+    low = language if isinstance(rules.low, Gap) else rules.low.probe("language", None, a.language)
+    vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
+    llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
+    writes = [HeadWrites(a.language.writing)] if a.language.writing else []
+    vit_adds, llm_adds = (
+        {
+            site: MassiveActivations(tower.adding, tower.tower, k, site)
+            for site in ("attn_out", "mlp_out")
+            if tower.adding
+        }
+        for tower in (a.vision, a.language)
+    )
+    probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
+    probes += [*vit_adds.values(), *llm_adds.values()]
+    run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
+    return Measured(
+        sample=sample,
+        vision=run[vision],
+        language=run[language],
+        v=decided(rules.v, run, v, lvlm, sample),
+        low=decided(rules.low, run, low, lvlm, sample),
+        vit_adds={site: run[probe] for site, probe in vit_adds.items()},
+        llm_adds={site: run[probe] for site, probe in llm_adds.items()},
+        vit_norms=run[vit_norms].norms,
+        llm_norms=run[llm_norms].norms[:, 0],
+        writes=run[writes[0]] if writes else None,
+        last=a.feed_layers[-1],
+        draws=draws,
+    )
+
+
+def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
+    """V-sinks at their LLM positions: the rule on every state that feeds the projector.
+
+    One of the ViT tokens that merge must be flagged, so that all of the rule holds for it. With
+    ``merge="mean"`` their mean score must pass the threshold too.
+    """
+    tokens = sample.tokens
+    flagged = torch.zeros_like(tokens.live)
+    for feed in feeds:
+        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
+        if merge == "mean":
+            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
+            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
+            passed &= score > limit if detection.strict else score >= limit
+        flagged |= passed
+    return flagged & (tokens.image >= 0)
