@@ -105,40 +105,21 @@ def effect_table(
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    Args:
-        lvlm: The model.
-        dataset: Questions; see `compare`, as for those that say no more.
-        v_detector: For V-sinks, best calibrated on other images; None: see `trace_sinks`.
-        l_detector: For L-sinks and text sinks, likewise.
-        edits: See `effect_conditions`.
-        layers: See there.
-        top: See there.
-        controls: See there.
-        seed: Of the random tokens.
-        batch: The most questions per forward pass.
-        progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Returns:
-        The comparison: ``.summary()`` is the table, ``.plot()`` the figure, and
-        ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
+    The arguments are those of `compare` and `effect_conditions`; rules are best calibrated on other
+    images. ``.summary()`` is the table, ``.plot()`` the figure, and
+    ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
 
     Raises:
         InputError: If the dataset is empty or malformed, or an option is out of range.
     """
     made = effect_conditions(edits=edits, layers=layers, top=top, controls=controls, seed=seed)
-    rules = {"v_detector": v_detector, "l_detector": l_detector}
+    rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
     return compare(lvlm, dataset, made, **rules, batch=batch, progress=progress)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A condition by name: from the trace of a batch to interventions.
-
-    Attributes:
-        name: What it is called.
-        make: The function.
-        options: What it was made with.
-    """
+    """A condition by name: a function from the trace of a batch to interventions, and its options."""
 
     name: str
     make: Callable[[SinkTrace], Sequence[Any]] = field(repr=False)
@@ -179,8 +160,7 @@ def var(
 def sink_to_front(sinks: str = "V-sinks") -> Method:
     """Sink-to-the-front: move sinks to the start of their image block (2510.08510).
 
-    Their embeddings move and the positions of the LLM stay, see `SinkToFront`. The paper moves the
-    ViT's position embeddings along, which an embedding behind the ViT carries with it.
+    Their embeddings move and the positions of the LLM stay, see `SinkToFront`.
 
     Args:
         sinks: ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
@@ -188,11 +168,12 @@ def sink_to_front(sinks: str = "V-sinks") -> Method:
     Raises:
         InputError: If the kind is unknown.
     """
-    options = {"sinks": sinks}
-    check_choice(("V-sinks", "L-sinks", VISUAL), **options)
-    return Method(
-        "sink to the front", lambda t: [SinkToFront(split(t, sinks)[0], allow_noop=True)], options
-    )
+    check_groups(sinks)
+
+    def make(trace: SinkTrace) -> Sequence[Any]:
+        return [SinkToFront(split(trace, sinks)[0], allow_noop=True)]
+
+    return Method("sink to the front", make, {"sinks": sinks})
 
 
 def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks") -> Method:
@@ -208,14 +189,13 @@ def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks
     Raises:
         InputError: If both weights are 1, or the kind is unknown.
     """
-    options = {"sink": sink, "rest": rest, "sinks": sinks}
-    check_groups(**options)
+    check_groups(sinks, sink=sink, rest=rest)
 
     def make(trace: SinkTrace) -> Sequence[Any]:
         pairs = zip(split(trace, sinks), (sink, rest), strict=True)
         return [ScaleTokens(tokens, s, allow_noop=True) for tokens, s in pairs if s != 1.0]
 
-    return Method("token weights", make, options)
+    return Method("token weights", make, {"sink": sink, "rest": rest, "sinks": sinks})
 
 
 def fixed_coefficients(
@@ -245,34 +225,28 @@ def fixed_coefficients(
     return Method("fixed coefficients", make, options)
 
 
-def check_groups(sinks: str, **factors: float) -> None:
+def check_groups(sinks: str, **factors: Any) -> None:
     """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
     check_choice(("V-sinks", "L-sinks", VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
-    if all(factor == 1.0 for factor in factors.values()):
+    if factors and set(factors.values()) == {1.0}:
         said = " and ".join(f"{name}={factor}" for name, factor in factors.items())
         raise InputError(
-            f"Got {said}, which change nothing; expected another pair. The base is the condition []."
+            f"Got {said}, which change nothing; expected another pair. The base is []."
         )
 
 
 def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) -> Any:
     """The control: the same condition, with random ordinary tokens in the place of the sinks.
 
-    For a function of the trace, every visual sink trades places with a random image token that is a
-    sink at no layer, so numbers, layers and overlaps stay as they were; text sinks stay. A row with
-    fewer ordinary tokens than sinks is left without any. For gates, the rule of every group of sinks
-    is replaced by ``RandomTokens(count)``, with other tokens for V than for L, and the weights stay.
-    As with sinks, V wins over L where both rules take a token.
+    For a function of the trace see `with_random_sinks`. For gates the rule of every group of sinks is
+    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay.
 
     Args:
         condition: A function of the trace, such as those of this module, or a list of gates.
         count: For gates only: how many tokens of every image count as V-sinks, and of every prompt's
             image tokens as L-sinks, where the gate has such a group.
         seed: Of the draw, which also depends on the images and texts.
-
-    Returns:
-        A condition of the same kind.
 
     Raises:
         InputError: If the condition is of another kind, or ``count`` does not fit it.
@@ -284,8 +258,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     if listed and all(isinstance(it, LSG) for it in condition):
         if count is None:
             raise InputError(
-                "Got gates without a count; expected how many random tokens count as sinks. Write "
-                "baselines.random_tokens([gate], count=4)."
+                "Got gates without a count; expected how many random tokens count as sinks. Write count=4."
             )
         return [with_random_rules(gate, count, seed) for gate in condition]
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
@@ -295,8 +268,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         )
     if count is not None:
         raise InputError(
-            f"Got count={count} for a function of a trace; expected none: as many tokens are drawn as "
-            "there are sinks."
+            f"Got count={count} for a function of a trace; expected none: as many as there are sinks."
         )
     function: Any = condition
     options = {"condition": condition, "seed": seed}

@@ -73,16 +73,7 @@ def named(of: Any, tower: Tower, row: int, pos: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class JudgedTower:
-    """What was measured in one tower, the rule, and what it flags.
-
-    Attributes:
-        tower: ``"language"`` or ``"vision"``.
-        sample: The sample.
-        rule: The rule.
-        evidence: Spikes and attention of every token.
-        detection: What the rule flags.
-        layers: Where the rule counts: the blocks that feed the projector, or all of the LLM's.
-    """
+    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
 
     tower: Tower
     sample: Sample

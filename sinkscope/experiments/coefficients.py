@@ -81,12 +81,7 @@ class GateCoefficients(Result):
         return pd.concat(tables, ignore_index=True)
 
     def plot(self, by: str | None = None, *, seed: int = 0) -> Figure:
-        """Coefficients by layer: a panel per group, a line per task.
-
-        Args:
-            by: See `to_dataframe`.
-            seed: Of the intervals.
-        """
+        """Coefficients by layer, a panel per group, a line per task; arguments as in `to_dataframe`."""
         from sinkscope.viz.probes import plot_coefficients
 
         return plot_coefficients(self.to_dataframe(by, seed=seed))
@@ -166,8 +161,7 @@ def _check_fit(lvlm: LVLM, gates: Sequence[LSG]) -> None:
     """Refuse a model that cannot be asked, and gates that are not this model's or share a layer."""
     if lvlm.processor is None or lvlm.device.type == "meta":
         raise InputError(
-            "Got an LVLM without a processor or without weights; expected both. Write "
-            "ss.LVLM.from_pretrained(name) without remote=True."
+            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
         )
     layers = [gate.layer for gate in gates]
     if len(set(layers)) < len(layers):

@@ -36,9 +36,8 @@ class Comparison(Result):
 
     Attributes:
         table: One line per question, condition and seed: item, image_id, task, question, answer,
-            condition, seed, given, correct, touched (whether the edit touched that row), sinks (visual
-            sinks of the row; NaN without a trace) and uncontrolled (whether there were too few random
-            tokens to edit).
+            condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
+            without a trace) and uncontrolled (whether there were too few random tokens to edit).
         base: The condition that others are compared with.
     """
 
@@ -93,8 +92,7 @@ class Comparison(Result):
             of_base = whole.loc[(whole["task"] == task) & (whole["condition"] == self.base)]
             lines.append({"task": task, "condition": condition, **_line(part, of_base, options)})
         out = pd.DataFrame(lines)
-        out.attrs["comparisons"] = count_comparisons(out, self.base)
-        out.attrs["level"] = level
+        out.attrs |= {"comparisons": count_comparisons(out, self.base), "level": level}
         return out
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -123,7 +121,8 @@ class Comparison(Result):
         """The table once per task, and once more as ``"all"`` if there are several tasks."""
         import pandas as pd
 
-        table = self.table if "seed" in self.table else self.table.assign(seed=0)
+        given = {"seed": 0, "uncontrolled": False}
+        table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
         parts = [named] if len(self.tasks) > 2 else []
         return pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
@@ -132,7 +131,7 @@ class Comparison(Result):
 def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
     """How many differences to the base a summary reports in some tasks: those that touched a row."""
     shown = summary if tasks is None else summary[summary["task"].isin(list(tasks))]
-    return int((shown["condition"].ne(base) & shown["touched"].gt(0)).sum())
+    return int(((shown["condition"] != base) & (shown["touched"] > 0)).sum())
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
@@ -142,12 +141,10 @@ def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) ->
     change = right - paired["correct_base"].astype(float)
     clusters = paired["image_id"].tolist(), paired["seed"].tolist()
     accuracy, delta = (cluster_bootstrap(x.tolist(), *clusters, **options) for x in (right, change))
-    counted = "uncontrolled" in part and len(part)
     of = {"n": "item", "images": "image_id", "seeds": "seed"}
     return {
         **{name: part[column].nunique() for name, column in of.items()},
-        "touched": part["touched"].mean() if len(part) else 0.0,
-        "uncontrolled": part["uncontrolled"].mean() if counted else 0.0,
+        **{x: part[x].mean() if len(part) else 0.0 for x in ("touched", "uncontrolled")},
         **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
         **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
         "changed": float((change.dropna() != 0).mean()) if len(change) else 0.0,
@@ -161,6 +158,7 @@ class Applied(Protocol):
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
         """The block."""
+        ...
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
@@ -178,9 +176,6 @@ def per_seed(*conditions: Condition) -> PerSeed:
 
     Args:
         conditions: One per seed, of a gate's training or of a draw: ``[gate_0], [gate_1], [gate_2]``.
-
-    Raises:
-        InputError: If there is none.
     """
     if not conditions:
         raise InputError("Got per_seed() without a condition; expected one per seed.")
@@ -261,9 +256,8 @@ def compare(
 ) -> Comparison:
     """Answer every question under every condition.
 
-    A free answer is cut to as many tokens as the right one has. It is right if these are its tokens, as
-    in `sweep` with ``score="exact"``, or begin with the same text after stripping and lower case. Of
-    ``choices`` the one with the highest score is the answer.
+    A free answer is cut to the length of the right one. It is right if its tokens are the same, as in
+    `sweep` with ``score="exact"``, or it begins with the same text after stripping and lower case.
 
     Args:
         lvlm: The model.
@@ -318,11 +312,11 @@ def _answer(
     trace: Any = None
     if any(variant.needs_trace for variant in variants):
         trace = trace_sinks(lvlm, sample, **rules)
-    plain: Any = None
+    plain: Answers | None = None
     for variant in variants:
         edits, whole = variant.edits(trace), isinstance(variant.condition, Applied)
-        answers = plain  # without an edit the model says the same every time
-        if plain is None or whole or edits:
+        answers = None if whole or edits else plain  # without an edit the answers stay the same
+        if answers is None:
             with variant.condition.apply(lvlm) if whole else nullcontext():
                 answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
         if whole:

@@ -196,7 +196,7 @@ class RandomControl:
         check_trace(trace, "a sample to edit")
         mask = self._tokens(self.intervention, trace)
         if self.match == "position":
-            donors = list(donor) if isinstance(donor, (list, tuple)) else [donor]
+            donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
             if not donors or donors == [None]:
                 raise InterventionError(
                     "Got match='position' without a donor; expected the trace of another image, or "
@@ -294,21 +294,9 @@ def replacement_table(
     """Zero, mean and resampled values of the same tokens side by side, each beside random tokens.
 
     A sink whose values are next to nothing survives zeroing and not the others, so no single
-    replacement tells whether it matters (2604.14433).
-
-    Args:
-        lvlm: The model.
-        trace: The trace of the sample to edit.
-        tokens: Bool ``[batch pos]`` or ``[batch layer pos]``.
-        layers: Block indices, or None for all.
-        match: See `RandomControl`, as for ``n``.
-        n: How many draws.
-        seed: Of the draws and of resampling.
-        score: See `RandomControl.run`.
-        donor: See `RandomControl.draws`.
-
-    Returns:
-        Three lines per batch row: replacement, batch, and the columns of `ControlResult`.
+    replacement tells whether it matters (2604.14433). ``tokens`` is bool ``[batch pos]`` or ``[batch
+    layer pos]``, ``layers`` are block indices or None for all; for the rest see `RandomControl` and its
+    `run`. Three lines per batch row: replacement, batch, and the columns of `ControlResult`.
     """
     import pandas as pd
 

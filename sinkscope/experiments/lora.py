@@ -71,16 +71,10 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the model's dtype::
-
-            with adapter.apply(lvlm):
-                lvlm.generate(sample)
+        The sum is rounded to the model's dtype.
 
         Args:
             lvlm: The model it was trained on.
-
-        Yields:
-            The same model.
 
         Raises:
             ModelError: If a matrix is missing, of another shape, or not of floating point.
@@ -134,16 +128,14 @@ def lora(
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
         dataset: Records with image, question and answer, as for a gate.
         layer: The block to adapt.
-        like: A gate: the rank is the one whose number of parameters is closest to the gate's.
+        like: A gate, whose number of parameters the rank comes closest to.
         rank: The rank itself, instead of ``like``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
-        targets: Names of linear maps of the block, such as ``["q_proj", "v_proj"]``; None for those of
-            its attention.
+        targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
         epochs: As for a gate, see `sinkscope.lsg.TrainingSettings`.
         batch: Records per step, likewise.
         lr: Highest learning rate, likewise.
-        validation: Share of the images to hold out; the weights of the lowest loss there are kept.
-            0 trains on all, and keeps the last.
+        validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
         seed: Of the initial values, of the split and of the order of records.
         progress: Whether to show a progress bar.
 
@@ -182,12 +174,7 @@ def lora(
 
 
 def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[str]:
-    """Paths of the linear maps to adapt.
-
-    Raises:
-        LayerError: If there is no such block.
-        InputError: If a target is not in it.
-    """
+    """Paths of the linear maps to adapt."""
     tower = lvlm.anatomy.language
     check_whole(0, tower.n_layers - 1, error=LayerError, hint="Name a decoder block.", layer=layer)
     block = tower.blocks[layer] if targets is not None else tower.attention[layer]
@@ -207,11 +194,7 @@ def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[
 
 
 def linear_of(lvlm: LVLM, path: str) -> nn.Linear:
-    """The linear map at a path, with weights that can be added to.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """The linear map at a path, with weights that can be added to."""
     module = dict(lvlm.module.named_modules()).get(path)
     if isinstance(module, nn.Linear):
         weight = module.weight

@@ -24,6 +24,7 @@ from sinkscope.probes import (
     TokenNorms,
     WriteResult,
 )
+from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     from sinkscope.detectors.choice import SinkRules
@@ -32,35 +33,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one pass of a trace measured, and what the rules flag.
-
-    Attributes:
-        sample: The sample.
-        vision: Spikes and attention in the vision tower.
-        language: Spikes and attention in the LLM.
-        v: What the V rule flags.
-        low: What the L rule flags.
-        vit_adds: What attention and MLP add in the vision blocks of which that is known, by site.
-        llm_adds: The same in the LLM.
-        vit_norms: Float ``[image layer pos]``.
-        llm_norms: Float ``[batch pos]``, in the embeddings of the LLM.
-        writes: What heads write, in the layers of which that is known; None if there are none.
-        last: The last vision block that feeds the projector.
-        draws: The least attention beyond uniform.
-    """
+    """What one pass of a trace measured, and what the rules flag."""
 
     sample: Sample
     vision: EvidenceResult
     language: EvidenceResult
     v: Detection
     low: Detection
-    vit_adds: Mapping[str, MassiveResult]
+    vit_adds: Mapping[
+        str, MassiveResult
+    ]  # of attn_out and mlp_out, in blocks where these are known
     llm_adds: Mapping[str, MassiveResult]
-    vit_norms: Tensor
-    llm_norms: Tensor
-    writes: WriteResult | None
-    last: int
-    draws: float
+    vit_norms: Tensor  # [image layer pos]
+    llm_norms: Tensor  # [batch pos], in the embeddings of the LLM
+    writes: WriteResult | None  # in the layers where what a head writes is known
+    last: int  # the last vision block that feeds the projector
+    draws: float  # the least attention beyond uniform
 
     @cached_property
     def excess(self) -> Tensor:
@@ -95,16 +83,12 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
     vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
     llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
     writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    vit_adds, llm_adds = (
-        {
-            site: MassiveActivations(tower.adding, tower.tower, k, site)
-            for site in ("attn_out", "mlp_out")
-            if tower.adding
-        }
-        for tower in (a.vision, a.language)
-    )
+    adds: dict[Tower, dict[str, MassiveActivations]] = {}
+    for tower in ("vision", "language"):
+        blocks, sites = a.tower(tower).adding, ("attn_out", "mlp_out")
+        adds[tower] = {s: MassiveActivations(blocks, tower, k, s) for s in sites if blocks}
     probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [*vit_adds.values(), *llm_adds.values()]
+    probes += [*adds["vision"].values(), *adds["language"].values()]
     run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
     return Measured(
         sample=sample,
@@ -112,8 +96,8 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
         language=run[language],
         v=decided(rules.v, run, v, lvlm, sample),
         low=decided(rules.low, run, low, lvlm, sample),
-        vit_adds={site: run[probe] for site, probe in vit_adds.items()},
-        llm_adds={site: run[probe] for site, probe in llm_adds.items()},
+        vit_adds={site: run[probe] for site, probe in adds["vision"].items()},
+        llm_adds={site: run[probe] for site, probe in adds["language"].items()},
         vit_norms=run[vit_norms].norms,
         llm_norms=run[llm_norms].norms[:, 0],
         writes=run[writes[0]] if writes else None,

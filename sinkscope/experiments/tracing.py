@@ -129,14 +129,6 @@ class SinkTrace(Result):
         """Layers of the LLM."""
         return len(self.l_detection.layers)
 
-    @property
-    def _visual(self) -> Tensor:
-        return self.sample.tokens.image >= 0
-
-    @property
-    def _text(self) -> Tensor:
-        return ~self._visual & self.sample.tokens.live
-
     def _meeting(self, tokens: Tensor, layer: int | None, rule: bool = True) -> Tensor:
         """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not; shapes as in `l_sinks`."""
         if layer is None:
@@ -160,7 +152,7 @@ class SinkTrace(Result):
         Raises:
             SelectionError: If there is no such layer.
         """
-        return self._meeting(self._visual & ~self.v_sinks, layer)
+        return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
     def overlap(self, layer: int | None = None) -> Tensor:
         """V-sinks that also meet the L rule; shapes as in `l_sinks`."""
@@ -168,14 +160,15 @@ class SinkTrace(Result):
 
     def text_sinks(self, layer: int | None = None) -> Tensor:
         """Tokens outside the image that meet the L rule (BOS, delimiters); shapes as in `l_sinks`."""
-        return self._meeting(self._text, layer)
+        return self._meeting((self.sample.tokens.image < 0) & self.sample.tokens.live, layer)
 
     def ordinary(self, layer: int | None = None) -> Tensor:
         """Visual tokens that are neither V- nor L-sinks nor attended throughout, ``[batch pos]``.
 
         What controls are drawn from. With None, at no layer.
         """
-        left = self._meeting(self._visual & ~self.v_sinks & ~self.attended, layer, rule=False)
+        visual = (self.sample.tokens.image >= 0) & ~self.v_sinks & ~self.attended
+        left = self._meeting(visual, layer, rule=False)
         return left if left.ndim == 2 else left.all(dim=1)
 
     @property
@@ -184,12 +177,13 @@ class SinkTrace(Result):
 
         V-sinks, L-sinks, ordinary visual tokens, text sinks and other text.
         """
+        visual, live = self.sample.tokens.image >= 0, self.sample.tokens.live
         return {
             "V-sinks": self.v_sinks[:, None].expand(-1, self.n_layers, -1),
             "L-sinks": self.l_sinks(),
-            "ordinary": self._meeting(self._visual & ~self.v_sinks, None, rule=False),
+            "ordinary": self._meeting(visual & ~self.v_sinks, None, rule=False),
             "text sinks": self.text_sinks(),
-            "text": self._meeting(self._text, None, rule=False),
+            "text": self._meeting(live & ~visual, None, rule=False),
         }
 
     def overlap_table(self) -> pd.DataFrame:
@@ -210,11 +204,7 @@ class SinkTrace(Result):
         return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The trace as JSON: detectors, warnings, overlap table and records.
-
-        Args:
-            path: Where to write it too, or None.
-        """
+        """The trace as JSON: detectors, warnings, overlap table and records; written to ``path`` too."""
         detectors = {"V": self.v_detection.detector, "L": self.l_detection.detector}
         body = {
             "detectors": {**detectors, "chosen": self.chosen},
@@ -242,11 +232,7 @@ class SinkTrace(Result):
         return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
-        """Sinks over the image, attention by layer and kind, and spike sizes in both towers.
-
-        Args:
-            row: The row of the batch.
-        """
+        """Sinks of a row over the image, attention by layer and kind, and spike sizes in both towers."""
         from sinkscope.viz.layers import plot_trace
 
         return plot_trace(self, row)
