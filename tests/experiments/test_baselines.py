@@ -193,7 +193,9 @@ def test_random_tokens_are_as_many_and_ordinary(trace):
     taken = moved.v_sinks | moved.l_sinks().any(dim=1)
     assert bool((taken <= trace.ordinary()).all())
     assert torch.equal(moved.overlap().sum(2), trace.overlap().sum(2))
-    assert torch.equal(with_random_sinks(trace, 3).v_sinks, moved.v_sinks), "the same seed, the same tokens"
+    assert torch.equal(with_random_sinks(trace, 3).v_sinks, moved.v_sinks), (
+        "the same seed, the same tokens"
+    )
     others = [with_random_sinks(trace, seed).v_sinks for seed in range(5)]
     assert any(not torch.equal(moved.v_sinks, other) for other in others)
     assert bool((moved.v_sinks <= visual).all())
