@@ -244,7 +244,7 @@ def test_wrong_uses_are_refused(tiny, tmp_path):
         ss.gate_coefficients(lvlm, [gate, gate_for(lvlm)], items)
     with pytest.raises(InterventionError, match="expected one LSG or a list"):
         ss.gate_coefficients(lvlm, [], items)
-    with pytest.raises(InputError, match="batch=0; expected questions per pass"):
+    with pytest.raises(InputError, match="batch=0; expected an int of at least 1"):
         ss.gate_coefficients(lvlm, gate, items, batch=0)
     with pytest.raises(InputError, match="by='tasks'"):
         ss.gate_coefficients(lvlm, gate, items, "tasks")
