@@ -59,8 +59,8 @@ class GateCoefficients(Result):
             seed: Of the draws.
 
         Returns:
-            Columns task, layer, edited, group, n (questions), images, coefficient (the mean), low,
-            high, untrained and tokens (the mean). With one image the interval is NaN.
+            Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
+            and tokens (means). With one image the interval is NaN.
         """
         import pandas as pd
 
@@ -136,7 +136,15 @@ def gate_coefficients(
     given = check_gates(gates)
     check_choice(("task", ALL), by=by)
     check_whole(1, batch=batch)
-    _check_fit(lvlm, given)
+    if lvlm.processor is None or lvlm.device.type == "meta":
+        raise InputError(
+            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
+        )
+    layers = [gate.layer for gate in given]
+    if len(set(layers)) < len(layers):
+        raise InputError(f"Got gates of the layers {layers}; expected every layer once in a call.")
+    for gate in given:
+        gate.check_fits(lvlm)
     items = as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
@@ -157,27 +165,11 @@ def gate_coefficients(
     return GateCoefficients(table, by)
 
 
-def _check_fit(lvlm: LVLM, gates: Sequence[LSG]) -> None:
-    """Refuse a model that cannot be asked, and gates that are not this model's or share a layer."""
-    if lvlm.processor is None or lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
-        )
-    layers = [gate.layer for gate in gates]
-    if len(set(layers)) < len(layers):
-        raise InputError(
-            f"Got gates of the layers {layers}; expected every layer once. Ask others in another call."
-        )
-    for gate in gates:
-        gate.check_fits(lvlm)
-
-
 def _lines(
     gate: LSG, items: Sequence[Item], first: int, found: dict[str, Tensor], tokens: TokenMap
 ) -> Iterator[dict[str, Any]]:
     """One line per question of a batch and group of a gate."""
-    config = gate.config
-    visual = (tokens.image >= 0).to(found["coefficients"].device)
+    config, visual = gate.config, (tokens.image >= 0).to(found["coefficients"].device)
     sinks = {"V": visual & found["V"]}
     if "L" in found:
         sinks["L"] = visual & found["L"] & ~found["V"]

@@ -93,9 +93,8 @@ class GenerationTrace(Result):
         text: The answers, or None without a tokenizer.
         words: The text of every token of prompt and answer, or None likewise.
         layers: The LLM layers.
-        mass_max: Float ``[batch step layer key]`` in [0, 1]: the share that the head which gives the
-            most gives to every key. NaN where the query does not see the key, at padding and after the
-            answer's end.
+        mass_max: Float ``[batch step layer key]`` in [0, 1]: the most that a head gives to every key;
+            NaN where the query does not see the key, at padding and after the answer's end.
         mass_mean: The same, mean over heads.
         null: Float ``[batch step layer]``: what uniform attention gives to each key that the query sees.
         flags: Bool ``[batch layer key]``: the L rule on what each layer reads, at the token's own step.
@@ -166,22 +165,19 @@ def trace_generation(
 ) -> GenerationTrace:
     """Generate an answer, and follow every sink of the prompt and of the answer step by step.
 
-    At each step the new query's attention to every token is kept, exact, as the largest and the mean
-    over the heads of each layer. A token *draws* at a step if some head of the new query, in any layer,
-    gives it at least ``draws`` more than uniform attention under the same mask would; what a token gives
-    to itself does not count. A sink *lives* as long as it draws, and *dies* with the last step at which it
-    does. A generated token is *born* a sink at the step whose pass computes its state, if it meets the L
-    rule there.
+    A token *draws* at a step if some head of the new query, in any layer, gives it at least ``draws``
+    more than uniform attention under the same mask would; what a token gives to itself does not count. A
+    sink *lives* as long as it draws, and *dies* with the last step at which it does. A generated token is
+    *born* a sink at the step whose pass computes its state, if it meets the L rule there.
 
     Args:
         lvlm: The model.
         sample: From ``lvlm.prepare``, padded on the left.
-        l_detector: The rule for sinks of the LLM, on what each layer reads. None for published constants
-            of the model, else for limits that are calibrated on the prompt (`calibrate`). Each
-            token is judged when it appears; what a rule compares with (the median of a layer) is that of
-            the prompt.
+        l_detector: The rule for sinks of the LLM, on what each layer reads; None for published constants
+            of the model, else for limits calibrated on the prompt. Each token is judged when it appears;
+            what a rule compares with (the median of a layer) is that of the prompt.
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet
-            the L rule count as L-sinks, and V-sinks that do not are not listed.
+            the L rule count as L-sinks, and other V-sinks are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).
         max_new_tokens: See `LVLM.generate`, as for ``options``.
         remote: See `LVLM.run`.
@@ -263,11 +259,7 @@ def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) ->
 
 
 def appended(seen: Any, new: Any) -> Any:
-    """The result of a probe of states with the new token's behind it.
-
-    What has an axis of positions, ``[batch layer pos ...]`` or the positions themselves, grows; the
-    rest, such as the median of a layer, stays that of the prompt.
-    """
+    """A result of states with the new token's behind it; what has no positions stays the prompt's."""
     grown = {}
     for name in (field.name for field in fields(seen)):
         old = getattr(seen, name)
@@ -277,11 +269,7 @@ def appended(seen: Any, new: Any) -> Any:
 
 
 def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of the new query at every step: largest and mean over heads, and its null.
-
-    ``[batch step layer key]`` twice and ``[batch step layer]``. NaN where the query sees no such key,
-    at padding, behind a window, and where the answer has ended.
-    """
+    """The new query's attention at every step: largest and mean over heads, and null, NaN where unseen."""
     n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
     results = [step[probe] for step in out.steps]
     given = [

@@ -121,8 +121,8 @@ def lora(
 ) -> LoRA:
     """Train a LoRA on one block of the decoder, of the size of a gate (2106.09685).
 
-    The table of 2604.03316 has LoRA with r = 8 "at L10" and does not name the matrices. On the four
-    projections of attention of width 4096 that is 262,144 parameters, the size of a gate: the default.
+    The table of 2604.03316 has r = 8 "at L10" and names no matrices; on the four projections of attention
+    of width 4096, the default, that is 262,144 parameters, the size of a gate.
 
     Args:
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
@@ -142,8 +142,7 @@ def lora(
     Raises:
         ModelError: If peft is not installed, or the matrices cannot be adapted.
         LayerError: If there is no such block.
-        InputError: If not exactly one of ``like`` and ``rank`` is given, a target is unknown, or the
-            dataset is not whole.
+        InputError: If not one of ``like`` and ``rank`` is given, or a target or the dataset is wrong.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(

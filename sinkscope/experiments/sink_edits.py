@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sinkscope.experiments.tracing import SinkTrace
     from sinkscope.models.inputs import Sample
 
-
 KINDS = ("V-sinks", "L-sinks", "text sinks")
 TOP, VISUAL = "top attended", "visual sinks"
 EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
@@ -46,8 +45,10 @@ def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
     return out & visual
 
 
-def sinks_of(trace: SinkTrace, kind: str) -> Tensor:
-    """Sinks of a kind: of the V rule ``[batch pos]``, of the L rule ``[batch layer pos]``."""
+def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
+    """Tokens of a kind, bool ``[batch pos]``, or by the L rule ``[batch layer pos]``."""
+    if kind == TOP:
+        return top_received(trace, k)
     if kind == "V-sinks":
         return trace.v_sinks
     return trace.l_sinks() if kind == "L-sinks" else trace.text_sinks()
@@ -56,10 +57,8 @@ def sinks_of(trace: SinkTrace, kind: str) -> Tensor:
 def split(trace: SinkTrace, kind: str) -> tuple[Tensor, Tensor]:
     """Visual sinks of a kind, at any layer, and all other image tokens, bool ``[batch pos]``."""
     chosen = ("V-sinks", "L-sinks") if kind == VISUAL else (kind,)
-    flat = [
-        mask if mask.ndim == 2 else mask.any(1) for mask in (sinks_of(trace, k) for k in chosen)
-    ]
-    mask = torch.stack(flat).any(dim=0)
+    masks = [sinks_of(trace, one) for one in chosen]
+    mask = torch.stack([mask if mask.ndim == 2 else mask.any(1) for mask in masks]).any(dim=0)
     return mask, (trace.sample.tokens.image >= 0) & ~mask
 
 
@@ -77,11 +76,7 @@ def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
     """The trace with every visual sink in the place of a random ordinary image token.
 
     ``v_sinks`` and ``l_detection`` move together, measurements stay. A row with fewer ordinary tokens
-    than sinks is left without any.
-
-    Args:
-        trace: A trace.
-        seed: Of the draw; see `content_seed`.
+    than sinks is left without any. The draw depends on `content_seed`.
     """
     generator = torch.Generator().manual_seed(content_seed(trace.sample, seed))
     v, rule = trace.v_sinks.clone(), trace.l_detection.mask.clone()
@@ -137,9 +132,9 @@ def random_like(
         mask: Bool ``[batch pos]`` or ``[batch layer pos]``.
         trace: The trace.
         generator: Of the draw.
-        received: From `attention_under`, to match attention: of a mask by layer in each edited layer,
-            of another by the mean over them. None to match numbers.
-        layers: From `layers_of`.
+        received: Float ``[batch layer pos]`` in the edited layers, to match attention: of a mask by
+            layer in each of them, of another by their mean. None to match numbers.
+        layers: The edited layers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
     if received is None or mask.ndim == 2:
@@ -251,7 +246,7 @@ class EditSinks:
 
     def __call__(self, trace: SinkTrace) -> Sequence[Any]:
         """The interventions for the trace of a batch; none if it has no such token."""
-        mask = self._mask(trace)
+        mask = sinks_of(trace, self.kind, self.k)
         left = ~self.uncontrolled(trace)
         mask = mask & (left[:, None] if mask.ndim == 2 else left[:, None, None])
         if not mask.any():
@@ -263,8 +258,5 @@ class EditSinks:
 
     def uncontrolled(self, trace: SinkTrace) -> Tensor:
         """Bool ``[batch]``: rows with such tokens, for which no control could be drawn."""
-        mask = self._mask(trace)
+        mask = sinks_of(trace, self.kind, self.k)
         return mask.flatten(1).any(dim=1) & ~drawable(mask, trace) & self.control
-
-    def _mask(self, trace: SinkTrace) -> Tensor:
-        return top_received(trace, self.k) if self.kind == TOP else sinks_of(trace, self.kind)

@@ -35,52 +35,48 @@ class SinkRecord:
     """One sink.
 
     Attributes:
-        kind: ``"V"`` (born in the vision tower), ``"L"`` (a visual token that became one in the
-            LLM), ``"text"``, or ``"attention"``: an image token to which the vision tower attends
-            throughout and which the V rule does not flag (a kept CLS, for instance).
+        kind: ``"V"`` (born in the vision tower), ``"L"`` (a visual token that became one in the LLM),
+            ``"text"``, or ``"attention"``: an image token to which the vision tower attends throughout
+            and which the V rule does not flag (a kept CLS, for instance).
         batch: Row of the batch.
         pos: LLM position.
         word: The token's text.
-        image: Image of the row, -1 for text.
-        row: Grid row of the image token, -1 for text.
+        image: Image of the row, -1 for text, as are ``row`` and ``column``.
+        row: Grid row of the image token.
         column: Grid column.
         box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
         vit_tokens: The ViT tokens that feed the position.
         vit_token: The one of them with the highest score, -1 for text.
-        vit_kind: What that token is: ``"patch"``, ``"cls"`` or ``"register"``; None for text.
+        vit_kind: ``"patch"``, ``"cls"`` or ``"register"``; None for text.
         vit_birth: Vision block whose output first shows a V-sink, None if it is none there.
         vit_writer: ``"attention"`` or ``"mlp"``: which half of that block wrote the top channel.
         vit_norm: Norm of that ViT token where the projector reads (the last feeding block).
         vit_channels: Its largest channels there, as ``(channel, value)``.
-        vit_drawn: The most that a head of each vision block gives that ViT token beyond uniform
-            attention, from other tokens, by block; empty for text.
+        vit_drawn: What the head that gives it most gives beyond uniform attention, from other tokens,
+            by block; empty for text.
         llm_norm: Norm after the projector, in the embeddings of the LLM.
-        llm_channels: Largest channels in the embeddings.
-        llm_birth: LLM block whose output first meets the L rule; ``-1`` if the embeddings do; None
-            if it never does.
-        llm_writer: ``"attention"`` or ``"mlp"``: which half of that block wrote the top channel.
+        llm_channels: Largest channels there.
+        llm_birth: LLM block whose output first meets the L rule; -1: the embeddings; None: never.
+        llm_writer: As ``vit_writer``.
         llm_layers: LLM layers on whose input the L rule holds.
-        llm_lives: Its unbroken stretches in the LLM: ``(block that wrote it, last layer, writer)``, so
-            a sink that goes and comes back has two. The first block and writer are ``llm_birth`` and
-            ``llm_writer``.
+        llm_lives: Its unbroken stretches: ``(block that wrote it, last layer, writer)``.
         peak_channels: Largest channels on the layer with the largest activation.
         first_drawn: First LLM layer where some head gives it at least ``draws`` beyond uniform
             attention, from other tokens (see `ReceivedResult.excess`).
         received: Mean over heads of the attention received, by layer.
         received_max: Highest head, by layer.
         null: The same under uniform attention, by layer.
-        head: ``(layer, head)`` where other tokens give it the most beyond uniform attention; None
-            where too few see it to tell.
-        head_received: What they give there, 0 to 1; NaN if ``head`` is None.
+        head: ``(layer, head)`` where other tokens give it the most beyond uniform attention; None, and
+            the numbers of that head NaN, where too few see it.
+        head_received: What they give there, 0 to 1.
         head_null: What they would give there under uniform attention.
         excess: The difference of the two, by which sinks are ranked.
-        contribution: What it writes there: mean over the queries that see it of
-            ``||A_qs D W_O^h v_s||_2`` with D what lies between head and stream, which is the attention received times the norm of its write.
+        contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
+            v_s||_2``, D being what lies between head and stream.
         value_ratio: ``ratio_out`` there: its write over the mean write of the other tokens.
         stable_rank: Of that head's output.
-        verdict: ``"NOP"``, ``"broadcast"``, ``"mixed"``; ``"draws nothing"`` for a token to which no
-            head of the LLM gives ``draws`` beyond uniform attention; ``"writes unknown"`` where it is not
-            known what lies between its head and the stream.
+        verdict: See `nop_or_broadcast`; ``"draws nothing"`` without a head that gives ``draws`` beyond
+            uniform attention; ``"writes unknown"`` where ``D`` is not known; ``"seen by few"``.
         overlap: A V-sink that also meets the L rule in some layer.
     """
 
@@ -127,13 +123,7 @@ class SinkRecord:
 
 
 def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
-    """One record per sink and per image token that is attended without one, in position order.
-
-    Args:
-        m: What was measured.
-        v_sinks: Bool ``[batch pos]``.
-        attended: Bool ``[batch pos]``: image tokens whose ViT token is attended throughout.
-    """
+    """One record per sink and per image token that is attended without one, in position order."""
     tokens, rule = m.sample.tokens, m.low.any_layer()
     found = []
     for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():

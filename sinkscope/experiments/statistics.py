@@ -21,10 +21,9 @@ def cluster_bootstrap(
 ) -> tuple[float, float, float]:
     """Mean and percentile interval, resampling whole clusters, and whole seeds, with replacement.
 
-    Every image is answered under every seed. Each draw resamples images and, independently, seeds; an
-    observation counts as often as both of its own were drawn (the pigeonhole bootstrap, Owen 2007).
-    With one seed this is the bootstrap of clusters. Of ``S`` seeds it sees a share ``(S - 1) / S`` of
-    their variance, and the interaction of images and seeds counts a little too much.
+    Images and seeds are drawn independently; an observation counts as often as both of its own were
+    (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
+    variance, and the interaction of images and seeds counts a little too much.
 
     Args:
         values: One number per observation; NaN are left out.
@@ -85,15 +84,8 @@ def cluster_intervals(
 ) -> np.ndarray:
     """`cluster_bootstrap` of many columns at once, with the same draws for all of them.
 
-    Args:
-        values: ``[observation column]``, no NaN.
-        clusters: The cluster (image) of every observation.
-        level: Coverage.
-        draws: Bootstrap samples.
-        seed: Of the draws.
-
-    Returns:
-        ``[3 column]``: mean, low and high; the last two are NaN with one cluster.
+    ``values`` are ``[observation column]``, no NaN; the result is ``[3 column]``: mean, low and high, the
+    last two NaN with one cluster.
     """
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
@@ -121,21 +113,13 @@ def sign_flip_maximum(
 
         T = sum of the clusters' sums / root of the sum of their squares
 
-    Without an effect an image's changes are as likely to have the opposite sign. So each draw flips the
-    signs of random clusters, the same for all columns, which keeps their correlation, and takes the
-    largest T again: the null of a maximum over all columns, which needs no correction for their number.
-    The root does not change with the signs, so the test is exact, and each column has its own spread.
-    T orders as Student's t of the ``n`` clusters' sums: ``t = T sqrt((n - 1) / (n - T^2))``; it is at
-    most ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
+    Each draw flips the signs of random clusters, the same for all columns, which keeps their correlation,
+    and takes the largest T again: an exact null of the maximum, which needs no correction for the number
+    of columns. T orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it
+    is at most ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
 
-    Args:
-        values: Changes, ``[observation column]``.
-        clusters: The cluster (image) of every observation.
-        draws: How often signs are drawn.
-        seed: Of the draws.
-
-    Returns:
-        The largest T, and ``[draw]`` largest T under the null.
+    ``values`` are changes ``[observation column]``; the result is the largest T, and ``[draw]`` largest T
+    under the null.
     """
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))
