@@ -86,12 +86,13 @@ class JudgedTower:
         """Three tokens per row for their spike and three for their attention, the latter in order."""
         tokens, out = self.sample.tokens, []
         live = tokens.vision.live if self.tower == "vision" else tokens.live
-        spikes = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0).amax(dim=1)
+        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0).amax(dim=1)
         attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
-        for row, (spiking, drawing) in enumerate(zip(spikes, attention, strict=True)):
-            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in (drawing, spiking))
+        for row in range(len(large)):
+            both = (attention[row], large[row])
+            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
             best = dict.fromkeys([*first, *second])
-            for pos in sorted(best, key=lambda p: -float(drawing[p])):
+            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
                 if bool(live[row, pos]):
                     out.append(self._candidate(row, pos))
         return out

@@ -40,10 +40,9 @@ class Measured:
     language: EvidenceResult
     v: Detection
     low: Detection
-    vit_adds: Mapping[
-        str, MassiveResult
-    ]  # of attn_out and mlp_out, in blocks where these are known
-    llm_adds: Mapping[str, MassiveResult]
+    # What attention and MLP add, by site, in the blocks of which that is known.
+    vit_attn_and_mlp: Mapping[str, MassiveResult]
+    llm_attn_and_mlp: Mapping[str, MassiveResult]
     vit_norms: Tensor  # [image layer pos]
     llm_norms: Tensor  # [batch pos], in the embeddings of the LLM
     writes: WriteResult | None  # in the layers where what a head writes is known
@@ -68,8 +67,8 @@ class Measured:
         """
         uniform = self.vision.received.others_null
         assert uniform is not None
-        drawing = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
-        return drawing[:, : self.last + 1].float().mean(dim=1) > 0.5
+        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
+        return attended[:, : self.last + 1].float().mean(dim=1) > 0.5
 
 
 def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
@@ -83,12 +82,12 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
     vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
     llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
     writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    adds: dict[Tower, dict[str, MassiveActivations]] = {}
+    attn_and_mlp: dict[Tower, dict[str, MassiveActivations]] = {}
     for tower in ("vision", "language"):
         blocks, sites = a.tower(tower).adding, ("attn_out", "mlp_out")
-        adds[tower] = {s: MassiveActivations(blocks, tower, k, s) for s in sites if blocks}
+        attn_and_mlp[tower] = {s: MassiveActivations(blocks, tower, k, s) for s in sites if blocks}
     probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [*adds["vision"].values(), *adds["language"].values()]
+    probes += [*attn_and_mlp["vision"].values(), *attn_and_mlp["language"].values()]
     run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
     return Measured(
         sample=sample,
@@ -96,8 +95,8 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
         language=run[language],
         v=decided(rules.v, run, v, lvlm, sample),
         low=decided(rules.low, run, low, lvlm, sample),
-        vit_adds={site: run[probe] for site, probe in adds["vision"].items()},
-        llm_adds={site: run[probe] for site, probe in adds["language"].items()},
+        vit_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["vision"].items()},
+        llm_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["language"].items()},
         vit_norms=run[vit_norms].norms,
         llm_norms=run[llm_norms].norms[:, 0],
         writes=run[writes[0]] if writes else None,

@@ -169,7 +169,7 @@ def _in_vision(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     # Unbroken up to the state that the projector reads; later blocks do not matter.
     birth, half = birth_block(m.v.mask[image, : m.last + 1, token]), None
     if birth is not None:
-        half = _writer(m.vit_adds, image, birth, token, channels[0][0])
+        half = _writer(m.vit_attn_and_mlp, image, birth, token, channels[0][0])
     return {
         "vit_token": token,
         "vit_kind": VISION_KINDS[int(tokens.vision.kind[image, token])],
@@ -199,7 +199,7 @@ def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
         first, half = run[0], None  # layer l reads what block l - 1 wrote, layer 0 the embeddings
         if first:
             channel = int(massive.channels[batch, first, pos, 0])
-            half = _writer(m.llm_adds, batch, first - 1, pos, channel)
+            half = _writer(m.llm_attn_and_mlp, batch, first - 1, pos, channel)
         lives.append((first - 1, run[-1], half))
     peak = int(massive.values[batch, :, pos, 0].abs().argmax())
     return {
@@ -220,11 +220,11 @@ def _channels(result: MassiveResult, row: int, layer: int, pos: int) -> Any:
 
 
 def _writer(
-    adds: Mapping[str, MassiveResult], row: int, block: int, pos: int, channel: int
+    attn_and_mlp: Mapping[str, MassiveResult], row: int, block: int, pos: int, channel: int
 ) -> str | None:
     """Which half of a block wrote more into a channel of a token; None where that is unknown."""
     size = {}
-    for site, result in adds.items():
+    for site, result in attn_and_mlp.items():
         if block not in result.layers:
             return None
         at = (row, result.layers.index(block), pos)
