@@ -16,7 +16,7 @@ from benchmarks.paper.setting import (
 )
 from sinkscope.bundled.scenes import TASKS
 from sinkscope.experiments import Comparison
-from sinkscope.experiments.baselines import content_seed
+from sinkscope.experiments.sink_edits import content_seed
 from sinkscope.viz import plot_effects
 from sinkscope.viz.effects import comparison_markdown
 

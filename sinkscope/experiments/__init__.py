@@ -4,13 +4,14 @@ from sinkscope.data.answers import Answered
 from sinkscope.data.items import Item, LabelledImage
 from sinkscope.data.questions import Questions
 from sinkscope.experiments import baselines
-from sinkscope.experiments.baselines import EditSinks, effect_conditions, effect_table, top_received
+from sinkscope.experiments.baselines import effect_conditions, effect_table
 from sinkscope.experiments.coefficients import GateCoefficients, gate_coefficients
 from sinkscope.experiments.comparing import Comparison, PerSeed, compare, per_seed
 from sinkscope.experiments.controls import ControlResult, RandomControl, replacement_table
 from sinkscope.experiments.generation import GenerationTrace, SinkLife, trace_generation
 from sinkscope.experiments.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing import LinearProbes, linear_probes
+from sinkscope.experiments.sink_edits import EditSinks, top_received
 from sinkscope.experiments.sink_records import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.statistics import (
     cluster_bootstrap,

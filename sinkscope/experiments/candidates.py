@@ -1,11 +1,10 @@
-"""Candidates: the most attended tokens and the largest spikes, and why the rules refuse them."""
+"""Candidates: the most attended tokens and the largest spikes of a tower, and why they are no sinks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from sinkscope.detectors.detection import Detection
 from sinkscope.detectors.gap import Gap, outcome_of
@@ -15,15 +14,12 @@ from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
-    from sinkscope.experiments.tracing import SinkTrace
-
-EACH = 3
-"""Tokens listed per tower and row for their spike, and as many for the attention they draw."""
+    from sinkscope.models.inputs import Sample
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that spikes or draws attention more than the others of its tower.
+    """A token that spikes or attracts attention more than the others of its tower.
 
     Attributes:
         tower: ``"language"`` or ``"vision"``.
@@ -57,61 +53,11 @@ class Candidate:
         return asdict(self)
 
 
-def candidates_of(trace: SinkTrace) -> tuple[Candidate, ...]:
-    """Candidates of both towers, row by row, those that draw most first."""
-    out: list[Candidate] = []
-    towers: tuple[tuple[Tower, EvidenceResult, Detection, Any], ...] = (
-        ("vision", trace.vision, trace.v_detection, trace.rules.v),
-        ("language", trace.language, trace.l_detection, trace.rules.l_rule),
-    )
-    for tower, evidence, detection, rule in towers:
-        times, drawn = evidence.prominence()[:, judged_layers(trace, tower)], evidence.drawn()
-        tokens = trace.sample.tokens
-        live = tokens.vision.live if tower == "vision" else tokens.live
-        for row in range(len(times)):
-            spiking = times[row].nan_to_num(-1.0).amax(dim=0)
-            drawing = drawn[row].nan_to_num(-2.0).amax(dim=0)
-            best = [*drawing.topk(min(EACH, len(drawing))).indices.tolist()]
-            best += spiking.topk(min(EACH, len(spiking))).indices.tolist()
-            for pos in sorted(dict.fromkeys(best), key=lambda p: -float(drawing[p])):
-                if bool(live[row, pos]):
-                    out.append(_candidate(trace, tower, evidence, detection, rule, row, pos))
-    return tuple(out)
-
-
-def outcomes_of(trace: SinkTrace) -> dict[Tower, str]:
-    """What spikes and what draws, for each tower in which the rule flags nothing that counts."""
-    out: dict[Tower, str] = {}
-    nothing: tuple[tuple[Tower, bool, Any, EvidenceResult], ...] = (
-        ("vision", not bool(trace.v_sinks.any()), trace.rules.v, trace.vision),
-        ("language", not bool(trace.l_detection.mask.any()), trace.rules.l_rule, trace.language),
-    )
-    for tower, empty, rule, evidence in nothing:
-        if not empty:
-            continue
-        if isinstance(rule, NoSinks):
-            out[tower] = rule.reason
-            continue
-        seen = rule if isinstance(rule, Gap) else Gap(draws=trace.draws)
-
-        def name(sample: int, row: int, pos: int, tower: Tower = tower) -> str:
-            return named(trace, tower, row, pos)
-
-        evidence = evidence.at(judged_layers(trace, tower))
-        out[tower] = outcome_of(seen, [evidence], tower, name).text
-    return out
-
-
-def judged_layers(trace: SinkTrace, tower: Tower) -> list[int]:
-    """Layers in which a rule counts: those that feed the projector, and all of the LLM's."""
-    return list(trace.feeds) if tower == "vision" else list(trace.l_detection.layers)
-
-
-def named(trace: SinkTrace, tower: Tower, row: int, pos: int) -> str:
-    """A token's position with its word, or what ViT token it is."""
+def named(of: Any, tower: Tower, row: int, pos: int) -> str:
+    """A token's position with its word, or what ViT token it is; ``of`` has a ``sample``."""
     from sinkscope.viz.tables import readable
 
-    tokens = trace.sample.tokens
+    tokens = of.sample.tokens
     if tower == "vision":
         vision = tokens.vision
         kind = VISION_KINDS[int(vision.kind[row, pos])]
@@ -122,74 +68,89 @@ def named(trace: SinkTrace, tower: Tower, row: int, pos: int) -> str:
         cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
         at = "" if cell == "-1,-1" else f" at {cell}"
         return f"{pos} image {int(tokens.image[row, pos])}{at}"
-    word = tokens.words[row][pos] if tokens.words else None
-    return f"{pos} {readable(word)}"
+    return f"{pos} {readable(tokens.words[row][pos] if tokens.words else None)}"
 
 
-def _candidate(
-    trace: SinkTrace,
-    tower: Tower,
-    evidence: EvidenceResult,
-    detection: Detection,
-    rule: Any,
-    row: int,
-    pos: int,
-) -> Candidate:
-    layers = judged_layers(trace, tower)
-    times = evidence.prominence()[row, layers, pos].nan_to_num(-1.0)
-    layer = layers[int(times.argmax())]
-    excess = evidence.received.excess()[row, :, :, pos]
-    known = not bool(excess.isnan().all())
-    at = divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1]) if known else None
-    drawn = float(excess[at]) if at is not None else float("nan")
-    mask = detection.mask[row, layers, pos]
-    flagged = bool(mask.any())
-    return Candidate(
-        tower=tower,
-        row=row,
-        pos=pos,
-        token=named(trace, tower, row, pos),
-        medians=float(evidence.medians()[row, layer, pos]),
-        prominence=float(times.max()),
-        spike_layer=layer,
-        drawn=drawn,
-        drawn_at=at,
-        flagged=flagged,
-        reason="flagged" if flagged else _why_not(trace, rule, evidence, detection, row, pos),
-    )
+@dataclass(frozen=True, eq=False)
+class JudgedTower:
+    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
 
+    tower: Tower
+    sample: Sample
+    rule: Any
+    evidence: EvidenceResult
+    detection: Detection
+    layers: Sequence[int]
 
-def _why_not(
-    trace: SinkTrace, rule: Any, evidence: EvidenceResult, detection: Detection, row: int, pos: int
-) -> str:
-    """Which part of the rule refuses a token."""
-    if isinstance(rule, NoSinks):
-        return "there is no rule for this tower"
-    if not isinstance(rule, Gap):
-        over = (detection.scores / detection.threshold[..., None])[row, :, pos].nan_to_num(-1.0)
-        layer = int(over.argmax())
-        score, limit = (
-            float(detection.scores[row, layer, pos]),
-            float(detection.threshold[row, layer]),
+    def candidates(self) -> list[Candidate]:
+        """Three tokens per row for their spike and three for their attention, the latter in order."""
+        tokens, out = self.sample.tokens, []
+        live = tokens.vision.live if self.tower == "vision" else tokens.live
+        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0).amax(dim=1)
+        attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        for row in range(len(large)):
+            both = (attention[row], large[row])
+            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
+            best = dict.fromkeys([*first, *second])
+            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
+                if bool(live[row, pos]):
+                    out.append(self._candidate(row, pos))
+        return out
+
+    def outcome(self, draws: float) -> str:
+        """What spikes and what attracts attention in a tower in which nothing is flagged."""
+        if isinstance(self.rule, NoSinks):
+            return self.rule.reason
+        rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
+        evidence = self.evidence.at(self.layers)
+        return outcome_of(
+            rule, [evidence], self.tower, lambda _, row, pos: named(self, self.tower, row, pos)
+        ).text
+
+    def _candidate(self, row: int, pos: int) -> Candidate:
+        times = self.evidence.prominence()[row, self.layers, pos].nan_to_num(-1.0)
+        layer = self.layers[int(times.argmax())]
+        excess = self.evidence.received.excess()[row, :, :, pos]
+        unknown = bool(excess.isnan().all())
+        at = None if unknown else divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
+        flagged = bool(self.detection.mask[row, self.layers, pos].any())
+        return Candidate(
+            tower=self.tower,
+            row=row,
+            pos=pos,
+            token=named(self, self.tower, row, pos),
+            medians=float(self.evidence.medians()[row, layer, pos]),
+            prominence=float(times.max()),
+            spike_layer=layer,
+            drawn=float("nan") if at is None else float(excess[at]),
+            drawn_at=at,
+            flagged=flagged,
+            reason="flagged" if flagged else self._why_not(row, pos),
         )
-        return f"score {score:.3g} of {limit:.3g} (layer {layer})"
-    if not bool(evidence.judged[row, pos]):
-        return "no patch: a kind of its own, listed apart"
-    layers = judged_layers(trace, detection.tower)
-    draws = bool(rule.draws_in(evidence)[row, layers, pos].any())
-    times = evidence.prominence()[row, layers, pos]
-    large = (times >= rule.gap) & (evidence.medians()[row, layers, pos] >= rule.medians)
-    grown = evidence.growth()[row, layers, pos] >= rule.growth
-    if not bool(large.any()):
-        most = float(times.nan_to_num(-1.0).max())
-        return f"no spike: {most:.1f} of {rule.gap:g} upper quartiles" + (
-            "" if draws else "; draws nothing"
-        )
-    if not bool((large & grown).any()):
-        return "its spike came with the embeddings"
-    if not draws:
-        known = evidence.drawn()[row, layers, pos]
-        if bool(torch.isnan(known).all()):
+
+    def _why_not(self, row: int, pos: int) -> str:
+        """Which part of the rule refuses a token."""
+        rule, evidence = self.rule, self.evidence
+        if isinstance(rule, NoSinks):
+            return "there is no rule for this tower"
+        if not isinstance(rule, Gap):
+            scores, limits = self.detection.scores[row, :, pos], self.detection.threshold[row]
+            layer = int((scores / limits).nan_to_num(-1.0).argmax())
+            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+        if not bool(evidence.judged[row, pos]):
+            return "no patch: a kind of its own, listed apart"
+        at = (row, self.layers, pos)
+        times = evidence.prominence()[at]
+        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+        draws = bool(rule.draws_in(evidence)[at].any())
+        if not bool(large.any()):
+            most = f"{float(times.nan_to_num(-1.0).max()):.1f} of {rule.gap:g} upper quartiles"
+            return f"no spike: {most}" + ("" if draws else "; draws nothing")
+        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+            return "its spike came with the embeddings"
+        if draws:
+            return "spikes and draws attention, but never in the same layer"
+        known = evidence.drawn()[at]
+        if bool(known.isnan().all()):
             return "spikes; fewer than 8 tokens see it"
         return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
-    return "spikes and draws attention, but never in the same layer"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.checks import check_choice, check_whole
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweep_result import check_by, counted
 from sinkscope.lsg.gate import check_gates
 from sinkscope.lsg.losses import gate_inputs, gate_signals
 from sinkscope.models.prompts import check_questions
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
     from sinkscope.tokens import TokenMap
 
-SHOWN_FROM = 50
-"""Questions from which a progress bar is shown unasked."""
 CELL = ["layer", "edited", "group"]
 
 
@@ -38,12 +36,10 @@ class GateCoefficients(Result):
     """The coefficients that gates give for questions.
 
     Attributes:
-        table: One line per question, gate and group: item, image_id, task, layer (that the gate
-            reads; -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"``
-            or ``"rest"``), coefficient (a factor of keys, from 0 to the gate's scale; a question's
-            groups add to the scale), untrained (the scale over the number of groups: what a gate gives
-            that has learned nothing) and tokens (image tokens of the group; of 0 a coefficient acts on
-            nothing).
+        table: One line per question, gate and group: item, image_id, task, layer (that the gate reads;
+            -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"`` or
+            ``"rest"``), coefficient (a factor of keys; a question's groups add to the gate's scale),
+            untrained (the scale over the number of groups) and tokens (image tokens of the group).
         by: What the means are split by unless told otherwise: ``"task"`` or ``"all"``.
     """
 
@@ -63,23 +59,21 @@ class GateCoefficients(Result):
             seed: Of the draws.
 
         Returns:
-            Columns task, layer, edited, group, n (questions), images, coefficient (the mean), low,
-            high, untrained and tokens (the mean). With one image there is nothing to resample, and the
-            interval is NaN.
+            Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
+            and tokens (means). With one image the interval is NaN.
         """
         import pandas as pd
 
         tables = []
         for task, part in self._tasks(self.by if by is None else by):
             wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
-            once = part.drop_duplicates("item").set_index("item")
-            images = once["image_id"].loc[wide.index].tolist()
+            images = part.drop_duplicates("item").set_index("item")["image_id"].loc[wide.index]
             means = cluster_intervals(
-                wide.to_numpy(dtype=float), images, level=level, draws=draws, seed=seed
+                wide.to_numpy(dtype=float), images.tolist(), level=level, draws=draws, seed=seed
             )
             cells = pd.DataFrame(list(wide.columns), columns=CELL)
             numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
-            made = cells.assign(n=len(wide), images=len(set(images)), **numbers)
+            made = cells.assign(n=len(wide), images=images.nunique(), **numbers)
             rest: Any = part.groupby(CELL)[["untrained", "tokens"]].mean()
             made = made.join(rest, on=CELL)
             made.insert(0, "task", task)
@@ -87,34 +81,24 @@ class GateCoefficients(Result):
         return pd.concat(tables, ignore_index=True)
 
     def plot(self, by: str | None = None, *, seed: int = 0) -> Figure:
-        """Coefficients by layer: a panel per group, a line per task; see `sinkscope.viz.plot_coefficients`.
-
-        Args:
-            by: See `to_dataframe`.
-            seed: Of the intervals.
-
-        Returns:
-            A matplotlib figure.
-        """
+        """Coefficients by layer, a panel per group, a line per task; arguments as in `to_dataframe`."""
         from sinkscope.viz.probes import plot_coefficients
 
         return plot_coefficients(self.to_dataframe(by, seed=seed))
 
     def _tasks(self, by: str) -> Iterator[tuple[str, pd.DataFrame]]:
         """The table by task, and whole at the end if there are several."""
-        if check_by(by) == "task" and self.table["task"].nunique() > 1:
+        check_choice(("task", ALL), by=by)
+        if by == "task" and self.table["task"].nunique() > 1:
             for name, part in self.table.groupby("task", sort=True):
                 yield str(name), part
         yield ALL, self.table
 
     def __repr__(self) -> str:
-        questions, images, gates = (
-            self.table[name].nunique() for name in ("item", "image_id", "layer")
-        )
-        return (
-            f"GateCoefficients({counted(questions, 'question')}, {counted(images, 'image')}, "
-            f"{counted(gates, 'gate')})"
-        )
+        nouns = {"question": "item", "image": "image_id", "gate": "layer"}
+        counts = {noun: self.table[name].nunique() for noun, name in nouns.items()}
+        said = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items())
+        return f"GateCoefficients({said})"
 
 
 @torch.no_grad()
@@ -127,24 +111,19 @@ def gate_coefficients(
     batch: int = 8,
     progress: bool | None = None,
 ) -> GateCoefficients:
-    """The coefficients that gates give for questions, by task and layer.
+    """Measure the coefficients that gates give for questions (Choi et al. 2604.03316).
 
-    Choi et al. (2604.03316) report that a gate learns small coefficients for some tasks and larger ones
-    for others. Every gate is asked **alone**: it reads the pass of the plain model, so one pass per
-    question serves any number of gates, and ends at the highest of them. In a stack a gate reads what
-    those below it left, and may answer otherwise: look at ``run.effects[gate]`` for that. The
-    coefficients are those of the prompt, also for a gate with ``decode="refresh"``.
+    Every gate is asked **alone**, on one pass of the plain model. In a stack a gate reads what those
+    below it left, and may answer otherwise: see ``run.effects[gate]``. The coefficients are those of
+    the prompt, also for a gate with ``decode="refresh"``.
 
     Args:
         lvlm: The model, with its processor and weights.
         gates: Gates of different layers, such as ``result.gates.values()``.
-        dataset: Records as for `sweep`: dicts or `Item`. Use others than those trained on.
+        dataset: Records as for `sweep`; use others than those trained on.
         by: How means are split: ``"task"``, or ``"all"``.
         batch: Questions per forward pass.
         progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Returns:
-        The coefficients; ``to_dataframe()`` has means with intervals, ``plot()`` draws them.
 
     Raises:
         InputError: If the dataset, ``by`` or ``batch`` is malformed, two gates have one layer, or the
@@ -155,13 +134,22 @@ def gate_coefficients(
     import pandas as pd
 
     given = check_gates(gates)
-    check_by(by)
-    _check(lvlm, given, batch)
+    check_choice(("task", ALL), by=by)
+    check_whole(1, batch=batch)
+    if lvlm.processor is None or lvlm.device.type == "meta":
+        raise InputError(
+            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
+        )
+    layers = [gate.layer for gate in given]
+    if len(set(layers)) < len(layers):
+        raise InputError(f"Got gates of the layers {layers}; expected every layer once in a call.")
+    for gate in given:
+        gate.check_fits(lvlm)
     items = as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
     blocks = [gate.config.edited for gate in given]
-    hidden = len(items) < SHOWN_FROM if progress is None else not progress
+    hidden = len(items) < 50 if progress is None else not progress
     lines: list[dict[str, Any]] = []
     bar = tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden)
     with bar, evaluated(lvlm.module):
@@ -179,35 +167,11 @@ def gate_coefficients(
     return GateCoefficients(table, by)
 
 
-def _check(lvlm: LVLM, gates: Sequence[LSG], batch: Any) -> None:
-    """Refuse models, gates and batches that cannot be used.
-
-    Raises:
-        InputError: See `gate_coefficients`.
-        InterventionError: If a gate was made for another model.
-    """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"Got batch={batch!r}; expected questions per pass, 1 or more.")
-    if lvlm.processor is None or lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without a processor or without weights; expected both: questions are prepared "
-            "and run here. Write ss.LVLM.from_pretrained(name) without remote=True."
-        )
-    layers = [gate.layer for gate in gates]
-    if len(set(layers)) < len(layers):
-        raise InputError(
-            f"Got gates of the layers {layers}; expected every layer once. Ask others in another call."
-        )
-    for gate in gates:
-        gate.check_fits(lvlm)
-
-
 def _lines(
     gate: LSG, items: Sequence[Item], first: int, found: dict[str, Tensor], tokens: TokenMap
 ) -> Iterator[dict[str, Any]]:
     """One line per question of a batch and group of a gate."""
-    config = gate.config
-    visual = (tokens.image >= 0).to(found["coefficients"].device)
+    config, visual = gate.config, (tokens.image >= 0).to(found["coefficients"].device)
     sinks = {"V": visual & found["V"]}
     if "L" in found:
         sinks["L"] = visual & found["L"] & ~found["V"]

@@ -1,4 +1,4 @@
-"""What a LoRA is trained for, in the loop that trains gates: the same loss on the same batches."""
+"""LoRA as a baseline of gates: as many parameters, the same loss, loop and batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_dataset
+from sinkscope.checks import check_whole, is_whole
+from sinkscope.data.batches import AnswerBatch, make_batch, read_dataset
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.lsg.losses import Losses, frozen, score
 from sinkscope.models.wrapping import undisturbed
@@ -19,22 +20,17 @@ from sinkscope.training.loop import Loop, Trainee
 from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from sinkscope.data.batches import AnswerData
     from sinkscope.lsg import LSG
     from sinkscope.models.lvlm import LVLM
 
-NAME = "LoRA"
 
-
+@dataclass(frozen=True, eq=False)
 class WholeObjective:
-    """Next-token loss of the answers under the whole model, as it is now.
+    """Next-token loss of the answers under the whole model, adapter included."""
 
-    Args:
-        lvlm: The model; what is trained is part of its forward pass.
-        data: The records.
-    """
-
-    def __init__(self, lvlm: LVLM, data: AnswerData) -> None:
-        self.lvlm, self.data = lvlm, data
+    lvlm: LVLM
+    data: AnswerData
 
     def share(self, rows: Sequence[int]) -> AnswerBatch:
         """The batch."""
@@ -46,45 +42,9 @@ class WholeObjective:
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shared.inputs.items()}
         with undisturbed(self.lvlm.module):
             logits = self.lvlm.module(**given, use_cache=False).logits
-        read = logits.gather(
-            1, shared.positions.to(device)[..., None].expand(-1, -1, logits.shape[-1])
-        )
-        total, correct = score(read.float(), shared.targets.to(device))
+        at = shared.positions.to(device)[..., None].expand(-1, -1, logits.shape[-1])
+        total, correct = score(logits.gather(1, at).float(), shared.targets.to(device))
         return Losses(total, shared.answer_tokens, correct, {})
-
-
-def finetune(
-    lvlm: LVLM,
-    dataset: Iterable[Any],
-    parameters: Mapping[str, nn.Parameter],
-    settings: TrainingSettings,
-    validation: float,
-    *,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Train parameters that are part of the model's own forward pass, as `train_lsg` trains gates.
-
-    Args:
-        lvlm: The model.
-        dataset: Records with image, question and answer.
-        parameters: What to train, by name; everything else stays. The weights of the lowest
-            validation loss remain.
-        settings: As for gates.
-        validation: Share of the images to hold out.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The history: one line per step and split, with the loss in nats per answer token.
-    """
-    data = read_dataset(dataset, lvlm.tokenizer)
-    rows, held = data.split(validation, settings.seed)
-    objective = WholeObjective(lvlm, data)
-    loop = Loop([Trainee(NAME, parameters)], objective, rows, held, settings, progress=progress)
-    loop.run()
-    return loop.history
-
-
-INSTALL = 'pip install "sinkscope[lora]"'
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +56,7 @@ class LoRA:
         rank: The rank ``r``.
         alpha: The adapter adds ``(alpha / r) B A``.
         parameters: How many numbers were trained.
-        wanted: How many it was to have: those of the gate; None if the rank was given.
+        wanted: How many the gate has whose size it takes; None if the rank was given.
         history: One line per step and split, with the loss in nats per answer token.
     """
 
@@ -109,42 +69,34 @@ class LoRA:
 
     @contextmanager
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
-        """The model with the adapter in its weights, until the block ends; then bitwise itself.
+        """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the model's dtype, once per block.
-
-        ::
-
-            with adapter.apply(lvlm):
-                lvlm.generate(sample)
+        The sum is rounded to the model's dtype.
 
         Args:
             lvlm: The model it was trained on.
 
-        Yields:
-            The same model.
-
         Raises:
             ModelError: If a matrix is missing, of another shape, or not of floating point.
         """
-        weights = [(linear_of(lvlm, path), *pair) for path, pair in self.factors.items()]
-        for (module, up, down), path in zip(weights, self.factors, strict=True):
-            shape = (up.shape[0], down.shape[1])
-            if tuple(module.weight.shape) != shape:
+        modules = {path: linear_of(lvlm, path) for path in self.factors}
+        for path, (up, down) in self.factors.items():
+            came, wanted = tuple(modules[path].weight.shape), (up.shape[0], down.shape[1])
+            if came != wanted:
                 raise ModelError(
-                    f"Got a matrix of shape {tuple(module.weight.shape)} at {path}; expected {shape}, "
-                    "that of the model the adapter was trained on."
+                    f"Got a matrix of shape {came} at {path}; expected {wanted}, that of the model the "
+                    "adapter was trained on."
                 )
-        before = [module.weight.data for module, _, _ in weights]
+        before = {path: module.weight.data for path, module in modules.items()}
         try:
-            for module, up, down in weights:
-                old = module.weight.data
+            for path, (up, down) in self.factors.items():
+                old = before[path]
                 change = (self.alpha / self.rank) * (up.to(old.device) @ down.to(old.device))
-                module.weight.data = (old.float() + change).to(old.dtype)
+                modules[path].weight.data = (old.float() + change).to(old.dtype)
             yield lvlm
         finally:
-            for (module, _, _), old in zip(weights, before, strict=True):
-                module.weight.data = old
+            for path, old in before.items():
+                modules[path].weight.data = old
 
     def __repr__(self) -> str:
         size = "" if self.wanted is None else f" (a gate has {self.wanted})"
@@ -167,84 +119,63 @@ def lora(
     seed: int = 0,
     progress: bool = False,
 ) -> LoRA:
-    """Train a LoRA on one block of the decoder, of the size of a gate.
+    """Train a LoRA on one block of the decoder, of the size of a gate (2106.09685).
 
-    The paper's table has LoRA with r = 8 "at L10". With the four projections of attention in a decoder
-    of width 4096 that is 262,144 parameters, the size of a gate, so these are the default; the paper
-    as we read it does not name the matrices.
+    The table of 2604.03316 has r = 8 "at L10" and names no matrices; on the four projections of attention
+    of width 4096, the default, that is 262,144 parameters, the size of a gate.
 
     Args:
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
         dataset: Records with image, question and answer, as for a gate.
         layer: The block to adapt.
-        like: A gate: the rank is then the one whose number of parameters is closest to the gate's.
+        like: A gate, whose number of parameters the rank comes closest to.
         rank: The rank itself, instead of ``like``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
-        targets: Names of linear maps of the block, such as ``["q_proj", "v_proj"]``; None for those of
-            its attention.
-        epochs: How often every record is seen, as for a gate (see `sinkscope.lsg.TrainingSettings`), whose
-            loop, loss and defaults are used.
+        targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
+        epochs: As for a gate, see `sinkscope.lsg.TrainingSettings`.
         batch: Records per step, likewise.
         lr: Highest learning rate, likewise.
-        validation: Share of the images to hold out; the weights of the lowest loss there are kept.
-            0 trains on all, and keeps the last.
+        validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
         seed: Of the initial values, of the split and of the order of records.
         progress: Whether to show a progress bar.
-
-    Returns:
-        The adapter.
 
     Raises:
         ModelError: If peft is not installed, or the matrices cannot be adapted.
         LayerError: If there is no such block.
-        InputError: If neither or both of ``like`` and ``rank`` are given, a target is unknown, or the
-            dataset is not whole.
+        InputError: If not one of ``like`` and ``rank`` is given, or a target or the dataset is wrong.
     """
-    check_installed()
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(
+            "Got no package peft, which LoRA needs; expected it to be installed. Run "
+            'pip install "sinkscope[lora]", or leave this baseline out.'
+        )
     paths = target_paths(lvlm, layer, targets)
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
     scale = 2 * r if alpha is None else alpha
     settings = TrainingSettings(epochs=epochs, batch=batch, lr=lr, seed=seed)
     with frozen(lvlm.module), adapted(lvlm, paths, r, scale, seed) as layers:
-        parameters = {
-            f"{path}.{name}": p
-            for path, *pair in layers
-            for name, p in zip("BA", pair, strict=True)
+        named = {
+            f"{path}.{x}": p
+            for path, pair in layers.items()
+            for x, p in zip("BA", pair, strict=True)
         }
-        history = finetune(lvlm, dataset, parameters, settings, validation, progress=progress)
+        data = read_dataset(dataset, lvlm.tokenizer)
+        rows, held = data.split(validation, settings.seed)
+        objective = WholeObjective(lvlm, data)
+        loop = Loop([Trainee("LoRA", named)], objective, rows, held, settings, progress=progress)
+        loop.run()
         factors = {
             path: (up.detach().float().clone(), down.detach().float().clone())
-            for path, up, down in layers
+            for path, (up, down) in layers.items()
         }
-    return LoRA(factors, r, scale, r * per_rank, wanted, tuple(history))
-
-
-def check_installed() -> None:
-    """Refuse to go on without peft.
-
-    Raises:
-        ModelError: If it is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError(
-            f"Got no package peft, which LoRA needs; expected it to be installed. Run {INSTALL}, or "
-            "leave this baseline out."
-        )
+    return LoRA(factors, r, scale, r * per_rank, wanted, tuple(loop.history))
 
 
 def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[str]:
-    """Paths of the linear maps to adapt.
-
-    Raises:
-        LayerError: If there is no such block.
-        InputError: If a target is not in it.
-    """
+    """Paths of the linear maps to adapt."""
     tower = lvlm.anatomy.language
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < tower.n_layers:
-        raise LayerError(
-            f"Got layer={layer!r} for a LoRA; expected 0 to {tower.n_layers - 1}: a decoder block."
-        )
+    check_whole(0, tower.n_layers - 1, error=LayerError, hint="Name a decoder block.", layer=layer)
     block = tower.blocks[layer] if targets is not None else tower.attention[layer]
     linear = {
         f"{block}.{name}": name.rpartition(".")[2]
@@ -262,32 +193,20 @@ def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[
 
 
 def linear_of(lvlm: LVLM, path: str) -> nn.Linear:
-    """The linear map at a path, with weights that can be added to.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """The linear map at a path, with weights that can be added to."""
     module = dict(lvlm.module.named_modules()).get(path)
-    linear = isinstance(module, nn.Linear) and module.weight.is_floating_point()
-    if not isinstance(module, nn.Linear) or not linear or module.weight.device.type == "meta":
-        raise ModelError(
-            f"Got {type(module).__name__} at {path}; expected a linear map whose weights are here, in "
-            "floating point. Load the model without quantisation, offloading and remote=True."
-        )
-    return module
+    if isinstance(module, nn.Linear):
+        weight = module.weight
+        if weight.is_floating_point() and weight.device.type != "meta":
+            return module
+    raise ModelError(
+        f"Got {type(module).__name__} at {path}; expected a linear map whose weights are here, in "
+        "floating point. Load the model without quantisation, offloading and remote=True."
+    )
 
 
 def choose_rank(per_rank: int, like: LSG | None, rank: int | None) -> tuple[int, int | None]:
-    """The rank, and how many parameters it was chosen for.
-
-    Args:
-        per_rank: Parameters per unit of rank.
-        like: See `lora`.
-        rank: See `lora`.
-
-    Raises:
-        InputError: If not exactly one is given, or the rank is no positive integer.
-    """
+    """The rank, and how many parameters the gate has that it was chosen for."""
     if (like is None) == (rank is None):
         raise InputError(
             f"Got like={like!r} and rank={rank!r}; expected one of them. Write like=gate for the size "
@@ -296,36 +215,29 @@ def choose_rank(per_rank: int, like: LSG | None, rank: int | None) -> tuple[int,
     if like is not None:
         wanted = sum(p.numel() for p in like.parameters())
         return max(1, round(wanted / per_rank)), wanted
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"Got rank={rank!r}; expected an int of 1 or more.")
+    check_whole(1, rank=rank)
+    assert is_whole(rank)
     return rank, None
 
 
 @contextmanager
 def adapted(
     lvlm: LVLM, paths: Sequence[str], rank: int, alpha: int, seed: int
-) -> Iterator[list[tuple[str, nn.Parameter, nn.Parameter]]]:
-    """The model with a fresh adapter of peft in it, until the block ends.
-
-    Yields:
-        Path, ``B`` and ``A`` of every adapted matrix, in fp32.
-    """
+) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+    """The model with a fresh adapter of peft; gives path -> ``(B, A)`` in fp32."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    module = lvlm.module
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tuner = LoraModel(module, config, "default")
+        tuner = LoraModel(lvlm.module, config, "default")
     try:
-        layers = []
+        layers = {}
         for path in paths:
-            layer: Any = module.get_submodule(path)
-            up, down = layer.lora_B["default"], layer.lora_A["default"]
-            up.float()
-            down.float()
-            layers.append((path, up.weight, down.weight))
+            layer: Any = lvlm.module.get_submodule(path)
+            maps = layer.lora_B["default"].float(), layer.lora_A["default"].float()
+            layers[path] = maps[0].weight, maps[1].weight
         yield layers
     finally:
         tuner.unload()

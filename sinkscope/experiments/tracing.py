@@ -1,48 +1,34 @@
 """trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do.
 
-V-sinks are decided in the vision tower, on the states that feed the projector, and carried through
-the projector to LLM positions. L-sinks are visual tokens that meet the L rule on what a layer's
-attention reads. V wins over L; the overlap is reported. Text sinks (BOS, delimiters) are listed
-beside them.
+The order is rules, one pass that measures, what the rules flag, records. V-sinks are decided on the
+states that feed the projector and carried to LLM positions. L-sinks are visual tokens that meet the L
+rule on what a layer's attention reads; V wins over L. Text sinks are listed beside them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.checks import is_number, is_whole
-from sinkscope.detectors.calibration import Calibration
+from sinkscope.checks import check_number, is_whole
 from sinkscope.detectors.choice import SinkRules, known_for
-from sinkscope.detectors.detection import Detection, decided
-from sinkscope.detectors.gap import DRAWS, Gap
-from sinkscope.detectors.rules import STATE_SITE, Detector
+from sinkscope.detectors.detection import Detection
+from sinkscope.detectors.gap import DRAWS
+from sinkscope.detectors.rules import Detector
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.candidates import Candidate, candidates_of, outcomes_of
-from sinkscope.experiments.sink_records import (
-    SinkRecord,
-    attended_throughout,
-    collect_records,
-    measured,
-)
+from sinkscope.experiments.candidates import Candidate, JudgedTower
+from sinkscope.experiments.measuring import Measured, carry, measure
+from sinkscope.experiments.sink_records import SinkRecord, collect_records
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
-from sinkscope.probes import (
-    EvidenceResult,
-    HeadWrites,
-    MassiveActivations,
-    SinkEvidence,
-    TokenNorms,
-)
-from sinkscope.protocols import Probe
+from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
@@ -50,6 +36,8 @@ from sinkscope.tokens import check_merge
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from sinkscope.detectors.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +56,7 @@ class SinkTrace(Result):
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
         vision: Spikes and attention of every ViT token.
         language: Spikes and attention of every token of the prompt.
-        draws: The least attention beyond uniform that counts as drawing.
+        draws: The least attention beyond uniform at which a token counts as attended.
         warnings: What a reader must know.
     """
 
@@ -120,32 +108,39 @@ class SinkTrace(Result):
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
-        return candidates_of(self)
+        return tuple(one for tower in self._towers() for one in tower.candidates())
 
     @cached_property
     def outcomes(self) -> dict[Tower, str]:
         """For a tower in which nothing is flagged: what spikes, what draws, in one sentence."""
-        return outcomes_of(self)
+        found = {"vision": self.v_sinks, "language": self.l_detection.mask}
+        empty = [one for one in self._towers() if not bool(found[one.tower].any())]
+        return {one.tower: one.outcome(self.draws) for one in empty}
+
+    def _towers(self) -> tuple[JudgedTower, JudgedTower]:
+        v, low = self.v_detection, self.l_detection
+        return (
+            JudgedTower("vision", self.sample, self.rules.v, self.vision, v, [*self.feeds]),
+            JudgedTower(
+                "language", self.sample, self.rules.l_rule, self.language, low, [*low.layers]
+            ),
+        )
 
     @property
     def n_layers(self) -> int:
         """Layers of the LLM."""
         return len(self.l_detection.layers)
 
-    def _rule(self, layer: int | None) -> Tensor:
-        """The L rule on all tokens, ``[batch pos]`` or ``[batch layer pos]``."""
+    def _meeting(self, tokens: Tensor, layer: int | None, rule: bool = True) -> Tensor:
+        """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not; shapes as in `l_sinks`."""
         if layer is None:
-            return self.l_detection.mask
-        if not is_whole(layer) or not 0 <= layer < self.n_layers:
+            return tokens[:, None] & (self.l_detection.mask == rule)
+        if not is_whole(layer, 0, self.n_layers - 1):
             raise SelectionError(
                 f"Got layer {layer!r}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
                 "what block l reads."
             )
-        return self.l_detection.mask[:, layer]
-
-    def _like(self, mask: Tensor, layer: int | None) -> Tensor:
-        """A ``[batch pos]`` mask shaped like ``_rule(layer)``."""
-        return mask if layer is not None else mask[:, None]
+        return tokens & (self.l_detection.mask[:, layer] == rule)
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
         """Visual tokens that meet the L rule, V-sinks removed.
@@ -159,79 +154,62 @@ class SinkTrace(Result):
         Raises:
             SelectionError: If there is no such layer.
         """
-        visual = self.sample.tokens.image >= 0
-        return self._rule(layer) & self._like(visual & ~self.v_sinks, layer)
+        return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
     def overlap(self, layer: int | None = None) -> Tensor:
         """V-sinks that also meet the L rule; shapes as in `l_sinks`."""
-        return self._rule(layer) & self._like(self.v_sinks, layer)
+        return self._meeting(self.v_sinks, layer)
 
     def text_sinks(self, layer: int | None = None) -> Tensor:
         """Tokens outside the image that meet the L rule (BOS, delimiters); shapes as in `l_sinks`."""
-        text = (self.sample.tokens.image < 0) & self.sample.tokens.live
-        return self._rule(layer) & self._like(text, layer)
+        return self._meeting((self.sample.tokens.image < 0) & self.sample.tokens.live, layer)
 
     def ordinary(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that are neither V- nor L-sinks nor attended throughout; with None, at no layer.
+        """Visual tokens that are neither V- nor L-sinks nor attended throughout, ``[batch pos]``.
 
-        What controls are drawn from: ``[batch pos]``.
+        What controls are drawn from. With None, at no layer.
         """
         visual = (self.sample.tokens.image >= 0) & ~self.v_sinks & ~self.attended
-        if layer is None:
-            return visual & ~self._rule(None).any(dim=1)
-        return visual & ~self._rule(layer)
+        left = self._meeting(visual, layer, rule=False)
+        return left if left.ndim == 2 else left.all(dim=1)
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """A partition of all live tokens for `AttentionMass`, by layer where it differs.
+        """A partition of all live tokens for `AttentionMass`, ``[batch layer pos]``.
 
         V-sinks, L-sinks, ordinary visual tokens, text sinks and other text.
         """
-        n = self.n_layers
-        text = (self.sample.tokens.image < 0) & self.sample.tokens.live
-        visual = self.sample.tokens.image >= 0
-        rule = self.l_detection.mask
-        v = self.v_sinks
+        visual, live = self.sample.tokens.image >= 0, self.sample.tokens.live
         return {
-            "V-sinks": v[:, None].expand(-1, n, -1),
+            "V-sinks": self.v_sinks[:, None].expand(-1, self.n_layers, -1),
             "L-sinks": self.l_sinks(),
-            "ordinary": (visual & ~v)[:, None] & ~rule,
+            "ordinary": self._meeting(visual & ~self.v_sinks, None, rule=False),
             "text sinks": self.text_sinks(),
-            "text": text[:, None] & ~rule,
+            "text": self._meeting(live & ~visual, None, rule=False),
         }
 
     def overlap_table(self) -> pd.DataFrame:
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
         import pandas as pd
 
-        counts = {
-            "V": self.v_sinks[:, None].expand(-1, self.n_layers, -1),
-            "L": self.l_sinks(),
-            "V and L rule": self.overlap(),
-            "text": self.text_sinks(),
-        }
-        table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in counts.items()}
+        groups = self.groups
+        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": self.overlap()}
+        masks["text"] = groups["text sinks"]
+        table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in masks.items()}
         return pd.DataFrame({"layer": list(self.l_detection.layers), **table})
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: the records."""
         import pandas as pd
 
-        names = list(SinkRecord.__dataclass_fields__)
+        names = [one.name for one in fields(SinkRecord)]
         return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The trace as JSON: detectors, warnings, overlap table and records.
-
-        Args:
-            path: Where to write it too, or None.
-        """
+        """The trace as JSON: detectors, warnings, overlap table and records; written to ``path`` too."""
+        detectors = {"V": self.v_detection.detector, "L": self.l_detection.detector}
         body = {
-            "detectors": {
-                "V": self.v_detection.detector,
-                "L": self.l_detection.detector,
-                "chosen": self.chosen,
-            },
+            "detectors": {**detectors, "chosen": self.chosen},
             "outcomes": self.outcomes,
             "warnings": list(self.warnings),
             "overlap": self.overlap_table().to_dict(orient="list"),
@@ -256,14 +234,7 @@ class SinkTrace(Result):
         return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
-        """Sinks over the image, attention by layer and kind, and spike sizes in both towers.
-
-        Args:
-            row: The row of the batch.
-
-        Returns:
-            A matplotlib figure.
-        """
+        """Sinks of a row over the image, attention by layer and kind, and spike sizes in both towers."""
         from sinkscope.viz.layers import plot_trace
 
         return plot_trace(self, row)
@@ -275,57 +246,6 @@ class SinkTrace(Result):
             f"{kinds.count('text')} text sinks, {kinds.count('attention')} attended without a spike; "
             f"{self.chosen})"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Probes:
-    """The probes of a trace."""
-
-    v: Any
-    low: Any
-    vision: SinkEvidence
-    language: SinkEvidence
-    vit_halves: Mapping[str, MassiveActivations]
-    vit_norms: TokenNorms
-    llm_halves: Mapping[str, MassiveActivations]
-    llm_norms: TokenNorms
-    writes: HeadWrites | None
-
-    def all(self) -> list[Probe]:
-        """Every probe once."""
-        single: list[Any] = [self.vision, self.language, self.vit_norms, self.llm_norms]
-        if self.writes is not None:
-            single.append(self.writes)
-        own = [probe for probe in (self.v, self.low) if probe not in single]
-        return [*single, *own, *self.vit_halves.values(), *self.llm_halves.values()]
-
-
-def make_probes(lvlm: LVLM, rules: SinkRules) -> Probes:
-    """Everything a trace measures, in one forward pass; the gap rule needs no probe of its own."""
-    a = lvlm.anatomy
-    many = min(16, a.vision.d_model, a.language.d_model)
-    vision, language = SinkEvidence(tower="vision"), SinkEvidence()
-    own_v = rules.v.probe("vision", None, a.vision)
-    own_l = rules.l_rule.probe("language", None, a.language)
-    return Probes(
-        v=vision if isinstance(rules.v, Gap) else own_v,
-        low=language if isinstance(rules.l_rule, Gap) else own_l,
-        vision=vision,
-        language=language,
-        vit_halves=halves_of(a.vision, many),
-        vit_norms=TokenNorms(None, "vision", STATE_SITE["vision"]),
-        llm_halves=halves_of(a.language, many),
-        llm_norms=TokenNorms([0], "language", STATE_SITE["language"]),
-        writes=HeadWrites(a.language.writing) if a.language.writing else None,
-    )
-
-
-def halves_of(tower: Any, many: int) -> dict[str, MassiveActivations]:
-    """What attention and MLP add, in the blocks of which that is known."""
-    if not tower.adding:
-        return {}
-    sites = ("attn_out", "mlp_out")
-    return {site: MassiveActivations(tower.adding, tower.tower, many, site) for site in sites}
 
 
 def trace_sinks(
@@ -352,40 +272,30 @@ def trace_sinks(
         merge: How scores of several ViT tokens join where they become one LLM token: ``"max"``,
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
-            queries only, for it to draw attention: a share between 0 and 1.
+            queries only, for it to count as attended: a share between 0 and 1.
         remote: See `LVLM.run`.
-
-    Returns:
-        The trace.
 
     Raises:
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
         SelectionError: If ``merge`` is unknown.
     """
     check_merge(merge)
-    if not is_number(draws, above=0, below=1):
-        raise DetectorError(
-            f"Got draws={draws!r}; expected a share of attention between 0 and 1, such as {DRAWS}."
-        )
+    check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
+    given = (v_detector, l_detector)
     if calibration is None:
-        rules = SinkRules.on_sample(lvlm, sample, v_detector, l_detector, draws)
+        rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
-        given = (v_detector, l_detector)
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
-    probes = make_probes(lvlm, rules)
-    run = lvlm.run(sample, probes.all(), logits="last", remote=remote)
-    v_detection = decided(rules.v, run, probes.v, lvlm, sample)
-    l_detection = decided(rules.l_rule, run, probes.low, lvlm, sample)
-    feeds = [v_detection.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
-    v_sinks = carry(sample, v_detection, feeds, merge)
-    m = measured(lvlm, sample, run, probes, v_detection, l_detection, draws)
-    throughout = attended_throughout(m.vision, m.last, draws).float()
-    attended = (sample.tokens.from_vision(throughout).nan_to_num() > 0) & ~v_sinks
+    m = measure(lvlm, sample, rules, draws, remote)
+    feeds = [m.v.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
+    v_sinks = carry(sample, m.v, feeds, merge)
+    throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
+    attended = throughout & ~v_sinks
     return SinkTrace(
         sample=sample,
         rules=rules,
-        v_detection=v_detection,
-        l_detection=l_detection,
+        v_detection=m.v,
+        l_detection=m.low,
         v_sinks=v_sinks,
         attended=attended,
         records=collect_records(m, v_sinks, attended),
@@ -393,34 +303,15 @@ def trace_sinks(
         vision=m.vision,
         language=m.language,
         draws=draws,
-        warnings=_warnings(v_detection, l_detection, lvlm, feeds),
+        warnings=_warnings(m, lvlm, feeds),
     )
 
 
-def carry(sample: Sample, detection: Detection, feeds: list[int], merge: str) -> Tensor:
-    """V-sinks at their LLM positions: the rule on every state that feeds the projector.
-
-    One of the ViT tokens that merge must be flagged, so that all of the rule holds for it. With
-    ``merge="mean"`` their mean score must pass the threshold too.
-    """
-    tokens = sample.tokens
-    flagged = torch.zeros_like(tokens.live)
-    for feed in feeds:
-        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
-        if merge == "mean":
-            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
-            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
-            passed &= score > limit if detection.strict else score >= limit
-        flagged |= passed
-    return flagged & (tokens.image >= 0)
-
-
-def _warnings(v: Detection, low: Detection, lvlm: LVLM, feeds: list[int]) -> tuple[str, ...]:
+def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
     """Warnings that concern what was decided: the feeding blocks, and every LLM layer."""
-    out = []
-    if bool((v.fraction[:, feeds] > 0.2).any()):
-        out.extend(v.warnings)
-    out.extend(low.warnings)
+    out = [*m.low.warnings]
+    if bool((m.v.fraction[:, feeds] > 0.2).any()):
+        out = [*m.v.warnings, *out]
     known = known_for(lvlm)
     if known is not None and not known.default:
         out.append(

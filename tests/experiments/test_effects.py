@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import InputError
 from sinkscope.experiments import effect_conditions, effect_table
-from sinkscope.experiments.baselines import EditSinks, content_seed, top_received
+from sinkscope.experiments.sink_edits import EditSinks, content_seed, top_received
 from sinkscope.testing import plant, random_image, sink_free
 
 
@@ -65,10 +65,11 @@ def test_wrong_options_are_refused(wrong) -> None:
         effect_conditions(**wrong)
 
 
-@pytest.mark.parametrize(("kind", "edit"), [("V-sink", "mask"), ("V-sinks", "cut")])
-def test_an_unknown_kind_or_edit_is_refused(kind, edit) -> None:
-    with pytest.raises(InputError, match="expected one of"):
-        EditSinks(kind, edit)
+@pytest.mark.parametrize("wrong", [{"kind": "V-sink"}, {"edit": "cut"}, {"control": "no"}, {"k": 0},
+                                   {"seed": -1}])  # fmt: skip
+def test_an_unknown_kind_or_edit_is_refused(wrong) -> None:
+    with pytest.raises(InputError, match=f"Got {next(iter(wrong))}=.*; expected"):
+        EditSinks(**{"kind": "V-sinks", **wrong})
 
 
 def test_the_table_of_a_planted_model(planted) -> None:

@@ -147,9 +147,9 @@ def test_wrong_use_is_refused(lvlm, gate, monkeypatch):
         baselines.lora(lvlm, QUESTIONS, 2)
     with pytest.raises(InputError, match="expected one of them"):
         baselines.lora(lvlm, QUESTIONS, 2, like=gate, rank=2)
-    with pytest.raises(InputError, match="an int of 1 or more"):
+    with pytest.raises(InputError, match="an int of at least 1"):
         baselines.lora(lvlm, QUESTIONS, 2, rank=0)
-    with pytest.raises(LayerError, match="0 to 4"):
+    with pytest.raises(LayerError, match="from 0 to 4"):
         baselines.lora(lvlm, QUESTIONS, 5, rank=1)
     with pytest.raises(InputError, match="Did you mean 'q_proj'"):
         baselines.lora(lvlm, QUESTIONS, 2, rank=1, targets=["q_porj"])

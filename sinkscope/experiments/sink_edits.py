@@ -1,0 +1,262 @@
+"""EditSinks: edits of the sinks of a trace, of its most attended tokens, or of others in their place."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from sinkscope.checks import check_choice, check_flags, check_whole
+from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
+from sinkscope.interventions import AblateValues, MaskKeys, ScaleAttention
+from sinkscope.interventions.values import REPLACEMENTS
+
+if TYPE_CHECKING:
+    from sinkscope.experiments.tracing import SinkTrace
+    from sinkscope.models.inputs import Sample
+
+KINDS = ("V-sinks", "L-sinks", "text sinks")
+TOP, VISUAL = "top attended", "visual sinks"
+EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "mask": lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True),
+    "halve": lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True),
+    **{
+        f"{how} value": lambda x, layers, how=how: AblateValues(x, how, layers, allow_noop=True)
+        for how in REPLACEMENTS
+    },
+}
+"""Edits of a token mask in some layers, by name."""
+
+
+def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
+    """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``.
+
+    Not sinks by any activation rule: a model's strongest attractors where no sink is found.
+    """
+    visual = trace.sample.tokens.image >= 0
+    received = trace.received.nan_to_num().mean(dim=(1, 2)).masked_fill(~visual, -1.0)
+    out = torch.zeros_like(visual)
+    out.scatter_(1, received.topk(min(k, received.shape[1]), dim=1).indices, True)
+    return out & visual
+
+
+def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
+    """Tokens of a kind, bool ``[batch pos]``, or by the L rule ``[batch layer pos]``."""
+    if kind == TOP:
+        return top_received(trace, k)
+    if kind == "V-sinks":
+        return trace.v_sinks
+    return trace.l_sinks() if kind == "L-sinks" else trace.text_sinks()
+
+
+def split(trace: SinkTrace, kind: str) -> tuple[Tensor, Tensor]:
+    """Visual sinks of a kind, at any layer, and all other image tokens, bool ``[batch pos]``."""
+    chosen = ("V-sinks", "L-sinks") if kind == VISUAL else (kind,)
+    masks = [sinks_of(trace, one) for one in chosen]
+    mask = torch.stack([mask if mask.ndim == 2 else mask.any(1) for mask in masks]).any(dim=0)
+    return mask, (trace.sample.tokens.image >= 0) & ~mask
+
+
+def content_seed(sample: Sample, seed: int) -> int:
+    """A seed that depends on the sample's inputs, so that other images get other positions."""
+    digest = seed
+    for name in sorted(sample.inputs):
+        value = sample.inputs[name]
+        if isinstance(value, Tensor):
+            digest = zlib.crc32(value.detach().cpu().double().numpy().tobytes(), digest)
+    return digest
+
+
+def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
+    """The trace with every visual sink in the place of a random ordinary image token.
+
+    ``v_sinks`` and ``l_detection`` move together, measurements stay. A row with fewer ordinary tokens
+    than sinks is left without any. The draw depends on `content_seed`.
+    """
+    generator = torch.Generator().manual_seed(content_seed(trace.sample, seed))
+    v, rule = trace.v_sinks.clone(), trace.l_detection.mask.clone()
+    visual, ordinary = trace.sample.tokens.image >= 0, trace.ordinary()
+    for b in range(len(v)):
+        old = (visual[b] & ~ordinary[b]).nonzero().flatten()
+        pool = ordinary[b].nonzero().flatten()
+        new = pool[torch.randperm(len(pool), generator=generator)][: len(old)]
+        for mask in (v[b], rule[b]):  # [pos] and [layer pos]
+            moved = mask[..., old[: len(new)]].clone()
+            mask[..., old] = False
+            if len(new) == len(old):
+                mask[..., new] = moved
+    return replace(trace, v_sinks=v, l_detection=replace(trace.l_detection, mask=rule))
+
+
+def by_layer(mask: Tensor) -> Tensor:
+    """A mask with an axis of layers, ``[batch layer|1 pos]``."""
+    return mask if mask.ndim == 3 else mask[:, None]
+
+
+def kinds(trace: SinkTrace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Image and text: all tokens of the kind, and those that are sinks at no layer."""
+    visual = trace.sample.tokens.image >= 0
+    text = trace.sample.tokens.live & ~visual
+    ordinary = text & ~trace.text_sinks().any(dim=1)
+    return {"image": (visual, trace.ordinary()), "text": (text, ordinary)}
+
+
+def drawable(mask: Tensor, trace: SinkTrace) -> Bool[Tensor, " batch"]:
+    """The rows with as many ordinary tokens of each kind as are edited, in every layer."""
+    layers = by_layer(mask)
+    out = torch.ones(len(mask), dtype=torch.bool)
+    for all_of_kind, ordinary in kinds(trace).values():
+        pool = (ordinary & ~layers.any(dim=1)).sum(dim=1, keepdim=True)
+        out &= ((layers & all_of_kind[:, None]).sum(dim=2) <= pool).all(dim=1)
+    return out
+
+
+def random_like(
+    mask: Tensor,
+    trace: SinkTrace,
+    generator: torch.Generator,
+    received: Any = None,
+    layers: Sequence[int] = (),
+) -> Tensor:
+    """Random tokens in the place of the edited ones: image for image, text for text.
+
+    They are edited in no layer and sinks in no layer. All layers of a row take the first tokens of one
+    random order, so the tokens of a layer with fewer are among those of a layer with more.
+
+    Args:
+        mask: Bool ``[batch pos]`` or ``[batch layer pos]``.
+        trace: The trace.
+        generator: Of the draw.
+        received: Float ``[batch layer pos]`` in the edited layers, to match attention: of a mask by
+            layer in each of them, of another by their mean. None to match numbers.
+        layers: The edited layers.
+    """
+    edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
+    if received is None or mask.ndim == 2:
+        layers = range(edited.shape[1])
+    if received is not None and mask.ndim == 2:
+        received = [row.mean(0)[None] for row in received]
+    for kind, (all_of_kind, ordinary) in kinds(trace).items():
+        mine, pool = edited & all_of_kind[:, None], ordinary & ~edited.any(dim=1)
+        for b in range(len(mask) if mine.any() else 0):
+            candidates = pool[b].nonzero().flatten()
+            order = candidates[torch.randperm(len(candidates), generator=generator)]
+            for at, layer in enumerate(layers):
+                given = None if received is None else received[b][at]
+                where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''} has"
+                out[b, layer, first_like(mine[b, layer], order, given, where, kind)] = True
+    return out if mask.ndim == 3 else out[:, 0]
+
+
+def first_like(
+    mask: Tensor, order: Tensor, received: Tensor | None, where: str, kind: str
+) -> Tensor:
+    """The first tokens of an order: as many as the mask ``[pos]`` has, or as much attended together."""
+    if received is None:
+        wanted = int(mask.sum())
+        if wanted > len(order):
+            raise TooFewTokensError(
+                f"{where} {len(order)} ordinary {kind} tokens to draw from; expected at least {wanted}, "
+                "as many as are edited. Edit fewer tokens or match by mass."
+            )
+        return order[:wanted]
+    if not mask.any():
+        return order[:0]
+    most, there = float(received[mask].sum()), float(received[order].sum())
+    if there < most or not len(order):
+        raise TooFewTokensError(
+            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention "
+            f"together; expected at least {most:.3g}, which the edited tokens receive. Write "
+            "match='count', or edit fewer tokens."
+        )
+    chosen = received[order].cumsum(0) - received[order] < most
+    chosen[0] = True
+    return order[chosen]
+
+
+def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
+    """The sink positions of another image that are no sinks here, of the kind edited in the row."""
+    check_trace(donor, "a donor")
+    if donor.v_sinks.shape != trace.v_sinks.shape:
+        raise InterventionError(
+            f"Got a donor with a prompt of shape {tuple(donor.v_sinks.shape)}; expected "
+            f"{tuple(trace.v_sinks.shape)}. Use the same question on another image."
+        )
+    there = donor.v_sinks | donor.l_sinks().any(dim=1) | donor.text_sinks().any(dim=1)
+    flat = by_layer(mask).any(dim=1)
+    out = torch.zeros_like(flat)
+    for kind, (all_of_kind, ordinary) in kinds(trace).items():
+        edited = (flat & all_of_kind).any(dim=1)
+        free = there & ordinary & ~flat & edited[:, None]
+        without = (edited & ~free.any(dim=1)).nonzero().flatten().tolist()
+        if without:
+            raise NoEffectError(
+                f"The other image's {kind} sinks lie where this one has sinks too in the rows "
+                f"{without}, or there are none; expected other positions. Choose another donor."
+            )
+        out |= free
+    return out if mask.ndim == 2 else out[:, None] & mask.any(dim=2, keepdim=True)
+
+
+def check_trace(trace: Any, what: str) -> None:
+    """Refuse what is no trace."""
+    if not hasattr(trace, "v_sinks"):
+        raise InterventionError(
+            f"Got {type(trace).__name__} as {what}; expected a trace. Write "
+            "ss.trace_sinks(lvlm, sample)."
+        )
+
+
+@dataclass(frozen=True)
+class EditSinks:
+    """A condition: one edit of one kind of sink, or of as many random ordinary tokens.
+
+    Args:
+        kind: ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``.
+        edit: ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or
+            ``"resample value"``.
+        layers: Block indices, or None for all.
+        control: Whether to edit random tokens of the same number instead. A row with too few
+            ordinary tokens is left unedited and counted; see `uncontrolled`.
+        k: How many tokens ``"top attended"`` takes per row.
+        seed: Of the control's draw, which also depends on the images and texts of the batch.
+
+    Raises:
+        InputError: If the kind or the edit is unknown, or a number or a switch is of another type.
+    """
+
+    kind: str
+    edit: str = "mask"
+    layers: Any = None
+    control: bool = False
+    k: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice((*KINDS, TOP), kind=self.kind)
+        check_choice(EDITS, edit=self.edit)
+        check_flags(control=self.control)
+        check_whole(1, k=self.k)
+        check_whole(0, seed=self.seed)
+
+    def __call__(self, trace: SinkTrace) -> Sequence[Any]:
+        """The interventions for the trace of a batch; none if it has no such token."""
+        mask = sinks_of(trace, self.kind, self.k)
+        left = ~self.uncontrolled(trace)
+        mask = mask & (left[:, None] if mask.ndim == 2 else left[:, None, None])
+        if not mask.any():
+            return []
+        if self.control:
+            generator = torch.Generator().manual_seed(content_seed(trace.sample, self.seed))
+            mask = random_like(mask, trace, generator)
+        return [EDITS[self.edit](mask, self.layers)]
+
+    def uncontrolled(self, trace: SinkTrace) -> Tensor:
+        """Bool ``[batch]``: rows with such tokens, for which no control could be drawn."""
+        mask = sinks_of(trace, self.kind, self.k)
+        return mask.flatten(1).any(dim=1) & ~drawable(mask, trace) & self.control

@@ -1,0 +1,205 @@
+"""trace_sinks: planted sinks, their records and their order, where rules come from, and passes counted."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope import detectors
+from sinkscope.errors import DetectorError, SelectionError
+from sinkscope.experiments.measuring import carry
+from sinkscope.experiments.sink_records import birth_block
+from sinkscope.testing import plant, random_image, sink_free
+
+GIVEN = (detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    made = plant("clip", v_sinks=(9, 46), l_sinks=(20, 46), l_layer=2)
+    return made, ss.LVLM(made.model, made.processor, verify=False)
+
+
+@contextmanager
+def passes(lvlm):
+    """How often each tower runs inside the block: ``{"vision": n, "language": n}``."""
+    counts, hooks = {"vision": 0, "language": 0}, []
+    for name in counts:
+
+        def count(*_, name=name):
+            counts[name] += 1
+
+        block = lvlm.module.get_submodule(lvlm.anatomy.tower(name).blocks[0])
+        hooks.append(block.register_forward_pre_hook(count))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def traced(made, lvlm, *rules, texts=("USER: <image>\nwhat is it ? ASSISTANT:",), **options):
+    return ss.trace_sinks(lvlm, lvlm.prepare(inputs=made.inputs(list(texts))), *rules, **options)
+
+
+@pytest.mark.parametrize("writer", ["mlp", "attention"])
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_records_say_what_was_planted(layout, writer):
+    made = plant(layout, v_sinks=(9, 46), l_sinks=(20, 46), l_layer=2, v_written_by=writer)
+    lvlm, truth = ss.LVLM(made.model, made.processor, verify=False), made.truth
+    trace = traced(
+        made, lvlm, *GIVEN, texts=["USER: <image>\nwhat ?", "<image>\nhow many are red ?"]
+    )
+    tokens = trace.sample.tokens
+    for kind, got in {
+        "v_sinks": trace.v_sinks,
+        "l_sinks": trace.l_sinks().any(dim=1),
+        "text_sinks": trace.text_sinks().any(dim=1),
+    }.items():
+        assert torch.equal(got, made.tokens(kind, tokens.ids)), kind
+    at = [(record.batch, record.pos) for record in trace.records]
+    assert at == sorted(at)
+    assert [record.kind for record in trace.records] == ["text", "V", "L", "V"] * 2
+    for record in trace.records:
+        patch = record.row * 8 + record.column
+        assert record.word == tokens.words[record.batch][record.pos]
+        if record.kind == "V":
+            assert patch in truth.v_sinks
+            assert (record.vit_kind, record.vit_birth) == ("patch", truth.v_layer)
+            assert record.vit_writer == truth.v_written_by
+            assert record.vit_token in record.vit_tokens
+            assert record.vit_channels[0][0] in truth.v_dims
+        if record.kind == "V" and not record.overlap:
+            assert (record.llm_birth, record.llm_lives, record.llm_layers) == (None, (), ())
+            continue
+        assert patch in (20, 46) or record.kind == "text"
+        last = trace.n_layers - 1
+        assert record.llm_lives == ((truth.l_layer, last, truth.l_written_by),)
+        assert record.llm_layers == tuple(range(truth.l_layer + 1, last + 1))
+        assert {channel for channel, _ in record.peak_channels[:2]} == set(truth.l_dims)
+        layer, head = record.head
+        excess = trace.language.received.excess()[record.batch, :, :, record.pos]
+        assert record.excess == float(excess[layer, head]) == float(excess.nan_to_num(-2.0).max())
+        assert record.first_drawn == int((excess.amax(1) >= trace.draws).nonzero()[0])
+        assert record.received[layer] == pytest.approx(
+            float(trace.received[record.batch, layer, :, record.pos].mean())
+        )
+    text = trace.records[0]
+    assert (text.vit_token, text.vit_kind, text.vit_norm, text.vit_drawn) == (-1, None, None, ())
+    body = json.loads(trace.to_json())
+    assert [sink["pos"] for sink in body["sinks"]] == [pos for _, pos in at]
+    assert trace.to_dataframe()["pos"].tolist() == [pos for _, pos in at]
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl", "gemma3"])
+def test_a_padded_batch_with_several_images(tiny, batch, family):
+    """Groups are a partition of the live tokens in every layer, and a row alone is traced alike."""
+    lvlm = tiny(family)
+    rules = (detectors.Norm("valley"), detectors.Massive(0.0, 5.0))
+    trace = ss.trace_sinks(lvlm, batch(lvlm), *rules)
+    live, image = trace.sample.tokens.live, trace.sample.tokens.image
+    assert not live.all()
+    assert sum(group.int() for group in trace.groups.values()).equal(
+        live[:, None].expand(-1, trace.n_layers, -1).int()
+    )
+    rule, table = trace.l_detection.mask, trace.overlap_table()
+    for layer in range(trace.n_layers):
+        assert torch.equal(trace.l_sinks(layer), trace.l_sinks()[:, layer])
+        assert torch.equal(trace.overlap(layer), trace.v_sinks & rule[:, layer])
+        assert torch.equal(trace.text_sinks(layer), rule[:, layer] & live & (image < 0))
+        left = (image >= 0) & ~trace.v_sinks & ~trace.attended & ~rule[:, layer]
+        assert torch.equal(trace.ordinary(layer), left)
+        assert table["L"][layer] == int(trace.l_sinks(layer).sum())
+    flagged = trace.v_sinks | trace.attended | rule.any(dim=1)
+    assert [(r.batch, r.pos) for r in trace.records] == [
+        tuple(x) for x in flagged.nonzero().tolist()
+    ]
+    alone = lvlm.prepare(images=random_image(96, 120, 0), text="what is it")
+    one = ss.trace_sinks(lvlm, alone, *rules)
+    n = alone.tokens.ids.shape[1]
+    assert torch.equal(one.l_detection.mask[0], rule[0, :, -n:])
+    assert torch.equal(one.v_sinks[0], trace.v_sinks[0, -n:])
+
+
+def test_where_rules_come_from_and_how_many_passes_they_take(planted, monkeypatch):
+    made, lvlm = planted
+    calibration = ss.calibrate(lvlm, [lvlm.prepare(inputs=made.inputs(image_seed=1))])
+    once = {"vision": 1, "language": 1}
+    for rules, options, chosen in (
+        ((), {}, "the gap rule on this sample"),
+        (GIVEN, {}, "given"),
+        (GIVEN[:1], {}, "V: given; L: the gap rule on this sample"),
+        ((), {"calibration": calibration}, "calibrated on 1 samples"),
+    ):
+        with passes(lvlm) as counts:
+            trace = traced(made, lvlm, *rules, **options)
+        assert (trace.chosen, counts) == (chosen, once)
+        assert trace.v_sinks.equal(made.tokens("v_sinks", trace.sample.tokens.ids))
+        assert trace.calibration is options.get("calibration")
+    a = lvlm.anatomy
+    sizes = (a.model_type, a.language.d_model, a.language.n_layers, a.vision.d_model)
+    row = detectors.Known("Tiny", *sizes, (41, 101), 3.0, None, "here", default=False)
+    monkeypatch.setattr("sinkscope.detectors.choice.KNOWN", (row,))
+    assert any("reported for Tiny (here)" in text for text in traced(made, lvlm).warnings)
+
+
+def test_without_sinks_every_tower_says_why():
+    free = sink_free()
+    lvlm = ss.LVLM(free.model, free.processor, verify=False)
+    trace = traced(free, lvlm)
+    assert trace.records == ()
+    assert list(trace.outcomes) == ["vision", "language"]
+    assert all("no" in text for text in trace.outcomes.values())
+    assert {one.tower for one in trace.candidates} == {"vision", "language"}
+    for one in trace.candidates:
+        assert not one.flagged
+        assert one.reason != "flagged"
+        evidence = trace.vision if one.tower == "vision" else trace.language
+        layers = list(trace.feeds) if one.tower == "vision" else list(range(trace.n_layers))
+        times = evidence.prominence()[one.row, layers, one.pos].nan_to_num(-1.0)
+        assert one.prominence == float(times.max())
+        assert one.spike_layer == layers[int(times.argmax())]
+        if one.drawn_at is not None:
+            assert one.drawn == float(evidence.drawn()[one.row, :, one.pos].nan_to_num(-2.0).max())
+    nothing = traced(free, lvlm, detectors.NoSinks("none here"), detectors.NoSinks("nor here"))
+    assert nothing.outcomes == {"vision": "none here", "language": "nor here"}
+
+
+def test_the_mean_of_merged_tokens_must_pass_too(tiny, batch):
+    """Qwen's tower merges four ViT tokens into one, of which one alone is flagged here."""
+    lvlm = tiny("qwen2.5-vl")
+    sample = batch(lvlm)
+    trace = ss.trace_sinks(lvlm, sample, detectors.Norm(1e9), detectors.NoSinks())
+    v, feed = trace.v_detection, list(trace.feeds)
+    token = int(sample.tokens.sources[0, int((sample.tokens.image[0] >= 0).nonzero()[0]), 0])
+    mask, scores = torch.zeros_like(v.mask), torch.zeros_like(v.scores)
+    mask[0, feed, token], scores[0, feed, token] = True, 1.0
+    for limit, merge, found in ((0.5, "max", 1), (0.5, "mean", 0), (0.2, "mean", 1)):
+        one = v.__class__(
+            **{**vars(v), "mask": mask, "scores": scores,
+               "threshold": torch.full_like(v.threshold, limit)}
+        )  # fmt: skip
+        assert int(carry(sample, one, feed, merge).sum()) == found
+
+
+@pytest.mark.parametrize(
+    ("mask", "birth"), [("111", 0), ("011", 1), ("101", 2), ("110", None), ("000", None)]
+)
+def test_a_birth_is_the_start_of_the_last_unbroken_stretch(mask, birth):
+    assert birth_block(torch.tensor([c == "1" for c in mask])) == birth
+
+
+def test_wrong_use_is_explained(planted):
+    made, lvlm = planted
+    for draws in (0.0, 1.0, math.nan, "a"):
+        with pytest.raises(DetectorError, match=f"Got draws={draws!r}; expected a finite number"):
+            traced(made, lvlm, draws=draws)
+    with pytest.raises(SelectionError, match="merge"):
+        traced(made, lvlm, merge="middle")
+    with pytest.raises(DetectorError, match="as detector; expected an object"):
+        traced(made, lvlm, "norm")
+    with pytest.raises(SelectionError, match="Got layer 6; expected 0 to 5"):
+        traced(made, lvlm, *GIVEN).ordinary(6)
+    assert "SinkTrace(2 V-sinks, 1 L-sinks, 1 text sinks" in repr(traced(made, lvlm, *GIVEN))
+    assert "given" in traced(made, lvlm, *GIVEN).summary()
