@@ -22,6 +22,7 @@ from sinkscope.interventions.application import check_interventions
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
+from sinkscope.viz.effects import count_comparisons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,25 +159,6 @@ class Comparison(Result):
         several = [t for t in self.tasks if t != ALL]
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
         return pd.concat([named, wide], ignore_index=True) if len(several) > 1 else wide
-
-
-def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
-    """How many differences to the base a summary reports.
-
-    A condition counts once for every task in which it touched a row. Where it found nothing to edit
-    there is no difference and no interval, and nothing to correct for.
-
-    Args:
-        summary: Of ``Comparison.summary()``, or any table with its columns task, condition and
-            touched.
-        base: The condition that the others are compared with.
-        tasks: The tasks that are shown; None for all.
-    """
-    lines = zip(summary["task"], summary["condition"], summary["touched"], strict=True)
-    return sum(
-        condition != base and touched > 0 and (tasks is None or task in tasks)
-        for task, condition, touched in lines
-    )
 
 
 def check_bootstrap(level: Any, draws: Any) -> None:

@@ -374,7 +374,7 @@ class Sweep:
         Returns:
             A matplotlib figure.
         """
-        from sinkscope.viz.sweep import plot_sweep
+        from sinkscope.viz import plot_sweep
 
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
