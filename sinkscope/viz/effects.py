@@ -20,16 +20,12 @@ from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
-    *("task", "condition", "n", "accuracy"),
-    *("delta", "delta_low", "delta_high", "touched", "changed"),
-)
+COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
 SAME = f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}"}
 
-REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]
-"""The edit, and other tokens edited in the same way."""
+REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
 
 def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
@@ -43,11 +39,8 @@ def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | N
         base: The condition that the others are compared with.
         tasks: The tasks that are shown; None for all.
     """
-    lines = zip(summary["task"], summary["condition"], summary["touched"], strict=True)
-    return sum(
-        bool(touched > 0) and condition != base and (tasks is None or task in tasks)
-        for task, condition, touched in lines
-    )
+    shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
+    return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +51,8 @@ class Effects:
     tasks: list[str]
     base: str
     others: list[str]
+    many: int  # changes that are shown
+    resampled: str
 
     @cached_property
     def lines(self) -> dict[tuple[str, str], dict[Any, Any]]:
@@ -78,17 +73,6 @@ class Effects:
     def heads(self) -> list[str]:
         """The tasks with their numbers of questions."""
         return [f"{task} (n = {self.lines[task, self.base]['n']})" for task in self.tasks]
-
-    @property
-    def many(self) -> int:
-        """How many changes are shown."""
-        return count_comparisons(self.summary, self.base, self.tasks)
-
-    @property
-    def resampled(self) -> str:
-        """What the intervals resample."""
-        several = "seeds" in self.summary and bool((self.summary["seeds"] > 1).any())
-        return "images and seeds" if several else "images"
 
     def note(self, mark: str) -> str:
         """What a reader of the table must know; ``mark`` tells an interval that excludes zero."""
@@ -126,7 +110,10 @@ def checked(
     others = [condition for condition in conditions if condition != first]
     if not others:
         raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
-    return Effects(summary, shown, first, others)
+    several = "seeds" in summary and bool((summary["seeds"] > 1).any())
+    resampled = "images and seeds" if several else "images"
+    many = count_comparisons(summary, first, shown)
+    return Effects(summary, shown, first, others, many, resampled)
 
 
 def _change(line: Any, digits: int, strong: str) -> str:
@@ -207,15 +194,10 @@ def effects_frame(
 
 
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """Write one line per condition and one column per task.
+    """Write one line per condition and one column per task, and a note.
 
-    Args:
-        summary: Of ``Comparison.summary()``.
-        base: The condition that the others are compared with; None for the first.
-
-    Returns:
-        The table and a note. The base has its accuracy with an interval; the others have the
-        change in percentage points, with an interval, bold where it excludes zero.
+    The base has its accuracy with an interval; the others have the change in percentage points, with an
+    interval, bold where it excludes zero.
     """
     lines, note = _cells(summary, base, "**{}**")
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
@@ -253,10 +235,9 @@ def plot_effects(
     """Draw the change of accuracy under every condition, task by task, with intervals.
 
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
-    right or wrong. Conditions whose names say "random" (the controls of
-    `sinkscope.experiments.effect_table`) are squares of another colour. "none found" says that no row
-    was touched, because there is no such token; controls of such conditions are left out. "too few to
-    draw from" says so of a control. Above every panel is the accuracy of the base.
+    right or wrong. Conditions with "random" in their name (controls) are squares of another colour.
+    "none found": there is no such token, so no row was touched; controls of such conditions are left
+    out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
 
     Args:
         summary: Of ``Comparison.summary()``.
@@ -349,6 +330,4 @@ def plot_control(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     ax.margins(x=0.04)
     title = "The edit and the same edit of other tokens"
-    theme.dress(ax, title, label or result.score, "number of draws")
-    theme.legend_below(ax, points=40.0)
-    return theme.figure_of(ax)
+    return theme.finish(ax, title, label or result.score, "number of draws", points=40.0)

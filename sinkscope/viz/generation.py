@@ -9,9 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz import theme
-from sinkscope.viz.tables import aligned, neat, plural, ranges, readable, share, wrapped
+from sinkscope.viz.tables import aligned, neat, plural, ranges, share, token_name, wrapped
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TICKS, TITLE
 
 SINKS, OTHERS = 12, 6
@@ -35,11 +34,6 @@ def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figu
     a head of the new query gives to the token, in any layer, on a square-root scale from 0 to 1; white where
     the token does not exist yet or is not seen, and where it is the query itself. A triangle marks the step
     at which a generated sink is born, a cross the last step at which a sink draws, if it dies before the end.
-
-    Args:
-        trace: Of ``trace_generation``.
-        row: The row of the batch.
-        ax: Where to draw, or None for a new figure.
     """
     theme.check_place(len(trace.sequences), row=row)
     own = [life for life in trace.lives if life.batch == row]
@@ -84,13 +78,8 @@ def _lines(trace: Any, row: int, own: Sequence[Any]) -> tuple[list[Any], list[in
 
 def _token(trace: Any, row: int, pos: int) -> str:
     """What a token is called beside its line."""
-    tokens = trace.sample.tokens
-    if pos < tokens.ids.shape[1] and int(tokens.image[row, pos]) >= 0:
-        image, index = int(tokens.image[row, pos]), int(tokens.image_index[row, pos])
-        kind = VISION_KINDS[int(tokens.vision.kind[index, int(tokens.sources[row, pos, 0])])]
-        place = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
-        return f"image {image} {'CLS' if kind == 'cls' else kind if kind == 'register' else place}"
-    return theme.cut(theme.drawable(readable(trace.words[row][pos] if trace.words else None)), 16)
+    name, patch = token_name(trace.sample.tokens, row, pos, trace.words)
+    return name if patch else theme.cut(theme.drawable(name), 16)
 
 
 def _name_axes(ax: Axes, trace: Any, row: int, kinds: dict[int, str], steps: int) -> None:
@@ -133,9 +122,6 @@ def generation_text(trace: Any, *, limit: int = 20) -> str:
     Args:
         trace: Of ``trace_generation``.
         limit: The most sinks to list.
-
-    Returns:
-        Several lines without a line break at the end.
     """
     lives = trace.lives
     blocks = [f"{plural(trace.n_steps, 'step')}. {_counts(lives)}"]

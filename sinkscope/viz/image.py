@@ -20,8 +20,6 @@ from sinkscope.viz import theme
 from sinkscope.viz.tables import readable
 from sinkscope.viz.theme import GROUP_OF, LABEL, QUIET, SMALL, STYLES, TITLE, Trace
 
-OVERLAP = "V-sinks, L rule too"
-
 
 def plot_sinks_on_image(
     trace: Trace,
@@ -68,7 +66,7 @@ def plot_sinks_on_image(
     for name, mask in (decoys or {}).items():
         legend |= _draw_decoys(ax, name, tokens.box[row][mask[row] & (tokens.image[row] == image)])
     words = [r for r in shown if r.kind == "text"]
-    legend |= _named("text sinks", len(words), side)
+    legend |= _draw_kind(ax, "text sinks", words, side)
     _list_words(ax, words)
     when = "any layer" if layer is None else f"layer {layer}"
     ax.set_title(f"Sinks, image {image} ({when})", fontsize=TITLE, loc="left")
@@ -177,47 +175,53 @@ def _token_grid(
     return grid, (x0, x1, y1, y0)
 
 
-def _mark(ax: Axes, boxes: Sequence[Any], label: str, side: float, **look: Any) -> None:
-    """A marker in the middle of every box, ``side`` points wide."""
+def _mark(
+    ax: Axes, boxes: Sequence[Any], name: str, count: int, side: float, look: Any, **key: Any
+) -> dict[str, Any]:
+    """Draw a marker in the middle of every box, ``side`` points wide; returns its legend entry."""
     x, y = ([(box[i] + box[i + 2]) / 2 for box in boxes] for i in (0, 1))
-    ax.scatter(x, y, s=side**2, label=label, **look)
+    ax.scatter(x, y, s=side**2, label=name, **look)
+    title = f"{name} ({count})" if count else f"{name}: none found"
+    return {title: theme.entry(linestyle="", marker=look["marker"], **key)}
 
 
 def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str, Any]:
-    """Outline and marker of every sink of one kind, and its legend entry."""
+    """Outline and marker of every sink of one kind that has a place."""
     style, outline = STYLES[group], [withStroke(linewidth=3.6, foreground="white")]
     boxes = [r.box for r in found if r.box is not None]
     look: Any = {"fill": False, "linewidth": 2.0, "zorder": 3, "path_effects": outline}
     for x0, y0, x1, y1 in boxes:
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=style.colour, **look))
     look = {"edgecolors": "white", "linewidths": 1.2, "zorder": 4, **style.look}
-    _mark(ax, boxes, group, 0.45 * side, **look)
-    return _named(group, len(found), side)
-
-
-def _named(group: str, count: int, side: float) -> dict[str, Any]:
-    name = f"{group} ({count})" if count else f"{group}: none found"
-    look: Any = {"linestyle": "", "markersize": min(10.0, 0.45 * side + 2)}
-    return {name: theme.entry(**STYLES[group].look, **look, markeredgecolor="white")}
+    key = {"color": style.colour, "markersize": min(10.0, 0.45 * side + 2)}
+    size = 0.45 * side
+    return _mark(ax, boxes, group, len(found), size, look, **key, markeredgecolor="white")
 
 
 def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
     """A square around the circle."""
     boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
-    look: Any = {"facecolors": "none", "edgecolors": colour, "linewidths": 2.2, "zorder": 3.5}
-    _mark(ax, boxes, OVERLAP, 0.72 * side, marker="s", **look)
-    look = {"linestyle": "", "marker": "s", "markersize": 11, "markerfacecolor": "none"}
-    look |= {"markeredgecolor": colour, "markeredgewidth": 2}
-    return {f"{OVERLAP} ({len(both)})": theme.entry(**look)}
+    look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
+    key: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
+    key["markeredgecolor"], look["zorder"] = colour, 3.5
+    return _mark(ax, boxes, "V-sinks, L rule too", len(both), 0.72 * side, look, **key)
 
 
 def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
     """A cross on every decoy: a bold one for spikes, an upright one for attention."""
-    look: Any = {"marker": "x" if name.startswith("spike") else "+", "color": "#111111"}
-    thick = {"linewidths": 2.4, "path_effects": [withStroke(linewidth=5.0, foreground="white")]}
-    _mark(ax, boxes.tolist(), name, 80**0.5, zorder=5, **thick, **look)
-    look |= {"linestyle": "", "markersize": 8, "markeredgewidth": 2.2}
-    return {f"{name} ({len(boxes)})": theme.entry(**look)}
+    cross, outline = (
+        "x" if name.startswith("spike") else "+",
+        withStroke(linewidth=5.0, foreground="white"),
+    )
+    look = {
+        "marker": cross,
+        "color": "#111111",
+        "linewidths": 2.4,
+        "zorder": 5,
+        "path_effects": [outline],
+    }
+    key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
+    return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 
 
 def _list_words(ax: Axes, words: list[Any]) -> None:

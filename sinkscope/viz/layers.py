@@ -54,11 +54,8 @@ def plot_received_by_layer(
     ax.set_ylim(float(every.min()) / 1.6, min(1.2, 2.5 * float(every.max())))
     theme.plain_log(ax.yaxis)
     joining = "mean" if heads == "mean" else "largest"
-    theme.dress(
-        ax, f"Attention per token, {joining} of heads", "LLM layer", "attention received, 0 to 1"
-    )
-    theme.legend_below(ax)
-    return theme.figure_of(ax)
+    title = f"Attention per token, {joining} of heads"
+    return theme.finish(ax, title, "LLM layer", "attention received, 0 to 1")
 
 
 def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None = None) -> Figure:
@@ -87,11 +84,8 @@ def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None =
     ax = theme.new_axes(ax, (5.6, 4.2))
     _draw_curves(ax, curves, result.layers)
     ax.set_ylim(-0.02, 1.02)
-    theme.dress(
-        ax, "Attention mass, mean of heads and queries", "layer", "mass on the group, 0 to 1"
-    )
-    theme.legend_below(ax)
-    return theme.figure_of(ax)
+    title = "Attention mass, mean of heads and queries"
+    return theme.finish(ax, title, "layer", "mass on the group, 0 to 1")
 
 
 def _draw_curves(ax: Axes, curves: Mapping[str, Any], layers: Sequence[int]) -> None:
@@ -112,11 +106,6 @@ def plot_spikes(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Figure
 
     Vision blocks show their output, LLM layers what their attention reads. The line at 1000
     medians (Sun et al., 2402.17762) is drawn where it falls into the picture.
-
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        ax: Where to draw, or None for a new figure.
     """
     images = theme.images_of(trace, row)
     ax = theme.new_axes(ax, (5.6, 4.2))
@@ -128,9 +117,7 @@ def plot_spikes(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Figure
     if low <= 1000 <= high:
         ax.axhline(1000.0, **LIMIT, label="1000 medians")
     theme.plain_log(ax.yaxis)
-    theme.dress(ax, "Spike size", BOTH, "max |h| / median |h| (log scale)")
-    theme.legend_below(ax)
-    return theme.figure_of(ax)
+    return theme.finish(ax, "Spike size", BOTH, "max |h| / median |h| (log scale)")
 
 
 def plot_detections(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Figure:
@@ -138,11 +125,6 @@ def plot_detections(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Fi
 
     A rule that flags more than 20 % finds the scale of a model and no sinks: that line is drawn.
     In the vision tower only the blocks that feed the projector decide.
-
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        ax: Where to draw, or None for a new figure.
     """
     images = theme.images_of(trace, row)
     ax = theme.new_axes(ax, (5.6, 4.2))
@@ -152,11 +134,9 @@ def plot_detections(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Fi
     ax.set_ylim(-0.01, max(0.26, min(1.05, 1.15 * top)))
     ax.axhline(0.2, **LIMIT, label="saturated above 20 %")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    theme.dress(ax, "What the rules flag", BOTH, "flagged image tokens (%)")
     if top == 0:
         theme.say(ax, "nothing is flagged", 0.45, fontsize=LABEL)
-    theme.legend_below(ax)
-    return theme.figure_of(ax)
+    return theme.finish(ax, "What the rules flag", BOTH, "flagged image tokens (%)")
 
 
 def _draw_towers(ax: Axes, vision: Tensor, language: Tensor, names: tuple[str, str]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MARK = "#D55E00"  # orange stands out on both ends of the colours of a map of heads
 
-COLUMNS = ("task", "layer", "pair", "s_v", "s_rest", "n", "base", "delta", "low", "high", "clear")
+COLUMNS = "task layer pair s_v s_rest n base delta low high clear"
 COLOURS = "PuOr_r"
 """Orange above the base, purple below: apart for colour-blind readers, and white at no change."""
 

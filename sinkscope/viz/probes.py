@@ -19,25 +19,15 @@ from sinkscope.viz.theme import LABEL, QUIET, SERIES, STYLES, TITLE, Style
 if TYPE_CHECKING:
     import pandas as pd
 
-HISTORY = ("layer", "loss", "split", "step")
+HISTORY = "layer loss split step"
 DASHES: dict[str, Any] = {"rho_V": "-", "rho_L": ":", "rho_rest": "--"}
-NAMED = 6
-"""With more layers than this, colours run along the layers and a legend shows some of them."""
-
-COLUMNS = (
-    *("layer", "group", "target", "metric", "accuracy"),
-    *("low", "high", "null_high", "majority", "note"),
-)
+NAMED = 6  # with more layers, colours run along the layers and a legend shows some of them
+COLUMNS = "layer group target metric accuracy low high null_high majority note"
+COEFFICIENTS = "task layer group coefficient low high untrained tokens n"
 METRICS = ("label accuracy", "exact set")
 GREY = "#cfcfcf"
 
-COEFFICIENTS = (
-    *("task", "layer", "group", "coefficient", "low", "high"),
-    *("untrained", "tokens", "n"),
-)
-NAMES = {"V": "V-sinks", "L": "L-sinks", "rest": "other image tokens"}
-"""Group -> what it is called, in the order of the panels."""
-
+NAMES = {"V": "V-sinks", "L": "L-sinks", "rest": "other image tokens"}  # of panels, in order
 UNTRAINED: dict[str, Any] = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
@@ -50,7 +40,9 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         history: Of `TrainResult.history`.
         base: The validation loss without a gate, or None.
     """
-    theme.check_table(history, HISTORY, f"at least {HISTORY} and a line, as in TrainResult.history")
+    theme.check_table(
+        history, HISTORY, f"at least the columns {HISTORY}, as in TrainResult.history"
+    )
     groups = [name for name in history.columns if name in DASHES]
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
     axes, _ = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
@@ -66,18 +58,16 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
             axes[1].plot(part["step"], part[group], **look, linestyle=dashes, linewidth=1.3)
     if base is not None:
         axes[0].axhline(base, **UNTRAINED)
-    theme.dress(axes[0], "Loss of the answers", "step", "nats per token")
     _focus(axes[0], history, base)
-    theme.legend_below(axes[0], _training_legend(layers, base, history))
+    marks = _training_legend(layers, base, history)
+    theme.finish(axes[0], "Loss of the answers", "step", "nats per token", marks)
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if groups:
-        theme.dress(axes[1], "Mean coefficients", "step", "factor of the keys")
         axes[1].set_ylim(bottom=0)
-        marks = {
-            g.removeprefix("rho_"): theme.entry(color=QUIET, linestyle=DASHES[g]) for g in groups
-        }
-        theme.legend_below(axes[1], marks)
+        short = {group: group.removeprefix("rho_") for group in groups}
+        marks = {short[g]: theme.entry(color=QUIET, linestyle=DASHES[g]) for g in groups}
+        theme.finish(axes[1], "Mean coefficients", "step", "factor of the keys", marks)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,36 +13,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz import theme
 from sinkscope.viz.image import shown_records
-from sinkscope.viz.tables import MARKS, readable, render, short
-from sinkscope.viz.theme import (
-    ADVANCE,
-    EDGE,
-    GROUP_OF,
-    INK,
-    MISSING,
-    QUIET,
-    SHARES,
-    SMALL,
-    STYLES,
-    TICKS,
-    TITLE,
-    Trace,
-)
+from sinkscope.viz.tables import MARKS, render, short, token_name
+from sinkscope.viz.theme import GROUP_OF, QUIET, SMALL, STYLES, TICKS, Trace
 
 if TYPE_CHECKING:
-    from sinkscope.tokens import TokenMap
+    pass
 
-SEEN = 8
-"""Queries that must see a token before its mean says more than what it gives to itself."""
-
+SEEN = 8  # queries that must see a token before its mean says more than what it gives to itself
 LETTER, COLUMNS, MARGIN, LONGEST = 8.6, 96, 6, 48
 """Points of a letter; letters of a line, of the positions beside it, and of a chip."""
 
-INCHES = LETTER * ADVANCE / 72
-"""Width of a letter."""
+INCHES = LETTER * theme.ADVANCE / 72  # width of a letter
 
 LINE, TOP, BELOW, NOTE = 0.29, 0.5, 0.95, 0.17
 """Inches: a line of chips, the title, the bar and the kinds of sinks, a line of notes."""
@@ -98,7 +81,14 @@ def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]
     received, null = attention.received[row, layers], attention.null[row, layers]
     seen = tokens.live[row].flip(0).cumsum(0).flip(0)  # a token is seen by itself and what follows
     out = []
-    for name, group in groupby(tokens.live[row].nonzero().flatten().tolist(), _name(tokens, row)):
+
+    def chip_of(pos: int) -> tuple[str, int]:
+        name, patch = token_name(tokens, row, pos, tokens.words)
+        return (
+            (name.rpartition(" ")[0], -1) if patch else (name, pos)
+        )  # an image's patches share one
+
+    for name, group in groupby(tokens.live[row].nonzero().flatten().tolist(), chip_of):
         places = list(group)
         part = received[:, :, places].nan_to_num()
         index, head, key = (int(i) for i in torch.unravel_index(part.argmax(), part.shape))
@@ -116,22 +106,6 @@ def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]
             )
         )
     return out
-
-
-def _name(tokens: TokenMap, row: int) -> Callable[[int], tuple[str, int]]:
-    """A function of a position: its own name, or that of the image that it shares a chip with."""
-
-    def name(pos: int) -> tuple[str, int]:
-        image = int(tokens.image[row, pos])
-        if image < 0:
-            return readable(tokens.words[row][pos] if tokens.words else None), pos
-        source = int(tokens.sources[row, pos, 0])
-        kind = VISION_KINDS[int(tokens.vision.kind[int(tokens.image_index[row, pos]), source])]
-        if kind in ("cls", "register"):
-            return f"image {image} {'CLS' if kind == 'cls' else kind}", pos
-        return f"image {image}", -1
-
-    return name
 
 
 def strip_of(trace: Trace, row: int, layer: int | None = None) -> tuple[Any, ...]:
@@ -154,15 +128,9 @@ def strip_of(trace: Trace, row: int, layer: int | None = None) -> tuple[Any, ...
 
 
 def tokens_html(trace: Trace, row: int = 0, *, layer: int | None = None) -> str:
-    """Write `plot_tokens` as HTML; a chip tells position, layer, head and null when pointed at.
+    """Write `plot_tokens` as a ``<div>`` with its own style, such as for ``IPython.display.HTML``.
 
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        layer: One LLM layer, with the sinks of that layer; None for the largest share over layers.
-
-    Returns:
-        A ``<div>`` with its own style, such as for ``IPython.display.HTML``.
+    A chip tells position, layer, head and null when pointed at.
     """
     return render("tokens.html", strip=strip_of(trace, row, layer))
 
@@ -183,8 +151,8 @@ def plot_tokens(trace: Trace, row: int = 0, *, layer: int | None = None) -> Figu
     """
     chips, title, notes, kinds = strip_of(trace, row, layer)
     lines = _lines(chips)
-    if any(MISSING in text for line in lines for _, text, _ in line):
-        notes.append(f"{MISSING}: no font on this machine has the character")
+    if any(theme.MISSING in text for line in lines for _, text, _ in line):
+        notes.append(f"{theme.MISSING}: no font on this machine has the character")
     inner, below = (MARGIN + COLUMNS + 1) * INCHES, BELOW + NOTE * len(notes)
     wide, tall = inner + 0.3, TOP + LINE * len(lines) + below
     figure = theme.new_figure((wide, tall))
@@ -195,7 +163,7 @@ def plot_tokens(trace: Trace, row: int = 0, *, layer: int | None = None) -> Figu
     for place, line in enumerate(lines):
         _draw_line(ax, place, line)
     title += f" (row {row})" if len(trace.sample) > 1 else ""
-    figure.text(0.15 / wide, 1 - 0.1 / tall, title, fontsize=TITLE, va="top")
+    figure.text(0.15 / wide, 1 - 0.1 / tall, title, fontsize=theme.TITLE, va="top")
     _draw_key(figure, kinds, notes)
     return figure
 
@@ -221,13 +189,13 @@ def _draw_line(ax: Axes, place: int, line: Sequence[tuple[int, str, Chip]]) -> N
     first = line[0][2].first
     ax.text(-0.8, place, str(first), ha="right", color=QUIET, fontsize=SMALL - 2, va="center")
     for at, text, chip in line:
-        share, edge = chip.share, STYLES[GROUP_OF[chip.kind]].colour if chip.kind else EDGE
+        share, edge = chip.share, STYLES[GROUP_OF[chip.kind]].colour if chip.kind else theme.EDGE
         box = Rectangle((at, place - 0.4), theme.columns_of(text) + 1.2, 0.8, edgecolor=edge)
         box.set_facecolor("white" if share is None else theme.colour_of(share))
         box.set_linewidth(2.2 if chip.kind else 0.6)
         box.set_linestyle((0, (3, 2)) if share is None and not chip.kind else "-")
         ax.add_patch(box)
-        ink = INK if share is None else theme.ink_on(share)
+        ink = theme.INK if share is None else theme.ink_on(share)
         ax.text(at + 0.6, place, text, fontsize=LETTER, color=ink, **look)
 
 
@@ -236,7 +204,7 @@ def _draw_key(figure: Figure, kinds: Sequence[tuple[str, str]], notes: Sequence[
     wide, tall = figure.get_size_inches()
     left, base = 0.15 + MARGIN * INCHES, NOTE * len(notes)
     bar = figure.add_axes((left / wide, (base + 0.48) / tall, 2.6 / wide, 0.13 / tall))
-    scale = ScalarMappable(theme.share_scale(), SHARES)
+    scale = ScalarMappable(theme.share_scale(), theme.SHARES)
     figure.colorbar(scale, cax=bar, orientation="horizontal", ticks=TICKS)
     bar.set_xticklabels([f"{tick:g}" for tick in TICKS])
     bar.tick_params(labelsize=SMALL - 1)

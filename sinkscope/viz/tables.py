@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sinkscope.tokens import VISION_KINDS, TokenMap
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-WIDTH = 110
-"""Letters of a line in a terminal."""
-
+WIDTH = 110  # letters of a line in a terminal
 MARKS = {"V": "●", "L": "■", "text": "▲", "attention": "⬢"}
 SINKS = {"V": "V-sink", "L": "L-sink", "text": "text sink"}
 KINDS = SINKS | {"attention": "attended token"}
-"""`SinkRecord.kind` -> what to call one; sinks first."""
-
 TOWERS = {"vision": "ViT", "language": "LLM"}
 
 
@@ -34,6 +30,17 @@ def readable(word: str | None) -> str:
     if not word.strip(" "):
         return repr(word)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in word.strip(" "))
+
+
+def token_name(tokens: TokenMap, row: int, pos: int, words: Any) -> tuple[str, bool]:
+    """What a token is called: its word, or which token of an image; and whether it is a patch."""
+    if pos >= tokens.ids.shape[1] or int(tokens.image[row, pos]) < 0:
+        return readable(words[row][pos] if words else None), False
+    image, index = int(tokens.image[row, pos]), int(tokens.image_index[row, pos])
+    kind = VISION_KINDS[int(tokens.vision.kind[index, int(tokens.sources[row, pos, 0])])]
+    if kind in ("cls", "register"):
+        return f"image {image} {'CLS' if kind == 'cls' else kind}", False
+    return f"image {image} {int(tokens.row[row, pos])},{int(tokens.column[row, pos])}", True
 
 
 def ranges(layers: Iterable[int]) -> str:
@@ -257,16 +264,12 @@ def trace_summary(trace: Trace, *, limit: int = 10) -> str:
     Args:
         trace: The trace.
         limit: The most sinks of each kind to list, those that draw most first.
-
-    Returns:
-        Several lines without a line break at the end.
     """
     parts = listed(trace, limit)
     records = [record for found, _ in parts for record in found]
     remarks = "\n".join(remark for _, remark in parts if remark)
-    blocks = [f"Sinks: {counts(trace)}"]
+    blocks, columns = [f"Sinks: {counts(trace)}"], columns_for(trace)
     if records:
-        columns = columns_for(trace)
         heads = [column.head.split("|") for column in columns]
         lines = [[head[i - 2] if len(head) > 1 - i else "" for head in heads] for i in (0, 1)]
         lines += [[column.cell(record) for column in columns] for record in records]
@@ -286,15 +289,7 @@ def trace_summary(trace: Trace, *, limit: int = 10) -> str:
 
 
 def trace_html(trace: Trace, *, limit: int = 10) -> str:
-    """Write the table of `trace_summary` as HTML, for a notebook.
-
-    Args:
-        trace: The trace.
-        limit: The most sinks of each kind to list.
-
-    Returns:
-        A ``<div>``.
-    """
+    """Write `trace_summary` as a ``<div>`` for a notebook."""
     return render("notebook.html", trace=trace, limit=limit)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -101,9 +101,9 @@ def images_of(trace: Trace, row: int) -> list[int]:
     return [i for i, owner in enumerate(owners) if owner == row]
 
 
-def check_table(table: pd.DataFrame, needed: Iterable[str], wanted: str) -> None:
-    """Refuse a table without some columns, or without a line."""
-    missing = sorted(set(needed) - set(getattr(table, "columns", ())))
+def check_table(table: pd.DataFrame, needed: str, wanted: str) -> None:
+    """Refuse a table without some columns (names with blanks between), or without a line."""
+    missing = sorted(set(needed.split()) - set(getattr(table, "columns", ())))
     if missing or not len(table):
         raise InputError(f"Got a table that lacks {missing or 'lines'}; expected {wanted}.")
 
@@ -154,16 +154,11 @@ def cut(text: str, columns: int) -> str:
     return text + "…"
 
 
-TITLE, LABEL, SMALL = 11, 10, 9
-"""Font sizes in points."""
-
+TITLE, LABEL, SMALL = 11, 10, 9  # font sizes in points
 QUIET, INK, EDGE = "#6b6b6b", "#1c2127", "#b9bec4"
-SHARES = "Purples"
-"""The colour map of shares of attention: no colour of a kind of sink."""
-
+SHARES = "Purples"  # the colour map of shares of attention: no colour of a kind of sink
 TICKS = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
-NULL: dict[str, Any] = {"linestyle": "--", "linewidth": 1.1}
-"""Lines of uniform attention."""
+NULL: dict[str, Any] = {"linestyle": "--", "linewidth": 1.1}  # lines of uniform attention
 
 
 @dataclass(frozen=True)
@@ -187,16 +182,12 @@ STYLES = {
     "ordinary": Style("#5F5F5F", "D"),
     "text": Style("#B45C91", "v"),
 }
+# For groups of the user's own, and for layers and tasks.
 SPARE = ("#56B4E9", "#E69F00", "#000000", "#8C510A")
 OTHERS = [Style(colour, marker) for colour, marker in zip(SPARE, "PX*p", strict=True)]
-"""For groups of the user's own."""
-
 PAINTS = ("#0072B2", "#D55E00", "#00795A", "#B45C91", "#E69F00", "#56B4E9")
 SERIES = [Style(colour, marker) for colour, marker in zip(PAINTS, "osD^vP", strict=True)]
-"""For layers and tasks."""
-
 GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": "attended"}
-"""`SinkRecord.kind` -> group."""
 
 
 def style_of(group: str, place: int = 0) -> Style:
@@ -262,14 +253,6 @@ def plain(ax: Axes, axis: Any = "y", hidden: Sequence[str] = ("top", "right")) -
     ax.spines[list(hidden)].set_visible(False)
 
 
-def dress(ax: Axes, title: str, x: str, y: str) -> None:
-    """Title, labels with units, readable ticks, a light grid."""
-    ax.set_title(title, fontsize=TITLE, loc="left", pad=17)
-    ax.set_xlabel(x, fontsize=LABEL)
-    ax.set_ylabel(y, fontsize=LABEL)
-    plain(ax)
-
-
 def headline(figure: Figure, text: str) -> None:
     """The title of a figure of panels, in as many lines as it needs."""
     text = textwrap.fill(text, int(11.5 * figure.get_figwidth()))
@@ -308,6 +291,18 @@ def legend_below(ax: Axes, entries: Mapping[str, Any] | None = None, points: flo
     look: Any = {"fontsize": SMALL, "frameon": False, "borderaxespad": 0.0, "handlelength": 1.8}
     look |= {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "ncols": 2, "columnspacing": 1.2}
     ax.legend(**named, **look, bbox_transform=ax.transAxes + down)
+
+
+def finish(
+    ax: Axes, title: str, x: str, y: str, entries: Any = None, points: float = 36.0
+) -> Figure:
+    """Title, labels with units, readable ticks, a light grid and a legend; returns the figure."""
+    ax.set_title(title, fontsize=TITLE, loc="left", pad=17)
+    ax.set_xlabel(x, fontsize=LABEL)
+    ax.set_ylabel(y, fontsize=LABEL)
+    plain(ax)
+    legend_below(ax, entries, points)
+    return figure_of(ax)
 
 
 def legend_of(figure: Figure, entries: Mapping[str, Any], columns: int, **look: Any) -> None:

@@ -15,11 +15,12 @@ import sinkscope as ss
 from sinkscope.errors import InputError
 from sinkscope.viz import effects_text, write_report
 from sinkscope.viz.effects import effects_frame
+from sinkscope.viz.pages import pictures_of
 from sinkscope.viz.tables import COLUMNS, frame_table
 from tests.viz.conftest import Page
 from tests.viz.test_effects import comparison
 
-NAMES = ("two images", "two rows", "saturated", "none")
+NAMES = ("two rows", "saturated", "none")
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,11 @@ def test_effects_on_the_page_are_those_of_the_terminal() -> None:
     assert "nan" not in html
 
 
-def test_alt_texts_name_the_places(folders) -> None:
-    alt = images_of(page_of(folders / "two images"))[0]["alt"]
-    assert alt.startswith("Image 0 with its patch grid. V-sinks at row,column ")
+def test_alt_texts_name_the_places(traces, folders) -> None:
+    both = [picture for picture in pictures_of(traces["two images"]) if "sinks" in picture.name]
+    assert [picture.name for picture in both] == ["sinks_image0", "sinks_image1"]
+    alt = both[1].alt
+    assert alt.startswith("Image 1 with its patch grid. V-sinks at row,column ")
     assert {"1,1", "5,6"} <= set(alt.replace(".", ";").replace("column ", "; ").split("; "))
     assert "V-sinks: none found" in images_of(page_of(folders / "none"))[0]["alt"]
 
