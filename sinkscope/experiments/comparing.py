@@ -21,6 +21,7 @@ from sinkscope.interventions.application import check_interventions
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
+from sinkscope.viz.effects import count_comparisons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,12 +127,6 @@ class Comparison(Result):
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
         parts = [named] if len(self.tasks) > 2 else []
         return pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
-
-
-def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
-    """How many differences to the base a summary reports in some tasks: those that touched a row."""
-    shown = summary if tasks is None else summary[summary["task"].isin(list(tasks))]
-    return int(((shown["condition"] != base) & (shown["touched"] > 0)).sum())
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:

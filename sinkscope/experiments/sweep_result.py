@@ -294,7 +294,7 @@ class Sweep:
 
         Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
         """
-        from sinkscope.viz.sweep import plot_sweep
+        from sinkscope.viz import plot_sweep
 
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 

@@ -94,7 +94,7 @@ class MassResult(Result):
             ProbeError: If there is no such group.
             SelectionError: If there is no such row or query.
         """
-        from sinkscope.viz.layers import plot_heads
+        from sinkscope.viz import plot_heads
 
         return plot_heads(self, group, row, query=query)
 

@@ -2,6 +2,10 @@
 
 Every ``plot_...`` function returns its matplotlib figure, shows nothing by itself, and draws into
 axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())`` are the short ways in.
+
+Everywhere ``trace`` is a trace, ``row`` a row of the batch, ``image`` an image counted within its row,
+and ``ax`` where to draw, None for a new figure. All of them raise SelectionError for a row, image, task, condition, group or word that is not there,
+LayerError for such a layer, and InputError for a table or folder of another kind.
 """
 
 from sinkscope.viz.effects import effects_text, plot_control, plot_effects
@@ -9,17 +13,15 @@ from sinkscope.viz.generation import generation_text, plot_generation
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (
     plot_detections,
-    plot_heads,
     plot_mass_by_layer,
     plot_received_by_layer,
-    plot_received_heads,
     plot_spikes,
     plot_trace,
 )
+from sinkscope.viz.maps import plot_heads, plot_received_heads, plot_sweep
 from sinkscope.viz.pages import write_report
 from sinkscope.viz.probes import plot_coefficients, plot_probes, plot_training
 from sinkscope.viz.prompt import plot_tokens, tokens_html
-from sinkscope.viz.sweep import plot_sweep
 from sinkscope.viz.tables import trace_html, trace_summary
 
 __all__ = [

@@ -1,197 +1,104 @@
-"""What a summary of a comparison says, in words: cells, counts and the note under every table.
-
-Terminal, page, Markdown, LaTeX and figure take their words and numbers from here, so they agree.
-"""
+"""What edits did, in words, tables and figures, which all take their words and numbers from one place."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.lines import Line2D
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sinkscope.errors import InputError, SelectionError
-from sinkscope.experiments.comparing import count_comparisons
-from sinkscope.viz.style import (
-    LABEL,
-    QUIET,
-    SMALL,
-    STYLES,
-    TITLE,
-    dress,
-    figure_of,
-    legend_below,
-    new_axes,
-    new_figure,
-)
-from sinkscope.viz.tables import aligned
+from sinkscope.viz import theme
+from sinkscope.viz.tables import WIDTH, aligned
+from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from sinkscope.experiments.controls import ControlResult
+COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
+NONE, UNCHANGED = "none found", "0 (none changed)"
+SAME = f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
+LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}"}
 
-COLUMNS = frozenset(
-    {
-        "task",
-        "condition",
-        "n",
-        "accuracy",
-        "delta",
-        "delta_low",
-        "delta_high",
-        "touched",
-        "changed",
-    }
-)
-
-NONE = "none found"
-
-TOO_FEW = "too few to draw from"
-
-UNCHANGED = "0 (none changed)"
-
-WIDTH = 110
-
-"""Characters of a line in a terminal."""
+REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
 
-def effects_text(
-    summary: pd.DataFrame,
-    *,
-    tasks: Sequence[str] | None = None,
-    base: str | None = None,
-    width: int = WIDTH,
-) -> str:
-    """The same as `plot_effects`, as a table for a terminal.
+def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
+    """Count the differences to the base that a summary reports.
+
+    A condition counts once for every task in which it touched a row; where it found nothing to edit
+    there is nothing to correct for.
 
     Args:
-        summary: Of ``Comparison.summary()``.
-        tasks: Which tasks to show, in this order; None for all.
-        base: The condition that the others are compared with; None for the first.
-        width: The most characters of a line; a table is cut into several where it is wider.
-
-    Returns:
-        Several lines: the accuracy of the base, the change in percentage points with its interval,
-        a star where the interval excludes zero, and which conditions found nothing to edit.
-
-    Raises:
-        InputError: If the table is not such a summary.
-        SelectionError: If there is no such task or condition.
-    """
-    table = effects_frame(summary, tasks=tasks, base=base)
-    lines = [list(table.columns), *table.to_numpy().tolist()]
-    out = [aligned(part) for part in _blocks(lines, width)]
-    out += [textwrap.fill(note, width, break_on_hyphens=False) for note in table.attrs["notes"]]
-    return "\n\n".join(out)
-
-
-def effects_frame(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
-) -> pd.DataFrame:
-    """The cells of `effects_text`: a line per condition that edited something, a column per task.
-
-    Args:
-        summary: Of ``Comparison.summary()``.
-        tasks: Which tasks to show, in this order; None for all.
-        base: The condition that the others are compared with; None for the first.
-
-    Returns:
-        Texts. ``attrs["notes"]`` are the sentences that belong under the table.
-
-    Raises:
-        InputError: If the table is not such a summary.
-        SelectionError: If there is no such task or condition.
-    """
-    import pandas as pd
-
-    shown, base, others = check_summary(summary, tasks, base)
-    cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
-    digits = 1 if max(cells[task, base]["n"] for task in shown) >= 100 else 0
-    alive = [c for c in others if found_in_any(summary, shown, c)]
-    lines = [[base, *(f"{cells[task, base]['accuracy']:.{digits}%}" for task in shown)]]
-    lines += [
-        [c, *(change_text(cells.get((task, c)), digits, "{}*") for task in shown)] for c in alive
-    ]
-    heads = [f"{task} (n = {cells[task, base]['n']})" for task in shown]
-    out = pd.DataFrame(lines, columns=["accuracy, then changes in points", *heads])
-    notes = [note_on(summary, base, shown, "A star")]
-    missing = [c for c in others if c not in alive]
-    if missing:
-        own = [c for c in missing if "random" not in c] or missing
-        notes.insert(0, f"{NONE}, so nothing was edited: {', '.join(own)}")
-    out.attrs["notes"] = notes
-    return out
-
-
-def note_on(summary: pd.DataFrame, base: str, tasks: Sequence[str], mark: str) -> str:
-    """What a reader of the table must know, in one line.
-
-    Args:
-        summary: Of ``Comparison.summary()``.
+        summary: Of ``Comparison.summary()``, or a table with columns task, condition and touched.
         base: The condition that the others are compared with.
-        tasks: The tasks that are shown.
-        mark: What marks an interval that excludes zero, such as ``"Bold"``.
+        tasks: The tasks that are shown; None for all.
     """
-    level = summary.attrs.get("level", 0.95)
-    many = count_comparisons(summary, base, tasks)
-    records = summary.to_dict("records")
-    lines = [r for r in records if r["task"] in tasks and r["condition"] != base]
-    if all(line["delta_low"] != line["delta_low"] for line in lines):
-        out = "Changes in percentage points, without intervals, which need more than one image. "
-        end = f"{_shown(many)}."
-    else:
-        out = (
-            f"Changes in percentage points, with {100 * level:g} % intervals that resample "
-            f"{resampled(summary)}. {mark}: the interval excludes zero. "
-        )
-        chance = many * (1 - level)
+    shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
+    return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """A checked summary: the tasks to show, the base and the other conditions, and what cells say."""
+
+    summary: pd.DataFrame
+    tasks: list[str]
+    base: str
+    others: list[str]
+    many: int  # changes that are shown
+    resampled: str
+
+    @cached_property
+    def lines(self) -> dict[tuple[str, str], dict[Any, Any]]:
+        """Task and condition -> line of the summary."""
+        shown: Any = self.summary[self.summary["task"].isin(self.tasks)]
+        return {(line["task"], line["condition"]): line for line in shown.to_dict("records")}
+
+    def found(self, condition: str) -> bool:
+        """Whether a condition touched a row in some task, or could not where it should."""
+        lines = [self.lines.get((task, condition), {"touched": 0}) for task in self.tasks]
+        return any(line["touched"] > 0 or line.get("uncontrolled", 0) > 0 for line in lines)
+
+    def row(self, name: str, digits: int, strong: str) -> list[str]:
+        """A condition and its changes, a column per task."""
+        return [name, *(_change(self.lines.get((t, name)), digits, strong) for t in self.tasks)]
+
+    @property
+    def heads(self) -> list[str]:
+        """The tasks with their numbers of questions."""
+        return [f"{task} (n = {self.lines[task, self.base]['n']})" for task in self.tasks]
+
+    def note(self, mark: str) -> str:
+        """What a reader of the table must know; ``mark`` tells an interval that excludes zero."""
+        lines = [line for (_, name), line in self.lines.items() if name != self.base]
+        shown = "1 change is shown" if self.many == 1 else f"{self.many} changes are shown"
+        same = SAME if any(_unchanged(line) for line in lines) else ""
+        if all(line["delta_low"] != line["delta_low"] for line in lines):
+            return (
+                "Changes in percentage points, without intervals, which need more than one image. "
+                f"{same}{shown}."
+            )
+        level = self.summary.attrs.get("level", 0.95)
+        chance = self.many * (1 - level)
         about = f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}"
-        end = (
-            f"{_shown(many)}, none corrected for their number: about {about} such intervals "
-            "exclude zero by chance alone."
+        return (
+            f"Changes in percentage points, with {100 * level:g} % intervals that resample "
+            f"{self.resampled}. {mark}: the interval excludes zero. {same}{shown}, none corrected for "
+            f"their number: about {about} such intervals exclude zero by chance alone."
         )
-    if any(unchanged(line) for line in lines):
-        out += f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
-    return out + end
 
 
-def change_text(line: Any, digits: int, strong: str) -> str:
-    """The change of one task and condition in percentage points, with its interval.
-
-    Args:
-        line: Of the summary, or None if it has no such line.
-        digits: Behind the decimal point.
-        strong: How to write it where the interval excludes zero.
-    """
-    if line is None:
-        return NONE
-    if not found(line):
-        return nothing(line)
-    if unchanged(line):
-        return UNCHANGED
-    parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
-    change, low, high = (f"{round(part, digits) + 0.0:+.{digits}f}" for part in parts)
-    if line["delta_low"] != line["delta_low"]:
-        return change
-    text = f"{change} [{low}, {high}]"
-    return strong.format(text) if clear(line) else text
-
-
-def check_summary(
-    summary: pd.DataFrame, tasks: Sequence[str] | None, base: str | None
-) -> tuple[list[str], str, list[str]]:
-    """The tasks to show, the base and the other conditions, after a look at the table."""
-    missing = COLUMNS - set(getattr(summary, "columns", ()))
-    if missing or not len(summary):
-        raise InputError(
-            f"Got a table that lacks {sorted(missing) or 'lines'}; expected what "
-            "Comparison.summary() returns."
-        )
+def checked(
+    summary: pd.DataFrame, tasks: Sequence[str] | None = None, base: str | None = None
+) -> Effects:
+    """The summary with the tasks to show, the base and the others, after a look at it."""
+    theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
     known = list(dict.fromkeys(summary["task"]))
     conditions: list[str] = list(dict.fromkeys(summary["condition"]))
     shown = sorted(known, key=lambda task: task != "all") if tasks is None else list(tasks)
@@ -203,231 +110,217 @@ def check_summary(
     others = [condition for condition in conditions if condition != first]
     if not others:
         raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
-    return shown, first, others
-
-
-def resampled(summary: pd.DataFrame) -> str:
-    """What the intervals of a summary resample."""
     several = "seeds" in summary and bool((summary["seeds"] > 1).any())
-    return "images and seeds" if several else "images"
+    resampled = "images and seeds" if several else "images"
+    many = count_comparisons(summary, first, shown)
+    return Effects(summary, shown, first, others, many, resampled)
 
 
-def found(line: Any) -> bool:
-    """Whether the condition touched a row of the task."""
-    return bool(line["touched"] > 0)
+def _change(line: Any, digits: int, strong: str) -> str:
+    """A change in points with its interval, written as ``strong`` where that excludes zero."""
+    if not line or line["touched"] <= 0:
+        return _nothing(line)
+    if _unchanged(line):
+        return UNCHANGED
+    parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
+    change, low, high = (f"{round(part, digits) + 0.0:+.{digits}f}" for part in parts)
+    if line["delta_low"] != line["delta_low"]:
+        return change
+    return (strong if line["delta_low"] > 0 or line["delta_high"] < 0 else "{}").format(
+        f"{change} [{low}, {high}]"
+    )
 
 
-def nothing(line: Any) -> str:
-    """Why a condition touched no row."""
-    return TOO_FEW if line.get("uncontrolled", 0) > 0 else NONE
+def _nothing(line: Any) -> str:
+    return "too few to draw from" if line and line.get("uncontrolled", 0) > 0 else NONE
 
 
-def found_in_any(summary: pd.DataFrame, shown: Sequence[str], condition: str) -> bool:
-    """Whether a condition touched a row in some of the tasks, or could not where it should."""
-    own = summary[(summary["condition"] == condition) & summary["task"].isin(shown)]
-    left = own["uncontrolled"] if "uncontrolled" in own else 0 * own["touched"]
-    return bool(((own["touched"] > 0) | (left > 0)).any())
+def _unchanged(line: Any) -> bool:
+    return bool(line["touched"] > 0 and line["changed"] == 0)
 
 
-def clear(line: Any) -> bool:
-    """Whether the interval excludes zero."""
-    return bool(line["delta_low"] > 0 or line["delta_high"] < 0)
-
-
-def unchanged(line: Any) -> bool:
-    """Whether rows were edited and no answer turned right or wrong."""
-    return found(line) and bool(line["changed"] == 0)
-
-
-def _shown(many: int) -> str:
-    return "1 change is shown" if many == 1 else f"{many} changes are shown"
-
-
-def _blocks(lines: list[list[str]], width: int) -> list[list[list[str]]]:
-    """The columns cut into tables that fit into a line, each with the first column."""
-    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
-    parts, used = [[0]], widths[0]
-    for i in range(1, len(widths)):
-        if used + widths[i] - 2 > width and len(parts[-1]) > 1:
-            parts.append([0])
-            used = widths[0]
-        parts[-1].append(i)
-        used += widths[i]
-    return [[[line[i] for i in part] for line in lines] for part in parts]
-
-
-MARKS = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}"}
-
-
-def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """One line per condition, one column per task.
-
-    Args:
-        summary: Of ``Comparison.summary()``.
-        base: The condition that the others are compared with; None for the first.
-
-    Returns:
-        The table and a note. The base has its accuracy with an interval; the others have the
-        change in percentage points, with an interval, bold where it excludes zero.
-
-    Raises:
-        InputError: If the table is not such a summary.
-    """
-    lines, note = _cells(summary, base, "**{}**")
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
-    rule = f"|{'---|' * len(lines[0])}"
-    return "\n".join([head, rule, *body, "", note, ""])
-
-
-def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """As `comparison_markdown`, for LaTeX (with the package booktabs).
-
-    Args:
-        summary: Of ``Comparison.summary()``.
-        base: The condition that the others are compared with; None for the first.
-
-    Returns:
-        A ``tabular``, and the note as a comment under it.
-
-    Raises:
-        InputError: If the table is not such a summary.
-    """
-    cells, note = _cells(summary, base, "<<{}>>")
-    lines = [[_escaped(cell) for cell in line] for line in cells]
-    rows = [" & ".join(line).replace("<<", r"\textbf{").replace(">>", "}") for line in lines]
-    rows = [rf"{row} \\" for row in rows]
-    body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
-    columns = "l" + "r" * (len(lines[0]) - 1)
-    out = [rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", f"% {note}"]
-    return "\n".join([*out, ""])
-
-
-def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
-    """The table as texts, its head first, and the note under it."""
-    shown, first, others = check_summary(summary, None, base)
-    cells = {(r["task"], r["condition"]): r for r in summary.to_dict("records")}
-    head = ["condition", *(f"{task} (n = {cells[task, first]['n']})" for task in shown)]
-    level = [first, *(_accuracy(cells[task, first]) for task in shown)]
-    rest = [
-        [name, *(change_text(cells.get((task, name)), 1, strong) for task in shown)]
-        for name in others
-    ]
-    note = note_on(summary, first, shown, "Bold")
-    if any(NONE in line for line in rest):
-        note += f' "{NONE}": there was no such token, so nothing was edited.'
-    return [head, level, *rest], note
-
-
-def _accuracy(line: Any) -> str:
-    """In percent, with its interval if there is one."""
-    low, high = line["low"], line["high"]
-    between = "" if low != low or high != high else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * line['accuracy']:.1f}{between}"
-
-
-def _escaped(text: str) -> str:
-    return "".join(MARKS.get(letter, letter) for letter in text)
-
-
-REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]
-
-"""The edit, and other tokens edited in the same way."""
-
-SAME = "|"
-
-"""Where no answer changed: a point with an interval of no width would look like certainty."""
-
-ACROSS = 6
-
-"""Tasks side by side."""
-
-NAME = 34
-
-"""Characters of a line of a condition's name in the figure."""
-
-
-def plot_effects(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
-) -> Figure:
-    """The change of accuracy under every condition, task by task, with intervals.
-
-    A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
-    right or wrong. Conditions whose names say "random" (the controls of
-    `sinkscope.experiments.effect_table`) are squares of another colour. Where no row was touched,
-    because there is no such token, it says "none found"; controls of such conditions are left out. A
-    control says "too few to draw from" where that is why nothing was touched.
+def effects_text(
+    summary: pd.DataFrame,
+    *,
+    tasks: Sequence[str] | None = None,
+    base: str | None = None,
+    width: int = WIDTH,
+) -> str:
+    """Write what `plot_effects` shows as a table for a terminal.
 
     Args:
         summary: Of ``Comparison.summary()``.
         tasks: Which tasks to show, in this order; None for all.
         base: The condition that the others are compared with; None for the first.
+        width: The most characters of a line; a table is cut into several where it is wider.
 
     Returns:
-        The figure: one panel per task, with the accuracy of the base above it.
-
-    Raises:
-        InputError: If the table is not such a summary.
-        SelectionError: If there is no such task or condition.
+        Several lines: the accuracy of the base, the change in percentage points with its interval,
+        a star where the interval excludes zero, and which conditions found nothing to edit.
     """
-    shown, base, others = check_summary(summary, tasks, base)
-    across = min(ACROSS, len(shown))
-    down = -(-len(shown) // across)
-    others = [c for c in others if "random" not in c or found_in_any(summary, shown, c)]
-    width = 3.1 + 1.75 * across
-    figure = new_figure((width, down * (1.3 + 0.3 * len(others)) + 1.1))
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
-    reach = _reach(summary, shown)
-    for i, (ax, task) in enumerate(zip(grid, shown, strict=False)):
-        lines = summary[summary["task"] == task].set_index("condition")
-        _draw_task(ax, lines, others)
-        before = lines.loc[base]
+    table = effects_frame(summary, tasks=tasks, base=base)
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
+    blocks = [[0]]
+    for i in range(1, len(widths)):
+        if sum(widths[j] for j in [*blocks[-1], i]) - 2 > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(i)
+    out = [aligned([[line[i] for i in block] for line in lines]) for block in blocks]
+    out += [textwrap.fill(note, width, break_on_hyphens=False) for note in table.attrs["notes"]]
+    return "\n\n".join(out)
+
+
+def effects_frame(
+    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+) -> pd.DataFrame:
+    """The cells of `effects_text`, with the sentences under them in ``attrs["notes"]``."""
+    import pandas as pd
+
+    effects = checked(summary, tasks, base)
+    level = [effects.lines[task, effects.base] for task in effects.tasks]
+    digits = 1 if max(line["n"] for line in level) >= 100 else 0
+    alive = [c for c in effects.others if effects.found(c)]
+    rows = [[effects.base, *(f"{line['accuracy']:.{digits}%}" for line in level)]]
+    rows += [effects.row(name, digits, "{}*") for name in alive]
+    out = pd.DataFrame(rows, columns=["accuracy, then changes in points", *effects.heads])
+    notes = [effects.note("A star")]
+    missing = [c for c in effects.others if c not in alive]
+    if missing:
+        own = [c for c in missing if "random" not in c] or missing
+        notes.insert(0, f"{NONE}, so nothing was edited: {', '.join(own)}")
+    out.attrs["notes"] = notes
+    return out
+
+
+def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
+    """Write one line per condition and one column per task, and a note.
+
+    The base has its accuracy with an interval; the others have the change in percentage points, with an
+    interval, bold where it excludes zero.
+    """
+    lines, note = _cells(summary, base, "**{}**")
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
+
+
+def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
+    """Write `comparison_markdown` as a ``tabular`` for booktabs, with the note as a comment under it."""
+    lines, note = _cells(summary, base, "<<{}>>")
+    rows = [" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in line) for line in lines]
+    rows = [rf"{row} \\".replace("<<", r"\textbf{").replace(">>", "}") for row in rows]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}"
+    body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+    return "\n".join([begin, *body, r"\end{tabular}", f"% {note}", ""])
+
+
+def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
+    """The table as texts, its head first, and the note under it."""
+    effects = checked(summary, None, base)
+    level = [effects.base]
+    for task in effects.tasks:
+        line = effects.lines[task, effects.base]
+        low, high = 100 * line["low"], 100 * line["high"]
+        between = f" [{low:.1f}, {high:.1f}]" if low == low and high == high else ""
+        level.append(f"{100 * line['accuracy']:.1f}{between}")
+    rest, note = [effects.row(c, 1, strong) for c in effects.others], effects.note("Bold")
+    if any(NONE in line for line in rest):
+        note += f' "{NONE}": there was no such token, so nothing was edited.'
+    return [["condition", *effects.heads], level, *rest], note
+
+
+def plot_effects(
+    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+) -> Figure:
+    """Draw the change of accuracy under every condition, task by task, with intervals.
+
+    A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
+    right or wrong. Conditions with "random" in their name (controls) are squares of another colour.
+    "none found": there is no such token, so no row was touched; controls of such conditions are left
+    out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
+
+    Args:
+        summary: Of ``Comparison.summary()``.
+        tasks: Which tasks to show, in this order; None for all.
+        base: The condition that the others are compared with; None for the first.
+    """
+    effects = checked(summary, tasks, base)
+    shown, lines = effects.tasks, effects.lines
+    others = [c for c in effects.others if "random" not in c or effects.found(c)]
+    across = min(6, len(shown))
+    tall = -(-len(shown) // across) * (1.3 + 0.3 * len(others)) + 1.1
+    figure = theme.new_figure((3.1 + 1.75 * across, tall))
+    axes, _ = theme.panels(figure, len(shown), across, sharex=True, sharey=True)
+    ends = [abs(li[d]) for li in lines.values() for d in ("delta", "delta_low", "delta_high")]
+    reach = max(2.0, 108 * max(end for end in ends if end == end))
+    for i, (ax, task) in enumerate(zip(axes, shown, strict=True)):
+        for y, name in enumerate(others):
+            _draw_change(ax, y, lines.get((task, name)), RANDOM if "random" in name else REAL)
+        ax.axvline(0, color=QUIET, linewidth=1, zorder=1.9)
+        theme.plain(ax, "x", ("top", "right", "left"))
+        ax.tick_params(axis="y", length=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
+        before = lines[task, effects.base]
         head = f"{task}\n{before['accuracy']:.0%}, n = {before['n']:.0f}"
         ax.set_title(head, fontsize=LABEL, loc="left")
         ax.set_xlim(-reach, reach)
-        if i + across >= len(shown):
-            ax.set_xlabel("change (points)", fontsize=LABEL)
-            ax.tick_params(labelbottom=True)
-    for ax in grid[len(shown) :]:
-        ax.set_visible(False)
-    names = [textwrap.fill(name, NAME) for name in others]
-    grid[0].set_yticks(range(len(others)), names)
-    grid[0].set_ylim(len(others) - 0.4, -0.6)
-    text = (
-        f"Change of accuracy in percentage points, with intervals over {resampled(summary)}. "
-        f"Above each panel: accuracy of “{base}”. None of the "
-        f"{count_comparisons(summary, base, shown)} changes is corrected for their number."
+        ax.set_xlabel("change (points)" if i + across >= len(shown) else "", fontsize=LABEL)
+    axes[0].set_yticks(range(len(others)), [textwrap.fill(name, 34) for name in others])
+    axes[0].set_ylim(len(others) - 0.4, -0.6)
+    theme.headline(
+        figure,
+        f"Change of accuracy in percentage points, with intervals over {effects.resampled}. Above each "
+        f"panel: accuracy of “{effects.base}”. None of the {effects.many} changes is corrected for "
+        "their number.",
     )
-    figure.suptitle(textwrap.fill(text, int(11.5 * width)), fontsize=TITLE, x=0.01, ha="left")
-    _legend(figure, others, across, _any_unchanged(summary, shown, others))
+    marks = {"condition": theme.entry(**REAL.look, markersize=6)}
+    if any("random" in name for name in others):
+        marks["random tokens"] = theme.entry(**RANDOM.look, markersize=6)
+    hollow = {"color": QUIET, "linestyle": "", "marker": "o", "markersize": 6}
+    marks["interval excludes 0"] = theme.entry(**hollow)
+    marks["interval holds 0"] = theme.entry(**hollow, markerfacecolor="white")
+    if any(_unchanged(line) for (_, name), line in lines.items() if name in others):
+        marks["no answer changed"] = theme.entry(**hollow | {"marker": "|", "markersize": 10})
+    theme.legend_of(figure, marks, 5 if across > 1 else 2)
     return figure
 
 
+def _draw_change(ax: Any, y: int, line: Any, style: Any) -> None:
+    """A point with its interval, a stroke where no answer changed, or words."""
+    if not line or line["touched"] <= 0:
+        look = {"fontsize": SMALL - 1, "color": QUIET, "ha": "center", "va": "center"}
+        ax.text(0, y, f" {_nothing(line)} ", **look, backgroundcolor="white")
+    elif _unchanged(line):
+        ax.plot(0, y, "|", color=style.colour, markersize=10, markeredgewidth=1.5)
+    else:
+        ends = [100 * line["delta_low"], 100 * line["delta_high"]]
+        ax.plot(ends, [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
+        face = style.colour if ends[0] > 0 or ends[1] < 0 else "white"
+        look = {"markerfacecolor": face, "markersize": 6, "markeredgewidth": 1.5}
+        ax.plot(100 * line["delta"], y, linestyle="", **style.look, **look)
+
+
 def plot_control(
-    result: ControlResult, row: int = 0, *, label: str | None = None, ax: Axes | None = None
+    result: Any, row: int = 0, *, label: str | None = None, ax: Axes | None = None
 ) -> Figure:
-    """The edit as a line over the histogram of its random controls, with its two-sided p value.
+    """Draw the edit over the histogram of its random controls, with its two-sided p value.
 
     Args:
         result: Of ``RandomControl(...).run(...)``.
         row: The row of the batch.
         label: What the score is, with its unit; None for what the result says.
         ax: Where to draw, or None for a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        SelectionError: If there is no such row.
     """
-    rows = len(result.real)
-    if not 0 <= row < rows:
-        raise SelectionError(f"Got row {row}; expected 0 to {rows - 1}: a row of the batch.")
+    theme.check_place(len(result.real), row=row)
     controls, real = result.controls[:, row].tolist(), float(result.real[row])
     base, p = float(result.base[row]), float(result.p_value()[row])
     low, high = (float(edge[row]) for edge in result.interval())
-    ax = new_axes(ax, (5.6, 3.8))
+    ax = theme.new_axes(ax, (5.6, 3.8))
     name = f"{len(controls)} random controls (same {result.match})"
-    edges = _edges([*controls, real, base])
+    least, most = min(*controls, real, base), max(*controls, real, base)
+    step = (most - least) / 24 or max(abs(least), 1.0) / 24
+    edges = [least + i * step for i in range(25)]
     ax.hist(controls, edges, color=RANDOM.colour, alpha=0.55, edgecolor="white", label=name)
     ax.axvspan(low, high, ymax=0.035, color=RANDOM.colour, label="their central 95 %")
     ax.axvline(real, color=REAL.colour, linewidth=2.2, label=f"the edit, p = {p:.2g}")
@@ -436,82 +329,5 @@ def plot_control(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     ax.margins(x=0.04)
-    dress(
-        ax, "The edit and the same edit of other tokens", label or result.score, "number of draws"
-    )
-    legend_below(ax, points=40.0)
-    return figure_of(ax)
-
-
-def _draw_task(ax: Axes, lines: pd.DataFrame, others: list[str]) -> None:
-    """One point and its interval per condition."""
-    ax.axvline(0, color=QUIET, linewidth=1)
-    for y, condition in enumerate(others):
-        line = lines.loc[condition]
-        if not found(line):
-            ax.text(0, y, f" {nothing(line)} ", fontsize=SMALL - 1, color=QUIET, ha="center", va="center",
-                    backgroundcolor="white")  # fmt: skip
-            continue
-        style = _style(condition)
-        if unchanged(line):
-            ax.plot(0, y, SAME, color=style.colour, markersize=10, markeredgewidth=1.5)
-            continue
-        ends = [100 * line["delta_low"], 100 * line["delta_high"]]
-        ax.plot(ends, [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
-        face = style.colour if clear(line) else "white"
-        ax.plot(100 * line["delta"], y, style.marker, color=style.colour, markerfacecolor=face,
-                markersize=6, markeredgewidth=1.5)  # fmt: skip
-    ax.tick_params(labelsize=SMALL)
-    ax.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0)
-    ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
-
-
-def _style(condition: str) -> Any:
-    return RANDOM if "random" in condition else REAL
-
-
-def _reach(summary: pd.DataFrame, shown: list[str]) -> float:
-    """Half of the x axis: all intervals fit, zero is in the middle."""
-    own = summary[summary["task"].isin(shown)]
-    numbers = [abs(x) for name in ("delta", "delta_low", "delta_high") for x in own[name].tolist()]
-    return max(2.0, 108 * max(x for x in numbers if x == x))
-
-
-def _any_unchanged(summary: pd.DataFrame, shown: list[str], others: list[str]) -> bool:
-    own = (r for r in summary.to_dict("records") if r["task"] in shown)
-    return any(unchanged(line) for line in own if line["condition"] in others)
-
-
-def _legend(figure: Figure, others: list[str], across: int, same: bool) -> None:
-    """What the marks mean, under the panels."""
-    kinds = {"condition": REAL}
-    if any("random" in condition for condition in others):
-        kinds["random tokens"] = RANDOM
-    marks = {
-        name: Line2D([], [], color=style.colour, marker=style.marker, markersize=6)
-        for name, style in kinds.items()
-    }
-    hollow = {"color": QUIET, "linestyle": "", "marker": "o", "markersize": 6}
-    marks["interval excludes 0"] = Line2D([], [], **hollow)
-    marks["interval holds 0"] = Line2D([], [], **hollow, markerfacecolor="white")
-    if same:
-        marks["no answer changed"] = Line2D([], [], **(hollow | {"marker": SAME, "markersize": 10}))
-    figure.legend(
-        marks.values(),
-        marks.keys(),
-        loc="outside lower left",
-        ncols=5 if across > 1 else 2,
-        fontsize=SMALL,
-        frameon=False,
-    )
-
-
-def _edges(values: list[float], bins: int = 24) -> list[float]:
-    """Edges of equal bins over all values."""
-    low, high = min(values), max(values)
-    step = (high - low) / bins or max(abs(low), 1.0) / bins
-    return [low + i * step for i in range(bins + 1)]
+    title = "The edit and the same edit of other tokens"
+    return theme.finish(ax, title, label or result.score, "number of draws", points=40.0)

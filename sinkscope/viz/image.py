@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from sinkscope.viz.style import (
-    GROUP_OF,
-    LABEL,
-    SMALL,
-    STYLES,
-    TITLE,
-    check_choice,
-    check_layer,
-    check_row,
-    draw_picture,
-    figure_of,
-    legend_below,
-    new_axes,
-    plain_log,
-    token_grid,
-)
+from sinkscope.checks import check_choice
+from sinkscope.errors import SelectionError
+from sinkscope.viz import theme
 from sinkscope.viz.tables import readable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from sinkscope.experiments.sink_records import SinkRecord
-    from sinkscope.experiments.tracing import SinkTrace
-
-OVERLAP = "V-sinks, L rule too"
-NONE = "none found"
-INK = "#111111"
-WORDS_FIT = 28
-"""Characters under a picture."""
+from sinkscope.viz.theme import GROUP_OF, LABEL, QUIET, SMALL, STYLES, TITLE, Trace
 
 
 def plot_sinks_on_image(
-    trace: SinkTrace,
+    trace: Trace,
     row: int = 0,
     image: int = 0,
     layer: int | None = None,
@@ -53,60 +30,52 @@ def plot_sinks_on_image(
     decoys: Mapping[str, Tensor] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """The picture with the patch grid of the vision tower and every sink at its place.
+    """Draw the picture with the patch grid of the vision tower and every sink at its place.
 
-    V-sinks are circles, L-sinks squares; a V-sink that meets the L rule too carries a square
-    around its circle, and patches to which the vision tower attends throughout without a spike are
-    hexagons. Text sinks have no place in the picture and are listed under it, as
-    triangles. A kind without sinks says "none found" in the legend. Where the sample was made from
-    processor output there is no picture: then the grid stands alone, in pixels of the model's input.
+    V-sinks are circles, L-sinks squares; a V-sink that meets the L rule too has a square around its
+    circle, and patches to which the vision tower attends throughout without a spike are hexagons. Text
+    sinks are listed under the picture. The legend says "none found" of a kind without sinks. Without a
+    picture (a sample made of processor output) the grid stands alone, in pixels of the model's input.
 
     Args:
         trace: The trace.
         row: The row of the batch.
         image: The image, counted within the row.
         layer: Only L-sinks, overlaps and text sinks of this LLM layer; None for those of any.
-        decoys: Name -> bool ``[batch pos]``: tokens that are known to be no sinks, drawn as crosses.
+        decoys: Name -> bool ``[batch pos]``: tokens known to be no sinks, drawn as crosses.
         ax: Where to draw, or None for a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        SelectionError: If there is no such row or image.
-        LayerError: If there is no such layer.
     """
-    if layer is not None:
-        check_layer(trace, layer)
-    ax = new_axes(ax, (4.6, 5.0))
+    theme.layers_of(trace, layer)
+    ax = theme.new_axes(ax, (4.6, 5.0))
     side = draw_picture(ax, trace, row, image)
     shown = shown_records(trace, row, layer)
-    here = [r for r in shown if r.image == image]
-    legend: dict[str, Line2D] = {}
+    found: dict[str, list[Any]] = {"V": [], "L": [], "attention": []}
+    for record in shown:
+        if record.kind in found and record.image == image:
+            found[record.kind].append(record)
+    both = [r for r in found["V"] if (r.llm_layers if layer is None else layer in r.llm_layers)]
+    legend: dict[str, Any] = {}
     for kind in ("V", "L"):
-        found = [r for r in here if r.kind == kind]
-        legend |= _draw_kind(ax, GROUP_OF[kind], found, side)
-    both = [r for r in here if r.kind == "V" and _meets_l_rule(r, layer)]
+        legend |= _draw_kind(ax, GROUP_OF[kind], found[kind], side)
     if both:
         legend |= _draw_overlap(ax, both, side)
-    placed = [r for r in here if r.kind == "attention" and r.box is not None]
+    placed = [r for r in found["attention"] if r.box is not None]
     if placed:
-        legend |= _draw_kind(ax, GROUP_OF["attention"], placed, side)
+        legend |= _draw_kind(ax, "attended", placed, side)
+    tokens = trace.sample.tokens
     for name, mask in (decoys or {}).items():
-        legend |= _draw_decoys(
-            ax, name, mask[row] & (trace.sample.tokens.image[row] == image), trace, row
-        )
+        legend |= _draw_decoys(ax, name, tokens.box[row][mask[row] & (tokens.image[row] == image)])
     words = [r for r in shown if r.kind == "text"]
-    legend |= {_entry("text sinks", len(words)): _handle("text sinks", side)}
+    legend |= _draw_kind(ax, "text sinks", words, side)
     _list_words(ax, words)
     when = "any layer" if layer is None else f"layer {layer}"
     ax.set_title(f"Sinks, image {image} ({when})", fontsize=TITLE, loc="left")
-    legend_below(ax, legend, points=22.0)
-    return figure_of(ax)
+    theme.legend_below(ax, legend, points=22.0)
+    return theme.figure_of(ax)
 
 
 def plot_received_map(
-    trace: SinkTrace,
+    trace: Trace,
     row: int = 0,
     image: int = 0,
     layer: int | None = None,
@@ -115,7 +84,7 @@ def plot_received_map(
     unit: str = "null",
     ax: Axes | None = None,
 ) -> Figure:
-    """A heat map of the attention that the image tokens receive in the LLM, over the picture.
+    """Draw the attention that the image tokens receive in the LLM as a heat map over the picture.
 
     Args:
         trace: The trace.
@@ -124,161 +93,141 @@ def plot_received_map(
         layer: One LLM layer; None for the largest value over all layers.
         heads: ``"mean"`` or ``"max"`` over the heads of a layer.
         unit: ``"null"`` for what other tokens give, in multiples of uniform attention under the same
-            mask, which depends less on where in the prompt a token stands; ``"share"`` for the
-            attention itself.
+            mask, which depends less on the place in the prompt; ``"share"`` for the attention itself.
         ax: Where to draw, or None for a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        SelectionError: If there is no such row or image, or ``heads`` or ``unit`` is unknown.
-        LayerError: If there is no such layer.
     """
-    check_choice("heads", heads, ("mean", "max"))
-    check_choice("unit", unit, ("null", "share"))
-    layers = slice(None) if layer is None else [check_layer(trace, layer)]
-    ax = new_axes(ax, (5.4, 4.6))
+    check_choice(("mean", "max"), error=SelectionError, heads=heads)
+    check_choice(("null", "share"), error=SelectionError, unit=unit)
+    layers = theme.layers_of(trace, layer)
+    ax = theme.new_axes(ax, (5.4, 4.6))
     draw_picture(ax, trace, row, image, grey=True)
     got = trace.language.received
-    received = (got.times_null() if unit == "null" else trace.received)[row, layers].nan_to_num()
+    received = (got.times_null() if unit == "null" else got.received)[row, layers].nan_to_num()
     by_layer = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
-    grid, extent = token_grid(trace, row, image, by_layer.amax(dim=0))
-    norm, view = _scale(grid, unit), (ax.get_xlim(), ax.get_ylim())
-    picture = ax.imshow(
-        grid.numpy(), extent=extent, cmap="cividis", norm=norm, alpha=0.85, zorder=1.5
-    )
+    grid, extent = _token_grid(trace, row, image, by_layer.amax(dim=0))
+    low, high = (float(edge(grid[~grid.isnan()])) for edge in (torch.min, torch.max))
+    norm: Any = Normalize(0.0, max(high, 1e-6))
+    if unit == "null":  # near-uniform attention must look uniform
+        norm = LogNorm(max(min(low, 0.5), 0.01), max(high, 4.0))
+    view = ax.get_xlim(), ax.get_ylim()
+    look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "zorder": 1.5}
+    picture = ax.imshow(grid.numpy(), extent=extent, **look)
     ax.set(xlim=view[0], ylim=view[1])  # the patches may cover a part of the picture
-    bar = figure_of(ax).colorbar(picture, ax=ax, shrink=0.85, pad=0.02)
     meaning = "times uniform attention" if unit == "null" else "share of a query's attention"
-    bar.set_label(f"{meaning}, {heads} of heads", fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
-    if isinstance(norm, LogNorm):
-        plain_log(bar.ax.yaxis)
+    label = f"{meaning}, {heads} of heads"
+    bar = theme.colour_bar(theme.figure_of(ax), picture, ax, label, shrink=0.85, pad=0.02)
+    if unit == "null":
+        theme.plain_log(bar.ax.yaxis)
     when = "largest over layers" if layer is None else f"layer {layer}"
     ax.set_title(f"Attention received, {when}", fontsize=TITLE, loc="left")
-    return figure_of(ax)
+    return theme.figure_of(ax)
 
 
-def shown_records(trace: SinkTrace, row: int, layer: int | None) -> list[SinkRecord]:
+def shown_records(trace: Trace, row: int, layer: int | None) -> list[Any]:
     """The sinks of a row; with a layer, V-sinks and those that meet the L rule there."""
-    own = [r for r in trace.records if r.batch == check_row(trace, row)]
+    theme.images_of(trace, row)
+    own = [r for r in trace.records if r.batch == row]
     if layer is None:
         return own
     return [r for r in own if r.kind in ("V", "attention") or layer in r.llm_layers]
 
 
-def _scale(grid: Tensor, unit: str) -> Normalize:
-    """Colours that make near-uniform attention look uniform: never less than 0.5 to 4 times the null."""
-    values = grid[~grid.isnan()]
-    low, high = float(values.min()), float(values.max())
-    if unit == "null":
-        return LogNorm(max(min(low, 0.5), 0.01), max(high, 4.0))
-    return Normalize(0.0, max(high, 1e-6))
+def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = False) -> float:
+    """Draw the image, if there is one, under the grid of the vision tower's patches.
+
+    Returns:
+        About how many points wide a token is drawn, to choose a marker that fits.
+    """
+    own = theme.images_of(trace, row)
+    theme.check_place(len(own), f", counted within row {row}", image=image)
+    box = trace.sample.tokens.vision.box[own[image]]
+    boxes = box[~box.isnan().any(dim=-1)]
+    x0, y0, x1, y1 = (*boxes[:, :2].amin(dim=0).tolist(), *boxes[:, 2:].amax(dim=0).tolist())
+    images = trace.sample.images
+    if images is None:
+        ax.set(xlim=(x0, x1), ylim=(y1, y0), facecolor="#f2f2f2", aspect="equal")
+        ax.set_ylabel("no picture: input pixels", fontsize=SMALL, color=QUIET)
+    else:
+        picture = images[row][image]
+        extent = (0, picture.width, picture.height, 0)
+        ax.imshow(picture.convert("L" if grey else "RGB"), extent=extent, cmap="gray", zorder=0)
+    xs, ys = (boxes[:, i::2].unique().tolist() for i in (0, 1))
+    lines = [[(x, y0), (x, y1)] for x in xs] + [[(x0, y), (x1, y)] for y in ys]
+    width = 0.9 if len(xs) < 20 else 0.4
+    for colour, thick in (("black", width), ("white", width / 2)):
+        look: Any = {"colors": colour, "linewidths": thick, "alpha": 0.55, "zorder": 1}
+        ax.add_collection(LineCollection(lines, **look), autolim=False)
+    ax.set(xticks=[], yticks=[], anchor="NW")
+    return min(26.0, max(6.0, 230.0 / (int(trace.sample.tokens.column[row].amax()) + 1)))
 
 
-def _meets_l_rule(record: SinkRecord, layer: int | None) -> bool:
-    return bool(record.llm_layers) if layer is None else layer in record.llm_layers
+def _token_grid(
+    trace: Trace, row: int, image: int, values: Tensor
+) -> tuple[Tensor, tuple[float, float, float, float]]:
+    """Values ``[pos]`` of the patches as ``[row column]``, and where they lie; CLS has no place."""
+    tokens = trace.sample.tokens
+    own = (tokens.image[row] == image) & (tokens.row[row] >= 0)
+    rows, columns, box = tokens.row[row, own], tokens.column[row, own], tokens.box[row, own]
+    grid = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), float("nan"))
+    grid[rows, columns] = values[own].float()
+    x0, y0 = box[:, :2].amin(dim=0).tolist()
+    x1, y1 = box[:, 2:].amax(dim=0).tolist()
+    return grid, (x0, x1, y1, y0)
 
 
-def _draw_kind(ax: Axes, group: str, found: list[SinkRecord], side: float) -> dict[str, Line2D]:
-    """Outline and marker of every sink of one kind, and its legend entry."""
-    style = STYLES[group]
+def _mark(
+    ax: Axes, boxes: Sequence[Any], name: str, count: int, side: float, look: Any, **key: Any
+) -> dict[str, Any]:
+    """Draw a marker in the middle of every box, ``side`` points wide; returns its legend entry."""
+    x, y = ([(box[i] + box[i + 2]) / 2 for box in boxes] for i in (0, 1))
+    ax.scatter(x, y, s=side**2, label=name, **look)
+    title = f"{name} ({count})" if count else f"{name}: none found"
+    return {title: theme.entry(linestyle="", marker=look["marker"], **key)}
+
+
+def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str, Any]:
+    """Outline and marker of every sink of one kind that has a place."""
+    style, outline = STYLES[group], [withStroke(linewidth=3.6, foreground="white")]
     boxes = [r.box for r in found if r.box is not None]
+    look: Any = {"fill": False, "linewidth": 2.0, "zorder": 3, "path_effects": outline}
     for x0, y0, x1, y1 in boxes:
-        _outline(ax, (x0, y0, x1, y1), style.colour, 2.0)
-    ax.scatter(
-        [(b[0] + b[2]) / 2 for b in boxes],
-        [(b[1] + b[3]) / 2 for b in boxes],
-        s=(0.45 * side) ** 2,
-        marker=style.marker,
-        color=style.colour,
-        edgecolors="white",
-        linewidths=1.2,
-        zorder=4,
-        label=group,
-    )
-    return {_entry(group, len(found)): _handle(group, side)}
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=style.colour, **look))
+    look = {"edgecolors": "white", "linewidths": 1.2, "zorder": 4, **style.look}
+    key = {"color": style.colour, "markersize": min(10.0, 0.45 * side + 2)}
+    size = 0.45 * side
+    return _mark(ax, boxes, group, len(found), size, look, **key, markeredgecolor="white")
 
 
-def _draw_decoys(
-    ax: Axes, name: str, mask: Tensor, trace: SinkTrace, row: int
-) -> dict[str, Line2D]:
-    """A cross on every decoy, and its legend entry; a bold one for spikes, a thin one for attention."""
-    boxes = trace.sample.tokens.box[row][mask]
-    marker = "x" if name.startswith("spike") else "+"
-    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-    ax.scatter(
-        x.tolist(),
-        y.tolist(),
-        s=80,
-        linewidths=2.4,
-        zorder=5,
-        marker=marker,
-        color=INK,
-        label=name,
-        path_effects=[withStroke(linewidth=5.0, foreground="white")],
-    )
-    handle = Line2D(
-        [], [], linestyle="", markersize=8, markeredgewidth=2.2, marker=marker, color=INK
-    )
-    return {f"{name} ({int(mask.sum())})": handle}
-
-
-def _draw_overlap(ax: Axes, both: list[SinkRecord], side: float) -> dict[str, Line2D]:
+def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
     """A square around the circle."""
-    boxes = [r.box for r in both if r.box is not None]
-    style = STYLES["L-sinks"]
-    ax.scatter(
-        [(b[0] + b[2]) / 2 for b in boxes],
-        [(b[1] + b[3]) / 2 for b in boxes],
-        s=(0.72 * side) ** 2,
-        marker=style.marker,
-        facecolors="none",
-        edgecolors=style.colour,
-        linewidths=2.2,
-        zorder=3.5,
-        label=OVERLAP,
+    boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
+    look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
+    key: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
+    key["markeredgecolor"], look["zorder"] = colour, 3.5
+    return _mark(ax, boxes, "V-sinks, L rule too", len(both), 0.72 * side, look, **key)
+
+
+def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
+    """A cross on every decoy: a bold one for spikes, an upright one for attention."""
+    cross, outline = (
+        "x" if name.startswith("spike") else "+",
+        withStroke(linewidth=5.0, foreground="white"),
     )
-    handle = Line2D(
-        [], [], linestyle="", marker="s", markersize=11, markerfacecolor="none",
-        markeredgecolor=style.colour, markeredgewidth=2,
-    )  # fmt: skip
-    return {f"{OVERLAP} ({len(both)})": handle}
+    look = {
+        "marker": cross,
+        "color": "#111111",
+        "linewidths": 2.4,
+        "zorder": 5,
+        "path_effects": [outline],
+    }
+    key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
+    return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 
 
-def _outline(ax: Axes, box: tuple[float, float, float, float], colour: str, thick: float) -> None:
-    x0, y0, x1, y1 = box
-    ax.add_patch(
-        Rectangle(
-            (x0, y0),
-            x1 - x0,
-            y1 - y0,
-            fill=False,
-            edgecolor=colour,
-            linewidth=thick,
-            zorder=3,
-            path_effects=[withStroke(linewidth=thick + 1.6, foreground="white")],
-        )
-    )
-
-
-def _entry(group: str, count: int) -> str:
-    return f"{group} ({count})" if count else f"{group}: {NONE}"
-
-
-def _handle(group: str, side: float) -> Line2D:
-    style = STYLES[group]
-    return Line2D(
-        [], [], linestyle="", marker=style.marker, color=style.colour,
-        markersize=min(10.0, 0.45 * side + 2), markeredgecolor="white",
-    )  # fmt: skip
-
-
-def _list_words(ax: Axes, words: list[SinkRecord]) -> None:
+def _list_words(ax: Axes, words: list[Any]) -> None:
     """Text sinks under the picture, as many by name as fit."""
     named = [f"▲ {readable(r.word)} at {r.pos}" for r in words]
-    shown = [name for i, name in enumerate(named) if len("   ".join(named[: i + 1])) <= WORDS_FIT]
+    shown = [name for i, name in enumerate(named) if len("   ".join(named[: i + 1])) <= 28]
     if len(named) > len(shown):
         shown.append(f"{'and' if shown else '▲'} {len(named) - len(shown)} more")
     ax.set_xlabel("   ".join(shown), loc="left", fontsize=LABEL, color=STYLES["text sinks"].colour)

@@ -219,7 +219,7 @@ def test_figure_shows_every_task_layer_and_group():
         "untrained gate",
         "no such token",
     ]
-    with pytest.raises(InputError, match=r"expected that of gate_coefficients.*missing \['low'\]"):
+    with pytest.raises(InputError, match=r"lacks \['low'\]; expected that of gate_coefficients"):
         plot_coefficients(table.drop(columns="low"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from html.parser import HTMLParser
 
 import matplotlib
 import pytest
@@ -20,6 +21,50 @@ PLANTED = {"V": {9, 46}, "L": {20, 33}}
 def cells(patches):
     """Patches as (row, column) of the 8 x 8 grid."""
     return {divmod(patch, 8) for patch in patches}
+
+
+def texts(artists):
+    return [artist.get_text() for artist in artists]
+
+
+def one_line(text):
+    return text.replace("\n", " ")
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; keeps pictures, chips, text and the cells of tables."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.rows: list[list[str]] = []
+        self.chips: list[list[str]] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.attributes.append((tag, given))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif "chip" in given.get("class", "").split() and "title" in given:
+            self.chips.append([given["class"], given["style"], given["title"], ""])
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if self.chips and self.open and self.open[-1] == "span" and not self.chips[-1][3]:
+            self.chips[-1][3] = data
 
 
 @dataclasses.dataclass(frozen=True)

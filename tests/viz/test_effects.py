@@ -14,6 +14,7 @@ import sinkscope as ss
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments import Comparison, ControlResult
 from sinkscope.viz import effects_text, plot_control, plot_effects
+from tests.viz.conftest import one_line, texts
 
 RIGHT = {"mask V-sinks": 0.4, "mask random, as many": 0.8, "mask L-sinks": 0.9, "base": 0.9}
 
@@ -24,17 +25,10 @@ def comparison(images=30, tasks=("count", "colour")):
     lines = []
     for item in range(images * len(tasks)):
         task, luck = tasks[item % len(tasks)], rng.random()
+        one = {"item": item, "image_id": str(item // len(tasks)), "task": task}
         for condition in ("base", "mask V-sinks", "mask random, as many", "mask L-sinks"):
-            lines.append(
-                {
-                    "item": item,
-                    "image_id": str(item // len(tasks)),
-                    "task": task,
-                    "condition": condition,
-                    "correct": bool(luck < RIGHT[condition]),
-                    "touched": condition not in ("base", "mask L-sinks"),
-                }
-            )
+            right, touched = luck < RIGHT[condition], condition not in ("base", "mask L-sinks")
+            lines.append({**one, "condition": condition, "correct": right, "touched": touched})
     return Comparison(pd.DataFrame(lines), "base")
 
 
@@ -44,75 +38,58 @@ def summary():
 
 
 def points(ax):
-    """Height of a condition -> its point, and the ends of its interval."""
-    dots = [li for li in ax.lines if li.get_marker() not in ("", "None", None)]
-    bars = [li for li in ax.lines if len(li.get_xdata()) == 2 and li.get_ydata()[0] >= 0]
-    ends = {li.get_ydata()[0]: tuple(li.get_xdata()) for li in bars if li.get_ydata()[1] != 1}
-    ends |= {
-        li.get_ydata()[0]: tuple(li.get_xdata()) for li in bars if len(set(li.get_ydata())) < 2
-    }
-    return {li.get_ydata()[0]: (li, li.get_xdata()[0], ends[li.get_ydata()[0]]) for li in dots}
+    """Height of a condition -> its point, where it lies, and the ends of its interval."""
+    dots = {li.get_ydata()[0]: li for li in ax.lines if li.get_marker() in ("o", "s", "|")}
+    bars = [li for li in ax.lines if len(li.get_xdata()) == 2 and len(set(li.get_ydata())) == 1]
+    ends = {li.get_ydata()[0]: tuple(li.get_xdata()) for li in bars}
+    return {y: (dot, dot.get_xdata()[0], ends[y]) for y, dot in dots.items()}
 
 
 def test_points_and_intervals_are_those_of_the_summary(summary) -> None:
     figure = plot_effects(summary)
-    assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
-        "all",
-        "count",
-        "colour",
-    ]
-    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    names = texts(figure.axes[0].get_yticklabels())
     assert names == ["mask V-sinks", "mask random, as many", "mask L-sinks"]
     for ax, task in zip(figure.axes, ("all", "count", "colour"), strict=True):
         lines = summary[summary["task"] == task].set_index("condition")
         shown = points(ax)
         assert set(shown) == {0, 1}, "nothing was touched in the third"
         for place, name in enumerate(names[:2]):
-            dot, x, ends = shown[place]
-            line = lines.loc[name]
+            (dot, x, ends), line = shown[place], lines.loc[name]
             assert x == pytest.approx(100 * line["delta"])
             assert ends == pytest.approx((100 * line["delta_low"], 100 * line["delta_high"]))
             clear = line["delta_low"] > 0 or line["delta_high"] < 0
             assert (dot.get_markerfacecolor() != "white") == clear
-        assert [t.get_text().strip() for t in ax.texts] == ["none found"]
-        assert f"{lines.loc['base', 'accuracy']:.0%}" in ax.get_title(loc="left")
+        real, control = shown[0][0], shown[1][0]
+        assert real.get_color() != control.get_color()
+        assert real.get_marker() != control.get_marker()
+        assert [t.strip() for t in texts(ax.texts)] == ["none found"]
+        head = f"{task}\n{lines.loc['base', 'accuracy']:.0%}, n = "
+        assert ax.get_title(loc="left").startswith(head)
         assert "points" in ax.get_xlabel()
     assert "percentage points" in figure.get_suptitle()
+    low, high = figure.axes[0].get_xlim()
+    assert low == -high
+    assert high >= 100 * summary[["delta_low", "delta_high"]].abs().max().max()
 
 
 def test_controls_of_what_was_not_found_are_left_out() -> None:
     made = comparison()
     made.table.loc[made.table["condition"].str.contains("random"), "touched"] = False
     summary = Comparison(made.table, "base").summary(draws=50)
-    names = [text.get_text() for text in plot_effects(summary).axes[0].get_yticklabels()]
+    names = texts(plot_effects(summary).axes[0].get_yticklabels())
     assert names == ["mask V-sinks", "mask L-sinks"]
     assert "random" not in effects_text(summary)
-
-
-def test_controls_have_a_colour_and_a_marker_of_their_own(summary) -> None:
-    real, control = (points(plot_effects(summary).axes[0])[i][0] for i in (0, 1))
-    assert real.get_color() != control.get_color()
-    assert real.get_marker() != control.get_marker()
-
-
-def test_everything_fits_and_zero_is_in_the_middle(summary) -> None:
-    low, high = plot_effects(summary).axes[0].get_xlim()
-    assert low == -high
-    assert high >= 100 * summary[["delta_low", "delta_high"]].abs().max().max()
 
 
 def test_tasks_and_base_can_be_chosen(summary) -> None:
     figure = plot_effects(summary, tasks=["colour"], base="base")
     assert len([ax for ax in figure.axes if ax.get_visible()]) == 1
-    many = comparison(tasks=tuple("abcdefgh")).summary()
-    visible = [ax for ax in plot_effects(many).axes if ax.get_visible()]
-    assert len(visible) == 9
-    with pytest.raises(SelectionError, match="expected some of"):
-        plot_effects(summary, tasks=["shape"])
-    with pytest.raises(SelectionError, match="expected some of"):
-        plot_effects(summary, base="nothing")
-    with pytest.raises(SelectionError, match="expected some of"):
-        effects_text(summary, tasks=[])
+    many = comparison(tasks=tuple("abcdefgh")).summary(draws=50)
+    assert len([ax for ax in plot_effects(many).axes if ax.get_visible()]) == 9
+    for given in ({"tasks": ["shape"]}, {"base": "nothing"}, {"tasks": []}):
+        for show in (plot_effects, effects_text):
+            with pytest.raises(SelectionError, match="expected some of"):
+                show(summary, **given)
 
 
 @pytest.mark.parametrize("show", [plot_effects, effects_text])
@@ -147,19 +124,13 @@ def test_text_has_every_number(summary) -> None:
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
-def test_text_of_many_tasks_is_cut_into_blocks() -> None:
-    tasks = tuple(f"a long name of task {i}" for i in range(9))
-    text = effects_text(comparison(tasks=tasks).summary())
-    assert max(len(line) for line in text.splitlines()) <= 110
+@pytest.mark.parametrize(("many", "width"), [(9, 110), (3, 70)])
+def test_text_of_many_tasks_is_cut_into_blocks(many, width) -> None:
+    tasks = tuple(f"a name of task {i}" for i in range(many))
+    text = effects_text(comparison(tasks=tasks).summary(draws=50), width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
     assert text.count("\nbase") > 1
     assert all(task in text for task in tasks)
-
-
-def test_lines_are_as_short_as_asked() -> None:
-    made = comparison(tasks=("count", "colour", "shape"))
-    text = effects_text(made.summary(draws=50), width=70)
-    assert max(len(line) for line in text.splitlines()) <= 70
-    assert text.count("\nbase") == 2
 
 
 def test_a_task_without_such_tokens_says_so() -> None:
@@ -172,10 +143,6 @@ def test_a_task_without_such_tokens_says_so() -> None:
         if line.startswith("mask V-sinks")
     )
     assert masked.count("none found") == 1
-
-
-def test_comparison_plots_itself() -> None:
-    assert len(comparison().plot(draws=50).axes) == 3
 
 
 @pytest.fixture
@@ -192,7 +159,7 @@ def test_control_figure_shows_the_edit_over_its_controls(control) -> None:
     assert lines["without an edit"] == 0
     assert ax.get_xlabel() == "KL (nats)"
     assert "number" in ax.get_ylabel()
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    legend = texts(ax.get_legend().get_texts())
     assert "20 random controls (same count)" in legend
     own = control.plot(1).axes[0]
     assert float(own.lines[0].get_xdata()[0]) == pytest.approx(0.1)
@@ -221,12 +188,12 @@ def test_seeds_and_the_number_of_changes_are_stated() -> None:
     made = comparison()
     summary = made.summary(draws=50)
     assert "over images. " in plot_effects(summary).get_suptitle()
-    assert "None of the 6 changes" in plot_effects(summary).get_suptitle().replace("\n", " ")
+    assert "None of the 6 changes" in one_line(plot_effects(summary).get_suptitle())
     several = pd.concat([made.table.assign(seed=seed) for seed in range(3)])
     several = several[(several["condition"] != "base") | (several["seed"] == 0)]
     summary = Comparison(several, "base").summary(draws=50)
-    assert "images and seeds" in plot_effects(summary).get_suptitle().replace("\n", " ")
-    assert "resample images and seeds" in effects_text(summary).replace("\n", " ")
+    assert "images and seeds" in one_line(plot_effects(summary).get_suptitle())
+    assert "resample images and seeds" in one_line(effects_text(summary))
     assert set(summary["seeds"]) == {1, 3}
 
 
@@ -244,9 +211,9 @@ def test_every_place_counts_the_changes_that_are_there() -> None:
     """4 of "mask V-sinks", 2 of "halve V-sinks"; nothing of what was not found, nor of its twin."""
     made = with_twins()
     summary = made.summary(draws=50)
-    title = plot_effects(summary).get_suptitle().replace("\n", " ")
+    title = one_line(plot_effects(summary).get_suptitle())
     places = {
-        "terminal": effects_text(summary).replace("\n", " "),
+        "terminal": one_line(effects_text(summary)),
         "Markdown": made.to_markdown(draws=50),
         "LaTeX": made.to_latex(draws=50),
     }
@@ -255,9 +222,9 @@ def test_every_place_counts_the_changes_that_are_there() -> None:
     assert "None of the 6 changes" in title
     assert made.comparisons == summary.attrs["comparisons"] == 6
     assert places["Markdown"].count("[") == 6 + 4, "intervals in the table: changes, and the base"
-    few = effects_text(summary, tasks=["colour"]).replace("\n", " ")
+    few = one_line(effects_text(summary, tasks=["colour"]))
     assert "1 change is shown, none corrected for their number: about 0.05 such" in few
-    title = plot_effects(summary, tasks=["colour"]).get_suptitle().replace("\n", " ")
+    title = one_line(plot_effects(summary, tasks=["colour"]).get_suptitle())
     assert "None of the 1 changes" in title
 
 
@@ -274,7 +241,7 @@ def test_answers_that_did_not_change_have_no_interval_of_no_width() -> None:
     random = table["condition"] == "mask random, as many"
     table.loc[random, "correct"] = table.loc[random, "item"].map(right)
     summary = made.summary(draws=50)
-    text, page = effects_text(summary).replace("\n", " "), made.to_markdown(draws=50)
+    text, page = one_line(effects_text(summary)), made.to_markdown(draws=50)
     for shown in (text, page):
         assert "[+0" not in shown
         assert shown.count("0 (none changed)") == 3 + 1, "three cells and the note"
@@ -284,7 +251,7 @@ def test_answers_that_did_not_change_have_no_interval_of_no_width() -> None:
     figure = plot_effects(summary)
     strokes = [li for li in figure.axes[0].lines if li.get_marker() == "|"]
     assert [li.get_ydata()[0] for li in strokes] == [1]
-    assert "no answer changed" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert "no answer changed" in texts(figure.legends[0].get_texts())
     assert '"none found": there was no such token, so nothing was edited.' in page
     with pytest.raises(InputError, match=r"lacks \['changed'\]"):
         effects_text(summary.drop(columns="changed"))

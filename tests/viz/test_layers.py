@@ -1,55 +1,56 @@
-"""Figures by layer: lines equal the measurements, and nulls and limits are drawn."""
+"""Figures by layer and of the whole trace: lines equal the measurements, nulls and limits are drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.detectors.detection import SATURATION
 from sinkscope.errors import SelectionError
-from sinkscope.viz import plot_detections, plot_mass_by_layer, plot_received_by_layer, plot_spikes
+from sinkscope.viz import (
+    plot_detections,
+    plot_mass_by_layer,
+    plot_received_by_layer,
+    plot_spikes,
+    plot_trace,
+)
+from tests.viz.conftest import texts
 
 
 def lines(figure):
     """Label -> y values of every labelled line."""
-    return {
-        line.get_label(): list(line.get_ydata())
-        for line in figure.axes[0].lines
-        if not line.get_label().startswith("_")
-    }
+    own = figure.axes[0].lines
+    return {li.get_label(): list(li.get_ydata()) for li in own if li.get_label()[0] != "_"}
 
 
 def dashed(figure):
     """Colour -> y values of the lines of nulls."""
-    return {
-        line.get_color(): list(line.get_ydata())
-        for line in figure.axes[0].lines
-        if line.get_linestyle() == "--" and line.get_label().startswith("_")
-    }
-
-
-def colour(figure, label):
-    return next(li.get_color() for li in figure.axes[0].lines if li.get_label() == label)
+    own = [li for li in figure.axes[0].lines if li.get_label()[0] == "_"]
+    return {li.get_color(): list(li.get_ydata()) for li in own if li.get_linestyle() == "--"}
 
 
 @pytest.mark.parametrize("heads", ["mean", "max"])
 def test_received_is_the_mean_over_tokens_of_a_kind(traces, heads) -> None:
     trace = traces["two rows"]
     figure = plot_received_by_layer(trace, 1, heads=heads)
+    colours = {li.get_label(): li.get_color() for li in figure.axes[0].lines}
     for group in ("V-sinks", "L-sinks", "ordinary"):
-        got, null = lines(figure)[group], dashed(figure)[colour(figure, group)]
+        got, null = lines(figure)[group], dashed(figure)[colours[group]]
         for layer in (0, 4):
             places = trace.groups[group][1, layer].nonzero().flatten().tolist()
-            by_head = [trace.received[1, layer, :, p] for p in places]
-            joined = [float(h.mean() if heads == "mean" else h.max()) for h in by_head]
             if not places:
                 assert got[layer] != got[layer], "a layer without such tokens leaves a gap"
                 continue
-            assert got[layer] == pytest.approx(sum(joined) / len(joined), rel=1e-5)
-            uniform = [float(trace.null[1, layer, p]) for p in places]
-            assert null[layer] == pytest.approx(sum(uniform) / len(uniform), rel=1e-5)
+            by_head = trace.received[1, layer][:, places]
+            joined = by_head.mean(dim=0) if heads == "mean" else by_head.amax(dim=0)
+            assert got[layer] == pytest.approx(float(joined.mean()), rel=1e-5)
+            uniform = float(trace.null[1, layer, places].mean())
+            assert null[layer] == pytest.approx(uniform, rel=1e-5)
     assert figure.axes[0].get_yscale() == "log"
     assert "0 to 1" in figure.axes[0].get_ylabel()
 
@@ -63,13 +64,10 @@ def test_received_says_which_kinds_are_missing(traces) -> None:
 
 def test_masses_are_those_of_the_result(traces) -> None:
     result = traces.masses["two rows"]
-    figure = plot_mass_by_layer(result, 1)
-    shown = lines(figure)
+    shown = lines(plot_mass_by_layer(result, 1))
     for i, group in enumerate(result.groups):
-        live = ~result.mass[1, 0, 0, :, i].isnan()
-        for layer in (0, 5):
-            values = result.mass[1, layer, :, live, i]
-            assert shown[group][layer] == pytest.approx(float(values.mean()), abs=1e-6)
+        want = result.mass[1, ..., i].nanmean(dim=(1, 2)).tolist()
+        assert shown[group] == pytest.approx(want, abs=1e-6)
     total = [sum(shown[group][layer] for group in result.groups) for layer in range(6)]
     assert total == pytest.approx([1.0] * 6, abs=1e-5)
     both = lines(plot_mass_by_layer(result))["V-sinks"]
@@ -86,23 +84,15 @@ def test_masses_of_own_groups_without_a_null(traces) -> None:
     assert not dashed(figure)
 
 
-@pytest.mark.parametrize("row", [2, -1])
-def test_masses_of_a_row_that_is_not_there(traces, row) -> None:
-    with pytest.raises(SelectionError, match=f"Got row {row}; expected 0 to 1, or None"):
-        plot_mass_by_layer(traces.masses["two rows"], row)
-
-
 def test_spikes_of_both_towers(traces) -> None:
     trace = traces["two images"]
     figure = plot_spikes(trace)
-    shown = lines(figure)
+    shown, ax = lines(figure), figure.axes[0]
     for image in (0, 1):
         assert shown[f"ViT, block output, image {image}"] == trace.vit_spikes[image].tolist()
     assert shown["LLM, layer input"] == trace.llm_spikes[0].tolist()
-    assert figure.axes[0].get_yscale() == "log"
-    assert figure.axes[0].get_ylabel() == "max |h| / median |h| (log scale)"
-    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert ticks == ["0", "1", "2", "3", "4", "0", "1", "2", "3", "4", "5"]
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "max |h| / median |h| (log scale)")
+    assert texts(ax.get_xticklabels()) == ["0", "1", "2", "3", "4", "0", "1", "2", "3", "4", "5"]
 
 
 def sized(evidence, medians):
@@ -115,10 +105,9 @@ def sized(evidence, medians):
 @pytest.mark.parametrize(("largest", "drawn"), [(20.0, False), (900.0, True), (1e6, True)])
 def test_the_massive_line_is_drawn_where_it_falls_into_the_picture(traces, largest, drawn) -> None:
     trace = traces["one"]
-    small = dataclasses.replace(
-        trace, vision=sized(trace.vision, 10.0), language=sized(trace.language, largest)
-    )
-    assert ("1000 medians" in lines(plot_spikes(small))) is drawn
+    towers = {"vision": sized(trace.vision, 10.0), "language": sized(trace.language, largest)}
+    figure = plot_spikes(dataclasses.replace(trace, **towers))
+    assert ("1000 medians" in lines(figure)) is drawn
 
 
 def test_flagged_fractions_and_the_saturation_line(traces) -> None:
@@ -127,23 +116,63 @@ def test_flagged_fractions_and_the_saturation_line(traces) -> None:
     shown = lines(figure)
     assert shown["V rule, ViT"] == trace.v_detection.fraction[0].tolist()
     assert shown["L rule, LLM"] == trace.l_detection.fraction[0].tolist()
-    assert shown["saturated above 20 %"] == [0.2, 0.2]
+    assert shown["saturated above 20 %"] == [SATURATION] * 2 == [0.2, 0.2]
     assert max(shown["V rule, ViT"]) > 0.2
     assert "(%)" in figure.axes[0].get_ylabel()
+    for name in ("none", "one"):
+        said = "nothing is flagged" in texts(plot_detections(traces[name]).axes[0].texts)
+        assert said is (name == "none")
 
 
-@pytest.mark.parametrize(("name", "said"), [("none", True), ("one", False)])
-def test_detections_say_that_nothing_is_flagged(traces, name, said) -> None:
-    texts = [text.get_text() for text in plot_detections(traces[name]).axes[0].texts]
-    assert ("nothing is flagged" in texts) is said
-
-
-@pytest.mark.parametrize("plot", [plot_received_by_layer, plot_spikes, plot_detections])
-def test_rows_that_are_not_there(traces, plot) -> None:
-    with pytest.raises(SelectionError, match="Got row 2; expected 0 to 1"):
-        plot(traces["two rows"], 2)
-
-
-def test_unknown_heads(traces) -> None:
+def test_wrong_use_is_refused(traces) -> None:
+    for plot in (plot_received_by_layer, plot_spikes, plot_detections, plot_trace):
+        with pytest.raises(SelectionError, match="Got row 2; expected 0 to 1"):
+            plot(traces["two rows"], 2)
+    for row in (2, -1):
+        with pytest.raises(SelectionError, match=f"Got row {row}; expected 0 to 1, or None"):
+            plot_mass_by_layer(traces.masses["two rows"], row)
     with pytest.raises(SelectionError, match="Got heads='all'; expected one of"):
         plot_received_by_layer(traces["one"], heads="all")
+
+
+MAP = "Attention received, largest over layers"
+PER_TOKEN = "Attention per token, mean of heads"
+MASS = "Attention mass, mean of heads and queries"
+BELOW = ["Spike size", "What the rules flag"]
+HEAD = "Sink trace: 2 V-sinks, 2 L-sinks, 1 text sink"
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "panels", "head"),
+    [
+        ("one", 1, [MAP, PER_TOKEN, *BELOW], HEAD),
+        ("none", 1, [MAP, PER_TOKEN, *BELOW], "Sink trace: no V-sinks, no L-sinks, no text sinks"),
+        ("two images", 2, [PER_TOKEN, *BELOW], "Sink trace: 4 V-sinks, 4 L-sinks, 1 text sink"),
+        ("two rows", 1, [MAP, PER_TOKEN, MASS, *BELOW], HEAD.replace("trace", "trace of row 1")),
+        ("saturated", 1, [MAP, PER_TOKEN, *BELOW], "Sink trace: 64 V-sinks, no L-sinks, 10 text sinks"),
+    ],
+)  # fmt: skip
+def test_the_whole_trace_has_its_panels_and_nothing_is_cut_off(
+    traces, name, images, panels, head, monkeypatch
+) -> None:
+    monkeypatch.setattr(plt, "show", lambda *a, **k: pytest.fail("plt.show was called"))
+    before, trace = dict(matplotlib.rcParams), traces[name]
+    figure = plot_trace(trace, len(trace.sample) - 1, mass=traces.masses.get(name))
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    assert titles == [*(f"Sinks, image {i} (any layer)" for i in range(images)), *panels]
+    assert figure.get_suptitle().strip() == head
+    figure.draw_without_rendering()
+    for legend in [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]:
+        box = legend.get_window_extent()
+        assert min(box.x0, box.y0) >= 0, texts(legend.get_texts())
+        assert box.x1 <= figure.bbox.x1, texts(legend.get_texts())
+    warned = figure.get_supxlabel()
+    assert warned.startswith("Warning: Norm(tau=1.0" if trace.warnings else "")
+    assert warned.endswith("(+1 more)" if trace.warnings else "")
+    assert dict(matplotlib.rcParams) == before
+    assert plt.get_fignums() == [], "a figure was left with pyplot, which nobody will close"
+
+
+def test_a_notebook_can_show_it(traces) -> None:
+    """Also where pyplot was never used, which is what tells notebooks about figures."""
+    assert traces["one"].plot()._repr_png_().startswith(b"\x89PNG")

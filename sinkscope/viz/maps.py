@@ -1,0 +1,292 @@
+"""Maps of layers by heads, and of layers by coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from sinkscope.errors import SelectionError
+from sinkscope.viz import theme
+from sinkscope.viz.tables import share
+from sinkscope.viz.theme import LABEL, QUIET, SMALL, TITLE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MARK = "#D55E00"  # orange stands out on both ends of the colours of a map of heads
+
+COLUMNS = "task layer pair s_v s_rest n base delta low high clear"
+COLOURS = "PuOr_r"
+"""Orange above the base, purple below: apart for colour-blind readers, and white at no change."""
+
+DOT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
+DOT |= {"markeredgecolor": "white", "markeredgewidth": 0.5}
+TALL = 3**0.5 / 2
+CORNERS = np.array([(0.5, TALL), (0.0, 0.0), (1.0, 0.0)])
+"""Where the triple lies that is 1 for V-sinks, for L-sinks, for ordinary tokens."""
+
+MEANING = "numbers: layer (edited: next block); corners: V, s_V = 1;\nL, s_L = 1; rest, s_rest = 1 (ordinary tokens)"
+
+
+def plot_heads(
+    result: Any,
+    group: str,
+    row: int | None = None,
+    *,
+    query: int | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Map how much attention every head of every layer gives to a group of tokens.
+
+    The head that gives the most has a frame and is named under the map, beside what uniform
+    attention would give there (the null); a line on the colour bar is at that null. Layers in which
+    the group has no token are grey.
+
+    Args:
+        result: Of ``AttentionMass(groups)``, such as ``AttentionMass(trace.groups)``.
+        group: One of its groups.
+        row: The row of the batch; None for the mean over all.
+        query: The position of one query; None for the mean over all that were measured.
+        ax: Where to draw, or None for a new figure.
+    """
+    values, null = heads_of(result, group, row, query)
+    many = len(result.mass) > 1
+    rows = f", row {row}" if row is not None and many else ""
+    over = "mean over queries" if query is None else f"query at position {query}"
+    over += " and rows" if many and row is None and query is None else ""
+    return _draw_heads(ax, values, null, result.layers, f"Attention mass on {group}{rows}", over)
+
+
+def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None = None) -> Figure:
+    """Map how much attention one token receives from every head of every layer, as `plot_heads` does.
+
+    The mean over the queries that can see the token, itself among them.
+
+    Args:
+        result: Of ``ReceivedAttention()``.
+        pos: The position of the token.
+        row: The row of the batch.
+        ax: Where to draw, or None for a new figure.
+    """
+    theme.check_place(len(result.received), row=row)
+    live = (~result.received[row].isnan().all(dim=0).all(dim=0)).nonzero().flatten().tolist()
+    if pos not in live:
+        raise SelectionError(
+            f"Got position {pos} of row {row}; expected {live[0]} to {live[-1]}: the tokens of that "
+            "row that are no padding."
+        )
+    null = None if result.null is None else result.null[row, :, pos]
+    title = f"Attention on the token at {pos}"
+    title += f", row {row}" if len(result.received) > 1 else ""
+    over = "mean over the queries that see it"
+    return _draw_heads(ax, result.received[row, :, :, pos], null, result.layers, title, over)
+
+
+def heads_of(
+    result: Any, group: str, row: int | None = None, query: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What `plot_heads` shows: ``[layer head]``, NaN where the group has no token; the null ``[layer]``."""
+    mass, keep, null = result.group(group), _kept(result, row, query), None
+
+    def mean(values: Tensor) -> Tensor:
+        kept = keep.reshape(len(keep), *[1] * (values.ndim - 2), keep.shape[1])
+        return (values.nan_to_num() * kept).sum(dim=(0, -1)) / kept.sum()
+
+    values = mean(mass)
+    if result.null is not None:
+        null = mean(result.null[..., result.groups.index(group)])
+    empty = values.amax(dim=1) == 0 if null is None else null == 0
+    return values.masked_fill(empty[:, None], float("nan")), null
+
+
+def top_of(values: Tensor) -> tuple[int, int, float]:
+    """The layer index and the head that give the most, and how much."""
+    layer, head = divmod(int(values.nan_to_num(-1.0).argmax()), values.shape[1])
+    return layer, head, float(values[layer, head])
+
+
+def _kept(result: Any, row: int | None, query: int | None) -> Tensor:
+    """The rows and queries to average over, bool ``[batch query]``."""
+    rows = len(result.mass)
+    keep = ~result.mass[:, 0, 0, :, 0].isnan()
+    if row is not None:
+        theme.check_place(rows, ", or None for all rows", row=row)
+        keep &= (torch.arange(rows) == row)[:, None]
+    places = result.queries.expand_as(keep)
+    known = sorted(set(places[keep].tolist()))
+    if query is not None:
+        keep = keep & (places == query)
+    if not bool(keep.any()):
+        there = f"{known[0]} to {known[-1]}" if known else "none, because its answer has ended"
+        raise SelectionError(
+            f"Got query={query} of row {row}; expected a position that was measured there ({there}), "
+            "or None for the mean over all."
+        )
+    return keep
+
+
+def _draw_heads(
+    ax: Axes | None,
+    values: Tensor,
+    null: Tensor | None,
+    layers: Sequence[int],
+    title: str,
+    over: str,
+) -> Figure:
+    """The map of ``[layer head]``, its colour bar, the frame, and what stands under it."""
+    wide, tall = (2.0 + 0.13 * n for n in values.shape)
+    ax = theme.new_axes(ax, (min(10.0, max(5.6, wide)), min(10.0, max(4.2, tall))))
+    ax.set_facecolor("#e4e4e4")
+    most = float(values.nan_to_num().max()) or 1.0
+    look: Any = {"aspect": "auto", "interpolation": "none", "norm": Normalize(0.0, most)}
+    picture = ax.imshow(values.T.numpy(), cmap="cividis", **look)
+    label, figure = "share of attention, 0 to 1", theme.figure_of(ax)
+    bar = theme.colour_bar(figure, picture, ax, label, pad=0.02).ax
+    theme.layer_ticks(ax.xaxis, layers, 15)
+    ax.set_yticks(theme.ticks_for(values.shape[1], 12))
+    ax.tick_params(labelsize=SMALL)
+    ax.set_ylabel("head", fontsize=LABEL)
+    ax.set_xlabel("layer", fontsize=LABEL)
+    ax.set_title(title, fontsize=TITLE, loc="left", parse_math=False)
+    gone, notes = values.isnan(), [over]
+    if bool(gone.all()):
+        theme.say(ax, "none found", va="center", fontsize=LABEL)
+        notes.append("the group has no token in any layer")
+    else:
+        layer, head, top = top_of(values)
+        look = {"fill": False, "edgecolor": MARK, "linewidth": 2.2}
+        ax.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, **look))
+        notes.append(f"frame: layer {layers[layer]}, head {head} gives the most, {share(top)}")
+        if null is not None:
+            flat = float(null[layer])
+            bar.axhline(min(flat, top), color=MARK, linewidth=1.6)
+            notes.append(f"line on the bar: uniform attention (null) in that layer, {share(flat)}")
+        if bool(gone.any()):
+            notes.append("grey: the group has no token in that layer")
+    look = {"fontsize": SMALL, "color": QUIET, "ha": "left", "va": "top"}
+    ax.annotate("\n".join(notes), (0, 0), (0, -36), "axes fraction", "offset points", **look)
+    return figure
+
+
+def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") -> Figure:
+    """Draw the change against the base in every cell, a heat map per task with one scale for all.
+
+    A dot marks a cell whose interval excludes 0; of many cells without an effect one in twenty has
+    one too. Triples that add to 1 are drawn as triangles, one per layer and task: V-sinks at the top,
+    L-sinks on the left, ordinary tokens on the right. Other triples stand side by side, as pairs do.
+
+    Args:
+        table: Of ``Sweep.map()``.
+        score: What is shown, with its unit; ``(points)`` shows fractions times 100.
+    """
+    theme.check_table(table, COLUMNS, "that of sweep.map()")
+    factor = 100.0 if "points" in score else 1.0
+    table = table.assign(delta=table["delta"] * factor, base=table["base"] * factor)
+    reach = max(float(table["delta"].abs().max()), 1e-9)
+    scale, legend = Normalize(-reach, reach), {"interval excludes 0": theme.entry(**DOT)}
+    parts = {str(task): part for task, part in table.groupby("task", sort=False)}
+    triples = table.reindex(columns=["s_v", "s_l", "s_rest"]).sum(axis=1, skipna=False)
+    if table["pair"].nunique() > 2 and np.isclose(triples, 1.0).all():
+        figure, grid = _draw_triangles(parts, scale)
+        legend[MEANING] = theme.entry(linestyle="")
+    else:
+        figure, grid = _draw_grids(parts, scale)
+    cells = ScalarMappable(scale, COLOURS)
+    theme.colour_bar(figure, cells, grid, "change against the base", shrink=0.8, pad=0.02)
+    figure.suptitle(f"Change of {score}", fontsize=TITLE, x=0.01, ha="left")
+    theme.legend_of(figure, legend, 2)
+    return figure
+
+
+def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
+    """A heat map per task: layers by pairs or triples."""
+    first = next(iter(parts.values()))
+    pairs = first.drop_duplicates("pair").sort_values("pair")
+    names = [name for name in ("s_v", "s_l", "s_rest") if name in pairs]
+    labels = ["/".join(f"{x:g}" for x in row) for row in pairs[names].to_numpy(dtype=float)]
+    under = "s_V / s_L / s_rest" if "s_l" in names else "s_V (V-sinks) / s_rest (other)"
+    across, width = min(3, len(parts)), max(2.6, 0.27 * len(pairs))
+    titles = [_title(task, part, width) for task, part in parts.items()]
+    lines = max(title.count("\n") for title in titles)
+    tall = 1.25 + 0.15 * lines + min(4.2, 0.26 * first["layer"].nunique() + 0.3)
+    figure = theme.new_figure((1.6 + across * width, 1.5 + -(-len(parts) // across) * tall))
+    axes, grid = theme.panels(figure, len(parts), across, sharex=True, sharey=True)
+    for i, (ax, part, title) in enumerate(zip(axes, parts.values(), titles, strict=True)):
+        delta, clear = (part.pivot(index="layer", columns="pair")[v] for v in ("delta", "clear"))
+        look: Any = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+        ax.imshow(delta.to_numpy(dtype=float), cmap=COLOURS, norm=scale, **look)
+        rows, columns = np.nonzero(clear.to_numpy(dtype=bool))
+        ax.plot(columns, rows, **DOT)
+        theme.layer_ticks(ax.yaxis, list(delta.index), 16)
+        places = theme.ticks_for(len(labels), 12)
+        ax.set_xticks(places, [labels[i] for i in places], fontsize=SMALL, rotation=90)
+        ax.set_title(title, fontsize=LABEL, loc="left")
+        ax.set_xlabel(under if i + across >= len(parts) else "", fontsize=LABEL)
+        ax.set_ylabel("" if i % across else "layer (edited: next block)", fontsize=LABEL)
+    return figure, grid
+
+
+def _title(task: str, part: Any, width: float) -> str:
+    """A task, its base and its number of questions, in as many lines as the width needs (inches)."""
+    base, n = part["base"].iloc[0], part["n"].iloc[0]
+    kept = (f"base {base:.1f},", f"n = {n}")
+    text = " ".join([f"{task}:", *(words.replace(" ", "\N{NO-BREAK SPACE}") for words in kept)])
+    return fill(text, max(12, int(13 * width)))
+
+
+def _draw_triangles(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
+    """A triangle per layer and task: a corner is the triple that is 1 for its group and 0 for others."""
+    layers = sorted(set(next(iter(parts.values()))["layer"]))
+    across = min(10, len(layers))
+    down, side = -(-len(layers) // across), max(0.95, min(1.9, 7.0 / across))
+    tall = 1.2 + len(parts) * (0.3 + down * (0.05 + TALL * side))
+    figure = theme.new_figure((max(6.0, 1.3 + across * side), tall))
+    grid: Any = figure.subplots(len(parts) * down, across, squeeze=False)
+    for ax in grid.flatten():
+        ax.axis("off")
+    for i, (task, part) in enumerate(parts.items()):
+        axes, step = list(grid[i * down : (i + 1) * down].flatten()), 0.0
+        for ax, layer in zip(axes, layers, strict=False):
+            step = _draw_triangle(ax, part[part["layer"] == layer].sort_values("pair"), scale, side)
+            name = "embed" if layer == -1 else str(layer)
+            size = SMALL - (1 if layer >= 0 else 2)  # the word is as wide as there is room
+            ax.text(0, 1, name, transform=ax.transAxes, fontsize=size, ha="left", va="top")
+        axes[0].set_title(_title(task, part, 1000), fontsize=LABEL, loc="left")
+        out = 0.6 * step
+        for name, place, ha, va in (
+            ("V", (0.5 + out, TALL), "left", "center"),
+            ("L", (0.0, -out), "center", "top"),
+            ("rest", (1.0, -out), "center", "top"),
+        ):
+            look: Any = {"fontsize": SMALL - 2, "color": QUIET, "ha": ha, "va": va}
+            axes[0].annotate(name, place, xytext=(1, -1), textcoords="offset points", **look)
+    return figure, grid
+
+
+def _draw_triangle(ax: Axes, part: Any, scale: Normalize, side: float) -> float:
+    """One layer of one task: a hexagon around every triple; returns the distance of two triples."""
+    points = part[["s_v", "s_l", "s_rest"]].to_numpy(dtype=float) @ CORNERS
+    apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    step = float(apart[apart > 1e-9].min())
+    turns = np.deg2rad(np.arange(30, 390, 60))
+    hexagon = step / TALL / 2 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    look: Any = {"cmap": COLOURS, "norm": scale, "edgecolors": "#cccccc", "linewidths": 0.3}
+    cells = PolyCollection(list(points[:, None] + hexagon), **look)
+    cells.set_array(part["delta"].to_numpy(dtype=float))
+    ax.add_collection(cells)
+    clear = points[part["clear"].to_numpy(dtype=bool)]
+    small = min(DOT["markersize"], 0.45 * 72 * side * step / (1 + 2 * step))
+    ax.plot(clear[:, 0], clear[:, 1], **{**DOT, "markersize": small})
+    ax.set(xlim=(-step, 1 + step), ylim=(-step, TALL + step), aspect="equal")
+    return step
