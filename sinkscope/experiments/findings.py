@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_grid import nouns
-from sinkscope.experiments.sweep_result import ALL, cell_of, coefficients_of, counted, wide
+from sinkscope.experiments.sweep_grid import ALL, cell_of, coefficients_of, counted, nouns, wide
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sinkscope.experiments.sweep_result import Sweep
 
 NUMBERS = ("chosen_on", "delta", "low", "high", "maximum", "t", "t_95", "p")
 ALONE = "images of one half only, so none is left to score what was chosen"
@@ -123,7 +121,7 @@ UNITS = {
 """Score -> its unit as words, and what it is multiplied with."""
 
 
-def observe(sweep: Sweep, by: str, seed: int) -> str:
+def observe(sweep: Any, by: str, seed: int) -> str:
     """See `Sweep.observations`."""
     whole = sweep.map(by, seed=seed)
     best = sweep.best(by, seed=seed)
@@ -190,7 +188,7 @@ def _by_layer(whole: pd.DataFrame, factor: float, noun: str) -> list[str]:
     return lines
 
 
-def _by_sinks(sweep: Sweep, by: str, factor: float, seed: int) -> list[str]:
+def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> list[str]:
     """3: do pairs that favour sinks do better than those that favour the rest?"""
     lines = ["3. Does raising or splitting off the sinks help?"]
     three = "L" in sweep.groups
@@ -213,7 +211,7 @@ def _by_sinks(sweep: Sweep, by: str, factor: float, seed: int) -> list[str]:
     return lines
 
 
-def _of_group(sweep: Sweep, group: str, factor: float, seed: int) -> tuple[str, bool]:
+def _of_group(sweep: Any, group: str, factor: float, seed: int) -> tuple[str, bool]:
     """What favours a group of sinks against what favours the rest, and whether that can be told."""
     noun = nouns(len(sweep.groups))
     name, count, own = f"s_{group}", f"n_{group.lower()}", f"s_{group.lower()}"
@@ -257,7 +255,7 @@ def _interval_of(values: pd.Series, images: pd.Series, seed: int) -> np.ndarray:
     return cluster_intervals(own.to_numpy()[:, None], names, seed=seed)[:, 0]
 
 
-def _by_split(sweep: Sweep, by: str, factor: float, seed: int) -> list[str]:
+def _by_split(sweep: Any, by: str, factor: float, seed: int) -> list[str]:
     """Does a coefficient of its own for L-sinks add something, on other images?"""
     lines = ["   Does splitting the rest into L-sinks and ordinary tokens add something?"]
     for task, part in sweep.by_task(by):

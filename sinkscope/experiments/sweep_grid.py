@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sinkscope.checks import check_whole, is_number, is_whole
 from sinkscope.errors import InputError, LayerError
+from sinkscope.models.pictures import clusters_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 Pair = tuple[float, ...]
 """``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
 GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
 """Number of coefficients -> the groups they are of, as in a gate."""
+ALL = "all"
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
+"""What a cell is, in tables; without ``s_l`` for pairs."""
 EMBED = -1
 """How tables write ``layer="embed"``."""
 
@@ -194,3 +202,36 @@ class Edits:
                 rows.append(i)
             places.append(found.get(key, -1))
         return cls(factors[rows], tuple(places))
+
+
+def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Cells, changes ``[question cell]``, and the image of every question."""
+    change = part.assign(change=part[column] - part[f"base_{column}"])
+    broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
+    if len(broken):
+        line = broken.iloc[0]
+        raise InputError(
+            f"Got {len(broken)} changes of {column} that are not finite, the first of item "
+            f"{line['item']} at layer {line['layer']}, {words_of(coefficients_of(line))}; expected "
+            "numbers. Leave out these lines, or run the sweep again: it refuses them."
+        )
+    place = ["layer", "pair"]
+    table = change.pivot(index="item", columns=place, values="change").sort_index(axis=1)
+    cells: Any = part.drop_duplicates(place).sort_values(place)[cell_of(part)]
+    images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
+    return cells.reset_index(drop=True), table.to_numpy(dtype=float), clusters_of(images)
+
+
+def cell_of(part: pd.DataFrame) -> list[str]:
+    """The columns that say which cell a line is of."""
+    return [name for name in CELL if name in part]
+
+
+def coefficients_of(line: Mapping[Any, Any]) -> list[float]:
+    """The coefficients of a line of a table."""
+    return [line[name] for name in CELL[3:] if name in line]
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

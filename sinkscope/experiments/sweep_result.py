@@ -21,16 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinkscope.checks import check_choice
-from sinkscope.errors import CheckpointError, InputError
+from sinkscope.errors import CheckpointError
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweep_grid import GROUPS, nouns, words_of
+from sinkscope.experiments.sweep_grid import ALL, GROUPS, counted, nouns, wide
 from sinkscope.files import check_place, claim, held, read_json, write_whole
-from sinkscope.models.pictures import clusters_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +51,6 @@ SCHEMAS = {
 FORMATS = {2: 2, 3: 3}
 """Number of coefficients -> format of the parts, as a manifest states it."""
 MANIFEST = "manifest.json"
-ALL = "all"
-CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
-"""What a cell is, in tables; without ``s_l`` for pairs."""
 
 
 def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
@@ -333,39 +328,6 @@ class Sweep:
             for name, part in self.table.groupby("task", sort=True):
                 yield str(name), part
         yield ALL, self.table
-
-
-def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Cells, changes ``[question cell]``, and the image of every question."""
-    change = part.assign(change=part[column] - part[f"base_{column}"])
-    broken = change[~np.isfinite(change["change"].to_numpy(dtype=float))]
-    if len(broken):
-        line = broken.iloc[0]
-        raise InputError(
-            f"Got {len(broken)} changes of {column} that are not finite, the first of item "
-            f"{line['item']} at layer {line['layer']}, {words_of(coefficients_of(line))}; expected "
-            "numbers. Leave out these lines, or run the sweep again: it refuses them."
-        )
-    place = ["layer", "pair"]
-    table = change.pivot(index="item", columns=place, values="change").sort_index(axis=1)
-    cells: Any = part.drop_duplicates(place).sort_values(place)[cell_of(part)]
-    images = part.drop_duplicates("item").set_index("item")["image_id"].loc[table.index]
-    return cells.reset_index(drop=True), table.to_numpy(dtype=float), clusters_of(images)
-
-
-def cell_of(part: pd.DataFrame) -> list[str]:
-    """The columns that say which cell a line is of."""
-    return [name for name in CELL if name in part]
-
-
-def coefficients_of(line: Mapping[Any, Any]) -> list[float]:
-    """The coefficients of a line of a table."""
-    return [line[name] for name in CELL[3:] if name in line]
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def check_by(by: str) -> str:
