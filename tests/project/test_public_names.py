@@ -128,7 +128,6 @@ def test_what_the_reference_leaves_out_is_noticed() -> None:
     from sinkscope import detectors, experiments
 
     assert renders("sinkscope.experiments", "trace_sinks", experiments.trace_sinks)
-    assert not renders("sinkscope.experiments", "sweep", experiments.sweep)  # beside sweep.py
-    assert renders("sinkscope.experiments.sweeping.sweep", "sweep", experiments.sweep)
+    assert renders("sinkscope.experiments", "sweep", experiments.sweep)
     assert renders("sinkscope.detectors", "SATURATION", detectors.SATURATION)
     assert not renders("sinkscope.detectors", "KNOWN", detectors.KNOWN)  # no string below it
