@@ -1,8 +1,7 @@
 """Gate a plain model, whose passes may come in any order.
 
-Two prompts and then their decode steps, a text in between, two losses and then one backward: what a
-gate found in a prompt is kept by the cache that the prompt filled, and is handed to the blocks of a pass
-with their arguments.
+What a gate found in a prompt is kept for the cache that the prompt filled, and is handed to the blocks
+of a pass with their arguments. So prompts, decode steps and backward passes may interleave.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Attachment:
         return None if found is None else found.detach()
 
     def detach(self) -> None:
-        """Take the gate off; the model is bitwise itself again. Twice is once."""
+        """Take the gate off; the model is bitwise as before. A second call does nothing."""
         self._stack.close()
         ATTACHED.get(self.gate, WeakSet()).discard(self)
 

@@ -177,7 +177,7 @@ class Loop:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
         A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
-        then, and the others go on. Several processes stop all, because each sees other rows.
+        then, and the others go on. With several processes all end, because each sees other rows.
 
         Raises:
             NonFiniteError: If that happened to all of them.
