@@ -1,8 +1,7 @@
 """Gate a plain model, whose passes may come in any order.
 
-Two prompts and then their decode steps, a text in between, two losses and then one backward: what a
-gate found in a prompt is kept by the cache that the prompt filled, and is handed to the blocks of a pass
-with their arguments.
+What a gate found in a prompt is kept for the cache that the prompt filled, and is handed to the blocks
+of a pass with their arguments. So prompts, decode steps and backward passes may interleave.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Attachment:
         return None if found is None else found.detach()
 
     def detach(self) -> None:
-        """Take the gate off; the model is bitwise itself again. Twice is once."""
+        """Take the gate off; the model is bitwise as before. A second call does nothing."""
         self._stack.close()
         ATTACHED.get(self.gate, WeakSet()).discard(self)
 
@@ -143,15 +142,15 @@ class Attachment:
             return Pass() if pixels is None else started(self.model, self.anatomy, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
-                "Got images that were encoded before the gate was attached, or for an earlier pass whose "
-                "cache is gone, as generate(use_cache=False) does it; expected to see them pass the "
+                "Got images that were encoded before the gate was attached, or for an earlier pass "
+                "without its cache, as generate(use_cache=False) does it; expected to see them pass the "
                 "vision tower, once. Write use_cache=True, or pass pixel_values."
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
             raise InputError(
-                f"Got a prompt with {kept - 1} guessed tokens behind it; expected the prompt alone, whose "
-                "end a gate reads. Leave out prompt_lookup_num_tokens or assistant_model."
+                f"Got a prompt with {kept - 1} guessed tokens behind it; expected the prompt alone, as "
+                "a gate reads its end. Leave out prompt_lookup_num_tokens or assistant_model."
             )
         self._used.put(encoded, value=True)
         return started(self.model, self.anatomy, given, self._seen[0])

@@ -129,7 +129,7 @@ class LSG(nn.Module):
         }
 
     def forward(self, states: Tensor) -> Tensor:
-        """The coefficients for states ``[batch d_model]``, fp32 ``[batch group]``; they sum to ``scale``."""
+        """Coefficients fp32 ``[batch group]`` for states ``[batch d_model]``; they sum to ``scale``."""
         return kernels.coefficients(
             states, **self.weights, activation=self.config.activation, scale=self.config.scale
         )

@@ -121,7 +121,7 @@ def length_of(cache: Any) -> int:
 def started(
     module: nn.Module, anatomy: Anatomy, given: Mapping[str, Any], images: Mapping[str, Tensor]
 ) -> Pass:
-    """The pass of a prompt with images; ``images`` are those encoded before, as ``generate()`` does it."""
+    """The pass of a prompt with images; ``images`` are those that ``generate()`` encodes before it."""
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
     ids = given["input_ids"]
     try:
@@ -140,7 +140,7 @@ def started(
 
 
 def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pass:
-    """The pass that goes on from ``before``, the last one that filled its cache of ``length`` tokens."""
+    """The pass that goes on from ``before``, which filled a cache of ``length`` tokens."""
     if before is None:
         raise InputError(
             f"Got a cache of {length} tokens that this gate has not seen; expected the cache of a "

@@ -211,7 +211,7 @@ class GateStack(Shown, Result):
 
     @property
     def gates(self) -> list[LSG]:
-        """The first gates that together gain the most, ready for ``interventions=``; none if none gains."""
+        """The first gates that together gain the most, for ``interventions=``; none if none gains."""
         best = max(self.gains)
         return list(self.ordered[: self.gains.index(best) + 1]) if best > 0 else []
 

@@ -177,7 +177,7 @@ class Loop:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
         A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
-        then, and the others go on. Several processes stop all, because each sees other rows.
+        then, and the others go on. With several processes all end, because each sees other rows.
 
         Raises:
             NonFiniteError: If that happened to all of them.
@@ -198,7 +198,7 @@ class Loop:
         self.seconds = time.monotonic() - self._since
         for trainee in self.trainees:
             if trainee.failed is not None:
-                rest = f"The others were trained on; this one has its weights of step {trainee.best_step}."
+                rest = f"The others go on; this one has its weights of step {trainee.best_step}."
                 warnings.warn(f"{trainee.failed} {rest}", UserWarning, stacklevel=3)
             for key, parameter in trainee.parameters.items():
                 parameter.data.copy_(trainee.best[key])
@@ -210,7 +210,7 @@ class Loop:
         return [one for one in self.trainees if not one.ended]
 
     def plan(self, step: int) -> list[tuple[int, ...]]:
-        """The rows of one step for this process, in groups; each epoch has its own order, by the seed."""
+        """The rows of a step for this process, in groups; each epoch has its own order, by the seed."""
         epoch, place = divmod(step, self.per_epoch)
         made = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.rows), generator=made).tolist()

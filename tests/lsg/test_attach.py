@@ -3,12 +3,21 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.errors import InputError, InterventionError, ModelError
+from sinkscope.errors import (
+    DetectorError,
+    InputError,
+    InterventionError,
+    LayerError,
+    ModelError,
+    NoEffectError,
+)
+from sinkscope.lsg.attach import ATTACHED
 from sinkscope.testing import TINY, check_intervention, random_image
 
 
@@ -293,23 +302,11 @@ def other_weights(c):
 
 
 MISUSE = {
-    "twice": (
-        lambda c: (lambda gate: (gate.attach(c.lvlm), gate.attach(c.lvlm)))(c.gate()),
-        InterventionError,
-        r"attached to already; expected it once. Write\s+gate.detach\(\)",
-    ),
+    "twice": (lambda c: twice(c.gate(), c.lvlm), InterventionError, r"already.*gate.detach\(\)"),
     "detach of nothing": (lambda c: c.gate().detach(), InterventionError, "attached to nothing"),
     "no model": (lambda c: c.gate().attach("llava"), ModelError, "Got str to attach"),
-    "an edited model": (
-        lambda c: edited(c),
-        ModelError,
-        r"Got Edited to attach.*gate.attach\(lvlm\), or lvlm.edited",
-    ),
-    "a plain module": (
-        lambda c: c.gate().attach(torch.nn.Linear(2, 2)),
-        ModelError,
-        "Got a Linear",
-    ),
+    "an edited model": (lambda c: edited(c), ModelError, r"Got Edited.*lvlm.edited\(\[gate"),
+    "a plain module": (lambda c: c.gate().attach(torch.nn.Linear(2, 2)), ModelError, "a Linear"),
     "other weights": (
         lambda c: c.gate().attach(other_weights(c)),
         InterventionError,
@@ -329,6 +326,11 @@ MISUSE = {
         "a gate works with greedy decoding",
     ),
 }
+
+
+def twice(gate, lvlm):
+    gate.attach(lvlm)
+    gate.attach(lvlm)
 
 
 def with_attached(c, call):
@@ -358,91 +360,58 @@ def test_wrong_use(case, name):
         with pytest.raises(error, match=r"(?s)" + message):
             call(c)
     finally:
-        from sinkscope.lsg.attach import ATTACHED
-
         for mine in list(ATTACHED.values()):
             for one in list(mine):
                 one.detach()
     assert snapshot(c.lvlm.module) == before
 
 
+NORM, VALLEY, RECEIVED = (
+    ss.detectors.Norm(2.0),
+    ss.detectors.Norm("valley"),
+    ss.detectors.Received(),
+)
+BAD = [
+    ({"layer": 2}, LayerError, "'embed' or 0 to 1"),
+    ({"layer": -1}, LayerError, "scales keys in block"),
+    ({"layer": 1.0}, LayerError, "layer=1.0"),
+    ({"groups": ("V",)}, InterventionError, "Got groups="),
+    ({"signal": "lst"}, InterventionError, "Did you mean 'last'"),
+    ({"decode": "fresh"}, InterventionError, "Did you mean 'refresh'"),
+    ({"decode": "refresh", "signal": "mean"}, InterventionError, "decode='frozen'"),
+    ({"activation": "gelo"}, InterventionError, "'gelu'"),
+    ({"hidden": 0}, InterventionError, "hidden=0"),
+    ({"scale": -1.0}, InterventionError, "scale=-1.0"),
+    ({"init": "neutral", "scale": 2.0}, InterventionError, "expected one of them"),
+    ({"width": 3}, InterventionError, "fields of GateConfig"),
+    ({"v_detector": VALLEY}, DetectorError, "judges every token by itself"),
+    ({"v_detector": RECEIVED}, DetectorError, "judges every token by itself"),
+    ({"l_detector": NORM}, InterventionError, r"groups=\('V', 'L', 'rest'\)"),
+]
+
+
 def made(c, **choices):
-    options = {"v_detector": ss.detectors.Norm(c.tau), **choices}
-    return ss.LSG.for_model(c.lvlm, options.pop("layer", 0), **options)
+    options = {"v_detector": ss.detectors.Norm(c.tau), "layer": 0, **choices}
+    return ss.LSG.for_model(c.lvlm, options.pop("layer"), **options)
 
 
-def run_elsewhere(c, tiny):
+@pytest.mark.parametrize(("choices", "error", "message"), BAD)
+def test_bad_choices(case, choices, error, message):
+    with pytest.raises(error, match=r"(?s)" + message):
+        made(case("llava-clip-llama"), **choices)
+
+
+def test_where_a_gate_cannot_work(case, tiny):
+    c = case("llava-clip-llama")
+    with pytest.raises(InputError, match="without a processor"):
+        ss.LSG.for_model(ss.LVLM(c.lvlm.module), 0)
     other = tiny("llava-siglip-qwen2")
     sample = other.prepare(images=random_image(64, 64, 5), text="what colour")
-    other.run(sample, interventions=[made(c)])
-
-
-BAD = {
-    "last layer": (lambda c, t: made(c, layer=2), ss.errors.LayerError, "'embed' or 0 to 1"),
-    "negative layer": (
-        lambda c, t: made(c, layer=-1),
-        ss.errors.LayerError,
-        "scales keys in block",
-    ),
-    "float layer": (lambda c, t: made(c, layer=1.0), ss.errors.LayerError, "layer=1.0"),
-    "groups": (lambda c, t: made(c, groups=("V",)), InterventionError, "Got groups="),
-    "signal": (lambda c, t: made(c, signal="lst"), InterventionError, "Did you mean 'last'"),
-    "decode": (lambda c, t: made(c, decode="fresh"), InterventionError, "Did you mean 'refresh'"),
-    "refresh of a mean": (
-        lambda c, t: made(c, decode="refresh", signal="mean"),
-        InterventionError,
-        "decode='frozen'",
-    ),
-    "activation": (lambda c, t: made(c, activation="gelo"), InterventionError, "'gelu'"),
-    "hidden": (lambda c, t: made(c, hidden=0), InterventionError, "hidden=0"),
-    "scale": (lambda c, t: made(c, scale=-1.0), InterventionError, "scale=-1.0"),
-    "neutral and scale": (
-        lambda c, t: made(c, init="neutral", scale=2.0),
-        InterventionError,
-        "expected one of them",
-    ),
-    "unknown choice": (lambda c, t: made(c, width=3), InterventionError, "fields of GateConfig"),
-    "a rule of whole rows": (
-        lambda c, t: made(c, v_detector=ss.detectors.Norm("valley")),
-        ss.errors.DetectorError,
-        "judges every token by itself",
-    ),
-    "a rule of attention": (
-        lambda c, t: made(c, v_detector=ss.detectors.Received()),
-        ss.errors.DetectorError,
-        "judges every token by itself",
-    ),
-    "an L rule without a group": (
-        lambda c, t: made(c, l_detector=ss.detectors.Norm(2.0)),
-        InterventionError,
-        r"groups=\('V', 'L', 'rest'\)",
-    ),
-    "no processor": (
-        lambda c, t: ss.LSG.for_model(ss.LVLM(c.lvlm.module), 0),
-        InputError,
-        "without a processor",
-    ),
-    "another model": (
-        run_elsewhere,
-        InterventionError,
-        r"feed_layers: made for \[1\], found \[2\]",
-    ),
-    "no image": (lambda c, t: text_only(c), ss.errors.NoEffectError, "without image tokens"),
-}
-
-
-def text_only(c):
-    from dataclasses import replace
-
+    with pytest.raises(InterventionError, match=r"feed_layers: made for \[1\], found \[2\]"):
+        other.run(sample, interventions=[made(c)])
     tokens = replace(c.sample.tokens, image=torch.full_like(c.sample.tokens.image, -1))
-    c.lvlm.run(replace(c.sample, tokens=tokens), interventions=[made(c)])
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_choices(case, tiny, name):
-    call, error, message = BAD[name]
-    with pytest.raises(error, match=r"(?s)" + message):
-        call(case("llava-clip-llama"), tiny)
+    with pytest.raises(NoEffectError, match="without image tokens"):
+        c.lvlm.run(replace(c.sample, tokens=tokens), interventions=[made(c)])
 
 
 def test_adopt_is_how_one_means_it(case):
