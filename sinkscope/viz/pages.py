@@ -98,7 +98,7 @@ def _of_image(
 
 
 def _heads(trace: Trace, mass: Any, row: int, name: str) -> Picture:
-    """Layer x head: the mass on all text sinks or, without it, what the most attended token receives."""
+    """Layer x head: the mass on all text sinks, or else what the most attended token receives."""
     group, got = "text sinks", trace.language.received
     if mass is not None and group in mass.groups and bool(trace.groups[group][row].any()):
         values, null = maps.heads_of(mass, group, row)
@@ -124,7 +124,7 @@ def most_attended(trace: Trace, row: int) -> int:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder; refuse a file, and a folder with files that a report would replace but did not write."""
+    """Refuse a file, and a folder where a report would replace files that no report wrote."""
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Got {str(folder)!r}, which is a file; expected a folder for the report.")
