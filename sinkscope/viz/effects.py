@@ -1,4 +1,4 @@
-"""What edits did, in words, tables and figures, which all take their words and numbers from one place."""
+"""What edits did, in text, tables and figures, with the same words and numbers in all of them."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> st
 
 
 def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """Write `comparison_markdown` as a ``tabular`` for booktabs, with the note as a comment under it."""
+    """Write `comparison_markdown` as a ``tabular`` for booktabs, the note as a comment under it."""
     lines, note = _cells(summary, base, "<<{}>>")
     rows = [" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in line) for line in lines]
     rows = [rf"{row} \\".replace("<<", r"\textbf{").replace(">>", "}") for row in rows]

@@ -30,10 +30,11 @@ KEY = (
 def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figure:
     """Draw what every sink draws at every step of an answer, and the most attended other tokens.
 
-    A line is a token, a column a step, named by the word that it writes. The colour is the largest share that
-    a head of the new query gives to the token, in any layer, on a square-root scale from 0 to 1; white where
-    the token does not exist yet or is not seen, and where it is the query itself. A triangle marks the step
-    at which a generated sink is born, a cross the last step at which a sink draws, if it dies before the end.
+    A line is a token, a column a step, named by the word that it writes. The colour is the largest
+    share that a head of the new query gives to the token, in any layer, on a square-root scale from 0
+    to 1; white where the token does not exist yet or is not seen, and where it is the query itself. A
+    triangle marks the step at which a generated sink is born, a cross the last step at which a sink
+    draws, if it dies before the end.
     """
     theme.check_place(len(trace.sequences), row=row)
     own = [life for life in trace.lives if life.batch == row]
@@ -62,7 +63,8 @@ def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figu
     name = f", row {row}" if len(trace.sequences) > 1 else ""
     ax.set_title(f"Sinks while the model speaks{name}", fontsize=TITLE, loc="left")
     flat = trace.null[row][~trace.null[row].isnan()]
-    null = f"uniform attention (null) would give {share(float(flat.min()))} to {share(float(flat.max()))}"
+    low, high = share(float(flat.min())), share(float(flat.max()))
+    null = f"uniform attention (null) would give {low} to {high}"
     _draw_key(theme.figure_of(ax), own, len(own) - len(lives), null)
     return theme.figure_of(ax)
 

@@ -36,7 +36,9 @@ TALL = 3**0.5 / 2
 CORNERS = np.array([(0.5, TALL), (0.0, 0.0), (1.0, 0.0)])
 """Where the triple lies that is 1 for V-sinks, for L-sinks, for ordinary tokens."""
 
-MEANING = "numbers: layer (edited: next block); corners: V, s_V = 1;\nL, s_L = 1; rest, s_rest = 1 (ordinary tokens)"
+MEANING = """\
+numbers: layer (edited: next block); corners: V, s_V = 1;
+L, s_L = 1; rest, s_rest = 1 (ordinary tokens)"""
 
 
 def plot_heads(
@@ -96,7 +98,7 @@ def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None 
 def heads_of(
     result: Any, group: str, row: int | None = None, query: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `plot_heads` shows: ``[layer head]``, NaN where the group has no token; the null ``[layer]``."""
+    """What `plot_heads` shows: ``[layer head]``, NaN without a token; and the null ``[layer]``."""
     mass, keep, null = result.group(group), _kept(result, row, query), None
 
     def mean(values: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _title(task: str, part: Any, width: float) -> str:
 
 
 def _draw_triangles(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
-    """A triangle per layer and task: a corner is the triple that is 1 for its group and 0 for others."""
+    """A triangle per layer and task; a corner is the triple of 1 for its group and 0 for others."""
     layers = sorted(set(next(iter(parts.values()))["layer"]))
     across = min(10, len(layers))
     down, side = -(-len(layers) // across), max(0.95, min(1.9, 7.0 / across))

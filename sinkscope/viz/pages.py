@@ -30,10 +30,9 @@ FILES = ("index.html", "sinks.csv", "tokens.csv", "trace.json")
 
 
 class Picture(NamedTuple):
-    """One figure: the name of its file, how to read it, what it says in words, and what draws it."""
+    """One figure: the name of its file, what it says in words and numbers, and what draws it."""
 
     name: str
-    caption: str
     alt: str
     draw: Callable[[], Figure]
 
@@ -43,52 +42,63 @@ def pictures_of(
 ) -> Iterator[Picture]:
     """The figures of every row: its images, then its layers."""
     for row in range(len(trace.sample)):
-        name = f"row{row}_" if len(trace.sample) > 1 else ""
-        for image in range(len(images_of(trace, row))):
+        name, images = f"row{row}_" if len(trace.sample) > 1 else "", images_of(trace, row)
+        for image in range(len(images)):
             yield from _of_image(trace, row, image, name, decoys)
-        yield Picture(
-            f"{name}received_by_layer",
-            "Attention that one token of each kind receives, by LLM layer, on a logarithmic scale. "
-            "Dashed: the same tokens under uniform attention.",
+        alt = (
             f"Line plot of attention received by layer for {counts(trace, row)}, ordinary image tokens "
-            "and text, each with its null.",
-            partial(layers.plot_received_by_layer, trace, row),
+            "and text, each with its null."
         )
+        draw = partial(layers.plot_received_by_layer, trace, row)
+        yield Picture(f"{name}received_by_layer", alt, draw)
         yield _heads(trace, mass, row, name)
-        yield from _of_row(trace, mass, row, name)
+        if mass is not None:
+            means = mass.mass[row].nanmean(dim=(1, 2)).mean(dim=0).tolist()
+            words = [f"{group} {short(x)}" for group, x in zip(mass.groups, means, strict=True)]
+            alt = f"Line plot of attention mass by layer. Means over layers: {', '.join(words)}."
+            draw = partial(layers.plot_mass_by_layer, mass, row)
+            yield Picture(f"{name}mass_by_layer", alt, draw)
+        sizes = [short(float(x.max())) for x in (trace.vit_spikes[images], trace.llm_spikes[row])]
+        alt = (
+            f"Line plot. The largest activation is {sizes[0]} medians in the vision tower and "
+            f"{sizes[1]} in the LLM."
+        )
+        yield Picture(f"{name}spikes", alt, partial(layers.plot_spikes, trace, row))
+        vision = float(trace.v_detection.fraction[images].max())
+        language = float(trace.l_detection.fraction[row].max())
+        alt = (
+            f"Line plot. The V rule flags at most {vision:.1%} of a block's patches, the L rule at most "
+            f"{language:.1%} of a layer's image tokens."
+        )
+        yield Picture(f"{name}flagged", alt, partial(layers.plot_detections, trace, row))
 
 
 def _of_image(
     trace: Trace, row: int, image: int, name: str, decoys: Mapping[str, Tensor] | None
 ) -> Iterator[Picture]:
     parts = []
-    for kind, noun in list(SINKS.items())[:2]:
+    for kind in ("V", "L"):
         found = [r for r in of_kind(trace, kind, row) if r.image == image]
         cells = "; ".join(f"{r.row},{r.column}" for r in found[:12])
         more = f" and {len(found) - 12} more" if len(found) > 12 else ""
-        parts.append(f"{noun}s at row,column {cells}{more}" if found else f"{noun}s: none found")
-    yield Picture(
-        f"{name}sinks_image{image}",
-        "The picture under the patch grid of the vision tower. Circles are V-sinks, squares L-sinks, "
-        "hexagons patches that draw attention without a spike; text sinks are listed under the picture.",
-        f"Image {image} with its patch grid. {'. '.join(parts)}.",
-        partial(plot_sinks_on_image, trace, row, image, decoys=decoys),
-    )
+        said = f" at row,column {cells}{more}" if found else ": none found"
+        parts.append(f"{SINKS[kind]}s{said}")
+    alt = f"Image {image} with its patch grid. {'. '.join(parts)}."
+    draw = partial(plot_sinks_on_image, trace, row, image, decoys=decoys)
+    yield Picture(f"{name}sinks_image{image}", alt, draw)
     own = trace.sample.tokens.image[row] == image
     times = trace.language.received.times_null()[row].nan_to_num()
     over = times.mean(dim=1)[:, own].amax(dim=0)
-    yield Picture(
-        f"{name}received_image{image}",
-        "Attention that other tokens give every image token in the LLM, as a multiple of uniform "
-        "attention: mean over heads, largest over layers.",
+    alt = (
         f"Heat map over image {image}: image tokens receive between {short(float(over.min()))} and "
-        f"{short(float(over.max()))} times their null.",
-        partial(plot_received_map, trace, row, image),
+        f"{short(float(over.max()))} times their null."
     )
+    draw = partial(plot_received_map, trace, row, image)
+    yield Picture(f"{name}received_image{image}", alt, draw)
 
 
 def _heads(trace: Trace, mass: Any, row: int, name: str) -> Picture:
-    """Layer x head: the mass on all text sinks or, without it, what the most attended token receives."""
+    """Layer x head: the mass on all text sinks, or else what the most attended token receives."""
     group, got = "text sinks", trace.language.received
     if mass is not None and group in mass.groups and bool(trace.groups[group][row].any()):
         values, null = maps.heads_of(mass, group, row)
@@ -99,14 +109,11 @@ def _heads(trace: Trace, mass: Any, row: int, name: str) -> Picture:
         what, draw = f"the token at {pos}", partial(maps.plot_received_heads, got, pos, row)
     layer, head, top = maps.top_of(values)
     flat = "" if null is None else f"; uniform attention would give {share(float(null[layer]))}"
-    return Picture(
-        f"{name}heads",
-        f"How much attention every head of the LLM gives to {what}, mean over queries. The frame marks "
-        "the head that gives the most.",
+    alt = (
         f"Heat map of layers and heads. Layer {got.layers[layer]}, head {head} gives {what} the most, "
-        f"{share(top)} of its attention{flat}.",
-        draw,
+        f"{share(top)} of its attention{flat}."
     )
+    return Picture(f"{name}heads", alt, draw)
 
 
 def most_attended(trace: Trace, row: int) -> int:
@@ -116,42 +123,8 @@ def most_attended(trace: Trace, row: int) -> int:
     return max(sinks or chips, key=lambda chip: (chip.share or 0.0) - chip.null).at[0]
 
 
-def _of_row(trace: Trace, mass: Any, row: int, name: str) -> Iterator[Picture]:
-    images = images_of(trace, row)
-    if mass is not None:
-        means = mass.mass[row].nanmean(dim=(1, 2)).mean(dim=0).tolist()
-        words = [f"{group} {short(x)}" for group, x in zip(mass.groups, means, strict=True)]
-        yield Picture(
-            f"{name}mass_by_layer",
-            "How the attention of the LLM divides between the kinds of tokens, by layer. Dashed: uniform "
-            "attention under the same mask.",
-            f"Line plot of attention mass by layer. Means over layers: {', '.join(words)}.",
-            partial(layers.plot_mass_by_layer, mass, row),
-        )
-    spikes = [short(float(x.max())) for x in (trace.vit_spikes[images], trace.llm_spikes[row])]
-    yield Picture(
-        f"{name}spikes",
-        "The largest activation of every block over the median magnitude of that block, in both "
-        "towers. About 1000 is called massive (Sun et al., 2402.17762).",
-        f"Line plot. The largest activation is {spikes[0]} medians in the vision tower and "
-        f"{spikes[1]} in the LLM.",
-        partial(layers.plot_spikes, trace, row),
-    )
-    vision = float(trace.v_detection.fraction[images].max())
-    language = float(trace.l_detection.fraction[row].max())
-    yield Picture(
-        f"{name}flagged",
-        "Share of the image tokens that each rule flags, by block. Above 20 % a rule is saturated: it "
-        "finds the scale of the model and no sinks. In the vision tower only the blocks that feed "
-        "the projector decide.",
-        f"Line plot. The V rule flags at most {vision:.1%} of a block's patches, the L rule at most "
-        f"{language:.1%} of a layer's image tokens.",
-        partial(layers.plot_detections, trace, row),
-    )
-
-
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder; refuse a file, and a folder with files that a report would replace but did not write."""
+    """Refuse a file, and a folder where a report would replace files that no report wrote."""
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Got {str(folder)!r}, which is a file; expected a folder for the report.")

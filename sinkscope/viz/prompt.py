@@ -1,4 +1,4 @@
-"""A prompt as chips: one per text token, one per image, with what each receives and which sinks it holds."""
+"""A prompt as chips, one per text token or image: what each receives and which sinks it holds."""
 
 from __future__ import annotations
 

@@ -79,6 +79,8 @@ def test_the_page_is_whole_and_needs_no_network(traces, folders, name) -> None:
     assert all((folder / given["href"]).exists() for tag, given in page.attributes if tag == "a")
     assert "url(" not in "".join(page.text)
     shown = []
+    captions = [tag for tag, _ in page.attributes if tag in ("img", "figcaption")]
+    assert captions == ["img", "figcaption"] * (len(captions) // 2), "one caption for each"
     for image in images_of(page):
         assert len(image["alt"]) > 20
         head, data = image["src"].split(",")
