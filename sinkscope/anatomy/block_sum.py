@@ -57,35 +57,19 @@ class NoBranch:
 def read_branches(
     path: str, block: nn.Module, attention: nn.Module, mlp: nn.Module, width: int
 ) -> tuple[Branch, Branch] | NoBranch:
-    """Read how attention and the MLP of a block reach the residual stream.
-
-    Args:
-        path: The block's dotted path.
-        block: The block.
-        attention: Its attention module.
-        mlp: Its MLP.
-        width: Width of the residual stream.
-
-    Returns:
-        The branch of attention and that of the MLP, or why they cannot be read.
-    """
+    """Read how attention and the MLP of a block at a path reach the residual stream of a width."""
     flow = _Flow(block, {"attention": attention, "mlp": mlp}, width)
     terms = flow.result()
     steps = {term.source: term.steps for term in terms}
-    twice = [step for term in terms for step in term.steps if flow.calls.get(step, 0) > 1]
-    why = ""
     sources = sorted(term.source for term in terms)
     if sources != ["attention", "mlp", STREAM] or steps[STREAM]:
         found = " + ".join(" * ".join((term.source, *term.steps)) for term in terms)
-        why = f"its forward returns {found or 'what cannot be read'}"
-    elif twice:
-        why = f"its {twice[0]} is called more than once"
-    if why:
-        return no_branch(path, block, why)
-    return (
-        _branch(path, block, attention, steps["attention"]),
-        _branch(path, block, mlp, steps["mlp"]),
-    )
+        return no_branch(path, block, f"its forward returns {found or 'what cannot be read'}")
+    twice = [step for term in terms for step in term.steps if flow.calls.get(step, 0) > 1]
+    if twice:
+        return no_branch(path, block, f"its {twice[0]} is called more than once")
+    first = _branch(path, block, attention, steps["attention"])
+    return first, _branch(path, block, mlp, steps["mlp"])
 
 
 def _branch(path: str, block: nn.Module, own: nn.Module, steps: tuple[str, ...]) -> Branch:

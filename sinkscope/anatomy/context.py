@@ -100,14 +100,9 @@ class Context:
         return mask
 
     def groups(self, tower: str, groups: Any) -> tuple[tuple[str, ...], Tensor]:
-        """Token groups as one-hot columns in the model's own layout.
+        """Token groups (name -> selection) as names, and one-hot columns in the model's own layout.
 
-        Args:
-            tower: The tower.
-            groups: Name -> selection.
-
-        Returns:
-            The names, and fp32 ``[row layer|1 key group]``.
+        The columns are fp32 ``[row layer|1 key group]``.
 
         Raises:
             ProbeError: If there is no group, or a name is no string.

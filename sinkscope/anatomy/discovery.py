@@ -22,10 +22,7 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of a Hugging Face LVLM.
-
-    Args:
-        model: A ``transformers`` image-text-to-text model; meta tensors suffice.
+    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
 
     Raises:
         ModelError: If there is no vision tower, no decoder or no known projector, or the kernel

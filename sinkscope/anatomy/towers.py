@@ -99,10 +99,7 @@ class TowerAnatomy:
         return found[0 if site == "attn_out" else 1]
 
     def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
-        """What lies between a head's output and the stream.
-
-        Returns:
-            The path of the output projection, and those of what follows it.
+        """The paths of the output projection of heads, and of what follows it up to the stream.
 
         Raises:
             ModelError: If there is no output projection, or its way could not be read.
@@ -117,13 +114,7 @@ class TowerAnatomy:
         return self.projection[layer], through
 
     def layers(self, layers: Any) -> tuple[int, ...]:
-        """Check and expand a layer selection.
-
-        Args:
-            layers: None for all, one 0-based block index, or several.
-
-        Returns:
-            Ascending layer indices without repeats.
+        """Ascending layers without repeats, of None for all, one 0-based index, or several.
 
         Raises:
             LayerError: If an index is negative, no integer, or beyond the last block.

@@ -80,9 +80,8 @@ def weights_digest(module: nn.Module) -> str:
 def preparation_digest(lvlm: Any) -> str | None:
     """Take a digest of how images and questions become model inputs; None without a processor.
 
-    It takes the settings of the image processor, the token ids of a fixed question about a fixed
-    image, with the chat template around it, and the shapes of what comes out. Pixels themselves are
-    not taken: their last bits may differ between machines.
+    It takes the image processor's settings, and the token ids and shapes of a fixed question about a
+    fixed image. Pixels are not taken: their last bits may differ between machines.
     """
     if lvlm.processor is None:
         return None

@@ -41,7 +41,6 @@ class LVLM:
     """A vision-language model with named sites.
 
     Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs.
-    No dropout acts, and gradient checkpointing is off.
 
     Args:
         module: A ``transformers`` image-text-to-text model.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
-from sinkscope.errors import InterventionError, LayerError, ProbeError
+from sinkscope.errors import InterventionError, LayerError, ModelError, ProbeError
 from sinkscope.kernels import walk
 from sinkscope.models.runs import step_at
 from sinkscope.models.wrapping import Wrapped
@@ -75,6 +75,10 @@ class OpenTrace:
         else:
             self._anatomy.tower(tower).layers(layer)
         step = step_at(self._anatomy, site, **asked)
+        if not step["path"]:
+            raise ModelError(
+                f"Got {site}, but that MLP has no last linear map; expected another site."
+            )
         if step["how"] == "output":
             self._outputs.add(step["path"])
         value = walk.read_site(root, self._tracer, step, {}, {})

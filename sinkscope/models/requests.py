@@ -116,8 +116,10 @@ def check_probes(probes: Any) -> list[Probe]:
     out = list(probes)
     for probe in out:
         if isinstance(probe, type):
-            name = probe.__name__
-            raise ProbeError(f"Got the class {name}; expected an object of it. Write {name}(...).")
+            raise ProbeError(
+                f"Got the class {probe.__name__} among the probes; expected an object of it. Write "
+                f"{probe.__name__}(...)."
+            )
         if not isinstance(probe, Probe):
             raise ProbeError(
                 f"Got {probe!r} among the probes; expected objects with reads() and finish(), such as "

@@ -1,6 +1,7 @@
 """`LVLM.trace`: nnsight's own trace with sites by our names; the model is left as it was."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -192,6 +193,23 @@ def test_a_hook_that_replaces_what_is_read_is_refused():
     says = r"hook on .*layers.1' that replaces its output"
     with pytest.raises(ModelError, match=says), lvlm.trace(sample):
         lvlm.site("language", 1, "resid_post")
+
+
+def test_neurons_have_a_site(case):
+    """What the last map of an MLP reads; a tower without such maps has none."""
+    lvlm, sample = case
+    down = lvlm.module.get_submodule(lvlm.anatomy.language.neurons[0])
+    with lvlm.trace(sample):
+        hidden = lvlm.site("language", 0, "mlp_hidden").save()
+        added = lvlm.site("language", 0, "mlp_out").save()
+    with torch.no_grad():
+        assert torch.equal(down(hidden), added)
+    language = dataclasses.replace(lvlm.anatomy.language, neurons=("", "", ""))
+    bare = ss.LVLM(lvlm.module, lvlm.processor, verify=False)
+    bare._anatomy = dataclasses.replace(lvlm.anatomy, language=language)
+    says = r"language.mlp_hidden\(0\), but that MLP has no last linear map"
+    with pytest.raises(ModelError, match=says), bare.trace(sample):
+        bare.site("language", 0, "mlp_hidden")
 
 
 @pytest.mark.parametrize(
