@@ -23,10 +23,7 @@ class KurtosisResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenKurtosis(LayerProbe):
-    kernel = staticmethod(kurtosis)
-    result = KurtosisResult
-
+class TokenKurtosis(LayerProbe, kernel=kurtosis, result=KurtosisResult):
     layers: Any = None
     tower: str = "language"
     site: str = "resid_post"

@@ -32,9 +32,13 @@ class LayerProbe(Record):
     fields ``[batch layer ...]`` are stacked over layers and NaN at padding, an int field ``[batch
     query]`` (or pos, row) holds positions, and the others are fields of the probe.
 
+    The following are given behind the base class, as in ``class TokenNorms(LayerProbe,
+    kernel=norms, result=NormResult)``.
+
     Attributes:
-        kernel: The kernel, as a ``staticmethod``.
+        kernel: The kernel.
         result: The class of the result.
+        needs: What a tower must have, see `Probe`.
         over: The field that selects which queries the result has; empty for all of them.
         per_key: Whether the result has a value per key, at decode steps per key of the cache.
     """
@@ -48,6 +52,16 @@ class LayerProbe(Record):
     layers: Any
     tower: Tower
     site: str
+
+    def __init_subclass__(cls, *, kernel: Any = None, **given: Any) -> None:
+        super().__init_subclass__()
+        if unknown := set(given) - {"result", "needs", "over", "per_key"}:
+            raise TypeError(
+                f"Got {unknown} for {cls.__name__}; see LayerProbe for what a class takes."
+            )
+        given |= {} if kernel is None else {"kernel": staticmethod(kernel)}
+        for name, value in given.items():
+            setattr(cls, name, value)
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
