@@ -17,7 +17,6 @@ from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
 from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
 from sinkscope.results import Record, Result
-from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +50,7 @@ class TowerCalibration(Record):
         reason: One sentence.
     """
 
-    tower: Tower
+    tower: str
     detector: Detector
     score: str | None = None
     dims: tuple[int, ...] = ()
@@ -200,13 +199,13 @@ def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
 
 
 def _first_look(
-    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[str], remote: Any
+    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[Any], remote: Any
 ) -> dict[Any, _Look]:
     """Spikes and attention of each tower, and the tokens that have both."""
     probes: dict[Any, Any] = {}
     for tower in towers:
         layers, anatomy = judged_layers(lvlm, tower), lvlm.anatomy.tower(tower)
-        probes[tower] = rule.probe(anatomy.tower, layers, anatomy)
+        probes[tower] = rule.probe(tower, layers, anatomy)
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
     found = {tower: run[probe] for tower, probe in probes.items()}
     return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}

@@ -71,7 +71,7 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
         rows = places[None].expand(first.shape[0], -1)
     out = []
     for part in rows.split(16, dim=1):
-        onehot, total = (part[..., None] == places).float(), 0
+        onehot, total = (part[..., None] == places).float(), torch.zeros(())
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True):
             weights = weigh_queries(call, onehot[..., q_at:q_to], null=null).clamp(min=0)
             named, rest = arguments(call)

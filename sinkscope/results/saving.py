@@ -169,7 +169,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     out = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         out.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        out.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        out.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return out.hexdigest()
 
 
