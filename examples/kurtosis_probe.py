@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.probes import LayerProbe, Result
+from sinkscope.sites import Tower
 
 
 def kurtosis(states, state):
@@ -23,10 +24,7 @@ class KurtosisResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenKurtosis(LayerProbe):
-    kernel = staticmethod(kurtosis)
-    result = KurtosisResult
-
+class TokenKurtosis(LayerProbe, kernel=kurtosis, result=KurtosisResult):
     layers: Any = None
-    tower: str = "language"
+    tower: Tower = "language"
     site: str = "resid_post"

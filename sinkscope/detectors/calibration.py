@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
 from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
 from sinkscope.results import Record, Result
-from sinkscope.sites import Tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +50,7 @@ class TowerCalibration(Record):
         reason: One sentence.
     """
 
-    tower: Tower
+    tower: str
     detector: Detector
     score: str | None = None
     dims: tuple[int, ...] = ()
@@ -103,9 +102,7 @@ class Calibration(Result):
         """One line per tower."""
         import pandas as pd
 
-        columns = [f.name for f in fields(TowerCalibration) if f.name != "detector"]
-        towers = (self.vision, self.language)
-        return pd.DataFrame([{c: getattr(tower, c) for c in columns} for tower in towers])
+        return pd.DataFrame([vars(self.vision), vars(self.language)]).drop(columns="detector")
 
     def __repr__(self) -> str:
         return (
@@ -144,23 +141,19 @@ def calibrate(
     remote: bool | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """This model's thresholds, and its sink channels where channels separate best.
+    """Find this model's thresholds, and its sink channels where channels separate best.
 
     Two forward passes per sample, or one where no token is a sink.
 
     Args:
         lvlm: The model.
-        samples: A few samples with different images, better of different kinds; six to eight is
-            customary.
+        samples: Samples with different images, better of different kinds; six to eight are customary.
         draws: See `detectors.Gap`.
         spike: ``medians`` of `detectors.Gap`: least multiple of the layer's median ``|h|``.
         max_dims: The most channels to keep per tower.
         towers: The towers to look at, if not both; the other one has no rule then.
         remote: See `LVLM.run`.
         progress: Whether to show a progress bar; None shows it from four samples on.
-
-    Returns:
-        Detectors with the evidence they rest on.
 
     Raises:
         CalibrationError: If there is no sample or no such tower, or ``max_dims`` is no positive number.
@@ -206,16 +199,15 @@ def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
 
 
 def _first_look(
-    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[str], remote: Any
+    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[Any], remote: Any
 ) -> dict[Any, _Look]:
     """Spikes and attention of each tower, and the tokens that have both."""
-    names: list[Any] = list(dict.fromkeys(towers))
-    probes = {
-        tower: rule.probe(tower, judged_layers(lvlm, tower), lvlm.anatomy.tower(tower))
-        for tower in names
-    }
+    probes: dict[Any, Any] = {}
+    for tower in towers:
+        layers, anatomy = judged_layers(lvlm, tower), lvlm.anatomy.tower(tower)
+        probes[tower] = rule.probe(tower, layers, anatomy)
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
-    found: dict[Any, Any] = {tower: run[probe] for tower, probe in probes.items()}
+    found = {tower: run[probe] for tower, probe in probes.items()}
     return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}
 
 
@@ -236,7 +228,7 @@ def _second_look(
 ) -> dict[Any, _Look]:
     """RMS scores of the candidate channels at every token, in both towers."""
     probes = {}
-    for tower in (tower for tower, some in channels.items() if some):
+    for tower in filter(channels.get, channels):
         site, layers = STATE_SITE[tower], judged_layers(lvlm, tower)
         values = ChannelValues(channels[tower], layers, tower, (site,))
         probes[tower] = values, TokenNorms(layers, tower, site)
@@ -256,10 +248,7 @@ class _Separation:
     low: dict[int, float]
     high: dict[int, float]
     elsewhere: float  # the highest score in layers without sinks
-
-    @property
-    def gaps(self) -> dict[int, float]:
-        return {layer: self.low[layer] / max(self.high[layer], 1e-30) for layer in self.low}
+    gaps: dict[int, float]
 
     @property
     def clear(self) -> tuple[int, ...]:
@@ -274,10 +263,7 @@ class _Separation:
 def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
     """Robust lowest score of the sinks and highest of the others, by layer.
 
-    Args:
-        looks: The samples.
-        scores: Their scores, ``[row layer pos]``.
-        floor: What an isotropic state shows: others are never taken for less.
+    Scores are ``[row layer pos]`` of every sample; others are never taken for less than ``floor``.
     """
     low, high, elsewhere = {}, {}, floor
     both = list(zip(scores, looks, strict=True))
@@ -285,36 +271,29 @@ def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separ
         sinks = torch.cat([s[:, i][look.sinks[:, i]] for s, look in both])
         others = torch.cat([s[:, i][look.others[:, i]] for s, look in both])
         allowed = int(MISSED * len(sinks))
-        top = others.sort(descending=True).values[allowed : allowed + 1].tolist()
-        highest = max([floor, *top])
+        highest = max([floor, *others.sort(descending=True).values[allowed : allowed + 1].tolist()])
         if len(sinks):
             low[layer], high[layer] = float(sinks.sort().values[allowed]), highest
         else:
             elsewhere = max(elsewhere, highest)
-    return _Separation(low, high, elsewhere)
+    gaps = {layer: low[layer] / max(high[layer], 1e-30) for layer in low}
+    return _Separation(low, high, elsewhere, gaps)
 
 
 def _conclude(
     tower: TowerAnatomy, rule: Gap, channels: list[int], looks: list[_Look], max_dims: int
 ) -> TowerCalibration:
     """The score that separates best, with its limits."""
-    name: Any = tower.tower
     count = sum(int(look.sinks.sum()) for look in looks)
     if not count:
-        text = outcome_of(rule, [look.evidence for look in looks], name).text
-        return TowerCalibration(name, NoSinks(text), reason=text)
-    scores = {
-        "ratio": [look.evidence.medians() for look in looks],
-        "absolute": [look.evidence.massive.values[..., 0].abs() for look in looks],
-    }
+        text = outcome_of(rule, [look.evidence for look in looks], tower.tower).text
+        return TowerCalibration(tower.tower, NoSinks(text), reason=text)
     order = _separating_channels(looks, max_dims)
-    if order:
-        scores = {"channels": [look.peaks(order) for look in looks]} | scores
-    floor = expected_peak(max(1, len(order)))
-    found = {
-        score: separation(looks, values, floor if score == "channels" else 0.0)
-        for score, values in scores.items()
-    }
+    scores = {"channels": [look.peaks(order) for look in looks]} if order else {}
+    scores["ratio"] = [look.evidence.medians() for look in looks]
+    scores["absolute"] = [look.evidence.massive.values[..., 0].abs() for look in looks]
+    floors = {"channels": expected_peak(max(1, len(order)))}
+    found = {one: separation(looks, s, floors.get(one, 0.0)) for one, s in scores.items()}
     gaps = {score: min(one.gaps.values()) for score, one in found.items()}
     score = max(found, key=lambda one: found[one].quality)
     best = found[score]
@@ -324,7 +303,7 @@ def _conclude(
             f"{count} instances spike and draw attention, but no score separates them from the other "
             f"tokens by a factor of {DISTINCT}: {listed}"
         )
-        return TowerCalibration(name, NoSinks(text), instances=count, gaps=gaps, reason=text)
+        return TowerCalibration(tower.tower, NoSinks(text), instances=count, gaps=gaps, reason=text)
     dims = tuple(channels[i] for i in order) if score == "channels" else ()
     at = min(best.clear, key=lambda layer: best.gaps[layer])
     detector, tau = _rule(score, dims, best, tower.n_layers)
@@ -334,20 +313,8 @@ def _conclude(
         f"{len(best.low)} layers, by a factor of {low / high:.2f} in the narrowest (layer {at}): the "
         f"lowest scores {low:.2f}, the highest other token {high:.2f}"
     )
-    return TowerCalibration(
-        name,
-        detector,
-        score,
-        dims,
-        tau,
-        low,
-        high,
-        max(0.0, 1 - high / low),
-        count,
-        best.clear,
-        gaps,
-        reason,
-    )
+    measured = (score, dims, tau, low, high, max(0.0, 1 - high / low))
+    return TowerCalibration(tower.tower, detector, *measured, count, best.clear, gaps, reason)
 
 
 def _separating_channels(looks: list[_Look], most: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,7 +54,7 @@ class Detector(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Detection(Result):
+class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
     """The tokens a detector flags.
 
     Attributes:
@@ -70,7 +70,6 @@ class Detection(Result):
         warnings: What a reader must know before using the mask.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"score": "scores", "flagged": "mask"}
     detector: str
     tower: Tower
     layers: tuple[int, ...]
@@ -224,13 +223,10 @@ def detect_all(
     Args:
         lvlm: The model.
         sample: The sample.
-        detectors: Name -> detector.
+        detectors: Name -> detector, and so the detections.
         tower: Where to look.
         layers: Block indices, or None for all.
         remote: See `LVLM.run`.
-
-    Returns:
-        Name -> detection.
     """
     anatomy = lvlm.anatomy.tower(tower)
     probes = {

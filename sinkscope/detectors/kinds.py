@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,16 +60,14 @@ class VisionTokens(Rule):
             )
         return _KindProbe(self.kind, layers)
 
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """Between 0 and 1."""
-        return torch.full(scores.shape[:2], 0.5)
+    def _limit(self) -> float:
+        return 0.5
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """0: without such a token nothing is flagged."""
         return 0.0
 
-    def rule(self) -> dict[str, Any]:
-        """See `Rule.rule`."""
+    def _plain(self) -> dict[str, Any]:
         return {"how": "all"}
 
 
@@ -123,10 +121,9 @@ def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kinds(Result):
+class _Kinds(Result, columns={"score": "scores"}):
     """Scores of 0 and 1, NaN at padding."""
 
-    columns: ClassVar[Mapping[str, str]] = {"score": "scores"}
     scores: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
 
@@ -187,23 +184,21 @@ class RandomTokens(Rule):
         ranks = torch.stack([hashed(peaks, alive, self.seed) for peaks, alive in layers], dim=1)
         return (-ranks.float()).masked_fill(~live, float("nan"))
 
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """Minus the count."""
-        return torch.full(scores.shape[:2], -float(self.count))
+    def _limit(self) -> float:
+        return -float(self.count)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """Minus the mean rank."""
         return -(result.values.shape[2] - 1) / 2
 
-    def rule(self) -> dict[str, Any]:
-        """See `Rule.rule`."""
+    def _plain(self) -> dict[str, Any]:
         return {"how": "random", "count": self.count, "seed": self.seed}
 
 
 def _alone() -> dict[str, type[Rule]]:
     """Rules that judge every token by itself, so that they can run inside a pass."""
     ours = (cls for name, cls in KNOWN.items() if "." not in name and issubclass(cls, Rule))
-    return {cls.__name__: cls for cls in ours if cls.rule is not Rule.rule}
+    return {cls.__name__: cls for cls in ours if cls._plain is not Rule._plain}
 
 
 def describe(detector: Any) -> dict[str, Any]:
@@ -213,7 +208,7 @@ def describe(detector: Any) -> dict[str, Any]:
         DetectorError: If it judges tokens by one another, or by attention.
     """
     name = type(detector).__name__
-    if _alone().get(name) is not type(detector) or detector.rule() is None:
+    if _alone().get(name) is not type(detector) or detector._plain() is None:
         raise DetectorError(
             f"Got {detector!r} for a gate; expected a rule that judges every token by itself, "
             f"because it runs inside the pass: one of {sorted(_alone())} with numbers. Write "
@@ -244,4 +239,4 @@ def detector_of(data: Mapping[str, Any]) -> Any:
 
 def rule_of(data: Mapping[str, Any]) -> Any:
     """The rule of `sinkscope.kernels.gating` for the plain data of `describe`."""
-    return detector_of(data).rule()
+    return detector_of(data)._plain()

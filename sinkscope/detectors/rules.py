@@ -53,10 +53,14 @@ class Rule(Record):
         return getattr(result, self.score_field)
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """The threshold of every row and layer."""
-        return torch.full(scores.shape[:2], float(getattr(self, self.limit_field)))
+        """The threshold of every row and layer, ``[batch layer]``."""
+        return torch.full(scores.shape[:2], self._limit())
 
-    def rule(self) -> dict[str, Any] | None:
+    def _limit(self) -> float:
+        """The one threshold."""
+        return float(getattr(self, self.limit_field))
+
+    def _plain(self) -> dict[str, Any] | None:
         """The rule as `sinkscope.kernels.gating` takes it; None if tokens are not judged alone."""
         return None
 
@@ -110,8 +114,7 @@ class SinkDimensions(Rule):
         """``E max of |dims| half-normals``."""
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
-    def rule(self) -> dict[str, Any]:
-        """See `Rule.rule`."""
+    def _plain(self) -> dict[str, Any]:
         rms, dims = self.normalize == "rms", [int(dim) for dim in self.dims]
         tau = float(self.tau)
         return {"how": "dims", "dims": dims, "tau": tau, "rms": rms, "strict": self.strict}
@@ -154,8 +157,7 @@ class Massive(Rule):
         """Peak over median of D half-normals, times the mean median."""
         return expected_peak(anatomy.d_model) / 0.6745 * float(result.median.nanmean())
 
-    def rule(self) -> dict[str, Any]:
-        """See `Rule.rule`."""
+    def _plain(self) -> dict[str, Any]:
         limits = {"absolute": float(self.absolute), "ratio": float(self.ratio)}
         return {"how": "massive", **limits, "strict": self.strict}
 
@@ -218,8 +220,7 @@ class Norm(NormRule):
             return torch.tensor(float("inf"))
         return ((upper[at] + upper[at + 1]) / 2).exp()
 
-    def rule(self) -> dict[str, Any] | None:
-        """See `Rule.rule`; None for ``"valley"`` and ``"3sigma"``."""
+    def _plain(self) -> dict[str, Any] | None:
         if isinstance(self.tau, str):
             return None
         return {"how": "norm", "tau": float(self.tau), "strict": self.strict}
@@ -265,10 +266,8 @@ class Received(Rule):
         got = result.received if self.times_null is None else result.times_null()
         return got.amax(dim=2) if self.heads == "max" else got.mean(dim=2)
 
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """Epsilon, or the multiple."""
-        limit = self.eps if self.times_null is None else self.times_null
-        return torch.full(scores.shape[:2], float(limit))
+    def _limit(self) -> float:
+        return float(self.eps if self.times_null is None else self.times_null)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """The mean null, or 1 if scores are multiples of it."""
@@ -318,10 +317,8 @@ class NoSinks(NormRule):
             raise DetectorError(f"Got reason={self.reason!r}; expected text.")
         super().__post_init__()
 
-    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
-        """Infinity."""
-        return torch.full(scores.shape[:2], float("inf"))
+    def _limit(self) -> float:
+        return float("inf")
 
-    def rule(self) -> dict[str, Any]:
-        """See `Rule.rule`."""
+    def _plain(self) -> dict[str, Any]:
         return {"how": "none"}

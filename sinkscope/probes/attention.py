@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -40,18 +40,14 @@ def refuse_flash(context: Context, tower: str, what: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class MassResult(Result):
+class MassResult(Result, columns={"mass": "mass", "null": "null"}):
     """Attention mass per key group.
 
     Attributes:
         mass: In [0, 1]; NaN at padding.
         null: Uniform attention under the model's own mask, or None if it was not asked for.
-        groups: The group names, in order.
-        layers: The block indices, in order.
-        queries: The position of every query, -1 padded.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"mass": "mass", "null": "null"}
     mass: Float[Tensor, "batch layer head query group"]
     null: Float[Tensor, "batch layer query group"] | None
     groups: tuple[str, ...]
@@ -100,7 +96,9 @@ class MassResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionMass(AttentionProbe):
+class AttentionMass(
+    AttentionProbe, kernel=kernels.group_mass, result=MassResult, needs="masses", over="queries"
+):
     """How much attention each query pays to each group of keys, per head. Exact.
 
     ``mass[q, g] = sum_{k in g} A[q, k]``, computed as the model's own attention on one-hot values.
@@ -116,11 +114,6 @@ class AttentionMass(AttentionProbe):
         precision: ``"model"`` for the model's dtype, whose rounding in bf16 is about 6e-3, or
             ``"float32"``.
     """
-
-    needs: ClassVar[str] = "masses"
-    kernel: ClassVar[Any] = staticmethod(kernels.group_mass)
-    result: ClassVar[type[Result]] = MassResult
-    over: ClassVar[str] = "queries"
 
     groups: Mapping[str, Selection]
     layers: Any = None
@@ -149,20 +142,18 @@ LEAST_SEEING = 8
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedResult(Result):
+class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
     """Mean attention received by every key.
 
     Attributes:
         received: In [0, 1]; NaN at padding. The published measure: the token's own query counts, so
             the last token of a prompt receives what it gives itself.
         null: The same under uniform attention.
-        layers: The block indices, in order.
         others: If asked for, the mean over the queries of other tokens, in [0, 1]. NaN at padding and
             where fewer than 8 of them see the key.
         others_null: The same under uniform attention.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"received": "received", "null": "null"}
     received: Float[Tensor, "batch layer head key"]
     null: Float[Tensor, "batch layer key"] | None
     layers: tuple[int, ...]
@@ -217,7 +208,9 @@ class ReceivedResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedAttention(AttentionProbe):
+class ReceivedAttention(
+    AttentionProbe, kernel=received, result=ReceivedResult, needs="gradients", per_key=True
+):
     """Mean attention each key receives from the queries that can see it, per head. Exact.
 
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
@@ -231,11 +224,6 @@ class ReceivedAttention(AttentionProbe):
         others: Whether to compute the mean over other tokens' queries too, for `ReceivedResult.excess`
             (one more attention call per layer). It needs the null.
     """
-
-    needs: ClassVar[str] = "gradients"
-    kernel: ClassVar[Any] = staticmethod(received)
-    result: ClassVar[type[Result]] = ReceivedResult
-    per_key: ClassVar[bool] = True
 
     layers: Any = None
     queries: Selection | None = None
@@ -268,24 +256,28 @@ class ReceivedAttention(AttentionProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class PatternResult(Result):
+class PatternResult(Result, columns={"attention": "patterns"}):
     """Attention weights of chosen queries.
 
     Attributes:
         patterns: Rows sum to 1 (less where the model has a learned sink); NaN where a row is absent
             or a key is padding.
-        rows: The positions of the queries, -1 padded.
-        layers: The block indices, in order.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"attention": "patterns"}
     patterns: Float[Tensor, "batch layer head row key"]
     rows: Int[Tensor, "batch row"]
     layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionPatterns(AttentionProbe):
+class AttentionPatterns(
+    AttentionProbe,
+    kernel=kernels.patterns,
+    result=PatternResult,
+    needs="gradients",
+    over="rows",
+    per_key=True,
+):
     """Attention weights of chosen queries, and only those. Exact.
 
     Args:
@@ -293,12 +285,6 @@ class AttentionPatterns(AttentionProbe):
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
-
-    needs: ClassVar[str] = "gradients"
-    kernel: ClassVar[Any] = staticmethod(kernels.patterns)
-    result: ClassVar[type[Result]] = PatternResult
-    over: ClassVar[str] = "rows"
-    per_key: ClassVar[bool] = True
 
     rows: Selection = "last"
     layers: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -100,17 +100,14 @@ def by_key_null(calls, state, rows):  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, eq=False)
-class EntropyResult(Result):
+class EntropyResult(Result, columns={"entropy": "entropy", "null": "null"}):
     """Entropy of attention rows, in nats.
 
     Attributes:
         entropy: From 0 (one group, or one key) to the log of their number; NaN at padding.
         null: The entropy of uniform attention under the model's own mask.
-        layers: The block indices, in order.
-        queries: The position of every query, -1 padded.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"entropy": "entropy", "null": "null"}
     entropy: Float[Tensor, "batch layer head query"]
     null: Float[Tensor, "batch layer query"]
     layers: tuple[int, ...]
@@ -118,7 +115,9 @@ class EntropyResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionEntropy(AttentionProbe):
+class AttentionEntropy(
+    AttentionProbe, kernel=entropy, result=EntropyResult, needs="gradients", over="queries"
+):
     """Shannon entropy of attention by head and query, in nats. Exact, in fp32.
 
     ``-sum_g p_g log p_g`` over the masses of token groups (see `AttentionMass`) and of the rest, that
@@ -132,11 +131,6 @@ class AttentionEntropy(AttentionProbe):
         queries: A selection of queries, or None for all. At a decode step the one query is used.
         tower: ``"language"`` or ``"vision"``.
     """
-
-    needs: ClassVar[str] = "gradients"
-    kernel: ClassVar[Any] = staticmethod(entropy)
-    result: ClassVar[type[Result]] = EntropyResult
-    over: ClassVar[str] = "queries"
 
     groups: Mapping[str, Selection] | None = None
     layers: Any = None

@@ -37,7 +37,6 @@ class EvidenceResult(Result):
         first: Largest channels in the LLM's embeddings, ``[batch 1 pos k]``; None in the vision tower.
         judged: Bool ``[batch pos]``: tokens whose states are compared with one another, that is the
             live tokens of the LLM, and the patches of the vision tower.
-        layers: The block indices, in order.
     """
 
     massive: MassiveResult

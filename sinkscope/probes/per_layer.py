@@ -12,7 +12,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError
 from sinkscope.protocols import Read
-from sinkscope.results import Record, Result, axes_of, mask_padding, stack_layers
+from sinkscope.results import Record, axes_of, mask_padding, stack_layers
 from sinkscope.sites import STATE_SITES, Site, Tower
 
 
@@ -32,22 +32,37 @@ class LayerProbe(Record):
     fields ``[batch layer ...]`` are stacked over layers and NaN at padding, an int field ``[batch
     query]`` (or pos, row) holds positions, and the others are fields of the probe.
 
+    The following are given behind the base class, as in ``class TokenNorms(LayerProbe,
+    kernel=norms, result=NormResult)``.
+
     Attributes:
-        kernel: The kernel, as a ``staticmethod``.
+        kernel: The kernel.
         result: The class of the result.
+        needs: What a tower must have, ``"states"`` if nothing is given.
         over: The field that selects which queries the result has; empty for all of them.
         per_key: Whether the result has a value per key, at decode steps per key of the cache.
     """
 
-    needs: ClassVar[str] = "states"
+    needs: ClassVar[str]
     kernel: ClassVar[Any]
-    result: ClassVar[type[Result]]
+    result: ClassVar[type[Any]]
     over: ClassVar[str] = ""
     per_key: ClassVar[bool] = False
     at_sites: ClassVar[tuple[str, ...]] = STATE_SITES
     layers: Any
     tower: Tower
     site: str
+
+    def __init_subclass__(cls, *, kernel: Any = None, **given: Any) -> None:
+        super().__init_subclass__()
+        if unknown := set(given) - {"result", "needs", "over", "per_key"}:
+            raise TypeError(
+                f"Got {unknown} for {cls.__name__}; see LayerProbe for what a class takes."
+            )
+        given = {"needs": getattr(cls, "needs", "states")} | given
+        given |= {} if kernel is None else {"kernel": staticmethod(kernel)}
+        for name, value in given.items():
+            setattr(cls, name, value)
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
@@ -110,9 +125,8 @@ class LayerProbe(Record):
         return values.masked_fill(gone, float("nan")) if values.is_floating_point() else values
 
 
-class AttentionProbe(LayerProbe):
+class AttentionProbe(LayerProbe, needs="attention"):
     """A probe of attention calls."""
 
-    needs: ClassVar[str] = "attention"
     at_sites: ClassVar[tuple[str, ...]] = ("attention",)
     site: str = "attention"

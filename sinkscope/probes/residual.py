@@ -63,19 +63,15 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveResult(Result):
+class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
     """The largest channels of every token.
 
     Attributes:
         values: Signed, largest magnitude first; NaN at padding.
         channels: Their indices; -1 at padding.
         median: The median of ``|h|`` over live positions and all channels.
-        layers: The block indices, in order.
-        site: Which site was read.
-        positions: -1 where there is none; None for 0, 1, 2, ...
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"value": "values", "channel": "channels"}
     values: Float[Tensor, "batch layer pos k"]
     channels: Int[Tensor, "batch layer pos k"]
     median: Float[Tensor, "batch layer"]
@@ -93,7 +89,7 @@ class MassiveResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class MassiveActivations(LayerProbe):
+class MassiveActivations(LayerProbe, kernel=kernels.massive, result=MassiveResult):
     """The ``k`` largest channels of every token and the layer's median magnitude.
 
     Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median.
@@ -106,9 +102,6 @@ class MassiveActivations(LayerProbe):
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
     """
 
-    kernel: ClassVar[Any] = staticmethod(kernels.massive)
-    result: ClassVar[type[Result]] = MassiveResult
-
     layers: Any = None
     tower: Tower = "language"
     k: int = 4
@@ -120,10 +113,9 @@ class MassiveActivations(LayerProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class NormResult(Result):
+class NormResult(Result, columns={"norm": "norms"}):
     """Token norms: NaN at padding. Fields as in `MassiveResult`."""
 
-    columns: ClassVar[Mapping[str, str]] = {"norm": "norms"}
     norms: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
     site: str
@@ -131,7 +123,7 @@ class NormResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenNorms(LayerProbe):
+class TokenNorms(LayerProbe, kernel=kernels.norms, result=NormResult):
     """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it).
 
     Args:
@@ -140,19 +132,15 @@ class TokenNorms(LayerProbe):
         site: See `MassiveActivations`.
     """
 
-    kernel: ClassVar[Any] = staticmethod(kernels.norms)
-    result: ClassVar[type[Result]] = NormResult
-
     layers: Any = None
     tower: Tower = "language"
     site: str = "resid_post"
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreResult(Result):
+class ScoreResult(Result, columns={"score": "scores"}):
     """One score per token, NaN at padding; ``bound`` is the largest possible one, or None."""
 
-    columns: ClassVar[Mapping[str, str]] = {"score": "scores"}
     scores: Float[Tensor, "batch layer pos"]
     layers: tuple[int, ...]
     bound: float | None = None
@@ -160,7 +148,7 @@ class ScoreResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class SinkDimensionScores(LayerProbe):
+class SinkDimensionScores(LayerProbe, kernel=kernels.dimension_scores, result=ScoreResult):
     """The sink-dimension value of every token.
 
     ``max_{d in dims} |h_d|``, divided by ``rms(h) = sqrt(mean_d h_d^2 + 1e-6)`` if
@@ -174,9 +162,6 @@ class SinkDimensionScores(LayerProbe):
         normalize: ``"rms"`` or ``"none"``.
         site: See `MassiveActivations`; the default is what the block's attention reads.
     """
-
-    kernel: ClassVar[Any] = staticmethod(kernels.dimension_scores)
-    result: ClassVar[type[Result]] = ScoreResult
 
     dims: Sequence[int]
     layers: Any = None
@@ -196,7 +181,7 @@ class SinkDimensionScores(LayerProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class CosineToFirst(LayerProbe):
+class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
     """Absolute cosine of every token with the row's first live token (BOS, or CLS in the ViT).
 
     Secondary sinks copy the direction of the first one. The result is a `ScoreResult` in [0, 1].
@@ -208,8 +193,6 @@ class CosineToFirst(LayerProbe):
         site: See `MassiveActivations`.
     """
 
-    kernel: ClassVar[Any] = staticmethod(kernels.cosine_to)
-    result: ClassVar[type[Result]] = ScoreResult
     bound: ClassVar[float] = 1.0
 
     layers: Any = None
@@ -221,10 +204,9 @@ class CosineToFirst(LayerProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class StateResult(Result):
+class StateResult(Result, columns={"value": "states"}):
     """Whole states: NaN at padding and at tokens not chosen. Fields as in `MassiveResult`."""
 
-    columns: ClassVar[Mapping[str, str]] = {"value": "states"}
     states: Float[Tensor, "batch layer pos d_model"]
     layers: tuple[int, ...]
     site: str
@@ -233,7 +215,7 @@ class StateResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualStates(LayerProbe):
+class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     """The states themselves, for patching into another run or training probes on them.
 
     The one probe whose result is large: ``batch x layers x positions x d_model`` numbers.
@@ -244,9 +226,6 @@ class ResidualStates(LayerProbe):
         tower: ``"language"`` or ``"vision"``.
         site: See `MassiveActivations`.
     """
-
-    kernel: ClassVar[Any] = staticmethod(kernels.keep)
-    result: ClassVar[type[Result]] = StateResult
 
     tokens: Selection = "all"
     layers: Any = None

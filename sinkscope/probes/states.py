@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,18 +22,13 @@ from sinkscope.tokens import Selection
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelResult(Result):
+class ChannelResult(Result, columns={"value": "values"}):
     """Values of chosen channels at chosen sites.
 
     Attributes:
         values: Signed; NaN at padding.
-        sites: The site names, in order.
-        channels: The channel indices, in order.
-        layers: The block indices, in order.
-        positions: -1 where there is none; None for 0, 1, 2, ...
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"value": "values"}
     values: Float[Tensor, "batch layer site pos channel"]
     sites: tuple[str, ...]
     channels: tuple[int, ...]
@@ -42,7 +37,7 @@ class ChannelResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelValues(LayerProbe):
+class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
     """Signed values of chosen channels before, in and after every block.
 
     ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` show which half
@@ -55,14 +50,11 @@ class ChannelValues(LayerProbe):
         sites: Which sites to read.
     """
 
-    kernel: ClassVar[Any] = staticmethod(kernels.channels)
-    result: ClassVar[type[Result]] = ChannelResult
-
     channels: Sequence[int]
     layers: Any = None
     tower: Tower = "language"
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    site: str = field(default="resid_pre", init=False)  # under which `finish` stacks
+    site = "resid_pre"  # under which `finish` stacks; no field
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer and site."""
@@ -84,18 +76,14 @@ class ChannelValues(LayerProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupMeansResult(Result):
+class GroupMeansResult(Result, columns={"value": "means", "count": "count"}):
     """The mean state of every token group.
 
     Attributes:
         means: NaN where a row has no token of the group.
         count: How many tokens the mean is over.
-        groups: The group names, in order.
-        layers: The block indices, in order.
-        site: Which site was read.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"value": "means", "count": "count"}
     means: Float[Tensor, "batch layer group d_model"]
     count: Int[Tensor, "batch layer group"]
     groups: tuple[str, ...]
@@ -104,7 +92,7 @@ class GroupMeansResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupMeans(LayerProbe):
+class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult):
     """The mean state of token groups: what a linear probe of a group is trained on.
 
     The mean is taken inside the forward pass in fp32, so that ``batch x layers x groups x d_model``
@@ -118,9 +106,6 @@ class GroupMeans(LayerProbe):
         tower: ``"language"`` or ``"vision"``.
         site: See `MassiveActivations`; the default is what the block's attention reads.
     """
-
-    kernel: ClassVar[Any] = staticmethod(kernels.group_means)
-    result: ClassVar[type[Result]] = GroupMeansResult
 
     groups: Mapping[str, Selection]
     layers: Any = None
@@ -142,18 +127,15 @@ class GroupMeans(LayerProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class LensResult(Result):
+class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
     """What the LM head reads from intermediate states.
 
     Attributes:
         tokens: Token ids, most likely first; -1 padded.
         logprobs: In nats.
         entropy: In nats.
-        positions: -1 padded.
-        layers: The block indices, in order.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"token": "tokens", "logprob": "logprobs"}
     tokens: Int[Tensor, "batch layer row k"]
     logprobs: Float[Tensor, "batch layer row k"]
     entropy: Float[Tensor, "batch layer row"]
@@ -162,7 +144,7 @@ class LensResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class LogitLens(LayerProbe):
+class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
     """The model's final norm and LM head applied to intermediate states of the decoder.
 
     nostalgebraist (2020). For visual tokens the lens shows what a sink would say.
@@ -173,11 +155,6 @@ class LogitLens(LayerProbe):
         k: How many tokens to keep.
         site: See `MassiveActivations`.
     """
-
-    needs: ClassVar[str] = "head"
-    kernel: ClassVar[Any] = staticmethod(kernels.lens)
-    result: ClassVar[type[Result]] = LensResult
-    over: ClassVar[str] = "positions"
 
     positions: Selection = "last"
     layers: Any = None

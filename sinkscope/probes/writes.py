@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,16 +58,14 @@ def over_others(norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class WriteResult(Result):
+class WriteResult(Result, columns={"norm": "norms"}):
     """Writes of every key and head.
 
     Attributes:
         norms: ``||D W_O^h v_j||_2``; NaN at padding.
         stable_rank: Of the head's outputs, at least 1.
-        layers: The block indices, in order.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"norm": "norms"}
     norms: Float[Tensor, "batch layer head key"]
     stable_rank: Float[Tensor, "batch layer head"]
     layers: tuple[int, ...]
@@ -78,7 +76,13 @@ class WriteResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class HeadWrites(AttentionProbe):
+class HeadWrites(
+    AttentionProbe,
+    kernel=kernels.head_writes,
+    result=WriteResult,
+    needs="head_writes",
+    per_key=True,
+):
     """What every key would add to the residual stream, per head, were it fully attended.
 
     Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
@@ -93,11 +97,6 @@ class HeadWrites(AttentionProbe):
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
-
-    needs: ClassVar[str] = "head_writes"
-    kernel: ClassVar[Any] = staticmethod(kernels.head_writes)
-    result: ClassVar[type[Result]] = WriteResult
-    per_key: ClassVar[bool] = True
 
     layers: Any = None
     tower: Tower = "language"
@@ -117,10 +116,9 @@ class HeadWrites(AttentionProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class ValueNormResult(Result):
+class ValueNormResult(Result, columns={"norm": "norms"}):
     """Norms of the value vectors, NaN at padding."""
 
-    columns: ClassVar[Mapping[str, str]] = {"norm": "norms"}
     norms: Float[Tensor, "batch layer kv_head pos"]
     layers: tuple[int, ...]
 
@@ -134,7 +132,9 @@ class ValueNormResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ValueNorms(AttentionProbe):
+class ValueNorms(
+    AttentionProbe, kernel=attention_kernels.value_norms, result=ValueNormResult, per_key=True
+):
     """L2 norm of every value vector, after the run's edits. With GQA there is one per key-value head.
 
     An edit of values for some heads or queries beside it is refused: there is not one value per key.
@@ -144,32 +144,27 @@ class ValueNorms(AttentionProbe):
         tower: ``"language"`` or ``"vision"``.
     """
 
-    kernel: ClassVar[Any] = staticmethod(attention_kernels.value_norms)
-    result: ClassVar[type[Result]] = ValueNormResult
-    per_key: ClassVar[bool] = True
-
     layers: Any = None
     tower: Tower = "language"
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionValueResult(Result):
+class AttentionValueResult(Result, columns={"value": "values"}):
     """Whole value vectors of chosen tokens.
 
     Attributes:
         values: NaN at padding and at tokens not chosen.
-        layers: The block indices, in order.
-        tower: Which tower was read.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"value": "values"}
     values: Float[Tensor, "batch layer kv_head pos d_head"]
     layers: tuple[int, ...]
     tower: Tower
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionValues(AttentionProbe):
+class AttentionValues(
+    AttentionProbe, kernel=attention_kernels.values, result=AttentionValueResult, per_key=True
+):
     """The value vectors that attention reads, for replacing or patching them in another run.
 
     With GQA there is one per key-value head. At a decode step they are those of every key in the
@@ -182,10 +177,6 @@ class AttentionValues(AttentionProbe):
         tokens: Which tokens of the prompt to keep.
         tower: ``"language"`` or ``"vision"``.
     """
-
-    kernel: ClassVar[Any] = staticmethod(attention_kernels.values)
-    result: ClassVar[type[Result]] = AttentionValueResult
-    per_key: ClassVar[bool] = True
 
     layers: Any = None
     tokens: Selection = "all"
@@ -202,18 +193,14 @@ class AttentionValues(AttentionProbe):
 
 
 @dataclass(frozen=True, eq=False)
-class ContributionResult(Result):
+class ContributionResult(Result, columns={"norm": "norms"}):
     """What each key group writes into the residual stream.
 
     Attributes:
         norms: L2 norm of the group's write over all heads.
         per_head: The same for each head alone.
-        groups: The group names.
-        layers: The block indices, in order.
-        positions: The position of every query, -1 where there is none.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"norm": "norms"}
     norms: Float[Tensor, "batch layer query group"]
     per_head: Float[Tensor, "batch layer head query group"]
     groups: tuple[str, ...]
@@ -222,7 +209,12 @@ class ContributionResult(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ContributionNorms(AttentionProbe):
+class ContributionNorms(
+    AttentionProbe,
+    kernel=kernels.contribution_norms,
+    result=ContributionResult,
+    needs="contributions",
+):
     """How much each group of keys adds to the residual stream through attention. Exact.
 
     ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
@@ -238,10 +230,6 @@ class ContributionNorms(AttentionProbe):
         layers: Block indices, or None for all.
         tower: ``"language"`` or ``"vision"``.
     """
-
-    needs: ClassVar[str] = "contributions"
-    kernel: ClassVar[Any] = staticmethod(kernels.contribution_norms)
-    result: ClassVar[type[Result]] = ContributionResult
 
     groups: Mapping[str, Selection]
     layers: Any = None

@@ -39,15 +39,19 @@ AXES = re.compile(r"""Tensor, ["']([^"']+)["']\]""")
 class Result(Record):
     """A frozen dataclass of tensors whose jaxtyping annotations name the axes.
 
+    ``layers`` are block indices in order, ``groups`` names in order; ``positions``, ``queries`` or
+    ``rows`` hold the position of every query, -1 where there is none, or None for 0, 1, 2, ...
+
     Attributes:
-        columns: Column of the table -> field; the first field gives the axes of the table. Without
-            it the table holds the first field with axes.
+        columns: Column of the table -> field, given as ``class NormResult(Result, columns={"norm":
+            "norms"})``; the first field gives the axes, and without any it is the first with axes.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls, *, columns: Mapping[str, str] | None = None) -> None:
+        super().__init_subclass__()
+        cls.columns = cls.columns if columns is None else columns
         cls.__repr__ = cls.__repr__  # so that @dataclass writes none, which would print all numbers
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -29,8 +29,8 @@ KNOWN: dict[str, type] = {"Site": Site}
 class Record:
     """A dataclass that a file may hold: `load` knows its class by name."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         KNOWN[name_of(cls)] = cls
 
 

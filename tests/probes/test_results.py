@@ -61,7 +61,7 @@ def test_texts_of_runs_and_detections_are_short(tiny, batch, run, edit):
     for one in (run, run.effects[edit], found, ss.calibrate(lvlm, [sample]), generation):
         assert len(repr(one)) <= 200
         assert one._repr_html_().count("<tr") <= 50
-    assert "results {LogitLens, AttentionMass, AttentionMass_1," in repr(run)
+    assert "results {LogitLens, AttentionEntropy, AttentionEntropy_1," in repr(run)
     assert repr(generation).endswith("steps 2 x Run)")
     parts = run.to_dataframe().set_index("part")["content"]
     assert parts["results['LogitLens']"].startswith("LensResult(tokens [batch 2, layer 3,")
@@ -110,7 +110,7 @@ def test_every_kind_of_value_comes_back(tmp_path, dtype):
 def test_a_run_comes_back_bit_for_bit(run, saved, edit):
     again = load_run(saved)
     assert again.names == run.names
-    assert run.names[:3] == ("LogitLens", "AttentionMass", "AttentionMass_1")
+    assert run.names[:3] == ("LogitLens", "AttentionEntropy", "AttentionEntropy_1")
     assert torch.equal(again.logits, run.logits)
     for name, probe in zip(run.names, PROBES, strict=True):
         assert run[name] is run[probe]
