@@ -37,15 +37,15 @@ class Model(Protocol):
         """What it is made of, an `Anatomy`."""
 
     @property
-    def prepare(self) -> Callable[..., Any]:
+    def prepare(self) -> Any:
         """`LVLM.prepare`."""
 
     @property
-    def run(self) -> Callable[..., Any]:
+    def run(self) -> Any:
         """`LVLM.run`."""
 
     @property
-    def generate(self) -> Callable[..., Any]:
+    def generate(self) -> Any:
         """`LVLM.generate`."""
 
 
@@ -72,12 +72,15 @@ class Probe(Protocol):
     @property
     def tower(self) -> str:
         """The tower whose steps matter: vision probes run on the prompt only."""
+        ...
 
     def reads(self, context: Context) -> Sequence[Read]:
         """What to read; raises if the parameters do not fit the model or the sample."""
+        ...
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Result:
         """From the kernels' small tensors to the typed result."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +118,16 @@ class Intervention(Protocol):
     @property
     def steps(self) -> str:
         """``"all"``, ``"prefill"`` or ``"decode"``."""
+        ...
 
     @property
     def allow_noop(self) -> bool:
         """Whether touching nothing is fine; else it raises."""
+        ...
 
     def edits(self, context: Context) -> Sequence[Edit]:
         """What to edit at this step; raises if the parameters do not fit the model or the sample."""
+        ...
 
 
 class BaseIntervention:
@@ -130,8 +136,8 @@ class BaseIntervention:
     Attributes:
         needs: What it needs of a tower, a name that `LVLM.report` knows.
         changes_positions_of: The tower to which it adds positions, if there is one.
-        tower: A field: the tower it edits; none is ``"language"``.
-        layers: A field: the blocks it edits; none is all, as None.
+        tower: The tower it edits, a field; ``"language"`` without.
+        layers: The blocks it edits, a field; all without, or if None.
     """
 
     needs: ClassVar[str] = ""
@@ -165,8 +171,7 @@ class Effect(Result):
         kl: Float ``[batch]``: KL(unedited || edited) of the next token, if it was asked for; all
             interventions of the run together.
         step: 0 for a prompt, 1, 2, ... for decode steps.
-        extra: What the kernel told besides, by name, ``[batch site ...]``: a gate's
-            ``"coefficients"`` ``[batch site group]``.
+        extra: What the kernel told besides, ``[batch site ...]``: a gate's ``"coefficients"``.
     """
 
     sites: tuple[Site, ...]

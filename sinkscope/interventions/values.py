@@ -178,10 +178,12 @@ class Holder(Protocol):
     @property
     def results(self) -> Mapping[Any, Any]:
         """Results by probe."""
+        ...
 
     @property
     def step(self) -> int:
         """0 for a prompt."""
+        ...
 
 
 def check_patch_site(site: Any) -> str:
