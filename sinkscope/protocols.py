@@ -39,17 +39,17 @@ class Model(Protocol):
         ...
 
     @property
-    def prepare(self) -> Callable[..., Any]:
+    def prepare(self) -> Any:
         """`LVLM.prepare`."""
         ...
 
     @property
-    def run(self) -> Callable[..., Any]:
+    def run(self) -> Any:
         """`LVLM.run`."""
         ...
 
     @property
-    def generate(self) -> Callable[..., Any]:
+    def generate(self) -> Any:
         """`LVLM.generate`."""
         ...
 
@@ -141,8 +141,8 @@ class BaseIntervention:
     Attributes:
         needs: What it needs of a tower, a name that `LVLM.report` knows.
         changes_positions_of: The tower to which it adds positions, if there is one.
-        tower: A field: the tower it edits; none is ``"language"``.
-        layers: A field: the blocks it edits; none is all, as None.
+        tower: The tower it edits, a field; ``"language"`` without.
+        layers: The blocks it edits, a field; all without, or if None.
     """
 
     needs: ClassVar[str] = ""
@@ -176,8 +176,7 @@ class Effect(Result):
         kl: Float ``[batch]``: KL(unedited || edited) of the next token, if it was asked for; all
             interventions of the run together.
         step: 0 for a prompt, 1, 2, ... for decode steps.
-        extra: What the kernel told besides, by name, ``[batch site ...]``: a gate's
-            ``"coefficients"`` ``[batch site group]``.
+        extra: What the kernel told besides, ``[batch site ...]``: a gate's ``"coefficients"``.
     """
 
     sites: tuple[Site, ...]

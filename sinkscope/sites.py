@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError, nearest
 
 Tower = Literal["vision", "projector", "language"]
@@ -46,10 +47,7 @@ class Site:
     layer: int = 0
 
     def __post_init__(self) -> None:
-        if self.tower not in TOWERS:
-            raise ProbeError(
-                f"Got tower={self.tower!r}; expected one of {TOWERS}. {nearest(self.tower, TOWERS)}"
-            )
+        check_choice(TOWERS, error=ProbeError, tower=self.tower)
         known = PROJECTOR_SITES if self.tower == "projector" else BLOCK_SITES
         if self.name not in known:
             raise ProbeError(

@@ -134,8 +134,8 @@ class Redistribute(BaseIntervention):
         tower = context.tower(self.tower)
         check_maskable(tower, needs_a_mask(tower), "Redistribute")
         source, target = self._ends(context)
-        given: dict[str, Any] = {"recycle": recycle}
         masks = {"source": source & (recycle != 0), "target": target}
+        given: dict[str, Any] = {"recycle": recycle}
         it = self._checked_queries(context)
         if self.select is not None:
             masks["visual_sinks"] = sinks = selected(

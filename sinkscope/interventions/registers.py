@@ -198,7 +198,8 @@ class TestTimeRegister(BaseIntervention):
 
     def _feeding(self, context: Context) -> int:
         """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
-        if len(context.anatomy.feed_layers) > 1:
+        *before, last = context.anatomy.feed_layers
+        if before:
             raise ModelError(
                 f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
                 "would reach it through the earlier ones."
@@ -208,7 +209,7 @@ class TestTimeRegister(BaseIntervention):
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
                 "neurons. Registers need neurons."
             )
-        return max(context.anatomy.feed_layers)
+        return last
 
     def _neurons(self, context: Context, layer: int) -> list[int]:
         """The neurons of one layer; InterventionError if there is none, or one is out of range."""

@@ -168,14 +168,9 @@ class PatchActivations(BaseIntervention):
         check_finite(donor, mask, layers, 2)
         if context.step:
             return []
-        layout = context.layout(self.tower)
-        edits = []
-        for i, layer in enumerate(layers):
-            given: dict[str, Any] = {
-                "mask": at_layer(mask, layer),
-                "donor": donor[:, i].nan_to_num(),
-            }
-            given["layout"] = layout
+        shared, edits = {"layout": context.layout(self.tower)}, []
+        for layer, one in zip(layers, donor.unbind(1), strict=True):
+            given = {**shared, "mask": at_layer(mask, layer), "donor": one.nan_to_num()}
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits
 

@@ -216,14 +216,8 @@ def shared_null(state, call, mark, make):
 def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout=None):
     """Attention mass on each key group, per head and query, and its null.
 
-    Args:
-        calls: See the module, as for ``state`` and ``layout``.
-        state: See above.
-        groups: ``[batch key group]`` one-hot (or any weights).
-        rows: ``[batch row]`` query rows to keep, -1 where absent, or None for all.
-        null: Whether to compute the null.
-        float32: Whether to compute in fp32.
-        layout: See above.
+    ``groups`` ``[batch key group]`` are one-hot, or any weights; of the queries only ``rows`` ``[batch row]``
+    are kept, -1 where absent, if there are any.
 
     Returns:
         ``{"mass": [batch head query group], "null": [batch query group]}``.

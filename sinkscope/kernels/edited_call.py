@@ -78,13 +78,8 @@ def keys_of_call(x, span, n_keys, state, fill=0):
 def reach(call, keys, live, rows, heads, spare_empty):
     """Which rows and heads an edit touches: the selected ones that see an edited key.
 
-    Args:
-        call: The call.
-        keys: ``[batch key]`` bool: the edited keys.
-        live: ``[batch query]`` bool.
-        rows: ``[batch query]`` bool: the selected queries, or None.
-        heads: Selected query heads, or None.
-        spare_empty: Whether rows that see edited keys only are left as they are.
+    ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None; with
+    ``spare_empty`` rows that see edited keys only are left as they are.
 
     Returns:
         ``(gate [batch query head 1], empty rows [batch query])``.
@@ -119,13 +114,9 @@ def with_change(call, state, gate, change):
 def effect_of(before, after, gate, keys, empty, measure):
     """What an edit did: rows touched, rows left empty, attention on the keys before and after.
 
-    Args:
-        before: The call as it came.
-        after: The edited call.
-        gate: ``[batch query head 1]`` bool, where the edit holds.
-        keys: ``[batch key]`` bool, the edited keys, or ``[batch query key]`` if rows differ.
-        empty: ``[batch query]`` bool, rows left as they were, from `reach`.
-        measure: Whether to ask both calls for the attention on the keys.
+    ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
+    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls are
+    asked for the attention on the keys.
 
     Returns:
         ``{"rows", "empty", "tokens": [batch], "count", "before", "after": [batch]}``; the last two

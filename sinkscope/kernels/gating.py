@@ -59,10 +59,7 @@ def hashed(peaks, live, seed):
 
     It differs from image to image, through the sum of all peaks, without a random state.
 
-    Args:
-        peaks: ``[batch pos]``: every token's largest channel.
-        live: ``[batch pos]`` bool; the others come last.
-        seed: Another seed, another order.
+    ``peaks`` ``[batch pos]`` are every token's largest channel; tokens that are not ``live`` come last.
     """
     place = torch.arange(peaks.shape[1], device=peaks.device)[None]
     whole = (peaks * live).sum(1, keepdim=True)
@@ -95,14 +92,8 @@ def note_l_sinks(states, state, slot, rule, live):
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
     """Remember the coefficients that the gate gives for what it reads here.
 
-    Args:
-        states: ``[batch pos d_model]``.
-        state: The run's scratch space.
-        slot: The gate's place in it.
-        signal: ``"last"`` or ``"mean"``.
-        at: ``[batch]``: the position to read for ``"last"``; the newest one at a decode step.
-        tokens: ``[batch pos]`` bool: the tokens to average for ``"mean"``.
-        gate: The gate's tensors and numbers, see `coefficients`.
+    ``signal`` is ``"last"``, the position ``at`` ``[batch]`` (the newest one at a decode step), or
+    ``"mean"``, over ``tokens`` ``[batch pos]`` bool; for the ``gate`` see `coefficients`.
     """
     if signal == "mean":
         weight = tokens[..., None].float()
@@ -121,16 +112,8 @@ def coefficients(
 ):
     """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
 
-    Args:
-        read: ``[batch d_model]``.
-        norm_weight: Of the LayerNorm, ``[d_model]`` or None, with ``norm_bias``. All are read as fp32.
-        norm_bias: See above.
-        in_weight: ``[hidden d_model]``, with ``in_bias``.
-        in_bias: See above.
-        out_weight: ``[group hidden]``, with ``out_bias``.
-        out_bias: See above.
-        activation: One of `ACTIVATIONS`.
-        scale: What the softmax is multiplied by.
+    What is ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group
+    hidden]``; the LayerNorm may have no weights. All are taken as fp32.
     """
     norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
         None if weight is None else weight.float()
@@ -145,11 +128,9 @@ def coefficients(
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text.
 
-    Args:
-        kept: What the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
-        visual: ``[batch pos]`` bool.
-        groups: Names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
-            over L; what has no group of its own is ``"rest"``.
+    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, and
+    ``visual`` ``[batch pos]`` bool. ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the
+    order of the coefficients. V wins over L; what has no group of its own is ``"rest"``.
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))

@@ -36,12 +36,9 @@ def near(x, y, dtype):
 def measure(part, like):
     """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
 
-    Returns:
-        A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is
-        taken away), ``norm`` (whether each token is divided by its size) and the ``part``.
-
-    Raises:
-        ValueError: If it is neither a factor per channel nor a norm.
+    A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is taken
+    away), ``norm`` (whether each token is divided by its size) and the ``part``; ValueError if it is
+    neither a factor per channel nor a norm.
     """
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
@@ -99,12 +96,10 @@ def name_of(module):
 
 
 def check_same(got, want, size, live, dtype, what):
-    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``.
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``, at a live query.
 
-    Raises:
-        ValueError: If they differ at a live query, as a share of ``size`` ``[batch query]``, by four
-            roundings of bf16 in half precision, where 8-bit layers that round their inputs make about
-            one; of fp16 (or TF32) in fp32. ``what`` says what is wrong then.
+    They may differ, as a share of ``size`` ``[batch query]``, by four roundings of bf16 in half precision,
+    where 8-bit layers that round their inputs make about one; of fp16 (or TF32) in fp32.
     """
     rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
@@ -170,29 +165,22 @@ def pushed(written, projection):
 def follow(written, made):
     """A part of attention's output ``[batch query head d_head]`` on its `way`, before norms divide it.
 
-    Returns:
-        The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
+    The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
     """
     if made["matrix"] is None:
         by_head = behind(pushed(written, made["projection"])[0], made["passed"])
         return by_head.norm(dim=-1), by_head.sum(2)
     written, matrix = written.float(), made["matrix"]
     if "gram" not in made:
-        made["gram"] = gram_of(matrix)
+        made["gram"] = matrix @ matrix.transpose(1, 2)
     square = torch.einsum("bqhd,hde,bqhe->bqh", written, made["gram"], written)
     return square.clamp(min=0).sqrt(), torch.einsum("bqhd,hdo->bqo", written, matrix)
-
-
-def gram_of(matrix):
-    """Inner products of what the dimensions of a head write, ``[head d_head d_head]``."""
-    return matrix @ matrix.transpose(1, 2)
 
 
 def arriving(total, passed, dtype):
     """What the stream should get of what the projection wrote, ``total`` ``[batch query d_model]``.
 
-    Returns:
-        It, and by what norms (asked in ``dtype``) multiply a query, ``[batch query]``; both in fp32.
+    With it comes by what norms (asked in ``dtype``) multiply a query, ``[batch query]``; both in fp32.
     """
     total = total.float()
     scale = torch.ones_like(total[..., 0])
@@ -257,7 +245,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
         over all images together and repeated for each.
     """
     made = way(calls, state, projection, parts, live)
-    gram, norms = gram_of(made["matrix"]), []
+    # Inner products of what the dimensions of a head write, [head d_head d_head].
+    gram, norms = made["matrix"] @ made["matrix"].transpose(1, 2), []
     for call in calls:
         named, _ = arguments(call)
         value = named["value"].float()

@@ -8,6 +8,7 @@ in the same dtype is off by.
 
 import functools
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 INF = float("inf")
 GAPS = (10.0, 20.0, 95.0)
 N, HEADS, KV_HEADS, SINK = 9, 4, 2, 2
+EVERYWHERE = pytest.mark.parametrize(
+    ("kernel", "dtype", "gap"), list(itertools.product(KERNELS, TOLERANCE, GAPS)), ids=str
+)
+WAYS = pytest.mark.parametrize(
+    ("dtype", "how", "factor"),
+    [
+        (dtype, how, {"mask": 0.0, "scale": 0.5}.get(how, 0.3))
+        for dtype in TOLERANCE
+        for how in ("mask", "weight", "scale", "weight without renormalising")
+    ],
+    ids=str,
+)
 
 
 def planted(gap, dtype, width=16, scaling=None, seed=0):
@@ -106,9 +119,7 @@ def halves(w):
     return w / w.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_masking_a_dominant_key_equals_minus_infinity(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     call = call_of(kernel, tensors, scaling)
@@ -121,9 +132,7 @@ def test_masking_a_dominant_key_equals_minus_infinity(kernel, dtype, gap):
     assert (plain[:, SINK + 1 :] - got[:, SINK + 1 :]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_scaling_a_dominant_key_equals_its_formula(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     call, most = call_of(kernel, tensors, scaling), TOLERANCE[dtype]
@@ -138,9 +147,7 @@ def test_scaling_a_dominant_key_equals_its_formula(kernel, dtype, gap):
     assert (got - want).abs().max() <= most
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_a_tiny_factor_undoes_the_gap(kernel, dtype, gap):
     """A factor of ``exp(-gap)`` puts the sink beside the others, if the bias is right to 1e-2: bf16,
     which holds 8 bits, could be off by 0.2 at 95."""
@@ -156,9 +163,7 @@ def test_a_tiny_factor_undoes_the_gap(kernel, dtype, gap):
     assert (got - want).abs().max() <= most
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_moving_the_weight_of_a_dominant_key(kernel, dtype, gap):
     """What is given goes to the target in proportion, though exp(-95) is 0 in every dtype."""
     tensors, scaling = planted(gap, dtype)
@@ -176,9 +181,7 @@ def test_moving_the_weight_of_a_dominant_key(kernel, dtype, gap):
     assert effect["rows"].tolist() == [N - SINK, N - SINK]
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_replacing_the_value_of_a_dominant_key(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     after, _ = edit_values(call_of(kernel, tensors, scaling), VALUES, None, SINKS, LIVE, "zero")
@@ -187,9 +190,7 @@ def test_replacing_the_value_of_a_dominant_key(kernel, dtype, gap):
     assert (got - want).abs().max() <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_patching_the_value_of_a_dominant_key(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     given = torch.randn(2, KV_HEADS, N, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -204,9 +205,7 @@ def test_patching_the_value_of_a_dominant_key(kernel, dtype, gap):
     assert (got - want).abs().max() <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@EVERYWHERE
 def test_evicting_a_dominant_key(kernel, dtype, gap):
     """Without the first keys: rows lose the sink once it is no longer among their recent ones."""
     tensors, scaling = planted(gap, dtype)
@@ -232,29 +231,23 @@ def test_the_quotient_that_we_do_not_use_fails(kernel, dtype):
     assert not torch.isfinite((part / rest)[:, SINK + 1 :]).all()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    "how", [("mask", 0.0), ("weight", 0.3), ("scale", 0.5), ("weight without renormalising", 0.3)]
-)
-def test_heads_too_wide_for_more_dimensions_get_an_explicit_mask(dtype, how):
+@WAYS
+def test_heads_too_wide_for_more_dimensions_get_an_explicit_mask(dtype, how, factor):
     tensors, scaling = planted(20.0, dtype, width=256)
     for kernel in KERNELS:
-        got = edited(call_of(kernel, tensors, scaling), how=how[0], factor=how[1]).double()
-        assert (got - by_formula(tensors, scaling, *how)).abs().max() <= 2 * TOLERANCE[dtype]
+        got = edited(call_of(kernel, tensors, scaling), how=how, factor=factor).double()
+        assert (got - by_formula(tensors, scaling, how, factor)).abs().max() <= 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    "how", [("mask", 0.0), ("weight", 0.3), ("scale", 0.5), ("weight without renormalising", 0.3)]
-)
-def test_under_a_soft_cap_the_bias_comes_after_it(dtype, how):
+@WAYS
+def test_under_a_soft_cap_the_bias_comes_after_it(dtype, how, factor):
     """Gemma 2 squeezes logits by ``cap tanh(x / cap)``; a mask inside it would be capped too."""
     kernel = functools.partial(gemma2_eager)
     assert "softcap" in inspect.signature(gemma2_eager).parameters
     tensors, scaling = planted(20.0, dtype)
     call = call_of(kernel, tensors, scaling, softcap=15.0)
-    got = edited(call, how=how[0], factor=how[1]).double()
-    want = by_formula(tensors, scaling, *how, softcap=15.0)
+    got = edited(call, how=how, factor=factor).double()
+    want = by_formula(tensors, scaling, how, factor, softcap=15.0)
     assert (got - want).abs().max() <= 2 * TOLERANCE[dtype]
 
 

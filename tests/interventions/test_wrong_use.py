@@ -183,6 +183,14 @@ RUN = {
     "tokens times one": (
         lambda c: ss.interventions.ScaleTokens(c.some, 1), NoEffectError, "ScaleTokens with 1 changes nothing",
     ),
+    "a temperature of nothing": (
+        lambda c: ss.interventions.AttentionTemperature(0.0), InterventionError,
+        "Got temperature=0.0; expected a finite number above 0",
+    ),
+    "a temperature of one": (
+        lambda c: ss.interventions.AttentionTemperature(1), NoEffectError,
+        "AttentionTemperature with 1 changes nothing; expected another value",
+    ),
     # redistribution
     "more than all": (
         lambda c: moves(c, recycle=1.2), InterventionError, r"Got recycle=1.2; expected a share from 0 to 1",
