@@ -53,6 +53,7 @@ from sinkscope.probes import (
     TokenNorms,
     ValueNorms,
 )
+from sinkscope.results import load_run
 from sinkscope.sites import Site
 
 ROOMS = ("probes", "interventions", "detectors", "experiments", "lsg", "models", "viz", "testing")
@@ -97,6 +98,7 @@ __all__ = [
     "linear_probes",
     "load_bundled",
     "load_example",
+    "load_run",
     "lsg",
     "lsg_grid",
     "models",
