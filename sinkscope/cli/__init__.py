@@ -96,8 +96,8 @@ class Loading:
     trust_remote_code: bool = False
 
 
-@app.command
-def demo(
+@app.command(name="demo")
+def run_demo(
     *,
     out: str = "sinkscope-demo",
     seed: int = 11_000_000,

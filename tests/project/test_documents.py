@@ -59,7 +59,9 @@ def test_python_blocks_parse() -> None:
             compile(code, name_of(path), "exec")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/detectors.md", "docs/api/results.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/quickstart.md", "docs/detectors.md", "docs/api/results.md"]
+)
 def test_python_blocks_run(name: str, monkeypatch, tmp_path) -> None:
     """In order, in one namespace, on models that need no hub; nothing may be left undefined."""
     if any("load_example" in code for code, runs in blocks(ROOT / name, "python") if runs):
