@@ -211,12 +211,7 @@ app.command(experiments.compare)
 
 
 @app.command
-def doctor(
-    model: str,
-    /,
-    *,
-    loading: Loading = Loading(),
-) -> int:
+def doctor(model: str, /, *, loading: Loading = Loading()) -> int:
     """What can be measured on a model, and how exactly.
 
     Args:

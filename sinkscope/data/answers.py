@@ -80,11 +80,7 @@ def answer_batch(
 
 
 def score_options(
-    lvlm: LVLM,
-    sample: Sample,
-    items: Sequence[Item],
-    edits: Sequence[Any],
-    length_normalized: bool,
+    lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any], length_normalized: bool
 ) -> tuple[Tensor, tuple[bool, ...]]:
     """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
 

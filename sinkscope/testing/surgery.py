@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from sinkscope.testing import circuits
-from sinkscope.testing.circuits import (
-    LanguageChannels,
-    VisionChannels,
-    constant_level,
-    reserved,
-)
+from sinkscope.testing.circuits import LanguageChannels, VisionChannels, constant_level, reserved
 from sinkscope.testing.truth import PROMPT, Planted
 
 LEVEL = 0.25
@@ -102,10 +97,7 @@ MEASURED = 6
 
 @torch.no_grad()
 def operate(
-    planted: Planted,
-    vision: VisionChannels,
-    language: LanguageChannels,
-    generator: torch.Generator,
+    planted: Planted, vision: VisionChannels, language: LanguageChannels, generator: torch.Generator
 ) -> None:
     """Overwrite every weight of ``planted.model`` so that it does what ``planted.truth`` says."""
     model = planted.model
