@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from sinkscope.checks import check_whole
 from sinkscope.cli import experiments
 from sinkscope.cli.experiments import Dtype
 from sinkscope.cli.names import HELP, check_word, load_model, parse_detector, stages
@@ -20,8 +21,6 @@ from sinkscope.errors import CheckpointError, SinkscopeError
 DEMO = "a real model: what it answers, its attention sinks, what masking them does, and a report"
 TOY = "the same on the toy model inside the package, which has no sinks and needs no download"
 PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
-LONGEST = 64
-"""Tokens of an answer."""
 WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
     "found on the images of --calibrate."
@@ -116,13 +115,13 @@ def demo(
         toy: The same on the toy model inside the package, which has no sinks and needs no download.
         planted: Trace a model whose sinks were planted in its weights, and compare with the truth.
     """
-    from sinkscope.bundled import draw_scene
+    from sinkscope.bundled import TEST_SEEDS, draw_scene
     from sinkscope.cli import demo as shows
     from sinkscope.viz.pages import check_folder
 
     scene = draw_scene(seed)
     asked = shows.choose_questions(scene, questions)
-    shows.check_effects(effects)
+    check_whole(0, len(TEST_SEEDS), effects=effects)
     check_folder(out)
     if planted:
         print(f"sinkscope demo: {PLANTED}.", flush=True)
@@ -193,7 +192,7 @@ def trace(
         step("tracing")
         found = trace_sinks(lvlm, sample, v, low, calibration=calibration)
         step("answering")
-        text = lvlm.generate(sample, max_new_tokens=LONGEST, **GREEDY).text or ()
+        text = lvlm.generate(sample, max_new_tokens=64, **GREEDY).text or ()
         said = " | ".join(one.strip() for one in text)
     tables = {"What the model answers": pd.DataFrame([{"prompt": prompt, "answer": said}])}
     if as_json:

@@ -21,15 +21,10 @@ if TYPE_CHECKING:
     from sinkscope.testing import Truth
 
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
-MEASURED = "What masking does to the accuracy of answers, over many scenes"
-PHOTO = "What the model says of the photograph"
 QUESTION = "What is in the picture?"
-BACKGROUND = "what colour is the background?"
 FIRST = "position 0"
 TOP = 8
 """Most attended patches that are masked."""
-LONGEST = 64
-"""Tokens of a description."""
 PHOTO_NOTES = (
     "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
     "model describes shapes that are not there. Its two towers are published models, and their sinks are "
@@ -62,14 +57,6 @@ def choose_questions(scene: Scene, count: int) -> list[Question]:
     return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
 
 
-def check_effects(scenes: int) -> None:
-    """Refuse a number of scenes that there is not."""
-    from sinkscope.bundled import TEST_SEEDS
-
-    if not 0 <= scenes <= len(TEST_SEEDS):
-        raise InputError(f"Got --effects {scenes}; expected 0 to {len(TEST_SEEDS)} scenes.")
-
-
 def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: str) -> int:
     """The example model: a drawn scene, a photograph, and what masking does."""
     from PIL import Image
@@ -90,18 +77,20 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
         photo = lvlm.prepare(images=picture, text=QUESTION)
         photo_trace = trace_sinks(lvlm, photo)
         notes = [f"Its answer: {answer(lvlm, photo)}", *PHOTO_NOTES]
+        photo_line = [{"question": QUESTION, "sinks": counts(photo_trace)}]
+        step("masking tokens")
         tables = {
             "What the model answered about the drawn scene": answers,
-            PHOTO: frame([{"question": QUESTION, "sinks": counts(photo_trace)}], notes),
+            "What the model says of the photograph": frame(photo_line, notes),
+            "What colour is the background? With and without some tokens, on this scene": (
+                masked_answers(lvlm, scene)
+            ),
         }
-        step("masking tokens")
-        tables["What colour is the background? With and without some tokens, on this scene"] = (
-            masked_answers(lvlm, scene)
-        )
         measured = files("sinkscope.example") / "effects.json"
         if measured.is_file():
             stored = json.loads(measured.read_text(encoding="utf-8"))
-            tables[MEASURED] = frame(stored["rows"], stored["notes"])
+            head = "What masking does to the accuracy of answers, over many scenes"
+            tables[head] = frame(stored["rows"], stored["notes"])
     print(f"\n{describe(scene)}\n\n{as_text(tables)}\n")
     print(f"Sinks of the drawn scene, block by block:\n{life(trace)}\n")
     page = write_folder(Path(out) / "photo", lvlm, photo, photo_trace, {})
@@ -135,6 +124,8 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
 
 def show_planted(scene: Scene, out: str) -> int:
     """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
+    import torch
+
     from sinkscope.experiments import trace_sinks
     from sinkscope.models import LVLM
     from sinkscope.testing import random_plant
@@ -146,7 +137,16 @@ def show_planted(scene: Scene, out: str) -> int:
     trace = trace_sinks(lvlm, sample)
     tables = planted_and_found(trace, made.truth)
     print(f"\n{as_text(tables)}\n")
-    return show(out, lvlm, sample, trace, tables, decoys=decoys_of(trace, made.truth))
+    tokens = sample.tokens
+    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
+    decoys = {
+        f"{kind} decoys": (tokens.row >= 0) & torch.isin(patch, torch.tensor(patches))
+        for kind, patches in (
+            ("spike", made.truth.spike_decoys),
+            ("attention", made.truth.attention_decoys),
+        )
+    }
+    return show(out, lvlm, sample, trace, tables, decoys=decoys)
 
 
 def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFrame:
@@ -154,16 +154,21 @@ def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFr
     texts = [question.text for question in questions]
     sample = lvlm.prepare(images=[scene.image] * len(texts), text=texts)
     said = [text.strip() for text in lvlm.generate(sample, max_new_tokens=3).text or ()]
-    lines = [
-        {"question": q.text, "scope": q.scope, "answer": text, "truth": q.answer}
+    return frame(
+        {
+            "question": q.text,
+            "scope": q.scope,
+            "answer": text,
+            "truth": q.answer,
+            "right": "yes" if text == q.answer else "no",
+        }
         for q, text in zip(questions, said, strict=True)
-    ]
-    return frame([{**ln, "right": "yes" if ln["answer"] == ln["truth"] else "no"} for ln in lines])
+    )
 
 
 def answer(lvlm: LVLM, sample: Sample, interventions: Sequence[Any] = ()) -> str:
     """The model's answer, greedy."""
-    text = lvlm.generate(sample, interventions=interventions, max_new_tokens=LONGEST).text
+    text = lvlm.generate(sample, interventions=interventions, max_new_tokens=64).text
     return (text or ("",))[0].strip()
 
 
@@ -172,7 +177,7 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
     from sinkscope.experiments import RandomControl, trace_sinks
     from sinkscope.interventions import MaskKeys
 
-    sample = lvlm.prepare(images=scene.image, text=BACKGROUND)
+    sample = lvlm.prepare(images=scene.image, text="what colour is the background?")
     trace = trace_sinks(lvlm, sample)
     said = {"nothing": answer(lvlm, sample)}
     for name, tokens in tokens_to_mask(lvlm, trace).items():
@@ -182,17 +187,15 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
             (control,) = RandomControl(mask, "count", n=1).draws(trace)
             many = int(tokens.sum())
             said[f"{many} random patch{'es' if many > 1 else ''}"] = answer(lvlm, sample, [control])
-    lines = [
-        {"masked": name, "answer": text, "truth": scene.background} for name, text in said.items()
-    ]
+    lines = ({"masked": n, "answer": text, "truth": scene.background} for n, text in said.items())
     return frame(lines, MASK_NOTES)
 
 
 def tokens_to_mask(lvlm: LVLM, trace: SinkTrace) -> dict[str, Tensor]:
     """Position 0, CLS and the most attended patches, bool ``[batch pos]`` or ``[batch layer pos]``."""
-    tokens, evidence = trace.sample.tokens, trace.vision
-    feed = lvlm.anatomy.feed_layers[-1]
-    excess = evidence.received.excess()[:, evidence.received.layers.index(feed)].mean(dim=1)
+    tokens, received = trace.sample.tokens, trace.vision.received
+    feed = received.layers.index(lvlm.anatomy.feed_layers[-1])
+    excess = received.excess()[:, feed].mean(dim=1)
     patches = excess.masked_fill(~tokens.vision.select("patch"), -1.0)
     top = patches.new_zeros(patches.shape).scatter(1, patches.topk(TOP, dim=1).indices, 1.0)
     cls, first = tokens.vision.select("cls").float(), tokens.select("first")
@@ -215,25 +218,10 @@ def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
     lines = []
     for kind, there in (("V", set(truth.v_sinks)), ("L", set(truth.l_sinks))):
         found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
-        sets = {
-            "planted": there,
-            "found": found & there,
-            "missed": there - found,
-            "wrong": found - there,
-        }
-        lines.append({"kind": f"{kind}-sinks", **{name: named(one) for name, one in sets.items()}})
+        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
+        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
     head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
     return {head: frame(lines)}
-
-
-def decoys_of(trace: SinkTrace, truth: Truth) -> dict[str, Tensor]:
-    """The decoys at their LLM positions, bool ``[batch pos]``, by what they are."""
-    import torch
-
-    tokens = trace.sample.tokens
-    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
-    kinds = {"spike decoys": truth.spike_decoys, "attention decoys": truth.attention_decoys}
-    return {n: (tokens.row >= 0) & torch.isin(patch, torch.tensor(at)) for n, at in kinds.items()}
 
 
 def life(trace: SinkTrace) -> str:
@@ -266,11 +254,11 @@ def describe(scene: Scene) -> str:
     return f"Scene {scene.seed}: {shapes} on a {scene.background} background."
 
 
-def frame(lines: Any, notes: Sequence[str] = ()) -> DataFrame:
+def frame(lines: Iterable[Any], notes: Sequence[str] = ()) -> DataFrame:
     """A table with notes below it."""
     import pandas as pd
 
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(list(lines))
     table.attrs["notes"] = list(notes)
     return table
 
@@ -293,11 +281,11 @@ def show(
     trace: SinkTrace,
     tables: Mapping[str, DataFrame],
     hint: str = "",
-    decoys: Mapping[str, Tensor] | None = None,
+    **report: Any,
 ) -> int:
-    """Print the table of sinks, write the folder, say where it is."""
+    """Print the table of sinks, write the folder, say where it is; see `write_folder`."""
     print(trace.summary() + hint, flush=True)
-    print(f"\nReport: {write_folder(out, lvlm, sample, trace, tables, decoys)}")
+    print(f"\nReport: {write_folder(out, lvlm, sample, trace, tables, **report)}")
     return 0
 
 

@@ -37,31 +37,20 @@ if TYPE_CHECKING:
 
 COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}
 """Section of a recipe -> the command that reads it."""
-MODEL_KEYS = [
-    "name",
-    "dtype",
-    "device_map",
-    "revision",
-    "attn_implementation",
-    "quantization_config",
+MODEL_KEYS = (
+    *("name", "dtype", "device_map", "revision", "attn_implementation", "quantization_config"),
     "trust_remote_code",
-]
+)
 NOT_WORDS = (
-    "accelerator",
-    "calibration",
-    "dry_run",
-    "gates",
-    "progress",
-    "samples",
-    "settings",
+    *("accelerator", "calibration", "dry_run", "gates", "progress", "samples", "settings"),
     "validation_data",
 )
 """Arguments that a recipe cannot give."""
-SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
-"""Keys with a meaning of their own; the others are arguments."""
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
 """Keys whose value may be one word, and what that word is."""
 EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
+SHARED = (*SHORT, *EXAMPLES, "conditions")
+"""Keys with a meaning of their own; the others are arguments."""
 METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
 """Baselines that are made of plain values."""
 
@@ -71,7 +60,6 @@ class Recipe:
     """One command's settings.
 
     Attributes:
-        section: ``"sweep"``, ``"train"`` or ``"compare"``.
         model: Arguments of ``LVLM.from_pretrained``; the names ``"example"`` and ``"bundled"`` are the
             models of the package.
         data: The questions.
@@ -79,18 +67,17 @@ class Recipe:
         v_detector: A detector in a few words, or None.
         l_detector: Likewise.
         out: The folder to write to.
-        conditions: For ``compare``: name -> what to do, see `conditions_of`.
+        conditions: For ``compare``: name -> what to do, see `condition`.
         options: Arguments of the function behind the command.
     """
 
-    section: str
     model: Mapping[str, Any]
     data: Questions
     calibrate: Questions | None = None
     v_detector: str | None = None
     l_detector: str | None = None
     out: str | None = None
-    conditions: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Any = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, *, weights: bool = True) -> LVLM:
@@ -142,14 +129,25 @@ def read_recipe(
     check_keys(top, [*SHARED, *COMMANDS], f"at the top of {path}")
     settings = merged(merged(top, mine), flags)
     for key, word in SHORT.items():
-        settings[key] = as_mapping(settings.get(key), word, key)
+        value = settings.get(key)
+        value = {} if value is None else as_long(value, word)
+        if not isinstance(value, Mapping):
+            raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
+        settings[key] = dict(value)
     model, data, other = (settings[key] for key in SHORT)
-    known = [
-        name for name in list(inspect.signature(function).parameters)[2:] if name not in NOT_WORDS
-    ]
+    known = [n for n in list(inspect.signature(function).parameters)[2:] if n not in NOT_WORDS]
     check_keys(settings, [*SHARED, *known], f"for sinkscope {COMMANDS[section]}")
     check_keys(model, MODEL_KEYS, "under model")
-    check_trust(model, trust_remote_code)
+    asked = model.get("trust_remote_code", False)
+    check_flags(trust_remote_code=False if asked is None else asked)
+    if asked and not trust_remote_code:
+        raise InputError(
+            f"Got trust_remote_code: true for {model.get('name')!r} in the recipe alone; expected the flag on "
+            "the command line too, because it runs code from there. If you have read and trust that "
+            "code, add --trust-remote-code."
+        )
+    if trust_remote_code:
+        model["trust_remote_code"] = True
     for name, given, write in (("model", model, "MODEL"), ("data", data, "--data")):
         if not given.get(SHORT[name]):
             raise InputError(
@@ -161,39 +159,17 @@ def read_recipe(
     if section == "train":
         data.setdefault("split", "train")
     return Recipe(
-        section=section,
         model=model,
         data=as_questions(data, "data"),
         calibrate=as_questions({"split": "validation", **other}, "calibrate") if other else None,
-        v_detector=settings.get("v_detector"),
-        l_detector=settings.get("l_detector"),
-        out=settings.get("out"),
+        **{name: settings.get(name) for name in EXAMPLES},
         conditions=settings.get("conditions") or {},
         options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
     )
 
 
-def check_trust(model: dict[str, Any], flag: bool) -> None:
-    """Note the flag among the model's options; refuse a recipe that trusts without it."""
-    asked = model.get("trust_remote_code")
-    if asked is not None:
-        check_flags(trust_remote_code=asked)
-    if asked and not flag:
-        raise InputError(
-            f"Got trust_remote_code: true for {model['name']!r} in the recipe alone; expected the flag on "
-            "the command line too, because it runs code from there. If you have read and trust that "
-            "code, add --trust-remote-code."
-        )
-    if flag:
-        model["trust_remote_code"] = True
-
-
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        InputError: If there is no such file, or it holds something else.
-    """
+    """Read the mapping in a YAML file; InputError if there is none."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -211,11 +187,8 @@ class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number; YAML 1.1 takes it for text."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    [*"-+0123456789"],
-)
+NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"-+0123456789"])
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -249,14 +222,6 @@ def as_long(value: Any, name: str) -> Any:
     return {name: value} if isinstance(value, str) else value
 
 
-def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
-    """A mapping, or a word as a mapping of one; {} for None."""
-    value = {} if value is None else as_long(value, name)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
-
-
 def as_questions(given: Mapping[str, Any], key: str) -> Questions:
     """The questions of a ``data`` mapping."""
     from sinkscope.data.questions import Questions
@@ -272,31 +237,27 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
             raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), known)}")
 
 
-def conditions_of(given: Any, lvlm: LVLM) -> dict[str, Any]:
-    """Make the conditions of a comparison, by name.
+def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[str, Any]:
+    """Keys and values that a function takes; refuses unknown and missing ones."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"Got {value!r} {where}; expected keys and values.")
+    given = dict(value or {})
+    known = inspect.signature(function).parameters
+    check_keys(given, list(known), where)
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise InputError(f"Got {sorted(given)} {where}; expected {missing} too.")
+    return given
+
+
+def condition(name: str, what: Any, lvlm: LVLM) -> Any:
+    """Make one condition of a comparison.
 
     A condition is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved
     stack or ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
-    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
-
-    Raises:
-        InputError: If it is something else.
+    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments. Anything
+    else is an InputError.
     """
-    return {name: one_condition(name, what, lvlm) for name, what in by_name(given).items()}
-
-
-def by_name(given: Any) -> dict[str, Any]:
-    """Conditions by name, not looked at yet."""
-    if not isinstance(given, Mapping):
-        raise InputError(
-            f"Got conditions: {given!r}; expected names with what to do, such as "
-            "{base: [], VAR: {var: {preset: code}}}."
-        )
-    return {str(name): what for name, what in given.items()}
-
-
-def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
-    """One condition; see `conditions_of`."""
     from sinkscope.experiments import EditSinks, baselines
 
     keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
@@ -307,13 +268,13 @@ def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
             f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
             "{gate: folder} or {var: {preset: code}}."
         )
-    key, value = next(iter(what.items()))
+    ((key, value),) = what.items()
     if key in ("gate", "stack"):
         return gates_of(name, key, value, lvlm)
     made = EditSinks if key == "edit" else getattr(baselines, key)
     arguments = arguments_for(made, value, f"under {key} of the condition {name}")
     if key == "random_tokens":
-        arguments["condition"] = one_condition(name, arguments["condition"], lvlm)
+        arguments["condition"] = condition(name, arguments["condition"], lvlm)
     return made(**arguments)
 
 
@@ -332,28 +293,13 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
     return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
 
 
-def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[str, Any]:
-    """Keys and values that a function takes; refuses unknown and missing ones."""
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"Got {value!r} {where}; expected keys and values.")
-    given = dict(value or {})
-    known = inspect.signature(function).parameters
-    check_keys(given, list(known), where)
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
-    if missing:
-        raise InputError(f"Got {sorted(given)} {where}; expected {missing} too.")
-    return given
-
-
 def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
     """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
 
-    Raises:
-        InputError: If one folder is named twice.
+    A folder that is named twice is an InputError.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
-    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
-    if twice:
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
         raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")
     out = {}
     for folder, path in zip(folders, paths, strict=True):

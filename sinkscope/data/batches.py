@@ -33,14 +33,12 @@ class AnswerData:
         images: The image id of each record; see `sinkscope.models.pictures`.
         groups: One name for all records that share an image, directly or through others.
         fingerprint: A digest of all questions, answers, image ids and pixels, in order.
-        max_answer_tokens: The longest answer that is accepted.
     """
 
     records: Any
     images: tuple[str, ...]
     groups: tuple[str, ...]
     fingerprint: str
-    max_answer_tokens: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,24 +48,13 @@ class AnswerData:
         n, images = len(self), self.images + other.images
         records = Lazy(lambda i: self.records[i] if i < n else other.records[i - n], n + len(other))
         both = f"{self.fingerprint} {other.fingerprint}"
-        longest = max(self.max_answer_tokens, other.max_answer_tokens)
-        return AnswerData(records, images, tuple(clusters_of(images)), both, longest)
+        return AnswerData(records, images, tuple(clusters_of(images)), both)
 
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Two parts without a common image.
+        """Indices of two parts without a common image, each in the dataset's order.
 
-        Records about several images stay with all that share one of them.
-
-        Args:
-            share: Of the groups of images, for the second part, from 0 to below 1; at least one group
-                where it is above 0.
-            seed: Of the choice.
-
-        Returns:
-            Indices of the first and of the second part, each in the dataset's order.
-
-        Raises:
-            InputError: If the share is out of range, or there is one image only.
+        The second holds this share (from 0 to below 1) of the groups of images, at least one where it is
+        above 0. An InputError says that the share is out of range, or that there is one image only.
         """
         if not is_number(share, 0, below=1):
             raise InputError(
@@ -189,7 +176,7 @@ def read_dataset(
         names.append(image[0])
         digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
     groups = tuple(clusters_of(names))
-    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
+    return AnswerData(records, tuple(names), groups, digest.hexdigest())
 
 
 def _texts(record: Any, index: int) -> dict[str, Any]:
@@ -217,26 +204,18 @@ def read_parts(
         validation_data: Records to validate on, or None to hold out some of the dataset.
         validation: Share of the images to hold out.
         seed: Of the split.
-        max_answer_tokens: The longest answer that is accepted.
+        max_answer_tokens: See `read_dataset`.
         progress: Whether to show progress bars; None shows them from 50 records on.
 
     Returns:
         The data, and indices of the training and of the validation part.
-
-    Raises:
-        InputError: If something is missing or does not fit the model.
     """
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
-        return read_dataset(
-            part,
-            lvlm.tokenizer,
-            max_answer_tokens=max_answer_tokens,
-            image_token=lvlm.anatomy.image_token_id,
-            marks=marks_of(lvlm.processor),
-            progress=bool(shown),
-        )
+        how: dict[str, Any] = {"image_token": lvlm.anatomy.image_token_id}
+        how |= {"marks": marks_of(lvlm.processor), "progress": bool(shown)}
+        return read_dataset(part, lvlm.tokenizer, max_answer_tokens=max_answer_tokens, **how)
 
     data = read(dataset)
     rows, held = data.split(validation if validation_data is None else 0.0, seed)
@@ -258,27 +237,18 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 def make_batch(
     lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
 ) -> AnswerBatch:
-    """Some records as one batch; their images are opened now.
+    """The records of some rows as one batch; their images are opened now.
 
-    Args:
-        lvlm: The model; its chat template renders the prompts.
-        data: The dataset.
-        rows: Indices of records.
-        append_end: Whether to train the token that ends an answer too, see `end_token`.
-
-    Raises:
-        InputError: If a record does not fit the model.
+    ``append_end`` trains the token that ends an answer too, see `end_token`. A record that does not fit
+    the model is an InputError.
     """
     records = [_texts(data.records[row], row) for row in rows]
-    given = [record["image"] for record in records]
-    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
-    inputs, _, prompts = process(lvlm.processor, images, [r["question"] for r in records])
+    images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
+    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
+    inputs, _, prompts = process(lvlm.processor, images, questions)
     end = end_token(lvlm) if append_end else None
-    last = () if end is None else (end,)
-    tails = [
-        answer_ids(lvlm.tokenizer, prompt, record["answer"]) + last
-        for prompt, record in zip(prompts, records, strict=True)
-    ]
+    last, both = () if end is None else (end,), zip(prompts, answers, strict=True)
+    tails = [answer_ids(lvlm.tokenizer, prompt, answer) + last for prompt, answer in both]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
     seen = (tokens.image >= 0).any(1).tolist()
@@ -314,10 +284,8 @@ def end_token(lvlm: LVLM) -> int | None:
         return ends
     template = getattr(lvlm.processor, "chat_template", None) or tokenizer.chat_template
     if template and len(ends) > 1:
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": "yes"}]}
-            for role in ("user", "assistant")
-        ]
+        said = [{"type": "text", "text": "yes"}]
+        turns = [{"role": role, "content": said} for role in ("user", "assistant")]
         text = lvlm.processor.apply_chat_template(turns, chat_template=template, tokenize=False)
         closing = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
         ends = [token for token in closing if token in ends] or ends

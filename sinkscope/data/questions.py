@@ -103,7 +103,6 @@ class Questions:
             yield self._record(record, i)
 
     def _scenes(self) -> Iterator[dict[str, Any]]:
-        """Questions about drawn scenes."""
         from sinkscope.bundled import scenes
 
         seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
@@ -116,7 +115,6 @@ class Questions:
             yield record
 
     def _load(self) -> Any:
-        """The data set of the ``datasets`` library."""
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -142,8 +140,7 @@ class Questions:
         out = read_record(some, i, where=f" of {self.source!r}", advice=advice)
         if isinstance(out["image"], str) and not out["image"].startswith(ADDRESSES):
             out["image"] = str(Path(self.source).expanduser().parent / out["image"])
-        out["question"] = str(out["question"]) + self.suffix
-        out["answer"] = str(out["answer"])
+        out |= {"question": str(out["question"]) + self.suffix, "answer": str(out["answer"])}
         options = out.pop("choices", None) if self.choices is None else self.choices
         if options is None:
             return out
@@ -151,8 +148,8 @@ class Questions:
             options = [part.strip() for part in options.split("|")]
         out["choices"] = [str(option) for option in options]
         if self.letters is not None and self.choices is None:
-            named_by = string.ascii_uppercase[: len(options)]
-            out["choices"] = [self.letters.replace("A", letter) for letter in named_by]
+            letters = string.ascii_uppercase[: len(options)]
+            out["choices"] = [self.letters.replace("A", letter) for letter in letters]
         if out["answer"] not in out["choices"]:
             raise InputError(
                 f"Record {i} of {self.source!r} has the answer {out['answer']!r} and the options "

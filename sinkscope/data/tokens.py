@@ -48,15 +48,10 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
 def with_answers(
     inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int = 0
 ) -> tuple[dict[str, Any], Tensor]:
-    """Inputs with an answer after every prompt, padded with ``pad`` on the left again.
+    """Processor output with an answer after every prompt, padded with ``pad`` on the left again.
 
-    Args:
-        inputs: Processor output of the prompts.
-        tails: The answer's tokens of every row; none leaves a row as it is.
-        pad: The token to pad with.
-
-    Returns:
-        The inputs, and labels ``[row pos]``: the answers' tokens, `IGNORED` elsewhere.
+    ``tails`` are the answers' tokens, which may be none. Also: labels ``[row pos]``, those tokens and
+    `IGNORED` elsewhere.
     """
     ids, live = inputs["input_ids"], inputs["attention_mask"].bool()
     if len(ids) != len(tails):
@@ -76,10 +71,9 @@ def with_answers(
                 f"Got the input {name!r} with one entry per position; expected input_ids and "
                 f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
             )
-    labels = torch.full(out["input_ids"].shape, IGNORED)
-    for row, tail in enumerate(tails):
-        labels[row, labels.shape[1] - len(tail) :] = torch.tensor(list(tail), dtype=torch.long)
-    return out, labels
+    width = out["input_ids"].shape[1]
+    ends = [torch.tensor([IGNORED] * (width - len(tail)) + list(tail)) for tail in tails]
+    return out, torch.stack(ends)
 
 
 def extend(inputs: Mapping[str, Any], continuation: Sequence[int]) -> dict[str, Any]:

@@ -76,11 +76,7 @@ class Truth:
         return int(self.layout == "clip")
 
     def patches(self, kind: str) -> tuple[int, ...]:
-        """Patches of one kind: a name of the patch attributes above.
-
-        Raises:
-            ValueError: an unknown kind.
-        """
+        """Patches of one kind, a name of the patch attributes above; ValueError if it is none."""
         if kind not in PATCH_KINDS:
             raise ValueError(f"kind={kind!r} is unknown; write one of {', '.join(PATCH_KINDS)}")
         return getattr(self, kind)
@@ -124,13 +120,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class Score:
-    """Counts of found and planted tokens.
-
-    Attributes:
-        hits: Planted tokens that were found.
-        found: Tokens that were found.
-        planted: Tokens that were planted.
-    """
+    """Counts of found and planted tokens; `hits` are the planted tokens that were found."""
 
     hits: int = 0
     found: int = 0
@@ -151,11 +141,7 @@ class Score:
 
 
 def score(found: Bool[Tensor, "..."], planted: Bool[Tensor, "..."]) -> Score:
-    """Count hits of one mask against another of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
+    """Count hits of one mask against another; ValueError if their shapes differ."""
     if found.shape != planted.shape:
         raise ValueError(
             f"Got masks of shapes {tuple(found.shape)} and {tuple(planted.shape)}; expected one shape"

@@ -140,7 +140,7 @@ def test_the_commands_in_the_recipe_ask_what_they_say(monkeypatch) -> None:
         settings = bound.arguments["settings"]
         section = {"train-lsg": "train"}.get(words[0], words[0])
         function = {"sweep": ss.sweep, "train": ss.train_lsg, "compare": ss.compare}[section]
-        data = settings.read(section, function, settings.flags(None)).data
+        data = settings.read(section, function, None).data
         if "nyu-visionx/CV-Bench" in words:
             assert data == Questions(
                 "nyu-visionx/CV-Bench",
