@@ -34,8 +34,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def folder_whole(path: Path) -> Iterator[Path]:
     """A folder that is there whole or not at all, also after a loss of power.
 
-    What is written goes to the folder that this yields, which takes the name when the block has ended.
-    If another process was first, its folder stays. What dead processes left half-written is removed.
+    The folder that this yields takes the name when the block has ended; if another process was first, its
+    folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*{WRITING}"):
@@ -85,11 +85,7 @@ def _abandoned(file: Path) -> bool:
 def held(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from running in a folder; the system lets go of it if this one is killed.
 
-    A file system or a platform without locks keeps nobody out. ``what`` names a run in messages.
-
-    Raises:
-        InputError: If another run holds it.
-        CheckpointError: If the lock cannot be written.
+    Without locks (Windows, some file systems) nobody is kept out. ``what`` names a run in messages.
     """
     with _writable(folder):
         file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -114,16 +110,9 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_place(folder: Path, name: str, what: str) -> None:
-    """Refuse a place where no run can be written; nothing is left behind there.
+    """Refuse a folder that is a file, holds other files, or cannot be written; nothing is left behind.
 
-    Args:
-        folder: The folder, which need not exist.
-        name: The name of the manifest in it.
-        what: What a run is called, such as ``"sweep"``.
-
-    Raises:
-        InputError: If it is a file, or holds other files.
-        CheckpointError: If it cannot be made or read.
+    ``name`` is the file that tells a run, ``what`` what a run is called, such as ``"sweep"``.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with _writable(folder):
@@ -135,12 +124,9 @@ def check_place(folder: Path, name: str, what: str) -> None:
 
 
 def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Note in a folder what runs there, or compare it with what was noted; see `check_place`.
+    """Note what runs in a folder, or refuse one that holds another run, with every difference.
 
-    ``manifest`` is what is run, as JSON-ready values.
-
-    Raises:
-        InputError: If the folder holds another run (with every difference) or other files.
+    ``manifest`` is what is run, as JSON-ready values; see `check_place`.
     """
     ours, noted = json.loads(json.dumps(manifest)), folder / name
     with _writable(folder):

@@ -19,6 +19,7 @@ from sinkscope.models.lvlm import LVLM
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 HUB = "hub"
 ROOM = 640_000_000
@@ -65,10 +66,16 @@ def given_wheels(source: str | Path | None) -> Path | None:
     )
 
 
-def find_or_make(
-    source: str | Path | None, cache: str | Path | None, progress: bool | None
+def example_path(
+    *,
+    source: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Path:
-    """See `sinkscope.example.example_path`."""
+    """The folder of the assembled model, as `from_pretrained` takes it; assembled now if it is not there.
+
+    Arguments and errors are those of `sinkscope.load_example`.
+    """
     hub = source == HUB
     given = given_wheels(source) if source and not hub else None
     place = cache_folder(cache)
@@ -150,27 +157,33 @@ def load_example(
         InputError: If the source is neither a folder nor ``"hub"``.
         CheckpointError: If the weights cannot be had, are damaged or others, or cannot be kept.
     """
-    model, processor = load_plain(dtype, attn_implementation, source, cache, progress)
-    lvlm = LVLM(model, processor)
+    where: Any = {"source": source, "cache": cache, "progress": progress}
+    lvlm = LVLM(*load_example_hf(dtype, attn_implementation, **where))
     lvlm._name = "example (hub)" if source == HUB else "example"
     return lvlm
 
 
-def load_plain(
-    dtype: Any,
-    attn_implementation: str,
-    source: str | Path | None,
-    cache: str | Path | None,
-    progress: bool | None,
-) -> tuple[Any, Any]:
-    """See `sinkscope.example.load_example_hf`."""
-    folder = find_or_make(source, cache, progress)
+def load_example_hf(
+    dtype: torch.dtype | str = "float32",
+    attn_implementation: str = "sdpa",
+    *,
+    source: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The example as a plain transformers model, in evaluation mode on the CPU, and its processor.
+
+    The arguments are those of `sinkscope.load_example`; ``attn_implementation="eager"`` is the one that
+    returns attention patterns.
+    """
+    folder = example_path(source=source, cache=cache, progress=progress)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "local_files_only": True}
     loading.check_options(options)
     try:
-        return loading.load(str(folder), options)
+        loaded: Any = loading.load(str(folder), options)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} If its files were changed or cut off, remove the folder: the next load assembles it "
             "anew."
         ) from error
+    return loaded

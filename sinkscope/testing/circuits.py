@@ -85,11 +85,7 @@ def constant_level(width: int) -> float:
 def sink_readers(
     signs: Float[Tensor, " sink"],
 ) -> tuple[Float[Tensor, " sink"], Float[Tensor, " sink"]]:
-    """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone.
-
-    BOS has its largest entry in the second sink channel, image tokens in the first. With a single
-    channel there is nothing to tell them apart, and both directions read both.
-    """
+    """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone, if there are two dims."""
     if len(signs) == 1:
         return signs.clone(), signs.clone()
     both, bos_only = torch.zeros_like(signs), torch.zeros_like(signs)
@@ -123,8 +119,7 @@ def write_step(
 ) -> None:
     """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
 
-    Two ramps (slope, threshold), one shifted by 10, subtract to a step of height 10 for any marker
-    well above the threshold, whatever the image.
+    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it.
     """
     slope, threshold = ramp
     for row, shift, sign in ((unit, 0.0, 1.0), (unit + 1, 10.0, -1.0)):
@@ -144,9 +139,8 @@ def write_by_attention(
     """Make head `WRITER_HEAD` add about `spike` in the sink channels where the V marker is set.
 
     Marked tokens attend to marked tokens only (logit 20 or more, also where the marker is half of
-    `level`, its usual size after the LayerNorm) and copy the marker; the others have a logit of -20
-    or less for them. Key and value read the marker less `blank`, which cancels the mean that the
-    LayerNorm took from both.
+    `level`, its usual size after the LayerNorm) and copy the marker; the others have -20 or less for
+    them. Key and value read the marker less `blank`, which cancels the mean that the LayerNorm took.
     """
     row, mark, blank = WRITER_HEAD * attention.head_dim, channels.v_mark, channels.blank
     scale = (40.0 * attention.head_dim**0.5) ** 0.5
@@ -158,10 +152,7 @@ def write_by_attention(
 
 
 def attend_vision(attention: Any, head: int, dims: tuple[int, ...], direction: Tensor) -> None:
-    """Give `head` a constant query and a key that reads `direction` in `dims`.
-
-    The attention logit of a token is ``direction @ x[dims]``, x being its LayerNorm output.
-    """
+    """Give `head` a constant query, and keys for logits ``direction @ x[dims]``, x being the LayerNorm output."""
     row, root = head * attention.head_dim, attention.head_dim**0.25
     attention.q_proj.weight[row] = 0
     attention.q_proj.bias[row] = 2.0 * root
@@ -176,11 +167,7 @@ def write_projector(
     sign: float,
     arrival: Float[Tensor, " arrival"],
 ) -> None:
-    """Carry the ViT spike to `arrival` and the markers to markers, with the first hidden units.
-
-    `sign` is that of the spike in ``vision.sink[0]``, the one channel that is read; a spike of size
-    `SPIKE` there becomes `arrival` in ``language.arrival``.
-    """
+    """Carry a ViT spike of this sign in ``vision.sink[0]`` to `arrival`, and the markers to markers."""
     first, second = projector.linear_1, projector.linear_2
     level = constant_level(second.out_features)
     second.bias[language.constant] = level
@@ -201,8 +188,8 @@ def write_gated(
 ) -> None:
     """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
 
-    `marks` are the marker and the constant channel; `rms` is the root mean square of the marked tokens
-    entering the block, which fixes what the norm makes of their marker, and that of the other tokens.
+    `marks` are the marker and the constant channel; `rms` are the root mean squares of the marked and of
+    the other tokens entering the block, which fix what the norm makes of a marker.
     """
     level, gate = constant_level(mlp.gate_proj.in_features), 12.0
     (mark, constant), (marked, ordinary) = marks, rms

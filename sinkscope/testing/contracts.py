@@ -26,20 +26,12 @@ def require(holds: bool, promise: str) -> None:
 
 
 def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> None:
-    """Run a probe through the promises that hold for all of them.
+    """Run a probe through the promises that hold for all of them; a broken one is a `ContractError`.
 
     It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of
-    the logits; it gives the same twice and beside itself; through the remote path it gives the same;
-    probes of the language tower also work at decode steps.
-
-    Args:
-        probe: The probe.
-        lvlm: Any model it fits.
-        sample: A sample of it, better a padded batch.
-        remote: Whether to run the remote path too (it needs a processor).
-
-    Raises:
-        ContractError: If a promise is broken; the message is the promise.
+    the logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor)
+    through the remote path; probes of the language tower also work at decode steps. The sample is
+    better a padded batch.
     """
     require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
     twin = dataclasses.replace(probe)
@@ -70,7 +62,7 @@ def check_intervention(
     neutral: Callable[[], Any] | None = None,
     remote: bool = True,
 ) -> None:
-    """Run an intervention through the promises that hold for all of them.
+    """Run an intervention through the promises that hold for all of them; a broken one is a `ContractError`.
 
     - It is a frozen record, or a module if it learns.
     - Its kernels never write in place, neither into what they are given nor into their parameters.
@@ -91,15 +83,10 @@ def check_intervention(
         sample: A sample of it, better one with a row that the selection leaves empty.
         neutral: Builds it with the setting that changes nothing, or None if there is none.
         remote: Whether to run the remote path too (it needs a processor).
-
-    Raises:
-        ContractError: If a promise is broken; the message is the promise.
     """
     it = make()
-    require(
-        is_frozen(it) or isinstance(it, nn.Module),
-        "an intervention is a frozen dataclass (parameters only, no state) or a module that learns",
-    )
+    kinds = "a frozen dataclass (parameters only, no state) or a module that learns"
+    require(is_frozen(it) or isinstance(it, nn.Module), f"an intervention is {kinds}")
     plain = lvlm.run(sample).logits
     run = lvlm.run(sample, interventions=[it])
     again, sites = check_kernels(make(), lvlm, sample)
@@ -155,8 +142,7 @@ def check_beside(it: Any, lvlm: Any, sample: Any, alone: Tensor) -> None:
 def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
     """An edit of attention holds at every decode step: the cache gives what one pass gives.
 
-    The pass without a cache runs over the prompt and the answer's tokens, with the edits of the
-    prompt, whose kernels are told that so many tokens were generated.
+    That pass runs over prompt and answer with the edits of the prompt, told that so many tokens were generated.
     """
     steps: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
     steps["suppress_tokens"] = [lvlm.anatomy.image_token_id]

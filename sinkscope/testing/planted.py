@@ -75,34 +75,27 @@ def plant(
     """
     check_choice("layout", layout, ("clip", "siglip"))
     check_choice("v_written_by", v_written_by, WRITERS)
-    kinds = {"v_sinks": v_sinks, "l_sinks": l_sinks}
-    decoys = {"spike_decoys": spike_decoys, "attention_decoys": attention_decoys}
+    _check_patches(v_sinks, l_sinks, spike_decoys, attention_decoys)
     later = "so that a later block can attend to the sink"
-    rules = [
+    channels = "1 to 8 distinct channels in 0.."
+    for given, good, expected in (
         (f"strength={strength}", 0 <= strength <= 1, "a number from 0 (no spike) to 1"),
         (f"d_model={d_model}", d_model >= 128 and d_model % 128 == 0, "a multiple of 128"),
-    ]
-    for name, patches in (kinds | decoys).items():
-        good = _distinct(patches, GRID**2)
-        rules.append((f"{name}={patches}", good, f"distinct patches in 0..{GRID**2 - 1}"))
-    for given, layer, total in (
-        (f"v_layer={v_layer} with vision_layers", v_layer, vision_layers),
-        (f"l_layer={l_layer} with layers", l_layer, layers),
+        (
+            f"v_layer={v_layer} with vision_layers={vision_layers}",
+            0 <= v_layer <= vision_layers - 2,
+            f"0..{vision_layers - 2}, {later}",
+        ),
+        (
+            f"l_layer={l_layer} with layers={layers}",
+            0 <= l_layer <= layers - 2,
+            f"0..{layers - 2}, {later}",
+        ),
+        (f"v_dims={v_dims}", _distinct(v_dims, VISION_WIDTH, 8), f"{channels}{VISION_WIDTH - 1}"),
+        (f"l_dims={l_dims}", _distinct(l_dims, d_model, 8), f"{channels}{d_model - 1}"),
     ):
-        good = 0 <= layer <= total - 2
-        rules.append((f"{given}={total}", good, f"0..{total - 2}, {later}"))
-    for name, dims, width in (("v_dims", v_dims, VISION_WIDTH), ("l_dims", l_dims, d_model)):
-        good = 1 <= len(dims) <= 8 and _distinct(dims, width)
-        rules.append((f"{name}={dims}", good, f"1 to 8 distinct channels in 0..{width - 1}"))
-    for given, good, expected in rules:
         if not good:
             raise ValueError(f"{given}; expected {expected}")
-    counted = Counter([*{*v_sinks, *l_sinks}, *spike_decoys, *attention_decoys])
-    if shared := sorted(patch for patch, count in counted.items() if count > 1):
-        raise ValueError(
-            f"patches {shared} are named as decoy and as something else; a decoy is neither a sink nor "
-            "the other kind of decoy"
-        )
     generator = torch.Generator().manual_seed(seed)
     vision = VisionChannels(v_dims, *_free(v_dims, VISION_WIDTH, generator)[:7])
     free = _free(l_dims, d_model, generator)
@@ -211,5 +204,21 @@ def _free(taken: tuple[int, ...], width: int, generator: torch.Generator) -> lis
     return [channel for channel in order if channel not in taken]
 
 
-def _distinct(numbers: tuple[int, ...], below: int) -> bool:
-    return len(set(numbers)) == len(numbers) and all(0 <= n < below for n in numbers)
+def _distinct(numbers: tuple[int, ...], below: int, most: int | None = None) -> bool:
+    """Whether numbers differ and are in range, and with ``most`` 1 to so many of them."""
+    good = len(set(numbers)) == len(numbers) and all(0 <= n < below for n in numbers)
+    return good and (most is None or 1 <= len(numbers) <= most)
+
+
+def _check_patches(*groups: tuple[int, ...]) -> None:
+    """Refuse patches out of range or named twice; `plant`'s sinks may be of both kinds, its decoys of one."""
+    names = ("v_sinks", "l_sinks", "spike_decoys", "attention_decoys")
+    for name, patches in zip(names, groups, strict=True):
+        if not _distinct(patches, GRID**2):
+            raise ValueError(f"{name}={patches}; expected distinct patches in 0..{GRID**2 - 1}")
+    counted = Counter([*{*groups[0], *groups[1]}, *groups[2], *groups[3]])
+    if shared := sorted(patch for patch, count in counted.items() if count > 1):
+        raise ValueError(
+            f"patches {shared} are named as decoy and as something else; a decoy is neither a sink nor "
+            "the other kind of decoy"
+        )

@@ -165,10 +165,7 @@ def operate_language(
     signs: Float[Tensor, " sink"],
     arrival: Float[Tensor, " arrival"],
 ) -> None:
-    """Place one neuron of block ``l_layer`` per kind of spiking token, and the heads that read.
-
-    Heads for arrivals and attention decoys are in all blocks, those for LLM sinks after ``l_layer``.
-    """
+    """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read, later or everywhere."""
     truth, inputs = planted.truth, planted.inputs((PROMPT,) * MEASURED)
     hidden = planted.model(**inputs, output_hidden_states=True).hidden_states
     size = circuits.SPIKE * truth.strength

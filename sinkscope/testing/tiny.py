@@ -23,11 +23,7 @@ HEAD_DIM = 16
 def write_checkpoint(
     model: PreTrainedModel, processor: ProcessorMixin, folder: str | pathlib.Path
 ) -> pathlib.Path:
-    """Save model and processor the way a hub repository holds them; return the folder.
-
-    The Auto classes of transformers load both offline; for Qwen2.5-VL's processor they need torchvision,
-    `load_processor` does not.
-    """
+    """Save model and processor the way a hub repository holds them; `load_processor` loads the second offline."""
     where = pathlib.Path(folder)
     model.save_pretrained(where)
     processor.save_pretrained(where)
@@ -47,9 +43,8 @@ def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Imag
 def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
     """Overwrite every parameter with random values that keep activations in range.
 
-    Matrices get ``std``; embeddings five times it, so text is not drowned by what blocks write;
-    biases half of it; norm scales one plus that, those of queries and keys 1.5 plus that; learned
-    sink logits ten times it; LayerScale factors are uniform between 0.1 and 1.
+    Embeddings are larger, so that text is not drowned by what blocks write; LayerScale factors are uniform
+    between 0.1 and 1.
     """
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
@@ -102,9 +97,7 @@ def text_settings(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 2048,
-        **{
-            key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        },
+        **{f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")},
     }
 
 
@@ -154,12 +147,10 @@ def check_divides(small: str, divisor: int, large: str, number: int) -> None:
         raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
 
 
-def check_blocks(argument: str, blocks: tuple[int, ...], total: str, count: int) -> None:
+def check_blocks(argument: str, blocks: tuple[int, ...], count: int) -> None:
     """Refuse block indices out of range with ``ValueError``."""
     if any(not 0 <= block < count for block in blocks):
-        raise ValueError(
-            f"{argument}={blocks}: expected block indices in 0..{count - 1} ({total}={count})"
-        )
+        raise ValueError(f"{argument}={blocks}: expected block indices in 0..{count - 1}")
 
 
 TOWERS = ("clip", "siglip", "dinov2")
@@ -201,25 +192,23 @@ def tiny_llava(
     """Random ``LlavaForConditionalGeneration`` in eval mode, and its processor.
 
     Args:
-        tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped), ``"dinov2"`` (the
-            same, and LayerScale factors from 0.1 to 1 on what attention and MLP write) or
-            ``"siglip"`` (no CLS, ``vision_feature_layer=-1``, all tokens kept, pooling head off).
-        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases), ``"qwen3"`` (q/k norms),
-            ``"gpt_oss"`` (a learned sink logit per head, every other block sees the last 12
-            positions only, two experts), ``"gemma2"``, ``"olmo2"`` and ``"glm4"`` (a norm on what
-            attention and MLP write), ``"granite"`` (a factor of 0.22 on it) or ``"cohere"`` (both
-            side by side). GPT-OSS and Gemma 2 need ``attn_implementation="eager"``.
+        tower: ``"clip"`` (CLS token, ``vision_feature_layer=-2``, CLS dropped), ``"dinov2"`` (the same,
+            and LayerScale) or ``"siglip"`` (no CLS, ``vision_feature_layer=-1``, all tokens kept).
+        llm: ``"llama"`` (no biases), ``"qwen2"`` (q/k/v biases), ``"qwen3"`` (q/k norms), ``"gpt_oss"``
+            (a learned sink logit per head, every other block sees the last 12 positions only, two
+            experts), ``"gemma2"``, ``"olmo2"`` and ``"glm4"`` (a norm on what attention and MLP write),
+            ``"granite"`` (a factor of 0.22 on it) or ``"cohere"`` (both side by side). GPT-OSS and
+            Gemma 2 need ``attn_implementation="eager"``.
         vision_layers: blocks of the ViT.
         layers: blocks of the LLM.
         heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
         kv_heads: key and value heads of the LLM; must divide `heads`.
         image_size: side in pixels of the square the processor makes of every image.
         patch_size: side of a patch in pixels; must divide `image_size`.
-        vision_feature_select_strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps
-            CLS; None as the tower's line says.
-        how: ``attn_implementation="sdpa"`` as in transformers (``"eager"`` can return attention
-            weights); ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``, the standard
-            deviation of the random weight matrices.
+        vision_feature_select_strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps CLS;
+            None as the tower's line says.
+        how: ``attn_implementation="sdpa"``; ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``,
+            the standard deviation of the random weight matrices.
 
     Raises:
         ValueError: an unknown tower, llm or strategy, head counts or sizes that do not divide.
@@ -231,10 +220,8 @@ def tiny_llava(
     strategy = vision_feature_select_strategy or ("default" if has_cls else "full")
     check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
     if has_cls and vision_layers < 2:
-        raise ValueError(
-            f"vision_layers={vision_layers}: a LLaVA on {tower} reads the output of the last but one "
-            "block; write vision_layers=2 or more"
-        )
+        reads = f"a LLaVA on {tower} reads the output of the last but one block"
+        raise ValueError(f"vision_layers={vision_layers}: {reads}; write vision_layers=2 or more")
     processor = processors.llava_processor(tower, image_size, patch_size, strategy)
     settings = text_settings(processor, layers, heads, kv_heads)
     vision = vision_config(tower, vision_layers, image_size, patch_size)
@@ -267,7 +254,7 @@ def tiny_gemma3(
         ValueError: head counts, sizes or block indices that do not fit.
     """
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
-    check_blocks("full_attention_layers", full_attention_layers, "layers", layers)
+    check_blocks("full_attention_layers", full_attention_layers, layers)
     tokens = (image_size // patch_size // pool) ** 2
     processor = processors.gemma3_processor(image_size, tokens)
     tokenizer = processor.tokenizer
@@ -313,7 +300,7 @@ def tiny_qwen2_5_vl(
         ValueError: head counts, window size or block indices that do not fit.
     """
     check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
-    check_blocks("full_attention_blocks", full_attention_blocks, "vision_layers", vision_layers)
+    check_blocks("full_attention_blocks", full_attention_blocks, vision_layers)
     processor = processors.qwen2_5_vl_processor(min_pixels, max_pixels)
     tokenizer: Any = processor.tokenizer
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}

@@ -41,10 +41,8 @@ class Truth:
         attention_decoys: patches that draw attention in every block of both towers and spike nowhere.
         v_head, l_head, arrival_head: query head that attends to V-sinks in the ViT, to L-sinks (and
             BOS) in the LLM, to V-sinks in the LLM. `bos_head` attends to BOS alone.
-        v_written_by, l_written_by: sub-module that wrote the spike. An attention that writes it lets
-            the V-sinks attend to one another, so in block `v_layer` each receives up to
-            ``len(v_sinks)`` times its uniform share.
-        strength: 0 to 1, see `plant`.
+        v_written_by, l_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to
+            one another: in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
     """
 
     layout: str
@@ -91,10 +89,7 @@ class Planted:
     truth: Truth
 
     def inputs(self, texts: Sequence[str] = (PROMPT,), image_seed: int = 0) -> BatchFeature:
-        """Processor output for `texts`, row i with its own random image of seed ``image_seed + i``.
-
-        Each text holds ``<image>`` once; rows are padded on the left.
-        """
+        """Processor output for texts with one ``<image>`` each; row i has the random image ``image_seed + i``."""
         side = GRID * PATCH
         images = [random_image(side, side, image_seed + row) for row in range(len(texts))]
         return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt")
