@@ -96,10 +96,10 @@ def held(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            process = file.read().strip() or "unknown"
             raise InputError(
-                f"Got out={str(folder)!r}, where another {what} runs now (process "
-                f"{file.read().strip() or 'unknown'}); expected a folder that nobody writes to. Wait "
-                "until it ends, or write out='another folder'."
+                f"Got out={str(folder)!r}, where another {what} runs now (process {process}); wait until "
+                "it ends, or write out='another folder'."
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass

@@ -46,10 +46,7 @@ app = App(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The words after ``sinkscope``; None for those of the process.
+    """Run one command, of the words after ``sinkscope`` or of the process.
 
     Returns:
         The exit status: 0, 2 after an error that was explained, 130 if interrupted.
@@ -165,10 +162,8 @@ def trace(
         as_json: Print the trace as JSON instead of a table.
         loading: How the model is loaded.
     """
-    import pandas as pd
-
     from sinkscope import detectors
-    from sinkscope.cli.demo import show, write_folder
+    from sinkscope.cli import demo as shows
     from sinkscope.experiments import trace_sinks
     from sinkscope.models.pictures import open_image
     from sinkscope.models.requests import GREEDY
@@ -194,14 +189,14 @@ def trace(
         step("answering")
         text = lvlm.generate(sample, max_new_tokens=64, **GREEDY).text or ()
         said = " | ".join(one.strip() for one in text)
-    tables = {"What the model answers": pd.DataFrame([{"prompt": prompt, "answer": said}])}
-    if as_json:
-        print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
-        if folder is not None:
-            write_folder(folder, lvlm, sample, found, tables)
-        return 0
-    print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
-    return show(str(folder), lvlm, sample, found, tables)
+    tables = {"What the model answers": shows.frame([{"prompt": prompt, "answer": said}])}
+    if not as_json:
+        print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
+        return shows.show(str(folder), lvlm, sample, found, tables)
+    print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
+    if folder is not None:
+        shows.write_folder(folder, lvlm, sample, found, tables)
+    return 0
 
 
 app.command(experiments.sweep)
@@ -230,8 +225,7 @@ def models() -> int:
     from sinkscope.detectors import KNOWN
 
     print("Families, by model_type of the configuration:")
-    for model_type, family in FAMILIES.items():
-        print(f"  {model_type:<14} {family.name}")
+    print("\n".join(f"  {name:<14} {family.name}" for name, family in FAMILIES.items()))
     print("\nPublished sink constants (channels from 0, tau on the RMS score):")
     for row in KNOWN:
         use = "used by default" if row.default else "listed only, never used unasked"

@@ -48,10 +48,7 @@ def choose_questions(scene: Scene, count: int) -> list[Question]:
 
     most = len(all_questions(scene))
     if not 1 <= count <= most:
-        raise InputError(
-            f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}. Write "
-            "--questions 6, or another --seed."
-        )
+        raise InputError(f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}.")
     drawn = ask(scene, 0, most)
     sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
     return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
@@ -79,12 +76,11 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
         notes = [f"Its answer: {answer(lvlm, photo)}", *PHOTO_NOTES]
         photo_line = [{"question": QUESTION, "sinks": counts(photo_trace)}]
         step("masking tokens")
+        masked = "What colour is the background? With and without some tokens, on this scene"
         tables = {
             "What the model answered about the drawn scene": answers,
             "What the model says of the photograph": frame(photo_line, notes),
-            "What colour is the background? With and without some tokens, on this scene": (
-                masked_answers(lvlm, scene)
-            ),
+            masked: masked_answers(lvlm, scene),
         }
         measured = files("sinkscope.example") / "effects.json"
         if measured.is_file():
@@ -137,15 +133,11 @@ def show_planted(scene: Scene, out: str) -> int:
     trace = trace_sinks(lvlm, sample)
     tables = planted_and_found(trace, made.truth)
     print(f"\n{as_text(tables)}\n")
-    tokens = sample.tokens
+    tokens, decoys = sample.tokens, {}
     patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
-    decoys = {
-        f"{kind} decoys": (tokens.row >= 0) & torch.isin(patch, torch.tensor(patches))
-        for kind, patches in (
-            ("spike", made.truth.spike_decoys),
-            ("attention", made.truth.attention_decoys),
-        )
-    }
+    for kind in ("spike", "attention"):
+        planted = torch.tensor(made.truth.patches(f"{kind}_decoys"))
+        decoys[f"{kind} decoys"] = (tokens.row >= 0) & torch.isin(patch, planted)
     return show(out, lvlm, sample, trace, tables, decoys=decoys)
 
 
@@ -154,16 +146,12 @@ def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFr
     texts = [question.text for question in questions]
     sample = lvlm.prepare(images=[scene.image] * len(texts), text=texts)
     said = [text.strip() for text in lvlm.generate(sample, max_new_tokens=3).text or ()]
-    return frame(
-        {
-            "question": q.text,
-            "scope": q.scope,
-            "answer": text,
-            "truth": q.answer,
-            "right": "yes" if text == q.answer else "no",
-        }
+    rows = [
+        (q.text, q.scope, text, q.answer, "yes" if text == q.answer else "no")
         for q, text in zip(questions, said, strict=True)
-    )
+    ]
+    names = ("question", "scope", "answer", "truth", "right")
+    return frame([dict(zip(names, row, strict=True)) for row in rows])
 
 
 def answer(lvlm: LVLM, sample: Sample, interventions: Sequence[Any] = ()) -> str:
@@ -180,31 +168,27 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
     sample = lvlm.prepare(images=scene.image, text="what colour is the background?")
     trace = trace_sinks(lvlm, sample)
     said = {"nothing": answer(lvlm, sample)}
-    for name, tokens in tokens_to_mask(lvlm, trace).items():
-        mask = MaskKeys(tokens)
-        said[name] = answer(lvlm, sample, [mask])
-        if not name.startswith(FIRST):
-            (control,) = RandomControl(mask, "count", n=1).draws(trace)
-            many = int(tokens.sum())
-            said[f"{many} random patch{'es' if many > 1 else ''}"] = answer(lvlm, sample, [control])
-    lines = ({"masked": n, "answer": text, "truth": scene.background} for n, text in said.items())
-    return frame(lines, MASK_NOTES)
-
-
-def tokens_to_mask(lvlm: LVLM, trace: SinkTrace) -> dict[str, Tensor]:
-    """Position 0, CLS and the most attended patches, bool ``[batch pos]`` or ``[batch layer pos]``."""
-    tokens, received = trace.sample.tokens, trace.vision.received
+    tokens, received = sample.tokens, trace.vision.received
     feed = received.layers.index(lvlm.anatomy.feed_layers[-1])
     excess = received.excess()[:, feed].mean(dim=1)
     patches = excess.masked_fill(~tokens.vision.select("patch"), -1.0)
     top = patches.new_zeros(patches.shape).scatter(1, patches.topk(TOP, dim=1).indices, 1.0)
     cls, first = tokens.vision.select("cls").float(), tokens.select("first")
-    return {
+    masked = {
         FIRST: first,
         f"{FIRST}, only where it is a sink": trace.text_sinks() & first[:, None],
         "CLS": tokens.from_vision(cls).nan_to_num() > 0,
         f"the {TOP} most attended patches": tokens.from_vision(top).nan_to_num() > 0,
     }
+    for name, some in masked.items():
+        mask = MaskKeys(some)
+        said[name] = answer(lvlm, sample, [mask])
+        if not name.startswith(FIRST):
+            (control,) = RandomControl(mask, "count", n=1).draws(trace)
+            many = int(some.sum())
+            said[f"{many} random patch{'es' if many > 1 else ''}"] = answer(lvlm, sample, [control])
+    lines = ({"masked": n, "answer": text, "truth": scene.background} for n, text in said.items())
+    return frame(lines, MASK_NOTES)
 
 
 def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
@@ -232,19 +216,19 @@ def life(trace: SinkTrace) -> str:
     lines = []
     for record in trace.records:
         what = named(trace, "language", record.batch, record.pos)
-        if record.kind == "attention":
-            kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            lines.append(
-                f"{what} ({kind} of the ViT): attended in most ViT blocks, up to "
-                f"{max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
-            )
-            continue
-        parts = [
+        lives = [
             f"{'in the input' if block < 0 else f'written by block {block} ({half})'}, a sink in layers "
             f"{ranges(range(max(block + 1, 0), last + 1))}"
             for block, last, half in record.llm_lives
         ]
-        lines.append(f"{what}: {'; '.join(parts) or 'born in the ViT'}")
+        line = f"{what}: {'; '.join(lives) or 'born in the ViT'}"
+        if record.kind == "attention":
+            kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
+            line = (
+                f"{what} ({kind} of the ViT): attended in most ViT blocks, up to "
+                f"{max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            )
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -59,18 +59,9 @@ class Settings:
     def read(
         self, section: str, function: Callable[..., Any], model: str | None, **own: Any
     ) -> recipes.Recipe:
-        """The settings of one command, from its recipe and its flags.
+        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function.
 
         Flags take the shape of a recipe: what was not given is left out, what was set to null is None.
-
-        Args:
-            section: Of the recipe.
-            function: The function behind the command.
-            model: The MODEL of the command.
-            own: Flags of one command, which are arguments of its function.
-
-        Raises:
-            InputError: If ``--set`` is not of the form NAME=VALUE, or the recipe is wrong.
         """
         names = {"name": model} | {k: getattr(self, k) for k in ("dtype", "device_map", "revision")}
         out: dict[str, Any] = {
@@ -190,10 +181,8 @@ def train_lsg(
         gate.save_pretrained(out / f"gate-{layer}")
         print(f"Gate of layer {layer}: {out / f'gate-{layer}'}")
         if made.record["results"][str(layer)]["best_step"] == 0:
-            print(
-                "  Note: no look was better than the first, so this is the untrained gate. Train longer, "
-                "on more data, or with another --lr."
-            )
+            print("  Note: no look was better than the first, so this is the untrained gate.")
+            print("  Train longer, on more data, or with another --lr.")
     print(f"History and curve: {folder}")
     return 0
 
@@ -225,10 +214,9 @@ def compare(
     made = {name: recipes.condition(name, what, lvlm) for name, what in conditions.items()}
     if settings.dry_run:
         count, traced = len(list(recipe.data)), any(callable(one) for one in made.values())
-        print(
-            f"{count} questions x {len(made)} conditions{' and a trace of each' if traced else ''}: "
-            f"{count * (len(made) + traced)} prompts, each with its answer"
-        )
+        how = f"{len(made)} conditions{' and a trace of each' if traced else ''}"
+        prompts = count * (len(made) + traced)
+        print(f"{count} questions x {how}: {prompts} prompts, each with its answer")
         return 0
     rules, bar = recipe.detectors(lvlm), sys.stderr.isatty()
     found = run(lvlm, recipe.data, made, **recipe.options, **rules, progress=bar)
@@ -264,8 +252,7 @@ def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
     out, gates = {str(k): what for k, what in conditions.items()}, recipes.named_gates(folders)
     if twice := sorted(set(out) & set(gates)):
         raise InputError(
-            f"Got --gate for {twice[0]!r}, a condition of the recipe; expected another name. Rename the "
-            "condition or the folder."
+            f"Got --gate for {twice[0]!r}, a condition of the recipe too; rename it or the folder."
         )
     if gates:
         out.setdefault("base", [])

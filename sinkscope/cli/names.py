@@ -36,13 +36,8 @@ HELP = "A detector is one of: " + "; ".join(FORMS.values()) + "."
 def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
     """Load ``"example"``, ``"bundled"``, a folder (``"./example"`` too) or a hub repository.
 
-    Args:
-        name: Which model.
-        weights: False builds the architecture of a folder or repository alone.
-        options: Arguments of ``LVLM.from_pretrained``; None stands for what is not given.
-
-    Raises:
-        SinkscopeError: If there is no such model, or it cannot be loaded so.
+    Without ``weights`` the architecture of a folder or repository alone is built. ``options`` are arguments
+    of ``LVLM.from_pretrained``; None stands for what is not given.
     """
     check_word(name)
     off = {"remote": False, "trust_remote_code": False}
@@ -81,8 +76,7 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
     device = given.pop("device_map", None)
     for key in given.keys() - {"dtype", "attn_implementation"}:
         raise InputError(
-            f"Got {key}={given[key]!r} for {name!r}, a model of the package; expected it with a hub "
-            f"repository only. Leave {key} out."
+            f"Got {key}={given[key]!r} for {name!r}, a model of the package, which takes none: leave it out."
         )
     if given.get("dtype") == "auto":
         del given["dtype"]
@@ -106,11 +100,7 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
 
 
 def parse_detector(spec: str) -> Detector:
-    """Make a detector from a few words, such as ``norm:100``; see `FORMS`.
-
-    Raises:
-        DetectorError: If it is none. Whether it can work on a model shows when it is used.
-    """
+    """Make a detector from a few words, such as ``norm:100``; see `FORMS`. Another word is a DetectorError."""
     from sinkscope import detectors as rules
 
     def dims(channels: str, tau: str, normalize: str = "rms") -> Detector:
@@ -150,12 +140,7 @@ def parse_detector(spec: str) -> Detector:
 def stages(total: int, first: str) -> Iterator[Callable[[str], None]]:
     """Say what is done: a bar in a terminal, lines on standard error elsewhere.
 
-    Args:
-        total: How many stages there are.
-        first: The first one, such as ``"loading the model"``.
-
-    Yields:
-        A function that ends a stage and names the next.
+    Yields a function that ends a stage, of ``total`` ones, and names the next.
     """
     from tqdm.auto import tqdm
 

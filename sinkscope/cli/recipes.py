@@ -57,28 +57,16 @@ METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One command's settings.
+    """One command's settings."""
 
-    Attributes:
-        model: Arguments of ``LVLM.from_pretrained``; the names ``"example"`` and ``"bundled"`` are the
-            models of the package.
-        data: The questions.
-        calibrate: Other questions, whose images the detectors are found on; or None.
-        v_detector: A detector in a few words, or None.
-        l_detector: Likewise.
-        out: The folder to write to.
-        conditions: For ``compare``: name -> what to do, see `condition`.
-        options: Arguments of the function behind the command.
-    """
-
-    model: Mapping[str, Any]
+    model: Mapping[str, Any]  # arguments of `load_model`
     data: Questions
-    calibrate: Questions | None = None
-    v_detector: str | None = None
+    calibrate: Questions | None = None  # whose images the detectors are found on
+    v_detector: str | None = None  # in a few words
     l_detector: str | None = None
     out: str | None = None
-    conditions: Any = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Any = field(default_factory=dict)  # for ``compare``: name -> see `condition`
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the function behind the command
 
     def load(self, *, weights: bool = True) -> LVLM:
         """Load the model, or without ``weights`` its architecture, which is enough to count a run's cost."""
@@ -116,10 +104,6 @@ def read_recipe(
         function: The function behind the command, whose arguments are the options.
         trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
             anybody may have written, does not say it alone.
-
-    Raises:
-        InputError: If the file is none, a key is unknown, the model or data are missing, or a recipe
-            trusts the code of a repository by itself.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in COMMANDS}
@@ -142,17 +126,14 @@ def read_recipe(
     check_flags(trust_remote_code=False if asked is None else asked)
     if asked and not trust_remote_code:
         raise InputError(
-            f"Got trust_remote_code: true for {model.get('name')!r} in the recipe alone; expected the flag on "
-            "the command line too, because it runs code from there. If you have read and trust that "
-            "code, add --trust-remote-code."
+            f"Got trust_remote_code: true for {model.get('name')!r} in the recipe alone, which runs code from "
+            "there; expected --trust-remote-code on the command line too, if you have read that code."
         )
     if trust_remote_code:
         model["trust_remote_code"] = True
     for name, given, write in (("model", model, "MODEL"), ("data", data, "--data")):
         if not given.get(SHORT[name]):
-            raise InputError(
-                f"Got no {name}; expected one. Write {name} in the recipe or give {write}."
-            )
+            raise InputError(f"Got no {name}; write {name} in the recipe or give {write}.")
     for name, example in EXAMPLES.items():
         if not isinstance(settings.get(name), (str, type(None))):
             raise InputError(f"Got {name}: {settings[name]!r}; expected a word, such as {example}.")
@@ -176,10 +157,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
     whole = parse_yaml(text, f"the recipe {path!r}")
     if not isinstance(whole, dict):
-        raise InputError(
-            f"Got the recipe {path!r} with {type(whole).__name__}; expected keys and values, such as "
-            "'model: bundled'."
-        )
+        kind = type(whole).__name__
+        raise InputError(f"Got the recipe {path!r} with {kind}; expected keys: 'model: bundled'.")
     return whole
 
 
@@ -202,8 +181,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Join two settings, of which the second wins, also inside mappings.
 
-    Columns and options belong to one data set, a revision to one model: where the second names
-    another of them, nothing of the first is kept.
+    Where the second names another model or data set, nothing of the first one is kept.
     """
     out = dict(base)
     for key, value in over.items():
@@ -253,10 +231,9 @@ def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[
 def condition(name: str, what: Any, lvlm: LVLM) -> Any:
     """Make one condition of a comparison.
 
-    A condition is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved
-    stack or ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
-    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments. Anything
-    else is an InputError.
+    It is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved stack or
+    ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
+    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
     """
     from sinkscope.experiments import EditSinks, baselines
 
@@ -284,20 +261,15 @@ def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
 
     folders: Any = value if key == "stack" and isinstance(value, list) else [value]
     if not folders or not all(isinstance(one, str) for one in folders):
-        raise InputError(
-            f"Got {key}: {value!r} in the condition {name}; expected a folder"
-            f"{' or a list of folders' if key == 'stack' else ''}."
-        )
+        wanted = "a folder or a list of folders" if key == "stack" else "a folder"
+        raise InputError(f"Got {key}: {value!r} in the condition {name}; expected {wanted}.")
     if key == "stack" and isinstance(value, str):
         return LSG.load_stack(value, lvlm=lvlm)
     return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
 
 
 def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
-
-    A folder that is named twice is an InputError.
-    """
+    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others."""
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
         raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")

@@ -40,15 +40,12 @@ def answer_batch(
     *,
     length_normalized: bool = True,
 ) -> Answers:
-    """Answers of a batch, all of them free or all among options.
+    """Answers of a batch, all of them free or all among options; for these see `score_options`.
 
     Free answers are greedy, without what a generation config adds, and of each only as many tokens
     count as its own right answer has, so that no answer depends on the other questions of the batch. It
     is right if these are the tokens of the right answer, as in `exact`, or if they begin with the same
     text after stripping and lower case: a model may leave out the space before an answer.
-
-    An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is
-    not length normalised; see `score_options`.
     """
     ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
@@ -76,11 +73,10 @@ def answer_batch(
 def score_options(
     lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any], length_normalized: bool
 ) -> tuple[Tensor, tuple[bool, ...]]:
-    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
+    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer; and touched rows.
 
-    Options are forced through ``generate``, so that a prompt is a prompt and an option's tokens are
-    decode steps for every edit. Options of one token cost one forward pass. Also: which rows an edit
-    touched in a pass that their scores came from.
+    They are the mean over an option's tokens, or the sum. Options are forced through ``generate``, so that
+    their tokens are decode steps for every edit; options of one token cost one forward pass.
     """
     options = [
         [torch.tensor(answer_ids(lvlm.tokenizer, prompt, text)) for text in item.choices]
@@ -172,9 +168,8 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
     check_choice(SCORES, score=name)
     if name == "choice" and with_options < len(items):
         raise InputError(
-            f"Got choices on {with_options} of {len(items)} items; expected options, such as "
-            f"choices=['red', 'green'], on all for score='choice', not {len(items) - with_options} items "
-            "without choices. Write score='exact' or score='logprob'."
+            f"Got {len(items) - with_options} items without choices; expected options on all for "
+            "score='choice'. Write choices=['red', 'green'], or score='exact' or score='logprob'."
         )
     return name, SCORES[name]
 
@@ -234,15 +229,10 @@ def ask(tokenizer: Any, prompt: str, item: Item) -> Asked:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What is read of every row of the model: which positions, and which tokens there.
+    """What is read of every row of the model: which positions, and which tokens there."""
 
-    Attributes:
-        positions: Int ``[row n]``; rows with fewer positions repeat their last.
-        tokens: Int ``[row n option]``: the token of every option at every position.
-    """
-
-    positions: Tensor
-    tokens: Tensor
+    positions: Tensor  # int ``[row n]``; rows with fewer positions repeat their last
+    tokens: Tensor  # int ``[row n option]``: the token of every option at every position
 
     def of(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]`` of some rows, on the CPU."""

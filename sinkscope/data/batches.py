@@ -26,19 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AnswerData:
-    """A dataset that was read once and found whole.
+    """A dataset that was read once and found whole."""
 
-    Attributes:
-        records: What gives a record by its index: dicts, or objects with such attributes.
-        images: The image id of each record; see `sinkscope.models.pictures`.
-        groups: One name for all records that share an image, directly or through others.
-        fingerprint: A digest of all questions, answers, image ids and pixels, in order.
-    """
-
-    records: Any
-    images: tuple[str, ...]
-    groups: tuple[str, ...]
-    fingerprint: str
+    records: Any  # what gives a record by its index: dicts, or objects with such attributes
+    images: tuple[str, ...]  # the image id of each record; see `sinkscope.models.pictures`
+    groups: tuple[
+        str, ...
+    ]  # one name for all records that share an image, directly or through others
+    fingerprint: str  # a digest of all questions, answers, image ids and pixels, in order
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,8 +53,8 @@ class AnswerData:
         """
         if not is_number(share, 0, below=1):
             raise InputError(
-                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
-                "dataset of your own write validation_data=dataset."
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1, or "
+                "validation_data=dataset."
             )
         names = list(dict.fromkeys(self.groups))
         if share == 0:
@@ -67,8 +62,7 @@ class AnswerData:
         if len(names) < 2:
             raise InputError(
                 f"Got {len(self)} records about one image and validation={share}; expected two images or "
-                "more that no record has both of, because the split is by image. Write validation=0, or "
-                "validation_data=dataset."
+                "more, for the split is by image. Write validation=0, or validation_data=dataset."
             )
         many = min(max(1, round(share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -81,20 +75,12 @@ class AnswerData:
 
 @dataclass(frozen=True, eq=False)
 class AnswerBatch:
-    """Prompts with their answers, left-padded.
+    """Prompts with their answers, left-padded; see `with_answers`."""
 
-    Attributes:
-        inputs: What the model is called with; see `with_answers`.
-        labels: Int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere.
-        tokens: What every position is. Only the prompt is ``live``, so ``tokens.last`` is the end of
-            the prompt.
-        rows: The records' indices in the dataset.
-    """
-
-    inputs: Mapping[str, Any]
-    labels: Tensor
-    tokens: TokenMap
-    rows: tuple[int, ...]
+    inputs: Mapping[str, Any]  # what the model is called with
+    labels: Tensor  # int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere
+    tokens: TokenMap  # only the prompt is ``live``, so ``tokens.last`` is its end
+    rows: tuple[int, ...]  # the records' indices in the dataset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,26 +116,21 @@ def read_dataset(
 
     Args:
         dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
-            with such attributes. Something with a length and an index (a list,
-            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
-            else is kept as a list of its records.
+            with such attributes. Something with a length and an index (a list, ``datasets.Dataset``, a
+            torch dataset) is read again whenever a batch is made; else a list of its records is kept.
         tokenizer: To count the answers' tokens, or None.
         max_answer_tokens: The longest answer that is accepted.
         image_token: The id that stands for an image in prompts, which no answer may hold.
         marks: The texts that stand for images, which no question may hold inside of words, or None.
         progress: Whether to show a progress bar.
-
-    Raises:
-        InputError: If it is empty, or a record lacks something, with its number.
     """
     check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     other = isinstance(dataset, (str, Mapping)) or hasattr(dataset, "itertuples")
     if other or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(
-            f"Got a {type(dataset).__name__} as dataset; expected records with image, question "
-            "and answer. Write dataset['train'] for one split of several, "
-            "dataset.to_dict(orient='records') for a DataFrame, or a list of dicts."
+            f"Got a {type(dataset).__name__} as dataset; expected records, such as a list of dicts. Write "
+            "dataset['train'] for one split, dataset.to_dict(orient='records') for a DataFrame."
         )
     records: Any = dataset if indexed else list(dataset)
     if not len(records):
@@ -198,17 +179,8 @@ def read_parts(
 ) -> tuple[AnswerData, list[int], list[int]]:
     """A dataset to train on and to validate on, with one batch of each made to see that it fits.
 
-    Args:
-        lvlm: The model.
-        dataset: See `read_dataset`.
-        validation_data: Records to validate on, or None to hold out some of the dataset.
-        validation: Share of the images to hold out.
-        seed: Of the split.
-        max_answer_tokens: See `read_dataset`.
-        progress: Whether to show progress bars; None shows them from 50 records on.
-
-    Returns:
-        The data, and indices of the training and of the validation part.
+    Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
+    from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
 
     def read(part: Iterable[Any]) -> AnswerData:

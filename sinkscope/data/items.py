@@ -22,12 +22,10 @@ ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one image.
+    """One question about one image, with the right answer.
 
     Attributes:
         image: PIL image, path or array.
-        question: The question.
-        answer: The right answer.
         task: What kind of question it is: on all questions, or on none.
         image_id: Text or a whole number, which score functions and tables see as text. Questions with
             one id are about one image: they share a batch, and are resampled together. Missing in all
@@ -52,8 +50,7 @@ class LabelledImage:
         image: PIL image, path or array; a list of them for a prompt with several.
         attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
         question: The text after the image.
-        image_id: Records with one id are about one image: they are never split between training and
-            test, and are resampled together; see `Item`.
+        image_id: Records with one id are never split between training and test; see `Item`.
     """
 
     image: Any
@@ -114,8 +111,7 @@ def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
         if not isinstance(text, str) or not (blank or text.strip()):
             raise InputError(
                 f"Record {number} has {name}={text!r}; expected a str"
-                f"{'' if blank else ' with at least one word'}. Write str(...) for numbers, or leave "
-                "such records out, or a field that none needs out of all."
+                f"{'' if blank else ' with at least one word'}. Write str(...), or leave such records out."
             )
 
 
@@ -179,8 +175,7 @@ def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
     n = len(set(groups))
     if n < FEWEST_IMAGES:
         raise InputError(
-            f"Got {n} images; expected at least {FEWEST_IMAGES}, better hundreds: some train the "
-            "probes and the others test them."
+            f"Got {n} images to train and test probes on; expected at least {FEWEST_IMAGES}."
         )
     return groups
 

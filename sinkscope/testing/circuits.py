@@ -29,6 +29,8 @@ SIDE = 0.4
 SINK_LOGIT = 7.0
 """Attention logit of a sink key above an ordinary key, for ordinary queries, at strength 1."""
 
+RAMP = (20.0, 1.3)
+"""Slope and threshold of the ViT's steps."""
 V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2
 """ViT heads: one attends to V-sinks, one to attention decoys, one may write the spike."""
 L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3
@@ -119,18 +121,14 @@ def write_step(
 ) -> None:
     """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
 
-    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it.
+    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it. In
+    the ViT a marker is 2 or more after the LayerNorm where set, else near 0, for which `RAMP` is made.
     """
     slope, threshold = ramp
     for row, shift, sign in ((unit, 0.0, 1.0), (unit + 1, 10.0, -1.0)):
         set_row(layers[0].weight, row, {mark: slope})
         layers[0].bias[row] = -slope * threshold - shift
         set_column(layers[1].weight, row, dims, sign * height / 10)
-
-
-def write_by_mlp(mlp: Any, unit: int, mark: int, dims: tuple[int, ...], spike: Tensor) -> None:
-    """`write_step` in a ViT block; after its LayerNorm a marker is 2 or more where set, else near 0."""
-    write_step((mlp.fc1, mlp.fc2), unit, mark, (20.0, 1.3), dims, spike)
 
 
 def write_by_attention(

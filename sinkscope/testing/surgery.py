@@ -95,8 +95,7 @@ def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -
     if isinstance(tower, CLIPVisionModel):
         tower.pre_layrnorm.weight.fill_(LEVEL)
         tower.pre_layrnorm.bias.zero_()
-    layers: Any = tower.encoder.layers
-    for layer in layers:
+    for layer in tower.encoder.layers:
         fill_block(layer, generator, skip)
 
 
@@ -141,14 +140,15 @@ def operate_vision(
     hidden = tower(pixels, output_hidden_states=True).hidden_states
     layers, width = tower.encoder.layers, pattern.new_tensor(tower.config.hidden_size)
     spike, block = pattern * circuits.SPIKE * truth.strength, layers[truth.v_layer]
+    both = (block.mlp.fc1, block.mlp.fc2)
     if truth.v_written_by == "mlp":
-        circuits.write_by_mlp(block.mlp, 0, vision.v_mark, vision.sink, spike)
+        circuits.write_step(both, 0, vision.v_mark, circuits.RAMP, vision.sink, spike)
     else:
         sinks = planted.vision_tokens("v_sinks")
         level = marker_level(hidden[truth.v_layer], sinks, vision.v_mark)
         circuits.write_by_attention(block.self_attn, vision, spike, level)
     decoy = torch.tensor([circuits.SPIKE])
-    circuits.write_by_mlp(block.mlp, 2, vision.spike_mark, (vision.decoy,), decoy)
+    circuits.write_step(both, 2, vision.spike_mark, circuits.RAMP, (vision.decoy,), decoy)
     direction = pattern / pattern.norm() * circuits.SINK_LOGIT * truth.strength / width.sqrt()
     drawing = planted.vision_tokens("attention_decoys")
     for index, layer in enumerate(layers):

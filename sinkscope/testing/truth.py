@@ -111,34 +111,3 @@ class Planted:
         mask = torch.zeros(self.truth.cls_tokens + GRID**2, dtype=torch.bool)
         mask[[patch + self.truth.cls_tokens for patch in self.truth.patches(kind)]] = True
         return mask
-
-
-@dataclass(frozen=True)
-class Score:
-    """Counts of found and planted tokens; `hits` are the planted tokens that were found."""
-
-    hits: int = 0
-    found: int = 0
-    planted: int = 0
-
-    @property
-    def precision(self) -> float:
-        """Share of the found tokens that were planted; 1 if nothing was found."""
-        return self.hits / self.found if self.found else 1.0
-
-    @property
-    def recall(self) -> float:
-        """Share of the planted tokens that were found; 1 if nothing was planted."""
-        return self.hits / self.planted if self.planted else 1.0
-
-    def __add__(self, other: "Score") -> "Score":
-        return Score(self.hits + other.hits, self.found + other.found, self.planted + other.planted)
-
-
-def score(found: Bool[Tensor, "..."], planted: Bool[Tensor, "..."]) -> Score:
-    """Count hits of one mask against another; ValueError if their shapes differ."""
-    if found.shape != planted.shape:
-        raise ValueError(
-            f"Got masks of shapes {tuple(found.shape)} and {tuple(planted.shape)}; expected one shape"
-        )
-    return Score(int((found & planted).sum()), int(found.sum()), int(planted.sum()))

@@ -31,21 +31,21 @@ class Seen:
 
 
 def watched(inner: Any, seen: list[Seen], beside: bool = False) -> Wrapped:
-    """The same edits; each call of a kernel adds to ``seen``.
-
-    ``beside``: another edit, `double_all`, comes first at every attention site.
-    """
+    """The same edits, whose calls add to ``seen``; with ``beside`` `double_all` comes first at attention sites."""
 
     def edits(context: Any) -> list[Any]:
         asked = list(inner.edits(context))
-        watch = [
-            dataclasses.replace(edit, kernel=watched_kernel(edit, inner, context, seen))
-            for edit in asked
-        ]
         first = {e.site: e for e in asked if beside and e.site.name == "attention"}
-        # The stage puts it first.
-        change = {"kernel": double_all, "parameters": {}, "stage": "keys"}
-        return [*(dataclasses.replace(e, **change) for e in first.values()), *watch]
+        change = {
+            "kernel": double_all,
+            "parameters": {},
+            "stage": "keys",
+        }  # the stage puts it first
+        out = [dataclasses.replace(e, **change) for e in first.values()]
+        for edit in asked:
+            kernel = watched_kernel(edit, inner, context, seen)
+            out.append(dataclasses.replace(edit, kernel=kernel))
+        return out
 
     return Wrapped(edits)
 
@@ -96,10 +96,7 @@ def attention_differs(
 def states_differ(
     before: Tensor, after: Tensor, inner: Any, context: Any, site: Any, span: Any, told: Tensor
 ) -> tuple[bool, bool, bool]:
-    """Whether tokens differ that should not: see `Seen`.
-
-    Where the same states only stand at other places, those that make room differ too.
-    """
+    """Whether tokens differ that should not: see `Seen`; where states only change places, more of them may."""
     if before.shape != after.shape:
         return False, False, False
     other = differs(before, after).any(-1)
@@ -117,11 +114,7 @@ def states_differ(
 
 
 def double_all(call: Any, state: Any, span: Any) -> tuple[Any, None]:
-    """An edit that doubles queries and values, in the form of the library's own edits.
-
-    Its function carries what theirs do: ``plain`` is without the change, ``attends`` with that of
-    attention only, and the next edit builds its function from ``base`` and ``recipe``.
-    """
+    """An edit that doubles queries and values, whose function carries what those of the library carry."""
     plain, everywhere = call[0], torch.ones(1, 1, 1, 1, dtype=torch.bool)
     keys = ((everywhere, lambda named, rest: ({**named, "query": 2 * named["query"]}, rest)),)
     values = ((everywhere, lambda value: 2 * value),)
