@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from sinkscope.checks import check_whole
-from sinkscope.cli import experiments
+from sinkscope.cli import experiments, shows
 from sinkscope.cli.experiments import Dtype
 from sinkscope.cli.names import HELP, check_word, load_model, parse_detector, stages
 from sinkscope.errors import CheckpointError, SinkscopeError
@@ -113,12 +113,12 @@ def demo(
         planted: Trace a model whose sinks were planted in its weights, and compare with the truth.
     """
     from sinkscope.bundled import TEST_SEEDS, draw_scene
-    from sinkscope.cli import demo as shows
-    from sinkscope.viz.pages import check_folder
 
     scene = draw_scene(seed)
     asked = shows.choose_questions(scene, questions)
     check_whole(0, len(TEST_SEEDS), effects=effects)
+    from sinkscope.viz.pages import check_folder  # it loads matplotlib: not before a wrong argument
+
     check_folder(out)
     if planted:
         print(f"sinkscope demo: {PLANTED}.", flush=True)
@@ -162,15 +162,14 @@ def trace(
         as_json: Print the trace as JSON instead of a table.
         loading: How the model is loaded.
     """
-    from sinkscope import detectors
-    from sinkscope.cli import demo as shows
+    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
+    check_word(model)
+    from sinkscope import detectors  # torch: not before a wrong argument
     from sinkscope.experiments import trace_sinks
     from sinkscope.models.pictures import open_image
     from sinkscope.models.requests import GREEDY
     from sinkscope.viz.pages import check_folder
 
-    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
-    check_word(model)
     pictures, others = ([open_image(path) for path in some] for some in (image, calibrate))
     folder = out or (None if as_json else "sinkscope-trace")
     if folder is not None:

@@ -101,6 +101,9 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
 
 def parse_detector(spec: str) -> Detector:
     """Make a detector from a few words, such as ``norm:100``; see `FORMS`. Another word is a DetectorError."""
+    name, *rest = spec.split(":")
+    if name not in FORMS:
+        raise DetectorError(f"Got the detector {spec!r}. {nearest(name, FORMS)} {HELP}")
     from sinkscope import detectors as rules
 
     def dims(channels: str, tau: str, normalize: str = "rms") -> Detector:
@@ -127,9 +130,6 @@ def parse_detector(spec: str) -> Detector:
         "cls": lambda: rules.VisionTokens("cls"),
         "register": lambda: rules.VisionTokens("register"),
     }
-    name, *rest = spec.split(":")
-    if name not in FORMS:
-        raise DetectorError(f"Got the detector {spec!r}. {nearest(name, FORMS)} {HELP}")
     try:
         return makers[name](*rest)
     except (TypeError, ValueError) as error:

@@ -30,9 +30,7 @@ class AnswerData:
 
     records: Any  # what gives a record by its index: dicts, or objects with such attributes
     images: tuple[str, ...]  # the image id of each record; see `sinkscope.models.pictures`
-    groups: tuple[
-        str, ...
-    ]  # one name for all records that share an image, directly or through others
+    groups: tuple[str, ...]  # one name for all that share an image, directly or through others
     fingerprint: str  # a digest of all questions, answers, image ids and pixels, in order
 
     def __len__(self) -> int:
@@ -48,8 +46,7 @@ class AnswerData:
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
         """Indices of two parts without a common image, each in the dataset's order.
 
-        The second holds this share (from 0 to below 1) of the groups of images, at least one where it is
-        above 0. An InputError says that the share is out of range, or that there is one image only.
+        The second holds this share (from 0 to below 1) of the groups of images, at least one if above 0.
         """
         if not is_number(share, 0, below=1):
             raise InputError(
@@ -62,7 +59,7 @@ class AnswerData:
         if len(names) < 2:
             raise InputError(
                 f"Got {len(self)} records about one image and validation={share}; expected two images or "
-                "more, for the split is by image. Write validation=0, or validation_data=dataset."
+                "more that no record has both of. Write validation=0, or validation_data=dataset."
             )
         many = min(max(1, round(share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()

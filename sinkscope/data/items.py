@@ -68,7 +68,7 @@ class Target:
     classes: tuple[Any, ...]  # sorted; with ``multi``, those that not every record has
     labels: (
         np.ndarray
-    )  # int ``[record]``, the index of the class; with ``multi`` bool ``[record class]``
+    )  # int ``[record]``: the class's index; with ``multi`` bool ``[record class]``
 
 
 class Lazy(Sequence[Any]):
@@ -111,7 +111,7 @@ def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
         if not isinstance(text, str) or not (blank or text.strip()):
             raise InputError(
                 f"Record {number} has {name}={text!r}; expected a str"
-                f"{'' if blank else ' with at least one word'}. Write str(...), or leave such records out."
+                f"{'' if blank else ' with at least one word'}. Write str(...) for numbers, or leave such out."
             )
 
 
