@@ -179,8 +179,6 @@ def _differing(before: Any, now: Any, name: str = "") -> list[str]:
         return [line for k, n in both for line in _differing(before.get(k), now.get(k), n)]
     if before == now:
         return []
-    there, here = (
-        text if len(text := json.dumps(value)) <= 120 else text[:117] + "..."
-        for value in (before, now)
-    )
+    texts = (json.dumps(value) for value in (before, now))
+    there, here = (text if len(text) <= 120 else text[:117] + "..." for text in texts)
     return [f"{name}: there {there}, here {here}"]

@@ -30,12 +30,8 @@ COLOURS = {
     "yellow": (235, 205, 40),
     "purple": (150, 60, 180),
 }
-BACKGROUNDS = {
-    "black": (16, 16, 16),
-    "grey": (120, 120, 120),
-    "white": (238, 238, 238),
-    "brown": (110, 70, 40),
-}
+BACKGROUNDS = {"black": (16, 16, 16), "grey": (120, 120, 120)}
+BACKGROUNDS |= {"white": (238, 238, 238), "brown": (110, 70, 40)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
@@ -209,9 +205,8 @@ def _render(
         elif obj.shape == "square":
             pen.rectangle((left, top, right - 1, bottom - 1), fill=fill)
         else:
-            pen.polygon(
-                [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=fill
-            )
+            corners = [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)]
+            pen.polygon(corners, fill=fill)
     small = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     if contrast != 1.0:
         small = MIDDLE + contrast * (small - MIDDLE)
@@ -275,18 +270,14 @@ def scene_attributes(
             "shapes": set(scene.shapes_present),
         }
         question = all_questions(scene)[0].text
-        yield {
-            "image": scene.image,
-            "question": question,
-            "attributes": attributes,
-            "image_id": seed,
-        }
+        fields = {"question": question, "attributes": attributes, "image_id": seed}
+        yield {"image": scene.image, **fields}
 
 
 def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:
     """The seeds of some scenes of a split, which may not hold fewer."""
     if n_images < 1 or start < 0 or start + n_images > len(seeds):
         raise InputError(
-            f"Got n_images={n_images} from scene {start} on; expected 1 to {len(seeds) - start}."
+            f"Got n_images={n_images} from scene {start}; expected 1 to {len(seeds) - start}."
         )
     return seeds[start : start + n_images]

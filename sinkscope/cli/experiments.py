@@ -251,9 +251,7 @@ def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
         )
     out, gates = {str(k): what for k, what in conditions.items()}, recipes.named_gates(folders)
     if twice := sorted(set(out) & set(gates)):
-        raise InputError(
-            f"Got --gate for {twice[0]!r}, a condition of the recipe too; rename it or the folder."
-        )
+        raise InputError(f"Got --gate for {twice[0]!r}, a condition of the recipe; rename one.")
     if gates:
         out.setdefault("base", [])
     out |= gates

@@ -66,9 +66,7 @@ class Target:
     name: str
     multi: bool  # whether several classes can hold at once
     classes: tuple[Any, ...]  # sorted; with ``multi``, those that not every record has
-    labels: (
-        np.ndarray
-    )  # int ``[record]``: the class's index; with ``multi`` bool ``[record class]``
+    labels: np.ndarray  # int ``[record]``, the class; with ``multi`` bool ``[record class]``
 
 
 class Lazy(Sequence[Any]):
@@ -174,9 +172,7 @@ def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
     groups = np.array(clusters_of(item.image_id for item in identified(items)))
     n = len(set(groups))
     if n < FEWEST_IMAGES:
-        raise InputError(
-            f"Got {n} images to train and test probes on; expected at least {FEWEST_IMAGES}."
-        )
+        raise InputError(f"Got {n} images to split; expected at least {FEWEST_IMAGES}.")
     return groups
 
 

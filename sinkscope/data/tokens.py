@@ -53,15 +53,14 @@ def with_answers(
         raise InputError(f"Got {len(ids)} rows and {len(tails)} answers; expected one per row.")
     out = dict(inputs)
     for name, value in inputs.items():
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
         if name == "input_ids" or name in EXTENDED:
             rows = []
             for old, mask, tail in zip(value, live, tails, strict=True):
                 more = tail if name == "input_ids" else [EXTENDED[name]] * len(tail)
                 rows.append(torch.cat([old[mask], value.new_tensor(list(more))]))
             out[name] = padded(rows, pad if name == "input_ids" else 0, "left")
-        elif (
-            isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
-        ):
+        elif whole and value.shape == ids.shape:
             raise InputError(
                 f"Got the input {name!r} with one entry per position; expected input_ids and "
                 f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."

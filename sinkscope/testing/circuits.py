@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Sink = Float[Tensor, " sink"]
 SPIKE = 600.0
 """Largest entry of a sink token at strength 1."""
 ARRIVAL = 80.0
@@ -72,7 +73,7 @@ def reserved(channels: VisionChannels | LanguageChannels) -> list[int]:
     return [channel for part in parts for channel in part]
 
 
-def spike_pattern(signs: Float[Tensor, " sink"], first: int) -> Float[Tensor, " sink"]:
+def spike_pattern(signs: Sink, first: int) -> Sink:
     """Signed entries of a spike relative to the largest, which sits at index `first` of the dims."""
     pattern = signs * SIDE
     pattern[first] = signs[first]
@@ -85,8 +86,8 @@ def constant_level(width: int) -> float:
 
 
 def sink_readers(
-    signs: Float[Tensor, " sink"],
-) -> tuple[Float[Tensor, " sink"], Float[Tensor, " sink"]]:
+    signs: Sink,
+) -> tuple[Sink, Sink]:
     """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone, if there are two dims."""
     if len(signs) == 1:
         return signs.clone(), signs.clone()
@@ -131,9 +132,7 @@ def write_step(
         set_column(layers[1].weight, row, dims, sign * height / 10)
 
 
-def write_by_attention(
-    attention: Any, channels: VisionChannels, spike: Float[Tensor, " sink"], level: float
-) -> None:
+def write_by_attention(attention: Any, channels: VisionChannels, spike: Sink, level: float) -> None:
     """Make head `WRITER_HEAD` add about `spike` in the sink channels where the V marker is set.
 
     Marked tokens attend to marked tokens only (logit 20 or more, also where the marker is half of
@@ -181,7 +180,7 @@ def write_gated(
     neuron: int,
     marks: tuple[int, int],
     dims: tuple[int, ...],
-    spike: Float[Tensor, " sink"],
+    spike: Sink,
     rms: tuple[float, float],
 ) -> None:
     """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
@@ -202,7 +201,7 @@ def attend_language(
     head: int,
     constant: int,
     dims: tuple[int, ...],
-    direction: Float[Tensor, " sink"],
+    direction: Sink,
     ordinary_rms: float,
 ) -> None:
     """Give query head `head` a constant query and its KV head a key that reads `direction` in `dims`.

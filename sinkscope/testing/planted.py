@@ -56,11 +56,10 @@ def plant(
         l_dims: sink channels of the LLM. With two or more, BOS spikes most in the second and has a
             head of its own; with one it shares the L-sinks' head.
         v_written_by: ``"mlp"`` or ``"attention"``.
-        strength: 0 to 1. Scales the sinks' spikes (largest entry about 600 at 1), the size with
-            which V-sinks enter the LLM, and the keys that read them (logit 7 at 1); not the decoys.
-            Going down, the 1000 x median rule of massive activations is lost near 0.5, five times
-            the attention of a uniform pattern near 0.3, |h| > 100 near 0.2, and the RMS score of the
-            sink dims only near 0.02, since a norm hides how large a spike is.
+        strength: 0 to 1. Scales the sinks' spikes (largest entry about 600 at 1), the size with which
+            V-sinks enter the LLM, and the keys that read them (logit 7 at 1); not the decoys. Going
+            down, the 1000 x median rule is lost near 0.5, five times uniform attention near 0.3,
+            |h| > 100 near 0.2, and the RMS score of the sink dims only near 0.02.
         d_model: width of the LLM, a multiple of 128; an RMS score is at most its square root.
         vision_layers: blocks of the ViT.
         layers: blocks of the LLM.
@@ -163,9 +162,7 @@ def random_plant(
     """
     counts = (n_v, n_l, n_overlap, n_spike_decoys, n_attention_decoys)
     if min(counts) < 0 or sum(counts) > GRID**2:
-        raise ValueError(
-            f"n_v, n_l, ... = {counts}: expected counts of 0 or more, {GRID**2} in all"
-        )
+        raise ValueError(f"n_v, n_l, ... = {counts}: expected counts of 0 or more, 64 in all")
     generator = torch.Generator().manual_seed(seed)
     order = iter(torch.randperm(GRID**2, generator=generator).tolist())
     v_only, l_only, both, spikes, draws = (tuple(next(order) for _ in range(n)) for n in counts)

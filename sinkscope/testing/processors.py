@@ -74,11 +74,8 @@ def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
 def gemma_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer that begins each text with ``<bos>``, with Gemma 3's image markers; pads on the left."""
     words = "pad eos bos unk start_of_turn end_of_turn start_of_image end_of_image image_soft_token"
-    more = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
+    more = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    more["image_token"] = "<image_soft_token>"
     ends = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
     return _tokenizer([f"<{word}>" for word in words.split()], ends, more, GEMMA_CHAT_TEMPLATE)
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from sinkscope.testing import circuits
-from sinkscope.testing.circuits import LanguageChannels, VisionChannels, constant_level, reserved
+from sinkscope.testing.circuits import (
+    LanguageChannels,
+    Sink,
+    VisionChannels,
+    constant_level,
+    reserved,
+)
 from sinkscope.testing.truth import PROMPT, Planted
 
 LEVEL = 0.25
@@ -37,15 +43,13 @@ def operate(
         torch.randint(2, (len(dims),), generator=generator) * 2.0 - 1.0
         for dims in (vision.sink, language.sink, language.arrival)
     )
-    arrival = arrival / len(arrival) ** 0.5
+    arrival, sign = arrival / len(arrival) ** 0.5, float(v_signs[0])
     vision_background(model.vision_tower, reserved(vision), generator)
     language_background(planted, language, generator)
     projector = model.multi_modal_projector
     fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
     fill(projector.linear_2, generator, 0.4, writes=reserved(language))
-    circuits.write_projector(
-        projector, vision, language, float(v_signs[0]), arrival * circuits.ARRIVAL
-    )
+    circuits.write_projector(projector, vision, language, sign, arrival * circuits.ARRIVAL)
     set_markers(planted, vision, language)
     operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
     operate_language(planted, language, l_signs, arrival)
@@ -131,9 +135,7 @@ def set_markers(planted: Planted, vision: VisionChannels, language: LanguageChan
         table[bos, language.bos_mark] = constant_level(table.shape[1])
 
 
-def operate_vision(
-    planted: Planted, vision: VisionChannels, pattern: Float[Tensor, " sink"]
-) -> None:
+def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> None:
     """Place the spike writers of the ViT and the heads that read them."""
     truth, tower = planted.truth, planted.model.model.vision_tower
     pixels = planted.inputs((PROMPT,) * MEASURED)["pixel_values"]
@@ -162,7 +164,7 @@ def operate_vision(
 def operate_language(
     planted: Planted,
     language: LanguageChannels,
-    signs: Float[Tensor, " sink"],
+    signs: Sink,
     arrival: Float[Tensor, " arrival"],
 ) -> None:
     """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read, later or everywhere."""
@@ -199,10 +201,8 @@ def operate_language(
         if index > truth.l_layer:
             readers.append((circuits.L_HEAD, language.sink, both * unit))
             readers.append((circuits.BOS_HEAD, language.sink, bos_only * unit))
-        for head, dims, direction in readers:
-            circuits.attend_language(
-                layer.self_attn, head, language.constant, dims, direction, level
-            )
+        for head, dims, reader in readers:
+            circuits.attend_language(layer.self_attn, head, language.constant, dims, reader, level)
 
 
 def mean_rms(states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> float:

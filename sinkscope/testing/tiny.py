@@ -1,8 +1,8 @@
 """Tiny random vision-language models of real transformers classes, with their processors."""
 
-import pathlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -20,11 +20,9 @@ ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 HEAD_DIM = 16
 
 
-def write_checkpoint(
-    model: PreTrainedModel, processor: ProcessorMixin, folder: str | pathlib.Path
-) -> pathlib.Path:
+def write_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> Path:
     """Save model and processor the way a hub repository holds them; `load_processor` loads the second offline."""
-    where = pathlib.Path(folder)
+    where = Path(folder)
     model.save_pretrained(where)
     processor.save_pretrained(where)
     return where

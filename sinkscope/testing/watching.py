@@ -36,11 +36,7 @@ def watched(inner: Any, seen: list[Seen], beside: bool = False) -> Wrapped:
     def edits(context: Any) -> list[Any]:
         asked = list(inner.edits(context))
         first = {e.site: e for e in asked if beside and e.site.name == "attention"}
-        change = {
-            "kernel": double_all,
-            "parameters": {},
-            "stage": "keys",
-        }  # the stage puts it first
+        change = {"kernel": double_all, "parameters": {}, "stage": "keys"}  # which puts it first
         out = [dataclasses.replace(e, **change) for e in first.values()]
         for edit in asked:
             kernel = watched_kernel(edit, inner, context, seen)
@@ -79,11 +75,8 @@ def attention_differs(
     other = differs(before, after).any(-1)
     if live.shape == other.shape[:2]:
         other = other & live[..., None]
-    heads, queries, rows = (
-        getattr(inner, "heads", None),
-        getattr(inner, "queries", None),
-        other.any(-1),
-    )
+    rows, heads = other.any(-1), getattr(inner, "heads", None)
+    queries = getattr(inner, "queries", None)
     kept = torch.ones(other.shape[2], dtype=torch.bool)
     kept[list(range(other.shape[2]) if heads is None else heads)] = False
     beyond = False
