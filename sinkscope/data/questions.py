@@ -19,9 +19,9 @@ from sinkscope.models.pictures import ADDRESSES, is_missing
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
 SCENES = "scenes"
 READERS = (".jsonl", ".json", ".csv", ".parquet")
-WORD = ((str, type(None)), "a word")
+WORD = (str, type(None))
 WANTED: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), WORD),
+    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), (WORD, "a word")),
     **dict.fromkeys(("start", "per_image"), (int, "a whole number")),
     "limit": ((int, type(None)), "a whole number"),
     "columns": (Mapping, "fields and the names of their columns"),

