@@ -9,6 +9,7 @@ writers and decoys are drawn from the seed.
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,42 @@ from tqdm import tqdm
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.testing import plant
-from sinkscope.testing.truth import Score, score
 
 V_DIMS, L_DIMS = (90, 17), (41, 101)
 CALIBRATION_SEEDS = range(1000, 1004)
 STRENGTHS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.0)
 LAYOUTS = ("clip", "siglip")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Counts of found and planted tokens; `hits` are the planted tokens that were found."""
+
+    hits: int = 0
+    found: int = 0
+    planted: int = 0
+
+    @property
+    def precision(self) -> float:
+        """Share of the found tokens that were planted; 1 if nothing was found."""
+        return self.hits / self.found if self.found else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the planted tokens that were found; 1 if nothing was planted."""
+        return self.hits / self.planted if self.planted else 1.0
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.hits + other.hits, self.found + other.found, self.planted + other.planted)
+
+
+def score(found, planted) -> Score:
+    """Count hits of one mask against another; ValueError if their shapes differ."""
+    if found.shape != planted.shape:
+        raise ValueError(
+            f"Got masks of shapes {tuple(found.shape)} and {tuple(planted.shape)}; expected one shape"
+        )
+    return Score(int((found & planted).sum()), int(found.sum()), int(planted.sum()))
 
 
 def make(seed, layout, strength=1.0):

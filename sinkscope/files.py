@@ -34,8 +34,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def folder_whole(path: Path) -> Iterator[Path]:
     """A folder that is there whole or not at all, also after a loss of power.
 
-    What is written goes to the folder that this yields, which takes the name when the block has ended.
-    If another process was first, its folder stays. What dead processes left half-written is removed.
+    The folder that this yields takes the name when the block has ended; if another process was first, its
+    folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*{WRITING}"):
@@ -85,11 +85,7 @@ def _abandoned(file: Path) -> bool:
 def held(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from running in a folder; the system lets go of it if this one is killed.
 
-    A file system or a platform without locks keeps nobody out. ``what`` names a run in messages.
-
-    Raises:
-        InputError: If another run holds it.
-        CheckpointError: If the lock cannot be written.
+    Without locks (Windows, some file systems) nobody is kept out. ``what`` names a run in messages.
     """
     with _writable(folder):
         file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -100,10 +96,10 @@ def held(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            process = file.read().strip() or "unknown"
             raise InputError(
-                f"Got out={str(folder)!r}, where another {what} runs now (process "
-                f"{file.read().strip() or 'unknown'}); expected a folder that nobody writes to. Wait "
-                "until it ends, or write out='another folder'."
+                f"Got out={str(folder)!r}, where another {what} runs now (process {process}); wait until "
+                "it ends, or write out='another folder'."
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
@@ -114,16 +110,9 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_place(folder: Path, name: str, what: str) -> None:
-    """Refuse a place where no run can be written; nothing is left behind there.
+    """Refuse a folder that is a file, holds other files, or cannot be written; nothing is left behind.
 
-    Args:
-        folder: The folder, which need not exist.
-        name: The name of the manifest in it.
-        what: What a run is called, such as ``"sweep"``.
-
-    Raises:
-        InputError: If it is a file, or holds other files.
-        CheckpointError: If it cannot be made or read.
+    ``name`` is the file that tells a run, ``what`` what a run is called, such as ``"sweep"``.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with _writable(folder):
@@ -135,12 +124,9 @@ def check_place(folder: Path, name: str, what: str) -> None:
 
 
 def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Note in a folder what runs there, or compare it with what was noted; see `check_place`.
+    """Note what runs in a folder, or refuse one that holds another run, with every difference.
 
-    ``manifest`` is what is run, as JSON-ready values.
-
-    Raises:
-        InputError: If the folder holds another run (with every difference) or other files.
+    ``manifest`` is what is run, as JSON-ready values; see `check_place`.
     """
     ours, noted = json.loads(json.dumps(manifest)), folder / name
     with _writable(folder):
@@ -193,8 +179,6 @@ def _differing(before: Any, now: Any, name: str = "") -> list[str]:
         return [line for k, n in both for line in _differing(before.get(k), now.get(k), n)]
     if before == now:
         return []
-    there, here = (
-        text if len(text := json.dumps(value)) <= 120 else text[:117] + "..."
-        for value in (before, now)
-    )
+    texts = (json.dumps(value) for value in (before, now))
+    there, here = (text if len(text) <= 120 else text[:117] + "..." for text in texts)
     return [f"{name}: there {there}, here {here}"]

@@ -1,9 +1,7 @@
 """The small trained vision-language model that ships with the package, and the scenes it knows.
 
-The model answers questions about drawn shapes. It is two million parameters in the LLaVA-1.5 layout,
-loads without a network, and is real in the one sense that matters here: it was trained until it
-answers correctly, and nothing about its attention was planted. Its model card,
-`bundled_path() / "README.md"`, has the measured accuracies and attention sinks.
+The model has two million parameters in the LLaVA-1.5 layout and was trained until it answers correctly;
+nothing about its attention was planted. Its card, `bundled_path() / "README.md"`, has what was measured.
 """
 
 from __future__ import annotations

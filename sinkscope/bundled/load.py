@@ -12,17 +12,11 @@ if TYPE_CHECKING:
 
 
 def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa") -> LVLM:
-    """The small trained LVLM inside the package; no network is used.
+    """The small trained LVLM inside the package, in evaluation mode on the CPU; no network is used.
 
-    Args:
-        dtype: What to compute in.
-        attn_implementation: ``"sdpa"`` or ``"eager"``.
-
-    Returns:
-        The model, in evaluation mode on the CPU. What it can do and which sinks it has stands in
-        its model card, ``ss.bundled.bundled_path() / "README.md"``.
+    ``attn_implementation`` is ``"sdpa"`` or ``"eager"``. What the model can do and which sinks it has stands
+    in its model card, ``ss.bundled.bundled_path() / "README.md"``.
     """
-    model, processor = load_bundled_hf(dtype, attn_implementation)
-    lvlm = LVLM(model, processor)
+    lvlm = LVLM(*load_bundled_hf(dtype, attn_implementation))
     lvlm._name = "bundled"
     return lvlm

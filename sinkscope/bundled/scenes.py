@@ -1,13 +1,7 @@
 """Small drawn scenes, and questions whose answers are right by construction.
 
-A scene is a 64x64 image: one to six shapes on a 3x3 grid of places, on a plain, slightly noisy
-background. Everything follows from one integer seed, so a data split is a range of seeds and
-nothing has to be downloaded.
-
-    place names        columns   left        centre        right
-    rows  top                    top left    top centre    top right
-          middle                 middle left middle centre middle right
-          bottom                 bottom left bottom centre bottom right
+A scene is a 64x64 image: one to six shapes on a 3x3 grid of places ("top left" to "bottom right"), on a
+plain, slightly noisy background. Everything follows from one seed, so a data split is a range of seeds.
 """
 
 from __future__ import annotations
@@ -36,12 +30,8 @@ COLOURS = {
     "yellow": (235, 205, 40),
     "purple": (150, 60, 180),
 }
-BACKGROUNDS = {
-    "black": (16, 16, 16),
-    "grey": (120, 120, 120),
-    "white": (238, 238, 238),
-    "brown": (110, 70, 40),
-}
+BACKGROUNDS = {"black": (16, 16, 16), "grey": (120, 120, 120)}
+BACKGROUNDS |= {"white": (238, 238, 238), "brown": (110, 70, 40)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
@@ -60,18 +50,14 @@ TEST_SEEDS = range(11_000_000, 12_000_000)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: its names, its place on the grid, and where it was drawn.
-
-    `row` and `column` are 0-based, in `0..GRID - 1`. `box` is `(left, top, right, bottom)` in pixels
-    of the 64x64 image, right and bottom exclusive; boxes of one scene never overlap.
-    """
+    """One shape; boxes of one scene never overlap."""
 
     shape: str
     colour: str
     size: str
-    row: int
+    row: int  # of the grid, from 0
     column: int
-    box: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last two exclusive
 
     @property
     def place(self) -> str:
@@ -124,18 +110,13 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
 
     The count is uniform on 1..6. Colours come from a palette of one to four colours drawn per
     scene, and half of the scenes hold small shapes only, so that no attribute is nearly constant.
-
-    The bundled model was trained on the defaults. More noise or less contrast makes the same scene,
-    with the same answers, harder.
+    The bundled model was trained on the defaults.
 
     Args:
-        seed: The seed.
+        seed: 0 or larger.
         noise: Standard deviation of the pixel noise, in grey levels of 0 to 255.
         contrast: What the distance of every grey level from the middle is multiplied by, before the
             noise; 1 leaves it, 0 leaves nothing.
-
-    Raises:
-        InputError: if `seed` is negative, `noise` is negative or `contrast` is not in 0 to 1.
     """
     if seed < 0:
         raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
@@ -159,11 +140,7 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
 
 
 def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
-    """Draw `n` different questions about the scene, every task being equally likely at each draw.
-
-    Raises:
-        InputError: if the scene does not hold `n` different questions, or `n` is not positive.
-    """
+    """Draw `n` different questions about the scene, every task being equally likely at each draw."""
     pool: dict[str, list[Question]] = {}
     for question in all_questions(scene):
         pool.setdefault(question.task, []).append(question)
@@ -182,8 +159,10 @@ def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
 
 def all_questions(scene: Scene) -> list[Question]:
     """Every question the scene can answer. Empty places are never asked about."""
-    asked = [("count", "how many shapes are there?", str(scene.count))]
-    asked.append(("background", "what colour is the background?", scene.background))
+    asked = [
+        ("count", "how many shapes are there?", str(scene.count)),
+        ("background", "what colour is the background?", scene.background),
+    ]
     for colour in COLOURS:
         number = sum(obj.colour == colour for obj in scene.objects)
         asked.append(("colour_count", f"how many {colour} shapes are there?", str(number)))
@@ -226,9 +205,8 @@ def _render(
         elif obj.shape == "square":
             pen.rectangle((left, top, right - 1, bottom - 1), fill=fill)
         else:
-            pen.polygon(
-                [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=fill
-            )
+            corners = [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)]
+            pen.polygon(corners, fill=fill)
     small = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     if contrast != 1.0:
         small = MIDDLE + contrast * (small - MIDDLE)
@@ -263,21 +241,12 @@ def scene_questions(
 
     Yields:
         Dicts with image, question, answer, task, scope and image_id (the scene's seed).
-
-    Raises:
-        InputError: If the split has fewer scenes, or a number is below 1.
     """
     for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed, noise=noise, contrast=contrast)
         for question in ask(scene, seed, per_image):
-            yield {
-                "image": scene.image,
-                "question": question.text,
-                "answer": question.answer,
-                "task": question.task,
-                "scope": question.scope,
-                "image_id": seed,
-            }
+            fields = {"question": question.text, "answer": question.answer, "task": question.task}
+            yield {"image": scene.image, **fields, "scope": question.scope, "image_id": seed}
 
 
 def scene_attributes(
@@ -285,43 +254,30 @@ def scene_attributes(
 ) -> Iterator[dict[str, Any]]:
     """Scenes of a split with what is true about them, as `sinkscope.linear_probes` takes it.
 
-    Args:
-        n_images: How many scenes.
-        seeds: The split: `TRAIN_SEEDS`, `VALIDATION_SEEDS` or `TEST_SEEDS`. The bundled model was
-            trained on the first, so it has never seen scenes of the others.
-        start: How many scenes of the split to skip.
+    The arguments are those of `scene_questions`; the bundled model was trained on `TRAIN_SEEDS` only.
 
     Yields:
         Dicts with image, question (how many shapes there are), attributes and image_id (the scene's
         seed). Attributes are ``"count"`` (1 to 6), ``"largest size"``, and two sets: ``"colours"``
         and ``"shapes"``.
-
-    Raises:
-        InputError: If the split has fewer scenes, or a number is below 1.
     """
     for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed)
-        yield {
-            "image": scene.image,
-            "question": all_questions(scene)[0].text,
-            "attributes": {
-                "count": scene.count,
-                "largest size": scene.largest_size,
-                "colours": set(scene.colours_present),
-                "shapes": set(scene.shapes_present),
-            },
-            "image_id": seed,
+        attributes = {
+            "count": scene.count,
+            "largest size": scene.largest_size,
+            "colours": set(scene.colours_present),
+            "shapes": set(scene.shapes_present),
         }
+        question = all_questions(scene)[0].text
+        fields = {"question": question, "attributes": attributes, "image_id": seed}
+        yield {"image": scene.image, **fields}
 
 
 def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:
-    """The seeds of some scenes of a split.
-
-    Raises:
-        InputError: If the split has fewer scenes, or a number is below 1.
-    """
+    """The seeds of some scenes of a split, which may not hold fewer."""
     if n_images < 1 or start < 0 or start + n_images > len(seeds):
         raise InputError(
-            f"Got n_images={n_images} from scene {start} on; expected 1 to {len(seeds) - start}."
+            f"Got n_images={n_images} from scene {start}; expected 1 to {len(seeds) - start}."
         )
     return seeds[start : start + n_images]

@@ -12,7 +12,8 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from sinkscope.cli import experiments
+from sinkscope.checks import check_whole
+from sinkscope.cli import experiments, shows
 from sinkscope.cli.experiments import Dtype
 from sinkscope.cli.names import HELP, check_word, load_model, parse_detector, stages
 from sinkscope.errors import CheckpointError, SinkscopeError
@@ -20,8 +21,6 @@ from sinkscope.errors import CheckpointError, SinkscopeError
 DEMO = "a real model: what it answers, its attention sinks, what masking them does, and a report"
 TOY = "the same on the toy model inside the package, which has no sinks and needs no download"
 PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
-LONGEST = 64
-"""Tokens of an answer."""
 WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
     "found on the images of --calibrate."
@@ -47,10 +46,7 @@ app = App(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The words after ``sinkscope``; None for those of the process.
+    """Run one command, of the words after ``sinkscope`` or of the process.
 
     Returns:
         The exit status: 0, 2 after an error that was explained, 130 if interrupted.
@@ -116,13 +112,13 @@ def run_demo(
         toy: The same on the toy model inside the package, which has no sinks and needs no download.
         planted: Trace a model whose sinks were planted in its weights, and compare with the truth.
     """
-    from sinkscope.bundled import draw_scene
-    from sinkscope.cli import demo as shows
-    from sinkscope.viz.pages import check_folder
+    from sinkscope.bundled import TEST_SEEDS, draw_scene
 
     scene = draw_scene(seed)
     asked = shows.choose_questions(scene, questions)
-    shows.check_effects(effects)
+    check_whole(0, len(TEST_SEEDS), effects=effects)
+    from sinkscope.viz.pages import check_folder  # it loads matplotlib: not before a wrong argument
+
     check_folder(out)
     if planted:
         print(f"sinkscope demo: {PLANTED}.", flush=True)
@@ -166,17 +162,14 @@ def trace(
         as_json: Print the trace as JSON instead of a table.
         loading: How the model is loaded.
     """
-    import pandas as pd
-
-    from sinkscope import detectors
-    from sinkscope.cli.demo import show, write_folder
+    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
+    check_word(model)
+    from sinkscope import detectors  # torch: not before a wrong argument
     from sinkscope.experiments import trace_sinks
     from sinkscope.models.pictures import open_image
     from sinkscope.models.requests import GREEDY
     from sinkscope.viz.pages import check_folder
 
-    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
-    check_word(model)
     pictures, others = ([open_image(path) for path in some] for some in (image, calibrate))
     folder = out or (None if as_json else "sinkscope-trace")
     if folder is not None:
@@ -193,16 +186,16 @@ def trace(
         step("tracing")
         found = trace_sinks(lvlm, sample, v, low, calibration=calibration)
         step("answering")
-        text = lvlm.generate(sample, max_new_tokens=LONGEST, **GREEDY).text or ()
+        text = lvlm.generate(sample, max_new_tokens=64, **GREEDY).text or ()
         said = " | ".join(one.strip() for one in text)
-    tables = {"What the model answers": pd.DataFrame([{"prompt": prompt, "answer": said}])}
-    if as_json:
-        print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
-        if folder is not None:
-            write_folder(folder, lvlm, sample, found, tables)
-        return 0
-    print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
-    return show(str(folder), lvlm, sample, found, tables)
+    tables = {"What the model answers": shows.frame([{"prompt": prompt, "answer": said}])}
+    if not as_json:
+        print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
+        return shows.show(str(folder), lvlm, sample, found, tables)
+    print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
+    if folder is not None:
+        shows.write_folder(folder, lvlm, sample, found, tables)
+    return 0
 
 
 app.command(experiments.sweep)
@@ -211,12 +204,7 @@ app.command(experiments.compare)
 
 
 @app.command
-def doctor(
-    model: str,
-    /,
-    *,
-    loading: Loading = Loading(),
-) -> int:
+def doctor(model: str, /, *, loading: Loading = Loading()) -> int:
     """What can be measured on a model, and how exactly.
 
     Args:
@@ -236,8 +224,7 @@ def models() -> int:
     from sinkscope.detectors import KNOWN
 
     print("Families, by model_type of the configuration:")
-    for model_type, family in FAMILIES.items():
-        print(f"  {model_type:<14} {family.name}")
+    print("\n".join(f"  {name:<14} {family.name}" for name, family in FAMILIES.items()))
     print("\nPublished sink constants (channels from 0, tau on the RMS score):")
     for row in KNOWN:
         use = "used by default" if row.default else "listed only, never used unasked"

@@ -11,16 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sinkscope.checks import is_whole
-from sinkscope.cli.recipes import (
-    Recipe,
-    arguments_for,
-    by_name,
-    conditions_of,
-    merged,
-    named_gates,
-    parse_yaml,
-    read_recipe,
-)
+from sinkscope.cli import recipes
 from sinkscope.errors import InputError
 from sinkscope.files import check_place
 
@@ -65,24 +56,18 @@ class Settings:
     set: Repeated = ()
     dry_run: bool = False
 
-    def flags(self, model: str | None, **own: Any) -> dict[str, Any]:
-        """The flags in the shape of a recipe; what was not given is left out, what was set to null is None.
+    def read(
+        self, section: str, function: Callable[..., Any], model: str | None, **own: Any
+    ) -> recipes.Recipe:
+        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function.
 
-        Args:
-            model: The MODEL of the command.
-            own: Flags of one command, which are arguments of its function.
-
-        Raises:
-            InputError: If ``--set`` is not of the form NAME=VALUE.
+        Flags take the shape of a recipe: what was not given is left out, what was set to null is None.
         """
-        names = {"name": model, "dtype": self.dtype, "device_map": self.device_map}
+        names = {"name": model} | {k: getattr(self, k) for k in ("dtype", "device_map", "revision")}
         out: dict[str, Any] = {
-            "model": _present(names | {"revision": self.revision}),
+            "model": _present(names),
             "data": _present({"source": self.data, "split": self.split, "limit": self.limit}),
-            **{
-                name: getattr(self, name)
-                for name in ("v_detector", "l_detector", "calibrate", "out")
-            },
+            **{k: getattr(self, k) for k in ("v_detector", "l_detector", "calibrate", "out")},
             **own,
         }
         if own.get("layers"):
@@ -92,13 +77,10 @@ class Settings:
             name, equals, value = words.partition("=")
             if not equals or not name:
                 raise InputError(f"Got --set {words}; expected NAME=VALUE, such as --set batch=8.")
-            asked[name] = parse_yaml(value, f"--set {words}")
-        return merged({k: v for k, v in _present(out).items() if v != {}}, asked)
-
-    def read(self, section: str, function: Callable[..., Any], flags: Mapping[str, Any]) -> Recipe:
-        """The settings of one command, from its recipe and its flags."""
+            asked[name] = recipes.parse_yaml(value, f"--set {words}")
+        flags = recipes.merged({k: v for k, v in _present(out).items() if v != {}}, asked)
         trust = self.trust_remote_code
-        return read_recipe(section, self.recipe, flags, function, trust_remote_code=trust)
+        return recipes.read_recipe(section, self.recipe, flags, function, trust_remote_code=trust)
 
 
 def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,32 +105,22 @@ def sweep(
         grid: Pairs from (0, 1) to (1, 0) (11).
         settings: What the three commands share.
     """
-    from sinkscope.experiments import lsg_grid
     from sinkscope.experiments import sweep as run
 
-    recipe = settings.read(
-        "sweep", run, settings.flags(model, layers=layers, score=score, grid=grid)
-    )
-    options = dict(recipe.options)
-    asked = options.get("grid")
-    if is_whole(asked):
-        options["grid"] = lsg_grid(asked)
-    elif isinstance(asked, Mapping):
-        options["grid"] = lsg_grid(**arguments_for(lsg_grid, asked, "under grid"))
-    elif asked is not None:
-        options["grid"] = as_pairs(asked)
+    recipe = settings.read("sweep", run, model, layers=layers, score=score, grid=grid)
+    options, dry = dict(recipe.options), settings.dry_run
+    if options.get("grid") is not None:
+        options["grid"] = grid_of(options["grid"])
     out = Path(recipe.out or "sinkscope-sweep").expanduser()
-    if not settings.dry_run:
+    if not dry:
         check_place(out, "manifest.json", "sweep")
-    lvlm = recipe.load(weights=not settings.dry_run)
-    rules = recipe.detectors(None if settings.dry_run else lvlm)
+    lvlm = recipe.load(weights=not dry)
+    rules = recipe.detectors(None if dry else lvlm)
     if all(len(cell) == 2 for cell in options.get("grid", ())):  # (s_V, s_rest): no L-sinks
         rules.pop("l_detector")
-    place, bar = None if settings.dry_run else out, sys.stderr.isatty()
-    made: Any = run(
-        lvlm, recipe.data, **options, **rules, out=place, progress=bar, dry_run=settings.dry_run
-    )
-    if settings.dry_run:
+    how = options | rules | {"out": None if dry else out, "progress": sys.stderr.isatty()}
+    made: Any = run(lvlm, recipe.data, **how, dry_run=dry)
+    if dry:
         print(made)
         return 0
     best = made.best()
@@ -186,40 +158,31 @@ def train_lsg(
     from sinkscope.lsg import train_lsg as run
 
     own = {"layers": layers, "epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
-    recipe = settings.read("train", run, settings.flags(model, **own))
-    options = dict(recipe.options)
+    recipe = settings.read("train", run, model, **own)
+    options, dry = recipe.options, settings.dry_run
     if not options.get("layers"):
         raise InputError("Got no layers to train gates at; expected some. Write --layers 10.")
     out = Path(recipe.out or "sinkscope-gates").expanduser()
-    if not settings.dry_run:
+    if not dry:
         check_place(out / "checkpoints", "run.json", "run")
         check_place(out / "report", "history.csv", "run")
-    lvlm = recipe.load(weights=not settings.dry_run)
-    rules = {} if settings.dry_run else recipe.detectors(lvlm)
+    lvlm = recipe.load(weights=not dry)
+    rules = {} if dry else recipe.detectors(lvlm)
     if "L" not in (options.get("choices") or {}).get("groups", ()):
         rules.pop("l_detector", None)
-    place, bar = None if settings.dry_run else out / "checkpoints", sys.stderr.isatty()
-    made: Any = run(
-        lvlm,
-        recipe.data.indexed(),
-        **options,
-        **rules,
-        out=place,
-        progress=bar,
-        dry_run=settings.dry_run,
-    )
+    place = None if dry else out / "checkpoints"
+    how = {**options, **rules, "out": place, "progress": sys.stderr.isatty()}
+    made: Any = run(lvlm, recipe.data.indexed(), **how, dry_run=dry)
     print(made)
-    if settings.dry_run:
+    if dry:
         return 0
     folder = write_report(out, {"history": made.history}, "training", made)
     for layer, gate in made.gates.items():
         gate.save_pretrained(out / f"gate-{layer}")
         print(f"Gate of layer {layer}: {out / f'gate-{layer}'}")
         if made.record["results"][str(layer)]["best_step"] == 0:
-            print(
-                "  Note: no look was better than the first, so this is the untrained gate. Train longer, "
-                "on more data, or with another --lr."
-            )
+            print("  Note: no look was better than the first, so this is the untrained gate.")
+            print("  Train longer, on more data, or with another --lr.")
     print(f"History and curve: {folder}")
     return 0
 
@@ -242,19 +205,18 @@ def compare(
     """
     from sinkscope.experiments import compare as run
 
-    recipe = settings.read("compare", run, settings.flags(model, batch=batch))
+    recipe = settings.read("compare", run, model, batch=batch)
     conditions = with_gates(recipe.conditions, gate)
     out = Path(recipe.out or "sinkscope-compare").expanduser()
     if not settings.dry_run:
         check_place(out / "report", "answers.csv", "comparison")
     lvlm = recipe.load(weights=not settings.dry_run)
-    made = conditions_of(conditions, lvlm)
+    made = {name: recipes.condition(name, what, lvlm) for name, what in conditions.items()}
     if settings.dry_run:
         count, traced = len(list(recipe.data)), any(callable(one) for one in made.values())
-        print(
-            f"{count} questions x {len(made)} conditions{' and a trace of each' if traced else ''}: "
-            f"{count * (len(made) + traced)} prompts, each with its answer"
-        )
+        how = f"{len(made)} conditions{' and a trace of each' if traced else ''}"
+        prompts = count * (len(made) + traced)
+        print(f"{count} questions x {how}: {prompts} prompts, each with its answer")
         return 0
     rules, bar = recipe.detectors(lvlm), sys.stderr.isatty()
     found = run(lvlm, recipe.data, made, **recipe.options, **rules, progress=bar)
@@ -264,25 +226,32 @@ def compare(
     return 0
 
 
-def as_pairs(grid: Any) -> list[tuple[Any, ...]]:
-    """Pairs of coefficients, or triples, as a recipe writes them."""
-    if not (grid and isinstance(grid, list) and all(isinstance(pair, list) for pair in grid)):
+def grid_of(asked: Any) -> list[tuple[Any, ...]]:
+    """Pairs of coefficients, or triples: how many, what makes them, or a list as a recipe writes it."""
+    from sinkscope.experiments import lsg_grid
+
+    if is_whole(asked):
+        return lsg_grid(asked)
+    if isinstance(asked, Mapping):
+        return lsg_grid(**recipes.arguments_for(lsg_grid, asked, "under grid"))
+    if not (asked and isinstance(asked, list) and all(isinstance(pair, list) for pair in asked)):
         raise InputError(
-            f"Got grid={grid!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]], or "
-            "{steps: 6, groups: 3} for triples (s_V, s_L, s_rest)."
+            f"Got grid={asked!r}; expected how many pairs, or a list of pairs: [[0.0, 1.0], [0.5, 0.5]], "
+            "or {steps: 6, groups: 3} for triples (s_V, s_L, s_rest)."
         )
-    return [tuple(pair) for pair in grid]
+    return [tuple(pair) for pair in asked]
 
 
 def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
     """The conditions of a recipe and those of ``--gate``."""
-    out, gates = by_name(conditions), named_gates(folders)
-    twice = sorted(set(out) & set(gates))
-    if twice:
+    if not isinstance(conditions, Mapping):
         raise InputError(
-            f"Got --gate for {twice[0]!r}, a condition of the recipe; expected another name. Rename the "
-            "condition or the folder."
+            f"Got conditions: {conditions!r}; expected names with what to do, such as "
+            "{base: [], VAR: {var: {preset: code}}}."
         )
+    out, gates = {str(k): what for k, what in conditions.items()}, recipes.named_gates(folders)
+    if twice := sorted(set(out) & set(gates)):
+        raise InputError(f"Got --gate for {twice[0]!r}, a condition of the recipe; rename one.")
     if gates:
         out.setdefault("base", [])
     out |= gates

@@ -36,19 +36,12 @@ HELP = "A detector is one of: " + "; ".join(FORMS.values()) + "."
 def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
     """Load ``"example"``, ``"bundled"``, a folder (``"./example"`` too) or a hub repository.
 
-    Args:
-        name: Which model.
-        weights: False builds the architecture of a folder or repository alone.
-        options: Arguments of ``LVLM.from_pretrained``; None stands for what is not given.
-
-    Raises:
-        SinkscopeError: If there is no such model, or it cannot be loaded so.
+    Without ``weights`` the architecture of a folder or repository alone is built. ``options`` are arguments
+    of ``LVLM.from_pretrained``; None stands for what is not given.
     """
     check_word(name)
-    switches = ("remote", "trust_remote_code")
-    given = {
-        k: v for k, v in options.items() if v is not None and not (v is False and k in switches)
-    }
+    off = {"remote": False, "trust_remote_code": False}
+    given = {k: v for k, v in options.items() if v is not None and v is not off.get(k)}
     if name in WORDS or not sys.stderr.isatty():  # loading takes no time, or nobody watches
         from transformers.utils import logging
 
@@ -57,19 +50,15 @@ def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
         return _of_the_package(name, given)
     from sinkscope.models import LVLM
 
-    kept = ("revision", "attn_implementation", "trust_remote_code")
     if not weights:
-        given = {"remote": True, **{key: given[key] for key in kept if key in given}}
+        kept = given.keys() & {"revision", "attn_implementation", "trust_remote_code"}
+        given = {"remote": True, **{key: given[key] for key in kept}}
     load: Any = LVLM.from_pretrained
     return load(name, **given)
 
 
 def check_word(name: Any) -> None:
-    """Refuse a mistyped word before anything asks the network.
-
-    Raises:
-        CheckpointError: If it is neither a folder here nor ``owner/name``.
-    """
+    """Refuse a mistyped word, neither a folder nor ``owner/name``, before anything asks the network."""
     if not isinstance(name, str) or name in WORDS or set(name) & {"/", "\\"}:
         return
     close = get_close_matches(name.lower(), WORDS, n=1)
@@ -87,73 +76,60 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
     device = given.pop("device_map", None)
     for key in given.keys() - {"dtype", "attn_implementation"}:
         raise InputError(
-            f"Got {key}={given[key]!r} for {name!r}, a model of the package; expected it with a hub "
-            f"repository only. Leave {key} out."
+            f"Got {key}={given[key]!r} for {name!r}, a model of the package, which takes none: leave it out."
         )
     if given.get("dtype") == "auto":
         del given["dtype"]
     if name == "example":
-        from sinkscope.example.load import load_example
-
-        lvlm = load_example(**given)
+        from sinkscope.example.load import load_example as load
     else:
-        from sinkscope.bundled.load import load_bundled
-
-        lvlm = load_bundled(**given)
-    if device is not None:
-        module: Any = lvlm.module
-        try:
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-            module.to(torch.device(device))
-        except (RuntimeError, AssertionError, TypeError) as error:  # what torch raises without CUDA
-            raise InputError(
-                f"Got device_map={device!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "expected 'auto', 'cpu' or a GPU that is here, such as 'cuda:0'."
-            ) from error
+        from sinkscope.bundled.load import load_bundled as load
+    lvlm = load(**given)
+    if device is None:
+        return lvlm
+    module: Any = lvlm.module
+    try:
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        module.to(torch.device(there if device == "auto" else device))
+    except (RuntimeError, AssertionError, TypeError) as error:  # what torch raises without CUDA
+        raise InputError(
+            f"Got device_map={device!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "expected 'auto', 'cpu' or a GPU that is here, such as 'cuda:0'."
+        ) from error
     return lvlm
 
 
 def parse_detector(spec: str) -> Detector:
-    """Make a detector from a few words, such as ``norm:100``; see `FORMS`.
-
-    Raises:
-        DetectorError: If it is none. Whether it can work on a model shows when it is used.
-    """
-    from sinkscope.detectors import (
-        CosineToBOS,
-        Massive,
-        Norm,
-        Received,
-        SinkDimensions,
-        VisionTokens,
-    )
+    """Make a detector from a few words, such as ``norm:100``; see `FORMS`. Another word is a DetectorError."""
+    name, *rest = spec.split(":")
+    if name not in FORMS:
+        raise DetectorError(f"Got the detector {spec!r}. {nearest(name, FORMS)} {HELP}")
+    from sinkscope import detectors as rules
 
     def dims(channels: str, tau: str, normalize: str = "rms") -> Detector:
         check_choice(("rms", "none"), normalize=normalize)
-        return SinkDimensions(tuple(int(d) for d in channels.split(",")), float(tau), normalize)
+        wanted = tuple(int(d) for d in channels.split(","))
+        return rules.SinkDimensions(wanted, float(tau), normalize)
 
     def norm(tau: str) -> Detector:
-        return Norm(tau if tau in ("valley", "3sigma") else float(tau))
+        return rules.Norm(tau if tau in ("valley", "3sigma") else float(tau))
 
     def received(limit: str = "0.3") -> Detector:
-        times = limit.endswith("x")
-        return Received(times_null=float(limit[:-1])) if times else Received(float(limit))
+        if limit.endswith("x"):
+            return rules.Received(times_null=float(limit[:-1]))
+        return rules.Received(float(limit))
 
     makers: dict[str, Callable[..., Detector]] = {
         "norm": norm,
         "valley": lambda: norm("valley"),
         "3sigma": lambda: norm("3sigma"),
         "dims": dims,
-        "massive": lambda a="100", ratio="1000": Massive(float(a), float(ratio)),
+        "massive": lambda a="100", ratio="1000": rules.Massive(float(a), float(ratio)),
         "received": received,
-        "cosine": lambda threshold="0.9": CosineToBOS(float(threshold)),
-        "cls": lambda: VisionTokens("cls"),
-        "register": lambda: VisionTokens("register"),
+        "cosine": lambda threshold="0.9": rules.CosineToBOS(float(threshold)),
+        "cls": lambda: rules.VisionTokens("cls"),
+        "register": lambda: rules.VisionTokens("register"),
     }
-    name, *rest = spec.split(":")
-    if name not in FORMS:
-        raise DetectorError(f"Got the detector {spec!r}. {nearest(name, FORMS)} {HELP}")
     try:
         return makers[name](*rest)
     except (TypeError, ValueError) as error:
@@ -164,12 +140,7 @@ def parse_detector(spec: str) -> Detector:
 def stages(total: int, first: str) -> Iterator[Callable[[str], None]]:
     """Say what is done: a bar in a terminal, lines on standard error elsewhere.
 
-    Args:
-        total: How many stages there are.
-        first: The first one, such as ``"loading the model"``.
-
-    Yields:
-        A function that ends a stage and names the next.
+    Yields a function that ends a stage, of ``total`` ones, and names the next.
     """
     from tqdm.auto import tqdm
 

@@ -37,61 +37,36 @@ if TYPE_CHECKING:
 
 COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}
 """Section of a recipe -> the command that reads it."""
-MODEL_KEYS = [
-    "name",
-    "dtype",
-    "device_map",
-    "revision",
-    "attn_implementation",
-    "quantization_config",
+MODEL_KEYS = (
+    *("name", "dtype", "device_map", "revision", "attn_implementation", "quantization_config"),
     "trust_remote_code",
-]
+)
 NOT_WORDS = (
-    "accelerator",
-    "calibration",
-    "dry_run",
-    "gates",
-    "progress",
-    "samples",
-    "settings",
+    *("accelerator", "calibration", "dry_run", "gates", "progress", "samples", "settings"),
     "validation_data",
 )
 """Arguments that a recipe cannot give."""
-SHARED = ("model", "v_detector", "l_detector", "calibrate", "data", "out", "conditions")
-"""Keys with a meaning of their own; the others are arguments."""
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
 """Keys whose value may be one word, and what that word is."""
 EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
+SHARED = (*SHORT, *EXAMPLES, "conditions")
+"""Keys with a meaning of their own; the others are arguments."""
 METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
 """Baselines that are made of plain values."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One command's settings.
+    """One command's settings."""
 
-    Attributes:
-        section: ``"sweep"``, ``"train"`` or ``"compare"``.
-        model: Arguments of ``LVLM.from_pretrained``; the names ``"example"`` and ``"bundled"`` are the
-            models of the package.
-        data: The questions.
-        calibrate: Other questions, whose images the detectors are found on; or None.
-        v_detector: A detector in a few words, or None.
-        l_detector: Likewise.
-        out: The folder to write to.
-        conditions: For ``compare``: name -> what to do, see `conditions_of`.
-        options: Arguments of the function behind the command.
-    """
-
-    section: str
-    model: Mapping[str, Any]
+    model: Mapping[str, Any]  # arguments of `load_model`
     data: Questions
-    calibrate: Questions | None = None
-    v_detector: str | None = None
+    calibrate: Questions | None = None  # whose images the detectors are found on
+    v_detector: str | None = None  # in a few words
     l_detector: str | None = None
     out: str | None = None
-    conditions: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Any = field(default_factory=dict)  # for ``compare``: name -> see `condition`
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the function behind the command
 
     def load(self, *, weights: bool = True) -> LVLM:
         """Load the model, or without ``weights`` its architecture, which is enough to count a run's cost."""
@@ -129,10 +104,6 @@ def read_recipe(
         function: The function behind the command, whose arguments are the options.
         trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
             anybody may have written, does not say it alone.
-
-    Raises:
-        InputError: If the file is none, a key is unknown, the model or data are missing, or a recipe
-            trusts the code of a repository by itself.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in COMMANDS}
@@ -142,68 +113,52 @@ def read_recipe(
     check_keys(top, [*SHARED, *COMMANDS], f"at the top of {path}")
     settings = merged(merged(top, mine), flags)
     for key, word in SHORT.items():
-        settings[key] = as_mapping(settings.get(key), word, key)
+        value = settings.get(key)
+        value = {} if value is None else as_long(value, word)
+        if not isinstance(value, Mapping):
+            raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
+        settings[key] = dict(value)
     model, data, other = (settings[key] for key in SHORT)
-    known = [
-        name for name in list(inspect.signature(function).parameters)[2:] if name not in NOT_WORDS
-    ]
+    known = [n for n in list(inspect.signature(function).parameters)[2:] if n not in NOT_WORDS]
     check_keys(settings, [*SHARED, *known], f"for sinkscope {COMMANDS[section]}")
     check_keys(model, MODEL_KEYS, "under model")
-    check_trust(model, trust_remote_code)
+    asked = model.get("trust_remote_code", False)
+    check_flags(trust_remote_code=False if asked is None else asked)
+    if asked and not trust_remote_code:
+        raise InputError(
+            f"Got trust_remote_code: true for {model.get('name')!r} in the recipe alone, which runs code from "
+            "there; expected --trust-remote-code on the command line too, if you have read that code."
+        )
+    if trust_remote_code:
+        model["trust_remote_code"] = True
     for name, given, write in (("model", model, "MODEL"), ("data", data, "--data")):
         if not given.get(SHORT[name]):
-            raise InputError(
-                f"Got no {name}; expected one. Write {name} in the recipe or give {write}."
-            )
+            raise InputError(f"Got no {name}; write {name} in the recipe or give {write}.")
     for name, example in EXAMPLES.items():
         if not isinstance(settings.get(name), (str, type(None))):
             raise InputError(f"Got {name}: {settings[name]!r}; expected a word, such as {example}.")
     if section == "train":
         data.setdefault("split", "train")
     return Recipe(
-        section=section,
         model=model,
         data=as_questions(data, "data"),
         calibrate=as_questions({"split": "validation", **other}, "calibrate") if other else None,
-        v_detector=settings.get("v_detector"),
-        l_detector=settings.get("l_detector"),
-        out=settings.get("out"),
+        **{name: settings.get(name) for name in EXAMPLES},
         conditions=settings.get("conditions") or {},
         options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
     )
 
 
-def check_trust(model: dict[str, Any], flag: bool) -> None:
-    """Note the flag among the model's options; refuse a recipe that trusts without it."""
-    asked = model.get("trust_remote_code")
-    if asked is not None:
-        check_flags(trust_remote_code=asked)
-    if asked and not flag:
-        raise InputError(
-            f"Got trust_remote_code: true for {model['name']!r} in the recipe alone; expected the flag on "
-            "the command line too, because it runs code from there. If you have read and trust that "
-            "code, add --trust-remote-code."
-        )
-    if flag:
-        model["trust_remote_code"] = True
-
-
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        InputError: If there is no such file, or it holds something else.
-    """
+    """Read the mapping in a YAML file; InputError if there is none."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
     whole = parse_yaml(text, f"the recipe {path!r}")
     if not isinstance(whole, dict):
-        raise InputError(
-            f"Got the recipe {path!r} with {type(whole).__name__}; expected keys and values, such as "
-            "'model: bundled'."
-        )
+        kind = type(whole).__name__
+        raise InputError(f"Got the recipe {path!r} with {kind}; expected keys: 'model: bundled'.")
     return whole
 
 
@@ -211,11 +166,8 @@ class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number; YAML 1.1 takes it for text."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    [*"-+0123456789"],
-)
+NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"-+0123456789"])
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -229,8 +181,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Join two settings, of which the second wins, also inside mappings.
 
-    Columns and options belong to one data set, a revision to one model: where the second names
-    another of them, nothing of the first is kept.
+    Where the second names another model or data set, nothing of the first one is kept.
     """
     out = dict(base)
     for key, value in over.items():
@@ -249,14 +200,6 @@ def as_long(value: Any, name: str) -> Any:
     return {name: value} if isinstance(value, str) else value
 
 
-def as_mapping(value: Any, name: str, key: str) -> dict[str, Any]:
-    """A mapping, or a word as a mapping of one; {} for None."""
-    value = {} if value is None else as_long(value, name)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise InputError(f"Got {key}: {value!r}; expected a word or keys and values.")
-
-
 def as_questions(given: Mapping[str, Any], key: str) -> Questions:
     """The questions of a ``data`` mapping."""
     from sinkscope.data.questions import Questions
@@ -272,66 +215,6 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
             raise InputError(f"Got the key {key!r} {where}. {nearest(str(key), known)}")
 
 
-def conditions_of(given: Any, lvlm: LVLM) -> dict[str, Any]:
-    """Make the conditions of a comparison, by name.
-
-    A condition is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved
-    stack or ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
-    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
-
-    Raises:
-        InputError: If it is something else.
-    """
-    return {name: one_condition(name, what, lvlm) for name, what in by_name(given).items()}
-
-
-def by_name(given: Any) -> dict[str, Any]:
-    """Conditions by name, not looked at yet."""
-    if not isinstance(given, Mapping):
-        raise InputError(
-            f"Got conditions: {given!r}; expected names with what to do, such as "
-            "{base: [], VAR: {var: {preset: code}}}."
-        )
-    return {str(name): what for name, what in given.items()}
-
-
-def one_condition(name: str, what: Any, lvlm: LVLM) -> Any:
-    """One condition; see `conditions_of`."""
-    from sinkscope.experiments import EditSinks, baselines
-
-    keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
-    if what in ([], {}, None, "base"):
-        return []
-    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in keys:
-        raise InputError(
-            f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
-            "{gate: folder} or {var: {preset: code}}."
-        )
-    key, value = next(iter(what.items()))
-    if key in ("gate", "stack"):
-        return gates_of(name, key, value, lvlm)
-    made = EditSinks if key == "edit" else getattr(baselines, key)
-    arguments = arguments_for(made, value, f"under {key} of the condition {name}")
-    if key == "random_tokens":
-        arguments["condition"] = one_condition(name, arguments["condition"], lvlm)
-    return made(**arguments)
-
-
-def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
-    """A gate, or several."""
-    from sinkscope.lsg import LSG
-
-    folders: Any = value if key == "stack" and isinstance(value, list) else [value]
-    if not folders or not all(isinstance(one, str) for one in folders):
-        raise InputError(
-            f"Got {key}: {value!r} in the condition {name}; expected a folder"
-            f"{' or a list of folders' if key == 'stack' else ''}."
-        )
-    if key == "stack" and isinstance(value, str):
-        return LSG.load_stack(value, lvlm=lvlm)
-    return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
-
-
 def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[str, Any]:
     """Keys and values that a function takes; refuses unknown and missing ones."""
     if value is not None and not isinstance(value, Mapping):
@@ -345,15 +228,50 @@ def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[
     return given
 
 
-def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others.
+def condition(name: str, what: Any, lvlm: LVLM) -> Any:
+    """Make one condition of a comparison.
 
-    Raises:
-        InputError: If one folder is named twice.
+    It is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved stack or
+    ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
+    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
     """
+    from sinkscope.experiments import EditSinks, baselines
+
+    keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
+    if what in ([], {}, None, "base"):
+        return []
+    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in keys:
+        raise InputError(
+            f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
+            "{gate: folder} or {var: {preset: code}}."
+        )
+    ((key, value),) = what.items()
+    if key in ("gate", "stack"):
+        return gates_of(name, key, value, lvlm)
+    made = EditSinks if key == "edit" else getattr(baselines, key)
+    arguments = arguments_for(made, value, f"under {key} of the condition {name}")
+    if key == "random_tokens":
+        arguments["condition"] = condition(name, arguments["condition"], lvlm)
+    return made(**arguments)
+
+
+def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
+    """A gate, or several."""
+    from sinkscope.lsg import LSG
+
+    folders: Any = value if key == "stack" and isinstance(value, list) else [value]
+    if not folders or not all(isinstance(one, str) for one in folders):
+        wanted = "a folder or a list of folders" if key == "stack" else "a folder"
+        raise InputError(f"Got {key}: {value!r} in the condition {name}; expected {wanted}.")
+    if key == "stack" and isinstance(value, str):
+        return LSG.load_stack(value, lvlm=lvlm)
+    return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
+
+
+def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others."""
     paths = [Path(folder).expanduser().resolve() for folder in folders]
-    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
-    if twice:
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
         raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")
     out = {}
     for folder, path in zip(folders, paths, strict=True):

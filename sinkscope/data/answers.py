@@ -25,17 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said to a batch.
+    """What a model said to a batch; see `answer_batch`."""
 
-    Attributes:
-        given: The answer, or the option with the highest score.
-        correct: Whether it is the right one; see `answer_batch`.
-        touched: Whether the edit touched the row, in the prompt pass or later.
-    """
-
-    given: tuple[str, ...]
+    given: tuple[str, ...]  # the answer, or the option with the highest score
     correct: tuple[bool, ...]
-    touched: tuple[bool, ...]
+    touched: tuple[bool, ...]  # by the edit, in the prompt pass or later
 
 
 def answer_batch(
@@ -46,15 +40,12 @@ def answer_batch(
     *,
     length_normalized: bool = True,
 ) -> Answers:
-    """Answers of a batch, all of them free or all among options.
+    """Answers of a batch, all of them free or all among options; for these see `score_options`.
 
     Free answers are greedy, without what a generation config adds, and of each only as many tokens
     count as its own right answer has, so that no answer depends on the other questions of the batch. It
     is right if these are the tokens of the right answer, as in `exact`, or if they begin with the same
     text after stripping and lower case: a model may leave out the space before an answer.
-
-    An option's score is the mean log-probability of its tokens after the prompt, or their sum if it is
-    not length normalised; see `score_options`.
     """
     ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
@@ -80,17 +71,12 @@ def answer_batch(
 
 
 def score_options(
-    lvlm: LVLM,
-    sample: Sample,
-    items: Sequence[Item],
-    edits: Sequence[Any],
-    length_normalized: bool,
+    lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any], length_normalized: bool
 ) -> tuple[Tensor, tuple[bool, ...]]:
-    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
+    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer; and touched rows.
 
-    Options are forced through ``generate``, so that a prompt is a prompt and an option's tokens are
-    decode steps for every edit. Options of one token cost one forward pass. Also: which rows an edit
-    touched in a pass that their scores came from.
+    They are the mean over an option's tokens, or the sum. Options are forced through ``generate``, so that
+    their tokens are decode steps for every edit; options of one token cost one forward pass.
     """
     options = [
         [torch.tensor(answer_ids(lvlm.tokenizer, prompt, text)) for text in item.choices]
@@ -102,39 +88,30 @@ def score_options(
         found = TokenScores.of(run.logits[:, -1:], wanted[:, None]).logprobs[:, 0].cpu()
         touched = _touched([run], [1] * len(items))
         return found.masked_fill(wanted == IGNORED, float("-inf")), touched
-    scores, seen = [], torch.zeros(len(items), dtype=torch.bool)
+    from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
+
+    scores, seen, start = [], torch.zeros(len(items), dtype=torch.bool), sample.tokens.ids.shape[1]
     for i in range(max(map(len, options))):
         forced = [row[min(i, len(row) - 1)] for row in options]
-        out = _forced(lvlm, sample, forced, edits)
-        logits = torch.cat([run.logits[:, -1:] for run in out.steps], dim=1)
-        found = TokenScores.of(logits, padded(forced, IGNORED, "right"))
+        ids = padded(forced, IGNORED, "right")
+
+        def allowed(row: int, so_far: Tensor, forced: Sequence[Tensor] = forced) -> list[int]:
+            """Force the option's tokens, and repeat the last where others are longer."""
+            return [int(forced[row][min(len(so_far) - start, len(forced[row]) - 1)])]
+
+        only = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, num_beams=1)])
+        how: dict[str, Any] = {"max_new_tokens": ids.shape[1], "logits_processor": only, **GREEDY}
+        out = lvlm.generate(sample, [], edits, **how)
+        found = TokenScores.of(torch.cat([run.logits[:, -1:] for run in out.steps], dim=1), ids)
         gone = torch.tensor([i >= len(row) for row in options])
         each = (found.means if length_normalized else found.sums).cpu()
         scores.append(each.masked_fill(gone, float("-inf")))
-        seen |= torch.tensor(_touched(out.steps, [len(ids) for ids in forced]))
+        seen |= torch.tensor(_touched(out.steps, [len(one) for one in forced]))
     return torch.stack(scores, dim=1), tuple(seen.tolist())
 
 
-def _forced(lvlm: LVLM, sample: Sample, forced: Sequence[Tensor], edits: Sequence[Any]) -> Any:
-    """A generation that writes given tokens, and repeats the last where others are longer."""
-    from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
-
-    start = sample.tokens.ids.shape[1]
-
-    def allowed(row: int, ids: Tensor) -> list[int]:
-        return [int(forced[row][min(len(ids) - start, len(forced[row]) - 1)])]
-
-    only = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, num_beams=1)])
-    longest = max(map(len, forced))
-    return lvlm.generate(sample, [], edits, max_new_tokens=longest, logits_processor=only, **GREEDY)
-
-
 def _touched(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
-    """Which rows an edit touched; a packed tower has one row for all.
-
-    ``sizes``: per row, how many of the passes (the prompt's first) its answer took. What the row goes
-    through later, because another answer of the batch is longer, does not count.
-    """
+    """Which rows an edit touched in the first passes, as many as ``sizes`` says; a packed tower has one row."""
     out = torch.zeros(len(sizes), dtype=torch.bool)
     for step, run in enumerate(steps):
         needed = torch.tensor([step < size for size in sizes])
@@ -191,9 +168,8 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
     check_choice(SCORES, score=name)
     if name == "choice" and with_options < len(items):
         raise InputError(
-            f"Got choices on {with_options} of {len(items)} items; expected options, such as "
-            f"choices=['red', 'green'], on all for score='choice', not {len(items) - with_options} items "
-            "without choices. Write score='exact' or score='logprob'."
+            f"Got {len(items) - with_options} items without choices; expected options on all for "
+            "score='choice'. Write choices=['red', 'green'], or score='exact' or score='logprob'."
         )
     return name, SCORES[name]
 
@@ -208,88 +184,64 @@ def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) ->
         cause = "A factor this large overflows: write smaller ones in grid, or load"
     advice = f"{cause} the model with dtype='bfloat16' or 'float32'."
     for value in (*answered.logprobs, *answered.choices):
-        if not math.isfinite(value):
-            raise _no_number("a log-probability of", value, where, item, advice)
+        _finite("a log-probability of", value, where, item, advice)
 
 
 def scored(score: Score, item: Item, answered: Answered, where: str) -> float:
     """The score of an answer, as a finite number; see `check_finite`."""
-    value: Any = score(item, answered)
+    advice = "Return one for every question, or leave out the questions that have no score."
+    return _finite("the score", score(item, answered), where, item, advice)
+
+
+def _finite(what: str, value: Any, where: str, item: Item, advice: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        advice = "Return one for every question, or leave out the questions that have no score."
-        raise _no_number("the score", value, where, item, advice)
+        raise InputError(
+            f"Got {what} {value!r} at {where}, for the question {item.question!r} about image "
+            f"{item.image_id!r}; expected a finite number. {advice}"
+        )
     return number
-
-
-def _no_number(what: str, value: Any, where: str, item: Item, advice: str) -> InputError:
-    return InputError(
-        f"Got {what} {value!r} at {where}, for the question {item.question!r} about image "
-        f"{item.image_id!r}; expected a finite number. {advice}"
-    )
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One question, with its options as tokens.
-
-    Attributes:
-        item: The question.
-        options: Ids of the answer, and then of every choice.
-        feeds: What is put after the prompt: one row of the model each.
-        row_of: Option -> its feed.
-    """
+    """One question, with its options as tokens."""
 
     item: Item
-    options: tuple[Ids, ...]
-    feeds: tuple[Ids, ...]
-    row_of: Ids
+    options: tuple[Ids, ...]  # the answer, and then every choice
+    feeds: tuple[Ids, ...]  # what is put after the prompt: one row of the model each
+    row_of: Ids  # option -> its feed
 
 
 def ask(tokenizer: Any, prompt: str, item: Item) -> Asked:
     """The options of a question as tokens behind its prompt, and the fewest rows that score them all."""
     options = tuple(answer_ids(tokenizer, prompt, text) for text in (item.answer, *item.choices))
-    feeds: list[Ids] = []
-
-    def row_of(ids: Ids) -> int | None:
-        return next((i for i, feed in enumerate(feeds) if feed[: len(ids)] == ids), None)
-
-    for ids in sorted({ids[:-1] for ids in options}, key=lambda ids: (-len(ids), ids)):
-        if row_of(ids) is None:
+    starts, feeds = [ids[:-1] for ids in options], list[Ids]()
+    for ids in sorted(set(starts), key=lambda ids: (-len(ids), ids)):
+        if not any(feed[: len(ids)] == ids for feed in feeds):
             feeds.append(ids)
-    rows = tuple(row_of(ids[:-1]) or 0 for ids in options)
-    return Asked(item, options, tuple(feeds), rows)
+    rows = [[feed[: len(ids)] == ids for feed in feeds].index(True) for ids in starts]
+    return Asked(item, options, tuple(feeds), tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What is read of every row of the model: which positions, and which tokens there.
+    """What is read of every row of the model: which positions, and which tokens there."""
 
-    Attributes:
-        positions: Int ``[row n]``; rows with fewer positions repeat their last.
-        tokens: Int ``[row n option]``: the token of every option at every position.
-    """
-
-    positions: Tensor
-    tokens: Tensor
+    positions: Tensor  # int ``[row n]``; rows with fewer positions repeat their last
+    tokens: Tensor  # int ``[row n option]``: the token of every option at every position
 
     def of(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]``, on the CPU.
-
-        ``logits`` ``[chunk n vocab]`` are of these ``rows`` of the reading, int ``[chunk]``.
-        """
+        """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]`` of some rows, on the CPU."""
         found = TokenScores.of(logits, self.tokens[rows])
         return found.logprobs.cpu(), found.greedy.cpu()
 
 
 def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
-    """What to read of the rows of several questions: their feeds, in order.
-
-    ``first`` is the position of the last token of each row's prompt.
-    """
+    """What to read of the feeds of several questions; ``first`` are the last positions of their prompts."""
     rows = [(one, row, feed) for one in asked for row, feed in enumerate(one.feeds)]
     n = max(len(feed) for _, _, feed in rows) + 1
     positions = torch.zeros(len(rows), n, dtype=torch.long)

@@ -26,21 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AnswerData:
-    """A dataset that was read once and found whole.
+    """A dataset that was read once and found whole."""
 
-    Attributes:
-        records: What gives a record by its index: dicts, or objects with such attributes.
-        images: The image id of each record; see `sinkscope.models.pictures`.
-        groups: One name for all records that share an image, directly or through others.
-        fingerprint: A digest of all questions, answers, image ids and pixels, in order.
-        max_answer_tokens: The longest answer that is accepted.
-    """
-
-    records: Any
-    images: tuple[str, ...]
-    groups: tuple[str, ...]
-    fingerprint: str
-    max_answer_tokens: int
+    records: Any  # what gives a record by its index: dicts, or objects with such attributes
+    images: tuple[str, ...]  # the image id of each record; see `sinkscope.models.pictures`
+    groups: tuple[str, ...]  # one name for all that share an image, directly or through others
+    fingerprint: str  # a digest of all questions, answers, image ids and pixels, in order
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,29 +41,17 @@ class AnswerData:
         n, images = len(self), self.images + other.images
         records = Lazy(lambda i: self.records[i] if i < n else other.records[i - n], n + len(other))
         both = f"{self.fingerprint} {other.fingerprint}"
-        longest = max(self.max_answer_tokens, other.max_answer_tokens)
-        return AnswerData(records, images, tuple(clusters_of(images)), both, longest)
+        return AnswerData(records, images, tuple(clusters_of(images)), both)
 
     def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
-        """Two parts without a common image.
+        """Indices of two parts without a common image, each in the dataset's order.
 
-        Records about several images stay with all that share one of them.
-
-        Args:
-            share: Of the groups of images, for the second part, from 0 to below 1; at least one group
-                where it is above 0.
-            seed: Of the choice.
-
-        Returns:
-            Indices of the first and of the second part, each in the dataset's order.
-
-        Raises:
-            InputError: If the share is out of range, or there is one image only.
+        The second holds this share (from 0 to below 1) of the groups of images, at least one if above 0.
         """
         if not is_number(share, 0, below=1):
             raise InputError(
-                f"Got validation={share!r}; expected a share of the images from 0 to below 1. For a "
-                "dataset of your own write validation_data=dataset."
+                f"Got validation={share!r}; expected a share of the images from 0 to below 1, or "
+                "validation_data=dataset."
             )
         names = list(dict.fromkeys(self.groups))
         if share == 0:
@@ -80,8 +59,7 @@ class AnswerData:
         if len(names) < 2:
             raise InputError(
                 f"Got {len(self)} records about one image and validation={share}; expected two images or "
-                "more that no record has both of, because the split is by image. Write validation=0, or "
-                "validation_data=dataset."
+                "more that no record has both of. Write validation=0, or validation_data=dataset."
             )
         many = min(max(1, round(share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -94,20 +72,12 @@ class AnswerData:
 
 @dataclass(frozen=True, eq=False)
 class AnswerBatch:
-    """Prompts with their answers, left-padded.
+    """Prompts with their answers, left-padded; see `with_answers`."""
 
-    Attributes:
-        inputs: What the model is called with; see `with_answers`.
-        labels: Int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere.
-        tokens: What every position is. Only the prompt is ``live``, so ``tokens.last`` is the end of
-            the prompt.
-        rows: The records' indices in the dataset.
-    """
-
-    inputs: Mapping[str, Any]
-    labels: Tensor
-    tokens: TokenMap
-    rows: tuple[int, ...]
+    inputs: Mapping[str, Any]  # what the model is called with
+    labels: Tensor  # int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere
+    tokens: TokenMap  # only the prompt is ``live``, so ``tokens.last`` is its end
+    rows: tuple[int, ...]  # the records' indices in the dataset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,26 +113,21 @@ def read_dataset(
 
     Args:
         dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
-            with such attributes. Something with a length and an index (a list,
-            ``datasets.Dataset``, a torch dataset) is read again whenever a batch is made; anything
-            else is kept as a list of its records.
+            with such attributes. Something with a length and an index (a list, ``datasets.Dataset``, a
+            torch dataset) is read again whenever a batch is made; else a list of its records is kept.
         tokenizer: To count the answers' tokens, or None.
         max_answer_tokens: The longest answer that is accepted.
         image_token: The id that stands for an image in prompts, which no answer may hold.
         marks: The texts that stand for images, which no question may hold inside of words, or None.
         progress: Whether to show a progress bar.
-
-    Raises:
-        InputError: If it is empty, or a record lacks something, with its number.
     """
     check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     other = isinstance(dataset, (str, Mapping)) or hasattr(dataset, "itertuples")
     if other or not (indexed or isinstance(dataset, Iterable)):
         raise InputError(
-            f"Got a {type(dataset).__name__} as dataset; expected records with image, question "
-            "and answer. Write dataset['train'] for one split of several, "
-            "dataset.to_dict(orient='records') for a DataFrame, or a list of dicts."
+            f"Got a {type(dataset).__name__} as dataset; expected records, such as a list of dicts. Write "
+            "dataset['train'] for one split, dataset.to_dict(orient='records') for a DataFrame."
         )
     records: Any = dataset if indexed else list(dataset)
     if not len(records):
@@ -189,7 +154,7 @@ def read_dataset(
         names.append(image[0])
         digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
     groups = tuple(clusters_of(names))
-    return AnswerData(records, tuple(names), groups, digest.hexdigest(), max_answer_tokens)
+    return AnswerData(records, tuple(names), groups, digest.hexdigest())
 
 
 def _texts(record: Any, index: int) -> dict[str, Any]:
@@ -211,32 +176,15 @@ def read_parts(
 ) -> tuple[AnswerData, list[int], list[int]]:
     """A dataset to train on and to validate on, with one batch of each made to see that it fits.
 
-    Args:
-        lvlm: The model.
-        dataset: See `read_dataset`.
-        validation_data: Records to validate on, or None to hold out some of the dataset.
-        validation: Share of the images to hold out.
-        seed: Of the split.
-        max_answer_tokens: The longest answer that is accepted.
-        progress: Whether to show progress bars; None shows them from 50 records on.
-
-    Returns:
-        The data, and indices of the training and of the validation part.
-
-    Raises:
-        InputError: If something is missing or does not fit the model.
+    Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
+    from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
-        return read_dataset(
-            part,
-            lvlm.tokenizer,
-            max_answer_tokens=max_answer_tokens,
-            image_token=lvlm.anatomy.image_token_id,
-            marks=marks_of(lvlm.processor),
-            progress=bool(shown),
-        )
+        how: dict[str, Any] = {"image_token": lvlm.anatomy.image_token_id}
+        how |= {"marks": marks_of(lvlm.processor), "progress": bool(shown)}
+        return read_dataset(part, lvlm.tokenizer, max_answer_tokens=max_answer_tokens, **how)
 
     data = read(dataset)
     rows, held = data.split(validation if validation_data is None else 0.0, seed)
@@ -258,27 +206,18 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 def make_batch(
     lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
 ) -> AnswerBatch:
-    """Some records as one batch; their images are opened now.
+    """The records of some rows as one batch; their images are opened now.
 
-    Args:
-        lvlm: The model; its chat template renders the prompts.
-        data: The dataset.
-        rows: Indices of records.
-        append_end: Whether to train the token that ends an answer too, see `end_token`.
-
-    Raises:
-        InputError: If a record does not fit the model.
+    ``append_end`` trains the token that ends an answer too, see `end_token`. A record that does not fit
+    the model is an InputError.
     """
     records = [_texts(data.records[row], row) for row in rows]
-    given = [record["image"] for record in records]
-    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in given]
-    inputs, _, prompts = process(lvlm.processor, images, [r["question"] for r in records])
+    images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
+    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
+    inputs, _, prompts = process(lvlm.processor, images, questions)
     end = end_token(lvlm) if append_end else None
-    last = () if end is None else (end,)
-    tails = [
-        answer_ids(lvlm.tokenizer, prompt, record["answer"]) + last
-        for prompt, record in zip(prompts, records, strict=True)
-    ]
+    last, both = () if end is None else (end,), zip(prompts, answers, strict=True)
+    tails = [answer_ids(lvlm.tokenizer, prompt, answer) + last for prompt, answer in both]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
     seen = (tokens.image >= 0).any(1).tolist()
@@ -314,10 +253,8 @@ def end_token(lvlm: LVLM) -> int | None:
         return ends
     template = getattr(lvlm.processor, "chat_template", None) or tokenizer.chat_template
     if template and len(ends) > 1:
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": "yes"}]}
-            for role in ("user", "assistant")
-        ]
+        said = [{"type": "text", "text": "yes"}]
+        turns = [{"role": role, "content": said} for role in ("user", "assistant")]
         text = lvlm.processor.apply_chat_template(turns, chat_template=template, tokenize=False)
         closing = tokenizer(text[text.rindex("yes") :], add_special_tokens=False)["input_ids"]
         ends = [token for token in closing if token in ends] or ends

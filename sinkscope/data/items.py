@@ -17,19 +17,15 @@ ALL = "all"
 """The task of all questions together, and of a question without one."""
 FEWEST_IMAGES = 20
 """Fewer images than this cannot be split into a training and a test part that mean anything."""
-
-
 ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one image.
+    """One question about one image, with the right answer.
 
     Attributes:
         image: PIL image, path or array.
-        question: The question.
-        answer: The right answer.
         task: What kind of question it is: on all questions, or on none.
         image_id: Text or a whole number, which score functions and tables see as text. Questions with
             one id are about one image: they share a batch, and are resampled together. Missing in all
@@ -54,8 +50,7 @@ class LabelledImage:
         image: PIL image, path or array; a list of them for a prompt with several.
         attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
         question: The text after the image.
-        image_id: Records with one id are about one image: they are never split between training and
-            test, and are resampled together; see `Item`.
+        image_id: Records with one id are never split between training and test; see `Item`.
     """
 
     image: Any
@@ -66,19 +61,12 @@ class LabelledImage:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """An attribute as a target.
-
-    Attributes:
-        name: The attribute.
-        multi: Whether several classes can hold at once.
-        classes: The classes, sorted. With ``multi``, those that not every record has.
-        labels: Int ``[record]``, the index of the class; with ``multi`` bool ``[record class]``.
-    """
+    """An attribute as a target."""
 
     name: str
-    multi: bool
-    classes: tuple[Any, ...]
-    labels: np.ndarray
+    multi: bool  # whether several classes can hold at once
+    classes: tuple[Any, ...]  # sorted; with ``multi``, those that not every record has
+    labels: np.ndarray  # int ``[record]``, the class; with ``multi`` bool ``[record class]``
 
 
 class Lazy(Sequence[Any]):
@@ -100,12 +88,8 @@ def read_record(
 ) -> dict[str, Any]:
     """The fields that a record has: a dict, or an object with such attributes.
 
-    Args:
-        record: The record.
-        number: Its number, for messages, with ``where`` behind it.
-        kind: `Item` or `LabelledImage`; fields without a default must be there and not None.
-        where: Behind the number in messages.
-        advice: The end of the message.
+    ``kind`` is `Item` or `LabelledImage`; fields without a default must be there and not None. A message
+    begins with the number and ``where``, and ends with ``advice``.
     """
     get = record.get if isinstance(record, Mapping) else partial(getattr, record)
     found = {field.name: get(field.name, MISSING) for field in fields(kind)}
@@ -125,8 +109,7 @@ def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
         if not isinstance(text, str) or not (blank or text.strip()):
             raise InputError(
                 f"Record {number} has {name}={text!r}; expected a str"
-                f"{'' if blank else ' with at least one word'}. Write str(...) for numbers, or leave "
-                "such records out, or a field that none needs out of all."
+                f"{'' if blank else ' with at least one word'}. Write str(...) for numbers, or leave such out."
             )
 
 
@@ -136,16 +119,12 @@ def folded(text: str) -> str:
 
 
 def as_items(dataset: Iterable[Any]) -> list[Item]:
-    """Questions as `Item` records.
-
-    Raises:
-        InputError: If a record is malformed, its image cannot be read or has an id of another.
-    """
+    """Questions as `Item` records; InputError if one is malformed, or its image unreadable or of another id."""
     items = []
     for i, record in enumerate(dataset):
         found = read_record(record, i)
         item = record if isinstance(record, Item) else Item(**found)
-        texts = {"question": item.question, "answer": item.answer, "task": item.task}
+        texts = {name: getattr(item, name) for name in ("question", "answer", "task")}
         check_texts(i, texts, blank=True)
         options: Any = () if item.choices is None else item.choices
         listed = isinstance(options, Sequence) and not isinstance(options, str)
@@ -193,18 +172,14 @@ def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
     groups = np.array(clusters_of(item.image_id for item in identified(items)))
     n = len(set(groups))
     if n < FEWEST_IMAGES:
-        raise InputError(
-            f"Got {n} images; expected at least {FEWEST_IMAGES}, better hundreds: some train the "
-            "probes and the others test them."
-        )
+        raise InputError(f"Got {n} images to split; expected at least {FEWEST_IMAGES}.")
     return groups
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
     """The attributes of all records as targets: those wanted, or those of the first record.
 
-    Raises:
-        InputError: If a record lacks one, if its kinds are mixed, or if it takes one value only.
+    An attribute that a record lacks, of mixed kinds or with one value only is an InputError.
     """
     known = list(items[0].attributes)
     names = known if wanted is None else wanted

@@ -19,9 +19,9 @@ from sinkscope.models.pictures import ADDRESSES, is_missing
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
 SCENES = "scenes"
 READERS = (".jsonl", ".json", ".csv", ".parquet")
-WORD = ((str, type(None)), "a word")
+WORD = (str, type(None))
 WANTED: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), WORD),
+    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), (WORD, "a word")),
     **dict.fromkeys(("start", "per_image"), (int, "a whole number")),
     "limit": ((int, type(None)), "a whole number"),
     "columns": (Mapping, "fields and the names of their columns"),
@@ -31,9 +31,7 @@ WANTED: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Questions:
-    """Where questions come from, and how their columns are read. Iterating gives records.
-
-    Records are read one by one, every time it is iterated, so that a large set is never in memory.
+    """Where questions come from, and how their columns are read. Iterating reads records one by one.
 
     Args:
         source: ``"scenes"`` for the drawn scenes of the bundled model; a ``.jsonl``, ``.json``,
@@ -46,9 +44,8 @@ class Questions:
         columns: Field -> column name, for those whose names differ. Fields are image, question,
             answer, task, image_id and choices.
         choices: The same options for every question; None for those of the column, if there is one.
-        letters: How options are named in answers, such as ``"A"`` or ``"(A)"``: then each question
-            has as many letters to choose from as its column has options. None if the answer is the
-            option itself.
+        letters: How options are named in answers, such as ``"A"`` or ``"(A)"``: then each question has
+            as many letters as options. None if the answer is the option itself.
         suffix: Put behind every question, such as a line that asks for the option's letter.
         per_image: Questions per drawn scene.
         subset: The configuration's name for ``load_dataset``.
@@ -103,7 +100,6 @@ class Questions:
             yield self._record(record, i)
 
     def _scenes(self) -> Iterator[dict[str, Any]]:
-        """Questions about drawn scenes."""
         from sinkscope.bundled import scenes
 
         seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
@@ -116,22 +112,19 @@ class Questions:
             yield record
 
     def _load(self) -> Any:
-        """The data set of the ``datasets`` library."""
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise InputError(
-                f"Got the data set {self.source!r}, which needs the datasets library; expected it to "
-                "be installed. Write pip install 'sinkscope[data]', or name a file that ends in "
-                f"one of {READERS}."
+                f"Got the data set {self.source!r}, which needs the datasets library. Write pip install "
+                f"'sinkscope[data]', or name a file that ends in one of {READERS}."
             ) from error
         try:
             return load_dataset(self.source, self.subset, split=self.split)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"The data set {self.source!r} (split {self.split!r}) could not be loaded "
-                f"({type(error).__name__}: {error}); expected a folder or a name that "
-                "datasets.load_dataset knows."
+                f"The data set {self.source!r} (split {self.split!r}) could not be loaded; expected what "
+                f"datasets.load_dataset knows. {type(error).__name__}: {error}"
             ) from error
 
     def _record(self, raw: Mapping[str, Any], i: int) -> dict[str, Any]:
@@ -142,8 +135,7 @@ class Questions:
         out = read_record(some, i, where=f" of {self.source!r}", advice=advice)
         if isinstance(out["image"], str) and not out["image"].startswith(ADDRESSES):
             out["image"] = str(Path(self.source).expanduser().parent / out["image"])
-        out["question"] = str(out["question"]) + self.suffix
-        out["answer"] = str(out["answer"])
+        out |= {"question": str(out["question"]) + self.suffix, "answer": str(out["answer"])}
         options = out.pop("choices", None) if self.choices is None else self.choices
         if options is None:
             return out
@@ -151,13 +143,12 @@ class Questions:
             options = [part.strip() for part in options.split("|")]
         out["choices"] = [str(option) for option in options]
         if self.letters is not None and self.choices is None:
-            named_by = string.ascii_uppercase[: len(options)]
-            out["choices"] = [self.letters.replace("A", letter) for letter in named_by]
+            letters = string.ascii_uppercase[: len(options)]
+            out["choices"] = [self.letters.replace("A", letter) for letter in letters]
         if out["answer"] not in out["choices"]:
             raise InputError(
                 f"Record {i} of {self.source!r} has the answer {out['answer']!r} and the options "
-                f"{out['choices']}; expected one of them. Set letters='A' or letters='(A)' if answers "
-                "are letters."
+                f"{out['choices']}; expected one of them. Set letters='A' or '(A)' if answers are letters."
             )
         return out
 
@@ -181,6 +172,5 @@ def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
                 yield from (json.loads(line) for line in lines if line.strip())
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path.name} is no {path.suffix[1:]} of records ({error}); expected one JSON object "
-                "per question."
+                f"{path.name} is no {path.suffix[1:]} of records ({error}); expected one object each."
             ) from error

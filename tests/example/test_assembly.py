@@ -103,12 +103,12 @@ def test_the_hub_is_asked_for_both_models(monkeypatch, tmp_path):
     monkeypatch.setattr(assembly, "_write", lambda *parts: written.append(parts))
     assembly.assemble_from_hub(tmp_path, progress=False)
     assert asked == [HUB_LANGUAGE, HUB_LANGUAGE, HUB_VISION]
-    assert written[0][4] == {name: f"commit of {name}" for name in (HUB_LANGUAGE, HUB_VISION)}
+    assert written[0][2] == {name: f"commit of {name}" for name in (HUB_LANGUAGE, HUB_VISION)}
 
 
 @pytest.mark.parametrize(("source", "name"), [(None, "example"), ("hub", "example (hub)")])
 def test_the_hub_gives_a_model_of_another_name(monkeypatch, source, name):
-    monkeypatch.setattr(load, "find_or_make", lambda *args: bundled_path())
+    monkeypatch.setattr(load, "example_path", lambda **given: bundled_path())
     assert ss.load_example(source=source).name == name
 
 

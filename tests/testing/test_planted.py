@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from sinkscope.testing import plant, random_image, random_plant, sink_free, write_checkpoint
 
 LAYOUTS = ["clip", "siglip"]
-SEEDS = range(24)
+SEEDS = range(8)
 TEXTS = (
     "USER: <image>\nHow many red shapes are there? ASSISTANT:",
     "USER: <image>\nWhy? ASSISTANT:",
@@ -187,7 +187,7 @@ def test_llm_attention_sinks_only_where_planted(layout, seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_sink_free_models_have_none(layout, seed):
     planted = sink_free(layout, seed)
     for seen in look(planted, planted.inputs(TEXTS, image_seed=seed)):

@@ -101,8 +101,7 @@ def test_numbers_with_exponents_and_null(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "function"),
-    [("sweep", ss.sweep), ("train", ss.train_lsg), ("compare", ss.compare)],
+    ("section", "function"), [("sweep", ss.sweep), ("train", ss.train_lsg), ("compare", ss.compare)]
 )
 def test_the_recipe_of_the_paper_is_read_whole(section, function) -> None:
     recipe = read_recipe(section, str(PAPER), {}, function)
@@ -140,7 +139,7 @@ def test_the_commands_in_the_recipe_ask_what_they_say(monkeypatch) -> None:
         settings = bound.arguments["settings"]
         section = {"train-lsg": "train"}.get(words[0], words[0])
         function = {"sweep": ss.sweep, "train": ss.train_lsg, "compare": ss.compare}[section]
-        data = settings.read(section, function, settings.flags(None)).data
+        data = settings.read(section, function, None).data
         if "nyu-visionx/CV-Bench" in words:
             assert data == Questions(
                 "nyu-visionx/CV-Bench",
@@ -337,18 +336,7 @@ def test_train_and_compare(tmp_path, capsys, write) -> None:
 
 def test_flags_and_rules_reach_the_training(tmp_path, capsys) -> None:
     out = tmp_path / "gates"
-    words = [
-        "train-lsg",
-        *SMALL,
-        "--limit",
-        "16",
-        "--layers",
-        "1",
-        "--epochs",
-        "1",
-        "--batch",
-        "4",
-    ]
+    words = ["train-lsg", *SMALL, "--limit", "16", "--layers", "1", "--epochs", "1", "--batch", "4"]
     assert main([*words, "--lr", "0.004", "--out", str(out)]) == 0
     gate = ss.LSG.from_pretrained(out / "gate-1")
     assert gate.config.v_detector == ss.lsg.describe(ss.detectors.Norm(30.0))

@@ -21,15 +21,10 @@ if TYPE_CHECKING:
     from sinkscope.testing import Truth
 
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
-MEASURED = "What masking does to the accuracy of answers, over many scenes"
-PHOTO = "What the model says of the photograph"
 QUESTION = "What is in the picture?"
-BACKGROUND = "what colour is the background?"
 FIRST = "position 0"
 TOP = 8
 """Most attended patches that are masked."""
-LONGEST = 64
-"""Tokens of a description."""
 PHOTO_NOTES = (
     "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
     "model describes shapes that are not there. Its two towers are published models, and their sinks are "
@@ -53,21 +48,10 @@ def choose_questions(scene: Scene, count: int) -> list[Question]:
 
     most = len(all_questions(scene))
     if not 1 <= count <= most:
-        raise InputError(
-            f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}. Write "
-            "--questions 6, or another --seed."
-        )
+        raise InputError(f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}.")
     drawn = ask(scene, 0, most)
     sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
     return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
-
-
-def check_effects(scenes: int) -> None:
-    """Refuse a number of scenes that there is not."""
-    from sinkscope.bundled import TEST_SEEDS
-
-    if not 0 <= scenes <= len(TEST_SEEDS):
-        raise InputError(f"Got --effects {scenes}; expected 0 to {len(TEST_SEEDS)} scenes.")
 
 
 def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: str) -> int:
@@ -90,18 +74,19 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
         photo = lvlm.prepare(images=picture, text=QUESTION)
         photo_trace = trace_sinks(lvlm, photo)
         notes = [f"Its answer: {answer(lvlm, photo)}", *PHOTO_NOTES]
+        photo_line = [{"question": QUESTION, "sinks": counts(photo_trace)}]
+        step("masking tokens")
+        masked = "What colour is the background? With and without some tokens, on this scene"
         tables = {
             "What the model answered about the drawn scene": answers,
-            PHOTO: frame([{"question": QUESTION, "sinks": counts(photo_trace)}], notes),
+            "What the model says of the photograph": frame(photo_line, notes),
+            masked: masked_answers(lvlm, scene),
         }
-        step("masking tokens")
-        tables["What colour is the background? With and without some tokens, on this scene"] = (
-            masked_answers(lvlm, scene)
-        )
         measured = files("sinkscope.example") / "effects.json"
         if measured.is_file():
             stored = json.loads(measured.read_text(encoding="utf-8"))
-            tables[MEASURED] = frame(stored["rows"], stored["notes"])
+            head = "What masking does to the accuracy of answers, over many scenes"
+            tables[head] = frame(stored["rows"], stored["notes"])
     print(f"\n{describe(scene)}\n\n{as_text(tables)}\n")
     print(f"Sinks of the drawn scene, block by block:\n{life(trace)}\n")
     page = write_folder(Path(out) / "photo", lvlm, photo, photo_trace, {})
@@ -135,6 +120,8 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
 
 def show_planted(scene: Scene, out: str) -> int:
     """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
+    import torch
+
     from sinkscope.experiments import trace_sinks
     from sinkscope.models import LVLM
     from sinkscope.testing import random_plant
@@ -146,7 +133,12 @@ def show_planted(scene: Scene, out: str) -> int:
     trace = trace_sinks(lvlm, sample)
     tables = planted_and_found(trace, made.truth)
     print(f"\n{as_text(tables)}\n")
-    return show(out, lvlm, sample, trace, tables, decoys=decoys_of(trace, made.truth))
+    tokens, decoys = sample.tokens, {}
+    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
+    for kind in ("spike", "attention"):
+        planted = torch.tensor(made.truth.patches(f"{kind}_decoys"))
+        decoys[f"{kind} decoys"] = (tokens.row >= 0) & torch.isin(patch, planted)
+    return show(out, lvlm, sample, trace, tables, decoys=decoys)
 
 
 def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFrame:
@@ -154,16 +146,17 @@ def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFr
     texts = [question.text for question in questions]
     sample = lvlm.prepare(images=[scene.image] * len(texts), text=texts)
     said = [text.strip() for text in lvlm.generate(sample, max_new_tokens=3).text or ()]
-    lines = [
-        {"question": q.text, "scope": q.scope, "answer": text, "truth": q.answer}
+    rows = [
+        (q.text, q.scope, text, q.answer, "yes" if text == q.answer else "no")
         for q, text in zip(questions, said, strict=True)
     ]
-    return frame([{**ln, "right": "yes" if ln["answer"] == ln["truth"] else "no"} for ln in lines])
+    names = ("question", "scope", "answer", "truth", "right")
+    return frame([dict(zip(names, row, strict=True)) for row in rows])
 
 
 def answer(lvlm: LVLM, sample: Sample, interventions: Sequence[Any] = ()) -> str:
     """The model's answer, greedy."""
-    text = lvlm.generate(sample, interventions=interventions, max_new_tokens=LONGEST).text
+    text = lvlm.generate(sample, interventions=interventions, max_new_tokens=64).text
     return (text or ("",))[0].strip()
 
 
@@ -172,36 +165,30 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
     from sinkscope.experiments import RandomControl, trace_sinks
     from sinkscope.interventions import MaskKeys
 
-    sample = lvlm.prepare(images=scene.image, text=BACKGROUND)
+    sample = lvlm.prepare(images=scene.image, text="what colour is the background?")
     trace = trace_sinks(lvlm, sample)
     said = {"nothing": answer(lvlm, sample)}
-    for name, tokens in tokens_to_mask(lvlm, trace).items():
-        mask = MaskKeys(tokens)
-        said[name] = answer(lvlm, sample, [mask])
-        if not name.startswith(FIRST):
-            (control,) = RandomControl(mask, "count", n=1).draws(trace)
-            many = int(tokens.sum())
-            said[f"{many} random patch{'es' if many > 1 else ''}"] = answer(lvlm, sample, [control])
-    lines = [
-        {"masked": name, "answer": text, "truth": scene.background} for name, text in said.items()
-    ]
-    return frame(lines, MASK_NOTES)
-
-
-def tokens_to_mask(lvlm: LVLM, trace: SinkTrace) -> dict[str, Tensor]:
-    """Position 0, CLS and the most attended patches, bool ``[batch pos]`` or ``[batch layer pos]``."""
-    tokens, evidence = trace.sample.tokens, trace.vision
-    feed = lvlm.anatomy.feed_layers[-1]
-    excess = evidence.received.excess()[:, evidence.received.layers.index(feed)].mean(dim=1)
+    tokens, received = sample.tokens, trace.vision.received
+    feed = received.layers.index(lvlm.anatomy.feed_layers[-1])
+    excess = received.excess()[:, feed].mean(dim=1)
     patches = excess.masked_fill(~tokens.vision.select("patch"), -1.0)
     top = patches.new_zeros(patches.shape).scatter(1, patches.topk(TOP, dim=1).indices, 1.0)
     cls, first = tokens.vision.select("cls").float(), tokens.select("first")
-    return {
+    masked = {
         FIRST: first,
         f"{FIRST}, only where it is a sink": trace.text_sinks() & first[:, None],
         "CLS": tokens.from_vision(cls).nan_to_num() > 0,
         f"the {TOP} most attended patches": tokens.from_vision(top).nan_to_num() > 0,
     }
+    for name, some in masked.items():
+        mask = MaskKeys(some)
+        said[name] = answer(lvlm, sample, [mask])
+        if not name.startswith(FIRST):
+            (control,) = RandomControl(mask, "count", n=1).draws(trace)
+            many = int(some.sum())
+            said[f"{many} random patch{'es' if many > 1 else ''}"] = answer(lvlm, sample, [control])
+    lines = ({"masked": n, "answer": text, "truth": scene.background} for n, text in said.items())
+    return frame(lines, MASK_NOTES)
 
 
 def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
@@ -215,25 +202,10 @@ def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
     lines = []
     for kind, there in (("V", set(truth.v_sinks)), ("L", set(truth.l_sinks))):
         found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
-        sets = {
-            "planted": there,
-            "found": found & there,
-            "missed": there - found,
-            "wrong": found - there,
-        }
-        lines.append({"kind": f"{kind}-sinks", **{name: named(one) for name, one in sets.items()}})
+        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
+        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
     head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
     return {head: frame(lines)}
-
-
-def decoys_of(trace: SinkTrace, truth: Truth) -> dict[str, Tensor]:
-    """The decoys at their LLM positions, bool ``[batch pos]``, by what they are."""
-    import torch
-
-    tokens = trace.sample.tokens
-    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
-    kinds = {"spike decoys": truth.spike_decoys, "attention decoys": truth.attention_decoys}
-    return {n: (tokens.row >= 0) & torch.isin(patch, torch.tensor(at)) for n, at in kinds.items()}
 
 
 def life(trace: SinkTrace) -> str:
@@ -244,19 +216,19 @@ def life(trace: SinkTrace) -> str:
     lines = []
     for record in trace.records:
         what = named(trace, "language", record.batch, record.pos)
-        if record.kind == "attention":
-            kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            lines.append(
-                f"{what} ({kind} of the ViT): attended in most ViT blocks, up to "
-                f"{max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
-            )
-            continue
-        parts = [
+        lives = [
             f"{'in the input' if block < 0 else f'written by block {block} ({half})'}, a sink in layers "
             f"{ranges(range(max(block + 1, 0), last + 1))}"
             for block, last, half in record.llm_lives
         ]
-        lines.append(f"{what}: {'; '.join(parts) or 'born in the ViT'}")
+        line = f"{what}: {'; '.join(lives) or 'born in the ViT'}"
+        if record.kind == "attention":
+            kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
+            line = (
+                f"{what} ({kind} of the ViT): attended in most ViT blocks, up to "
+                f"{max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            )
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -266,11 +238,11 @@ def describe(scene: Scene) -> str:
     return f"Scene {scene.seed}: {shapes} on a {scene.background} background."
 
 
-def frame(lines: Any, notes: Sequence[str] = ()) -> DataFrame:
+def frame(lines: Iterable[Any], notes: Sequence[str] = ()) -> DataFrame:
     """A table with notes below it."""
     import pandas as pd
 
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(list(lines))
     table.attrs["notes"] = list(notes)
     return table
 
@@ -293,11 +265,11 @@ def show(
     trace: SinkTrace,
     tables: Mapping[str, DataFrame],
     hint: str = "",
-    decoys: Mapping[str, Tensor] | None = None,
+    **report: Any,
 ) -> int:
-    """Print the table of sinks, write the folder, say where it is."""
+    """Print the table of sinks, write the folder, say where it is; see `write_folder`."""
     print(trace.summary() + hint, flush=True)
-    print(f"\nReport: {write_folder(out, lvlm, sample, trace, tables, decoys)}")
+    print(f"\nReport: {write_folder(out, lvlm, sample, trace, tables, **report)}")
     return 0
 
 
