@@ -11,7 +11,7 @@ from sinkscope.data.items import Item
 from sinkscope.detectors.choice import known_for
 from sinkscope.detectors.rules import Detector
 from sinkscope.experiments.sweep_grid import NOUNS, Cells
-from sinkscope.experiments.sweep_images import Numbered, by_token, end_of_image
+from sinkscope.experiments.sweep_images import Groups, by_token, end_of_image
 
 if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
@@ -135,13 +135,8 @@ class SweepCost:
         )
 
 
-def estimate(
-    lvlm: LVLM, groups: Sequence[Sequence[Numbered]], cells: Cells, low: Detector | None
-) -> SweepCost:
-    """The cost of a sweep, from the first images' prompts; triples share only where that is sure.
-
-    ``groups`` are all questions by image, and ``low`` is the rule for L-sinks, if there is one.
-    """
+def estimate(lvlm: LVLM, groups: Groups, cells: Cells, low: Detector | None) -> SweepCost:
+    """The cost of a sweep, from the first images' prompts; ``low`` is the rule for L-sinks, if given."""
     known = known_for(lvlm) if low is None else None
     if known is not None and known.default:
         low = known.l_detector

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 Numbered = tuple[int, Item]
+Groups = Sequence[Sequence[Numbered]]
+"""All questions, by image."""
 Line = dict[str, Any]
 Read = tuple[Tensor, Tensor]
 """Log-probabilities and greedy tokens of one row."""

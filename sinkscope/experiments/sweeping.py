@@ -30,7 +30,7 @@ from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.errors import InputError
 from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
-from sinkscope.experiments.sweep_images import Line, Numbered, Rules, sweep_image
+from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
 from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table, check_by
 from sinkscope.files import check_place
 from sinkscope.models.identity import identity_of
@@ -43,7 +43,6 @@ from sinkscope.tokens import check_merge
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
-CALIBRATION_IMAGES = 6
 LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -69,29 +68,25 @@ def sweep(
     In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and
     those of all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al.
     2604.03316: a gate that reads layer l edits block l + 1). The base, (1, 1), is run once per question.
-
-    Triples ``(s_V, s_L, s_rest)`` split the rest as the paper's third observation does: s_L is for
-    L-sinks, image tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks, and
-    s_rest for the ordinary ones: the groups of a gate with ``groups=("V", "L", "rest")``.
+    Triples ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L",
+    "rest")``: image tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks.
 
     Nothing is approximated. The vision tower runs once per image (and once more to look for V-sinks),
     blocks before the edited one once per question, pairs as rows of one pass, and the prompt up to the
-    end of the image once for all its questions; with triples, for those with the same L-sinks. A
+    end of the image once for all its questions (with triples: for those with the same L-sinks). A
     question whose prompt differs before the end of the image runs on its own.
 
     Args:
         lvlm: The model, with its processor and weights.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
-            ``image_id`` and ``choices``: dicts or `Item`. Answers and options are tokenised as
-            they follow the prompt, as in training (`sinkscope.data.answers`).
+            ``image_id`` and ``choices``: dicts or `Item`.
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
         by: How the result is split: ``"task"``, or ``"all"``.
-        score: ``"choice"`` (the option with the highest mean log-probability per token is the right
-            one), ``"exact"`` (greedy decoding begins with the answer), ``"logprob"`` (of the answer, in
-            nats), or a function of an item and an `Answered`, known by its code and the values it refers
-            to. None is ``"choice"`` if items have choices, else ``"exact"``. The log-probability is
-            always kept too.
+        score: ``"choice"`` (the option with the highest mean log-probability per token is right),
+            ``"exact"`` (greedy decoding begins with the answer), ``"logprob"`` (of the answer, in nats,
+            always kept too), or a function of an item and an `Answered`, known by its code and the values
+            it refers to. None is ``"choice"`` if items have choices, else ``"exact"``.
         v_detector: The rule for V-sinks, best calibrated on other images.
         l_detector: The rule for L-sinks likewise, with triples only.
         calibration: Of `calibrate`; its rules are taken. Without rules, published constants of this
@@ -99,12 +94,9 @@ def sweep(
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
-        progress: Whether to show a progress bar with the time left; None from 50 questions on.
-        dry_run: Whether to return what it would cost instead: every option is checked, nothing is run
-            and nothing stays written. It needs no weights, so ``remote=True`` will do.
-
-    Returns:
-        The sweep, or, with ``dry_run``, a `SweepCost` to print.
+        progress: Whether to show a progress bar; None from 50 questions on.
+        dry_run: Whether to return what it would cost, a `SweepCost` to print: every option is checked,
+            nothing is run or left on disk, and no weights are needed (``remote=True`` will do).
 
     Raises:
         InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep or is
@@ -125,7 +117,13 @@ def sweep(
     check_merge(merge)
     given = {"v_detector": v_detector, "l_detector": l_detector}
     _check_rules(given, calibration, with_l=cells.with_l)
-    _check_usable(lvlm, weights=not dry_run)
+    if lvlm.tokenizer is None:
+        raise InputError("Got an LVLM without a processor; expected one, to read answers.")
+    if lvlm.device.type == "meta" and not dry_run:
+        raise InputError(
+            "Got an LVLM without weights; expected them: a sweep resumes passes, which no remote run can. "
+            "Write ss.LVLM.from_pretrained(name) without remote=True, or dry_run=True for its cost."
+        )
     items = as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
@@ -165,12 +163,7 @@ def sweep(
 
 
 def _run(
-    lvlm: LVLM,
-    groups: Sequence[Sequence[Numbered]],
-    rules: Rules,
-    folder: Folder | None,
-    *,
-    hidden: bool,
+    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, *, hidden: bool
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     each, lines, notes = len(rules.cells.layers) * len(rules.cells.pairs), [], []
@@ -201,35 +194,32 @@ def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
 
 
 def _choose_rules(
-    lvlm: LVLM,
-    groups: Sequence[Sequence[Numbered]],
-    given: Mapping[str, Detector | None],
-    calibration: Calibration | None,
+    lvlm: LVLM, groups: Groups, given: Mapping[str, Any], calibration: Calibration | None
 ) -> tuple[dict[str, Detector], dict[str, str], list[str]]:
     """The rules by the names of ``given`` (``"v"``, and ``"l"`` for triples), in words, and notes."""
-    first = [group[0][1] for group in groups[:CALIBRATION_IMAGES]]
+    first = [group[0][1] for group in groups[:6]]
     what = f"the first {len(first)} images of the dataset"
     found = SinkRules.on_others(
         lvlm,
         lambda: [lvlm.prepare(images=item.image, text=item.question) for item in first],
-        given["v"],
-        given.get("l") if "l" in given else NoSinks(),
+        *(given["v"], given.get("l", NoSinks())),
         what=what,
         calibration=calibration,
     )
-    both = {"v": (found.v, found.v_source), "l": (found.l_rule, found.l_source)}
+    rules, sources = {"v": found.v}, {"v": found.v_source, "l": found.l_source}
+    if "l" in given:
+        rules["l"] = found.l_rule
     said, notes = {}, []
-    for name in given:
-        rule, source = both[name]
+    for name, rule in rules.items():
         named = given[name] is not None or calibration is not None
-        said[f"{name}_rule"] = repr(rule) if named else source
-        if found.calibration is not None and not named and what in source:
+        said[f"{name}_rule"] = repr(rule) if named else sources[name]
+        if found.calibration is not None and not named and what in sources[name]:
             tower = found.calibration.vision if name == "v" else found.calibration.language
             notes.append(
                 f"{name.upper()}-sinks by a rule calibrated on {what}, which are scored too "
                 f"({tower.reason}). Write calibration=ss.calibrate(lvlm, samples of other images)"
             )
-    return {name: both[name][0] for name in given}, said, notes
+    return rules, said, notes
 
 
 def _digest_of(items: Sequence[Item]) -> str:
@@ -251,28 +241,15 @@ def _check_rules(rules: Mapping[str, Any], calibration: Any, *, with_l: bool) ->
             )
         if rule is not None:
             check_detector(rule)
-    if rules["l_detector"] is not None and not with_l:
+    if (low := rules["l_detector"]) is not None and not with_l:
         raise InputError(
-            f"Got l_detector={rules['l_detector']!r} and a grid of pairs (s_V, s_rest), in which "
-            "L-sinks are among the rest; expected none. Write grid=ss.lsg_grid(groups=3) for triples "
-            "(s_V, s_L, s_rest)."
+            f"Got l_detector={low!r} and a grid of pairs (s_V, s_rest), in which L-sinks are among the "
+            "rest; expected none. Write grid=ss.lsg_grid(groups=3) for triples (s_V, s_L, s_rest)."
         )
     if calibration is not None and not isinstance(calibration, Calibration):
         raise InputError(
             f"Got calibration of type {type(calibration).__name__}; expected what "
             "ss.calibrate(lvlm, samples) gives."
-        )
-
-
-def _check_usable(lvlm: LVLM, *, weights: bool) -> None:
-    """Require a processor and, if they are needed, weights."""
-    if lvlm.tokenizer is None:
-        raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    if weights and lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without weights; expected them here: a sweep resumes passes, which a remote "
-            "run cannot. Write ss.LVLM.from_pretrained(name) without remote=True, or dry_run=True to "
-            "see what it would cost."
         )
 
 
@@ -309,12 +286,10 @@ def _content(value: Any, where: str, above: tuple[int, ...]) -> Any:
 
 def _of_a_library(value: Any) -> bool:
     """Whether a name says it all: modules, and functions and classes of what is installed."""
-    if isinstance(value, (ModuleType, np.ufunc)):
-        return True
     if isinstance(value, BuiltinFunctionType):
         return value.__self__ is None or isinstance(value.__self__, (ModuleType, type))
     if not isinstance(value, (FunctionType, type)):
-        return False
+        return isinstance(value, (ModuleType, np.ufunc))
     if value.__module__.partition(".")[0] in ("sinkscope", *sys.builtin_module_names):
         return True
     file = getattr(sys.modules.get(value.__module__), "__file__", None)
@@ -361,8 +336,8 @@ def _parts(value: Any, where: str) -> dict[str, Any]:
         return {"class": type(value), **dict(sorted(own.items()))}
     raise InputError(
         f"Got {where}, of type {type(value).__name__}, whose content cannot be read; expected numbers, "
-        "texts, tensors, lists of these or functions. Without that out= cannot tell when a sweep is "
-        "continued with another score. Let the function use such values only, or write out=None."
+        "texts, tensors, lists of these or functions, so that out= can tell when a sweep is continued with "
+        "another score. Let the function use such values only, or write out=None."
     )
 
 

@@ -348,7 +348,7 @@ def records(n=24, **change):
         (records(), {"test_size": 0.99}, InputError, "so 24 test and 0 train"),
         (records(), {"test_size": 0.01}, InputError, "so 1 test and 23 train"),
         ([{**r, "image": "no.png"} for r in records()], {}, InputError, "Record 0: .*no.png"),
-        (records(), {"c": 0}, InputError, "c=0; expected a positive"),
+        (records(), {"c": 0}, InputError, "c=0; expected a finite number above 0"),
         (records(), {"permutations": -1}, InputError, "permutations=-1"),
         (records(), {"level": 95}, InputError, "level=95"),
         (records(), {"draws": 0}, InputError, "draws=0"),
