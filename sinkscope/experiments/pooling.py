@@ -104,11 +104,6 @@ def check_groups(groups: Any) -> dict[str, Group]:
     return dict(groups)
 
 
-def needs_trace(groups: Mapping[str, Group]) -> bool:
-    """Whether some group is decided on a `SinkTrace`."""
-    return any(callable(getattr(group, "among", group)) for group in groups.values())
-
-
 @dataclass(frozen=True, eq=False)
 class Features:
     """Mean states of every record.
@@ -194,14 +189,6 @@ def _masks(
     return out
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Which records train, bool ``[record]``, and the image of every record, str ``[record]``."""
-
-    train: np.ndarray
-    images: np.ndarray
-
-
 @dataclass(frozen=True)
 class Options:
     """How probes are fitted and judged; see `linear_probes`."""
@@ -283,18 +270,21 @@ def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -
 
 
 def judge(
-    cell: Cell, targets: Sequence[Target], split: Split, options: Options
+    cell: Cell, targets: Sequence[Target], train: np.ndarray, images: np.ndarray, options: Options
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All probes of a cell: one line per target and metric, and how right every test record is."""
+    """All probes of a cell: one line per target and metric, and how right every test record is.
+
+    ``train`` says which records train, bool ``[record]``; ``images`` names the image of each, ``[record]``.
+    """
     there = cell.count > 0
-    train, test = there & split.train, there & ~split.train
+    train, test = there & train, there & ~train
     seen = {
         "n_train": int(train.sum()),
         "n_test": int(test.sum()),
         "missing": int((~there).sum()),
         "tokens": float(cell.count[there].mean()) if there.any() else float("nan"),
     }
-    n_train, n_test = (len(set(split.images[part])) for part in (train, test))
+    n_train, n_test = (len(set(images[part])) for part in (train, test))
     few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
     lines, rows = [], []
     for target in targets:
@@ -305,8 +295,8 @@ def judge(
             lines += [{**at, "metric": metric, **blank} for metric in metrics]
             continue
         with threadpool_limits(1):  # many small fits: threads would wait for one another
-            parts = _judged(cell, target.labels, train, test, split.images, options)
-        where = {"record": np.flatnonzero(test), "image_id": split.images[test]}
+            parts = _judged(cell, target.labels, train, test, images, options)
+        where = {"record": np.flatnonzero(test), "image_id": images[test]}
         for metric, (numbers, right) in parts.items():
             lines.append({**at, "metric": metric, **numbers, **seen, "note": ""})
             rows.append({**at, "metric": metric, **where, "correct": right})

@@ -20,10 +20,8 @@ from sinkscope.experiments.pooling import (
     NONE,
     Group,
     Options,
-    Split,
     check_groups,
     judge,
-    needs_trace,
     pool,
     prepare,
     sink_groups,
@@ -254,10 +252,10 @@ def linear_probes(
     items = as_labelled(dataset)
     check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
-    split = split_images(items, goals, test_size, seed)
+    train, images = split_images(items, goals, test_size, seed)
     hidden = len(items) < 50 if progress is None else not progress
     rules, how = None, ""
-    if needs_trace(chosen):
+    if any(callable(getattr(group, "among", group)) for group in chosen.values()):
         some = items[:8]
         first, what = prepare(lvlm, some), f"the first {len(some)} records"
         found = SinkRules.on_others(
@@ -275,17 +273,18 @@ def linear_probes(
 
     cells = [(layer, group) for layer in wanted for group in chosen]
     work: Any = Parallel(n_jobs, return_as="generator")(
-        delayed(judge)(features.cell(*place), goals, split, options) for place in cells
+        delayed(judge)(features.cell(*place), goals, train, images, options) for place in cells
     )
     bar = tqdm(work, total=len(cells), desc="fitting", unit="group", disable=hidden)
     lines, rows = zip(*bar, strict=True)
+    trained, tested = (tuple(dict.fromkeys(images[part].tolist())) for part in (train, ~train))
     columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
     judged = [pd.DataFrame(row, columns=columns) for some in rows for row in some]
     return LinearProbes(
         table=pd.DataFrame([line for some in lines for line in some]),
         rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
         classes={goal.name: goal.classes for goal in goals},
-        images=(_ids(split.images[split.train]), _ids(split.images[~split.train])),
+        images=(trained, tested),
         site=site,
         detectors=how,
     )
@@ -293,8 +292,8 @@ def linear_probes(
 
 def split_images(
     items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
-) -> Split:
-    """Training and test images by scikit-learn's ``GroupShuffleSplit``.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record.
 
     Raises:
         InputError: If the share leaves a part too small, or the training part shows one class only.
@@ -320,9 +319,4 @@ def split_images(
                 f"Attribute {target.name!r} takes one value only in the {train.sum()} training "
                 "records; expected at least two. Give more images, or another seed."
             )
-    return Split(train, images)
-
-
-def _ids(images: np.ndarray) -> tuple[str, ...]:
-    """Every image once, in order."""
-    return tuple(dict.fromkeys(images.tolist()))
+    return train, images

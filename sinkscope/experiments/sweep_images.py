@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,34 +74,6 @@ def end_of_image(sample: Sample) -> int:
     return int((sample.tokens.image[0] >= 0).nonzero().max()) + 1
 
 
-def l_sinks(
-    lvlm: LVLM, sample: Sample, detector: Detector, states: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """Visual tokens of the only row that meet the L rule, V-sinks among them: block -> bool ``[pos]``.
-
-    The same as ``trace_sinks(...).l_sinks(block) | overlap(block)``, up to rounding of the states.
-    ``states`` are what blocks read of the plain prompt, ``[1 pos d_model]``; a rule that looks at anything
-    else, such as attention, has a pass of its own.
-    """
-    blocks, anatomy = sorted(states), lvlm.anatomy.language
-    visual, live = visual_tokens(sample, "language")
-    probe = detector.probe("language", blocks, anatomy)
-    context = Context(lvlm.anatomy, sample.tokens)
-    reads = probe.reads(context)
-    own = {("language", STATE_SITE["language"], block) for block in blocks}
-    if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
-        answers = {}
-        for read in reads:
-            state = states[read.site.layer]
-            given = resolve(None, read.parameters, state.device, {})
-            answers[read.site] = detached(read.kernel(state, {}, **given))
-        result = probe.finish(answers, context)
-        mask = decide(detector, result, visual, live, "language", anatomy).mask
-    else:
-        mask = detect(lvlm, sample, detector, layers=blocks).mask
-    return {block: mask[0, i] & visual[0] for i, block in enumerate(blocks)}
-
-
 @dataclass(frozen=True)
 class Rules:
     """What is the same for every image: cells, score, rules for sinks (no L rule for pairs), rows of a pass."""
@@ -128,18 +101,35 @@ class Prompted:
     sinks: Tensor
     low: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def with_l_sinks(self, lvlm: LVLM, rules: Rules, states: Mapping[int, Tensor]) -> Prompted:
-        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``."""
-        if rules.l_detector is None:
-            return self
-        whole = {block: state[:, : self.last + 1] for block, state in states.items()}
-        found = l_sinks(lvlm, self.sample, rules.l_detector, whole)
-        return replace(self, low={block: mask & ~self.sinks for block, mask in found.items()})
+    def with_l_sinks(
+        self, lvlm: LVLM, rule: Detector | None, states: Mapping[int, Tensor]
+    ) -> Prompted:
+        """The same with its L-sinks, as `trace_sinks` finds them, up to rounding of the states.
 
-    def edits(self, block: int, rules: Rules, end: int | None = None) -> Edits:
-        """What the pairs do to the keys of a block, up to a position."""
-        factors = factors_of(self.sinks, self.visual, rules.cells.pairs, self.low.get(block))
-        return Edits.of(factors[:, :end])
+        ``states`` are what the edited blocks read, ``[1 pos d_model]``; a rule that looks at anything
+        else, such as attention, has a pass of its own.
+        """
+        if rule is None:
+            return self
+        blocks, anatomy = sorted(states), lvlm.anatomy.language
+        visual, live = visual_tokens(self.sample, "language")
+        probe, context = (
+            rule.probe("language", blocks, anatomy),
+            Context(lvlm.anatomy, self.sample.tokens),
+        )
+        reads, answers = probe.reads(context), {}
+        own = {("language", STATE_SITE["language"], block) for block in blocks}
+        if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
+            for read in reads:
+                state = states[read.site.layer][:, : self.last + 1]
+                given = resolve(None, read.parameters, state.device, {})
+                answers[read.site] = detached(read.kernel(state, {}, **given))
+            result = probe.finish(answers, context)
+            mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
+        else:
+            mask = detect(lvlm, self.sample, rule, layers=blocks).mask[0]
+        low = mask & visual[0] & ~self.sinks
+        return replace(self, low=dict(zip(blocks, low, strict=True)))
 
     @property
     def visual(self) -> Tensor:
@@ -197,7 +187,7 @@ def _alone(
     for prompt in prompts:
         seen = [capture_given(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
         reading = reading_of([prompt.asked], [prompt.last] * len(seen))
-        prompt = prompt.with_l_sinks(lvlm, rules, seen[0].states)
+        prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
 
         def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
             rows = torch.full((len(hidden),), row)
@@ -214,7 +204,7 @@ def _alone(
 
         base = _answers([prompt], [read(row, one.hidden)[0] for row, one in enumerate(seen)])
         for block in rules.cells.blocks:
-            yield from _cells([prompt], base, prompt.edits(block, rules), block, rules, run)
+            yield from _cells([prompt], base, block, rules, run)
 
 
 def _shared(
@@ -226,18 +216,14 @@ def _shared(
     seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
     every = torch.arange(len(givens))
     rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
-    if rules.l_detector is not None:
-        prompts = [
-            prompt.with_l_sinks(
-                lvlm,
-                rules,
-                {  # what blocks read of the whole prompt, padding of its ending included
-                    at: torch.cat([state, seen.tails.states[at][own[:1]]], dim=1)
-                    for at, state in seen.stem.states.items()
-                },
-            )
-            for prompt, own in zip(prompts, rows, strict=True)
-        ]
+    ends = seen.tails.states
+
+    def states(row: Tensor) -> dict[int, Tensor]:  # padding of the ending included
+        return {at: torch.cat([x, ends[at][row]], dim=1) for at, x in seen.stem.states.items()}
+
+    if (low := rules.l_detector) is not None:
+        both = zip(prompts, rows, strict=True)
+        prompts = [prompt.with_l_sinks(lvlm, low, states(own[:1])) for prompt, own in both]
 
     def read(hidden: Tensor, rows: Tensor) -> list[Read]:
         return _split(*reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows))
@@ -260,10 +246,8 @@ def _shared(
             alike.setdefault(tuple(places), []).append(i)
         for group in alike.values():
             some, plain = [prompts[i] for i in group], [base[i] for i in group]
-            tails = torch.cat([rows[i] for i in group])
-            edits = some[0].edits(block, rules, end)
-            work = lambda block, factors, tails=tails: run(block, factors, tails)  # noqa: E731
-            yield from _cells(some, plain, edits, block, rules, work)
+            work = partial(run, own=torch.cat([rows[i] for i in group]))
+            yield from _cells(some, plain, block, rules, work, end)
 
 
 def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
@@ -284,12 +268,18 @@ def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answere
 def _cells(
     prompts: Sequence[Prompted],
     base: Sequence[Answered],
-    edits: Edits,
     block: int,
     rules: Rules,
     run: Callable[[int, Tensor], Sequence[Sequence[Read]]],
+    end: int | None = None,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer; ``run`` gives the readings of all rows by edit."""
+    """One line per question and pair of a layer; ``run`` gives the readings of all rows by edit.
+
+    The edits are those of the first question, up to a position.
+    """
+    first, pairs = prompts[0], rules.cells.pairs
+    factors = factors_of(first.sinks, first.visual, pairs, first.low.get(block))
+    edits = Edits.of(factors[:, :end])
 
     def work(start: int, stop: int) -> list[list[Answered]]:
         return [_answers(prompts, reads) for reads in run(block, edits.factors[start:stop])]
@@ -300,7 +290,7 @@ def _cells(
         item, plain, unedited = prompt.asked.item, base[i], "the base, without an edit"
         check_finite(item, plain, unedited, edited=False)
         n_v, n_l = int(prompt.sinks.sum()), int(prompt.low[block].sum()) if prompt.low else 0
-        for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
+        for place, (pair, edit) in enumerate(zip(pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
             check_finite(item, after, where, edited=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,3 +285,39 @@ def test_weights_digest_tells_checkpoints_apart():
     same, _ = ss.testing.tiny_llava()
     other, _ = ss.testing.tiny_llava(seed=1)
     assert weights_digest(model) == weights_digest(same) != weights_digest(other)
+
+
+SAVED = Path(__file__).with_name("saved_sweep")
+"""The first of two images, written before the package had its rooms."""
+RULES = {
+    "v_detector": ss.detectors.Norm("3sigma"),
+    "l_detector": ss.detectors.SinkDimensions((2, 7), 2.0),
+}
+
+
+def test_a_folder_of_an_earlier_commit_is_read_and_continued(tmp_path):
+    kept = ss.experiments.Sweep.load(SAVED)
+    assert kept.notes == ("not finished: 1 of 2 images",)
+    logprobs = [-5.167814, -5.149463, -6.325160, -6.427346]
+    assert kept.table["logprob"].tolist() == pytest.approx(logprobs, abs=1e-6)
+    assert kept.table["base_logprob"].tolist() == pytest.approx([-5.136907] * 2 + [-6.439894] * 2)
+    assert kept.table["n_l"].tolist() == [1] * 4
+    out = shutil.copytree(SAVED, tmp_path / "out")
+
+    def go(**options):
+        lvlm, grid = ss.LVLM(*ss.testing.tiny_llava()), [(0.2, 0.2, 0.6), (1.0, 0.5, 1.0)]
+        return ss.sweep(lvlm, questions()[:4], [0], grid, **RULES, score="logprob", **options)
+
+    noted = json.loads((out / store.MANIFEST).read_text())
+    noted["versions"]["torch"] = "1.0"
+    (out / store.MANIFEST).write_text(json.dumps(noted))
+    with pytest.raises(InputError, match=r'versions.torch: there "1.0".*\n.*Write out=.another'):
+        go(out=out)
+    noted["versions"] = go().settings["versions"]  # those of this machine
+    (out / store.MANIFEST).write_text(json.dumps(noted))
+    made = go(out=out)
+    assert not made.notes
+    assert made.settings == noted
+    pd.testing.assert_frame_equal(made.table, go().table, atol=1e-5)
+    again = made.table[made.table["item"] < 2]
+    pd.testing.assert_frame_equal(again, kept.table, check_exact=True)
