@@ -58,11 +58,7 @@ class RandomGroup:
         check_whole(1, n=self.n, repeats=self.repeats)
 
     def draw(self, candidates: Tensor, seeds: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The draws from candidates, bool ``[batch pos]`` each.
-
-        Each row has a seed: its draw depends on that and on the order of its candidates alone, not on
-        the batch nor on its padding.
-        """
+        """The draws, bool ``[batch pos]`` each: by a row's seed and the order of its candidates alone."""
         out = [torch.zeros_like(candidates) for _ in range(self.repeats)]
         for row, seed in enumerate(seeds):
             places, rng = candidates[row].nonzero().flatten(), np.random.default_rng(seed)
@@ -78,9 +74,7 @@ Group = Callable[[SinkTrace], Tensor] | RandomGroup | str
 def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
     """V-sinks, L-sinks and random ordinary image tokens: the groups of Choi et al. (2604.03316).
 
-    Args:
-        n: How many ordinary tokens per draw.
-        repeats: How many draws.
+    Ordinary ones are drawn ``repeats`` times, ``n`` of them.
     """
     sinks: dict[str, Group] = {"V-sinks": attrgetter("v_sinks"), "L-sinks": SinkTrace.l_sinks}
     return {**sinks, "ordinary": RandomGroup(n, repeats)}

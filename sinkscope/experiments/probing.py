@@ -188,13 +188,12 @@ def linear_probes(
 
     The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
     be read from V-sinks and L-sinks, and better than from ordinary tokens? What they did not publish is
-    chosen here: a pipeline of ``StandardScaler`` and ``LogisticRegression`` (one per label, where
-    several can hold), a split by image, accuracy.
+    chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
+    split by image, accuracy.
 
     It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
     and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
-    several. Mean states take records x layers x columns x d_model x 4 bytes of memory, where random
-    tokens have a column per draw.
+    several; and records x layers x draws of the groups x d_model x 4 bytes of memory.
 
     Args:
         lvlm: The model.
@@ -206,15 +205,14 @@ def linear_probes(
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
         layers: Block indices of the LLM, or None for all.
-        site: Which states: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or
-            ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``.
+        site: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or ``"resid_post"``,
+            ``"attn_out"``, ``"mlp_out"``.
         v_detector: For V-sinks, best calibrated on other images; None for published constants of
             this model, else one calibration on the first 8 records, which looks at no label.
         l_detector: For L-sinks, likewise.
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
-        permutations: How often labels are shuffled over all images, for the null; 0 for none. A group
-            of several draws has a probe per draw each time, and their mean is one value of the null.
+        permutations: How often labels are shuffled over all images, for the null; 0 for none.
         level: Coverage of the intervals, which resample test images.
         draws: Bootstrap samples of an interval.
         seed: Of split, random tokens, shuffled labels and intervals.
@@ -222,10 +220,6 @@ def linear_probes(
         n_jobs: Processes that fit (joblib), -1 for all.
         remote: See `LVLM.run`.
         progress: Whether to show progress bars; None shows them from 50 records on.
-
-    Returns:
-        Accuracies with intervals and nulls. Where a group has no token it says so, and records
-        without such a token are left out and counted in ``missing``.
 
     Raises:
         InputError: If the data set, the groups or an option is malformed, a target has one class in

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MANIFEST = "manifest.json"
+BY = ("task", ALL)
 
 
 def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
@@ -84,34 +85,6 @@ class Folder:
         write_whole(self.part(group), sink.getvalue().to_pybytes())
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a folder says it holds; a CheckpointError if it has no manifest of a known format."""
-    found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
-    if found.get("format") not in list(GROUPS):
-        raise CheckpointError(
-            f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
-            f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of "
-            f"{list(GROUPS)}. Read it with that version, or run the sweep again into another folder."
-        )
-    return found
-
-
-def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table], list[str]]:
-    """The parts of a folder, and their notes."""
-    tables, notes = [], []
-    for file in sorted(path.glob("part-*.parquet")):
-        try:
-            tables.append(pq.read_table(file, schema=schema_of(manifest)))
-            said = pq.read_schema(file).metadata or {}
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(
-                f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
-                "file and run the sweep again: only its image is computed."
-            ) from error
-        notes.extend(json.loads(said.get(b"notes", b"[]")))
-    return tables, notes
-
-
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Every question under every cell.
@@ -123,10 +96,9 @@ class Sweep:
     Attributes:
         table: One line per question, layer and pair: item, image_id, task, layer (-1 is
             ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
-            logprob under the edit, base_score and base_logprob without, n_v and n_rest (V-sinks and
-            other image tokens). With triples there are s_l and n_l too (L-sinks of what the edited
-            block reads), and n_rest are the ordinary tokens. Log-probabilities are of the right
-            answer, in nats.
+            logprob (of the right answer, in nats), base_score and base_logprob without an edit, n_v and
+            n_rest (V-sinks and other image tokens); with triples s_l and n_l too (L-sinks of what the
+            edited block reads).
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
         by: What the map is split by unless told otherwise.
@@ -144,13 +116,29 @@ class Sweep:
         Raises:
             CheckpointError: If the folder holds none, or a part cannot be read.
         """
+        check_choice(BY, by=by)
         path = Path(folder).expanduser()
-        settings = read_manifest(path)
-        tables, notes = read_parts(path, settings)
-        notes = [*settings["notes"], *notes]
-        if len(tables) < settings["groups"]:
-            notes.append(f"not finished: {len(tables)} of {settings['groups']} images")
-        return cls(as_frame(tables, settings), settings, tuple(dict.fromkeys(notes)), check_by(by))
+        found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
+        if found.get("format") not in list(GROUPS):
+            raise CheckpointError(
+                f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
+                f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of "
+                f"{list(GROUPS)}. Read it with that version, or run the sweep again into another folder."
+            )
+        tables, notes = [], list(found["notes"])
+        for file in sorted(path.glob("part-*.parquet")):
+            try:
+                tables.append(pq.read_table(file, schema=schema_of(found)))
+                said = pq.read_schema(file).metadata or {}
+            except (OSError, pa.ArrowException) as error:
+                raise CheckpointError(
+                    f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
+                    "file and run the sweep again: only its image is computed."
+                ) from error
+            notes += json.loads(said.get(b"notes", b"[]"))
+        if len(tables) < found["groups"]:
+            notes.append(f"not finished: {len(tables)} of {found['groups']} images")
+        return cls(as_frame(tables, found), found, tuple(dict.fromkeys(notes)), by)
 
     @property
     def score(self) -> str:
@@ -245,19 +233,17 @@ class Sweep:
     ) -> pd.DataFrame:
         """The best cell per task: chosen on one half of its images, scored on the other.
 
-        The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that
-        did not choose. Beside it stands a test over all images and cells: ``t`` is the largest change
-        of all cells, each in units of its own spread over images, and ``p`` says how often chance makes
-        one as large (`sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not be
-        the chosen one, which has the largest mean. Cells that scale no key, such as (0, 1) where no
-        image has a V-sink, are left out.
+        The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
+        not choose. Beside it stands a test over all images and cells: ``t`` is the largest change, each in
+        units of its own spread over images, and ``p`` how often chance makes one as large
+        (`sinkscope.experiments.sign_flip_maximum`). Its cell need not be the chosen one, which has the largest
+        mean. Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
 
         Returns:
-            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen),
-            n, images, delta, low, high (on the other half), maximum (the largest change of a cell on
-            all images, in units of the score), t (the largest t), t_95 (the 95 % point of the largest
-            t where nothing has an effect), p, and note. A task with fewer than two images, or whose
-            cells scale no key, has no best cell: its numbers are missing, and ``note`` says why.
+            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images,
+            delta, low, high (on the other half), maximum (the largest change on all images, in units of
+            the score), t, t_95 (the 95 % point of t where nothing has an effect), p, and note, which says
+            why a task has no best cell: fewer than two images, or cells that scale no key.
         """
         import pandas as pd
 
@@ -267,19 +253,16 @@ class Sweep:
         return pd.DataFrame(lines).astype(dict.fromkeys(CELL[:3], "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
-        """Draw heat maps, layer x pair per task: the change against the base, a dot where its interval excludes 0.
-
-        Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
-        """
+        """Draw the map per task, a dot where an interval excludes 0; see `sinkscope.viz.plot_sweep`."""
         from sinkscope.viz import plot_sweep
 
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:
-        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell.
+        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell, as lines of text.
 
-        Whether the best setting depends on the task, whether it depends on the layer, and whether
-        raising or splitting off sinks helps, each with its numbers, as lines for a terminal.
+        Whether the best setting depends on the task, or on the layer, and whether raising or splitting
+        off sinks helps, each with its numbers.
         """
         return observe(self, by or self.by, seed)
 
@@ -302,14 +285,9 @@ class Sweep:
 
     def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
         """The table by task, and whole at the end if there are several."""
-        by = check_by(self.by if by is None else by)
+        by = self.by if by is None else by
+        check_choice(BY, by=by)
         if by == "task" and self.table["task"].nunique() > 1:
             for name, part in self.table.groupby("task", sort=True):
                 yield str(name), part
         yield ALL, self.table
-
-
-def check_by(by: str) -> str:
-    """``"task"``, or ``"all"`` for all questions together; another name is refused."""
-    check_choice(("task", ALL), by=by)
-    return by

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_flags, check_whole
+from sinkscope.checks import check_choice, check_flags, check_whole
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors.calibration import Calibration
@@ -31,7 +31,7 @@ from sinkscope.errors import InputError
 from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
-from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table, check_by
+from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place
 from sinkscope.models.identity import identity_of
 from sinkscope.models.pictures import ImageIds
@@ -109,7 +109,7 @@ def sweep(
         ModelError: If a resumed pass would not be the model's own.
     """
     check_flags(dry_run=dry_run)
-    check_by(by)
+    check_choice(BY, by=by)
     pairs = check_grid(lsg_grid() if grid is None else grid)
     cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
     if batch != "auto":

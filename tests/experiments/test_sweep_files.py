@@ -1,6 +1,7 @@
 """Sweeps on disk: killed, continued, refused, damaged."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,16 +21,24 @@ from sinkscope.experiments import sweep_result as store
 from sinkscope.files import LOCK, WRITING
 from tests.experiments.sweep_job import questions, run
 
-JOB = Path(__file__).with_name("sweep_job.py")
 ROOT = Path(__file__).parents[2]
 KILLS = 5
 
 
-def started(folder):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(JOB), str(folder)], stdout=subprocess.PIPE, env=env, cwd=ROOT
-    )
+@pytest.fixture
+def started(monkeypatch):
+    """Starts a sweep in a process of its own; what it imports is imported once."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.experiments.sweep_job"])
+
+    def start(folder):
+        process = context.Process(target=run, args=(folder,))
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +48,26 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, tmp_path):
+def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, started, tmp_path):
     """SIGKILL five times, each at a random moment after new parts began to appear."""
     folder, drawn, counts = tmp_path / "out", random.Random(7), []
     for _ in range(KILLS):
         process = started(folder)
         before = len(list(folder.glob("part-*.parquet")))
         aim = before + drawn.randint(0, 1)
-        while process.poll() is None and len(list(folder.glob("part-*.parquet"))) <= aim:
+        while process.is_alive() and len(list(folder.glob("part-*.parquet"))) <= aim:
             time.sleep(0.002)
         time.sleep(drawn.random() * 0.05)
-        assert process.poll() is None, "the sweep ended before it was killed"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        assert process.is_alive(), "the sweep ended before it was killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         counts.append(len(list(folder.glob("part-*.parquet"))))
     assert counts == sorted(counts)
     assert 0 < counts[-1] < 24
     last = started(folder)
-    said, _ = last.communicate()
-    assert said.split() == [b"started", b"done"]
+    last.join()
+    assert last.exitcode == 0
     made = ss.experiments.Sweep.load(folder)
     pd.testing.assert_frame_equal(made.table, undisturbed.table, check_exact=True)
     assert made.notes == undisturbed.notes
