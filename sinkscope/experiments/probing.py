@@ -81,8 +81,8 @@ class LinearProbes(Result):
         import pandas as pd
 
         keys, how = ["target", "metric", "group"], {"level": level, "draws": draws, "seed": seed}
-        right = dict(iter(self.rows.groupby(keys)))
-        parts: dict[Any, Any] = dict(iter(self.table.groupby(keys)))
+        tables: Any = (dict(iter(table.groupby(keys))) for table in (self.rows, self.table))
+        right, parts = tables
         order = [list(dict.fromkeys(self.table[key])) for key in keys]
         lines = []
         for names in (names for names in product(*order) if names in parts):
@@ -112,14 +112,9 @@ class LinearProbes(Result):
     ) -> pd.DataFrame:
         """Every group minus a base group, paired on the test records that have both.
 
-        Args:
-            base: The group that others are compared with.
-            level: Coverage of the intervals, which are not corrected for the number of comparisons.
-            draws: Bootstrap samples.
-            seed: Of the draws.
-
         Returns:
-            Columns layer, group, target, metric, n (records), delta, low, high.
+            Columns layer, group, target, metric, n (records), delta, low, high. Intervals are not
+            corrected for the number of comparisons.
 
         Raises:
             InputError: If there is no such group, or it has no probe.
@@ -145,9 +140,7 @@ class LinearProbes(Result):
     ) -> Figure:
         """Accuracy by layer, a panel per target; see `sinkscope.viz.plot_probes`.
 
-        Args:
-            metric: What to show of targets with several labels, ``"label accuracy"`` or ``"exact set"``.
-            groups: Which groups to draw, or None for all.
+        Of targets with several labels ``metric`` is shown, ``"label accuracy"`` or ``"exact set"``.
         """
         from sinkscope.viz.probes import plot_probes
 

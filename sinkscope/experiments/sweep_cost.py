@@ -90,7 +90,7 @@ def work_of(lvlm: LVLM) -> Work:
         for one in towers
     ]
     vision, language = (tower.heads * tower.d_head for tower in towers)
-    return Work(*weights, (vision, language))
+    return Work(weights[0], weights[1], (vision, language))
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,13 @@ class SweepCost:
     """What a sweep would do. Print it.
 
     Attributes:
-        questions: Questions.
-        images: Different image ids.
-        layers: Layers.
+        images: How many image ids there are.
         pairs: Coefficient pairs, or triples, the base apart.
         forwards: Full forward passes of the plain loop: one per question, layer and pair, and one per
             question for the base.
         blocks_plain: Decoder blocks times rows that the plain loop runs.
-        blocks: Decoder blocks times rows that the sweep runs at most, a common beginning and each of
-            its endings counted as rows of their own. What finds the sinks is not counted.
+        blocks: The same of the sweep at most, a common beginning and each of its endings counted as
+            rows of their own. What finds the sinks is not counted.
         bound: Work of the plain loop over that of the sweep, in multiplications: an estimate of how many
             times cheaper it is. That pairs which do the same are run once is not counted.
         looked_at: Questions whose lengths were looked at; the rest is taken to be like them.

@@ -116,8 +116,9 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
     several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given: Iterable[Any] = layers if several else [layers]
     found = set()
-    for layer in layers if several else [layers]:
+    for layer in given:
         if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
             raise LayerError(
                 f"Got layer {layer!r}; expected 'embed' or 0 to {n_layers - 2}. A gate at layer l "

@@ -176,7 +176,7 @@ class Sweep:
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            counts = {n: part.groupby("item")[n].max() for n in ("n_v", "n_l") if n in part}
+            most: Any = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
             lines.append(
                 {
                     "task": name,
@@ -184,7 +184,7 @@ class Sweep:
                     "images": once["image_id"].nunique(),
                     "score": once["base_score"].mean(),
                     "logprob": once["base_logprob"].mean(),
-                    **{f"with_{n[2:]}": (count > 0).mean() for n, count in counts.items()},
+                    **(most > 0).mean().rename(lambda n: f"with_{n[2:]}"),
                 }
             )
         return pd.DataFrame(lines)

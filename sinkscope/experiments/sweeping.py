@@ -43,8 +43,6 @@ from sinkscope.tokens import check_merge
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
-LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
-
 
 def sweep(
     lvlm: LVLM,
@@ -137,7 +135,7 @@ def sweep(
     wanted = {name[0]: rule for name, rule in given.items() if name[0] == "v" or cells.with_l}
     detectors, said, notes = _choose_rules(lvlm, groups, wanted, calibration)
     settings = {
-        "format": len(pairs[0]),
+        "format": len(pairs[0]),  # 2 or 3: triples have two more columns
         "model": identity_of(lvlm),
         "dataset": _digest_of(items),
         "groups": len(groups),
@@ -258,9 +256,6 @@ def digest_function(function: Callable[..., Any]) -> str:
 
     Functions and classes among those values count in the same way; of modules and installed libraries
     the name is taken. Python's own version stands in front: others compile to other bytecode.
-
-    Raises:
-        InputError: If it refers to a value whose content cannot be read.
     """
     return f"{sys.implementation.cache_tag} {joblib.hash(_content(function, 'the score function', ()))}"
 
@@ -292,8 +287,9 @@ def _of_a_library(value: Any) -> bool:
         return isinstance(value, (ModuleType, np.ufunc))
     if value.__module__.partition(".")[0] in ("sinkscope", *sys.builtin_module_names):
         return True
-    file = getattr(sys.modules.get(value.__module__), "__file__", None)
-    return file is not None and any(folder in Path(file).parents for folder in LIBRARIES)
+    file = getattr(sys.modules.get(value.__module__), "__file__", None) or "."
+    places = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return not places.isdisjoint(map(str, Path(file).parents))
 
 
 def _parts(value: Any, where: str) -> dict[str, Any]:
