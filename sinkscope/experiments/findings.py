@@ -187,7 +187,12 @@ def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
     for task, part in sweep.by_task(by):
         found = split_of(part, seed=seed) if part["n_l"].any() else None
         if found is None:
-            yield f"   {task}: cannot tell; {_why_no_split(part)}."
+            why = "images of one half only, or no triple with s_L = s_rest scales a key"
+            if not part["n_l"].any():
+                why = "no image token is an L-sink at these layers"
+            elif not np.isclose(part["s_l"], part["s_rest"]).any():
+                why = "the grid has no triple with s_L = s_rest"
+            yield f"   {task}: cannot tell; {why}."
             continue
         split, whole = found["split"], found["whole"]
         mean, low, high = found["difference"] * factor
@@ -230,15 +235,6 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
         f"clearly above 0 in {int((low[:-1] > 0).sum())} and clearly below 0 in "
         f"{int((high[:-1] < 0).sum())} of {counted(len(mean) - 1, 'layer')}."
     ), True
-
-
-def _why_no_split(part: pd.DataFrame) -> str:
-    """Why a task has no such comparison."""
-    if not part["n_l"].any():
-        return "no image token is an L-sink at these layers"
-    if not np.isclose(part["s_l"], part["s_rest"]).any():
-        return "the grid has no triple with s_L = s_rest"
-    return "images of one half only, or no triple with s_L = s_rest scales a key"
 
 
 def _cell(row: Mapping[Any, Any]) -> str:

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 FEWEST_TRAINING, FEWEST_TEST = 10, 2
 """Images that a probe needs in either part; below, it says "too few images"."""
-NONE, FEW = "none found", "too few images"
-NUMBERS = ("accuracy", "std", "low", "high", "null", "null_high", "majority")
-BLANK = {**dict.fromkeys(NUMBERS, np.nan), "converged": True}
+NONE = "none found"
+BLANK = dict.fromkeys(("accuracy", "std", "low", "high", "null", "null_high", "majority"), np.nan)
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
 
     Ordinary ones are drawn ``repeats`` times, ``n`` of them.
     """
-    sinks: dict[str, Group] = {"V-sinks": attrgetter("v_sinks"), "L-sinks": SinkTrace.l_sinks}
-    return {**sinks, "ordinary": RandomGroup(n, repeats)}
+    ordinary = RandomGroup(n, repeats)
+    return {"V-sinks": attrgetter("v_sinks"), "L-sinks": SinkTrace.l_sinks, "ordinary": ordinary}
 
 
 def check_groups(groups: Any) -> dict[str, Group]:
@@ -122,11 +121,6 @@ class Features:
         return Cell(layer, group, states, self.counts[:, at, own[0]])
 
 
-def prepare(lvlm: LVLM, items: Sequence[LabelledImage]) -> Sample:
-    """One batch of records."""
-    return lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
-
-
 def pool(
     lvlm: LVLM,
     items: Sequence[LabelledImage],
@@ -141,12 +135,12 @@ def pool(
     hidden: bool,
 ) -> Features:
     """Mean states of every group, layer and record: a pass per batch, and one more to find sinks."""
-    repeats = {name: getattr(group, "repeats", 1) for name, group in groups.items()}
     means, counts = [], []
     with tqdm(total=len(items), desc="reading", unit="record", disable=hidden) as bar:
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
-            sample = prepare(lvlm, part)
+            images, texts = [item.image for item in part], [item.question for item in part]
+            sample = lvlm.prepare(images=images, text=texts)
             trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
             seeds = [(seed, start + i) for i in range(len(part))]
             masks = _masks(sample, trace, groups, lvlm.anatomy.language.n_layers, seeds)
@@ -155,7 +149,7 @@ def pool(
             means.append(result.means)
             counts.append(result.count)
             bar.update(len(part))
-    columns = [name for name, times in repeats.items() for _ in range(times)]
+    columns = [name for name in groups for _ in range(getattr(groups[name], "repeats", 1))]
     return Features(layers, columns, means, torch.cat(counts).numpy())
 
 
@@ -236,10 +230,10 @@ def predict(
 
 def correctness(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     """How right every row is, in [0, 1]; with several labels the share of them, and whether all are."""
-    same = predicted == truth
+    same = (predicted == truth).astype(float)
     if same.ndim == 1:
-        return {"accuracy": same.astype(float)}
-    return {"label accuracy": same.mean(axis=1), "exact set": same.all(axis=1).astype(float)}
+        return {"accuracy": same}
+    return {"label accuracy": same.mean(axis=1), "exact set": same.min(axis=1)}
 
 
 def majority(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
@@ -284,7 +278,8 @@ def judge(
     for target in targets:
         at = {"layer": cell.layer, "group": cell.group, "target": target.name}
         if few or len(np.unique(target.labels[train], axis=0)) < 2:
-            blank = {**BLANK, **seen, "note": FEW if there.any() else NONE}
+            note = "too few images" if there.any() else NONE
+            blank = {**BLANK, "converged": True, **seen, "note": note}
             metrics = ("label accuracy", "exact set") if target.multi else ("accuracy",)
             lines += [{**at, "metric": metric, **blank} for metric in metrics]
             continue

@@ -23,7 +23,6 @@ from sinkscope.experiments.pooling import (
     check_groups,
     judge,
     pool,
-    prepare,
     sink_groups,
 )
 from sinkscope.experiments.statistics import cluster_bootstrap
@@ -243,8 +242,8 @@ def linear_probes(
     hidden = len(items) < 50 if progress is None else not progress
     rules, how = None, ""
     if any(callable(getattr(group, "among", group)) for group in chosen.values()):
-        some = items[:8]
-        first, what = prepare(lvlm, some), f"the first {len(some)} records"
+        some, what = items[:8], f"the first {len(items[:8])} records"
+        first = lvlm.prepare(images=[i.image for i in some], text=[i.question for i in some])
         found = SinkRules.on_others(
             lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
         )

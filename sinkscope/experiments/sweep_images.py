@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkscope.anatomy.context import Context
-from sinkscope.data.answers import (
-    Answered,
-    Asked,
-    Score,
-    answered,
-    ask,
-    check_finite,
-    reading_of,
-    scored,
-)
+from sinkscope.data import answers
+from sinkscope.data.answers import Answered, Asked, Score
 from sinkscope.data.items import Item
 from sinkscope.data.tokens import extend
 from sinkscope.detectors.detection import detect, visual_tokens
@@ -76,7 +68,7 @@ def end_of_image(sample: Sample) -> int:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every image: cells, score, rules for sinks (no L rule for pairs), rows of a pass."""
+    """What is the same for every image; there is no rule for L-sinks with pairs."""
 
     cells: Cells
     score: Score
@@ -113,18 +105,16 @@ class Prompted:
             return self
         blocks, anatomy = sorted(states), lvlm.anatomy.language
         visual, live = visual_tokens(self.sample, "language")
-        probe, context = (
-            rule.probe("language", blocks, anatomy),
-            Context(lvlm.anatomy, self.sample.tokens),
-        )
-        reads, answers = probe.reads(context), {}
+        probe = rule.probe("language", blocks, anatomy)
+        context = Context(lvlm.anatomy, self.sample.tokens)
+        reads, told = probe.reads(context), {}
         own = {("language", STATE_SITE["language"], block) for block in blocks}
         if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
             for read in reads:
                 state = states[read.site.layer][:, : self.last + 1]
                 given = resolve(None, read.parameters, state.device, {})
-                answers[read.site] = detached(read.kernel(state, {}, **given))
-            result = probe.finish(answers, context)
+                told[read.site] = detached(read.kernel(state, {}, **given))
+            result = probe.finish(told, context)
             mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
         else:
             mask = detect(lvlm, self.sample, rule, layers=blocks).mask[0]
@@ -157,7 +147,7 @@ def sweep_image(
     prompts: list[Prompted] = []
     features = None
     for (index, item), sample in zip(group, samples, strict=True):
-        asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
+        asked = answers.ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
@@ -186,7 +176,7 @@ def _alone(
     rest = iter(givens)
     for prompt in prompts:
         seen = [capture_given(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
-        reading = reading_of([prompt.asked], [prompt.last] * len(seen))
+        reading = answers.reading_of([prompt.asked], [prompt.last] * len(seen))
         prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
 
         def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
@@ -212,7 +202,7 @@ def _shared(
 ) -> Iterator[Line]:
     """Questions that begin alike: the beginning runs once per layer and edit."""
     lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
-    reading = reading_of([prompt.asked for prompt in prompts], lasts)
+    reading = answers.reading_of([prompt.asked for prompt in prompts], lasts)
     seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
     every = torch.arange(len(givens))
     rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
@@ -261,7 +251,7 @@ def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answere
     for prompt in prompts:
         own = [next(rows) for _ in prompt.asked.feeds]
         logs, greedy = ([part[0].tolist() for part in side] for side in zip(*own, strict=True))
-        out.append(answered(prompt.asked, logs, greedy))
+        out.append(answers.answered(prompt.asked, logs, greedy))
     return out
 
 
@@ -288,12 +278,12 @@ def _cells(
     layer = "embed" if block == 0 else block - 1
     for i, prompt in enumerate(prompts):
         item, plain, unedited = prompt.asked.item, base[i], "the base, without an edit"
-        check_finite(item, plain, unedited, edited=False)
+        answers.check_finite(item, plain, unedited, edited=False)
         n_v, n_l = int(prompt.sinks.sum()), int(prompt.low[block].sum()) if prompt.low else 0
         for place, (pair, edit) in enumerate(zip(pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
-            check_finite(item, after, where, edited=True)
+            answers.check_finite(item, after, where, edited=True)
             yield {
                 "item": prompt.index,
                 "image_id": item.image_id,
@@ -304,8 +294,8 @@ def _cells(
                 "s_v": pair[0],
                 "s_l": pair[1] if prompt.low else None,
                 "s_rest": pair[-1],
-                "score": scored(rules.score, item, after, where),
-                "base_score": scored(rules.score, item, plain, unedited),
+                "score": answers.scored(rules.score, item, after, where),
+                "base_score": answers.scored(rules.score, item, plain, unedited),
                 "logprob": after.logprob,
                 "base_logprob": plain.logprob,
                 "n_v": n_v,

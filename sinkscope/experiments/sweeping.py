@@ -97,9 +97,8 @@ def sweep(
             nothing is run or left on disk, and no weights are needed (``remote=True`` will do).
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, ``out`` holds another sweep or is
-            written to by another process, or a log-probability or score is not finite; nothing of
-            that image is then written.
+        InputError: If dataset, grid or an option is malformed, another sweep is or runs in ``out``, or a
+            log-probability or score is not finite; nothing of that image is then written.
         CheckpointError: If ``out`` cannot be written or read.
         DetectorError: If a detector is none.
         SelectionError: If ``merge`` is unknown.
@@ -204,10 +203,8 @@ def _choose_rules(
         what=what,
         calibration=calibration,
     )
-    rules, sources = {"v": found.v}, {"v": found.v_source, "l": found.l_source}
-    if "l" in given:
-        rules["l"] = found.l_rule
-    said, notes = {}, []
+    rules: dict[str, Detector] = {"v": found.v, **({"l": found.l_rule} if "l" in given else {})}
+    sources, said, notes = {"v": found.v_source, "l": found.l_source}, {}, []
     for name, rule in rules.items():
         named = given[name] is not None or calibration is not None
         said[f"{name}_rule"] = repr(rule) if named else sources[name]
@@ -339,5 +336,5 @@ def _parts(value: Any, where: str) -> dict[str, Any]:
 
 def _names(code: CodeType) -> set[str]:
     """The names that a function and the functions inside it use."""
-    inner = [_names(one) for one in code.co_consts if isinstance(one, CodeType)]
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
     return set(code.co_names).union(*inner)

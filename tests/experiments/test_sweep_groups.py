@@ -131,7 +131,10 @@ def test_equals_scale_keys_where_nothing_is_shared(monkeypatch, tiny):
     for low in (channel_rule(lvlm, items), MEAN):
         options = {"grid": TRIPLES, "v_detector": TOP, "l_detector": low}
         made = ss.sweep(lvlm, items, layers=["embed", 1], **options)
-        assert "differ before the end of the last image" in made.notes[0]
+        assert made.notes == (
+            "nothing was shared by the questions about 'im0': the prompts differ before the end of the "
+            "last image",
+        )
         check_equal(lvlm, items, made, low)
 
 
