@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_grid import ALL, cell_of, coefficients_of, counted, nouns, wide
+from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-NUMBERS = ("chosen_on", "delta", "low", "high", "maximum", "t", "t_95", "p")
-ALONE = "images of one half only, so none is left to score what was chosen"
-NEUTRAL = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
-NO_GAIN = "no cell gains where it was chosen"
+UNITS = {
+    "exact": (" in points", 100.0),
+    "choice": (" in points", 100.0),
+    "logprob": (" in nats", 1.0),
+}
+"""Score -> its unit as words, and what it is multiplied with."""
 
 
 def best_of(
     part: pd.DataFrame, column: str, *, level: float, draws: int, seed: int
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
+    import pandas as pd
+
     cells, changes, images = wide(part, column)
-    acts = acting(part)
-    here = half(images, seed)
+    acts, here = acting(part), half(images, seed)
     able = np.flatnonzero(acts[here].any(axis=0))
     if here.all() or not len(able):
-        return none(ALONE if here.all() else NEUTRAL, cell_of(part))
+        names, numbers = cell_of(part), ("chosen_on", "delta", "low", "high")
+        note = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
+        if here.all():
+            note = "images of one half only, so none is left to score what was chosen"
+        missing = dict.fromkeys((*names[3:], *numbers, "maximum", "t", "t_95", "p"), float("nan"))
+        return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
     other = [image for image, mine in zip(images, here, strict=True) if not mine]
     delta, low, high = cluster_intervals(
         changes[~here][:, [at]], other, level=level, draws=draws, seed=seed
-    )
+    )[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
     return {
@@ -43,14 +51,14 @@ def best_of(
         "chosen_on": means[at],
         "n": len(other),
         "images": len(set(other)),
-        "delta": delta[0],
-        "low": low[0],
-        "high": high[0],
+        "delta": delta,
+        "low": low,
+        "high": high,
         "maximum": edited.mean(axis=0).max(),
         "t": largest,
         "t_95": float(np.quantile(null, 0.95)),
         "p": float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null))),
-        "note": NO_GAIN if means[at] <= 0 else "",
+        "note": "no cell gains where it was chosen" if means[at] <= 0 else "",
     }
 
 
@@ -68,154 +76,137 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     if here.all() or not (able & alike).any():
         return None
     means = changes[here].mean(axis=0)
-    places = [
-        int(among[means[among].argmax()]) for among in map(np.flatnonzero, (able, able & alike))
-    ]
-    chosen = cells.iloc[places].to_dict("records")
-    split, whole = changes[~here][:, places].T
+    places = [int(np.where(among, means, -np.inf).argmax()) for among in (able, able & alike)]
     other = [image for image, mine in zip(images, here, strict=True) if not mine]
-    difference = cluster_intervals((split - whole)[:, None], other, seed=seed)[:, 0]
-    return {
-        "split": {**chosen[0], "delta": split.mean()},
-        "whole": {**chosen[1], "delta": whole.mean()},
-        "difference": difference,
-    }
+    both = changes[~here][:, places]
+    found = [
+        {**cells.iloc[at].to_dict(), "delta": change.mean()}
+        for at, change in zip(places, both.T, strict=True)
+    ]
+    difference = cluster_intervals(both[:, :1] - both[:, 1:], other, seed=seed)[:, 0]
+    return {"split": found[0], "whole": found[1], "difference": difference}
 
 
 def half(images: list[str], seed: int) -> np.ndarray:
     """Which questions are about the half of the images on which a cell is chosen."""
     names = np.unique(images)
     order = np.random.default_rng(seed).permutation(len(names))
-    first = names[order[: (len(names) + 1) // 2]]
-    return np.isin(images, first)
+    return np.isin(images, names[order[: (len(names) + 1) // 2]])
 
 
 def acting(part: pd.DataFrame) -> np.ndarray:
     """Whether a cell scales a key of a question's image at all, bool ``[question cell]``."""
-    v = (part["s_v"] != 1) & (part["n_v"] > 0)
-    acts = v | (part["s_rest"] != 1) & (part["n_rest"] > 0)
-    if "s_l" in part:
-        acts |= (part["s_l"] != 1) & (part["n_l"] > 0)
+    groups = [name[2:] for name in ("s_v", "s_l", "s_rest") if name in part]
+    acts = np.any([(part[f"s_{g}"] != 1) & (part[f"n_{g}"] > 0) for g in groups], axis=0)
     table = part.assign(acts=acts).pivot(index="item", columns=["layer", "pair"], values="acts")
     return cast("pd.DataFrame", table).sort_index(axis=1).to_numpy(dtype=bool)
 
 
-def none(note: str, cell: list[str]) -> dict[str, Any]:
-    """The line of a task without a best cell, with the columns that a cell would have."""
-    import pandas as pd
-
-    return {
-        **dict.fromkeys(cell[:3], pd.NA),
-        **dict.fromkeys((*cell[3:], *NUMBERS), float("nan")),
-        "n": 0,
-        "images": 0,
-        "note": note,
-    }
-
-
-UNITS = {
-    "exact": (" in points", 100.0),
-    "choice": (" in points", 100.0),
-    "logprob": (" in nats", 1.0),
-}
-"""Score -> its unit as words, and what it is multiplied with."""
-
-
 def observe(sweep: Any, by: str, seed: int) -> str:
     """See `Sweep.observations`."""
-    whole = sweep.map(by, seed=seed)
-    best = sweep.best(by, seed=seed)
+    whole, best = sweep.map(by, seed=seed), sweep.best(by, seed=seed)
     unit, factor = UNITS.get(sweep.score, ("", 1.0))
-    lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
-    lines += _by_task(whole, best, factor)
-    lines += _by_layer(whole, factor, nouns(len(sweep.groups)))
-    lines += _by_sinks(sweep, by, factor, seed)
-    lines += [f"Note: {note}." for note in sweep.notes]
-    return "\n".join(lines)
+    numbers = ["chosen_on", "delta", "low", "high", "maximum"]
+    whole[numbers[1:4]], best[numbers] = whole[numbers[1:4]] * factor, best[numbers] * factor
+    lines = [
+        f"{sweep!r}, change of {sweep.score_name} against the base{unit}.",
+        *_by_task(whole, best.to_dict("records")),
+        *_by_layer(whole, NOUNS[len(sweep.groups)]),
+        *_by_sinks(sweep, by, factor, seed),
+    ]
+    return "\n".join([*lines, *(f"Note: {note}." for note in sweep.notes)])
 
 
-def _by_task(whole: pd.DataFrame, best: pd.DataFrame, factor: float) -> list[str]:
+def _by_task(whole: pd.DataFrame, best: Sequence[Mapping[Any, Any]]) -> Iterator[str]:
     """1: is the best cell another one for other tasks, and does it hold on other images?"""
-    lines = ["1. Does it depend on the task?"]
-    for row in best.to_dict("records"):
+    yield "1. Does it depend on the task?"
+    for row in best:
         part = whole[whole["task"] == row["task"]]
-        low, high = part["delta"].min() * factor, part["delta"].max() * factor
+        head = f"   {row['task']}: cells from {part['delta'].min():+.2f} to {part['delta'].max():+.2f}; "
         if not row["images"]:
-            lines.append(
-                f"   {row['task']}: cells from {low:+.2f} to {high:+.2f}; no best cell: {row['note']}."
-            )
+            yield f"{head}no best cell: {row['note']}."
             continue
-        up = int((part["low"] > 0).sum())
-        down = int((part["high"] < 0).sum())
-        lines.append(
-            f"   {row['task']}: cells from {low:+.2f} to {high:+.2f}; {up} clearly above and {down} clearly "
-            f"below 0, of {len(part)} (with no effect about {0.025 * len(part):.0f} each). Best on one "
-            f"half: {_cell(row)}, on the other {row['delta'] * factor:+.2f} "
-            f"{_interval(row['low'] * factor, row['high'] * factor)}; maximum over all cells {_p(row['p'])}."
+        up, down = int((part["low"] > 0).sum()), int((part["high"] < 0).sum())
+        p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
+        yield (
+            f"{head}{up} clearly above and {down} clearly below 0, of {len(part)} (with no effect about "
+            f"{0.025 * len(part):.0f} each). Best on one half: {_cell(row)}, on the other "
+            f"{row['delta']:+.2f} {_interval(row['low'], row['high'])}; maximum over all cells {p}."
+            + (f" Mind that {row['note']}." if row["note"] else "")
         )
-        if row["note"]:
-            lines[-1] += f" Mind that {row['note']}."
-    tasks = [row for row in best.to_dict("records") if row["task"] != ALL or len(best) == 1]
+    tasks = [row for row in best if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
+    cells = {(row["layer"], row["pair"]) for row in gained}
     if len(tasks) < 2:
-        lines.append("   One task only: this sweep cannot tell.")
+        yield "   One task only: this sweep cannot tell."
     elif not gained:
-        lines.append("   No task gains on images that were not used to choose: nothing to compare.")
+        yield "   No task gains on images that were not used to choose: nothing to compare."
     else:
-        cells = {(row["layer"], row["pair"]) for row in gained}
-        lines.append(
-            f"   {len(gained)} of {len(tasks)} tasks gain on held-out images, in {len(cells)} different "
-            f"cell{'s' if len(cells) > 1 else ''}."
-        )
-    return lines
+        different = counted(len(cells), "different cell")
+        yield f"   {len(gained)} of {len(tasks)} tasks gain on held-out images, in {different}."
 
 
-def _by_layer(whole: pd.DataFrame, factor: float, noun: str) -> list[str]:
+def _by_layer(whole: pd.DataFrame, noun: str) -> Iterator[str]:
     """2: does the same pair do something else in other layers?"""
-    lines = ["2. Does it depend on the layer?"]
+    yield "2. Does it depend on the layer?"
     for task, part in whole.groupby("task", sort=False):
         table = part.pivot(index="layer", columns="pair", values="delta")
-        means = table.mean(axis=1) * factor
-        spread = (table.max(axis=0) - table.min(axis=0)).max() * factor
-        gains = sorted(set(part["layer"][part["low"] > 0].tolist()))
-        harms = sorted(set(part["layer"][part["high"] < 0].tolist()))
-        lines.append(
+        means, spread = table.mean(axis=1), (table.max(axis=0) - table.min(axis=0)).max()
+        gains, harms = part["layer"][part["low"] > 0], part["layer"][part["high"] < 0]
+        yield (
             f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
             f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
             f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
             f"in {_layers(harms)}."
         )
-    return lines
 
 
-def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> list[str]:
+def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
     """3: do pairs that favour sinks do better than those that favour the rest?"""
-    lines = ["3. Does raising or splitting off the sinks help?"]
-    three = "L" in sweep.groups
-    contrasts = [_of_group(sweep, group, factor, seed) for group in sweep.groups[:-1]]
-    lines += [line for line, _ in contrasts]
+    yield "3. Does raising or splitting off the sinks help?"
+    three, noun = len(sweep.groups) == 3, NOUNS[len(sweep.groups)]
+    contrasts = [_of_group(sweep, group, noun, factor, seed) for group in sweep.groups[:-1]]
+    yield from (line for line, _ in contrasts)
     if not any(told for _, told in contrasts):
-        return lines
+        return
     if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
-        words = ("s_V and s_rest", "other", "the two")
-        words = ("the coefficients", "others", "them") if three else words
-        lines.append(
-            f"   In every {nouns(len(sweep.groups))} {words[0]} add to 1: what raises one lowers the "
-            f"{words[1]}, and which of {words[2]} it was cannot be told apart."
+        words = (
+            ("the coefficients", "others", "them")
+            if three
+            else ("s_V and s_rest", "other", "the two")
         )
-    if three:
-        return lines + _by_split(sweep, by, factor, seed)
-    lines.append(
-        "   Whether the rest should be split further (L-sinks, ordinary tokens) is not on this grid."
-    )
-    return lines
+        yield (
+            f"   In every {noun} {words[0]} add to 1: what raises one lowers the {words[1]}, and which of "
+            f"{words[2]} it was cannot be told apart."
+        )
+    if not three:
+        rest = "Whether the rest should be split further (L-sinks, ordinary tokens)"
+        yield f"   {rest} is not on this grid."
+        return
+    yield "   Does splitting the rest into L-sinks and ordinary tokens add something?"
+    for task, part in sweep.by_task(by):
+        found = split_of(part, seed=seed) if part["n_l"].any() else None
+        if found is None:
+            why = "images of one half only, or no triple with s_L = s_rest scales a key"
+            if not part["n_l"].any():
+                why = "no image token is an L-sink at these layers"
+            elif not np.isclose(part["s_l"], part["s_rest"]).any():
+                why = "the grid has no triple with s_L = s_rest"
+            yield f"   {task}: cannot tell; {why}."
+            continue
+        split, whole = found["split"], found["whole"]
+        mean, low, high = found["difference"] * factor
+        yield (
+            f"   {task}: best on one half {_cell(split)}, on the other {split['delta'] * factor:+.2f}; "
+            f"best with s_L = s_rest {_cell(whole)}, {whole['delta'] * factor:+.2f}; difference "
+            f"{mean:+.2f} {_interval(low, high)}."
+        )
 
 
-def _of_group(sweep: Any, group: str, factor: float, seed: int) -> tuple[str, bool]:
+def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tuple[str, bool]:
     """What favours a group of sinks against what favours the rest, and whether that can be told."""
-    noun = nouns(len(sweep.groups))
     name, count, own = f"s_{group}", f"n_{group.lower()}", f"s_{group.lower()}"
-    share = _share(sweep.table, count)
+    share = (sweep.table.groupby("item")[count].max() > 0).mean()
     if not share:
         where = "image has a V-sink" if group == "V" else "image token is an L-sink at these layers"
         rest = "all image tokens were scaled by s_rest alone"
@@ -230,8 +221,12 @@ def _of_group(sweep: Any, group: str, factor: float, seed: int) -> tuple[str, bo
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink
     images = part.drop_duplicates("item").set_index("item")["image_id"]
-    columns = [*(table[layer] for layer in table), table.mean(axis=1)]
-    mean, low, high = np.array([_interval_of(one, images, seed) for one in columns]).T * factor
+    found = []
+    for column in (*(table[layer] for layer in table), table.mean(axis=1)):
+        values = column.dropna()
+        names = images.loc[values.index].tolist()
+        found.append(cluster_intervals(values.to_numpy()[:, None], names, seed=seed)[:, 0])
+    mean, low, high = np.array(found).T * factor
     have = "are about images with V-sinks" if group == "V" else "have L-sinks at some layer"
     where = "all layers" if group == "V" else "those layers"
     return (
@@ -242,46 +237,6 @@ def _of_group(sweep: Any, group: str, factor: float, seed: int) -> tuple[str, bo
     ), True
 
 
-def _share(table: pd.DataFrame, count: str) -> float:
-    """The share of the questions with such a sink at some layer."""
-    most: Any = table.groupby("item")[count].max()
-    return float((most > 0).mean())
-
-
-def _interval_of(values: pd.Series, images: pd.Series, seed: int) -> np.ndarray:
-    """Mean, low and high of the questions that have a value."""
-    own = values.dropna()
-    names = images.loc[own.index].tolist()
-    return cluster_intervals(own.to_numpy()[:, None], names, seed=seed)[:, 0]
-
-
-def _by_split(sweep: Any, by: str, factor: float, seed: int) -> list[str]:
-    """Does a coefficient of its own for L-sinks add something, on other images?"""
-    lines = ["   Does splitting the rest into L-sinks and ordinary tokens add something?"]
-    for task, part in sweep.by_task(by):
-        found = split_of(part, seed=seed) if part["n_l"].any() else None
-        if found is None:
-            lines.append(f"   {task}: cannot tell; {_why_no_split(part)}.")
-            continue
-        split, whole = found["split"], found["whole"]
-        mean, low, high = found["difference"] * factor
-        lines.append(
-            f"   {task}: best on one half {_cell(split)}, on the other {split['delta'] * factor:+.2f}; best with "
-            f"s_L = s_rest {_cell(whole)}, {whole['delta'] * factor:+.2f}; difference {mean:+.2f} "
-            f"{_interval(low, high)}."
-        )
-    return lines
-
-
-def _why_no_split(part: pd.DataFrame) -> str:
-    """Why a task has no such comparison."""
-    if not part["n_l"].any():
-        return "no image token is an L-sink at these layers"
-    if not np.isclose(part["s_l"], part["s_rest"]).any():
-        return "the grid has no triple with s_L = s_rest"
-    return "images of one half only, or no triple with s_L = s_rest scales a key"
-
-
 def _cell(row: Mapping[Any, Any]) -> str:
     """A cell in words."""
     numbers = ", ".join(f"{factor:g}" for factor in coefficients_of(row))
@@ -290,23 +245,16 @@ def _cell(row: Mapping[Any, Any]) -> str:
 
 def _interval(low: float, high: float) -> str:
     """An interval in words; one image cannot be resampled."""
-    if np.isnan(low) or np.isnan(high):
-        return "(too few images for an interval)"
-    return f"[{low:+.2f}, {high:+.2f}]"
+    broken = np.isnan(low) or np.isnan(high)
+    return "(too few images for an interval)" if broken else f"[{low:+.2f}, {high:+.2f}]"
 
 
-def _p(p: float) -> str:
-    """A p value; it is never 0."""
-    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-
-
-def _layer(layer: object) -> str:
+def _layer(layer: Any) -> str:
     """A layer's name."""
-    return "embed" if layer == -1 else str(layer)
+    return "embed" if layer == -1 else f"{layer:g}"
 
 
-def _layers(layers: list) -> str:
+def _layers(layers: Iterable[int]) -> str:
     """Layers in words."""
-    if not layers:
-        return "no layer"
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(_layer(layer) for layer in layers)}"
+    names = [_layer(layer) for layer in sorted(set(layers))]
+    return f"layer{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no layer"

@@ -1,17 +1,16 @@
-"""What linear probes found: the table, differences between groups, and the figure."""
+"""linear_probes: what linear classifiers read from token groups, layer by layer; table and figure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from sinkscope.checks import is_number, is_whole
+from sinkscope.checks import check_number, check_whole, is_number, plain
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.errors import InputError
@@ -19,16 +18,11 @@ from sinkscope.experiments.pooling import (
     FEWEST_TEST,
     FEWEST_TRAINING,
     NONE,
-    Cell,
-    Features,
     Group,
     Options,
-    Split,
     check_groups,
     judge,
-    needs_trace,
     pool,
-    prepare,
     sink_groups,
 )
 from sinkscope.experiments.statistics import cluster_bootstrap
@@ -47,6 +41,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class LinearProbes(Result):
     """How well attributes can be read from the states of token groups, layer by layer.
+
+    Intervals cover ``level`` by a bootstrap over images of ``draws`` samples, and ``seed`` is theirs.
 
     Attributes:
         table: One line per layer, group, target and metric: accuracy (for random tokens the mean
@@ -75,11 +71,6 @@ class LinearProbes(Result):
     def summary(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Every group's mean over layers and test records, with an interval that resamples images.
 
-        Args:
-            level: Coverage of the intervals.
-            draws: Bootstrap samples.
-            seed: Of the draws.
-
         Returns:
             Columns target, metric, group, layers (how many have probes), accuracy, low, high, worst
             and best (layer), majority, null, above_null (layers whose accuracy exceeds
@@ -88,18 +79,15 @@ class LinearProbes(Result):
         """
         import pandas as pd
 
-        keys = ["target", "metric", "group"]
-        right = dict(iter(self.rows.groupby(keys)))
-        parts: dict[Any, Any] = dict(iter(self.table.groupby(keys)))
+        keys, how = ["target", "metric", "group"], {"level": level, "draws": draws, "seed": seed}
+        tables: Any = (dict(iter(table.groupby(keys))) for table in (self.rows, self.table))
+        right, parts = tables
         order = [list(dict.fromkeys(self.table[key])) for key in keys]
         lines = []
         for names in (names for names in product(*order) if names in parts):
-            part = parts[names]
-            own, there = right.get(names), part[part["accuracy"].notna()]
-            mean = (float("nan"),) * 3
-            if own is not None:
-                values, ids = own["correct"].tolist(), own["image_id"].tolist()
-                mean = cluster_bootstrap(values, ids, level=level, draws=draws, seed=seed)
+            part, own = parts[names], right.get(names, self.rows.head(0))
+            there = part[part["accuracy"].notna()]
+            mean = cluster_bootstrap(own["correct"].tolist(), own["image_id"].tolist(), **how)
             above = there["accuracy"] > there["null_high"]
             records = part["missing"] + part["n_train"] + part["n_test"]
             lines.append(
@@ -119,24 +107,13 @@ class LinearProbes(Result):
         return pd.DataFrame(lines)
 
     def difference(
-        self,
-        base: str = "ordinary",
-        *,
-        level: float = 0.95,
-        draws: int = 2000,
-        seed: int = 0,
+        self, base: str = "ordinary", *, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> pd.DataFrame:
         """Every group minus a base group, paired on the test records that have both.
 
-        Args:
-            base: The group that others are compared with.
-            level: Coverage of the intervals.
-            draws: Bootstrap samples.
-            seed: Of the draws.
-
         Returns:
-            Columns layer, group, target, metric, n (records), delta, low, high. Intervals resample
-            images and are not corrected for the number of comparisons.
+            Columns layer, group, target, metric, n (records), delta, low, high. Intervals are not
+            corrected for the number of comparisons.
 
         Raises:
             InputError: If there is no such group, or it has no probe.
@@ -146,17 +123,15 @@ class LinearProbes(Result):
         known = list(dict.fromkeys(self.rows["group"]))
         if base not in known:
             raise InputError(f"Got base={base!r}; expected a group that has probes: {known}.")
-        keys = ["layer", "target", "metric", "record"]
-        of_base = self.rows[self.rows["group"] == base][[*keys, "correct"]]
-        others = self.rows[self.rows["group"] != base]
-        paired = others.merge(of_base, on=keys, suffixes=("", "_base"))
+        by, keys = ["layer", "group", "target", "metric"], ["layer", "target", "metric", "record"]
+        is_base = self.rows["group"] == base
+        of_base = self.rows[is_base][[*keys, "correct"]]
+        paired = self.rows[~is_base].merge(of_base, on=keys, suffixes=("", "_base"))
         lines = []
-        by = ["layer", "group", "target", "metric"]
         for names, part in paired.groupby(by, sort=False):
             change, ids = (part["correct"] - part["correct_base"]).tolist(), part["image_id"]
             delta = cluster_bootstrap(change, ids.tolist(), level=level, draws=draws, seed=seed)
-            numbers = dict(zip(("delta", "low", "high"), delta, strict=True))
-            lines.append({**dict(zip(by, names, strict=True)), "n": len(part), **numbers})
+            lines.append((*names, len(part), *delta))
         return pd.DataFrame(lines, columns=[*by, "n", "delta", "low", "high"])
 
     def plot(
@@ -164,13 +139,7 @@ class LinearProbes(Result):
     ) -> Figure:
         """Accuracy by layer, a panel per target; see `sinkscope.viz.plot_probes`.
 
-        Args:
-            metric: What to show of targets with several labels, ``"label accuracy"`` or
-                ``"exact set"``.
-            groups: Which groups to draw, or None for all.
-
-        Returns:
-            A matplotlib figure.
+        Of targets with several labels ``metric`` is shown, ``"label accuracy"`` or ``"exact set"``.
         """
         from sinkscope.viz.probes import plot_probes
 
@@ -184,11 +153,6 @@ class LinearProbes(Result):
             f"LinearProbes({len(self.classes)} targets, {layers} layers, {len(groups)} groups{gone}; "
             f"{len(self.images[0])} images to train, {len(self.images[1])} to test)"
         )
-
-
-LOOKED_AT = 8
-
-"""Records that detectors are calibrated on, if none were given and none are known."""
 
 
 def linear_probes(
@@ -215,16 +179,13 @@ def linear_probes(
     """Train linear classifiers on mean states of token groups, per layer, group and target.
 
     The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
-    be read from V-sinks and L-sinks, and better than from ordinary tokens? Images, classifier, split
-    and the metric of several labels were not published; here they are: a pipeline of
-    ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a split
-    by image, accuracy.
+    be read from V-sinks and L-sinks, and better than from ordinary tokens? What they did not publish is
+    chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
+    split by image, accuracy.
 
     It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
     and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
-    several.
-    Mean states are kept in memory: records x layers x columns x d_model x 4 bytes, where random
-    tokens have a column per draw. Choose ``layers`` and ``permutations`` by that.
+    several; and records x layers x draws of the groups x d_model x 4 bytes of memory.
 
     Args:
         lvlm: The model.
@@ -236,26 +197,21 @@ def linear_probes(
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
         layers: Block indices of the LLM, or None for all.
-        site: Which states: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or
-            ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``.
+        site: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or ``"resid_post"``,
+            ``"attn_out"``, ``"mlp_out"``.
         v_detector: For V-sinks, best calibrated on other images; None for published constants of
             this model, else one calibration on the first 8 records, which looks at no label.
         l_detector: For L-sinks, likewise.
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
-        permutations: How often labels are shuffled over all images, for the null; 0 for none. A group
-            of several draws has a probe per draw each time, and their mean is one value of the null.
+        permutations: How often labels are shuffled over all images, for the null; 0 for none.
         level: Coverage of the intervals, which resample test images.
         draws: Bootstrap samples of an interval.
         seed: Of split, random tokens, shuffled labels and intervals.
         batch: Records per forward pass.
-        n_jobs: Processes that fit (joblib).
+        n_jobs: Processes that fit (joblib), -1 for all.
         remote: See `LVLM.run`.
         progress: Whether to show progress bars; None shows them from 50 records on.
-
-    Returns:
-        Accuracies with intervals and nulls. Where a group has no token it says so, and records
-        without such a token are left out and counted in ``missing``.
 
     Raises:
         InputError: If the data set, the groups or an option is malformed, a target has one class in
@@ -264,11 +220,14 @@ def linear_probes(
     """
     import pandas as pd
 
-    options = _check_options(c, permutations, level, draws, seed)
-    if not is_whole(batch, 1):
-        raise InputError(f"Got batch={batch!r}; expected a number of records of at least 1.")
-    if not is_whole(n_jobs, -1) or n_jobs == 0:
-        raise InputError(f"Got n_jobs={n_jobs!r}; expected a number of processes, or -1 for all.")
+    c, permutations, level, draws = map(plain, (c, permutations, level, draws))
+    seed, batch, n_jobs = map(plain, (seed, batch, n_jobs))
+    check_number(above=0, c=c, hint="It is scikit-learn's C.")
+    check_number(above=0, below=1, level=level, hint="Write 0.95.")
+    check_whole(0, permutations=permutations, seed=seed)
+    check_whole(1, draws=draws, batch=batch)
+    check_whole(1 if n_jobs != -1 else -1, n_jobs=n_jobs, hint="Or -1 for all processes.")
+    options = Options(float(c), permutations, float(level), draws, seed)
     chosen = check_groups(sink_groups() if groups is None else groups)
     wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
     if lvlm.processor is None:
@@ -279,41 +238,39 @@ def linear_probes(
     items = as_labelled(dataset)
     check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
-    split = split_images(items, goals, test_size, seed)
+    train, images = split_images(items, goals, test_size, seed)
     hidden = len(items) < 50 if progress is None else not progress
     rules, how = None, ""
-    if needs_trace(chosen):
-        first = prepare(lvlm, items[:LOOKED_AT])
-        what = f"the first {min(LOOKED_AT, len(items))} records"
+    if any(callable(getattr(group, "among", group)) for group in chosen.values()):
+        some, what = items[:8], f"the first {len(items[:8])} records"
+        first = lvlm.prepare(images=[i.image for i in some], text=[i.question for i in some])
         found = SinkRules.on_others(
             lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
         )
         rules, how = (found.v, found.l_rule), found.chosen
-    features = pool(
-        lvlm,
-        items,
-        chosen,
-        rules,
-        layers=wanted,
-        site=site,
-        batch=batch,
-        seed=seed,
-        remote=remote,
-        hidden=hidden,
-    )
+    where: Any = {"layers": wanted, "site": site, "batch": batch, "seed": seed, "remote": remote}
+    features = pool(lvlm, items, chosen, rules, **where, hidden=hidden)
     if not features.counts.any():
         raise InputError(
             f"No token of {list(chosen)} was found in any image; expected at least one group with "
             "tokens. Add one, such as {**ss.experiments.sink_groups(), 'image': 'image'}."
         )
-    lines, rows = _judge_all(features, goals, split, options, n_jobs, hidden=hidden)
+    from joblib import Parallel, delayed
+
+    cells = [(layer, group) for layer in wanted for group in chosen]
+    work: Any = Parallel(n_jobs, return_as="generator")(
+        delayed(judge)(features.cell(*place), goals, train, images, options) for place in cells
+    )
+    bar = tqdm(work, total=len(cells), desc="fitting", unit="group", disable=hidden)
+    lines, rows = zip(*bar, strict=True)
+    trained, tested = (tuple(dict.fromkeys(images[part].tolist())) for part in (train, ~train))
     columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
-    judged = [pd.DataFrame(row, columns=columns) for row in rows]
+    judged = [pd.DataFrame(row, columns=columns) for some in rows for row in some]
     return LinearProbes(
-        table=pd.DataFrame(lines),
+        table=pd.DataFrame([line for some in lines for line in some]),
         rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
         classes={goal.name: goal.classes for goal in goals},
-        images=(_ids(split.images[split.train]), _ids(split.images[~split.train])),
+        images=(trained, tested),
         site=site,
         detectors=how,
     )
@@ -321,15 +278,15 @@ def linear_probes(
 
 def split_images(
     items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
-) -> Split:
-    """Training and test images by scikit-learn's ``GroupShuffleSplit``.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record.
 
     Raises:
         InputError: If the share leaves a part too small, or the training part shows one class only.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
-    if isinstance(test_size, bool) or not isinstance(test_size, Real) or not 0 < test_size < 1:
+    if not is_number(test_size, above=0, below=1):
         raise InputError(f"Got test_size={test_size!r}; expected a share between 0 and 1.")
     images = image_groups(items)
     n = len(set(images))
@@ -340,71 +297,12 @@ def split_images(
             f"expected at least {FEWEST_TEST} and {FEWEST_TRAINING}. Write test_size=0.3."
         )
     made = GroupShuffleSplit(n_splits=1, test_size=float(test_size), random_state=seed)
-    places = next(made.split(np.zeros(len(items)), groups=images))[0]
     train = np.zeros(len(items), dtype=bool)
-    train[places] = True
+    train[next(made.split(train, groups=images))[0]] = True
     for target in targets:
         if len(np.unique(target.labels[train], axis=0)) < 2:
             raise InputError(
                 f"Attribute {target.name!r} takes one value only in the {train.sum()} training "
                 "records; expected at least two. Give more images, or another seed."
             )
-    return Split(train, images)
-
-
-def _judge_all(
-    features: Features,
-    targets: Sequence[Target],
-    split: Split,
-    options: Options,
-    n_jobs: int,
-    *,
-    hidden: bool,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All cells, in the order of layers and groups."""
-    from joblib import Parallel, delayed
-
-    places = [(layer, group) for layer in features.layers for group in features.columns]
-    cells = (Cell(*place, features.of(*place), features.count(*place)) for place in places)
-    work: Any = Parallel(n_jobs, return_as="generator")(
-        delayed(judge)(cell, targets, split, options) for cell in cells
-    )
-    lines, rows = [], []
-    for more, right in tqdm(work, total=len(places), desc="fitting", unit="group", disable=hidden):
-        lines += more
-        rows += right
-    return lines, rows
-
-
-def _check_options(c: Any, permutations: Any, level: Any, draws: Any, seed: Any) -> Options:
-    """The options of all probes.
-
-    Raises:
-        InputError: If one is out of range.
-    """
-    checks = (
-        ("c", c, is_number(c) and c > 0, "a positive number, scikit-learn's C"),
-        (
-            "permutations",
-            permutations,
-            is_whole(permutations, 0),
-            "a number of trainings, 0 for none",
-        ),
-        (
-            "level",
-            level,
-            is_number(level) and 0 < level < 1,
-            "a coverage between 0 and 1, such as 0.95",
-        ),
-        ("draws", draws, is_whole(draws, 1), "a number of bootstrap samples, such as 2000"),
-        ("seed", seed, is_whole(seed, 0), "a whole number of at least 0"),
-    )
-    for name, value, fits, expected in checks:
-        if not fits:
-            raise InputError(f"Got {name}={value!r}; expected {expected}.")
-    return Options(float(c), int(permutations), float(level), int(draws), int(seed))
-
-
-def _ids(images: np.ndarray) -> tuple[str, ...]:
-    """Every image once, in order."""
-    return tuple(dict.fromkeys(images.tolist()))
+    return train, images

@@ -22,7 +22,7 @@ Pair = tuple[float, ...]
 """``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
 GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
 """Number of coefficients -> the groups they are of, as in a gate."""
-ALL = "all"
+NOUNS = {2: "pair", 3: "triple"}
 CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
 """What a cell is, in tables; without ``s_l`` for pairs."""
 EMBED = -1
@@ -38,8 +38,8 @@ def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
 
     Returns:
         ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``: ``steps`` of them. Or ``(s_V, s_L,
-        s_rest)``, all points of the simplex: ``steps * (steps + 1) / 2``, so 66 with 11 steps and 21
-        with 6. The base, in which every coefficient is 1, is not among them.
+        s_rest)``, all points of the simplex: ``steps * (steps + 1) / 2``, 66 with 11 steps. The base, in
+        which every coefficient is 1, is not among them.
 
     Raises:
         InputError: If there are fewer than two steps, or other groups.
@@ -78,21 +78,14 @@ def check_grid(grid: Any) -> list[Pair]:
         raise InputError(
             f"Got pairs and triples in one grid, {[*pairs][:6]}; expected one of the two. {hint}"
         )
-    out = [pair for pair in pairs if set(pair) != {1.0}]
-    if not out:
-        raise InputError(f"Got a grid without a pair other than the base (1, 1). {hint}")
-    return out
+    if out := [pair for pair in pairs if set(pair) != {1.0}]:
+        return out
+    raise InputError(f"Got a grid without a pair other than the base (1, 1). {hint}")
 
 
 def words_of(pair: Sequence[float]) -> str:
     """A pair or triple in words: ``pair (0.5, 0.5)``."""
-    numbers = ", ".join(f"{factor:g}" for factor in pair)
-    return f"{nouns(len(pair))} ({numbers})"
-
-
-def nouns(many: int) -> str:
-    """What so many coefficients are called."""
-    return {2: "pair", 3: "triple"}[many]
+    return f"{NOUNS[len(pair)]} ({', '.join(f'{factor:g}' for factor in pair)})"
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Cells:
     @property
     def with_l(self) -> bool:
         """Whether L-sinks have a coefficient of their own."""
-        return any(len(pair) == len(GROUPS[3]) for pair in self.pairs)
+        return len(self.pairs[0]) == 3
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -122,9 +115,8 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
-    given: list[Any] = (
-        list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    )
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given: Iterable[Any] = layers if several else [layers]
     found = set()
     for layer in given:
         if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
@@ -158,7 +150,7 @@ class Batch:
             except torch.OutOfMemoryError:
                 if self.fixed or self.size == 1:
                     raise
-                self.size = max(1, self.size // 2)
+                self.size //= 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         return done
@@ -193,15 +185,10 @@ class Edits:
     @classmethod
     def of(cls, factors: Tensor) -> Edits:
         """The different rows that are not all ones."""
-        found: dict[bytes, int] = {}
-        places, rows = [], []
-        for i, (row, acts) in enumerate(zip(factors, (factors != 1).any(dim=1), strict=True)):
-            key = row.numpy().tobytes()
-            if acts and key not in found:
-                found[key] = len(found)
-                rows.append(i)
-            places.append(found.get(key, -1))
-        return cls(factors[rows], tuple(places))
+        keys = [row.numpy().tobytes() if (row != 1).any() else b"" for row in factors]
+        different = [key for key in dict.fromkeys(keys) if key]
+        rows = [keys.index(key) for key in different]
+        return cls(factors[rows], tuple(different.index(key) if key else -1 for key in keys))
 
 
 def wide(part: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sinkscope.anatomy.context import Context
-from sinkscope.data.answers import (
-    Answered,
-    Asked,
-    Score,
-    answered,
-    ask,
-    check_finite,
-    reading_of,
-    scored,
-)
+from sinkscope.data import answers
+from sinkscope.data.answers import Answered, Asked, Score
 from sinkscope.data.items import Item
 from sinkscope.data.tokens import extend
 from sinkscope.detectors.detection import detect, visual_tokens
@@ -32,34 +26,22 @@ from sinkscope.detectors.rules import (
     SinkDimensions,
     decide,
 )
+from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
-from sinkscope.experiments.tracing import carry
 from sinkscope.kernels.walk import detached, resolve
-from sinkscope.models.prefix import (
-    Branches,
-    capture_branches,
-    resume_stem,
-    resume_tails,
-    why_not_shared,
-)
-from sinkscope.models.replay import (
-    Captured,
-    Given,
-    capture_given,
-    decoder_inputs,
-    logits_at,
-    resume,
-)
+from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
+from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
 
 if TYPE_CHECKING:
     from sinkscope.models.inputs import Sample
     from sinkscope.models.lvlm import LVLM
 
 Numbered = tuple[int, Item]
+Groups = Sequence[Sequence[Numbered]]
+"""All questions, by image."""
 Line = dict[str, Any]
 Read = tuple[Tensor, Tensor]
-Tick = Callable[[int], object]
-BASE_CELL = "the base, without an edit"
+"""Log-probabilities and greedy tokens of one row."""
 TAILS_PER_EDIT = 4
 """Endings are short: this many of them take about the memory of one whole prompt."""
 
@@ -79,37 +61,14 @@ def by_token(detector: Detector) -> bool:
     return fixed or type(detector) in (SinkDimensions, CosineToBOS, NoSinks)
 
 
-def l_sinks(
-    lvlm: LVLM, sample: Sample, detector: Detector, states: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """Visual tokens of the only row that meet the L rule, V-sinks among them: block -> bool ``[pos]``.
-
-    The same as ``trace_sinks(...).l_sinks(block) | overlap(block)``, up to rounding of the states.
-    ``states`` are what blocks read of the plain prompt, ``[1 pos d_model]``; a rule that looks at anything
-    else, such as attention, has a pass of its own.
-    """
-    blocks, anatomy = sorted(states), lvlm.anatomy.language
-    visual, live = visual_tokens(sample, "language")
-    probe = detector.probe("language", blocks, anatomy)
-    context = Context(lvlm.anatomy, sample.tokens)
-    reads = probe.reads(context)
-    own = {("language", STATE_SITE["language"], block) for block in blocks}
-    if all((read.site.tower, read.site.name, read.site.layer) in own for read in reads):
-        answers = {}
-        for read in reads:
-            state = states[read.site.layer]
-            given = resolve(None, read.parameters, state.device, {})
-            answers[read.site] = detached(read.kernel(state, {}, **given))
-        result = probe.finish(answers, context)
-        mask = decide(detector, result, visual, live, "language", anatomy).mask
-    else:
-        mask = detect(lvlm, sample, detector, layers=blocks).mask
-    return {block: mask[0, i] & visual[0] for i, block in enumerate(blocks)}
+def end_of_image(sample: Sample) -> int:
+    """The first position behind the last image token."""
+    return int((sample.tokens.image[0] >= 0).nonzero().max()) + 1
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every image: cells, score, rules for sinks (no L rule for pairs), rows of a pass."""
+    """What is the same for every image; there is no rule for L-sinks with pairs."""
 
     cells: Cells
     score: Score
@@ -134,18 +93,33 @@ class Prompted:
     sinks: Tensor
     low: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def with_l_sinks(self, lvlm: LVLM, rules: Rules, states: Mapping[int, Tensor]) -> Prompted:
-        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``."""
-        if rules.l_detector is None:
-            return self
-        whole = {block: state[:, : self.last + 1] for block, state in states.items()}
-        found = l_sinks(lvlm, self.sample, rules.l_detector, whole)
-        return replace(self, low={block: mask & ~self.sinks for block, mask in found.items()})
+    def with_l_sinks(
+        self, lvlm: LVLM, rule: Detector | None, states: Mapping[int, Tensor]
+    ) -> Prompted:
+        """The same with its L-sinks, as `trace_sinks` finds them, up to rounding of the states.
 
-    def edits(self, block: int, rules: Rules, end: int | None = None) -> Edits:
-        """What the pairs do to the keys of a block, up to a position."""
-        factors = factors_of(self.sinks, self.visual, rules.cells.pairs, self.low.get(block))
-        return Edits.of(factors[:, :end])
+        ``states`` are what the edited blocks read, ``[1 pos d_model]``; a rule that looks at anything
+        else, such as attention, has a pass of its own.
+        """
+        if rule is None:
+            return self
+        blocks, anatomy = sorted(states), lvlm.anatomy.language
+        visual, live = visual_tokens(self.sample, "language")
+        probe = rule.probe("language", blocks, anatomy)
+        context = Context(lvlm.anatomy, self.sample.tokens)
+        reads, told = probe.reads(context), {}
+        own = {("language", STATE_SITE["language"], block) for block in blocks}
+        if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
+            for read in reads:
+                state = states[read.site.layer][:, : self.last + 1]
+                given = resolve(None, read.parameters, state.device, {})
+                told[read.site] = detached(read.kernel(state, {}, **given))
+            result = probe.finish(told, context)
+            mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
+        else:
+            mask = detect(lvlm, self.sample, rule, layers=blocks).mask[0]
+        low = mask & visual[0] & ~self.sinks
+        return replace(self, low=dict(zip(blocks, low, strict=True)))
 
     @property
     def visual(self) -> Tensor:
@@ -160,149 +134,110 @@ class Prompted:
 
 @torch.no_grad()
 def sweep_image(
-    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Tick
+    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
 ) -> tuple[list[Line], list[str]]:
     """Every cell of every question about an image: one line per question, layer and pair, and notes.
 
     ``tick`` is told how many cells are done. A log-probability or score that is not finite is refused.
     """
     samples = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
-    first = samples[0].tokens
-    end = int((first.image[0] >= 0).nonzero().max()) + 1
+    first, end = samples[0].tokens, end_of_image(samples[0])
     sinks = v_sinks(lvlm, samples[0], rules.detector, rules.merge)
     givens: list[Given] = []
     prompts: list[Prompted] = []
     features = None
     for (index, item), sample in zip(group, samples, strict=True):
-        asked = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
+        asked = answers.ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
             given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
             givens.append(given)
         alike = torch.equal(sample.tokens.ids[0, :end], first.ids[0, :end])
         own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
-        own = torch.nn.functional.pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
+        own = pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
         prompts.append(Prompted(index, asked, sample, own))
     reason = why_not_shared(givens, end) if len(givens) > 1 else ""
     if reason is None:
-        return _shared(lvlm, prompts, givens, end, rules, tick), []
-    notes = [f"nothing was shared by the questions about {group[0][1].image_id!r}: {reason}"]
-    return _alone(lvlm, prompts, givens, rules, tick), notes if reason else []
+        found, notes = _shared(lvlm, prompts, givens, end, rules), []
+    else:
+        found = _alone(lvlm, prompts, givens, rules)
+        about = group[0][1].image_id
+        notes = [f"nothing was shared by the questions about {about!r}: {reason}"] if reason else []
+    lines = []
+    for line in found:
+        lines.append(line)
+        tick(1)
+    return lines, notes
 
 
 def _alone(
-    lvlm: LVLM, prompts: Sequence[Prompted], givens: Sequence[Given], rules: Rules, tick: Tick
-) -> list[Line]:
+    lvlm: LVLM, prompts: Sequence[Prompted], givens: Sequence[Given], rules: Rules
+) -> Iterator[Line]:
     """Questions that share nothing: each feed of each question is one row."""
-    lines: list[Line] = []
     rest = iter(givens)
     for prompt in prompts:
         seen = [capture_given(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
-        reading = reading_of([prompt.asked], [prompt.last] * len(seen))
-        prompt = prompt.with_l_sinks(lvlm, rules, seen[0].states)
+        reading = answers.reading_of([prompt.asked], [prompt.last] * len(seen))
+        prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
 
-        def read(captured: Captured, hidden: Tensor, row: int, reading: Any = reading) -> Read:
+        def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
             rows = torch.full((len(hidden),), row)
-            return reading.of(logits_at(captured, hidden, reading.positions[rows]), rows)
+            logits = logits_at(seen[row], hidden, reading.positions[rows])
+            return _split(*reading.of(logits, rows))
 
-        base = _answers([prompt], [[read(c, c.hidden, row) for row, c in enumerate(seen)]])
+        def run(block: int, factors: Tensor, seen: Any = seen, read: Any = read) -> Any:
+            by_row = []
+            for row, captured in enumerate(seen):
+                missing = captured.hidden.shape[1] - factors.shape[1]
+                scale = pad(factors, (0, missing), value=1.0)
+                by_row.append(read(row, resume(captured, block, scale, rows=[0] * len(factors))))
+            return list(zip(*by_row, strict=True))
+
+        base = _answers([prompt], [read(row, one.hidden)[0] for row, one in enumerate(seen)])
         for block in rules.cells.blocks:
-            edits = prompt.edits(block, rules)
-
-            def work(
-                a: int, b: int, block: int = block, seen: Any = seen, edits: Any = edits
-            ) -> list[list[Read]]:
-                out = []
-                for row, captured in enumerate(seen):
-                    missing = captured.hidden.shape[1] - edits.factors.shape[1]
-                    factors = torch.nn.functional.pad(edits.factors[a:b], (0, missing), value=1.0)
-                    hidden = resume(captured, block, factors, rows=[0] * (b - a))
-                    out.append(_split(*read(captured, hidden, row)))
-                return [list(reads) for reads in zip(*out, strict=True)]
-
-            edited = [_answers([prompt], [r]) for r in rules.batch.chunks(len(edits.factors), work)]
-            lines.extend(_lines([prompt], base, edited, edits, block, rules))
-            tick(len(rules.cells.pairs))
-    return lines
+            yield from _cells([prompt], base, block, rules, run)
 
 
 def _shared(
-    lvlm: LVLM,
-    prompts: Sequence[Prompted],
-    givens: Sequence[Given],
-    end: int,
-    rules: Rules,
-    tick: Tick,
-) -> list[Line]:
+    lvlm: LVLM, prompts: Sequence[Prompted], givens: Sequence[Given], end: int, rules: Rules
+) -> Iterator[Line]:
     """Questions that begin alike: the beginning runs once per layer and edit."""
     lasts = [prompt.last - end for prompt in prompts for _ in prompt.asked.feeds]
-    reading = reading_of([prompt.asked for prompt in prompts], lasts)
+    reading = answers.reading_of([prompt.asked for prompt in prompts], lasts)
     seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
     every = torch.arange(len(givens))
     rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
-    if rules.l_detector is not None:
-        prompts = [
-            prompt.with_l_sinks(lvlm, rules, _states(seen, int(own[0])))
-            for prompt, own in zip(prompts, rows, strict=True)
-        ]
-
-    def read(hidden: Tensor, rows: Tensor) -> Read:
-        return reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows)
-
-    base = _answers(prompts, [_split(*read(seen.tails.hidden, every))])
-    lines: list[Line] = []
-    for block in rules.cells.blocks:
-        for group in _alike(prompts, block):
-            some = [prompts[i] for i in group]
-            edits = some[0].edits(block, rules, end)
-            tails = torch.cat([rows[i] for i in group])
-
-            def work(
-                a: int, b: int, block: int = block, edits: Any = edits, tails: Tensor = tails
-            ) -> list[list[Read]]:
-                return _edited_tails(seen, block, edits.factors[a:b], tails, read, rules.batch)
-
-            edited = [_answers(some, [r]) for r in rules.batch.chunks(len(edits.factors), work)]
-            lines.extend(_lines(some, [base[i] for i in group], edited, edits, block, rules))
-            tick(len(rules.cells.pairs) * len(some))
-    return lines
-
-
-def _states(seen: Branches, tail: int) -> dict[int, Tensor]:
-    """What blocks read of a whole prompt, ``[1 pos d_model]``, padding of its ending included."""
     ends = seen.tails.states
-    stem = seen.stem.states
-    return {at: torch.cat([state, ends[at][tail : tail + 1]], dim=1) for at, state in stem.items()}
 
+    def states(row: Tensor) -> dict[int, Tensor]:  # padding of the ending included
+        return {at: torch.cat([x, ends[at][row]], dim=1) for at, x in seen.stem.states.items()}
 
-def _alike(prompts: Sequence[Prompted], block: int) -> list[list[int]]:
-    """Prompts that begin alike, in groups with the same L-sinks at a block: what they are edited by."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        places = prompt.low[block].nonzero().flatten().tolist() if prompt.low else []
-        groups.setdefault(tuple(places), []).append(i)
-    return list(groups.values())
+    if (low := rules.l_detector) is not None:
+        both = zip(prompts, rows, strict=True)
+        prompts = [prompt.with_l_sinks(lvlm, low, states(own[:1])) for prompt, own in both]
 
+    def read(hidden: Tensor, rows: Tensor) -> list[Read]:
+        return _split(*reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows))
 
-def _edited_tails(
-    seen: Branches,
-    block: int,
-    factors: Tensor,
-    tails: Tensor,
-    read: Callable[[Tensor, Tensor], Read],
-    batch: Batch,
-) -> list[list[Read]]:
-    """What is read of some endings under every edit: ``[edit][ending]``."""
-    past = resume_stem(seen, block, factors)
-    count = len(tails)
-    edits = torch.arange(len(factors)).repeat_interleave(count)
-    tails = tails.repeat(len(factors))
-    step = TAILS_PER_EDIT * batch.size
-    parts: list[Read] = []
-    for start in range(0, len(edits), step):
-        some = slice(start, start + step)
-        hidden = resume_tails(seen, block, factors, past, edits[some], tails[some])
-        parts.extend(_split(*read(hidden, tails[some])))
-    return [parts[i * count : (i + 1) * count] for i in range(len(factors))]
+    def run(block: int, factors: Tensor, own: Tensor) -> list[list[Read]]:
+        past = resume_stem(seen, block, factors)
+        edits = torch.arange(len(factors)).repeat_interleave(len(own))
+        tails = own.repeat(len(factors))
+        step = TAILS_PER_EDIT * rules.batch.size
+        parts: list[Read] = []
+        for some in zip(edits.split(step), tails.split(step), strict=True):
+            parts += read(resume_tails(seen, block, factors, past, *some), some[1])
+        return [parts[i : i + len(own)] for i in range(0, len(parts), len(own))]
+
+    base = _answers(prompts, read(seen.tails.hidden, every))
+    for block in rules.cells.blocks:
+        alike: dict[tuple[int, ...], list[int]] = {}  # prompts by their L-sinks at this block
+        for i, prompt in enumerate(prompts):
+            places = prompt.low[block].nonzero().flatten().tolist() if prompt.low else []
+            alike.setdefault(tuple(places), []).append(i)
+        for group in alike.values():
+            some, plain = [prompts[i] for i in group], [base[i] for i in group]
+            work = partial(run, own=torch.cat([rows[i] for i in group]))
+            yield from _cells(some, plain, block, rules, work, end)
 
 
 def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
@@ -310,35 +245,45 @@ def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
     return list(zip(logs.split(1), greedy.split(1), strict=True))
 
 
-def _answers(prompts: Sequence[Prompted], reads: Sequence[Sequence[Read]]) -> list[Answered]:
+def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answered]:
     """The answers of all questions from the readings of all their rows, in order."""
-    rows = iter([read for part in reads for read in part])
-    out = []
+    rows, out = iter(reads), []
     for prompt in prompts:
         own = [next(rows) for _ in prompt.asked.feeds]
         logs, greedy = ([part[0].tolist() for part in side] for side in zip(*own, strict=True))
-        out.append(answered(prompt.asked, logs, greedy))
+        out.append(answers.answered(prompt.asked, logs, greedy))
     return out
 
 
-def _lines(
+def _cells(
     prompts: Sequence[Prompted],
     base: Sequence[Answered],
-    edited: Sequence[Sequence[Answered]],
-    edits: Edits,
     block: int,
     rules: Rules,
+    run: Callable[[int, Tensor], Sequence[Sequence[Read]]],
+    end: int | None = None,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer."""
+    """One line per question and pair of a layer; ``run`` gives the readings of all rows by edit.
+
+    The edits are those of the first question, up to a position.
+    """
+    first, pairs = prompts[0], rules.cells.pairs
+    factors = factors_of(first.sinks, first.visual, pairs, first.low.get(block))
+    edits = Edits.of(factors[:, :end])
+
+    def work(start: int, stop: int) -> list[list[Answered]]:
+        return [_answers(prompts, reads) for reads in run(block, edits.factors[start:stop])]
+
+    edited = rules.batch.chunks(len(edits.factors), work)
     layer = "embed" if block == 0 else block - 1
     for i, prompt in enumerate(prompts):
-        item, plain = prompt.asked.item, base[i]
-        check_finite(item, plain, BASE_CELL, edited=False)
+        item, plain, unedited = prompt.asked.item, base[i], "the base, without an edit"
+        answers.check_finite(item, plain, unedited, edited=False)
         n_v, n_l = int(prompt.sinks.sum()), int(prompt.low[block].sum()) if prompt.low else 0
-        for place, (pair, edit) in enumerate(zip(rules.cells.pairs, edits.of_pair, strict=True)):
+        for place, (pair, edit) in enumerate(zip(pairs, edits.of_pair, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
-            check_finite(item, after, where, edited=True)
+            answers.check_finite(item, after, where, edited=True)
             yield {
                 "item": prompt.index,
                 "image_id": item.image_id,
@@ -349,8 +294,8 @@ def _lines(
                 "s_v": pair[0],
                 "s_l": pair[1] if prompt.low else None,
                 "s_rest": pair[-1],
-                "score": scored(rules.score, item, after, where),
-                "base_score": scored(rules.score, item, plain, BASE_CELL),
+                "score": answers.scored(rules.score, item, after, where),
+                "base_score": answers.scored(rules.score, item, plain, unedited),
                 "logprob": after.logprob,
                 "base_logprob": plain.logprob,
                 "n_v": n_v,

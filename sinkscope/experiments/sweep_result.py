@@ -25,56 +25,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinkscope.checks import check_choice
+from sinkscope.data.items import ALL
 from sinkscope.errors import CheckpointError
+from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.experiments.sweep_grid import ALL, GROUPS, counted, nouns, wide
-from sinkscope.files import check_place, claim, held, read_json, write_whole
+from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
+from sinkscope.files import claim, held, read_json, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_PLACE = {"item": pa.int64(), "image_id": pa.string(), "task": pa.string()}
-_CELL = dict.fromkeys(("layer", "edited", "pair"), pa.int64())
-_SCORES = dict.fromkeys(("score", "base_score", "logprob", "base_logprob"), pa.float64())
-SCHEMAS = {
-    many: pa.schema(
-        _PLACE
-        | _CELL
-        | {f"s_{group.lower()}": pa.float64() for group in groups}
-        | _SCORES
-        | {f"n_{group.lower()}": pa.int64() for group in groups}
-    )
-    for many, groups in GROUPS.items()
-}
-"""Number of coefficients -> columns of a part."""
-FORMATS = {2: 2, 3: 3}
-"""Number of coefficients -> format of the parts, as a manifest states it."""
 MANIFEST = "manifest.json"
+BY = ("task", ALL)
 
 
-def as_table(lines: Sequence[Mapping[str, Any]], *, with_l: bool) -> pa.Table:
-    """Lines of a sweep as a table of fixed columns; with triples there are two more."""
-    return pa.Table.from_pylist(list(lines), schema=SCHEMAS[2 + with_l])
+def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a sweep's parts; with triples there are two more."""
+    names = [group.lower() for group in GROUPS[len(manifest["grid"][0])]]
+    scores = ("score", "base_score", "logprob", "base_logprob")
+    return pa.schema(
+        {"item": pa.int64(), "image_id": pa.string(), "task": pa.string()}
+        | dict.fromkeys(CELL[:3], pa.int64())
+        | dict.fromkeys((*(f"s_{name}" for name in names), *scores), pa.float64())
+        | dict.fromkeys((f"n_{name}" for name in names), pa.int64())
+    )
+
+
+def as_table(lines: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> pa.Table:
+    """Lines of a sweep as a table of fixed columns."""
+    return pa.Table.from_pylist(list(lines), schema=schema_of(manifest))
 
 
 def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
-    whole = pa.concat_tables(tables) if tables else schema_of(manifest).empty_table()
+    whole = pa.concat_tables(tables) if tables else as_table([], manifest)
     return whole.sort_by([(name, "ascending") for name in ("item", "layer", "pair")]).to_pandas()
-
-
-def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
-    """The columns of a sweep's parts."""
-    return SCHEMAS[len(manifest["grid"][0])]
 
 
 class Folder:
     """The folder of one sweep, made if it does not exist; another sweep or other files are refused."""
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
-        self.path = Path(path).expanduser()
-        self.schema = schema_of(manifest)
+        self.path, self.manifest = Path(path).expanduser(), manifest
         claim(self.path, MANIFEST, manifest, "sweep")
 
     def held(self) -> AbstractContextManager[None]:
@@ -87,44 +80,9 @@ class Folder:
 
     def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         """Write a group's cells and notes, whole or not at all."""
-        table = pa.Table.from_pylist(list(lines), schema=self.schema)
-        sink = pa.BufferOutputStream()
+        table, sink = as_table(lines, self.manifest), pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata({"notes": json.dumps(list(notes))}), sink)
         write_whole(self.part(group), sink.getvalue().to_pybytes())
-
-
-def check_out(path: str | Path) -> None:
-    """Refuse a place where no sweep can be written; nothing is left behind there."""
-    check_place(Path(path).expanduser(), MANIFEST, "sweep")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a folder says it holds; a CheckpointError if it has no manifest of a known format."""
-    found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
-    known = sorted(FORMATS.values())
-    if found.get("format") not in known:
-        raise CheckpointError(
-            f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
-            f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of {known}. "
-            "Read it with that version, or run the sweep again into another folder."
-        )
-    return found
-
-
-def read_parts(path: Path, manifest: Mapping[str, Any]) -> tuple[list[pa.Table], list[str]]:
-    """The parts of a folder, and their notes."""
-    tables, notes = [], []
-    for file in sorted(path.glob("part-*.parquet")):
-        try:
-            tables.append(pq.read_table(file, schema=schema_of(manifest)))
-            said = pq.read_schema(file).metadata or {}
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(
-                f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
-                "file and run the sweep again: only its image is computed."
-            ) from error
-        notes.extend(json.loads(said.get(b"notes", b"[]")))
-    return tables, notes
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +96,9 @@ class Sweep:
     Attributes:
         table: One line per question, layer and pair: item, image_id, task, layer (-1 is
             ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
-            logprob under the edit, base_score and base_logprob without, n_v and n_rest (V-sinks and
-            other image tokens). With triples there are s_l and n_l too (L-sinks of what the edited
-            block reads), and "other" are the ordinary tokens. Log-probabilities are of the right
-            answer, in nats.
+            logprob (of the right answer, in nats), base_score and base_logprob without an edit, n_v and
+            n_rest (V-sinks and other image tokens); with triples s_l and n_l too (L-sinks of what the
+            edited block reads).
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
         by: What the map is split by unless told otherwise.
@@ -159,13 +116,29 @@ class Sweep:
         Raises:
             CheckpointError: If the folder holds none, or a part cannot be read.
         """
+        check_choice(BY, by=by)
         path = Path(folder).expanduser()
-        settings = read_manifest(path)
-        tables, notes = read_parts(path, settings)
-        notes = [*settings["notes"], *notes]
-        if len(tables) < settings["groups"]:
-            notes.append(f"not finished: {len(tables)} of {settings['groups']} images")
-        return cls(as_frame(tables, settings), settings, tuple(dict.fromkeys(notes)), check_by(by))
+        found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
+        if found.get("format") not in list(GROUPS):
+            raise CheckpointError(
+                f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
+                f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of "
+                f"{list(GROUPS)}. Read it with that version, or run the sweep again into another folder."
+            )
+        tables, notes = [], list(found["notes"])
+        for file in sorted(path.glob("part-*.parquet")):
+            try:
+                tables.append(pq.read_table(file, schema=schema_of(found)))
+                said = pq.read_schema(file).metadata or {}
+            except (OSError, pa.ArrowException) as error:
+                raise CheckpointError(
+                    f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
+                    "file and run the sweep again: only its image is computed."
+                ) from error
+            notes += json.loads(said.get(b"notes", b"[]"))
+        if len(tables) < found["groups"]:
+            notes.append(f"not finished: {len(tables)} of {found['groups']} images")
+        return cls(as_frame(tables, found), found, tuple(dict.fromkeys(notes)), by)
 
     @property
     def score(self) -> str:
@@ -203,14 +176,17 @@ class Sweep:
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            means = once[["base_score", "base_logprob"]].mean()
-            line = {"task": name, "n": len(once), "images": once["image_id"].nunique()}
-            line |= {"score": means["base_score"], "logprob": means["base_logprob"]}
-            line["with_v"] = (once["n_v"] > 0).mean()
-            if "n_l" in part:
-                most: Any = part.groupby("item")["n_l"].max()
-                line["with_l"] = (most > 0).mean()
-            lines.append(line)
+            most: Any = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
+            lines.append(
+                {
+                    "task": name,
+                    "n": len(once),
+                    "images": once["image_id"].nunique(),
+                    "score": once["base_score"].mean(),
+                    "logprob": once["base_logprob"].mean(),
+                    **(most > 0).mean().rename(lambda n: f"with_{n[2:]}"),
+                }
+            )
         return pd.DataFrame(lines)
 
     def map(
@@ -238,15 +214,12 @@ class Sweep:
                 changes, images, level=level, draws=draws, seed=seed
             )
             base = part.drop_duplicates("item")[f"base_{column}"].mean()
-            some = {
-                "n": len(changes),
-                "images": len(set(images)),
-                "base": base,
-                "value": base + mean,
-            }
-            found = {"delta": mean, "low": low, "high": high, "clear": (low > 0) | (high < 0)}
             cells.insert(0, "task", name)
-            tables.append(cells.assign(**some, **found))
+            cells = cells.assign(
+                n=len(changes), images=len(set(images)), base=base, value=base + mean
+            )
+            clear = (low > 0) | (high < 0)
+            tables.append(cells.assign(delta=mean, low=low, high=high, clear=clear))
         return pd.concat(tables, ignore_index=True)
 
     def best(
@@ -260,77 +233,61 @@ class Sweep:
     ) -> pd.DataFrame:
         """The best cell per task: chosen on one half of its images, scored on the other.
 
-        The largest of hundreds of changes is large by chance. So the cell is chosen on half of a
-        task's images and ``delta`` is measured on the others. Beside it stands a test over all images
-        and cells: ``t`` is the largest change of all cells, each in units of its own spread over images,
-        and ``p`` says how often chance makes one as large, when signs of whole images are drawn anew, the
-        same in all cells (`sinkscope.experiments.sign_flip_maximum`). The cell with the largest t need not
-        be the one that was chosen, which has the largest mean. Cells that scale no key, such as (0, 1)
-        where no image has a V-sink, are left out.
+        The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
+        not choose. Beside it stands a test over all images and cells: ``t`` is the largest change, each in
+        units of its own spread over images, and ``p`` how often chance makes one as large
+        (`sinkscope.experiments.sign_flip_maximum`). Its cell need not be the chosen one, which has the largest
+        mean. Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
 
         Returns:
-            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen),
-            n, images, delta, low, high (on the other half), maximum (the largest change of a cell on
-            all images, in units of the score), t (the largest t), t_95 (the 95 % point of the largest
-            t where nothing has an effect), p, and note. A task with fewer than two images, or whose
-            cells scale no key, has no best cell: its numbers are missing, and ``note`` says why.
+            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images,
+            delta, low, high (on the other half), maximum (the largest change on all images, in units of
+            the score), t, t_95 (the 95 % point of t where nothing has an effect), p, and note, which says
+            why a task has no best cell: fewer than two images, or cells that scale no key.
         """
         import pandas as pd
-
-        from sinkscope.experiments.findings import best_of
 
         check_choice(("score", "logprob"), column=column)
         how = {"level": level, "draws": draws, "seed": seed}
         lines = [{"task": name, **best_of(part, column, **how)} for name, part in self.by_task(by)]
-        return pd.DataFrame(lines).astype(dict.fromkeys(("layer", "edited", "pair"), "Int64"))
+        return pd.DataFrame(lines).astype(dict.fromkeys(CELL[:3], "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
-        """Draw heat maps, layer x pair per task: the change against the base, a dot where its interval excludes 0.
-
-        Triples that add to 1 are triangles, one per layer and task; see `sinkscope.viz.plot_sweep`.
-        """
+        """Draw the map per task, a dot where an interval excludes 0; see `sinkscope.viz.plot_sweep`."""
         from sinkscope.viz import plot_sweep
 
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:
-        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell.
+        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell, as lines of text.
 
-        Whether the best setting depends on the task, whether it depends on the layer, and whether
-        raising or splitting off sinks helps, each with its numbers, as lines for a terminal.
+        Whether the best setting depends on the task, or on the layer, and whether raising or splitting
+        off sinks helps, each with its numbers.
         """
-        from sinkscope.experiments.findings import observe
-
         return observe(self, by or self.by, seed)
 
     summary = observations
 
     def score_text(self, column: str) -> str:
         """What a column is, with its unit."""
-        if column == "logprob" or self.score == "logprob":
-            return "log-probability of the answer (nats)"
-        named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
-        return named.get(self.score, self.score_name)
+        named = {
+            "exact": "exact answers (points)",
+            "choice": "choice accuracy (points)",
+            "logprob": "log-probability of the answer (nats)",
+        }
+        return named.get("logprob" if column == "logprob" else self.score, self.score_name)
 
     def __repr__(self) -> str:
-        names = ("item", "image_id", "layer")
-        items, images, layers = (self.table[name].nunique() for name in names)
-        return (
-            f"Sweep({counted(items, 'question')}, {counted(images, 'image')}, "
-            f"{counted(layers, 'layer')} x {counted(len(self.pairs), nouns(len(self.groups)))}, "
-            f"score={self.score!r})"
-        )
+        counts = {"item": "question", "image_id": "image", "layer": "layer"}
+        said = ", ".join(counted(self.table[name].nunique(), noun) for name, noun in counts.items())
+        pairs = counted(len(self.pairs), NOUNS[len(self.groups)])
+        return f"Sweep({said} x {pairs}, score={self.score!r})"
 
     def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
         """The table by task, and whole at the end if there are several."""
-        by = check_by(self.by if by is None else by)
+        by = self.by if by is None else by
+        check_choice(BY, by=by)
         if by == "task" and self.table["task"].nunique() > 1:
             for name, part in self.table.groupby("task", sort=True):
                 yield str(name), part
         yield ALL, self.table
-
-
-def check_by(by: str) -> str:
-    """``"task"``, or ``"all"`` for all questions together; another name is refused."""
-    check_choice(("task", ALL), by=by)
-    return by

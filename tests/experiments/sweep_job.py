@@ -1,6 +1,5 @@
-"""A sweep in a process of its own, to be killed: ``python sweep_job.py FOLDER``."""
+"""A sweep for a process of its own, which imports nothing else, to be killed."""
 
-import sys
 import warnings
 
 import sinkscope as ss
@@ -22,9 +21,3 @@ def run(folder):
     lvlm = ss.LVLM(*tiny_llava())
     detector = ss.detectors.Norm("3sigma")
     return ss.sweep(lvlm, questions(), v_detector=detector, out=folder, progress=False)
-
-
-if __name__ == "__main__":
-    print("started", flush=True)
-    run(sys.argv[1])
-    print("done", flush=True)

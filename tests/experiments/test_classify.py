@@ -11,7 +11,6 @@ from sinkscope.data.items import Target
 from sinkscope.experiments.pooling import (
     Cell,
     Options,
-    Split,
     correctness,
     judge,
     majority,
@@ -31,12 +30,12 @@ def made(seed, n=120, signal=0.0, records=1):
     train = np.arange(n * records) < n * records * 2 // 3
     target = Target("t", False, (0, 1, 2), labels)
     count = np.ones(n * records, dtype=int)
-    return Cell(0, "g", [states], count), target, Split(train, images)
+    return Cell(0, "g", [states], count), target, (train, images)
 
 
 def judged(*case, **kwargs):
     cell, target, split = made(*case, **kwargs)
-    (line,), _ = judge(cell, [target], split, OPTIONS)
+    (line,), _ = judge(cell, [target], *split, OPTIONS)
     return line
 
 
@@ -64,7 +63,7 @@ def test_the_null_of_several_draws_is_as_wide_as_their_mean() -> None:
         rng = np.random.default_rng(seed)
         cell, target, split = made(seed, n=60)
         cell = Cell(0, "g", [rng.normal(size=(60, 6)) for _ in range(5)], cell.count)
-        (line,), _ = judge(cell, [target], split, replace(OPTIONS, permutations=1, draws=1))
+        (line,), _ = judge(cell, [target], *split, replace(OPTIONS, permutations=1, draws=1))
         found.append((line["accuracy"], line["null"]))
     accuracy, null = np.var(found, axis=0)
     assert 1 / 2 < null / accuracy < 2
@@ -78,7 +77,7 @@ def test_the_null_of_several_draws_is_their_mean_on_the_same_labels() -> None:
     options = replace(OPTIONS, permutations=1)
     nulls = []
     for states in (*([x] for x in draws), draws):
-        (line,), _ = judge(Cell(0, "g", states, cell.count), [target], split, options)
+        (line,), _ = judge(Cell(0, "g", states, cell.count), [target], *split, options)
         nulls.append(line["null"])
     assert nulls[3] == pytest.approx(np.mean(nulls[:3]))
     assert len(set(nulls[:3])) > 1
@@ -90,7 +89,7 @@ def test_two_clear_clusters_are_not_named_right_by_luck() -> None:
     labels = target.labels % 2
     clusters = [100.0 * labels[:, None] + np.zeros((1, 6))]
     cell = Cell(0, "g", clusters, cell.count)
-    (line,), _ = judge(cell, [Target("t", False, (0, 1), labels)], split, OPTIONS)
+    (line,), _ = judge(cell, [Target("t", False, (0, 1), labels)], *split, OPTIONS)
     assert line["accuracy"] == 1
     assert line["null_high"] < 0.8
 
@@ -131,16 +130,16 @@ def test_correctness_and_majority_by_hand() -> None:
 
 def test_the_most_frequent_class_is_that_of_the_training_rows() -> None:
     cell, target, split = made(0)
-    labels = np.where(split.train, 0, 1)
+    labels = np.where(split[0], 0, 1)
     labels[:10], labels[-10:] = 1, 0  # 70 of 80 train on 0, 30 of 40 are tested on 1
-    (line,), _ = judge(cell, [replace(target, labels=labels)], split, OPTIONS)
+    (line,), _ = judge(cell, [replace(target, labels=labels)], *split, OPTIONS)
     assert line["majority"] == 10 / 40
 
 
 def test_a_label_that_no_training_image_has_is_predicted_absent() -> None:
     cell, target, split = made(0, signal=20.0)
-    labels = np.stack([target.labels == 0, ~split.train], axis=1)
-    lines, rows = judge(cell, [Target("m", True, ("x", "y"), labels)], split, OPTIONS)
+    labels = np.stack([target.labels == 0, ~split[0]], axis=1)
+    lines, rows = judge(cell, [Target("m", True, ("x", "y"), labels)], *split, OPTIONS)
     by = {line["metric"]: line["accuracy"] for line in lines}
     assert by["exact set"] == 0  # y holds for every test image and for no training image
     assert by["label accuracy"] == pytest.approx(0.5)

@@ -117,7 +117,7 @@ def test_image_tokens_cannot_know_a_later_word(planted) -> None:
     """Causality decides: the text says the word, whatever stands before it knows nothing."""
     lvlm, rules = planted
     groups = {**ss.experiments.sink_groups(3, 2), "image": "image", "bos": "bos", "text": "text"}
-    given = {**rules, "groups": groups, "batch": 7}
+    given = {**rules, "groups": groups, "batch": 7, "layers": [0, 2, 5]}
     result = ss.linear_probes(lvlm, word_dataset(80), **given, permutations=20, progress=False)
     table = result.table[result.table["note"] == ""]
     text = table[table["group"] == "text"]
@@ -174,7 +174,7 @@ def test_batches_and_padding_change_no_answer(planted) -> None:
     for i, record in enumerate(data):
         record["question"] += " in the picture ?" * (i % 3)
     tables = []
-    for batch in (1, 5, 24):
+    for batch in (1, 5):
         given = {**rules, **QUICK, "layers": [1, 3], "batch": batch}
         groups = {**ss.experiments.sink_groups(), "text": "text"}
         tables.append(ss.linear_probes(lvlm, data, groups=groups, **given).table)
@@ -348,7 +348,7 @@ def records(n=24, **change):
         (records(), {"test_size": 0.99}, InputError, "so 24 test and 0 train"),
         (records(), {"test_size": 0.01}, InputError, "so 1 test and 23 train"),
         ([{**r, "image": "no.png"} for r in records()], {}, InputError, "Record 0: .*no.png"),
-        (records(), {"c": 0}, InputError, "c=0; expected a positive"),
+        (records(), {"c": 0}, InputError, "c=0; expected a finite number above 0"),
         (records(), {"permutations": -1}, InputError, "permutations=-1"),
         (records(), {"level": 95}, InputError, "level=95"),
         (records(), {"draws": 0}, InputError, "draws=0"),

@@ -235,18 +235,6 @@ TEXT_FIRST = (
 )
 
 
-def test_questions_before_the_image_are_not_shared(monkeypatch):
-    """What the image's tokens compute then depends on the question."""
-    lvlm, items = ss.LVLM(*tiny_llava()), some(1)
-    monkeypatch.setattr(lvlm.processor, "chat_template", TEXT_FIRST)
-    made = ss.sweep(lvlm, items, layers=[0], grid=GRID, v_detector=EVERY)
-    assert made.notes == (
-        "nothing was shared by the questions about 'im0': the prompts differ before the end of the "
-        "last image",
-    )
-    check_equal(lvlm, items, made.table, EVERY)
-
-
 def test_questions_share_what_they_can(tiny):
     """Counted: the tower once for features and once for detection, early blocks once per question."""
     lvlm, items = tiny("llava-clip-llama"), some(1)

@@ -1,8 +1,10 @@
 """Sweeps on disk: killed, continued, refused, damaged."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,16 +21,24 @@ from sinkscope.experiments import sweep_result as store
 from sinkscope.files import LOCK, WRITING
 from tests.experiments.sweep_job import questions, run
 
-JOB = Path(__file__).with_name("sweep_job.py")
 ROOT = Path(__file__).parents[2]
 KILLS = 5
 
 
-def started(folder):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(JOB), str(folder)], stdout=subprocess.PIPE, env=env, cwd=ROOT
-    )
+@pytest.fixture
+def started(monkeypatch):
+    """Starts a sweep in a process of its own; what it imports is imported once."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.experiments.sweep_job"])
+
+    def start(folder):
+        process = context.Process(target=run, args=(folder,))
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +48,26 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, tmp_path):
+def test_killed_at_random_moments_ends_as_if_undisturbed(undisturbed, started, tmp_path):
     """SIGKILL five times, each at a random moment after new parts began to appear."""
     folder, drawn, counts = tmp_path / "out", random.Random(7), []
     for _ in range(KILLS):
         process = started(folder)
         before = len(list(folder.glob("part-*.parquet")))
         aim = before + drawn.randint(0, 1)
-        while process.poll() is None and len(list(folder.glob("part-*.parquet"))) <= aim:
+        while process.is_alive() and len(list(folder.glob("part-*.parquet"))) <= aim:
             time.sleep(0.002)
         time.sleep(drawn.random() * 0.05)
-        assert process.poll() is None, "the sweep ended before it was killed"
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        assert process.is_alive(), "the sweep ended before it was killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         counts.append(len(list(folder.glob("part-*.parquet"))))
     assert counts == sorted(counts)
     assert 0 < counts[-1] < 24
     last = started(folder)
-    said, _ = last.communicate()
-    assert said.split() == [b"started", b"done"]
+    last.join()
+    assert last.exitcode == 0
     made = ss.experiments.Sweep.load(folder)
     pd.testing.assert_frame_equal(made.table, undisturbed.table, check_exact=True)
     assert made.notes == undisturbed.notes
@@ -277,10 +287,37 @@ def test_manifest_is_plain(small):
     assert found["groups"] == 3
 
 
-def test_weights_digest_tells_checkpoints_apart():
-    from sinkscope.models.identity import weights_digest
+SAVED = Path(__file__).with_name("saved_sweep")
+"""The first of two images, written before the package had its rooms."""
+RULES = {
+    "v_detector": ss.detectors.Norm("3sigma"),
+    "l_detector": ss.detectors.SinkDimensions((2, 7), 2.0),
+}
 
-    model, _ = ss.testing.tiny_llava()
-    same, _ = ss.testing.tiny_llava()
-    other, _ = ss.testing.tiny_llava(seed=1)
-    assert weights_digest(model) == weights_digest(same) != weights_digest(other)
+
+def test_a_folder_of_an_earlier_commit_is_read_and_continued(tmp_path):
+    kept = ss.experiments.Sweep.load(SAVED)
+    assert kept.notes == ("not finished: 1 of 2 images",)
+    logprobs = [-5.167814, -5.149463, -6.325160, -6.427346]
+    assert kept.table["logprob"].tolist() == pytest.approx(logprobs, abs=1e-6)
+    assert kept.table["base_logprob"].tolist() == pytest.approx([-5.136907] * 2 + [-6.439894] * 2)
+    assert kept.table["n_l"].tolist() == [1] * 4
+    out = shutil.copytree(SAVED, tmp_path / "out")
+
+    def go(**options):
+        lvlm, grid = ss.LVLM(*ss.testing.tiny_llava()), [(0.2, 0.2, 0.6), (1.0, 0.5, 1.0)]
+        return ss.sweep(lvlm, questions()[:4], [0], grid, **RULES, score="logprob", **options)
+
+    noted = json.loads((out / store.MANIFEST).read_text())
+    noted["versions"]["torch"] = "1.0"
+    (out / store.MANIFEST).write_text(json.dumps(noted))
+    with pytest.raises(InputError, match=r'versions.torch: there "1.0".*\n.*Write out=.another'):
+        go(out=out)
+    noted["versions"] = go().settings["versions"]  # those of this machine
+    (out / store.MANIFEST).write_text(json.dumps(noted))
+    made = go(out=out)
+    assert not made.notes
+    assert made.settings == noted
+    pd.testing.assert_frame_equal(made.table, go().table, atol=1e-5)
+    again = made.table[made.table["item"] < 2]
+    pd.testing.assert_frame_equal(again, kept.table, check_exact=True)

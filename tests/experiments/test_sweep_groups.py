@@ -103,8 +103,11 @@ def check_equal(lvlm, items, made, low):
     return masks
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [(family, "of a token's own state") for family in FAMILIES]
+CASES += [(f, rule) for f in ("llava-clip-llama", "qwen2.5-vl") for rule in list(RULES)[1:]]
+
+
+@pytest.mark.parametrize(("family", "rule"), CASES)
 def test_equals_scale_keys(family, rule, tiny):
     lvlm, items = tiny(family), some()
     low = RULES[rule](lvlm, items)
@@ -128,7 +131,10 @@ def test_equals_scale_keys_where_nothing_is_shared(monkeypatch, tiny):
     for low in (channel_rule(lvlm, items), MEAN):
         options = {"grid": TRIPLES, "v_detector": TOP, "l_detector": low}
         made = ss.sweep(lvlm, items, layers=["embed", 1], **options)
-        assert "differ before the end of the last image" in made.notes[0]
+        assert made.notes == (
+            "nothing was shared by the questions about 'im0': the prompts differ before the end of the "
+            "last image",
+        )
         check_equal(lvlm, items, made, low)
 
 
@@ -160,7 +166,7 @@ def test_finds_planted_l_sinks_by_layer():
     assert moved[made["n_l"] > 0].max() > 1e-3
 
 
-@pytest.mark.parametrize("layer", ["embed", 0, 1])
+@pytest.mark.parametrize("layer", ["embed", 1])
 def test_groups_are_those_of_a_gate(layer, tiny):
     """A gate's own coefficients, as the only triple, give what the gate gives."""
     lvlm, items = tiny("llava-clip-llama"), some()
@@ -282,6 +288,8 @@ def test_dry_run_counts_and_no_sweep_costs_more(rule, alone, tiny):
     if rule is None:
         return
     assert by_token(rule) != alone
+    if type(rule) not in (detectors.SinkDimensions, Mean, detectors.Received):
+        return  # counting passes of one rule that shares, one that does not, and one of attention
     _, rows, _ = rows_run(lvlm, lambda: ss.sweep(lvlm, items, **options))
     to_find = 3 * (2 + (len(items) if isinstance(rule, detectors.Received) else 0))  # and to check
     assert sum(n for _, n in rows) - to_find <= cost.blocks

@@ -14,34 +14,39 @@ GRID = ss.lsg_grid(5)
 LAYERS = (-1, 0, 1)
 
 
+def line_of(item, image, task, layer, pair, coefficients, counts, base, change):
+    """One line of a table; coefficients and counts by group, L between V and the rest with triples."""
+    names = ("v", "rest") if len(coefficients) == 2 else ("v", "l", "rest")
+    return {
+        "item": item,
+        "image_id": image,
+        "task": task,
+        "layer": layer,
+        "edited": layer + 1,
+        "pair": pair,
+        **{f"s_{name}": x for name, x in zip(names, coefficients, strict=True)},
+        **{f"n_{name}": x for name, x in zip(names, counts, strict=True)},
+        **dict.fromkeys(("score", "logprob"), base + change),
+        **dict.fromkeys(("base_score", "base_logprob"), base),
+    }
+
+
+def sweep_of(lines, grid, score="logprob", notes=()):
+    settings = {"score": score, "grid": [list(pair) for pair in grid], "notes": []}
+    return ss.experiments.Sweep(pd.DataFrame(lines), settings, notes)
+
+
 def made(effect=None, images=40, seed=0, n_v=3, score="logprob", tasks=("count", "shape")):
     """A sweep of noise; ``effect[task, layer, pair]`` is added to the changes of that cell."""
     rng, lines = np.random.default_rng(seed), []
     for item in range(2 * images):
-        task, bases = tasks[item % len(tasks)], rng.normal()
+        task, base = tasks[item % len(tasks)], rng.normal()
         for layer in LAYERS:
-            for pair, (v, rest) in enumerate(GRID):
+            for pair, cell in enumerate(GRID):
                 change = rng.normal() + (effect or {}).get((task, layer, pair), 0.0)
-                lines.append(
-                    {
-                        "item": item,
-                        "image_id": f"im{item // 2}",
-                        "task": task,
-                        "layer": layer,
-                        "edited": layer + 1,
-                        "pair": pair,
-                        "s_v": v,
-                        "s_rest": rest,
-                        "score": bases + change,
-                        "base_score": bases,
-                        "logprob": bases + change,
-                        "base_logprob": bases,
-                        "n_v": n_v,
-                        "n_rest": 60,
-                    }
-                )
-    settings = {"score": score, "grid": [list(p) for p in GRID], "notes": []}
-    return ss.experiments.Sweep(pd.DataFrame(lines), settings, ("a note",))
+                at = item, f"im{item // 2}", task, layer, pair, cell
+                lines.append(line_of(*at, (n_v, 60), base, change))
+    return sweep_of(lines, GRID, score, ("a note",))
 
 
 def test_map_by_hand():
@@ -112,27 +117,11 @@ def test_columns_without_a_change_count_as_zero():
 def one_task(changes, score="logprob", base=-2.0, grid=((0.0, 1.0), (1.0, 0.0)), n_v=3):
     """A sweep of one layer, one question per image; ``changes[image][pair]``."""
     lines = [
-        {
-            "item": item,
-            "image_id": str(item),
-            "task": "one",
-            "layer": 0,
-            "edited": 1,
-            "pair": pair,
-            "s_v": grid[pair][0],
-            "s_rest": grid[pair][1],
-            "score": base + change,
-            "base_score": base,
-            "logprob": base + change,
-            "base_logprob": base,
-            "n_v": n_v,
-            "n_rest": 60,
-        }
+        line_of(item, str(item), "one", 0, pair, grid[pair], (n_v, 60), base, change)
         for item, row in enumerate(changes)
         for pair, change in enumerate(row)
     ]
-    settings = {"score": score, "grid": [list(p) for p in grid], "notes": []}
-    return ss.experiments.Sweep(pd.DataFrame(lines), settings)
+    return sweep_of(lines, grid, score)
 
 
 def test_a_harmful_cell_does_not_hide_a_certain_gain():

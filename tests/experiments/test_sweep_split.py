@@ -7,6 +7,7 @@ import pytest
 import sinkscope as ss
 from sinkscope.experiments import cluster_bootstrap
 from sinkscope.viz import plot_sweep
+from tests.experiments.test_sweep_result import line_of, sweep_of
 
 GRID = ss.lsg_grid(5, groups=3)
 LAYERS = (-1, 0, 1)
@@ -18,26 +19,12 @@ def made(effect=lambda line: 0.0, images=40, seed=0, n_v=3, n_l=(0, 2, 2), grid=
     for item in range(2 * images):
         base = rng.normal()
         for at, layer in enumerate(LAYERS):
-            for pair, (v, low, rest) in enumerate(grid):
-                line = {
-                    "item": item,
-                    "image_id": f"im{item // 2}",
-                    "task": ("count", "shape")[item % 2],
-                    "layer": layer,
-                    "edited": layer + 1,
-                    "pair": pair,
-                    "s_v": v,
-                    "s_l": low,
-                    "s_rest": rest,
-                    "n_v": n_v,
-                    "n_l": n_l[at],
-                    "n_rest": 60 - n_v - n_l[at],
-                }
-                after = base + spread * rng.normal() + effect(line)
-                line |= {"score": after, "base_score": base, "logprob": after, "base_logprob": base}
-                lines.append(line)
-    settings = {"score": "logprob", "grid": [list(triple) for triple in grid], "notes": []}
-    return ss.experiments.Sweep(pd.DataFrame(lines), settings)
+            for pair, triple in enumerate(grid):
+                place = item, f"im{item // 2}", ("count", "shape")[item % 2], layer, pair, triple
+                counts, noise = (n_v, n_l[at], 60 - n_v - n_l[at]), spread * rng.normal()
+                more = effect(line_of(*place, counts, base, 0.0))
+                lines.append(line_of(*place, counts, base, noise + more))
+    return sweep_of(lines, grid)
 
 
 def test_map_and_best_say_which_triple():

@@ -31,7 +31,7 @@ def records(ids, images=None):
 
 def probed(given):
     items = as_labelled(given)
-    return split_images(items, as_targets(items, None), 0.5, 0).images.tolist()
+    return split_images(items, as_targets(items, None), 0.5, 0)[1].tolist()
 
 
 def swept(given):
