@@ -24,15 +24,16 @@ from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.passes import (
     ByIdentity,
+    Gate,
     Pass,
     arguments_of,
     continued,
     images_of,
     length_of,
-    refuse_reentrant,
+    placed,
+    signals_of,
     started,
 )
-from sinkscope.lsg.signals import Gate, placed, signals_of
 from sinkscope.models.keyhook import share_keys
 from sinkscope.sites import Site
 
@@ -41,12 +42,7 @@ CARRIED = "sinkscope_passes"
 
 
 class Attachment:
-    """A gate on a model, until `detach`.
-
-    Attributes:
-        gate: The gate.
-        model: The ``transformers`` model.
-    """
+    """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
     def __init__(self, gate: Gate, model: nn.Module) -> None:
         self.gate, self.model = gate, model
@@ -56,7 +52,6 @@ class Attachment:
         self._seen: tuple[dict[str, Tensor], dict[int, Tensor]] | None = None  # by the vision tower
         self._used = ByIdentity()  # what was encoded before the pass that took it
         self._passes = ByIdentity()  # by cache
-        self._edited = gate.config.edited
         self._now: Pass | None = None
         self._last: Pass | None = None
         self._stack = ExitStack()
@@ -65,8 +60,8 @@ class Attachment:
     @property
     def coefficients(self) -> Tensor | None:
         """The coefficients of the last forward pass, float ``[batch group]``; None before the first."""
-        found = None if self._last is None else self._kept(self._last).get("coefficients")
-        return None if found is None else found.detach()
+        kept = {} if self._last is None else self._kept(self._last)
+        return kept["coefficients"].detach() if "coefficients" in kept else None
 
     def detach(self) -> None:
         """Take the gate off; the model is bitwise as before. A second call does nothing."""
@@ -97,9 +92,10 @@ class Attachment:
             part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
             part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
-        for layer in config.model["feed_layers"]:
-            keep = partial(self._after_vision, layer)
-            handles.append(part(vision[layer]).register_forward_hook(keep))
+        handles += [
+            part(vision[layer]).register_forward_hook(partial(self._after_vision, layer))
+            for layer in config.model["feed_layers"]
+        ]
         edited = part(language[config.edited])
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
@@ -119,8 +115,7 @@ class Attachment:
         self._now = None
         given = arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
-        length = length_of(cache)
-        if length:
+        if length := length_of(cache):
             now = continued(self._passes.get(cache), given, length)
         else:
             now = self._started(given)
@@ -179,7 +174,7 @@ class Attachment:
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""
         now = self._pass({})
-        refuse_reentrant(self.model.get_submodule(self.anatomy.language.blocks[self._edited]))
+        self._refuse_reentrant()
         if now.tokens is not None and not now.state["step"]:
             fed = {} if self._seen is None else self._seen[1]
             if not fed:
@@ -194,6 +189,20 @@ class Attachment:
         if not any(one.kind is one.VAR_KEYWORD for one in known):
             return None
         return args, {**kwargs, CARRIED: {**kwargs.get(CARRIED, {}), id(self): now}}
+
+    def _refuse_reentrant(self) -> None:
+        """Refuse checkpoints that run the edited block without a graph first."""
+        path = self.anatomy.language.blocks[self.gate.config.edited]
+        block: Any = self.model.get_submodule(path)
+        if not (getattr(block, "gradient_checkpointing", False) and block.training):
+            return
+        keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
+        if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
+            raise InputError(
+                "Got reentrant gradient checkpointing on a gated model, which loses the gate's "
+                "gradients; expected the other kind. Write "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
 
     def _pass(self, given: Mapping[str, Any]) -> Pass:
         """The pass that a block is part of, also when a checkpoint runs it again."""
@@ -227,9 +236,10 @@ class Attachment:
 
     def _around(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         """After the block before the edited one, and before the edited one."""
-        site = Site("language", "resid_post", self._edited - 1)
+        edited = self.gate.config.edited
+        site = Site("language", "resid_post", edited - 1)
         if output is None:
-            site = Site("language", "resid_pre", self._edited)
+            site = Site("language", "resid_pre", edited)
             output = args[0] if args else kwargs["hidden_states"]
         self._read(self._pass(kwargs), site, output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
-from sinkscope.lsg import files
+from sinkscope.lsg import loading, saving
 from sinkscope.lsg.attach import Attachment, attach, detach
-from sinkscope.lsg.building import config_for, device_for, refuse_other_model, warn_unchecked
-from sinkscope.lsg.card import SavedGate
-from sinkscope.lsg.config import GateConfig, same_weights, sketch
-from sinkscope.lsg.signals import signals_of
+from sinkscope.lsg.building import config_for, device_for
+from sinkscope.lsg.config import GateConfig, differences, same_weights, sketch
+from sinkscope.lsg.passes import signals_of
+from sinkscope.models.identity import sizes_of
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 
@@ -32,13 +33,10 @@ if TYPE_CHECKING:
 class LSG(nn.Module):
     """Layer-wise Sink Gating (Choi et al. 2604.03316), as a module and as an intervention.
 
-    ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))`` of the state ``h`` that block ``layer`` writes
-    at the last prompt token; in block ``layer + 1`` the key of every image token is multiplied by
-    the coefficient of its group, after RoPE and any k-norm, for all heads and queries. The cache
-    stays clean. The gate computes in fp32 whatever the model's dtype.
-
-    Usually made by `for_model`. Use it in a list of interventions, alone or with others (a stack is a
-    list of gates), or `attach` it to a plain ``transformers`` model.
+    ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))``, in fp32, of the state ``h`` that block ``layer``
+    writes at the last prompt token. In block ``layer + 1`` the key of every image token is multiplied
+    by the coefficient of its group, after RoPE and any k-norm, for all heads and queries; the cache
+    stays clean. Made by `for_model`; used in a list of interventions, or by `attach`.
 
     Args:
         config: The choices, see `GateConfig`.
@@ -90,8 +88,7 @@ class LSG(nn.Module):
             samples: What to calibrate on; None draws six scenes. Never those you test on.
             allow_noop: See the class.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
-                activation, affine, seed. With ``init="uniform"`` the new gate is no identity: every
-                coefficient is one over the number of groups.
+                activation, affine, seed.
 
         Raises:
             LayerError: If there is no such block, or none behind it.
@@ -137,9 +134,7 @@ class LSG(nn.Module):
     def edits(self, context: Context) -> list[Edit]:
         """The signals that the gate reads, and one edit of keys.
 
-        Raises:
-            InterventionError: If it was made for another model.
-            NoEffectError: If the sample has no image token.
+        A gate of another model is an InterventionError, a sample without image tokens a NoEffectError.
         """
         self.check_model(context.anatomy)
         if context.step and self.config.decode == "off":
@@ -157,7 +152,12 @@ class LSG(nn.Module):
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raise an InterventionError, with the differences, if the gate was made for another model."""
-        refuse_other_model(self.config, anatomy)
+        if lines := differences(self.config.model, sizes_of(anatomy)):
+            listed = "\n  ".join(lines)
+            raise InterventionError(
+                f"Got a gate made for another model; expected one of this model's.\n  {listed}\n"
+                f"Write ss.LSG.for_model(lvlm, layer={self.layer!r}) and train it."
+            )
 
     def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Raise an InterventionError if the LM head is that of another checkpoint."""
@@ -174,11 +174,7 @@ class LSG(nn.Module):
         self.check_weights(lvlm.module, lvlm.anatomy)
 
     def adopt(self, lvlm: LVLM) -> LSG:
-        """Copy the gate for other weights of the same architecture.
-
-        Raises:
-            InterventionError: If the architecture differs.
-        """
+        """Copy the gate for other weights; an InterventionError if the architecture differs."""
         self.check_model(lvlm.anatomy)
         config = replace(self.config, weights=sketch(lvlm.module, lvlm.anatomy.head))
         out = LSG(config, allow_noop=self.allow_noop).to(lvlm.device)
@@ -194,16 +190,11 @@ class LSG(nn.Module):
     def attach(self, model: Any) -> Attachment:
         """Gate a plain ``transformers`` model, without nnsight.
 
-        ::
-
-            with gate.attach(hf_model):
-                hf_model.generate(**inputs)
-
         Args:
             model: The ``transformers`` model, a ``PeftModel`` around it, or an LVLM.
 
         Returns:
-            What to ``detach()``, also a context manager.
+            What to ``detach()``, or ``with gate.attach(model):`` until the block ends.
 
         Raises:
             InterventionError: If the gate was made for another model or is attached to it already.
@@ -213,11 +204,7 @@ class LSG(nn.Module):
         return attach(self, model)
 
     def detach(self) -> None:
-        """End every attachment of this gate; the model is then bitwise itself.
-
-        Raises:
-            InterventionError: If it is attached to nothing.
-        """
+        """End every attachment of this gate, or raise an InterventionError if there is none."""
         detach(self)
 
     def save_pretrained(
@@ -227,14 +214,13 @@ class LSG(nn.Module):
 
         Args:
             folder: A new or empty folder, or one of another gate, which is replaced.
-            record: How it was trained, as plain data for the card and ``training.json``; None for the
-                gate's own ``record``.
+            record: How it was trained, for the card and ``training.json``; None for `record`.
 
         Raises:
             CheckpointError: If the folder holds something else, or cannot be written.
             InputError: If the record is no plain data.
         """
-        files.save_gate(folder, saved(self, record))
+        saving.save_gate(folder, saved(self, record))
 
     @staticmethod
     def from_pretrained(
@@ -258,7 +244,8 @@ class LSG(nn.Module):
             CheckpointError: If files are missing, damaged or of something else.
             InterventionError: If it was made for another model, with the differences.
         """
-        return loaded(files.load_gate(path_or_repo, revision, subfolder), lvlm, allow_noop)
+        source = loading.source_of(path_or_repo, revision, subfolder)
+        return loaded(loading.read_gate(source), lvlm, allow_noop)
 
     def push_to_hub(
         self,
@@ -284,20 +271,17 @@ class LSG(nn.Module):
         Raises:
             CheckpointError: Without network, login or permission.
         """
-        return files.push_gate(repo, saved(self, record), private, revision, token)
+        return saving.push_gate(repo, saved(self, record), private, revision, token)
 
     @staticmethod
     def save_stack(
         gates: Sequence[LSG], folder: str | Path, *, record: Mapping[str, Any] | None = None
     ) -> None:
-        """Write several gates into one folder: a sub-folder each, and the list in ``config.json``.
+        """Write gates, in this order, into a sub-folder each, and the list into ``config.json``.
 
-        Args:
-            gates: The gates, in the order in which they apply.
-            folder: As in `save_pretrained`.
-            record: How they were made together; each keeps its own ``record`` besides.
+        ``record`` says how they were made together; each keeps its own besides. See `save_pretrained`.
         """
-        files.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
+        saving.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
 
     @staticmethod
     def load_stack(
@@ -309,7 +293,7 @@ class LSG(nn.Module):
         allow_noop: bool = False,
     ) -> list[LSG]:
         """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
-        found = files.load_stack(path_or_repo, revision, subfolder)
+        found = loading.read_stack(loading.source_of(path_or_repo, revision, subfolder))
         return [loaded(one, lvlm, allow_noop) for one in found]
 
     def extra_repr(self) -> str:
@@ -326,12 +310,13 @@ def check_gates(gates: Any) -> list[LSG]:
     return out
 
 
-def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> SavedGate:
+def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> loading.SavedGate:
     """A gate as plain data, with its own record if no other is given."""
-    return SavedGate(gate.config, gate.state_dict(), gate.record if record is None else record)
+    kept = gate.record if record is None else record
+    return loading.SavedGate(gate.config, gate.state_dict(), kept)
 
 
-def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
+def loaded(found: loading.SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
     """The gate of saved data, on the device of the model; one that it was not made for is refused."""
     gate = LSG(found.config, allow_noop=allow_noop)
     gate.load_state_dict(found.tensors)
@@ -339,5 +324,9 @@ def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
     if lvlm is None:
         return gate
     gate.check_fits(lvlm)
-    warn_unchecked(gate.config, lvlm)
+    known = gate.config.weights
+    if not known or not sketch(lvlm.module, lvlm.anatomy.head):
+        why = "the model has none here" if known else "the gate knows none"
+        text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
+        warnings.warn(text, UserWarning, stacklevel=3)
     return gate.to(device_for(lvlm))

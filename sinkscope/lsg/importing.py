@@ -1,4 +1,4 @@
-"""Gates of another tool: tensors are named by the user, or by shape where only one reading fits."""
+"""Import gates of another tool: tensors are named, or found by shape where only one reading fits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
-from sinkscope.lsg.building import check_layer, config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences
+from sinkscope.lsg.building import config_for, device_for
+from sinkscope.lsg.config import BASES, GROUPS, GateConfig, check_layer, differences
 from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.sources import AGAIN, as_fp32, leaves, read_tensors, source_of
+from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
 from sinkscope.models.identity import sizes_of
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ class ImportedGates:
         wide = max([0, *(len(one) for one, _ in self.matched)])
         matched = tuple(f"{one:<{wide}}  ->  {other}" for one, other in self.matched)
         parts = {"matched": matched, "ignored": self.ignored, "assumed": self.assumed}
-        return "\n".join(
-            "\n  ".join([name, *(what or ["nothing"])]) for name, what in parts.items()
-        )
+        listed = ([name, *(what or ["nothing"])] for name, what in parts.items())
+        return "\n".join("\n  ".join(lines) for lines in listed)
 
 
 def import_gates(
@@ -82,7 +81,7 @@ def import_gates(
     subfolder: str = "",
     show: bool = True,
 ) -> ImportedGates:
-    """Gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
+    """Read gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
 
     Settings beside it, in ``sink_cfg.json``, are not read, because their keys are unknown to us: where
     there are any, layer, groups, activation, scale, signal and the rule must be given.
@@ -100,15 +99,11 @@ def import_gates(
         l_detector: The rule for L-sinks, likewise.
         signal: As in `GateConfig`. None for "last".
         decode: As in `GateConfig`. None for "frozen".
-        tensors: Names of one gate's tensors by role, which is a key of `LSG`'s state dict. None to
-            tell them apart by shape.
+        tensors: Names of one gate's tensors by role, a key of `LSG`'s state dict. None for by shape.
         ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
         revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as one for each gate.
         show: Whether to print how the files were read.
-
-    Returns:
-        The gates, and what was matched, ignored and assumed.
 
     Raises:
         CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
@@ -132,10 +127,8 @@ def import_gates(
     matches = match_gates(shapes, width, ignore) if tensors is None else [checked(tensors, shapes)]
     counts = {widths_of(match, shapes, width)[1] for match in matches}
     if counts not in ({2}, {3}):
-        what = f"tensors of gates with {sorted(counts)} coefficients"
-        raise refused(
-            what, f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
-        )
+        wanted = f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
+        raise refused(f"tensors of gates with {sorted(counts)} coefficients", wanted)
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]

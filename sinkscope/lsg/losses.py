@@ -11,21 +11,23 @@ hold for the answer too, which is what ``decode="frozen"`` generates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from sinkscope.data.batches import AnswerBatch
+from sinkscope.data.batches import AnswerBatch, AnswerData, batches_of, make_batch
 from sinkscope.data.tokens import TokenScores
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.signals import placed, signals_of
+from sinkscope.lsg.passes import placed, signals_of
 from sinkscope.models.replay import Captured, capture, logits_at, resume
 from sinkscope.models.wrapping import evaluated
-from sinkscope.training.loop import Losses
+from sinkscope.training.loop import Losses, Sums
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -35,12 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all gates of a batch share.
+    """What all gates of a batch share: its decoder states where gates read, and what fed the projector.
 
-    Attributes:
-        batch: The batch.
-        captured: The decoder's states where gates read.
-        vision: Vision block -> what it wrote, for the blocks that feed the projector.
+    ``vision`` holds the states that the vision blocks which feed the projector wrote, by block.
     """
 
     batch: AnswerBatch
@@ -83,16 +82,13 @@ def gate_inputs(
     """
     vision: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(part: nn.Module, args: tuple, output: Any) -> None:
-            vision[layer] = first_tensor(output).detach()
-
-        return hook
+    def keep(layer: int, part: nn.Module, args: tuple, output: Any) -> None:
+        vision[layer] = first_tensor(output).detach()
 
     with ExitStack() as stack:
         for layer in lvlm.anatomy.feed_layers:
             part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
-            stack.callback(part.register_forward_hook(keep(layer)).remove)
+            stack.callback(part.register_forward_hook(partial(keep, layer)).remove)
         captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)
     return captured, vision
 
@@ -125,25 +121,22 @@ def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
         shared: The batch, with the lowest edited block captured.
     """
     captured, batch = shared.captured, shared.batch
-    ordered = sorted(gates, key=lambda gate: gate.config.edited)
     coefficients: dict[int, Tensor] = {}
 
-    def factors_of(gate: LSG) -> Callable[[Tensor], Tensor]:
-        def factors(state: Tensor) -> Tensor:
-            found = gate_signals(gate, batch.tokens, shared.vision, state)
-            coefficients[id(gate)] = found["coefficients"]
-            visual = (batch.tokens.image >= 0).to(found["coefficients"].device)
-            return kernels.factors_of(found, visual, list(gate.groups))
+    def factors(gate: LSG, state: Tensor) -> Tensor:
+        found = gate_signals(gate, batch.tokens, shared.vision, state)
+        coefficients[id(gate)] = rho = found["coefficients"]
+        visual = (batch.tokens.image >= 0).to(rho.device)
+        return kernels.factors_of(found, visual, list(gate.groups))
 
-        return factors
-
-    if ordered:
-        block = ordered[0].config.edited
-        factors = factors_of(ordered[0])(captured.state(block))
-        later = {gate.config.edited: factors_of(gate) for gate in ordered[1:]}
-        hidden = resume(captured, block, factors, later=later)
-    else:
+    ordered = sorted(gates, key=lambda gate: gate.config.edited)
+    if not ordered:
         hidden = captured.hidden
+    else:
+        block = ordered[0].config.edited
+        later = {gate.config.edited: partial(factors, gate) for gate in ordered[1:]}
+        scale = factors(ordered[0], captured.state(block))
+        hidden = resume(captured, block, scale, later=later)
     logits = logits_at(captured, hidden, batch.positions).float()
     total, correct = score(logits, batch.targets.to(logits.device))
     notes = {}
@@ -154,11 +147,34 @@ def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and which rows are predicted throughout.
-
-    Args:
-        logits: Float ``[row n vocab]``.
-        targets: Int ``[row n]``, -100 where there is none.
-    """
+    """Summed cross-entropy of ``[row n vocab]``, -100 is no target; and which rows are all predicted."""
     scores = TokenScores.of(logits, targets)
     return scores.loss, scores.exact
+
+
+@dataclass(frozen=True, eq=False)
+class GateObjective:
+    """Next-token loss of answers under gates, each alone; the model is frozen."""
+
+    lvlm: LVLM
+    gates: Mapping[str, LSG]
+    data: AnswerData
+    append_end: bool
+
+    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
+        """The batch and the states that gates read; see `share`."""
+        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
+        blocks = [gate.config.edited for gate in self.gates.values()]
+        return share(self.lvlm, batch, blocks, whole=whole)
+
+    def losses(self, shared: Shared, name: str) -> Losses:
+        """The losses under one gate."""
+        return answer_losses([self.gates[name]], shared)
+
+    @torch.no_grad()
+    def base(self, rows: Sequence[int], batch: int) -> dict[str, float]:
+        """Loss and accuracy of the model without a gate."""
+        sums = Sums()
+        for part in batches_of(rows, batch):
+            sums.add(answer_losses([], self.share(part, whole=True)))
+        return sums.line()

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +47,10 @@ class Shown:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainResult(Shown):
-    """Trained gates.
+    """Trained gates by layer, with their best weights.
 
-    Attributes:
-        gates: By layer, with their best weights.
-        record: Plain data for a model card: data, settings, losses, versions, machine, time.
-        lines: The history as dicts, see `history`.
+    ``record`` is plain data for a model card: data, settings, losses, versions, machine, time. ``lines``
+    are those of `history`.
     """
 
     gates: Mapping[int | str, LSG]
@@ -61,11 +59,7 @@ class TrainResult(Shown):
 
     @property
     def gate(self) -> LSG:
-        """The gate, if there is one.
-
-        Raises:
-            InputError: If there are several.
-        """
+        """The gate; an InputError if there are several."""
         if len(self.gates) != 1:
             raise InputError(
                 f"Got a result with gates at the layers {list(self.gates)}; expected one. Choose from "
@@ -152,9 +146,8 @@ def record_of(
 def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
     """The record of one gate among several: its own start and result, without its config."""
     name = str(layer)
-    out = {key: value for key, value in record.items() if key not in ("gates", "results", "cost")}
     return {
-        **out,
+        **{key: value for key, value in record.items() if key not in ("gates", "results", "cost")},
         "layer": layer,
         "trained_with": [other for other in record["gates"] if other != name],
         "start": record["gates"][name]["start"],
@@ -207,17 +200,14 @@ class GateStack(Shown, Result):
     @property
     def gains(self) -> list[float]:
         """What the stack of the first 1, 2, ... gates gains over no gate; more is better."""
-        return self._gains(self.stacked)
+        sign = -1 if self.score == "loss" else 1
+        return [sign * (value - self.base) for value in self.stacked]
 
     @property
     def gates(self) -> list[LSG]:
         """The first gates that together gain the most, for ``interventions=``; none if none gains."""
         best = max(self.gains)
         return list(self.ordered[: self.gains.index(best) + 1]) if best > 0 else []
-
-    def _gains(self, values: Sequence[float]) -> list[float]:
-        sign = -1 if self.score == "loss" else 1
-        return [sign * (value - self.base) for value in values]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per gate: gates, layer, single, single_gain, stacked, stacked_gain, chosen."""
@@ -228,7 +218,7 @@ class GateStack(Shown, Result):
             "gates": list(many),
             "layer": self.order,
             "single": self.single,
-            "single_gain": self._gains(self.single),
+            "single_gain": replace(self, stacked=self.single).gains,
             "stacked": self.stacked,
             "stacked_gain": self.gains,
             "chosen": [i <= len(self.gates) for i in many],
@@ -258,10 +248,9 @@ def greedy_stack(
     Args:
         lvlm: The model.
         gates: Gates of different layers, such as ``result.gates.values()``.
-        dataset: Records to choose by, as for `train_lsg`. Use others than those trained on, and test
-            the stack on a third part: its score here is that of the best of many.
-        score: ``"loss"`` (nats per answer token) or ``"accuracy"`` (answers that greedy decoding
-            would write).
+        dataset: Records to choose by, as for `train_lsg`: neither those trained on nor those that the
+            stack is tested on, because its score here is that of the best of many.
+        score: ``"loss"``, in nats per answer token, or ``"accuracy"`` of greedy decoding.
         batch: Rows per forward pass.
         append_end: Whether the token that ends an answer counts too.
         max_answer_tokens: The longest answer that is accepted.

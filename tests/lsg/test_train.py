@@ -14,7 +14,7 @@ import sinkscope as ss
 from sinkscope.bundled.scenes import TRAIN_SEEDS
 from sinkscope.data.batches import make_batch, read_dataset
 from sinkscope.errors import InputError, InterventionError, LayerError, ModelError, NonFiniteError
-from sinkscope.lsg.cost import cost_of
+from sinkscope.lsg.train import cost_of
 from sinkscope.testing import TINY, random_image, tiny_llava
 from sinkscope.training import loop as looping
 from sinkscope.training.settings import TrainingSettings
