@@ -37,8 +37,9 @@ from sinkscope.lsg.passes import (
 from sinkscope.models.keyhook import share_keys
 from sinkscope.sites import Site
 
-CARRIED = "sinkscope_passes"
-"""The argument of blocks that holds, by attachment, the pass that calls them."""
+CARRIED = (
+    "sinkscope_passes"  # the argument of blocks that holds the pass that calls them, by attachment
+)
 
 
 class Attachment:
@@ -74,8 +75,7 @@ class Attachment:
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be copied: the copy would be half gated, by the original's passes."""
+    def __reduce_ex__(self, protocol: object) -> NoReturn:  # a copy would share the passes
         raise InterventionError(
             "Got a model to copy or pickle that a gate is attached to; expected a plain one. Write "
             "gate.detach() first, and attach the gate to the copy again."
@@ -115,10 +115,9 @@ class Attachment:
         self._now = None
         given = arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
-        if length := length_of(cache):
-            now = continued(self._passes.get(cache), given, length)
-        else:
-            now = self._started(given)
+        length = length_of(cache)
+        before = self._passes.get(cache)
+        now = continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)
         self._now = now
@@ -132,14 +131,13 @@ class Attachment:
             )
         pixels, encoded = images_of(given)
         if encoded is None:
-            self._seen = None
-            # a text prompt has nothing to scale
+            self._seen = None  # and a text prompt has nothing to scale
             return Pass() if pixels is None else started(self.model, self.anatomy, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
-                "Got images that were encoded before the gate was attached, or for an earlier pass "
-                "without its cache, as generate(use_cache=False) does it; expected to see them pass the "
-                "vision tower, once. Write use_cache=True, or pass pixel_values."
+                "Got images that were encoded before the gate was attached, or for an earlier pass, as by "
+                "generate(use_cache=False); expected to see them pass the vision tower, once. Write "
+                "use_cache=True, or pass pixel_values."
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
@@ -179,8 +177,8 @@ class Attachment:
             fed = {} if self._seen is None else self._seen[1]
             if not fed:
                 raise InputError(
-                    "Got a prompt with images that did not pass the vision tower of a gated model; "
-                    "expected them to. Pass pixel_values."
+                    "Got images that did not pass the vision tower of a gated model; expected them to. "
+                    "Pass pixel_values."
                 )
             for layer in self.gate.config.model["feed_layers"]:
                 self._read(now, Site("vision", "resid_post", layer), fed[layer])
@@ -192,16 +190,14 @@ class Attachment:
 
     def _refuse_reentrant(self) -> None:
         """Refuse checkpoints that run the edited block without a graph first."""
-        path = self.anatomy.language.blocks[self.gate.config.edited]
-        block: Any = self.model.get_submodule(path)
+        block: Any = self.model.get_submodule(self.anatomy.language.blocks[self.gate.config.edited])
         if not (getattr(block, "gradient_checkpointing", False) and block.training):
             return
         keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
         if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
             raise InputError(
-                "Got reentrant gradient checkpointing on a gated model, which loses the gate's "
-                "gradients; expected the other kind. Write "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "Got reentrant gradient checkpointing, which loses the gate's gradients; expected the "
+                'other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
     def _pass(self, given: Mapping[str, Any]) -> Pass:
@@ -209,8 +205,8 @@ class Attachment:
         now = given.get(CARRIED, {}).get(id(self), self._now)
         if now is None:
             raise InputError(
-                "Got a call of a part of a gated model, such as model.model(...); expected one of the "
-                "whole model, where the gate sees images and labels. Write model(**inputs), also in a "
+                "Got a call of a part of a gated model, such as model.model(...); expected the whole "
+                "model, where the gate sees images and labels. Write model(**inputs), also in a "
                 "wrapper that calls model.forward, or gate.detach() first."
             )
         return now
@@ -225,14 +221,14 @@ class Attachment:
             return
         found = first_tensor(seen)
         for signal in signals_of(self.gate, now.tokens, now.state["step"]):
-            if signal.site == site:
-                given = placed(signal.parameters, found)
-                if "at" in given:
-                    last = now.last.to(found.device)
-                    places = torch.arange(given["tokens"].shape[1], device=last.device)
-                    # Behind the prompt there may be an answer: labels say so.
-                    given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
-                signal.kernel(found, now.state, **given)
+            if signal.site != site:
+                continue
+            given = placed(signal.parameters, found)
+            if "at" in given:  # behind the prompt there may be an answer: labels say so
+                last = now.last.to(found.device)
+                places = torch.arange(given["tokens"].shape[1], device=last.device)
+                given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
+            signal.kernel(found, now.state, **given)
 
     def _around(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         """After the block before the edited one, and before the edited one."""
@@ -268,21 +264,8 @@ def attach(gate: Gate, model: Any) -> Attachment:
             "without interventions on. Write gate.attach(lvlm), or lvlm.edited([gate, ...])."
         )
     if any(one.model is module for one in ATTACHED.get(gate, [])):
-        raise InterventionError(
-            "Got a model that this gate is attached to already; expected it once. Write "
-            "gate.detach() first."
-        )
+        text = "Got a model that this gate is attached to already; expected it once."
+        raise InterventionError(f"{text} Write gate.detach() first.")
     one = Attachment(gate, module)
     ATTACHED.setdefault(gate, WeakSet()).add(one)
     return one
-
-
-def detach(gate: Gate) -> None:
-    """See `LSG.detach`."""
-    mine = list(ATTACHED.get(gate, []))
-    if not mine:
-        raise InterventionError(
-            "Got a gate that is attached to nothing; expected gate.attach(model) before."
-        )
-    for one in mine:
-        one.detach()

@@ -149,12 +149,11 @@ class GateConfig:
 
     def _check_types(self) -> None:
         """Refuse numbers, switches and tables of another type."""
-        layer, weights, model = self.layer, self.weights, self.model
+        weights, model = self.weights, self.model
         named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
         numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
-        where = layer == "embed" or is_whole(layer, 0)
-        # torch takes a seed of at most 64 bits, with a sign or without
-        seeded = is_whole(self.seed, -(2**63), 2**64 - 1)
+        where = self.layer == "embed" or is_whole(self.layer, 0)
+        seeded = is_whole(self.seed, -(2**63), 2**64 - 1)  # what torch takes
         for name, good, expected in (
             ("layer", where, "'embed' or the index of a block, from 0"),
             ("d_model", is_whole(self.d_model, 1), "a whole number of 1 or more"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import loading, saving
-from sinkscope.lsg.attach import Attachment, attach, detach
+from sinkscope.lsg.attach import ATTACHED, Attachment, attach
 from sinkscope.lsg.building import config_for, device_for
 from sinkscope.lsg.config import GateConfig, differences, same_weights, sketch
 from sinkscope.lsg.passes import signals_of
@@ -39,7 +39,7 @@ class LSG(nn.Module):
     stays clean. Made by `for_model`; used in a list of interventions, or by `attach`.
 
     Args:
-        config: The choices, see `GateConfig`.
+        config: The choices.
         allow_noop: Whether a run in which nothing is scaled (no image, neutral coefficients) is fine.
 
     Attributes:
@@ -116,13 +116,9 @@ class LSG(nn.Module):
     @property
     def weights(self) -> dict[str, Any]:
         """Its tensors under the names of `sinkscope.kernels.gating.coefficients`."""
+        parts = {"norm": self.norm, "in": self.inner, "out": self.outer}
         return {
-            "norm_weight": self.norm.weight,
-            "norm_bias": self.norm.bias,
-            "in_weight": self.inner.weight,
-            "in_bias": self.inner.bias,
-            "out_weight": self.outer.weight,
-            "out_bias": self.outer.bias,
+            f"{k}_{kind}": getattr(parts[k], kind) for k in parts for kind in ("weight", "bias")
         }
 
     def forward(self, states: Tensor) -> Tensor:
@@ -205,7 +201,12 @@ class LSG(nn.Module):
 
     def detach(self) -> None:
         """End every attachment of this gate, or raise an InterventionError if there is none."""
-        detach(self)
+        mine = list(ATTACHED.get(self, ()))
+        if not mine:
+            text = "Got a gate that is attached to nothing; expected gate.attach(model) before."
+            raise InterventionError(text)
+        for one in mine:
+            one.detach()
 
     def save_pretrained(
         self, folder: str | Path, *, record: Mapping[str, Any] | None = None
@@ -242,7 +243,7 @@ class LSG(nn.Module):
 
         Raises:
             CheckpointError: If files are missing, damaged or of something else.
-            InterventionError: If it was made for another model, with the differences.
+            InterventionError: If it was made for another model.
         """
         source = loading.source_of(path_or_repo, revision, subfolder)
         return loaded(loading.read_gate(source), lvlm, allow_noop)
@@ -266,10 +267,7 @@ class LSG(nn.Module):
             token: None for that of ``hf auth login``.
 
         Returns:
-            The address of the commit.
-
-        Raises:
-            CheckpointError: Without network, login or permission.
+            The address of the commit; without network, login or permission it is a CheckpointError.
         """
         return saving.push_gate(repo, saved(self, record), private, revision, token)
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 SETTINGS = "sink_cfg.json"
-ROLES = ("norm.weight", "norm.bias", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
 WEIGHTS = ("weight", "w", "gamma", "g", "scale")
 SHIFTS = ("bias", "b", "beta", "shift")
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|l)\.?(\d+)\.")
@@ -198,21 +197,23 @@ def words(name: str) -> list[str]:
 
 def pairs_in(shapes: Shapes, width: int) -> list[tuple[str, str]]:
     """Matrices ``[hidden, width]`` and ``[2 or 3, hidden]``, either way round."""
-    flat = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    out = []
-    for (one, first), (other, last) in permutations(flat.items(), 2):
+
+    def fit(first: tuple[int, ...], last: tuple[int, ...]) -> bool:
         hidden = {size for size, rest in (first, first[::-1]) if rest == width}
-        if any(size in hidden and many in (2, 3) for size, many in (last, last[::-1])):
-            out.append((one, other))
-    return out
+        return any(size in hidden and many in (2, 3) for size, many in (last, last[::-1]))
+
+    flat = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
+    return [(a, b) for (a, first), (b, last) in permutations(flat, 2) if fit(first, last)]
 
 
 def match_gates(shapes: Shapes, width: int, ignore: Sequence[str]) -> list[dict[str, str]]:
     """The names of every gate's tensors by role, in the order of the numbers in their names."""
     listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
-    left = [name for name in shapes if not OTHERS.search(name.lower())]
-    left = [name for name in left if not any(part in name.lower() for part in ignore)]
-    shapes = {name: shapes[name] for name in left}
+    shapes = {
+        name: shape
+        for name, shape in shapes.items()
+        if not OTHERS.search(name.lower()) and not any(part in name.lower() for part in ignore)
+    }
     firsts = list(dict(pairs_in(shapes, width)))
     if not firsts:
         wanted = f"matrices [hidden, {width}] and [2 or 3, hidden]. The file holds\n  {listed}\n"
@@ -261,12 +262,13 @@ def match_gate(shapes: Shapes, width: int) -> dict[str, str]:
 
 def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
     """The names of a gate's tensors as the user wrote them; refused if a role or a name is unknown."""
-    wrong = sorted(set(names) - set(ROLES)) + sorted(set(names.values()) - set(shapes))
+    roles = [f"{part}.{kind}" for part in ("norm", "inner", "outer") for kind in ("weight", "bias")]
+    wrong = sorted(set(names) - set(roles)) + sorted(set(names.values()) - set(shapes))
     both = ("inner.weight", "outer.weight")
     lacks = [role for role in both if len(shapes.get(names.get(role, ""), ())) != 2]
     if wrong or lacks:
         what = f"tensors={dict(names)} with unknown {wrong} and without the matrices {lacks}"
-        raise refused(what, f"roles among {ROLES} and names among {sorted(shapes)}")
+        raise refused(what, f"roles among {roles} and names among {sorted(shapes)}")
     return dict(names)
 
 
@@ -315,8 +317,8 @@ def build(
     assumed: list[str],
 ) -> LSG:
     """One gate with the tensors of the file; ``order`` says which of its coefficients ours are."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     affine = any(role.startswith("norm") for role in match)
+    shapes = {name: tuple(tensors[name].shape) for name in match.values()}
     hidden, _ = widths_of(match, shapes, config.d_model)
     gate = LSG(replace(config, hidden=hidden, affine=affine))
     if not affine:

@@ -26,7 +26,7 @@ NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "log
 
 
 class Gate(Protocol):
-    """What others need of a gate; `sinkscope.lsg.gate.LSG` has it, and imports them."""
+    """What is used of an `LSG` below the module that defines it."""
 
     config: GateConfig
 
@@ -45,10 +45,7 @@ class Gate(Protocol):
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     """The signals of a gate, as edits that change nothing and note what they find under ``id(gate)``.
 
-    Args:
-        gate: The gate.
-        tokens: What every position of the prompt is.
-        step: 0 for the prompt; later the state of the newest token only, if it is refreshed.
+    At a ``step`` behind the prompt, 0, it reads the newest token only, if it is refreshed.
     """
     config, slot, image = gate.config, id(gate), tokens.image >= 0
     if step and config.decode != "refresh":
@@ -128,10 +125,7 @@ class ByIdentity:
         try:
             seen = ref(key, lambda _: kept.pop(number, None))
         except TypeError as error:
-            raise InputError(
-                f"Got a cache of type {type(key).__name__} for a gated model; expected one of "
-                "transformers' caches. Write past_key_values=DynamicCache()."
-            ) from error
+            raise no_cache(key) from error
         kept[number] = (seen, value)
 
     def get(self, key: Any) -> Any:
@@ -167,13 +161,18 @@ def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     return given.get("pixel_values"), encoded.get("image")
 
 
+def no_cache(found: Any) -> InputError:
+    """The error of a cache that cannot be followed."""
+    return InputError(
+        f"Got a cache of type {type(found).__name__} for a gated model; expected one of transformers' "
+        "caches. Write past_key_values=DynamicCache()."
+    )
+
+
 def length_of(cache: Any) -> int:
     """How many tokens a cache holds; 0 for None."""
     if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
-        raise InputError(
-            f"Got past_key_values of type {type(cache).__name__} for a gated model; expected one of "
-            "transformers' caches. Write past_key_values=DynamicCache()."
-        )
+        raise no_cache(cache)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -211,9 +210,8 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
     """The pass that goes on from ``before``, which filled a cache of ``length`` tokens."""
     if before is None:
         raise InputError(
-            f"Got a cache of {length} tokens that this gate has not seen; expected the cache of a "
-            "prompt that ran while the gate was attached, and not a copy of it. Write "
-            "gate.attach(model) before the prompt."
+            f"Got a cache of {length} tokens that this gate has not seen; expected that of a prompt which "
+            "ran while it was attached, not a copy of it. Write gate.attach(model) before the prompt."
         )
     turn = "Pass the whole conversation with its images and without past_key_values"
     if any(value is not None for value in images_of(given)):
@@ -235,7 +233,7 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
         )
     if length < prompt:
         raise InputError(
-            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Do not cut "
-            "a cache below its prompt: run the shorter prompt instead."
+            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "
+            "shorter prompt instead."
         )
     return before.at(length - prompt + 1)

@@ -62,8 +62,7 @@ class TrainResult(Shown):
         """The gate; an InputError if there are several."""
         if len(self.gates) != 1:
             raise InputError(
-                f"Got a result with gates at the layers {list(self.gates)}; expected one. Choose from "
-                "result.gates."
+                f"Got gates at the layers {list(self.gates)}; expected one. Choose from result.gates."
             )
         return next(iter(self.gates.values()))
 
@@ -93,19 +92,20 @@ class TrainResult(Shown):
         """One line per layer: loss and accuracy before and at the best step, beside the plain model."""
         import pandas as pd
 
-        base = self.record.get("base") or {}
+        base, found = self.record.get("base") or {}, self.record["results"]
         plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
-        found = self.record["results"]
         return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
 
     def _parts(self) -> tuple[str, pd.DataFrame]:
         record, many = self.record, len(self.gates)
-        train, held = record["data"]["train"], record["data"]["validation"]
+        trained, held = (
+            f"{record['data'][part]['records']} records about {record['data'][part]['images']}"
+            for part in ("train", "validation")
+        )
         head = (
-            f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {train['records']} records "
-            f"about {train['images']} images, {record['steps']} of {record['cost']['steps']} steps in "
-            f"{record['seconds']:.1f} s; validated on {held['records']} records about "
-            f"{held['images']} other images."
+            f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {trained} images, "
+            f"{record['steps']} of {record['cost']['steps']} steps in {record['seconds']:.1f} s; "
+            f"validated on {held} other images."
         )
         return head, self.summary().round(4)
 
@@ -161,12 +161,10 @@ def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
     lines = [a for a in loop.history if a["name"] == trainee.name and a["split"] == split]
     lines = lines or [{"step": 0, "loss": None, "accuracy": None}]
     best = next((line for line in lines if line["step"] == trainee.best_step), lines[-1])
+    pairs = [("first", lines[0]), ("best", best)]
     return {
         "split": split,
-        "first_loss": lines[0]["loss"],
-        "best_loss": best["loss"],
-        "first_accuracy": lines[0]["accuracy"],
-        "best_accuracy": best["accuracy"],
+        **{f"{which}_{name}": line[name] for name in ("loss", "accuracy") for which, line in pairs},
         "best_step": trainee.best_step,
         "ended_early": trainee.ended,
         **({} if trainee.failed is None else {"failed": trainee.failed}),
@@ -180,10 +178,9 @@ class GateStack(Shown, Result):
 
     Attributes:
         ordered: All gates, the one with the largest single gain first.
-        base: The score without a gate.
+        base: The score without a gate, ``score`` being ``"loss"`` or ``"accuracy"``.
         single: The score of each gate alone, in this order.
         stacked: The score of the first gate, the first two, and so on.
-        score: ``"loss"`` or ``"accuracy"``.
     """
 
     ordered: tuple[LSG, ...]
@@ -285,10 +282,10 @@ def greedy_stack(
         return [total.line()[score] for total in sums]
 
     with frozen(lvlm.module), torch.no_grad():
-        base, *single = scores([[], *([gate] for gate in given)], "one by one")
-        sign = -1 if score == "loss" else 1
-        places = sorted(range(len(given)), key=lambda i: -sign * single[i])
-        ordered = [given[i] for i in places]
+        base, *alone = scores([[], *([gate] for gate in given)], "one by one")
+        found = list(zip(alone, given, strict=True))
+        found.sort(key=lambda pair: pair[0] if score == "loss" else -pair[0])
+        single, ordered = zip(*found, strict=True)
         grown = [ordered[: i + 1] for i in range(1, len(ordered))]
-        stacked = (single[places[0]], *(scores(grown, "stacked") if grown else ()))
-    return GateStack(tuple(ordered), base, tuple(single[i] for i in places), stacked, score)
+        stacked = (single[0], *(scores(grown, "stacked") if grown else ()))
+    return GateStack(ordered, base, single, stacked, score)

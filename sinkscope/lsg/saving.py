@@ -133,12 +133,11 @@ def files_beside(
     versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
     head = {"format": kind, "format_version": VERSION, HELD[kind]: held, "versions": versions}
-    texts = {
-        name: json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-        for name, data in ((CONFIG, head), (RECORD, record))
-        if data is not None
-    }
-    return {CARD: card} | {name: f"{text}\n".encode() for name, text in texts.items()}
+    out = {CARD: card}
+    for name, data in {CONFIG: head, **({} if record is None else {RECORD: record})}.items():
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+        out[name] = f"{text}\n".encode()
+    return out
 
 
 def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
@@ -224,14 +223,13 @@ def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
     config, layer = gate.config.to_dict(), gate.config.layer
     model, _ = config.pop("model"), config.pop("weights")
     where = "the embeddings" if layer == "embed" else f"block {layer}"
-    training = unrecorded(gate)
-    if record is not None:
-        mine = dict(record)
-        if isinstance(record.get("results"), Mapping):
-            mine["results"] = {k: v for k, v in record["results"].items() if k == str(layer)}
-        if isinstance(mine.get("gates"), Mapping):
-            mine["trained_together"] = sorted(map(str, mine.pop("gates")))
-        training = f"As recorded by who trained it; long lists are summed up here.\n\n{table(mine)}"
+    mine = dict(record or {})
+    if isinstance(mine.get("results"), Mapping):
+        mine["results"] = {k: v for k, v in mine["results"].items() if k == str(layer)}
+    if isinstance(mine.get("gates"), Mapping):
+        mine["trained_together"] = sorted(map(str, mine.pop("gates")))
+    told = f"As recorded by who trained it; long lists are summed up here.\n\n{table(mine)}"
+    training = unrecorded(gate) if record is None else told
     count = sum(value.numel() for value in gate.tensors.values())
     return card_of(
         record,

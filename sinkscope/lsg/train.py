@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 class TrainingCost:
     """What training will cost, in passes of one block over one batch.
 
-    A block that carries a gradient is run forward and backward, for the gradient of what it reads: two
-    passes. Its weights get no gradient.
+    A block that carries a gradient counts twice, forward and backward. Its weights get no gradient.
 
     Attributes:
         steps: Steps of the optimiser.
@@ -155,11 +154,10 @@ def wanted_layers(
     """The layers of new gates, none if ``gates`` are given, which have made their ``choices``."""
     if isinstance(gates, LSG):
         raise InputError("Got one gate; expected a list. Write gates=[gate].")
-    if layers is None:
-        layers = () if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
     if isinstance(layers, (int, str)):
         raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
-    wanted = [plain(layer) for layer in layers]
+    every = () if gates else ("embed", *range(lvlm.anatomy.language.n_layers - 1))
+    wanted = [plain(layer) for layer in (every if layers is None else layers)]
     if bool(wanted) == bool(gates):
         raise InputError(
             f"Got layers={wanted} and {len(gates)} gates; expected either. Write layers=[10] for a new "
@@ -216,13 +214,11 @@ def train_lsg(
     """Train Layer-wise Sink Gates: next-token loss on the answers, the model frozen (2604.03316).
 
     Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
-    computed once for all. A gate reads the last prompt token, and its coefficients hold for the
-    answer. The paper publishes two epochs and no other setting: see `TrainingSettings` for what is ours.
+    computed once for all. A gate reads the last prompt token, and its coefficients hold for the answer.
 
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
-        dataset: Records with image (or a list of images), question, answer and, if you like,
-            image_id; see `sinkscope.data.batches.read_dataset`.
+        dataset: Records as `sinkscope.data.batches.read_dataset` takes them.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
         settings: The numbers of the run; or write its fields, ``epochs`` to ``seed``, as arguments.
         gates: Instead of layers, gates of different layers to start from. They are copied.
@@ -248,14 +244,12 @@ def train_lsg(
         out: A folder for checkpoints. Called again with the same settings and data, training goes
             on where it was killed and ends at the same weights.
         checkpoint_every: Steps between checkpoints.
-        accelerator: Processes of ``accelerate`` that share each step's rows; every one holds the
-            whole model on its own device. None trains in this process.
+        accelerator: Processes of ``accelerate`` that share each step's rows, each with the whole model.
         progress: Whether to show progress bars; None shows them from 50 records on.
-        dry_run: Whether to return what training would cost instead; the model does not run.
+        dry_run: Whether to return a `TrainingCost` instead; the model does not run.
 
     Returns:
-        The gates with the weights of the lowest validation loss, the history and a record; or, with
-        ``dry_run``, a `TrainingCost` to print.
+        The gates with the weights of the lowest validation loss, the history and a record.
 
     Raises:
         InputError: If the data, a setting or the folder does not fit.
@@ -276,10 +270,9 @@ def train_lsg(
             f"Got patience={settings.patience} and validation={validation}; expected some validation "
             "data to stop early by. Write validation=0.1, or patience=0."
         )
-    split = {"validation": validation, "seed": settings.seed, "progress": progress}
-    data, rows, tested = read_parts(
-        lvlm, dataset, validation_data, max_answer_tokens=max_answer_tokens, **split
-    )
+    limits = {"max_answer_tokens": max_answer_tokens, "progress": progress}
+    split = {"validation": validation, "seed": settings.seed}
+    data, rows, tested = read_parts(lvlm, dataset, validation_data, **split, **limits)
     count = 1 if accelerator is None else accelerator.num_processes
     edited = [gate.config.edited for gate in gates]
     edited += [0 if isinstance(layer, str) else layer + 1 for layer in wanted]
