@@ -37,9 +37,8 @@ from sinkscope.lsg.passes import (
 from sinkscope.models.keyhook import share_keys
 from sinkscope.sites import Site
 
-CARRIED = (
-    "sinkscope_passes"  # the argument of blocks that holds the pass that calls them, by attachment
-)
+CARRIED = "sinkscope_passes"
+"""The argument of blocks that holds, by attachment, the pass that calls them."""
 
 
 class Attachment:

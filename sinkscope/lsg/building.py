@@ -39,10 +39,8 @@ def config_for(
     made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
     wants_l = "L" in made["groups"]
     if l_detector is not None and not wants_l:
-        raise InterventionError(
-            f"Got l_detector={l_detector!r} for a gate without an L group; expected none. Write "
-            "groups=('V', 'L', 'rest')."
-        )
+        what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
+        raise InterventionError(f"{what} Write groups=('V', 'L', 'rest').")
     low = l_detector if wants_l else NoSinks()
     rules = SinkRules.on_others(
         lvlm, lambda: samples or drawn_samples(lvlm), v_detector, low, progress=None

@@ -184,18 +184,13 @@ class LSG(nn.Module):
         return out
 
     def attach(self, model: Any) -> Attachment:
-        """Gate a plain ``transformers`` model, without nnsight.
+        """Gate a plain ``transformers`` model, a ``PeftModel`` around it, or an LVLM, without nnsight.
 
-        Args:
-            model: The ``transformers`` model, a ``PeftModel`` around it, or an LVLM.
-
-        Returns:
-            What to ``detach()``, or ``with gate.attach(model):`` until the block ends.
+        Call ``detach()`` on what it returns, or write ``with gate.attach(model):``. While attached, a pass
+        that cannot be gated rightly, such as one on a cache that was filled before, is an InputError.
 
         Raises:
             InterventionError: If the gate was made for another model or is attached to it already.
-            InputError: While attached, for a pass that cannot be gated rightly, such as one on a cache
-                that was filled before.
         """
         return attach(self, model)
 
@@ -213,13 +208,8 @@ class LSG(nn.Module):
     ) -> None:
         """Write ``model.safetensors`` (fp32), ``config.json`` and a card; all of it or nothing.
 
-        Args:
-            folder: A new or empty folder, or one of another gate, which is replaced.
-            record: How it was trained, for the card and ``training.json``; None for `record`.
-
-        Raises:
-            CheckpointError: If the folder holds something else, or cannot be written.
-            InputError: If the record is no plain data.
+        ``record``, plain data, says how it was trained; None is the gate's own. The folder is new, empty or
+        that of another gate, which is replaced; else, and if it cannot be written, it is a CheckpointError.
         """
         saving.save_gate(folder, saved(self, record))
 
@@ -232,14 +222,9 @@ class LSG(nn.Module):
         lvlm: LVLM | None = None,
         allow_noop: bool = False,
     ) -> LSG:
-        """Load a gate. No code of the files is run.
+        """Load a gate from a folder, or a hub repository and its branch, tag or commit; no code is run.
 
-        Args:
-            path_or_repo: A folder, or a hub repository.
-            revision: Branch, tag or commit of a repository.
-            subfolder: A folder within.
-            lvlm: The model to check it against now, on whose device it goes; None checks at first use.
-            allow_noop: See the class.
+        It is checked against ``lvlm`` now and goes on its device; without, it is checked at first use.
 
         Raises:
             CheckpointError: If files are missing, damaged or of something else.
@@ -257,17 +242,11 @@ class LSG(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Put the files of `save_pretrained` into a hub repository, which is made if need be.
+        """Put the files of `save_pretrained` into a hub repository; returns the address of the commit.
 
-        Args:
-            repo: Such as ``"user/gate"``; it holds a gate or nothing.
-            record: As in `save_pretrained`.
-            private: Whether a new repository is private.
-            revision: An existing branch; None for the main one.
-            token: None for that of ``hf auth login``.
-
-        Returns:
-            The address of the commit; without network, login or permission it is a CheckpointError.
+        The repository holds a gate or nothing and is made, ``private`` or not, if need be. ``revision`` is
+        an existing branch. Without network, permission and ``token`` (None for that of ``hf auth login``)
+        it is a CheckpointError.
         """
         return saving.push_gate(repo, saved(self, record), private, revision, token)
 
@@ -290,7 +269,7 @@ class LSG(nn.Module):
         lvlm: LVLM | None = None,
         allow_noop: bool = False,
     ) -> list[LSG]:
-        """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
+        """Load what `save_stack` wrote; see `from_pretrained`."""
         found = loading.read_stack(loading.source_of(path_or_repo, revision, subfolder))
         return [loaded(one, lvlm, allow_noop) for one in found]
 

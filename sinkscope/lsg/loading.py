@@ -96,7 +96,7 @@ def read_stack(source: Source) -> list[SavedGate]:
     """The gates of a stack, in its order."""
     names = read_head(source, STACK)
     good = isinstance(names, list) and all(
-        isinstance(one, str) and one and "/" not in one and not one.startswith(".") for one in names
+        isinstance(one, str) and re.fullmatch(r"[^./][^/]*", one, re.DOTALL) for one in names
     )
     if not good or not names or len(set(names)) < len(names):
         raise CheckpointError(
@@ -115,9 +115,10 @@ def read_gate(source: Source) -> SavedGate:
     tensors = read_tensors(path)
     check_tensors(config, tensors, path)
     tensors = {name: as_fp32(name, value, path) for name, value in tensors.items()}
-    told = source.find(RECORD)
-    record = None if told is None else read_json(told, AGAIN)
-    if told is not None and not isinstance(record, Mapping):
+    if (told := source.find(RECORD)) is None:
+        return SavedGate(config, tensors, None)
+    record = read_json(told, AGAIN)
+    if not isinstance(record, Mapping):
         what = f"Got {str(told)!r}, which holds a {type(record).__name__}"
         raise CheckpointError(f"{what}; expected a training record, values by name. {AGAIN}")
     return SavedGate(config, tensors, record)
@@ -203,9 +204,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
         listed = list(leaves(found)) if isinstance(found, Mapping) else None
     except UnpicklingError as error:
-        only = (
-            "tensors alone. Nothing of it was run. If you trust its maker, make safetensors of it."
-        )
+        only = "tensors alone. Nothing of it was run. If you trust it, make safetensors of it."
         raise bad("a pickle that holds more than tensors or is no PyTorch file", only) from error
     except RecursionError as error:
         raise bad("whose dictionaries are nested too deeply") from error
@@ -217,15 +216,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     named = [(name, one) for name, one in listed if isinstance(one, Tensor)]
     twice = sorted(n for n, many in Counter(name for name, _ in named).items() if many > 1)
     if twice:
-        what = (
-            f"in which several tensors are called {twice[:5]} once nested names are joined by dots"
-        )
+        what = f"in which several tensors are called {twice[:5]}, nested names joined by dots"
         raise bad(what, "a name for each. Save one of them.")
     strange = [name for name, tensor in named if not is_plain(tensor)]
     if strange:
         what = f"in which {strange[:5]} hold no numbers of their own, or not one for each place"
-        rule = "no meta, sparse, nested or expanded tensors. Save x.to_dense().contiguous()."
-        raise bad(what, rule)
+        raise bad(what, "no meta, sparse or expanded tensors. Save x.to_dense().contiguous().")
     return dict(named)
 
 

@@ -69,16 +69,10 @@ def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool 
 def gate_inputs(
     lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
 ) -> tuple[Captured, dict[int, Tensor]]:
-    """Run the plain model without gradient and keep what gates read.
+    """Run the plain model without gradient and keep what gates read that scale keys in ``blocks``.
 
-    Args:
-        lvlm: The model.
-        inputs: What it is called with.
-        blocks: The blocks whose keys gates scale.
-        whole: Whether to run beyond the last of them, for the losses without a gate.
-
-    Returns:
-        The pass, and what the vision blocks that feed the projector wrote.
+    ``whole`` runs beyond the last of them, for the losses without a gate. Returns the pass, and by block
+    what the vision blocks that feed the projector wrote.
     """
     vision: dict[int, Tensor] = {}
 
@@ -98,11 +92,7 @@ def gate_signals(
 ) -> dict[str, Tensor]:
     """What a gate finds in a pass: ``"V"`` and ``"L"`` ``[row pos]``, ``"coefficients"`` ``[row group]``.
 
-    Args:
-        gate: The gate.
-        tokens: What every position is.
-        vision: Vision block -> what it wrote, for the blocks that feed the projector.
-        state: What the edited block reads, ``[row pos d_model]``; the gate reads the same.
+    ``vision`` is that of `gate_inputs`, and ``state`` ``[row pos d_model]`` what the edited block reads.
     """
     notes: dict[str, Any] = {"step": 0, "memory": {}}
     for signal in signals_of(gate, tokens):
@@ -115,10 +105,8 @@ def gate_signals(
 def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
     """Compute the losses of a batch under a stack of gates, with a graph if gradients are on.
 
-    Args:
-        gates: The gates; each reads what those before it left. None is the plain model, for which
-            the whole pass must have been shared.
-        shared: The batch, with the lowest edited block captured.
+    Each gate reads what those before it left. Without gates it is the plain model, for which the whole
+    pass must have been shared; else the lowest edited block must be captured.
     """
     captured, batch = shared.captured, shared.batch
     coefficients: dict[int, Tensor] = {}
