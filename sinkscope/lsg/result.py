@@ -29,24 +29,8 @@ if TYPE_CHECKING:
     from sinkscope.training.loop import Loop, Trainee
 
 
-class Shown:
-    """A result that is shown as a sentence and a table."""
-
-    def _parts(self) -> tuple[str, pd.DataFrame]:
-        """The sentence, and the table with rounded numbers."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        head, table = self._parts()
-        return f"{head}\n{table.to_string(index=False)}"
-
-    def _repr_html_(self) -> str:
-        head, table = self._parts()
-        return f"<p>{escape(head)}</p>{table.to_html(index=False, border=0)}"
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class TrainResult(Shown):
+class TrainResult:
     """Trained gates by layer, with their best weights.
 
     ``record`` is plain data for a model card: data, settings, losses, versions, machine, time. ``lines``
@@ -96,28 +80,28 @@ class TrainResult(Shown):
         plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
         return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
 
-    def _parts(self) -> tuple[str, pd.DataFrame]:
+    def _head(self) -> str:
         record, many = self.record, len(self.gates)
         trained, held = (
             f"{record['data'][part]['records']} records about {record['data'][part]['images']}"
             for part in ("train", "validation")
         )
-        head = (
+        return (
             f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {trained} images, "
             f"{record['steps']} of {record['cost']['steps']} steps in {record['seconds']:.1f} s; "
             f"validated on {held} other images."
         )
-        return head, self.summary().round(4)
 
-    __repr__ = Shown.__str__
+    def __repr__(self) -> str:
+        return f"{self._head()}\n{self.summary().round(4).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        table = self.summary().round(4).to_html(index=False, border=0)
+        return f"<p>{escape(self._head())}</p>{table}"
 
 
 def record_of(
-    name: str,
-    facts: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    loop: Loop,
-    base: Mapping[str, float] | None,
+    name: str, facts: Mapping[str, Any], cost: dict[str, Any], loop: Loop, base: dict | None
 ) -> dict[str, Any]:
     """The record of a finished loop: what it was started with, what came out, and where it ran."""
     packages = ("sinkscope", "torch", "transformers", "accelerate")
@@ -127,10 +111,10 @@ def record_of(
         "base_model": name,
         "method": "Layer-wise Sink Gating, arXiv 2604.03316",
         "objective": "next-token loss on the answer, model frozen",
-        "cost": dict(cost),
+        "cost": cost,
         "steps": loop.step,
         "seconds": loop.seconds,
-        "base": None if base is None else dict(base),
+        "base": base,
         "results": {trainee.name: _result_of(loop, trainee) for trainee in loop.trainees},
         "versions": {**versions, "python": platform.python_version()},
         "machine": {  # what numbers and times depend on; nothing that names the machine
@@ -173,7 +157,7 @@ def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class GateStack(Shown, Result):
+class GateStack(Result):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
     Attributes:
@@ -222,8 +206,9 @@ class GateStack(Shown, Result):
         }
         return pd.DataFrame(columns)
 
-    def _parts(self) -> tuple[str, pd.DataFrame]:
-        return f"{self.score} without a gate: {self.base:.4f}", self.to_dataframe().round(4)
+    def __str__(self) -> str:
+        table = self.to_dataframe().round(4).to_string(index=False)
+        return f"{self.score} without a gate: {self.base:.4f}\n{table}"
 
 
 def greedy_stack(

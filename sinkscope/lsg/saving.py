@@ -52,25 +52,7 @@ from sinkscope.lsg.loading import (
 
 CARD = "README.md"
 OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-Layer-wise Sink Gating ([2604.03316](https://arxiv.org/abs/2604.03316)) as made by sinkscope. {{ about }}
-
-```python
-import sinkscope as ss
-
-{{ load }}("path/to/this/folder", lvlm=lvlm)  # refuses another model
-lvlm.generate(sample, interventions={{ use }})
-```
-{% for heading, text in sections.items() %}
-## {{ heading }}
-
-{{ text }}
-{% endfor %}"""
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def save_gate(folder: Any, gate: SavedGate) -> None:
@@ -275,7 +257,7 @@ def card_of(record: Mapping[str, Any] | None, **parts: Any) -> bytes:
     named = isinstance(base, str) and REPOSITORY.match(base)
     tags = ["attention-sinks", "layer-wise-sink-gating"]
     front = {"library_name": "sinkscope", "tags": tags, "base_model": base if named else None}
-    card = ModelCard.from_template(ModelCardData(**front), template_str=TEMPLATE, **parts)
+    card = ModelCard.from_template(ModelCardData(**front), template_path=str(TEMPLATE), **parts)
     return str(card).encode()
 
 
