@@ -81,7 +81,6 @@ class Attachment:
         )
 
     def _hook(self) -> None:
-        """Register all hooks."""
         config, part = self.gate.config, self.model.get_submodule
         language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
         tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
@@ -122,7 +121,6 @@ class Attachment:
         self._now = now
 
     def _started(self, given: Mapping[str, Any]) -> Pass:
-        """The pass of a prompt."""
         if given.get("input_ids") is None:
             raise InputError(
                 "Got a prompt without input_ids for a gated model; expected them, to find the image "
@@ -211,7 +209,6 @@ class Attachment:
         return now
 
     def _kept(self, now: Pass) -> dict[str, Any]:
-        """What the gate has found in a pass."""
         return now.state["memory"].get(("gate", id(self.gate)), {})
 
     def _read(self, now: Pass, site: Site, seen: Any) -> None:

@@ -134,10 +134,8 @@ class GateConfig:
         self._check_types()
         many = len(self.groups)
         if self.init == "neutral" and self.scale != many:
-            raise InterventionError(
-                f"Got init='neutral' and scale={self.scale:g}; expected scale={many}: as many as "
-                f"there are groups {self.groups}, so that a new gate's coefficients are 1."
-            )
+            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
+            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
         if ("L" in self.groups) != (self.l_detector is not None):
             raise InterventionError(
                 f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
@@ -192,11 +190,8 @@ class GateConfig:
 
 def _check_rule(name: str, rule: Any, width: Any) -> None:
     """Refuse a rule that is none, is for another tower, or reads channels beyond states of ``width``."""
-    if not isinstance(rule, Mapping) or not isinstance(rule.get("name"), str):
-        raise InterventionError(
-            f"Got {name}={rule!r}; expected a rule by name and parameters, as "
-            "sinkscope.lsg.describe(detector) gives it."
-        )
+    named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
+    require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
     try:
         detector = detector_of(rule)
     except DetectorError as error:

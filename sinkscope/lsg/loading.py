@@ -25,8 +25,7 @@ from sinkscope.lsg.config import GateConfig, canonical, check_fingerprint, check
 
 FORMAT, STACK, VERSION = "sinkscope-lsg", "sinkscope-lsg-stack", 1
 CONFIG, TENSORS, RECORD = "config.json", "model.safetensors", "training.json"
-HELD = {FORMAT: "gate", STACK: "gates"}
-"""The field of `CONFIG` that says what a folder of that kind holds."""
+HELD = {FORMAT: "gate", STACK: "gates"}  # the field of CONFIG that says what a folder holds
 WRITES = {FORMAT: "gate.save_pretrained(folder)", STACK: "ss.LSG.save_stack(gates, folder)"}
 READS = {FORMAT: "ss.LSG.from_pretrained(...)", STACK: "ss.LSG.load_stack(...)"}
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")

@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What training will cost, in passes of one block over one batch.
-
-    A block that carries a gradient counts twice, forward and backward. Its weights get no gradient.
+    """What training will cost, in passes of one block over one batch; with a gradient there are two.
 
     Attributes:
         steps: Steps of the optimiser.
@@ -129,8 +127,7 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
     """Refuse a model that cannot be trained with here."""
     if torch.is_inference_mode_enabled():
         raise ModelError(
-            "Got torch.inference_mode(), in which nothing can be trained; expected to be outside of it. "
-            "Leave that block; the model itself gets no gradient anyway."
+            "Got torch.inference_mode(); expected to be outside of it. Leave that block."
         )
     if lvlm.device.type == "meta":
         raise ModelError(
@@ -172,7 +169,7 @@ def wanted_layers(
             "Write layers=[...] for new gates."
         )
     every = wanted or [gate.layer for gate in check_gates(gates)]
-    if len(set(every)) != len(every):
+    if len(set(every)) < len(every):
         raise InputError(f"Got the layers {every}; expected every layer once.")
     for gate in gates:
         gate.check_fits(lvlm)

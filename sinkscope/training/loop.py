@@ -215,13 +215,12 @@ class Loop:
         return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
     def _one_step(self, bar: Any) -> None:
-        """Take one step with every active trainee."""
         before, lr = self._active, self.settings.lr_at(self.step, self.steps)
         for trainee in before:
             trainee.optimizer.zero_grad()
         for trainee, total in self._summed(self.plan(self.step), lr, train=True):
             if self._update(trainee, total["tokens"], lr):
-                self._note(trainee, "train", total, lr)
+                self._note(trainee, "train", self.step + 1, total, lr)
         self.step += 1
         losses = [line["loss"] for line in self.history[-len(before) :]]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
@@ -232,8 +231,8 @@ class Loop:
         """Keep the weights of the lowest validation loss; without a validation part, the newest."""
         lr = self.settings.lr
         for trainee, total in self._summed(self._own(self.held), lr) if self.held else ():
-            line = self._note(trainee, "validation", total, None)
-            trainee.keep_best(line["loss"], self.step, self.settings.patience)
+            self._note(trainee, "validation", self.step, total, None)
+            trainee.keep_best(total.line()["loss"], self.step, self.settings.patience)
         for trainee in () if self.held else self._active:
             weights = torch.cat([p.flatten() for p in trainee.parameters.values()])
             if self._finite(weights, trainee, "weight", lr):
@@ -289,12 +288,9 @@ class Loop:
             raise NonFiniteError(trainee.failed)
         return False
 
-    def _note(self, trainee: Trainee, split: str, total: Sums, lr: float | None) -> dict[str, Any]:
-        """Add a line to the history."""
-        done = self.step if split == "validation" else self.step + 1
-        line = {"name": trainee.name, "step": done, "epoch": done / self.per_epoch}
-        self.history.append(line | {"split": split, "lr": lr} | total.line())
-        return self.history[-1]
+    def _note(self, one: Trainee, split: str, done: int, total: Sums, lr: float | None) -> None:
+        line = {"name": one.name, "step": done, "epoch": done / self.per_epoch, "split": split}
+        self.history.append(line | {"lr": lr} | total.line())
 
     def _save(self) -> None:
         """Write a checkpoint, whole or not at all; the one before is removed afterwards."""
@@ -325,10 +321,8 @@ class Loop:
         try:
             tensors = load_file(found[-1] / "state.safetensors")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error}); expected a "
-                f"whole file. {again}"
-            ) from error
+            what = f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error})"
+            raise CheckpointError(f"{what}; expected a whole file. {again}") from error
         data = read_json(found[-1] / "state.json", again)
         for trainee in self.trainees:
             trainee.restore(tensors, data["runners"][trainee.name])
