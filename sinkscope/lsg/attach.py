@@ -24,15 +24,16 @@ from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.passes import (
     ByIdentity,
+    Gate,
     Pass,
     arguments_of,
     continued,
     images_of,
     length_of,
-    refuse_reentrant,
+    placed,
+    signals_of,
     started,
 )
-from sinkscope.lsg.signals import Gate, placed, signals_of
 from sinkscope.models.keyhook import share_keys
 from sinkscope.sites import Site
 
@@ -41,12 +42,7 @@ CARRIED = "sinkscope_passes"
 
 
 class Attachment:
-    """A gate on a model, until `detach`.
-
-    Attributes:
-        gate: The gate.
-        model: The ``transformers`` model.
-    """
+    """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
     def __init__(self, gate: Gate, model: nn.Module) -> None:
         self.gate, self.model = gate, model
@@ -56,7 +52,6 @@ class Attachment:
         self._seen: tuple[dict[str, Tensor], dict[int, Tensor]] | None = None  # by the vision tower
         self._used = ByIdentity()  # what was encoded before the pass that took it
         self._passes = ByIdentity()  # by cache
-        self._edited = gate.config.edited
         self._now: Pass | None = None
         self._last: Pass | None = None
         self._stack = ExitStack()
@@ -65,8 +60,8 @@ class Attachment:
     @property
     def coefficients(self) -> Tensor | None:
         """The coefficients of the last forward pass, float ``[batch group]``; None before the first."""
-        found = None if self._last is None else self._kept(self._last).get("coefficients")
-        return None if found is None else found.detach()
+        kept = {} if self._last is None else self._kept(self._last)
+        return kept["coefficients"].detach() if "coefficients" in kept else None
 
     def detach(self) -> None:
         """Take the gate off; the model is bitwise as before. A second call does nothing."""
@@ -79,15 +74,13 @@ class Attachment:
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be copied: the copy would be half gated, by the original's passes."""
+    def __reduce_ex__(self, protocol: object) -> NoReturn:  # a copy would share the passes
         raise InterventionError(
             "Got a model to copy or pickle that a gate is attached to; expected a plain one. Write "
             "gate.detach() first, and attach the gate to the copy again."
         )
 
     def _hook(self) -> None:
-        """Register all hooks."""
         config, part = self.gate.config, self.model.get_submodule
         language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
         tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
@@ -97,9 +90,10 @@ class Attachment:
             part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
             part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
-        for layer in config.model["feed_layers"]:
-            keep = partial(self._after_vision, layer)
-            handles.append(part(vision[layer]).register_forward_hook(keep))
+        handles += [
+            part(vision[layer]).register_forward_hook(partial(self._after_vision, layer))
+            for layer in config.model["feed_layers"]
+        ]
         edited = part(language[config.edited])
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
@@ -120,16 +114,13 @@ class Attachment:
         given = arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
         length = length_of(cache)
-        if length:
-            now = continued(self._passes.get(cache), given, length)
-        else:
-            now = self._started(given)
+        before = self._passes.get(cache)
+        now = continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)
         self._now = now
 
     def _started(self, given: Mapping[str, Any]) -> Pass:
-        """The pass of a prompt."""
         if given.get("input_ids") is None:
             raise InputError(
                 "Got a prompt without input_ids for a gated model; expected them, to find the image "
@@ -137,14 +128,13 @@ class Attachment:
             )
         pixels, encoded = images_of(given)
         if encoded is None:
-            self._seen = None
-            # a text prompt has nothing to scale
+            self._seen = None  # and a text prompt has nothing to scale
             return Pass() if pixels is None else started(self.model, self.anatomy, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
-                "Got images that were encoded before the gate was attached, or for an earlier pass "
-                "without its cache, as generate(use_cache=False) does it; expected to see them pass the "
-                "vision tower, once. Write use_cache=True, or pass pixel_values."
+                "Got images that were encoded before the gate was attached, or for an earlier pass, as by "
+                "generate(use_cache=False); expected to see them pass the vision tower, once. Write "
+                "use_cache=True, or pass pixel_values."
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
@@ -179,13 +169,13 @@ class Attachment:
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""
         now = self._pass({})
-        refuse_reentrant(self.model.get_submodule(self.anatomy.language.blocks[self._edited]))
+        self._refuse_reentrant()
         if now.tokens is not None and not now.state["step"]:
             fed = {} if self._seen is None else self._seen[1]
             if not fed:
                 raise InputError(
-                    "Got a prompt with images that did not pass the vision tower of a gated model; "
-                    "expected them to. Pass pixel_values."
+                    "Got images that did not pass the vision tower of a gated model; expected them to. "
+                    "Pass pixel_values."
                 )
             for layer in self.gate.config.model["feed_layers"]:
                 self._read(now, Site("vision", "resid_post", layer), fed[layer])
@@ -195,19 +185,30 @@ class Attachment:
             return None
         return args, {**kwargs, CARRIED: {**kwargs.get(CARRIED, {}), id(self): now}}
 
+    def _refuse_reentrant(self) -> None:
+        """Refuse checkpoints that run the edited block without a graph first."""
+        block: Any = self.model.get_submodule(self.anatomy.language.blocks[self.gate.config.edited])
+        if not (getattr(block, "gradient_checkpointing", False) and block.training):
+            return
+        keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
+        if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
+            raise InputError(
+                "Got reentrant gradient checkpointing, which loses the gate's gradients; expected the "
+                'other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+
     def _pass(self, given: Mapping[str, Any]) -> Pass:
         """The pass that a block is part of, also when a checkpoint runs it again."""
         now = given.get(CARRIED, {}).get(id(self), self._now)
         if now is None:
             raise InputError(
-                "Got a call of a part of a gated model, such as model.model(...); expected one of the "
-                "whole model, where the gate sees images and labels. Write model(**inputs), also in a "
+                "Got a call of a part of a gated model, such as model.model(...); expected the whole "
+                "model, where the gate sees images and labels. Write model(**inputs), also in a "
                 "wrapper that calls model.forward, or gate.detach() first."
             )
         return now
 
     def _kept(self, now: Pass) -> dict[str, Any]:
-        """What the gate has found in a pass."""
         return now.state["memory"].get(("gate", id(self.gate)), {})
 
     def _read(self, now: Pass, site: Site, seen: Any) -> None:
@@ -216,20 +217,21 @@ class Attachment:
             return
         found = first_tensor(seen)
         for signal in signals_of(self.gate, now.tokens, now.state["step"]):
-            if signal.site == site:
-                given = placed(signal.parameters, found)
-                if "at" in given:
-                    last = now.last.to(found.device)
-                    places = torch.arange(given["tokens"].shape[1], device=last.device)
-                    # Behind the prompt there may be an answer: labels say so.
-                    given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
-                signal.kernel(found, now.state, **given)
+            if signal.site != site:
+                continue
+            given = placed(signal.parameters, found)
+            if "at" in given:  # behind the prompt there may be an answer: labels say so
+                last = now.last.to(found.device)
+                places = torch.arange(given["tokens"].shape[1], device=last.device)
+                given |= {"at": last, "tokens": given["tokens"] & (places <= last[:, None])}
+            signal.kernel(found, now.state, **given)
 
     def _around(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         """After the block before the edited one, and before the edited one."""
-        site = Site("language", "resid_post", self._edited - 1)
+        edited = self.gate.config.edited
+        site = Site("language", "resid_post", edited - 1)
         if output is None:
-            site = Site("language", "resid_pre", self._edited)
+            site = Site("language", "resid_pre", edited)
             output = args[0] if args else kwargs["hidden_states"]
         self._read(self._pass(kwargs), site, output)
 
@@ -258,21 +260,8 @@ def attach(gate: Gate, model: Any) -> Attachment:
             "without interventions on. Write gate.attach(lvlm), or lvlm.edited([gate, ...])."
         )
     if any(one.model is module for one in ATTACHED.get(gate, [])):
-        raise InterventionError(
-            "Got a model that this gate is attached to already; expected it once. Write "
-            "gate.detach() first."
-        )
+        text = "Got a model that this gate is attached to already; expected it once."
+        raise InterventionError(f"{text} Write gate.detach() first.")
     one = Attachment(gate, module)
     ATTACHED.setdefault(gate, WeakSet()).add(one)
     return one
-
-
-def detach(gate: Gate) -> None:
-    """See `LSG.detach`."""
-    mine = list(ATTACHED.get(gate, []))
-    if not mine:
-        raise InterventionError(
-            "Got a gate that is attached to nothing; expected gate.attach(model) before."
-        )
-    for one in mine:
-        one.detach()

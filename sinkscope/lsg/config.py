@@ -1,10 +1,9 @@
-"""What a gate is made of and for: one checked record, and the names and sizes of its model."""
+"""The choices of a gate as one checked record, with the names and sizes of its model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,39 +13,34 @@ from torch import nn
 from sinkscope.checks import check_choice, is_number, is_whole
 from sinkscope.detectors.kinds import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
-from sinkscope.errors import DetectorError, InterventionError
+from sinkscope.errors import DetectorError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS
 
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
-MODEL_ALIASES = MappingProxyType(
-    {
-        "llava_llama": "llava",  # config.model_type of the original LLaVA code
-        "LlavaLlamaForCausalLM": "llava",  # its architecture
-        "LlavaForConditionalGeneration": "llava",
-        "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-        "Gemma3ForConditionalGeneration": "gemma3",
-    }
-)
+MODEL_ALIASES = {
+    "llava_llama": "llava",  # config.model_type of the original LLaVA code
+    "LlavaLlamaForCausalLM": "llava",  # its architecture
+    "LlavaForConditionalGeneration": "llava",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Gemma3ForConditionalGeneration": "gemma3",
+}
 """Model types and class names, and what ``transformers`` calls the type."""
 
 
-def _llava(layers: int, width: int) -> Mapping[str, Any]:
-    """The fingerprint of a LLaVA-1.5: CLIP ViT-L/14-336, read at its second-last block."""
+def _llava(layers: int, width: int) -> dict[str, Any]:
+    """The sizes of a LLaVA-1.5: CLIP ViT-L/14-336, read at its second-last block."""
     vision = {"vision_layers": 24, "vision_width": 1024, "feed_layers": [22], "tokens_merged": 1}
     language = {"language_layers": layers, "language_width": width}
     heads = {"heads": width // 128, "kv_heads": width // 128, "head_dim": 128}
-    return MappingProxyType({"model_type": "llava", **vision, **language, **heads})
+    return {"model_type": "llava", **vision, **language, **heads}
 
 
-BASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "liuhaotian/llava-v1.5-7b": _llava(32, 4096),
-        "llava-hf/llava-1.5-7b-hf": _llava(32, 4096),
-        "liuhaotian/llava-v1.5-13b": _llava(40, 5120),
-        "llava-hf/llava-1.5-13b-hf": _llava(40, 5120),
-    }
-)
-"""Repositories and the fingerprint of their model. A converted checkpoint has the same sizes and, up to
+BASES: Mapping[str, Mapping[str, Any]] = {
+    name.format(size): _llava(layers, width)
+    for size, layers, width in (("7b", 32, 4096), ("13b", 40, 5120))
+    for name in ("liuhaotian/llava-v1.5-{}", "llava-hf/llava-1.5-{}-hf")
+}
+"""Repositories and the sizes of their model. A converted checkpoint has the same sizes and, up to
 rounding, the same weights: a gate for the one is a gate for the other."""
 
 
@@ -58,46 +52,54 @@ def require(good: bool, name: str, value: Any, expected: str) -> None:
         raise InterventionError(f"Got {name}={shown}; expected {expected}.")
 
 
+def check_layer(layer: Any, n_layers: int) -> int | str:
+    """The block a gate reads: ``"embed"`` or an index with a block behind it; else a LayerError."""
+    if layer != "embed" and not (isinstance(layer, int) and is_whole(layer, 0, n_layers - 2)):
+        raise LayerError(
+            f"Got layer={layer!r} for a gate in a decoder of {n_layers} blocks; expected 'embed' or "
+            f"0 to {n_layers - 2}: a gate at block l scales keys in block l + 1."
+        )
+    return layer
+
+
 def check_fingerprint(model: Mapping[str, Any]) -> None:
     """Refuse a fingerprint that cannot be of a model: a size is missing or no whole number."""
     require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
     for name in _llava(1, 128):
         value = model.get(name)
+        good, wanted = is_whole(value, 1), "a whole number of 1 or more"
         if name == "model_type":
-            require(isinstance(value, str), f"model[{name!r}]", value, "the name of a type")
+            good, wanted = isinstance(value, str), "the name of a type"
         elif name == "feed_layers":
             good = isinstance(value, list) and value != [] and all(is_whole(v, 0) for v in value)
-            require(good, f"model[{name!r}]", value, "a list of block indices")
-        else:
-            require(is_whole(value, 1), f"model[{name!r}]", value, "a whole number of 1 or more")
+            wanted = "a list of block indices"
+        require(good, f"model[{name!r}]", value, wanted)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The choices a gate is made of. What the paper leaves open is an option here.
+    """The choices a gate is made of; what the paper leaves open is an option.
 
     Attributes:
         layer: The block whose output the gate reads, or ``"embed"`` for the decoder's input.
         d_model: Width of what it reads.
-        groups: Which keys have a coefficient of their own, in this order: ``("V", "rest")`` as in
-            the paper, ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every
-            other image token.
+        groups: The groups of image tokens with a coefficient each: ``("V", "rest")`` as in the paper,
+            ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every other one.
         signal: ``"last"`` prompt token (the paper), or the mean of all live prompt tokens
             (``"mean"``) or of the image tokens (``"visual"``).
-        decode: At decode steps the coefficients of the prompt hold (``"frozen"``), are computed
-            again from the newest token (``"refresh"``), or keys are left alone (``"off"``). The
-            paper does not say.
+        decode: At decode steps the prompt's coefficients hold (``"frozen"``), are computed again from
+            the newest token (``"refresh"``), or keys are left alone (``"off"``). The paper is silent.
         init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper: an untrained gate then halves
-            every visual logit; ``"neutral"`` makes them 1, and needs a scale of as many as there are
-            groups (`LSG.for_model` sets it).
-        scale: What the softmax is multiplied by: the bound of the sum of coefficients.
+            every visual logit. ``"neutral"`` makes them 1 and needs a scale of as many as there are
+            groups, which `LSG.for_model` sets.
+        scale: What the softmax is multiplied by: the sum of the coefficients.
         hidden: Width of the hidden layer; 64 in the paper.
-        activation: One of ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"``; the paper does not say.
+        activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``; the paper does not say.
         affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
         v_detector: The rule for V-sinks, by name and parameters.
         l_detector: The rule for L-sinks likewise, or None without an L group.
-        model: What the gate was made for: see `fingerprint`.
-        weights: A few numbers of the model's weights, see `sketch`; empty if it had none.
+        model: Type and sizes of the model that the gate was made for.
+        weights: A few numbers of the model's LM head; empty if it had none.
         seed: Of the first layer's weights.
     """
 
@@ -132,10 +134,8 @@ class GateConfig:
         self._check_types()
         many = len(self.groups)
         if self.init == "neutral" and self.scale != many:
-            raise InterventionError(
-                f"Got init='neutral' and scale={self.scale:g}; expected scale={many}: as many as "
-                f"there are groups {self.groups}, so that a new gate's coefficients are 1."
-            )
+            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
+            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
         if ("L" in self.groups) != (self.l_detector is not None):
             raise InterventionError(
                 f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
@@ -147,12 +147,11 @@ class GateConfig:
 
     def _check_types(self) -> None:
         """Refuse numbers, switches and tables of another type."""
-        layer, weights, model = self.layer, self.weights, self.model
+        weights, model = self.weights, self.model
         named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
         numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
-        where = layer == "embed" or is_whole(layer, 0)
-        # torch takes a seed of at most 64 bits, with a sign or without
-        seeded = is_whole(self.seed, -(2**63), 2**64 - 1)
+        where = self.layer == "embed" or is_whole(self.layer, 0)
+        seeded = is_whole(self.seed, -(2**63), 2**64 - 1)  # what torch takes
         for name, good, expected in (
             ("layer", where, "'embed' or the index of a block, from 0"),
             ("d_model", is_whole(self.d_model, 1), "a whole number of 1 or more"),
@@ -176,11 +175,7 @@ class GateConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
-        """The config of `to_dict`.
-
-        Raises:
-            InterventionError: If a field is missing, unknown or impossible.
-        """
+        """The config of `to_dict`; an InterventionError if a field is missing, unknown or impossible."""
         require(isinstance(data, Mapping), "gate", data, "its choices, by name")
         known = {f.name for f in fields(cls)}
         strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
@@ -189,26 +184,14 @@ class GateConfig:
                 f"Got a gate config with unknown fields {strange} and without {missing}; expected "
                 f"fields among {sorted(known)}. It was written by another version or another tool."
             )
-        given = dict(data)
-        for name in ("groups", "weights"):
-            if isinstance(given.get(name), list):
-                given[name] = tuple(given[name])
-        return cls(**given)
+        lists = {k: tuple(data[k]) for k in ("groups", "weights") if isinstance(data.get(k), list)}
+        return cls(**{**data, **lists})
 
 
 def _check_rule(name: str, rule: Any, width: Any) -> None:
-    """Refuse a rule that is none, is for another tower, or reads channels beyond the states.
-
-    Args:
-        name: ``"v_detector"`` or ``"l_detector"``, for messages.
-        rule: As `describe` gives it.
-        width: Of the states it judges, if that is known.
-    """
-    if not isinstance(rule, Mapping) or not isinstance(rule.get("name"), str):
-        raise InterventionError(
-            f"Got {name}={rule!r}; expected a rule by name and parameters, as "
-            "sinkscope.lsg.describe(detector) gives it."
-        )
+    """Refuse a rule that is none, is for another tower, or reads channels beyond states of ``width``."""
+    named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
+    require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
     try:
         detector = detector_of(rule)
     except DetectorError as error:
@@ -224,10 +207,7 @@ def _check_rule(name: str, rule: Any, width: Any) -> None:
 
 
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
-    """32 numbers of the LM head, which tell two checkpoints of one architecture apart.
-
-    Empty where the weights are not here. They agree within rounding across dtypes.
-    """
+    """32 numbers of the LM head, to tell checkpoints apart in any dtype; none where it has no weights."""
     part = module.get_submodule(head)
     with align_module_device(part):  # which fetches offloaded weights
         weight = getattr(part, "weight", None)
@@ -247,16 +227,12 @@ def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint in the words of transformers: aliases resolved, ``base`` replaced by its sizes.
-
-    An unknown ``base`` stays in it, so that it shows as a difference.
-    """
+    """A fingerprint in transformers' words, ``base`` replaced by its sizes; an unknown one stays."""
     out, base = dict(made_for), made_for.get("base")
     if isinstance(base, str) and base in BASES:
         del out["base"]
         out = {**BASES[base], **out}
-    kind = out.get("model_type")
-    if isinstance(kind, str):
+    if isinstance(kind := out.get("model_type"), str):
         out["model_type"] = MODEL_ALIASES.get(kind, kind)
     return out
 
@@ -264,9 +240,8 @@ def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
 def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """One line per difference of two fingerprints, aliases resolved."""
     made_for, found = canonical(made_for), canonical(found)
-    names = [*made_for, *(name for name in found if name not in made_for)]
     return [
         f"{name}: made for {made_for.get(name)!r}, found {found.get(name)!r}"
-        for name in names
+        for name in {**made_for, **found}
         if made_for.get(name) != found.get(name)
     ]

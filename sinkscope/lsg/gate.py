@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
-from sinkscope.lsg import files
-from sinkscope.lsg.attach import Attachment, attach, detach
-from sinkscope.lsg.building import config_for, device_for, refuse_other_model, warn_unchecked
-from sinkscope.lsg.card import SavedGate
-from sinkscope.lsg.config import GateConfig, same_weights, sketch
-from sinkscope.lsg.signals import signals_of
+from sinkscope.lsg import loading, saving
+from sinkscope.lsg.attach import ATTACHED, Attachment, attach
+from sinkscope.lsg.building import config_for, device_for
+from sinkscope.lsg.config import GateConfig, differences, same_weights, sketch
+from sinkscope.lsg.passes import signals_of
+from sinkscope.models.identity import sizes_of
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
 
@@ -32,16 +33,13 @@ if TYPE_CHECKING:
 class LSG(nn.Module):
     """Layer-wise Sink Gating (Choi et al. 2604.03316), as a module and as an intervention.
 
-    ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))`` of the state ``h`` that block ``layer`` writes
-    at the last prompt token; in block ``layer + 1`` the key of every image token is multiplied by
-    the coefficient of its group, after RoPE and any k-norm, for all heads and queries. The cache
-    stays clean. The gate computes in fp32 whatever the model's dtype.
-
-    Usually made by `for_model`. Use it in a list of interventions, alone or with others (a stack is a
-    list of gates), or `attach` it to a plain ``transformers`` model.
+    ``rho = scale * softmax(W2 act(W1 LayerNorm(h)))``, in fp32, of the state ``h`` that block ``layer``
+    writes at the last prompt token. In block ``layer + 1`` the key of every image token is multiplied
+    by the coefficient of its group, after RoPE and any k-norm, for all heads and queries; the cache
+    stays clean. Made by `for_model`; used in a list of interventions, or by `attach`.
 
     Args:
-        config: The choices, see `GateConfig`.
+        config: The choices.
         allow_noop: Whether a run in which nothing is scaled (no image, neutral coefficients) is fine.
 
     Attributes:
@@ -90,8 +88,7 @@ class LSG(nn.Module):
             samples: What to calibrate on; None draws six scenes. Never those you test on.
             allow_noop: See the class.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
-                activation, affine, seed. With ``init="uniform"`` the new gate is no identity: every
-                coefficient is one over the number of groups.
+                activation, affine, seed.
 
         Raises:
             LayerError: If there is no such block, or none behind it.
@@ -119,13 +116,9 @@ class LSG(nn.Module):
     @property
     def weights(self) -> dict[str, Any]:
         """Its tensors under the names of `sinkscope.kernels.gating.coefficients`."""
+        parts = {"norm": self.norm, "in": self.inner, "out": self.outer}
         return {
-            "norm_weight": self.norm.weight,
-            "norm_bias": self.norm.bias,
-            "in_weight": self.inner.weight,
-            "in_bias": self.inner.bias,
-            "out_weight": self.outer.weight,
-            "out_bias": self.outer.bias,
+            f"{k}_{kind}": getattr(parts[k], kind) for k in parts for kind in ("weight", "bias")
         }
 
     def forward(self, states: Tensor) -> Tensor:
@@ -137,9 +130,7 @@ class LSG(nn.Module):
     def edits(self, context: Context) -> list[Edit]:
         """The signals that the gate reads, and one edit of keys.
 
-        Raises:
-            InterventionError: If it was made for another model.
-            NoEffectError: If the sample has no image token.
+        A gate of another model is an InterventionError, a sample without image tokens a NoEffectError.
         """
         self.check_model(context.anatomy)
         if context.step and self.config.decode == "off":
@@ -157,7 +148,12 @@ class LSG(nn.Module):
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raise an InterventionError, with the differences, if the gate was made for another model."""
-        refuse_other_model(self.config, anatomy)
+        if lines := differences(self.config.model, sizes_of(anatomy)):
+            listed = "\n  ".join(lines)
+            raise InterventionError(
+                f"Got a gate made for another model; expected one of this model's.\n  {listed}\n"
+                f"Write ss.LSG.for_model(lvlm, layer={self.layer!r}) and train it."
+            )
 
     def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Raise an InterventionError if the LM head is that of another checkpoint."""
@@ -174,11 +170,7 @@ class LSG(nn.Module):
         self.check_weights(lvlm.module, lvlm.anatomy)
 
     def adopt(self, lvlm: LVLM) -> LSG:
-        """Copy the gate for other weights of the same architecture.
-
-        Raises:
-            InterventionError: If the architecture differs.
-        """
+        """Copy the gate for other weights; an InterventionError if the architecture differs."""
         self.check_model(lvlm.anatomy)
         config = replace(self.config, weights=sketch(lvlm.module, lvlm.anatomy.head))
         out = LSG(config, allow_noop=self.allow_noop).to(lvlm.device)
@@ -192,49 +184,34 @@ class LSG(nn.Module):
         return out
 
     def attach(self, model: Any) -> Attachment:
-        """Gate a plain ``transformers`` model, without nnsight.
+        """Gate a plain ``transformers`` model, a ``PeftModel`` around it, or an LVLM, without nnsight.
 
-        ::
-
-            with gate.attach(hf_model):
-                hf_model.generate(**inputs)
-
-        Args:
-            model: The ``transformers`` model, a ``PeftModel`` around it, or an LVLM.
-
-        Returns:
-            What to ``detach()``, also a context manager.
+        Call ``detach()`` on what it returns, or write ``with gate.attach(model):``. While attached, a pass
+        that cannot be gated rightly, such as one on a cache that was filled before, is an InputError.
 
         Raises:
             InterventionError: If the gate was made for another model or is attached to it already.
-            InputError: While attached, for a pass that cannot be gated rightly, such as one on a cache
-                that was filled before.
         """
         return attach(self, model)
 
     def detach(self) -> None:
-        """End every attachment of this gate; the model is then bitwise itself.
-
-        Raises:
-            InterventionError: If it is attached to nothing.
-        """
-        detach(self)
+        """End every attachment of this gate, or raise an InterventionError if there is none."""
+        mine = list(ATTACHED.get(self, ()))
+        if not mine:
+            text = "Got a gate that is attached to nothing; expected gate.attach(model) before."
+            raise InterventionError(text)
+        for one in mine:
+            one.detach()
 
     def save_pretrained(
         self, folder: str | Path, *, record: Mapping[str, Any] | None = None
     ) -> None:
         """Write ``model.safetensors`` (fp32), ``config.json`` and a card; all of it or nothing.
 
-        Args:
-            folder: A new or empty folder, or one of another gate, which is replaced.
-            record: How it was trained, as plain data for the card and ``training.json``; None for the
-                gate's own ``record``.
-
-        Raises:
-            CheckpointError: If the folder holds something else, or cannot be written.
-            InputError: If the record is no plain data.
+        ``record``, plain data, says how it was trained; None is the gate's own. The folder is new, empty or
+        that of another gate, which is replaced; else, and if it cannot be written, it is a CheckpointError.
         """
-        files.save_gate(folder, saved(self, record))
+        saving.save_gate(folder, saved(self, record))
 
     @staticmethod
     def from_pretrained(
@@ -245,20 +222,16 @@ class LSG(nn.Module):
         lvlm: LVLM | None = None,
         allow_noop: bool = False,
     ) -> LSG:
-        """Load a gate. No code of the files is run.
+        """Load a gate from a folder, or a hub repository and its branch, tag or commit; no code is run.
 
-        Args:
-            path_or_repo: A folder, or a hub repository.
-            revision: Branch, tag or commit of a repository.
-            subfolder: A folder within.
-            lvlm: The model to check it against now, on whose device it goes; None checks at first use.
-            allow_noop: See the class.
+        It is checked against ``lvlm`` now and goes on its device; without, it is checked at first use.
 
         Raises:
             CheckpointError: If files are missing, damaged or of something else.
-            InterventionError: If it was made for another model, with the differences.
+            InterventionError: If it was made for another model.
         """
-        return loaded(files.load_gate(path_or_repo, revision, subfolder), lvlm, allow_noop)
+        source = loading.source_of(path_or_repo, revision, subfolder)
+        return loaded(loading.read_gate(source), lvlm, allow_noop)
 
     def push_to_hub(
         self,
@@ -269,35 +242,23 @@ class LSG(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Put the files of `save_pretrained` into a hub repository, which is made if need be.
+        """Put the files of `save_pretrained` into a hub repository; returns the address of the commit.
 
-        Args:
-            repo: Such as ``"user/gate"``; it holds a gate or nothing.
-            record: As in `save_pretrained`.
-            private: Whether a new repository is private.
-            revision: An existing branch; None for the main one.
-            token: None for that of ``hf auth login``.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            CheckpointError: Without network, login or permission.
+        The repository holds a gate or nothing and is made, ``private`` or not, if need be. ``revision`` is
+        an existing branch. Without network, permission and ``token`` (None for that of ``hf auth login``)
+        it is a CheckpointError.
         """
-        return files.push_gate(repo, saved(self, record), private, revision, token)
+        return saving.push_gate(repo, saved(self, record), private, revision, token)
 
     @staticmethod
     def save_stack(
         gates: Sequence[LSG], folder: str | Path, *, record: Mapping[str, Any] | None = None
     ) -> None:
-        """Write several gates into one folder: a sub-folder each, and the list in ``config.json``.
+        """Write gates, in this order, into a sub-folder each, and the list into ``config.json``.
 
-        Args:
-            gates: The gates, in the order in which they apply.
-            folder: As in `save_pretrained`.
-            record: How they were made together; each keeps its own ``record`` besides.
+        ``record`` says how they were made together; each keeps its own besides. See `save_pretrained`.
         """
-        files.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
+        saving.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
 
     @staticmethod
     def load_stack(
@@ -308,8 +269,8 @@ class LSG(nn.Module):
         lvlm: LVLM | None = None,
         allow_noop: bool = False,
     ) -> list[LSG]:
-        """Load what `save_stack` wrote; arguments and errors as in `from_pretrained`."""
-        found = files.load_stack(path_or_repo, revision, subfolder)
+        """Load what `save_stack` wrote; see `from_pretrained`."""
+        found = loading.read_stack(loading.source_of(path_or_repo, revision, subfolder))
         return [loaded(one, lvlm, allow_noop) for one in found]
 
     def extra_repr(self) -> str:
@@ -326,12 +287,13 @@ def check_gates(gates: Any) -> list[LSG]:
     return out
 
 
-def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> SavedGate:
+def saved(gate: LSG, record: Mapping[str, Any] | None = None) -> loading.SavedGate:
     """A gate as plain data, with its own record if no other is given."""
-    return SavedGate(gate.config, gate.state_dict(), gate.record if record is None else record)
+    kept = gate.record if record is None else record
+    return loading.SavedGate(gate.config, gate.state_dict(), kept)
 
 
-def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
+def loaded(found: loading.SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
     """The gate of saved data, on the device of the model; one that it was not made for is refused."""
     gate = LSG(found.config, allow_noop=allow_noop)
     gate.load_state_dict(found.tensors)
@@ -339,5 +301,9 @@ def loaded(found: SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG:
     if lvlm is None:
         return gate
     gate.check_fits(lvlm)
-    warn_unchecked(gate.config, lvlm)
+    known = gate.config.weights
+    if not known or not sketch(lvlm.module, lvlm.anatomy.head):
+        why = "the model has none here" if known else "the gate knows none"
+        text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
+        warnings.warn(text, UserWarning, stacklevel=3)
     return gate.to(device_for(lvlm))

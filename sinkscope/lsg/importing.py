@@ -1,4 +1,4 @@
-"""Gates of another tool: tensors are named by the user, or by shape where only one reading fits."""
+"""Import gates of another tool: tensors are named, or found by shape where only one reading fits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
-from sinkscope.lsg.building import check_layer, config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, differences
+from sinkscope.lsg.building import config_for, device_for
+from sinkscope.lsg.config import BASES, GROUPS, GateConfig, check_layer, differences
 from sinkscope.lsg.gate import LSG
-from sinkscope.lsg.sources import AGAIN, as_fp32, leaves, read_tensors, source_of
+from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
 from sinkscope.models.identity import sizes_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 SETTINGS = "sink_cfg.json"
-ROLES = ("norm.weight", "norm.bias", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
 WEIGHTS = ("weight", "w", "gamma", "g", "scale")
 SHIFTS = ("bias", "b", "beta", "shift")
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|l)\.?(\d+)\.")
@@ -58,9 +57,8 @@ class ImportedGates:
         wide = max([0, *(len(one) for one, _ in self.matched)])
         matched = tuple(f"{one:<{wide}}  ->  {other}" for one, other in self.matched)
         parts = {"matched": matched, "ignored": self.ignored, "assumed": self.assumed}
-        return "\n".join(
-            "\n  ".join([name, *(what or ["nothing"])]) for name, what in parts.items()
-        )
+        listed = ([name, *(what or ["nothing"])] for name, what in parts.items())
+        return "\n".join("\n  ".join(lines) for lines in listed)
 
 
 def import_gates(
@@ -82,7 +80,7 @@ def import_gates(
     subfolder: str = "",
     show: bool = True,
 ) -> ImportedGates:
-    """Gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
+    """Read gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
 
     Settings beside it, in ``sink_cfg.json``, are not read, because their keys are unknown to us: where
     there are any, layer, groups, activation, scale, signal and the rule must be given.
@@ -100,15 +98,11 @@ def import_gates(
         l_detector: The rule for L-sinks, likewise.
         signal: As in `GateConfig`. None for "last".
         decode: As in `GateConfig`. None for "frozen".
-        tensors: Names of one gate's tensors by role, which is a key of `LSG`'s state dict. None to
-            tell them apart by shape.
+        tensors: Names of one gate's tensors by role, a key of `LSG`'s state dict. None for by shape.
         ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
         revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as one for each gate.
         show: Whether to print how the files were read.
-
-    Returns:
-        The gates, and what was matched, ignored and assumed.
 
     Raises:
         CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
@@ -132,10 +126,8 @@ def import_gates(
     matches = match_gates(shapes, width, ignore) if tensors is None else [checked(tensors, shapes)]
     counts = {widths_of(match, shapes, width)[1] for match in matches}
     if counts not in ({2}, {3}):
-        what = f"tensors of gates with {sorted(counts)} coefficients"
-        raise refused(
-            what, f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
-        )
+        wanted = f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
+        raise refused(f"tensors of gates with {sorted(counts)} coefficients", wanted)
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
@@ -205,21 +197,23 @@ def words(name: str) -> list[str]:
 
 def pairs_in(shapes: Shapes, width: int) -> list[tuple[str, str]]:
     """Matrices ``[hidden, width]`` and ``[2 or 3, hidden]``, either way round."""
-    flat = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    out = []
-    for (one, first), (other, last) in permutations(flat.items(), 2):
+
+    def fit(first: tuple[int, ...], last: tuple[int, ...]) -> bool:
         hidden = {size for size, rest in (first, first[::-1]) if rest == width}
-        if any(size in hidden and many in (2, 3) for size, many in (last, last[::-1])):
-            out.append((one, other))
-    return out
+        return any(size in hidden and many in (2, 3) for size, many in (last, last[::-1]))
+
+    flat = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
+    return [(a, b) for (a, first), (b, last) in permutations(flat, 2) if fit(first, last)]
 
 
 def match_gates(shapes: Shapes, width: int, ignore: Sequence[str]) -> list[dict[str, str]]:
     """The names of every gate's tensors by role, in the order of the numbers in their names."""
     listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
-    left = [name for name in shapes if not OTHERS.search(name.lower())]
-    left = [name for name in left if not any(part in name.lower() for part in ignore)]
-    shapes = {name: shapes[name] for name in left}
+    shapes = {
+        name: shape
+        for name, shape in shapes.items()
+        if not OTHERS.search(name.lower()) and not any(part in name.lower() for part in ignore)
+    }
     firsts = list(dict(pairs_in(shapes, width)))
     if not firsts:
         wanted = f"matrices [hidden, {width}] and [2 or 3, hidden]. The file holds\n  {listed}\n"
@@ -268,12 +262,13 @@ def match_gate(shapes: Shapes, width: int) -> dict[str, str]:
 
 def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
     """The names of a gate's tensors as the user wrote them; refused if a role or a name is unknown."""
-    wrong = sorted(set(names) - set(ROLES)) + sorted(set(names.values()) - set(shapes))
+    roles = [f"{part}.{kind}" for part in ("norm", "inner", "outer") for kind in ("weight", "bias")]
+    wrong = sorted(set(names) - set(roles)) + sorted(set(names.values()) - set(shapes))
     both = ("inner.weight", "outer.weight")
     lacks = [role for role in both if len(shapes.get(names.get(role, ""), ())) != 2]
     if wrong or lacks:
         what = f"tensors={dict(names)} with unknown {wrong} and without the matrices {lacks}"
-        raise refused(what, f"roles among {ROLES} and names among {sorted(shapes)}")
+        raise refused(what, f"roles among {roles} and names among {sorted(shapes)}")
     return dict(names)
 
 
@@ -322,8 +317,8 @@ def build(
     assumed: list[str],
 ) -> LSG:
     """One gate with the tensors of the file; ``order`` says which of its coefficients ours are."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     affine = any(role.startswith("norm") for role in match)
+    shapes = {name: tuple(tensors[name].shape) for name in match.values()}
     hidden, _ = widths_of(match, shapes, config.d_model)
     gate = LSG(replace(config, hidden=hidden, affine=affine))
     if not affine:

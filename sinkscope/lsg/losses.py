@@ -11,21 +11,23 @@ hold for the answer too, which is what ``decode="frozen"`` generates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from sinkscope.data.batches import AnswerBatch
+from sinkscope.data.batches import AnswerBatch, AnswerData, batches_of, make_batch
 from sinkscope.data.tokens import TokenScores
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.signals import placed, signals_of
+from sinkscope.lsg.passes import placed, signals_of
 from sinkscope.models.replay import Captured, capture, logits_at, resume
 from sinkscope.models.wrapping import evaluated
-from sinkscope.training.loop import Losses
+from sinkscope.training.loop import Losses, Sums
 
 if TYPE_CHECKING:
     from sinkscope.lsg.gate import LSG
@@ -35,12 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all gates of a batch share.
+    """What all gates of a batch share: its decoder states where gates read, and what fed the projector.
 
-    Attributes:
-        batch: The batch.
-        captured: The decoder's states where gates read.
-        vision: Vision block -> what it wrote, for the blocks that feed the projector.
+    ``vision`` holds the states that the vision blocks which feed the projector wrote, by block.
     """
 
     batch: AnswerBatch
@@ -70,29 +69,20 @@ def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool 
 def gate_inputs(
     lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
 ) -> tuple[Captured, dict[int, Tensor]]:
-    """Run the plain model without gradient and keep what gates read.
+    """Run the plain model without gradient and keep what gates read that scale keys in ``blocks``.
 
-    Args:
-        lvlm: The model.
-        inputs: What it is called with.
-        blocks: The blocks whose keys gates scale.
-        whole: Whether to run beyond the last of them, for the losses without a gate.
-
-    Returns:
-        The pass, and what the vision blocks that feed the projector wrote.
+    ``whole`` runs beyond the last of them, for the losses without a gate. Returns the pass, and by block
+    what the vision blocks that feed the projector wrote.
     """
     vision: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(part: nn.Module, args: tuple, output: Any) -> None:
-            vision[layer] = first_tensor(output).detach()
-
-        return hook
+    def keep(layer: int, part: nn.Module, args: tuple, output: Any) -> None:
+        vision[layer] = first_tensor(output).detach()
 
     with ExitStack() as stack:
         for layer in lvlm.anatomy.feed_layers:
             part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
-            stack.callback(part.register_forward_hook(keep(layer)).remove)
+            stack.callback(part.register_forward_hook(partial(keep, layer)).remove)
         captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)
     return captured, vision
 
@@ -102,11 +92,7 @@ def gate_signals(
 ) -> dict[str, Tensor]:
     """What a gate finds in a pass: ``"V"`` and ``"L"`` ``[row pos]``, ``"coefficients"`` ``[row group]``.
 
-    Args:
-        gate: The gate.
-        tokens: What every position is.
-        vision: Vision block -> what it wrote, for the blocks that feed the projector.
-        state: What the edited block reads, ``[row pos d_model]``; the gate reads the same.
+    ``vision`` is that of `gate_inputs`, and ``state`` ``[row pos d_model]`` what the edited block reads.
     """
     notes: dict[str, Any] = {"step": 0, "memory": {}}
     for signal in signals_of(gate, tokens):
@@ -119,31 +105,26 @@ def gate_signals(
 def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
     """Compute the losses of a batch under a stack of gates, with a graph if gradients are on.
 
-    Args:
-        gates: The gates; each reads what those before it left. None is the plain model, for which
-            the whole pass must have been shared.
-        shared: The batch, with the lowest edited block captured.
+    Each gate reads what those before it left. Without gates it is the plain model, for which the whole
+    pass must have been shared; else the lowest edited block must be captured.
     """
     captured, batch = shared.captured, shared.batch
-    ordered = sorted(gates, key=lambda gate: gate.config.edited)
     coefficients: dict[int, Tensor] = {}
 
-    def factors_of(gate: LSG) -> Callable[[Tensor], Tensor]:
-        def factors(state: Tensor) -> Tensor:
-            found = gate_signals(gate, batch.tokens, shared.vision, state)
-            coefficients[id(gate)] = found["coefficients"]
-            visual = (batch.tokens.image >= 0).to(found["coefficients"].device)
-            return kernels.factors_of(found, visual, list(gate.groups))
+    def factors(gate: LSG, state: Tensor) -> Tensor:
+        found = gate_signals(gate, batch.tokens, shared.vision, state)
+        coefficients[id(gate)] = rho = found["coefficients"]
+        visual = (batch.tokens.image >= 0).to(rho.device)
+        return kernels.factors_of(found, visual, list(gate.groups))
 
-        return factors
-
-    if ordered:
-        block = ordered[0].config.edited
-        factors = factors_of(ordered[0])(captured.state(block))
-        later = {gate.config.edited: factors_of(gate) for gate in ordered[1:]}
-        hidden = resume(captured, block, factors, later=later)
-    else:
+    ordered = sorted(gates, key=lambda gate: gate.config.edited)
+    if not ordered:
         hidden = captured.hidden
+    else:
+        block = ordered[0].config.edited
+        later = {gate.config.edited: partial(factors, gate) for gate in ordered[1:]}
+        scale = factors(ordered[0], captured.state(block))
+        hidden = resume(captured, block, scale, later=later)
     logits = logits_at(captured, hidden, batch.positions).float()
     total, correct = score(logits, batch.targets.to(logits.device))
     notes = {}
@@ -154,11 +135,34 @@ def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and which rows are predicted throughout.
-
-    Args:
-        logits: Float ``[row n vocab]``.
-        targets: Int ``[row n]``, -100 where there is none.
-    """
+    """Summed cross-entropy of ``[row n vocab]``, -100 is no target; and which rows are all predicted."""
     scores = TokenScores.of(logits, targets)
     return scores.loss, scores.exact
+
+
+@dataclass(frozen=True, eq=False)
+class GateObjective:
+    """Next-token loss of answers under gates, each alone; the model is frozen."""
+
+    lvlm: LVLM
+    gates: Mapping[str, LSG]
+    data: AnswerData
+    append_end: bool
+
+    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
+        """The batch and the states that gates read; see `share`."""
+        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
+        blocks = [gate.config.edited for gate in self.gates.values()]
+        return share(self.lvlm, batch, blocks, whole=whole)
+
+    def losses(self, shared: Shared, name: str) -> Losses:
+        """The losses under one gate."""
+        return answer_losses([self.gates[name]], shared)
+
+    @torch.no_grad()
+    def base(self, rows: Sequence[int], batch: int) -> dict[str, float]:
+        """Loss and accuracy of the model without a gate."""
+        sums = Sums()
+        for part in batches_of(rows, batch):
+            sums.add(answer_losses([], self.share(part, whole=True)))
+        return sums.line()

@@ -1,11 +1,11 @@
-"""One forward pass of a gated model: where its prompt ends, and how a cache goes on from it."""
+"""One forward pass of a gated model: what a gate reads in it, and how a cache goes on from it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -13,20 +13,88 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.data.batches import IGNORED
+from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
+from sinkscope.kernels import gating as kernels
+from sinkscope.lsg.config import GateConfig
 from sinkscope.models.inputs import make_sample
+from sinkscope.protocols import Edit
+from sinkscope.sites import Site
 from sinkscope.tokens import TokenMap
 
 NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "logits_to_keep")
 
 
+class Gate(Protocol):
+    """What is used of an `LSG` below the module that defines it."""
+
+    config: GateConfig
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """See `LSG.weights`."""
+        ...
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """See `LSG.check_model`."""
+
+    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
+        """See `LSG.check_weights`."""
+
+
+def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
+    """The signals of a gate, as edits that change nothing and note what they find under ``id(gate)``.
+
+    At a ``step`` behind the prompt, 0, it reads the newest token only, if it is refreshed.
+    """
+    config, slot, image = gate.config, id(gate), tokens.image >= 0
+    if step and config.decode != "refresh":
+        return []
+    place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
+    reading = {
+        "slot": slot,
+        "signal": "last" if config.signal == "last" else "mean",
+        "at": tokens.last,
+        "tokens": tokens.live if config.signal == "mean" else image,
+        "activation": config.activation,
+        "scale": config.scale,
+        **gate.weights,
+    }
+    out = [Edit(Site("language", *place), kernels.note_coefficients, reading)]
+    if step:
+        return out
+    detector, vision = detector_of(config.v_detector), tokens.vision
+    kept = isinstance(detector, VisionTokens)
+    finding = {
+        "slot": slot,
+        "rule": rule_of(config.v_detector),
+        "live": kept_tokens(tokens, detector.kind) if kept else vision.live,
+        "image_index": tokens.image_index,
+        "sources": tokens.sources,
+        "layout": vision.layout,
+    }
+    for layer in config.model["feed_layers"]:
+        out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
+    if config.l_detector is not None:
+        rule = rule_of(config.l_detector)
+        # A sink is judged by itself; random ones are so many of those whose keys can be scaled.
+        judged = image if rule["how"] == "random" else tokens.live
+        given = {"slot": slot, "rule": rule, "live": judged}
+        out.append(Edit(Site("language", "resid_pre", config.edited), kernels.note_l_sinks, given))
+    return out
+
+
+def placed(values: Mapping[str, Any], beside: Tensor) -> dict[str, Any]:
+    """Values with all tensors on the device of ``beside``."""
+    at = beside.device
+    return {k: v.to(at) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
 class Pass:
     """One forward pass; no dataclass, because wrappers of models copy dataclasses among arguments.
 
-    Attributes:
-        tokens: The prompt's TokenMap; None for a prompt without images, where nothing is scaled.
-        last: The last prompt position of every row, ``[batch]``; None likewise.
-        state: The scratch space of the kernels: ``{"step", "memory"}``.
+    ``tokens`` and ``last``, the last prompt position of every row, are None for a prompt without images,
+    where nothing is scaled. ``state`` is the scratch space of the kernels, ``{"step", "memory"}``.
     """
 
     def __init__(
@@ -57,10 +125,7 @@ class ByIdentity:
         try:
             seen = ref(key, lambda _: kept.pop(number, None))
         except TypeError as error:
-            raise InputError(
-                f"Got a cache of type {type(key).__name__} for a gated model; expected one of "
-                "transformers' caches. Write past_key_values=DynamicCache()."
-            ) from error
+            raise no_cache(key) from error
         kept[number] = (seen, value)
 
     def get(self, key: Any) -> Any:
@@ -85,18 +150,6 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
     return given
 
 
-def refuse_reentrant(block: Any) -> None:
-    """Refuse checkpoints that run a block without a graph first."""
-    if not (getattr(block, "gradient_checkpointing", False) and block.training):
-        return
-    keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
-    if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
-        raise InputError(
-            "Got reentrant gradient checkpointing on a gated model, which loses the gate's gradients; "
-            'expected the other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
-        )
-
-
 def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     """The pixels of a call, and what the vision tower made of them before the call; no videos."""
     encoded = given.get("mm_encoder_outputs") or {}
@@ -108,13 +161,18 @@ def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     return given.get("pixel_values"), encoded.get("image")
 
 
+def no_cache(found: Any) -> InputError:
+    """The error of a cache that cannot be followed."""
+    return InputError(
+        f"Got a cache of type {type(found).__name__} for a gated model; expected one of transformers' "
+        "caches. Write past_key_values=DynamicCache()."
+    )
+
+
 def length_of(cache: Any) -> int:
     """How many tokens a cache holds; 0 for None."""
     if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
-        raise InputError(
-            f"Got past_key_values of type {type(cache).__name__} for a gated model; expected one of "
-            "transformers' caches. Write past_key_values=DynamicCache()."
-        )
+        raise no_cache(cache)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -123,29 +181,37 @@ def started(
 ) -> Pass:
     """The pass of a prompt with images; ``images`` are those that ``generate()`` encodes before it."""
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
-    ids = given["input_ids"]
     try:
         tokens = make_sample(module, None, anatomy, None, None, inputs | dict(images)).tokens
     except InputError as error:
         if not images:
             raise
         why = "generate() cuts a prompt for prefill_chunk_size: leave it out."
-        if ids.shape[0] > ids.unique(dim=0).shape[0]:
+        if len(ids := given["input_ids"]) > len(ids.unique(dim=0)):
             why = (
                 "generate() repeats rows for beams and several sequences: a gate works with greedy "
                 "decoding and sampling of one sequence."
             )
         raise InputError(f"{error} {why}") from error
-    return Pass(tokens, last_prompt(tokens, given.get("labels")))
+    labels = given.get("labels")
+    if labels is None:
+        return Pass(tokens, tokens.last)
+    wanted = (labels != IGNORED).cpu() & tokens.live  # the prompt ends before the first label
+    first = wanted.int().argmax(dim=1)
+    if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
+        raise InputError(
+            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
+            f"Write labels[:, :prompt_length] = {IGNORED}."
+        )
+    return Pass(tokens, torch.where(wanted.any(dim=1), first - 1, tokens.last))
 
 
 def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pass:
     """The pass that goes on from ``before``, which filled a cache of ``length`` tokens."""
     if before is None:
         raise InputError(
-            f"Got a cache of {length} tokens that this gate has not seen; expected the cache of a "
-            "prompt that ran while the gate was attached, and not a copy of it. Write "
-            "gate.attach(model) before the prompt."
+            f"Got a cache of {length} tokens that this gate has not seen; expected that of a prompt which "
+            "ran while it was attached, not a copy of it. Write gate.attach(model) before the prompt."
         )
     turn = "Pass the whole conversation with its images and without past_key_values"
     if any(value is not None for value in images_of(given)):
@@ -167,21 +233,7 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
         )
     if length < prompt:
         raise InputError(
-            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Do not cut "
-            "a cache below its prompt: run the shorter prompt instead."
+            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "
+            "shorter prompt instead."
         )
     return before.at(length - prompt + 1)
-
-
-def last_prompt(tokens: TokenMap, labels: Tensor | None) -> Tensor:
-    """The last prompt position of every row: the one before the first label, else the last live one."""
-    if labels is None:
-        return tokens.last
-    wanted = (labels != IGNORED).cpu() & tokens.live
-    first = wanted.int().argmax(dim=1)
-    if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
-        raise InputError(
-            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
-            f"Write labels[:, :prompt_length] = {IGNORED}."
-        )
-    return torch.where(wanted.any(dim=1), first - 1, tokens.last)

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -29,30 +29,12 @@ if TYPE_CHECKING:
     from sinkscope.training.loop import Loop, Trainee
 
 
-class Shown:
-    """A result that is shown as a sentence and a table."""
-
-    def _parts(self) -> tuple[str, pd.DataFrame]:
-        """The sentence, and the table with rounded numbers."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        head, table = self._parts()
-        return f"{head}\n{table.to_string(index=False)}"
-
-    def _repr_html_(self) -> str:
-        head, table = self._parts()
-        return f"<p>{escape(head)}</p>{table.to_html(index=False, border=0)}"
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class TrainResult(Shown):
-    """Trained gates.
+class TrainResult:
+    """Trained gates by layer, with their best weights.
 
-    Attributes:
-        gates: By layer, with their best weights.
-        record: Plain data for a model card: data, settings, losses, versions, machine, time.
-        lines: The history as dicts, see `history`.
+    ``record`` is plain data for a model card: data, settings, losses, versions, machine, time. ``lines``
+    are those of `history`.
     """
 
     gates: Mapping[int | str, LSG]
@@ -61,15 +43,10 @@ class TrainResult(Shown):
 
     @property
     def gate(self) -> LSG:
-        """The gate, if there is one.
-
-        Raises:
-            InputError: If there are several.
-        """
+        """The gate; an InputError if there are several."""
         if len(self.gates) != 1:
             raise InputError(
-                f"Got a result with gates at the layers {list(self.gates)}; expected one. Choose from "
-                "result.gates."
+                f"Got gates at the layers {list(self.gates)}; expected one. Choose from result.gates."
             )
         return next(iter(self.gates.values()))
 
@@ -99,31 +76,32 @@ class TrainResult(Shown):
         """One line per layer: loss and accuracy before and at the best step, beside the plain model."""
         import pandas as pd
 
-        base = self.record.get("base") or {}
+        base, found = self.record.get("base") or {}, self.record["results"]
         plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
-        found = self.record["results"]
         return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
 
-    def _parts(self) -> tuple[str, pd.DataFrame]:
+    def _head(self) -> str:
         record, many = self.record, len(self.gates)
-        train, held = record["data"]["train"], record["data"]["validation"]
-        head = (
-            f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {train['records']} records "
-            f"about {train['images']} images, {record['steps']} of {record['cost']['steps']} steps in "
-            f"{record['seconds']:.1f} s; validated on {held['records']} records about "
-            f"{held['images']} other images."
+        trained, held = (
+            f"{record['data'][part]['records']} records about {record['data'][part]['images']}"
+            for part in ("train", "validation")
         )
-        return head, self.summary().round(4)
+        return (
+            f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {trained} images, "
+            f"{record['steps']} of {record['cost']['steps']} steps in {record['seconds']:.1f} s; "
+            f"validated on {held} other images."
+        )
 
-    __repr__ = Shown.__str__
+    def __repr__(self) -> str:
+        return f"{self._head()}\n{self.summary().round(4).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        table = self.summary().round(4).to_html(index=False, border=0)
+        return f"<p>{escape(self._head())}</p>{table}"
 
 
 def record_of(
-    name: str,
-    facts: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    loop: Loop,
-    base: Mapping[str, float] | None,
+    name: str, facts: Mapping[str, Any], cost: dict[str, Any], loop: Loop, base: dict | None
 ) -> dict[str, Any]:
     """The record of a finished loop: what it was started with, what came out, and where it ran."""
     packages = ("sinkscope", "torch", "transformers", "accelerate")
@@ -133,10 +111,10 @@ def record_of(
         "base_model": name,
         "method": "Layer-wise Sink Gating, arXiv 2604.03316",
         "objective": "next-token loss on the answer, model frozen",
-        "cost": dict(cost),
+        "cost": cost,
         "steps": loop.step,
         "seconds": loop.seconds,
-        "base": None if base is None else dict(base),
+        "base": base,
         "results": {trainee.name: _result_of(loop, trainee) for trainee in loop.trainees},
         "versions": {**versions, "python": platform.python_version()},
         "machine": {  # what numbers and times depend on; nothing that names the machine
@@ -152,9 +130,8 @@ def record_of(
 def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
     """The record of one gate among several: its own start and result, without its config."""
     name = str(layer)
-    out = {key: value for key, value in record.items() if key not in ("gates", "results", "cost")}
     return {
-        **out,
+        **{key: value for key, value in record.items() if key not in ("gates", "results", "cost")},
         "layer": layer,
         "trained_with": [other for other in record["gates"] if other != name],
         "start": record["gates"][name]["start"],
@@ -168,12 +145,10 @@ def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
     lines = [a for a in loop.history if a["name"] == trainee.name and a["split"] == split]
     lines = lines or [{"step": 0, "loss": None, "accuracy": None}]
     best = next((line for line in lines if line["step"] == trainee.best_step), lines[-1])
+    pairs = [("first", lines[0]), ("best", best)]
     return {
         "split": split,
-        "first_loss": lines[0]["loss"],
-        "best_loss": best["loss"],
-        "first_accuracy": lines[0]["accuracy"],
-        "best_accuracy": best["accuracy"],
+        **{f"{which}_{name}": line[name] for name in ("loss", "accuracy") for which, line in pairs},
         "best_step": trainee.best_step,
         "ended_early": trainee.ended,
         **({} if trainee.failed is None else {"failed": trainee.failed}),
@@ -182,15 +157,14 @@ def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class GateStack(Shown, Result):
+class GateStack(Result):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
     Attributes:
         ordered: All gates, the one with the largest single gain first.
-        base: The score without a gate.
+        base: The score without a gate, ``score`` being ``"loss"`` or ``"accuracy"``.
         single: The score of each gate alone, in this order.
         stacked: The score of the first gate, the first two, and so on.
-        score: ``"loss"`` or ``"accuracy"``.
     """
 
     ordered: tuple[LSG, ...]
@@ -207,17 +181,14 @@ class GateStack(Shown, Result):
     @property
     def gains(self) -> list[float]:
         """What the stack of the first 1, 2, ... gates gains over no gate; more is better."""
-        return self._gains(self.stacked)
+        sign = -1 if self.score == "loss" else 1
+        return [sign * (value - self.base) for value in self.stacked]
 
     @property
     def gates(self) -> list[LSG]:
         """The first gates that together gain the most, for ``interventions=``; none if none gains."""
         best = max(self.gains)
         return list(self.ordered[: self.gains.index(best) + 1]) if best > 0 else []
-
-    def _gains(self, values: Sequence[float]) -> list[float]:
-        sign = -1 if self.score == "loss" else 1
-        return [sign * (value - self.base) for value in values]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per gate: gates, layer, single, single_gain, stacked, stacked_gain, chosen."""
@@ -228,15 +199,16 @@ class GateStack(Shown, Result):
             "gates": list(many),
             "layer": self.order,
             "single": self.single,
-            "single_gain": self._gains(self.single),
+            "single_gain": replace(self, stacked=self.single).gains,
             "stacked": self.stacked,
             "stacked_gain": self.gains,
             "chosen": [i <= len(self.gates) for i in many],
         }
         return pd.DataFrame(columns)
 
-    def _parts(self) -> tuple[str, pd.DataFrame]:
-        return f"{self.score} without a gate: {self.base:.4f}", self.to_dataframe().round(4)
+    def __str__(self) -> str:
+        table = self.to_dataframe().round(4).to_string(index=False)
+        return f"{self.score} without a gate: {self.base:.4f}\n{table}"
 
 
 def greedy_stack(
@@ -258,10 +230,9 @@ def greedy_stack(
     Args:
         lvlm: The model.
         gates: Gates of different layers, such as ``result.gates.values()``.
-        dataset: Records to choose by, as for `train_lsg`. Use others than those trained on, and test
-            the stack on a third part: its score here is that of the best of many.
-        score: ``"loss"`` (nats per answer token) or ``"accuracy"`` (answers that greedy decoding
-            would write).
+        dataset: Records to choose by, as for `train_lsg`: neither those trained on nor those that the
+            stack is tested on, because its score here is that of the best of many.
+        score: ``"loss"``, in nats per answer token, or ``"accuracy"`` of greedy decoding.
         batch: Rows per forward pass.
         append_end: Whether the token that ends an answer counts too.
         max_answer_tokens: The longest answer that is accepted.
@@ -296,10 +267,10 @@ def greedy_stack(
         return [total.line()[score] for total in sums]
 
     with frozen(lvlm.module), torch.no_grad():
-        base, *single = scores([[], *([gate] for gate in given)], "one by one")
-        sign = -1 if score == "loss" else 1
-        places = sorted(range(len(given)), key=lambda i: -sign * single[i])
-        ordered = [given[i] for i in places]
+        base, *alone = scores([[], *([gate] for gate in given)], "one by one")
+        found = list(zip(alone, given, strict=True))
+        found.sort(key=lambda pair: pair[0] if score == "loss" else -pair[0])
+        single, ordered = zip(*found, strict=True)
         grown = [ordered[: i + 1] for i in range(1, len(ordered))]
-        stacked = (single[places[0]], *(scores(grown, "stacked") if grown else ()))
-    return GateStack(tuple(ordered), base, tuple(single[i] for i in places), stacked, score)
+        stacked = (single[0], *(scores(grown, "stacked") if grown else ()))
+    return GateStack(ordered, base, single, stacked, score)

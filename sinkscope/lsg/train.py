@@ -6,25 +6,24 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinkscope.checks import check_flags, check_whole, plain
-from sinkscope.data.batches import AnswerData, batches_of, make_batch, read_parts
+from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.kinds import detector_of
 from sinkscope.errors import InputError, ModelError
 from sinkscope.files import claim, held
-from sinkscope.lsg.building import check_layer
-from sinkscope.lsg.cost import TrainingCost, cost_of
+from sinkscope.lsg.config import check_layer
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import Shared, answer_losses, frozen, share
+from sinkscope.lsg.losses import GateObjective, frozen
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
 from sinkscope.models.replay import check_replay
-from sinkscope.training.loop import Loop, Losses, Sums, Trainee
+from sinkscope.training.loop import Loop, Trainee
 from sinkscope.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -34,12 +33,101 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
 
+@dataclass(frozen=True)
+class TrainingCost:
+    """What training will cost, in passes of one block over one batch; with a gradient there are two.
+
+    Attributes:
+        steps: Steps of the optimiser.
+        batches: Forward batches of training.
+        looks: Validations, the first before training.
+        held_batches: Batches of each validation.
+        vision_blocks: Vision blocks per batch, without gradient.
+        plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
+        gate_blocks: Decoder blocks per batch with gradient, of each gate.
+        alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
+        decoder_blocks: Blocks of the decoder, which the plain model runs once per validation batch.
+    """
+
+    steps: int
+    batches: int
+    looks: int
+    held_batches: int
+    vision_blocks: int
+    plain_blocks: int
+    gate_blocks: tuple[int, ...]
+    alone_blocks: tuple[int, ...]
+    decoder_blocks: int
+
+    @property
+    def together(self) -> int:
+        """Decoder passes of one training batch, all gates together."""
+        return self.plain_blocks + 2 * sum(self.gate_blocks)
+
+    @property
+    def apart(self) -> int:
+        """Decoder passes of one training batch of every gate, each trained alone."""
+        return sum(self.alone_blocks) + 2 * sum(self.gate_blocks)
+
+    @property
+    def bound(self) -> float:
+        """``apart / together``; for a gate at every layer of a deep decoder it tends to 1.5."""
+        return self.apart / self.together
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"together": self.together, "apart": self.apart, "bound": self.bound}
+
+    def __str__(self) -> str:
+        seen, held = self.batches, self.looks * self.held_batches
+        plain = self.held_batches if self.looks else 0
+        graph = sum(self.gate_blocks)
+        blocks = (self.plain_blocks + graph) * held + self.decoder_blocks * plain
+        return (
+            f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
+            f"{self.held_batches} validation batches.\n"
+            f"Training batch: {self.vision_blocks} vision blocks and {self.plain_blocks} decoder "
+            f"blocks without gradient, then {graph} decoder blocks forward and backward for "
+            f"{len(self.gate_blocks)} gates.\n"
+            f"Together {self.together * seen} decoder block passes; trained one by one "
+            f"{self.apart * seen} ({self.bound:.2f} times as many).\n"
+            f"Validation, and the plain model on it, add {blocks} decoder block passes and "
+            f"{self.vision_blocks * (held + plain)} of the vision tower, without gradient."
+        )
+
+
+def cost_of(
+    settings: TrainingSettings,
+    edited: Sequence[int],
+    rows: int,
+    held: int,
+    vision_blocks: int,
+    decoder_blocks: int,
+    processes: int = 1,
+) -> TrainingCost:
+    """Count a run that ends late, per process; gates scale the keys of the ``edited`` blocks."""
+    own, own_held = -(-rows // processes), -(-held // processes)
+    per_epoch = settings.per_epoch(rows, processes)
+    steps = per_epoch * settings.epochs
+    looks = 1 + -(-steps // (settings.evaluate_every or per_epoch))
+    return TrainingCost(
+        steps=steps,
+        batches=-(-own // settings.batch) * settings.epochs,
+        looks=looks if held else 0,
+        held_batches=-(-own_held // settings.batch),
+        vision_blocks=vision_blocks,
+        plain_blocks=max(edited),
+        gate_blocks=tuple(decoder_blocks - block for block in edited),
+        alone_blocks=tuple(edited),
+        decoder_blocks=decoder_blocks,
+    )
+
+
 def check_place(lvlm: LVLM, accelerator: Any) -> None:
     """Refuse a model that cannot be trained with here."""
     if torch.is_inference_mode_enabled():
         raise ModelError(
-            "Got torch.inference_mode(), in which nothing can be trained; expected to be outside of it. "
-            "Leave that block; the model itself gets no gradient anyway."
+            "Got torch.inference_mode(); expected to be outside of it. Leave that block."
         )
     if lvlm.device.type == "meta":
         raise ModelError(
@@ -48,7 +136,7 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         )
     if accelerator is None or accelerator.num_processes == 1:
         return
-    here, there = lvlm.device, accelerator.device
+    here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"
     if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
         raise ModelError(
             f"Got a model on {here} in process {accelerator.process_index} of "
@@ -63,11 +151,10 @@ def wanted_layers(
     """The layers of new gates, none if ``gates`` are given, which have made their ``choices``."""
     if isinstance(gates, LSG):
         raise InputError("Got one gate; expected a list. Write gates=[gate].")
-    if layers is None:
-        layers = () if gates else ["embed", *range(lvlm.anatomy.language.n_layers - 1)]
     if isinstance(layers, (int, str)):
         raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
-    wanted = [plain(layer) for layer in layers]
+    every = () if gates else ("embed", *range(lvlm.anatomy.language.n_layers - 1))
+    wanted = [plain(layer) for layer in (every if layers is None else layers)]
     if bool(wanted) == bool(gates):
         raise InputError(
             f"Got layers={wanted} and {len(gates)} gates; expected either. Write layers=[10] for a new "
@@ -82,7 +169,7 @@ def wanted_layers(
             "Write layers=[...] for new gates."
         )
     every = wanted or [gate.layer for gate in check_gates(gates)]
-    if len(set(every)) != len(every):
+    if len(set(every)) < len(every):
         raise InputError(f"Got the layers {every}; expected every layer once.")
     for gate in gates:
         gate.check_fits(lvlm)
@@ -124,13 +211,11 @@ def train_lsg(
     """Train Layer-wise Sink Gates: next-token loss on the answers, the model frozen (2604.03316).
 
     Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
-    computed once for all. A gate reads the last prompt token, and its coefficients hold for the
-    answer. The paper publishes two epochs and no other setting: see `TrainingSettings` for what is ours.
+    computed once for all. A gate reads the last prompt token, and its coefficients hold for the answer.
 
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
-        dataset: Records with image (or a list of images), question, answer and, if you like,
-            image_id; see `sinkscope.data.batches.read_dataset`.
+        dataset: Records as `sinkscope.data.batches.read_dataset` takes them.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
         settings: The numbers of the run; or write its fields, ``epochs`` to ``seed``, as arguments.
         gates: Instead of layers, gates of different layers to start from. They are copied.
@@ -140,8 +225,7 @@ def train_lsg(
         samples: What to calibrate rules on.
         validation: Share of the images to hold out. 0 trains on all, and keeps the last weights.
         validation_data: Instead of a share, records to validate on.
-        epochs: Passes over the data. For this and all up to ``seed``, None is the default of
-            `TrainingSettings`, which says more.
+        epochs: Passes over the data. This and all up to ``seed`` are those of `TrainingSettings`.
         batch: Rows per forward pass.
         accumulate: Forward passes per step.
         lr: Highest learning rate.
@@ -157,14 +241,12 @@ def train_lsg(
         out: A folder for checkpoints. Called again with the same settings and data, training goes
             on where it was killed and ends at the same weights.
         checkpoint_every: Steps between checkpoints.
-        accelerator: Processes of ``accelerate`` that share each step's rows; every one holds the
-            whole model on its own device. None trains in this process.
+        accelerator: Processes of ``accelerate`` that share each step's rows, each with the whole model.
         progress: Whether to show progress bars; None shows them from 50 records on.
-        dry_run: Whether to return what training would cost instead; the model does not run.
+        dry_run: Whether to return a `TrainingCost` instead; the model does not run.
 
     Returns:
-        The gates with the weights of the lowest validation loss, the history and a record; or, with
-        ``dry_run``, a `TrainingCost` to print.
+        The gates with the weights of the lowest validation loss, the history and a record.
 
     Raises:
         InputError: If the data, a setting or the folder does not fit.
@@ -185,10 +267,9 @@ def train_lsg(
             f"Got patience={settings.patience} and validation={validation}; expected some validation "
             "data to stop early by. Write validation=0.1, or patience=0."
         )
-    split = {"validation": validation, "seed": settings.seed, "progress": progress}
-    data, rows, tested = read_parts(
-        lvlm, dataset, validation_data, max_answer_tokens=max_answer_tokens, **split
-    )
+    limits = {"max_answer_tokens": max_answer_tokens, "progress": progress}
+    split = {"validation": validation, "seed": settings.seed}
+    data, rows, tested = read_parts(lvlm, dataset, validation_data, **split, **limits)
     count = 1 if accelerator is None else accelerator.num_processes
     edited = [gate.config.edited for gate in gates]
     edited += [0 if isinstance(layer, str) else layer + 1 for layer in wanted]
@@ -215,53 +296,14 @@ def train_lsg(
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
         base = objective.base(tested, settings.batch) if tested else None
-        run = (objective.trainees, objective, rows, tested, settings)
+        trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
+        run = (trainees, objective, rows, tested, settings)
         loop = Loop(*run, folder, checkpoint_every, shown, accelerator)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
         gate.record = own_record(record, layer)
     return TrainResult(made, record, loop.history)
-
-
-@dataclass(frozen=True, eq=False)
-class GateObjective:
-    """Next-token loss of answers under gates, each alone.
-
-    Attributes:
-        lvlm: The model, frozen.
-        gates: By name.
-        data: The records.
-        append_end: See `train_lsg`.
-    """
-
-    lvlm: LVLM
-    gates: Mapping[str, LSG]
-    data: AnswerData
-    append_end: bool
-
-    @property
-    def trainees(self) -> list[Trainee]:
-        """The gates, as what the loop trains."""
-        return [Trainee(name, dict(gate.named_parameters())) for name, gate in self.gates.items()]
-
-    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
-        """The batch and the states that gates read; see `sinkscope.lsg.losses.share`."""
-        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
-        blocks = [gate.config.edited for gate in self.gates.values()]
-        return share(self.lvlm, batch, blocks, whole=whole)
-
-    def losses(self, shared: Shared, name: str) -> Losses:
-        """The losses under one gate."""
-        return answer_losses([self.gates[name]], shared)
-
-    @torch.no_grad()
-    def base(self, rows: Sequence[int], batch: int) -> dict[str, float]:
-        """Loss and accuracy of the model without a gate."""
-        sums = Sums()
-        for part in batches_of(rows, batch):
-            sums.add(answer_losses([], self.share(part, whole=True)))
-        return sums.line()
 
 
 def new_gates(
@@ -272,9 +314,9 @@ def new_gates(
     known = dict(rules)
     for layer in layers:
         out[layer] = LSG.for_model(lvlm, layer, **known, **choices)
-        for name in ("v_detector", "l_detector"):
-            rule = getattr(out[layer].config, name)
-            known[name] = None if rule is None else detector_of(rule)
+        config = out[layer].config
+        known["v_detector"] = detector_of(config.v_detector)
+        known["l_detector"] = config.l_detector and detector_of(config.l_detector)
     return out
 
 
@@ -285,23 +327,19 @@ def facts_of(
     steps: Mapping[str, int],
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that goes on must have the same."""
-    data = objective.data
-    images = {name: {data.images[row] for row in rows} for name, rows in parts.items()}
+    data, gates = objective.data, {}
+    for name, gate in objective.gates.items():
+        weights = b"".join(v.cpu().numpy().tobytes() for v in gate.state_dict().values())
+        start = hashlib.blake2b(weights, digest_size=8).hexdigest()
+        gates[name] = {**gate.config.to_dict(), "start": start}
+    counts = {
+        name: {"records": len(rows), "images": len({data.images[row] for row in rows})}
+        for name, rows in parts.items()
+    }
     return {
         "model": identity_of(objective.lvlm),
         "settings": {**settings.to_dict(), "append_end": objective.append_end},
-        "data": {
-            "fingerprint": data.fingerprint,
-            **{n: {"records": len(parts[n]), "images": len(images[n])} for n in parts},
-        },
+        "data": {"fingerprint": data.fingerprint, **counts},
         "steps": dict(steps),
-        "gates": {name: described(gate) for name, gate in objective.gates.items()},
+        "gates": gates,
     }
-
-
-def described(gate: LSG) -> dict[str, Any]:
-    """A gate's choices, and a digest of the weights it starts from."""
-    digest = hashlib.blake2b(digest_size=8)
-    for value in gate.state_dict().values():
-        digest.update(value.detach().cpu().numpy().tobytes())
-    return {**gate.config.to_dict(), "start": digest.hexdigest()}

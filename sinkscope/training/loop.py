@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sinkscope.data.batches import batches_of
 from sinkscope.errors import CheckpointError, NonFiniteError
 from sinkscope.files import read_json, write_whole
 from sinkscope.training.settings import TrainingSettings
@@ -33,8 +34,7 @@ class Losses:
     """How well the answers of a batch are predicted.
 
     Attributes:
-        total: The sum of the next-token losses of all answer tokens, in nats.
-        tokens: How many there are.
+        total: The sum of the next-token losses of all ``tokens`` of answers, in nats.
         correct: Bool ``[row]``: whether greedy decoding writes the answer.
         notes: Means over the rows to keep in the history, by name.
     """
@@ -61,22 +61,21 @@ class Sums(dict[str, float]):
 
     def add(self, losses: Losses) -> None:
         """Add a batch."""
-        rows = len(losses.correct)
+        rows, total = len(losses.correct), float(losses.total.detach())
         self.merge({name: value * rows for name, value in losses.notes.items()})
-        self.merge({"loss": float(losses.total.detach()), "tokens": losses.tokens})
-        self.merge({"rows": rows, "correct": int(losses.correct.sum())})
+        more = {"loss": total, "tokens": losses.tokens, "rows": rows}
+        self.merge(more | {"correct": int(losses.correct.sum())})
 
     def merge(self, other: Mapping[str, float]) -> None:
         """Add the sums of other rows."""
-        for name, value in other.items():
-            self[name] = self.get(name, 0) + value
+        self.update({name: self.get(name, 0) + value for name, value in other.items()})
 
     def line(self) -> dict[str, float]:
         """Means: loss per answer token, accuracy per row, notes per row."""
-        sums = dict(self)
-        loss, rows = sums.pop("loss") / sums.pop("tokens"), sums.pop("rows")
-        out = {"loss": loss, "accuracy": sums.pop("correct") / rows}
-        return out | {name: value / rows for name, value in sums.items()}
+        means = {name: value / self["rows"] for name, value in self.items()}
+        out = {"loss": self["loss"] / self["tokens"], "accuracy": means["correct"]}
+        counted = ("loss", "tokens", "rows", "correct")
+        return out | {name: value for name, value in means.items() if name not in counted}
 
 
 @dataclass(eq=False)
@@ -92,10 +91,10 @@ class Trainee:
     ended: bool = False
     failed: str | None = None
 
-    def start(self, settings: TrainingSettings) -> None:
+    def start(self, lr: float, weight_decay: float) -> None:
         """Make ready for the first step."""
-        given, decay = list(self.parameters.values()), settings.weight_decay
-        self.optimizer = torch.optim.AdamW(given, lr=settings.lr, weight_decay=decay)
+        given = list(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(given, lr=lr, weight_decay=weight_decay)
         self.ended, self.failed = False, None
         self.keep_best(None, 0, 0)
 
@@ -105,19 +104,22 @@ class Trainee:
         parts: dict[str, Mapping[str, Tensor]] = {"weight": self.parameters, "best": self.best}
         moments = self.optimizer.state_dict()["state"].items()
         parts |= {f"adam/{index}": values for index, values in moments}
-        each = [(f"{self.name}/{part}/{k}", v) for part, of in parts.items() for k, v in of.items()]
-        return {name: value.detach().cpu().contiguous() for name, value in each}
+        return {
+            f"{self.name}/{part}/{key}": value.detach().cpu().contiguous()
+            for part, values in parts.items()
+            for key, value in values.items()
+        }
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go back to what was saved."""
-        name, state = self.name, {}
+        state: dict[int, dict[str, Tensor]] = {}
         for key, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"{name}/weight/{key}"])
-            self.best[key] = tensors[f"{name}/best/{key}"].to(parameter.device)
+            parameter.copy_(tensors[f"{self.name}/weight/{key}"])
+            self.best[key] = tensors[f"{self.name}/best/{key}"].to(parameter.device)
         for path, value in tensors.items():
-            if path.startswith(f"{name}/adam/"):
-                index, key = path.removeprefix(f"{name}/adam/").split("/")
+            if path.startswith(start := f"{self.name}/adam/"):
+                index, key = path.removeprefix(start).split("/")
                 state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         for key in self.NUMBERS:
@@ -135,17 +137,12 @@ class Trainee:
 
 @dataclass(eq=False)
 class Loop:
-    """A training run.
+    """A training run of ``trainees`` for an ``objective``.
 
     Attributes:
-        trainees: What is trained.
-        objective: What for.
         rows: Indices of the training part.
         held: Indices of the validation part, or none.
-        settings: The numbers of the run.
-        folder: Where checkpoints go, or None for nowhere.
-        checkpoint_every: Steps between two checkpoints.
-        progress: Whether to show a progress bar.
+        folder: Where checkpoints go, every so many steps; None for nowhere.
         accelerator: Processes to share the rows with, or None for this one alone.
         history: One line per trainee, step and split.
         step: Steps done, in ``seconds`` of wall time, those before a kill included.
@@ -171,16 +168,13 @@ class Loop:
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
         for trainee in self.trainees:
-            trainee.start(self.settings)
+            trainee.start(self.settings.lr, self.settings.weight_decay)
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
         A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
-        then, and the others go on. With several processes all end, because each sees other rows.
-
-        Raises:
-            NonFiniteError: If that happened to all of them.
+        then, and the others go on. If none is left, or rows are shared by processes, it is a NonFiniteError.
         """
         self._restore()
         self._since = time.monotonic() - self.seconds
@@ -206,7 +200,6 @@ class Loop:
 
     @property
     def _active(self) -> list[Trainee]:
-        """The trainees that have neither ended early nor failed."""
         return [one for one in self.trainees if not one.ended]
 
     def plan(self, step: int) -> list[tuple[int, ...]]:
@@ -219,17 +212,15 @@ class Loop:
 
     def _own(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
         """This process' share of rows, in groups."""
-        own, size = rows[self.place :: self.processes], self.settings.batch
-        return [tuple(own[start : start + size]) for start in range(0, len(own), size)]
+        return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
     def _one_step(self, bar: Any) -> None:
-        """Take one step with every active trainee."""
         before, lr = self._active, self.settings.lr_at(self.step, self.steps)
         for trainee in before:
             trainee.optimizer.zero_grad()
         for trainee, total in self._summed(self.plan(self.step), lr, train=True):
             if self._update(trainee, total["tokens"], lr):
-                self._note(trainee, "train", total, lr)
+                self._note(trainee, "train", self.step + 1, total, lr)
         self.step += 1
         losses = [line["loss"] for line in self.history[-len(before) :]]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
@@ -240,8 +231,8 @@ class Loop:
         """Keep the weights of the lowest validation loss; without a validation part, the newest."""
         lr = self.settings.lr
         for trainee, total in self._summed(self._own(self.held), lr) if self.held else ():
-            line = self._note(trainee, "validation", total, None)
-            trainee.keep_best(line["loss"], self.step, self.settings.patience)
+            self._note(trainee, "validation", self.step, total, None)
+            trainee.keep_best(total.line()["loss"], self.step, self.settings.patience)
         for trainee in () if self.held else self._active:
             weights = torch.cat([p.flatten() for p in trainee.parameters.values()])
             if self._finite(weights, trainee, "weight", lr):
@@ -261,20 +252,19 @@ class Loop:
                     if train:
                         losses.total.backward()
                     sums[trainee.name].add(losses)
-        out = [(trainee, Sums()) for trainee in self._active]
-        for trainee, total in out:
-            own = [sums[trainee.name]]
-            for part in own if self.processes == 1 else gather_object(own):
-                total.merge(part)
-        return out
+        if self.processes > 1:
+            for name, own in sums.items():
+                sums[name] = Sums()
+                for part in gather_object([own]):
+                    sums[name].merge(part)
+        return [(trainee, sums[trainee.name]) for trainee in self._active]
 
     def _update(self, trainee: Trainee, tokens: float, lr: float) -> bool:
         """Step along the mean gradient of all answer tokens, of all processes, if it is finite."""
-        parameters = list(trainee.parameters.values())
+        parameters, a = list(trainee.parameters.values()), self.accelerator
         for parameter in parameters:
-            whole: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if self.accelerator is not None:
-                whole = self.accelerator.reduce(whole, "sum")
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            whole: Any = own if a is None else a.reduce(own, "sum")
             parameter.grad = whole / tokens
         length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
         if not self._finite(length, trainee, "gradient", lr):
@@ -286,7 +276,7 @@ class Loop:
 
     def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
         """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
-        if bool(torch.isfinite(value).all()):
+        if bool(value.isfinite().all()):
             return True
         found = f" of {float(value.detach())}" if value.numel() == 1 else ""
         trainee.ended = True
@@ -298,20 +288,17 @@ class Loop:
             raise NonFiniteError(trainee.failed)
         return False
 
-    def _note(self, trainee: Trainee, split: str, total: Sums, lr: float | None) -> dict[str, Any]:
-        """Add a line to the history."""
-        done = self.step if split == "validation" else self.step + 1
-        line = {"name": trainee.name, "step": done, "epoch": done / self.per_epoch}
-        self.history.append(line | {"split": split, "lr": lr} | total.line())
-        return self.history[-1]
+    def _note(self, one: Trainee, split: str, done: int, total: Sums, lr: float | None) -> None:
+        line = {"name": one.name, "step": done, "epoch": done / self.per_epoch, "split": split}
+        self.history.append(line | {"lr": lr} | total.line())
 
     def _save(self) -> None:
         """Write a checkpoint, whole or not at all; the one before is removed afterwards."""
         if self.folder is None or not self.writes:
             return
         numbers = {t.name: {n: getattr(t, n) for n in t.NUMBERS} for t in self.trainees}
-        data = {"step": self.step, "seconds": time.monotonic() - self._since}
-        data |= {"runners": numbers, "history": self.history}
+        seconds = time.monotonic() - self._since
+        data = {"step": self.step, "seconds": seconds, "runners": numbers, "history": self.history}
         tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
         made = self.folder / f"checkpoint-{self.step:06d}.tmp"
         shutil.rmtree(made, ignore_errors=True)
@@ -334,10 +321,8 @@ class Loop:
         try:
             tensors = load_file(found[-1] / "state.safetensors")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error}); expected a "
-                f"whole file. {again}"
-            ) from error
+            what = f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error})"
+            raise CheckpointError(f"{what}; expected a whole file. {again}") from error
         data = read_json(found[-1] / "state.json", again)
         for trainee in self.trainees:
             trainee.restore(tensors, data["runners"][trainee.name])
@@ -346,5 +331,5 @@ class Loop:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Finished states, the newest last."""
-    found = [(re.fullmatch(r"checkpoint-(\d{6,})", path.name), path) for path in folder.iterdir()]
-    return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,4 +1,4 @@
-"""How a few parameters are trained: numbers with documented defaults, checked when they are given."""
+"""The numbers of a training run, with documented defaults."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from sinkscope.errors import InputError
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The numbers of a training run.
+    """The numbers of a training run; an InputError if one is impossible.
 
-    The paper (2604.03316) publishes two epochs. It publishes no optimiser, learning rate, schedule
-    or batch size: the other defaults are ours.
+    The paper (2604.03316) publishes two epochs, and no optimiser, learning rate, schedule or batch size:
+    the other defaults are ours.
 
     Attributes:
         epochs: Passes over the training part.
         batch: Rows per forward pass, of every process.
-        accumulate: Forward passes per step. Their answer tokens count alike, so the step is that of
-            one batch of ``batch * accumulate`` rows.
+        accumulate: Forward passes per step, which count as one batch of all their rows.
         lr: Highest learning rate of AdamW.
         weight_decay: Of AdamW.
         schedule: ``"cosine"`` falls to 0 at the last step; ``"constant"`` stays.
@@ -31,9 +30,6 @@ class TrainingSettings:
         evaluate_every: Steps between two validations; 0 validates after every epoch.
         patience: Stop after so many validations without a lower loss; 0 never stops early.
         seed: Of the order of the records and of the split.
-
-    Raises:
-        InputError: If a value is impossible.
     """
 
     epochs: int = 2
@@ -54,19 +50,12 @@ class TrainingSettings:
         check_number(above=0, lr=self.lr)
         check_number(0, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip)
         if self.warmup > 1:
-            raise InputError(
-                f"Got warmup={self.warmup}; expected a share of all steps, from 0 to 1. Write "
-                "warmup=0.03."
-            )
+            raise InputError(f"Got warmup={self.warmup}; expected a share of all steps, 0 to 1.")
         check_choice(("cosine", "constant"), schedule=self.schedule)
 
     @classmethod
     def of(cls, settings: TrainingSettings | None, given: Mapping[str, Any]) -> TrainingSettings:
-        """``settings``, or new ones with the fields in ``given`` that are not None.
-
-        Raises:
-            InputError: If both came, or a value is impossible.
-        """
+        """``settings``, or new ones with the fields in ``given`` that are not None; never both."""
         chosen = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
         if settings is None:
             return cls(**chosen)

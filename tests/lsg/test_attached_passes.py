@@ -238,7 +238,7 @@ REFUSED = {
     "an image encoded for nothing": (an_earlier_image(used=False), "encoded before the gate"),
     "a tuple as a cache": (
         whole(lambda m, i: m(**i, past_key_values=((),))),
-        "past_key_values of type tuple.*DynamicCache",
+        "cache of type tuple.*DynamicCache",
     ),
 }
 

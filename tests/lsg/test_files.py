@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -94,63 +92,6 @@ def test_a_loaded_gate_is_the_saved_one(lvlm, tmp_path, choices):
     want = lvlm.run(sample, interventions=[gate]).logits
     assert torch.equal(lvlm.run(sample, interventions=[loaded]).logits, want)
     assert not torch.equal(lvlm.run(sample).logits, want)
-
-
-ANSWER = """
-import beartype, json, sys
-import torch
-torch.set_num_threads(1)
-import sinkscope as ss
-from sinkscope.testing import random_image
-
-lvlm = ss.LVLM.from_pretrained(sys.argv[1])
-gates = ss.LSG.load_stack(sys.argv[2], lvlm=lvlm)
-sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
-traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
-attached = [gate.attach(lvlm) for gate in gates]
-plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
-first = lvlm.module(**sample.inputs)
-seen = [one.coefficients for one in attached]
-print("ANSWER", json.dumps({
-    "traced": traced.tolist(), "attached": plain.tolist(),
-    "coefficients": [[value.hex() for value in one.flatten().tolist()] for one in seen],
-    "logits": [value.hex() for value in first.logits[0, -1].tolist()],
-}))
-"""
-
-
-@pytest.mark.slow
-def test_another_process_answers_with_the_same_tokens(tmp_path):
-    """The gates here are those in memory, never read from a file."""
-    write_checkpoint(*TINY["qwen2.5-vl"](), tmp_path / "model")
-    lvlm = ss.LVLM.from_pretrained(tmp_path / "model")
-    gates = [gate_for(lvlm, layer, seed) for layer, seed in ((1, 0), ("embed", 1))]
-    ss.LSG.save_stack(gates, tmp_path / "saved")
-    done = subprocess.run(
-        [sys.executable, "-c", ANSWER, str(tmp_path / "model"), str(tmp_path / "saved")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    there = json.loads(done.stdout.partition("ANSWER ")[2])
-
-    sample = lvlm.prepare(images=random_image(seed=4), text="what is it")
-    traced = lvlm.generate(sample, interventions=gates, max_new_tokens=8).sequences
-    assert there["traced"] == traced.tolist()
-    attached = [gate.attach(lvlm) for gate in gates]
-    plain = lvlm.module.generate(**sample.inputs, max_new_tokens=8, do_sample=False)
-    logits = lvlm.module(**sample.inputs).logits[0, -1]
-    seen = [one.coefficients.flatten().tolist() for one in attached]
-    for gate in gates:
-        gate.detach()
-    assert there["attached"] == plain.tolist()
-    assert there["coefficients"] == [[value.hex() for value in one] for one in seen]
-    assert there["logits"] == [value.hex() for value in logits.tolist()]
-    assert not torch.equal(logits, lvlm.module(**sample.inputs).logits[0, -1])
-    assert all(abs(value - 0.5) > 1e-3 for value in seen[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -259,7 +200,7 @@ def test_another_model_is_refused_with_the_differences(tiny, folder, use):
         use(folder, tiny("qwen2.5-vl"))
 
 
-@pytest.mark.parametrize("use", [load_on, attach_to, run_on])
+@pytest.mark.parametrize("use", [load_on, attach_to])
 def test_other_weights_are_refused_and_adopted(folder, use):
     model, processor = TINY[FAMILY]()
     with torch.no_grad():
@@ -367,7 +308,6 @@ C, M, T = "config.json", "model.safetensors", "training.json"
 NEW = {"sinkscope": "9.1"}
 DAMAGE = {
     "truncated": (cut, "damaged or cut off: SafetensorError"),
-    "empty": (text(M, ""), "damaged or cut off"),
     "renamed": (
         tensors(lambda t: t.update({"first.weight": t.pop("inner.weight")})),
         r"(?s)inner.weight: expected \(16, 64\), found none.*first.weight: expected none, found \(16",
@@ -388,34 +328,27 @@ DAMAGE = {
         r"without config.json; expected what gate.save_pretrained\(folder\) wrote",
     ),
     "no json": (text(C, "{"), "cannot be read as JSON"),
-    "binary": (text(C, "\xff\xfe\x00"), "cannot be read as JSON"),
     "a list": (text(C, "[]"), "holds a list"),
     "nothing": (text(C, "{}"), "a dict of the format 'None'"),
     "a list as format": (head(format=["x"]), r"of the format \"\['x'\]\""),
     "unknown field": (head(colour="red"), r"unknown fields \['colour'\]"),
     "unknown gate field": (choice(colour="red"), r"impossible: Got .* unknown fields \['colour'\]"),
     "newer": (head(format_version=2, versions=NEW), r"=2 .*'9\.1'}.*; expected 1 to 1, .* Upgrade"),
-    "version as text": (head(format_version="1"), "format_version='1'"),
     "no version": (head(format_version=-5), "format_version=-5 .*; expected 1 to 1"),
     "versions": (head(versions=[1]), r"versions=\[1\] in config.json of .* versions by name"),
     "width": (choice(d_model=65), "impossible: Got d_model=65; expected the model's width, 64"),
     "a layer beyond": (choice(layer=2), "layer=2 for a gate in a decoder of 3 blocks"),
-    "layer": (choice(layer="last"), "impossible: Got layer='last'"),
     "group": (choice(groups=["V", "x"]), "impossible: Got groups"),
     "rule": (choice(v_detector={"name": "Shell"}), "the detector 'Shell'"),
-    "rule without name": (choice(v_detector={}), "impossible: Got v_detector={}"),
-    "rule is a list": (choice(v_detector=["Norm"]), r"Got v_detector=\['Norm'\]"),
     "rule's name": (choice(v_detector={"name": ["Norm"]}), "Got v_detector={'name'"),
     "no model": (choice(model={}), "impossible: Got model={}; expected the fingerprint"),
     "gate is text": (head(gate="V"), "impossible: Got gate='V'; expected its choices, by name"),
-    "gate is a number": (head(gate=3), "impossible: Got gate=3"),
     "deep config": (text(C, '{"a":' * 20_000), "config.json', which cannot .*RecursionError"),
     "deep record": (text(T, "[" * 100_000), "training.json', which cannot .*RecursionError"),
     "a record without names": (
         text(T, "[1, 2]"),
         "training.json', which holds a list; expected a tr",
     ),
-    "no record": (text(T, "null"), "training.json', which holds a NoneType; expected a training"),
     "large": (choice(hidden=10**13), r"expected \(10000000000000, 64\)"),
 }
 
@@ -451,38 +384,26 @@ WRONG_FIELDS = {
     "v_detector.reason": [{"name": "NoSinks", "reason": 3}],
     "v_detector.gap": [{"name": "Norm", "tau": 1.0, "gap": float("nan")}],
 }
-FIRST = {name: values[0] for name, values in WRONG_FIELDS.items()}
-WRONG_FIELDS = [(name, value) for name, values in WRONG_FIELDS.items() for value in values]
 
 
-def called(value):
-    return repr(value)[:24]
-
-
-@pytest.mark.parametrize(("name", "value"), FIRST.items(), ids=called)
-def test_every_field_has_its_type_in_a_file(folder, name, value):
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_every_field_has_its_type(gate, folder, name):
+    """In memory every wrong value is refused, and in a file the first of them."""
     head, _, part = name.partition(".")
-    edit_gate(folder, **{head: value})
+    for value in WRONG_FIELDS[name]:
+        made = tuple(value) if head in ("weights", "groups") and isinstance(value, list) else value
+        with pytest.raises(InterventionError, match=rf"^Got {head}.*{part}=.*; expected "):
+            replace(gate.config, **{head: made})
+    edit_gate(folder, **{head: WRONG_FIELDS[name][0]})
     said = rf"^config.json of '{folder}' is impossible: Got {head}.*{part}="
     with refused(match=said):
         ss.LSG.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=called)
-def test_every_field_has_its_type_in_memory(gate, name, value):
-    head, _, part = name.partition(".")
-    value = tuple(value) if name in ("weights", "groups") and isinstance(value, list) else value
-    with pytest.raises(InterventionError, match=rf"^Got {head}.*{part}=.*; expected "):
-        replace(gate.config, **{head: value})
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("language_layers", float("inf")),
-        ("language_layers", "x"),
-        ("vision_width", 48.0),
-        ("feed_layers", "1"),
         ("feed_layers", []),
         ("heads", None),
         ("model_type", ["llava"]),
@@ -711,8 +632,10 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("within", [None, "", "gate-00-layer-1"])
-@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize(
+    ("within", "case"),
+    [*((None, case) for case in FOREIGN), ("", "a note"), ("gate-00-layer-1", "a folder")],
+)
 def test_a_folder_with_something_else_in_it_is_not_overwritten(gate, tmp_path, case, within):
     """A gate (None), a stack, and a gate in a stack."""
     put, name = FOREIGN[case]
@@ -768,22 +691,17 @@ def test_a_broken_gate_is_not_saved(gate, tmp_path):
 # Cards
 
 
-def test_the_card_of_a_new_gate_says_untrained(lvlm, tmp_path):
+def test_the_card_of_a_new_gate_says_untrained(lvlm, folder, tmp_path):
     new = ss.LSG.for_model(lvlm, 1, v_detector=RULE, scale=1.25)
     new.save_pretrained(tmp_path / "new")
     card = (tmp_path / "new" / "README.md").read_text()
     assert "**Untrained.** Its last layer is zero, so every coefficient is 0.625." in card
+    assert "**Not recorded.**" in (folder / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head == {
         "library_name": "sinkscope",
         "tags": ["attention-sinks", "layer-wise-sink-gating"],
     }
-
-
-def test_the_card_of_a_changed_gate_without_a_record_says_so(folder):
-    card = (folder / "README.md").read_text()
-    assert "**Not recorded.**" in card
-    assert "Untrained" not in card
 
 
 def test_the_card_tells_the_record_and_it_stays_with_the_gate(gate, folder, tmp_path):

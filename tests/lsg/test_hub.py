@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
-from sinkscope.lsg import files, sources
+from sinkscope.lsg import loading, saving
 
 TOKEN = "hf_" + "notARealTokenAtAll"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -137,7 +137,7 @@ def test_without_network_both_readings_are_named(monkeypatch):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError(f"no connection with {TOKEN}")
 
-    monkeypatch.setattr(sources, "hf_hub_download", unreachable)
+    monkeypatch.setattr(loading, "hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match="no folder here, and the hub could not") as caught:
         ss.LSG.from_pretrained("user/gate")
     assert TOKEN not in str(caught.value)
@@ -173,7 +173,7 @@ class Api:
 @pytest.fixture
 def api(monkeypatch):
     made = type("Made", (Api,), {"there": [".gitattributes", "README.md"], "seen": {}})
-    monkeypatch.setattr(files, "HfApi", made)
+    monkeypatch.setattr(saving, "HfApi", made)
     return made
 
 

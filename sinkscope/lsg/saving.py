@@ -1,0 +1,317 @@
+"""Folders of gates, written whole or not at all, and their model cards.
+
+Not huggingface_hub's PyTorchModelHubMixin: it builds a module before its sizes are compared with the
+tensors, writes over foreign files, and knows neither stacks nor the model that a gate was made for.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
+from safetensors.torch import save
+
+from sinkscope import __version__
+from sinkscope.errors import CheckpointError, InputError
+from sinkscope.files import read_json, write_whole
+from sinkscope.lsg.loading import (
+    AGAIN,
+    CONFIG,
+    FORMAT,
+    HELD,
+    HUB_ERRORS,
+    RECORD,
+    REPOSITORY,
+    STACK,
+    TENSORS,
+    VERSION,
+    SavedGate,
+    leaves,
+    scrub,
+)
+
+CARD = "README.md"
+OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def save_gate(folder: Any, gate: SavedGate) -> None:
+    """Write a gate; see `LSG.save_pretrained`."""
+    write_folder(Path(folder), files_of(gate), FORMAT)
+
+
+def save_stack(folder: Any, gates: Sequence[SavedGate], record: Any) -> None:
+    """Write several gates; see `LSG.save_stack`."""
+    record = plain_record(record)
+    named = {f"gate-{i:02d}-layer-{one.config.layer}": one for i, one in enumerate(gates)}
+    files = files_beside(STACK, list(named), stack_card(named, record), record)
+    for name, one in named.items():
+        files |= {f"{name}/{file}": content for file, content in files_of(one).items()}
+    write_folder(Path(folder), files, STACK)
+
+
+def push_gate(
+    repo: str, gate: SavedGate, private: bool | None, revision: str | None, token: str | None
+) -> str:
+    """Put a gate into a repository; see `LSG.push_to_hub`."""
+    files = files_of(gate)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        there = set(api.list_repo_files(repo, revision=revision))
+        refuse_foreign(f"the repository {repo!r}", there - OURS[FORMAT] - {".gitattributes"})
+        changes = [CommitOperationAdd(name, content) for name, content in files.items()]
+        gone = [CommitOperationDelete(name) for name in there & OURS[FORMAT] - set(files)]
+        message = f"Gate at {gate.config.layer}, sinkscope {__version__}"
+        done = api.create_commit(repo, [*changes, *gone], commit_message=message, revision=revision)
+    except CheckpointError:
+        raise
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"{repo!r} could not be written ({scrub(error, token)}); expected a network, a login with "
+            "write access, and a name such as 'user/gate'. Write `hf auth login` in a shell."
+        ) from None  # the chained error may show the request's headers
+    return str(done.commit_url)
+
+
+def files_of(gate: SavedGate) -> dict[str, bytes]:
+    """What a gate's folder holds, by name."""
+    record = plain_record(gate.record)
+    tensors = {name: value.float().cpu().contiguous() for name, value in gate.tensors.items()}
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones. Lower the "
+            "learning rate, or save an earlier state."
+        )
+    beside = files_beside(FORMAT, gate.config.to_dict(), gate_card(gate, record), record)
+    return {TENSORS: save(tensors), **beside}
+
+
+def files_beside(
+    kind: str, held: Any, card: bytes, record: Mapping[str, Any] | None
+) -> dict[str, bytes]:
+    """The files beside the tensors: strict JSON, for people to read, and the card."""
+    versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
+    versions["transformers"] = transformers.__version__
+    head = {"format": kind, "format_version": VERSION, HELD[kind]: held, "versions": versions}
+    out = {CARD: card}
+    for name, data in {CONFIG: head, **({} if record is None else {RECORD: record})}.items():
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+        out[name] = f"{text}\n".encode()
+    return out
+
+
+def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
+    """Write a folder that is whole or holds no `CONFIG`; nobody else's file is touched."""
+    target = Path(os.path.realpath(target.expanduser()))
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
+    refuse_foreign(f"the folder {str(target)!r}", foreign(target, kind) if target.exists() else [])
+    made = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
+    try:
+        try:
+            for name, content in files.items():
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(made / name, content)
+            if target.exists():
+                exchange(made, target)
+            else:
+                made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "
+            "to, with space left. What was there is still there."
+        ) from error
+
+
+def refuse_foreign(where: str, names: Iterable[str]) -> None:
+    """Refuse to write where anything else lies."""
+    if found := sorted(names):
+        raise CheckpointError(
+            f"Got {where}, which holds {found[:5]}; expected a new or empty one, or one of the same "
+            "kind to replace. Choose another name."
+        )
+
+
+def exchange(made: Path, target: Path) -> None:
+    """Replace the files of a folder; the folder itself stays, with who works in it.
+
+    `CONFIG` leaves first and comes last, so that a folder which is not whole is not read as one. What
+    was moved goes back if anything fails.
+    """
+    old = made.with_suffix(".old")
+    before = sorted((path.name for path in target.iterdir()), key=lambda name: name != CONFIG)
+    names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG)
+    old.mkdir()
+    with ExitStack() as undo:
+        undo.callback(old.rmdir)
+        moves = [(target / name, old / name) for name in before]
+        for here, there in [*moves, *((made / name, target / name) for name in names)]:
+            here.rename(there)
+            undo.callback(there.rename, here)
+        undo.pop_all()
+    shutil.rmtree(old)
+
+
+def foreign(folder: Path, kind: str) -> list[str]:
+    """What lies in a folder that no older gate or stack wrote there, as paths within it.
+
+    Only plain files under our names are ours, and folders that a stack lists under names as
+    `save_stack` makes them, if each holds a gate and nothing else.
+    """
+    config = folder / CONFIG
+    head = read_json(config, AGAIN) if config.is_file() else None
+    head = head if isinstance(head, Mapping) and head.get("format") == kind else {}
+    names = head.get("gates") if kind == STACK else None
+    listed = names if isinstance(names, list) else []
+    out = []
+    for path in folder.iterdir():
+        plainly, name = not path.is_symlink(), path.name
+        if plainly and head and name in OURS[kind] and path.is_file():
+            continue
+        ours = name in listed and re.fullmatch(r"gate-\d{2,}-layer-(\d+|embed)", name)
+        if plainly and ours and path.is_dir():
+            out += [f"{name}/{one}" for one in foreign(path, FORMAT)]
+        else:
+            out.append(name)
+    return out
+
+
+def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
+    """The card of one gate; of a record made with others it has this gate's part."""
+    config, layer = gate.config.to_dict(), gate.config.layer
+    model, _ = config.pop("model"), config.pop("weights")
+    where = "the embeddings" if layer == "embed" else f"block {layer}"
+    mine = dict(record or {})
+    if isinstance(mine.get("results"), Mapping):
+        mine["results"] = {k: v for k, v in mine["results"].items() if k == str(layer)}
+    if isinstance(mine.get("gates"), Mapping):
+        mine["trained_together"] = sorted(map(str, mine.pop("gates")))
+    told = f"As recorded by who trained it; long lists are summed up here.\n\n{table(mine)}"
+    training = unrecorded(gate) if record is None else told
+    count = sum(value.numel() for value in gate.tensors.values())
+    return card_of(
+        record,
+        title=f"A sink gate that reads {where} of a {escaped(model.get('model_type', ''))} model",
+        about=f"It multiplies the attention keys of image tokens in block {gate.config.edited} by "
+        f"coefficients for the groups {', '.join(gate.config.groups)}. The model itself is unchanged "
+        f"and not included. {count:,} parameters.",
+        load="gate = ss.LSG.from_pretrained",
+        use="[gate]",
+        sections={"Training": training, "Choices": table(config), "Made for": table(model)},
+    )
+
+
+def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None) -> bytes:
+    """The card of a stack: its gates by folder."""
+    made = {k: "see its card" if one.record else unrecorded(one) for k, one in gates.items()}
+    rows = [f"| [{name}]({name}/README.md) | {how} |" for name, how in made.items()]
+    none = "No record of a common training was given. The gates' own cards say how each was made."
+    return card_of(
+        record,
+        title=f"A stack of {len(gates)} sink gates",
+        about="Each folder is a gate of its own; together they are a list of interventions.",
+        load="gates = ss.LSG.load_stack",
+        use="gates",
+        sections={
+            "Gates": "\n".join(["| folder | training |", "|---|---|", *rows]),
+            "Training": none if record is None else table(record),
+        },
+    )
+
+
+def unrecorded(gate: SavedGate) -> str:
+    """What can be said without a record."""
+    if not gate.tensors["outer.weight"].any() and not gate.tensors["outer.bias"].any():
+        each = gate.config.scale / len(gate.config.groups)
+        return f"**Untrained.** Its last layer is zero, so every coefficient is {each:g}."
+    return "**Not recorded.** It is not a new gate; how its parameters came about is unknown."
+
+
+def card_of(record: Mapping[str, Any] | None, **parts: Any) -> bytes:
+    """A card: ``title``, ``about``, ``load``, ``use`` and ``sections`` (heading -> text)."""
+    base = (record or {}).get("base_model")
+    named = isinstance(base, str) and REPOSITORY.match(base)
+    tags = ["attention-sinks", "layer-wise-sink-gating"]
+    front = {"library_name": "sinkscope", "tags": tags, "base_model": base if named else None}
+    card = ModelCard.from_template(ModelCardData(**front), template_path=str(TEMPLATE), **parts)
+    return str(card).encode()
+
+
+def table(data: Mapping[str, Any]) -> str:
+    """Plain data as a table, nested names dotted."""
+    lines = [f"| {escaped(name)} | {escaped(shown(value))} |" for name, value in leaves(data)]
+    return "\n".join(["| what | value |", "|---|---|", *lines])
+
+
+def shown(value: Any) -> str:
+    """One value in words; a list of more than eight is summed up, and training.json has it whole."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(one)}" for name, one in value.items()) or "none"
+    if not isinstance(value, list) or not value:
+        return "none" if value in (None, []) else str(value)
+    if len(value) <= 8 and not any(isinstance(one, (list, dict)) for one in value):
+        return ", ".join(shown(one) for one in value)
+    if all(isinstance(one, (int, float)) for one in value):
+        first, last, least, most = map(shown, (value[0], value[-1], min(value), max(value)))
+        return f"{len(value)} values: first {first}, last {last}, smallest {least}, largest {most}"
+    return f"{len(value)} entries, the last: {shown(value[-1])}"
+
+
+def escaped(text: str) -> str:
+    """Text that cannot break out of a table cell."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+
+
+def plain(value: Any, name: str) -> Any:
+    """Numbers, text, lists and dictionaries; what is not finite becomes a word, the rest an error."""
+    if isinstance(value, (np.generic, torch.Tensor, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(one, f"{name}[{key!r}]") for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [plain(one, f"{name}[{place}]") for place, one in enumerate(value)]
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if infinite or isinstance(value, (Path, torch.dtype, torch.device, date)):
+        return str(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise InputError(
+        f"Got {name} of type {type(value).__name__}; expected plain data: numbers, text, lists and "
+        "dictionaries. Write what matters of it as text."
+    )
+
+
+def plain_record(record: Any) -> Any:
+    """A training record as plain data, or None; an InputError if it is something else."""
+    if record is not None and not isinstance(record, Mapping):
+        raise InputError(
+            f"Got a record of type {type(record).__name__}; expected a dictionary, such as "
+            "result.record of train_lsg."
+        )
+    return plain(record, "record")
