@@ -24,5 +24,5 @@ def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str 
     """
     model, processor = load_bundled_hf(dtype, attn_implementation)
     lvlm = LVLM(model, processor)
-    lvlm._name = "bundled"
+    lvlm.name = "bundled"
     return lvlm

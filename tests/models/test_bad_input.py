@@ -539,7 +539,7 @@ PROBES = {
     ),
     "unknown normalisation": (
         lambda w: w.run(ss.SinkDimensionScores([0], normalize="l2")),
-        "normalize='l2'; expected 'rms' or 'none'",
+        "normalize='l2'; expected one of .'rms', 'none'",
     ),
     "more channels than there are": (
         lambda w: w.run(ss.MassiveActivations(k=65)),
@@ -555,7 +555,7 @@ PROBES = {
     ),
     "unknown precision": (
         lambda w: w.run(ss.AttentionMass({"a": "image"}, precision="fp32")),
-        "precision='fp32'; expected 'model' or 'float32'",
+        "precision='fp32'; expected one of .'model', 'float32'",
     ),
     "a group that was not asked for": (
         lambda w: w.run(MASS)[MASS].group("text"),

@@ -16,7 +16,7 @@ import sinkscope as ss
 from sinkscope.errors import ModelError
 from sinkscope.kernels import attention, residual, walk
 from sinkscope.models import Context
-from sinkscope.models.runs import make_plan
+from sinkscope.models.requests import make_plan
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image
 from tests.probes.everything import every_probe
