@@ -117,14 +117,14 @@ class Family:
 
     Attributes:
         name: How we call it.
+        merge: ``config -> patches per side that become one LLM token``.
+        grids: The patch grids of the processed images.
         projector: Where its projector may lie; the first path that exists is taken.
         packed: Whether the vision tower packs all images into one sequence without a batch axis.
         feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
             in the order in which it reads them.
         drops: ``config -> leading ViT tokens that the projector does not see``.
-        merge: ``config -> patches per side that become one LLM token``.
         prefix: ``config -> kinds of the leading ViT tokens``, such as ``("cls",)``.
-        grids: The patch grids of the processed images.
         order: ``(config, grids [image 3]) -> packed index of every ViT token in processor order``,
             or None where the tower keeps the processor's order.
         image_inputs: Processor outputs that belong to the image rather than to the text.
@@ -134,13 +134,13 @@ class Family:
     """
 
     name: str
-    projector: tuple[str, ...]
-    packed: bool
-    feed_layers: Callable[[Any, int], tuple[int, ...]]
-    drops: Callable[[Any], int]
     merge: Callable[[Any], int]
-    prefix: Callable[[Any], tuple[str, ...]]
-    grids: GridReader
+    grids: GridReader = resized_and_cropped
+    projector: tuple[str, ...] = ("model.multi_modal_projector", "multi_modal_projector")
+    packed: bool = False
+    feed_layers: Callable[[Any, int], tuple[int, ...]] = lambda config, n_layers: (n_layers - 1,)
+    drops: Callable[[Any], int] = lambda config: 0
+    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()
     order: Callable[[Any, Tensor], Tensor] | None = None
     image_inputs: tuple[str, ...] = ("pixel_values",)
     pooled: bool = False
@@ -159,16 +159,6 @@ def _llava_feed(config: Any, n_layers: int) -> tuple[int, ...]:
             f"states from 1 to {n_layers}, or -1 to -{n_layers}."
         )
     return blocks
-
-
-def _has_cls(config: Any) -> bool:
-    """Whether the vision model prepends a CLS token: CLIP does, SigLIP does not."""
-    return config.vision_config.model_type in ("clip_vision_model", "clip_vision", "dinov2")
-
-
-def _llava_drops(config: Any) -> int:
-    """LLaVA drops the first ViT token under the strategy "default", CLS or not."""
-    return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
 def _gemma_pool(config: Any) -> int:
@@ -193,37 +183,27 @@ def _qwen_order(config: Any, grids: Tensor) -> Tensor:
     return torch.argsort(from_processor)
 
 
+CLS_FIRST = ("clip_vision_model", "clip_vision", "dinov2")
+"""Vision models that prepend a CLS token; SigLIP does not."""
 LLAVA = Family(
     name="llava",
-    projector=("model.multi_modal_projector", "multi_modal_projector"),
-    packed=False,
-    feed_layers=_llava_feed,
-    drops=_llava_drops,
     merge=lambda config: 1,
-    prefix=lambda config: ("cls",) if _has_cls(config) else (),
-    grids=resized_and_cropped,
+    feed_layers=_llava_feed,
+    drops=lambda config: int(config.vision_feature_select_strategy == "default"),  # CLS or not
+    prefix=lambda config: ("cls",) * (config.vision_config.model_type in CLS_FIRST),
 )
 QWEN2_5_VL = Family(
     name="qwen2.5-vl",
+    merge=lambda config: config.vision_config.spatial_merge_size,
+    grids=smart_resized,
     projector=("model.visual.merger", "visual.merger"),
     packed=True,
-    feed_layers=lambda config, n_layers: (n_layers - 1,),
-    drops=lambda config: 0,
-    merge=lambda config: config.vision_config.spatial_merge_size,
-    prefix=lambda config: (),
-    grids=smart_resized,
     order=_qwen_order,
     image_inputs=("pixel_values", "image_grid_thw"),
 )
 GEMMA3 = Family(
     name="gemma3",
-    projector=("model.multi_modal_projector", "multi_modal_projector"),
-    packed=False,
-    feed_layers=lambda config, n_layers: (n_layers - 1,),
-    drops=lambda config: 0,
     merge=_gemma_pool,
-    prefix=lambda config: (),
-    grids=resized_and_cropped,
     pooled=True,
     feed_norm="model.vision_tower.post_layernorm",
 )
@@ -231,11 +211,7 @@ FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a ``config.model_type``.
-
-    Raises:
-        ModelError: If no row exists yet.
-    """
+    """The row of a ``config.model_type``; ModelError if no row exists yet."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}. "

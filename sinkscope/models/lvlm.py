@@ -234,9 +234,9 @@ class LVLM:
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
 
         Args:
-            sample: From `prepare`.
-            probes: The probes.
-            interventions: The interventions, each at the steps it names.
+            sample: See `run`, as for the next two.
+            probes: Run at the prompt and at every step.
+            interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
             options: Further settings of ``generate`` with one query per row, such as no beams. A

@@ -57,13 +57,7 @@ class _Past(DynamicLayer):
 
 @dataclass(frozen=True, eq=False)
 class KeyValues:
-    """What a stem leaves behind.
-
-    Attributes:
-        length: Its positions.
-        by_block: For every block keys and values, each ``[row kv_head pos d_head]``, or None where
-            the pass began later.
-    """
+    """What a stem leaves behind: its length, and by block ``[row kv_head pos d_head]`` or None."""
 
     length: int
     by_block: tuple[Pair | None, ...]
@@ -165,11 +159,8 @@ def capture_branches(
 ) -> Branches:
     """One pass over the common beginning and one over all endings, without edits.
 
-    Args:
-        lvlm: The model.
-        givens: Decoder arguments of single rows (`decoder_inputs`) for which `why_not_shared` is None.
-        length: Positions of the beginning.
-        blocks: The blocks that will be edited, or None for all.
+    ``givens`` are decoder arguments of single rows for which `why_not_shared` is None, ``length`` the
+    positions of the beginning, ``blocks`` those that will be edited, None for all.
     """
     layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
     stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))
@@ -200,13 +191,8 @@ def resume_tails(
 ) -> Tensor:
     """The endings under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
 
-    Args:
-        branches: From `capture_branches`.
-        block: The edited block.
-        factors: ``[edit key]``, as given to `resume_stem`; keys of the endings keep theirs.
-        past: What `resume_stem` gave.
-        edits: Int ``[row]``: the edit of each row.
-        tails: Int ``[row]``: the ending of each row.
+    ``factors`` ``[edit key]`` were given to `resume_stem`, which gave ``past``; ``edits`` and ``tails``,
+    int ``[row]``, say which edit and which ending each row has.
     """
     longest = branches.tails.hidden.shape[1]
     scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)

@@ -49,23 +49,17 @@ class _States:
 
 
 def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
-    """Check that the sites of an `LVLM` are what they are called.
+    """Check that the sites of an `LVLM` are what they are called; ModelError if not, with the numbers.
 
     * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
     * what the projector writes is found at the image positions of the decoder's input;
-    * two passes compute the same, if a pass draws random numbers;
-    * a block adds attn_out and mlp_out to the stream, and nothing else.
+    * two passes compute the same, if a pass draws random numbers, and nothing is NaN.
 
     To save time the pass with a picture ends in the decoder's first block, and words alone go through.
 
     Returns:
-        ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
-        sites, and the rest works.
-
-    Raises:
-        ModelError: If one of the others fails, with the numbers.
-        NonFiniteError: If the model computes NaN or infinity.
+        ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
         sample = lvlm.prepare(images=_test_image(), text="a")
@@ -207,8 +201,7 @@ def _check_projection(lvlm: Any, sample: Sample, seen: Mapping[Site, Tensor]) ->
 def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str, int], NoBranch]]:
     """Compare ``resid_pre + attn_out + mlp_out`` with ``resid_post`` in every pass inside.
 
-    Yields:
-        ``(tower, layer) -> reason`` of the blocks in which they differ; filled when a block has run.
+    Yields ``(tower, layer) -> reason`` of the blocks in which they differ, filled as they run.
     """
     wrong: dict[tuple[str, int], NoBranch] = {}
     with ExitStack() as stack:
@@ -254,13 +247,11 @@ def _watch(
 
 def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:
     """The largest difference between a sum and the whole, in roundings of the sizes that were added."""
-    eps = max(torch.finfo(states.dtype).eps for states in (*parts, whole))
+    every, width = (*parts, whole), whole.shape[-1]
+    eps = max(torch.finfo(states.dtype).eps for states in every)
     exact = torch.promote_types(whole.dtype, torch.float32)
-    width = whole.shape[-1]
-    pre, attention, mlp, post = (
-        states.detach().reshape(-1, width)[:TOKENS].to(whole.device, exact)
-        for states in (*parts, whole)
-    )
+    few = (states.detach().reshape(-1, width)[:TOKENS] for states in every)
+    pre, attention, mlp, post = (states.to(whole.device, exact) for states in few)
     size = (pre.abs() + attention.abs() + mlp.abs()) * eps
     off = (pre + attention + mlp - post).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)
     return float(off.max())

@@ -40,11 +40,9 @@ Decide = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """One pass of the decoder, ready to be resumed.
+    """One pass of the decoder of a model, ready to be resumed.
 
     Attributes:
-        module: The model.
-        anatomy: Its anatomy.
         given: What the decoder was called with.
         states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
             reads ``states[l + 1]`` and edits block l + 1.
@@ -152,8 +150,7 @@ def resume(
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
         raise InputError(
-            f"Got rows={index.tolist()}; expected a list of indices from 0 to {n - 1}: which captured "
-            "row each row is."
+            f"Got rows={index.tolist()}; expected indices of captured rows, from 0 to {n - 1}."
         )
     before = 0 if cache is None else cache.get_seq_length()
     expected = (len(index), before + state.shape[1])
@@ -216,10 +213,8 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
         out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
     hidden = getattr(out, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
-        raise ModelError(
-            f"The decoder gave a {type(out).__name__}; expected last_hidden_state. Please report this "
-            "class."
-        )
+        got = type(out).__name__
+        raise ModelError(f"The decoder gave a {got}; expected last_hidden_state. Please report it.")
     return hidden
 
 
@@ -227,11 +222,8 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
-    The resumed pass starts in the middle of the blocks to be edited (None for all), with the keys of
-    images halved, and is compared with a pass of the whole decoder under the same edit.
-
-    Raises:
-        ModelError: If the logits of the last position differ.
+    ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
+    (None for all), with the keys of images halved, as in the whole pass it is compared with.
     """
     wanted = lvlm.anatomy.language.layers(blocks)
     block = wanted[len(wanted) // 2]

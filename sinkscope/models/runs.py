@@ -42,10 +42,7 @@ class TraceOutput:
 
 @contextmanager
 def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
-    """Lend nnsight what some plans look at; their kernels travel by source on remote runs.
-
-    A user's kernel travels with the functions of its own module only.
-    """
+    """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
     nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
     for _, kernel, _ in (one for step in steps for one in (*step["reads"], *step["edits"])):
@@ -68,13 +65,8 @@ def run_plan(
 ) -> TraceOutput:
     """Run one forward pass.
 
-    Args:
-        model: The wrapped model.
-        inputs: Model inputs.
-        plan: The plan.
-        last: Int ``[batch]``, the position of every row whose logits to keep, or None for all.
-        where: False to run here, else nnsight's ``remote``.
-        grad: Whether the logits keep their graph.
+    ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
+    is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
     """
     save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
     answers: Any = None
@@ -113,11 +105,7 @@ def generate_plan(
     options: Mapping[str, Any],
     where: bool | str = False,
 ) -> tuple[list[TraceOutput], Tensor]:
-    """Generate with one plan for the prompt and one for every decode step; see `run_plan`.
-
-    Returns:
-        What every forward pass brought back, and the sequences ``[batch pos]`` with the prompt.
-    """
+    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
     save, go, pick = nnsight.save, walk, last_logits
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
@@ -141,8 +129,7 @@ def generate_plan(
     if len(outputs) != made:
         raise AttentionCallError(
             f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
-            "every decode step: probe this model with lvlm.run(...), or leave out the probe of that "
-            "site."
+            "every decode step: write lvlm.run(...), or leave out the probe of that site."
         )
     return outputs, sequences.detach().cpu()
 
@@ -163,8 +150,7 @@ class Effects(dict[Intervention, Effect]):
         which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
         raise InterventionError(
             f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
-            "found by the object itself, or by the only one with equal parameters: keep it in a "
-            "variable and pass that one."
+            "found by the object itself, or by the only one with equal parameters."
         )
 
 
@@ -199,9 +185,8 @@ class Run(Result):
             return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
         raise ProbeError(
-            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}. Results are "
-            "found by the probe object itself, by its name, or by one with equal parameters. Probes of "
-            "the vision tower run on the prompt, not at decode steps."
+            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by object, "
+            "name, or equal parameters. Probes of the vision tower do not run at decode steps."
         )
 
 
