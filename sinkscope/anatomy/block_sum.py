@@ -214,9 +214,7 @@ class _Flow:
         if isinstance(test, ast.BoolOp):
             sides = [self.truth(side, names) for side in test.values]
             decides = isinstance(test.op, ast.Or)
-            if decides in sides:
-                return decides
-            return None if None in sides else not decides
+            return decides if decides in sides else None if None in sides else not decides
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             compare = COMPARISONS.get(type(test.ops[0]))
             left, right = self.value(test.left, names), self.value(test.comparators[0], names)

@@ -81,8 +81,7 @@ class Context:
         if isinstance(selection, str) and not mask.any():
             raise SelectionError(
                 f"Got the selection {selection!r} as queries or rows, which stands for no token of "
-                "this sample; expected at least one. A tokenizer without BOS leaves 'bos' empty: "
-                "write 'first' for the first token of every row."
+                "this sample; expected at least one. Where 'bos' is empty, write 'first'."
             )
         if mask.ndim != 2:
             raise ProbeError(

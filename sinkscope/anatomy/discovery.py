@@ -1,8 +1,4 @@
-"""Read a model's anatomy from its module tree.
-
-The decoder is what ``get_decoder()`` returns, the vision tower is the other list of blocks with
-attention, the projector is named by the family's row.
-"""
+"""Read a model's anatomy from its module tree: decoder, the other list of blocks, and projector."""
 
 from __future__ import annotations
 

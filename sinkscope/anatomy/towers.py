@@ -185,6 +185,6 @@ class Anatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         if name not in ("vision", "language"):
             raise ProbeError(
-                f"Got tower={name!r}; expected 'vision' or 'language', 'vision' being the ViT."
+                f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for a ViT."
             )
         return self.vision if name == "vision" else self.language

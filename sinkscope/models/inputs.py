@@ -164,10 +164,7 @@ def check_processor(processor: Any, rows: int) -> None:
 def check_inputs(
     inputs: Any, vocab: int, image_token_id: int, video_token_id: int | None = None
 ) -> dict[str, Any]:
-    """Check processor output, whoever made it, and give it a mask.
-
-    ``vocab`` token ids have embeddings; that of images may lie beyond, that of videos may be None.
-    """
+    """Check processor output and give it a mask; of ids ``vocab`` have embeddings, beside images."""
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict. "
@@ -234,20 +231,10 @@ class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
 
 
 def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -> tuple[Given, Any]:
-    """The decoder's keyword arguments for a batch, after vision tower and projector.
+    """The decoder's keyword arguments for a batch, and the image features, None if there are none.
 
-    Args:
-        lvlm: The model.
-        inputs: What the model is called with (``sample.inputs``).
-        features: What this gave for other text and the same images in the same order: then the vision
-            tower does not run. None runs it.
-
-    Returns:
-        The arguments, ``inputs_embeds`` among them, and the image features; these are None if the
-        model has no ``get_image_features``.
-
-    Raises:
-        ModelError: If the decoder is called with something that cannot be cut into rows.
+    ``features`` of the same images in the same order spare the vision tower. ModelError if the decoder
+    is called with something that cannot be cut into rows.
     """
     module, base = lvlm.module, lvlm.module.base_model
     calls: list[tuple[tuple, Given]] = []

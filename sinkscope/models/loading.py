@@ -28,12 +28,7 @@ UNREADABLE += (SafetensorError, StrictDataclassError)
 def open_checkpoint(
     name: Any, options: dict[str, Any], remote: Any = False
 ) -> tuple[Any, Any, Any]:
-    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-        ModelError: If it is no vision-language model of a known family.
-    """
+    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it."""
     if not isinstance(name, (str, Path)):
         raise CheckpointError(
             f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a folder. "
@@ -73,12 +68,10 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
             "elsewhere is loaded there. Leave it out, or leave out remote."
         )
     processor = load_processor(name, options)
-    names = ("revision", "attn_implementation")
-    rest = {k: options[k] for k in names if options.get(k)} | {
-        "trust_remote_code": options["trust_remote_code"]
-    }
+    rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
+    trust = options["trust_remote_code"]
     with _explained(name):
-        wrapped = wrap_remote(name, processor, **rest)
+        wrapped = wrap_remote(name, processor, trust_remote_code=trust, **rest)
     module: Any = wrapped._module
     with suppress(OSError):  # a repository need not have one
         given = options.get("revision") or "main"

@@ -295,18 +295,12 @@ class LVLM:
         States are the model's own tensor, and may be edited in place; a branch that the model multiplies
         by a factor is a copy: use `set_site`. ``"attention"`` gives a list of ``(function, args, kwargs)``.
 
-        Raises:
-            ProbeError: If there is no such site, or no block is running.
-            LayerError: If there is no such layer.
+        ProbeError or LayerError if there is no such site, or no block is running.
         """
         return self._open.site(tower, layer, name)
 
     def set_site(self, tower: Tower, layer: int, name: str, value: Tensor) -> None:
-        """Replace the states at a site inside the block of `trace`, by a tensor of the same shape.
-
-        Raises:
-            InterventionError: If shape or dtype are others, or the site is ``"attention"``.
-        """
+        """Replace the states at a site, not ``"attention"``, by a tensor of their shape and dtype."""
         self._open.set_site(tower, layer, name, value)
 
     def report(self) -> Report:
@@ -319,6 +313,6 @@ class LVLM:
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(
-            "Got iteration over an LVLM; expected a use of its parts. They are in lvlm.anatomy: write "
-            "lvlm.module.get_submodule(path) for the module at one of its paths."
+            "Got iteration over an LVLM; expected a use of its parts. Write "
+            "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy."
         )

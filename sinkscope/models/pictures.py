@@ -183,16 +183,10 @@ class ImageIds:
         self._given: bool | None = None
 
     def add(self, record: int, image: Any, image_id: Any = None) -> tuple[str, str]:
-        """The id of a record's image, and a digest of its pixels.
+        """The id of a record's image, or images, and a digest of their pixels.
 
-        Args:
-            record: Its number, for messages.
-            image: Whatever `LVLM.prepare` takes as an image, or a list of them.
-            image_id: What the record gives, perhaps missing.
-
-        Raises:
-            InputError: If an image cannot be read, an id is given in some records only, or one id
-                stands for two different pictures.
+        InputError if an image cannot be read, an id is given in some records only, or one id stands for
+        two different pictures; ``record`` is a number for messages.
         """
         images = image if isinstance(image, (list, tuple)) else [image]
         if not images:

@@ -15,13 +15,8 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLPr
 class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transformers writes it
     """``Qwen2_5_VLProcessor`` without its video slot, for machines without torchvision.
 
-    What is saved names the parent class and the real video processor, so the folder loads with
+    The tokenizer has an ``image_token`` and a ``video_token``. What is saved loads with
     ``AutoProcessor`` where torchvision is installed, and elsewhere with `load_processor`.
-
-    Args:
-        image_processor: A Qwen2-VL image processor, such as ``Qwen2VLImageProcessorPil``.
-        tokenizer: A tokenizer with ``image_token`` and ``video_token``.
-        chat_template: The chat template, if not the tokenizer's.
     """
 
     def __init__(

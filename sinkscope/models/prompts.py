@@ -21,13 +21,7 @@ SOURCES = ("image", "url", "path", "base64", "image_url")
 
 @dataclass(frozen=True)
 class Marks:
-    """Texts that a processor reads as something else than words.
-
-    Attributes:
-        image: What stands for an image in a prompt.
-        images: That, and what it becomes when it is spelled out.
-        all: These, and what stands for a video.
-    """
+    """What a processor reads as an image, also spelled out (``images``), or a video (``all``)."""
 
     image: str
     images: tuple[str, ...]
@@ -196,14 +190,9 @@ def _source(name: str, value: Any) -> Any:
 
 
 def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int) -> str:
-    """The full prompt of a row, through the chat template if the processor has one.
+    """The full prompt of a row with some images, through the chat template if there is one.
 
-    Args:
-        processor: The model's.
-        images: How many images the row has.
-        asked: A question, chat messages without pictures, or a finished prompt.
-        rendered: Whether it is a finished prompt, which is taken as it is.
-        row: The row's number, for messages.
+    ``asked`` is a question, chat messages without pictures, or a finished prompt if ``rendered``.
     """
     marks, who = marks_of(processor), f"Row {row} has"
     template = getattr(processor, "chat_template", None)

@@ -87,12 +87,8 @@ def capture(
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
-    Args:
-        lvlm: The model.
-        inputs: What the model is called with (``sample.inputs``), padded or not.
-        blocks: The blocks that will be edited, or None for all.
-        features: See `decoder_inputs`.
-        whole: Whether to run the decoder to its end, or only to the last of ``blocks``.
+    ``blocks`` are those that will be edited, None for all; ``features`` see `decoder_inputs`; without
+    ``whole`` the pass ends at the last of the blocks.
     """
     with torch.no_grad():
         given, _ = decoder_inputs(lvlm, inputs, features)
@@ -254,12 +250,9 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
 
 
 def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Logits of the next token, ``[row n vocab]`` in the model's dtype.
+    """Logits of the next token, ``[row n vocab]`` in the model's dtype, of a pass's hidden states.
 
-    Args:
-        captured: The pass that was captured or resumed.
-        hidden: After the final norm, ``[row pos d_model]``.
-        positions: Int ``[row n]``: positions of each row, or None for all.
+    ``hidden`` ``[row pos d_model]`` stands after the final norm; ``positions`` int ``[row n]``, None for all.
     """
     if positions is not None:
         index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])

@@ -66,19 +66,14 @@ def plan_of(
 def make_plan(
     anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
 ) -> Plan:
-    """Group reads and edits, each with its slot, by site, in forward order: `kernels.walk` takes that.
-
-    Edits of one site apply in the order of their stages, and in the order given inside a stage.
-    """
+    """Group reads and edits, each with its slot, by site in forward order, edits by stage."""
     steps: dict[Site, dict[str, Any]] = {}
     staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
     for slot, one in (*reads, *staged):
         step = steps.setdefault(one.site, {"reads": [], "edits": [], "stages": []})
-        step["edits" if isinstance(one, Edit) else "reads"].append(
-            (slot, one.kernel, dict(one.parameters))
-        )
-        if isinstance(one, Edit):
-            step["stages"].append(one.stage)
+        question = (slot, one.kernel, dict(one.parameters))
+        step["edits" if isinstance(one, Edit) else "reads"].append(question)
+        step["stages"] += [one.stage] if isinstance(one, Edit) else []
     return [step_at(anatomy, site, **steps[site]) for site in sorted(steps)]
 
 
@@ -97,22 +92,14 @@ def step_at(
         branch = tower.branch(site.name, layer)
         return step | {"path": branch.path, "how": "output", "factors": branch.factors}
     paths = tower.neurons if site.name == "mlp_hidden" else tower.blocks
-    return step | {
-        "path": paths[layer],
-        "how": "output" if site.name == "resid_post" else "input",
-    }
+    how = "output" if site.name == "resid_post" else "input"
+    return step | {"path": paths[layer], "how": how}
 
 
 def check_run(
     sample: Any, layout: tuple[Any, ...], probes: Any = (), interventions: Any = ()
 ) -> tuple[list[Probe], list[Intervention]]:
-    """The probes and interventions of a run as lists; ``layout`` is the model's (`layout_of`).
-
-    Raises:
-        InputError: If the sample is none, or one of a model of another layout.
-        ProbeError: If something else is among the probes.
-        InterventionError: If something else is among the interventions, or they do not go together.
-    """
+    """The probes and interventions of a run as lists; ``layout`` is the model's (`layout_of`)."""
     if not isinstance(sample, Sample):
         raise InputError(
             f"Got {type(sample).__name__} as sample; expected what lvlm.prepare(...) returns. Write "

@@ -18,11 +18,7 @@ BROKEN = "\ufffd"
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of every token of a row, special ones too, with its blanks.
-
-    A character whose bytes lie in several tokens is written with each of them, and which part that
-    token is: ``中 1/2``, ``中 2/2``. Bytes that make no character are ``�``.
-    """
+    """The text of every token of a row, special ones too, with its blanks; see `TokenMap.words`."""
 
     def text(some: Sequence[int]) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

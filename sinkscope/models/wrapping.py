@@ -124,14 +124,8 @@ class Wrapped:
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
-        Args:
-            paths: The parts that will be looked at, None for all; a request to a server names all.
-            outputs: Those whose outputs are read, which may still grow: hooks of the user's run
-                behind that, and may look, but not replace.
-            grad: Whether results keep their graph.
-
-        Raises:
-            ModelError: If a part is gone, or a hook replaces such an output.
+        ``paths`` are the parts that will be looked at, None for all; hooks of the user's must not replace
+        one of the ``outputs``, which may still grow; ``grad`` keeps the graph.
         """
         with ONE_AT_A_TIME:
             model = self.model
@@ -237,10 +231,7 @@ def check_remote(remote: Any) -> bool | str:
 
 
 class Places:
-    """Where a model can run: here, here on the path of a server (``"local"``), or on a server.
-
-    ``by_name`` is nnsight's model of a repository, if there are no weights here.
-    """
+    """Where a model can run: here, here as on a server, or there (``by_name``: nnsight's model)."""
 
     def __init__(
         self, module: Any, processor: Any, by_name: Any = None, usual: bool | str = False
@@ -277,20 +268,13 @@ class Places:
         return where
 
     def model(self, where: bool | str, name: str) -> Wrapped | ByName:
-        """The wrapped model for a run there; a server's name for it is asked of the hub.
-
-        Raises:
-            InputError: If there is no processor, which a request needs.
-            CheckpointError: If the hub does not know the model or cannot be reached.
-        """
+        """The wrapped model for a run there; a server's name for it is asked of the hub."""
         if not where:
             return self.here
         if self._there is None:
             if self._processor is None:
-                raise InputError(
-                    "Got remote=... for a model without a processor; expected one. Write "
-                    "ss.LVLM(model, processor)."
-                )
+                got = "Got remote=... for a model without a processor; expected one."
+                raise InputError(f"{got} Write ss.LVLM(model, processor).")
             # nnsight sets padding on the tokenizer it is given.
             own = copy.deepcopy(self._processor)
             self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
