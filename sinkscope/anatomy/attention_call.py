@@ -1,8 +1,7 @@
 """Find the attention call in a module's ``forward`` by what it is, never by its label.
 
-``transformers`` looks the attention function up in a registry, binds it to a variable and calls it.
-nnsight numbers the operations on that variable in source order, so the call's label depends on the
-bindings and branches before it. These are read here.
+``transformers`` looks the attention function up, binds it to a variable and calls it. nnsight numbers
+the operations on that variable in source order, so the bindings and branches before are read here.
 """
 
 from __future__ import annotations
@@ -38,11 +37,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class NoAttentionCall:
-    """Stands where a module's attention call was not found; the residual stream can be probed.
-
-    Attributes:
-        reason: The message of the `AttentionCallError` that asking for it raises.
-    """
+    """Stands where a module's attention call was not found, with the message of the error."""
 
     reason: str
 
@@ -69,12 +64,18 @@ def forward_tree(forward: Callable[..., Any]) -> ast.AST | None:
 def _looked_up(tree: ast.AST) -> str | None:
     """The variable that holds the attention function."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            source = ast.unparse(node.value)
-            if isinstance(target, ast.Name) and any(word in source for word in LOOK_UPS):
-                return target.id
+        if (targets := _targets(node)) and isinstance(targets[0], ast.Name):
+            source = ast.unparse(getattr(node, "value", None) or ast.Pass())
+            if any(word in source for word in LOOK_UPS):
+                return targets[0].id
     return None
+
+
+def _targets(node: ast.AST) -> list[ast.expr]:
+    """What an assignment binds; nothing if it is none."""
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return [node.target] if isinstance(node, ast.AnnAssign) else []
 
 
 def _operations(
@@ -90,18 +91,15 @@ def _operations(
         yield from _operations(child, name, in_loop or isinstance(node, LOOPS), flash)
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
         yield _Operation(node.lineno, True, in_loop, flash)
-    if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if any(getattr(target, "id", None) == name for target in targets):
-            yield _Operation(node.lineno, False, False, flash)
+    if any(getattr(target, "id", None) == name for target in _targets(node)):
+        yield _Operation(getattr(node, "lineno", 0), False, False, flash)
 
 
 @lru_cache(maxsize=256)
 def _read(forward: Callable[..., Any]) -> tuple[str, list[_Operation]] | None:
     """The attention variable of a ``forward`` and its operations in source order, or None."""
     tree = forward_tree(forward)
-    name = None if tree is None else _looked_up(tree)
-    if tree is None or name is None:
+    if tree is None or (name := _looked_up(tree)) is None:
         return None
     return name, sorted(_operations(tree, name), key=lambda one: one.line)
 

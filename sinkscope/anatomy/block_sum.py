@@ -5,9 +5,8 @@
     stream ------------------------------------------(+)---> stream
        `---> norm ---> attention ---> LayerScale ---> x 0.22 --'
 
-What a branch passes behind its own module is read in the source of the block: ``forward`` is
-followed with sums of terms in the place of tensors. Modules without effect in evaluation, such as
-dropout, are left out.
+This is read in the source of the block: ``forward`` is followed with sums of terms in the place of
+tensors. Modules without effect in evaluation, such as dropout, are left out.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ class Branch:
 
     Attributes:
         path: Dotted path of the module whose output the block adds, times the factors.
-        factors: Dotted paths of the numbers or parameters that multiply that output.
-        through: Dotted paths of all modules and factors between the branch's own module and the
-            stream, in order.
+        factors: Paths of the numbers or parameters that multiply that output.
+        through: Paths of all modules and factors from the branch's own module to the stream, in order.
         norm: Whether one of them is a norm, which divides what a token gets by its size.
     """
 
@@ -45,11 +43,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class NoBranch:
-    """Stands where what a block adds to the stream could not be read.
-
-    Attributes:
-        reason: The message of the `ModelError` that asking for it raises.
-    """
+    """Stands where what a block adds to the stream could not be read, with the message of the error."""
 
     reason: str
 
@@ -88,7 +82,7 @@ def _branch(path: str, block: nn.Module, own: nn.Module, steps: tuple[str, ...])
 
 
 def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
-    """The reason why a block has no sites, in the words of an error."""
+    """Why a block has no sites, in the words of an error."""
     return NoBranch(
         f"{path} ({type(block).__name__}) has no sites attn_out and mlp_out: {why}; expected "
         "resid_post = resid_pre + attn_out + mlp_out. Write site='resid_pre' or 'resid_post', which "
@@ -98,12 +92,8 @@ def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
 
 STREAM = "the stream"
 DROPOUT = ("functional.dropout", "F.dropout")
-COMPARISONS = {
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}
+COMPARISONS = {ast.Is: operator.is_, ast.IsNot: operator.is_not}
+COMPARISONS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ _Names = dict[str, _Value]
 
 
 def _other(node: ast.AST) -> tuple[_Term, ...]:
-    """Something that is neither the stream nor a branch, in the words of the source."""
+    """Something else, in the words of the source."""
     words = ast.unparse(node)
     return (_Term(words if len(words) <= 60 else f"{words[:57]}..."),)
 
@@ -200,11 +190,10 @@ class _Flow:
             return self.follow(node.body if chosen else node.orelse, names)
         sides = [(dict(names), body) for body in (node.body, node.orelse)]
         going = [side for side, body in sides if not self.follow(body, side)]
+        unsure = (_Term(f"(what depends on {ast.unparse(node.test)})"),)
         for name in {name for side in going for name in side}:
             first = going[0].get(name, ())
-            same = all(side.get(name) == first for side in going)
-            unsure = (_Term(f"(what depends on {ast.unparse(node.test)})"),)
-            names[name] = first if same else unsure
+            names[name] = first if all(side.get(name) == first for side in going) else unsure
         return not going
 
     def assign(self, target: ast.expr, value: _Value, names: _Names) -> None:
@@ -225,9 +214,7 @@ class _Flow:
         if isinstance(test, ast.BoolOp):
             sides = [self.truth(side, names) for side in test.values]
             decides = isinstance(test.op, ast.Or)
-            if decides in sides:
-                return decides
-            return None if None in sides else not decides
+            return decides if decides in sides else None if None in sides else not decides
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             compare = COMPARISONS.get(type(test.ops[0]))
             left, right = self.value(test.left, names), self.value(test.comparators[0], names)
@@ -294,8 +281,7 @@ class _Flow:
         states = values[0] if values else _other(node)
         if _changes_nothing(module, self.width):
             return states
-        if isinstance(states, tuple) and len(states) == 1:
-            (term,) = states
-            if term.source in self.branches.values():
-                return (_Term(term.source, (*term.steps, name)),)
+        term = states[0] if isinstance(states, tuple) and len(states) == 1 else None
+        if term and term.source in self.branches.values():
+            return (_Term(term.source, (*term.steps, name)),)
         return _other(node)

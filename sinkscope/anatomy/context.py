@@ -52,10 +52,7 @@ class Context:
         return torch.cat([self.tokens.live, grown], dim=1) & self._going[:, None]
 
     def positions(self, tower: str, selection: Selection | None = None) -> Tensor:
-        """Positions of all queries or of selected ones, int ``[row query]``, -1 where there is none.
-
-        At a decode step that of the newest token, -1 where the row has ended.
-        """
+        """Positions of all or selected queries, or the newest token, int ``[row query]``, -1 for none."""
         if selection is not None and not self.step:
             return indices_of(self.flat(tower, selection))
         live = self.live(tower)
@@ -79,18 +76,12 @@ class Context:
         return chosen.select(selection, self.tower(tower).n_layers)
 
     def flat(self, tower: str, selection: Selection) -> Tensor:
-        """A selection of queries or rows, bool ``[row pos]``.
-
-        Raises:
-            ProbeError: If the mask has a layer axis.
-            SelectionError: If it is a name that stands for no token of this sample.
-        """
+        """A selection of queries or rows, bool ``[row pos]``, without a layer axis and not empty."""
         mask = self.select(tower, selection)
         if isinstance(selection, str) and not mask.any():
             raise SelectionError(
                 f"Got the selection {selection!r} as queries or rows, which stands for no token of "
-                "this sample; expected at least one. A tokenizer without BOS leaves 'bos' empty: "
-                "write 'first' for the first token of every row."
+                "this sample; expected at least one. Where 'bos' is empty, write 'first'."
             )
         if mask.ndim != 2:
             raise ProbeError(
@@ -103,9 +94,6 @@ class Context:
         """Token groups (name -> selection) as names, and one-hot columns in the model's own layout.
 
         The columns are fp32 ``[row layer|1 key group]``.
-
-        Raises:
-            ProbeError: If there is no group, or a name is no string.
         """
         check_groups(groups)
         masks = [self.select(tower, selection) for selection in groups.values()]
@@ -136,18 +124,13 @@ class Context:
 
 
 def check_groups(groups: Any) -> None:
-    """Refuse what is no mapping of names to selections.
-
-    Raises:
-        ProbeError: If there is no group, or a name is no string.
-    """
+    """Refuse what is no mapping of names to selections; ProbeError if so."""
     if not isinstance(groups, Mapping) or not groups:
         raise ProbeError(
             f"Got groups={groups!r}; expected a dict of names and selections, such as "
             "{'image': 'image', 'text': 'text'}."
         )
-    strange = [name for name in groups if not isinstance(name, str)]
-    if strange:
+    if strange := [name for name in groups if not isinstance(name, str)]:
         raise ProbeError(
             f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
         )

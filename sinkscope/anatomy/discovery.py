@@ -1,8 +1,4 @@
-"""Read a model's anatomy from its module tree.
-
-The decoder is what ``get_decoder()`` returns, the vision tower is the other list of blocks with
-attention, the projector is named by the family's row.
-"""
+"""Read a model's anatomy from its module tree: decoder, the other list of blocks, and projector."""
 
 from __future__ import annotations
 
@@ -24,11 +20,11 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 def read_anatomy(model: Any) -> Anatomy:
     """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
 
-    Raises:
-        ModelError: If there is no vision tower, no decoder or no known projector, or the kernel
-            cannot be asked again.
+    ModelError if there is no vision tower, decoder or known projector, or a kernel is not supported.
     """
-    config = check_model(model)
+    if wrong := _wrapping_of(model) or _missing_in(model):
+        raise ModelError(f"Got a {type(model).__name__}{wrong}")
+    config = model.config
     check_kernels(config)
     family, kind = family_of(config.model_type), type(model).__name__
     paths = {id(module): path for path, module in model.named_modules()}
@@ -60,22 +56,14 @@ def read_anatomy(model: Any) -> Anatomy:
 
 
 def found(things: list[Any], what: str) -> list[Any]:
-    """The things, of which there is one at least.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """The things, of which there is one at least; else ModelError."""
     if not things:
         raise ModelError(f"Found no {what}. Please report this class.")
     return things
 
 
 def check_kernels(config: Any) -> None:
-    """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others.
-
-    Raises:
-        ModelError: If a tower uses it.
-    """
+    """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others."""
     for tower, part in (("vision", config.vision_config), ("language", config.get_text_config())):
         if "flex" in kernel_of(part):
             raise ModelError(
@@ -85,17 +73,6 @@ def check_kernels(config: Any) -> None:
             )
 
 
-def check_model(model: Any) -> Any:
-    """The model's config, if it is a vision-language model of transformers.
-
-    Raises:
-        ModelError: If it is not, or is wrapped, or one of its parts is.
-    """
-    if wrong := _wrapping_of(model) or _missing_in(model):
-        raise ModelError(f"Got a {type(model).__name__}{wrong}")
-    return model.config
-
-
 def _missing_in(model: Any) -> str:
     """What is missing for a vision-language model of transformers; "" if it is one."""
     config = getattr(model, "config", None)
@@ -103,10 +80,8 @@ def _missing_in(model: Any) -> str:
     if not isinstance(model, nn.Module):
         return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
     if config is None or not hasattr(model, "get_decoder"):
-        return (
-            "; expected a transformers image-text-to-text model with a config and get_decoder(). "
-            f"{write}"
-        )
+        needs = "a transformers image-text-to-text model with a config and get_decoder()"
+        return f"; expected {needs}. {write}"
     if getattr(config, "vision_config", None) is None:
         return (
             f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
@@ -144,45 +119,31 @@ def _wrapping_of(model: Any) -> str:
 
 
 def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:
-    """The longest list whose every entry holds attention, preferring calls that can be read.
-
-    Modules whose ids are in ``skip`` are left out.
-    """
-    best: tuple[tuple[bool, int], list[nn.Module]] = ((False, 0), [])
+    """The longest list outside ``skip`` (ids) whose every entry holds attention, best with calls."""
+    found: dict[tuple[bool, int], list[nn.Module]] = {(False, 0): []}
     for module in root.modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or id(module) in skip:
-            continue
-        inner = [child for block in module if (child := attention_child(block)) is not None]
-        if len(inner) == len(module):
-            readable = any(calls_attention(child) for child in inner)
-            if (readable, len(module)) > best[0]:
-                best = ((readable, len(module)), list(module))
-    return best[1]
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) not in skip:
+            inner = [child for block in module if (child := attention_child(block)) is not None]
+            if len(inner) == len(module):
+                readable = any(calls_attention(child) for child in inner)
+                found.setdefault((readable, len(module)), list(module))
+    return found[max(found)]
 
 
 def attention_child(block: nn.Module) -> nn.Module | None:
     """The direct child that calls attention, or else the first one that is named after it."""
     children = dict(block.named_children())
-    named = (
-        child
-        for name, child in children.items()
-        if ("attn" in name or "attention" in name) and "norm" not in name
-    )
-    calling = (child for child in children.values() if calls_attention(child))
-    return next(calling, None) or next(named, None)
+    calling = [child for child in children.values() if calls_attention(child)]
+    for name, child in children.items():
+        if ("attn" in name or "attention" in name) and "norm" not in name:
+            calling.append(child)
+    return calling[0] if calling else None
 
 
 def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
-    """The direct child that is no attention and no norm and holds the most parameters.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    others = [
-        child
-        for name, child in block.named_children()
-        if child is not attention and "norm" not in name.lower()
-    ]
+    """The direct child that is no attention and no norm and holds the most parameters."""
+    children = block.named_children()
+    others = [c for name, c in children if c is not attention and "norm" not in name.lower()]
     if not others:
         raise ModelError(
             f"{path} ({type(block).__name__}) holds nothing but attention and norms; expected an "
@@ -195,9 +156,8 @@ def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
     """The MLP's last linear map into the stream of this width, and how many neurons it reads.
 
-    An adapter or a wrapper holds maps of lower rank too, and its input is what all of them read. So
-    the widest map is taken, and then the outermost module around it that holds no map which reads
-    the stream. Any layer counts that says how wide it is.
+    An adapter holds maps of lower rank too, so the widest map is taken, and then the outermost module
+    around it that holds no map which reads the stream.
     """
     maps: dict[str, tuple[int, int]] = {}
     for path, module in mlp.named_modules():
@@ -233,6 +193,7 @@ def read_tower(
     parts = zip(where, blocks, attentions, mlps, strict=True)
     neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    names = [name for child in attentions for name, _ in child.named_parameters()]
 
     def path(module: nn.Module | None) -> str:
         return "" if module is None else paths[id(module)]
@@ -252,14 +213,8 @@ def read_tower(
         d_head=getattr(config, "head_dim", None) or width // heads,
         packed=packed,
         kernel=kernel_of(config),
-        learned_sink=any(
-            name.rpartition(".")[2] in LEARNED_SINKS
-            for child in attentions
-            for name, _ in child.named_parameters()
-        ),
-        softcap=any(
-            getattr(child, "attn_logit_softcapping", None) is not None for child in attentions
-        ),
+        learned_sink=any(name.rpartition(".")[2] in LEARNED_SINKS for name in names),
+        softcap=any(getattr(c, "attn_logit_softcapping", None) is not None for c in attentions),
         d_mlp=min(0 if last is None else last[1] for last in neurons),
     )
 

@@ -1,19 +1,114 @@
-"""One row of data per model family: what the module tree alone does not say.
+"""What the module tree of a model does not say: one row of data per family, and how patches lie.
 
-Everything else (blocks, attention calls, head sizes, CLS) is found structurally.
+Everything else (blocks, attention calls, head sizes, CLS) is found structurally. Boxes are
+``x0 y0 x1 y1`` with the origin at the top left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.anatomy import patch_map as geometry
-from sinkscope.errors import ModelError, nearest
+from sinkscope.errors import InputError, ModelError, nearest
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How one image lies on its patch grid.
+
+    Attributes:
+        rows: Patch rows.
+        columns: Patch columns.
+        patch: Patch side in model-input pixels.
+        scale: Original pixels per input pixel, ``(x, y)``.
+        offset: Original pixel at the input's top left corner, ``(x, y)``.
+        original: Whether scale and offset lead to the user's image (else to the model's input).
+    """
+
+    rows: int
+    columns: int
+    patch: int
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+    original: bool = False
+
+    def boxes(self) -> Float[Tensor, "row column 4"]:
+        """The pixel box of every patch."""
+        size = torch.tensor([self.patch * s for s in self.scale])
+        start = torch.tensor(self.offset)
+        x0 = start[0] + torch.arange(self.columns) * size[0]
+        y0 = start[1] + torch.arange(self.rows) * size[1]
+        grid_y, grid_x = torch.meshgrid(y0, x0, indexing="ij")
+        return torch.stack([grid_x, grid_y, grid_x + size[0], grid_y + size[1]], dim=-1)
+
+
+Sizes = Sequence[tuple[int, int]] | None
+GridReader = Callable[[Any, Any, Mapping[str, Tensor], Sizes], list[PatchGrid]]
+"""``(config, image_processor, inputs, original (width, height) sizes or None) -> grids``."""
+
+
+def resized_and_cropped(
+    config: Any, image_processor: Any, inputs: Mapping[str, Tensor], sizes: Sizes
+) -> list[PatchGrid]:
+    """Grids of images that were resized, perhaps padded to a square, perhaps centre-cropped."""
+    pixels = inputs["pixel_values"]
+    if pixels.ndim != 4:
+        raise InputError(
+            f"Got pixel_values of shape {tuple(pixels.shape)}; expected [image channel height "
+            "width]. Write processor(images=..., text=..., return_tensors='pt')."
+        )
+    height, width = pixels.shape[-2:]
+    patch = config.vision_config.patch_size
+    rows, columns = height // patch, width // patch
+    if sizes is None or image_processor is None:
+        return [PatchGrid(rows, columns, patch) for _ in range(pixels.shape[0])]
+    grids = []
+    for w, h in sizes:
+        shift_x = shift_y = 0.0
+        if getattr(image_processor, "do_pad", False) and w != h:
+            side = max(w, h)
+            shift_x, shift_y, w, h = -(side - w) / 2, -(side - h) / 2, side, side
+        new_w, new_h = _resized(w, h, getattr(image_processor, "size", None), (width, height))
+        scale = (w / new_w, h / new_h)
+        left, top = (new_w - width) // 2, (new_h - height) // 2
+        offset = (left * scale[0] + shift_x, top * scale[1] + shift_y)
+        grids.append(PatchGrid(rows, columns, patch, scale, offset, True))
+    return grids
+
+
+def _resized(w: int, h: int, size: Any, crop: tuple[int, int]) -> tuple[int, int]:
+    """The size after resizing to ``size``, a dict or an object: shortest edge or both edges fixed."""
+    read = size.get if hasattr(size, "get") else lambda name: getattr(size, name, None)
+    shortest = read("shortest_edge")
+    if shortest is None:
+        return int(read("width") or crop[0]), int(read("height") or crop[1])
+    if w <= h:
+        return int(shortest), int(int(shortest) * h / w)
+    return int(int(shortest) * w / h), int(shortest)
+
+
+def smart_resized(
+    config: Any, image_processor: Any, inputs: Mapping[str, Tensor], sizes: Sizes
+) -> list[PatchGrid]:
+    """Grids of images resized to a multiple of the patch grid, one grid per image."""
+    if "image_grid_thw" not in inputs:
+        raise InputError(
+            "Got pixel_values without image_grid_thw; expected both. Pass the processor's whole "
+            "output: lvlm.prepare(inputs=processor(...))."
+        )
+    patch = config.vision_config.patch_size
+    grids = [(rows, columns) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+    if sizes is None:
+        return [PatchGrid(rows, columns, patch) for rows, columns in grids]
+    return [
+        PatchGrid(rows, columns, patch, (w / (columns * patch), h / (rows * patch)), original=True)
+        for (rows, columns), (w, h) in zip(grids, sizes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -22,14 +117,14 @@ class Family:
 
     Attributes:
         name: How we call it.
+        merge: ``config -> patches per side that become one LLM token``.
+        grids: The patch grids of the processed images.
         projector: Where its projector may lie; the first path that exists is taken.
         packed: Whether the vision tower packs all images into one sequence without a batch axis.
         feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
             in the order in which it reads them.
         drops: ``config -> leading ViT tokens that the projector does not see``.
-        merge: ``config -> patches per side that become one LLM token``.
         prefix: ``config -> kinds of the leading ViT tokens``, such as ``("cls",)``.
-        frames: Geometry of the processed images; see `sinkscope.anatomy.patch_map`.
         order: ``(config, grids [image 3]) -> packed index of every ViT token in processor order``,
             or None where the tower keeps the processor's order.
         image_inputs: Processor outputs that belong to the image rather than to the text.
@@ -39,13 +134,13 @@ class Family:
     """
 
     name: str
-    projector: tuple[str, ...]
-    packed: bool
-    feed_layers: Callable[[Any, int], tuple[int, ...]]
-    drops: Callable[[Any], int]
     merge: Callable[[Any], int]
-    prefix: Callable[[Any], tuple[str, ...]]
-    frames: geometry.FrameReader
+    grids: GridReader = resized_and_cropped
+    projector: tuple[str, ...] = ("model.multi_modal_projector", "multi_modal_projector")
+    packed: bool = False
+    feed_layers: Callable[[Any, int], tuple[int, ...]] = lambda config, n_layers: (n_layers - 1,)
+    drops: Callable[[Any], int] = lambda config: 0
+    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()
     order: Callable[[Any, Tensor], Tensor] | None = None
     image_inputs: tuple[str, ...] = ("pixel_values",)
     pooled: bool = False
@@ -64,16 +159,6 @@ def _llava_feed(config: Any, n_layers: int) -> tuple[int, ...]:
             f"states from 1 to {n_layers}, or -1 to -{n_layers}."
         )
     return blocks
-
-
-def _has_cls(config: Any) -> bool:
-    """Whether the vision model prepends a CLS token: CLIP does, SigLIP does not."""
-    return config.vision_config.model_type in ("clip_vision_model", "clip_vision", "dinov2")
-
-
-def _llava_drops(config: Any) -> int:
-    """LLaVA drops the first ViT token under the strategy "default", CLS or not."""
-    return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
 def _gemma_pool(config: Any) -> int:
@@ -98,37 +183,27 @@ def _qwen_order(config: Any, grids: Tensor) -> Tensor:
     return torch.argsort(from_processor)
 
 
+CLS_FIRST = ("clip_vision_model", "clip_vision", "dinov2")
+"""Vision models that prepend a CLS token; SigLIP does not."""
 LLAVA = Family(
     name="llava",
-    projector=("model.multi_modal_projector", "multi_modal_projector"),
-    packed=False,
-    feed_layers=_llava_feed,
-    drops=_llava_drops,
     merge=lambda config: 1,
-    prefix=lambda config: ("cls",) if _has_cls(config) else (),
-    frames=geometry.resized_and_cropped,
+    feed_layers=_llava_feed,
+    drops=lambda config: int(config.vision_feature_select_strategy == "default"),  # CLS or not
+    prefix=lambda config: ("cls",) * (config.vision_config.model_type in CLS_FIRST),
 )
 QWEN2_5_VL = Family(
     name="qwen2.5-vl",
+    merge=lambda config: config.vision_config.spatial_merge_size,
+    grids=smart_resized,
     projector=("model.visual.merger", "visual.merger"),
     packed=True,
-    feed_layers=lambda config, n_layers: (n_layers - 1,),
-    drops=lambda config: 0,
-    merge=lambda config: config.vision_config.spatial_merge_size,
-    prefix=lambda config: (),
-    frames=geometry.smart_resized,
     order=_qwen_order,
     image_inputs=("pixel_values", "image_grid_thw"),
 )
 GEMMA3 = Family(
     name="gemma3",
-    projector=("model.multi_modal_projector", "multi_modal_projector"),
-    packed=False,
-    feed_layers=lambda config, n_layers: (n_layers - 1,),
-    drops=lambda config: 0,
     merge=_gemma_pool,
-    prefix=lambda config: (),
-    frames=geometry.resized_and_cropped,
     pooled=True,
     feed_norm="model.vision_tower.post_layernorm",
 )
@@ -136,11 +211,7 @@ FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a ``config.model_type``.
-
-    Raises:
-        ModelError: If no row exists yet.
-    """
+    """The row of a ``config.model_type``; ModelError if no row exists yet."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}. "

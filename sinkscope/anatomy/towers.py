@@ -15,17 +15,16 @@ from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeEr
 
 @dataclass(frozen=True)
 class TowerAnatomy:
-    """One tower of transformer blocks; tuples have one entry per block.
+    """One tower of transformer blocks; tuples have one entry per block, paths are dotted.
 
     Attributes:
         tower: ``"vision"`` or ``"language"``.
-        blocks: Dotted paths of the blocks.
-        attention: Dotted paths of the attention modules.
-        mlp: Dotted paths of the MLPs.
+        blocks: Paths of the blocks.
+        attention: Paths of the attention modules.
+        mlp: Paths of the MLPs.
         branches: How attention and the MLP reach the residual stream, or why that could not be read.
-        neurons: Dotted paths of the MLPs' last projections, whose inputs are the neurons; "" where
-            there is none.
-        projection: Dotted paths of the attention output projections, "" where none was found.
+        neurons: Paths of the MLPs' last projections, whose inputs are the neurons, or "".
+        projection: Paths of the attention output projections, or "".
         calls: The attention calls, or why they were not found.
         d_model: Width of the residual stream.
         heads: Query heads.
@@ -77,11 +76,7 @@ class TowerAnatomy:
         return tuple(i for i in self.attending if i in self.adding and self.projection[i])
 
     def call(self, layer: int) -> AttentionCall:
-        """The attention call of a block.
-
-        Raises:
-            AttentionCallError: If it was not found in the module's source.
-        """
+        """The attention call of a block; AttentionCallError if it was not found in the source."""
         found = self.calls[layer]
         if isinstance(found, NoAttentionCall):
             raise AttentionCallError(found.reason + _others(self.attending))
@@ -90,8 +85,7 @@ class TowerAnatomy:
     def branch(self, site: str, layer: int) -> Branch:
         """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
 
-        Raises:
-            ModelError: If it could not be read, or was not what a pass has added.
+        ModelError if it could not be read, or was not what a pass has added.
         """
         found = self.branches[layer]
         if isinstance(found, NoBranch):
@@ -101,8 +95,7 @@ class TowerAnatomy:
     def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
         """The paths of the output projection of heads, and of what follows it up to the stream.
 
-        Raises:
-            ModelError: If there is no output projection, or its way could not be read.
+        ModelError if there is no output projection, or its way could not be read.
         """
         through = self.branch("attn_out", layer).through
         if not self.projection[layer]:
@@ -116,8 +109,7 @@ class TowerAnatomy:
     def layers(self, layers: Any) -> tuple[int, ...]:
         """Ascending layers without repeats, of None for all, one 0-based index, or several.
 
-        Raises:
-            LayerError: If an index is negative, no integer, or beyond the last block.
+        LayerError if an index is negative, no integer, or beyond the last block.
         """
         if layers is None:
             return tuple(range(self.n_layers))
@@ -176,12 +168,13 @@ class Anatomy:
 
     def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
         """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
-        changes = {}
-        for tower in (self.vision, self.language):
+
+        def kept(tower: TowerAnatomy) -> TowerAnatomy:
             pairs = enumerate(tower.branches)
-            branches = tuple(missing.get((tower.tower, i), pair) for i, pair in pairs)
-            changes[tower.tower] = replace(tower, branches=branches)
-        return replace(self, **changes)
+            found = tuple(missing.get((tower.tower, i), pair) for i, pair in pairs)
+            return replace(tower, branches=found)
+
+        return replace(self, vision=kept(self.vision), language=kept(self.language))
 
     @property
     def feed_layers(self) -> tuple[int, ...]:
@@ -189,14 +182,9 @@ class Anatomy:
         return tuple(sorted(set(self.feeds)))
 
     def tower(self, name: str) -> TowerAnatomy:
-        """The tower of that name.
-
-        Raises:
-            ProbeError: If it is neither ``"vision"`` nor ``"language"``.
-        """
+        """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         if name not in ("vision", "language"):
             raise ProbeError(
-                f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for the "
-                "ViT."
+                f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for a ViT."
             )
         return self.vision if name == "vision" else self.language

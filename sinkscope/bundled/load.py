@@ -17,6 +17,7 @@ def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str 
     ``attn_implementation`` is ``"sdpa"`` or ``"eager"``. What the model can do and which sinks it has stands
     in its model card, ``ss.bundled.bundled_path() / "README.md"``.
     """
-    lvlm = LVLM(*load_bundled_hf(dtype, attn_implementation))
-    lvlm._name = "bundled"
+    model, processor = load_bundled_hf(dtype, attn_implementation)
+    lvlm = LVLM(model, processor)
+    lvlm.name = "bundled"
     return lvlm

@@ -152,7 +152,7 @@ def load_example(
     """
     where: Any = {"source": source, "cache": cache, "progress": progress}
     lvlm = LVLM(*load_example_hf(dtype, attn_implementation, **where))
-    lvlm._name = "example (hub)" if source == HUB else "example"
+    lvlm.name = "example (hub)" if source == HUB else "example"
     return lvlm
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from sinkscope.errors import InputError, ModelError
 from sinkscope.models.identity import layout_of
 from sinkscope.models.prompts import as_rows, render
 from sinkscope.models.token_map import build_token_map
-from sinkscope.models.wrapping import lent, undisturbed
+from sinkscope.models.wrapping import lent, on_device, undisturbed
 from sinkscope.tokens import TokenMap
 
 Given = dict[str, Any]
+"""Keyword arguments of the decoder."""
 PLAIN = (type(None), bool, int, float, str)
 DROPPED = ("past_key_values", "use_cache", "cache_position", "return_dict")
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -60,33 +61,33 @@ def make_sample(
     rendered: Any = False,
 ) -> Sample:
     """Inputs and their TokenMap; see `LVLM.prepare`."""
+    config, family = module.config, anatomy.family
     if inputs is not None and (images is not None or text is not None):
         raise InputError(
             "Got inputs together with images or text; expected either. Write "
             "lvlm.prepare(inputs=...) or lvlm.prepare(images=..., text=...)."
         )
-    raw, rows, prompts = inputs, None, None
+    raw, rows, prompts, sizes = inputs, None, None, None
     if inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
+        sizes = [image.size for row in rows for image in row]
     known = module.get_input_embeddings().weight.shape[0]
-    video = getattr(module.config, "video_token_id", None)
+    video = getattr(config, "video_token_id", None)
     ready = check_inputs(raw, known, anatomy.image_token_id, video)
     if inputs is not None:
         made = getattr(processor, "model_input_names", None) or ()
-        wanted = {*PER_POSITION, *anatomy.family.image_inputs, *made}
+        wanted = {*PER_POSITION, *family.image_inputs, *made}
         if strange := sorted(set(ready) - wanted):  # a filled cache, or how a pass is to run
             raise InputError(
                 f"Got the inputs {strange}; expected some of {sorted(wanted)}. A pass is measured whole, "
-                "from the first token and pixel on, and as the model is configured: leave the others "
-                "out. Settings of decoding go to lvlm.generate(...)."
+                "and as the model is configured: leave the others out. Settings of decoding go to "
+                "lvlm.generate(...)."
             )
-    sizes = None if rows is None else [image.size for row in rows for image in row]
-    image_processor = getattr(processor, "image_processor", None)
-    frames = anatomy.family.frames(module.config, image_processor, ready, sizes)
+    grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokenizer = getattr(processor, "tokenizer", None)
     return Sample(
         inputs=ready,
-        tokens=build_token_map(anatomy, module.config, ready, frames, tokenizer),
+        tokens=build_token_map(anatomy, config, ready, grids, tokenizer),
         images=None if rows is None else tuple(map(tuple, rows)),
         texts=None if prompts is None else tuple(prompts),
         made_for=layout_of(anatomy),
@@ -163,10 +164,7 @@ def check_processor(processor: Any, rows: int) -> None:
 def check_inputs(
     inputs: Any, vocab: int, image_token_id: int, video_token_id: int | None = None
 ) -> dict[str, Any]:
-    """Check processor output, whoever made it, and give it a mask.
-
-    ``vocab`` token ids have embeddings; that of images may lie beyond, that of videos may be None.
-    """
+    """Check processor output and give it a mask; of ids ``vocab`` have embeddings, beside images."""
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict. "
@@ -188,45 +186,44 @@ def check_inputs(
             f"missing {missing}. Pass the processor's whole output."
         )
     for name in ("input_ids", "pixel_values", "attention_mask"):
-        if not isinstance(out.get(name, torch.empty(0)), Tensor):
+        if name in out and not isinstance(out[name], Tensor):
             raise InputError(
                 f"Got {name} of type {type(out[name]).__name__}; expected a tensor. Write "
                 "return_tensors='pt'."
             )
     mask = out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
-    check_ids(out["input_ids"], mask, vocab, image_token_id)
+    if problem := _wrong_ids(out["input_ids"], mask, vocab, image_token_id):
+        raise InputError(f"Got {problem}")
     if not torch.isfinite(out["pixel_values"]).all():
         raise InputError("Got NaN or infinite pixel_values; expected finite pixels.")
     return out
 
 
-def check_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> None:
-    """Refuse ids that are no ``[batch pos]``, empty rows, unknown ids, and masks of something else."""
-    problem = None
+def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> str:
+    """What is wrong with ids and their mask, or ""."""
     if ids.ndim != 2:
-        problem = (
+        return (
             f"input_ids of shape {tuple(ids.shape)}; expected a tensor [batch pos]. Write "
             "input_ids[None] for a single row."
         )
-    elif mask.shape != ids.shape:
-        problem = (
+    if mask.shape != ids.shape:
+        return (
             f"an attention_mask of shape {tuple(mask.shape)} and input_ids of shape "
             f"{tuple(ids.shape)}; expected the same shape."
         )
-    elif len(other := mask[(mask != 0) & (mask != 1)].unique()):
-        problem = (
+    if len(other := mask[(mask != 0) & (mask != 1)].unique()):
+        return (
             f"an attention_mask with the values {other[:3].tolist()}; expected 1 for tokens and 0 for "
             "padding. Write one text per row."
         )
-    elif empty := (~mask.bool()).all(dim=1).nonzero().flatten().tolist():
-        problem = f"rows {empty} with nothing but padding; expected at least one token per row."
-    elif len(strange := ids[(ids < 0) | (ids >= vocab) & (ids != image_token_id)]):
-        problem = (
+    if empty := (~mask.bool()).all(dim=1).nonzero().flatten().tolist():
+        return f"rows {empty} with nothing but padding; expected at least one token per row."
+    if len(strange := ids[(ids < 0) | (ids >= vocab) & (ids != image_token_id)]):
+        return (
             f"the token id {int(strange[0])}; expected 0 to {vocab - 1}. These inputs were made "
             "by another model's processor: use the one that belongs to this model."
         )
-    if problem:
-        raise InputError(f"Got {problem}")
+    return ""
 
 
 class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
@@ -234,57 +231,38 @@ class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
 
 
 def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -> tuple[Given, Any]:
-    """The decoder's keyword arguments for a batch, after vision tower and projector.
+    """The decoder's keyword arguments for a batch, and the image features, None if there are none.
 
-    Args:
-        lvlm: The model.
-        inputs: What the model is called with (``sample.inputs``).
-        features: What this gave for other text and the same images in the same order: then the vision
-            tower does not run. None runs it.
-
-    Returns:
-        The arguments, ``inputs_embeds`` among them, and the image features; these are None if the
-        model has no ``get_image_features``.
-
-    Raises:
-        ModelError: If the decoder is called with something that cannot be cut into rows.
+    ``features`` of the same images in the same order spare the vision tower. ModelError if the decoder
+    is called with something that cannot be cut into rows.
     """
-    module: Any = lvlm.module
-    placed = {k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    module, base = lvlm.module, lvlm.module.base_model
     calls: list[tuple[tuple, Given]] = []
+    seen: list[Any] = []
 
     def stop(decoder: Any, args: tuple, given: Given) -> None:
         calls.append((args, given))
         raise Ended
 
-    seen: list[Any] = []
-    hook = module.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with undisturbed(module), _image_features(module.base_model, features, seen):
-            module.base_model(**placed, use_cache=False)
-    except Ended:
-        pass
-    finally:
-        hook.remove()
+    def answer(*args: Any, **options: Any) -> Any:  # the model's own call for image features
+        seen.append(compute(*args, **options) if features is None else features)
+        return seen[-1]
+
+    compute: Any = getattr(base, "get_image_features", None)
+    loans = [] if compute is None else [(base, {"get_image_features": answer})]
+    with ExitStack() as stack:
+        hook = module.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+        stack.callback(hook.remove)
+        stack.enter_context(suppress(Ended))
+        stack.enter_context(undisturbed(module))
+        stack.enter_context(lent(loans))
+        base(**on_device(inputs, lvlm.device), use_cache=False)
     if not calls or calls[0][0]:
         raise ModelError(
             f"{type(module).__name__} called its decoder {len(calls)} times, or with positional "
             "arguments; expected one call per pass, with keywords only. Please report this class."
         )
     return checked(calls[0][1]), seen[-1] if seen else features
-
-
-def _image_features(base: Any, known: Any, seen: list[Any]) -> AbstractContextManager[None]:
-    """Answer the model's own call for image features with known ones, or keep what it computes."""
-    compute = getattr(base, "get_image_features", None)
-    if compute is None:
-        return nullcontext()
-
-    def answer(*args: Any, **options: Any) -> Any:
-        seen.append(compute(*args, **options) if known is None else known)
-        return seen[-1]
-
-    return lent([(base, {"get_image_features": answer})])
 
 
 def checked(given: Mapping[str, Any]) -> Given:

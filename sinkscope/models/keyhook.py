@@ -8,9 +8,8 @@
     attention(module, q, edit(k), v, mask)      the base function, with edited keys
 
 The attention module gets a shallow copy of its config, with a name of our own for the function it
-looks up. Keys are so edited after RoPE and after any k-norm, at every pass, under the model's own
-kernel. The model's config object, from which masks are made, is not touched. Head dimensions that a
-trace adds for a bias of the logits are no part of the keys, and are handed on as they are.
+looks up. Keys are so edited after RoPE and k-norm, at every pass, under the model's own kernel. Head
+dimensions that a trace adds for a bias of the logits are no part of the keys, and stay as they are.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ SHARED: WeakKeyDictionary[nn.Module, tuple[list[PassEdit], Callable[[], None]]] 
 def scaled_keys(
     module: nn.Module, anatomy: Anatomy, edits: Mapping[int, KeyEdit]
 ) -> Iterator[None]:
-    """Edit the keys of decoder blocks until the block ends, also if it ends in an error.
-
-    Contexts may be nested: the inner edit comes first, then the outer one.
+    """Edit the keys of decoder blocks until the block ends; of nested contexts the inner edits first.
 
     Args:
         module: The whole model.
@@ -72,11 +69,7 @@ def share_keys(
 ) -> Callable[[], None]:
     """Edit the keys of one block beside others that do so, until the function given back is called.
 
-    They apply in the order in which they came and may end in any order. The module is not kept
-    alive, nor is what it is part of, as long as the edit does not do so.
-
-    Raises:
-        AttentionCallError: As `scaled_keys`.
+    They apply in the order in which they came and may end in any order. None keeps the module alive.
     """
     attention = module.get_submodule(anatomy.language.attention[block])
     if attention not in SHARED:
@@ -113,11 +106,9 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
             f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention "
             "module of transformers 5. Please report this class."
         )
-    # Of the module's own keys; latent attention says it by another name.
     width = getattr(attention, "head_dim", anatomy.language.d_head)
-    width = getattr(attention, "qk_head_dim", width)
-    before = attention.config
-    ours = copy.copy(before)
+    width = getattr(attention, "qk_head_dim", width)  # so latent attention says it
+    before, ours = attention.config, copy.copy(attention.config)
     name = f"sinkscope_keys_{next(NUMBERS)}"
     ours._attn_implementation = {"": name}  # as a dict: the configs below are shared, and stay
 

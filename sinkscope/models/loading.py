@@ -21,28 +21,14 @@ from sinkscope.models.wrapping import check_remote, wrap_remote
 
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
 # cut off, of another model, or ask for a package that is not there.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+UNREADABLE += (SafetensorError, StrictDataclassError)
 
 
 def open_checkpoint(
     name: Any, options: dict[str, Any], remote: Any = False
 ) -> tuple[Any, Any, Any]:
-    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-        ModelError: If it is no vision-language model of a known family.
-    """
+    """Load a model and its processor; for remote runs the architecture, and nnsight's model of it."""
     if not isinstance(name, (str, Path)):
         raise CheckpointError(
             f"Got a checkpoint of type {type(name).__name__}; expected a repository id or a folder. "
@@ -64,8 +50,7 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     rest = {k: v for k, v in options.items() if v is not None}
     with _explained(name):
         model, info = loader.from_pretrained(name, config=config, output_loading_info=True, **rest)
-    missing = sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key)
-    if missing:
+    if missing := sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key):
         raise CheckpointError(
             f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected a whole "
             "checkpoint. They would be random: download it again, or write the config that belongs "
@@ -97,7 +82,17 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
 def load_config(name: str, options: dict[str, Any]) -> Any:
     """The config, checked to be of a vision-language model that sinkscope knows."""
     check_options(options)
-    check_name(name)
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"The folder {name!r} holds no config.json; expected a checkpoint written by "
+            "save_pretrained()."
+        )
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or path.is_file()):
+        raise CheckpointError(
+            f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
+            "a repository id such as 'llava-hf/llava-1.5-7b-hf'."
+        )
     with _explained(name):
         config = AutoConfig.from_pretrained(name, **_source(options))
     if getattr(config, "vision_config", None) is None:
@@ -132,35 +127,19 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def check_name(name: str) -> None:
-    """Refuse a folder that is missing or holds no config, before anything is read."""
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"The folder {name!r} holds no config.json; expected a checkpoint written by "
-            "save_pretrained()."
-        )
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or path.is_file()):
-        raise CheckpointError(
-            f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
-            "a repository id such as 'llava-hf/llava-1.5-7b-hf'."
-        )
-
-
 def load_processor(name: str, options: dict[str, Any]) -> Any:
     """The processor, with a tokenizer and an image processor."""
-    expected = "expected processor_config.json or preprocessor_config.json"
+    files = "expected processor_config.json or preprocessor_config.json"
     try:
         processor: Any = processors.load_processor(name, **_source(options))
     except UNREADABLE as error:
         raise CheckpointError(
-            f"The processor of {name!r} could not be read ({_first_line(error)}); {expected}, and "
+            f"The processor of {name!r} could not be read ({_first_line(error)}); {files}, and "
             "tokenizer files, beside the weights."
         ) from error
-    lacks = [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]
-    if lacks:
+    if lacks := [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]:
         raise CheckpointError(
-            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; {expected} "
+            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; {files} "
             "beside the weights."
         )
     return processor
@@ -194,5 +173,4 @@ def _explained(name: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     """The type of an error and its first line, which is all a message has room for."""
-    first = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -26,26 +26,27 @@ from sinkscope.interventions.application import (
 from sinkscope.models import inputs as preparing
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
-from sinkscope.models import runs as runner
 from sinkscope.models.identity import layout_of
 from sinkscope.models.inputs import Sample
-from sinkscope.models.open_trace import OpenTrace
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
-from sinkscope.models.runs import Generation, Run, finish_run
+from sinkscope.models.requests import plan_of
+from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
 
 class LVLM:
-    """A vision-language model with named sites.
-
-    Every pass runs in evaluation mode, whatever mode the modules are in, and leaves them in theirs.
+    """A vision-language model with named sites; every pass runs in evaluation mode.
 
     Args:
         module: A ``transformers`` image-text-to-text model.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
         verify: Whether two short passes prove the anatomy now, where there is a processor and weights.
+
+    Attributes:
+        name: Repository id, folder, or class name.
+        verified: Whether a forward pass has proven the anatomy when the model was loaded.
 
     Raises:
         ModelError: If the model is no LVLM that sinkscope can read.
@@ -57,14 +58,14 @@ class LVLM:
         self._module: Any = module
         self._processor = processor
         self._places = wrapping.Places(module, processor)
-        self._name = str(getattr(module, "name_or_path", "") or type(module).__name__)
-        self._verified = False
+        self.name = str(getattr(module, "name_or_path", "") or type(module).__name__)
+        self.verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         self._open = OpenTrace(self._places.here, self._anatomy)
         if verify and processor is not None and not self._places.weightless:
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)
-            self._verified = True
+            self.verified = True
 
     @classmethod
     def from_pretrained(
@@ -85,13 +86,12 @@ class LVLM:
         Args:
             name: Repository id or folder.
             revision: Branch, tag or commit.
-            dtype: ``"auto"``, ``"bfloat16"``, ``"float32"`` or a torch dtype.
+            dtype: ``"auto"``, a torch dtype or its name.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
             quantization_config: One of ``transformers``' configs, or the same as a dict.
-            remote: True to run on NDIF: only the architecture is built here, no weights.
-                ``"local"`` takes the same path without a server, with the weights here.
-            trust_remote_code: Whether to run code from the repository; nothing but True does.
+            remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
+            trust_remote_code: Whether to run code from the repository.
             verify: See the class.
 
         Raises:
@@ -99,18 +99,18 @@ class LVLM:
             ModelError: If it is no LVLM that sinkscope can read.
         """
         check_flags(verify=verify)  # before the weights are read
-        options = {
-            "revision": revision,
-            "dtype": dtype,
-            "device_map": device_map,
-            "attn_implementation": attn_implementation,
-            "quantization_config": quantization_config,
-            "trust_remote_code": trust_remote_code,
-        }
+        options = dict(
+            revision=revision,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+        )
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify and by_name is None)
         lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
-        lvlm._name = str(name)
+        lvlm.name = str(name)
         return lvlm
 
     @property
@@ -121,11 +121,6 @@ class LVLM:
         if kernels != (known.vision.kernel, known.language.kernel):
             self._anatomy = read_anatomy(self._module).without(self._not_added)
         return self._anatomy
-
-    @property
-    def verified(self) -> bool:
-        """Whether a forward pass has proven the anatomy when the model was loaded."""
-        return self._verified
 
     @property
     def module(self) -> nn.Module:
@@ -143,11 +138,6 @@ class LVLM:
         return getattr(self._processor, "tokenizer", None)
 
     @property
-    def name(self) -> str:
-        """Repository id, folder, or class name."""
-        return self._name
-
-    @property
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self._places.device
@@ -155,7 +145,7 @@ class LVLM:
     def __repr__(self) -> str:
         a = self._anatomy
         sizes = (f"{t.tower} {t.n_layers} x {t.d_model}" for t in (a.vision, a.language))
-        return f"LVLM({self._name!r}, {a.family.name}: {', '.join(sizes)})"
+        return f"LVLM({self.name!r}, {a.family.name}: {', '.join(sizes)})"
 
     def prepare(
         self,
@@ -168,22 +158,19 @@ class LVLM:
         """Images and text as model inputs, with a map of every token.
 
         Args:
-            images: One image, or a list. With one text all images belong to it; with a list of
-                texts there is one entry (an image or a list of images) per text, or one image for
-                all. PIL images, paths, URLs, bytes, arrays or tensors: see `pictures.open_image`.
-            text: A question or chat messages, or a list of them: one batch row each, left-padded. A
-                question goes through the model's chat template, its images first; ``<image>`` may
-                stand alone on its first or last line. Messages may hold their pictures; those that
-                do not take ``images`` in order.
+            images: What `pictures.open_image` takes, or a list: all of one text, or one entry (an
+                image or a list of images) for each of several texts, or one image for all.
+            text: A question or chat messages, or a list of them: one batch row each, left-padded.
+                ``<image>`` may stand alone on a question's first or last line. Messages hold their
+                pictures, or take ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
 
         Raises:
             InputError: If something is missing or does not fit.
         """
-        return preparing.make_sample(
-            self._module, self._processor, self.anatomy, images, text, inputs, rendered=rendered
-        )
+        parts = self._module, self._processor, self.anatomy
+        return preparing.make_sample(*parts, images, text, inputs, rendered=rendered)
 
     def run(
         self,
@@ -198,17 +185,15 @@ class LVLM:
     ) -> Run:
         """Run one forward pass with any number of probes and interventions.
 
-        Probes see what the model uses after all edits of a site. Edits of states apply in list order;
-        those of one attention call in stages (keys, logits, weights, values), and in list order
-        inside a stage.
+        Probes see what the model uses after all edits of a site. Edits apply in list order; those of
+        one attention call in stages first: keys, logits, weights, values.
 
         Args:
             sample: From `prepare`.
             probes: The probes; their results are found by the probe object.
             interventions: The interventions; what they did stands in ``run.effects``.
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
-            remote: True for NDIF, ``"local"`` for the same path without a server; None for what
-                the model was loaded with.
+            remote: See `from_pretrained`; None for what the model was loaded with.
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
@@ -219,14 +204,13 @@ class LVLM:
             NonFiniteError: If live logits hold NaN.
         """
         check_flags(kl=kl, grad=grad)
-        layout = layout_of(self.anatomy)
-        asked, edits = checking.check_run(sample, layout, probes, interventions)
+        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
         where = self._places.choose(remote, grad)
         keep_all = checking.check_logits(logits, "last" if where else "all")
         context = Context(self.anatomy, sample.tokens)
-        plan = runner.plan_of(asked, edits, context, self)
+        plan = plan_of(asked, edits, context, self)
         last = None if keep_all else sample.tokens.last
-        made = runner.run_plan(*self._on(where, sample), plan, last, where, grad)
+        made = run_plan(*self._on(where, sample), plan, last, where, grad)
         out = finish_run(made, asked, context, edits, keep_all=keep_all)
         require_effects(edits, [out.effects])
         if not (kl and edits):
@@ -246,36 +230,32 @@ class LVLM:
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
 
-        The answer is the one of ``model.generate(**sample.inputs, **options)``, sampled if the model's
-        ``generation_config`` samples. Probes of the vision tower have a result at the prompt only. At
-        a decode step there is one query, and keys are the prompt's and those generated so far.
+        The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
+        tower have a result at the prompt only. A decode step has one query, and the keys so far.
 
         Args:
-            sample: From `prepare`.
-            probes: The probes.
-            interventions: The interventions, each at the steps it names.
+            sample: See `run`, as for the next two.
+            probes: Run at the prompt and at every step.
+            interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
             remote: See `run`.
-            options: Further settings of ``transformers``' ``generate`` with one query per row, such
-                as no beams. A static cache is replaced by one that grows, which changes no number.
+            options: Further settings of ``generate`` with one query per row, such as no beams. A
+                static cache is replaced by one that grows, which changes no number.
 
         Raises:
             InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
         """
-        layout = layout_of(self.anatomy)
-        asked, edits = checking.check_run(sample, layout, probes, interventions)
+        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
         where = self._places.choose(remote)
         defaults = getattr(self._module, "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
-        plans = (
-            runner.plan_of(asked, edits, Context(self.anatomy, sample.tokens), self),
-            runner.plan_of(later, edits, Context(self.anatomy, sample.tokens, step=1), self),
-        )
+        both = enumerate((asked, later))
+        plans = [plan_of(p, edits, Context(self.anatomy, sample.tokens, i), self) for i, p in both]
         options |= checking.growing_cache(options, defaults)
-        outputs, sequences = runner.generate_plan(*self._on(where, sample), plans, options, where)
+        outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):
@@ -294,13 +274,8 @@ class LVLM:
     def trace(self, sample: Sample, *, grad: bool = False) -> Any:
         """Open nnsight's own trace of one forward pass here, on the sample's inputs.
 
-        ::
-
-            with lvlm.trace(sample):
-                states = lvlm.site("language", 1, "resid_post").save()
-
-        The block runs while the model does, sites come in forward order, and what is saved is there
-        afterwards. ``grad`` keeps a graph. The model is left as it was, also after an error.
+        The block runs while the model does, reads each `site` in forward order, and ``.save()`` keeps a
+        value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
         check_flags(grad=grad)
         checking.check_run(sample, layout_of(self.anatomy))
@@ -317,22 +292,15 @@ class LVLM:
     def site(self, tower: Tower, layer: int, name: str) -> Any:
         """The value at a site of `sinkscope.sites` inside the block of `trace`.
 
-        States are the model's own tensor, in its own layout, and may be edited in place; a branch that
-        the model multiplies by a factor is a copy, for which there is `set_site`. ``"attention"`` gives
-        the list of calls, ``(function, args, kwargs)``, that kernels of attention take.
+        States are the model's own tensor, and may be edited in place; a branch that the model multiplies
+        by a factor is a copy: use `set_site`. ``"attention"`` gives a list of ``(function, args, kwargs)``.
 
-        Raises:
-            ProbeError: If there is no such site, or no block is running.
-            LayerError: If there is no such layer.
+        ProbeError or LayerError if there is no such site, or no block is running.
         """
         return self._open.site(tower, layer, name)
 
     def set_site(self, tower: Tower, layer: int, name: str, value: Tensor) -> None:
-        """Replace the states at a site inside the block of `trace`, by a tensor of the same shape.
-
-        Raises:
-            InterventionError: If shape or dtype are others, or the site is ``"attention"``.
-        """
+        """Replace the states at a site, not ``"attention"``, by a tensor of their shape and dtype."""
         self._open.set_site(tower, layer, name, value)
 
     def report(self) -> Report:
@@ -341,10 +309,10 @@ class LVLM:
 
     def _on(self, where: bool | str, sample: Sample) -> tuple[Any, dict[str, Any]]:
         """The wrapped model for a run there, and the inputs on its device."""
-        return self._places.model(where, self._name), self._places.placed(sample.inputs)
+        return self._places.model(where, self.name), self._places.placed(sample.inputs)
 
     def __iter__(self) -> Iterator[Any]:
         raise ModelError(
-            "Got iteration over an LVLM; expected a use of its parts. They are in lvlm.anatomy: write "
-            "lvlm.module.get_submodule(path) for the module at one of its paths."
+            "Got iteration over an LVLM; expected a use of its parts. Write "
+            "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy."
         )

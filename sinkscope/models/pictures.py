@@ -1,13 +1,11 @@
-"""Pictures as people see them, out of whatever users hold, and which records are about one picture.
-
-Nothing else opens or converts a picture, or compares the ids of images.
-"""
+"""Open and convert pictures, and tell which records are about one picture."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from http.client import HTTPException
 from io import BytesIO
@@ -16,17 +14,14 @@ from urllib.request import Request, urlopen
 from uuid import UUID
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
-SECONDS = 20  # to wait for a server
-CHANNELS = (1, 3, 4)
-TOO_LARGE = Image.DecompressionBombError
-NOT_READABLE = (UnidentifiedImageError, TOO_LARGE, OSError, SyntaxError, ValueError)
+NOT_READABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 """What PIL raises on a file that is no image, is cut off, or is absurdly large."""
 PIXELS = "pixels:"
 """How the id of an image without one begins; digests of several are joined by ``|``."""
@@ -38,11 +33,7 @@ def open_image(image: Any) -> Image.Image:
 
     EXIF orientation is obeyed. Wide greys are scaled, not clipped: 16-bit values by 255/65535, floats
     from 0 to 1 by 255, each to the nearest level. Transparency lies on white. The rest is PIL's
-    ``convert("RGB")``; of an animation it is the present frame, the first of a file.
-
-    ``transformers`` obeys orientation in files that it opens, and not in pictures that it is handed. It
-    drops transparency in files, and in pictures too before 5.23, which puts these on white. It clips
-    wide greys.
+    ``convert("RGB")``, of an animation the present frame. ``transformers`` does so in part only.
 
     Args:
         image: PIL image, path, URL (``http``, ``https``, ``file``, ``data``), the bytes of a file, an
@@ -68,7 +59,7 @@ def open_image(image: Any) -> Image.Image:
             f"Got an image of type {type(image).__name__}; expected a PIL image, a path, a URL, bytes, "
             "a numpy array or a tensor."
         )
-    return _as_seen(_from_array(image))
+    return _read(_from_array(image), type(image).__name__)
 
 
 def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
@@ -84,7 +75,7 @@ def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
         )
     request = Request(where, headers={"User-Agent": "sinkscope"})
     try:
-        with urlopen(request, timeout=SECONDS) as answer:
+        with urlopen(request, timeout=20) as answer:
             return BytesIO(answer.read())
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(
@@ -94,12 +85,17 @@ def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
 
 
 def _read(given: Any, shown: str) -> Image.Image:
-    """A PIL image or a file as people see it."""
+    """A PIL image or a file as people see it: upright, with 8 bits, on white."""
     try:
-        if isinstance(given, Image.Image):
-            return _as_seen(given)
-        with Image.open(given) as opened:
-            return _as_seen(opened)
+        with nullcontext(given) if isinstance(given, Image.Image) else Image.open(given) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith(("I", "F")):
+                picture = Image.fromarray(_levels(np.asarray(picture)))
+            if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
     except InputError:
         raise
     except NOT_READABLE as error:
@@ -109,17 +105,6 @@ def _read(given: Any, shown: str) -> Image.Image:
         ) from error
 
 
-def _as_seen(picture: Image.Image) -> Image.Image:
-    """Upright, with 8 bits, on white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):
-        picture = Image.fromarray(_levels(np.asarray(picture)))
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 def _from_array(values: Any) -> Image.Image:
     """Grey, RGB or RGBA from an array in any usual layout."""
     if isinstance(values, Tensor):
@@ -127,7 +112,7 @@ def _from_array(values: Any) -> Image.Image:
         values = values.float() if values.is_floating_point() else values
     array = np.asarray(values)
     shape, wanted = array.shape, ""
-    first, last = (array.ndim == 3 and shape[axis] in CHANNELS for axis in (0, -1))
+    first, last = (array.ndim == 3 and shape[axis] in (1, 3, 4) for axis in (0, -1))
     if array.ndim == 4:
         wanted = (
             "one picture. For several write images=list(pictures), one entry per text, or "
@@ -136,10 +121,7 @@ def _from_array(values: Any) -> Image.Image:
     elif array.dtype.kind not in "biuf" or 0 in shape or not (array.ndim == 2 or first or last):
         wanted = "numbers [height width], or with 1, 3 or 4 channels first or last."
     elif first and last:
-        wanted = (
-            "1, 3 or 4 channels either first or last, and here both could be. Write "
-            "Image.fromarray(...)."
-        )
+        wanted = "1, 3 or 4 channels either first or last, not both. Write Image.fromarray(...)."
     if wanted:
         raise InputError(
             f"Got an image of shape {shape} and dtype {array.dtype}; expected {wanted}"
@@ -201,16 +183,10 @@ class ImageIds:
         self._given: bool | None = None
 
     def add(self, record: int, image: Any, image_id: Any = None) -> tuple[str, str]:
-        """The id of a record's image, and a digest of its pixels.
+        """The id of a record's image, or images, and a digest of their pixels.
 
-        Args:
-            record: Its number, for messages.
-            image: Whatever `LVLM.prepare` takes as an image, or a list of them.
-            image_id: What the record gives, perhaps missing.
-
-        Raises:
-            InputError: If an image cannot be read, an id is given in some records only, or one id
-                stands for two different pictures.
+        InputError if an image cannot be read, an id is given in some records only, or one id stands for
+        two different pictures; ``record`` is a number for messages.
         """
         images = image if isinstance(image, (list, tuple)) else [image]
         if not images:
@@ -242,19 +218,17 @@ class ImageIds:
         if path in self._files:
             return self._files[path]
         opened = open_image(image)
-        digest = hashlib.blake2b(repr(opened.size).encode(), digest_size=8)
-        digest.update(opened.tobytes())
+        pixels = repr(opened.size).encode() + opened.tobytes()
+        digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
         if path is not None:
-            self._files[path] = digest.hexdigest()
-        return digest.hexdigest()
+            self._files[path] = digest
+        return digest
 
 
 def identified(records: Sequence[T]) -> list[T]:
     """Records with the id of their image in the field ``image_id``; see `ImageIds.add`."""
-    ids = ImageIds()
-    return [
-        replace(it, image_id=ids.add(i, it.image, it.image_id)[0]) for i, it in enumerate(records)
-    ]
+    add = ImageIds().add
+    return [replace(r, image_id=add(i, r.image, r.image_id)[0]) for i, r in enumerate(records)]
 
 
 def clusters_of(image_ids: Iterable[Any]) -> list[str]:
@@ -277,10 +251,10 @@ def clusters_of(image_ids: Iterable[Any]) -> list[str]:
                 f"Got image id {image_id!r} at place {place}; expected an id for every question. Leave "
                 "such lines out, or give them ids of their own."
             )
-        several = name.startswith(PIXELS) and "|" in name
-        parts = name[len(PIXELS) :].split("|") if several else []
-        first, *others = [PIXELS + part for part in parts] or [name]
+        first, *others = [name]
+        if name.startswith(PIXELS):
+            first, *others = [PIXELS + part for part in name[len(PIXELS) :].split("|")]
         for other in others:
             root[find(other)] = find(first)
         firsts.append(first)
-    return [find(first) for first in firsts] if root else firsts
+    return [find(first) for first in firsts]

@@ -13,7 +13,7 @@ Tails are padded on the right, where no live token sees the padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,18 @@ from sinkscope.models.replay import Captured, Given, capture_given, map_tensors,
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
 
+Pair = tuple[Tensor, Tensor]
+
 
 class _Past(DynamicLayer):
     """Keys and values of one block that stand before those of a pass; what is new is not stored."""
 
-    def __init__(self, length: int, before: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, length: int = 0, before: Pair | None = None) -> None:
         super().__init__()
         self.length, self.before = length, before
-        self.new: tuple[Tensor, Tensor] | None = None
+        self.new: Pair | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """The keys and values to attend to."""
         if self.before is None:
             self.new = (key_states, value_states)
@@ -57,46 +57,24 @@ class _Past(DynamicLayer):
 
 @dataclass(frozen=True, eq=False)
 class KeyValues:
-    """What a stem leaves behind.
-
-    Attributes:
-        length: Its positions.
-        by_block: Block -> keys and values, each ``[row kv_head pos d_head]``.
-        blocks: Number of blocks of the decoder.
-    """
+    """What a stem leaves behind: its length, and by block ``[row kv_head pos d_head]`` or None."""
 
     length: int
-    by_block: Mapping[int, tuple[Tensor, Tensor]]
-    blocks: int
-
-    @classmethod
-    def of(cls, cache: Cache, length: int) -> KeyValues:
-        """The keys and values that a pass made."""
-        layers = [layer for layer in cache.layers if isinstance(layer, _Past)]
-        made = {i: layer.new for i, layer in enumerate(layers) if layer.new is not None}
-        return cls(length, made, len(layers))
+    by_block: tuple[Pair | None, ...]
 
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
-        layers = []
-        for block in range(self.blocks):
-            pair = self.by_block.get(block)
-            if pair is not None:
-                key, value = (part.index_select(0, rows.to(part.device)) for part in pair)
-                pair = (key, value)
-            layers.append(_Past(self.length, pair))
-        return Cache(layers=layers)
+
+        def chosen(part: Tensor) -> Tensor:
+            return part.index_select(0, rows.to(part.device))
+
+        pairs = ((chosen(pair[0]), chosen(pair[1])) if pair else None for pair in self.by_block)
+        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
 
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """A stem and its tails, unedited and ready to be resumed.
-
-    Attributes:
-        stem: The beginning, one row.
-        past: Its keys and values.
-        tails: The endings, one row each, padded on the right.
-    """
+    """A stem (one row) with its keys and values, and its tails (one row each), ready to be resumed."""
 
     stem: Captured
     past: KeyValues
@@ -110,8 +88,8 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
     """
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
-    leaves = [leaf for given in givens for leaf in _leaves(given)]
-    for mask in (value for (name, _), value in leaves if name == "attention_mask"):
+    masks = (v for g in givens for (name, _), v in _leaves(g).items() if name == "attention_mask")
+    for mask in masks:
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
             return "the model leaves its mask to the attention kernel"
         seen = mask[:, :, :length, length:] if mask.ndim == 4 else mask[:, :0]
@@ -119,20 +97,20 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
             return "the beginning sees what follows it"
         if mask.ndim == 2 and not bool(mask.all()):
             return "the prompt is padded"
-    first, *others = [dict(_leaves(_stem(given, length))) for given in givens]
-    if any(
-        first.keys() != other.keys() or not all(_same(first[k], other[k]) for k in first)
-        for other in others
-    ):
-        return "the prompts differ before the end of the last image"
+    first, *others = [_leaves(_stem(given, length)) for given in givens]
+    for other in others:
+        if first.keys() != other.keys() or not all(_same(first[k], other[k]) for k in first):
+            return "the prompts differ before the end of the last image"
     return None
 
 
-def _leaves(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], Any]]:
+def _leaves(given: Mapping[str, Any]) -> dict[tuple[str, Any], Any]:
     """The arguments, those in a dict one by one; a missing mask too."""
-    for name, value in {"attention_mask": None, **given}.items():
-        parts = value if isinstance(value, Mapping) else {"": value}
-        yield from (((name, key), parts[key]) for key in parts)
+    return {
+        (name, key): part
+        for name, value in {"attention_mask": None, **given}.items()
+        for key, part in (value if isinstance(value, Mapping) else {"": value}).items()
+    }
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -181,15 +159,12 @@ def capture_branches(
 ) -> Branches:
     """One pass over the common beginning and one over all endings, without edits.
 
-    Args:
-        lvlm: The model.
-        givens: Decoder arguments of single rows (`decoder_inputs`) for which `why_not_shared` is None.
-        length: Positions of the beginning.
-        blocks: The blocks that will be edited, or None for all.
+    ``givens`` are decoder arguments of single rows for which `why_not_shared` is None, ``length`` the
+    positions of the beginning, ``blocks`` those that will be edited, None for all.
     """
-    empty = Cache(layers=[_Past(0) for _ in range(lvlm.anatomy.language.n_layers)])
-    stem = capture_given(lvlm, _stem(givens[0], length), blocks, empty)
-    past = KeyValues.of(empty, length)
+    layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
+    stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))
+    past = KeyValues(length, tuple(layer.new for layer in layers))
     longest = max(given["inputs_embeds"].shape[1] for given in givens) - length
 
     def stack(name: str, *values: Tensor) -> Tensor:
@@ -205,10 +180,10 @@ def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
 
     ``factors`` ``[row key]``: one row per edit, one factor per position of the stem.
     """
-    empty = Cache(layers=[_Past(0) for _ in range(branches.past.blocks)])
+    layers = [_Past() for _ in branches.past.by_block]
     rows = torch.zeros(len(factors), dtype=torch.long)
-    resume(branches.stem, block, factors, rows=rows, cache=empty)
-    return KeyValues.of(empty, branches.past.length)
+    resume(branches.stem, block, factors, rows=rows, cache=Cache(layers=[*layers]))
+    return KeyValues(branches.past.length, tuple(layer.new for layer in layers))
 
 
 def resume_tails(
@@ -216,13 +191,8 @@ def resume_tails(
 ) -> Tensor:
     """The endings under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
 
-    Args:
-        branches: From `capture_branches`.
-        block: The edited block.
-        factors: ``[edit key]``, as given to `resume_stem`; keys of the endings keep theirs.
-        past: What `resume_stem` gave.
-        edits: Int ``[row]``: the edit of each row.
-        tails: Int ``[row]``: the ending of each row.
+    ``factors`` ``[edit key]`` were given to `resume_stem`, which gave ``past``; ``edits`` and ``tails``,
+    int ``[row]``, say which edit and which ending each row has.
     """
     longest = branches.tails.hidden.shape[1]
     scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)

@@ -15,15 +15,8 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLPr
 class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transformers writes it
     """``Qwen2_5_VLProcessor`` without its video slot, for machines without torchvision.
 
-    transformers' video processors need torchvision, and without it the parent class cannot be built.
-    Text and images take the parent's own path. What is saved names the parent class and the real
-    video processor, so the folder loads with ``AutoProcessor`` where torchvision is installed, and
-    elsewhere with `load_processor`.
-
-    Args:
-        image_processor: A Qwen2-VL image processor, such as ``Qwen2VLImageProcessorPil``.
-        tokenizer: A tokenizer with ``image_token`` and ``video_token``.
-        chat_template: The chat template, if not the tokenizer's.
+    The tokenizer has an ``image_token`` and a ``video_token``. What is saved loads with
+    ``AutoProcessor`` where torchvision is installed, and elsewhere with `load_processor`.
     """
 
     def __init__(
@@ -46,16 +39,13 @@ class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transform
 
     def to_dict(self) -> dict[str, object]:
         """Settings as the parent class would save them, its default video settings included."""
-        settings = super().to_dict()
-        settings["processor_class"] = Qwen2_5_VLProcessor.__name__
         images: Any = self.image_processor
-        settings["video_processor"] = {
-            "video_processor_type": "Qwen2VLVideoProcessor",
-            "patch_size": images.patch_size,
-            "merge_size": images.merge_size,
-            "temporal_patch_size": images.temporal_patch_size,
+        names = ("patch_size", "merge_size", "temporal_patch_size")
+        video = {name: getattr(images, name) for name in names}
+        return super().to_dict() | {
+            "processor_class": Qwen2_5_VLProcessor.__name__,
+            "video_processor": {"video_processor_type": "Qwen2VLVideoProcessor", **video},
         }
-        return settings
 
 
 IMAGES_ONLY = MappingProxyType({"qwen2_5_vl": ImageQwen2_5_VLProcessor})
@@ -65,10 +55,7 @@ IMAGES_ONLY = MappingProxyType({"qwen2_5_vl": ImageQwen2_5_VLProcessor})
 def load_processor(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ProcessorMixin:
-    """The processor of a repository or folder.
-
-    What ``AutoProcessor`` gives; where that needs a package that is missing (torchvision, for the
-    video half of Qwen2.5-VL's processor), the family's processor without its video slot.
+    """What ``AutoProcessor`` gives, or without torchvision the family's processor without videos.
 
     Raises:
         ImportError: If a package is missing and the family has no processor without it.

@@ -21,13 +21,7 @@ SOURCES = ("image", "url", "path", "base64", "image_url")
 
 @dataclass(frozen=True)
 class Marks:
-    """Texts that a processor reads as something else than words.
-
-    Attributes:
-        image: What stands for an image in a prompt.
-        images: That, and what it becomes when it is spelled out.
-        all: These, and what stands for a video.
-    """
+    """What a processor reads as an image, also spelled out (``images``), or a video (``all``)."""
 
     image: str
     images: tuple[str, ...]
@@ -118,32 +112,34 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     """The images of every text, unopened; none where chat messages hold them."""
     many = isinstance(images, (list, tuple))
     bare = images is None or (many and not images)
+    wrong = [type(one).__name__ for one in texts if not isinstance(one, str) and not _is_chat(one)]
+    message = ""
     if bare and not (texts and all(map(_is_chat, texts))):
-        raise InputError(
-            "Got no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
+        message = (
+            "no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
             "text alone there is no visual sink to look for."
         )
-    if not texts or texts[0] is None or texts == [""]:
-        raise InputError(
-            "Got no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
+    elif not texts or texts[0] is None or texts == [""]:
+        message = (
+            "no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
         )
-    for entry in texts:
-        if not isinstance(entry, str) and not _is_chat(entry):
-            raise InputError(
-                f"Got a text of type {type(entry).__name__}; expected a str or a list of chat messages, "
-                "or a list with one of them per row."
-            )
-    if bare or not many:
-        return [[] if bare else [images]] * len(texts)  # one picture for all questions
-    if single:
-        return [images]
-    if len(images) != len(texts):
-        raise InputError(
-            f"Got {len(images)} image entries for {len(texts)} texts; expected one entry per row. Write "
+    elif wrong:
+        message = (
+            f"a text of type {wrong[0]}; expected a str or a list of chat messages, or a list with one "
+            "of them per row."
+        )
+    elif many and images and not single and len(images) != len(texts):
+        message = (
+            f"{len(images)} image entries for {len(texts)} texts; expected one entry per row. Write "
             "images=[a, b], text=['...', '...'], images=[[a, b], [c]] for several images in a row, or "
             "images=a for one picture in all rows."
         )
-    return [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    if message:
+        raise InputError(f"Got {message}")
+    if bare or not many:
+        return [[] if bare else [images]] * len(texts)  # one picture for all questions
+    rows = [images] if single else images
+    return [entry if isinstance(entry, (list, tuple)) else [entry] for entry in rows]
 
 
 def _unfold(
@@ -194,14 +190,9 @@ def _source(name: str, value: Any) -> Any:
 
 
 def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int) -> str:
-    """The full prompt of a row.
+    """The full prompt of a row with some images, through the chat template if there is one.
 
-    Args:
-        processor: The model's; its chat template is used if it has one.
-        images: How many images the row has.
-        asked: A question, chat messages without pictures, or a finished prompt.
-        rendered: Whether it is a finished prompt, which is taken as it is.
-        row: The row's number, for messages.
+    ``asked`` is a question, chat messages without pictures, or a finished prompt if ``rendered``.
     """
     marks, who = marks_of(processor), f"Row {row} has"
     template = getattr(processor, "chat_template", None)

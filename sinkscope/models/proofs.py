@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sinkscope.anatomy.block_sum import Branch, NoBranch, no_branch
+from sinkscope.anatomy.block_sum import NoBranch, no_branch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import device_of, dtype_of
-from sinkscope.anatomy.towers import Anatomy
+from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ModelError, NonFiniteError
 from sinkscope.kernels import residual
 from sinkscope.kernels.walk import factors_at, first_tensor, times
-from sinkscope.models import runs as runner
 from sinkscope.models.inputs import Sample
+from sinkscope.models.requests import plan_of
+from sinkscope.models.runs import run_until_read
 from sinkscope.models.wrapping import ONE_AT_A_TIME
 from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
@@ -48,24 +49,17 @@ class _States:
 
 
 def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
-    """Check that the sites of an `LVLM` are what they are called.
+    """Check that the sites of an `LVLM` are what they are called; ModelError if not, with the numbers.
 
     * attention mass over all live tokens sums to one in every block whose attention call was found;
     * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
     * what the projector writes is found at the image positions of the decoder's input;
-    * two passes compute the same, if a pass draws random numbers;
-    * a block adds attn_out and mlp_out to the stream, and nothing else.
+    * two passes compute the same, if a pass draws random numbers, and nothing is NaN.
 
-    A picture takes most of a prompt, and most of the time goes into the decoder. So the pass with the
-    picture ends in the first block of the decoder, and the prompt's words alone go through all of it.
+    To save time the pass with a picture ends in the decoder's first block, and words alone go through.
 
     Returns:
-        ``(tower, layer) -> reason`` of the blocks in which the last of them fails: they have no such
-        sites, and the rest works.
-
-    Raises:
-        ModelError: If one of the others fails, with the numbers.
-        NonFiniteError: If the model computes NaN or infinity.
+        ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
         sample = lvlm.prepare(images=_test_image(), text="a")
@@ -81,11 +75,16 @@ def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
 @contextmanager
 def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
     """Where passes inside draw random numbers, refuse a model of which two passes differ."""
-    before = _random_state()
+
+    def state() -> Tensor:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return torch.cat([torch.get_rng_state(), *cuda])
+
+    before = state()
     try:
         yield
     finally:
-        if not torch.equal(before, _random_state()):
+        if not torch.equal(before, state()):
             first, second = (lvlm.run(sample, logits="last", remote=False).logits for _ in "12")
             off = float((first - second).abs().max())
             if not off <= 1e-2 * float(first.abs().max()):
@@ -94,12 +93,6 @@ def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
                     "numbers in evaluation mode; expected equal passes. Give training=self.training "
                     "to every functional dropout, or write verify=False to measure single draws."
                 )
-
-
-def _random_state() -> Tensor:
-    """Where the default random generators stand."""
-    here = [torch.get_rng_state()]
-    return torch.cat(here + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []))
 
 
 @contextmanager
@@ -123,15 +116,14 @@ def _sums(lvlm: Any, tower: Tower, most: int | None = None) -> list[AttentionMas
 
 def _check_picture(lvlm: Any, sample: Sample) -> None:
     """Vision tower, projector and the way into the decoder, on a prompt with a picture."""
-    a = lvlm.anatomy
+    a, places = lvlm.anatomy, lvlm._places
     feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
     ends = (Site("projector", "input"), Site("projector", "output"))
     states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
     probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
     context = Context(a, sample.tokens)
-    plan = runner.plan_of(probes, (), context, lvlm)
-    places = lvlm._places
-    answers = runner.run_until_read(places.here, places.placed(sample.inputs), plan)
+    plan = plan_of(probes, (), context, lvlm)
+    answers = run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
     if not torch.isfinite(seen[ends[1]]).all():
         raise NonFiniteError(
@@ -209,69 +201,57 @@ def _check_projection(lvlm: Any, sample: Sample, seen: Mapping[Site, Tensor]) ->
 def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str, int], NoBranch]]:
     """Compare ``resid_pre + attn_out + mlp_out`` with ``resid_post`` in every pass inside.
 
-    Yields:
-        ``(tower, layer) -> reason`` of the blocks in which they differ; filled when a block has run.
+    Yields ``(tower, layer) -> reason`` of the blocks in which they differ, filled as they run.
     """
     wrong: dict[tuple[str, int], NoBranch] = {}
-    handles: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for tower in (anatomy.vision, anatomy.language):
             for layer in tower.adding:
-                branches = [tower.branch(site, layer) for site in ("attn_out", "mlp_out")]
-                place = (tower.tower, layer)
-                handles += _watch(module, tower.blocks[layer], branches, wrong, place)
+                for handle in _watch(module, tower, layer, wrong):
+                    stack.callback(handle.remove)
         yield wrong
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch(
-    module: nn.Module,
-    path: str,
-    branches: list[Branch],
-    wrong: dict[tuple[str, int], NoBranch],
-    place: tuple[str, int],
-) -> list[Any]:
+    module: nn.Module, tower: TowerAnatomy, layer: int, wrong: dict[tuple[str, int], NoBranch]
+) -> Iterator[Any]:
     """Hooks on a block and on what its branches add, which note where the sum is wrong."""
     parts: list[Tensor] = []
+    path, get = tower.blocks[layer], module.get_submodule
 
     def begin(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         parts[:] = [args[0] if args else next(iter(kwargs.values()))]
 
-    def adder(branch: Branch) -> Any:
+    def adder(factors: tuple[str, ...]) -> Any:
         def note(part: nn.Module, args: Any, out: Any) -> None:
             states = first_tensor(out)
-            parts.append(times(states, factors_at(module, branch.factors, states.device)))
+            parts.append(times(states, factors_at(module, factors, states.device)))
 
         return note
 
     def end(block: nn.Module, args: Any, out: Any) -> None:
         off = rounding_errors(parts, first_tensor(out)) if len(parts) == 3 else None
         parts.clear()
-        if off is None:
-            wrong[place] = no_branch(path, block, "attention or MLP did not run once in a pass")
-        elif not off <= LIMIT:
-            why = f"in a pass they differ by {off:.3g} rounding errors"
-            wrong[place] = no_branch(path, block, why)
+        if off is not None and off <= LIMIT:
+            return
+        why = f"in a pass they differ by {off:.3g} rounding errors" if off is not None else ""
+        why = why or "attention or MLP did not run once in a pass"
+        wrong[tower.tower, layer] = no_branch(path, block, why)
 
-    block, get = module.get_submodule(path), module.get_submodule
-    return [
-        block.register_forward_pre_hook(begin, with_kwargs=True),
-        *(get(branch.path).register_forward_hook(adder(branch)) for branch in branches),
-        block.register_forward_hook(end),
-    ]
+    yield get(path).register_forward_pre_hook(begin, with_kwargs=True)
+    for site in ("attn_out", "mlp_out"):
+        branch = tower.branch(site, layer)
+        yield get(branch.path).register_forward_hook(adder(branch.factors))
+    yield get(path).register_forward_hook(end)
 
 
 def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:
     """The largest difference between a sum and the whole, in roundings of the sizes that were added."""
-    eps = max(torch.finfo(states.dtype).eps for states in (*parts, whole))
+    every, width = (*parts, whole), whole.shape[-1]
+    eps = max(torch.finfo(states.dtype).eps for states in every)
     exact = torch.promote_types(whole.dtype, torch.float32)
-    width = whole.shape[-1]
-    pre, attention, mlp, post = (
-        states.detach().reshape(-1, width)[:TOKENS].to(whole.device, exact)
-        for states in (*parts, whole)
-    )
+    few = (states.detach().reshape(-1, width)[:TOKENS] for states in every)
+    pre, attention, mlp, post = (states.to(whole.device, exact) for states in few)
     size = (pre.abs() + attention.abs() + mlp.abs()) * eps
     off = (pre + attention + mlp - post).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)
     return float(off.max())

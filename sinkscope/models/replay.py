@@ -10,10 +10,8 @@
                                                      keys times factors
 
 An edit of the keys of block b changes nothing before block b. `resume` calls the model's own decoder
-again, with the arguments it had; blocks before b pass on the state that was captured, at no cost. So
-masks, positions and windows are the model's own. Rows may be repeated, with other factors each, and
-gradients reach the factors through the blocks from b on. `sinkscope.models.prefix` does the same for
-prompts that begin alike.
+again, with the arguments it had; blocks before b pass on the state that was captured, at no cost.
+Rows may be repeated, with other factors each, and gradients reach the factors.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.inputs import Ended, Given, decoder_inputs
 from sinkscope.models.keyhook import KeyEdit, scaled_keys
-from sinkscope.models.wrapping import lent, undisturbed
+from sinkscope.models.wrapping import lent, on_device, undisturbed
 
 if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
@@ -42,11 +40,9 @@ Decide = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """One pass of the decoder, ready to be resumed.
+    """One pass of the decoder of a model, ready to be resumed.
 
     Attributes:
-        module: The model.
-        anatomy: Its anatomy.
         given: What the decoder was called with.
         states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
             reads ``states[l + 1]`` and edits block l + 1.
@@ -91,12 +87,8 @@ def capture(
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
-    Args:
-        lvlm: The model.
-        inputs: What the model is called with (``sample.inputs``), padded or not.
-        blocks: The blocks that will be edited, or None for all.
-        features: Image features of an earlier `decoder_inputs` of the same images, or None.
-        whole: Whether to run the decoder to its end, or only to the last of ``blocks``.
+    ``blocks`` are those that will be edited, None for all; ``features`` see `decoder_inputs`; without
+    ``whole`` the pass ends at the last of the blocks.
     """
     with torch.no_grad():
         given, _ = decoder_inputs(lvlm, inputs, features)
@@ -131,21 +123,20 @@ def resume(
     cache: Any = None,
     later: Mapping[int, Decide] | None = None,
 ) -> Tensor:
-    """The rest of a captured pass, with the keys of one block scaled.
+    """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
 
     Args:
         captured: From `capture`.
         block: The block whose keys are scaled, among those captured. Everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
-            1 for text and padding. It may require a gradient.
+            1 for text and padding.
         rows: Which captured row each row is, with repeats; None for all of them once.
         cache: Keys and values of what comes before, or None.
         later: Further blocks behind this one, with a function that gives their factors from what
             they read, ``[row pos d_model]``, after the edits before them; or None.
 
     Returns:
-        Hidden states after the final norm, ``[row pos d_model]``. Whether a gradient is kept is up
-        to the caller (``torch.no_grad()``).
+        Hidden states after the final norm, ``[row pos d_model]``.
 
     Raises:
         LayerError: If the block was not captured.
@@ -155,8 +146,7 @@ def resume(
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
         raise InputError(
-            f"Got rows={index.tolist()}; expected a list of indices from 0 to {n - 1}: which captured "
-            "row each row is."
+            f"Got rows={index.tolist()}; expected indices of captured rows, from 0 to {n - 1}."
         )
     before = 0 if cache is None else cache.get_seq_length()
     expected = (len(index), before + state.shape[1])
@@ -180,14 +170,14 @@ def resume(
     def decide(number: int, read: Tensor) -> None:
         found[number] = deciding[number](read)
 
-    parts = map(captured.module.get_submodule, captured.anatomy.language.blocks[:block])
-    edits = {number: _scaling(found, number) for number in (block, *deciding)}
+    module, anatomy = captured.module, captured.anatomy
+    parts = map(module.get_submodule, anatomy.language.blocks[:block])
     with (
         lent([(part, {"forward": lambda *args, **named: state}) for part in parts]),
-        scaled_keys(captured.module, captured.anatomy, edits),
-        _reading(captured.module, captured.anatomy, deciding, decide),
+        scaled_keys(module, anatomy, {b: _scaling(found, b) for b in (block, *deciding)}),
+        _reading(module, anatomy, deciding, decide),
     ):
-        return _decode(captured.module, given, cache)
+        return _decode(module, given, cache)
 
 
 @contextmanager
@@ -219,10 +209,8 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
         out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
     hidden = getattr(out, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
-        raise ModelError(
-            f"The decoder gave a {type(out).__name__}; expected last_hidden_state. Please report this "
-            "class."
-        )
+        got = type(out).__name__
+        raise ModelError(f"The decoder gave a {got}; expected last_hidden_state. Please report it.")
     return hidden
 
 
@@ -230,16 +218,13 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
-    The resumed pass starts in the middle of the blocks to be edited (None for all), with the keys of
-    images halved, and is compared with a pass of the whole decoder under the same edit.
-
-    Raises:
-        ModelError: If the logits of the last position differ.
+    ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
+    (None for all), with the keys of images halved, as in the whole pass it is compared with.
     """
     wanted = lvlm.anatomy.language.layers(blocks)
     block = wanted[len(wanted) // 2]
     module: Any = lvlm.module
-    placed = {k: v.to(lvlm.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    placed = on_device(inputs, lvlm.device)
     with undisturbed(module):
         own = module(**placed, use_cache=False).logits[:, -1].float()
     seen = capture(lvlm, inputs, [block])
@@ -248,8 +233,7 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
         edited = _decode(module, seen.given)
 
     def last(hidden: Tensor) -> Tensor:
-        at = torch.full((len(seen), 1), hidden.shape[1] - 1)
-        return logits_at(seen, hidden, at)[:, 0].float()
+        return logits_at(seen, hidden[:, -1:])[:, 0].float()
 
     compared = {"": (last(seen.hidden), own)}
     compared[f" from block {block} on"] = (last(resume(seen, block, factors)), last(edited))
@@ -261,34 +245,25 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
             raise ModelError(
                 f"The decoder's replayed logits{where} differ from the model's own by {error:.2g}; "
                 f"expected at most {limit:.2g}. If a gate is attached to the model, or hooks of yours "
-                "change it, take them off first; else it does something to its logits or between its "
-                "blocks that sinkscope does not know: please report this class."
+                "change it, take them off first; else please report this class."
             )
 
 
 def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Logits of the next token, ``[row n vocab]`` in the model's dtype.
+    """Logits of the next token, ``[row n vocab]`` in the model's dtype, of a pass's hidden states.
 
-    Args:
-        captured: The pass that was captured or resumed.
-        hidden: After the final norm, ``[row pos d_model]``.
-        positions: Int ``[row n]``: positions of each row, or None for all.
+    ``hidden`` ``[row pos d_model]`` stands after the final norm; ``positions`` int ``[row n]``, None for all.
     """
     if positions is not None:
         index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, index)
-    logits = captured.module.get_submodule(captured.anatomy.head)(hidden)
-    cap = _soft_cap(captured.module)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _soft_cap(module: Any) -> float | None:
-    """The soft-cap on logits, if the model's own ``forward`` applies the one in its config."""
-    cap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
-    if cap is None:
-        return None
-    applied = "final_logit_softcapping" in inspect.getsource(inspect.unwrap(type(module).forward))
-    return float(cap) if applied else None
+    module: Any = captured.module
+    logits = module.get_submodule(captured.anatomy.head)(hidden)
+    name = "final_logit_softcapping"
+    cap = getattr(module.config.get_text_config(), name, None)
+    if cap is None or name not in inspect.getsource(inspect.unwrap(type(module).forward)):
+        return logits  # some models have the cap in their config and do not apply it
+    return float(cap) * torch.tanh(logits / float(cap))
 
 
 def map_tensors(change: Callable[..., Tensor], *givens: Mapping[str, Any]) -> Given:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from sinkscope import interventions, probes
 from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.errors import ModelError, nearest
-from sinkscope.models.capabilities import Asked, Status, judge, missing_call
+from sinkscope.interventions.base import needs_a_mask
+from sinkscope.models.identity import facts_of, missing
 from sinkscope.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Status = Literal["exact", "approximate", "unavailable"]
+MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
+"""How far group masses in half precision lie from those in fp32."""
 GATE = ("LSG", "gates")
 """An edit of a room above this one, and what it needs."""
 
@@ -60,11 +66,7 @@ class Report(Result):
     edits: tuple[Verdict, ...] = ()
 
     def verdict(self, name: str, tower: str = "language") -> Verdict:
-        """The verdict on one probe or intervention, by the name of its class.
-
-        Raises:
-            ModelError: If there is none of that name.
-        """
+        """The verdict on a probe or an intervention, by its class's name; ModelError if unknown."""
         known = {(v.name, v.tower): v for v in (*self.probes, *self.edits)}
         if (name, tower) not in known:
             raise ModelError(
@@ -81,14 +83,14 @@ class Report(Result):
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
         """The tables as lines, the first of which is the heading."""
-        tables: list[list[tuple[str, ...]]] = [
-            [("part", ""), *self.facts, ("verified", self.verification)]
+        facts: list[tuple[str, ...]] = [("part", ""), *self.facts, ("verified", self.verification)]
+        return [facts] + [
+            [
+                (kind, "vision", "language", ""),
+                *map(self._line, dict.fromkeys(v.name for v in all_)),
+            ]
+            for kind, all_ in (("probe", self.probes), ("edit", self.edits))
         ]
-        for kind, verdicts in (("probe", self.probes), ("edit", self.edits)):
-            names = dict.fromkeys(verdict.name for verdict in verdicts)
-            lines = [self._line(name) for name in names]
-            tables.append([(kind, "vision", "language", ""), *lines])
-        return tables
 
     def _line(self, name: str) -> tuple[str, ...]:
         """One probe on both towers: the remark once if it holds for both."""
@@ -108,86 +110,45 @@ class Report(Result):
         return f"<h3>{html.escape(self.name)}</h3>{tables}<ul>{notes}</ul>"
 
 
+def _in_columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """A table as text, its last column free."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    rule = "  ".join("-" * max(width, 1) for width in widths)
+    return "\n".join([shown[0], rule, *shown[1:]])
+
+
+def _as_html(lines: Sequence[tuple[str, ...]]) -> str:
+    """The same table as HTML."""
+
+    def row(cells: tuple[str, ...], tag: str) -> str:
+        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    body = "".join(row(line, "td") for line in lines[1:])
+    return f"<table><thead>{row(lines[0], 'th')}</thead><tbody>{body}</tbody></table>"
+
+
 def make_report(lvlm: Any) -> Report:
     """Make the report of an `LVLM`; nothing runs."""
+    a = lvlm.anatomy
     towers = [
-        Asked(tower, dtype_of(lvlm.module.get_submodule(tower.blocks[0])), lvlm.anatomy.feed_layers)
-        for tower in (lvlm.anatomy.vision, lvlm.anatomy.language)
+        Asked(tower, dtype_of(lvlm.module.get_submodule(tower.blocks[0])), a.feed_layers)
+        for tower in (a.vision, a.language)
     ]
 
-    def verdicts(needs: Iterable[tuple[str, str]]) -> tuple[Verdict, ...]:
+    def verdicts(room: ModuleType, *more: tuple[str, str]) -> tuple[Verdict, ...]:
+        kinds = [(name, getattr(room, name)) for name in room.__all__]
+        needs = [(name, kind.needs) for name, kind in kinds if getattr(kind, "needs", "")]
         return tuple(
             Verdict(name, asked.tower.tower, *judge(need, asked))
-            for name, need in needs
+            for name, need in (*needs, *more)
             for asked in towers
         )
 
-    return Report(
-        name=lvlm.name,
-        facts=tuple(facts_of(lvlm)),
-        verification=verification_of(lvlm),
-        notes=tuple(notes_of(lvlm)),
-        probes=verdicts(needs_of(probes)),
-        edits=verdicts([*needs_of(interventions), GATE]),
-    )
-
-
-def needs_of(room: ModuleType) -> list[tuple[str, str]]:
-    """The public classes of a room that need something of a tower, and what."""
-    kinds = [(name, getattr(room, name)) for name in room.__all__]
-    return [(name, kind.needs) for name, kind in kinds if getattr(kind, "needs", "")]
-
-
-def facts_of(lvlm: Any) -> list[tuple[str, str]]:
-    """What the model is made of."""
-    a = lvlm.anatomy
-    module: Any = lvlm.module
-    count = sum(p.numel() for p in module.parameters())
-    sizes = (("B", 10**9), ("M", 10**6), ("k", 10**3))
-    unit, size = next(((unit, size) for unit, size in sizes if count >= size), ("", 1))
-    dtype = str(module.dtype).removeprefix("torch.")
-    feeds = ", ".join(str(layer) for layer in a.feeds)
-    merged = f"{a.merge} x {a.merge} patches" if a.merge > 1 else "one patch"
-    patch = getattr(getattr(module.config, "vision_config", None), "patch_size", "?")
-    prefix = " and ".join(kind.upper() for kind in a.family.prefix(module.config))
-    first = f"{prefix} first" if prefix else "no CLS"
-    return [
-        ("model", f"{type(module).__name__}, family {a.family.name}, model_type {a.model_type}"),
-        ("parameters", f"{f'{count / size:.3g} {unit}'.rstrip()}, {dtype} on {lvlm.device}"),
-        ("vision", f"{_size_of(a.vision)}, patches of {patch} pixels, {first}"),
-        ("vision attention", _attention_of(a.vision)),
-        (
-            "projector",
-            f"{a.projector}, reads vision block {feeds}{', CLS dropped' * bool(a.drops)}",
-        ),
-        ("merge", f"{merged} to one language token"),
-        ("language", f"{_size_of(a.language)}, {a.vocab} token ids"),
-        ("language attention", _attention_of(a.language)),
-        ("image token", f"id {a.image_token_id}"),
-        ("head", f"{a.head}, after {a.final_norm}"),
-    ]
-
-
-def _size_of(tower: TowerAnatomy) -> str:
-    """Blocks, width and heads."""
-    shared = "" if tower.heads == tower.kv_heads else f" on {tower.kv_heads} key-value heads"
-    return (
-        f"{tower.n_layers} blocks of width {tower.d_model}, {tower.heads} heads of {tower.d_head}"
-        f"{shared}"
-    )
-
-
-def _attention_of(tower: TowerAnatomy) -> str:
-    """Kernel, packing and windows."""
-    if not tower.attending:
-        return f"{tower.kernel}; {missing_call(tower)}"
-    windows = any(getattr(call, "fires", "") == "per window" for call in tower.calls)
-    words = {
-        "all images packed into one sequence": tower.packed,
-        "one call per window": windows,
-        "with a learned sink": tower.learned_sink,
-    }
-    return ", ".join([tower.kernel, *(word for word, holds in words.items() if holds)])
+    checks = (verification_of(lvlm), tuple(notes_of(lvlm)))
+    edits = verdicts(interventions, GATE)
+    return Report(lvlm.name, tuple(facts_of(lvlm)), *checks, verdicts(probes), edits)
 
 
 def verification_of(lvlm: Any) -> str:
@@ -216,20 +177,168 @@ def notes_of(lvlm: Any) -> list[str]:
     return notes
 
 
-def _in_columns(lines: Sequence[tuple[str, ...]]) -> str:
-    """A table as text, its last column free."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    rule = "  ".join("-" * max(width, 1) for width in widths)
-    return "\n".join([shown[0], rule, *shown[1:]])
+@dataclass(frozen=True)
+class Asked:
+    """A tower, the dtype in which it computes, and the vision blocks that feed the projector."""
+
+    tower: TowerAnatomy
+    dtype: torch.dtype
+    feeds: tuple[int, ...]
+
+    @property
+    def half(self) -> str:
+        """The name of a dtype of half precision, else ""."""
+        return str(self.dtype).removeprefix("torch.") if self.dtype in MASS_TOLERANCE else ""
+
+    @property
+    def flash(self) -> str:
+        """The name of a flash kernel, else ""."""
+        return self.tower.kernel if "flash" in self.tower.kernel else ""
 
 
-def _as_html(lines: Sequence[tuple[str, ...]]) -> str:
-    """The same table as HTML."""
+Condition = Callable[[Asked], tuple[Status, str] | None]
 
-    def row(cells: tuple[str, ...], tag: str) -> str:
-        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr>{inside}</tr>"
 
-    body = "".join(row(line, "td") for line in lines[1:])
-    return f"<table><thead>{row(lines[0], 'th')}</thead><tbody>{body}</tbody></table>"
+def judge(need: str, asked: Asked) -> tuple[Status, str]:
+    """Whether what needs this works, and why: the first refusal, or all remarks."""
+    found = [said for condition in RULES[need] if (said := condition(asked))]
+    refused = [said for said in found if said[0] == "unavailable"]
+    if refused:
+        return refused[0]
+    approximate = any(status == "approximate" for status, _ in found)
+    return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
+
+
+def never_in(tower: str, why: str) -> Condition:
+    """Refuse one tower."""
+    return lambda asked: ("unavailable", why) if asked.tower.tower == tower else None
+
+
+def no_flash(why: str) -> Condition:
+    """Refuse flash kernels."""
+    return lambda asked: ("unavailable", f"{asked.flash} {why}") if asked.flash else None
+
+
+def note(why: str, holds: Callable[[Asked], object] = lambda asked: True) -> Condition:
+    """A remark where something holds."""
+    return lambda asked: ("exact", why) if holds(asked) else None
+
+
+def rounds(text: str) -> Condition:
+    """A remark on half precision, with the places ``{half}`` and ``{mass}``."""
+
+    def condition(asked: Asked) -> tuple[Status, str] | None:
+        mass = MASS_TOLERANCE.get(asked.dtype)
+        return ("approximate", text.format(half=asked.half, mass=mass)) if mass else None
+
+    return condition
+
+
+def learned(what: str) -> Condition:
+    """A remark on learned sinks."""
+    why = f"a learned sink takes a share: {what} sum to less than 1"
+    return note(why, lambda asked: asked.tower.learned_sink)
+
+
+def sites(asked: Asked) -> tuple[Status, str] | None:
+    """Sites within a block, where these exist; the others always do."""
+    tower, why = asked.tower, missing(asked.tower.branches)
+    lacking = tower.n_layers - len(tower.adding)
+    where = f" in {lacking} of {tower.n_layers} blocks" if tower.adding else ""
+    return ("exact", f"without attn_out and mlp_out{where}: {why}") if why else None
+
+
+def call(asked: Asked) -> tuple[Status, str] | None:
+    """The attention call, in some block at least."""
+    tower, why = asked.tower, missing(asked.tower.calls)
+    if why and not tower.attending:
+        return "unavailable", why
+    where = f"on {len(tower.attending)} of {tower.n_layers} blocks"
+    return ("exact", f"{where}: {why}") if why else None
+
+
+def values(asked: Asked) -> tuple[Status, str] | None:
+    """As `call`, where states can be edited instead."""
+    status, why = call(asked) or ("exact", "")
+    unavailable = "unavailable: " if status == "unavailable" else ""
+    return ("exact", f"values {unavailable}{why}") if why else None
+
+
+def writes(asked: Asked) -> tuple[Status, str] | None:
+    """What lies between a head and the stream."""
+    tower = asked.tower
+    lacking = len(tower.attending) - len(tower.writing)
+    why = missing(tower.branches) or "no output projection was found"
+    if lacking and not tower.writing:
+        return "unavailable", why
+    return ("exact", f"not in {lacking} of {tower.n_layers} blocks: {why}") if lacking else None
+
+
+def shared_heads(asked: Asked) -> tuple[Status, str] | None:
+    """A gradient per head: as many value dimensions as heads that share them."""
+    shared, d_head = asked.tower.heads // asked.tower.kv_heads, asked.tower.d_head
+    why = f"{shared} heads share a key-value head of {d_head} dimensions"
+    return ("unavailable", why) if shared > d_head else None
+
+
+def mask(asked: Asked) -> tuple[Status, str] | None:
+    """A bias of logits, or an explicit mask in its place."""
+    why = needs_a_mask(asked.tower)
+    if why and asked.flash:
+        return "unavailable", f"{asked.flash} takes no explicit mask, and {why}"
+    return ("exact", f"by an explicit mask: {why}") if why else None
+
+
+def registers(asked: Asked) -> tuple[Status, str] | None:
+    """Room for one more token, and neurons to move."""
+    reasons = {
+        "images share one sequence: registers have no place in it": asked.tower.packed,
+        "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
+        f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
+    }
+    return next((("unavailable", why) for why, bad in reasons.items() if bad), None)
+
+
+AGAIN = (call, learned("masses"), rounds("rounded to {half}, about {mass}"))
+WEIGHTS = (call, rounds("what is edited is rounded to {half}"))
+DECODER = (never_in("vision", "defined on the decoder only"), *WEIGHTS)
+FP32 = note("precision='float32' is exact", lambda asked: asked.half and not asked.flash)
+NORMS = note(
+    "norms are without what the norm after attention divides a query by",
+    lambda asked: any(pair[0].norm for pair in asked.tower.branches if isinstance(pair, tuple)),
+)
+IN_VISION = note(
+    "select and 'after image' on the decoder only", lambda asked: asked.tower.tower == "vision"
+)
+PACKED = note("in a packed tower without 'mean' and 'resample'", lambda asked: asked.tower.packed)
+
+RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
+    {
+        "states": (sites,),
+        "head": (never_in("vision", "the vision tower has no LM head"),),
+        "attention": (call,),
+        "masses": (*AGAIN, FP32),
+        "contributions": (*AGAIN, writes),
+        "head_writes": (*AGAIN, writes, NORMS),
+        "gradients": (
+            call,
+            no_flash("has no fp32 gradient: load with 'sdpa' or 'eager'"),
+            shared_heads,
+            learned("rows"),
+        ),
+        "weights": WEIGHTS,
+        "bias": (*WEIGHTS, mask),
+        "redistribution": (*WEIGHTS, mask, IN_VISION),
+        "gates": (*DECODER, note("its rules judge every token by itself")),
+        "eviction": (
+            *DECODER,
+            no_flash("takes no mask that differs by query"),
+            note("by an explicit mask; positions keep their angle"),
+        ),
+        "embeddings": (never_in("vision", "image tokens are edited where they enter the decoder"),),
+        "packed_values": (*WEIGHTS, PACKED),
+        "patches": (values, sites),
+        "registers": (never_in("language", "a register is a token of the vision tower"), registers),
+    }
+)
+"""What must hold for every value of the class attribute ``needs`` of probes and edits."""

@@ -1,97 +1,105 @@
-"""Check what the user asks of a run before anything runs."""
+"""What is asked of a run: checked before anything runs, and made a plan of reads and edits by site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import InputError, ProbeError, nearest
-from sinkscope.interventions.application import check_beside, check_interventions
+from sinkscope.interventions.application import check_beside, check_interventions, check_reach
+from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.inputs import Sample
-from sinkscope.protocols import Intervention, Probe
+from sinkscope.protocols import Edit, Intervention, Probe, Read
+from sinkscope.sites import Site
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
 ONE_QUERY_PER_ROW: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "num_beams": (None, 1),
-        "num_return_sequences": (None, 1),
-        "use_cache": (None, True),
-        "guidance_scale": (None, 1),
-        **dict.fromkeys(
-            ("return_dict_in_generate", "use_mtp", "is_assistant", "token_healing"), (None, False)
-        ),
-        **dict.fromkeys(
-            (
-                "prompt_lookup_num_tokens",
-                "assistant_early_exit",
-                "penalty_alpha",
-                "dola_layers",
-                "constraints",
-                "force_words_ids",
-                "prefill_chunk_size",
-            ),
-            (None,),
-        ),
-    }
+    dict.fromkeys(("num_beams", "num_return_sequences", "guidance_scale"), (None, 1))
+    | {"use_cache": (None, True)}
+    | dict.fromkeys(("return_dict_in_generate", "use_mtp"), (None, False))
+    | dict.fromkeys(("is_assistant", "token_healing"), (None, False))
+    | dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit"), (None,))
+    | dict.fromkeys(("penalty_alpha", "dola_layers", "constraints"), (None,))
+    | dict.fromkeys(("force_words_ids", "prefill_chunk_size"), (None,))
 )
 GREEDY: Mapping[str, Any] = MappingProxyType(
-    {
-        **{name: allowed[-1] for name, allowed in ONE_QUERY_PER_ROW.items()},
-        "do_sample": False,
-        **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0),
-        **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
-        **dict.fromkeys(
-            (
-                "min_new_tokens",
-                "forced_eos_token_id",
-                "suppress_tokens",
-                "begin_suppress_tokens",
-                "bad_words_ids",
-                "sequence_bias",
-                "watermarking_config",
-                "exponential_decay_length_penalty",
-                "stop_strings",
-                "max_time",
-            )
-        ),
-    }
+    {name: allowed[-1] for name, allowed in ONE_QUERY_PER_ROW.items()}
+    | {"do_sample": False}
+    | dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0)
+    | dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0)
+    | dict.fromkeys(("min_new_tokens", "forced_eos_token_id", "suppress_tokens"))
+    | dict.fromkeys(("begin_suppress_tokens", "bad_words_ids", "sequence_bias"))
+    | dict.fromkeys(("watermarking_config", "exponential_decay_length_penalty"))
+    | dict.fromkeys(("stop_strings", "max_time"))
 )
 """Options of ``generate`` under which every token has the highest logit, whatever the model's config."""
-BESIDE_SETTINGS = (
-    "generation_config",
-    "logits_processor",
-    "prefix_allowed_tokens_fn",
-    "stopping_criteria",
-    "streamer",
-    "synced_gpus",
-    "tokenizer",
-)
-"""What ``generate`` takes beside the fields of a GenerationConfig, and no pass reads."""
+SETTINGS = {*vars(GenerationConfig()), "generation_config", "logits_processor", "streamer"}
+SETTINGS |= {"prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus", "tokenizer"}
+"""What ``generate`` takes and no pass reads: the fields of a GenerationConfig, and what is beside."""
 FIXED = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 """Caches of fixed length, with room for keys that no token has made yet."""
+Plan = list[dict[str, Any]]
+
+
+def plan_of(
+    probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
+) -> Plan:
+    """The plan of probes and interventions, which must be made for this model (an `LVLM`)."""
+    reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
+    edits = []
+    for slot, it in enumerate(interventions):
+        getattr(it, "check_fits", lambda _: None)(model)
+        mine = it.edits(context)
+        check_reach(it, mine, context.anatomy.feed_layers)
+        edits += [(slot, edit) for edit in mine]
+    return make_plan(context.anatomy, reads, edits)
+
+
+def make_plan(
+    anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
+) -> Plan:
+    """Group reads and edits, each with its slot, by site in forward order, edits by stage."""
+    steps: dict[Site, dict[str, Any]] = {}
+    staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
+    for slot, one in (*reads, *staged):
+        step = steps.setdefault(one.site, {"reads": [], "edits": [], "stages": []})
+        question = (slot, one.kernel, dict(one.parameters))
+        step["edits" if isinstance(one, Edit) else "reads"].append(question)
+        step["stages"] += [one.stage] if isinstance(one, Edit) else []
+    return [step_at(anatomy, site, **steps[site]) for site in sorted(steps)]
+
+
+def step_at(
+    anatomy: Anatomy, site: Site, reads: Sequence = (), edits: Sequence = (), stages: Sequence = ()
+) -> dict[str, Any]:
+    """One step of the plan: where a site lies in this model, and what is asked there."""
+    step = {**vars(site), "reads": reads, "edits": edits, "stages": stages}
+    if site.tower == "projector":
+        return step | {"path": anatomy.projector, "how": site.name}
+    tower, layer = anatomy.tower(site.tower), site.layer
+    if site.name == "attention":
+        call = tower.call(layer)
+        return step | vars(call) | {"path": tower.attention[layer], "how": "attention"}
+    if site.name in ("attn_out", "mlp_out"):
+        branch = tower.branch(site.name, layer)
+        return step | {"path": branch.path, "how": "output", "factors": branch.factors}
+    paths = tower.neurons if site.name == "mlp_hidden" else tower.blocks
+    how = "output" if site.name == "resid_post" else "input"
+    return step | {"path": paths[layer], "how": how}
 
 
 def check_run(
     sample: Any, layout: tuple[Any, ...], probes: Any = (), interventions: Any = ()
 ) -> tuple[list[Probe], list[Intervention]]:
-    """The probes and interventions of a run as lists, all of the right kind; see `check_sample`."""
-    check_sample(sample, layout)
-    asked, edits = check_probes(probes), check_interventions(interventions)
-    check_beside(edits, asked)
-    return asked, edits
-
-
-def check_sample(sample: Any, layout: tuple[Any, ...]) -> None:
-    """Refuse what is no sample, or one of a model of another layout (`identity.layout_of`).
-
-    Raises:
-        InputError: If so.
-    """
+    """The probes and interventions of a run as lists; ``layout`` is the model's (`layout_of`)."""
     if not isinstance(sample, Sample):
         raise InputError(
             f"Got {type(sample).__name__} as sample; expected what lvlm.prepare(...) returns. Write "
@@ -102,14 +110,13 @@ def check_sample(sample: Any, layout: tuple[Any, ...]) -> None:
             f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made by "
             "this LVLM. Write lvlm.prepare(...) with the same images and text."
         )
+    asked, edits = check_probes(probes), check_interventions(interventions)
+    check_beside(edits, asked)
+    return asked, edits
 
 
 def check_probes(probes: Any) -> list[Probe]:
-    """The probes as a list.
-
-    Raises:
-        ProbeError: If there is something else among them.
-    """
+    """The probes as a list; ProbeError if there is something else among them."""
     if isinstance(probes, (Probe, str, Mapping)) or not isinstance(probes, Iterable):
         got = f"one {type(probes).__name__}" if isinstance(probes, Probe) else f"probes={probes!r}"
         raise ProbeError(f"Got {got}; expected a list of probes. Write probes=[probe].")
@@ -129,21 +136,14 @@ def check_probes(probes: Any) -> list[Probe]:
 
 
 def check_logits(logits: Any, default: str) -> bool:
-    """Whether the logits of all positions are wanted.
-
-    Raises:
-        ProbeError: If ``logits`` is neither ``"all"`` nor ``"last"`` nor None.
-    """
+    """Whether the logits of all positions are wanted; ProbeError if that is no choice."""
     hint = "None is 'all' here and 'last' on remote runs."
     check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
     return (logits or default) == "all"
 
 
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
-    """What ``generate`` will take a setting to be: an option, a config among them, or the model's.
-
-    ``defaults`` is the model's generation config, or None.
-    """
+    """What ``generate`` takes a setting to be: of the options, their config, or the model's."""
     if name in options:
         return options[name]
     given = getattr(options.get("generation_config"), name, None)
@@ -151,11 +151,7 @@ def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
 
 
 def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> None:
-    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`.
-
-    Raises:
-        InputError: If so.
-    """
+    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`."""
     check_settings(options)
     for name, allowed in ONE_QUERY_PER_ROW.items():
         value = setting(name, options, defaults)
@@ -183,17 +179,9 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
 
 
 def check_settings(options: Mapping[str, Any]) -> None:
-    """Refuse options that are no settings of decoding: they would change what a pass reads.
-
-    Raises:
-        InputError: If there are any, or a setting is of the wrong type.
-    """
-    from transformers import GenerationConfig
-
-    known = {*vars(GenerationConfig()), *BESIDE_SETTINGS}
-    strange = sorted(set(options) - known)
-    if strange:
-        hint = nearest(strange[0], known)
+    """Refuse options that are no settings of decoding, or of a wrong type."""
+    if strange := sorted(set(options) - SETTINGS):
+        hint = nearest(strange[0], SETTINGS)
         raise InputError(
             f"Got {strange} as options of generate; expected settings of decoding, such as "
             f"eos_token_id=2. {hint if hint.startswith('Did') else ''} What a pass reads stands in the "
@@ -219,11 +207,6 @@ def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:
-    """Rows of ``[batch pos]`` whose answer behind the prompt ended before a step, bool ``[batch]``.
-
-    ``ends`` is the token or the tokens that end an answer, or None.
-    """
-    if ends is None:
-        return torch.zeros(sequences.shape[0], dtype=torch.bool)
-    ends = torch.as_tensor(ends).flatten()
+    """Rows of ``[batch pos]`` with one of the tokens ``ends`` before a step, bool ``[batch]``."""
+    ends = torch.as_tensor([] if ends is None else ends, dtype=torch.long).flatten()
     return torch.isin(sequences[:, prompt : prompt + step].cpu(), ends.cpu()).any(dim=1)

@@ -15,76 +15,21 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.errors import AttentionCallError, InterventionError, NonFiniteError, ProbeError
-from sinkscope.interventions.application import check_reach
-from sinkscope.kernels import walk as walking
-from sinkscope.kernels.edited_call import STAGES
+from sinkscope.checks import check_choice
+from sinkscope.errors import (
+    AttentionCallError,
+    InterventionError,
+    LayerError,
+    ModelError,
+    NonFiniteError,
+    ProbeError,
+)
+from sinkscope.kernels.walk import last_logits, read_site, walk
+from sinkscope.models.requests import Plan, step_at
 from sinkscope.models.wrapping import ByName, Wrapped
-from sinkscope.protocols import Edit, Effect, Intervention, Probe, Read, effect_from
+from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
-from sinkscope.sites import Site
-
-Plan = list[dict[str, Any]]
-
-
-def plan_of(
-    probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
-) -> Plan:
-    """The plan of probes and interventions, which must be made for this model (an `LVLM`)."""
-    reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
-    edits = []
-    for slot, it in enumerate(interventions):
-        check_fits = getattr(it, "check_fits", None)
-        if check_fits is not None:
-            check_fits(model)
-        mine = it.edits(context)
-        check_reach(it, mine, context.anatomy.feed_layers)
-        edits += [(slot, edit) for edit in mine]
-    return make_plan(context.anatomy, reads, edits)
-
-
-def make_plan(
-    anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
-) -> Plan:
-    """Group all reads and edits by site and sort the sites in forward order.
-
-    Slots are the numbers of probes and interventions. Edits of one site apply in the order of their
-    stages, and in the order given inside a stage.
-
-    Returns:
-        The plan of `sinkscope.kernels.walk`.
-    """
-    by_site: dict[Site, tuple[list, list, list]] = {}
-    staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
-    for kind, questions in enumerate((reads, staged)):
-        for slot, one in questions:
-            lists = by_site.setdefault(one.site, ([], [], []))
-            lists[kind].append((slot, one.kernel, dict(one.parameters)))
-            if isinstance(one, Edit):
-                lists[2].append(one.stage)
-    return [step_at(anatomy, site, *by_site[site]) for site in sorted(by_site)]
-
-
-def step_at(
-    anatomy: Anatomy, site: Site, reads: Sequence = (), edits: Sequence = (), stages: Sequence = ()
-) -> dict[str, Any]:
-    """One step of the plan: where a site lies in this model, and what is asked there."""
-    step = {**vars(site), "reads": reads, "edits": edits, "stages": stages}
-    if site.tower == "projector":
-        return step | {"path": anatomy.projector, "how": site.name}
-    tower, layer = anatomy.tower(site.tower), site.layer
-    if site.name == "attention":
-        call = tower.call(layer)
-        return step | vars(call) | {"path": tower.attention[layer], "how": "attention"}
-    if site.name in ("attn_out", "mlp_out"):
-        branch = tower.branch(site.name, layer)
-        return step | {"path": branch.path, "how": "output", "factors": branch.factors}
-    path, how = {
-        "resid_pre": (tower.blocks[layer], "input"),
-        "mlp_hidden": (tower.neurons[layer], "input"),
-        "resid_post": (tower.blocks[layer], "output"),
-    }[site.name]
-    return step | {"path": path, "how": how}
+from sinkscope.sites import Site, Tower
 
 
 @dataclass(frozen=True)
@@ -97,11 +42,7 @@ class TraceOutput:
 
 @contextmanager
 def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
-    """Lend nnsight what some plans look at; their kernels travel by source on remote runs.
-
-    A user's kernel travels with the functions of its own module; what it imports from elsewhere must
-    exist on the server.
-    """
+    """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
     nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
     for _, kernel, _ in (one for step in steps for one in (*step["reads"], *step["edits"])):
@@ -124,15 +65,10 @@ def run_plan(
 ) -> TraceOutput:
     """Run one forward pass.
 
-    Args:
-        model: The wrapped model.
-        inputs: Model inputs.
-        plan: The plan.
-        last: Int ``[batch]``, the position of every row whose logits to keep, or None for all.
-        where: False to run here, else nnsight's ``remote``.
-        grad: Whether the logits keep their graph.
+    ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
+    is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
     """
-    walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
+    save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
     answers: Any = None
     logits: Any = None
     remote: dict[str, Any] = {"remote": where} if where else {}
@@ -140,8 +76,8 @@ def run_plan(
         ready_to_trace(model, plan, grad=grad) as traced,
         traced.trace(**inputs, **remote) as tracer,
     ):
-        answers = save(walk(traced, tracer, plan))
-        logits = save(last_logits(traced.output.logits, last, grad))
+        answers = save(go(traced, tracer, plan))
+        logits = save(pick(traced.output.logits, last, grad))
     if logits is None:
         raise AttentionCallError(
             "The forward pass ended while a probe still waited for attention windows; expected the "
@@ -154,10 +90,10 @@ def run_until_read(
     model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
 ) -> dict[Any, dict[Site, Any]]:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
-    walk, save = walking.walk, nnsight.save
+    save, go = nnsight.save, walk
     answers: Any = None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
-        answers = save(walk(traced, tracer, plan))
+        answers = save(go(traced, tracer, plan))
         tracer.stop()
     return sited(answers)
 
@@ -165,23 +101,12 @@ def run_until_read(
 def generate_plan(
     model: Wrapped | ByName,
     inputs: Mapping[str, Any],
-    plans: tuple[Plan, Plan],
+    plans: Sequence[Plan],
     options: Mapping[str, Any],
     where: bool | str = False,
 ) -> tuple[list[TraceOutput], Tensor]:
-    """Generate with the KV cache, with a plan for the prompt and another for every decode step.
-
-    Args:
-        model: The wrapped model.
-        inputs: Model inputs.
-        plans: Both plans.
-        options: Options of ``generate``, such as ``max_new_tokens``.
-        where: False to run here, else nnsight's ``remote``.
-
-    Returns:
-        What every forward pass brought back, and the sequences ``[batch pos]`` with the prompt.
-    """
-    walk, last_logits, save = walking.walk, walking.last_logits, nnsight.save
+    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
+    save, go, pick = nnsight.save, walk, last_logits
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
@@ -195,8 +120,8 @@ def generate_plan(
             with tracer.invoke(**inputs):
                 for step in tracer.iter[:]:
                     plan = step_plan if step else prompt_plan
-                    answers = walk(traced, tracer, plan, step, memory)
-                    steps.append((answers, last_logits(traced.output.logits, newest)))
+                    answers = go(traced, tracer, plan, step, memory)
+                    steps.append((answers, pick(traced.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
     outputs = [TraceOutput(sited(answers), logits) for answers, logits in steps]
@@ -204,18 +129,14 @@ def generate_plan(
     if len(outputs) != made:
         raise AttentionCallError(
             f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
-            "every decode step: probe this model with lvlm.run(...), or leave out the probe of that "
-            "site."
+            "every decode step: write lvlm.run(...), or leave out the probe of that site."
         )
     return outputs, sequences.detach().cpu()
 
 
 def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> dict[Any, dict[Site, Any]]:
     """Answers keyed by `Site` instead of the plain tuples that travel."""
-    return {
-        slot: {Site(*key): value for key, value in of_probe.items()}
-        for slot, of_probe in answers.items()
-    }
+    return {s: {Site(*key): value for key, value in few.items()} for s, few in answers.items()}
 
 
 class Effects(dict[Intervention, Effect]):
@@ -229,8 +150,7 @@ class Effects(dict[Intervention, Effect]):
         which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
         raise InterventionError(
             f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
-            "found by the object itself, or by the only one with equal parameters: keep it in a "
-            "variable and pass that one."
+            "found by the object itself, or by the only one with equal parameters."
         )
 
 
@@ -259,21 +179,14 @@ class Run(Result):
         return names_of(self.results)
 
     def __getitem__(self, probe: Probe | str) -> Any:
-        """The result of a probe of this run: the object itself, its name, or one with equal parameters.
-
-        A run that was loaded has probes of its own, which equal those it was made with.
-
-        Raises:
-            ProbeError: If the probe did not run.
-        """
+        """The result of a probe: the object itself, its name, or one with equal parameters."""
         found = find(self.results, probe)
         if found:
             return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
         raise ProbeError(
-            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}. Results are "
-            "found by the probe object itself, by its name, or by one with equal parameters. Probes of "
-            "the vision tower run on the prompt, not at decode steps."
+            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by object, "
+            "name, or equal parameters. Probes of the vision tower do not run at decode steps."
         )
 
 
@@ -301,13 +214,7 @@ def finish_run(
     *,
     keep_all: bool = False,
 ) -> Run:
-    """Typed results of probes and interventions, in the order of their slots.
-
-    ``keep_all`` says whether the logits are those of all positions.
-
-    Raises:
-        NonFiniteError: If live logits hold NaN or infinity.
-    """
+    """Typed results in the order of slots; ``keep_all``: the logits are those of all positions."""
     live = context.live("language")
     live = live if keep_all else live.any(dim=1, keepdim=True)
     bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
@@ -317,10 +224,7 @@ def finish_run(
             f"(first in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load the model in "
             "bfloat16 or float32 and check the weights and the images."
         )
-    results = {
-        probe: probe.finish(output.answers.get(slot, {}), context)
-        for slot, probe in enumerate(probes)
-    }
+    results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
     effects = Effects(
@@ -329,3 +233,85 @@ def finish_run(
         if ("edit", slot) in output.answers
     )
     return Run(output.logits, results, effects, context.step)
+
+
+class OpenTrace:
+    """A trace of the user's own: nnsight runs its block with this, and `LVLM.site` reads from it."""
+
+    def __init__(self, model: Wrapped, anatomy: Anatomy, grad: bool = False) -> None:
+        self._model, self._anatomy, self._grad = model, anatomy, grad
+        self._root: Any = None
+        self._tracer: Any = None
+        self._outputs: set[str] = set()
+        self._copies: dict[Site, tuple[Tensor, int]] = {}
+
+    def __call__(self, tracer: Any) -> None:
+        """Run the block; InterventionError if it edited in place what the model does not see."""
+        try:
+            with self._model.on(None, self._outputs, self._grad) as self._root:
+                self._tracer = tracer
+                tracer.execute(tracer.info.code)
+            for site, (value, version) in self._copies.items():
+                if value._version != version:
+                    raise InterventionError(
+                        f"Got an edit in place of {site}, where the model multiplies by a factor and "
+                        "uses another tensor; expected lvlm.set_site"
+                        f"({site.tower!r}, {site.layer}, {site.name!r}, new)."
+                    )
+        finally:
+            self._root = self._tracer = None
+            self._copies = {}
+
+    @property
+    def root(self) -> Any:
+        """The nnsight model; ProbeError if the block has ended, or not begun."""
+        if self._root is None:
+            raise ProbeError(
+                "Got a site or nnsight's model outside of a trace; expected it inside the block. Write "
+                "with lvlm.trace(sample): states = lvlm.site('language', 0, 'resid_post').save()."
+            )
+        return self._root
+
+    def _read(self, tower: Tower, layer: int, name: str, **asked: Any) -> tuple[Site, Any, bool]:
+        """A site that this model has, its value, and whether that is a copy; ``asked`` edits it."""
+        root, site = self.root, Site(tower, name, layer)
+        if tower == "projector":
+            check_choice((0,), error=LayerError, layer=layer)
+        else:
+            self._anatomy.tower(tower).layers(layer)
+        step = step_at(self._anatomy, site, **asked)
+        if not step["path"]:
+            raise ModelError(
+                f"Got {site}, but that MLP has no last linear map; expected another site."
+            )
+        if step["how"] == "output":
+            self._outputs.add(step["path"])
+        value = read_site(root, self._tracer, step, {}, {})
+        return site, value, bool(step.get("factors"))
+
+    def site(self, tower: Tower, layer: int, name: str) -> Any:
+        """The value at a site: see `LVLM.site`."""
+        site, value, copied = self._read(tower, layer, name)
+        if copied:
+            self._copies[site] = (value, value._version)
+        return value
+
+    def set_site(self, tower: Tower, layer: int, name: str, value: Any) -> None:
+        """Replace the value at a site: see `LVLM.set_site`."""
+        if name == "attention":
+            raise InterventionError(
+                "Got set_site for the attention call, which is no tensor; expected an edit in place of "
+                "what lvlm.site gives, or an intervention such as ss.ScaleKeys."
+            )
+
+        def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
+            given = getattr(value, "shape", None), getattr(value, "dtype", None)
+            if not torch.is_tensor(value) or given != (old.shape, old.dtype):
+                raise InterventionError(
+                    f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {name!r}; "
+                    f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
+                )
+            return value.to(old.device), None
+
+        site, _, _ = self._read(tower, layer, name, edits=[(None, replaced, {})])
+        self._copies.pop(site, None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.anatomy.patch_map import Frame
+from sinkscope.anatomy.families import PatchGrid
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
@@ -18,11 +18,7 @@ BROKEN = "\ufffd"
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of every token of a row, special ones too, with its blanks.
-
-    A character whose bytes lie in several tokens is written with each of them, and which part that
-    token is: ``中 1/2``, ``中 2/2``. Bytes that make no character are ``�``.
-    """
+    """The text of every token of a row, special ones too, with its blanks; see `TokenMap.words`."""
 
     def text(some: Sequence[int]) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -52,25 +48,24 @@ def build_token_map(
     anatomy: Anatomy,
     config: Any,
     inputs: Mapping[str, Any],
-    frames: list[Frame],
+    grids: Sequence[PatchGrid],
     tokenizer: Any = None,
 ) -> TokenMap:
     """What every position of the batch is."""
     ids = inputs["input_ids"].cpu()
     live = inputs["attention_mask"].cpu().bool()
     visual = (ids == anatomy.image_token_id) & live
-    prefix = anatomy.family.prefix(config)
-    unit = anatomy.merge**2
+    prefix, unit = anatomy.family.prefix(config), anatomy.merge**2
     # What the projector sees of an image, merged: CLS too where it is not dropped.
-    counts = [(len(prefix) + f.rows * f.columns - anatomy.drops) // unit for f in frames]
+    counts = [(len(prefix) + g.rows * g.columns - anatomy.drops) // unit for g in grids]
     batch_rows = _assign_images(visual, counts)
-    vision = _vision_map(anatomy, config, inputs, frames, batch_rows)
-    image, index, rank = _place_images(visual, counts, batch_rows.tolist())
+    vision = _vision_map(anatomy, config, inputs, grids, torch.tensor(batch_rows))
+    image, index, rank = _place_images(visual, counts, batch_rows)
     sources = rank[..., None] * unit + torch.arange(unit)
     if anatomy.family.pooled:
-        for i, frame in enumerate(frames):
-            row, column = _blockwise_grid(frame, anatomy.merge)
-            sources[index == i] = (row * frame.columns + column)[sources[index == i]]
+        for i, grid in enumerate(grids):
+            row, column = _blockwise(grid, anatomy.merge)
+            sources[index == i] = (row * grid.columns + column)[sources[index == i]]
     sources = (sources + anatomy.drops).masked_fill(~visual[..., None], -1)
     picked = (index.clamp(min=0)[..., None], sources.clamp(min=0))
     box = vision.box[picked]
@@ -80,9 +75,6 @@ def build_token_map(
         first = patch[picked][..., 0]
         return torch.where(visual & (first >= 0), first // anatomy.merge, -1)
 
-    words = None
-    if tokenizer is not None:
-        words = tuple(words_of(tokenizer, line) for line in ids.tolist())
     return TokenMap(
         ids=ids,
         live=live,
@@ -93,13 +85,15 @@ def build_token_map(
         column=cell(vision.column),
         sources=sources,
         box=box.masked_fill(~visual[..., None], float("nan")),
-        box_unit="original" if frames and frames[0].original else "input",
+        box_unit="original" if grids and grids[0].original else "input",
         vision=vision,
-        words=words,
+        words=None
+        if tokenizer is None
+        else tuple(words_of(tokenizer, line) for line in ids.tolist()),
     )
 
 
-def _assign_images(visual: Tensor, counts: Sequence[int]) -> Tensor:
+def _assign_images(visual: Tensor, counts: Sequence[int]) -> list[int]:
     """The batch row of every image, by filling rows' image positions in order."""
     found = visual.sum(1).tolist()
     rows, left, row, wanted = [], list(found), 0, ""
@@ -119,17 +113,15 @@ def _assign_images(visual: Tensor, counts: Sequence[int]) -> Tensor:
             f"expected {wanted} Pass the whole output of the model's own processor for these images; its "
             "patch_size and num_additional_image_tokens must be those of the vision tower."
         )
-    return torch.tensor(rows, dtype=torch.long)
+    return rows
 
 
 def _place_images(
     visual: Tensor, counts: Sequence[int], rows: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hand out the image positions of every row ``[batch pos]`` to its images, in order.
+    """Which image of its row, which of the batch, and which token of its image each position is.
 
-    Returns:
-        Which image of its row, which of the batch, and which token of its image each position is,
-        all int ``[batch pos]``, -1 elsewhere.
+    All int ``[batch pos]``, -1 elsewhere; the image positions of a row go to its images in order.
     """
     image, index, rank = (torch.full(tuple(visual.shape), -1) for _ in range(3))
     taken, order = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
@@ -159,41 +151,36 @@ def _vision_map(
     anatomy: Anatomy,
     config: Any,
     inputs: Mapping[str, Any],
-    frames: Sequence[Frame],
+    grids: Sequence[PatchGrid],
     batch_row: Tensor,
 ) -> VisionMap:
     """The ViT tokens of every image."""
     prefix = anatomy.family.prefix(config)
-    counts = [f.rows * f.columns + len(prefix) for f in frames]
-    n, most, start = len(frames), max(counts), len(prefix)
+    counts = [g.rows * g.columns + len(prefix) for g in grids]
+    n, most, start = len(grids), max(counts), len(prefix)
     kind = torch.zeros(n, most, dtype=torch.long)
-    row, column = torch.full((n, most), -1), torch.full((n, most), -1)
+    row, column, layout = (torch.full((n, most), -1) for _ in range(3))
     box = torch.full((n, most, 4), float("nan"))
     kind[:, :start] = torch.tensor([VISION_KINDS.index(name) for name in prefix], dtype=torch.long)
-    for i, (frame, stop) in enumerate(zip(frames, counts, strict=True)):
+    for i, (grid, stop) in enumerate(zip(grids, counts, strict=True)):
         kind[i, start:stop] = VISION_KINDS.index("patch")
-        cells = _blockwise_grid(frame, 1 if anatomy.family.pooled else anatomy.merge)
+        cells = _blockwise(grid, 1 if anatomy.family.pooled else anatomy.merge)
         row[i, start:stop], column[i, start:stop] = cells
-        box[i, start:stop] = frame.boxes()[cells].float()
-    layout = None
+        box[i, start:stop] = grid.boxes()[cells].float()
     if anatomy.vision.packed:
         order = anatomy.family.order
-        place = torch.arange(sum(counts))
-        place = place if order is None else order(config, inputs["image_grid_thw"].cpu())
-        layout = torch.full((n, most), -1)
-        for i, part in enumerate(place.split(counts)):
-            layout[i, : len(part)] = part
-    grid = torch.tensor([[f.rows, f.columns] for f in frames])
-    return VisionMap(kind, kind > 0, row, column, box, grid, layout, batch_row)
+        place = (
+            order(config, inputs["image_grid_thw"].cpu()) if order else torch.arange(sum(counts))
+        )
+        layout[kind > 0] = place
+    shape = torch.tensor([[g.rows, g.columns] for g in grids])
+    packed = layout if anatomy.vision.packed else None
+    return VisionMap(kind, kind > 0, row, column, box, shape, packed, batch_row)
 
 
-def _blockwise_grid(frame: Frame, merge: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch in the processor's order: merge blocks, then inside each.
-
-    With ``merge == 1`` this is plain raster order.
-    """
-    shape = (frame.rows // merge, frame.columns // merge, merge, merge)
-    block_row, block_column, inner_row, inner_column = torch.unravel_index(
-        torch.arange(frame.rows * frame.columns), shape
-    )
+def _blockwise(grid: PatchGrid, merge: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every patch in merge blocks, then inside each; raster order for merge 1."""
+    shape = (grid.rows // merge, grid.columns // merge, merge, merge)
+    patches = torch.arange(grid.rows * grid.columns)
+    block_row, block_column, inner_row, inner_column = torch.unravel_index(patches, shape)
     return block_row * merge + inner_row, block_column * merge + inner_column

@@ -31,16 +31,21 @@ ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
-    """Set instance attributes until the block ends, also if it ends in an error."""
+    """Set instance attributes until the block ends, past what a class does when they are set."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def put(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
+        for name, value in attributes.items():
+            own.pop(name, None) if value is ABSENT else own.update({name: value})
+
     try:
         for thing, attributes in loans:
             before.append((vars(thing), own_of(thing, attributes)))
-            _set(vars(thing), attributes)
+            put(vars(thing), attributes)
         yield
     finally:
         for own, attributes in reversed(before):
-            _set(own, attributes)
+            put(own, attributes)
 
 
 def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
@@ -48,30 +53,16 @@ def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: vars(thing).get(name, ABSENT) for name in names}
 
 
-def _set(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
-    """Set or take off instance attributes, past what a class does when they are set."""
-    for name, value in attributes.items():
-        if value is not ABSENT:
-            own[name] = value
-        else:
-            own.pop(name, None)
-
-
-@contextmanager
-def evaluated(module: Any) -> Iterator[None]:
-    """Evaluation mode in every module, whatever mode each is in, and all as they were at the end.
-
-    Modules are looked at one by one: an adapter comes in training mode into a model that is not.
-    """
-    with lent([(part, {"training": False}) for part in module.modules() if part.training]):
-        yield
+def evaluated(module: Any) -> AbstractContextManager[None]:
+    """Evaluation mode in every module, one by one: an adapter may train in a model that does not."""
+    return lent([(part, {"training": False}) for part in module.modules() if part.training])
 
 
 @contextmanager
 def undisturbed(module: Any) -> Iterator[None]:
     """Run passes of a whole model in evaluation mode that leave a user's own alone.
 
-    What ``torch.compile`` made of a part has no sites, so the part runs as it was written. Qwen keeps
+    A part that ``torch.compile`` made has no sites, so it runs as it was written. Qwen keeps
     ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
     """
     kept = [part for part in (module, module.base_model) if "rope_deltas" in vars(part)]
@@ -100,9 +91,8 @@ class LocalModel(nnsight.NNsight):
 class Wrapped:
     """A module and what ``make`` makes of it: nnsight's model.
 
-    nnsight wraps for good: it gives every module a ``forward`` of its own, which ``torch.compile``
-    cannot read. Here that is taken off again, and lent to the parts that are looked at for as long
-    as a trace runs. A module that has changed since is wrapped anew.
+    nnsight gives every module a ``forward`` that ``torch.compile`` cannot read. It is taken off again,
+    and lent while a trace runs. A module that has changed since is wrapped anew.
     """
 
     def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
@@ -132,27 +122,18 @@ class Wrapped:
         outputs: Collection[str] = (),
         grad: bool = False,
     ) -> Iterator[Any]:
-        """What nnsight traces, until the block ends.
+        """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
-        Not in inference mode: what is made there never has a gradient, for which kernels may ask.
-
-        Args:
-            paths: The parts that will be looked at, None for all; the fewer, the faster. A request to
-                a server names all parts.
-            outputs: Those whose outputs are read, which may still grow: hooks of the user's run
-                behind that, and may look, but not replace.
-            grad: Whether results keep their graph.
-
-        Raises:
-            ModelError: If a part is gone, or a hook replaces such an output.
+        ``paths`` are the parts that will be looked at, None for all; hooks of the user's must not replace
+        one of the ``outputs``, which may still grow; ``grad`` keeps the graph.
         """
         with ONE_AT_A_TIME:
             model = self.model
             wanted = self._loans if paths is None or self._make is not LocalModel else paths
-            if not self._loans.keys() >= set(wanted):
+            if gone := set(wanted) - self._loans.keys():
                 raise ModelError(
-                    f"The model has no {sorted(set(wanted) - self._loans.keys())[0]!r} any more; "
-                    "expected the parts it was loaded with. Write ss.LVLM(model, processor) anew."
+                    f"The model has no {min(gone)!r} any more; expected the parts it was loaded with. "
+                    "Write ss.LVLM(model, processor) anew."
                 )
             parts = {path: self._loans[path] for path in wanted}
             with (
@@ -190,9 +171,8 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
             if path in outputs and made is not None and made is not given[-1]:
                 raise ModelError(
                     f"Got a forward hook on {path!r} that replaces its output, which is read before "
-                    "hooks run, so that numbers would be of another model; expected hooks that only "
-                    "look. Remove it (handle.remove()), change the module itself, or write an "
-                    "intervention, such as ss.PatchActivations."
+                    "hooks run; expected hooks that only look. Remove it (handle.remove()), or write "
+                    "an intervention, such as ss.PatchActivations."
                 )
             return made
 
@@ -240,11 +220,7 @@ def wrap_remote(source: Any, processor: Any, **options: Any) -> nnsight.Transfor
 
 
 def check_remote(remote: Any) -> bool | str:
-    """Where to run.
-
-    Raises:
-        InputError: If ``remote`` is neither a bool, ``"local"`` nor the address of a server.
-    """
+    """Where to run; InputError if that is no bool, ``"local"`` or address of a server."""
     address = isinstance(remote, str) and remote.startswith(("http://", "https://"))
     if address or isinstance(remote, bool) or remote == "local":
         return remote
@@ -255,10 +231,7 @@ def check_remote(remote: Any) -> bool | str:
 
 
 class Places:
-    """Where a model can run: here, here on the path of a server (``"local"``), or on a server.
-
-    ``by_name`` is nnsight's model of a repository, if there are no weights here.
-    """
+    """Where a model can run: here, here as on a server, or there (``by_name``: nnsight's model)."""
 
     def __init__(
         self, module: Any, processor: Any, by_name: Any = None, usual: bool | str = False
@@ -278,12 +251,7 @@ class Places:
         return self.device.type == "meta"
 
     def choose(self, remote: bool | str | None, grad: bool = False) -> bool | str:
-        """Where to run: what was asked, or the usual place.
-
-        Raises:
-            InputError: If it is elsewhere and a graph is wanted, here and there are no weights here,
-                or as on a server and they are offloaded.
-        """
+        """Where to run, None being the usual place; InputError if that has no graph or no weights."""
         where = check_remote(self._usual if remote is None else remote)
         offloaded = next(self._module.parameters()).device.type == "meta"
         got, wrong = f"remote={where!r}", ""
@@ -300,20 +268,13 @@ class Places:
         return where
 
     def model(self, where: bool | str, name: str) -> Wrapped | ByName:
-        """The wrapped model for a run there; for a server the hub is asked for its canonical name.
-
-        Raises:
-            InputError: If there is no processor, which a request needs.
-            CheckpointError: If the hub does not know the model or cannot be reached.
-        """
+        """The wrapped model for a run there; a server's name for it is asked of the hub."""
         if not where:
             return self.here
         if self._there is None:
             if self._processor is None:
-                raise InputError(
-                    "Got remote=... for a model without a processor; expected one. Write "
-                    "ss.LVLM(model, processor)."
-                )
+                got = "Got remote=... for a model without a processor; expected one."
+                raise InputError(f"{got} Write ss.LVLM(model, processor).")
             # nnsight sets padding on the tokenizer it is given.
             own = copy.deepcopy(self._processor)
             self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
@@ -323,16 +284,16 @@ class Places:
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
                 raise CheckpointError(
                     f"The hub could not be asked for the canonical name of {name!r} "
-                    f"({type(error).__name__}), which a remote run needs; expected a public repository "
-                    "and a network. A model that only exists here cannot run there: write "
-                    "remote='local', or ss.LVLM.from_pretrained(repository, remote=True)."
+                    f"({type(error).__name__}); expected a public repository and a network. For a "
+                    "model that only exists here write remote='local'."
                 ) from error
         return self._there
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs on the model's device; where there are no weights they stay where they are."""
-        device = None if self.weightless else self.device
-        return {
-            name: value.to(device) if isinstance(value, Tensor) and device else value
-            for name, value in inputs.items()
-        }
+        return dict(inputs) if self.weightless else on_device(inputs, self.device)
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The inputs with their tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

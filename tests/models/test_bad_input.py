@@ -585,7 +585,7 @@ MODELS = {
     ),
     "iteration over a model": (
         lambda w: list(w.lvlm),
-        "They are in lvlm.anatomy: write lvlm.module.get_submodule",
+        r"Write lvlm.module.get_submodule\(path\) for the module at one of the paths of lvlm.anatomy",
     ),
 }
 CHECKPOINTS = {

@@ -16,7 +16,7 @@ import sinkscope as ss
 from sinkscope.errors import ModelError
 from sinkscope.kernels import attention, residual, walk
 from sinkscope.models import Context
-from sinkscope.models.runs import make_plan
+from sinkscope.models.requests import make_plan
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image
 from tests.probes.everything import every_probe
@@ -238,15 +238,12 @@ def test_a_part_that_is_replaced_is_seen(fresh):
         lvlm.run(sample, [ss.TokenNorms()])
 
 
-@pytest.mark.parametrize(
-    ("error", "remote"), [(StopThisError, "local"), (InterruptedHere, False)], ids=str
-)
-def test_an_exception_in_a_run_keeps_its_type_and_leaves_nothing(fresh, error, remote):
+def test_an_interrupted_run_keeps_its_type_and_leaves_nothing(fresh):
     lvlm, sample, logits, ids = fresh
     for site in SITES:
-        failing = Failing(site, error)
-        with pytest.raises(error, match="in the middle of the pass, at call 1"):
-            lvlm.run(sample, [ss.TokenNorms(), failing], remote=remote)
+        failing = Failing(site, InterruptedHere)
+        with pytest.raises(InterruptedHere, match="in the middle of the pass, at call 1"):
+            lvlm.run(sample, [ss.TokenNorms(), failing])
         assert_untouched(lvlm, sample, logits, ids)
 
 
@@ -301,14 +298,14 @@ def live_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("remote", [False, "local"])
-def test_runs_keep_no_tensors_alive(fresh, remote):
-    """As many tensors after four runs and generations as after two."""
+def test_runs_keep_no_tensors_alive(fresh):
+    """As many tensors after four runs and generations as after two, here and as on a server."""
     lvlm, sample, _, _ = fresh
 
     def use():
-        lvlm.run(sample, every_probe(), remote=remote)
-        lvlm.generate(sample, every_probe(), max_new_tokens=2, remote=remote)
+        for remote in (False, "local"):
+            lvlm.run(sample, every_probe(), remote=remote)
+        lvlm.generate(sample, every_probe(), max_new_tokens=2, remote="local")
 
     use()
     use()

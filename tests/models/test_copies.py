@@ -39,7 +39,7 @@ def test_a_pickled_run_knows_equal_probes_and_interventions(tiny):
     assert torch.equal(
         loaded.effects[ss.MaskKeys(image, layers=[0])].tokens, run.effects[edits[0]].tokens
     )
-    with pytest.raises(ProbeError, match="by one with equal parameters"):
+    with pytest.raises(ProbeError, match="by object, name, or equal parameters"):
         loaded[ss.TokenNorms(layers=[0])]
     with pytest.raises(ProbeError, match="Got AttentionMass, which did not run"):
         loaded[ss.AttentionMass({"first": ~first, "image": "image"})]

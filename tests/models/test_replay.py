@@ -135,7 +135,7 @@ def test_the_model_is_left_as_it_was(own, tiny, batch):
     seen, logits = capture(lvlm, sample.inputs), whole(lvlm, sample)
     with pytest.raises(InputError, match="expected \\[row key\\]"):
         resume(seen, 2, torch.ones(2, 3))
-    with pytest.raises(InputError, match="expected a list of indices from 0 to 1"):
+    with pytest.raises(InputError, match="expected indices of captured rows, from 0 to 1"):
         resume(seen, 2, factors_of(sample, 0.5), rows=[0, 9])
     hook = lvlm.module.get_decoder().norm.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError, match="in the norm"):

@@ -7,7 +7,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ModelError, SinkscopeError
-from sinkscope.models.capabilities import RULES
+from sinkscope.models.report import RULES
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.models.test_anatomy import without_interface
 from tests.probes.everything import every_probe, exported
