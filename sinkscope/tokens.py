@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -190,8 +191,8 @@ class TokenMap:
         """A selection as a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
         Args:
-            selection: A name from `names`; other words, which are looked for in the text of every
-                row (all tokens of all places that hold them); a position, a list of positions or a
+            selection: A name from `names`; other words, looked for in the text of every row as whole
+                words (all tokens of all places that hold them); a position, a list of positions or a
                 slice, counted as here, with padding; or a bool mask ``[batch pos]`` / ``[batch layer
                 pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
                 tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
@@ -222,15 +223,17 @@ class TokenMap:
             line, owners = _line_of(words, textual[row].tolist())
             start = line.find(text) if text.strip() else -1
             while start >= 0:
-                mask[row, sorted(set().union(*owners[start : start + len(text)]))] = True
+                stop = start + len(text)
+                if not (_inside_word(line, start) or _inside_word(line, stop)):
+                    mask[row, sorted(set().union(*owners[start:stop]))] = True
                 start = line.find(text, start + 1)
         lacking = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if not mask.any():
             raise SelectionError(
                 f"Got the selection {text!r}; expected one of {self.names} or a boolean mask. "
                 f"{nearest(text, self.names)} The text of the prompt "
-                f"{'does not hold it' if self.words else 'is unknown without a tokenizer'}: write words "
-                "as sample.tokens.words shows them, or positions such as [0, 5]."
+                f"{'has no such whole words' if self.words else 'is unknown without a tokenizer'}: write "
+                "words as sample.tokens.words shows them, or positions such as [0, 5]."
             )
         if lacking:
             raise SelectionError(
@@ -277,6 +280,12 @@ class TokenMap:
         table["vit_tokens"] = [[s for s in few if s >= 0] for few in self.sources[live].tolist()]
         table |= zip(("x0", "y0", "x1", "y1"), self.box[live].T.tolist(), strict=True)
         return pd.DataFrame(table)
+
+
+def _inside_word(line: str, at: int) -> bool:
+    """Whether letters or digits stand on both sides of a place; scripts without blanks do not count."""
+    pair = line[at - 1 : at + 1] if at else ""
+    return len(pair) == 2 and all(c.isalnum() and east_asian_width(c) not in "WF" for c in pair)
 
 
 def _line_of(words: tuple[str, ...], textual: list[bool]) -> tuple[str, list[range]]:
