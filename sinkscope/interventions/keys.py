@@ -14,7 +14,6 @@ from sinkscope.interventions.base import (
     check_maskable,
     check_neutral,
     check_tower,
-    needs_a_mask,
     runs_now,
     selected,
 )
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def key_edits(
-    it: Any, context: Context, stage: str, factor: float, neutral: float | None = None
+    it: Any, context: Context, stage: str, factor: float, neutral: float | None = 1.0
 ) -> list[Edit]:
     """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
-    name, tower = type(it).__name__, context.tower(it.tower)
+    name = type(it).__name__
     if neutral is not None:
         check_neutral(name, factor, neutral, it.allow_noop)
     if stage == "logits":
-        check_maskable(tower, needs_a_mask(tower), name)
+        check_maskable(context.tower(it.tower), name)
     mask = selected(context, it.tower, it.tokens, name, it.allow_noop) & (factor != neutral)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
@@ -71,7 +70,7 @@ class MaskKeys(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "logits", 0.0)
+        return key_edits(self, context, "logits", 0.0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +100,7 @@ class ScaleKeys(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "keys", check_factor("factor", self.factor), 1.0)
+        return key_edits(self, context, "keys", check_factor("factor", self.factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +134,12 @@ class ScaleAttention(BaseIntervention):
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         least, stage = (0.0, "logits") if self.renormalize else (float("-inf"), "weights")
-        return key_edits(self, context, stage, check_factor("factor", self.factor, least), 1.0)
+        return key_edits(self, context, stage, check_factor("factor", self.factor, least))
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionKnockout(BaseIntervention):
-    """Cut attention from a set of queries to a set of keys in a window of layers.
-
-    ``MaskKeys`` with queries, in the order in which knockouts are written (Geva et al. 2304.14767).
+    """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
         queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
@@ -197,7 +194,7 @@ class EvictKeys(BaseIntervention):
         check_whole(0, error=InterventionError, start=self.start)
         check_whole(1, error=InterventionError, recent=self.recent)
         differs = "what is evicted differs by query"
-        check_maskable(context.tower("language"), differs, "EvictKeys")
+        check_maskable(context.tower("language"), "EvictKeys", differs)
         if not runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}

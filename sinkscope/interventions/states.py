@@ -71,24 +71,23 @@ class AblateActivations(BaseIntervention):
         check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
         mask = selected(context, self.tower, self.tokens, "AblateActivations", self.allow_noop)
-        site, layers = check_site(self.site), context.layers(self.tower, self.layers)
-        if context.step:
-            return []
-        shared = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
-        out = []
-        for layer in layers:
-            given = {**shared, "mask": at_layer(mask, layer)}
-            given["value"] = {"set": self.replacement, "clamp": self.value}.get(how)
+        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
+        for layer in () if context.step else layers:
+            at, value = (
+                at_layer(mask, layer),
+                {"set": self.replacement, "clamp": self.value}.get(how),
+            )
             if how == "mean":
-                live = context.live(self.tower)
-                given["value"] = others(live, given["mask"], "AblateActivations")
+                value = others(context.live(self.tower), at, "AblateActivations")
+            given = {"mask": at, "dims": dims, "how": how, "value": value}
+            given["layout"] = context.layout(self.tower)
             out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
         return out
 
     def check_fits(self, lvlm: Model) -> None:
         """Refuse a number that the model's dtype does not know."""
-        block = lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0])
-        dtype = dtype_of(block)
+        path = lvlm.anatomy.tower(self.tower).blocks[0]
+        dtype = dtype_of(lvlm.module.get_submodule(path))
         most = torch.finfo(dtype).max
         for name, number in (("replacement", self.replacement), ("value", self.value)):
             if is_number(number) and abs(number) > most:
@@ -110,12 +109,12 @@ class AblateActivations(BaseIntervention):
                 f"Got value={self.value!r} with replacement={self.replacement!r}; expected it with "
                 f"'clamp' only. To set channels write replacement={self.value!r}."
             )
-        if how == "clamp" and self.value is None:
-            raise InterventionError(
-                "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
-                "Write value=10.0."
-            )
         if how == "clamp":
+            if self.value is None:
+                raise InterventionError(
+                    "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
+                    "Write value=10.0."
+                )
             check_factor("value", self.value, 0.0)
         return how
 
@@ -166,11 +165,10 @@ class PatchActivations(BaseIntervention):
         if site == VALUES:
             return value_edits(self, context, donor, mask, layers)
         check_finite(donor, mask, layers, 2)
-        if context.step:
-            return []
-        shared, edits = {"layout": context.layout(self.tower)}, []
-        for layer, one in zip(layers, donor.unbind(1), strict=True):
-            given = {**shared, "mask": at_layer(mask, layer), "donor": one.nan_to_num()}
+        edits = []
+        for layer, one in () if context.step else zip(layers, donor.unbind(1), strict=True):
+            given = {"mask": at_layer(mask, layer), "donor": one.nan_to_num()}
+            given["layout"] = context.layout(self.tower)
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits
 
@@ -233,8 +231,7 @@ class SinkToFront(BaseIntervention):
         check_tower(self.tower, "language", "SinkToFront")
         check_prompt_only(self.steps, "SinkToFront")
         mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
-        mask = at_layer(mask, 0)
-        image = context.tokens.image
+        mask, image = at_layer(mask, 0), context.tokens.image
         if (mask & (image < 0)).any():
             raise InterventionError(
                 "Got text tokens to move to the front; expected image tokens only. Write "
@@ -242,7 +239,7 @@ class SinkToFront(BaseIntervention):
             )
         if context.step:
             return []
-        order = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
+        order = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
         for b in range(mask.shape[0]):
             for index in range(int(image[b].max()) + 1):
                 block = (image[b] == index).nonzero().flatten()

@@ -30,13 +30,7 @@ class AttentionTemperature(BaseIntervention):
 
     Args:
         temperature: Above 0; below 1 sharpens, above 1 flattens.
-        layers: Block indices, or None for all.
-        heads: Query heads, or None for all.
-        queries: Prompt positions whose attention is edited, or None for all; decode steps are
-            edited only with None.
-        tower: ``"language"`` or ``"vision"``.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether a temperature of 1, or touching nothing, is fine.
+        layers: See `MaskKeys`, as for the rest.
     """
 
     needs: ClassVar[str] = "weights"

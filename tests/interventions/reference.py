@@ -227,9 +227,9 @@ def reference_run(case, changes=(), hooks=(), inputs=None):
             handle = hook_on(twin.get_submodule(path), side, function)
             stack.callback(handle.remove)
         for tower in ("vision", "language"):
-            for layer, branch in enumerate(case.lvlm.anatomy.tower(tower).attention_out):
+            for layer, branches in enumerate(case.lvlm.anatomy.tower(tower).branches):
                 keep = keeper(outputs, (tower, layer))
-                handle = twin.get_submodule(branch.path).register_forward_hook(keep)
+                handle = twin.get_submodule(branches[0].path).register_forward_hook(keep)
                 stack.callback(handle.remove)
         logits = twin(**inputs).logits
     return Answer(logits, outputs, attention.weights, attention.notes)

@@ -20,8 +20,8 @@ def place(c, tower, site, layer):
     return {
         "resid_pre": (a.blocks[layer], "input"),
         "resid_post": (a.blocks[layer], "output"),
-        "attn_out": (a.attention_out[layer].path, "output"),
-        "mlp_out": (a.mlp_out[layer].path, "output"),
+        "attn_out": (a.branches[layer][0].path, "output"),
+        "mlp_out": (a.branches[layer][1].path, "output"),
     }[site]
 
 
