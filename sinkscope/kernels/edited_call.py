@@ -35,29 +35,22 @@ from sinkscope.kernels.attention import (
     weights_on,
 )
 
-STAGES = ("keys", "logits", "weights", "values")
-TAKES = {
-    "keys": "named, rest",
-    "logits": "named, rest",
-    "weights": "ask, value, output",
-    "values": "value",
-}
+TAKES = {"keys": "named, rest", "logits": "named, rest", "weights": "ask, value, output"}
+TAKES["values"] = "value"
 """What the change of a stage takes."""
+STAGES = tuple(TAKES)
 
 
 def prepared(call, state, span, keys, live, rows):
-    """Masks of the part of the sequence that a call covers.
+    """``(keys, live, rows)`` of the prompt as they are for one call.
 
     Args:
         call: The call, plain or edited.
         state: The run's scratch space, which knows the step.
         span: The part of a packed sequence that the call covers, or None.
-        keys: ``[batch key]`` bool of the prompt; keys generated since are not selected.
-        live: ``[batch query]`` bool of the prompt; the query of a decode step is live.
-        rows: ``[batch query]`` bool of the prompt, or None.
-
-    Returns:
-        ``(keys, live, rows)`` for this call.
+        keys: ``[batch key]`` bool; keys generated since are not selected.
+        live: ``[batch query]`` bool; the query of a decode step is live.
+        rows: ``[batch query]`` bool, or None.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -76,13 +69,11 @@ def keys_of_call(x, span, n_keys, state, fill=0):
 
 
 def reach(call, keys, live, rows, heads, spare_empty):
-    """Which rows and heads an edit touches: the selected ones that see an edited key.
+    """Which rows and heads an edit touches, those that see an edited key; and the empty rows.
 
     ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None; with
-    ``spare_empty`` rows that see edited keys only are left as they are.
-
-    Returns:
-        ``(gate [batch query head 1], empty rows [batch query])``.
+    ``spare_empty`` rows that see edited keys only are left as they are. Bool ``[batch query head 1]`` and
+    ``[batch query]``.
     """
     sees, only = keys_seen(call, keys)
     chosen = live if rows is None else live & rows
@@ -119,8 +110,8 @@ def effect_of(before, after, gate, keys, empty, measure):
     asked for the attention on the keys.
 
     Returns:
-        ``{"rows", "empty", "tokens": [batch], "count", "before", "after": [batch]}``; the last two
-        are sums over ``count`` touched (row, head) pairs, and tokens are those of the last row.
+        ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` touched (row,
+        head) pairs, and over them the sums ``"before"`` and ``"after"``.
     """
     out = {
         "rows": gate.any(dim=2)[..., 0].sum(1),
@@ -138,12 +129,8 @@ def effect_of(before, after, gate, keys, empty, measure):
 
 
 def keys_seen(call, keys):
-    """Which rows see an edited key, and which see nothing else, earlier masks considered.
-
-    Asked of the `uniform` call, in fp32 where the kernel knows it: in fp16 a key that an earlier edit
-    made light would weigh nothing. Where a learned sink takes attention too, a row always sees
-    something else. Both are bool ``[batch query head|1 1]``.
-    """
+    """Which rows see an edited key, and which see nothing else: bool ``[batch query head|1 1]``."""
+    # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
     heads = arguments(call)[0]["query"].shape[1]
     columns = torch.stack([keys, ~keys], dim=-1).float()
     share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
@@ -153,10 +140,7 @@ def keys_seen(call, keys):
 
 
 def uniform(call):
-    """The call with ``q = 0`` under earlier masks: attention is uniform over the visible keys.
-
-    Uses one head, unless earlier edits or the model may differ by head.
-    """
+    """The call with ``q = 0`` under earlier masks, of one head unless heads may differ."""
     recipe = getattr(call[0], "recipe", {})
     if any(recipe.get(stage) for stage in ("weights", "values")):
         call = (attend(call[0].base, {**recipe, "weights": (), "values": ()}), *call[1:])
@@ -216,11 +200,9 @@ def changed(call, stage, gate, change):
 
 
 def attend(base, recipe):
-    """The function that a recipe makes of ``base``.
+    """The function that a recipe makes of ``base``, which takes `ask`'s ``keep`` too.
 
-    It returns no attention weights, because the plain ones would lie. One more keyword than the
-    model's own function is known: ``keep``, ``[batch key]``, weighs the values after they were
-    replaced; so one asks what chosen keys really write.
+    It returns no attention weights, because the plain ones would lie.
     """
 
     def edited(*args, **kwargs):

@@ -23,8 +23,7 @@ import torch
 from sinkscope.kernels.attention import arguments, ask, by_call, unpack
 from sinkscope.kernels.residual import live_at
 
-SIZE = 256.0
-"""The largest number in a question to a projection: beside it the rounding of a bias is small."""
+SIZE = 256.0  # the largest number in a question to a projection: beside it a bias rounds little
 
 
 def near(x, y, dtype):
@@ -36,9 +35,8 @@ def near(x, y, dtype):
 def measure(part, like):
     """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
 
-    A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is taken
-    away), ``norm`` (whether each token is divided by its size) and the ``part``; ValueError if it is
-    neither a factor per channel nor a norm.
+    ``centred`` tells whether the mean over channels is taken away, ``norm`` whether each token is divided
+    by its size; ValueError if the part is neither a factor per channel nor a norm.
     """
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
@@ -96,11 +94,8 @@ def name_of(module):
 
 
 def check_same(got, want, size, live, dtype, what):
-    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``, at a live query.
-
-    They may differ, as a share of ``size`` ``[batch query]``, by four roundings of bf16 in half precision,
-    where 8-bit layers that round their inputs make about one; of fp16 (or TF32) in fp32.
-    """
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``, at a live query."""
+    # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
     rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
     off = (got - want).norm(dim=-1) / torch.maximum(size, want.norm(dim=-1)).clamp(min=1e-30)
@@ -122,16 +117,12 @@ def behind(x, passed):
 
 
 def way(calls, state, projection, parts, live, asked=None):
-    """The way from heads to the stream, proven on attention's whole output.
+    """The way from heads to the stream, proven on attention's whole output, for `follow`.
 
     So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
-    in ``state`` what should arrive.
-
-    Returns:
-        A dict of what was ``written`` in all, ``[batch query head d_head]``, the ``projection``, what
-        every part was ``passed`` as, ``scale`` ``[batch query]``, by which norms multiply a query, and
-        ``matrix`` ``[head d_head d_model]`` in fp32: None if fewer rows are asked for than it has, so
-        that heads are better pushed one by one.
+    in ``state`` what should arrive. ``written`` is ``[batch query head d_head]``, ``scale`` ``[batch
+    query]`` by which norms multiply a query, ``matrix`` ``[head d_head d_model]`` in fp32 or None if fewer
+    rows are asked for than it has, so that heads are better pushed one by one.
     """
     x = torch.cat([ask(call) for call in calls], dim=1)
     heads, width = x.shape[2:]
@@ -163,10 +154,7 @@ def pushed(written, projection):
 
 
 def follow(written, made):
-    """A part of attention's output ``[batch query head d_head]`` on its `way`, before norms divide it.
-
-    The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
-    """
+    """Norm of every head's write ``[batch query head]`` and their sum, before norms divide a query."""
     if made["matrix"] is None:
         by_head = behind(pushed(written, made["projection"])[0], made["passed"])
         return by_head.norm(dim=-1), by_head.sum(2)
@@ -178,10 +166,7 @@ def follow(written, made):
 
 
 def arriving(total, passed, dtype):
-    """What the stream should get of what the projection wrote, ``total`` ``[batch query d_model]``.
-
-    With it comes by what norms (asked in ``dtype``) multiply a query, ``[batch query]``; both in fp32.
-    """
+    """What the stream should get of what the projection wrote, and by what norms multiply a query."""
     total = total.float()
     scale = torch.ones_like(total[..., 0])
     for one in passed:

@@ -135,7 +135,7 @@ def make_report(lvlm: Any) -> Report:
 def needs_of(room: ModuleType) -> list[tuple[str, str]]:
     """The public classes of a room that need something of a tower, and what."""
     kinds = [(name, getattr(room, name)) for name in room.__all__]
-    return [(name, kind.needs) for name, kind in kinds if hasattr(kind, "needs")]
+    return [(name, kind.needs) for name, kind in kinds if getattr(kind, "needs", "")]
 
 
 def facts_of(lvlm: Any) -> list[tuple[str, str]]:
