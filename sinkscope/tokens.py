@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import is_whole
 from sinkscope.errors import SelectionError, nearest
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def positions_of(given: Any, live: Tensor, what: str) -> list[int]:
 
 def check_merge(merge: str) -> None:
     """Refuse an unknown way to join ViT tokens: SelectionError."""
-    check_choice(("max", "mean", "any"), error=SelectionError, merge=merge)
+    if merge not in (known := ("max", "mean", "any")):
+        close = nearest(str(merge), known)
+        raise SelectionError(f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {close}")
 
 
 @dataclass(frozen=True, eq=False)

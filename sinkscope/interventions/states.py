@@ -167,7 +167,7 @@ class PatchActivations(BaseIntervention):
         check_finite(donor, mask, layers, 2)
         edits = []
         for layer, one in () if context.step else zip(layers, donor.unbind(1), strict=True):
-            given = {"mask": at_layer(mask, layer), "donor": one.nan_to_num()}
+            given: dict[str, Any] = {"mask": at_layer(mask, layer), "donor": one.nan_to_num()}
             given["layout"] = context.layout(self.tower)
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits

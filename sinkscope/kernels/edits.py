@@ -48,8 +48,10 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     gate, empty = reach(call, keys, live, rows, heads, masks)
     if stage == "weights":
 
-        def change(ask, value, output):  # A v + (s - 1) A (1_g v)
+        def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
             return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+
+        change = weigh
 
     elif stage == "logits":
         bias = torch.zeros(keys.shape, device=keys.device)
@@ -58,11 +60,12 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
         if torch.is_tensor(factor):
             factor = keys_of_call(factor, span, keys.shape[1], state)
 
-        def change(named, rest):
+        def multiply(named, rest):
             scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
             scaled = named["key"] * scale[:, None, :, None]
             return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
+        change = multiply
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, measure)
 
