@@ -60,13 +60,10 @@ class Redistribute(BaseIntervention):
         target: Keys that receive; must not overlap the source.
         recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
             released code keeps ``p = 0.6`` and so takes 0.4.
-        layers: Block indices, or None for all.
+        layers: See `MaskKeys`, as for the rest.
         select: Which rows and heads; None for all.
         queries: ``"after image"`` for prompt positions after the last image token (and every decode
             step), a selection of prompt positions, or None for all.
-        heads: Query heads, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether touching nothing is fine.
     """
 
     needs: ClassVar[str] = "redistribution"

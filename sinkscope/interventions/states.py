@@ -46,11 +46,9 @@ class AblateActivations(BaseIntervention):
         tokens: The tokens.
         replacement: ``"zero"``; ``"mean"`` of the same channel over the row's other live tokens;
             ``"clamp"`` to at most ``value`` in magnitude; or a number.
-        layers: Block indices, or None for all.
+        layers: See `MaskKeys`, as for the rest.
         value: The bound of ``"clamp"``.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
-        tower: ``"language"`` or ``"vision"``.
-        allow_noop: Whether touching nothing is fine.
     """
 
     needs: ClassVar[str] = "states"
@@ -136,9 +134,7 @@ class PatchActivations(BaseIntervention):
             one row serves all rows, if none is padded.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_post"`` or ``"values"``.
         tokens: The tokens to overwrite.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        allow_noop: Whether touching nothing is fine.
+        layers: See `MaskKeys`, as for the rest.
         steps: ``"all"`` or ``"prefill"``, which are the same for states; for values also
             ``"decode"``.
     """
@@ -183,7 +179,6 @@ class ScaleTokens(BaseIntervention):
     Args:
         tokens: Positions; usually ``trace.v_sinks`` or image tokens.
         factor: The multiplier.
-        allow_noop: Whether touching nothing is fine.
     """
 
     needs: ClassVar[str] = "embeddings"
@@ -216,7 +211,6 @@ class SinkToFront(BaseIntervention):
 
     Args:
         tokens: Image tokens to move; their order among themselves is kept.
-        allow_noop: Whether moving nothing is fine.
     """
 
     needs: ClassVar[str] = "embeddings"

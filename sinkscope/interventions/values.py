@@ -42,13 +42,9 @@ class AblateValues(BaseIntervention):
             tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers, or to
             ``[batch layer kv_head pos d_head]``, one per layer given; or a run of a prompt of this
             shape that holds `AttentionValues`, or that result.
-        layers: Block indices, or None for all.
-        heads: Query heads, or None for all.
-        queries: Prompt positions, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
+        layers: See `MaskKeys`, as for the rest.
         tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
         seed: For resampling.
-        allow_noop: Whether touching nothing is fine.
     """
 
     needs: ClassVar[str] = "packed_values"
@@ -189,12 +185,7 @@ def check_patch_site(site: Any) -> str:
 
 
 def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:
-    """What a run, a result of one or a tensor gives; one row may stand for all.
-
-    Returns:
-        Float ``[batch layer pos d_model]``, or ``[batch layer kv_head pos d_head]`` if ``site`` is
-        ``"values"``; InterventionError if none fits, or several, or the shape is another.
-    """
+    """What a run, a result of one or a tensor gives, ``[batch layer pos d_model]``; see `fitted`."""
     if isinstance(given, Tensor):
         return fitted(given, context, tower, site, layers)
     result = result_of(given, tower, site, layers)
@@ -274,7 +265,7 @@ def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
 def fitted(
     tensor: Tensor, context: Context, tower: str, site: str, layers: tuple[int, ...]
 ) -> Tensor:
-    """A donor's tensor for every row of the batch, on the CPU; InterventionError if it does not fit."""
+    """A donor's tensor, whose one row may stand for all, on the CPU; InterventionError if none fits."""
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
     axes, wanted = "[batch layer pos d_model]", (rows, len(layers), length, anatomy.d_model)
     if site == VALUES:

@@ -8,14 +8,12 @@ ever returns ``A @ v``. Two identities are enough for everything here:
 * **weights**: ``w @ A`` is the gradient of ``sum(w * output)`` with respect to the values. Rows of
   ones give received attention; one-hot rows give attention patterns of chosen queries.
 
-Both use the model's kernel, mask, scaling, soft-cap and window, so they are exact for it. The null
-of any of them is the same call with ``q = 0``: uniform attention under the model's own mask.
+The null of any of them is the same call with ``q = 0``: uniform attention under the model's own mask.
 
-An attention site is a list of ``calls``, because a packed vision tower calls once per window. A call
-is ``(function, positional arguments, keyword arguments)`` with arguments
-``module, query, key, value, mask`` as in ``transformers``' attention interface. Windows tile the
-sequence: call ``i`` owns the queries and keys that follow those of call ``i - 1``. ``state`` is the
-run's scratch space, ``layout`` the ``[row pos]`` packed positions of a packed tower, or None.
+An attention site is a list of ``calls``, one per window of a packed vision tower, which tile the
+sequence. A call is ``(function, positional arguments, keyword arguments)`` as in ``transformers``'
+attention interface. ``state`` is the run's scratch space, ``layout`` the ``[row pos]`` packed positions of
+a packed tower, or None.
 """
 
 from __future__ import annotations

@@ -5,20 +5,15 @@
     keys ----> logits ----> weights ----> values
     scale      bias, mask   scale, move   replace
 
-The stage of an edit is said in its `Edit`; the walk puts the edits of a site in this order, and
-`with_change` finds the stage in ``state["stage"]``. A kernel of attention has three steps: `prepared`
-brings its masks to the call, `reach` tells the rows and heads in which the change holds, `with_change`
-puts it into the call; `effect_of` tells what it did. Below them stands what they ask of a call, and at
-the end the function that the changes make.
+A kernel of attention has three steps: `prepared` brings its masks to the call, `reach` tells the rows and
+heads in which the change holds, `with_change` puts it into the call, at the stage of its `Edit`;
+`effect_of` tells what it did.
 
 Every change has a gate ``[batch query head 1]``: where it is False the output is what it was without
-the change, bit for bit, because the same call is made and the results are joined by ``where``. Nothing
-is written in place. The edited function stands where the model binds its own one. The model calls it,
-and so do the probes of the same pass, which therefore measure the edited attention. It carries
-
-* ``plain``, the model's own function: nulls are asked of it;
-* ``attends``, the same without value changes: attention weights are asked of it;
-* ``base`` and ``recipe`` (stage -> pairs of gate and change), from which the next edit builds its own.
+the change, bit for bit, because the same call is made and the results are joined by ``where``. The edited
+function stands where the model binds its own one, so the model and the probes of the pass call it. It has
+``plain``, the model's own function, of which nulls are asked; ``attends``, the same without value changes,
+of which attention is asked; and ``base`` and ``recipe`` (stage -> pairs of gate and change).
 """
 
 from __future__ import annotations
@@ -93,10 +88,7 @@ def with_change(call, state, gate, change):
             ``change(ask, value, output) -> output`` for weights, where ``ask(value)`` is what is
             attended so far, ``output = ask(value)``, and ``ask(value, among)`` is attention before
             any change of weights with one more change of logits, ``among``; ``change(value) ->
-            value`` for values.
-
-    Raises:
-        ValueError: If the change takes something else than its stage gives.
+            value`` for values. ValueError if it takes something else than its stage gives.
     """
     check_change(state["stage"], change)
     return changed(call, state["stage"], gate, change)
@@ -106,8 +98,8 @@ def effect_of(before, after, gate, keys, empty, measure):
     """What an edit did: rows touched, rows left empty, attention on the keys before and after.
 
     ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
-    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls are
-    asked for the attention on the keys.
+    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls
+    are asked for the attention on the keys.
 
     Returns:
         ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` touched (row,
@@ -144,9 +136,9 @@ def uniform(call):
     recipe = getattr(call[0], "recipe", {})
     if any(recipe.get(stage) for stage in ("weights", "values")):
         call = (attend(call[0].base, {**recipe, "weights": (), "values": ()}), *call[1:])
-    asked = call if hasattr(call[0], "recipe") else one_head(call)
-    named, rest = arguments(asked)
-    return asked[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
+    call = call if hasattr(call[0], "recipe") else one_head(call)
+    named, rest = arguments(call)
+    return call[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
 
 
 def head_mask(call, heads, like):

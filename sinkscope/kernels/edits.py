@@ -1,10 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-Parameters that all of them share: ``call``, the attention call; ``state``, the run's scratch space;
-``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
-query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads, or
-None for all; ``measure``, whether to measure the attention on the keys before and after. Other masks
-are ``[batch key]`` bool of the prompt. All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
+``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query
+heads; ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of
+the prompt. All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -214,10 +213,10 @@ def edit_values(
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)
-    elif how == "tensor" and span is None:
-        new = fit_keys(tensor.to(value.dtype), value.shape[2], state.get("step", 0))
     elif how == "tensor":
-        new = tensor.to(value.dtype)[:, :, slice(*span)]
+        new = tensor.to(value.dtype)
+        step, n_key = state.get("step", 0), value.shape[2]
+        new = fit_keys(new, n_key, step) if span is None else new[:, :, slice(*span)]
     else:
         new = from_donors(call, state, span, how, donors)
     # Where every key of a row is given what it has, nothing is touched.

@@ -117,13 +117,13 @@ def coefficients(
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text.
 
-    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, and
-    ``visual`` ``[batch pos]`` bool. ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the
-    order of the coefficients. V wins over L; what has no group of its own is ``"rest"``.
+    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
+    ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
+    over L, also without a group of its own; what has none is ``"rest"``.
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
-    for name in ("L", "V"):  # V wins
+    for name in ("L", "V"):
         if name in groups:
             mine = kept[name] & visual
             if name == "L" and "V" in kept:

@@ -119,11 +119,8 @@ def times(value, factors):
 
 
 def edit_value(here, step, value, factors, state, out):
-    """Apply the site's edits to states, in the plan's order, and hand the result to the model.
-
-    Where the model multiplies by factors behind the site, the product is edited and handed over
-    divided by them; what no edit changed keeps its bits.
-    """
+    """Apply the site's edits to states, in the plan's order, and hand the result to the model."""
+    # Where the model multiplies behind the site, the product is edited and handed over divided.
     old = new = state["unedited"] = times(value, factors)
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
@@ -187,7 +184,7 @@ def detached(value):
 
 
 def walk(root, tracer, plan, number=0, memory=None):
-    """Run a plan inside a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
+    """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
 
     Args:
         root: The root envoy.

@@ -10,10 +10,8 @@ with no mean in an RMS norm. Parts add up to the whole; biases belong to no key.
 the modules are asked, because adapters, 8 bit, hooks and offload apply others than they show. What
 they answer is compared with what they write in the pass, and that with what the block adds.
 
-Parameters that several share: ``calls``, the attention calls of one site; ``state``, the run's scratch
-space; ``projection``, the output projection; ``parts``, what lies between it and the stream, in order:
-modules, numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all;
-``layout``, the packed positions of a packed tower, or None.
+``projection`` is the output projection; ``parts`` what lies between it and the stream, in order: modules,
+numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all.
 """
 
 from __future__ import annotations
@@ -94,7 +92,7 @@ def name_of(module):
 
 
 def check_same(got, want, size, live, dtype, what):
-    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``, at a live query."""
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``."""
     # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
     rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
@@ -209,8 +207,7 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
         followed = [follow(ask(call, keep=one), made) for one in part.unbind(-1)]
         per_head = [by_head.transpose(1, 2) * scale[:, None] for by_head, _ in followed]
         heads_out.append(torch.stack(per_head, dim=-1))
-        total = [vector.norm(dim=-1) * scale for _, vector in followed]
-        totals.append(torch.stack(total, dim=-1))
+        totals.append(torch.stack([x.norm(dim=-1) * scale for _, x in followed], dim=-1))
     return {
         "norms": unpack(torch.cat(totals, dim=1), layout, 1),
         "per_head": unpack(torch.cat(heads_out, dim=2), layout, 2),
@@ -245,9 +242,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]
     inner = torch.einsum("bqhd,bqhe->bhde", written, written)
-    spectrum = torch.linalg.eigvalsh(torch.einsum("hdi,bhde,hej->bhij", root, inner, root))
-    spectrum = spectrum.clamp(min=0)
+    inner = torch.einsum("hdi,bhde,hej->bhij", root, inner, root)
+    spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
-    if layout is not None:
-        rank = rank.expand(layout.shape[0], -1)
+    rank = rank if layout is None else rank.expand(layout.shape[0], -1)
     return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "rank": rank}

@@ -56,8 +56,8 @@ def plot_received_by_layer(
 def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None = None) -> Figure:
     """Draw the attention mass on every group in each layer, against its null.
 
-    The mean over heads and queries, and without ``row`` over rows, of a ``result`` of ``AttentionMass(groups)``,
-    such as ``AttentionMass(trace.groups)``. Over groups that split all keys, the masses of a layer sum to 1,
+    The mean over heads and queries, and without ``row`` over rows, of a ``result`` such as that of
+    ``AttentionMass(trace.groups)``. Over groups that split all keys, the masses of a layer sum to 1,
     unless the model has learned sink logits.
     """
     if row is not None:

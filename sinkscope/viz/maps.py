@@ -55,8 +55,8 @@ def plot_heads(
     attention would give there (the null); a line on the colour bar is at that null. Layers in which
     the group has no token are grey.
 
-    The ``result`` is that of ``AttentionMass(groups)``, such as ``AttentionMass(trace.groups)``, and ``group``
-    one of its groups; ``query`` is the position of one query. Without ``row`` or ``query`` it is the mean.
+    The ``result`` is such as that of ``AttentionMass(trace.groups)``, and ``group`` one of its groups;
+    ``query`` is the position of one query. Without ``row`` or ``query`` it is the mean.
     """
     values, null = heads_of(result, group, row, query)
     many = len(result.mass) > 1
