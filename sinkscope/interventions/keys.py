@@ -1,4 +1,4 @@
-"""Interventions on keys: mask, scale, knock out; exact under the model's own kernel."""
+"""Edits of logits: mask, scale, knock out, temperature; exact under the model's own kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sinkscope.checks import check_whole
+from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     attention_edits,
@@ -17,7 +17,7 @@ from sinkscope.interventions.base import (
     runs_now,
     selected,
 )
-from sinkscope.kernels.edits import edit_keys, evict_keys
+from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -202,3 +202,38 @@ class EvictKeys(BaseIntervention):
             Edit(Site("language", "attention", layer), evict_keys, parameters, "logits")
             for layer in context.layers("language", self.layers)
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionTemperature(BaseIntervention):
+    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
+
+    Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
+    before the cap that is divided, and the logit of a learned sink is not: its share changes with the
+    others' sharpness. A bias of another edit (`MaskKeys`, `ScaleAttention`) is added behind it. The
+    effect's mass is that on all live keys: 1, unless there is a learned sink.
+
+    Args:
+        temperature: Above 0; below 1 sharpens, above 1 flattens.
+        layers: See `MaskKeys`, as for the rest.
+    """
+
+    needs: ClassVar[str] = "weights"
+
+    temperature: float
+    layers: Any = None
+    heads: Sequence[int] | None = None
+    queries: Selection | None = None
+    tower: Tower = "language"
+    steps: str = "all"
+    allow_noop: bool = False
+
+    def edits(self, context: Context) -> list[Edit]:
+        """One edit per layer."""
+        check_number(above=0.0, error=InterventionError, temperature=self.temperature)
+        name, heat = "AttentionTemperature", float(self.temperature)
+        check_neutral(name, heat, 1.0, self.allow_noop)
+        keys = selected(context, self.tower, "all", name, self.allow_noop)
+        return attention_edits(
+            self, context, divide_queries, "keys", {"keys": keys}, temperature=heat
+        )

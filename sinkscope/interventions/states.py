@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from sinkscope.anatomy.discovery import dtype_of
-from sinkscope.checks import is_number
+from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     at_layer,
@@ -20,9 +20,9 @@ from sinkscope.interventions.base import (
     selected,
 )
 from sinkscope.interventions.values import (
+    PATCH_SITES,
     VALUES,
     check_finite,
-    check_patch_site,
     donated,
     others,
     value_edits,
@@ -152,7 +152,13 @@ class PatchActivations(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        site = check_patch_site(self.site)
+        site = self.site
+        if not isinstance(site, str):
+            raise InterventionError(
+                f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
+                "ss.PatchActivations(from_run, site, tokens, layers)."
+            )
+        check_choice(PATCH_SITES, error=InterventionError, site=site)
         if site != VALUES:
             check_prompt_only(self.steps, "PatchActivations of states")
         layers = context.layers(self.tower, self.layers)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import at_layer, attention_edits, selected
 from sinkscope.kernels.edits import edit_values
@@ -171,17 +170,6 @@ class Holder(Protocol):
 
     results: Any
     step: Any
-
-
-def check_patch_site(site: Any) -> str:
-    """Where something can be patched, a name in `PATCH_SITES`; else InterventionError."""
-    if not isinstance(site, str):
-        raise InterventionError(
-            f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
-            "ss.PatchActivations(from_run, site, tokens, layers)."
-        )
-    check_choice(PATCH_SITES, error=InterventionError, site=site)
-    return site
 
 
 def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:

@@ -114,6 +114,21 @@ def masked(named, rest, bias):
     return (mask[..., :n_key] + bias[:, None, None].to(mask.dtype)).clamp(min=lowest)
 
 
+def divide_queries(call, state, span, keys, live, temperature, rows=None, heads=None):
+    """Divide the queries of chosen rows; ``keys`` ``[batch key]`` are the live keys of the prompt."""
+    _, live, rows = prepared(call, state, span, keys, live, rows)
+    n_key = arguments(call)[0]["key"].shape[2]
+    keys = keys_of_call(keys, span, n_key, state, fill=1) & (temperature != 1.0)
+    gate, empty = reach(call, keys, live, rows, heads, spare_empty=False)
+
+    def change(named, rest):
+        query = named["query"]
+        return {**named, "query": (query.float() / temperature).to(query.dtype)}, rest
+
+    after = with_change(call, state, gate, change)
+    return after, effect_of(call, after, gate, keys, empty, measure=True)
+
+
 def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads=None, **rule):
     """Move the share ``recycle`` of attention from source to target keys (VAR, 2503.03321).
 
