@@ -123,7 +123,7 @@ class BaseIntervention:
     """What the runner reads of an `Intervention` besides, and what holds for those that have it not.
 
     Attributes:
-        needs: What it needs of a tower, a name that `LVLM.report` knows.
+        needs: What it needs of a tower, a name that `LVLM.report` knows; also a keyword of the class.
         changes_positions_of: The tower to which it adds positions, if there is one.
         tower: The tower it edits, a field; ``"language"`` without.
         layers: The blocks it edits, a field; all without, or if None.
@@ -133,6 +133,10 @@ class BaseIntervention:
     changes_positions_of: ClassVar[str | None] = None
     tower: Any
     layers: Any
+
+    def __init_subclass__(cls, *, needs: str = "", **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.needs = needs or cls.needs
 
     def check_fits(self, lvlm: Model) -> None:
         """Refuse a model, before it runs, for which this was not made."""

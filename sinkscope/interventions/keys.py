@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
@@ -40,7 +40,7 @@ def key_edits(
 
 
 @dataclass(frozen=True, eq=False)
-class MaskKeys(BaseIntervention):
+class MaskKeys(BaseIntervention, needs="bias"):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
@@ -58,8 +58,6 @@ class MaskKeys(BaseIntervention):
         allow_noop: Whether touching nothing is fine.
     """
 
-    needs: ClassVar[str] = "bias"
-
     tokens: Selection
     layers: Any = None
     heads: Sequence[int] | None = None
@@ -74,7 +72,7 @@ class MaskKeys(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleKeys(BaseIntervention):
+class ScaleKeys(BaseIntervention, needs="weights"):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
     Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
@@ -86,8 +84,6 @@ class ScaleKeys(BaseIntervention):
         factor: The multiplier.
         layers: See `MaskKeys`, as for the rest.
     """
-
-    needs: ClassVar[str] = "weights"
 
     tokens: Selection
     factor: float
@@ -104,7 +100,7 @@ class ScaleKeys(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleAttention(BaseIntervention):
+class ScaleAttention(BaseIntervention, needs="bias"):
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
@@ -118,8 +114,6 @@ class ScaleAttention(BaseIntervention):
         layers: See `MaskKeys`, as for the rest.
         renormalize: Whether rows sum to one again.
     """
-
-    needs: ClassVar[str] = "bias"
 
     tokens: Selection
     factor: float
@@ -138,7 +132,7 @@ class ScaleAttention(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout(BaseIntervention):
+class AttentionKnockout(BaseIntervention, needs="bias"):
     """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
@@ -146,8 +140,6 @@ class AttentionKnockout(BaseIntervention):
         keys: The keys.
         layers: See `MaskKeys`, as for the rest.
     """
-
-    needs: ClassVar[str] = "bias"
 
     queries: Selection
     keys: Selection
@@ -164,7 +156,7 @@ class AttentionKnockout(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class EvictKeys(BaseIntervention):
+class EvictKeys(BaseIntervention, needs="eviction"):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
     Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
@@ -178,8 +170,6 @@ class EvictKeys(BaseIntervention):
         steps: ``"all"``, ``"prefill"`` or ``"decode"``.
         allow_noop: Whether evicting nothing (a short prompt) is fine.
     """
-
-    needs: ClassVar[str] = "eviction"
 
     start: int = 4
     recent: int = 512
@@ -205,7 +195,7 @@ class EvictKeys(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionTemperature(BaseIntervention):
+class AttentionTemperature(BaseIntervention, needs="weights"):
     """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
 
     Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
@@ -217,8 +207,6 @@ class AttentionTemperature(BaseIntervention):
         temperature: Above 0; below 1 sharpens, above 1 flattens.
         layers: See `MaskKeys`, as for the rest.
     """
-
-    needs: ClassVar[str] = "weights"
 
     temperature: float
     layers: Any = None

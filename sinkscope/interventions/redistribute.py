@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
@@ -48,7 +48,7 @@ class ImageCentric:
 
 
 @dataclass(frozen=True, eq=False)
-class Redistribute(BaseIntervention):
+class Redistribute(BaseIntervention, needs="redistribution"):
     """Move attention from source tokens to target tokens in proportion (VAR, ACT).
 
     Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
@@ -65,8 +65,6 @@ class Redistribute(BaseIntervention):
         queries: ``"after image"`` for prompt positions after the last image token (and every decode
             step), a selection of prompt positions, or None for all.
     """
-
-    needs: ClassVar[str] = "redistribution"
 
     source: Selection
     target: Selection

@@ -138,7 +138,7 @@ def find_register_neurons(
 
 
 @dataclass(frozen=True, eq=False)
-class TestTimeRegister(BaseIntervention):
+class TestTimeRegister(BaseIntervention, needs="registers"):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
     A zero token is appended before the first block; in the given blocks the register neurons fire
@@ -152,8 +152,6 @@ class TestTimeRegister(BaseIntervention):
         scale: Factor on the largest activation.
         fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
     """
-
-    needs: ClassVar[str] = "registers"
 
     __test__ = False
     changes_positions_of: ClassVar[str | None] = "vision"

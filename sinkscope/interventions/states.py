@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class AblateActivations(BaseIntervention):
+class AblateActivations(BaseIntervention, needs="states"):
     """Set channels of tokens: what massive activations do (Sun et al. 2402.17762).
 
     Args:
@@ -50,8 +50,6 @@ class AblateActivations(BaseIntervention):
         value: The bound of ``"clamp"``.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
     """
-
-    needs: ClassVar[str] = "states"
 
     dims: Sequence[int]
     tokens: Selection
@@ -118,7 +116,7 @@ class AblateActivations(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class PatchActivations(BaseIntervention):
+class PatchActivations(BaseIntervention, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
     The donor's prompt must have the shape of this one's, such as the same question about another
@@ -139,7 +137,6 @@ class PatchActivations(BaseIntervention):
             ``"decode"``.
     """
 
-    needs: ClassVar[str] = "patches"
     heads = queries = None  # values are patched for all of them
 
     from_run: Any
@@ -176,7 +173,7 @@ class PatchActivations(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleTokens(BaseIntervention):
+class ScaleTokens(BaseIntervention, needs="embeddings"):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
     RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
@@ -186,8 +183,6 @@ class ScaleTokens(BaseIntervention):
         tokens: Positions; usually ``trace.v_sinks`` or image tokens.
         factor: The multiplier.
     """
-
-    needs: ClassVar[str] = "embeddings"
 
     tokens: Selection
     factor: float
@@ -209,7 +204,7 @@ class ScaleTokens(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class SinkToFront(BaseIntervention):
+class SinkToFront(BaseIntervention, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered and the LLM's positions stay where they are: a moved token takes
@@ -218,8 +213,6 @@ class SinkToFront(BaseIntervention):
     Args:
         tokens: Image tokens to move; their order among themselves is kept.
     """
-
-    needs: ClassVar[str] = "embeddings"
 
     tokens: Selection
     allow_noop: bool = False

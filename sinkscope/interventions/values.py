@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ PATCH_SITES = (*STATE_SITES, VALUES)
 
 
 @dataclass(frozen=True, eq=False)
-class AblateValues(BaseIntervention):
+class AblateValues(BaseIntervention, needs="packed_values"):
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
     Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
@@ -45,8 +45,6 @@ class AblateValues(BaseIntervention):
         tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
         seed: For resampling.
     """
-
-    needs: ClassVar[str] = "packed_values"
 
     tokens: Selection
     replacement: Any = "zero"
