@@ -28,30 +28,17 @@ if TYPE_CHECKING:
 class Model(Protocol):
     """What probes and interventions use of an `LVLM`."""
 
+    prepare: Callable[..., Any]
+    run: Callable[..., Any]
+    generate: Callable[..., Any]
+
     @property
     def module(self) -> Any:
         """The ``transformers`` model."""
-        ...
 
     @property
     def anatomy(self) -> Any:
-        """What it is made of, an `Anatomy`."""
-        ...
-
-    @property
-    def prepare(self) -> Any:
-        """`LVLM.prepare`."""
-        ...
-
-    @property
-    def run(self) -> Any:
-        """`LVLM.run`."""
-        ...
-
-    @property
-    def generate(self) -> Any:
-        """`LVLM.generate`."""
-        ...
+        """What it is made of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +87,8 @@ class Edit:
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
         stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
             ``"values"``. The edits of one site apply in this order, and in list order inside a
-            stage: a mask holds whatever is redistributed beside it. It is said here only; the
-            kernel finds it in ``state["stage"]``.
-
-    Raises:
-        InterventionError: If the stage is none.
+            stage: a mask holds whatever is redistributed beside it. The kernel finds it in
+            ``state["stage"]``; InterventionError if it is none.
     """
 
     site: Site
@@ -139,7 +123,7 @@ class BaseIntervention:
     """What the runner reads of an `Intervention` besides, and what holds for those that have it not.
 
     Attributes:
-        needs: What it needs of a tower, a name that `LVLM.report` knows.
+        needs: What it needs of a tower, a name that `LVLM.report` knows; also a keyword of the class.
         changes_positions_of: The tower to which it adds positions, if there is one.
         tower: The tower it edits, a field; ``"language"`` without.
         layers: The blocks it edits, a field; all without, or if None.
@@ -149,6 +133,10 @@ class BaseIntervention:
     changes_positions_of: ClassVar[str | None] = None
     tower: Any
     layers: Any
+
+    def __init_subclass__(cls, *, needs: str = "", **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.needs = needs or cls.needs
 
     def check_fits(self, lvlm: Model) -> None:
         """Refuse a model, before it runs, for which this was not made."""
@@ -218,32 +206,26 @@ class Effect(Result):
 def effect_from(
     answers: Mapping[Site, Mapping[str, Tensor]], step: int, ended: Tensor | None = None
 ) -> Effect:
-    """An `Effect` from the raw answers of one intervention's sites.
+    """An `Effect` from what the kernels told at every site of one intervention.
 
-    Args:
-        answers: What every site's kernel told.
-        step: The step.
-        ended: Bool ``[batch]``: rows whose answer had ended, in which nothing was touched.
+    In rows whose answer has ``ended``, bool ``[batch]``, nothing was touched.
     """
     sites = tuple(sorted(answers))
-
-    def stacked(name: str) -> Tensor:
-        return torch.stack([answers[site][name] for site in sites], dim=1)
+    told = [answers[site] for site in sites]
 
     def total(name: str) -> Tensor:
-        return stacked(name) if ended is None else stacked(name).masked_fill(ended[:, None], 0)
+        found = torch.stack([one[name] for one in told], dim=1)
+        return found if ended is None else found.masked_fill(ended[:, None], 0)
 
     count = total("count")
 
     def mean(name: str) -> Tensor:
         nothing = torch.full((len(count),), float("nan"))
-        sums = [
-            answers[s][name] / answers[s]["count"] if name in answers[s] else nothing for s in sites
-        ]
+        sums = [one[name] / one["count"] if name in one else nothing for one in told]
         return torch.stack(sums, dim=1).masked_fill(count == 0, float("nan"))
 
-    told = {"rows", "empty", "tokens", "count", "before", "after"}
-    more = set.intersection(*(set(answers[site]) for site in sites)) - told
-    extra = {name: stacked(name) for name in sorted(more)}
     rows, empty, tokens = (total(name) for name in ("rows", "empty", "tokens"))
+    known = {"rows", "empty", "tokens", "count", "before", "after"}
+    more = sorted(set.intersection(*map(set, told)) - known)
+    extra = {name: torch.stack([one[name] for one in told], dim=1) for name in more}
     return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step, extra)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,10 +74,10 @@ def positions_of(given: Any, live: Tensor, what: str) -> list[int]:
                 "every row of the prompt is called 'last'."
             )
         if not live[:, p].all():
-            row = int(live[:, p].int().argmin())
             raise SelectionError(
-                f"Got position {p} in {what}, which is padding in row {row}; expected a token in every "
-                "row, because positions count padding. Write a name such as 'first', or a mask."
+                f"Got position {p} in {what}, which is padding in row {int(live[:, p].int().argmin())}; "
+                "expected a token in every row, because positions count padding. Write a name such as "
+                "'first', or a mask."
             )
     return wanted
 
@@ -84,9 +85,8 @@ def positions_of(given: Any, live: Tensor, what: str) -> list[int]:
 def check_merge(merge: str) -> None:
     """Refuse an unknown way to join ViT tokens: SelectionError."""
     if merge not in (known := ("max", "mean", "any")):
-        raise SelectionError(
-            f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {nearest(str(merge), known)}"
-        )
+        close = nearest(str(merge), known)
+        raise SelectionError(f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {close}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +117,19 @@ class VisionMap:
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
         """A selection of ViT tokens as a bool mask; SelectionError if it does not fit.
 
-        Args:
-            selection: ``"all"``, ``"cls"``, ``"register"``, ``"patch"``, positions, or a bool mask
-                ``[image pos]`` or ``[image layer pos]``.
-            n_layers: Layers of the vision tower, to recognise per-layer masks.
+        ``"all"``, ``"cls"``, ``"register"``, ``"patch"``, positions, or a bool mask ``[image pos]`` or,
+        with ``n_layers`` of the vision tower, ``[image layer pos]``.
         """
         if not isinstance(selection, str):
             return mask_of(selection, self.live, n_layers, "the vision tower")
-        if selection == "all":
-            return self.live
-        if selection not in VISION_KINDS[1:]:
+        if selection in VISION_KINDS[1:]:
+            return self.live & (self.kind == VISION_KINDS.index(selection))
+        if selection != "all":
             raise SelectionError(
                 f"Got the vision selection {selection!r}; expected one of 'all', 'cls', "
                 f"'register', 'patch', positions or a mask. {nearest(selection, VISION_KINDS[1:])}"
             )
-        return self.live & (self.kind == VISION_KINDS.index(selection))
+        return self.live
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +169,7 @@ class TokenMap:
     @property
     def last(self) -> Int[Tensor, " batch"]:
         """The last prompt position of every row."""
-        places = torch.arange(self.live.shape[1])
-        return torch.where(self.live, places, -1).amax(dim=1)
+        return torch.where(self.live, torch.arange(self.live.shape[1]), -1).amax(dim=1)
 
     @property
     def first(self) -> Int[Tensor, " batch"]:
@@ -190,8 +187,8 @@ class TokenMap:
         """A selection as a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
         Args:
-            selection: A name from `names`; other words, which are looked for in the text of every
-                row (all tokens of all places that hold them); a position, a list of positions or a
+            selection: A name from `names`; other words, looked for in the text of every row as whole
+                words (all tokens of all places that hold them); a position, a list of positions or a
                 slice, counted as here, with padding; or a bool mask ``[batch pos]`` / ``[batch layer
                 pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
                 tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
@@ -217,20 +214,22 @@ class TokenMap:
 
     def _holding(self, text: str) -> Tensor:
         """The text tokens of every place that holds some words."""
-        mask, textual = torch.zeros_like(self.live), self.live & (self.kind == KINDS.index("text"))
+        mask, textual = torch.zeros_like(self.live), self.select("text")
         for row, words in enumerate(self.words or ()):
             line, owners = _line_of(words, textual[row].tolist())
             start = line.find(text) if text.strip() else -1
             while start >= 0:
-                mask[row, sorted(set().union(*owners[start : start + len(text)]))] = True
+                stop = start + len(text)
+                if not (_inside_word(line, start) or _inside_word(line, stop)):
+                    mask[row, sorted(set().union(*owners[start:stop]))] = True
                 start = line.find(text, start + 1)
         lacking = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if not mask.any():
             raise SelectionError(
                 f"Got the selection {text!r}; expected one of {self.names} or a boolean mask. "
                 f"{nearest(text, self.names)} The text of the prompt "
-                f"{'does not hold it' if self.words else 'is unknown without a tokenizer'}: write words "
-                "as sample.tokens.words shows them, or positions such as [0, 5]."
+                f"{'has no such whole words' if self.words else 'is unknown without a tokenizer'}: write "
+                "words as sample.tokens.words shows them, or positions such as [0, 5]."
             )
         if lacking:
             raise SelectionError(
@@ -242,10 +241,8 @@ class TokenMap:
     def from_vision(self, scores: Float[Tensor, "image pos"], merge: str = "max") -> Tensor:
         """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
 
-        Args:
-            scores: One score per ViT token.
-            merge: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``) over the ViT tokens
-                that merge into one position; else SelectionError.
+        ``merge`` is ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``) over the ViT tokens that
+        merge into one position.
         """
         check_merge(merge)
         if scores.shape != self.vision.live.shape:
@@ -253,16 +250,14 @@ class TokenMap:
                 f"Got scores of shape {tuple(scores.shape)}; expected "
                 f"{tuple(self.vision.live.shape)}, one per image and ViT token of this sample."
             )
-        visual = self.image_index >= 0
-        picked = scores[self.image_index.clamp(min=0)[..., None], self.sources.clamp(min=0)]
         gone = self.sources < 0
+        picked = scores[self.image_index.clamp(min=0)[..., None], self.sources.clamp(min=0)]
         if merge == "mean":
-            count = (~gone).sum(-1).clamp(min=1)
-            out = picked.masked_fill(gone, 0.0).sum(-1) / count
+            out = picked.masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1).clamp(min=1)
         else:
             picked = (picked > 0).to(scores.dtype) if merge == "any" else picked
             out = picked.masked_fill(gone, float("-inf")).amax(-1)
-        return out.masked_fill(~visual, float("nan"))
+        return out.masked_fill(self.image_index < 0, float("nan"))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per live position: kind, image, grid cell, ViT tokens, pixel box, word."""
@@ -279,6 +274,12 @@ class TokenMap:
         return pd.DataFrame(table)
 
 
+def _inside_word(line: str, at: int) -> bool:
+    """Whether letters or digits stand on both sides of a place; scripts without blanks do not count."""
+    pair = line[at - 1 : at + 1] if at else ""
+    return len(pair) == 2 and all(c.isalnum() and east_asian_width(c) not in "WF" for c in pair)
+
+
 def _line_of(words: tuple[str, ...], textual: list[bool]) -> tuple[str, list[range]]:
     """The text of a row, and of every character its tokens; other tokens interrupt it with a zero.
 
@@ -287,11 +288,9 @@ def _line_of(words: tuple[str, ...], textual: list[bool]) -> tuple[str, list[ran
     line, owners, at = "", [], 0
     while at < len(words):
         word = words[at] if textual[at] else "\0"
-        parts = re.fullmatch(r"(.+) 1/([2-9])", word, flags=re.DOTALL)
+        parts, many = re.fullmatch(r"(.+) 1/([2-9])", word, flags=re.DOTALL), 1
         if parts and words[at + 1 : at + 2] == (f"{parts[1]} 2/{parts[2]}",):
             word, many = parts[1], int(parts[2])
-        else:
-            many = 1
         line, owners = line + word, owners + [range(at, at + many)] * len(word)
         at += many
     return line, owners

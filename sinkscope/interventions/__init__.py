@@ -3,6 +3,7 @@
 from sinkscope.interventions.application import Edited
 from sinkscope.interventions.keys import (
     AttentionKnockout,
+    AttentionTemperature,
     EvictKeys,
     MaskKeys,
     ScaleAttention,
@@ -21,7 +22,6 @@ from sinkscope.interventions.states import (
     ScaleTokens,
     SinkToFront,
 )
-from sinkscope.interventions.temperature import AttentionTemperature
 from sinkscope.interventions.values import AblateValues
 from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 

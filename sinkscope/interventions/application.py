@@ -17,13 +17,10 @@ from sinkscope.results import kl_of_next
 def check_interventions(interventions: Any) -> list[Intervention]:
     """The interventions as a list; InterventionError if something else came."""
     came, name = interventions, getattr(interventions, "__name__", type(interventions).__name__)
-    if isinstance(came, type):
+    if isinstance(came, (type, Intervention)):
+        what, write = ("the class", f"{name}(...)") if isinstance(came, type) else ("one", "it")
         raise InterventionError(
-            f"Got the class {name}; expected a list of interventions. Write interventions=[{name}(...)]."
-        )
-    if isinstance(came, Intervention):
-        raise InterventionError(
-            f"Got one {name}; expected a list of interventions. Write interventions=[it]."
+            f"Got {what} {name}; expected a list of interventions. Write interventions=[{write}]."
         )
     such = "such as ss.MaskKeys(trace.v_sinks, layers=[4])."
     if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
@@ -99,33 +96,31 @@ def require_effects(
     """Refuse an intervention that touched nothing in any pass, unless it may: NoEffectError."""
     for it in interventions:
         mine = [effects[it] for effects in steps if it in effects]
-        if not it.allow_noop and not any(bool(effect.touched.any()) for effect in mine):
-            raise NoEffectError(why_nothing(it, mine, len(steps)))
-
-
-def why_nothing(it: Intervention, effects: Sequence[Effect], passes: int) -> str:
-    """Why an intervention touched nothing, as far as its effects tell."""
-    name, empty = type(it).__name__, sum(int(effect.empty.sum()) for effect in effects)
-    if not effects:
-        why = (
-            f" never ran in {passes} forward passes; expected at least one at steps={it.steps!r}. The "
-            "first token of an answer comes from the prompt's pass, so a decode-only edit needs "
-            "max_new_tokens=2 or more."
+        if it.allow_noop or any(bool(effect.touched.any()) for effect in mine):
+            continue
+        empty = sum(int(effect.empty.sum()) for effect in mine)
+        if not mine:
+            why = (
+                f" never ran in {len(steps)} forward passes; expected at least one at "
+                f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
+                "decode-only edit needs max_new_tokens=2 or more."
+            )
+        elif not any(site.name == "attention" for effect in mine for site in effect.sites):
+            why = " left every token as it was; expected at least one to change."
+        elif empty:
+            why = (
+                f" touched no row: the {empty} that see the edited keys see nothing else, and such a "
+                "row keeps its unedited output. Leave some key to attend to."
+            )
+        else:
+            why = (
+                f" touched no row in {len(mine)} forward passes; expected at least one. No selected "
+                "query sees the edited tokens: they come later, lie outside the window, are masked "
+                "already, or were given what they have."
+            )
+        raise NoEffectError(
+            f"{type(it).__name__}{why} Write allow_noop=True if nothing may happen."
         )
-    elif not any(site.name == "attention" for effect in effects for site in effect.sites):
-        why = " left every token as it was; expected at least one to change."
-    elif empty:
-        why = (
-            f" touched no row: the {empty} that see the edited keys see nothing else, and such a row "
-            "keeps its unedited output. Leave some key to attend to."
-        )
-    else:
-        why = (
-            f" touched no row in {len(effects)} forward passes; expected at least one. No selected query "
-            "sees the edited tokens: they come later, lie outside the window, are masked already, or "
-            "were given what they have."
-        )
-    return f"{name}{why} Write allow_noop=True if nothing may happen."
 
 
 def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:

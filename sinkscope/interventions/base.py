@@ -21,19 +21,14 @@ if TYPE_CHECKING:
 STEPS = ("all", "prefill", "decode")
 
 
-def check_steps(steps: str) -> str:
-    """``steps``, unless it is unknown: then InterventionError."""
-    check_choice(STEPS, error=InterventionError, steps=steps)
-    return steps
-
-
 def runs_now(steps: str, context: Context, tower: str) -> bool:
     """Whether an intervention with these ``steps`` edits ``tower`` now; InterventionError if unknown.
 
     The vision tower runs on the prompt only.
     """
+    check_choice(STEPS, error=InterventionError, steps=steps)
     now = "decode" if context.step else "prefill"
-    return check_steps(steps) in ("all", now) and (now == "prefill" or tower == "language")
+    return steps in ("all", now) and (now == "prefill" or tower == "language")
 
 
 def selected(
@@ -56,21 +51,14 @@ def selected(
         NoEffectError: If it is empty in every row.
     """
     mask = context.select(tower, tokens)
-    mask = mask if mask.ndim == 3 else mask[:, None]
     if not mask.any() and not allow_empty:
+        name = f"the selection {tokens!r}" if isinstance(tokens, str) else "a selection"
+        hint = " (without a BOS token the first one is 'first')" if name.endswith("'bos'") else ""
         raise NoEffectError(
-            f"{what} was given {named(tokens)} without any token; expected at least one in some "
-            "row. Nothing would change: look at the selection, or write allow_noop=True."
+            f"{what} was given {name}{hint} without any token; expected at least one in some row. "
+            "Nothing would change: look at the selection, or write allow_noop=True."
         )
-    return mask
-
-
-def named(selection: Selection) -> str:
-    """What to call a selection in a message."""
-    if not isinstance(selection, str):
-        return "a selection"
-    hint = " (without a BOS token the first one is 'first')" if selection == "bos" else ""
-    return f"the selection {selection!r}{hint}"
+    return mask if mask.ndim == 3 else mask[:, None]
 
 
 def at_layer(mask: Tensor, layer: int) -> Tensor:
@@ -78,30 +66,22 @@ def at_layer(mask: Tensor, layer: int) -> Tensor:
     return mask[:, layer if mask.shape[1] > 1 else 0]
 
 
-def check_heads(heads: Sequence[int] | None, count: int) -> list[int] | None:
-    """Query heads, ascending, of a tower that has ``count``, None for all; else InterventionError."""
-    if heads is None:
-        return None
-    several = isinstance(heads, Iterable) and not isinstance(heads, str)
-    wanted: list[Any] = list(heads) if several else [heads]
+def check_indices(given: Any, count: int, name: str, hint: str) -> list[int]:
+    """Whole numbers below ``count``; InterventionError if there is none, or another."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    wanted: list[Any] = list(given) if several else [given]
     if not wanted:
-        raise InterventionError("Got no heads; expected at least one, or None for all.")
-    for head in wanted:
-        if not is_whole(head, 0, count - 1):
-            raise InterventionError(
-                f"Got head {head!r}; expected query heads from 0 to {count - 1}. With grouped "
-                "queries several query heads share a key-value head: these are query heads."
-            )
-    return sorted({int(head) for head in wanted})
+        raise InterventionError(f"Got no {name}; expected at least one. {hint}")
+    for one in wanted:
+        if not is_whole(one, 0, count - 1):
+            raise InterventionError(f"Got {one!r} as {name}; expected 0 to {count - 1}. {hint}")
+    return [int(one) for one in wanted]
 
 
 def rows_at(
     context: Context, tower: str, queries: Selection | None, what: str, allow_empty: bool
 ) -> Tensor | None:
-    """Selected query rows in the model's layout, or None for all.
-
-    SelectionError if the selection differs by layer, NoEffectError if it is empty in every row.
-    """
+    """Selected query rows in the model's layout, or None for all."""
     if queries is None:
         return None
     mask = context.select(tower, queries)
@@ -110,11 +90,7 @@ def rows_at(
             f"Got queries of shape {tuple(mask.shape)}; expected one mask for all layers, "
             "[batch pos]. Write one intervention per layer, or mask.any(dim=1)."
         )
-    if not mask.any() and not allow_empty:
-        raise NoEffectError(
-            f"{what} was given queries, {named(queries)}, without any position; expected at least "
-            "one in some row, or None for all."
-        )
+    selected(context, tower, queries, f"{what} (queries)", allow_empty)
     return context.pack(tower, mask, dim=1)
 
 
@@ -138,42 +114,40 @@ def attention_edits(
         each: Parameters that differ, one mapping per layer.
         shared: Parameters of all layers.
     """
-    tower, name = it.tower, type(it).__name__
+    tower, heads = it.tower, it.heads
     layers = context.layers(tower, it.layers)
-    shared["heads"] = check_heads(it.heads, context.tower(tower).heads)
-    shared["rows"] = rows_at(context, tower, it.queries, name, it.allow_noop)
-    check_decodes(it.steps, it.queries)
+    if heads is not None:
+        hint = "Write query heads, of which several may share a key-value head, or None for all."
+        heads = sorted(set(check_indices(heads, context.tower(tower).heads, "query head", hint)))
+    rows = rows_at(context, tower, it.queries, type(it).__name__, it.allow_noop)
     now = runs_now(it.steps, context, tower)
+    if it.steps == "decode" and it.queries is not None:
+        raise InterventionError(
+            "Got queries together with steps='decode'; expected either. Queries are prompt "
+            "positions and a decode step has one query, the newest token: write queries=None."
+        )
     # Queries are prompt positions: none of them is the query of a decode step.
-    if not now or (context.step and shared["rows"] is not None):
+    if not now or (context.step and rows is not None):
         return []
-    shared["live"] = context.pack(tower, context.live(tower), dim=1)
+    live = context.pack(tower, context.live(tower), dim=1)
+    shared |= {"heads": heads, "rows": rows, "live": live}
     # What is the same in all layers stays one tensor, so that it is moved to the device once.
     packed = {key: context.pack(tower, mask, dim=2).unbind(1) for key, mask in masks.items()}
     edits = []
     for i, layer in enumerate(layers):
         mine = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
-        mine |= shared if each is None else {**shared, **each[i]}
+        mine |= {**shared, **(each[i] if each else {})}
         edits.append(Edit(Site(tower, "attention", layer), kernel, mine, stage))
     return edits
 
 
-def check_decodes(steps: str, queries: Selection | None) -> None:
-    """Refuse to edit prompt positions at decode steps only."""
-    if check_steps(steps) == "decode" and queries is not None:
-        raise InterventionError(
-            "Got queries together with steps='decode'; expected either. Queries are prompt "
-            "positions and a decode step has one query, the newest token: write queries=None."
-        )
-
-
 def check_prompt_only(steps: str, what: str) -> None:
     """Refuse decode steps for an edit of prompt tokens' states."""
-    if check_steps(steps) == "decode":
+    check_choice(STEPS, error=InterventionError, steps=steps)
+    if steps == "decode":
         raise InterventionError(
-            f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here. "
-            "It edits states of prompt tokens, which exist in the first pass only and live on in "
-            "the cache."
+            f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here: it "
+            "edits states of prompt tokens, which exist in the first pass only and live on in the cache."
         )
 
 
@@ -205,13 +179,13 @@ def needs_a_mask(tower: TowerAnatomy) -> str:
     """Why a bias of logits cannot ride in extra head dimensions of a tower; "" if it can."""
     if tower.softcap:
         return "a soft-cap would bend a bias"
-    if tower.d_head + EXTRA > WIDEST:
-        return f"heads of {tower.d_head} leave no room for a bias"
-    return ""
+    wide = tower.d_head + EXTRA > WIDEST
+    return f"heads of {tower.d_head} leave no room for a bias" if wide else ""
 
 
-def check_maskable(tower: TowerAnatomy, reason: str, what: str) -> None:
-    """Refuse an explicit mask, if ``reason`` says why there must be one, under a flash kernel."""
+def check_maskable(tower: TowerAnatomy, what: str, reason: str | None = None) -> None:
+    """Refuse an explicit mask under a flash kernel; a bias needs one as `needs_a_mask` says."""
+    reason = needs_a_mask(tower) if reason is None else reason
     if reason and "flash" in tower.kernel:
         raise InterventionError(
             f"Got {what} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', which take "

@@ -1,12 +1,12 @@
-"""Interventions on keys: mask, scale, knock out; exact under the model's own kernel."""
+"""Edits of logits: mask, scale, knock out, temperature; exact under the model's own kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from sinkscope.checks import check_whole
+from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     attention_edits,
@@ -14,11 +14,10 @@ from sinkscope.interventions.base import (
     check_maskable,
     check_neutral,
     check_tower,
-    needs_a_mask,
     runs_now,
     selected,
 )
-from sinkscope.kernels.edits import edit_keys, evict_keys
+from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -28,20 +27,20 @@ if TYPE_CHECKING:
 
 
 def key_edits(
-    it: Any, context: Context, stage: str, factor: float, neutral: float | None = None
+    it: Any, context: Context, stage: str, factor: float, neutral: float | None = 1.0
 ) -> list[Edit]:
     """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
-    name, tower = type(it).__name__, context.tower(it.tower)
+    name = type(it).__name__
     if neutral is not None:
         check_neutral(name, factor, neutral, it.allow_noop)
     if stage == "logits":
-        check_maskable(tower, needs_a_mask(tower), name)
+        check_maskable(context.tower(it.tower), name)
     mask = selected(context, it.tower, it.tokens, name, it.allow_noop) & (factor != neutral)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
-class MaskKeys(BaseIntervention):
+class MaskKeys(BaseIntervention, needs="bias"):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
@@ -59,8 +58,6 @@ class MaskKeys(BaseIntervention):
         allow_noop: Whether touching nothing is fine.
     """
 
-    needs: ClassVar[str] = "bias"
-
     tokens: Selection
     layers: Any = None
     heads: Sequence[int] | None = None
@@ -71,11 +68,11 @@ class MaskKeys(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "logits", 0.0)
+        return key_edits(self, context, "logits", 0.0, None)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleKeys(BaseIntervention):
+class ScaleKeys(BaseIntervention, needs="weights"):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
     Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
@@ -88,8 +85,6 @@ class ScaleKeys(BaseIntervention):
         layers: See `MaskKeys`, as for the rest.
     """
 
-    needs: ClassVar[str] = "weights"
-
     tokens: Selection
     factor: float
     layers: Any = None
@@ -101,11 +96,11 @@ class ScaleKeys(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "keys", check_factor("factor", self.factor), 1.0)
+        return key_edits(self, context, "keys", check_factor("factor", self.factor))
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleAttention(BaseIntervention):
+class ScaleAttention(BaseIntervention, needs="bias"):
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
@@ -120,8 +115,6 @@ class ScaleAttention(BaseIntervention):
         renormalize: Whether rows sum to one again.
     """
 
-    needs: ClassVar[str] = "bias"
-
     tokens: Selection
     factor: float
     layers: Any = None
@@ -135,22 +128,18 @@ class ScaleAttention(BaseIntervention):
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         least, stage = (0.0, "logits") if self.renormalize else (float("-inf"), "weights")
-        return key_edits(self, context, stage, check_factor("factor", self.factor, least), 1.0)
+        return key_edits(self, context, stage, check_factor("factor", self.factor, least))
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout(BaseIntervention):
-    """Cut attention from a set of queries to a set of keys in a window of layers.
-
-    ``MaskKeys`` with queries, in the order in which knockouts are written (Geva et al. 2304.14767).
+class AttentionKnockout(BaseIntervention, needs="bias"):
+    """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
         queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
         keys: The keys.
         layers: See `MaskKeys`, as for the rest.
     """
-
-    needs: ClassVar[str] = "bias"
 
     queries: Selection
     keys: Selection
@@ -167,7 +156,7 @@ class AttentionKnockout(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class EvictKeys(BaseIntervention):
+class EvictKeys(BaseIntervention, needs="eviction"):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
     Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
@@ -182,8 +171,6 @@ class EvictKeys(BaseIntervention):
         allow_noop: Whether evicting nothing (a short prompt) is fine.
     """
 
-    needs: ClassVar[str] = "eviction"
-
     start: int = 4
     recent: int = 512
     layers: Any = None
@@ -197,7 +184,7 @@ class EvictKeys(BaseIntervention):
         check_whole(0, error=InterventionError, start=self.start)
         check_whole(1, error=InterventionError, recent=self.recent)
         differs = "what is evicted differs by query"
-        check_maskable(context.tower("language"), differs, "EvictKeys")
+        check_maskable(context.tower("language"), "EvictKeys", differs)
         if not runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
@@ -205,3 +192,36 @@ class EvictKeys(BaseIntervention):
             Edit(Site("language", "attention", layer), evict_keys, parameters, "logits")
             for layer in context.layers("language", self.layers)
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionTemperature(BaseIntervention, needs="weights"):
+    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
+
+    Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
+    before the cap that is divided, and the logit of a learned sink is not: its share changes with the
+    others' sharpness. A bias of another edit (`MaskKeys`, `ScaleAttention`) is added behind it. The
+    effect's mass is that on all live keys: 1, unless there is a learned sink.
+
+    Args:
+        temperature: Above 0; below 1 sharpens, above 1 flattens.
+        layers: See `MaskKeys`, as for the rest.
+    """
+
+    temperature: float
+    layers: Any = None
+    heads: Sequence[int] | None = None
+    queries: Selection | None = None
+    tower: Tower = "language"
+    steps: str = "all"
+    allow_noop: bool = False
+
+    def edits(self, context: Context) -> list[Edit]:
+        """One edit per layer."""
+        check_number(above=0.0, error=InterventionError, temperature=self.temperature)
+        name, heat = "AttentionTemperature", float(self.temperature)
+        check_neutral(name, heat, 1.0, self.allow_noop)
+        keys = selected(context, self.tower, "all", name, self.allow_noop)
+        return attention_edits(
+            self, context, divide_queries, "keys", {"keys": keys}, temperature=heat
+        )

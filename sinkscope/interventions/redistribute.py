@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
@@ -15,7 +12,6 @@ from sinkscope.interventions.base import (
     check_factor,
     check_maskable,
     check_neutral,
-    needs_a_mask,
     selected,
 )
 from sinkscope.kernels.edits import edit_mass
@@ -31,10 +27,10 @@ AFTER_IMAGE = "after image"
 
 @dataclass(frozen=True, eq=False)
 class ImageCentric:
-    """The selection rule of VAR (Kang et al. 2503.03321): which rows and heads look at the image.
+    """Select, as VAR does (Kang et al. 2503.03321), the rows and heads that look at the image.
 
-    A (layer, head, query) is edited if at least ``least_visual`` of its attention lies on the image
-    and at most ``most_sink_share`` of that on visual sinks.
+    At least ``least_visual`` of their attention lies on it, at most ``most_sink_share`` of that on
+    visual sinks.
 
     Args:
         visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
@@ -51,16 +47,8 @@ class ImageCentric:
     needs_sink: bool = False
 
 
-def after_image(context: Context) -> Tensor:
-    """Live positions after the row's last image token."""
-    visual = context.tokens.image >= 0
-    places = torch.arange(visual.shape[1])
-    last = torch.where(visual, places, -1).amax(dim=1)
-    return context.tokens.live & (places > last[:, None])
-
-
 @dataclass(frozen=True, eq=False)
-class Redistribute(BaseIntervention):
+class Redistribute(BaseIntervention, needs="redistribution"):
     """Move attention from source tokens to target tokens in proportion (VAR, ACT).
 
     Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
@@ -72,16 +60,11 @@ class Redistribute(BaseIntervention):
         target: Keys that receive; must not overlap the source.
         recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
             released code keeps ``p = 0.6`` and so takes 0.4.
-        layers: Block indices, or None for all.
+        layers: See `MaskKeys`, as for the rest.
         select: Which rows and heads; None for all.
         queries: ``"after image"`` for prompt positions after the last image token (and every decode
             step), a selection of prompt positions, or None for all.
-        heads: Query heads, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether touching nothing is fine.
     """
-
-    needs: ClassVar[str] = "redistribution"
 
     source: Selection
     target: Selection
@@ -99,18 +82,18 @@ class Redistribute(BaseIntervention):
         cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
     ) -> Redistribute:
         """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
-        return cls._var(trace, layers, p, 1 - rho, needs_sink=False)
+        return cls._var(trace, layers, p, (1 - rho, False))
 
     @classmethod
     def var_code(
         cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
     ) -> Redistribute:
         """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
-        return cls._var(trace, layers, 1 - p, rho, needs_sink=True)
+        return cls._var(trace, layers, 1 - p, (rho, True))
 
     @classmethod
     def _var(
-        cls, trace: Any, layers: Any, recycle: float, share: float, *, needs_sink: bool
+        cls, trace: Any, layers: Any, recycle: float, rule_of_rows: tuple[float, bool]
     ) -> Redistribute:
         """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
         rule = trace.l_detection.mask
@@ -120,7 +103,7 @@ class Redistribute(BaseIntervention):
             target=visual & ~rule,
             recycle=recycle,
             layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
-            select=ImageCentric(rule & visual, 0.2, share, needs_sink),
+            select=ImageCentric(rule & visual, 0.2, *rule_of_rows),
             queries=AFTER_IMAGE,
             allow_noop=not bool((rule & visual).any()),
         )
@@ -131,41 +114,33 @@ class Redistribute(BaseIntervention):
         if recycle > 1:
             raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
         check_neutral("Redistribute", recycle, 0.0, self.allow_noop)
-        tower = context.tower(self.tower)
-        check_maskable(tower, needs_a_mask(tower), "Redistribute")
-        source, target = self._ends(context)
-        masks = {"source": source & (recycle != 0), "target": target}
-        given: dict[str, Any] = {"recycle": recycle}
-        it = self._checked_queries(context)
-        if self.select is not None:
-            masks["visual_sinks"] = sinks = selected(
-                context, self.tower, self.select.visual_sinks, "ImageCentric", True
-            )
-            if self.select.needs_sink:
-                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
-            for name in ("least_visual", "most_sink_share"):
-                given[name] = check_factor(name, getattr(self.select, name))
-            given["visual"] = context.tokens.image >= 0
-        return attention_edits(it, context, edit_mass, "weights", masks, **given)
-
-    def _ends(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Source and target, ``[batch layer|1 pos]``, unless they overlap."""
-        source = selected(context, self.tower, self.source, "Redistribute", self.allow_noop)
-        target = selected(context, self.tower, self.target, "Redistribute", self.allow_noop)
+        check_maskable(context.tower(self.tower), "Redistribute")
+        source, target = (
+            selected(context, self.tower, tokens, "Redistribute", self.allow_noop)
+            for tokens in (self.source, self.target)
+        )
         both = source & target
         if both.any():
             raise InterventionError(
                 f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
                 "disjoint sets. Write target & ~source."
             )
-        return source, target
+        masks = {"source": source & (recycle != 0), "target": target}
+        given: dict[str, Any] = {"recycle": recycle}
+        it = self._checked_queries(context)
+        if self.select is not None:
+            sinks = selected(
+                context, self.tower, self.select.visual_sinks, "ImageCentric", allow_empty=True
+            )
+            if self.select.needs_sink:
+                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
+            for name in ("least_visual", "most_sink_share"):
+                given[name] = check_factor(name, getattr(self.select, name))
+            given["visual"], masks["visual_sinks"] = context.tokens.image >= 0, sinks
+        return attention_edits(it, context, edit_mass, "weights", masks, **given)
 
     def _checked_queries(self, context: Context) -> Redistribute:
-        """The same with a mask of queries instead of ``"after image"``; every decode step is after it.
-
-        Raises:
-            InterventionError: If the rule or the queries do not fit the tower.
-        """
+        """The same with a mask of queries instead of ``"after image"``; every decode step is after it."""
         if self.select is not None and not isinstance(self.select, ImageCentric):
             came = repr(self.select) if isinstance(self.select, str) else type(self.select).__name__
             raise InterventionError(
@@ -182,5 +157,8 @@ class Redistribute(BaseIntervention):
             )
         if not after:
             return self
-        prompt = not context.step and self.steps != "decode"
-        return replace(self, queries=after_image(context) if prompt else None, allow_noop=True)
+        behind = None
+        if not context.step and self.steps != "decode":
+            visual = context.tokens.image >= 0
+            behind = context.tokens.live & (visual.flip(1).cumsum(1).flip(1) == 0)
+        return replace(self, queries=behind, allow_noop=True)

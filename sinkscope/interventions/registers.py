@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice, check_whole, is_whole
+from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.base import check_factor, check_prompt_only, check_tower
+from sinkscope.interventions.base import (
+    check_factor,
+    check_indices,
+    check_prompt_only,
+    check_tower,
+)
 from sinkscope.kernels import states as kernels
 from sinkscope.protocols import BaseIntervention, Edit, Model, Read
 from sinkscope.results import Result
@@ -22,8 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sinkscope.anatomy.context import Context
-
-Neurons = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,7 @@ def find_register_neurons(
     top_k: int = 10,
     max_layer: int | None = None,
 ) -> dict[int, list[int]]:
-    """The neurons that are most active on outlier tokens: candidates for register neurons.
+    """Find the neurons that are most active on outlier tokens: candidates for register neurons.
 
     Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
 
@@ -127,18 +130,15 @@ def find_register_neurons(
         found = lvlm.run(sample, probes=[probe], logits="last")[probe].activity
         for layer in layers:
             total[layer] = total[layer] + found[layer][mask.any(dim=1)].sum(0)
-    ranked = sorted(
-        ((value, at, i) for at in layers for i, value in enumerate(total[at].tolist())),
-        reverse=True,
-    )
+    ranked = sorted((x, at, i) for at in layers for i, x in enumerate(total[at].tolist()))
     out: dict[int, list[int]] = {}
-    for _, layer, neuron in ranked[:top_k]:
+    for _, layer, neuron in ranked[::-1][:top_k]:
         out.setdefault(layer, []).append(neuron)
     return out
 
 
 @dataclass(frozen=True, eq=False)
-class TestTimeRegister(BaseIntervention):
+class TestTimeRegister(BaseIntervention, needs="registers"):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
     A zero token is appended before the first block; in the given blocks the register neurons fire
@@ -153,12 +153,10 @@ class TestTimeRegister(BaseIntervention):
         fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
     """
 
-    needs: ClassVar[str] = "registers"
-
     __test__ = False
     changes_positions_of: ClassVar[str | None] = "vision"
 
-    neurons: Neurons
+    neurons: Mapping[int, Sequence[int]]
     count: int = 1
     scale: float = 1.0
     fill: str = "zero"
@@ -187,13 +185,14 @@ class TestTimeRegister(BaseIntervention):
             )
         if context.step:
             return []
-        chosen = {layer: self._neurons(context, layer) for layer in layers}
+        count, hint = context.tower("vision").d_mlp, "Write what find_register_neurons(...) gives."
         keep = {"live": context.live("vision"), "count": self.count}
-        shift = {**keep, "scale": scale, "fill": self.fill}
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
-        for layer in layers:
-            given = {**shift, "neurons": chosen[layer]}
-            out.append(Edit(Site("vision", "mlp_hidden", layer), kernels.shift_neurons, given))
+        for at in layers:
+            name = f"neuron of vision block {at}"
+            given = {"neurons": check_indices(self.neurons[at], count, name, hint)}
+            given |= {**keep, "scale": scale, "fill": self.fill}
+            out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
         return [*out, Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep)]
 
     def _feeding(self, context: Context) -> int:
@@ -210,20 +209,3 @@ class TestTimeRegister(BaseIntervention):
                 "neurons. Registers need neurons."
             )
         return last
-
-    def _neurons(self, context: Context, layer: int) -> list[int]:
-        """The neurons of one layer; InterventionError if there is none, or one is out of range."""
-        count, given = context.tower("vision").d_mlp, self.neurons[layer]
-        several = isinstance(given, Iterable) and not isinstance(given, str)
-        wanted: list[Any] = list(given) if several else [given]
-        if not wanted:
-            raise InterventionError(
-                f"Got no neurons in block {layer}; expected at least one. Leave the block out."
-            )
-        for neuron in wanted:
-            if not is_whole(neuron, 0, count - 1):
-                raise InterventionError(
-                    f"Got neuron {neuron!r} in vision block {layer}; expected 0 to {count - 1}, as "
-                    "find_register_neurons(...) gives them for this model."
-                )
-        return [int(neuron) for neuron in wanted]

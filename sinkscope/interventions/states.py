@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinkscope.anatomy.discovery import dtype_of
-from sinkscope.checks import is_number
+from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     at_layer,
@@ -20,9 +20,9 @@ from sinkscope.interventions.base import (
     selected,
 )
 from sinkscope.interventions.values import (
+    PATCH_SITES,
     VALUES,
     check_finite,
-    check_patch_site,
     donated,
     others,
     value_edits,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class AblateActivations(BaseIntervention):
+class AblateActivations(BaseIntervention, needs="states"):
     """Set channels of tokens: what massive activations do (Sun et al. 2402.17762).
 
     Args:
@@ -46,14 +46,10 @@ class AblateActivations(BaseIntervention):
         tokens: The tokens.
         replacement: ``"zero"``; ``"mean"`` of the same channel over the row's other live tokens;
             ``"clamp"`` to at most ``value`` in magnitude; or a number.
-        layers: Block indices, or None for all.
+        layers: See `MaskKeys`, as for the rest.
         value: The bound of ``"clamp"``.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
-        tower: ``"language"`` or ``"vision"``.
-        allow_noop: Whether touching nothing is fine.
     """
-
-    needs: ClassVar[str] = "states"
 
     dims: Sequence[int]
     tokens: Selection
@@ -71,24 +67,23 @@ class AblateActivations(BaseIntervention):
         check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
         mask = selected(context, self.tower, self.tokens, "AblateActivations", self.allow_noop)
-        site, layers = check_site(self.site), context.layers(self.tower, self.layers)
-        if context.step:
-            return []
-        shared = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
-        out = []
-        for layer in layers:
-            given = {**shared, "mask": at_layer(mask, layer)}
-            given["value"] = {"set": self.replacement, "clamp": self.value}.get(how)
+        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
+        for layer in () if context.step else layers:
+            at, value = (
+                at_layer(mask, layer),
+                {"set": self.replacement, "clamp": self.value}.get(how),
+            )
             if how == "mean":
-                live = context.live(self.tower)
-                given["value"] = others(live, given["mask"], "AblateActivations")
+                value = others(context.live(self.tower), at, "AblateActivations")
+            given = {"mask": at, "dims": dims, "how": how, "value": value}
+            given["layout"] = context.layout(self.tower)
             out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
         return out
 
     def check_fits(self, lvlm: Model) -> None:
         """Refuse a number that the model's dtype does not know."""
-        block = lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0])
-        dtype = dtype_of(block)
+        path = lvlm.anatomy.tower(self.tower).blocks[0]
+        dtype = dtype_of(lvlm.module.get_submodule(path))
         most = torch.finfo(dtype).max
         for name, number in (("replacement", self.replacement), ("value", self.value)):
             if is_number(number) and abs(number) > most:
@@ -110,18 +105,18 @@ class AblateActivations(BaseIntervention):
                 f"Got value={self.value!r} with replacement={self.replacement!r}; expected it with "
                 f"'clamp' only. To set channels write replacement={self.value!r}."
             )
-        if how == "clamp" and self.value is None:
-            raise InterventionError(
-                "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
-                "Write value=10.0."
-            )
         if how == "clamp":
+            if self.value is None:
+                raise InterventionError(
+                    "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
+                    "Write value=10.0."
+                )
             check_factor("value", self.value, 0.0)
         return how
 
 
 @dataclass(frozen=True, eq=False)
-class PatchActivations(BaseIntervention):
+class PatchActivations(BaseIntervention, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
     The donor's prompt must have the shape of this one's, such as the same question about another
@@ -137,14 +132,11 @@ class PatchActivations(BaseIntervention):
             one row serves all rows, if none is padded.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_post"`` or ``"values"``.
         tokens: The tokens to overwrite.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        allow_noop: Whether touching nothing is fine.
+        layers: See `MaskKeys`, as for the rest.
         steps: ``"all"`` or ``"prefill"``, which are the same for states; for values also
             ``"decode"``.
     """
 
-    needs: ClassVar[str] = "patches"
     heads = queries = None  # values are patched for all of them
 
     from_run: Any
@@ -157,7 +149,13 @@ class PatchActivations(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        site = check_patch_site(self.site)
+        site = self.site
+        if not isinstance(site, str):
+            raise InterventionError(
+                f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
+                "ss.PatchActivations(from_run, site, tokens, layers)."
+            )
+        check_choice(PATCH_SITES, error=InterventionError, site=site)
         if site != VALUES:
             check_prompt_only(self.steps, "PatchActivations of states")
         layers = context.layers(self.tower, self.layers)
@@ -166,17 +164,16 @@ class PatchActivations(BaseIntervention):
         if site == VALUES:
             return value_edits(self, context, donor, mask, layers)
         check_finite(donor, mask, layers, 2)
-        if context.step:
-            return []
-        shared, edits = {"layout": context.layout(self.tower)}, []
-        for layer, one in zip(layers, donor.unbind(1), strict=True):
-            given = {**shared, "mask": at_layer(mask, layer), "donor": one.nan_to_num()}
+        edits = []
+        for layer, one in () if context.step else zip(layers, donor.unbind(1), strict=True):
+            given: dict[str, Any] = {"mask": at_layer(mask, layer), "donor": one.nan_to_num()}
+            given["layout"] = context.layout(self.tower)
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleTokens(BaseIntervention):
+class ScaleTokens(BaseIntervention, needs="embeddings"):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
     RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
@@ -185,10 +182,7 @@ class ScaleTokens(BaseIntervention):
     Args:
         tokens: Positions; usually ``trace.v_sinks`` or image tokens.
         factor: The multiplier.
-        allow_noop: Whether touching nothing is fine.
     """
-
-    needs: ClassVar[str] = "embeddings"
 
     tokens: Selection
     factor: float
@@ -210,7 +204,7 @@ class ScaleTokens(BaseIntervention):
 
 
 @dataclass(frozen=True, eq=False)
-class SinkToFront(BaseIntervention):
+class SinkToFront(BaseIntervention, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered and the LLM's positions stay where they are: a moved token takes
@@ -218,10 +212,7 @@ class SinkToFront(BaseIntervention):
 
     Args:
         tokens: Image tokens to move; their order among themselves is kept.
-        allow_noop: Whether moving nothing is fine.
     """
-
-    needs: ClassVar[str] = "embeddings"
 
     tokens: Selection
     allow_noop: bool = False
@@ -233,8 +224,7 @@ class SinkToFront(BaseIntervention):
         check_tower(self.tower, "language", "SinkToFront")
         check_prompt_only(self.steps, "SinkToFront")
         mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
-        mask = at_layer(mask, 0)
-        image = context.tokens.image
+        mask, image = at_layer(mask, 0), context.tokens.image
         if (mask & (image < 0)).any():
             raise InterventionError(
                 "Got text tokens to move to the front; expected image tokens only. Write "
@@ -242,7 +232,7 @@ class SinkToFront(BaseIntervention):
             )
         if context.step:
             return []
-        order = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
+        order = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
         for b in range(mask.shape[0]):
             for index in range(int(image[b].max()) + 1):
                 block = (image[b] == index).nonzero().flatten()

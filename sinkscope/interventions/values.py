@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import at_layer, attention_edits, selected
 from sinkscope.kernels.edits import edit_values
@@ -28,7 +27,7 @@ PATCH_SITES = (*STATE_SITES, VALUES)
 
 
 @dataclass(frozen=True, eq=False)
-class AblateValues(BaseIntervention):
+class AblateValues(BaseIntervention, needs="packed_values"):
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
     Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
@@ -42,16 +41,10 @@ class AblateValues(BaseIntervention):
             tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers, or to
             ``[batch layer kv_head pos d_head]``, one per layer given; or a run of a prompt of this
             shape that holds `AttentionValues`, or that result.
-        layers: Block indices, or None for all.
-        heads: Query heads, or None for all.
-        queries: Prompt positions, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
+        layers: See `MaskKeys`, as for the rest.
         tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
         seed: For resampling.
-        allow_noop: Whether touching nothing is fine.
     """
-
-    needs: ClassVar[str] = "packed_values"
 
     tokens: Selection
     replacement: Any = "zero"
@@ -65,14 +58,14 @@ class AblateValues(BaseIntervention):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        given = self._kind(context)
-        mask = selected(context, self.tower, self.tokens, "AblateValues", self.allow_noop)
-        layers = context.layers(self.tower, self.layers)
-        if isinstance(given, Tensor):
-            values = broadcast(given, context, self.tower, len(layers))
-            return value_edits(self, context, values, mask, layers)
+        given, tower = self._kind(context), self.tower
+        mask = selected(context, tower, self.tokens, "AblateValues", self.allow_noop)
+        layers = context.layers(tower, self.layers)
         if not isinstance(given, str):
-            values = donated(given, context, self.tower, VALUES, layers)
+            if isinstance(given, Tensor):
+                values = broadcast(given, context, tower, len(layers))
+            else:
+                values = donated(given, context, tower, VALUES, layers)
             return value_edits(self, context, values, mask, layers)
         donors = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
         masks = {"keys": mask}
@@ -91,9 +84,8 @@ class AblateValues(BaseIntervention):
             )
         if context.layout(self.tower) is not None and given != "zero":
             raise InterventionError(
-                f"Got replacement={given!r} in a packed vision tower; expected 'zero', a tensor or "
-                "a run. It attends window by window, and other tokens' values may lie in another "
-                "window."
+                f"Got replacement={given!r} in a packed vision tower; expected 'zero', a tensor or a run. "
+                "It attends window by window, and other tokens' values may lie in another window."
             )
         return given
 
@@ -156,11 +148,10 @@ def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tens
     Image tokens, those in ``visual``, draw from image tokens, and the others from the rest.
     """
     generator = torch.Generator().manual_seed(seed)
-    out = torch.arange(mask.shape[1]).expand(mask.shape[0], -1).clone()
+    out = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
     for b in range(mask.shape[0]):
-        for kind in (visual[b], ~visual[b]):
-            takers = (mask[b] & kind & live[b]).nonzero().flatten()
-            pool = (~mask[b] & kind & live[b]).nonzero().flatten()
+        for kind in (visual[b] & live[b], ~visual[b] & live[b]):
+            takers, pool = ((m & kind).nonzero().flatten() for m in (mask[b], ~mask[b]))
             if len(takers) and not len(pool):
                 raise InterventionError(
                     f"Got a selection that holds every token of its kind in row {b}; expected some "
@@ -173,41 +164,17 @@ def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tens
 
 @runtime_checkable
 class Holder(Protocol):
-    """A `Run`, as far as a donor is concerned."""
+    """A `Run`, as far as a donor is concerned: results by probe, and the step, 0 for a prompt."""
 
-    @property
-    def results(self) -> Mapping[Any, Any]:
-        """Results by probe."""
-        ...
-
-    @property
-    def step(self) -> int:
-        """0 for a prompt."""
-        ...
-
-
-def check_patch_site(site: Any) -> str:
-    """Where something can be patched, a name in `PATCH_SITES`; else InterventionError."""
-    if not isinstance(site, str):
-        raise InterventionError(
-            f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
-            "ss.PatchActivations(from_run, site, tokens, layers)."
-        )
-    check_choice(PATCH_SITES, error=InterventionError, site=site)
-    return site
+    results: Any
+    step: Any
 
 
 def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[int, ...]) -> Tensor:
-    """What a run, a result of one or a tensor gives; one row may stand for all.
-
-    Returns:
-        Float ``[batch layer pos d_model]``, or ``[batch layer kv_head pos d_head]`` if ``site`` is
-        ``"values"``; InterventionError if none fits, or several, or the shape is another.
-    """
+    """What a run, a result of one or a tensor gives, ``[batch layer pos d_model]``; see `fitted`."""
     if isinstance(given, Tensor):
         return fitted(given, context, tower, site, layers)
     result = result_of(given, tower, site, layers)
-    check_place(result, tower, site, layers)
     tensor = result.values if isinstance(result, AttentionValueResult) else result.states
     picked = tensor[:, [result.layers.index(layer) for layer in layers]]
     tensor = fitted(picked, context, tower, site, layers)
@@ -223,9 +190,20 @@ def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[i
 
 def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any:
     """The one result of a tower, a site and layers that a donor is or holds; else InterventionError."""
-    if isinstance(given, StateResult | AttentionValueResult):
-        return given
     probe = probe_for(tower, site, layers)
+    if isinstance(given, StateResult | AttentionValueResult):
+        (found_tower, found_site), found = place_of(given), given.layers
+        for name, came, wanted, fits in (
+            ("tower", found_tower, tower, found_tower == tower),
+            ("site", found_site, site, found_site == site),
+            ("layers", found, layers, set(layers) <= set(found)),
+        ):
+            if not fits:
+                raise InterventionError(
+                    f"Got a donor of {name} {came!r} to patch at {name} {wanted!r}; expected the same, or "
+                    f"more layers. Write {name}={came!r}, or read another with {probe}."
+                )
+        return given
     if not isinstance(given, Holder):
         steps = hasattr(given, "sequences") and hasattr(given, "steps")
         advice = "from_run=out.steps[0]" if steps else f"from_run=lvlm.run(other, probes=[{probe}])"
@@ -257,22 +235,6 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
     return fitting[0]
 
 
-def check_place(result: Any, tower: str, site: str, layers: tuple[int, ...]) -> None:
-    """Refuse a result of another tower, site or layers."""
-    mine, read = place_of(result), f"or read another with {probe_for(tower, site, layers)}."
-    for name, found, wanted in (("tower", mine[0], tower), ("site", mine[1], site)):
-        if found != wanted:
-            raise InterventionError(
-                f"Got a donor of {name} {found!r} to patch at {name} {wanted!r}; expected the same. "
-                f"Write {name}={found!r}, {read}"
-            )
-    if not set(layers) <= set(result.layers):
-        raise InterventionError(
-            f"Got a donor of layers {result.layers} to patch at layers {layers}; expected it to hold "
-            f"them all. Write layers={list(result.layers)}, {read}"
-        )
-
-
 def place_of(result: Any) -> tuple[str, str]:
     """The tower and site of a donor's result."""
     return result.tower, VALUES if isinstance(result, AttentionValueResult) else result.site
@@ -280,9 +242,7 @@ def place_of(result: Any) -> tuple[str, str]:
 
 def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
     """The probe that reads a donor, as the user writes it."""
-    options = f"layers={list(layers)}"
-    if tower != "language":
-        options += f", tower={tower!r}"
+    options = f"layers={list(layers)}" + ("" if tower == "language" else f", tower={tower!r}")
     if site == VALUES:
         return f"ss.probes.AttentionValues({options})"
     return f"ss.probes.ResidualStates({options}, site={site!r})"
@@ -291,7 +251,7 @@ def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
 def fitted(
     tensor: Tensor, context: Context, tower: str, site: str, layers: tuple[int, ...]
 ) -> Tensor:
-    """A donor's tensor for every row of the batch, on the CPU; InterventionError if it does not fit."""
+    """A donor's tensor, whose one row may stand for all, on the CPU; InterventionError if none fits."""
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
     axes, wanted = "[batch layer pos d_model]", (rows, len(layers), length, anatomy.d_model)
     if site == VALUES:

@@ -8,14 +8,12 @@ ever returns ``A @ v``. Two identities are enough for everything here:
 * **weights**: ``w @ A`` is the gradient of ``sum(w * output)`` with respect to the values. Rows of
   ones give received attention; one-hot rows give attention patterns of chosen queries.
 
-Both use the model's kernel, mask, scaling, soft-cap and window, so they are exact for it. The null
-of any of them is the same call with ``q = 0``: uniform attention under the model's own mask.
+The null of any of them is the same call with ``q = 0``: uniform attention under the model's own mask.
 
-An attention site is a list of ``calls``, because a packed vision tower calls once per window. A call
-is ``(function, positional arguments, keyword arguments)`` with arguments
-``module, query, key, value, mask`` as in ``transformers``' attention interface. Windows tile the
-sequence: call ``i`` owns the queries and keys that follow those of call ``i - 1``. ``state`` is the
-run's scratch space, ``layout`` the ``[row pos]`` packed positions of a packed tower, or None.
+An attention site is a list of ``calls``, one per window of a packed vision tower, which tile the
+sequence. A call is ``(function, positional arguments, keyword arguments)`` as in ``transformers``'
+attention interface. ``state`` is the run's scratch space, ``layout`` the ``[row pos]`` packed positions of
+a packed tower, or None.
 """
 
 from __future__ import annotations
@@ -37,17 +35,16 @@ def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     """The model's own attention on other tensors, ``[batch query head d_head]``.
 
     ``query``, ``key`` and ``value`` ``[batch head pos d_head]`` replace the model's, ``float32`` computes
-    in fp32 whatever its dtype, and ``keep`` ``[batch key]`` weighs the values: what chosen keys write.
-    Values that an edit replaced for some rows or heads are weighed after it.
+    in fp32, and ``keep`` ``[batch key]`` weighs the values, after edits of them: what chosen keys write.
     """
     named, rest = arguments(call)
     given = {"query": query, "key": key, "value": value}
-    query, key, value = (named[name] if x is None else x for name, x in given.items())
+    tensors = [named[name] if x is None else x for name, x in given.items()]
+    mask = named["attention_mask"]
     if keep is not None and hasattr(call[0], "recipe"):
         rest = {**rest, "keep": keep}
     elif keep is not None:
-        value = value * keep[:, None, :, None].to(named["value"].dtype)
-    tensors, mask = [query, key, value], named["attention_mask"]
+        tensors[2] = tensors[2] * keep[:, None, :, None].to(named["value"].dtype)
     if float32:
         tensors = [t.float() for t in tensors]
         if mask is not None and mask.is_floating_point():
@@ -80,20 +77,19 @@ def learned_sink(call):
 
 def spans(calls):
     """Where each call's queries and keys lie: ``[(query start, stop, key start, stop), ...]``."""
-    out, q_at, k_at = [], 0, 0
+    out, q_to, k_to = [], 0, 0
     for call in calls:
         named, _ = arguments(call)
+        q_at, k_at = q_to, k_to
         q_to, k_to = q_at + named["query"].shape[2], k_at + named["key"].shape[2]
         out.append((q_at, q_to, k_at, k_to))
-        q_at, k_at = q_to, k_to
     return out
 
 
 def fit_keys(x, n_keys, step=0, fill=0):
-    """``x`` ``[... pos any]`` of the prompt, brought to the keys that a call really has.
+    """``x`` ``[... pos any]`` of the prompt at a call's keys: ``fill`` at generated ones.
 
-    Keys generated in the ``step`` steps since the prompt get ``fill``; a sliding cache holds the last
-    keys only.
+    A sliding cache holds the last keys only.
     """
     missing = max(step, n_keys - x.shape[-2])
     return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)[..., -n_keys:, :]
@@ -102,26 +98,21 @@ def fit_keys(x, n_keys, step=0, fill=0):
 def by_call(calls, groups, state):
     """Every call with its span, and its part of ``groups`` ``[batch key group]``."""
     for call, span in zip(calls, spans(calls), strict=True):
-        _, _, k_at, k_to = span
         if len(calls) > 1:
-            yield call, span, groups[:, k_at:k_to]
+            yield call, span, groups[:, slice(*span[2:])]
         else:
-            yield call, span, fit_keys(groups, k_to, state.get("step", 0))
+            yield call, span, fit_keys(groups, span[3], state.get("step", 0))
 
 
 def one_head(call):
-    """The call on its first key-value head, with the query heads that share it.
-
-    With ``q = 0`` every head sees the same, so a null needs no more. A call is returned whole if
-    its heads may differ: learned sinks, or a tensor with an axis as long as there are heads.
-    """
+    """The call on its first key-value head, enough where ``q = 0``; whole if its heads may differ."""
     named, rest = arguments(call)
-    query, key, heads = named["query"], named["key"], named["query"].shape[1]
+    key, heads = named["key"], named["query"].shape[1]
     extras = [named["attention_mask"], *rest.values()]
     by_head = any(torch.is_tensor(extra) and heads in extra.shape for extra in extras)
     if by_head or hasattr(named["module"], "sinks"):
         return call
-    query, value = query[:, : heads // key.shape[1]], named["value"][:, :1]
+    query, value = named["query"][:, : heads // key.shape[1]], named["value"][:, :1]
     return call[0], (), {**named, **rest, "query": query, "key": key[:, :1], "value": value}
 
 
@@ -132,15 +123,13 @@ def weigh_values(call, x, null=False, float32=False):
     """
     call = attending(call, null)
     named, _ = arguments(call)
-    value = named["value"]
+    value, out = named["value"], []
     query = torch.zeros_like(named["query"]) if null else None
-    width, out = value.shape[-1], []
-    for start in range(0, x.shape[-1], width):
-        part = x[..., start : start + width]
+    for part in x.split(value.shape[-1], dim=-1):
         columns = part.shape[-1]
         # Padded to the head dimension: another width would leave the fused kernel.
         part = part.to(value).expand(value.shape[0], -1, -1)
-        padded = torch.nn.functional.pad(part, (0, width - columns))
+        padded = torch.nn.functional.pad(part, (0, value.shape[-1] - columns))
         padded = padded[:, None].expand(-1, value.shape[1], -1, -1)
         answer = ask(call, query=query, value=padded, float32=float32)
         out.append(answer[..., :columns].transpose(1, 2))
@@ -160,24 +149,19 @@ def weigh_queries(call, weights, null=False):
     call = attending(call, null)
     named, _ = arguments(call)
     query, value = named["query"].detach(), named["value"]
-    heads, kv_heads, width = query.shape[1], value.shape[1], value.shape[-1]
-    share = heads // kv_heads
+    heads, width = query.shape[1], value.shape[-1]
+    share = heads // value.shape[1]
     if share > width:
         raise ValueError(
             f"{share} query heads share one key-value head of {width} dimensions; expected at most "
             f"{width}, because each head is told apart by one dimension."
         )
-    if null:
-        query = torch.zeros_like(query)
-    at_once, out = max(1, width // share), []
-    for start in range(0, weights.shape[1], at_once):
-        part = weights[:, start : start + at_once].float()
+    query, key, out = torch.zeros_like(query) if null else query, named["key"].detach(), []
+    for part in weights.float().split(width // share, dim=1):
         rows = part.shape[1]
         with torch.enable_grad():
-            probe = torch.zeros(
-                value.shape, dtype=torch.float32, device=value.device, requires_grad=True
-            )
-            answer = ask(call, query=query, key=named["key"].detach(), value=probe, float32=True)
+            probe = torch.zeros(value.shape, device=value.device, requires_grad=True)
+            answer = ask(call, query=query, key=key, value=probe, float32=True)
             seed = torch.zeros_like(answer)
             for head in range(heads):
                 first = (head % share) * rows
@@ -193,18 +177,15 @@ def pick(x, rows, dim):
     """The query rows ``[batch row]`` of ``x`` at ``dim``; NaN where a row is -1."""
     if rows is None or x.shape[dim] == 1:
         return x
-    shape = [1] * x.ndim
-    shape[0], shape[dim] = rows.shape
-    size = [*x.shape[:dim], rows.shape[1], *x.shape[dim + 1 :]]
-    index = rows.clamp(min=0).reshape(shape).expand(size)
-    return x.gather(dim, index).masked_fill((rows < 0).reshape(shape), float("nan"))
+    rows = rows.reshape(len(rows), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
+    index = rows.clamp(min=0).expand(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    return x.gather(dim, index).masked_fill(rows < 0, float("nan"))
 
 
 def shared_null(state, call, mark, make):
     """What ``make(call)`` gives, once per run for calls whose queries see the same keys."""
     named, rest = arguments(call)
-    mask, module = named["attention_mask"], named["module"]
-    own = id(module) if learned_sink(call) else None
+    mask, own = named["attention_mask"], id(named["module"]) if learned_sink(call) else None
     seen = (id(mask), rest.get("sliding_window"), is_causal(named, rest), own)
     key = (mark, seen, tuple(named["query"].shape))
     if key not in state:
@@ -214,13 +195,10 @@ def shared_null(state, call, mark, make):
 
 
 def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout=None):
-    """Attention mass on each key group, per head and query, and its null.
+    """Attention mass on key groups: ``{"mass": [batch head query group], "null": [batch query group]}``.
 
     ``groups`` ``[batch key group]`` are one-hot, or any weights; of the queries only ``rows`` ``[batch row]``
     are kept, -1 where absent, if there are any.
-
-    Returns:
-        ``{"mass": [batch head query group], "null": [batch query group]}``.
     """
     masses, nulls = [], []
     for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
@@ -244,7 +222,7 @@ def patterns(calls, state, rows, layout=None):
     step of one query they are that query. Absent rows are NaN, keys of another window are 0.
     """
     located = spans(calls)
-    n_query, n_key = located[-1][1], located[-1][3]
+    n_query = located[-1][1]
     if len(calls) == 1 and n_query == 1:
         rows = torch.where(rows >= 0, torch.zeros_like(rows), rows)[:, :1]
     onehot = (rows[..., None] == torch.arange(n_query, device=rows.device)).float()
@@ -253,23 +231,19 @@ def patterns(calls, state, rows, layout=None):
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True)
     ]
     pattern = torch.cat(parts, dim=-1)
-    absent = (rows < 0)[:, None, :, None].expand(-1, pattern.shape[1], -1, n_key)
-    pattern = pattern.masked_fill(absent, float("nan"))
+    pattern = pattern.masked_fill((rows < 0)[:, None, :, None], float("nan"))
     return pattern if layout is None else by_image(pattern, rows, layout)
 
 
 def by_image(pattern, rows, layout):
     """Patterns of a packed tower as ``[image head row key]``: each row beside its image's keys."""
-    out = []
+    out, nan = [], float("nan")
     for at in layout:
         mine = torch.isin(rows[0], at[at >= 0])
         part = pattern[0][:, mine][..., at.clamp(min=0)]
-        out.append(part.masked_fill((at < 0)[None, None], float("nan")))
-    most = max(1, *(part.shape[1] for part in out))
-    pad = torch.nn.functional.pad
-    return torch.stack(
-        [pad(part, (0, 0, 0, most - part.shape[1]), value=float("nan")) for part in out]
-    )
+        out.append(part.masked_fill((at < 0)[None, None], nan))
+    most, pad = max(1, *(part.shape[1] for part in out)), torch.nn.functional.pad
+    return torch.stack([pad(part, (0, 0, 0, most - part.shape[1]), value=nan) for part in out])
 
 
 def value_norms(calls, state, layout=None):
@@ -294,14 +268,10 @@ def read_values(calls, probe):
 
 
 def unpack(x, layout, dim):
-    """A packed tower's ``[1 ... packed ...]`` as ``[image ... pos ...]``, NaN at padding; others as is.
-
-    ``dim`` is the position axis of both, and ``layout`` ``[image pos]`` where each token lies.
-    """
+    """A packed tower's ``[1 ... packed ...]`` as ``[image ... pos ...]``, NaN at padding; others as is."""
     if layout is None:
         return x
     picked = x[0].index_select(dim - 1, layout.clamp(min=0).flatten())
     picked = picked.unflatten(dim - 1, tuple(layout.shape)).movedim(dim - 1, 0)
-    view = [layout.shape[0]] + [1] * (picked.ndim - 1)
-    view[dim] = layout.shape[1]
-    return picked.masked_fill((layout < 0).reshape(view), float("nan"))
+    absent = (layout < 0).reshape(len(layout), *[1] * (dim - 1), -1, *[1] * (picked.ndim - dim - 1))
+    return picked.masked_fill(absent, float("nan"))

@@ -5,20 +5,15 @@
     keys ----> logits ----> weights ----> values
     scale      bias, mask   scale, move   replace
 
-The stage of an edit is said in its `Edit`; the walk puts the edits of a site in this order, and
-`with_change` finds the stage in ``state["stage"]``. A kernel of attention has three steps: `prepared`
-brings its masks to the call, `reach` tells the rows and heads in which the change holds, `with_change`
-puts it into the call; `effect_of` tells what it did. Below them stands what they ask of a call, and at
-the end the function that the changes make.
+A kernel of attention has three steps: `prepared` brings its masks to the call, `reach` tells the rows and
+heads in which the change holds, `with_change` puts it into the call, at the stage of its `Edit`;
+`effect_of` tells what it did.
 
 Every change has a gate ``[batch query head 1]``: where it is False the output is what it was without
-the change, bit for bit, because the same call is made and the results are joined by ``where``. Nothing
-is written in place. The edited function stands where the model binds its own one. The model calls it,
-and so do the probes of the same pass, which therefore measure the edited attention. It carries
-
-* ``plain``, the model's own function: nulls are asked of it;
-* ``attends``, the same without value changes: attention weights are asked of it;
-* ``base`` and ``recipe`` (stage -> pairs of gate and change), from which the next edit builds its own.
+the change, bit for bit, because the same call is made and the results are joined by ``where``. The edited
+function stands where the model binds its own one, so the model and the probes of the pass call it. It has
+``plain``, the model's own function, of which nulls are asked; ``attends``, the same without value changes,
+of which attention is asked; and ``base`` and ``recipe`` (stage -> pairs of gate and change).
 """
 
 from __future__ import annotations
@@ -35,29 +30,22 @@ from sinkscope.kernels.attention import (
     weights_on,
 )
 
-STAGES = ("keys", "logits", "weights", "values")
-TAKES = {
-    "keys": "named, rest",
-    "logits": "named, rest",
-    "weights": "ask, value, output",
-    "values": "value",
-}
+TAKES = {"keys": "named, rest", "logits": "named, rest", "weights": "ask, value, output"}
+TAKES["values"] = "value"
 """What the change of a stage takes."""
+STAGES = tuple(TAKES)
 
 
 def prepared(call, state, span, keys, live, rows):
-    """Masks of the part of the sequence that a call covers.
+    """``(keys, live, rows)`` of the prompt as they are for one call.
 
     Args:
         call: The call, plain or edited.
         state: The run's scratch space, which knows the step.
         span: The part of a packed sequence that the call covers, or None.
-        keys: ``[batch key]`` bool of the prompt; keys generated since are not selected.
-        live: ``[batch query]`` bool of the prompt; the query of a decode step is live.
-        rows: ``[batch query]`` bool of the prompt, or None.
-
-    Returns:
-        ``(keys, live, rows)`` for this call.
+        keys: ``[batch key]`` bool; keys generated since are not selected.
+        live: ``[batch query]`` bool; the query of a decode step is live.
+        rows: ``[batch query]`` bool, or None.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -76,13 +64,11 @@ def keys_of_call(x, span, n_keys, state, fill=0):
 
 
 def reach(call, keys, live, rows, heads, spare_empty):
-    """Which rows and heads an edit touches: the selected ones that see an edited key.
+    """Which rows and heads an edit touches, those that see an edited key; and the empty rows.
 
     ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None; with
-    ``spare_empty`` rows that see edited keys only are left as they are.
-
-    Returns:
-        ``(gate [batch query head 1], empty rows [batch query])``.
+    ``spare_empty`` rows that see edited keys only are left as they are. Bool ``[batch query head 1]`` and
+    ``[batch query]``.
     """
     sees, only = keys_seen(call, keys)
     chosen = live if rows is None else live & rows
@@ -102,10 +88,7 @@ def with_change(call, state, gate, change):
             ``change(ask, value, output) -> output`` for weights, where ``ask(value)`` is what is
             attended so far, ``output = ask(value)``, and ``ask(value, among)`` is attention before
             any change of weights with one more change of logits, ``among``; ``change(value) ->
-            value`` for values.
-
-    Raises:
-        ValueError: If the change takes something else than its stage gives.
+            value`` for values. ValueError if it takes something else than its stage gives.
     """
     check_change(state["stage"], change)
     return changed(call, state["stage"], gate, change)
@@ -115,12 +98,12 @@ def effect_of(before, after, gate, keys, empty, measure):
     """What an edit did: rows touched, rows left empty, attention on the keys before and after.
 
     ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
-    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls are
-    asked for the attention on the keys.
+    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls
+    are asked for the attention on the keys.
 
     Returns:
-        ``{"rows", "empty", "tokens": [batch], "count", "before", "after": [batch]}``; the last two
-        are sums over ``count`` touched (row, head) pairs, and tokens are those of the last row.
+        ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` touched (row,
+        head) pairs, and over them the sums ``"before"`` and ``"after"``.
     """
     out = {
         "rows": gate.any(dim=2)[..., 0].sum(1),
@@ -138,12 +121,8 @@ def effect_of(before, after, gate, keys, empty, measure):
 
 
 def keys_seen(call, keys):
-    """Which rows see an edited key, and which see nothing else, earlier masks considered.
-
-    Asked of the `uniform` call, in fp32 where the kernel knows it: in fp16 a key that an earlier edit
-    made light would weigh nothing. Where a learned sink takes attention too, a row always sees
-    something else. Both are bool ``[batch query head|1 1]``.
-    """
+    """Which rows see an edited key, and which see nothing else: bool ``[batch query head|1 1]``."""
+    # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
     heads = arguments(call)[0]["query"].shape[1]
     columns = torch.stack([keys, ~keys], dim=-1).float()
     share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
@@ -153,16 +132,13 @@ def keys_seen(call, keys):
 
 
 def uniform(call):
-    """The call with ``q = 0`` under earlier masks: attention is uniform over the visible keys.
-
-    Uses one head, unless earlier edits or the model may differ by head.
-    """
+    """The call with ``q = 0`` under earlier masks, of one head unless heads may differ."""
     recipe = getattr(call[0], "recipe", {})
     if any(recipe.get(stage) for stage in ("weights", "values")):
         call = (attend(call[0].base, {**recipe, "weights": (), "values": ()}), *call[1:])
-    asked = call if hasattr(call[0], "recipe") else one_head(call)
-    named, rest = arguments(asked)
-    return asked[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
+    call = call if hasattr(call[0], "recipe") else one_head(call)
+    named, rest = arguments(call)
+    return call[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
 
 
 def head_mask(call, heads, like):
@@ -216,11 +192,9 @@ def changed(call, stage, gate, change):
 
 
 def attend(base, recipe):
-    """The function that a recipe makes of ``base``.
+    """The function that a recipe makes of ``base``, which takes `ask`'s ``keep`` too.
 
-    It returns no attention weights, because the plain ones would lie. One more keyword than the
-    model's own function is known: ``keep``, ``[batch key]``, weighs the values after they were
-    replaced; so one asks what chosen keys really write.
+    It returns no attention weights, because the plain ones would lie.
     """
 
     def edited(*args, **kwargs):

@@ -1,10 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-Parameters that all of them share: ``call``, the attention call; ``state``, the run's scratch space;
-``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
-query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads, or
-None for all; ``measure``, whether to measure the attention on the keys before and after. Other masks
-are ``[batch key]`` bool of the prompt. All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
+``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query
+heads; ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of
+the prompt. All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -47,35 +46,35 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     masks = stage == "logits" and factor == 0
     gate, empty = reach(call, keys, live, rows, heads, masks)
     if stage == "weights":
-        change = scale_weights(keys, factor)
+
+        def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
+            return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+
+        change = weigh
+
     elif stage == "logits":
         bias = torch.zeros(keys.shape, device=keys.device)
         change = bias_keys(bias.masked_fill(keys, MASKED if masks else math.log(factor)))
     else:
         if torch.is_tensor(factor):
             factor = keys_of_call(factor, span, keys.shape[1], state)
-        change = scale_keys(keys, factor)
+
+        def multiply(named, rest):
+            scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
+            scaled = named["key"] * scale[:, None, :, None]
+            return {**named, "key": scaled.to(named["key"].dtype)}, rest
+
+        change = multiply
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, measure)
-
-
-def scale_keys(keys, factor):
-    """``q (s k)`` at the chosen keys; the factor is a number or ``[batch key]``."""
-
-    def change(named, rest):
-        scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
-        scaled = named["key"] * scale[:, None, :, None]
-        return {**named, "key": scaled.to(named["key"].dtype)}, rest
-
-    return change
 
 
 def bias_keys(bias):
     """Logits plus ``bias`` ``[batch key]``: a mask if very negative, a factor ``s`` if ``log s``.
 
-    The bias rides in extra head dimensions, so the call stays on its fused kernel. Two of them hold
-    a high and a low part, which keeps bf16 exact to 16 bits. Under a soft-cap or beyond 256
-    dimensions it becomes an explicit mask instead, whose bias is rounded to the mask's dtype.
+    The bias rides in extra head dimensions, so the call stays on its fused kernel; a high and a low part
+    keep bf16 exact to 16 bits. Under a soft-cap or beyond 256 dimensions it becomes an explicit mask
+    instead, rounded to the mask's dtype.
     """
 
     def change(named, rest):
@@ -115,40 +114,34 @@ def masked(named, rest, bias):
     return (mask[..., :n_key] + bias[:, None, None].to(mask.dtype)).clamp(min=lowest)
 
 
-def scale_weights(keys, factor):
-    """``A v + (s - 1) A (1_g v)``: weights of the chosen keys times ``s``, not renormalised."""
+def divide_queries(call, state, span, keys, live, temperature, rows=None, heads=None):
+    """Divide the queries of chosen rows; ``keys`` ``[batch key]`` are the live keys of the prompt."""
+    _, live, rows = prepared(call, state, span, keys, live, rows)
+    n_key = arguments(call)[0]["key"].shape[2]
+    keys = keys_of_call(keys, span, n_key, state, fill=1) & (temperature != 1.0)
+    gate, empty = reach(call, keys, live, rows, heads, spare_empty=False)
 
-    def change(ask, value, output):
-        return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+    def change(named, rest):
+        query = named["query"]
+        return {**named, "query": (query.float() / temperature).to(query.dtype)}, rest
 
-    return change
+    after = with_change(call, state, gate, change)
+    return after, effect_of(call, after, gate, keys, empty, measure=True)
 
 
-def edit_mass(
-    call,
-    state,
-    span,
-    source,
-    target,
-    live,
-    recycle,
-    rows=None,
-    heads=None,
-    measure=True,
-    visual=None,
-    visual_sinks=None,
-    least_visual=None,
-    most_sink_share=None,
-):
+def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads=None, **rule):
     """Move the share ``recycle`` of attention from source to target keys (VAR, 2503.03321).
+
+    ``A v - r A 1_s v + r m_s A_t v``, where ``A_t`` is attention among the target keys alone. It is
+    asked with all others masked: the quotient ``A 1_t v / A 1_t`` is 0 / 0 beside a real sink.
 
     With the masks ``visual`` and ``visual_sinks`` the image-centric rule holds: rows and heads with less
     mass than ``least_visual`` on the image, or more than ``most_sink_share`` of that on visual sinks,
-    are left alone.
+    are left alone. The attention on the keys is measured unless ``measure`` is False.
     """
     keys, live, rows = prepared(call, state, span, source, live, rows)
     gate, empty = reach(call, keys, live, rows, heads, False)
-    masks = [target] if visual is None else [target, visual, visual_sinks]
+    masks = [target, *(rule[name] for name in ("visual", "visual_sinks") if name in rule)]
     masks = [keys, *(keys_of_call(x, span, keys.shape[1], state) for x in masks)]
     # Flash kernels know no fp32; the others get it, because these masses become coefficients.
     exact = knows_float32(call)
@@ -156,33 +149,27 @@ def edit_mass(
     among, whole, wanted = of_target(call, masks[1], live, mass, exact)
     budget = (recycle * mass[..., 0] / whole).transpose(1, 2)[..., None]
     gate = gate & wanted
-    if visual is not None:
-        gate = gate & image_centric(mass, masks[2], least_visual, most_sink_share)
-    after = with_change(call, state, gate, move_weights(keys, masks[1], recycle, budget, among))
-    return after, effect_of(call, after, gate, keys, empty, measure)
+    if "visual" in rule:
+        # The released code adds 1e-6 to the weight of every image token.
+        share = mass[..., 3] / (mass[..., 2] + 1e-6 * masks[2].sum(-1)[:, None, None])
+        centric = (mass[..., 2] >= rule["least_visual"]) & (share <= rule["most_sink_share"])
+        gate = gate & centric.transpose(1, 2)[..., None]
 
+    def change(ask, value, output):
+        taken = ask(value * column(keys, value)).float()
+        given = ask(value * column(masks[1], value), among).float()
+        return output.float() - recycle * taken + budget * given
 
-def image_centric(mass, visual, least_visual, most_sink_share):
-    """Rows and heads that look at the image, and not mostly at its sinks, ``[batch query head 1]``.
-
-    ``mass`` is ``[batch head query 4]``: on source, target, image and visual sinks.
-    """
-    # The released code adds 1e-6 to the weight of every image token.
-    share = mass[..., 3] / (mass[..., 2] + 1e-6 * visual.sum(-1)[:, None, None])
-    centric = (mass[..., 2] >= least_visual) & (share <= most_sink_share)
-    return centric.transpose(1, 2)[..., None]
+    after = with_change(call, state, gate, change)
+    return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))
 
 
 def of_target(call, target, live, mass, exact):
     """How to ask for attention among the target keys, and in which rows there is any.
 
-    ``mass`` ``[batch head query 2 or more]`` are the masses on source and target, and ``exact`` says
-    whether the kernel knows fp32.
-
-    Returns:
-        The change of logits that leaves the target alone (None beside earlier edits of weights, which
-        would not show in it), what the answer's weights sum to ``[batch head query]``, and the rows
-        with any ``[batch query head 1]``.
+    The change of logits that leaves the target alone (None beside earlier edits of weights, which would
+    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any
+    ``[batch query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
     """
     least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
     if getattr(call[0], "recipe", {}).get("weights"):
@@ -199,22 +186,6 @@ def of_target(call, target, live, mass, exact):
     return among, whole.clamp(min=1e-30), some
 
 
-def move_weights(source, target, recycle, budget, among):
-    """Take a share of the weight on ``source`` and give it to ``target`` in proportion.
-
-    ``A v - r A 1_s v + r m_s A_t v``, where ``A_t`` is attention among the target keys alone. It is
-    asked with all others masked, by ``among``: the quotient ``A 1_t v / A 1_t`` is 0 / 0 beside a real
-    sink. ``budget`` ``[batch query head 1]`` is ``r m_s`` over what ``A_t`` sums to.
-    """
-
-    def change(ask, value, output):
-        taken = ask(value * column(source, value)).float()
-        given = ask(value * column(target, value), among).float()
-        return output.float() - recycle * taken + budget * given
-
-    return change
-
-
 def evict_keys(call, state, span, live, start, recent, measure=True):
     """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
 
@@ -224,7 +195,11 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
-    out, rows = out_of_reach(live, state.get("step", 0), n_query, n_key, start, recent)
+    # Ranks are counted over the whole sequence and cut afterwards: a sliding cache holds the last keys.
+    alive = torch.nn.functional.pad(live, (0, state.get("step", 0)), value=True)
+    rank, rows = alive.cumsum(1) - 1, alive[:, -n_query:]
+    distance = rank[:, -n_query:, None] - rank[:, None, -n_key:]
+    out = (rank[:, None, -n_key:] >= start) & (distance >= recent) & alive[:, None, -n_key:]
     parts = weights_by_key(uniform(call), knows_float32(call))
     lost = out & torch.cat([(part > 0).any(dim=1) for _, part in parts], dim=-1)
     gate = (rows & lost.any(-1))[:, :, None, None] & head_mask(call, None, rows)
@@ -238,28 +213,13 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
     return after, effect_of(call, after, gate, lost, torch.zeros_like(rows), measure)
 
 
-def out_of_reach(live, step, n_query, n_key, start, recent):
-    """The keys that a streaming cache has dropped, ``[batch query key]``, and the live queries.
-
-    Ranks are counted over the whole sequence, prompt and answer, and cut afterwards: a sliding cache
-    holds the last keys only.
-    """
-    alive = torch.nn.functional.pad(live, (0, step), value=True)
-    rank = alive.cumsum(1) - 1
-    key_rank = rank[:, None, -n_key:]
-    distance = rank[:, -n_query:, None] - key_rank
-    out = (key_rank >= start) & (distance >= recent) & alive[:, None, -n_key:]
-    return out, alive[:, -n_query:]
-
-
 def edit_values(
     call, state, span, keys, live, how, donors=None, tensor=None, rows=None, heads=None
 ):
     """Replace the values of chosen keys; attention weights stay.
 
     Donors are the model's own values, whatever other edits of this layer have replaced: so edits of
-    different keys do not depend on their order, nor on which heads and queries they name. Batch rows
-    in which no value became another count as untouched.
+    different keys do not depend on their order. Batch rows in which no value changes are untouched.
 
     ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position
     each, ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
@@ -268,10 +228,10 @@ def edit_values(
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)
-    elif how == "tensor" and span is None:
-        new = fit_keys(tensor.to(value.dtype), value.shape[2], state.get("step", 0))
     elif how == "tensor":
-        new = tensor.to(value.dtype)[:, :, slice(*span)]
+        new = tensor.to(value.dtype)
+        step, n_key = state.get("step", 0), value.shape[2]
+        new = fit_keys(new, n_key, step) if span is None else new[:, :, slice(*span)]
     else:
         new = from_donors(call, state, span, how, donors)
     # Where every key of a row is given what it has, nothing is touched.
@@ -283,7 +243,11 @@ def edit_values(
 
     if rows is None and heads is None and not getattr(call[0], "recipe", {}).get("values"):
         check_change(state["stage"], change)
-        after = call_with_value(call, change(value))
+        function, args, kwargs = call
+        if "value" in kwargs:
+            after = function, args, {**kwargs, "value": change(value)}
+        else:
+            after = function, (*args[:3], change(value), *args[4:]), kwargs
     else:
         after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, False)
@@ -316,11 +280,3 @@ def from_donors(call, state, span, how, donors):
     if not step and rest.get("sliding_window") is not None:
         memory[place] = new
     return new
-
-
-def call_with_value(call, value):
-    """The same call on other values."""
-    function, args, kwargs = call
-    if "value" in kwargs:
-        return function, args, {**kwargs, "value": value}
-    return function, (*args[:3], value, *args[4:]), kwargs

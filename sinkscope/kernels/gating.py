@@ -26,7 +26,7 @@ def flags(states, rule, live, layout=None):
     if how in ("all", "none"):
         return live if how == "all" else torch.zeros_like(live)
     if how == "random":
-        return random_tokens(h, live, rule["count"], rule["seed"])
+        return (hashed(h.float().abs().argmax(dim=-1), live, rule["seed"]) < rule["count"]) & live
     if how == "dims":
         scores = dimension_scores(h, None, rule["dims"], rule["rms"])
     else:
@@ -34,7 +34,9 @@ def flags(states, rule, live, layout=None):
     tau = rule["absolute"] if how == "massive" else rule["tau"]
     above = reaches(scores, tau, rule["strict"])
     if how == "massive":
-        above = above & reaches(scores / medians(h, live)[:, None], rule["ratio"])
+        size = h.float().abs().masked_fill(~live[..., None], float("nan"))
+        medians = size.flatten(1).nanmedian(dim=1).values
+        above = above & reaches(scores / medians[:, None], rule["ratio"])
     return above & live
 
 
@@ -43,23 +45,10 @@ def reaches(scores, limit, strict=False):
     return scores > limit if strict else scores >= limit
 
 
-def medians(states, live):
-    """Median ``|h|`` of every row over its live tokens, ``[batch]``."""
-    size = states.float().abs().masked_fill(~live[..., None], float("nan"))
-    return size.flatten(1).nanmedian(dim=1).values
-
-
-def random_tokens(states, live, count, seed):
-    """As good as random tokens of every row, the same whenever the row is seen again."""
-    return (hashed(states.float().abs().argmax(dim=-1), live, seed) < count) & live
-
-
 def hashed(peaks, live, seed):
-    """The rank of every token by a hash of its position and the row's largest channels, from 0.
+    """The rank of every token by a hash of its position and the row's largest channels, ``peaks``.
 
-    It differs from image to image, through the sum of all peaks, without a random state.
-
-    ``peaks`` ``[batch pos]`` are every token's largest channel; tokens that are not ``live`` come last.
+    As good as random, and the same whenever the row is seen again; what is not ``live`` comes last.
     """
     place = torch.arange(peaks.shape[1], device=peaks.device)[None]
     whole = (peaks * live).sum(1, keepdim=True)
@@ -128,13 +117,13 @@ def coefficients(
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text.
 
-    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, and
-    ``visual`` ``[batch pos]`` bool. ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the
-    order of the coefficients. V wins over L; what has no group of its own is ``"rest"``.
+    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
+    ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
+    over L, also without a group of its own; what has none is ``"rest"``.
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
-    for name in ("L", "V"):  # V wins
+    for name in ("L", "V"):
         if name in groups:
             mine = kept[name] & visual
             if name == "L" and "V" in kept:

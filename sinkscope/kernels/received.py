@@ -24,8 +24,7 @@ from sinkscope.kernels.attention import (
     weights_on,
 )
 
-EXTRA = 8
-"""Head dimensions are added in eights, which keeps fused kernels."""
+EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 
 
 def received(calls, state, live, layout=None, null=True, others=False):
@@ -34,12 +33,10 @@ def received(calls, state, live, layout=None, null=True, others=False):
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
     ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
 
-    ``live`` is ``[batch query]`` bool, False at padding; the others are as in `group_mass`.
-
     Returns:
-        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query sees. With
-        ``others`` also ``"others"``, ``"others_null"`` and how many others see the key, ``"seeing"``
-        ``[batch key]``.
+        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live``
+        ``[batch query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others
+        see the key, ``"seeing"`` ``[batch key]``.
     """
     windows = []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
@@ -96,16 +93,12 @@ def column_sums(call, rows, null=False, others=False):
     total = weigh_queries(call, rows[:, None].float(), null=null)[:, :, 0]
     if not others:
         return total, None
-    own = own_weights(call, null=null)
-    own = torch.where(rows[:, None], own, torch.zeros_like(own))
+    own = own_weights(call, null=null).masked_fill(~rows[:, None], 0.0)
     return total, torch.nn.functional.pad(own, (total.shape[-1] - own.shape[-1], 0))
 
 
 def own_weights(call, null=False):
-    """The weight of every query on its own token's key, ``A_ii``, ``[batch head query]`` in fp32.
-
-    The last keys of a call belong to its queries. With ``null`` it is asked with ``q = 0``.
-    """
+    """The weight of every query on its own token's key, ``A_ii``, ``[batch head query]`` in fp32."""
     call = attending(call, null)
     named, rest = arguments(call)
     query, key = named["query"].detach(), named["key"].detach()
@@ -115,17 +108,13 @@ def own_weights(call, null=False):
     plain = not hasattr(call[0], "recipe") and query.shape[2] == key.shape[2]
     implied = mask is None and window is not None and window < query.shape[2]
     shaped = mask is None or (mask.ndim == 4 and mask.shape[2] == query.shape[2])
-    if query.shape[2] == 1 or not plain or implied or not shaped:
-        return by_columns(call, query)
-    return by_copy(call, query, key)
-
-
-def by_columns(call, query):
-    """``A_ii`` from the weights on a few keys at a time: any call, at a cost that grows with the prompt."""
-    named, rest = arguments(call)
+    if query.shape[2] > 1 and plain and shaped and not implied:
+        return by_copy(call, query, key)
+    # From the weights on a few keys at a time: any call, at a cost that grows with the prompt. The last
+    # keys of a call belong to its queries.
     call = (call[0], (), {**rest, **named, "query": query})
     n_query, step, out = query.shape[2], named["value"].shape[-1], []
-    first = named["key"].shape[2] - n_query
+    first = key.shape[2] - n_query
     for at in range(0, n_query, step):
         stop = min(at + step, n_query)
         answer = weights_on(call, first + at, first + stop, float32=True)[:, :, at:stop]

@@ -18,10 +18,9 @@ def rows_of(states, layout):
 
 def live_at(live, states):
     """The live mask cut or extended to the positions of ``states`` (decode steps are live)."""
-    n = states.shape[1]
-    if live.shape[1] == n:
+    if live.shape[1] == states.shape[1]:
         return live
-    return torch.ones(states.shape[0], n, dtype=torch.bool, device=states.device)
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 def massive(states, state, live, k=4, layout=None):
@@ -31,9 +30,8 @@ def massive(states, state, live, k=4, layout=None):
         ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``; the median
         is over the tokens in ``live`` ``[batch pos]``.
     """
-    h = rows_of(states, layout).float()
+    h, medians = rows_of(states, layout).float(), []
     top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
-    medians = []
     for row, alive in zip(h, live_at(live, h), strict=True):
         mine = row[alive]
         medians.append(mine.abs().median() if mine.numel() else h.new_tensor(float("nan")))
@@ -65,16 +63,9 @@ def cosine_to(states, state, anchor, layout=None):
 
 
 def lens(states, state, norm, head, positions=None, k=5, layout=None):
-    """Logit lens: the model's own final norm and LM head applied to intermediate states.
+    """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states.
 
-    Args:
-        states: ``[batch pos d_model]``.
-        state: See the module.
-        norm: The final norm module.
-        head: The LM head module.
-        positions: ``[batch row]`` positions to read, -1 where absent, or None for all.
-        k: How many tokens to keep.
-        layout: Unused; the lens reads the language tower only.
+    ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept.
 
     Returns:
         ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1

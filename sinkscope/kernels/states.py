@@ -13,15 +13,12 @@ from sinkscope.kernels.residual import rows_of
 
 
 def state_effect(mask, before=None, after=None):
-    """The effect of an edit of states: how many of its tokens it changed.
+    """The effect of an edit of states, which a kernel returns beside them.
 
     Args:
         mask: ``[batch pos]`` bool: the tokens it was to edit.
         before: Their states, ``[batch pos d_model]``, or None where all of them change.
         after: The same after the edit.
-
-    Returns:
-        ``{"rows", "empty", "tokens", "count": [batch]}``, what a kernel returns beside the states.
     """
     changed = mask if before is None else mask & (before != after).any(dim=-1)
     count, tokens = changed.sum(1), mask.sum(1)

@@ -38,13 +38,11 @@ def first_tensor(value):
 def attention_calls(root, tracer, step, state, out):
     """The attention calls of one site after its edits; all windows of a packed tower, in order.
 
-    Edits replace the callee where the module binds it, so the model itself calls the edited
-    function: one call, at every window and every decode step. RuntimeError if the source is not as the
-    anatomy says, or the windows do not tile the sequence.
+    Edits replace the callee where the module binds it, so the model itself calls the edited function.
+    RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence.
     """
     here = locate(root, step["path"])
-    source = here.source
-    once = step["fires"] == "once"
+    source, once = here.source, step["fires"] == "once"
     length = None if once else first_tensor(here.input).shape[0]
     function = getattr(source, step["bind"]).output
     if not callable(function):
@@ -121,11 +119,8 @@ def times(value, factors):
 
 
 def edit_value(here, step, value, factors, state, out):
-    """Apply the site's edits to states, in the plan's order, and hand the result to the model.
-
-    Where the model multiplies by factors behind the site, the product is edited and handed over
-    divided by them; what no edit changed keeps its bits.
-    """
+    """Apply the site's edits to states, in the plan's order, and hand the result to the model."""
+    # Where the model multiplies behind the site, the product is edited and handed over divided.
     old = new = state["unedited"] = times(value, factors)
     for slot, kernel, parameters in step["edits"]:
         new, effect = kernel(new, state, **resolve(here, parameters, value.device, state))
@@ -189,7 +184,7 @@ def detached(value):
 
 
 def walk(root, tracer, plan, number=0, memory=None):
-    """Run a plan inside a trace.
+    """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
 
     Args:
         root: The root envoy.
@@ -197,9 +192,6 @@ def walk(root, tracer, plan, number=0, memory=None):
         plan: The steps, in forward order.
         number: 0 for the prompt, 1, 2, ... for decode steps.
         memory: What edits keep from one step of a generation to the next.
-
-    Returns:
-        ``{slot: {(tower, name, layer): kernel result}}``, and under ``("edit", slot)`` the effects.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:

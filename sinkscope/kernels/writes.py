@@ -10,10 +10,8 @@ with no mean in an RMS norm. Parts add up to the whole; biases belong to no key.
 the modules are asked, because adapters, 8 bit, hooks and offload apply others than they show. What
 they answer is compared with what they write in the pass, and that with what the block adds.
 
-Parameters that several share: ``calls``, the attention calls of one site; ``state``, the run's scratch
-space; ``projection``, the output projection; ``parts``, what lies between it and the stream, in order:
-modules, numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all;
-``layout``, the packed positions of a packed tower, or None.
+``projection`` is the output projection; ``parts`` what lies between it and the stream, in order: modules,
+numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ import torch
 from sinkscope.kernels.attention import arguments, ask, by_call, unpack
 from sinkscope.kernels.residual import live_at
 
-SIZE = 256.0
-"""The largest number in a question to a projection: beside it the rounding of a bias is small."""
+SIZE = 256.0  # the largest number in a question to a projection: beside it a bias rounds little
 
 
 def near(x, y, dtype):
@@ -36,9 +33,8 @@ def near(x, y, dtype):
 def measure(part, like):
     """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
 
-    A dict of ``weight`` ``[d_model]`` and ``bias``, ``centred`` (whether the mean over channels is taken
-    away), ``norm`` (whether each token is divided by its size) and the ``part``; ValueError if it is
-    neither a factor per channel nor a norm.
+    ``centred`` tells whether the mean over channels is taken away, ``norm`` whether each token is divided
+    by its size; ValueError if the part is neither a factor per channel nor a norm.
     """
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
@@ -96,11 +92,8 @@ def name_of(module):
 
 
 def check_same(got, want, size, live, dtype, what):
-    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``, at a live query.
-
-    They may differ, as a share of ``size`` ``[batch query]``, by four roundings of bf16 in half precision,
-    where 8-bit layers that round their inputs make about one; of fp16 (or TF32) in fp32.
-    """
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``."""
+    # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
     rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
     off = (got - want).norm(dim=-1) / torch.maximum(size, want.norm(dim=-1)).clamp(min=1e-30)
@@ -122,16 +115,12 @@ def behind(x, passed):
 
 
 def way(calls, state, projection, parts, live, asked=None):
-    """The way from heads to the stream, proven on attention's whole output.
+    """The way from heads to the stream, proven on attention's whole output, for `follow`.
 
     So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
-    in ``state`` what should arrive.
-
-    Returns:
-        A dict of what was ``written`` in all, ``[batch query head d_head]``, the ``projection``, what
-        every part was ``passed`` as, ``scale`` ``[batch query]``, by which norms multiply a query, and
-        ``matrix`` ``[head d_head d_model]`` in fp32: None if fewer rows are asked for than it has, so
-        that heads are better pushed one by one.
+    in ``state`` what should arrive. ``written`` is ``[batch query head d_head]``, ``scale`` ``[batch
+    query]`` by which norms multiply a query, ``matrix`` ``[head d_head d_model]`` in fp32 or None if fewer
+    rows are asked for than it has, so that heads are better pushed one by one.
     """
     x = torch.cat([ask(call) for call in calls], dim=1)
     heads, width = x.shape[2:]
@@ -163,10 +152,7 @@ def pushed(written, projection):
 
 
 def follow(written, made):
-    """A part of attention's output ``[batch query head d_head]`` on its `way`, before norms divide it.
-
-    The norm of every head's write, ``[batch query head]``, and the sum, ``[batch query d_model]``.
-    """
+    """Norm of every head's write ``[batch query head]`` and their sum, before norms divide a query."""
     if made["matrix"] is None:
         by_head = behind(pushed(written, made["projection"])[0], made["passed"])
         return by_head.norm(dim=-1), by_head.sum(2)
@@ -178,10 +164,7 @@ def follow(written, made):
 
 
 def arriving(total, passed, dtype):
-    """What the stream should get of what the projection wrote, ``total`` ``[batch query d_model]``.
-
-    With it comes by what norms (asked in ``dtype``) multiply a query, ``[batch query]``; both in fp32.
-    """
+    """What the stream should get of what the projection wrote, and by what norms multiply a query."""
     total = total.float()
     scale = torch.ones_like(total[..., 0])
     for one in passed:
@@ -224,8 +207,7 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
         followed = [follow(ask(call, keep=one), made) for one in part.unbind(-1)]
         per_head = [by_head.transpose(1, 2) * scale[:, None] for by_head, _ in followed]
         heads_out.append(torch.stack(per_head, dim=-1))
-        total = [vector.norm(dim=-1) * scale for _, vector in followed]
-        totals.append(torch.stack(total, dim=-1))
+        totals.append(torch.stack([x.norm(dim=-1) * scale for _, x in followed], dim=-1))
     return {
         "norms": unpack(torch.cat(totals, dim=1), layout, 1),
         "per_head": unpack(torch.cat(heads_out, dim=2), layout, 2),
@@ -260,9 +242,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]
     inner = torch.einsum("bqhd,bqhe->bhde", written, written)
-    spectrum = torch.linalg.eigvalsh(torch.einsum("hdi,bhde,hej->bhij", root, inner, root))
-    spectrum = spectrum.clamp(min=0)
+    inner = torch.einsum("hdi,bhde,hej->bhij", root, inner, root)
+    spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
-    if layout is not None:
-        rank = rank.expand(layout.shape[0], -1)
+    rank = rank if layout is None else rank.expand(layout.shape[0], -1)
     return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "rank": rank}

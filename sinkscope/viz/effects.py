@@ -31,13 +31,8 @@ REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other token
 def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
     """Count the differences to the base that a summary reports.
 
-    A condition counts once for every task in which it touched a row; where it found nothing to edit
-    there is nothing to correct for.
-
-    Args:
-        summary: Of ``Comparison.summary()``, or a table with columns task, condition and touched.
-        base: The condition that the others are compared with.
-        tasks: The tasks that are shown; None for all.
+    A condition counts once for every task, of those shown, in which it touched a row; where it found
+    nothing to edit there is nothing to correct for.
     """
     shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
     return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
@@ -126,9 +121,8 @@ def _change(line: Any, digits: int, strong: str) -> str:
     change, low, high = (f"{round(part, digits) + 0.0:+.{digits}f}" for part in parts)
     if line["delta_low"] != line["delta_low"]:
         return change
-    return (strong if line["delta_low"] > 0 or line["delta_high"] < 0 else "{}").format(
-        f"{change} [{low}, {high}]"
-    )
+    clear = line["delta_low"] > 0 or line["delta_high"] < 0
+    return (strong if clear else "{}").format(f"{change} [{low}, {high}]")
 
 
 def _nothing(line: Any) -> str:
@@ -146,17 +140,10 @@ def effects_text(
     base: str | None = None,
     width: int = WIDTH,
 ) -> str:
-    """Write what `plot_effects` shows as a table for a terminal.
+    """Write what `plot_effects` shows as a table for a terminal, cut into several where it is wider.
 
-    Args:
-        summary: Of ``Comparison.summary()``.
-        tasks: Which tasks to show, in this order; None for all.
-        base: The condition that the others are compared with; None for the first.
-        width: The most characters of a line; a table is cut into several where it is wider.
-
-    Returns:
-        Several lines: the accuracy of the base, the change in percentage points with its interval,
-        a star where the interval excludes zero, and which conditions found nothing to edit.
+    The accuracy of the base, the change in percentage points with its interval, a star where that
+    excludes zero, and which conditions found nothing to edit. ``tasks`` and ``base`` as there.
     """
     table = effects_frame(summary, tasks=tasks, base=base)
     lines = [list(table.columns), *table.to_numpy().tolist()]

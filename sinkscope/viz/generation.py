@@ -13,8 +13,7 @@ from sinkscope.viz import theme
 from sinkscope.viz.tables import aligned, neat, plural, ranges, share, token_name, wrapped
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TICKS, TITLE
 
-SINKS, OTHERS = 12, 6
-"""The most lines of each in a figure."""
+SINKS, OTHERS = 12, 6  # the most lines of each in a figure
 
 GROUPS = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
 GROUPS["generated"] = "sinks born in the answer"
@@ -119,12 +118,7 @@ def _draw_key(figure: Figure, own: Sequence[Any], left_out: int, null: str) -> N
 
 
 def generation_text(trace: Any, *, limit: int = 20) -> str:
-    """Write the sinks of every row with births, deaths and what they draw, for a terminal.
-
-    Args:
-        trace: Of ``trace_generation``.
-        limit: The most sinks to list.
-    """
+    """Write, for a terminal, at most ``limit`` sinks with births, deaths and what they draw."""
     lives = trace.lives
     blocks = [f"{plural(trace.n_steps, 'step')}. {_counts(lives)}"]
     if trace.text is not None:

@@ -18,7 +18,7 @@ from sinkscope.checks import check_choice
 from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import readable
-from sinkscope.viz.theme import GROUP_OF, LABEL, QUIET, SMALL, STYLES, TITLE, Trace
+from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TITLE, Trace
 
 
 def plot_sinks_on_image(
@@ -34,29 +34,21 @@ def plot_sinks_on_image(
 
     V-sinks are circles, L-sinks squares; a V-sink that meets the L rule too has a square around its
     circle, and patches to which the vision tower attends throughout without a spike are hexagons. Text
-    sinks are listed under the picture. The legend says "none found" of a kind without sinks. Without a
-    picture (a sample made of processor output) the grid stands alone, in pixels of the model's input.
+    sinks are listed under the picture. Without a picture (a sample made of processor output) the grid
+    stands alone, in pixels of the model's input.
 
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        image: The image, counted within the row.
-        layer: Only L-sinks, overlaps and text sinks of this LLM layer; None for those of any.
-        decoys: Name -> bool ``[batch pos]``: tokens known to be no sinks, drawn as crosses.
-        ax: Where to draw, or None for a new figure.
+    With ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
+    pos]``, are tokens known to be no sinks, drawn as crosses.
     """
     theme.layers_of(trace, layer)
     ax = theme.new_axes(ax, (4.6, 5.0))
     side = draw_picture(ax, trace, row, image)
     shown = shown_records(trace, row, layer)
-    found: dict[str, list[Any]] = {"V": [], "L": [], "attention": []}
-    for record in shown:
-        if record.kind in found and record.image == image:
-            found[record.kind].append(record)
+    kinds = ("V", "L", "attention")
+    found = {kind: [r for r in shown if r.kind == kind and r.image == image] for kind in kinds}
     both = [r for r in found["V"] if (r.llm_layers if layer is None else layer in r.llm_layers)]
-    legend: dict[str, Any] = {}
-    for kind in ("V", "L"):
-        legend |= _draw_kind(ax, GROUP_OF[kind], found[kind], side)
+    legend = _draw_kind(ax, "V-sinks", found["V"], side)
+    legend |= _draw_kind(ax, "L-sinks", found["L"], side)
     if both:
         legend |= _draw_overlap(ax, both, side)
     placed = [r for r in found["attention"] if r.box is not None]
@@ -86,15 +78,9 @@ def plot_received_map(
 ) -> Figure:
     """Draw the attention that the image tokens receive in the LLM as a heat map over the picture.
 
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        image: The image, counted within the row.
-        layer: One LLM layer; None for the largest value over all layers.
-        heads: ``"mean"`` or ``"max"`` over the heads of a layer.
-        unit: ``"null"`` for what other tokens give, in multiples of uniform attention under the same
-            mask, which depends less on the place in the prompt; ``"share"`` for the attention itself.
-        ax: Where to draw, or None for a new figure.
+    ``heads`` is ``"mean"`` or ``"max"`` over the heads of a layer; without ``layer`` it is the largest value
+    over all layers. ``unit`` is ``"null"`` for what other tokens give, in multiples of uniform attention
+    under the same mask, which depends less on the place in the prompt; ``"share"`` for the attention itself.
     """
     check_choice(("mean", "max"), error=SelectionError, heads=heads)
     check_choice(("null", "share"), error=SelectionError, unit=unit)
@@ -133,11 +119,7 @@ def shown_records(trace: Trace, row: int, layer: int | None) -> list[Any]:
 
 
 def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = False) -> float:
-    """Draw the image, if there is one, under the grid of the vision tower's patches.
-
-    Returns:
-        About how many points wide a token is drawn, to choose a marker that fits.
-    """
+    """Draw the image, if there is one, under the grid of patches; returns the points that a token is wide."""
     own = theme.images_of(trace, row)
     theme.check_place(len(own), f", counted within row {row}", image=image)
     box = trace.sample.tokens.vision.box[own[image]]
@@ -209,17 +191,9 @@ def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
 
 def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
     """A cross on every decoy: a bold one for spikes, an upright one for attention."""
-    cross, outline = (
-        "x" if name.startswith("spike") else "+",
-        withStroke(linewidth=5.0, foreground="white"),
-    )
-    look = {
-        "marker": cross,
-        "color": "#111111",
-        "linewidths": 2.4,
-        "zorder": 5,
-        "path_effects": [outline],
-    }
+    look: dict[str, Any] = {"marker": "x" if name.startswith("spike") else "+", "zorder": 5}
+    look["path_effects"] = [withStroke(linewidth=5.0, foreground="white")]
+    look |= {"color": "#111111", "linewidths": 2.4}
     key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
     return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 

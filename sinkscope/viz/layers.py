@@ -30,12 +30,7 @@ def plot_received_by_layer(
 
     The mean over the tokens of a kind, which for L-sinks and text sinks are those of that layer;
     layers without any leave a gap. Dashed lines are the same tokens under uniform attention.
-
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        heads: ``"mean"`` or ``"max"`` over the heads of a layer.
-        ax: Where to draw, or None for a new figure.
+    ``heads`` is ``"mean"`` or ``"max"`` over the heads of a layer.
     """
     check_choice(("mean", "max"), error=SelectionError, heads=heads)
     theme.images_of(trace, row)
@@ -61,13 +56,9 @@ def plot_received_by_layer(
 def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None = None) -> Figure:
     """Draw the attention mass on every group in each layer, against its null.
 
-    The mean over heads and queries. Over groups that split all keys, the masses of a layer sum
-    to 1, unless the model has learned sink logits.
-
-    Args:
-        result: Of ``AttentionMass(groups)``, such as ``AttentionMass(trace.groups)``.
-        row: The row of the batch; None for the mean over all.
-        ax: Where to draw, or None for a new figure.
+    The mean over heads and queries, and without ``row`` over rows, of a ``result`` such as that of
+    ``AttentionMass(trace.groups)``. Over groups that split all keys, the masses of a layer sum to 1,
+    unless the model has learned sink logits.
     """
     if row is not None:
         theme.check_place(len(result.mass), ", or None for all rows", row=row)
@@ -166,12 +157,8 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
         (masses of groups) | spikes in both towers    | flagged fraction
 
     A row with several images shows each of them with its sinks, three side by side, and below them the
-    masses or, without them, the attention by layer.
-
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        mass: The result of ``AttentionMass(trace.groups)``, for the masses of the groups.
+    masses or, without them, the attention by layer. ``mass`` is the result of
+    ``AttentionMass(trace.groups)``.
     """
     many = len(theme.images_of(trace, row))
     tall = 4.2 * -(-many // 3)

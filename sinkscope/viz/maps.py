@@ -55,12 +55,8 @@ def plot_heads(
     attention would give there (the null); a line on the colour bar is at that null. Layers in which
     the group has no token are grey.
 
-    Args:
-        result: Of ``AttentionMass(groups)``, such as ``AttentionMass(trace.groups)``.
-        group: One of its groups.
-        row: The row of the batch; None for the mean over all.
-        query: The position of one query; None for the mean over all that were measured.
-        ax: Where to draw, or None for a new figure.
+    The ``result`` is such as that of ``AttentionMass(trace.groups)``, and ``group`` one of its groups;
+    ``query`` is the position of one query. Without ``row`` or ``query`` it is the mean.
     """
     values, null = heads_of(result, group, row, query)
     many = len(result.mass) > 1
@@ -73,13 +69,8 @@ def plot_heads(
 def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None = None) -> Figure:
     """Map how much attention one token receives from every head of every layer, as `plot_heads` does.
 
-    The mean over the queries that can see the token, itself among them.
-
-    Args:
-        result: Of ``ReceivedAttention()``.
-        pos: The position of the token.
-        row: The row of the batch.
-        ax: Where to draw, or None for a new figure.
+    The mean over the queries that can see the token at ``pos``, itself among them, of the ``result`` of
+    ``ReceivedAttention()``.
     """
     theme.check_place(len(result.received), row=row)
     live = (~result.received[row].isnan().all(dim=0).all(dim=0)).nonzero().flatten().tolist()
@@ -186,11 +177,8 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
 
     A dot marks a cell whose interval excludes 0; of many cells without an effect one in twenty has
     one too. Triples that add to 1 are drawn as triangles, one per layer and task: V-sinks at the top,
-    L-sinks on the left, ordinary tokens on the right. Other triples stand side by side, as pairs do.
-
-    Args:
-        table: Of ``Sweep.map()``.
-        score: What is shown, with its unit; ``(points)`` shows fractions times 100.
+    L-sinks on the left, ordinary tokens on the right. Other triples stand side by side, as pairs do. The
+    ``table`` is that of ``Sweep.map()``; ``(points)`` in ``score`` shows fractions times 100.
     """
     theme.check_table(table, COLUMNS, "that of sweep.map()")
     factor = 100.0 if "points" in score else 1.0

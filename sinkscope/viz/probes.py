@@ -34,15 +34,11 @@ UNTRAINED: dict[str, Any] = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4
 def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     """Draw the loss per answer token, and the mean coefficients of every group, over the steps.
 
-    Thin lines are training steps, marked lines the validation part.
-
-    Args:
-        history: Of `TrainResult.history`.
-        base: The validation loss without a gate, or None.
+    Thin lines are training steps, marked lines the validation part. ``base`` is the validation loss
+    without a gate.
     """
-    theme.check_table(
-        history, HISTORY, f"at least the columns {HISTORY}, as in TrainResult.history"
-    )
+    wanted = f"at least the columns {HISTORY}, as in TrainResult.history"
+    theme.check_table(history, HISTORY, wanted)
     groups = [name for name in history.columns if name in DASHES]
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
     axes, _ = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
@@ -115,11 +111,8 @@ def plot_probes(
     grey area is what probes of shuffled labels reach (95 % quantile, the highest of the groups that
     are drawn); the dotted line is the most frequent class. The legend names groups without a token.
 
-    Args:
-        table: Of ``LinearProbes.table``.
-        metric: What to show of targets with several labels: ``"label accuracy"``, the share of
-            labels that are right, or ``"exact set"``, whether all are.
-        groups: Which groups to draw, in this order, or None for all.
+    The ``table`` is that of `LinearProbes`, and ``metric`` what to show of targets with several labels:
+    ``"label accuracy"``, the share of labels that are right, or ``"exact set"``, whether all are.
     """
     theme.check_table(table, COLUMNS, "LinearProbes.table")
     check_choice(METRICS, error=SelectionError, metric=metric)
@@ -143,9 +136,8 @@ def plot_probes(
         ax.set_title(title, fontsize=LABEL, loc="left")
         ax.set_ylabel("accuracy", fontsize=LABEL)
         ax.set_xlabel("LLM layer" if i + across >= len(targets) else "", fontsize=LABEL)
-    theme.headline(
-        figure, "Linear probes on the mean state of a token group: accuracy on test images"
-    )
+    title = "Linear probes on the mean state of a token group: accuracy on test images"
+    theme.headline(figure, title)
     theme.legend_of(figure, _probes_legend(shown, styles), across + 1)
     return figure
 
@@ -201,10 +193,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
 
     Every panel is a group and every line a task; all questions together are black. The dashed line is
     what an untrained gate gives. A hollow mark says that no question has such a token, so that the
-    coefficient acts on nothing.
-
-    Args:
-        table: Of ``GateCoefficients.to_dataframe()``.
+    coefficient acts on nothing. The ``table`` is that of ``GateCoefficients.to_dataframe()``.
     """
     theme.check_table(table, COEFFICIENTS, "that of gate_coefficients(...).to_dataframe()")
     groups = [group for group in NAMES if (table["group"] == group).any()]
@@ -238,11 +227,10 @@ def _draw_coefficients(ax: Any, own: Any, tasks: list[str], layers: list[int]) -
     for x, layer in enumerate(layers):
         if layer in null.index:
             ax.plot([x - 0.5, x + 0.5], [null[layer]] * 2, **UNTRAINED)
-    for place, (task, step) in enumerate(
-        zip(tasks, np.linspace(-0.5, 0.5, len(tasks)), strict=True)
-    ):
+    steps = wide * np.linspace(-0.5, 0.5, len(tasks))
+    for place, task in enumerate(tasks):
         part, look = own[own["task"] == task].sort_values("layer"), _task_look(task, place)
-        x = np.array([layers.index(layer) for layer in part["layer"]]) + (wide * step)
+        x = np.array([layers.index(layer) for layer in part["layer"]]) + steps[place]
         y, low, high = (part[name].to_numpy(dtype=float) for name in ("coefficient", "low", "high"))
         ax.plot(x, y, color=look["color"], linewidth=1.2, alpha=0.6)
         if bands:

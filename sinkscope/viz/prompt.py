@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -17,9 +17,6 @@ from sinkscope.viz import theme
 from sinkscope.viz.image import shown_records
 from sinkscope.viz.tables import MARKS, render, short, token_name
 from sinkscope.viz.theme import GROUP_OF, QUIET, SMALL, STYLES, TICKS, Trace
-
-if TYPE_CHECKING:
-    pass
 
 SEEN = 8  # queries that must see a token before its mean says more than what it gives to itself
 LETTER, COLUMNS, MARGIN, LONGEST = 8.6, 96, 6, 48
@@ -142,12 +139,7 @@ def plot_tokens(trace: Trace, row: int = 0, *, layer: int | None = None) -> Figu
     square-root scale from 0 to 1. Sinks have an outline and a mark of their kind. All patches of an
     image share one chip; CLS and registers that the projector keeps have their own. Numbers at the left
     are positions. Tokens that fewer than 8 queries see have no colour: their share is mostly what they
-    give to themselves.
-
-    Args:
-        trace: The trace.
-        row: The row of the batch.
-        layer: One LLM layer, with the sinks of that layer; None for the largest share over layers.
+    give to themselves. With ``layer`` it is one LLM layer, with the sinks of that layer.
     """
     chips, title, notes, kinds = strip_of(trace, row, layer)
     lines = _lines(chips)
@@ -176,8 +168,8 @@ def _lines(chips: Sequence[Chip]) -> list[list[tuple[int, str, Chip]]]:
         text = theme.drawable(theme.cut(chip.marked, LONGEST))
         wide = theme.columns_of(text) + 2
         if lines[-1] and at + wide - 1 > COLUMNS:
-            lines.append([])
             at = 0
+            lines.append([])
         lines[-1].append((at, text, chip))
         at += wide
     return lines

@@ -259,11 +259,8 @@ def candidates(trace: Trace) -> pd.DataFrame:
 def trace_summary(trace: Trace, *, limit: int = 10) -> str:
     """Write the sinks as a table for a terminal, how they were found, and what to beware of.
 
-    Kinds of which there are none say "none found".
-
-    Args:
-        trace: The trace.
-        limit: The most sinks of each kind to list, those that draw most first.
+    Kinds of which there are none say "none found"; of each at most ``limit`` are listed, those that draw
+    most first.
     """
     parts = listed(trace, limit)
     records = [record for found, _ in parts for record in found]

@@ -117,9 +117,7 @@ ASIAN = (
 """Fonts with Chinese, Japanese and Korean characters, of common systems."""
 
 MISSING = "▯"
-ADVANCE = (
-    0.65  # width of a letter of BASE over the font size, with room for rounding to whole pixels
-)
+ADVANCE = 0.65  # width of a letter of BASE over the font size, with room for rounding to pixels
 
 
 @cache

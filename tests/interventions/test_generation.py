@@ -145,6 +145,7 @@ def test_the_plain_models_own_error_is_as_stated(plain_error, family, kernel, dt
     crossed(
         [name for name in LANGUAGE if name != THRESHOLDS],
         [(*model, dtype) for model in FAMILIES for dtype in HALF],
+        full=0,  # every edit is held to its formula in half precision by test_untouched
     ),
     ids=str,
 )

@@ -97,7 +97,7 @@ RUN = {
     ),
     "queries without a position": (
         lambda c: ss.MaskKeys(c.some, queries=c.some & False), NoEffectError,
-        "MaskKeys was given queries, a selection, without any position",
+        r"MaskKeys \(queries\) was given a selection without any token; expected at least one",
     ),
     "queries that differ by layer": (
         lambda c: ss.MaskKeys(c.some, queries=per_layer_rows(c)), SelectionError,
@@ -125,15 +125,15 @@ RUN = {
     "no layers": (lambda c: ss.MaskKeys(c.some, layers=[]), LayerError, "Got no layers"),
     "a head beyond the last": (
         lambda c: ss.MaskKeys(c.some, heads=[4]), InterventionError,
-        "Got head 4; expected query heads from 0 to 3. With grouped queries several query heads",
+        "Got 4 as query head; expected 0 to 3. Write query heads, of which several",
     ),
-    "a negative head": (lambda c: ss.MaskKeys(c.some, heads=[-1]), InterventionError, "Got head -1;"),
+    "a negative head": (lambda c: ss.MaskKeys(c.some, heads=[-1]), InterventionError, "Got -1 as query head;"),
     "no heads": (
         lambda c: ss.AblateValues(c.some, heads=[]), InterventionError,
-        "Got no heads; expected at least one, or None for all",
+        "Got no query head; expected at least one.*or None for all",
     ),
     "heads by name": (
-        lambda c: ss.MaskKeys(c.some, heads="all"), InterventionError, "Got head 'all'; expected query heads",
+        lambda c: ss.MaskKeys(c.some, heads="all"), InterventionError, "Got 'all' as query head; expected 0 to 3",
     ),
     "an unknown tower": (
         lambda c: ss.MaskKeys(c.some, tower="visual"), ProbeError,
@@ -316,7 +316,7 @@ RUN = {
     ),
     "states of other layers": (
         lambda c: patch(c, states(c), layers=[1]), InterventionError,
-        r"Got a donor of layers \(0,\) to patch at layers \(1,\); expected it to hold them all. Write layers=\[0\]",
+        r"Got a donor of layers \(0,\) to patch at layers \(1,\); expected the same, or more layers. Write layers=\(0,\), or read another",
     ),
     "states of another site": (
         lambda c: patch(c, states(c), "mlp_out"), InterventionError,
@@ -324,7 +324,7 @@ RUN = {
     ),
     "values as states": (
         lambda c: patch(c, values(c)), InterventionError,
-        "Got a donor of site 'values' to patch at site 'resid_post'; expected the same. Write site='values'",
+        "Got a donor of site 'values' to patch at site 'resid_post'; expected the same, or .*Write site='values'",
     ),
     "states as values": (
         lambda c: ss.AblateValues(c.some, states(c), [0]), InterventionError,
@@ -393,13 +393,13 @@ RUN = {
     # neurons
     "a neuron beyond the last": (
         lambda c: ss.TestTimeRegister({0: [10**6]}), InterventionError,
-        "Got neuron 1000000 in vision block 0; expected 0 to 95",
+        "Got 1000000 as neuron of vision block 0; expected 0 to 95",
     ),
     "a negative neuron": (
-        lambda c: ss.TestTimeRegister({0: [-1]}), InterventionError, "Got neuron -1 in vision block 0; expected 0 to",
+        lambda c: ss.TestTimeRegister({0: [-1]}), InterventionError, "Got -1 as neuron of vision block 0; expected 0 to",
     ),
     "a block without neurons": (
-        lambda c: ss.TestTimeRegister({0: [], 1: [3]}), InterventionError, "Got no neurons in block 0",
+        lambda c: ss.TestTimeRegister({0: [], 1: [3]}), InterventionError, "Got no neuron of vision block 0",
     ),
     "a scale that is a word": (
         lambda c: ss.TestTimeRegister({0: [1]}, scale="a"), InterventionError, "Got scale='a'; expected a finite number",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sinkscope.kernels import attention, received, walk, writes
+from sinkscope.kernels import attention, edited_call, received, walk, writes
 
 HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
 
@@ -67,7 +67,8 @@ def test_own_weights_by_hand(kind, sharp):
     call = (function, (module, sharp * query, key, value), options)
     want = weights_of(call, kind).diagonal(dim1=2, dim2=3)
     assert torch.allclose(received.own_weights(call), want, atol=2e-6)
-    assert torch.allclose(received.by_columns(call, sharp * query), want, atol=2e-6)
+    edited = edited_call.attend(function, dict.fromkeys(edited_call.STAGES, ()))
+    assert torch.allclose(received.own_weights((edited, *call[1:])), want, atol=2e-6)
     uniform = (1 / visible(kind).sum(dim=1)).expand_as(want)
     assert torch.allclose(received.own_weights(call, null=True), uniform, atol=1e-6)
     newest = (

@@ -268,12 +268,12 @@ def chosen(tokens, selection):
 
 
 def test_words_of_the_prompt_are_a_selection(padded):
-    """All places, across tokens and parts of tokens; names go first, and only text is searched."""
+    """Whole words in all places, across tokens; names go first, and only text is searched."""
     _, sample = padded
     tokens = sample.tokens
     assert chosen(tokens, "red") == [[" red"], [" red", " red"]]
     assert chosen(tokens, "many red") == 2 * [[" many", " red"]]
-    assert chosen(tokens, "ed sha") == 2 * [[" red", " shapes"]]
+    assert chosen(tokens, " red") == chosen(tokens, "red")
     assert chosen(tokens, "shapes") == 2 * [[" shapes"]]
     assert tokens.select("image").sum(1).tolist() == [16, 16]
     for text, rows in (("are there", "[0]"), ("how", "[1]"), ("中", "[0]")):
@@ -281,19 +281,46 @@ def test_words_of_the_prompt_are_a_selection(padded):
             SelectionError, match=f"the text of rows \\{rows} does not hold; expected"
         ):
             tokens.select(text)
-    for text in ("imag", "USERS", "<image>", "", " "):
-        with pytest.raises(
-            SelectionError, match=r"expected one of .*does not hold it: write words as"
-        ):
+    for text in ("imag", "USERS", "<image>", "", " ", "ed sha", "re", "hape"):
+        with pytest.raises(SelectionError, match=r"expected one of .*no such whole words: write"):
             tokens.select(text)
     with pytest.raises(SelectionError, match="is unknown without a tokenizer"):
         replace(tokens, words=None).select("red")
 
 
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("imag", "image"), ("imge", "image"), ("tex", "text"), ("las", "last")]
+)
+def test_a_typo_of_a_name_that_is_a_part_of_a_word_is_refused(padded, typo, meant):
+    """It stands inside a word of every row, and selects nothing; as a word of its own it does."""
+    tokens = padded[1].tokens
+    inside = [["see ", f"a{typo}", "e ", f" {typo}s"], ["see ", typo[:2], f"{typo[2:]}4", "?"]]
+    with pytest.raises(SelectionError, match=f"Got the selection '{typo}'.*Did you mean '{meant}'"):
+        ending_in(tokens, inside).select(typo)
+    alone = [["see ", typo[:2], typo[2:], "!"], ["(", typo, ")", f"{typo}s"]]
+    mask = ending_in(tokens, alone).select(typo)
+    assert mask[:, -4:].tolist() == [[False, True, True, False], [False, True, False, False]]
+
+
+def test_scripts_without_blanks_have_no_whole_words(padded):
+    tokens = ending_in(padded[1].tokens, [[" 红", "苹果", "树", "a"], ["苹", "果", "abc", " "]])
+    mask = tokens.select("苹果")
+    assert mask[:, -4:].tolist() == [[False, True, False, False], [True, True, False, False]]
+    assert mask.sum() == 3
+
+
+def ending_in(tokens, rows):
+    """The same positions with four words of text at the end of every row, and no other text."""
+    kind = tokens.kind.masked_fill(tokens.kind == KINDS.index("text"), KINDS.index("special"))
+    kind[:, -4:] = KINDS.index("text")
+    words = tuple((*own[:-4], *given) for own, given in zip(tokens.words, rows, strict=True))
+    return replace(tokens, kind=kind, words=words)
+
+
 def test_a_character_of_several_tokens_is_found_in_all_of_them(tiny):
     sample = tiny("llava-clip-llama").prepare(images=random_image(32, 32), text="red 中 shapes")
     assert chosen(sample.tokens, "中") == [["中 1/3", "中 2/3", "中 3/3"]]
-    assert chosen(sample.tokens, "中 sh")[0][-1] == " shapes"
+    assert chosen(sample.tokens, "中 shapes")[0][-1] == " shapes"
 
 
 def test_positions_are_a_selection_of_either_tower(padded):
