@@ -82,31 +82,29 @@ def known_for(lvlm: LVLM) -> Known | None:
     decoder was replaced keeps its sizes and would be found wrongly: look at the flagged fraction.
     """
     a = lvlm.anatomy
-    for row in KNOWN:
-        sizes = (row.model_type, row.text_width, row.text_layers)
-        if sizes == (a.model_type, a.language.d_model, a.language.n_layers) and (
-            row.vision_width in (None, a.vision.d_model)
-        ):
-            return row
-    return None
+    mine = (a.model_type, a.language.d_model, a.language.n_layers)
+    fits = (
+        row
+        for row in KNOWN
+        if (row.model_type, row.text_width, row.text_layers) == mine
+        and row.vision_width in (None, a.vision.d_model)
+    )
+    return next(fits, None)
 
 
 def table() -> pd.DataFrame:
     """All published constants with their sources."""
     import pandas as pd
 
-    rows: list[dict[str, Any]] = [
-        {
-            "model": row.name,
-            "LLM sink channels": list(row.l_dims),
-            "tau (RMS)": row.tau,
-            "V rule": repr(row.v_detector) if row.v_detector else None,
-            "used by default": row.default,
-            "source": row.source,
-        }
-        for row in KNOWN
-    ]
-    return pd.DataFrame(rows)
+    shown = {
+        "model": lambda row: row.name,
+        "LLM sink channels": lambda row: list(row.l_dims),
+        "tau (RMS)": lambda row: row.tau,
+        "V rule": lambda row: repr(row.v_detector) if row.v_detector else None,
+        "used by default": lambda row: row.default,
+        "source": lambda row: row.source,
+    }
+    return pd.DataFrame([{name: of(row) for name, of in shown.items()} for row in KNOWN])
 
 
 def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
@@ -155,6 +153,9 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for one sample, which judges itself where nothing is given or published.
 
+        ``v`` and ``l_rule`` are given rules, or None; ``draws`` is that of `Gap`.
+
+
         Args:
             lvlm: The model.
             sample: The sample.
@@ -191,8 +192,8 @@ class SinkRules(Record):
             l_rule: The rule for L-sinks, or None.
             what: What the samples are, for the text; empty for their number.
             calibration: A calibration to take rules from, instead of making one.
-            remote: See `LVLM.run`.
-            progress: See `calibrate`.
+            remote: See `calibrate`, as for ``progress``.
+            progress: Whether to show a progress bar.
 
         Raises:
             DetectorError: If a rule is none.

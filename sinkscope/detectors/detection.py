@@ -112,13 +112,7 @@ def decide(
 ) -> Detection:
     """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged.
 
-    Args:
-        detector: The detector whose probe made the result.
-        result: The probe's result.
-        visual: Bool ``[batch pos]`` image tokens.
-        live: Bool ``[batch pos]``.
-        tower: The tower.
-        anatomy: Its anatomy.
+    ``visual`` are the image tokens and ``live`` all tokens, bool ``[batch pos]``.
     """
     scores, strict = detector.scores(result), getattr(detector, "strict", False)
     limit = detector.thresholds(result, scores)
@@ -238,7 +232,7 @@ def detect_all(
 
 
 def jaccard(one: Detection, other: Detection) -> float:
-    """Agreement of two detections: shared over all flagged (layer, token) pairs; 1 if both are empty.
+    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty.
 
     Raises:
         DetectorError: If they looked at other tokens or layers.

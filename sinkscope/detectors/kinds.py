@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinkscope.checks import check_choice, is_whole, plain
-from sinkscope.detectors.rules import STATE_SITE, Rule
+from sinkscope.checks import is_whole, plain
+from sinkscope.detectors.rules import Rule
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.probes import MassiveActivations, Probe
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
     from sinkscope.protocols import Read
     from sinkscope.tokens import TokenMap
-
-KINDS = ("cls", "register")
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,8 @@ class VisionTokens(Rule):
         kind: ``"cls"`` or ``"register"``.
     """
 
+    choices: ClassVar[Any] = {"kind": ("cls", "register")}
     kind: str = "cls"
-
-    def __post_init__(self) -> None:
-        check_choice(KINDS, kind=self.kind, error=DetectorError)
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """The kinds of the tokens; nothing of the pass is read.
@@ -72,15 +69,7 @@ class VisionTokens(Rule):
 
 
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
-    """ViT tokens of a kind, all of which must feed the language model.
-
-    Args:
-        tokens: Of a sample, with or without images.
-        kind: One of `KINDS`.
-
-    Raises:
-        DetectorError: If there are images and the projector passes on no token of this kind.
-    """
+    """ViT tokens of a kind, ``"cls"`` or ``"register"``; a DetectorError if the projector drops them."""
     mine = tokens.vision.select(kind)
     fed = torch.zeros_like(mine)
     used = tokens.sources >= 0
@@ -92,16 +81,7 @@ def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
 
 
 def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
-    """Refuse a `VisionTokens` for a model whose projector passes on no such token.
-
-    Args:
-        detector: Any rule for V-sinks; others pass.
-        anatomy: The model's.
-        config: The model's.
-
-    Raises:
-        DetectorError: If so.
-    """
+    """Refuse a `VisionTokens` for a model whose projector passes on no such token."""
     if isinstance(detector, VisionTokens):
         prefix, kind = anatomy.family.prefix(config), detector.kind
         refuse_dropped(kind, there=kind in prefix, kept=kind in prefix[anatomy.drops :])
@@ -162,6 +142,7 @@ class RandomTokens(Rule):
         seed: Another seed, other tokens.
     """
 
+    measured: ClassVar[Any] = partial(MassiveActivations, k=1)
     count: int
     seed: int = 0
     strict: bool = True
@@ -172,10 +153,6 @@ class RandomTokens(Rule):
                 f"Got count={self.count!r}, seed={self.seed!r}; expected whole numbers, the count 1 or more."
             )
         super().__post_init__()
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The largest channel of every token."""
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
         """Minus the rank of the hash; NaN at padding."""

@@ -105,7 +105,7 @@ class JudgedTower:
         evidence = self.evidence.at(self.layers)
         return outcome_of(
             rule, [evidence], self.tower, lambda _, row, pos: named(self, self.tower, row, pos)
-        ).text
+        )
 
     def _candidate(self, row: int, pos: int) -> Candidate:
         times = self.evidence.prominence()[row, self.layers, pos].nan_to_num(-1.0)

@@ -20,21 +20,13 @@ from sinkscope.tokens import Selection
 
 
 def check_site(site: str) -> str:
-    """A site that holds states.
-
-    Raises:
-        ProbeError: If there is none of that name.
-    """
+    """A site that holds states; raises ProbeError if there is none of that name."""
     check_choice(STATE_SITES, site=site, error=ProbeError)
     return site
 
 
 def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
-    """Channel indices of a tower.
-
-    Raises:
-        ProbeError: If there is none, or one is out of range.
-    """
+    """Channel indices of a tower; raises ProbeError if there is none, or one is out of range."""
     if not isinstance(dims, Iterable) or isinstance(dims, str):
         raise ProbeError(
             f"Got dimensions {dims!r}; expected a list of channel indices. Write [{dims}]."
@@ -52,11 +44,7 @@ def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
 
 
 def check_count(k: Any, most: int, what: str) -> int:
-    """How many of something to keep.
-
-    Raises:
-        ProbeError: If it is no int from 1 to ``most``.
-    """
+    """How many of something to keep; raises ProbeError if it is no int from 1 to ``most``."""
     if not is_whole(k, 1, most):
         raise ProbeError(f"Got k={k!r}; expected 1 to {most} {what}.")
     return int(k)
@@ -64,11 +52,10 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
-    """The largest channels of every token.
+    """The largest channels of every token; values NaN and channels -1 at padding.
 
     Attributes:
-        values: Signed, largest magnitude first; NaN at padding.
-        channels: Their indices; -1 at padding.
+        values: Signed, largest magnitude first.
         median: The median of ``|h|`` over live positions and all channels.
     """
 
@@ -92,14 +79,8 @@ class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
 class MassiveActivations(LayerProbe, kernel=kernels.massive, result=MassiveResult):
     """The ``k`` largest channels of every token and the layer's median magnitude.
 
-    Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median.
-    Reading ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        k: How many channels per token.
-        site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
+    Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median. Reading
+    ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
     """
 
     layers: Any = None
@@ -124,13 +105,7 @@ class NormResult(Result, columns={"norm": "norms"}):
 
 @dataclass(frozen=True, eq=False)
 class TokenNorms(LayerProbe, kernel=kernels.norms, result=NormResult):
-    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it).
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
-    """
+    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it)."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -149,18 +124,11 @@ class ScoreResult(Result, columns={"score": "scores"}):
 
 @dataclass(frozen=True, eq=False)
 class SinkDimensionScores(LayerProbe, kernel=kernels.dimension_scores, result=ScoreResult):
-    """The sink-dimension value of every token.
+    """The sink-dimension value of every token, on channels such as ``[1415, 2533]`` for LLaMA-2-7B.
 
     ``max_{d in dims} |h_d|``, divided by ``rms(h) = sqrt(mean_d h_d^2 + 1e-6)`` if
-    ``normalize="rms"`` (Kang et al. 2503.03321; Choi et al. 2604.03316 write it without). With RMS
-    the score is at most sqrt(D), and ``score^2 / D`` is that channel's share of the energy.
-
-    Args:
-        dims: Channel indices, such as ``[1415, 2533]`` for LLaMA-2-7B.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        normalize: ``"rms"`` or ``"none"``.
-        site: See `MassiveActivations`; the default is what the block's attention reads.
+    ``normalize="rms"`` and not ``"none"`` (Kang et al. 2503.03321; Choi et al. 2604.03316 write it
+    without). With RMS it is at most sqrt(D), and ``score^2 / D`` is that channel's share of the energy.
     """
 
     dims: Sequence[int]
@@ -186,11 +154,6 @@ class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
 
     Secondary sinks copy the direction of the first one. The result is a `ScoreResult` in [0, 1].
     At a decode step it is 1 by definition, because the one token is its own reference.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
     """
 
     bound: ClassVar[float] = 1.0
@@ -218,13 +181,8 @@ class StateResult(Result, columns={"value": "states"}):
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     """The states themselves, for patching into another run or training probes on them.
 
-    The one probe whose result is large: ``batch x layers x positions x d_model`` numbers.
-
-    Args:
-        tokens: Which tokens to keep.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
+    The one probe whose result is large: ``batch x layers x positions x d_model`` numbers. ``tokens``
+    selects which to keep.
     """
 
     tokens: Selection = "all"

@@ -23,11 +23,7 @@ from sinkscope.tokens import Selection
 
 @dataclass(frozen=True, eq=False)
 class ChannelResult(Result, columns={"value": "values"}):
-    """Values of chosen channels at chosen sites.
-
-    Attributes:
-        values: Signed; NaN at padding.
-    """
+    """Values of chosen channels at chosen sites: signed, NaN at padding."""
 
     values: Float[Tensor, "batch layer site pos channel"]
     sites: tuple[str, ...]
@@ -38,16 +34,10 @@ class ChannelResult(Result, columns={"value": "values"}):
 
 @dataclass(frozen=True, eq=False)
 class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
-    """Signed values of chosen channels before, in and after every block.
+    """Signed values of chosen channels before, in and after every block, at the sites asked for.
 
     ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` show which half
     of it did.
-
-    Args:
-        channels: Channel indices.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        sites: Which sites to read.
     """
 
     channels: Sequence[int]
@@ -77,12 +67,7 @@ class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
 
 @dataclass(frozen=True, eq=False)
 class GroupMeansResult(Result, columns={"value": "means", "count": "count"}):
-    """The mean state of every token group.
-
-    Attributes:
-        means: NaN where a row has no token of the group.
-        count: How many tokens the mean is over.
-    """
+    """The mean state of every token group, over ``count`` tokens; NaN where a row has none."""
 
     means: Float[Tensor, "batch layer group d_model"]
     count: Int[Tensor, "batch layer group"]
@@ -99,12 +84,8 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
     numbers come back and no state of a token. Groups may overlap. What was generated is in no group:
     at a decode step every group is empty.
 
-    Args:
-        groups: Name -> selection, such as ``{"sinks": trace.l_sinks(), "last": "last"}``; masks may
-            differ by layer.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`; the default is what the block's attention reads.
+    ``groups`` is name -> selection, such as ``{"sinks": trace.l_sinks(), "last": "last"}``; masks may
+    differ by layer.
     """
 
     groups: Mapping[str, Selection]
@@ -117,23 +98,16 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
         masks = [context.select(self.tower, selection) for selection in self.groups.values()]
         if context.step:
             masks = [torch.zeros(len(mask), 1, dtype=torch.bool) for mask in masks]
-        layers = range(context.tower(self.tower).n_layers if any(m.ndim == 3 for m in masks) else 1)
-        return {
-            "groups": ByLayer(
-                torch.stack([m if m.ndim == 2 else m[:, layer] for m in masks], dim=-1)
-                for layer in layers
-            )
-        }
+        many = context.tower(self.tower).n_layers if any(m.ndim == 3 for m in masks) else 1
+        by_layer = [[m if m.ndim == 2 else m[:, layer] for m in masks] for layer in range(many)]
+        return {"groups": ByLayer(torch.stack(of_layer, dim=-1) for of_layer in by_layer)}
 
 
 @dataclass(frozen=True, eq=False)
 class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
-    """What the LM head reads from intermediate states.
+    """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats.
 
-    Attributes:
-        tokens: Token ids, most likely first; -1 padded.
-        logprobs: In nats.
-        entropy: In nats.
+    ``tokens`` are ids, most likely first, -1 where there is none.
     """
 
     tokens: Int[Tensor, "batch layer row k"]
@@ -147,13 +121,8 @@ class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
 class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
     """The model's final norm and LM head applied to intermediate states of the decoder.
 
-    nostalgebraist (2020). For visual tokens the lens shows what a sink would say.
-
-    Args:
-        positions: A selection of positions.
-        layers: Block indices, or None for all.
-        k: How many tokens to keep.
-        site: See `MassiveActivations`.
+    nostalgebraist (2020). For visual tokens the lens shows what a sink would say. ``positions``
+    selects the states, ``k`` is how many tokens to keep.
     """
 
     positions: Selection = "last"
