@@ -20,12 +20,7 @@ from sinkscope.experiments.sink_edits import (
     split,
     with_random_sinks,
 )
-from sinkscope.interventions import (
-    Redistribute,
-    ScaleKeys,
-    ScaleTokens,
-    SinkToFront,
-)
+from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
 from sinkscope.lsg import LSG
 from sinkscope.lsg.building import check_layer
@@ -68,9 +63,6 @@ def effect_conditions(
 
     Returns:
         Name -> condition; ``"base"``, without any edit, comes first.
-
-    Raises:
-        InputError: If an edit is unknown or ``top`` is negative.
     """
     if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
@@ -94,22 +86,19 @@ def effect_table(
     *,
     v_detector: Detector | None = None,
     l_detector: Detector | None = None,
+    batch: int = 16,
+    progress: bool | None = None,
     edits: Sequence[str] = ("mask", "halve"),
     layers: Any = None,
     top: int = 4,
     controls: bool = True,
     seed: int = 0,
-    batch: int = 16,
-    progress: bool | None = None,
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
     The arguments are those of `compare` and `effect_conditions`; rules are best calibrated on other
     images. ``.summary()`` is the table, ``.plot()`` the figure, and
     ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
-
-    Raises:
-        InputError: If the dataset is empty or malformed, or an option is out of range.
     """
     made = effect_conditions(edits=edits, layers=layers, top=top, controls=controls, seed=seed)
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
@@ -142,9 +131,6 @@ def var(
         layers: Block indices; None for all from 2 on, as published.
         p: 0.6 in both.
         rho: None for 0.8 (paper, general tasks) or 0.5 (code).
-
-    Raises:
-        InputError: If the preset is unknown, or p or rho is no share.
     """
     check_choice(("paper", "code"), preset=preset)
     share = (0.8 if preset == "paper" else 0.5) if rho is None else rho
@@ -159,15 +145,10 @@ def var(
 def sink_to_front(sinks: str = "V-sinks") -> Method:
     """Sink-to-the-front: move sinks to the start of their image block (2510.08510).
 
-    Their embeddings move and the positions of the LLM stay, see `SinkToFront`.
-
-    Args:
-        sinks: ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
-
-    Raises:
-        InputError: If the kind is unknown.
+    Their embeddings move and the positions of the LLM stay, see `SinkToFront`. ``sinks`` is
+    ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
     """
-    check_groups(sinks)
+    _check_groups(sinks)
 
     def make(trace: SinkTrace) -> Sequence[Any]:
         return [SinkToFront(split(trace, sinks)[0], allow_noop=True)]
@@ -178,17 +159,10 @@ def sink_to_front(sinks: str = "V-sinks") -> Method:
 def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks") -> Method:
     """Multiply the embeddings of image tokens by group, as DIYSink's ReW does (2510.08510).
 
-    ReW learns both weights from the question; these are constants.
-
-    Args:
-        sink: The weight of sinks.
-        rest: The weight of all other image tokens.
-        sinks: See `sink_to_front`.
-
-    Raises:
-        InputError: If both weights are 1, or the kind is unknown.
+    ReW learns both weights from the question; these are constants: of ``sinks`` (see
+    `sink_to_front`) and of all other image tokens. InputError if both are 1.
     """
-    check_groups(sinks, sink=sink, rest=rest)
+    _check_groups(sinks, sink=sink, rest=rest)
 
     def make(trace: SinkTrace) -> Sequence[Any]:
         pairs = zip(split(trace, sinks), (sink, rest), strict=True)
@@ -204,15 +178,12 @@ def fixed_coefficients(
 
     Args:
         layer: As for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``.
+            If there is no such layer a LayerError comes when it is used.
         s_v: What keys of sinks are multiplied by.
-        s_rest: What keys of all other image tokens are multiplied by.
+        s_rest: What keys of all other image tokens are multiplied by; one of both is not 1.
         sinks: See `sink_to_front`.
-
-    Raises:
-        InputError: If both coefficients are 1, which is the base, or the kind is unknown.
-        LayerError: When it is used, if there is no such layer.
     """
-    check_groups(sinks, s_v=s_v, s_rest=s_rest)
+    _check_groups(sinks, s_v=s_v, s_rest=s_rest)
 
     def make(trace: SinkTrace) -> Sequence[Any]:
         where = check_layer(layer, trace.n_layers)
@@ -224,7 +195,7 @@ def fixed_coefficients(
     return Method("fixed coefficients", make, options)
 
 
-def check_groups(sinks: str, **factors: Any) -> None:
+def _check_groups(sinks: str, **factors: Any) -> None:
     """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
     check_choice(("V-sinks", "L-sinks", VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
@@ -246,9 +217,6 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         count: For gates only: how many tokens of every image count as V-sinks, and of every prompt's
             image tokens as L-sinks, where the gate has such a group.
         seed: Of the draw, which also depends on the images and texts.
-
-    Raises:
-        InputError: If the condition is of another kind, or ``count`` does not fit it.
     """
     check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):
@@ -259,7 +227,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
             raise InputError(
                 "Got gates without a count; expected how many random tokens count as sinks. Write count=4."
             )
-        return [with_random_rules(gate, count, seed) for gate in condition]
+        return [_with_random_rules(gate, count, seed) for gate in condition]
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
             f"Got {condition!r}; expected a function of a trace, whose sinks can be others, or a list "
@@ -274,7 +242,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     return Method("random tokens", lambda t: function(with_random_sinks(t, seed)), options)
 
 
-def with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
+def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
     """A gate of the same weights whose sinks are random tokens, in every group that it has."""
     seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
     rules = {

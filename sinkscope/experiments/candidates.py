@@ -32,8 +32,7 @@ class Candidate:
         drawn: The most that some head gives it beyond uniform attention, from other tokens; NaN where
             fewer than 8 see it.
         drawn_at: ``(layer, head)`` of it, or None.
-        flagged: Whether the tower's rule flags it in some layer.
-        reason: Why not, or where.
+        flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
     """
 
     tower: Tower
@@ -102,10 +101,8 @@ class JudgedTower:
         if isinstance(self.rule, NoSinks):
             return self.rule.reason
         rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
-        evidence = self.evidence.at(self.layers)
-        return outcome_of(
-            rule, [evidence], self.tower, lambda _, row, pos: named(self, self.tower, row, pos)
-        )
+        evidence = [self.evidence.at(self.layers)]
+        return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
 
     def _candidate(self, row: int, pos: int) -> Candidate:
         times = self.evidence.prominence()[row, self.layers, pos].nan_to_num(-1.0)

@@ -51,12 +51,8 @@ class GateCoefficients(Result):
     ) -> pd.DataFrame:
         """Mean coefficients by task, layer and group.
 
-        Args:
-            by: ``"task"`` or ``"all"``; None for what it was made with. With several tasks all
-                questions together come last.
-            level: Coverage of the intervals, by bootstrap over images.
-            draws: Bootstrap samples.
-            seed: Of the draws.
+        ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all questions
+        together come last. Intervals of coverage ``level`` are by bootstrap over images.
 
         Returns:
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
@@ -126,8 +122,7 @@ def gate_coefficients(
         progress: Whether to show a progress bar; None shows it from 50 questions on.
 
     Raises:
-        InputError: If the dataset, ``by`` or ``batch`` is malformed, two gates have one layer, or the
-            model has no processor or no weights.
+        InputError: If an argument is malformed, or the model has no processor or no weights.
         InterventionError: If a gate was made for another model.
         DetectorError: If a gate's rule for V-sinks names a token that the projector drops.
     """
@@ -148,19 +143,16 @@ def gate_coefficients(
     items = as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
-    blocks = [gate.config.edited for gate in given]
+    blocks, lines = [gate.config.edited for gate in given], []
     hidden = len(items) < 50 if progress is None else not progress
-    lines: list[dict[str, Any]] = []
     bar = tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden)
     with bar, evaluated(lvlm.module):
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
             sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
             captured, vision = gate_inputs(lvlm, sample.inputs, blocks)
-            for gate in given:
-                found = gate_signals(
-                    gate, sample.tokens, vision, captured.state(gate.config.edited)
-                )
+            for gate, block in zip(given, blocks, strict=True):
+                found = gate_signals(gate, sample.tokens, vision, captured.state(block))
                 lines += _lines(gate, part, start, found, sample.tokens)
             bar.update(len(part))
     table = pd.DataFrame(lines).sort_values(["item", "edited"], kind="stable", ignore_index=True)
@@ -177,17 +169,10 @@ def _lines(
         sinks["L"] = visual & found["L"] & ~found["V"]
     sinks = {name: mask for name, mask in sinks.items() if name in gate.groups}
     sinks["rest"] = visual & ~torch.stack([*sinks.values()]).any(dim=0)
+    edited, untrained = config.edited, config.scale / len(gate.groups)
     for group, values in zip(gate.groups, found["coefficients"].T.tolist(), strict=True):
         counts = sinks[group].sum(dim=1).tolist()
         for row, item in enumerate(items):
-            yield {
-                "item": first + row,
-                "image_id": item.image_id,
-                "task": item.task,
-                "layer": config.edited - 1,
-                "edited": config.edited,
-                "group": group,
-                "coefficient": values[row],
-                "untrained": config.scale / len(gate.groups),
-                "tokens": counts[row],
-            }
+            at = {"item": first + row, "image_id": item.image_id, "task": item.task}
+            at |= {"layer": edited - 1, "edited": edited, "group": group}
+            yield at | {"coefficient": values[row], "untrained": untrained, "tokens": counts[row]}

@@ -33,13 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Result):
-    """Answers under every condition.
+    """Answers under every condition, compared with those under ``base``.
 
-    Attributes:
-        table: One line per question, condition and seed: item, image_id, task, question, answer,
-            condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
-            without a trace) and uncontrolled (whether there were too few random tokens to edit).
-        base: The condition that others are compared with.
+    ``table`` has one line per question, condition and seed: item, image_id, task, question, answer,
+    condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
+    without a trace) and uncontrolled (whether there were too few random tokens to edit).
     """
 
     table: pd.DataFrame
@@ -65,11 +63,9 @@ class Comparison(Result):
     ) -> pd.DataFrame:
         """Accuracy and paired difference to the base, per task, with intervals.
 
-        Intervals resample images with all their questions, and seeds (see `cluster_bootstrap`).
-
         Args:
-            level: Coverage of the intervals.
-            draws: Bootstrap samples.
+            level: Coverage of the intervals, which resample images with all their questions, and seeds.
+            draws: Bootstrap samples (see `cluster_bootstrap`).
             seed: Of the draws.
             touched_only: Whether to judge each condition on the questions it touched only.
 
@@ -169,8 +165,7 @@ class PerSeed:
 def per_seed(*conditions: Condition) -> PerSeed:
     """Report conditions that differ in nothing but their seed as one, over seeds.
 
-    Args:
-        conditions: One per seed, of a gate's training or of a draw: ``[gate_0], [gate_1], [gate_2]``.
+    One per seed, of a gate's training or of a draw: ``per_seed([gate_0], [gate_1], [gate_2])``.
     """
     if not conditions:
         raise InputError("Got per_seed() without a condition; expected one per seed.")
@@ -330,16 +325,15 @@ def _lines(
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
         if isinstance(variant.condition, EditSinks):
             uncontrolled = variant.condition.uncontrolled(trace).tolist()
-    names = ("image_id", "task", "question", "answer")
     for row, (index, item) in enumerate(part.items()):
+        asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
+        told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
         yield {
             "item": index,
-            **{name: getattr(item, name) for name in names},
+            **asked,
             "condition": variant.name,
             "seed": variant.seed,
-            "given": answers.given[row],
-            "correct": answers.correct[row],
-            "touched": answers.touched[row],
+            **told,
             "sinks": sinks[row],
             "uncontrolled": uncontrolled[row],
         }

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
     from sinkscope.models.runs import Run
 
-FIELDS = ("tokens", "keys", "source")
-"""Where an intervention says what it edits."""
+FIELDS = ("tokens", "keys", "source")  # where an intervention says what it edits
 
 
 def field_of(it: Any) -> str:
@@ -68,9 +67,8 @@ def attention_under(
 ) -> Float[Tensor, "batch layer pos"]:
     """What every token receives in the edited layers and heads, one entry per edited layer.
 
-    The mean over those heads, and over the queries that can see the token (`SinkTrace.received`). For
-    an intervention with ``queries`` the mean over these, measured in one unedited pass; those that
-    cannot see the token give 0.
+    The mean over those heads, and over the queries that can see the token, or over the intervention's own
+    ``queries``, measured in one unedited pass; those that cannot see the token give 0.
     """
     layers, heads = layers_of(it, trace), getattr(it, "heads", None)
     queries = getattr(it, "queries", None)
@@ -97,15 +95,15 @@ class ControlResult(Result):
     """A real edit beside the same edit on other tokens.
 
     Attributes:
-        real: Float ``[batch]``, the score of the edit.
-        controls: Float ``[draw batch]``, the scores of the controls.
-        base: Float ``[batch]``, the score without any edit.
+        real: The score of the edit.
+        controls: The scores of the controls.
+        base: The score without any edit.
         match: What the controls share with the edit.
         score: What the scores are, with their unit.
-        real_mass: Float ``[batch]``: the attention that the edited tokens receive in the unedited run,
-            in the edited layers and heads, summed over tokens and averaged over layers. A sum of means
-            over the queries that see each token, so it may exceed 1.
-        mass: Float ``[draw batch]``: the same of each control's tokens.
+        real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
+            and heads, summed over tokens and averaged over layers. A sum of means over the queries that
+            see each token, so it may exceed 1.
+        mass: The same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]
@@ -219,17 +217,10 @@ class RandomControl:
         *,
         donor: SinkTrace | Sequence[SinkTrace] | None = None,
     ) -> ControlResult:
-        """Run the edit and its controls on the trace's sample.
+        """Run the edit and its controls on the trace's sample; raises as `draws` does.
 
-        Args:
-            lvlm: The model.
-            trace: The trace of the sample to edit.
-            score: ``score(run) -> [batch]``; None for the KL divergence of the next token from the
-                unedited run, in nats.
-            donor: See `draws`.
-
-        Raises:
-            InterventionError: See `draws`; or the score is no tensor with one number per row.
+        ``score(run)`` gives one number per row; None is the KL divergence of the next token from the
+        unedited run, in nats. ``donor`` is as for `draws`.
         """
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain = lvlm.run(trace.sample, logits="last")
@@ -242,8 +233,8 @@ class RandomControl:
         received = attention_under(self.intervention, trace, lvlm)
         layers, taken = layers_of(self.intervention, trace), []
         for it in edits:
-            mask = self._tokens(it, trace)
-            mask = mask[:, None] if mask.ndim == 2 else mask[:, layers]
+            mask = by_layer(self._tokens(it, trace))
+            mask = mask if mask.shape[1] == 1 else mask[:, layers]
             taken.append((received * mask).sum(dim=2).mean(dim=1))
         mass = torch.stack(taken[1:])
         return ControlResult(real, torch.stack(controls), base, self.match, name, taken[0], mass)
@@ -301,9 +292,8 @@ def replacement_table(
 
     tables = []
     for how in REPLACEMENTS:
-        edit = AblateValues(tokens, how, layers, seed=seed)
-        result = RandomControl(edit, match, n, seed).run(lvlm, trace, score, donor=donor)
-        table = result.to_dataframe()
+        control = RandomControl(AblateValues(tokens, how, layers, seed=seed), match, n, seed)
+        table = control.run(lvlm, trace, score, donor=donor).to_dataframe()
         table.insert(0, "batch", range(len(table)))
         table.insert(0, "replacement", how)
         tables.append(table)

@@ -71,32 +71,30 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the model's dtype.
-
-        Args:
-            lvlm: The model it was trained on.
+        The sum is rounded to the dtype of the model, which must be the one it was trained on.
 
         Raises:
             ModelError: If a matrix is missing, of another shape, or not of floating point.
         """
-        modules = {path: linear_of(lvlm, path) for path in self.factors}
+        before = {}
         for path, (up, down) in self.factors.items():
-            came, wanted = tuple(modules[path].weight.shape), (up.shape[0], down.shape[1])
+            module = linear_of(lvlm, path)
+            came, wanted = tuple(module.weight.shape), (up.shape[0], down.shape[1])
             if came != wanted:
                 raise ModelError(
                     f"Got a matrix of shape {came} at {path}; expected {wanted}, that of the model the "
                     "adapter was trained on."
                 )
-        before = {path: module.weight.data for path, module in modules.items()}
+            before[path] = module, module.weight.data
         try:
             for path, (up, down) in self.factors.items():
-                old = before[path]
+                module, old = before[path]
                 change = (self.alpha / self.rank) * (up.to(old.device) @ down.to(old.device))
-                modules[path].weight.data = (old.float() + change).to(old.dtype)
+                module.weight.data = (old.float() + change).to(old.dtype)
             yield lvlm
         finally:
-            for path, old in before.items():
-                modules[path].weight.data = old
+            for module, old in before.values():
+                module.weight.data = old
 
     def __repr__(self) -> str:
         size = "" if self.wanted is None else f" (a gate has {self.wanted})"
@@ -122,7 +120,8 @@ def lora(
     """Train a LoRA on one block of the decoder, of the size of a gate (2106.09685).
 
     The table of 2604.03316 has r = 8 "at L10" and names no matrices; on the four projections of attention
-    of width 4096, the default, that is 262,144 parameters, the size of a gate.
+    of width 4096, the default, that is 262,144 parameters, the size of a gate. For ``epochs``, ``batch``,
+    ``lr`` and ``seed`` see `sinkscope.lsg.TrainingSettings`.
 
     Args:
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
@@ -132,9 +131,9 @@ def lora(
         rank: The rank itself, instead of ``like``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
-        epochs: As for a gate, see `sinkscope.lsg.TrainingSettings`.
-        batch: Records per step, likewise.
-        lr: Highest learning rate, likewise.
+        epochs: As for a gate.
+        batch: Records per step.
+        lr: Highest learning rate.
         validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
         seed: Of the initial values, of the split and of the order of records.
         progress: Whether to show a progress bar.
@@ -156,19 +155,14 @@ def lora(
     settings = TrainingSettings(epochs=epochs, batch=batch, lr=lr, seed=seed)
     with frozen(lvlm.module), adapted(lvlm, paths, r, scale, seed) as layers:
         named = {
-            f"{path}.{x}": p
-            for path, pair in layers.items()
-            for x, p in zip("BA", pair, strict=True)
+            f"{path}.{x}": p for path in layers for x, p in zip("BA", layers[path], strict=True)
         }
         data = read_dataset(dataset, lvlm.tokenizer)
         rows, held = data.split(validation, settings.seed)
         objective = WholeObjective(lvlm, data)
         loop = Loop([Trainee("LoRA", named)], objective, rows, held, settings, progress=progress)
         loop.run()
-        factors = {
-            path: (up.detach().float().clone(), down.detach().float().clone())
-            for path, (up, down) in layers.items()
-        }
+        factors = {p: tuple(x.detach().float().clone() for x in layers[p]) for p in layers}
     return LoRA(factors, r, scale, r * per_rank, wanted, tuple(loop.history))
 
 

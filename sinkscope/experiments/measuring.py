@@ -73,33 +73,34 @@ class Measured:
 def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
     """Everything that a trace reads, in one forward pass, and what the rules flag in it."""
     a = lvlm.anatomy
+    towers: tuple[Tower, Tower] = ("vision", "language")
     k = min(16, a.vision.d_model, a.language.d_model)
     vision, language = SinkEvidence(tower="vision"), SinkEvidence()
     # The gap rule needs no probe of its own.
-    v = vision if isinstance(rules.v, Gap) else rules.v.probe("vision", None, a.vision)
-    low = (
-        language
-        if isinstance(rules.l_rule, Gap)
-        else rules.l_rule.probe("language", None, a.language)
+    v, low = (
+        own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
+        for own, rule in ((vision, rules.v), (language, rules.l_rule))
     )
     vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
     llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
     writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    attn_and_mlp: dict[Tower, dict[str, MassiveActivations]] = {}
-    for tower in ("vision", "language"):
-        blocks, sites = a.tower(tower).adding, ("attn_out", "mlp_out")
-        attn_and_mlp[tower] = {s: MassiveActivations(blocks, tower, k, s) for s in sites if blocks}
+    halves: dict[Any, dict[str, MassiveActivations]] = {
+        tower: {s: MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
+        for tower in towers
+        if (blocks := a.tower(tower).adding)
+    }
     probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [*attn_and_mlp["vision"].values(), *attn_and_mlp["language"].values()]
+    probes += [probe for of_tower in halves.values() for probe in of_tower.values()]
     run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
+    vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
     return Measured(
         sample=sample,
         vision=run[vision],
         language=run[language],
         v=decided(rules.v, run, v, lvlm, sample),
         low=decided(rules.l_rule, run, low, lvlm, sample),
-        vit_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["vision"].items()},
-        llm_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["language"].items()},
+        vit_attn_and_mlp=vit,
+        llm_attn_and_mlp=llm,
         vit_norms=run[vit_norms].norms,
         llm_norms=run[llm_norms].norms[:, 0],
         writes=run[writes[0]] if writes else None,

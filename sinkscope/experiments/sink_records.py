@@ -17,13 +17,9 @@ from sinkscope.tokens import VISION_KINDS
 def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
     """Whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
 
-    Args:
-        ratio: ``ratio_out``: the norm of the sink's write over the mean of the other tokens'.
-        stable_rank: Of the head's output.
-
-    Returns:
-        ``"NOP"`` (ratio at most 0.2), ``"broadcast"`` (ratio at least 0.5 and stable rank at most
-        1.5) or ``"mixed"``.
+    ``ratio`` is ``ratio_out``, the norm of the sink's write over the mean of the other tokens'; gives
+    ``"NOP"`` (ratio at most 0.2), ``"broadcast"`` (at least 0.5, and a stable rank of the head's output
+    of at most 1.5) or ``"mixed"``.
     """
     if ratio <= 0.2:
         return "NOP"
@@ -124,19 +120,14 @@ class SinkRecord:
 
 def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
     """One record per sink and per image token that is attended without one, in position order."""
-    tokens, rule = m.sample.tokens, m.low.any_layer()
-    found = []
-    for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+    tokens, rule, found = m.sample.tokens, m.low.any_layer(), []
+    for at in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+        batch, pos = at
         flagged, kind = bool(rule[batch, pos]), "V"
         if not bool(v_sinks[batch, pos]):
             visual = int(tokens.image[batch, pos]) >= 0
             kind = "text" if not visual else "L" if flagged else "attention"
-        parts = {
-            **_place(m, batch, pos),
-            **_in_vision(m, batch, pos),
-            **_in_language(m, batch, pos),
-            **_attention(m, batch, pos),
-        }
+        parts = _place(m, *at) | _in_vision(m, *at) | _in_language(m, *at) | _attention(m, *at)
         found.append(SinkRecord(kind=kind, overlap=kind == "V" and flagged, **parts))
     return tuple(found)
 
@@ -236,16 +227,12 @@ def _writer(
 
 def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     """What a token receives, since when, and what it writes in the head that attends it most."""
-    got, excess = m.language.received, m.excess[batch, :, :, pos]
-    null, others, others_null = got.null, got.others, got.others_null
-    assert null is not None
-    assert others is not None
-    assert others_null is not None
-    received = got.received[batch, :, :, pos]
+    got: Any = m.language.received  # a trace measures its nulls and the attention of others too
+    received, excess = got.received[batch, :, :, pos], m.excess[batch, :, :, pos]
     parts: dict[str, Any] = {
         "received": tuple(received.mean(dim=1).tolist()),
         "received_max": tuple(received.amax(dim=1).tolist()),
-        "null": tuple(null[batch, :, pos].tolist()),
+        "null": tuple(got.null[batch, :, pos].tolist()),
     }
     if excess.isnan().all():
         return parts
@@ -253,19 +240,16 @@ def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     drawn = (known.amax(dim=1) >= m.draws).nonzero().flatten().tolist()
     layer, head = divmod(int(known.argmax()), excess.shape[1])
     ratio = rank = norm = float("nan")
-    verdict = "writes unknown"
     if m.writes is not None and m.ratio is not None and layer in m.writes.layers:
-        at = m.writes.layers.index(layer)
-        ratio = float(m.ratio[batch, at, head, pos])
-        rank = float(m.writes.stable_rank[batch, at, head])
-        norm = float(m.writes.norms[batch, at, head, pos])
-    if ratio == ratio:
-        verdict = nop_or_broadcast(ratio, rank)
+        at = (batch, m.writes.layers.index(layer), head)
+        ratio, norm = float(m.ratio[at][pos]), float(m.writes.norms[at][pos])
+        rank = float(m.writes.stable_rank[at])
+    verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
     return parts | {
         "first_drawn": drawn[0] if drawn else None,
         "head": (layer, head),
-        "head_received": float(others[batch, layer, head, pos]),
-        "head_null": float(others_null[batch, layer, pos]),
+        "head_received": float(got.others[batch, layer, head, pos]),
+        "head_null": float(got.others_null[batch, layer, pos]),
         "excess": float(excess[layer, head]),
         "contribution": float(received[layer, head]) * norm,
         "value_ratio": ratio,

@@ -42,9 +42,8 @@ class Result(Record):
     ``layers`` are block indices in order, ``groups`` names in order; ``positions``, ``queries`` or
     ``rows`` hold the position of every query, -1 where there is none, or None for 0, 1, 2, ...
 
-    Attributes:
-        columns: Column of the table -> field, given as ``class NormResult(Result, columns={"norm":
-            "norms"})``; the first field gives the axes, and without any it is the first with axes.
+    ``columns`` is column of the table -> field, given as ``class NormResult(Result, columns={"norm":
+    "norms"})``; the first field gives the axes, and without any it is the first with axes.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}
@@ -59,16 +58,13 @@ class Result(Record):
         return self._table()
 
     def save(self, path: str | Path) -> Path:
-        """Write the result to one file, which `sinkscope.results.load` reads.
+        """Write the result to one file, which `sinkscope.results.load` reads, and give its path.
 
-        The file is safetensors, with everything that is no tensor as JSON in its metadata: one file
-        is there whole or not at all, can be sent, and other tools read its tensors.
-
-        Args:
-            path: Where to write, such as ``"run.safetensors"``; a file there is replaced.
+        The file is safetensors, with everything that is no tensor as JSON in its metadata: it is there whole
+        or not at all, can be sent, and other tools read its tensors. A file there is replaced.
 
         Raises:
-            InputError: If it holds what no file can, such as a picture or a table.
+            InputError: If it holds what no file can, such as a picture or a sample with its images.
             CheckpointError: If it cannot be written there.
         """
         return write(self, Path(path))
@@ -160,13 +156,9 @@ def short(value: Any) -> str:
 def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
-    """Per-site answers as one tensor ``[batch layer ...]``, in forward order.
+    """Per-site answers, or one ``part`` of each, as one tensor ``[batch layer ...]`` in forward order.
 
-    Args:
-        answers: ``{site: tensor or dict of tensors}``.
-        part: Which entry of the dict.
-        axis: The axis of keys, counted from the end.
-        keys: How many keys there are, if there is such an axis.
+    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any.
     """
     values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
     longest = max(keys, *(value.shape[axis] for value in values))
@@ -205,9 +197,6 @@ def tidy(
         labels: Axis -> the label of every index, or int ``[row index]`` if rows differ; axes not
             named, or None, are numbered.
         head: How many lines to make, or None for all.
-
-    Returns:
-        Columns ``axes`` and ``values``.
     """
     import pandas as pd
 
