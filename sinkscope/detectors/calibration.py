@@ -71,12 +71,10 @@ class TowerCalibration(Record):
 
 @dataclass(frozen=True)
 class Calibration(Result):
-    """Detectors for one model, with the evidence.
+    """Detectors for one model, with the evidence of ``n_samples`` samples.
 
-    Attributes:
-        vision: What was found in the ViT, on the states that feed the projector.
-        language: What was found in the decoder, on what its attention reads.
-        n_samples: How many samples were used.
+    ``vision`` is what was found in the ViT, on the states that feed the projector, and ``language`` in
+    the decoder, on what its attention reads.
     """
 
     vision: TowerCalibration

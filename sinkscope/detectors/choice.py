@@ -1,7 +1,4 @@
-"""Published sink constants with their sources (channels are 0-based), and which rules are used.
-
-Rows of the table whose sources agree are used unasked; the others are only shown.
-"""
+"""Published sink constants with their sources (channels are 0-based), and which rules are used."""
 
 from __future__ import annotations
 
@@ -30,14 +27,12 @@ class Known:
     Attributes:
         name: The model.
         model_type: ``config.model_type``.
-        text_width: Hidden size of the decoder.
-        text_layers: Blocks of the decoder.
+        text_width: Hidden size of the decoder, which has ``text_layers`` blocks.
         vision_width: Width of the vision tower, or None if any.
-        l_dims: Sink channels of the decoder.
-        tau: Threshold on the RMS score.
+        l_dims: Sink channels of the decoder, with the threshold ``tau`` on the RMS score.
         v_detector: Rule for V-sinks on the states that feed the projector, or None.
         source: Where it is from.
-        default: Whether the sources agree enough to use it unasked.
+        default: Whether the sources agree enough to use it unasked; else it is only shown.
     """
 
     name: str
@@ -96,15 +91,12 @@ def table() -> pd.DataFrame:
     """All published constants with their sources."""
     import pandas as pd
 
-    shown = {
-        "model": lambda row: row.name,
-        "LLM sink channels": lambda row: list(row.l_dims),
-        "tau (RMS)": lambda row: row.tau,
-        "V rule": lambda row: repr(row.v_detector) if row.v_detector else None,
-        "used by default": lambda row: row.default,
-        "source": lambda row: row.source,
-    }
-    return pd.DataFrame([{name: of(row) for name, of in shown.items()} for row in KNOWN])
+    names = {"name": "model", "l_dims": "LLM sink channels", "tau": "tau (RMS)"}
+    names |= {"v_detector": "V rule", "default": "used by default", "source": "source"}
+    made = pd.DataFrame([vars(row) for row in KNOWN])[[*names]].rename(columns=names)
+    made["LLM sink channels"] = made["LLM sink channels"].map(list)
+    made["V rule"] = [repr(row.v_detector) if row.v_detector else None for row in KNOWN]
+    return made
 
 
 def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
@@ -112,9 +104,9 @@ def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
     known = known_for(lvlm)
     if known is None or not known.default:
         return {"vision": None, "language": None}
-    rules = {"vision": known.v_detector, "language": known.l_detector}
     source = f"published constants of {known.name}"
-    return {tower: None if rule is None else (rule, source) for tower, rule in rules.items()}
+    v = None if known.v_detector is None else (known.v_detector, source)
+    return {"vision": v, "language": (known.l_detector, source)}
 
 
 GENERIC = "the generic definition (massive: |h| > 100 and 1000 medians)"
@@ -124,14 +116,9 @@ GENERIC = "the generic definition (massive: |h| > 100 and 1000 medians)"
 class SinkRules(Record):
     """The rule of each kind of sink, and where it is from: the one place that knows the order.
 
-    Given, published for this model, calibrated on samples or the gap rule, the generic definition.
-
-    Attributes:
-        v: The rule for V-sinks, on the states that feed the projector.
-        l_rule: The rule for L-sinks, on what each LLM layer reads.
-        v_source: Where the V rule is from, in words.
-        l_source: Where the L rule is from.
-        calibration: The calibration, if one was made or given.
+    Given, published for this model, calibrated on samples or the gap rule, the generic definition. ``v``
+    is for V-sinks, on the states that feed the projector, ``l_rule`` for L-sinks, on what each LLM layer
+    reads; ``calibration`` is the one that was made or given, if any.
     """
 
     v: Detector
@@ -151,20 +138,9 @@ class SinkRules(Record):
     def on_sample(
         cls, lvlm: LVLM, sample: Sample, v: Any = None, l_rule: Any = None, draws: float = DRAWS
     ) -> SinkRules:
-        """Rules for one sample, which judges itself where nothing is given or published.
+        """Rules for one sample, which judges itself where nothing is given (``v``, ``l_rule``) or published.
 
-        ``v`` and ``l_rule`` are given rules, or None; ``draws`` is that of `Gap`.
-
-
-        Args:
-            lvlm: The model.
-            sample: The sample.
-            v: The rule for V-sinks, or None.
-            l_rule: The rule for L-sinks, or None.
-            draws: Of `Gap`.
-
-        Raises:
-            DetectorError: If a rule is none.
+        ``draws`` is that of `Gap`; DetectorError if a rule is none.
         """
         short = int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING
         last = (Massive(), GENERIC) if short else (Gap(draws=draws), "the gap rule on this sample")
@@ -192,12 +168,8 @@ class SinkRules(Record):
             l_rule: The rule for L-sinks, or None.
             what: What the samples are, for the text; empty for their number.
             calibration: A calibration to take rules from, instead of making one.
-            remote: See `calibrate`, as for ``progress``.
-            progress: Whether to show a progress bar.
-
-        Raises:
-            DetectorError: If a rule is none.
-            CalibrationError: If a calibration is needed and there is no sample.
+            remote: See `LVLM.run`.
+            progress: See `calibrate`, which may raise CalibrationError.
         """
         given = zip(published(lvlm).items(), (v, l_rule), strict=True)
         missing = [tower for (tower, known), rule in given if known is None and rule is None]
@@ -216,8 +188,9 @@ class SinkRules(Record):
 
     @classmethod
     def _in_order(cls, lvlm: LVLM, given: Sequence[Any], last: Sequence[Any]) -> SinkRules:
-        (v, v_source), (l_rule, l_source) = (
-            (rule, "given") if rule is not None else constants or at_last
-            for rule, constants, at_last in zip(given, published(lvlm).values(), last, strict=True)
-        )
-        return cls(check_detector(v), check_detector(l_rule), v_source, l_source)
+        found = zip(given, published(lvlm).values(), last, strict=True)
+        chosen = [
+            (r, "given") if r is not None else known or at_last for r, known, at_last in found
+        ]
+        rules, sources = zip(*chosen, strict=True)
+        return cls(*map(check_detector, rules), *sources)

@@ -123,11 +123,7 @@ class Limits(Rule):
             )
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """What the score is made of.
-
-        Raises:
-            DetectorError: If there is not one limit per block.
-        """
+        """What the score is made of; DetectorError if there is not one limit per block."""
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
                 f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "

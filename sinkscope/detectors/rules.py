@@ -88,9 +88,8 @@ class SinkDimensions(Rule):
 
     Args:
         dims: Channel indices of this model.
-        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is
-            known to flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and is
-            refused where it cannot be reached.
+        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to
+            flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
         normalize: ``"rms"`` or ``"none"``.
         strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
     """
@@ -109,11 +108,7 @@ class SinkDimensions(Rule):
         super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Sink-dimension scores.
-
-        Raises:
-            DetectorError: If tau is above sqrt(D).
-        """
+        """Sink-dimension scores; DetectorError if tau is above sqrt(D)."""
         bound = anatomy.d_model**0.5
         if self.normalize == "rms" and self.tau >= bound:
             raise DetectorError(
@@ -141,10 +136,6 @@ class Massive(Rule):
 
     The score is ``max |h|``; the null is the peak-to-median ratio of an isotropic state times the
     layer's median.
-
-    Args:
-        absolute: Least magnitude.
-        ratio: Least multiple of the median ``|h|`` of the layer.
     """
 
     measured: ClassVar[Any] = partial(MassiveActivations, k=1)
@@ -188,9 +179,8 @@ class Norm(NormRule):
     The score is the L2 norm; the null is the median norm.
 
     Args:
-        tau: A number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2), ``"valley"`` for the widest
-            gap among the sorted log norms above the median, or ``"3sigma"`` for mean + 3 standard
-            deviations of the row (2506.08010).
+        tau: A number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2), ``"valley"`` for the widest gap
+            among the sorted log norms above the median, or ``"3sigma"`` for mean + 3 standard deviations.
         gap: The least ratio across a valley; below it nothing is flagged.
     """
 
@@ -236,12 +226,8 @@ class ZScore(NormRule):
     """Norms more than ``z`` standard deviations above the mean of the layer's live tokens, per row.
 
     The score is the L2 norm; the null is the median norm. Of n tokens none lies more than
-    ``(n - 1) / sqrt(n)`` deviations above the mean, so a short row has none at ``z=3``: that takes 11.
-    Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
-
-    Args:
-        z: Standard deviations (of a sample, with n - 1).
-        strict: Whether a norm that equals the limit is no sink.
+    ``(n - 1) / sqrt(n)`` (sample) deviations above the mean, so a short row has none at ``z=3``: that takes
+    11. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
     """
 
     ranges: ClassVar[Any] = {"z": {"above": 0}}
@@ -301,12 +287,9 @@ class Received(Rule):
 
 @dataclass(frozen=True)
 class CosineToBOS(Rule):
-    """Tokens whose state points the way of the first token's (secondary sinks).
+    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks).
 
     The first token itself is always flagged. Null: ``E |cos|`` of random directions.
-
-    Args:
-        threshold: Least absolute cosine.
     """
 
     measured: ClassVar[Any] = CosineToFirst
