@@ -88,20 +88,15 @@ def effect_table(
     l_detector: Detector | None = None,
     batch: int = 16,
     progress: bool | None = None,
-    edits: Sequence[str] = ("mask", "halve"),
-    layers: Any = None,
-    top: int = 4,
-    controls: bool = True,
-    seed: int = 0,
+    **options: Any,
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    The arguments are those of `compare` and `effect_conditions`; rules are best calibrated on other
-    images. ``.summary()`` is the table, ``.plot()`` the figure, and
+    The arguments are those of `compare`, ``options`` those of `effect_conditions`; rules are best
+    calibrated on other images. ``.summary()`` is the table, ``.plot()`` the figure, and
     ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
     """
-    made = effect_conditions(edits=edits, layers=layers, top=top, controls=controls, seed=seed)
-    rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
+    made, rules = effect_conditions(**options), {"v_detector": v_detector, "l_detector": l_detector}
     return compare(lvlm, dataset, made, **rules, batch=batch, progress=progress)
 
 

@@ -14,6 +14,8 @@ from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinkscope.models.inputs import Sample
 
 
@@ -85,15 +87,15 @@ class JudgedTower:
         """Three tokens per row for their spike and three for their attention, the latter in order."""
         tokens, out = self.sample.tokens, []
         live = tokens.vision.live if self.tower == "vision" else tokens.live
-        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0).amax(dim=1)
+        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0)
         attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
         for row in range(len(large)):
-            both = (attention[row], large[row])
+            both = (attention[row], large[row].amax(dim=0))
             first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
             best = dict.fromkeys([*first, *second])
             for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
                 if bool(live[row, pos]):
-                    out.append(self._candidate(row, pos))
+                    out.append(self._candidate(row, pos, large[row, :, pos]))
         return out
 
     def outcome(self, draws: float) -> str:
@@ -104,8 +106,7 @@ class JudgedTower:
         evidence = [self.evidence.at(self.layers)]
         return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
 
-    def _candidate(self, row: int, pos: int) -> Candidate:
-        times = self.evidence.prominence()[row, self.layers, pos].nan_to_num(-1.0)
+    def _candidate(self, row: int, pos: int, times: Tensor) -> Candidate:
         layer = self.layers[int(times.argmax())]
         excess = self.evidence.received.excess()[row, :, :, pos]
         unknown = bool(excess.isnan().all())

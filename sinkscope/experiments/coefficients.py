@@ -33,14 +33,12 @@ CELL = ["layer", "edited", "group"]
 
 @dataclass(frozen=True, eq=False)
 class GateCoefficients(Result):
-    """The coefficients that gates give for questions.
+    """The coefficients that gates give for questions; ``by`` is what means are split by if nothing is said.
 
-    Attributes:
-        table: One line per question, gate and group: item, image_id, task, layer (that the gate reads;
-            -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"`` or
-            ``"rest"``), coefficient (a factor of keys; a question's groups add to the gate's scale),
-            untrained (the scale over the number of groups) and tokens (image tokens of the group).
-        by: What the means are split by unless told otherwise: ``"task"`` or ``"all"``.
+    ``table`` has one line per question, gate and group: item, image_id, task, layer (that the gate reads;
+    -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"`` or ``"rest"``),
+    coefficient (a factor of keys; a question's groups add to the gate's scale), untrained (the scale
+    over the number of groups) and tokens (image tokens of the group).
     """
 
     table: pd.DataFrame
@@ -49,10 +47,10 @@ class GateCoefficients(Result):
     def to_dataframe(
         self, by: str | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> pd.DataFrame:
-        """Mean coefficients by task, layer and group.
+        """Mean coefficients by task, layer and group, with intervals by bootstrap over images.
 
-        ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all questions
-        together come last. Intervals of coverage ``level`` are by bootstrap over images.
+        ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all
+        questions together come last. ``level`` is the coverage.
 
         Returns:
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
@@ -60,19 +58,20 @@ class GateCoefficients(Result):
         """
         import pandas as pd
 
-        tables = []
-        for task, part in self._tasks(self.by if by is None else by):
+        by = self.by if by is None else by
+        check_choice(("task", ALL), by=by)
+        several = by == "task" and self.table["task"].nunique() > 1
+        tasks: list[Any] = [*self.table.groupby("task", sort=True)] if several else []
+        tables, options = [], {"level": level, "draws": draws, "seed": seed}
+        for task, part in [*tasks, (ALL, self.table)]:
             wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
             images = part.drop_duplicates("item").set_index("item")["image_id"].loc[wide.index]
-            means = cluster_intervals(
-                wide.to_numpy(dtype=float), images.tolist(), level=level, draws=draws, seed=seed
-            )
+            means = cluster_intervals(wide.to_numpy(dtype=float), images.tolist(), **options)
             cells = pd.DataFrame(list(wide.columns), columns=CELL)
             numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
             made = cells.assign(n=len(wide), images=images.nunique(), **numbers)
-            rest: Any = part.groupby(CELL)[["untrained", "tokens"]].mean()
-            made = made.join(rest, on=CELL)
-            made.insert(0, "task", task)
+            made = made.join(part.groupby(CELL)[["untrained", "tokens"]].mean(), on=CELL)
+            made.insert(0, "task", str(task))
             tables.append(made)
         return pd.concat(tables, ignore_index=True)
 
@@ -81,14 +80,6 @@ class GateCoefficients(Result):
         from sinkscope.viz.probes import plot_coefficients
 
         return plot_coefficients(self.to_dataframe(by, seed=seed))
-
-    def _tasks(self, by: str) -> Iterator[tuple[str, pd.DataFrame]]:
-        """The table by task, and whole at the end if there are several."""
-        check_choice(("task", ALL), by=by)
-        if by == "task" and self.table["task"].nunique() > 1:
-            for name, part in self.table.groupby("task", sort=True):
-                yield str(name), part
-        yield ALL, self.table
 
     def __repr__(self) -> str:
         nouns = {"question": "item", "image": "image_id", "gate": "layer"}

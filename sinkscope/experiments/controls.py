@@ -192,7 +192,7 @@ class RandomControl:
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")
-        mask = self._tokens(self.intervention, trace)
+        it, mask = self.intervention, self._tokens(self.intervention, trace)
         if self.match == "position":
             donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
             if not donors or donors == [None]:
@@ -202,8 +202,7 @@ class RandomControl:
                 )
             masks = [other_positions(mask, trace, one) for one in donors]
         else:
-            it, generator = self.intervention, torch.Generator().manual_seed(int(self.seed))
-            mass = self.match == "mass"
+            generator, mass = torch.Generator().manual_seed(int(self.seed)), self.match == "mass"
             received = attention_under(it, trace, lvlm) if mass else None
             given = received, layers_of(it, trace) if mass else ()
             masks = [random_like(mask, trace, generator, *given) for _ in range(self.n)]

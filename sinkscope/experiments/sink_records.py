@@ -34,12 +34,8 @@ class SinkRecord:
         kind: ``"V"`` (born in the vision tower), ``"L"`` (a visual token that became one in the LLM),
             ``"text"``, or ``"attention"``: an image token to which the vision tower attends throughout
             and which the V rule does not flag (a kept CLS, for instance).
-        batch: Row of the batch.
-        pos: LLM position.
-        word: The token's text.
-        image: Image of the row, -1 for text, as are ``row`` and ``column``.
-        row: Grid row of the image token.
-        column: Grid column.
+        batch: Row of the batch, and ``pos`` the LLM position of ``word``.
+        image: Image of the row, with the token's grid ``row`` and ``column``; all -1 for text.
         box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
         vit_tokens: The ViT tokens that feed the position.
         vit_token: The one of them with the highest score, -1 for text.
@@ -59,13 +55,11 @@ class SinkRecord:
         peak_channels: Largest channels on the layer with the largest activation.
         first_drawn: First LLM layer where some head gives it at least ``draws`` beyond uniform
             attention, from other tokens (see `ReceivedResult.excess`).
-        received: Mean over heads of the attention received, by layer.
-        received_max: Highest head, by layer.
+        received: Mean over heads of the attention received, by layer; ``received_max``: highest head.
         null: The same under uniform attention, by layer.
         head: ``(layer, head)`` where other tokens give it the most beyond uniform attention; None, and
             the numbers of that head NaN, where too few see it.
-        head_received: What they give there, 0 to 1.
-        head_null: What they would give there under uniform attention.
+        head_received: What they give there, 0 to 1, and ``head_null`` under uniform attention.
         excess: The difference of the two, by which sinks are ranked.
         contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
             v_s||_2``, D being what lies between head and stream.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,26 +70,23 @@ class Result(Record):
         return write(self, Path(path))
 
     def __repr__(self) -> str:
-        text = f"{type(self).__name__}({', '.join(self._said())})"
+        axes, known, said = axes_of(type(self)), set(), []
+        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name in axes:  # each axis once
+                sizes = zip(axes[f.name], value.shape, strict=False)
+                new = [f"{axis} {size}" for axis, size in sizes if axis not in known]
+                known.update(axes[f.name])
+                said.append(f"{f.name} [{', '.join(new)}]" if new else f.name)
+            elif value is not None and not (isinstance(value, (Mapping, tuple)) and not value):
+                said.append(f"{f.name} {short(value)}")
+        text = f"{type(self).__name__}({', '.join(said)})"
         return text if len(text) <= 200 else f"{text[:196]}...)"
 
     def _repr_html_(self) -> str:
         own = type(self).to_dataframe is not Result.to_dataframe
         table = self.to_dataframe().head(20) if own else self._table(20)
         return f"<pre>{html.escape(repr(self))}</pre>{table.to_html(index=False, border=0)}"
-
-    def _said(self) -> Iterator[str]:
-        """Every field in a word or two; each axis once."""
-        axes, known = axes_of(type(self)), set()
-        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor) and f.name in axes:
-                sizes = zip(axes[f.name], value.shape, strict=False)
-                new = [f"{axis} {size}" for axis, size in sizes if axis not in known]
-                known.update(axes[f.name])
-                yield f"{f.name} [{', '.join(new)}]" if new else f.name
-            elif value is not None and not (isinstance(value, (Mapping, tuple)) and not value):
-                yield f"{f.name} {short(value)}"
 
     def _table(self, head: int | None = None) -> pd.DataFrame:
         import pandas as pd
@@ -108,23 +105,18 @@ class Result(Record):
                     lines.append((f.name, short(value)))
             return pd.DataFrame(lines, columns=["part", "content"])
         first = next(iter(columns.values()))
-        shape, labels = getattr(self, first).shape, self._labels(axes, axes[first])
-        values = {}
+        shape, values = getattr(self, first).shape, {}
         for column, name in columns.items():
             index = [slice(None) if axis in axes[name] else None for axis in axes[first]]
             values[column] = getattr(self, name)[tuple(index)].expand(shape)
-        titles = [TITLES.get(axis, axis) for axis in axes[first]]
-        return tidy(values, titles, labels, head)
-
-    def _labels(self, axes: Mapping[str, tuple[str, ...]], wanted: Iterable[str]) -> dict[str, Any]:
-        """Labels of the axes: from an int field ``[batch axis]``, else from a tuple ``axes``."""
-        labels = {axis: getattr(self, f"{axis}s", None) for axis in wanted}
+        # Labels are from an int field ``[batch axis]``, else from a tuple ``axes``.
+        labels = {axis: getattr(self, f"{axis}s", None) for axis in axes[first]}
         labels = {axis: value for axis, value in labels.items() if isinstance(value, tuple)}
         for name in {*axes} - {*self.columns.values()}:
             value = getattr(self, name)
             if len(axes[name]) == 2 and getattr(value, "dtype", None) == torch.long:
                 labels[axes[name][1]] = value
-        return labels
+        return tidy(values, [TITLES.get(axis, axis) for axis in axes[first]], labels, head)
 
 
 def axes_of(cls: Any) -> dict[str, tuple[str, ...]]:
