@@ -93,7 +93,8 @@ def table() -> pd.DataFrame:
 
     names = {"name": "model", "l_dims": "LLM sink channels", "tau": "tau (RMS)"}
     names |= {"v_detector": "V rule", "default": "used by default", "source": "source"}
-    made = pd.DataFrame([vars(row) for row in KNOWN])[[*names]].rename(columns=names)
+    made = pd.DataFrame([vars(row) for row in KNOWN])[[*names]]
+    made.columns = [*names.values()]
     made["LLM sink channels"] = made["LLM sink channels"].map(list)
     made["V rule"] = [repr(row.v_detector) if row.v_detector else None for row in KNOWN]
     return made
@@ -161,15 +162,9 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for many samples: what is neither given nor published is calibrated on some.
 
-        Args:
-            lvlm: The model.
-            samples: Makes the samples to calibrate on; called if that is needed.
-            v: The rule for V-sinks, or None.
-            l_rule: The rule for L-sinks, or None.
-            what: What the samples are, for the text; empty for their number.
-            calibration: A calibration to take rules from, instead of making one.
-            remote: See `LVLM.run`.
-            progress: See `calibrate`, which may raise CalibrationError.
+        ``samples`` makes the samples to calibrate on, called if that is needed; ``what`` they are in words,
+        empty for their number. ``v`` and ``l_rule`` are given rules, or None; ``calibration`` is one to take
+        rules from, instead of making one. For ``remote``, ``progress`` and CalibrationError see `calibrate`.
         """
         given = zip(published(lvlm).items(), (v, l_rule), strict=True)
         missing = [tower for (tower, known), rule in given if known is None and rule is None]
@@ -192,5 +187,5 @@ class SinkRules(Record):
         chosen = [
             (r, "given") if r is not None else known or at_last for r, known, at_last in found
         ]
-        rules, sources = zip(*chosen, strict=True)
-        return cls(*map(check_detector, rules), *sources)
+        v, l_rule = (check_detector(rule) for rule, _ in chosen)
+        return cls(v, l_rule, chosen[0][1], chosen[1][1])

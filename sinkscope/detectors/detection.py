@@ -172,14 +172,8 @@ def detect(
 ) -> Detection:
     """Run one detector; DetectorError if it cannot work on this tower.
 
-    Args:
-        lvlm: The model.
-        sample: The sample.
-        detector: The detector.
-        tower: Where to look. States are judged on ``resid_pre`` in the language tower (what the
-            block's attention reads) and on ``resid_post`` in the vision tower.
-        layers: Block indices, or None for all.
-        remote: See `LVLM.run`.
+    States are judged on ``resid_pre`` in the language tower (what the block's attention reads) and on
+    ``resid_post`` in the vision tower. ``layers`` are block indices, or None for all.
     """
     found = detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)
     return found["it"]

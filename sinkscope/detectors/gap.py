@@ -30,19 +30,13 @@ class Gap(Rule):
 
     In a layer, a token **spikes** if its largest ``|h|`` is at least ``gap`` times the upper quartile of
     that number over the tokens of the layer, and at least ``medians`` times the layer's median ``|h|``.
-    In the LLM the channel must also have doubled since the embeddings: a V-sink, which arrives large in
-    channels of its own, is none for that. It **draws** if some head gives it at least ``draws`` beyond
-    uniform attention, from other tokens only: in the LLM in that layer, in the vision tower in some
-    block. In the vision tower patches are judged; CLS and registers are kinds of their own.
+    In the LLM the channel must also have ``growth`` times what it had in the embeddings: a V-sink, which
+    arrives large in channels of its own, is none for that. It **draws** if some head gives it at least
+    ``draws`` (0 to 1) beyond uniform attention, from other tokens only: in the LLM in that layer, in the
+    vision tower in some block. There patches are judged; CLS and registers are kinds of their own.
 
     The score is the largest ``|h|`` in medians, the threshold the larger of the two limits. Null: the
     peak-to-median ratio of an isotropic state.
-
-    Args:
-        gap: Least multiple of the layer's upper quartile.
-        medians: Least multiple of the layer's median ``|h|``.
-        draws: Least share of attention beyond uniform, 0 to 1.
-        growth: Least multiple of what the token's largest channel had in the embeddings of the LLM.
     """
 
     ranges: ClassVar[Any] = {

@@ -54,12 +54,9 @@ def effect_conditions(
 ) -> dict[str, Condition]:
     """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    Args:
-        edits: Those of `EditSinks`; the three replacements of values are best reported side by side.
-        layers: Block indices to edit in, or None for all.
-        top: How many of the image tokens that receive the most attention to edit too; 0 for none.
-        controls: Whether to add the same edits of as many random tokens that are no sinks.
-        seed: Of the random tokens.
+    ``edits`` are those of `EditSinks`; the three replacements of values are best reported side by side.
+    ``layers`` are block indices, or None for all. ``top`` of the image tokens that receive the most
+    attention are edited too. ``controls`` adds the same edits of random tokens that are no sinks.
 
     Returns:
         Name -> condition; ``"base"``, without any edit, comes first.
@@ -96,7 +93,8 @@ def effect_table(
     calibrated on other images. ``.summary()`` is the table, ``.plot()`` the figure, and
     ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
     """
-    made, rules = effect_conditions(**options), {"v_detector": v_detector, "l_detector": l_detector}
+    made = effect_conditions(**options)
+    rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
     return compare(lvlm, dataset, made, **rules, batch=batch, progress=progress)
 
 
@@ -118,14 +116,10 @@ def var(
 ) -> Method:
     """VAR: move attention from sinks to the other image tokens (Kang et al. 2503.03321).
 
-    `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too.
-
-    Args:
-        preset: ``"paper"`` recycles ``p`` and asks for a non-sink share of at least ``rho``;
-            ``"code"``, the released one, keeps ``p`` and asks for a sink share of at most ``rho``.
-        layers: Block indices; None for all from 2 on, as published.
-        p: 0.6 in both.
-        rho: None for 0.8 (paper, general tasks) or 0.5 (code).
+    `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too, in
+    ``layers``, None for all from 2 on, as published. ``"paper"`` recycles ``p`` and asks for a non-sink
+    share of at least ``rho``, 0.8 (general tasks) if None; ``"code"``, the released one, keeps ``p`` and
+    asks for a sink share of at most ``rho``, 0.5 if None. ``p`` is 0.6 in both.
     """
     check_choice(("paper", "code"), preset=preset)
     share = (0.8 if preset == "paper" else 0.5) if rho is None else rho
@@ -171,12 +165,9 @@ def fixed_coefficients(
 ) -> Method:
     """A gate that does not read: one cell of the paper's map of layers and pairs (2604.03316).
 
-    Args:
-        layer: As for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``.
-            If there is no such layer a LayerError comes when it is used.
-        s_v: What keys of sinks are multiplied by.
-        s_rest: What keys of all other image tokens are multiplied by; one of both is not 1.
-        sinks: See `sink_to_front`.
+    ``layer`` is as for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``, and
+    a LayerError comes when it is used. Keys of ``sinks`` (see `sink_to_front`) are multiplied by ``s_v``,
+    those of all other image tokens by ``s_rest``; InputError if both are 1, which is the base.
     """
     _check_groups(sinks, s_v=s_v, s_rest=s_rest)
 
@@ -205,13 +196,9 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     """The control: the same condition, with random ordinary tokens in the place of the sinks.
 
     For a function of the trace see `with_random_sinks`. For gates the rule of every group of sinks is
-    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay.
-
-    Args:
-        condition: A function of the trace, such as those of this module, or a list of gates.
-        count: For gates only: how many tokens of every image count as V-sinks, and of every prompt's
-            image tokens as L-sinks, where the gate has such a group.
-        seed: Of the draw, which also depends on the images and texts.
+    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay:
+    ``count`` tokens of every image are V-sinks, and of every prompt's image tokens L-sinks, where the
+    gate has such a group. The draw depends on ``seed`` and on the images and texts.
     """
     check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):

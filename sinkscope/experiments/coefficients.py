@@ -104,18 +104,10 @@ def gate_coefficients(
     below it left, and may answer otherwise: see ``run.effects[gate]``. The coefficients are those of
     the prompt, also for a gate with ``decode="refresh"``.
 
-    Args:
-        lvlm: The model, with its processor and weights.
-        gates: Gates of different layers, such as ``result.gates.values()``.
-        dataset: Records as for `sweep`; use others than those trained on.
-        by: How means are split: ``"task"``, or ``"all"``.
-        batch: Questions per forward pass.
-        progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Raises:
-        InputError: If an argument is malformed, or the model has no processor or no weights.
-        InterventionError: If a gate was made for another model.
-        DetectorError: If a gate's rule for V-sinks names a token that the projector drops.
+    The gates are of different layers, such as ``result.gates.values()``, and were made for this model
+    (else InterventionError), which has its processor and weights. ``dataset`` holds records as for `sweep`;
+    use others than those trained on. ``by`` is how means are split: ``"task"``, or ``"all"``. ``batch`` is
+    questions per forward pass; ``progress=None`` shows a bar from 50 questions on.
     """
     import pandas as pd
 

@@ -61,13 +61,10 @@ class Comparison(Result):
     def summary(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
     ) -> pd.DataFrame:
-        """Accuracy and paired difference to the base, per task, with intervals.
+        """Accuracy and paired difference to the base, per task, with intervals of coverage ``level``.
 
-        Args:
-            level: Coverage of the intervals, which resample images with all their questions, and seeds.
-            draws: Bootstrap samples (see `cluster_bootstrap`).
-            seed: Of the draws.
-            touched_only: Whether to judge each condition on the questions it touched only.
+        Intervals resample images with all their questions, and seeds (see `cluster_bootstrap`).
+        ``touched_only`` judges each condition on the questions it touched only.
 
         Returns:
             Columns task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),

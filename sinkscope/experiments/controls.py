@@ -176,11 +176,9 @@ class RandomControl:
     ) -> tuple[Any, ...]:
         """The control interventions: ``n`` on other tokens, or one per donor.
 
-        Args:
-            trace: The trace of the sample that is edited.
-            donor: For ``match="position"``, the trace of another image, or several. With ``k`` the p
-                value of `ControlResult` cannot be below ``1 / (1 + k)``.
-            lvlm: The model, to measure what ``queries`` give; for ``match="mass"`` only.
+        ``trace`` is that of the sample that is edited. ``donor`` is for ``match="position"``: the trace of
+        another image, or several; with ``k`` the p value of `ControlResult` cannot be below ``1 / (1 + k)``.
+        ``lvlm`` is for ``match="mass"``, to measure what ``queries`` give.
 
         Raises:
             InterventionError: If a setting is none, or the intervention names no tokens; its child

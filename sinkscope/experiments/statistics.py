@@ -25,16 +25,8 @@ def cluster_bootstrap(
     (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
     variance, and the interaction of images and seeds counts a little too much.
 
-    Args:
-        values: One number per observation; NaN are left out.
-        clusters: The image id of every observation.
-        seeds: The seed of every observation; None for one.
-        level: Coverage.
-        draws: Bootstrap samples.
-        seed: Of the draws.
-
-    Returns:
-        Mean, low and high; NaN without a value. With one cluster the interval is NaN.
+    ``values`` has one number per observation, NaN are left out; ``clusters`` its image id, ``seeds`` its
+    seed, None for one. Gives mean, low and high: NaN without a value, the interval also with one cluster.
     """
     numbers = np.asarray(values, dtype=float)
     keep = ~np.isnan(numbers)

@@ -267,7 +267,6 @@ def trace_sinks(
 
     Raises:
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
-        SelectionError: If ``merge`` is unknown.
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)

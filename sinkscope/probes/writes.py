@@ -75,13 +75,12 @@ class HeadWrites(
 ):
     """What every key would add to the residual stream, per head, were it fully attended.
 
-    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
-    definitions of Fesser et al. (2606.08105), ``u = D W_O v``; see
-    `sinkscope.experiments.nop_or_broadcast`. ``D`` is what lies between the output projection and the
-    stream: a factor per channel (LayerScale in DINOv2), a number (Granite), or the weight of a norm
-    (Gemma, OLMo 2). Such a norm also divides every query by the size of attention's whole output. That
-    is one number for all keys of a query, so `norms` leave it out and are then to be compared among keys
-    of one layer, as `ratio` does; `stable_rank` has it.
+    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the definitions of
+    Fesser et al. (2606.08105), ``u = D W_O v``; see `sinkscope.experiments.nop_or_broadcast`. ``D`` is what
+    lies between the output projection and the stream: a factor per channel (LayerScale in DINOv2), a number
+    (Granite), or the weight of a norm (Gemma, OLMo 2). Such a norm also divides every query by the size of
+    attention's whole output. That is one number for all keys of a query, so `norms` leave it out and are then
+    to be compared among keys of one layer, as `ratio` does; `stable_rank` has it.
     """
 
     layers: Any = None
@@ -184,11 +183,10 @@ class ContributionNorms(
 ):
     """How much each group of keys adds to the residual stream through attention. Exact.
 
-    ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
-    anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). ``D`` is as for
-    `HeadWrites`, here with the size of the whole output. The groups of a partition and the biases add up,
-    as vectors, to ``attn_out``; the bias of the projection belongs to no group. One attention call per
-    group and layer.
+    ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes anything
+    (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). ``D`` is as for `HeadWrites`, here with
+    the size of the whole output. The groups of a partition and the biases add up, as vectors, to
+    ``attn_out``; the bias of the projection belongs to no group. One attention call per group and layer.
     """
 
     groups: Mapping[str, Selection]

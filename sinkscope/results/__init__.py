@@ -183,12 +183,9 @@ def tidy(
 ) -> pd.DataFrame:
     """Tensors of one shape as a table, one line per entry that is not NaN, nor -1 in an index.
 
-    Args:
-        values: Column name -> tensor; all of one shape.
-        axes: A name per axis, in order; the first is the row.
-        labels: Axis -> the label of every index, or int ``[row index]`` if rows differ; axes not
-            named, or None, are numbered.
-        head: How many lines to make, or None for all.
+    ``values`` is column -> tensor, ``axes`` a name per axis, the first is the row. ``labels`` has for an
+    axis the label of every index, or int ``[row index]`` if rows differ; other axes are numbered. ``head``
+    is how many lines to make, or None for all.
     """
     import pandas as pd
 
