@@ -238,7 +238,7 @@ def decoys_of(trace: SinkTrace, truth: Truth) -> dict[str, Tensor]:
 
 def life(trace: SinkTrace) -> str:
     """Sinks with their life cycle, a line each."""
-    from sinkscope.experiments.candidates import named
+    from sinkscope.experiments.measuring import named
     from sinkscope.viz.tables import ranges
 
     lines = []

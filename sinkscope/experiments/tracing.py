@@ -23,8 +23,7 @@ from sinkscope.detectors.detection import Detection
 from sinkscope.detectors.gap import DRAWS
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.candidates import Candidate, JudgedTower
-from sinkscope.experiments.measuring import Measured, carry, measure
+from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
 from sinkscope.experiments.sink_records import SinkRecord, collect_records
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
