@@ -36,8 +36,7 @@ class TowerCalibration(Record):
     """What was found in one tower.
 
     Attributes:
-        tower: ``"language"`` or ``"vision"``.
-        detector: The rule, `NoSinks` if none was found.
+        detector: The rule, `NoSinks` if none was found; ``reason`` says why in a sentence.
         score: The score that separates best, or None.
         dims: Sink channels, strongest first, if the score is ``"channels"``.
         tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
@@ -47,7 +46,6 @@ class TowerCalibration(Record):
         instances: How many (sample, layer, token) instances spiked and drew.
         layers: Layers in which the score separates them.
         gaps: Score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
-        reason: One sentence.
     """
 
     tower: str

@@ -25,13 +25,10 @@ class Known:
     """What is published for one model.
 
     Attributes:
-        name: The model.
-        model_type: ``config.model_type``.
         text_width: Hidden size of the decoder, which has ``text_layers`` blocks.
         vision_width: Width of the vision tower, or None if any.
         l_dims: Sink channels of the decoder, with the threshold ``tau`` on the RMS score.
         v_detector: Rule for V-sinks on the states that feed the projector, or None.
-        source: Where it is from.
         default: Whether the sources agree enough to use it unasked; else it is only shown.
     """
 

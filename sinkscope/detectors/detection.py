@@ -59,8 +59,6 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
 
     Attributes:
         detector: The detector's description.
-        tower: ``"language"`` or ``"vision"``.
-        layers: The block indices, in order.
         mask: What is flagged; rows are images in the vision tower.
         scores: NaN at padding.
         threshold: Infinite where the data give none.

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sinkscope.checks import is_number
 from sinkscope.detectors.detection import Detector, expected_peak
-from sinkscope.detectors.rules import STATE_SITE, Massive, NoSinks, Rule, SinkDimensions
+from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
-from sinkscope.probes import MassiveActivations, SinkDimensionScores
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
@@ -124,15 +123,11 @@ class Limits(Rule):
                 "expected a positive one per block. Limits belong to one model: run "
                 "ss.calibrate(lvlm, samples) for this one."
             )
-        if self.score == "channels":
-            return SinkDimensionScores(tuple(self.dims), layers, tower, "rms", STATE_SITE[tower])
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
+        return self._like(1.0).probe(tower, layers, anatomy)
 
     def scores(self, result: Any) -> Tensor:
         """The score of every token."""
-        if self.score == "channels":
-            return result.scores
-        return result.ratio() if self.score == "ratio" else result.values[..., 0].abs()
+        return result.ratio() if self.score == "ratio" else self._like(1.0).scores(result)
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """The limits of the layers that were read."""
@@ -141,9 +136,8 @@ class Limits(Rule):
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """What an isotropic state shows, as for `SinkDimensions` and `Massive`."""
-        return self._like(1.0).null(result, anatomy) / (
-            float(result.median.nanmean()) if self.score == "ratio" else 1.0
-        )
+        size = float(result.median.nanmean()) if self.score == "ratio" else 1.0
+        return self._like(1.0).null(result, anatomy) / size
 
     def at(self, layer: int) -> Detector:
         """The rule of one layer as a detector with one number, for gates, which judge in one layer."""

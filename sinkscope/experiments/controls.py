@@ -95,15 +95,12 @@ class ControlResult(Result):
     """A real edit beside the same edit on other tokens.
 
     Attributes:
-        real: The score of the edit.
-        controls: The scores of the controls.
-        base: The score without any edit.
+        real: The score of the edit; ``controls`` those of the controls, ``base`` that without any edit.
         match: What the controls share with the edit.
         score: What the scores are, with their unit.
         real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
             and heads, summed over tokens and averaged over layers. A sum of means over the queries that
-            see each token, so it may exceed 1.
-        mass: The same of each control's tokens.
+            see each token, so it may exceed 1. ``mass``: the same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]

@@ -37,14 +37,10 @@ class SinkLife:
 
     Attributes:
         kind: ``"V"``, ``"L"`` or ``"text"`` in the prompt, ``"generated"`` in the answer.
-        batch: Row of the batch.
-        pos: Position in prompt and answer, counted with the padding.
-        word: The token's text.
+        pos: Position in prompt and answer, counted with the padding, of ``word`` in row ``batch``.
         born_step: 0 in the prompt; in the answer the step whose pass computed the token's state.
-        last_step: The last step at which it draws, None if it never does.
-        seen_until: The last step at which a later query sees it in some layer, None if there is none.
-        drawn_steps: At how many steps it draws.
-        seen_steps: At how many steps a later query sees it.
+        last_step: The last of the ``drawn_steps`` steps at which it draws, None if it never does.
+        seen_until: The last of the ``seen_steps`` steps at which a later query sees it in a layer, or None.
         layers: LLM layers on whose input it meets the L rule.
         max_mass: The largest share that a head of a later query gives it, 0 to 1; NaN if none sees it.
         at: The step and the layer of that share, None if none sees it.
@@ -81,22 +77,18 @@ class SinkLife:
 
 @dataclass(frozen=True, eq=False)
 class GenerationTrace(Result):
-    """Sinks while the model speaks.
+    """Sinks while the model speaks: one `SinkLife` per sink, and what they are read from.
 
     Step 0 is the pass over the prompt, whose query is the prompt's last token; the query of step s is
     the token that step s - 1 wrote. Keys are the tokens of prompt and answer up to the last that was read.
 
     Attributes:
-        sample: The prompt.
         sequences: Prompt and answer.
         text: The answers, or None without a tokenizer, as for ``words``: every token's text.
-        layers: The LLM layers.
         mass_max: In [0, 1]: the most that a head gives to every key; NaN where the query does not see
-            the key, at padding and after the answer's end.
-        mass_mean: The same, mean over heads.
+            the key, at padding and after the answer's end. ``mass_mean``: the mean over heads.
         null: What uniform attention gives to each key that the query sees.
         flags: Bool: the L rule on what each layer reads, at the token's own step.
-        lives: One `SinkLife` per sink.
         draws: How much more than ``null`` a head must give for a token to draw.
         detector: The L rule; ``chosen`` says how it came about.
     """

@@ -133,13 +133,10 @@ class Candidate:
     """A token that spikes or attracts attention more than the others of its tower.
 
     Attributes:
-        tower: ``"language"`` or ``"vision"``.
         row: Row of the batch, or image of the batch in the vision tower.
-        pos: Position in the prompt, or ViT token.
-        token: Its word, or what ViT token it is.
-        medians: Its largest ``|h|`` in medians of the layer, in the layer where it stands out most.
+        pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
+        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``.
         prominence: The same as a multiple of the layer's upper quartile.
-        spike_layer: That layer.
         drawn: The most that some head gives it beyond uniform attention, from other tokens; NaN where
             fewer than 8 see it.
         drawn_at: ``(layer, head)`` of it, or None.

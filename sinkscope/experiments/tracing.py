@@ -44,7 +44,6 @@ class SinkTrace(Result):
     """The sinks of one sample.
 
     Attributes:
-        sample: The sample.
         rules: The rules that decided, and where they are from.
         v_detection: What the V rule flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
@@ -53,8 +52,7 @@ class SinkTrace(Result):
             their LLM positions: attention without a spike.
         records: One `SinkRecord` per sink, and per token of ``attended`` that is no L-sink.
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
-        vision: Spikes and attention of every ViT token.
-        language: Spikes and attention of every token of the prompt.
+        vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
         draws: The least attention beyond uniform at which a token counts as attended.
         warnings: What a reader must know.
     """
