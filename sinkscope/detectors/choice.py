@@ -90,7 +90,7 @@ def table() -> pd.DataFrame:
 
     names = {"name": "model", "l_dims": "LLM sink channels", "tau": "tau (RMS)"}
     names |= {"v_detector": "V rule", "default": "used by default", "source": "source"}
-    made = pd.DataFrame([vars(row) for row in KNOWN])[[*names]]
+    made: Any = pd.DataFrame([vars(row) for row in KNOWN])[[*names]]
     made.columns = [*names.values()]
     made["LLM sink channels"] = made["LLM sink channels"].map(list)
     made["V rule"] = [repr(row.v_detector) if row.v_detector else None for row in KNOWN]
