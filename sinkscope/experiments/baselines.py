@@ -139,10 +139,8 @@ def sink_to_front(sinks: str = "V-sinks") -> Method:
     """
     _check_groups(sinks)
 
-    def make(trace: SinkTrace) -> Sequence[Any]:
-        return [SinkToFront(split(trace, sinks)[0], allow_noop=True)]
-
-    return Method("sink to the front", make, {"sinks": sinks})
+    front = "sink to the front"
+    return Method(front, lambda t: [SinkToFront(split(t, sinks)[0])], {"sinks": sinks})
 
 
 def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks") -> Method:
@@ -151,13 +149,9 @@ def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks
     ReW learns both weights from the question; these are constants: of ``sinks`` (see
     `sink_to_front`) and of all other image tokens. InputError if both are 1.
     """
-    _check_groups(sinks, sink=sink, rest=rest)
-
-    def make(trace: SinkTrace) -> Sequence[Any]:
-        pairs = zip(split(trace, sinks), (sink, rest), strict=True)
-        return [ScaleTokens(tokens, s, allow_noop=True) for tokens, s in pairs if s != 1.0]
-
-    return Method("token weights", make, {"sink": sink, "rest": rest, "sinks": sinks})
+    options: Any = {"sink": sink, "rest": rest, "sinks": sinks}
+    _check_groups(**options)
+    return Method("token weights", lambda t: _scaled(t, sinks, (sink, rest), ScaleTokens), options)
 
 
 def fixed_coefficients(
@@ -174,11 +168,16 @@ def fixed_coefficients(
     def make(trace: SinkTrace) -> Sequence[Any]:
         where = check_layer(layer, trace.n_layers)
         edited = [0 if isinstance(where, str) else where + 1]
-        pairs = zip(split(trace, sinks), (s_v, s_rest), strict=True)
-        return [ScaleKeys(tokens, s, edited, allow_noop=True) for tokens, s in pairs if s != 1.0]
+        return _scaled(trace, sinks, (s_v, s_rest), ScaleKeys, edited)
 
     options = {"layer": layer, "s_v": s_v, "s_rest": s_rest, "sinks": sinks}
     return Method("fixed coefficients", make, options)
+
+
+def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *where: Any) -> Any:
+    """Edits of the sinks and of the other image tokens, where the factor is not 1."""
+    pairs = zip(split(trace, sinks), factors, strict=True)
+    return [edit(tokens, factor, *where) for tokens, factor in pairs if factor != 1.0]
 
 
 def _check_groups(sinks: str, **factors: Any) -> None:
