@@ -210,7 +210,7 @@ def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
 
 def life(trace: SinkTrace) -> str:
     """Sinks with their life cycle, a line each."""
-    from sinkscope.experiments.candidates import named
+    from sinkscope.experiments.measuring import named
     from sinkscope.viz.tables import ranges
 
     lines = []

@@ -20,8 +20,8 @@ from sinkscope.detectors.rules import (
     NoSinks,
     Received,
     SinkDimensions,
+    ZScore,
 )
-from sinkscope.detectors.zscore import ZScore
 
 __all__ = [
     "KNOWN",

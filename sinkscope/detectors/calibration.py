@@ -36,8 +36,7 @@ class TowerCalibration(Record):
     """What was found in one tower.
 
     Attributes:
-        tower: ``"language"`` or ``"vision"``.
-        detector: The rule, `NoSinks` if none was found.
+        detector: The rule, `NoSinks` if none was found; ``reason`` says why in a sentence.
         score: The score that separates best, or None.
         dims: Sink channels, strongest first, if the score is ``"channels"``.
         tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
@@ -47,7 +46,6 @@ class TowerCalibration(Record):
         instances: How many (sample, layer, token) instances spiked and drew.
         layers: Layers in which the score separates them.
         gaps: Score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
-        reason: One sentence.
     """
 
     tower: str
@@ -71,12 +69,10 @@ class TowerCalibration(Record):
 
 @dataclass(frozen=True)
 class Calibration(Result):
-    """Detectors for one model, with the evidence.
+    """Detectors for one model, with the evidence of ``n_samples`` samples.
 
-    Attributes:
-        vision: What was found in the ViT, on the states that feed the projector.
-        language: What was found in the decoder, on what its attention reads.
-        n_samples: How many samples were used.
+    ``vision`` is what was found in the ViT, on the states that feed the projector, and ``language`` in
+    the decoder, on what its attention reads.
     """
 
     vision: TowerCalibration
@@ -119,11 +115,6 @@ class _Look:
     sinks: Tensor  # [row layer pos]
     scores: Tensor | None = None  # [row layer pos channel]
 
-    @property
-    def others(self) -> Tensor:
-        """Judged tokens that are no sinks."""
-        return self.evidence.judged[:, None] & ~self.sinks
-
     def peaks(self, order: list[int]) -> Tensor:
         """The largest score on some of the candidate channels, ``[row layer pos]``."""
         assert self.scores is not None
@@ -148,8 +139,8 @@ def calibrate(
     Args:
         lvlm: The model.
         samples: Samples with different images, better of different kinds; six to eight are customary.
-        draws: See `detectors.Gap`.
-        spike: ``medians`` of `detectors.Gap`: least multiple of the layer's median ``|h|``.
+        draws: See `detectors.Gap`, as for ``spike``, its ``medians``.
+        spike: Least multiple of the layer's median ``|h|``.
         max_dims: The most channels to keep per tower.
         towers: The towers to look at, if not both; the other one has no rule then.
         remote: See `LVLM.run`.
@@ -182,18 +173,15 @@ def calibrate(
             _second_look(lvlm, sample, channels, looks, remote)
             for sample, looks in zip(bar, first, strict=True)
         ]
-    found = {}
-    for tower in TOWERS:
-        if tower in channels:
-            anatomy, looks = lvlm.anatomy.tower(tower), [looks[tower] for looks in first]
-            found[tower] = _conclude(anatomy, rule, channels[tower], looks, max_dims)
-        else:
-            unseen = NoSinks("this tower was not looked at")
-            found[tower] = TowerCalibration(tower, unseen, reason=unseen.reason)
+    unseen = NoSinks("this tower was not looked at")
+    found = {tower: TowerCalibration(tower, unseen, reason=unseen.reason) for tower in TOWERS}
+    for tower in channels:
+        looks = [looks[tower] for looks in first]
+        found[tower] = _conclude(lvlm.anatomy.tower(tower), rule, channels[tower], looks, max_dims)
     return Calibration(**found, n_samples=len(samples))
 
 
-def judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
+def _judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
     """V-sinks are judged where the projector reads; L-sinks everywhere."""
     return lvlm.anatomy.feed_layers if tower == "vision" else None
 
@@ -202,10 +190,10 @@ def _first_look(
     lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[Any], remote: Any
 ) -> dict[Any, _Look]:
     """Spikes and attention of each tower, and the tokens that have both."""
-    probes: dict[Any, Any] = {}
-    for tower in towers:
-        layers, anatomy = judged_layers(lvlm, tower), lvlm.anatomy.tower(tower)
-        probes[tower] = rule.probe(tower, layers, anatomy)
+    probes: dict[Any, Any] = {
+        tower: rule.probe(tower, _judged_layers(lvlm, tower), lvlm.anatomy.tower(tower))
+        for tower in towers
+    }
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
     found = {tower: run[probe] for tower, probe in probes.items()}
     return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}
@@ -229,7 +217,7 @@ def _second_look(
     """RMS scores of the candidate channels at every token, in both towers."""
     probes = {}
     for tower in filter(channels.get, channels):
-        site, layers = STATE_SITE[tower], judged_layers(lvlm, tower)
+        site, layers = STATE_SITE[tower], _judged_layers(lvlm, tower)
         values = ChannelValues(channels[tower], layers, tower, (site,))
         probes[tower] = values, TokenNorms(layers, tower, site)
     every = [probe for pair in probes.values() for probe in pair]
@@ -269,7 +257,7 @@ def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separ
     both = list(zip(scores, looks, strict=True))
     for i, layer in enumerate(looks[0].evidence.layers):
         sinks = torch.cat([s[:, i][look.sinks[:, i]] for s, look in both])
-        others = torch.cat([s[:, i][look.others[:, i]] for s, look in both])
+        others = torch.cat([s[:, i][look.evidence.judged & ~look.sinks[:, i]] for s, look in both])
         allowed = int(MISSED * len(sinks))
         highest = max([floor, *others.sort(descending=True).values[allowed : allowed + 1].tolist()])
         if len(sinks):
@@ -281,17 +269,18 @@ def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separ
 
 
 def _conclude(
-    tower: TowerAnatomy, rule: Gap, channels: list[int], looks: list[_Look], max_dims: int
+    anatomy: TowerAnatomy, rule: Gap, channels: list[int], looks: list[_Look], max_dims: int
 ) -> TowerCalibration:
     """The score that separates best, with its limits."""
+    tower, evidence = anatomy.tower, [look.evidence for look in looks]
     count = sum(int(look.sinks.sum()) for look in looks)
     if not count:
-        text = outcome_of(rule, [look.evidence for look in looks], tower.tower).text
-        return TowerCalibration(tower.tower, NoSinks(text), reason=text)
+        text = outcome_of(rule, evidence, tower)
+        return TowerCalibration(tower, NoSinks(text), reason=text)
     order = _separating_channels(looks, max_dims)
     scores = {"channels": [look.peaks(order) for look in looks]} if order else {}
-    scores["ratio"] = [look.evidence.medians() for look in looks]
-    scores["absolute"] = [look.evidence.massive.values[..., 0].abs() for look in looks]
+    scores["ratio"] = [seen.medians() for seen in evidence]
+    scores["absolute"] = [seen.massive.values[..., 0].abs() for seen in evidence]
     floors = {"channels": expected_peak(max(1, len(order)))}
     found = {one: separation(looks, s, floors.get(one, 0.0)) for one, s in scores.items()}
     gaps = {score: min(one.gaps.values()) for score, one in found.items()}
@@ -303,10 +292,10 @@ def _conclude(
             f"{count} instances spike and draw attention, but no score separates them from the other "
             f"tokens by a factor of {DISTINCT}: {listed}"
         )
-        return TowerCalibration(tower.tower, NoSinks(text), instances=count, gaps=gaps, reason=text)
+        return TowerCalibration(tower, NoSinks(text), instances=count, gaps=gaps, reason=text)
     dims = tuple(channels[i] for i in order) if score == "channels" else ()
     at = min(best.clear, key=lambda layer: best.gaps[layer])
-    detector, tau = _rule(score, dims, best, tower.n_layers)
+    detector, tau = _rule(score, dims, best, anatomy.n_layers)
     low, high = best.low[at], best.high[at]
     reason = (
         f"{count} instances spike and draw attention; {score} separate them in {len(best.clear)} of "
@@ -314,7 +303,7 @@ def _conclude(
         f"lowest scores {low:.2f}, the highest other token {high:.2f}"
     )
     measured = (score, dims, tau, low, high, max(0.0, 1 - high / low))
-    return TowerCalibration(tower.tower, detector, *measured, count, best.clear, gaps, reason)
+    return TowerCalibration(tower, detector, *measured, count, best.clear, gaps, reason)
 
 
 def _separating_channels(looks: list[_Look], most: int) -> list[int]:
@@ -327,8 +316,8 @@ def _separating_channels(looks: list[_Look], most: int) -> list[int]:
         return separation(looks, peaks, expected_peak(len(order)))
 
     alone = {i: separated([i]) for i in range(looks[0].scores.shape[-1])}
-    kept = [i for i in alone if alone[i].clear]
-    kept = sorted(kept, key=lambda i: alone[i].quality, reverse=True)[:most]
+    kept = sorted(alone, key=lambda i: alone[i].quality, reverse=True)[:most]
+    kept = [i for i in kept if alone[i].clear]
     while len(kept) > 1 and len(separated(kept).clear) < len(alone[kept[0]].clear):
         kept.pop()
     return kept

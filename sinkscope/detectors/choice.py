@@ -1,7 +1,4 @@
-"""Published sink constants with their sources (channels are 0-based), and which rules are used.
-
-Rows of the table whose sources agree are used unasked; the others are only shown.
-"""
+"""Published sink constants with their sources (channels are 0-based), and which rules are used."""
 
 from __future__ import annotations
 
@@ -28,16 +25,11 @@ class Known:
     """What is published for one model.
 
     Attributes:
-        name: The model.
-        model_type: ``config.model_type``.
-        text_width: Hidden size of the decoder.
-        text_layers: Blocks of the decoder.
+        text_width: Hidden size of the decoder, which has ``text_layers`` blocks.
         vision_width: Width of the vision tower, or None if any.
-        l_dims: Sink channels of the decoder.
-        tau: Threshold on the RMS score.
+        l_dims: Sink channels of the decoder, with the threshold ``tau`` on the RMS score.
         v_detector: Rule for V-sinks on the states that feed the projector, or None.
-        source: Where it is from.
-        default: Whether the sources agree enough to use it unasked.
+        default: Whether the sources agree enough to use it unasked; else it is only shown.
     """
 
     name: str
@@ -82,31 +74,27 @@ def known_for(lvlm: LVLM) -> Known | None:
     decoder was replaced keeps its sizes and would be found wrongly: look at the flagged fraction.
     """
     a = lvlm.anatomy
-    for row in KNOWN:
-        sizes = (row.model_type, row.text_width, row.text_layers)
-        if sizes == (a.model_type, a.language.d_model, a.language.n_layers) and (
-            row.vision_width in (None, a.vision.d_model)
-        ):
-            return row
-    return None
+    mine = (a.model_type, a.language.d_model, a.language.n_layers)
+    fits = (
+        row
+        for row in KNOWN
+        if (row.model_type, row.text_width, row.text_layers) == mine
+        and row.vision_width in (None, a.vision.d_model)
+    )
+    return next(fits, None)
 
 
 def table() -> pd.DataFrame:
     """All published constants with their sources."""
     import pandas as pd
 
-    rows: list[dict[str, Any]] = [
-        {
-            "model": row.name,
-            "LLM sink channels": list(row.l_dims),
-            "tau (RMS)": row.tau,
-            "V rule": repr(row.v_detector) if row.v_detector else None,
-            "used by default": row.default,
-            "source": row.source,
-        }
-        for row in KNOWN
-    ]
-    return pd.DataFrame(rows)
+    names = {"name": "model", "l_dims": "LLM sink channels", "tau": "tau (RMS)"}
+    names |= {"v_detector": "V rule", "default": "used by default", "source": "source"}
+    made: Any = pd.DataFrame([vars(row) for row in KNOWN])[[*names]]
+    made.columns = [*names.values()]
+    made["LLM sink channels"] = made["LLM sink channels"].map(list)
+    made["V rule"] = [repr(row.v_detector) if row.v_detector else None for row in KNOWN]
+    return made
 
 
 def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
@@ -114,9 +102,9 @@ def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
     known = known_for(lvlm)
     if known is None or not known.default:
         return {"vision": None, "language": None}
-    rules = {"vision": known.v_detector, "language": known.l_detector}
     source = f"published constants of {known.name}"
-    return {tower: None if rule is None else (rule, source) for tower, rule in rules.items()}
+    v = None if known.v_detector is None else (known.v_detector, source)
+    return {"vision": v, "language": (known.l_detector, source)}
 
 
 GENERIC = "the generic definition (massive: |h| > 100 and 1000 medians)"
@@ -126,14 +114,9 @@ GENERIC = "the generic definition (massive: |h| > 100 and 1000 medians)"
 class SinkRules(Record):
     """The rule of each kind of sink, and where it is from: the one place that knows the order.
 
-    Given, published for this model, calibrated on samples or the gap rule, the generic definition.
-
-    Attributes:
-        v: The rule for V-sinks, on the states that feed the projector.
-        l_rule: The rule for L-sinks, on what each LLM layer reads.
-        v_source: Where the V rule is from, in words.
-        l_source: Where the L rule is from.
-        calibration: The calibration, if one was made or given.
+    Given, published for this model, calibrated on samples or the gap rule, the generic definition. ``v``
+    is for V-sinks, on the states that feed the projector, ``l_rule`` for L-sinks, on what each LLM layer
+    reads; ``calibration`` is the one that was made or given, if any.
     """
 
     v: Detector
@@ -153,17 +136,9 @@ class SinkRules(Record):
     def on_sample(
         cls, lvlm: LVLM, sample: Sample, v: Any = None, l_rule: Any = None, draws: float = DRAWS
     ) -> SinkRules:
-        """Rules for one sample, which judges itself where nothing is given or published.
+        """Rules for one sample, which judges itself where nothing is given (``v``, ``l_rule``) or published.
 
-        Args:
-            lvlm: The model.
-            sample: The sample.
-            v: The rule for V-sinks, or None.
-            l_rule: The rule for L-sinks, or None.
-            draws: Of `Gap`.
-
-        Raises:
-            DetectorError: If a rule is none.
+        ``draws`` is that of `Gap`; DetectorError if a rule is none.
         """
         short = int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING
         last = (Massive(), GENERIC) if short else (Gap(draws=draws), "the gap rule on this sample")
@@ -184,19 +159,9 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for many samples: what is neither given nor published is calibrated on some.
 
-        Args:
-            lvlm: The model.
-            samples: Makes the samples to calibrate on; called if that is needed.
-            v: The rule for V-sinks, or None.
-            l_rule: The rule for L-sinks, or None.
-            what: What the samples are, for the text; empty for their number.
-            calibration: A calibration to take rules from, instead of making one.
-            remote: See `LVLM.run`.
-            progress: See `calibrate`.
-
-        Raises:
-            DetectorError: If a rule is none.
-            CalibrationError: If a calibration is needed and there is no sample.
+        ``samples`` makes the samples to calibrate on, called if that is needed; ``what`` they are in words,
+        empty for their number. ``v`` and ``l_rule`` are given rules, or None; ``calibration`` is one to take
+        rules from, instead of making one. For ``remote``, ``progress`` and CalibrationError see `calibrate`.
         """
         given = zip(published(lvlm).items(), (v, l_rule), strict=True)
         missing = [tower for (tower, known), rule in given if known is None and rule is None]
@@ -215,8 +180,9 @@ class SinkRules(Record):
 
     @classmethod
     def _in_order(cls, lvlm: LVLM, given: Sequence[Any], last: Sequence[Any]) -> SinkRules:
-        (v, v_source), (l_rule, l_source) = (
-            (rule, "given") if rule is not None else constants or at_last
-            for rule, constants, at_last in zip(given, published(lvlm).values(), last, strict=True)
-        )
-        return cls(check_detector(v), check_detector(l_rule), v_source, l_source)
+        found = zip(given, published(lvlm).values(), last, strict=True)
+        chosen = [
+            (r, "given") if r is not None else known or at_last for r, known, at_last in found
+        ]
+        v, l_rule = (check_detector(rule) for rule, _ in chosen)
+        return cls(v, l_rule, chosen[0][1], chosen[1][1])

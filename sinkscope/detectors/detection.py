@@ -59,8 +59,6 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
 
     Attributes:
         detector: The detector's description.
-        tower: ``"language"`` or ``"vision"``.
-        layers: The block indices, in order.
         mask: What is flagged; rows are images in the vision tower.
         scores: NaN at padding.
         threshold: Infinite where the data give none.
@@ -93,11 +91,7 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
         return bool((self.fraction > SATURATION).any())
 
     def at(self, layer: int) -> Bool[Tensor, "batch pos"]:
-        """The mask of one layer.
-
-        Raises:
-            LayerError: If the layer was not looked at.
-        """
+        """The mask of one layer; LayerError if the layer was not looked at."""
         if not is_whole(layer) or layer not in self.layers:
             raise LayerError(f"Got layer {layer!r}; this detection holds layers {self.layers}.")
         return self.mask[:, self.layers.index(layer)]
@@ -112,29 +106,16 @@ def decide(
 ) -> Detection:
     """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged.
 
-    Args:
-        detector: The detector whose probe made the result.
-        result: The probe's result.
-        visual: Bool ``[batch pos]`` image tokens.
-        live: Bool ``[batch pos]``.
-        tower: The tower.
-        anatomy: Its anatomy.
+    ``visual`` are the image tokens and ``live`` all tokens, bool ``[batch pos]``.
     """
     scores, strict = detector.scores(result), getattr(detector, "strict", False)
     limit = detector.thresholds(result, scores)
-    above = reaches(scores, limit[..., None], strict)
+    above = reaches(scores, limit[..., None], strict) & live[:, None]
     if getattr(detector, "also", None) is not None:
         above = above & detector.also(result)
+    null = detector.null(result, anatomy)
     found = Detection(
-        detector=repr(detector),
-        tower=tower,
-        layers=result.layers,
-        mask=above & live[:, None],
-        scores=scores,
-        threshold=limit,
-        null=detector.null(result, anatomy),
-        visual=visual,
-        strict=strict,
+        repr(detector), tower, result.layers, above, scores, limit, null, visual, strict
     )
     if not found.saturated:
         return found
@@ -155,11 +136,7 @@ def expected_peak(n: int) -> float:
 
 
 def check_detector(detector: Any) -> Detector:
-    """The detector itself.
-
-    Raises:
-        DetectorError: If it is none.
-    """
+    """The detector itself; DetectorError if it is none."""
     if isinstance(detector, type) or not isinstance(detector, Detector):
         raise DetectorError(
             f"Got {detector!r} as detector; expected an object such as "
@@ -191,19 +168,10 @@ def detect(
     layers: Any = None,
     remote: bool | str | None = None,
 ) -> Detection:
-    """Run one detector.
+    """Run one detector; DetectorError if it cannot work on this tower.
 
-    Args:
-        lvlm: The model.
-        sample: The sample.
-        detector: The detector.
-        tower: Where to look. States are judged on ``resid_pre`` in the language tower (what the
-            block's attention reads) and on ``resid_post`` in the vision tower.
-        layers: Block indices, or None for all.
-        remote: See `LVLM.run`.
-
-    Raises:
-        DetectorError: If the detector cannot work on this tower.
+    States are judged on ``resid_pre`` in the language tower (what the block's attention reads) and on
+    ``resid_post`` in the vision tower. ``layers`` are block indices, or None for all.
     """
     found = detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)
     return found["it"]
@@ -218,16 +186,7 @@ def detect_all(
     layers: Any = None,
     remote: bool | str | None = None,
 ) -> dict[str, Detection]:
-    """Run several detectors in one forward pass; arguments and errors as in `detect`.
-
-    Args:
-        lvlm: The model.
-        sample: The sample.
-        detectors: Name -> detector, and so the detections.
-        tower: Where to look.
-        layers: Block indices, or None for all.
-        remote: See `LVLM.run`.
-    """
+    """Run several detectors, given by name, in one forward pass; for the rest see `detect`."""
     anatomy = lvlm.anatomy.tower(tower)
     probes = {
         name: check_detector(detector).probe(tower, layers, anatomy)
@@ -238,10 +197,9 @@ def detect_all(
 
 
 def jaccard(one: Detection, other: Detection) -> float:
-    """Agreement of two detections: shared over all flagged (layer, token) pairs; 1 if both are empty.
+    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty.
 
-    Raises:
-        DetectorError: If they looked at other tokens or layers.
+    DetectorError if they looked at other tokens or layers.
     """
     looked = [(each.tower, each.layers, tuple(each.mask.shape)) for each in (one, other)]
     if looked[0] != looked[1]:
@@ -254,17 +212,10 @@ def jaccard(one: Detection, other: Detection) -> float:
 
 
 def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
-    """Pairwise Jaccard index of detections of the same sample, tower and layers.
+    """A square table of `jaccard` of detections of the same sample, tower and layers, by name or listed.
 
-    Args:
-        detections: Name -> detection, or a list.
-
-    Returns:
-        A square table in [0, 1]; two empty detections agree fully.
-
-    Raises:
-        DetectorError: If they looked at other tokens or layers, or are no detections; or if two of a
-            list have the same name.
+    DetectorError if they looked at other tokens or layers, or are no detections; or if two of a list have
+    the same name.
     """
     import pandas as pd
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice, check_number, is_number
+from sinkscope.checks import is_number
 from sinkscope.detectors.detection import Detector, expected_peak
-from sinkscope.detectors.rules import STATE_SITE, Massive, NoSinks, Rule, SinkDimensions
+from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
-from sinkscope.probes import MassiveActivations, SinkDimensionScores
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
@@ -30,32 +29,26 @@ class Gap(Rule):
 
     In a layer, a token **spikes** if its largest ``|h|`` is at least ``gap`` times the upper quartile of
     that number over the tokens of the layer, and at least ``medians`` times the layer's median ``|h|``.
-    In the LLM the channel must also have doubled since the embeddings: a V-sink, which arrives large in
-    channels of its own, is none for that. It **draws** if some head gives it at least ``draws`` beyond
-    uniform attention, from other tokens only: in the LLM in that layer, in the vision tower in some
-    block. In the vision tower patches are judged; CLS and registers are kinds of their own.
+    In the LLM the channel must also have ``growth`` times what it had in the embeddings: a V-sink, which
+    arrives large in channels of its own, is none for that. It **draws** if some head gives it at least
+    ``draws`` (0 to 1) beyond uniform attention, from other tokens only: in the LLM in that layer, in the
+    vision tower in some block. There patches are judged; CLS and registers are kinds of their own.
 
     The score is the largest ``|h|`` in medians, the threshold the larger of the two limits. Null: the
     peak-to-median ratio of an isotropic state.
-
-    Args:
-        gap: Least multiple of the layer's upper quartile.
-        medians: Least multiple of the layer's median ``|h|``.
-        draws: Least share of attention beyond uniform, 0 to 1.
-        growth: Least multiple of what the token's largest channel had in the embeddings of the LLM.
     """
 
+    ranges: ClassVar[Any] = {
+        "gap": {"above": 1},
+        "medians": {"above": 0},
+        "growth": {"above": 0},
+        "draws": {"above": 0, "below": 1},
+    }
     gap: float = GAP
     medians: float = MEDIANS
     draws: float = DRAWS
     growth: float = GROWTH
     strict: bool = False
-
-    def __post_init__(self) -> None:
-        check_number(above=1, gap=self.gap, error=DetectorError)
-        check_number(above=0, medians=self.medians, growth=self.growth, error=DetectorError)
-        check_number(above=0, below=1, draws=self.draws, error=DetectorError)
-        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Spikes and attention."""
@@ -91,9 +84,6 @@ class Gap(Rule):
         return expected_peak(anatomy.d_model) / 0.6745
 
 
-SCORES = ("channels", "ratio", "absolute")
-
-
 @dataclass(frozen=True)
 class Limits(Rule):
     """Tokens whose score reaches the limit of their layer.
@@ -105,46 +95,39 @@ class Limits(Rule):
         dims: The sink channels, for ``"channels"``.
     """
 
+    choices: ClassVar[Any] = {"score": ("channels", "ratio", "absolute")}
     score: str
     limits: Sequence[float]
     dims: Sequence[int] = ()
     strict: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(SCORES, score=self.score, error=DetectorError)
+        super().__post_init__()
+        hint = "Limits come from ss.calibrate(lvlm, samples)."
         if (self.score == "channels") != bool(len(self.dims)):
             raise DetectorError(
                 f"Got score={self.score!r} with dims={tuple(self.dims)}; expected channels for 'channels' "
-                "only. Limits come from ss.calibrate(lvlm, samples)."
+                f"only. {hint}"
             )
         if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
             raise DetectorError(
                 f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
-                "is no sink. Limits come from ss.calibrate(lvlm, samples)."
+                f"is no sink. {hint}"
             )
-        super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """What the score is made of.
-
-        Raises:
-            DetectorError: If there is not one limit per block.
-        """
+        """What the score is made of; DetectorError if there is not one limit per block."""
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
                 f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
                 "expected a positive one per block. Limits belong to one model: run "
                 "ss.calibrate(lvlm, samples) for this one."
             )
-        if self.score == "channels":
-            return SinkDimensionScores(tuple(self.dims), layers, tower, "rms", STATE_SITE[tower])
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
+        return self._like(1.0).probe(tower, layers, anatomy)
 
     def scores(self, result: Any) -> Tensor:
         """The score of every token."""
-        if self.score == "channels":
-            return result.scores
-        return result.ratio() if self.score == "ratio" else result.values[..., 0].abs()
+        return result.ratio() if self.score == "ratio" else self._like(1.0).scores(result)
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """The limits of the layers that were read."""
@@ -153,9 +136,8 @@ class Limits(Rule):
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """What an isotropic state shows, as for `SinkDimensions` and `Massive`."""
-        return self._like(1.0).null(result, anatomy) / (
-            float(result.median.nanmean()) if self.score == "ratio" else 1.0
-        )
+        size = float(result.median.nanmean()) if self.score == "ratio" else 1.0
+        return self._like(1.0).null(result, anatomy) / size
 
     def at(self, layer: int) -> Detector:
         """The rule of one layer as a detector with one number, for gates, which judge in one layer."""
@@ -179,87 +161,50 @@ def one_number(score: str, dims: tuple[int, ...], limit: float, *, strict: bool 
     return Massive(0.0, limit) if score == "ratio" else Massive(limit, 0.0)
 
 
-At = tuple[int, int, int]
-"""A token: sample, row, position."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Why no token of a tower is a sink by the gap rule.
-
-    Attributes:
-        spiking: Tokens that spike in some layer, as (sample, row, position).
-        drawing: Tokens that draw attention in some layer.
-        text: The same in words.
-    """
-
-    spiking: tuple[At, ...]
-    drawing: tuple[At, ...]
-    text: str
-
-
 def outcome_of(
     rule: Gap,
     evidence: Sequence[EvidenceResult],
     tower: str,
-    name: Callable[[int, int, int], str] | None = None,
-) -> Outcome:
-    """What was seen in one tower where nothing both spikes and draws.
+    called: Callable[[int, int, int], str] = lambda sample, row, pos: f"position {pos}",
+) -> str:
+    """Say why no token of a tower is a sink: what spikes, what draws attention.
 
-    Args:
-        rule: The rule.
-        evidence: Of every sample.
-        tower: ``"language"`` or ``"vision"``.
-        name: ``(sample, row, position) -> what to call the token``; None for its position.
+    ``called`` gives the name of the token at ``(sample, row, position)``.
     """
-    called = name or (lambda sample, row, pos: f"position {pos}")
     one, many = ("patch", "patches") if tower == "vision" else ("token", "tokens")
-    spiking = _tokens([rule.spikes_in(seen) for seen in evidence])
-    drawing = _tokens([rule.draws_in(seen) & seen.judged[:, None] for seen in evidence])
-    if spiking:
-        sizes = [float(evidence[s].medians()[r, :, p].nan_to_num().max()) for s, r, p in spiking]
-        verb = f"1 {one} spikes" if len(spiking) == 1 else f"{len(spiking)} {many} spike"
-        parts = [f"{verb}: {_listed(spiking, sizes, called, '{:.0f} medians')}"]
-    else:
-        medians, times, grown = _largest_spike(rule, evidence)
+
+    def listed(verb: str, after: str, masks: list[Tensor], values: list[Tensor], unit: str) -> str:
+        sizes = {
+            (sample, row, pos): float(values[sample][row, :, pos].nan_to_num().max())
+            for sample, mask in enumerate(masks)
+            for row, pos in mask.any(dim=1).nonzero().tolist()
+        }
+        ranked = sorted(sizes, key=lambda at: -sizes[at])
+        some = ", ".join(f"{called(*at)} ({unit.format(sizes[at])})" for at in ranked[:3])
+        more = f" and {len(ranked) - 3} more" if len(ranked) > 3 else ""
+        which = f"1 {one} {verb}s" if len(ranked) == 1 else f"{len(ranked)} {many} {verb}"
+        return f"{which}{after}: {some}{more}" if ranked else ""
+
+    medians, drawn = [seen.medians() for seen in evidence], [seen.drawn() for seen in evidence]
+    spiking = [rule.spikes_in(seen) for seen in evidence]
+    drawing = [rule.draws_in(seen) & seen.judged[:, None] for seen in evidence]
+    spikes = listed("spike", "", spiking, medians, "{:.0f} medians")
+    draws = listed("draw", " attention", drawing, drawn, "{:.2f} beyond uniform")
+    both = "; none does both in one layer" if spikes and draws else ""
+    if not spikes:
+        size, times, grown = _largest_spike(rule, evidence)
         came = "" if grown else ", and came with the embeddings"
-        parts = [
-            f"no {one} spikes: the largest |h| is {medians:.0f} medians and {times:.1f} times the upper "
+        spikes = (
+            f"no {one} spikes: the largest |h| is {size:.0f} medians and {times:.1f} times the upper "
             f"quartile of its layer{came}, where a spike has {rule.medians:g} and {rule.gap:g}"
-        ]
-    if drawing:
-        sizes = [float(evidence[s].drawn()[r, :, p].nan_to_num().max()) for s, r, p in drawing]
-        verb = f"1 {one} draws" if len(drawing) == 1 else f"{len(drawing)} {many} draw"
-        parts.append(
-            f"{verb} attention: {_listed(drawing, sizes, called, '{:.2f} beyond uniform')}"
         )
-    else:
+    if not draws:
         most = max(float(_judged(seen, seen.drawn()).max()) for seen in evidence)
-        parts.append(
+        draws = (
             f"no {one} draws: the most that a head gives one beyond uniform attention is "
             f"{most:.3f}, where a sink has {rule.draws:g}"
         )
-    if spiking and drawing:
-        parts.append("none does both in one layer")
-    return Outcome(spiking, drawing, "; ".join(parts))
-
-
-def _tokens(masks: Sequence[Tensor]) -> tuple[At, ...]:
-    """Tokens that are True in some layer."""
-    return tuple(
-        (sample, row, pos)
-        for sample, mask in enumerate(masks)
-        for row, pos in mask.any(dim=1).nonzero().tolist()
-    )
-
-
-def _listed(
-    tokens: Sequence[At], sizes: Sequence[float], called: Callable[..., str], unit: str
-) -> str:
-    """``position 1 (208 medians), ...``: the three largest first, and how many more."""
-    ranked = sorted(zip(sizes, tokens, strict=True), key=lambda pair: -pair[0])
-    some = [f"{called(*at)} ({unit.format(size)})" for size, at in ranked[:3]]
-    return ", ".join(some) + (f" and {len(ranked) - 3} more" if len(ranked) > 3 else "")
+    return f"{spikes}; {draws}{both}"
 
 
 def _judged(one: EvidenceResult, values: Tensor) -> Tensor:

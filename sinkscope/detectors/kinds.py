@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from sinkscope.checks import check_choice, is_whole, plain
-from sinkscope.detectors.rules import STATE_SITE, Rule
+from sinkscope.checks import is_whole, plain
+from sinkscope.detectors.rules import Rule
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
-from sinkscope.probes import MassiveActivations, Probe
-from sinkscope.results import Record, Result, mask_padding
+from sinkscope.probes import MassiveActivations, Probe, ScoreResult
+from sinkscope.results import Record, mask_padding
 from sinkscope.results.saving import KNOWN
 from sinkscope.sites import Site, Tower
 
@@ -25,33 +26,22 @@ if TYPE_CHECKING:
     from sinkscope.protocols import Read
     from sinkscope.tokens import TokenMap
 
-KINDS = ("cls", "register")
-
 
 @dataclass(frozen=True)
 class VisionTokens(Rule):
-    """ViT tokens of one kind that the projector keeps: CLS, or registers.
+    """ViT tokens of one ``kind`` that the projector keeps: ``"cls"``, or ``"register"``.
 
     Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states
     does. A gate cannot ask for attention inside its pass, but it can name the token. The score is 1 at
     such a token and 0 elsewhere; the null is 0. It states which token is meant and measures nothing:
     first see with `Received` that this token draws attention in your model.
-
-    Args:
-        kind: ``"cls"`` or ``"register"``.
     """
 
+    choices: ClassVar[Any] = {"kind": ("cls", "register")}
     kind: str = "cls"
 
-    def __post_init__(self) -> None:
-        check_choice(KINDS, kind=self.kind, error=DetectorError)
-
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The kinds of the tokens; nothing of the pass is read.
-
-        Raises:
-            DetectorError: If it is to judge the language tower.
-        """
+        """The kinds of the tokens; nothing of the pass is read. DetectorError in the language tower."""
         if tower != "vision":
             raise DetectorError(
                 f"Got {self!r} for the {tower} tower, which has no such tokens; expected a rule for "
@@ -72,60 +62,34 @@ class VisionTokens(Rule):
 
 
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
-    """ViT tokens of a kind, all of which must feed the language model.
-
-    Args:
-        tokens: Of a sample, with or without images.
-        kind: One of `KINDS`.
-
-    Raises:
-        DetectorError: If there are images and the projector passes on no token of this kind.
-    """
+    """ViT tokens of a kind, ``"cls"`` or ``"register"``; DetectorError if the projector drops them."""
     mine = tokens.vision.select(kind)
     fed = torch.zeros_like(mine)
     used = tokens.sources >= 0
     image = tokens.image_index[..., None].expand_as(tokens.sources)
     fed[image[used], tokens.sources[used]] = True
     if len(mine):
-        refuse_dropped(kind, there=bool(mine.any()), kept=bool((mine & fed).any()))
+        _refuse_dropped(kind, bool(mine.any()), bool((mine & fed).any()))
     return mine
 
 
 def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
-    """Refuse a `VisionTokens` for a model whose projector passes on no such token.
-
-    Args:
-        detector: Any rule for V-sinks; others pass.
-        anatomy: The model's.
-        config: The model's.
-
-    Raises:
-        DetectorError: If so.
-    """
+    """Refuse a `VisionTokens` for a model whose projector passes on no such token."""
     if isinstance(detector, VisionTokens):
         prefix, kind = anatomy.family.prefix(config), detector.kind
-        refuse_dropped(kind, there=kind in prefix, kept=kind in prefix[anatomy.drops :])
+        _refuse_dropped(kind, kind in prefix, kind in prefix[anatomy.drops :])
 
 
-def refuse_dropped(kind: str, *, there: bool, kept: bool) -> None:
+def _refuse_dropped(kind: str, there: bool, kept: bool) -> None:
     """Refuse a kind that the vision tower does not have, or whose tokens the projector drops."""
-    if kept:
-        return
     why = "whose projector drops it" if there else "whose vision tower has no such token"
-    raise DetectorError(
-        f"Got VisionTokens({kind!r}) for a model {why}, so that no LLM token is made of it; expected "
-        "one that passes it on, as a LLaVA with vision_feature_select_strategy='full' does with CLS. "
-        "Write a rule for patches, such as ss.detectors.Norm(100.0) or "
-        "ss.calibrate(lvlm, samples).v_detector."
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Kinds(Result, columns={"score": "scores"}):
-    """Scores of 0 and 1, NaN at padding."""
-
-    scores: Float[Tensor, "batch layer pos"]
-    layers: tuple[int, ...]
+    if not kept:
+        raise DetectorError(
+            f"Got VisionTokens({kind!r}) for a model {why}, so that no LLM token is made of it; "
+            "expected one that passes it on, as a LLaVA with vision_feature_select_strategy='full' does "
+            "with CLS. Write a rule for patches, such as ss.detectors.Norm(100.0) or "
+            "ss.calibrate(lvlm, samples).v_detector."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,27 +105,24 @@ class _KindProbe(Record):
         kept_tokens(context.tokens, self.kind)
         return []
 
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> _Kinds:
-        """The same scores at every layer."""
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> ScoreResult:
+        """The same scores, 0 or 1, at every layer."""
         layers = context.layers(self.tower, self.wanted)
         mine = kept_tokens(context.tokens, self.kind).float()
         scores = mine[:, None].expand(-1, len(layers), -1)
-        return _Kinds(mask_padding(scores, context.live(self.tower), 2), layers)
+        return ScoreResult(mask_padding(scores, context.live(self.tower), 2), layers)
 
 
 @dataclass(frozen=True)
 class RandomTokens(Rule):
-    """As many tokens as one likes, chosen by a hash: the control for a detector.
+    """As many tokens per row as ``count``, chosen by a hash with a ``seed``: the control for a detector.
 
     The choice differs from image to image and is the same whenever an image is seen again. It is a
     hash of every token's position and largest channel, so rounding in another dtype can change it. In
     a ViT the CLS token may be among the chosen; most projectors drop it, and no LLM token is made of it.
-
-    Args:
-        count: How many tokens per row.
-        seed: Another seed, other tokens.
     """
 
+    measured: ClassVar[Any] = partial(MassiveActivations, k=1)
     count: int
     seed: int = 0
     strict: bool = True
@@ -172,10 +133,6 @@ class RandomTokens(Rule):
                 f"Got count={self.count!r}, seed={self.seed!r}; expected whole numbers, the count 1 or more."
             )
         super().__post_init__()
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The largest channel of every token."""
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
         """Minus the rank of the hash; NaN at padding."""
@@ -202,11 +159,7 @@ def _alone() -> dict[str, type[Rule]]:
 
 
 def describe(detector: Any) -> dict[str, Any]:
-    """A detector as plain data, for a gate.
-
-    Raises:
-        DetectorError: If it judges tokens by one another, or by attention.
-    """
+    """A detector as plain data, for a gate; DetectorError if it judges no token by itself."""
     name = type(detector).__name__
     if _alone().get(name) is not type(detector) or detector._plain() is None:
         raise DetectorError(
@@ -222,11 +175,7 @@ def describe(detector: Any) -> dict[str, Any]:
 
 
 def detector_of(data: Mapping[str, Any]) -> Any:
-    """The detector of `describe`.
-
-    Raises:
-        DetectorError: If it is unknown.
-    """
+    """The detector of `describe`; DetectorError if it is unknown."""
     given, known = dict(data), _alone()
     name = given.pop("name", None)
     if name not in known:

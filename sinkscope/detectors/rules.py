@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,17 +37,31 @@ class Rule(Record):
     """The base of the detectors of this room: one field of a probe's result against one number.
 
     Attributes:
+        measured: Makes the probe from ``layers``, ``tower`` and ``site``.
         score_field: The field of the result.
         limit_field: The field of the rule with the threshold.
+        ranges: Fields of the rule that are numbers -> what `check_number` asks of them.
+        choices: Fields of the rule -> what they may be.
     """
 
+    measured: ClassVar[Callable[..., Any]] = TokenNorms
     score_field: ClassVar[str] = "scores"
     limit_field: ClassVar[str] = "tau"
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     def __post_init__(self) -> None:
+        for name, wanted in self.ranges.items():
+            check_number(**wanted, **{name: getattr(self, name)}, error=DetectorError)
+        for name, options in self.choices.items():
+            check_choice(options, **{name: getattr(self, name)}, error=DetectorError)
         strict = getattr(self, "strict", False)
         if not isinstance(strict, bool):
             raise DetectorError(f"Got strict={strict!r}; expected True or False.")
+
+    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
+        """What to measure."""
+        return type(self).measured(layers=layers, tower=tower, site=STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
         """The scores ``[batch layer pos]`` of a result."""
@@ -73,13 +88,14 @@ class SinkDimensions(Rule):
 
     Args:
         dims: Channel indices of this model.
-        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is
-            known to flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and is
-            refused where it cannot be reached.
+        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to
+            flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
         normalize: ``"rms"`` or ``"none"``.
         strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
     """
 
+    ranges: ClassVar[Any] = {"tau": {"above": 0}}
+    choices: ClassVar[Any] = {"normalize": ("rms", "none")}
     dims: Sequence[int]
     tau: float
     normalize: str = "rms"
@@ -89,16 +105,10 @@ class SinkDimensions(Rule):
         dims = () if isinstance(self.dims, (str, Real)) else tuple(self.dims)
         if not dims or not all(is_whole(dim, 0) for dim in dims):
             raise DetectorError(f"Got dims={self.dims!r}; expected channels, such as [1415, 2533].")
-        check_number(above=0, tau=self.tau, error=DetectorError)
-        check_choice(("rms", "none"), normalize=self.normalize, error=DetectorError)
         super().__post_init__()
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Sink-dimension scores.
-
-        Raises:
-            DetectorError: If tau is above sqrt(D).
-        """
+        """Sink-dimension scores; DetectorError if tau is above sqrt(D)."""
         bound = anatomy.d_model**0.5
         if self.normalize == "rms" and self.tau >= bound:
             raise DetectorError(
@@ -126,24 +136,14 @@ class Massive(Rule):
 
     The score is ``max |h|``; the null is the peak-to-median ratio of an isotropic state times the
     layer's median.
-
-    Args:
-        absolute: Least magnitude.
-        ratio: Least multiple of the median ``|h|`` of the layer.
     """
 
+    measured: ClassVar[Any] = partial(MassiveActivations, k=1)
     limit_field: ClassVar[str] = "absolute"
+    ranges: ClassVar[Any] = {"absolute": {"least": 0}, "ratio": {"least": 0}}
     absolute: float = 100.0
     ratio: float = 1000.0
     strict: bool = True
-
-    def __post_init__(self) -> None:
-        check_number(0, absolute=self.absolute, ratio=self.ratio, error=DetectorError)
-        super().__post_init__()
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The largest channel of every token."""
-        return MassiveActivations(layers, tower, 1, STATE_SITE[tower])
 
     def scores(self, result: Any) -> Tensor:
         """``max |h|``."""
@@ -167,10 +167,6 @@ class NormRule(Rule):
 
     score_field: ClassVar[str] = "norms"
 
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Token norms."""
-        return TokenNorms(layers, tower, STATE_SITE[tower])
-
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """The median norm."""
         return float(result.norms.nanmedian())
@@ -183,12 +179,12 @@ class Norm(NormRule):
     The score is the L2 norm; the null is the median norm.
 
     Args:
-        tau: A number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2), ``"valley"`` for the widest
-            gap among the sorted log norms above the median, or ``"3sigma"`` for mean + 3 standard
-            deviations of the row.
+        tau: A number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2), ``"valley"`` for the widest gap
+            among the sorted log norms above the median, or ``"3sigma"`` for mean + 3 standard deviations.
         gap: The least ratio across a valley; below it nothing is flagged.
     """
 
+    ranges: ClassVar[Any] = {"gap": {"least": 1}}
     tau: float | str = "valley"
     gap: float = 1.5
     strict: bool = False
@@ -197,20 +193,19 @@ class Norm(NormRule):
         if self.tau not in ("valley", "3sigma"):
             hint = "Or write 'valley' or '3sigma'."
             check_number(above=0, tau=self.tau, error=DetectorError, hint=hint)
-        check_number(1, gap=self.gap, error=DetectorError)
         super().__post_init__()
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """A constant, or one per row and layer."""
         if not isinstance(self.tau, str):
             return super().thresholds(result, scores)
-        rule = self._valley if self.tau == "valley" else _three_sigma
-        return torch.stack(
-            [torch.stack([rule(line[~line.isnan()]) for line in row]) for row in scores]
-        )
+        lines = [self._of_line(line[~line.isnan()]) for line in scores.flatten(0, 1)]
+        return torch.stack(lines).view(scores.shape[:2])
 
-    def _valley(self, norms: Tensor) -> Tensor:
-        """The middle, on the log scale, of the widest gap above the median."""
+    def _of_line(self, norms: Tensor) -> Tensor:
+        """Three deviations over the mean, or the log middle of the widest gap above the median."""
+        if self.tau == "3sigma":
+            return norms.mean() + 3 * norms.std()
         upper = norms.log().sort().values[(len(norms) - 1) // 2 :]
         if len(upper) < 2:
             return torch.tensor(float("inf"))
@@ -226,9 +221,25 @@ class Norm(NormRule):
         return {"how": "norm", "tau": float(self.tau), "strict": self.strict}
 
 
-def _three_sigma(norms: Tensor) -> Tensor:
-    """Mean plus three standard deviations (2506.08010)."""
-    return norms.mean() + 3 * norms.std()
+@dataclass(frozen=True)
+class ZScore(NormRule):
+    """Norms more than ``z`` standard deviations above the mean of the layer's live tokens, per row.
+
+    The score is the L2 norm; the null is the median norm. Of n tokens none lies more than
+    ``(n - 1) / sqrt(n)`` (sample) deviations above the mean, so a short row has none at ``z=3``: that takes
+    11. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
+    """
+
+    ranges: ClassVar[Any] = {"z": {"above": 0}}
+    z: float = 3.0
+    strict: bool = True
+
+    def thresholds(self, result: Any, scores: Tensor) -> Tensor:
+        """Mean plus ``z`` deviations of every row and layer; infinite for fewer than two tokens."""
+        count, mean = (~scores.isnan()).sum(dim=-1), scores.nanmean(dim=-1)
+        square = (scores - mean[..., None]).pow(2).nansum(dim=-1)
+        deviation = (square / (count - 1).clamp(min=1)).sqrt()
+        return (mean + self.z * deviation).masked_fill(count < 2, float("inf"))
 
 
 @dataclass(frozen=True)
@@ -245,14 +256,14 @@ class Received(Rule):
         heads: ``"max"`` over heads (some head sinks here) or ``"mean"``.
     """
 
+    ranges: ClassVar[Any] = {"eps": {"above": 0, "below": 1}}
+    choices: ClassVar[Any] = {"heads": ("max", "mean")}
     eps: float = 0.3
     times_null: float | None = None
     heads: str = "max"
     strict: bool = True
 
     def __post_init__(self) -> None:
-        check_choice(("max", "mean"), heads=self.heads, error=DetectorError)
-        check_number(above=0, below=1, eps=self.eps, error=DetectorError)
         if self.times_null is not None:
             check_number(above=0, times_null=self.times_null, error=DetectorError)
         super().__post_init__()
@@ -276,25 +287,16 @@ class Received(Rule):
 
 @dataclass(frozen=True)
 class CosineToBOS(Rule):
-    """Tokens whose state points the way of the first token's (secondary sinks).
+    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks).
 
     The first token itself is always flagged. Null: ``E |cos|`` of random directions.
-
-    Args:
-        threshold: Least absolute cosine.
     """
 
+    measured: ClassVar[Any] = CosineToFirst
     limit_field: ClassVar[str] = "threshold"
+    ranges: ClassVar[Any] = {"threshold": {"above": 0, "below": 1}}
     threshold: float = 0.9
     strict: bool = True
-
-    def __post_init__(self) -> None:
-        check_number(above=0, below=1, threshold=self.threshold, error=DetectorError)
-        super().__post_init__()
-
-    def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Cosine to the first token."""
-        return CosineToFirst(layers, tower, STATE_SITE[tower])
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """``sqrt(2 / (pi D))``."""
@@ -303,11 +305,7 @@ class CosineToBOS(Rule):
 
 @dataclass(frozen=True)
 class NoSinks(NormRule):
-    """Flags nothing: what calibration returns for a tower in which it found no sink.
-
-    Args:
-        reason: Why.
-    """
+    """Flags nothing: what calibration returns for a tower in which it found no sink, and why."""
 
     reason: str = "no sink found"
     strict: bool = True

@@ -20,12 +20,7 @@ from sinkscope.experiments.sink_edits import (
     split,
     with_random_sinks,
 )
-from sinkscope.interventions import (
-    Redistribute,
-    ScaleKeys,
-    ScaleTokens,
-    SinkToFront,
-)
+from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
 from sinkscope.lsg import LSG
 from sinkscope.lsg.building import check_layer
@@ -59,18 +54,12 @@ def effect_conditions(
 ) -> dict[str, Condition]:
     """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    Args:
-        edits: Those of `EditSinks`; the three replacements of values are best reported side by side.
-        layers: Block indices to edit in, or None for all.
-        top: How many of the image tokens that receive the most attention to edit too; 0 for none.
-        controls: Whether to add the same edits of as many random tokens that are no sinks.
-        seed: Of the random tokens.
+    ``edits`` are those of `EditSinks`; the three replacements of values are best reported side by side.
+    ``layers`` are block indices, or None for all. ``top`` of the image tokens that receive the most
+    attention are edited too. ``controls`` adds the same edits of random tokens that are no sinks.
 
     Returns:
         Name -> condition; ``"base"``, without any edit, comes first.
-
-    Raises:
-        InputError: If an edit is unknown or ``top`` is negative.
     """
     if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
@@ -94,24 +83,17 @@ def effect_table(
     *,
     v_detector: Detector | None = None,
     l_detector: Detector | None = None,
-    edits: Sequence[str] = ("mask", "halve"),
-    layers: Any = None,
-    top: int = 4,
-    controls: bool = True,
-    seed: int = 0,
     batch: int = 16,
     progress: bool | None = None,
+    **options: Any,
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    The arguments are those of `compare` and `effect_conditions`; rules are best calibrated on other
-    images. ``.summary()`` is the table, ``.plot()`` the figure, and
+    The arguments are those of `compare`, ``options`` those of `effect_conditions`; rules are best
+    calibrated on other images. ``.summary()`` is the table, ``.plot()`` the figure, and
     ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
-
-    Raises:
-        InputError: If the dataset is empty or malformed, or an option is out of range.
     """
-    made = effect_conditions(edits=edits, layers=layers, top=top, controls=controls, seed=seed)
+    made = effect_conditions(**options)
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
     return compare(lvlm, dataset, made, **rules, batch=batch, progress=progress)
 
@@ -134,17 +116,10 @@ def var(
 ) -> Method:
     """VAR: move attention from sinks to the other image tokens (Kang et al. 2503.03321).
 
-    `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too.
-
-    Args:
-        preset: ``"paper"`` recycles ``p`` and asks for a non-sink share of at least ``rho``;
-            ``"code"``, the released one, keeps ``p`` and asks for a sink share of at most ``rho``.
-        layers: Block indices; None for all from 2 on, as published.
-        p: 0.6 in both.
-        rho: None for 0.8 (paper, general tasks) or 0.5 (code).
-
-    Raises:
-        InputError: If the preset is unknown, or p or rho is no share.
+    `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too, in
+    ``layers``, None for all from 2 on, as published. ``"paper"`` recycles ``p`` and asks for a non-sink
+    share of at least ``rho``, 0.8 (general tasks) if None; ``"code"``, the released one, keeps ``p`` and
+    asks for a sink share of at most ``rho``, 0.5 if None. ``p`` is 0.6 in both.
     """
     check_choice(("paper", "code"), preset=preset)
     share = (0.8 if preset == "paper" else 0.5) if rho is None else rho
@@ -159,42 +134,24 @@ def var(
 def sink_to_front(sinks: str = "V-sinks") -> Method:
     """Sink-to-the-front: move sinks to the start of their image block (2510.08510).
 
-    Their embeddings move and the positions of the LLM stay, see `SinkToFront`.
-
-    Args:
-        sinks: ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
-
-    Raises:
-        InputError: If the kind is unknown.
+    Their embeddings move and the positions of the LLM stay, see `SinkToFront`. ``sinks`` is
+    ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
     """
-    check_groups(sinks)
+    _check_groups(sinks)
 
-    def make(trace: SinkTrace) -> Sequence[Any]:
-        return [SinkToFront(split(trace, sinks)[0], allow_noop=True)]
-
-    return Method("sink to the front", make, {"sinks": sinks})
+    front = "sink to the front"
+    return Method(front, lambda t: [SinkToFront(split(t, sinks)[0])], {"sinks": sinks})
 
 
 def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks") -> Method:
     """Multiply the embeddings of image tokens by group, as DIYSink's ReW does (2510.08510).
 
-    ReW learns both weights from the question; these are constants.
-
-    Args:
-        sink: The weight of sinks.
-        rest: The weight of all other image tokens.
-        sinks: See `sink_to_front`.
-
-    Raises:
-        InputError: If both weights are 1, or the kind is unknown.
+    ReW learns both weights from the question; these are constants: of ``sinks`` (see
+    `sink_to_front`) and of all other image tokens. InputError if both are 1.
     """
-    check_groups(sinks, sink=sink, rest=rest)
-
-    def make(trace: SinkTrace) -> Sequence[Any]:
-        pairs = zip(split(trace, sinks), (sink, rest), strict=True)
-        return [ScaleTokens(tokens, s, allow_noop=True) for tokens, s in pairs if s != 1.0]
-
-    return Method("token weights", make, {"sink": sink, "rest": rest, "sinks": sinks})
+    options: Any = {"sink": sink, "rest": rest, "sinks": sinks}
+    _check_groups(**options)
+    return Method("token weights", lambda t: _scaled(t, sinks, (sink, rest), ScaleTokens), options)
 
 
 def fixed_coefficients(
@@ -202,29 +159,28 @@ def fixed_coefficients(
 ) -> Method:
     """A gate that does not read: one cell of the paper's map of layers and pairs (2604.03316).
 
-    Args:
-        layer: As for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``.
-        s_v: What keys of sinks are multiplied by.
-        s_rest: What keys of all other image tokens are multiplied by.
-        sinks: See `sink_to_front`.
-
-    Raises:
-        InputError: If both coefficients are 1, which is the base, or the kind is unknown.
-        LayerError: When it is used, if there is no such layer.
+    ``layer`` is as for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``, and
+    a LayerError comes when it is used. Keys of ``sinks`` (see `sink_to_front`) are multiplied by ``s_v``,
+    those of all other image tokens by ``s_rest``; InputError if both are 1, which is the base.
     """
-    check_groups(sinks, s_v=s_v, s_rest=s_rest)
+    _check_groups(sinks, s_v=s_v, s_rest=s_rest)
 
     def make(trace: SinkTrace) -> Sequence[Any]:
         where = check_layer(layer, trace.n_layers)
         edited = [0 if isinstance(where, str) else where + 1]
-        pairs = zip(split(trace, sinks), (s_v, s_rest), strict=True)
-        return [ScaleKeys(tokens, s, edited, allow_noop=True) for tokens, s in pairs if s != 1.0]
+        return _scaled(trace, sinks, (s_v, s_rest), ScaleKeys, edited)
 
     options = {"layer": layer, "s_v": s_v, "s_rest": s_rest, "sinks": sinks}
     return Method("fixed coefficients", make, options)
 
 
-def check_groups(sinks: str, **factors: Any) -> None:
+def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *where: Any) -> Any:
+    """Edits of the sinks and of the other image tokens, where the factor is not 1."""
+    pairs = zip(split(trace, sinks), factors, strict=True)
+    return [edit(tokens, factor, *where) for tokens, factor in pairs if factor != 1.0]
+
+
+def _check_groups(sinks: str, **factors: Any) -> None:
     """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
     check_choice(("V-sinks", "L-sinks", VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
@@ -239,16 +195,9 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     """The control: the same condition, with random ordinary tokens in the place of the sinks.
 
     For a function of the trace see `with_random_sinks`. For gates the rule of every group of sinks is
-    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay.
-
-    Args:
-        condition: A function of the trace, such as those of this module, or a list of gates.
-        count: For gates only: how many tokens of every image count as V-sinks, and of every prompt's
-            image tokens as L-sinks, where the gate has such a group.
-        seed: Of the draw, which also depends on the images and texts.
-
-    Raises:
-        InputError: If the condition is of another kind, or ``count`` does not fit it.
+    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay:
+    ``count`` tokens of every image are V-sinks, and of every prompt's image tokens L-sinks, where the
+    gate has such a group. The draw depends on ``seed`` and on the images and texts.
     """
     check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):
@@ -259,7 +208,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
             raise InputError(
                 "Got gates without a count; expected how many random tokens count as sinks. Write count=4."
             )
-        return [with_random_rules(gate, count, seed) for gate in condition]
+        return [_with_random_rules(gate, count, seed) for gate in condition]
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
             f"Got {condition!r}; expected a function of a trace, whose sinks can be others, or a list "
@@ -274,7 +223,7 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     return Method("random tokens", lambda t: function(with_random_sinks(t, seed)), options)
 
 
-def with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
+def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
     """A gate of the same weights whose sinks are random tokens, in every group that it has."""
     seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
     rules = {

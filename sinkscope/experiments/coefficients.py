@@ -33,14 +33,12 @@ CELL = ["layer", "edited", "group"]
 
 @dataclass(frozen=True, eq=False)
 class GateCoefficients(Result):
-    """The coefficients that gates give for questions.
+    """The coefficients that gates give for questions; ``by`` is what means are split by if nothing is said.
 
-    Attributes:
-        table: One line per question, gate and group: item, image_id, task, layer (that the gate reads;
-            -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"`` or
-            ``"rest"``), coefficient (a factor of keys; a question's groups add to the gate's scale),
-            untrained (the scale over the number of groups) and tokens (image tokens of the group).
-        by: What the means are split by unless told otherwise: ``"task"`` or ``"all"``.
+    ``table`` has one line per question, gate and group: item, image_id, task, layer (that the gate reads;
+    -1 is ``"embed"``), edited (the block whose keys it scales), group (``"V"``, ``"L"`` or ``"rest"``),
+    coefficient (a factor of keys; a question's groups add to the gate's scale), untrained (the scale
+    over the number of groups) and tokens (image tokens of the group).
     """
 
     table: pd.DataFrame
@@ -49,14 +47,10 @@ class GateCoefficients(Result):
     def to_dataframe(
         self, by: str | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> pd.DataFrame:
-        """Mean coefficients by task, layer and group.
+        """Mean coefficients by task, layer and group, with intervals by bootstrap over images.
 
-        Args:
-            by: ``"task"`` or ``"all"``; None for what it was made with. With several tasks all
-                questions together come last.
-            level: Coverage of the intervals, by bootstrap over images.
-            draws: Bootstrap samples.
-            seed: Of the draws.
+        ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all
+        questions together come last. ``level`` is the coverage.
 
         Returns:
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
@@ -64,19 +58,20 @@ class GateCoefficients(Result):
         """
         import pandas as pd
 
-        tables = []
-        for task, part in self._tasks(self.by if by is None else by):
+        by = self.by if by is None else by
+        check_choice(("task", ALL), by=by)
+        several = by == "task" and self.table["task"].nunique() > 1
+        tasks: list[Any] = [*self.table.groupby("task", sort=True)] if several else []
+        tables, options = [], {"level": level, "draws": draws, "seed": seed}
+        for task, part in [*tasks, (ALL, self.table)]:
             wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
             images = part.drop_duplicates("item").set_index("item")["image_id"].loc[wide.index]
-            means = cluster_intervals(
-                wide.to_numpy(dtype=float), images.tolist(), level=level, draws=draws, seed=seed
-            )
+            means = cluster_intervals(wide.to_numpy(dtype=float), images.tolist(), **options)
             cells = pd.DataFrame(list(wide.columns), columns=CELL)
             numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
             made = cells.assign(n=len(wide), images=images.nunique(), **numbers)
-            rest: Any = part.groupby(CELL)[["untrained", "tokens"]].mean()
-            made = made.join(rest, on=CELL)
-            made.insert(0, "task", task)
+            made = made.join(part.groupby(CELL)[["untrained", "tokens"]].mean(), on=CELL)
+            made.insert(0, "task", str(task))
             tables.append(made)
         return pd.concat(tables, ignore_index=True)
 
@@ -85,14 +80,6 @@ class GateCoefficients(Result):
         from sinkscope.viz.probes import plot_coefficients
 
         return plot_coefficients(self.to_dataframe(by, seed=seed))
-
-    def _tasks(self, by: str) -> Iterator[tuple[str, pd.DataFrame]]:
-        """The table by task, and whole at the end if there are several."""
-        check_choice(("task", ALL), by=by)
-        if by == "task" and self.table["task"].nunique() > 1:
-            for name, part in self.table.groupby("task", sort=True):
-                yield str(name), part
-        yield ALL, self.table
 
     def __repr__(self) -> str:
         nouns = {"question": "item", "image": "image_id", "gate": "layer"}
@@ -117,19 +104,10 @@ def gate_coefficients(
     below it left, and may answer otherwise: see ``run.effects[gate]``. The coefficients are those of
     the prompt, also for a gate with ``decode="refresh"``.
 
-    Args:
-        lvlm: The model, with its processor and weights.
-        gates: Gates of different layers, such as ``result.gates.values()``.
-        dataset: Records as for `sweep`; use others than those trained on.
-        by: How means are split: ``"task"``, or ``"all"``.
-        batch: Questions per forward pass.
-        progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Raises:
-        InputError: If the dataset, ``by`` or ``batch`` is malformed, two gates have one layer, or the
-            model has no processor or no weights.
-        InterventionError: If a gate was made for another model.
-        DetectorError: If a gate's rule for V-sinks names a token that the projector drops.
+    The gates are of different layers, such as ``result.gates.values()``, and were made for this model
+    (else InterventionError), which has its processor and weights. ``dataset`` holds records as for `sweep`;
+    use others than those trained on. ``by`` is how means are split: ``"task"``, or ``"all"``. ``batch`` is
+    questions per forward pass; ``progress=None`` shows a bar from 50 questions on.
     """
     import pandas as pd
 
@@ -148,19 +126,16 @@ def gate_coefficients(
     items = as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
-    blocks = [gate.config.edited for gate in given]
+    blocks, lines = [gate.config.edited for gate in given], []
     hidden = len(items) < 50 if progress is None else not progress
-    lines: list[dict[str, Any]] = []
     bar = tqdm(total=len(items), desc="reading gates", unit="question", disable=hidden)
     with bar, evaluated(lvlm.module):
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
             sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
             captured, vision = gate_inputs(lvlm, sample.inputs, blocks)
-            for gate in given:
-                found = gate_signals(
-                    gate, sample.tokens, vision, captured.state(gate.config.edited)
-                )
+            for gate, block in zip(given, blocks, strict=True):
+                found = gate_signals(gate, sample.tokens, vision, captured.state(block))
                 lines += _lines(gate, part, start, found, sample.tokens)
             bar.update(len(part))
     table = pd.DataFrame(lines).sort_values(["item", "edited"], kind="stable", ignore_index=True)
@@ -177,17 +152,10 @@ def _lines(
         sinks["L"] = visual & found["L"] & ~found["V"]
     sinks = {name: mask for name, mask in sinks.items() if name in gate.groups}
     sinks["rest"] = visual & ~torch.stack([*sinks.values()]).any(dim=0)
+    edited, untrained = config.edited, config.scale / len(gate.groups)
     for group, values in zip(gate.groups, found["coefficients"].T.tolist(), strict=True):
         counts = sinks[group].sum(dim=1).tolist()
         for row, item in enumerate(items):
-            yield {
-                "item": first + row,
-                "image_id": item.image_id,
-                "task": item.task,
-                "layer": config.edited - 1,
-                "edited": config.edited,
-                "group": group,
-                "coefficient": values[row],
-                "untrained": config.scale / len(gate.groups),
-                "tokens": counts[row],
-            }
+            at = {"item": first + row, "image_id": item.image_id, "task": item.task}
+            at |= {"layer": edited - 1, "edited": edited, "group": group}
+            yield at | {"coefficient": values[row], "untrained": untrained, "tokens": counts[row]}

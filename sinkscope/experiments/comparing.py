@@ -33,13 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Result):
-    """Answers under every condition.
+    """Answers under every condition, compared with those under ``base``.
 
-    Attributes:
-        table: One line per question, condition and seed: item, image_id, task, question, answer,
-            condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
-            without a trace) and uncontrolled (whether there were too few random tokens to edit).
-        base: The condition that others are compared with.
+    ``table`` has one line per question, condition and seed: item, image_id, task, question, answer,
+    condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
+    without a trace) and uncontrolled (whether there were too few random tokens to edit).
     """
 
     table: pd.DataFrame
@@ -63,15 +61,10 @@ class Comparison(Result):
     def summary(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
     ) -> pd.DataFrame:
-        """Accuracy and paired difference to the base, per task, with intervals.
+        """Accuracy and paired difference to the base, per task, with intervals of coverage ``level``.
 
         Intervals resample images with all their questions, and seeds (see `cluster_bootstrap`).
-
-        Args:
-            level: Coverage of the intervals.
-            draws: Bootstrap samples.
-            seed: Of the draws.
-            touched_only: Whether to judge each condition on the questions it touched only.
+        ``touched_only`` judges each condition on the questions it touched only.
 
         Returns:
             Columns task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),
@@ -83,9 +76,12 @@ class Comparison(Result):
         check_whole(1, hint="Write 2000.", draws=draws)
         import pandas as pd
 
-        whole = self._by_task()
-        options = {"level": level, "draws": draws, "seed": seed}
-        lines = []
+        given = {"seed": 0, "uncontrolled": False}
+        table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
+        named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
+        parts = [named] if len(self.tasks) > 2 else []
+        whole = pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
+        options, lines = {"level": level, "draws": draws, "seed": seed}, []
         for names, part in whole.groupby(["task", "condition"], sort=False):
             task, condition = cast("tuple[str, str]", names)
             if touched_only and condition != self.base:
@@ -112,21 +108,11 @@ class Comparison(Result):
 
         return comparison_latex(self.summary(**options), base=self.base)
 
-    def plot(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Figure:
+    def plot(self, **options: Any) -> Figure:
         """The change of accuracy per task and condition, with intervals; options of `summary`."""
         from sinkscope.viz.effects import plot_effects
 
-        return plot_effects(self.summary(level=level, draws=draws, seed=seed), base=self.base)
-
-    def _by_task(self) -> pd.DataFrame:
-        """The table once per task, and once more as ``"all"`` if there are several tasks."""
-        import pandas as pd
-
-        given = {"seed": 0, "uncontrolled": False}
-        table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
-        named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
-        parts = [named] if len(self.tasks) > 2 else []
-        return pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
+        return plot_effects(self.summary(**options), base=self.base)
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
@@ -167,11 +153,7 @@ class PerSeed:
 
 
 def per_seed(*conditions: Condition) -> PerSeed:
-    """Report conditions that differ in nothing but their seed as one, over seeds.
-
-    Args:
-        conditions: One per seed, of a gate's training or of a draw: ``[gate_0], [gate_1], [gate_2]``.
-    """
+    """Report conditions that differ in nothing but their seed as one: ``per_seed([gate_0], [gate_1])``."""
     if not conditions:
         raise InputError("Got per_seed() without a condition; expected one per seed.")
     return PerSeed(conditions)
@@ -214,9 +196,7 @@ def as_variants(conditions: Any) -> list[Variant]:
     for name, given in conditions.items():
         several = given.seeds if isinstance(given, PerSeed) else (given,)
         if not out and len(several) > 1:
-            raise InputError(
-                "Got several seeds for the base; expected one. Write {'base': []} first."
-            )
+            raise InputError("Got several seeds for the base; expected one: {'base': []} first.")
         out += [Variant(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
     return out
 
@@ -281,8 +261,7 @@ def compare(
     check_tasks(items)
     check_questions(lvlm.processor, items)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
-    hidden = len(items) < 50 if progress is None else not progress
-    lines = []
+    hidden, lines = len(items) < 50 if progress is None else not progress, []
     # Questions about one image, free and multiple-choice ones apart.
     groups = groupby(range(len(items)), lambda i: (items[i].image_id, bool(items[i].choices)))
     with tqdm(total=len(items), desc="comparing", unit="question", disable=hidden) as bar:
@@ -330,16 +309,15 @@ def _lines(
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
         if isinstance(variant.condition, EditSinks):
             uncontrolled = variant.condition.uncontrolled(trace).tolist()
-    names = ("image_id", "task", "question", "answer")
     for row, (index, item) in enumerate(part.items()):
+        asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
+        told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
         yield {
             "item": index,
-            **{name: getattr(item, name) for name in names},
+            **asked,
             "condition": variant.name,
             "seed": variant.seed,
-            "given": answers.given[row],
-            "correct": answers.correct[row],
-            "touched": answers.touched[row],
+            **told,
             "sinks": sinks[row],
             "uncontrolled": uncontrolled[row],
         }

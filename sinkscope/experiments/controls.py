@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sinkscope.models.lvlm import LVLM
     from sinkscope.models.runs import Run
 
-FIELDS = ("tokens", "keys", "source")
-"""Where an intervention says what it edits."""
+FIELDS = ("tokens", "keys", "source")  # where an intervention says what it edits
 
 
 def field_of(it: Any) -> str:
@@ -68,9 +67,8 @@ def attention_under(
 ) -> Float[Tensor, "batch layer pos"]:
     """What every token receives in the edited layers and heads, one entry per edited layer.
 
-    The mean over those heads, and over the queries that can see the token (`SinkTrace.received`). For
-    an intervention with ``queries`` the mean over these, measured in one unedited pass; those that
-    cannot see the token give 0.
+    The mean over those heads, and over the queries that can see the token, or over the intervention's own
+    ``queries``, measured in one unedited pass; those that cannot see the token give 0.
     """
     layers, heads = layers_of(it, trace), getattr(it, "heads", None)
     queries = getattr(it, "queries", None)
@@ -97,15 +95,12 @@ class ControlResult(Result):
     """A real edit beside the same edit on other tokens.
 
     Attributes:
-        real: Float ``[batch]``, the score of the edit.
-        controls: Float ``[draw batch]``, the scores of the controls.
-        base: Float ``[batch]``, the score without any edit.
+        real: The score of the edit; ``controls`` those of the controls, ``base`` that without any edit.
         match: What the controls share with the edit.
         score: What the scores are, with their unit.
-        real_mass: Float ``[batch]``: the attention that the edited tokens receive in the unedited run,
-            in the edited layers and heads, summed over tokens and averaged over layers. A sum of means
-            over the queries that see each token, so it may exceed 1.
-        mass: Float ``[draw batch]``: the same of each control's tokens.
+        real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
+            and heads, summed over tokens and averaged over layers. A sum of means over the queries that
+            see each token, so it may exceed 1. ``mass``: the same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]
@@ -178,11 +173,9 @@ class RandomControl:
     ) -> tuple[Any, ...]:
         """The control interventions: ``n`` on other tokens, or one per donor.
 
-        Args:
-            trace: The trace of the sample that is edited.
-            donor: For ``match="position"``, the trace of another image, or several. With ``k`` the p
-                value of `ControlResult` cannot be below ``1 / (1 + k)``.
-            lvlm: The model, to measure what ``queries`` give; for ``match="mass"`` only.
+        ``trace`` is that of the sample that is edited. ``donor`` is for ``match="position"``: the trace of
+        another image, or several; with ``k`` the p value of `ControlResult` cannot be below ``1 / (1 + k)``.
+        ``lvlm`` is for ``match="mass"``, to measure what ``queries`` give.
 
         Raises:
             InterventionError: If a setting is none, or the intervention names no tokens; its child
@@ -194,7 +187,7 @@ class RandomControl:
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")
-        mask = self._tokens(self.intervention, trace)
+        it, mask = self.intervention, self._tokens(self.intervention, trace)
         if self.match == "position":
             donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
             if not donors or donors == [None]:
@@ -204,8 +197,7 @@ class RandomControl:
                 )
             masks = [other_positions(mask, trace, one) for one in donors]
         else:
-            it, generator = self.intervention, torch.Generator().manual_seed(int(self.seed))
-            mass = self.match == "mass"
+            generator, mass = torch.Generator().manual_seed(int(self.seed)), self.match == "mass"
             received = attention_under(it, trace, lvlm) if mass else None
             given = received, layers_of(it, trace) if mass else ()
             masks = [random_like(mask, trace, generator, *given) for _ in range(self.n)]
@@ -219,17 +211,10 @@ class RandomControl:
         *,
         donor: SinkTrace | Sequence[SinkTrace] | None = None,
     ) -> ControlResult:
-        """Run the edit and its controls on the trace's sample.
+        """Run the edit and its controls on the trace's sample; raises as `draws` does.
 
-        Args:
-            lvlm: The model.
-            trace: The trace of the sample to edit.
-            score: ``score(run) -> [batch]``; None for the KL divergence of the next token from the
-                unedited run, in nats.
-            donor: See `draws`.
-
-        Raises:
-            InterventionError: See `draws`; or the score is no tensor with one number per row.
+        ``score(run)`` gives one number per row; None is the KL divergence of the next token from the
+        unedited run, in nats. ``donor`` is as for `draws`.
         """
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain = lvlm.run(trace.sample, logits="last")
@@ -242,8 +227,8 @@ class RandomControl:
         received = attention_under(self.intervention, trace, lvlm)
         layers, taken = layers_of(self.intervention, trace), []
         for it in edits:
-            mask = self._tokens(it, trace)
-            mask = mask[:, None] if mask.ndim == 2 else mask[:, layers]
+            mask = by_layer(self._tokens(it, trace))
+            mask = mask if mask.shape[1] == 1 else mask[:, layers]
             taken.append((received * mask).sum(dim=2).mean(dim=1))
         mass = torch.stack(taken[1:])
         return ControlResult(real, torch.stack(controls), base, self.match, name, taken[0], mass)
@@ -301,9 +286,8 @@ def replacement_table(
 
     tables = []
     for how in REPLACEMENTS:
-        edit = AblateValues(tokens, how, layers, seed=seed)
-        result = RandomControl(edit, match, n, seed).run(lvlm, trace, score, donor=donor)
-        table = result.to_dataframe()
+        control = RandomControl(AblateValues(tokens, how, layers, seed=seed), match, n, seed)
+        table = control.run(lvlm, trace, score, donor=donor).to_dataframe()
         table.insert(0, "batch", range(len(table)))
         table.insert(0, "replacement", how)
         tables.append(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from sinkscope.checks import check_number
 from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.detection import check_detector
 from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
@@ -38,14 +37,10 @@ class SinkLife:
 
     Attributes:
         kind: ``"V"``, ``"L"`` or ``"text"`` in the prompt, ``"generated"`` in the answer.
-        batch: Row of the batch.
-        pos: Position in prompt and answer, counted with the padding.
-        word: The token's text.
+        pos: Position in prompt and answer, counted with the padding, of ``word`` in row ``batch``.
         born_step: 0 in the prompt; in the answer the step whose pass computed the token's state.
-        last_step: The last step at which it draws, None if it never does.
-        seen_until: The last step at which a later query sees it in some layer, None if there is none.
-        drawn_steps: At how many steps it draws.
-        seen_steps: At how many steps a later query sees it.
+        last_step: The last of the ``drawn_steps`` steps at which it draws, None if it never does.
+        seen_until: The last of the ``seen_steps`` steps at which a later query sees it in a layer, or None.
         layers: LLM layers on whose input it meets the L rule.
         max_mass: The largest share that a head of a later query gives it, 0 to 1; NaN if none sees it.
         at: The step and the layer of that share, None if none sees it.
@@ -82,26 +77,20 @@ class SinkLife:
 
 @dataclass(frozen=True, eq=False)
 class GenerationTrace(Result):
-    """Sinks while the model speaks.
+    """Sinks while the model speaks: one `SinkLife` per sink, and what they are read from.
 
     Step 0 is the pass over the prompt, whose query is the prompt's last token; the query of step s is
     the token that step s - 1 wrote. Keys are the tokens of prompt and answer up to the last that was read.
 
     Attributes:
-        sample: The prompt.
-        sequences: Int ``[batch pos]``: prompt and answer.
-        text: The answers, or None without a tokenizer.
-        words: The text of every token of prompt and answer, or None likewise.
-        layers: The LLM layers.
-        mass_max: Float ``[batch step layer key]`` in [0, 1]: the most that a head gives to every key;
-            NaN where the query does not see the key, at padding and after the answer's end.
-        mass_mean: The same, mean over heads.
-        null: Float ``[batch step layer]``: what uniform attention gives to each key that the query sees.
-        flags: Bool ``[batch layer key]``: the L rule on what each layer reads, at the token's own step.
-        lives: One `SinkLife` per sink.
+        sequences: Prompt and answer.
+        text: The answers, or None without a tokenizer, as for ``words``: every token's text.
+        mass_max: In [0, 1]: the most that a head gives to every key; NaN where the query does not see
+            the key, at padding and after the answer's end. ``mass_mean``: the mean over heads.
+        null: What uniform attention gives to each key that the query sees.
+        flags: Bool: the L rule on what each layer reads, at the token's own step.
         draws: How much more than ``null`` a head must give for a token to draw.
-        detector: The L rule.
-        chosen: How it came about.
+        detector: The L rule; ``chosen`` says how it came about.
     """
 
     sample: Sample
@@ -185,8 +174,7 @@ def trace_generation(
 
     Raises:
         InputError: If ``draws`` is no share, or ``trace`` is of another sample.
-        DetectorError: If the rule reads attention, or compares tokens with the first: neither can be
-            judged from one new state.
+        DetectorError: If the rule does not judge a token by its own state alone.
     """
     check_number(above=0, below=1, hint="It is a share, such as 0.2.", draws=draws)
     if trace is not None and not torch.equal(trace.sample.tokens.ids, sample.tokens.ids):
@@ -226,21 +214,17 @@ def choose_rule(
     lvlm: LVLM, sample: Sample, l_detector: Detector | None, remote: Any
 ) -> tuple[Detector, str]:
     """The L rule and how it came about: given, published, or calibrated on the prompt."""
-    if l_detector is None:
-        rules = SinkRules.on_others(
-            lvlm, lambda: [sample], NoSinks(), None, what="the prompt", remote=remote
-        )
-        rule, chosen = rules.l_rule, rules.l_source
-    else:
-        rule, chosen = check_detector(l_detector), "given"
-    probe = rule.probe("language", None, lvlm.anatomy.language)
+    found = SinkRules.on_others(
+        lvlm, lambda: [sample], NoSinks(), l_detector, what="the prompt", remote=remote
+    )
+    probe = found.l_rule.probe("language", None, lvlm.anatomy.language)
     if isinstance(probe, (ReceivedAttention, CosineToFirst, SinkEvidence)):
         raise DetectorError(
-            f"Got {rule!r}, which does not judge a token by its own state; expected a rule that does, "
-            "because a decode step has one token. Write ss.detectors.SinkDimensions(...) or "
+            f"Got {found.l_rule!r}, which does not judge a token by its own state; expected a rule that "
+            "does, because a decode step has one token. Write ss.detectors.SinkDimensions(...) or "
             "ss.detectors.Massive(...)."
         )
-    return rule, chosen
+    return found.l_rule, found.l_source
 
 
 def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) -> Tensor:
@@ -251,18 +235,17 @@ def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) ->
     visual, live, seen, flags = sample.tokens.image >= 0, sample.tokens.live, results[0], []
     for step, result in enumerate(results):
         if step:
-            seen = appended(seen, result)
+            seen = _appended(seen, result)
             visual, live = pad(visual, (0, 1)), pad(live, (0, 1), value=True)
         mask = decide(rule, seen, visual, live, "language", lvlm.anatomy.language).mask
         flags.append(mask[..., -1:] if step else mask)
     return torch.cat(flags, dim=2)
 
 
-def appended(seen: Any, new: Any) -> Any:
+def _appended(seen: Any, new: Any) -> Any:
     """A result of states with the new token's behind it; what has no positions stays the prompt's."""
     grown = {}
-    for name in (field.name for field in fields(seen)):
-        old = getattr(seen, name)
+    for name, old in vars(seen).items():
         if name == "positions" or (torch.is_tensor(old) and old.ndim >= 3):
             grown[name] = torch.cat([old, getattr(new, name)], dim=1 if name == "positions" else 2)
     return replace(seen, **grown)
@@ -276,9 +259,9 @@ def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Ten
         pad(one.received, (0, n_keys - one.received.shape[-1]), value=float("nan"))
         for one in results
     ]
-    largest = torch.stack([one.amax(dim=2) for one in given], dim=1)
-    mean = torch.stack([one.mean(dim=2) for one in given], dim=1)
-    return largest, mean, torch.stack([nan_max(one.null, dim=2) for one in results], dim=1)
+    largest, mean = [one.amax(dim=2) for one in given], [one.mean(dim=2) for one in given]
+    nulls = [nan_max(one.null, dim=2) for one in results]
+    return torch.stack(largest, dim=1), torch.stack(mean, dim=1), torch.stack(nulls, dim=1)
 
 
 def by_others(mass: Tensor, prompt: int) -> Tensor:
@@ -309,12 +292,12 @@ def collect_lives(
     found, lives = flags.any(dim=1), []
     found[:, :prompt] |= v_sinks
     for batch, pos in found.nonzero().tolist():
-        kind, share = "generated", shares[batch, :, :, pos]
+        kind, share, extra = "generated", shares[batch, :, :, pos], over[batch, :, pos]
         if pos < prompt:
             visual = int(sample.tokens.image[batch, pos]) >= 0
             kind = "V" if bool(v_sinks[batch, pos]) else "L" if visual else "text"
-        drawn = (over[batch, :, pos] >= draws).nonzero().flatten().tolist()
-        seen = (~over[batch, :, pos].isnan()).nonzero().flatten().tolist()
+        drawn = (extra >= draws).nonzero().flatten().tolist()
+        seen = (~extra.isnan()).nonzero().flatten().tolist()
         at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1]) if seen else None
         life = SinkLife(
             kind=kind,

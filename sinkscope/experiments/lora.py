@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sinkscope.checks import check_whole, is_whole
+from sinkscope.checks import check_whole
 from sinkscope.data.batches import AnswerBatch, make_batch, read_dataset
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.lsg.losses import Losses, frozen, score
@@ -71,32 +71,30 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the model's dtype.
-
-        Args:
-            lvlm: The model it was trained on.
+        The sum is rounded to the dtype of the model, which must be the one it was trained on.
 
         Raises:
             ModelError: If a matrix is missing, of another shape, or not of floating point.
         """
-        modules = {path: linear_of(lvlm, path) for path in self.factors}
+        before = {}
         for path, (up, down) in self.factors.items():
-            came, wanted = tuple(modules[path].weight.shape), (up.shape[0], down.shape[1])
+            module = linear_of(lvlm, path)
+            came, wanted = tuple(module.weight.shape), (up.shape[0], down.shape[1])
             if came != wanted:
                 raise ModelError(
                     f"Got a matrix of shape {came} at {path}; expected {wanted}, that of the model the "
                     "adapter was trained on."
                 )
-        before = {path: module.weight.data for path, module in modules.items()}
+            before[path] = module, module.weight.data
         try:
             for path, (up, down) in self.factors.items():
-                old = before[path]
+                module, old = before[path]
                 change = (self.alpha / self.rank) * (up.to(old.device) @ down.to(old.device))
-                modules[path].weight.data = (old.float() + change).to(old.dtype)
+                module.weight.data = (old.float() + change).to(old.dtype)
             yield lvlm
         finally:
-            for path, old in before.items():
-                modules[path].weight.data = old
+            for module, old in before.values():
+                module.weight.data = old
 
     def __repr__(self) -> str:
         size = "" if self.wanted is None else f" (a gate has {self.wanted})"
@@ -112,12 +110,9 @@ def lora(
     rank: int | None = None,
     alpha: int | None = None,
     targets: Sequence[str] | None = None,
-    epochs: int = 2,
-    batch: int = 8,
-    lr: float = 1e-3,
     validation: float = 0.1,
-    seed: int = 0,
     progress: bool = False,
+    **settings: Any,
 ) -> LoRA:
     """Train a LoRA on one block of the decoder, of the size of a gate (2106.09685).
 
@@ -132,12 +127,10 @@ def lora(
         rank: The rank itself, instead of ``like``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
-        epochs: As for a gate, see `sinkscope.lsg.TrainingSettings`.
-        batch: Records per step, likewise.
-        lr: Highest learning rate, likewise.
         validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
-        seed: Of the initial values, of the split and of the order of records.
         progress: Whether to show a progress bar.
+        settings: ``epochs``, ``batch``, ``lr``, ``seed`` and others of `sinkscope.lsg.TrainingSettings`;
+            the seed is that of the initial values too.
 
     Raises:
         ModelError: If peft is not installed, or the matrices cannot be adapted.
@@ -152,18 +145,14 @@ def lora(
     paths = target_paths(lvlm, layer, targets)
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
-    scale = 2 * r if alpha is None else alpha
-    settings = TrainingSettings(epochs=epochs, batch=batch, lr=lr, seed=seed)
-    with frozen(lvlm.module), adapted(lvlm, paths, r, scale, seed) as layers:
-        named = {
-            f"{path}.{x}": p
-            for path, pair in layers.items()
-            for x, p in zip("BA", pair, strict=True)
-        }
+    scale, given = 2 * r if alpha is None else alpha, TrainingSettings(**settings)
+    with frozen(lvlm.module), adapted(lvlm, paths, r, scale, given.seed) as layers:
+        pairs = [(path, x, p) for path in paths for x, p in zip("BA", layers[path], strict=True)]
         data = read_dataset(dataset, lvlm.tokenizer)
-        rows, held = data.split(validation, settings.seed)
+        rows, held = data.split(validation, given.seed)
+        trainee = Trainee("LoRA", {f"{path}.{x}": parameter for path, x, parameter in pairs})
         objective = WholeObjective(lvlm, data)
-        loop = Loop([Trainee("LoRA", named)], objective, rows, held, settings, progress=progress)
+        loop = Loop([trainee], objective, rows, held, given, progress=progress)
         loop.run()
         factors = {
             path: (up.detach().float().clone(), down.detach().float().clone())
@@ -207,16 +196,15 @@ def linear_of(lvlm: LVLM, path: str) -> nn.Linear:
 
 def choose_rank(per_rank: int, like: LSG | None, rank: int | None) -> tuple[int, int | None]:
     """The rank, and how many parameters the gate has that it was chosen for."""
-    if (like is None) == (rank is None):
+    if like is not None and rank is None:
+        wanted = sum(p.numel() for p in like.parameters())
+        return max(1, round(wanted / per_rank)), wanted
+    if like is not None or rank is None:
         raise InputError(
             f"Got like={like!r} and rank={rank!r}; expected one of them. Write like=gate for the size "
             "of a gate, or rank=8."
         )
-    if like is not None:
-        wanted = sum(p.numel() for p in like.parameters())
-        return max(1, round(wanted / per_rank)), wanted
     check_whole(1, rank=rank)
-    assert is_whole(rank)
     return rank, None
 
 

@@ -1,9 +1,9 @@
-"""One pass that measures everything a trace reads, and what the rules flag in it."""
+"""One pass that measures what a trace reads, what the rules flag in it, and what came close."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sinkscope.detectors.detection import Detection, decided
-from sinkscope.detectors.gap import Gap
-from sinkscope.detectors.rules import STATE_SITE
+from sinkscope.detectors.gap import Gap, outcome_of
+from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.models.inputs import Sample
 from sinkscope.probes import (
     EvidenceResult,
@@ -24,6 +24,7 @@ from sinkscope.probes import (
     WriteResult,
 )
 from sinkscope.sites import Tower
+from sinkscope.tokens import VISION_KINDS
 
 if TYPE_CHECKING:
     from sinkscope.detectors.choice import SinkRules
@@ -73,33 +74,34 @@ class Measured:
 def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
     """Everything that a trace reads, in one forward pass, and what the rules flag in it."""
     a = lvlm.anatomy
+    towers: tuple[Tower, Tower] = ("vision", "language")
     k = min(16, a.vision.d_model, a.language.d_model)
     vision, language = SinkEvidence(tower="vision"), SinkEvidence()
     # The gap rule needs no probe of its own.
-    v = vision if isinstance(rules.v, Gap) else rules.v.probe("vision", None, a.vision)
-    low = (
-        language
-        if isinstance(rules.l_rule, Gap)
-        else rules.l_rule.probe("language", None, a.language)
+    v, low = (
+        own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
+        for own, rule in ((vision, rules.v), (language, rules.l_rule))
     )
     vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
     llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
     writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    attn_and_mlp: dict[Tower, dict[str, MassiveActivations]] = {}
-    for tower in ("vision", "language"):
-        blocks, sites = a.tower(tower).adding, ("attn_out", "mlp_out")
-        attn_and_mlp[tower] = {s: MassiveActivations(blocks, tower, k, s) for s in sites if blocks}
+    halves: dict[Any, dict[str, MassiveActivations]] = {
+        tower: {s: MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
+        for tower in towers
+        if (blocks := a.tower(tower).adding)
+    }
     probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [*attn_and_mlp["vision"].values(), *attn_and_mlp["language"].values()]
+    probes += [probe for of_tower in halves.values() for probe in of_tower.values()]
     run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
+    vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
     return Measured(
         sample=sample,
         vision=run[vision],
         language=run[language],
         v=decided(rules.v, run, v, lvlm, sample),
         low=decided(rules.l_rule, run, low, lvlm, sample),
-        vit_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["vision"].items()},
-        llm_attn_and_mlp={site: run[probe] for site, probe in attn_and_mlp["language"].items()},
+        vit_attn_and_mlp=vit,
+        llm_attn_and_mlp=llm,
         vit_norms=run[vit_norms].norms,
         llm_norms=run[llm_norms].norms[:, 0],
         writes=run[writes[0]] if writes else None,
@@ -124,3 +126,135 @@ def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str
             passed &= score > limit if detection.strict else score >= limit
         flagged |= passed
     return flagged & (tokens.image >= 0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that spikes or attracts attention more than the others of its tower.
+
+    Attributes:
+        row: Row of the batch, or image of the batch in the vision tower.
+        pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
+        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``.
+        prominence: The same as a multiple of the layer's upper quartile.
+        drawn: The most that some head gives it beyond uniform attention, from other tokens; NaN where
+            fewer than 8 see it.
+        drawn_at: ``(layer, head)`` of it, or None.
+        flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
+    """
+
+    tower: Tower
+    row: int
+    pos: int
+    token: str
+    medians: float
+    prominence: float
+    spike_layer: int
+    drawn: float
+    drawn_at: tuple[int, int] | None
+    flagged: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as JSON-ready values."""
+        return asdict(self)
+
+
+def named(of: Any, tower: Tower, row: int, pos: int) -> str:
+    """A token's position with its word, or what ViT token it is; ``of`` has a ``sample``."""
+    from sinkscope.viz.tables import readable
+
+    tokens = of.sample.tokens
+    if tower == "vision":
+        vision = tokens.vision
+        kind = VISION_KINDS[int(vision.kind[row, pos])]
+        if kind != "patch":
+            return "CLS" if kind == "cls" else f"{kind} {pos}"
+        return f"patch {int(vision.row[row, pos])},{int(vision.column[row, pos])}"
+    if int(tokens.image[row, pos]) >= 0:
+        cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
+        at = "" if cell == "-1,-1" else f" at {cell}"
+        return f"{pos} image {int(tokens.image[row, pos])}{at}"
+    return f"{pos} {readable(tokens.words[row][pos] if tokens.words else None)}"
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedTower:
+    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
+
+    tower: Tower
+    sample: Sample
+    rule: Any
+    evidence: EvidenceResult
+    detection: Detection
+    layers: Sequence[int]
+
+    def candidates(self) -> list[Candidate]:
+        """Three tokens per row for their spike and three for their attention, the latter in order."""
+        tokens, out = self.sample.tokens, []
+        live = tokens.vision.live if self.tower == "vision" else tokens.live
+        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0)
+        attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        for row in range(len(large)):
+            both = (attention[row], large[row].amax(dim=0))
+            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
+            best = dict.fromkeys([*first, *second])
+            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
+                if bool(live[row, pos]):
+                    out.append(self._candidate(row, pos, large[row, :, pos]))
+        return out
+
+    def outcome(self, draws: float) -> str:
+        """What spikes and what attracts attention in a tower in which nothing is flagged."""
+        if isinstance(self.rule, NoSinks):
+            return self.rule.reason
+        rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
+        evidence = [self.evidence.at(self.layers)]
+        return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
+
+    def _candidate(self, row: int, pos: int, times: Tensor) -> Candidate:
+        layer = self.layers[int(times.argmax())]
+        excess = self.evidence.received.excess()[row, :, :, pos]
+        unknown = bool(excess.isnan().all())
+        at = None if unknown else divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
+        flagged = bool(self.detection.mask[row, self.layers, pos].any())
+        return Candidate(
+            tower=self.tower,
+            row=row,
+            pos=pos,
+            token=named(self, self.tower, row, pos),
+            medians=float(self.evidence.medians()[row, layer, pos]),
+            prominence=float(times.max()),
+            spike_layer=layer,
+            drawn=float("nan") if at is None else float(excess[at]),
+            drawn_at=at,
+            flagged=flagged,
+            reason="flagged" if flagged else self._why_not(row, pos),
+        )
+
+    def _why_not(self, row: int, pos: int) -> str:
+        """Which part of the rule refuses a token."""
+        rule, evidence = self.rule, self.evidence
+        if isinstance(rule, NoSinks):
+            return "there is no rule for this tower"
+        if not isinstance(rule, Gap):
+            scores, limits = self.detection.scores[row, :, pos], self.detection.threshold[row]
+            layer = int((scores / limits).nan_to_num(-1.0).argmax())
+            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+        if not bool(evidence.judged[row, pos]):
+            return "no patch: a kind of its own, listed apart"
+        at = (row, self.layers, pos)
+        times = evidence.prominence()[at]
+        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+        draws = bool(rule.draws_in(evidence)[at].any())
+        if not bool(large.any()):
+            most = f"{float(times.nan_to_num(-1.0).max()):.1f} of {rule.gap:g} upper quartiles"
+            return f"no spike: {most}" + ("" if draws else "; draws nothing")
+        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+            return "its spike came with the embeddings"
+        if draws:
+            return "spikes and draws attention, but never in the same layer"
+        known = evidence.drawn()[at]
+        if bool(known.isnan().all()):
+            return "spikes; fewer than 8 tokens see it"
+        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"

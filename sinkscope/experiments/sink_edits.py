@@ -64,12 +64,10 @@ def split(trace: SinkTrace, kind: str) -> tuple[Tensor, Tensor]:
 
 def content_seed(sample: Sample, seed: int) -> int:
     """A seed that depends on the sample's inputs, so that other images get other positions."""
-    digest = seed
-    for name in sorted(sample.inputs):
-        value = sample.inputs[name]
+    for _, value in sorted(sample.inputs.items()):
         if isinstance(value, Tensor):
-            digest = zlib.crc32(value.detach().cpu().double().numpy().tobytes(), digest)
-    return digest
+            seed = zlib.crc32(value.detach().cpu().double().numpy().tobytes(), seed)
+    return seed
 
 
 def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
@@ -108,8 +106,7 @@ def kinds(trace: SinkTrace) -> dict[str, tuple[Tensor, Tensor]]:
 
 def drawable(mask: Tensor, trace: SinkTrace) -> Bool[Tensor, " batch"]:
     """The rows with as many ordinary tokens of each kind as are edited, in every layer."""
-    layers = by_layer(mask)
-    out = torch.ones(len(mask), dtype=torch.bool)
+    layers, out = by_layer(mask), torch.ones(len(mask), dtype=torch.bool)
     for all_of_kind, ordinary in kinds(trace).values():
         pool = (ordinary & ~layers.any(dim=1)).sum(dim=1, keepdim=True)
         out &= ((layers & all_of_kind[:, None]).sum(dim=2) <= pool).all(dim=1)
@@ -126,15 +123,9 @@ def random_like(
     """Random tokens in the place of the edited ones: image for image, text for text.
 
     They are edited in no layer and sinks in no layer. All layers of a row take the first tokens of one
-    random order, so the tokens of a layer with fewer are among those of a layer with more.
-
-    Args:
-        mask: Bool ``[batch pos]`` or ``[batch layer pos]``.
-        trace: The trace.
-        generator: Of the draw.
-        received: Float ``[batch layer pos]`` in the edited layers, to match attention: of a mask by
-            layer in each of them, of another by their mean. None to match numbers.
-        layers: The edited layers.
+    random order, so the tokens of a layer with fewer are among those of a layer with more. ``received``
+    ``[batch layer pos]``, in the edited ``layers``, is for matching attention: that of a mask by layer in
+    each of them, of another mask by their mean; None to match numbers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
     if received is None or mask.ndim == 2:
@@ -206,9 +197,9 @@ def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
 def check_trace(trace: Any, what: str) -> None:
     """Refuse what is no trace."""
     if not hasattr(trace, "v_sinks"):
+        came = type(trace).__name__
         raise InterventionError(
-            f"Got {type(trace).__name__} as {what}; expected a trace. Write "
-            "ss.trace_sinks(lvlm, sample)."
+            f"Got {came} as {what}; expected a trace. Write ss.trace_sinks(lvlm, sample)."
         )
 
 
@@ -225,9 +216,6 @@ class EditSinks:
             ordinary tokens is left unedited and counted; see `uncontrolled`.
         k: How many tokens ``"top attended"`` takes per row.
         seed: Of the control's draw, which also depends on the images and texts of the batch.
-
-    Raises:
-        InputError: If the kind or the edit is unknown, or a number or a switch is of another type.
     """
 
     kind: str

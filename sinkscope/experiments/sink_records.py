@@ -17,13 +17,9 @@ from sinkscope.tokens import VISION_KINDS
 def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
     """Whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
 
-    Args:
-        ratio: ``ratio_out``: the norm of the sink's write over the mean of the other tokens'.
-        stable_rank: Of the head's output.
-
-    Returns:
-        ``"NOP"`` (ratio at most 0.2), ``"broadcast"`` (ratio at least 0.5 and stable rank at most
-        1.5) or ``"mixed"``.
+    ``ratio`` is ``ratio_out``, the norm of the sink's write over the mean of the other tokens'; gives
+    ``"NOP"`` (ratio at most 0.2), ``"broadcast"`` (at least 0.5, and a stable rank of the head's output
+    of at most 1.5) or ``"mixed"``.
     """
     if ratio <= 0.2:
         return "NOP"
@@ -38,12 +34,8 @@ class SinkRecord:
         kind: ``"V"`` (born in the vision tower), ``"L"`` (a visual token that became one in the LLM),
             ``"text"``, or ``"attention"``: an image token to which the vision tower attends throughout
             and which the V rule does not flag (a kept CLS, for instance).
-        batch: Row of the batch.
-        pos: LLM position.
-        word: The token's text.
-        image: Image of the row, -1 for text, as are ``row`` and ``column``.
-        row: Grid row of the image token.
-        column: Grid column.
+        batch: Row of the batch, and ``pos`` the LLM position of ``word``.
+        image: Image of the row, with the token's grid ``row`` and ``column``; all -1 for text.
         box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
         vit_tokens: The ViT tokens that feed the position.
         vit_token: The one of them with the highest score, -1 for text.
@@ -63,13 +55,11 @@ class SinkRecord:
         peak_channels: Largest channels on the layer with the largest activation.
         first_drawn: First LLM layer where some head gives it at least ``draws`` beyond uniform
             attention, from other tokens (see `ReceivedResult.excess`).
-        received: Mean over heads of the attention received, by layer.
-        received_max: Highest head, by layer.
+        received: Mean over heads of the attention received, by layer; ``received_max``: highest head.
         null: The same under uniform attention, by layer.
         head: ``(layer, head)`` where other tokens give it the most beyond uniform attention; None, and
             the numbers of that head NaN, where too few see it.
-        head_received: What they give there, 0 to 1.
-        head_null: What they would give there under uniform attention.
+        head_received: What they give there, 0 to 1, and ``head_null`` under uniform attention.
         excess: The difference of the two, by which sinks are ranked.
         contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
             v_s||_2``, D being what lies between head and stream.
@@ -124,19 +114,14 @@ class SinkRecord:
 
 def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
     """One record per sink and per image token that is attended without one, in position order."""
-    tokens, rule = m.sample.tokens, m.low.any_layer()
-    found = []
-    for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+    tokens, rule, found = m.sample.tokens, m.low.any_layer(), []
+    for at in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+        batch, pos = at
         flagged, kind = bool(rule[batch, pos]), "V"
         if not bool(v_sinks[batch, pos]):
             visual = int(tokens.image[batch, pos]) >= 0
             kind = "text" if not visual else "L" if flagged else "attention"
-        parts = {
-            **_place(m, batch, pos),
-            **_in_vision(m, batch, pos),
-            **_in_language(m, batch, pos),
-            **_attention(m, batch, pos),
-        }
+        parts = _place(m, *at) | _in_vision(m, *at) | _in_language(m, *at) | _attention(m, *at)
         found.append(SinkRecord(kind=kind, overlap=kind == "V" and flagged, **parts))
     return tuple(found)
 
@@ -236,16 +221,12 @@ def _writer(
 
 def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     """What a token receives, since when, and what it writes in the head that attends it most."""
-    got, excess = m.language.received, m.excess[batch, :, :, pos]
-    null, others, others_null = got.null, got.others, got.others_null
-    assert null is not None
-    assert others is not None
-    assert others_null is not None
-    received = got.received[batch, :, :, pos]
+    got: Any = m.language.received  # a trace measures its nulls and the attention of others too
+    received, excess = got.received[batch, :, :, pos], m.excess[batch, :, :, pos]
     parts: dict[str, Any] = {
         "received": tuple(received.mean(dim=1).tolist()),
         "received_max": tuple(received.amax(dim=1).tolist()),
-        "null": tuple(null[batch, :, pos].tolist()),
+        "null": tuple(got.null[batch, :, pos].tolist()),
     }
     if excess.isnan().all():
         return parts
@@ -253,19 +234,16 @@ def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     drawn = (known.amax(dim=1) >= m.draws).nonzero().flatten().tolist()
     layer, head = divmod(int(known.argmax()), excess.shape[1])
     ratio = rank = norm = float("nan")
-    verdict = "writes unknown"
     if m.writes is not None and m.ratio is not None and layer in m.writes.layers:
-        at = m.writes.layers.index(layer)
-        ratio = float(m.ratio[batch, at, head, pos])
-        rank = float(m.writes.stable_rank[batch, at, head])
-        norm = float(m.writes.norms[batch, at, head, pos])
-    if ratio == ratio:
-        verdict = nop_or_broadcast(ratio, rank)
+        at = (batch, m.writes.layers.index(layer), head)
+        ratio, norm = float(m.ratio[at][pos]), float(m.writes.norms[at][pos])
+        rank = float(m.writes.stable_rank[at])
+    verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
     return parts | {
         "first_drawn": drawn[0] if drawn else None,
         "head": (layer, head),
-        "head_received": float(others[batch, layer, head, pos]),
-        "head_null": float(others_null[batch, layer, pos]),
+        "head_received": float(got.others[batch, layer, head, pos]),
+        "head_null": float(got.others_null[batch, layer, pos]),
         "excess": float(excess[layer, head]),
         "contribution": float(received[layer, head]) * norm,
         "value_ratio": ratio,

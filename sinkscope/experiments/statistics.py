@@ -25,16 +25,8 @@ def cluster_bootstrap(
     (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
     variance, and the interaction of images and seeds counts a little too much.
 
-    Args:
-        values: One number per observation; NaN are left out.
-        clusters: The image id of every observation.
-        seeds: The seed of every observation; None for one.
-        level: Coverage.
-        draws: Bootstrap samples.
-        seed: Of the draws.
-
-    Returns:
-        Mean, low and high; NaN without a value. With one cluster the interval is NaN.
+    ``values`` has one number per observation, NaN are left out; ``clusters`` its image id, ``seeds`` its
+    seed, None for one. Gives mean, low and high: NaN without a value, the interval also with one cluster.
     """
     numbers = np.asarray(values, dtype=float)
     keep = ~np.isnan(numbers)
@@ -90,10 +82,9 @@ def cluster_intervals(
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
     if len(counts) < 2:
-        return np.stack([mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)])
+        return np.stack([mean, *np.full((2, len(mean)), np.nan)])
     weights = _times(np.random.default_rng(seed), len(counts), draws)
-    low, high = _central((weights @ totals) / (weights @ counts)[:, None], level)
-    return np.stack([mean, low, high])
+    return np.stack([mean, *_central((weights @ totals) / (weights @ counts)[:, None], level)])
 
 
 def cluster_sums(values: np.ndarray, clusters: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,14 +100,11 @@ def sign_flip_maximum(
 ) -> tuple[float, np.ndarray]:
     """The largest studentised column sum, and its null when no column has an effect.
 
-    ::
-
-        T = sum of the clusters' sums / root of the sum of their squares
-
-    Each draw flips the signs of random clusters, the same for all columns, which keeps their correlation,
-    and takes the largest T again: an exact null of the maximum, which needs no correction for the number
-    of columns. T orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it
-    is at most ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
+    ``T`` is the sum of the clusters' sums over the root of the sum of their squares. Each draw flips the
+    signs of random clusters, the same for all columns, which keeps their correlation, and takes the
+    largest T again: an exact null of the maximum, which needs no correction for the number of columns. T
+    orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most
+    ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
 
     ``values`` are changes ``[observation column]``; the result is the largest T, and ``[draw]`` largest T
     under the null.

@@ -23,8 +23,7 @@ from sinkscope.detectors.detection import Detection
 from sinkscope.detectors.gap import DRAWS
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.candidates import Candidate, JudgedTower
-from sinkscope.experiments.measuring import Measured, carry, measure
+from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
 from sinkscope.experiments.sink_records import SinkRecord, collect_records
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
@@ -45,17 +44,15 @@ class SinkTrace(Result):
     """The sinks of one sample.
 
     Attributes:
-        sample: The sample.
         rules: The rules that decided, and where they are from.
         v_detection: What the V rule flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
-        v_sinks: Bool ``[batch pos]``: V-sinks at their LLM positions.
-        attended: Bool ``[batch pos]``: image tokens to which the vision tower attends throughout and
-            that are no V-sinks, at their LLM positions: attention without a spike.
+        v_sinks: V-sinks at their LLM positions.
+        attended: Image tokens to which the vision tower attends throughout and that are no V-sinks, at
+            their LLM positions: attention without a spike.
         records: One `SinkRecord` per sink, and per token of ``attended`` that is no L-sink.
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
-        vision: Spikes and attention of every ViT token.
-        language: Spikes and attention of every token of the prompt.
+        vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
         draws: The least attention beyond uniform at which a token counts as attended.
         warnings: What a reader must know.
     """
@@ -89,11 +86,9 @@ class SinkTrace(Result):
         return self.language.received.received
 
     @property
-    def null(self) -> Float[Tensor, "batch layer key"]:
+    def null(self) -> Float[Tensor, "batch layer key"] | None:
         """The same under uniform attention."""
-        null = self.language.received.null
-        assert null is not None
-        return null
+        return self.language.received.null
 
     @property
     def vit_spikes(self) -> Float[Tensor, "image layer"]:
@@ -118,12 +113,10 @@ class SinkTrace(Result):
         return {one.tower: one.outcome(self.draws) for one in empty}
 
     def _towers(self) -> tuple[JudgedTower, JudgedTower]:
-        v, low = self.v_detection, self.l_detection
+        v, low, rules = self.v_detection, self.l_detection, self.rules
         return (
-            JudgedTower("vision", self.sample, self.rules.v, self.vision, v, [*self.feeds]),
-            JudgedTower(
-                "language", self.sample, self.rules.l_rule, self.language, low, [*low.layers]
-            ),
+            JudgedTower("vision", self.sample, rules.v, self.vision, v, [*self.feeds]),
+            JudgedTower("language", self.sample, rules.l_rule, self.language, low, [*low.layers]),
         )
 
     @property
@@ -145,14 +138,8 @@ class SinkTrace(Result):
     def l_sinks(self, layer: int | None = None) -> Tensor:
         """Visual tokens that meet the L rule, V-sinks removed.
 
-        Args:
-            layer: A 0-based layer, decided on what it reads; None for all.
-
-        Returns:
-            Bool ``[batch pos]``, or ``[batch layer pos]`` for all layers.
-
-        Raises:
-            SelectionError: If there is no such layer.
+        ``layer`` is 0-based, decided on what it reads (SelectionError if there is none), and gives bool
+        ``[batch pos]``; None is all layers, ``[batch layer pos]``.
         """
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
@@ -175,9 +162,9 @@ class SinkTrace(Result):
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """A partition of all live tokens for `AttentionMass`, ``[batch layer pos]``.
+        """V-sinks, L-sinks, ordinary visual tokens, text sinks and other text, ``[batch layer pos]``.
 
-        V-sinks, L-sinks, ordinary visual tokens, text sinks and other text.
+        A partition of all live tokens for `AttentionMass`.
         """
         visual, live = self.sample.tokens.image >= 0, self.sample.tokens.live
         return {
@@ -192,8 +179,8 @@ class SinkTrace(Result):
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
         import pandas as pd
 
-        groups = self.groups
-        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": self.overlap()}
+        groups, both = self.groups, self.overlap()
+        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": both}
         masks["text"] = groups["text sinks"]
         table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in masks.items()}
         return pd.DataFrame({"layer": list(self.l_detection.layers), **table})
@@ -277,7 +264,6 @@ def trace_sinks(
 
     Raises:
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
-        SelectionError: If ``merge`` is unknown.
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
@@ -309,13 +295,9 @@ def trace_sinks(
 
 def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
     """Warnings that concern what was decided: the feeding blocks, and every LLM layer."""
-    out = [*m.low.warnings]
-    if bool((m.v.fraction[:, feeds] > 0.2).any()):
-        out = [*m.v.warnings, *out]
-    known = known_for(lvlm)
-    if known is not None and not known.default:
-        out.append(
-            f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
-            "used unasked."
-        )
-    return tuple(out)
+    feeding = bool((m.v.fraction[:, feeds] > 0.2).any())
+    known, out = known_for(lvlm), (*(m.v.warnings if feeding else ()), *m.low.warnings)
+    if known is None or known.default:
+        return out
+    text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
+    return (*out, text + "used unasked.")

@@ -12,7 +12,13 @@ from sinkscope.probes.entropy import AttentionEntropy, EntropyResult
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.probes.per_layer import LayerProbe
 from sinkscope.probes.residual import (
+    ChannelResult,
+    ChannelValues,
     CosineToFirst,
+    GroupMeans,
+    GroupMeansResult,
+    LensResult,
+    LogitLens,
     MassiveActivations,
     MassiveResult,
     NormResult,
@@ -21,14 +27,6 @@ from sinkscope.probes.residual import (
     SinkDimensionScores,
     StateResult,
     TokenNorms,
-)
-from sinkscope.probes.states import (
-    ChannelResult,
-    ChannelValues,
-    GroupMeans,
-    GroupMeansResult,
-    LensResult,
-    LogitLens,
 )
 from sinkscope.probes.writes import (
     AttentionValueResult,

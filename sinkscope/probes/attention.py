@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def refuse_flash(context: Context, tower: str, what: str) -> None:
-    """Refuse what needs attention in fp32 on kernels that have none.
-
-    Raises:
-        ProbeError: If the tower attends through a flash kernel.
-    """
+    """Raise ProbeError for what needs attention in fp32 if the tower attends through a flash kernel."""
     kernel = context.tower(tower).kernel
     if "flash" in kernel:
         raise ProbeError(
@@ -39,13 +35,24 @@ def refuse_flash(context: Context, tower: str, what: str) -> None:
         )
 
 
+def groups_by_layer(context: Context, tower: str, groups: Any) -> ByLayer:
+    """One-hot groups ``[row key group]``, one tensor per layer or one for all that share it."""
+    _, onehot = context.groups(tower, groups)
+    return ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1]))
+
+
+def chosen_rows(probe: Any, context: Context) -> Tensor | None:
+    """The selected queries of a prompt, ``[row query]``; None for all, and at decode steps."""
+    if probe.queries is None or context.step:
+        return None
+    return indices_of(context.flat(probe.tower, probe.queries))
+
+
 @dataclass(frozen=True, eq=False)
 class MassResult(Result, columns={"mass": "mass", "null": "null"}):
-    """Attention mass per key group.
+    """Attention mass per key group, in [0, 1] and NaN at padding.
 
-    Attributes:
-        mass: In [0, 1]; NaN at padding.
-        null: Uniform attention under the model's own mask, or None if it was not asked for.
+    ``null`` is uniform attention under the model's own mask, or None if it was not asked for.
     """
 
     mass: Float[Tensor, "batch layer head query group"]
@@ -54,12 +61,8 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
     layers: tuple[int, ...]
     queries: Int[Tensor, "batch query"]
 
-    def group(self, name: str) -> Tensor:
-        """The mass on one group, ``[batch layer head query]``.
-
-        Raises:
-            ProbeError: If there is no such group.
-        """
+    def group(self, name: str) -> Float[Tensor, "batch layer head query"]:
+        """The mass on one group; raises ProbeError if there is no such group."""
         if name not in self.groups:
             raise ProbeError(
                 f"Got the group {name!r}; expected one of {self.groups}. Name what you want to "
@@ -79,16 +82,9 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
         """A layer x head map of the mass on a group, with the head that gives the most and its null.
 
         Args:
-            group: The name of the group.
+            group: The name of the group; ProbeError if there is none.
             row: The row of the batch; None for the mean over all.
             query: The position of one query; None for the mean over all that were measured.
-
-        Returns:
-            A matplotlib figure.
-
-        Raises:
-            ProbeError: If there is no such group.
-            SelectionError: If there is no such row or query.
         """
         from sinkscope.viz import plot_heads
 
@@ -105,14 +101,10 @@ class AttentionMass(
     Groups may overlap; what is in no group (and, at decode steps, what was generated) is the rest.
 
     Args:
-        groups: Name -> selection, such as ``{"bos": "bos", "image": "image"}``; masks may differ
-            by layer.
-        layers: Block indices, or None for all.
+        groups: Name -> selection, such as ``{"bos": "bos"}``; masks may differ by layer.
         queries: A selection of queries, or None for all. At a decode step the one query is used.
-        tower: ``"language"`` or ``"vision"``.
         null: Whether to compute the null too (one more attention call per kind of mask).
-        precision: ``"model"`` for the model's dtype, whose rounding in bf16 is about 6e-3, or
-            ``"float32"``.
+        precision: ``"model"`` for the model's dtype (in bf16 rounded by about 6e-3) or ``"float32"``.
     """
 
     groups: Mapping[str, Selection]
@@ -124,17 +116,12 @@ class AttentionMass(
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         check_choice(("model", "float32"), precision=self.precision, error=ProbeError)
-        if self.precision == "float32":
+        float32 = self.precision == "float32"
+        if float32:
             refuse_flash(context, self.tower, "AttentionMass(precision='float32')")
-        _, onehot = context.groups(self.tower, self.groups)
-        chosen = self.queries is not None and not context.step
-        return {
-            # One tensor per layer or one for all: the kernel shares nulls between equal tensors.
-            "groups": ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1])),
-            "rows": indices_of(context.flat(self.tower, self.queries)) if chosen else None,
-            "null": self.null,
-            "float32": self.precision == "float32",
-        }
+        groups = groups_by_layer(context, self.tower, self.groups)
+        rows = chosen_rows(self, context)
+        return {"groups": groups, "rows": rows, "null": self.null, "float32": float32}
 
 
 LEAST_SEEING = 8
@@ -143,15 +130,13 @@ LEAST_SEEING = 8
 
 @dataclass(frozen=True, eq=False)
 class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
-    """Mean attention received by every key.
+    """Mean attention received by every key, in [0, 1]; NaN at padding. Nulls are uniform attention.
 
     Attributes:
-        received: In [0, 1]; NaN at padding. The published measure: the token's own query counts, so
-            the last token of a prompt receives what it gives itself.
-        null: The same under uniform attention.
-        others: If asked for, the mean over the queries of other tokens, in [0, 1]. NaN at padding and
-            where fewer than 8 of them see the key.
-        others_null: The same under uniform attention.
+        received: The published measure: the token's own query counts, so the last token of a prompt
+            receives what it gives itself.
+        others: If asked for, the mean over the queries of other tokens; NaN where fewer than 8 of them
+            see the key.
     """
 
     received: Float[Tensor, "batch layer head key"]
@@ -163,9 +148,8 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
     def at(self, layers: Sequence[int]) -> ReceivedResult:
         """The same in some of its layers."""
         index = [self.layers.index(layer) for layer in layers]
-        every = {
-            name: getattr(self, name) for name in ("received", "null", "others", "others_null")
-        }
+        names = ("received", "null", "others", "others_null")
+        every = {name: getattr(self, name) for name in names}
         some = {name: t[:, index] for name, t in every.items() if t is not None}
         return replace(self, layers=tuple(layers), **some)
 
@@ -180,21 +164,14 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
     def excess(self) -> Float[Tensor, "batch layer head key"]:
         """What other tokens give beyond uniform attention: ``others - others_null``, in [-1, 1].
 
-        The score by which tokens are ranked. A multiple of the null would not do: it is at most
-        1 / null, so the first token, which many see, could never have a large one.
-
-        Raises:
-            ProbeError: If it was not asked for.
+        The score by which tokens are ranked; ProbeError if it was not asked for. A multiple of the null is at
+        most 1 / null, so the first token, which many see, could never have a large one.
         """
         others, null = self._from_others()
         return others - null[:, :, None]
 
     def times_null(self) -> Float[Tensor, "batch layer head key"]:
-        """What other tokens give, as a multiple of what they would give under uniform attention.
-
-        Raises:
-            ProbeError: If it was not asked for.
-        """
+        """What other tokens give as a multiple of uniform attention; raises as `excess` does."""
         others, null = self._from_others()
         return others / null[:, :, None]
 
@@ -217,9 +194,7 @@ class ReceivedAttention(
     computed in fp32 as the gradient of the model's own attention with respect to its values.
 
     Args:
-        layers: Block indices, or None for all.
         queries: A selection that restricts the queries, or None for all live ones.
-        tower: ``"language"`` or ``"vision"``.
         null: Whether to compute the null too.
         others: Whether to compute the mean over other tokens' queries too, for `ReceivedResult.excess`
             (one more attention call per layer). It needs the null.
@@ -257,11 +232,9 @@ class ReceivedAttention(
 
 @dataclass(frozen=True, eq=False)
 class PatternResult(Result, columns={"attention": "patterns"}):
-    """Attention weights of chosen queries.
+    """Attention weights of chosen queries; NaN where a row is absent or a key is padding.
 
-    Attributes:
-        patterns: Rows sum to 1 (less where the model has a learned sink); NaN where a row is absent
-            or a key is padding.
+    Rows sum to 1, or less where the model has a learned sink.
     """
 
     patterns: Float[Tensor, "batch layer head row key"]
@@ -280,10 +253,7 @@ class AttentionPatterns(
 ):
     """Attention weights of chosen queries, and only those. Exact.
 
-    Args:
-        rows: A selection of queries, such as ``"last"``. At a decode step the one query is used.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
+    ``rows`` selects the queries, such as ``"last"``; at a decode step the one query is used.
     """
 
     rows: Selection = "last"

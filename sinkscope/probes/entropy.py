@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context, indices_of
+from sinkscope.anatomy.context import Context
 from sinkscope.errors import ProbeError
 from sinkscope.kernels.attention import (
     arguments,
@@ -23,8 +23,8 @@ from sinkscope.kernels.attention import (
     unpack,
     weigh_queries,
 )
-from sinkscope.probes.attention import refuse_flash
-from sinkscope.probes.per_layer import AttentionProbe, ByLayer
+from sinkscope.probes.attention import chosen_rows, groups_by_layer, refuse_flash
+from sinkscope.probes.per_layer import AttentionProbe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 from sinkscope.tokens import Selection
@@ -33,15 +33,8 @@ from sinkscope.tokens import Selection
 def entropy(calls, state, groups=None, rows=None, layout=None):  # type: ignore[no-untyped-def]
     """Entropy of attention rows in nats, per head and under uniform attention.
 
-    Args:
-        calls: The attention calls of one site.
-        state: The run's scratch space; nulls are shared by layers with the same mask.
-        groups: ``[batch key group]`` one-hot, or None for single keys.
-        rows: ``[batch row]`` query rows, -1 where absent, or None for all.
-        layout: ``[row pos]`` packed positions of a packed tower, or None.
-
-    Returns:
-        ``{"entropy": [batch head query], "null": [batch query]}``.
+    ``groups`` is ``[batch key group]`` one-hot, or None for single keys; for the others see `group_mass`.
+    Gives ``{"entropy": [batch head query], "null": [batch query]}``.
     """
     if groups is not None:
         mass = group_mass(calls, state, groups, rows, True, True, layout)
@@ -101,11 +94,9 @@ def by_key_null(calls, state, rows):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, eq=False)
 class EntropyResult(Result, columns={"entropy": "entropy", "null": "null"}):
-    """Entropy of attention rows, in nats.
+    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number.
 
-    Attributes:
-        entropy: From 0 (one group, or one key) to the log of their number; NaN at padding.
-        null: The entropy of uniform attention under the model's own mask.
+    ``null`` is that of uniform attention under the model's own mask; NaN at padding.
     """
 
     entropy: Float[Tensor, "batch layer head query"]
@@ -127,9 +118,7 @@ class AttentionEntropy(
 
     Args:
         groups: Name -> selection; no token may be in two of them. None for single keys.
-        layers: Block indices, or None for all.
         queries: A selection of queries, or None for all. At a decode step the one query is used.
-        tower: ``"language"`` or ``"vision"``.
     """
 
     groups: Mapping[str, Selection] | None = None
@@ -139,8 +128,7 @@ class AttentionEntropy(
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         refuse_flash(context, self.tower, "AttentionEntropy")
-        chosen = self.queries is not None and not context.step
-        rows = indices_of(context.flat(self.tower, self.queries)) if chosen else None
+        rows = chosen_rows(self, context)
         if self.groups is None:
             return {"rows": rows}
         names, onehot = context.groups(self.tower, self.groups)
@@ -151,5 +139,4 @@ class AttentionEntropy(
                 f"Got the groups {both}, which share tokens; expected every token in one group at most. "
                 "Write groups of a partition, such as trace.groups."
             )
-        by_layer = ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1]))
-        return {"groups": by_layer, "rows": rows}
+        return {"groups": groups_by_layer(context, self.tower, self.groups), "rows": rows}

@@ -35,8 +35,7 @@ class EvidenceResult(Result):
         received: Attention received in those layers (in the vision tower: in all blocks), with the
             part that other tokens give.
         first: Largest channels in the LLM's embeddings, ``[batch 1 pos k]``; None in the vision tower.
-        judged: Bool ``[batch pos]``: tokens whose states are compared with one another, that is the
-            live tokens of the LLM, and the patches of the vision tower.
+        judged: Tokens compared with one another: live tokens of the LLM, patches of the vision tower.
     """
 
     massive: MassiveResult
@@ -63,7 +62,9 @@ class EvidenceResult(Result):
 
         From other tokens only; NaN where fewer than 8 of them see it.
         """
-        return _largest(self.received.excess())
+        excess = self.received.excess()
+        gone = excess.isnan().all(dim=2)
+        return excess.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
 
     def growth(self) -> Float[Tensor, "batch layer pos"]:
         """By how much a token's largest channel grew since the embeddings, in medians of its layer.
@@ -81,11 +82,9 @@ class EvidenceResult(Result):
 
     def at(self, layers: Sequence[int]) -> EvidenceResult:
         """The same with the states of some layers only; a vision tower's attention stays whole."""
-        massive = _layers_of(self.massive, tuple(layers))
-        received = self.received
-        if self.first is not None:
-            received = received.at(layers)
-        return replace(self, massive=massive, received=received, layers=tuple(layers))
+        received = self.received if self.first is None else self.received.at(layers)
+        massive, chosen = _layers_of(self.massive, tuple(layers)), tuple(layers)
+        return replace(self, massive=massive, received=received, layers=chosen)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, medians, prominence: one line per token and layer."""
@@ -94,22 +93,12 @@ class EvidenceResult(Result):
         return tidy(columns, ("batch", "layer", "pos"), names)
 
 
-def _largest(values: Tensor) -> Tensor:
-    """The largest over heads ``[batch layer head key]``; NaN where no head has a value."""
-    gone = values.isnan().all(dim=2)
-    return values.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
-
-
 @dataclass(frozen=True, eq=False)
 class SinkEvidence(Record):
     """What tells a sink: how large its state is, and how much attention other tokens give it.
 
     Spikes are read where sinks are judged: ``resid_pre`` in the LLM (what a block's attention reads)
     and ``resid_post`` in the vision tower (what the projector may read).
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
     """
 
     needs: ClassVar[str] = "gradients"
@@ -134,26 +123,19 @@ class SinkEvidence(Record):
     def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
         """Both results, and the embeddings' channels apart."""
         massive, received = self._parts(context)
-        at_attention = {s: a for s, a in answers.items() if s.name == "attention"}
-        states = massive.finish(
-            {s: a for s, a in answers.items() if s.name != "attention"}, context
-        )
+        attention = {s: answer for s, answer in answers.items() if s.name == "attention"}
+        states, vision = massive.finish(answers, context), self.tower == "vision"
         layers = context.layers(self.tower, self.layers)
-        vision = self.tower == "vision"
-        judged = context.tokens.vision.select("patch") if vision else context.live("language")
         return EvidenceResult(
             massive=_layers_of(states, layers),
-            received=received.finish(at_attention, context),
+            received=received.finish(attention, context),
             first=None if vision else _layers_of(states, (0,)),
-            judged=judged,
+            judged=context.tokens.vision.select("patch") if vision else context.live("language"),
             layers=layers,
         )
 
 
 def _layers_of(result: MassiveResult, layers: tuple[int, ...]) -> MassiveResult:
-    """The result in some of its layers."""
-    if layers == result.layers:
-        return result
     at = [result.layers.index(layer) for layer in layers]
-    values, channels, median = result.values[:, at], result.channels[:, at], result.median[:, at]
-    return replace(result, values=values, channels=channels, median=median, layers=layers)
+    some = {name: getattr(result, name)[:, at] for name in ("values", "channels", "median")}
+    return replace(result, **some, layers=layers)

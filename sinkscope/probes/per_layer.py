@@ -27,13 +27,14 @@ class ByLayer(tuple[Tensor, ...]):
 class LayerProbe(Record):
     """A probe with one kernel at one site of every layer.
 
-    A subclass is a frozen dataclass with fields ``layers``, ``tower`` and ``site``. Its kernel gives
-    a tensor ``[batch ...]``, or a dict of tensors by the names of the result's fields. Of the result,
-    fields ``[batch layer ...]`` are stacked over layers and NaN at padding, an int field ``[batch
-    query]`` (or pos, row) holds positions, and the others are fields of the probe.
+    Its fields are ``layers``, block indices or None for all; ``tower``, ``"language"`` or ``"vision"``;
+    and ``site``: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``, or ``"attention"``.
 
-    The following are given behind the base class, as in ``class TokenNorms(LayerProbe,
-    kernel=norms, result=NormResult)``.
+    A subclass is a frozen dataclass with these fields. Its kernel gives a tensor ``[batch ...]``, or a
+    dict of tensors by the names of the result's fields. Of the result, fields ``[batch layer ...]`` are
+    stacked over layers and NaN at padding, an int field ``[batch query]`` (or pos, row) holds positions,
+    and the others are fields of the probe. The following are given behind the base class, as in
+    ``class TokenNorms(LayerProbe, kernel=norms, result=NormResult)``.
 
     Attributes:
         kernel: The kernel.

@@ -1,4 +1,4 @@
-"""Probes of the residual stream: massive activations, norms, sink dimensions, cosines, states."""
+"""Probes of states: activations, norms, sink dimensions, cosines, channels, group means, the lens."""
 
 from __future__ import annotations
 
@@ -6,35 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.context import Context, check_groups, indices_of
 from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import residual as kernels
-from sinkscope.probes.per_layer import LayerProbe
+from sinkscope.probes.per_layer import ByLayer, LayerProbe
+from sinkscope.protocols import Read
 from sinkscope.results import Result
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
 
 
 def check_site(site: str) -> str:
-    """A site that holds states.
-
-    Raises:
-        ProbeError: If there is none of that name.
-    """
+    """A site that holds states; raises ProbeError if there is none of that name."""
     check_choice(STATE_SITES, site=site, error=ProbeError)
     return site
 
 
 def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
-    """Channel indices of a tower.
-
-    Raises:
-        ProbeError: If there is none, or one is out of range.
-    """
+    """Channel indices of a tower; raises ProbeError if there is none, or one is out of range."""
     if not isinstance(dims, Iterable) or isinstance(dims, str):
         raise ProbeError(
             f"Got dimensions {dims!r}; expected a list of channel indices. Write [{dims}]."
@@ -52,11 +46,7 @@ def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
 
 
 def check_count(k: Any, most: int, what: str) -> int:
-    """How many of something to keep.
-
-    Raises:
-        ProbeError: If it is no int from 1 to ``most``.
-    """
+    """How many of something to keep; raises ProbeError if it is no int from 1 to ``most``."""
     if not is_whole(k, 1, most):
         raise ProbeError(f"Got k={k!r}; expected 1 to {most} {what}.")
     return int(k)
@@ -64,11 +54,10 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
-    """The largest channels of every token.
+    """The largest channels of every token; values NaN and channels -1 at padding.
 
     Attributes:
-        values: Signed, largest magnitude first; NaN at padding.
-        channels: Their indices; -1 at padding.
+        values: Signed, largest magnitude first.
         median: The median of ``|h|`` over live positions and all channels.
     """
 
@@ -92,14 +81,8 @@ class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
 class MassiveActivations(LayerProbe, kernel=kernels.massive, result=MassiveResult):
     """The ``k`` largest channels of every token and the layer's median magnitude.
 
-    Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median.
-    Reading ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        k: How many channels per token.
-        site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
+    Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median. Reading
+    ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
     """
 
     layers: Any = None
@@ -124,13 +107,7 @@ class NormResult(Result, columns={"norm": "norms"}):
 
 @dataclass(frozen=True, eq=False)
 class TokenNorms(LayerProbe, kernel=kernels.norms, result=NormResult):
-    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it).
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
-    """
+    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it)."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -149,18 +126,11 @@ class ScoreResult(Result, columns={"score": "scores"}):
 
 @dataclass(frozen=True, eq=False)
 class SinkDimensionScores(LayerProbe, kernel=kernels.dimension_scores, result=ScoreResult):
-    """The sink-dimension value of every token.
+    """The sink-dimension value of every token, on channels such as ``[1415, 2533]`` for LLaMA-2-7B.
 
     ``max_{d in dims} |h_d|``, divided by ``rms(h) = sqrt(mean_d h_d^2 + 1e-6)`` if
-    ``normalize="rms"`` (Kang et al. 2503.03321; Choi et al. 2604.03316 write it without). With RMS
-    the score is at most sqrt(D), and ``score^2 / D`` is that channel's share of the energy.
-
-    Args:
-        dims: Channel indices, such as ``[1415, 2533]`` for LLaMA-2-7B.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        normalize: ``"rms"`` or ``"none"``.
-        site: See `MassiveActivations`; the default is what the block's attention reads.
+    ``normalize="rms"`` and not ``"none"`` (Kang et al. 2503.03321; Choi et al. 2604.03316 write it
+    without). With RMS it is at most sqrt(D), and ``score^2 / D`` is that channel's share of the energy.
     """
 
     dims: Sequence[int]
@@ -186,11 +156,6 @@ class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
 
     Secondary sinks copy the direction of the first one. The result is a `ScoreResult` in [0, 1].
     At a decode step it is 1 by definition, because the one token is its own reference.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
     """
 
     bound: ClassVar[float] = 1.0
@@ -218,13 +183,8 @@ class StateResult(Result, columns={"value": "states"}):
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     """The states themselves, for patching into another run or training probes on them.
 
-    The one probe whose result is large: ``batch x layers x positions x d_model`` numbers.
-
-    Args:
-        tokens: Which tokens to keep.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
-        site: See `MassiveActivations`.
+    The one probe whose result is large: ``batch x layers x positions x d_model`` numbers. ``tokens``
+    selects which to keep.
     """
 
     tokens: Selection = "all"
@@ -239,3 +199,128 @@ class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     def _kept(self, context: Context) -> Tensor:
         live = context.live(self.tower)
         return live if context.step else live & context.flat(self.tower, self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelResult(Result, columns={"value": "values"}):
+    """Values of chosen channels at chosen sites: signed, NaN at padding."""
+
+    values: Float[Tensor, "batch layer site pos channel"]
+    sites: tuple[str, ...]
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    positions: Int[Tensor, "batch pos"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
+    """Signed values of chosen channels before, in and after every block, at the sites asked for.
+
+    ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` show which half
+    of it did.
+    """
+
+    channels: Sequence[int]
+    layers: Any = None
+    tower: Tower = "language"
+    sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    site = "resid_pre"  # under which `finish` stacks; no field
+
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer and site."""
+        index = check_dims(self.channels, context.tower(self.tower).d_model, self.tower)
+        parameters = {"index": index, "layout": context.layout(self.tower)}
+        return [
+            Read(Site(self.tower, check_site(site), layer), self.kernel, parameters)
+            for layer in context.layers(self.tower, self.layers)
+            for site in self.sites
+        ]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack layers and sites and mask the padding."""
+        by_layer = {}
+        for layer in context.layers(self.tower, self.layers):
+            values = [answers[Site(self.tower, site, layer)] for site in self.sites]
+            by_layer[Site(self.tower, self.site, layer)] = torch.stack(values, dim=1)
+        return super().finish(by_layer, context)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMeansResult(Result, columns={"value": "means", "count": "count"}):
+    """The mean state of every token group, over ``count`` tokens; NaN where a row has none."""
+
+    means: Float[Tensor, "batch layer group d_model"]
+    count: Int[Tensor, "batch layer group"]
+    groups: tuple[str, ...]
+    layers: tuple[int, ...]
+    site: str
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult):
+    """The mean state of token groups: what a linear probe of a group is trained on.
+
+    The mean is taken inside the forward pass in fp32, so that ``batch x layers x groups x d_model``
+    numbers come back and no state of a token. Groups may overlap. What was generated is in no group:
+    at a decode step every group is empty.
+
+    ``groups`` is name -> selection, such as ``{"sinks": trace.l_sinks(), "last": "last"}``; masks may
+    differ by layer.
+    """
+
+    groups: Mapping[str, Selection]
+    layers: Any = None
+    tower: Tower = "language"
+    site: str = "resid_pre"
+
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        check_groups(self.groups)
+        masks = [context.select(self.tower, selection) for selection in self.groups.values()]
+        if context.step:
+            masks = [torch.zeros(len(mask), 1, dtype=torch.bool) for mask in masks]
+        many = context.tower(self.tower).n_layers if any(m.ndim == 3 for m in masks) else 1
+        by_layer = [[m if m.ndim == 2 else m[:, layer] for m in masks] for layer in range(many)]
+        return {"groups": ByLayer(torch.stack(of_layer, dim=-1) for of_layer in by_layer)}
+
+
+@dataclass(frozen=True, eq=False)
+class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
+    """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats.
+
+    ``tokens`` are ids, most likely first, -1 where there is none.
+    """
+
+    tokens: Int[Tensor, "batch layer row k"]
+    logprobs: Float[Tensor, "batch layer row k"]
+    entropy: Float[Tensor, "batch layer row"]
+    positions: Int[Tensor, "batch row"]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
+    """The model's final norm and LM head applied to intermediate states of the decoder.
+
+    nostalgebraist (2020). For visual tokens the lens shows what a sink would say. ``positions``
+    selects the states, ``k`` is how many tokens to keep.
+    """
+
+    positions: Selection = "last"
+    layers: Any = None
+    k: int = 5
+    site: str = "resid_post"
+    tower: Tower = "language"
+
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        if self.tower != "language":
+            raise ProbeError(
+                f"Got LogitLens(tower={self.tower!r}); expected 'language'. The vision tower has no "
+                "LM head: follow its tokens through the projector with ss.trace_sinks."
+            )
+        rows = indices_of(context.flat("language", self.positions))
+        return {
+            "norm": ("@module", context.anatomy.final_norm),
+            "head": ("@module", context.anatomy.head),
+            "positions": None if context.step else rows,
+            "k": check_count(self.k, context.anatomy.vocab, "tokens"),
+        }

@@ -12,6 +12,7 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention as attention_kernels
 from sinkscope.kernels import writes as kernels
+from sinkscope.probes.attention import groups_by_layer
 from sinkscope.probes.per_layer import AttentionProbe, ByLayer
 from sinkscope.protocols import Read
 from sinkscope.results import Result
@@ -19,27 +20,16 @@ from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 
-def follow_heads(
-    probe: AttentionProbe, context: Context, parameters: Mapping[str, ByLayer]
-) -> list[Read]:
-    """Follow heads of every block into the stream, and compare the whole with what the block adds.
-
-    Raises:
-        ModelError: If the way of a block could not be read.
-    """
+def follow_heads(probe: AttentionProbe, context: Context, groups: ByLayer | None) -> list[Read]:
+    """Follow heads of every block into the stream, and compare the whole with what the block adds."""
     name, reads = probe.tower, []
-    tower = context.tower(name)
+    tower, live = context.tower(name), context.pack(name, context.live(name), dim=1)
     for layer in context.layers(name, probe.layers):
         projection, through = tower.write(layer)
-        live = context.pack(name, context.live(name), dim=1)
         shared = {"projection": ("@module", projection), "live": live}
-        asked = {
-            **{given: value.at(layer) for given, value in parameters.items()},
-            **shared,
-            "layout": context.layout(name),
-            "parts": ("@modules", through),
-        }
         attention = ("@module", tower.attention[layer])
+        asked = {} if groups is None else {"groups": groups.at(layer)}
+        asked |= {**shared, "layout": context.layout(name), "parts": ("@modules", through)}
         reads += [
             Read(Site(name, "attention", layer), probe.kernel, asked),
             Read(
@@ -85,17 +75,12 @@ class HeadWrites(
 ):
     """What every key would add to the residual stream, per head, were it fully attended.
 
-    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the
-    definitions of Fesser et al. (2606.08105), ``u = D W_O v``; see
-    `sinkscope.experiments.nop_or_broadcast`. ``D`` is what lies between the output projection and the
-    stream: a factor per channel (LayerScale in DINOv2), a number (Granite), or the weight of a norm
-    (Gemma, OLMo 2). Such a norm also divides every query by the size of attention's whole output. That
-    is one number for all keys of a query, so it is left out of `norms`, which are then to be compared
-    among keys of one layer, as `ratio` does; `stable_rank` has it.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
+    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the definitions of
+    Fesser et al. (2606.08105), ``u = D W_O v``; see `sinkscope.experiments.nop_or_broadcast`. ``D`` is what
+    lies between the output projection and the stream: a factor per channel (LayerScale in DINOv2), a number
+    (Granite), or the weight of a norm (Gemma, OLMo 2). Such a norm also divides every query by the size of
+    attention's whole output. That is one number for all keys of a query, so `norms` leave it out and are then
+    to be compared among keys of one layer, as `ratio` does; `stable_rank` has it.
     """
 
     layers: Any = None
@@ -103,7 +88,7 @@ class HeadWrites(
 
     def reads(self, context: Context) -> list[Read]:
         """Two reads per layer: attention, and what it adds."""
-        return follow_heads(self, context, {})
+        return follow_heads(self, context, None)
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
         """Stack the layers and mask the padding."""
@@ -125,8 +110,7 @@ class ValueNormResult(Result, columns={"norm": "norms"}):
     def ratio(self) -> Float[Tensor, "batch layer kv_head pos"]:
         """Every token's norm over the mean norm of the other live tokens of its row.
 
-        ``ratio_head`` of Fesser et al. (2606.08105): at most 0.2 means that a sink writes next to
-        nothing.
+        ``ratio_head`` of Fesser et al. (2606.08105): at most 0.2 means that a sink writes next to nothing.
         """
         return over_others(self.norms)
 
@@ -138,10 +122,6 @@ class ValueNorms(
     """L2 norm of every value vector, after the run's edits. With GQA there is one per key-value head.
 
     An edit of values for some heads or queries beside it is refused: there is not one value per key.
-
-    Args:
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
     """
 
     layers: Any = None
@@ -150,11 +130,7 @@ class ValueNorms(
 
 @dataclass(frozen=True, eq=False)
 class AttentionValueResult(Result, columns={"value": "values"}):
-    """Whole value vectors of chosen tokens.
-
-    Attributes:
-        values: NaN at padding and at tokens not chosen.
-    """
+    """Whole value vectors of chosen tokens; NaN at padding and at tokens not chosen."""
 
     values: Float[Tensor, "batch layer kv_head pos d_head"]
     layers: tuple[int, ...]
@@ -168,14 +144,9 @@ class AttentionValues(
     """The value vectors that attention reads, for replacing or patching them in another run.
 
     With GQA there is one per key-value head. At a decode step they are those of every key in the
-    cache, and NaN where a sliding cache has dropped it. They are read after the run's edits; an edit
-    of values for some heads or queries beside this probe is refused, because then there is not one
-    value per key. A large result: ``batch x layers x positions x kv_heads x d_head`` numbers.
-
-    Args:
-        layers: Block indices, or None for all.
-        tokens: Which tokens of the prompt to keep.
-        tower: ``"language"`` or ``"vision"``.
+    cache, and NaN where a sliding cache has dropped it. They are read after the run's edits, and refused
+    beside an edit of values as by `ValueNorms`. ``tokens`` selects which tokens of the prompt to keep. A
+    large result: ``batch x layers x positions x kv_heads x d_head`` numbers.
     """
 
     layers: Any = None
@@ -194,12 +165,7 @@ class AttentionValues(
 
 @dataclass(frozen=True, eq=False)
 class ContributionResult(Result, columns={"norm": "norms"}):
-    """What each key group writes into the residual stream.
-
-    Attributes:
-        norms: L2 norm of the group's write over all heads.
-        per_head: The same for each head alone.
-    """
+    """L2 norm of what each key group writes into the residual stream: over all heads, and of each alone."""
 
     norms: Float[Tensor, "batch layer query group"]
     per_head: Float[Tensor, "batch layer head query group"]
@@ -217,18 +183,10 @@ class ContributionNorms(
 ):
     """How much each group of keys adds to the residual stream through attention. Exact.
 
-    ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes
-    anything (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). ``D`` is what lies
-    between the output projection and the stream: a factor per channel (LayerScale in DINOv2), a number
-    (Granite), or a norm (Gemma, OLMo 2), which for one query multiplies by its weight and divides by
+    ``|| D sum_h (A_h 1_g v_h) W_O^h ||_2``: attention alone does not say whether a sink writes anything
+    (Kobayashi et al. 2020; Kang et al. 2503.03321 use it per head). ``D`` is as for `HeadWrites`, here with
     the size of the whole output. The groups of a partition and the biases add up, as vectors, to
-    ``attn_out``; the bias of the projection belongs to no group. One attention call per group and
-    layer.
-
-    Args:
-        groups: Name -> selection.
-        layers: Block indices, or None for all.
-        tower: ``"language"`` or ``"vision"``.
+    ``attn_out``; the bias of the projection belongs to no group. One attention call per group and layer.
     """
 
     groups: Mapping[str, Selection]
@@ -237,6 +195,4 @@ class ContributionNorms(
 
     def reads(self, context: Context) -> list[Read]:
         """Two reads per layer: attention, and what it adds."""
-        _, onehot = context.groups(self.tower, self.groups)
-        by_layer = ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1]))
-        return follow_heads(self, context, {"groups": by_layer})
+        return follow_heads(self, context, groups_by_layer(context, self.tower, self.groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,9 +42,8 @@ class Result(Record):
     ``layers`` are block indices in order, ``groups`` names in order; ``positions``, ``queries`` or
     ``rows`` hold the position of every query, -1 where there is none, or None for 0, 1, 2, ...
 
-    Attributes:
-        columns: Column of the table -> field, given as ``class NormResult(Result, columns={"norm":
-            "norms"})``; the first field gives the axes, and without any it is the first with axes.
+    ``columns`` is column of the table -> field, given as ``class NormResult(Result, columns={"norm":
+    "norms"})``; the first field gives the axes, and without any it is the first with axes.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}
@@ -59,41 +58,35 @@ class Result(Record):
         return self._table()
 
     def save(self, path: str | Path) -> Path:
-        """Write the result to one file, which `sinkscope.results.load` reads.
+        """Write the result to one file, which `sinkscope.results.load` reads, and give its path.
 
-        The file is safetensors, with everything that is no tensor as JSON in its metadata: one file
-        is there whole or not at all, can be sent, and other tools read its tensors.
-
-        Args:
-            path: Where to write, such as ``"run.safetensors"``; a file there is replaced.
+        The file is safetensors, with everything that is no tensor as JSON in its metadata: it is there whole
+        or not at all, can be sent, and other tools read its tensors. A file there is replaced.
 
         Raises:
-            InputError: If it holds what no file can, such as a picture or a table.
+            InputError: If it holds what no file can, such as a picture or a sample with its images.
             CheckpointError: If it cannot be written there.
         """
         return write(self, Path(path))
 
     def __repr__(self) -> str:
-        text = f"{type(self).__name__}({', '.join(self._said())})"
+        axes, known, said = axes_of(type(self)), set(), []
+        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name in axes:  # each axis once
+                sizes = zip(axes[f.name], value.shape, strict=False)
+                new = [f"{axis} {size}" for axis, size in sizes if axis not in known]
+                known.update(axes[f.name])
+                said.append(f"{f.name} [{', '.join(new)}]" if new else f.name)
+            elif value is not None and not (isinstance(value, (Mapping, tuple)) and not value):
+                said.append(f"{f.name} {short(value)}")
+        text = f"{type(self).__name__}({', '.join(said)})"
         return text if len(text) <= 200 else f"{text[:196]}...)"
 
     def _repr_html_(self) -> str:
         own = type(self).to_dataframe is not Result.to_dataframe
         table = self.to_dataframe().head(20) if own else self._table(20)
         return f"<pre>{html.escape(repr(self))}</pre>{table.to_html(index=False, border=0)}"
-
-    def _said(self) -> Iterator[str]:
-        """Every field in a word or two; each axis once."""
-        axes, known = axes_of(type(self)), set()
-        for f in fields(self):  # type: ignore[arg-type]  # a subclass is a dataclass
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor) and f.name in axes:
-                sizes = zip(axes[f.name], value.shape, strict=False)
-                new = [f"{axis} {size}" for axis, size in sizes if axis not in known]
-                known.update(axes[f.name])
-                yield f"{f.name} [{', '.join(new)}]" if new else f.name
-            elif value is not None and not (isinstance(value, (Mapping, tuple)) and not value):
-                yield f"{f.name} {short(value)}"
 
     def _table(self, head: int | None = None) -> pd.DataFrame:
         import pandas as pd
@@ -112,23 +105,18 @@ class Result(Record):
                     lines.append((f.name, short(value)))
             return pd.DataFrame(lines, columns=["part", "content"])
         first = next(iter(columns.values()))
-        shape, labels = getattr(self, first).shape, self._labels(axes, axes[first])
-        values = {}
+        shape, values = getattr(self, first).shape, {}
         for column, name in columns.items():
             index = [slice(None) if axis in axes[name] else None for axis in axes[first]]
             values[column] = getattr(self, name)[tuple(index)].expand(shape)
-        titles = [TITLES.get(axis, axis) for axis in axes[first]]
-        return tidy(values, titles, labels, head)
-
-    def _labels(self, axes: Mapping[str, tuple[str, ...]], wanted: Iterable[str]) -> dict[str, Any]:
-        """Labels of the axes: from an int field ``[batch axis]``, else from a tuple ``axes``."""
-        labels = {axis: getattr(self, f"{axis}s", None) for axis in wanted}
+        # Labels are from an int field ``[batch axis]``, else from a tuple ``axes``.
+        labels = {axis: getattr(self, f"{axis}s", None) for axis in axes[first]}
         labels = {axis: value for axis, value in labels.items() if isinstance(value, tuple)}
         for name in {*axes} - {*self.columns.values()}:
             value = getattr(self, name)
             if len(axes[name]) == 2 and getattr(value, "dtype", None) == torch.long:
                 labels[axes[name][1]] = value
-        return labels
+        return tidy(values, [TITLES.get(axis, axis) for axis in axes[first]], labels, head)
 
 
 def axes_of(cls: Any) -> dict[str, tuple[str, ...]]:
@@ -160,13 +148,9 @@ def short(value: Any) -> str:
 def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
-    """Per-site answers as one tensor ``[batch layer ...]``, in forward order.
+    """Per-site answers, or one ``part`` of each, as one tensor ``[batch layer ...]`` in forward order.
 
-    Args:
-        answers: ``{site: tensor or dict of tensors}``.
-        part: Which entry of the dict.
-        axis: The axis of keys, counted from the end.
-        keys: How many keys there are, if there is such an axis.
+    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any.
     """
     values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
     longest = max(keys, *(value.shape[axis] for value in values))
@@ -199,15 +183,9 @@ def tidy(
 ) -> pd.DataFrame:
     """Tensors of one shape as a table, one line per entry that is not NaN, nor -1 in an index.
 
-    Args:
-        values: Column name -> tensor; all of one shape.
-        axes: A name per axis, in order; the first is the row.
-        labels: Axis -> the label of every index, or int ``[row index]`` if rows differ; axes not
-            named, or None, are numbered.
-        head: How many lines to make, or None for all.
-
-    Returns:
-        Columns ``axes`` and ``values``.
+    ``values`` is column -> tensor, ``axes`` a name per axis, the first is the row. ``labels`` has for an
+    axis the label of every index, or int ``[row index]`` if rows differ; other axes are numbered. ``head``
+    is how many lines to make, or None for all.
     """
     import pandas as pd
 

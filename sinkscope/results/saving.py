@@ -82,11 +82,7 @@ def name_of(cls: type) -> str:
 
 
 def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; its tensors go to ``tensors``, named by where they lie.
-
-    Raises:
-        InputError: If no file can hold it.
-    """
+    """A value as JSON, tensors in ``tensors`` by where they lie; InputError if no file can hold it."""
     if isinstance(value, Tensor):
         tensors[at] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": at}
@@ -106,11 +102,14 @@ def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
             asked = pack_key(key, name, f"{at}/{name}.asked", tensors)
             entries.append([asked, pack(one, f"{at}/{name}", tensors)])
         return {"dict": entries}
+    if type(value).__name__ == "DataFrame":
+        columns = {name: [str(of.dtype), of.tolist()] for name, of in value.items()}
+        return {"table": pack(columns, at, tensors)}
     if KNOWN.get(name_of(type(value))) is not type(value):
         raise InputError(
             f"Got {at or 'a result'} of type {type(value).__name__}, which no file can hold; expected "
-            "tensors, numbers, texts and results. Derive a result of your own from "
-            "sinkscope.results.Result; of tables write x.to_dataframe().to_csv(path)."
+            "tensors, numbers, texts, tables and results. Derive a result of your own from "
+            "sinkscope.results.Result; of others write x.to_dataframe().to_csv(path)."
         )
     parts = {
         f.name: pack(getattr(value, f.name), f"{at}/{f.name}".lstrip("/"), tensors)
@@ -145,15 +144,16 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
         return list(unpack(inner, tensors))
     if kind == "tensor":
         return tensors[inner]
+    if kind == "table":
+        import pandas as pd
+
+        columns = unpack(inner, tensors).items()
+        return pd.DataFrame({name: pd.Series(of, dtype=dtype) for name, (dtype, of) in columns})
     return {"float": float, "range": lambda x: range(*x), "slice": lambda x: slice(*x)}[kind](inner)
 
 
 def class_of(name: str) -> type:
-    """The class that a file names; a module that a file names is never imported.
-
-    Raises:
-        CheckpointError: If none has that name.
-    """
+    """The class that a file names; a module that a file names is never imported."""
     if name not in KNOWN:
         importlib.import_module("sinkscope._public")  # every class of this library
     if name not in KNOWN:
@@ -225,12 +225,9 @@ def load(path: str | Path) -> Any:
 
 
 def load_run(path: str | Path) -> Any:
-    """Read a run or a generation that was saved; see `load`.
+    """Read a run or a generation that was saved; CheckpointError as `load`, and for another result.
 
     Its results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe.
-
-    Raises:
-        CheckpointError: See `load`; or if the file holds another result.
     """
     found = load(path)
     if type(found).__name__ not in ("Run", "Generation"):

@@ -121,7 +121,7 @@ def test_in_the_vision_tower_a_patch_may_draw_in_any_block_and_cls_is_no_patch()
 )
 def test_outcomes_are_said_with_their_numbers(spikes, drawn, said):
     seen = evidence([spikes], [drawn], before={0: 60.0})
-    assert said in outcome_of(detectors.Gap(), [seen], "language").text
+    assert said in outcome_of(detectors.Gap(), [seen], "language")
 
 
 def looks_of(samples):

@@ -4,6 +4,7 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from jaxtyping import Float
@@ -142,6 +143,24 @@ def test_a_generation_comes_back(tiny, batch, tmp_path):
         for probe in probes:
             assert_same(step[probe], other[probe])
         assert_same(step.effects[gate], other.effects["LSG"])
+
+
+def test_a_table_comes_back_with_its_types(tmp_path):
+    table = pd.DataFrame(
+        {
+            "item": [0, 1],
+            "image_id": ["a", 7],
+            "task": pd.Series(["count", "where"], dtype="str"),
+            "given": ["one", None],
+            "correct": [True, False],
+            "sinks": [0.1 + 0.2, float("nan")],
+        }
+    )
+    made = ss.experiments.Comparison(table, "base")
+    found = load(made.save(tmp_path / "made.safetensors"))
+    assert type(found) is ss.experiments.Comparison
+    assert found.base == "base"
+    pd.testing.assert_frame_equal(found.table, table, check_exact=True)
 
 
 def test_a_loaded_calibration_flags_the_same_tokens(tmp_path):
