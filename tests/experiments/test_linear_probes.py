@@ -322,7 +322,7 @@ def records(n=24, **change):
 @pytest.mark.parametrize(
     ("data", "options", "error", "match"),
     [
-        (records(6), {}, InputError, "Got 6 images; expected at least 20"),
+        (records(6), {}, InputError, "Got 6 images to split; expected at least 20"),
         ([3], {}, InputError, r"Record 0 \(int\) has no image"),
         ([{"image": 1}], {}, InputError, r"has no attributes"),
         ([{"image": 1, "attributes": 3}], {}, InputError, "attributes=3; expected a dict"),

@@ -445,7 +445,7 @@ def test_other_wrong_uses_are_refused(tiny):
     with pytest.raises(InputError, match="without a processor"):
         ss.sweep(ss.LVLM(tiny_llava()[0]), some())
     mixed = some() + some(1, choices=True)
-    with pytest.raises(InputError, match="Got choices on 3 of 7 items"):
+    with pytest.raises(InputError, match="Got 4 items without choices; expected options on all"):
         ss.sweep(lvlm, mixed)
     with pytest.raises(InputError, match="no task 'all' beside others"):
         ss.sweep(lvlm, [*some(), {**some()[0], "task": "all"}])
