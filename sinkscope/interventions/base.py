@@ -66,7 +66,7 @@ def at_layer(mask: Tensor, layer: int) -> Tensor:
     return mask[:, layer if mask.shape[1] > 1 else 0]
 
 
-def check_indices(given: Any, count: int, name: str, hint: str) -> list[int]:
+def check_indices(given: Any, count: int, name: str, hint: str = "") -> list[int]:
     """Whole numbers below ``count``; InterventionError if there is none, or another."""
     several = isinstance(given, Iterable) and not isinstance(given, str)
     wanted: list[Any] = list(given) if several else [given]
