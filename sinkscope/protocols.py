@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.errors import InterventionError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
 from sinkscope.sites import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sinkscope.anatomy.context import Context
 
 
 class Model(Protocol):
@@ -190,8 +187,6 @@ class Effect(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per batch row and site."""
-        import pandas as pd
-
         names = ("rows", "empty", "tokens", "mass_before", "mass_after")
         many = self.rows.shape[0]
         table = {

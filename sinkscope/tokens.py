@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import east_asian_width
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.checks import is_whole
 from sinkscope.errors import SelectionError, nearest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 KINDS = ("pad", "bos", "text", "image", "special")
 VISION_KINDS = ("pad", "cls", "register", "patch")
@@ -261,8 +259,6 @@ class TokenMap:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per live position: kind, image, grid cell, ViT tokens, pixel box, word."""
-        import pandas as pd
-
         live, places = self.live, self.live.nonzero().tolist()
         table: dict[str, Any] = {"batch": [b for b, _ in places], "pos": [p for _, p in places]}
         table["id"] = self.ids[live].tolist()

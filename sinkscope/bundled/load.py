@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from sinkscope.bundled import load_bundled_hf
 from sinkscope.models.lvlm import LVLM
-
-if TYPE_CHECKING:
-    import torch
 
 
 def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa") -> LVLM:

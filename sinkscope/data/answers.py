@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from sinkscope.data.items import Item, folded
 from sinkscope.data.tokens import IGNORED, Ids, TokenScores, answer_ids, padded
 from sinkscope.errors import InputError
 from sinkscope.interventions.application import allowing_noop, check_interventions
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.requests import GREEDY
-
-if TYPE_CHECKING:
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.runs import Run
+from sinkscope.models.runs import Run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from sinkscope.data.items import Lazy, check_texts, read_record
 from sinkscope.data.tokens import IGNORED, answer_ids, with_answers
 from sinkscope.errors import InputError
 from sinkscope.models.inputs import process
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
 from sinkscope.tokens import TokenMap
-
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)

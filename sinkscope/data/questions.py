@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sinkscope.bundled import scenes
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.data.items import Lazy, read_record
 from sinkscope.errors import InputError
@@ -100,8 +101,6 @@ class Questions:
             yield self._record(record, i)
 
     def _scenes(self) -> Iterator[dict[str, Any]]:
-        from sinkscope.bundled import scenes
-
         seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
         limit = 100 * self.per_image if self.limit is None else self.limit
         skipped, first = divmod(self.start, self.per_image)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import is_whole
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
 from sinkscope.results import Record, Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sinkscope.anatomy.towers import TowerAnatomy
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 TOWERS = ("vision", "language")
 DISTINCT = 1.5  # the least gap at which a score separates
@@ -96,8 +93,6 @@ class Calibration(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per tower."""
-        import pandas as pd
-
         return pd.DataFrame([vars(self.vision), vars(self.language)]).drop(columns="detector")
 
     def __repr__(self) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from sinkscope.detectors.calibration import Calibration, calibrate
 from sinkscope.detectors.detection import Detector, check_detector
 from sinkscope.detectors.gap import DRAWS, Gap
 from sinkscope.detectors.rules import Massive, Norm, SinkDimensions
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.probes.attention import LEAST_SEEING
 from sinkscope.results import Record
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,6 @@ def known_for(lvlm: LVLM) -> Known | None:
 
 def table() -> pd.DataFrame:
     """All published constants with their sources."""
-    import pandas as pd
-
     names = {"name": "model", "l_dims": "LLM sink channels", "tau": "tau (RMS)"}
     names |= {"v_detector": "V rule", "default": "used by default", "source": "source"}
     made: Any = pd.DataFrame([vars(row) for row in KNOWN])[[*names]]

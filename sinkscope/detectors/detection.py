@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import is_whole
 from sinkscope.errors import DetectorError, LayerError
 from sinkscope.kernels.gating import reaches
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM, Run
 from sinkscope.protocols import Probe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sinkscope.anatomy.towers import TowerAnatomy
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM, Run
 
 SATURATION = 0.2
 """A detector that flags more than this share of the image tokens is saturated."""
@@ -217,8 +214,6 @@ def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.D
     DetectorError if they looked at other tokens or layers, or are no detections; or if two of a list have
     the same name.
     """
-    import pandas as pd
-
     listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
     for one in listed:
         if not isinstance(one, Detection):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import is_number
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
@@ -16,9 +17,6 @@ from sinkscope.errors import DetectorError
 from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.towers import TowerAnatomy
 
 GAP, MEDIANS, DRAWS, GROWTH = 3.0, 20.0, 0.06, 2.0
 

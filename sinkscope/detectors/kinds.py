@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.checks import is_whole, plain
 from sinkscope.detectors.rules import Rule
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.probes import MassiveActivations, Probe, ScoreResult
+from sinkscope.protocols import Read
 from sinkscope.results import Record, mask_padding
 from sinkscope.results.saving import KNOWN
 from sinkscope.sites import Site, Tower
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
-    from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
-    from sinkscope.protocols import Read
-    from sinkscope.tokens import TokenMap
+from sinkscope.tokens import TokenMap
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.detectors.detection import Detector as Detector
 from sinkscope.detectors.detection import decide as decide
@@ -28,9 +29,6 @@ from sinkscope.probes import (
 from sinkscope.probes.evidence import SITES as STATE_SITE
 from sinkscope.results import Record
 from sinkscope.sites import Tower
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.towers import TowerAnatomy
 
 
 class Rule(Record):

@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
 
 from sinkscope.errors import CheckpointError
 from sinkscope.example import sources as layout
 from sinkscope.example.sources import DINOV2, HUB_LANGUAGE, HUB_VISION, SMOLLM2, check_wheel
-
-if TYPE_CHECKING:
-    from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
 
 
 def read_language(file: Path) -> tuple[Any, Any]:

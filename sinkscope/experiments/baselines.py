@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number
 from sinkscope.detectors.kinds import RandomTokens, describe
+from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.lora import LoRA, lora
@@ -20,15 +21,12 @@ from sinkscope.experiments.sink_edits import (
     split,
     with_random_sinks,
 )
+from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
 from sinkscope.lsg import LSG
 from sinkscope.lsg.building import check_layer
-
-if TYPE_CHECKING:
-    from sinkscope.detectors.rules import Detector
-    from sinkscope.experiments.tracing import SinkTrace
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.models.lvlm import LVLM
 
 __all__ = [
     "LoRA",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,19 +16,14 @@ from sinkscope.checks import check_choice, check_whole
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_intervals
-from sinkscope.lsg.gate import check_gates
+from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import gate_inputs, gate_signals
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.wrapping import evaluated
 from sinkscope.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.lsg.gate import LSG
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.tokens import TokenMap
+from sinkscope.tokens import TokenMap
+from sinkscope.viz.probes import plot_coefficients
 
 CELL = ["layer", "edited", "group"]
 
@@ -56,8 +53,6 @@ class GateCoefficients(Result):
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
             and tokens (means). With one image the interval is NaN.
         """
-        import pandas as pd
-
         by = self.by if by is None else by
         check_choice(("task", ALL), by=by)
         several = by == "task" and self.table["task"].nunique() > 1
@@ -77,8 +72,6 @@ class GateCoefficients(Result):
 
     def plot(self, by: str | None = None, *, seed: int = 0) -> Figure:
         """Coefficients by layer, a panel per group, a line per task; arguments as in `to_dataframe`."""
-        from sinkscope.viz.probes import plot_coefficients
-
         return plot_coefficients(self.to_dataframe(by, seed=seed))
 
     def __repr__(self) -> str:
@@ -109,8 +102,6 @@ def gate_coefficients(
     use others than those trained on. ``by`` is how means are split: ``"task"``, or ``"all"``. ``batch`` is
     questions per forward pass; ``progress=None`` shows a bar from 50 questions on.
     """
-    import pandas as pd
-
     given = check_gates(gates)
     check_choice(("task", ALL), by=by)
     check_whole(1, batch=batch)

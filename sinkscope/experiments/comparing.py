@@ -6,29 +6,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import pandas as pd
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_flags, check_number, check_whole
 from sinkscope.data.answers import Answers, answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
+from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError
 from sinkscope.experiments.sink_edits import EditSinks
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 from sinkscope.interventions.application import check_interventions
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
-from sinkscope.viz.effects import count_comparisons
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.detectors.rules import Detector
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.viz.effects import (
+    comparison_latex,
+    comparison_markdown,
+    count_comparisons,
+    plot_effects,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +76,6 @@ class Comparison(Result):
         """
         check_number(above=0, below=1, hint="Write 0.95.", level=level)
         check_whole(1, hint="Write 2000.", draws=draws)
-        import pandas as pd
-
         given = {"seed": 0, "uncontrolled": False}
         table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
@@ -98,20 +98,14 @@ class Comparison(Result):
 
     def to_markdown(self, **options: Any) -> str:
         """The summary as a Markdown table, conditions down and tasks across; options of `summary`."""
-        from sinkscope.viz.effects import comparison_markdown
-
         return comparison_markdown(self.summary(**options), base=self.base)
 
     def to_latex(self, **options: Any) -> str:
         """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it."""
-        from sinkscope.viz.effects import comparison_latex
-
         return comparison_latex(self.summary(**options), base=self.base)
 
     def plot(self, **options: Any) -> Figure:
         """The change of accuracy per task and condition, with intervals; options of `summary`."""
-        from sinkscope.viz.effects import plot_effects
-
         return plot_effects(self.summary(**options), base=self.base)
 
 
@@ -251,8 +245,6 @@ def compare(
     Raises:
         InputError: If the dataset or the conditions are empty or malformed.
     """
-    import pandas as pd
-
     check_flags(length_normalized=length_normalized)
     check_whole(1, batch=batch)
     if lvlm.tokenizer is None:

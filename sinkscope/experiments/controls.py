@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from sinkscope.checks import check_choice, check_whole, is_whole
 from sinkscope.errors import InterventionError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
+from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
+from sinkscope.models.lvlm import LVLM
+from sinkscope.models.runs import Run
 from sinkscope.probes import AttentionPatterns
 from sinkscope.results import Result, kl_of_next
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.experiments.tracing import SinkTrace
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.models.runs import Run
+from sinkscope.viz.effects import plot_control
 
 FIELDS = ("tokens", "keys", "source")  # where an intervention says what it edits
 
@@ -128,8 +126,6 @@ class ControlResult(Result):
 
         With masses also real_mass and control_mass, the mean over the controls.
         """
-        import pandas as pd
-
         low, high = self.interval()
         columns = {"base": self.base, "real": self.real, "control": self.controls.mean(dim=0)}
         columns |= {"low": low, "high": high, "p": self.p_value()}
@@ -139,8 +135,6 @@ class ControlResult(Result):
 
     def plot(self, row: int = 0) -> Figure:
         """The edit as a line over the histogram of its controls, for one row of the batch."""
-        from sinkscope.viz.effects import plot_control
-
         return plot_control(self, row)
 
 
@@ -282,8 +276,6 @@ def replacement_table(
     layer pos]``, ``layers`` are block indices or None for all; for the rest see `RandomControl` and its
     `run`. Three lines per batch row: replacement, batch, and the columns of `ControlResult`.
     """
-    import pandas as pd
-
     tables = []
     for how in REPLACEMENTS:
         control = RandomControl(AblateValues(tokens, how, layers, seed=seed), match, n, seed)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 
 from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
 from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 UNITS = {
     "exact": (" in points", 100.0),
@@ -26,8 +24,6 @@ def best_of(
     part: pd.DataFrame, column: str, *, level: float, draws: int, seed: int
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
-    import pandas as pd
-
     cells, changes, images = wide(part, column)
     acts, here = acting(part), half(images, seed)
     able = np.flatnonzero(acts[here].any(axis=0))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,15 +20,11 @@ from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
+from sinkscope.models.runs import Generation
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.models.runs import Generation
+from sinkscope.viz.generation import generation_text, plot_generation
 
 Words = tuple[tuple[str, ...], ...]
 
@@ -118,21 +116,15 @@ class GenerationTrace(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: every field of its record, and its fate."""
-        import pandas as pd
-
         names = [*SinkLife.__dataclass_fields__, "fate"]
         return pd.DataFrame([life.to_dict() for life in self.lives], columns=names)
 
     def summary(self) -> str:
         """The sinks and their fates in a few lines, for a terminal."""
-        from sinkscope.viz.generation import generation_text
-
         return generation_text(self)
 
     def plot(self, row: int = 0) -> Figure:
         """What the sinks of a row draw at every step, beside the most attended other tokens."""
-        from sinkscope.viz.generation import plot_generation
-
         return plot_generation(self, row)
 
     def __repr__(self) -> str:

@@ -6,23 +6,20 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sinkscope.checks import check_whole
-from sinkscope.data.batches import AnswerBatch, make_batch, read_dataset
+from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_dataset
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
+from sinkscope.lsg import LSG
 from sinkscope.lsg.losses import Losses, frozen, score
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import undisturbed
 from sinkscope.training.loop import Loop, Trainee
 from sinkscope.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from sinkscope.data.batches import AnswerData
-    from sinkscope.lsg import LSG
-    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.detection import Detection, decided
 from sinkscope.detectors.gap import Gap, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.probes import (
     EvidenceResult,
     HeadWrites,
@@ -25,10 +27,7 @@ from sinkscope.probes import (
 )
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
-
-if TYPE_CHECKING:
-    from sinkscope.detectors.choice import SinkRules
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.viz.tables import readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +161,6 @@ class Candidate:
 
 def named(of: Any, tower: Tower, row: int, pos: int) -> str:
     """A token's position with its word, or what ViT token it is; ``of`` has a ``sample``."""
-    from sinkscope.viz.tables import readable
-
     tokens = of.sample.tokens
     if tower == "vision":
         vision = tokens.vision

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole
-from sinkscope.data.items import Target
+from sinkscope.data.items import LabelledImage, Target
+from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.probes import GroupMeans
-
-if TYPE_CHECKING:
-    from sinkscope.data.items import LabelledImage
-    from sinkscope.detectors.rules import Detector
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 FEWEST_TRAINING, FEWEST_TEST = 10, 2
 """Images that a probe needs in either part; below, it says "too few images"."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_number, check_whole, is_number, plain
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
 from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError
 from sinkscope.experiments.pooling import (
     FEWEST_TEST,
@@ -26,16 +29,11 @@ from sinkscope.experiments.pooling import (
     sink_groups,
 )
 from sinkscope.experiments.statistics import cluster_bootstrap
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.probes.residual import check_site
 from sinkscope.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.detectors.rules import Detector
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.viz.probes import plot_probes
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +75,6 @@ class LinearProbes(Result):
             ``null_high``; by chance about 1 in 20), missing (share of records and layers without
             such a token), note.
         """
-        import pandas as pd
-
         keys, how = ["target", "metric", "group"], {"level": level, "draws": draws, "seed": seed}
         tables: Any = (dict(iter(table.groupby(keys))) for table in (self.rows, self.table))
         right, parts = tables
@@ -118,8 +114,6 @@ class LinearProbes(Result):
         Raises:
             InputError: If there is no such group, or it has no probe.
         """
-        import pandas as pd
-
         known = list(dict.fromkeys(self.rows["group"]))
         if base not in known:
             raise InputError(f"Got base={base!r}; expected a group that has probes: {known}.")
@@ -141,8 +135,6 @@ class LinearProbes(Result):
 
         Of targets with several labels ``metric`` is shown, ``"label accuracy"`` or ``"exact set"``.
         """
-        from sinkscope.viz.probes import plot_probes
-
         return plot_probes(self.table, metric=metric, groups=groups)
 
     def __repr__(self) -> str:
@@ -218,8 +210,6 @@ def linear_probes(
             the training part, or no group has a token anywhere.
         LayerError: If there is no such layer.
     """
-    import pandas as pd
-
     c, permutations, level, draws = map(plain, (c, permutations, level, draws))
     seed, batch, n_jobs = map(plain, (seed, batch, n_jobs))
     check_number(above=0, c=c, hint="It is scikit-learn's C.")

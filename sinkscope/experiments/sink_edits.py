@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -13,12 +13,10 @@ from torch import Tensor
 
 from sinkscope.checks import check_choice, check_flags, check_whole
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
+from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, ScaleAttention
 from sinkscope.interventions.values import REPLACEMENTS
-
-if TYPE_CHECKING:
-    from sinkscope.experiments.tracing import SinkTrace
-    from sinkscope.models.inputs import Sample
+from sinkscope.models.inputs import Sample
 
 KINDS = ("V-sinks", "L-sinks", "text sinks")
 TOP, VISUAL = "top attended", "visual sinks"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from sinkscope.data.answers import ask
 from sinkscope.data.items import Item
@@ -12,10 +11,8 @@ from sinkscope.detectors.choice import known_for
 from sinkscope.detectors.rules import Detector
 from sinkscope.experiments.sweep_grid import NOUNS, Cells
 from sinkscope.experiments.sweep_images import Groups, by_token, end_of_image
-
-if TYPE_CHECKING:
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True)

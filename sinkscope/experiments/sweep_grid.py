@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from sinkscope.checks import check_whole, is_number, is_whole
 from sinkscope.errors import InputError, LayerError
 from sinkscope.models.pictures import clusters_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 T = TypeVar("T")
 Pair = tuple[float, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +29,10 @@ from sinkscope.detectors.rules import (
 from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
-
-if TYPE_CHECKING:
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 Numbered = tuple[int, Item]
 Groups = Sequence[Sequence[Numbered]]

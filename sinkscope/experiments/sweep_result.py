@@ -19,10 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from sinkscope.checks import check_choice
 from sinkscope.data.items import ALL
@@ -31,10 +33,7 @@ from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
 from sinkscope.files import claim, held, read_json, write_whole
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
 BY = ("task", ALL)
@@ -171,8 +170,6 @@ class Sweep:
             Columns task, n, images, score, logprob and with_v (the share of the questions whose
             image has a V-sink); with triples with_l too (an L-sink at some layer of the sweep).
         """
-        import pandas as pd
-
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
@@ -204,8 +201,6 @@ class Sweep:
             Columns task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n,
             images, base, value, delta, low, high and clear (whether the interval excludes 0).
         """
-        import pandas as pd
-
         check_choice(("score", "logprob"), column=column)
         tables = []
         for name, part in self.by_task(by):
@@ -245,8 +240,6 @@ class Sweep:
             the score), t, t_95 (the 95 % point of t where nothing has an effect), p, and note, which says
             why a task has no best cell: fewer than two images, or cells that scale no key.
         """
-        import pandas as pd
-
         check_choice(("score", "logprob"), column=column)
         how = {"level": level, "draws": draws, "seed": seed}
         lines = [{"task": name, **best_of(part, column, **how)} for name, part in self.by_task(by)]
@@ -254,8 +247,6 @@ class Sweep:
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
         """Draw the map per task, a dot where an interval excludes 0; see `sinkscope.viz.plot_sweep`."""
-        from sinkscope.viz import plot_sweep
-
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:

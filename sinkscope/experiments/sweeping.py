@@ -13,7 +13,7 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import joblib
 import numpy as np
@@ -34,14 +34,12 @@ from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sw
 from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place
 from sinkscope.models.identity import identity_of
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import check_replay
 from sinkscope.models.wrapping import evaluated
 from sinkscope.tokens import check_merge
-
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
 
 
 def sweep(

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
+from sinkscope.detectors.calibration import Calibration
 from sinkscope.detectors.choice import SinkRules, known_for
 from sinkscope.detectors.detection import Detection
 from sinkscope.detectors.gap import DRAWS
@@ -31,12 +33,8 @@ from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.detectors.calibration import Calibration
+from sinkscope.viz.layers import plot_trace
+from sinkscope.viz.tables import trace_html, trace_summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +175,6 @@ class SinkTrace(Result):
 
     def overlap_table(self) -> pd.DataFrame:
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
-        import pandas as pd
-
         groups, both = self.groups, self.overlap()
         masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": both}
         masks["text"] = groups["text sinks"]
@@ -187,8 +183,6 @@ class SinkTrace(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: the records."""
-        import pandas as pd
-
         names = [one.name for one in fields(SinkRecord)]
         return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
 
@@ -210,20 +204,14 @@ class SinkTrace(Result):
 
     def summary(self) -> str:
         """The trace in a few lines, for a terminal."""
-        from sinkscope.viz.tables import trace_summary
-
         return trace_summary(self)
 
     def _repr_html_(self) -> str:
         """The same table for a notebook."""
-        from sinkscope.viz.tables import trace_html
-
         return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
         """Sinks of a row over the image, attention by layer and kind, and spike sizes in both towers."""
-        from sinkscope.viz.layers import plot_trace
-
         return plot_trace(self, row)
 
     def __repr__(self) -> str:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError
 from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
-    from sinkscope.anatomy.towers import TowerAnatomy
-    from sinkscope.tokens import Selection
+from sinkscope.tokens import Selection
 
 STEPS = ("all", "prefill", "decode")
 

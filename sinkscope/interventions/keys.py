@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
@@ -21,9 +22,6 @@ from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
 
 
 def key_edits(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sinkscope.anatomy.context import Context
 from sinkscope.errors import InterventionError
 from sinkscope.interventions.base import (
     attention_edits,
@@ -18,9 +19,6 @@ from sinkscope.kernels.edits import edit_mass
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
 
 AFTER_IMAGE = "after image"
 

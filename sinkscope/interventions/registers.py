@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
 from sinkscope.interventions.base import (
@@ -22,11 +24,6 @@ from sinkscope.protocols import BaseIntervention, Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sinkscope.anatomy.context import Context
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +40,6 @@ class NeuronResult(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns image, layer, neuron, activity."""
-        import pandas as pd
-
         lines = [
             pd.DataFrame({"image": i, "layer": layer, "neuron": range(len(row)), "activity": row})
             for layer in self.layers

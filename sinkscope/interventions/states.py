@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
@@ -32,9 +33,6 @@ from sinkscope.probes.residual import check_dims, check_site
 from sinkscope.protocols import BaseIntervention, Edit, Model
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
 
 
 @dataclass(frozen=True, eq=False)

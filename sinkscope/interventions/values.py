@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sinkscope.anatomy.context import Context
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import at_layer, attention_edits, selected
 from sinkscope.kernels.edits import edit_values
@@ -17,9 +18,6 @@ from sinkscope.probes.writes import AttentionValueResult
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import STATE_SITES, Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
 
 REPLACEMENTS = ("zero", "mean", "resample")
 VALUES = "values"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
 from sinkscope.detectors.calibration import Limits
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.kinds import check_kept, describe
@@ -14,10 +15,8 @@ from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.lsg.config import GateConfig, check_layer, sketch
 from sinkscope.models.identity import sizes_of
-
-if TYPE_CHECKING:
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 
 CHOICES = frozenset(
     {"groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"}
@@ -79,8 +78,6 @@ def config_for(
 
 def drawn_samples(lvlm: LVLM) -> list[Sample]:
     """Six drawn scenes, as samples of any model with a processor."""
-    from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
-
     if lvlm.processor is None:
         raise InputError(
             "Got a model without published constants and without a processor; expected a rule for "

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import loading, saving
@@ -20,14 +22,10 @@ from sinkscope.lsg.building import config_for, device_for
 from sinkscope.lsg.config import GateConfig, differences, same_weights, sketch
 from sinkscope.lsg.passes import signals_of
 from sinkscope.models.identity import sizes_of
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
-
-if TYPE_CHECKING:
-    from sinkscope.anatomy.context import Context
-    from sinkscope.anatomy.towers import Anatomy
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 
 class LSG(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from sinkscope.lsg.config import BASES, GROUPS, GateConfig, check_layer, differe
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
 from sinkscope.models.identity import sizes_of
-
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
+from sinkscope.models.lvlm import LVLM
 
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,13 @@ from sinkscope.data.batches import AnswerBatch, AnswerData, batches_of, make_bat
 from sinkscope.data.tokens import TokenScores
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
+from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.passes import placed, signals_of
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, logits_at, resume
 from sinkscope.models.wrapping import evaluated
+from sinkscope.tokens import TokenMap
 from sinkscope.training.loop import Losses, Sums
-
-if TYPE_CHECKING:
-    from sinkscope.lsg.gate import LSG
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.tokens import TokenMap
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_flags, check_whole
@@ -18,15 +20,10 @@ from sinkscope.data.batches import batches_of, make_batch, read_dataset
 from sinkscope.errors import InputError
 from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.models.lvlm import LVLM
 from sinkscope.results import Result
-from sinkscope.training.loop import Sums
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from sinkscope.models.lvlm import LVLM
-    from sinkscope.training.loop import Loop, Trainee
+from sinkscope.training.loop import Loop, Sums, Trainee
+from sinkscope.viz.probes import plot_training
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,8 +55,6 @@ class TrainResult:
         step; ``"validation"``), loss (nats per answer token), accuracy (share of answers that
         greedy decoding would write), lr, and the mean coefficient of every group, ``rho_...``.
         """
-        import pandas as pd
-
         by_name = {str(layer): layer for layer in self.gates}
         lines = [{"layer": by_name[line["name"]], **line} for line in self.lines]
         first = ["layer", "step", "epoch", "split", "loss", "accuracy", "lr"]
@@ -68,14 +63,10 @@ class TrainResult:
 
     def plot(self) -> Figure:
         """Draw loss and coefficients over steps, as a matplotlib figure."""
-        from sinkscope.viz.probes import plot_training
-
         return plot_training(self.history, (self.record.get("base") or {}).get("loss"))
 
     def summary(self) -> pd.DataFrame:
         """One line per layer: loss and accuracy before and at the best step, beside the plain model."""
-        import pandas as pd
-
         base, found = self.record.get("base") or {}, self.record["results"]
         plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
         return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
@@ -192,8 +183,6 @@ class GateStack(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per gate: gates, layer, single, single_gain, stacked, stacked_gain, chosen."""
-        import pandas as pd
-
         many = range(1, len(self.ordered) + 1)
         columns = {
             "gates": list(many),

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from sinkscope.checks import check_flags, check_whole, plain
 from sinkscope.data.batches import make_batch, read_parts
@@ -22,15 +23,11 @@ from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.losses import GateObjective, frozen
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import check_replay
 from sinkscope.training.loop import Loop, Trainee
 from sinkscope.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from sinkscope.models.inputs import Sample
-    from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 from uuid import UUID
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -155,8 +156,6 @@ def is_missing(value: Any) -> bool:
     """Whether that stands for nothing: None, NaN, ``pd.NA``, ``pd.NaT`` or blank text."""
     if value is None or isinstance(value, str):
         return value is None or not value.strip()
-    import pandas as pd
-
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 

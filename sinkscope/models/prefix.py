@@ -15,17 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, Given, capture_given, map_tensors, resume, row_axis
-
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
 
 Pair = tuple[Tensor, Tensor]
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,8 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.inputs import Ended, Given, decoder_inputs
 from sinkscope.models.keyhook import KeyEdit, scaled_keys
+from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import lent, on_device, undisturbed
-
-if TYPE_CHECKING:
-    from sinkscope.models.lvlm import LVLM
 
 Decide = Callable[[Tensor], Tensor]
 

@@ -6,8 +6,9 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 
 from sinkscope import interventions, probes
@@ -17,9 +18,6 @@ from sinkscope.errors import ModelError, nearest
 from sinkscope.interventions.base import needs_a_mask
 from sinkscope.models.identity import facts_of, missing
 from sinkscope.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Status = Literal["exact", "approximate", "unavailable"]
 MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
@@ -77,8 +75,6 @@ class Report(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns name, tower, status, why."""
-        import pandas as pd
-
         return pd.DataFrame([vars(verdict) for verdict in (*self.probes, *self.edits)])
 
     def _tables(self) -> list[list[tuple[str, ...]]]:

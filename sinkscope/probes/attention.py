@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context, indices_of
@@ -19,9 +20,7 @@ from sinkscope.probes.per_layer import AttentionProbe, ByLayer
 from sinkscope.results import Result, stack_layers
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sinkscope.viz import plot_heads
 
 
 def refuse_flash(context: Context, tower: str, what: str) -> None:
@@ -86,8 +85,6 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
             row: The row of the batch; None for the mean over all.
             query: The position of one query; None for the mean over all that were measured.
         """
-        from sinkscope.viz import plot_heads
-
         return plot_heads(self, group, row, query=query)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -16,9 +17,6 @@ from sinkscope.probes.residual import MassiveActivations, MassiveResult
 from sinkscope.protocols import Read
 from sinkscope.results import Record, Result, tidy
 from sinkscope.sites import Site, Tower
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SITES = {"language": "resid_pre", "vision": "resid_post"}
 """Where states are judged: what attention reads in the LLM, what the projector may read in the ViT."""

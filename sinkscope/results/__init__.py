@@ -7,17 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
 from sinkscope.sites import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = [
     "Record",
@@ -89,8 +87,6 @@ class Result(Record):
         return f"<pre>{html.escape(repr(self))}</pre>{table.to_html(index=False, border=0)}"
 
     def _table(self, head: int | None = None) -> pd.DataFrame:
-        import pandas as pd
-
         axes = axes_of(type(self))
         columns = self.columns or {name: name for name in list(axes)[:1]}
         columns = {c: name for c, name in columns.items() if getattr(self, name) is not None}
@@ -187,8 +183,6 @@ def tidy(
     axis the label of every index, or int ``[row index]`` if rows differ; other axes are numbered. ``head``
     is how many lines to make, or None for all.
     """
-    import pandas as pd
-
     keep = torch.ones_like(next(iter(values.values())), dtype=torch.bool)
     for tensor in values.values():
         if tensor.is_floating_point():

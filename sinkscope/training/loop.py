@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,9 +25,6 @@ from sinkscope.data.batches import batches_of
 from sinkscope.errors import CheckpointError, NonFiniteError
 from sinkscope.files import read_json, write_whole
 from sinkscope.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, eq=False)

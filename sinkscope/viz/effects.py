@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -16,9 +17,6 @@ from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import WIDTH, aligned
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
@@ -162,8 +160,6 @@ def effects_frame(
     summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
 ) -> pd.DataFrame:
     """The cells of `effects_text`, with the sentences under them in ``attrs["notes"]``."""
-    import pandas as pd
-
     effects = checked(summary, tasks, base)
     level = [effects.lines[task, effects.base] for task in effects.tasks]
     digits = 1 if max(line["n"] for line in level) >= 100 else 0

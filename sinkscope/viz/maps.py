@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -20,9 +21,6 @@ from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import share
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, TITLE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MARK = "#D55E00"  # orange stands out on both ends of the colours of a map of heads
 

@@ -7,8 +7,9 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,9 +20,6 @@ from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.prompt import chips_of, strip_of
 from sinkscope.viz.tables import SINKS, counts, of_kind, render, share, short
 from sinkscope.viz.theme import Trace, images_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WRITTEN = "Written by sinkscope."
 """How a page of ours is known."""

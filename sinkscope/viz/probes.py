@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -15,9 +16,6 @@ from sinkscope.checks import check_choice
 from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.theme import LABEL, QUIET, SERIES, STYLES, TITLE, Style
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HISTORY = "layer loss split step"
 DASHES: dict[str, Any] = {"rho_V": "-", "rho_L": ":", "rho_rest": "--"}

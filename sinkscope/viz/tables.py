@@ -6,15 +6,13 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sinkscope.tokens import VISION_KINDS, TokenMap
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WIDTH = 110  # letters of a line in a terminal
 MARKS = {"V": "●", "L": "■", "text": "▲", "attention": "⬢"}
@@ -238,8 +236,6 @@ def rules(trace: Trace) -> list[tuple[str, str, str]]:
 
 def candidates(trace: Trace) -> pd.DataFrame:
     """The candidates of the towers in which nothing is flagged."""
-    import pandas as pd
-
     heads = ["tower", "token", "medians", "quartiles", "layer", "drawn", "head", "refused because"]
     lines = [
         [TOWERS[c.tower], c.token, f"{c.medians:.0f}", f"{c.prominence:.1f}", str(c.spike_layer)]

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 from unicodedata import combining, east_asian_width
 
+import pandas as pd
 from matplotlib import colormaps, font_manager
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
@@ -20,10 +22,6 @@ from matplotlib.transforms import ScaledTranslation
 
 from sinkscope.checks import is_whole
 from sinkscope.errors import InputError, LayerError, SelectionError, SinkscopeError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 class Trace(Protocol):
