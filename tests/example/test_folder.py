@@ -225,9 +225,7 @@ def test_a_cached_model_that_is_damaged_says_what_to_remove(cache):
     there = folder.model_folder(cache)
     there.mkdir(parents=True)
     (there / "config.json").write_text("{")
-    with pytest.raises(
-        CheckpointError, match=r"could not be loaded.*remove the folder"
-    ) as e:
+    with pytest.raises(CheckpointError, match=r"could not be loaded.*remove the folder") as e:
         ss.load_example()
     assert str(there) in str(e.value)
     with pytest.raises(CheckpointError, match="Got dtype='flaot32'") as e:
