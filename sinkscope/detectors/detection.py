@@ -149,7 +149,7 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
     return sample.tokens.image >= 0, sample.tokens.live
 
 
-def decided(detector: Detector, run: Run, probe: Any, lvlm: LVLM, sample: Sample) -> Detection:
+def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
     """The detection of a probe that already ran."""
     visual, live = visual_tokens(sample, probe.tower)
     anatomy = lvlm.anatomy.tower(probe.tower)
