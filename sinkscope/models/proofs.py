@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -174,7 +175,7 @@ def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
         with torch.no_grad():
             made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
     made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
-    made, read = made.reshape(-1, made.shape[-1]), read.reshape(-1, read.shape[-1])
+    made, read = (rearrange(x, "... width -> (...) width") for x in (made, read))
     if not torch.equal(made, read):
         raise ModelError(
             f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
