@@ -226,7 +226,7 @@ def scene_questions(
     noise: float = NOISE,
     contrast: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-    """Questions about scenes of a split, one scene after another; ``noise`` and ``contrast`` as in `draw_scene`.
+    """Questions about scenes of a split, scene by scene; for ``noise`` and ``contrast`` see `draw_scene`.
 
     Args:
         n_images: How many scenes.

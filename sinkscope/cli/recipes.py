@@ -40,11 +40,8 @@ MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation")
 MODEL_KEYS += ("quantization_config", "trust_remote_code")
 NOT_WORDS = {"accelerator", "calibration", "dry_run", "gates", "progress", "samples", "settings"}
 NOT_WORDS |= {"validation_data"}  # arguments that a recipe cannot give
-SHORT = {
-    "model": "name",
-    "data": "source",
-    "calibrate": "source",
-}  # what the value is if it is a word
+# Key -> what its value is if it is one word.
+SHORT = {"model": "name", "data": "source", "calibrate": "source"}
 EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
 SHARED = (*SHORT, *EXAMPLES, "conditions")  # keys with a meaning of their own; others are arguments
 METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values

@@ -221,8 +221,10 @@ def life(trace: SinkTrace) -> str:
         said = f": {'; '.join(lives) or 'born in the ViT'}"
         if record.kind == "attention":
             kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            most = f"up to {max(record.vit_drawn):.2f} beyond uniform"
-            said = f" ({kind} of the ViT): attended in most ViT blocks, {most}; no spike that the V rule flags"
+            most = (
+                f"up to {max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            )
+            said = f" ({kind} of the ViT): attended in most ViT blocks, {most}"
         lines.append(what + said)
     return "\n".join(lines)
 

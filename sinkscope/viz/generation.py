@@ -16,9 +16,8 @@ from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TICKS, TITLE
 SINKS, OTHERS = 12, 6  # the most lines of each in a figure
 
 GROUPS = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
+COLOUR = {kind: STYLES[group].colour for kind, group in GROUPS.items()} | {"generated": "#E69F00"}
 GROUPS["generated"] = "sinks born in the answer"
-COLOUR = {"generated": "#E69F00"}
-COLOUR |= {kind: STYLES[group].colour for kind, group in GROUPS.items() if group in STYLES}
 HEADS = ("row", "kind", "token", "born", "last drawn", "fate", "draws at", "most", "null")
 KEY = (
     "lives: it draws at the last step at which it is seen. dies: with the last step at which it draws. "

@@ -81,13 +81,13 @@ def heads_of(
     result: Any, group: str, row: int | None = None, query: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What `plot_heads` shows: ``[layer head]``, NaN without a token; and the null ``[layer]``."""
-    mass, keep, null = result.group(group), _kept(result, row, query), None
+    keep, null = _kept(result, row, query), None
 
     def mean(values: Tensor) -> Tensor:
         kept = keep.reshape(len(keep), *[1] * (values.ndim - 2), keep.shape[1])
         return (values.nan_to_num() * kept).sum(dim=(0, -1)) / kept.sum()
 
-    values = mean(mass)
+    values = mean(result.group(group))
     if result.null is not None:
         null = mean(result.null[..., result.groups.index(group)])
     empty = values.amax(dim=1) == 0 if null is None else null == 0

@@ -15,8 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
-from sinkscope.viz import layers, maps
+from sinkscope.viz import maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
+from sinkscope.viz.layers import (
+    plot_detections,
+    plot_mass_by_layer,
+    plot_received_by_layer,
+    plot_spikes,
+)
 from sinkscope.viz.prompt import chips_of, strip_of
 from sinkscope.viz.tables import SINKS, counts, of_kind, render, share, short
 from sinkscope.viz.theme import Trace, images_of
@@ -45,25 +51,24 @@ def pictures_of(
             f"Line plot of attention received by layer for {counts(trace, row)}, ordinary image tokens "
             "and text, each with its null."
         )
-        draw = partial(layers.plot_received_by_layer, trace, row)
-        yield Picture(f"{name}received_by_layer", alt, draw)
+        yield Picture(f"{name}received_by_layer", alt, partial(plot_received_by_layer, trace, row))
         yield _heads(trace, mass, row, name)
         if mass is not None:
             means = mass.mass[row].nanmean(dim=(1, 2)).mean(dim=0).tolist()
             words = [f"{group} {short(x)}" for group, x in zip(mass.groups, means, strict=True)]
             alt = f"Line plot of attention mass by layer. Means over layers: {', '.join(words)}."
-            draw = partial(layers.plot_mass_by_layer, mass, row)
-            yield Picture(f"{name}mass_by_layer", alt, draw)
+            yield Picture(f"{name}mass_by_layer", alt, partial(plot_mass_by_layer, mass, row))
         v, low = (short(float(x.max())) for x in (trace.vit_spikes[images], trace.llm_spikes[row]))
-        alt = f"Line plot. The largest activation is {v} medians in the vision tower and {low} in the LLM."
-        yield Picture(f"{name}spikes", alt, partial(layers.plot_spikes, trace, row))
+        most = f"{v} medians in the vision tower and {low} in the LLM"
+        alt = f"Line plot. The largest activation is {most}."
+        yield Picture(f"{name}spikes", alt, partial(plot_spikes, trace, row))
         vision = float(trace.v_detection.fraction[images].max())
         language = float(trace.l_detection.fraction[row].max())
         alt = (
             f"Line plot. The V rule flags at most {vision:.1%} of a block's patches, the L rule at most "
             f"{language:.1%} of a layer's image tokens."
         )
-        yield Picture(f"{name}flagged", alt, partial(layers.plot_detections, trace, row))
+        yield Picture(f"{name}flagged", alt, partial(plot_detections, trace, row))
 
 
 def _of_image(
@@ -83,10 +88,11 @@ def _of_image(
     own = trace.sample.tokens.image[row] == image
     times = trace.language.received.times_null()[row].nan_to_num()
     over = times.mean(dim=1)[:, own].amax(dim=0)
-    low, high = short(float(over.min())), short(float(over.max()))
-    alt = f"Heat map over image {image}: image tokens receive between {low} and {high} times their null."
-    draw = partial(plot_received_map, trace, row, image)
-    yield Picture(f"{name}received_image{image}", alt, draw)
+    between = f"between {short(float(over.min()))} and {short(float(over.max()))} times their null"
+    alt = f"Heat map over image {image}: image tokens receive {between}."
+    yield Picture(
+        f"{name}received_image{image}", alt, partial(plot_received_map, trace, row, image)
+    )
 
 
 def _heads(trace: Trace, mass: Any, row: int, name: str) -> Picture:
