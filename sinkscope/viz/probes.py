@@ -75,7 +75,8 @@ def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
     held = history["loss"][history["split"] == "validation"].tolist()
     if not held:
         return
-    low, high = (edge([*held, *([] if base is None else [base])]) for edge in (min, max))
+    held += [] if base is None else [base]
+    low, high = min(held), max(held)
     if low > 0 and high > 4 * low:
         ax.set_yscale("log")
         theme.plain_log(ax.yaxis)
