@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 from unicodedata import combining, east_asian_width
 
 import pandas as pd
@@ -23,26 +23,8 @@ from matplotlib.transforms import ScaledTranslation
 from sinkscope.checks import is_whole
 from sinkscope.errors import InputError, LayerError, SelectionError, SinkscopeError
 
-
-@dataclass(frozen=True)  # so that read-only attributes are enough
-class Trace(Protocol):
-    """What figures, tables and reports read of a `sinkscope.experiments.SinkTrace`, explained there."""
-
-    sample: Any
-    rules: Any
-    records: Any
-    groups: Any
-    language: Any
-    vit_spikes: Any
-    llm_spikes: Any
-    v_detection: Any
-    l_detection: Any
-    warnings: Any
-    outcomes: Any
-    candidates: Any
-    to_dataframe: Callable[[], Any]
-    overlap_table: Callable[[], Any]
-    to_json: Callable[[Any], Any]
+Trace: TypeAlias = Any
+"""A `sinkscope.experiments.SinkTrace`, which stands above this room."""
 
 
 def check_place(
