@@ -9,6 +9,8 @@ from typing import Any, TypeGuard
 
 from sinkscope.errors import InputError, SinkscopeError, nearest
 
+Refusal = type[SinkscopeError]
+
 
 def is_whole(value: Any, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
     """Whether it is a whole number from ``least`` to ``most``; True and False are none."""
@@ -38,11 +40,7 @@ def plain(value: Any) -> Any:
 
 
 def check_flags(**given: object) -> None:
-    """Refuse what is not True or False; Python takes the text ``"False"`` for true.
-
-    Raises:
-        InputError: If one is something else, a text, a number or None.
-    """
+    """Refuse with an InputError what is not True or False; Python takes the text ``"False"`` for true."""
     for name, value in given.items():
         if not isinstance(value, bool):
             raise InputError(
@@ -55,18 +53,13 @@ def check_whole(
     least: int,
     most: int | None = None,
     *,
-    error: type[SinkscopeError] = InputError,
+    error: Refusal = InputError,
     hint: str = "",
     **given: Any,
 ) -> None:
     """Refuse what is no int from ``least`` to ``most``, such as True, 2.0 or a text.
 
-    Args:
-        least: The least value.
-        most: The greatest value, or None.
-        error: What to raise.
-        hint: A sentence behind the message.
-        given: Name -> value.
+    ``given`` is name -> value, ``error`` what to raise, and ``hint`` a sentence behind the message.
     """
     wanted = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
     for name, value in given.items():
@@ -79,7 +72,7 @@ def check_number(
     *,
     above: float = -math.inf,
     below: float = math.inf,
-    error: type[SinkscopeError] = InputError,
+    error: Refusal = InputError,
     hint: str = "",
     **given: Any,
 ) -> None:
@@ -93,11 +86,7 @@ def check_number(
 
 
 def check_choice(
-    options: Iterable[Any],
-    *,
-    error: type[SinkscopeError] = InputError,
-    hint: str = "",
-    **given: Any,
+    options: Iterable[Any], *, error: Refusal = InputError, hint: str = "", **given: Any
 ) -> None:
     """Refuse what is none of ``options``, and name the nearest; see `check_whole`."""
     known = tuple(options)

@@ -67,17 +67,8 @@ class NonFiniteError(SinkscopeError, ArithmeticError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the closest of ``known``, or lists them all.
-
-    Args:
-        name: What the user typed.
-        known: The names that exist.
-
-    Returns:
-        ``"Did you mean 'image'?"`` or ``"Known: 'a', 'b'."``
-    """
+    """``Did you mean 'image'?``, which names the closest of ``known``, or ``Known: 'a', 'b'.``"""
     names = sorted(known)
-    close = get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if close:
+    if close := get_close_matches(str(name), names, n=1, cutoff=0.6):
         return f"Did you mean {close[0]!r}?"
     return f"Known: {', '.join(repr(n) for n in names)}."

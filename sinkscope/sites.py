@@ -31,15 +31,10 @@ TOWERS = ("vision", "projector", "language")
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the forward pass.
+    """One place in the forward pass; a ProbeError if its tower or name does not exist.
 
-    Attributes:
-        tower: ``"vision"``, ``"projector"`` or ``"language"``.
-        name: One of `BLOCK_SITES`, or of `PROJECTOR_SITES` for the projector.
-        layer: 0-based block index (0 for the projector).
-
-    Raises:
-        ProbeError: If the tower or the name does not exist.
+    ``name`` is one of `BLOCK_SITES`, or of `PROJECTOR_SITES` for the projector; ``layer`` is the 0-based
+    block index, 0 for the projector.
     """
 
     tower: Tower

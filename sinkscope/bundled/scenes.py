@@ -112,11 +112,8 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
     scene, and half of the scenes hold small shapes only, so that no attribute is nearly constant.
     The bundled model was trained on the defaults.
 
-    Args:
-        seed: 0 or larger.
-        noise: Standard deviation of the pixel noise, in grey levels of 0 to 255.
-        contrast: What the distance of every grey level from the middle is multiplied by, before the
-            noise; 1 leaves it, 0 leaves nothing.
+    ``noise`` is the standard deviation of the pixel noise, in grey levels of 0 to 255. ``contrast``, 0 to 1,
+    multiplies the distance of every grey level from the middle, before the noise.
     """
     if seed < 0:
         raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
@@ -148,7 +145,7 @@ def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
     if not 1 <= n <= available:
         raise InputError(f"Scene {scene.seed} has 1 to {available} questions to ask, got n={n}.")
     rng = np.random.default_rng([scene.seed, seed])
-    chosen = []
+    chosen: list[Question] = []
     for _ in range(n):
         questions = pool[list(pool)[int(rng.integers(len(pool)))]]
         chosen.append(questions.pop(int(rng.integers(len(questions)))))
@@ -164,8 +161,8 @@ def all_questions(scene: Scene) -> list[Question]:
         ("background", "what colour is the background?", scene.background),
     ]
     for colour in COLOURS:
-        number = sum(obj.colour == colour for obj in scene.objects)
-        asked.append(("colour_count", f"how many {colour} shapes are there?", str(number)))
+        number = str(sum(obj.colour == colour for obj in scene.objects))
+        asked.append(("colour_count", f"how many {colour} shapes are there?", number))
     for obj in scene.objects:
         asked.append(("colour", f"what colour is the shape at the {obj.place}?", obj.colour))
         asked.append(("shape", f"what shape is at the {obj.place}?", obj.shape))
@@ -229,15 +226,13 @@ def scene_questions(
     noise: float = NOISE,
     contrast: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-    """Questions about scenes of a split, those about one scene together.
+    """Questions about scenes of a split, scene by scene; for ``noise`` and ``contrast`` see `draw_scene`.
 
     Args:
         n_images: How many scenes.
         per_image: Different questions about each, at most what it can answer (8 to 20).
         seeds: The split: `TRAIN_SEEDS`, `VALIDATION_SEEDS` or `TEST_SEEDS`.
         start: How many scenes of the split to skip.
-        noise: See `draw_scene`.
-        contrast: See `draw_scene`.
 
     Yields:
         Dicts with image, question, answer, task, scope and image_id (the scene's seed).
@@ -263,15 +258,11 @@ def scene_attributes(
     """
     for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed)
-        attributes = {
-            "count": scene.count,
-            "largest size": scene.largest_size,
-            "colours": set(scene.colours_present),
-            "shapes": set(scene.shapes_present),
-        }
-        question = all_questions(scene)[0].text
-        fields = {"question": question, "attributes": attributes, "image_id": seed}
-        yield {"image": scene.image, **fields}
+        attributes: dict[str, Any] = {"count": scene.count, "largest size": scene.largest_size}
+        attributes["colours"] = set(scene.colours_present)
+        attributes["shapes"] = set(scene.shapes_present)
+        fields = {"question": all_questions(scene)[0].text, "attributes": attributes}
+        yield {"image": scene.image, **fields, "image_id": seed}
 
 
 def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:

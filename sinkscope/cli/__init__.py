@@ -191,10 +191,10 @@ def trace(
     tables = {"What the model answers": shows.frame([{"prompt": prompt, "answer": said}])}
     if not as_json:
         print(f"{lvlm.name}: {prompt}\n\nAnswer: {said}\n")
-        return shows.show(str(folder), lvlm, sample, found, tables)
+        return shows.show(str(folder), lvlm, found, tables)
     print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
     if folder is not None:
-        shows.write_folder(folder, lvlm, sample, found, tables)
+        shows.write_folder(folder, lvlm, found, tables)
     return 0
 
 

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from sinkscope.detectors import Detector
     from sinkscope.models import LVLM
 
-WORDS = ("bundled", "example")
-"""The models of the package."""
-FORMS = {
+WORDS = ("bundled", "example")  # the models of the package
+FORMS = {  # first word -> how such a detector is written
     "norm": "norm:100, norm:valley, norm:3sigma",
     "valley": "valley",
     "3sigma": "3sigma",
@@ -29,7 +28,6 @@ FORMS = {
     "cls": "cls (the ViT's CLS token, where the projector keeps it)",
     "register": "register (the ViT's register tokens likewise)",
 }
-"""First word -> how such a detector is written."""
 HELP = "A detector is one of: " + "; ".join(FORMS.values()) + "."
 
 
@@ -111,18 +109,16 @@ def parse_detector(spec: str) -> Detector:
         wanted = tuple(int(d) for d in channels.split(","))
         return rules.SinkDimensions(wanted, float(tau), normalize)
 
-    def norm(tau: str) -> Detector:
-        return rules.Norm(tau if tau in ("valley", "3sigma") else float(tau))
-
     def received(limit: str = "0.3") -> Detector:
-        if limit.endswith("x"):
-            return rules.Received(times_null=float(limit[:-1]))
-        return rules.Received(float(limit))
+        times = limit.endswith("x")
+        return (
+            rules.Received(times_null=float(limit[:-1])) if times else rules.Received(float(limit))
+        )
 
     makers: dict[str, Callable[..., Detector]] = {
-        "norm": norm,
-        "valley": lambda: norm("valley"),
-        "3sigma": lambda: norm("3sigma"),
+        "norm": lambda tau: rules.Norm(tau if tau in ("valley", "3sigma") else float(tau)),
+        "valley": lambda: rules.Norm("valley"),
+        "3sigma": lambda: rules.Norm("3sigma"),
         "dims": dims,
         "massive": lambda a="100", ratio="1000": rules.Massive(float(a), float(ratio)),
         "received": received,
@@ -138,22 +134,16 @@ def parse_detector(spec: str) -> Detector:
 
 @contextmanager
 def stages(total: int, first: str) -> Iterator[Callable[[str], None]]:
-    """Say what is done: a bar in a terminal, lines on standard error elsewhere.
-
-    Yields a function that ends a stage, of ``total`` ones, and names the next.
-    """
+    """Show what is done, a bar or lines on standard error; yields what ends a stage and names the next."""
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=first, disable=None, leave=False) as bar:
 
-        def say(text: str) -> None:
+        def step(text: str, ended: int = 1) -> None:
             if bar.disable:
                 print(f"sinkscope: {text} ...", file=sys.stderr, flush=True)
-
-        def step(text: str) -> None:
-            say(text)
-            bar.update()
+            bar.update(ended)
             bar.set_description(text)
 
-        say(first)
+        step(first, 0)
         yield step

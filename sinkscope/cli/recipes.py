@@ -35,24 +35,16 @@ if TYPE_CHECKING:
     from sinkscope.data.questions import Questions
     from sinkscope.models import LVLM
 
-COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}
-"""Section of a recipe -> the command that reads it."""
-MODEL_KEYS = (
-    *("name", "dtype", "device_map", "revision", "attn_implementation", "quantization_config"),
-    "trust_remote_code",
-)
-NOT_WORDS = (
-    *("accelerator", "calibration", "dry_run", "gates", "progress", "samples", "settings"),
-    "validation_data",
-)
-"""Arguments that a recipe cannot give."""
+COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}  # by section of a recipe
+MODEL_KEYS = ("name", "dtype", "device_map", "revision", "attn_implementation")
+MODEL_KEYS += ("quantization_config", "trust_remote_code")
+NOT_WORDS = {"accelerator", "calibration", "dry_run", "gates", "progress", "samples", "settings"}
+NOT_WORDS |= {"validation_data"}  # arguments that a recipe cannot give
+# Key -> what its value is if it is one word.
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
-"""Keys whose value may be one word, and what that word is."""
 EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
-SHARED = (*SHORT, *EXAMPLES, "conditions")
-"""Keys with a meaning of their own; the others are arguments."""
-METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")
-"""Baselines that are made of plain values."""
+SHARED = (*SHORT, *EXAMPLES, "conditions")  # keys with a meaning of their own; others are arguments
+METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values
 
 
 @dataclass(frozen=True)
@@ -70,9 +62,8 @@ class Recipe:
 
     def load(self, *, weights: bool = True) -> LVLM:
         """Load the model, or without ``weights`` its architecture, which is enough to count a run's cost."""
-        given = dict(self.model)
         with stages(1, "loading the model"):
-            return load_model(given.pop("name"), weights=weights, **given)
+            return load_model(**self.model, weights=weights)
 
     def detectors(self, lvlm: LVLM | None = None) -> dict[str, Any]:
         """The detectors that are given, or found by ``lvlm`` on the images of ``calibrate``; else None."""
@@ -95,15 +86,11 @@ def read_recipe(
     *,
     trust_remote_code: bool = False,
 ) -> Recipe:
-    """Read the settings of a command.
+    """Read the settings of a command from the YAML file at ``path``, if any, and from the ``flags``.
 
-    Args:
-        section: A key of `COMMANDS`.
-        path: A YAML file, or None.
-        flags: What was given on the command line, in the same shape; None takes back what the recipe says.
-        function: The function behind the command, whose arguments are the options.
-        trust_remote_code: Whether the command line says ``--trust-remote-code``. A recipe, which
-            anybody may have written, does not say it alone.
+    Flags have the shape of a recipe; None takes back what the recipe says. Options are arguments of the
+    ``function`` behind the command. ``trust_remote_code`` is whether the command line says so: a recipe,
+    which anybody may have written, does not say it alone.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in COMMANDS}
@@ -229,11 +216,10 @@ def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[
 
 
 def condition(name: str, what: Any, lvlm: LVLM) -> Any:
-    """Make one condition of a comparison.
+    """Make one condition of a comparison, of ``[]`` or a mapping with one key.
 
-    It is ``[]``, or a mapping with one key: ``gate: folder``; ``stack: folder`` of a saved stack or
-    ``stack: [folder, ...]`` of gates; ``edit: {kind, edit, ...}`` (see `EditSinks`);
-    ``random_tokens: {condition: ..., count, seed}``; or a name of `METHODS` with its arguments.
+    ``gate: folder``; ``stack: folder`` of a saved stack or ``stack: [folder, ...]`` of gates; ``edit: {kind,
+    edit, ...}`` (see `EditSinks`); ``random_tokens: {condition: ..., count, seed}``; or one of `METHODS`.
     """
     from sinkscope.experiments import EditSinks, baselines
 

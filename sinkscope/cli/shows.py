@@ -6,25 +6,25 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sinkscope.cli.names import load_model, stages
 from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from torch import Tensor
 
     from sinkscope.bundled import Question, Scene
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
     from sinkscope.testing import Truth
 
+    Tables: TypeAlias = Mapping[str, DataFrame]  # by their headings
+
 EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
 QUESTION = "What is in the picture?"
 FIRST = "position 0"
-TOP = 8
-"""Most attended patches that are masked."""
+TOP = 8  # most attended patches that are masked
 PHOTO_NOTES = (
     "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
     "model describes shapes that are not there. Its two towers are published models, and their sinks are "
@@ -71,15 +71,14 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
         trace = trace_sinks(lvlm, sample)
         step("tracing the photograph")
         picture = Image.fromarray(load_sample_image("china.jpg"))
-        photo = lvlm.prepare(images=picture, text=QUESTION)
-        photo_trace = trace_sinks(lvlm, photo)
-        notes = [f"Its answer: {answer(lvlm, photo)}", *PHOTO_NOTES]
-        photo_line = [{"question": QUESTION, "sinks": counts(photo_trace)}]
+        photo = trace_sinks(lvlm, lvlm.prepare(images=picture, text=QUESTION))
+        notes = [f"Its answer: {answer(lvlm, photo.sample)}", *PHOTO_NOTES]
+        line = {"question": QUESTION, "sinks": counts(photo)}
         step("masking tokens")
         masked = "What colour is the background? With and without some tokens, on this scene"
         tables = {
             "What the model answered about the drawn scene": answers,
-            "What the model says of the photograph": frame(photo_line, notes),
+            "What the model says of the photograph": frame([line], notes),
             masked: masked_answers(lvlm, scene),
         }
         measured = files("sinkscope.example") / "effects.json"
@@ -89,9 +88,9 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
             tables[head] = frame(stored["rows"], stored["notes"])
     print(f"\n{describe(scene)}\n\n{as_text(tables)}\n")
     print(f"Sinks of the drawn scene, block by block:\n{life(trace)}\n")
-    page = write_folder(Path(out) / "photo", lvlm, photo, photo_trace, {})
-    print(f"Sinks of the photograph:\n{life(photo_trace)}\nReport: {page}\n")
-    return show(out, lvlm, sample, trace, tables)
+    page = write_folder(Path(out) / "photo", lvlm, photo, {})
+    print(f"Sinks of the photograph:\n{life(photo)}\nReport: {page}\n")
+    return show(out, lvlm, trace, tables)
 
 
 def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str) -> int:
@@ -105,8 +104,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
         step("asking")
         tables = {"What the model answered": ask_model(lvlm, scene, questions)}
         step("tracing")
-        sample = lvlm.prepare(images=scene.image, text=questions[0].text)
-        trace = trace_sinks(lvlm, sample)
+        trace = trace_sinks(lvlm, lvlm.prepare(images=scene.image, text=questions[0].text))
     print(f"\n{describe(scene)}\n\n{as_text(tables)}")
     if effects:
         asked = [{**q, "task": q["scope"]} for q in scene_questions(effects, 6)]
@@ -115,7 +113,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
         tables[EFFECTS] = effects_frame(summary)
     hint = "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"
     print()
-    return show(out, lvlm, sample, trace, tables, "" if trace.records else hint)
+    return show(out, lvlm, trace, tables, "" if trace.records else hint)
 
 
 def show_planted(scene: Scene, out: str) -> int:
@@ -138,7 +136,7 @@ def show_planted(scene: Scene, out: str) -> int:
     for kind in ("spike", "attention"):
         planted = torch.tensor(made.truth.patches(f"{kind}_decoys"))
         decoys[f"{kind} decoys"] = (tokens.row >= 0) & torch.isin(patch, planted)
-    return show(out, lvlm, sample, trace, tables, decoys=decoys)
+    return show(out, lvlm, trace, tables, decoys=decoys)
 
 
 def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFrame:
@@ -146,12 +144,11 @@ def ask_model(lvlm: LVLM, scene: Scene, questions: Sequence[Question]) -> DataFr
     texts = [question.text for question in questions]
     sample = lvlm.prepare(images=[scene.image] * len(texts), text=texts)
     said = [text.strip() for text in lvlm.generate(sample, max_new_tokens=3).text or ()]
-    rows = [
-        (q.text, q.scope, text, q.answer, "yes" if text == q.answer else "no")
-        for q, text in zip(questions, said, strict=True)
-    ]
-    names = ("question", "scope", "answer", "truth", "right")
-    return frame([dict(zip(names, row, strict=True)) for row in rows])
+    lines = []
+    for q, text in zip(questions, said, strict=True):
+        line = {"question": q.text, "scope": q.scope, "answer": text, "truth": q.answer}
+        lines.append(line | {"right": "yes" if text == q.answer else "no"})
+    return frame(lines)
 
 
 def answer(lvlm: LVLM, sample: Sample, interventions: Sequence[Any] = ()) -> str:
@@ -221,14 +218,14 @@ def life(trace: SinkTrace) -> str:
             f"{ranges(range(max(block + 1, 0), last + 1))}"
             for block, last, half in record.llm_lives
         ]
-        line = f"{what}: {'; '.join(lives) or 'born in the ViT'}"
+        said = f": {'; '.join(lives) or 'born in the ViT'}"
         if record.kind == "attention":
             kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            line = (
-                f"{what} ({kind} of the ViT): attended in most ViT blocks, up to "
-                f"{max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            most = (
+                f"up to {max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
             )
-        lines.append(line)
+            said = f" ({kind} of the ViT): attended in most ViT blocks, {most}"
+        lines.append(what + said)
     return "\n".join(lines)
 
 
@@ -247,7 +244,7 @@ def frame(lines: Iterable[Any], notes: Sequence[str] = ()) -> DataFrame:
     return table
 
 
-def as_text(tables: Mapping[str, DataFrame]) -> str:
+def as_text(tables: Tables) -> str:
     """Tables for the terminal, each with its heading and notes."""
     from sinkscope.viz.tables import aligned
 
@@ -259,33 +256,22 @@ def as_text(tables: Mapping[str, DataFrame]) -> str:
 
 
 def show(
-    out: str,
-    lvlm: LVLM,
-    sample: Sample,
-    trace: SinkTrace,
-    tables: Mapping[str, DataFrame],
-    hint: str = "",
-    **report: Any,
+    out: str, lvlm: LVLM, trace: SinkTrace, tables: Tables, hint: str = "", **report: Any
 ) -> int:
     """Print the table of sinks, write the folder, say where it is; see `write_folder`."""
     print(trace.summary() + hint, flush=True)
-    print(f"\nReport: {write_folder(out, lvlm, sample, trace, tables, **report)}")
+    print(f"\nReport: {write_folder(out, lvlm, trace, tables, **report)}")
     return 0
 
 
 def write_folder(
-    out: str | Path,
-    lvlm: LVLM,
-    sample: Sample,
-    trace: SinkTrace,
-    tables: Mapping[str, DataFrame],
-    decoys: Mapping[str, Tensor] | None = None,
+    out: str | Path, lvlm: LVLM, trace: SinkTrace, tables: Tables, **report: Any
 ) -> Path:
-    """Measure the attention mass of the trace's groups and write the report."""
+    """Measure the attention mass of the trace's groups and write the report; ``decoys`` as there."""
     from sinkscope.probes import AttentionMass
     from sinkscope.viz import write_report
 
     mass = AttentionMass(trace.groups)
-    result = lvlm.run(sample, [mass], logits="last")[mass]
+    result = lvlm.run(trace.sample, [mass], logits="last")[mass]
     title = f"Attention sinks: {lvlm.name}"
-    return write_report(out, trace, mass=result, title=title, tables=tables, decoys=decoys)
+    return write_report(out, trace, mass=result, title=title, tables=tables, **report)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Dinov2Model, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
 
 from sinkscope.errors import CheckpointError
 from sinkscope.example import sources as layout
@@ -23,13 +26,12 @@ from sinkscope.example.sources import DINOV2, HUB_LANGUAGE, HUB_VISION, SMOLLM2,
 
 def read_language(file: Path) -> tuple[Any, Any]:
     """Read the language model in float32, dequantised, and its tokenizer, from a GGUF."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(file.parent, dtype=torch.float32, **where)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are full numbers now
-    return model, AutoTokenizer.from_pretrained(file.parent, **where)
+    return model, transformers.AutoTokenizer.from_pretrained(file.parent, **where)
 
 
 @torch.no_grad()
@@ -48,30 +50,24 @@ def merge_lora(model: Any) -> None:
 
 PREFIX = "backbone."
 WIDTH, GRID = 384, 37
-RENAMED = (
-    *(
-        (f"attention.attention.{old}", f"attention.{old[0]}_proj")
-        for old in ("query", "key", "value")
-    ),
-    ("attention.output.dense", "attention.o_proj"),
-)
-"""Names in the graph, and what newer transformers call them."""
+RENAMED = {f"attention.attention.{x}": f"attention.{x[0]}_proj" for x in ("query", "key", "value")}
+RENAMED["attention.output.dense"] = "attention.o_proj"
+"""Names in the graph -> what newer transformers call them."""
 UNUSED = {"embeddings.mask_token"}  # what pre-training needed only
 
 
 def read_vision(content: bytes) -> Dinov2Model:
     """Read the tower, in evaluation mode, from an ONNX file; a CheckpointError if the graph is another one."""
     import onnx
-    from transformers import Dinov2Config, Dinov2Model
 
     graph = onnx.load_model_from_string(content).graph
     sizes: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 6}
     sizes |= {"hidden_size": WIDTH, "image_size": 518, "patch_size": 14}
-    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    model = Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
     known, found = model.state_dict(), {}
     for name, value in _weights(graph):
         if name not in known:  # it has another name in this version of transformers
-            for old, new in RENAMED:
+            for old, new in RENAMED.items():
                 name = name.replace(old, new)
         found[name] = value
     odd = (known.keys() ^ found.keys()) - UNUSED
@@ -105,8 +101,7 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
         yield "embeddings.position_embeddings", torch.cat(parts, dim=1)
 
 
-RECORD = "example.json"
-"""The file that says what an assembled model was made of."""
+RECORD = "example.json"  # the file that says what an assembled model was made of
 
 
 def check_readers() -> None:
@@ -138,13 +133,12 @@ def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
 
 def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
     """Write the checkpoint to an empty folder, from two repositories, for which the adapters were not trained."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
-
     with _steps(progress) as step:
         step("fetching SmolLM2 and DINOv2 from the hub")
         try:
-            language: Any = AutoModelForCausalLM.from_pretrained(HUB_LANGUAGE, dtype=torch.float32)
-            tokenizer: Any = AutoTokenizer.from_pretrained(HUB_LANGUAGE)
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            language = load(HUB_LANGUAGE, dtype=torch.float32)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(HUB_LANGUAGE)
             vision: Any = Dinov2Model.from_pretrained(HUB_VISION, dtype=torch.float32)
         except (OSError, ValueError) as error:
             first = (str(error).strip().splitlines() or ["no reason was given"])[0]
@@ -161,10 +155,10 @@ def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[s
     """Join tower, language model and tokenizer, and save them."""
     step("joining the parts")
     merge_lora(parts[1])
-    model, processor = join(*parts)
+    made = join(*parts)
     step(f"writing 632 MB to {folder.parent}")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in made:
+        part.save_pretrained(folder)
     record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
     (folder / RECORD).write_text(record, encoding="utf-8")
 
@@ -173,14 +167,12 @@ def join(
     vision: Any, language: Any, tokenizer: Any
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Make the model and its processor; the tokenizer learns ``<image>``, the embeddings grow by it."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     words = language.get_input_embeddings().weight.data
     words[-1] = words[:-1].mean(dim=0)  # as an answer, <image> is never above all others
     language.config._name_or_path = HUB_LANGUAGE
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -203,10 +195,8 @@ def join(
 
 def make_processor(tokenizer: Any) -> LlavaProcessor:
     """Images to pixels and questions to ids; the image side is the PIL one, without torchvision."""
-    from transformers import BitImageProcessorPil, LlavaProcessor
-
     done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    images = BitImageProcessorPil(
+    images = transformers.BitImageProcessorPil(
         size={"shortest_edge": layout.SIZE},
         crop_size={"height": layout.SIZE, "width": layout.SIZE},
         image_mean=[0.485, 0.456, 0.406],
@@ -228,9 +218,6 @@ def make_processor(tokenizer: Any) -> LlavaProcessor:
 @contextmanager
 def _steps(progress: bool | None) -> Iterator[Callable[[str], None]]:
     """Show a bar with the steps; those of transformers rest, and none of the user's random numbers is taken."""
-    from tqdm.auto import tqdm
-    from transformers.utils import logging
-
     bars = logging.is_progress_bar_enabled()
     hidden = None if progress is None else not progress
     with (

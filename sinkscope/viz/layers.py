@@ -28,9 +28,8 @@ def plot_received_by_layer(
 ) -> Figure:
     """Draw the attention that one token of each kind receives in every LLM layer, against its null.
 
-    The mean over the tokens of a kind, which for L-sinks and text sinks are those of that layer;
-    layers without any leave a gap. Dashed lines are the same tokens under uniform attention.
-    ``heads`` is ``"mean"`` or ``"max"`` over the heads of a layer.
+    The mean over the tokens of a kind, for L-sinks and text sinks those of that layer. Dashed lines are the
+    same tokens under uniform attention. ``heads`` is ``"mean"`` or ``"max"`` over the heads of a layer.
     """
     check_choice(("mean", "max"), error=SelectionError, heads=heads)
     theme.images_of(trace, row)
@@ -48,8 +47,7 @@ def plot_received_by_layer(
     ax.set_yscale("log")
     ax.set_ylim(float(every.min()) / 1.6, min(1.2, 2.5 * float(every.max())))
     theme.plain_log(ax.yaxis)
-    joining = "mean" if heads == "mean" else "largest"
-    title = f"Attention per token, {joining} of heads"
+    title = f"Attention per token, {'mean' if heads == 'mean' else 'largest'} of heads"
     return theme.finish(ax, title, "LLM layer", "attention received, 0 to 1")
 
 
@@ -68,10 +66,9 @@ def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None =
         null = result.null[chosen].nanmean(dim=(0, 2))
     curves: dict[str, Any] = {}
     for i, name in enumerate(result.groups):
-        values, flat = mass[:, i], None if null is None else null[:, i]
-        if not values.any():
-            values, flat = torch.full_like(values, float("nan")), None
-        curves[name] = (values, flat)
+        there = bool(mass[:, i].any())
+        values = mass[:, i] if there else torch.full_like(mass[:, i], float("nan"))
+        curves[name] = values, null[:, i] if there and null is not None else None
     ax = theme.new_axes(ax, (5.6, 4.2))
     _draw_curves(ax, curves, result.layers)
     ax.set_ylim(-0.02, 1.02)
@@ -156,9 +153,8 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
         picture with sinks | attention on the picture | attention by layer
         (masses of groups) | spikes in both towers    | flagged fraction
 
-    A row with several images shows each of them with its sinks, three side by side, and below them the
-    masses or, without them, the attention by layer. ``mass`` is the result of
-    ``AttentionMass(trace.groups)``.
+    A row with several images shows each with its sinks, and below them the masses or, without them, the
+    attention by layer. ``mass`` is the result of ``AttentionMass(trace.groups)``.
     """
     many = len(theme.images_of(trace, row))
     tall = 4.2 * -(-many // 3)

@@ -23,17 +23,12 @@ from sinkscope.viz.tables import share
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, TITLE
 
 MARK = "#D55E00"  # orange stands out on both ends of the colours of a map of heads
-
 COLUMNS = "task layer pair s_v s_rest n base delta low high clear"
-COLOURS = "PuOr_r"
-"""Orange above the base, purple below: apart for colour-blind readers, and white at no change."""
-
+COLOURS = "PuOr_r"  # orange above the base, purple below, white at no change
 DOT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
 DOT |= {"markeredgecolor": "white", "markeredgewidth": 0.5}
 TALL = 3**0.5 / 2
-CORNERS = np.array([(0.5, TALL), (0.0, 0.0), (1.0, 0.0)])
-"""Where the triple lies that is 1 for V-sinks, for L-sinks, for ordinary tokens."""
-
+CORNERS = np.array([(0.5, TALL), (0.0, 0.0), (1.0, 0.0)])  # of V-sinks, L-sinks, ordinary tokens
 MEANING = """\
 numbers: layer (edited: next block); corners: V, s_V = 1;
 L, s_L = 1; rest, s_rest = 1 (ordinary tokens)"""
@@ -49,12 +44,10 @@ def plot_heads(
 ) -> Figure:
     """Map how much attention every head of every layer gives to a group of tokens.
 
-    The head that gives the most has a frame and is named under the map, beside what uniform
-    attention would give there (the null); a line on the colour bar is at that null. Layers in which
-    the group has no token are grey.
-
-    The ``result`` is such as that of ``AttentionMass(trace.groups)``, and ``group`` one of its groups;
-    ``query`` is the position of one query. Without ``row`` or ``query`` it is the mean.
+    The head that gives the most has a frame and is named under the map; a line on the colour bar is at what
+    uniform attention would give there (the null). Layers in which the group has no token are grey. The
+    ``result`` is such as that of ``AttentionMass(trace.groups)``, and ``group`` one of its groups; ``query``
+    is the position of one query. Without ``row`` or ``query`` it is the mean.
     """
     values, null = heads_of(result, group, row, query)
     many = len(result.mass) > 1
@@ -88,13 +81,13 @@ def heads_of(
     result: Any, group: str, row: int | None = None, query: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What `plot_heads` shows: ``[layer head]``, NaN without a token; and the null ``[layer]``."""
-    mass, keep, null = result.group(group), _kept(result, row, query), None
+    keep, null = _kept(result, row, query), None
 
     def mean(values: Tensor) -> Tensor:
         kept = keep.reshape(len(keep), *[1] * (values.ndim - 2), keep.shape[1])
         return (values.nan_to_num() * kept).sum(dim=(0, -1)) / kept.sum()
 
-    values = mean(mass)
+    values = mean(result.group(group))
     if result.null is not None:
         null = mean(result.null[..., result.groups.index(group)])
     empty = values.amax(dim=1) == 0 if null is None else null == 0
@@ -116,8 +109,7 @@ def _kept(result: Any, row: int | None, query: int | None) -> Tensor:
         keep &= (torch.arange(rows) == row)[:, None]
     places = result.queries.expand_as(keep)
     known = sorted(set(places[keep].tolist()))
-    if query is not None:
-        keep = keep & (places == query)
+    keep = keep if query is None else keep & (places == query)
     if not bool(keep.any()):
         there = f"{known[0]} to {known[-1]}" if known else "none, because its answer has ended"
         raise SelectionError(
@@ -147,8 +139,7 @@ def _draw_heads(
     theme.layer_ticks(ax.xaxis, layers, 15)
     ax.set_yticks(theme.ticks_for(values.shape[1], 12))
     ax.tick_params(labelsize=SMALL)
-    ax.set_ylabel("head", fontsize=LABEL)
-    ax.set_xlabel("layer", fontsize=LABEL)
+    theme.label(ax, "layer", "head")
     ax.set_title(title, fontsize=TITLE, loc="left", parse_math=False)
     gone, notes = values.isnan(), [over]
     if bool(gone.all()):
@@ -175,8 +166,8 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
 
     A dot marks a cell whose interval excludes 0; of many cells without an effect one in twenty has
     one too. Triples that add to 1 are drawn as triangles, one per layer and task: V-sinks at the top,
-    L-sinks on the left, ordinary tokens on the right. Other triples stand side by side, as pairs do. The
-    ``table`` is that of ``Sweep.map()``; ``(points)`` in ``score`` shows fractions times 100.
+    L-sinks on the left, ordinary tokens on the right. The ``table`` is that of ``Sweep.map()``; ``(points)``
+    in ``score`` shows fractions times 100.
     """
     theme.check_table(table, COLUMNS, "that of sweep.map()")
     factor = 100.0 if "points" in score else 1.0
@@ -193,8 +184,7 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     cells = ScalarMappable(scale, COLOURS)
     theme.colour_bar(figure, cells, grid, "change against the base", shrink=0.8, pad=0.02)
     figure.suptitle(f"Change of {score}", fontsize=TITLE, x=0.01, ha="left")
-    theme.legend_of(figure, legend, 2)
-    return figure
+    return theme.legend_of(figure, legend, 2)
 
 
 def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
@@ -220,15 +210,14 @@ def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
         places = theme.ticks_for(len(labels), 12)
         ax.set_xticks(places, [labels[i] for i in places], fontsize=SMALL, rotation=90)
         ax.set_title(title, fontsize=LABEL, loc="left")
-        ax.set_xlabel(under if i + across >= len(parts) else "", fontsize=LABEL)
-        ax.set_ylabel("" if i % across else "layer (edited: next block)", fontsize=LABEL)
+        left = "" if i % across else "layer (edited: next block)"
+        theme.label(ax, under if i + across >= len(parts) else "", left)
     return figure, grid
 
 
 def _title(task: str, part: Any, width: float) -> str:
     """A task, its base and its number of questions, in as many lines as the width needs (inches)."""
-    base, n = part["base"].iloc[0], part["n"].iloc[0]
-    kept = (f"base {base:.1f},", f"n = {n}")
+    kept = (f"base {part['base'].iloc[0]:.1f},", f"n = {part['n'].iloc[0]}")
     text = " ".join([f"{task}:", *(words.replace(" ", "\N{NO-BREAK SPACE}") for words in kept)])
     return fill(text, max(12, int(13 * width)))
 

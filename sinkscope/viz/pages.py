@@ -15,15 +15,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
-from sinkscope.viz import layers, maps
+from sinkscope.viz import maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
+from sinkscope.viz.layers import (
+    plot_detections,
+    plot_mass_by_layer,
+    plot_received_by_layer,
+    plot_spikes,
+)
 from sinkscope.viz.prompt import chips_of, strip_of
 from sinkscope.viz.tables import SINKS, counts, of_kind, render, share, short
 from sinkscope.viz.theme import Trace, images_of
 
-WRITTEN = "Written by sinkscope."
-"""How a page of ours is known."""
-
+WRITTEN = "Written by sinkscope."  # how a page of ours is known
 FILES = ("index.html", "sinks.csv", "tokens.csv", "trace.json")
 
 
@@ -47,33 +51,30 @@ def pictures_of(
             f"Line plot of attention received by layer for {counts(trace, row)}, ordinary image tokens "
             "and text, each with its null."
         )
-        draw = partial(layers.plot_received_by_layer, trace, row)
-        yield Picture(f"{name}received_by_layer", alt, draw)
+        yield Picture(f"{name}received_by_layer", alt, partial(plot_received_by_layer, trace, row))
         yield _heads(trace, mass, row, name)
         if mass is not None:
             means = mass.mass[row].nanmean(dim=(1, 2)).mean(dim=0).tolist()
             words = [f"{group} {short(x)}" for group, x in zip(mass.groups, means, strict=True)]
             alt = f"Line plot of attention mass by layer. Means over layers: {', '.join(words)}."
-            draw = partial(layers.plot_mass_by_layer, mass, row)
-            yield Picture(f"{name}mass_by_layer", alt, draw)
-        sizes = [short(float(x.max())) for x in (trace.vit_spikes[images], trace.llm_spikes[row])]
-        alt = (
-            f"Line plot. The largest activation is {sizes[0]} medians in the vision tower and "
-            f"{sizes[1]} in the LLM."
-        )
-        yield Picture(f"{name}spikes", alt, partial(layers.plot_spikes, trace, row))
+            yield Picture(f"{name}mass_by_layer", alt, partial(plot_mass_by_layer, mass, row))
+        v, low = (short(float(x.max())) for x in (trace.vit_spikes[images], trace.llm_spikes[row]))
+        most = f"{v} medians in the vision tower and {low} in the LLM"
+        alt = f"Line plot. The largest activation is {most}."
+        yield Picture(f"{name}spikes", alt, partial(plot_spikes, trace, row))
         vision = float(trace.v_detection.fraction[images].max())
         language = float(trace.l_detection.fraction[row].max())
         alt = (
             f"Line plot. The V rule flags at most {vision:.1%} of a block's patches, the L rule at most "
             f"{language:.1%} of a layer's image tokens."
         )
-        yield Picture(f"{name}flagged", alt, partial(layers.plot_detections, trace, row))
+        yield Picture(f"{name}flagged", alt, partial(plot_detections, trace, row))
 
 
 def _of_image(
     trace: Trace, row: int, image: int, name: str, decoys: Mapping[str, Tensor] | None
 ) -> Iterator[Picture]:
+    """The sinks of an image, and what its tokens receive."""
     parts = []
     for kind in ("V", "L"):
         found = [r for r in of_kind(trace, kind, row) if r.image == image]
@@ -87,12 +88,11 @@ def _of_image(
     own = trace.sample.tokens.image[row] == image
     times = trace.language.received.times_null()[row].nan_to_num()
     over = times.mean(dim=1)[:, own].amax(dim=0)
-    alt = (
-        f"Heat map over image {image}: image tokens receive between {short(float(over.min()))} and "
-        f"{short(float(over.max()))} times their null."
+    between = f"between {short(float(over.min()))} and {short(float(over.max()))} times their null"
+    alt = f"Heat map over image {image}: image tokens receive {between}."
+    yield Picture(
+        f"{name}received_image{image}", alt, partial(plot_received_map, trace, row, image)
     )
-    draw = partial(plot_received_map, trace, row, image)
-    yield Picture(f"{name}received_image{image}", alt, draw)
 
 
 def _heads(trace: Trace, mass: Any, row: int, name: str) -> Picture:
@@ -159,22 +159,13 @@ def write_report(
         folder/trace.json    detectors, warnings, overlap and records
         folder/figures/      PNG files
 
-    Files of an earlier report are replaced, others are left alone.
-
-    Args:
-        folder: Where to write; made if it is not there.
-        trace: The trace.
-        mass: The result of ``AttentionMass(trace.groups)``, for one more figure per row.
-        title: Of the page.
-        tables: Heading -> table, shown on the page before the figures.
-        decoys: See `plot_sinks_on_image`.
-        progress: Whether to show a progress bar; None shows it in a terminal.
+    The folder is made if it is not there; files of an earlier report are replaced, others are left alone.
+    The result of ``AttentionMass(trace.groups)`` as ``mass`` gives one more figure per row. ``tables``,
+    heading -> table, stand before the figures. For ``decoys`` see `plot_sinks_on_image`. ``progress`` None
+    shows a bar in a terminal.
 
     Returns:
         The path of ``index.html``.
-
-    Raises:
-        InputError: If the folder cannot be written, or holds a page of somebody else.
     """
     folder = check_folder(folder)
     shown, hidden = [], None if progress is None else not progress

@@ -18,13 +18,11 @@ from sinkscope.viz import theme
 from sinkscope.viz.theme import LABEL, QUIET, SERIES, STYLES, TITLE, Style
 
 HISTORY = "layer loss split step"
-DASHES: dict[str, Any] = {"rho_V": "-", "rho_L": ":", "rho_rest": "--"}
-NAMED = 6  # with more layers, colours run along the layers and a legend shows some of them
 COLUMNS = "layer group target metric accuracy low high null_high majority note"
 COEFFICIENTS = "task layer group coefficient low high untrained tokens n"
-METRICS = ("label accuracy", "exact set")
+DASHES: dict[str, Any] = {"rho_V": "-", "rho_L": ":", "rho_rest": "--"}
+NAMED = 6  # with more layers, colours run along the layers and a legend shows some of them
 GREY = "#cfcfcf"
-
 NAMES = {"V": "V-sinks", "L": "L-sinks", "rest": "other image tokens"}  # of panels, in order
 UNTRAINED: dict[str, Any] = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4, 3))}
 
@@ -41,15 +39,15 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
     axes, _ = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
     layers = list(dict.fromkeys(history["layer"]))
-    for place, layer in enumerate(layers):
-        lines, look = history[history["layer"] == layer], _look(place, len(layers))
+    for place, (_, lines) in enumerate(history.groupby("layer", sort=False)):
+        look = _look(place, len(layers))
         steps, held = (lines[lines["split"] == split] for split in ("train", "validation"))
         axes[0].plot(steps["step"], steps["loss"], color=look["color"], linewidth=0.7, alpha=0.4)
         axes[0].plot(held["step"], held["loss"], **look, linewidth=1.6, markersize=4)
         part, look["markersize"] = (held, 3) if len(held) else (lines, 0)
         for group in groups:
-            dashes = DASHES[group]
-            axes[1].plot(part["step"], part[group], **look, linestyle=dashes, linewidth=1.3)
+            style = {"linestyle": DASHES[group], "linewidth": 1.3}
+            axes[1].plot(part["step"], part[group], **look, **style)
     if base is not None:
         axes[0].axhline(base, **UNTRAINED)
     _focus(axes[0], history, base)
@@ -59,8 +57,8 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if groups:
         axes[1].set_ylim(bottom=0)
-        short = {group: group.removeprefix("rho_") for group in groups}
-        marks = {short[g]: theme.entry(color=QUIET, linestyle=DASHES[g]) for g in groups}
+        look = {g: theme.entry(color=QUIET, linestyle=DASHES[g]) for g in groups}
+        marks = {group.removeprefix("rho_"): line for group, line in look.items()}
         theme.finish(axes[1], "Mean coefficients", "step", "factor of the keys", marks)
     return figure
 
@@ -105,15 +103,13 @@ def plot_probes(
 ) -> Figure:
     """Draw accuracy by layer, a panel per target and a line per group.
 
-    Bars are the intervals over test images; points of several groups stand side by side. The
-    grey area is what probes of shuffled labels reach (95 % quantile, the highest of the groups that
-    are drawn); the dotted line is the most frequent class. The legend names groups without a token.
-
-    The ``table`` is that of `LinearProbes`, and ``metric`` what to show of targets with several labels:
+    Bars are the intervals over test images. The grey area is what probes of shuffled labels reach (95 %
+    quantile, the highest of the groups that are drawn); the dotted line is the most frequent class. The
+    ``table`` is that of `LinearProbes`, and ``metric`` what to show of targets with several labels:
     ``"label accuracy"``, the share of labels that are right, or ``"exact set"``, whether all are.
     """
     theme.check_table(table, COLUMNS, "LinearProbes.table")
-    check_choice(METRICS, error=SelectionError, metric=metric)
+    check_choice(("label accuracy", "exact set"), error=SelectionError, metric=metric)
     known: list[str] = list(dict.fromkeys(table["group"]))
     chosen = known if groups is None else list(groups)
     if not chosen or [g for g in chosen if g not in known]:
@@ -132,12 +128,10 @@ def plot_probes(
         kind = part["metric"].iloc[0]
         title = target if kind == "accuracy" else f"{target} ({kind})"
         ax.set_title(title, fontsize=LABEL, loc="left")
-        ax.set_ylabel("accuracy", fontsize=LABEL)
-        ax.set_xlabel("LLM layer" if i + across >= len(targets) else "", fontsize=LABEL)
+        theme.label(ax, "LLM layer" if i + across >= len(targets) else "", "accuracy")
     title = "Linear probes on the mean state of a token group: accuracy on test images"
     theme.headline(figure, title)
-    theme.legend_of(figure, _probes_legend(shown, styles), across + 1)
-    return figure
+    return theme.legend_of(figure, _probes_legend(shown, styles), across + 1)
 
 
 def _draw_probes(ax: Any, part: Any, styles: dict[str, Style]) -> None:
@@ -190,8 +184,8 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     """Draw mean coefficients over the layers that gates read, with intervals.
 
     Every panel is a group and every line a task; all questions together are black. The dashed line is
-    what an untrained gate gives. A hollow mark says that no question has such a token, so that the
-    coefficient acts on nothing. The ``table`` is that of ``GateCoefficients.to_dataframe()``.
+    what an untrained gate gives; a hollow mark says that no question has such a token. The ``table`` is
+    that of ``GateCoefficients.to_dataframe()``.
     """
     theme.check_table(table, COEFFICIENTS, "that of gate_coefficients(...).to_dataframe()")
     groups = [group for group in NAMES if (table["group"] == group).any()]
@@ -213,8 +207,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     if (table["tokens"] == 0).any():
         hollow: dict[str, Any] = {"color": QUIET, "marker": "o", "markerfacecolor": "white"}
         marks["no such token"] = theme.entry(**hollow, linestyle="", markersize=5)
-    theme.legend_of(figure, marks, 4 if figure.get_figwidth() > 7 else 2)
-    return figure
+    return theme.legend_of(figure, marks, 4 if figure.get_figwidth() > 7 else 2)
 
 
 def _draw_coefficients(ax: Any, own: Any, tasks: list[str], layers: list[int]) -> None:

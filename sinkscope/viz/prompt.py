@@ -19,31 +19,26 @@ from sinkscope.viz.tables import MARKS, render, short, token_name
 from sinkscope.viz.theme import GROUP_OF, QUIET, SMALL, STYLES, TICKS, Trace
 
 SEEN = 8  # queries that must see a token before its mean says more than what it gives to itself
+# Points of a letter; letters of a line, of the positions beside it, and of a chip.
 LETTER, COLUMNS, MARGIN, LONGEST = 8.6, 96, 6, 48
-"""Points of a letter; letters of a line, of the positions beside it, and of a chip."""
-
 INCHES = LETTER * theme.ADVANCE / 72  # width of a letter
-
+# Inches: a line of chips, the title, the bar and the kinds of sinks, a line of notes.
 LINE, TOP, BELOW, NOTE = 0.29, 0.5, 0.95, 0.17
-"""Inches: a line of chips, the title, the bar and the kinds of sinks, a line of notes."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One token, or the patches of one image, from a first to a last position.
-
-    ``share`` is the largest share of attention that one of its tokens receives, None where too few
-    queries see it, and ``at`` its position, LLM layer and head; ``null`` is what uniform attention
-    gives there. ``sinks`` counts the sinks of each kind.
-    """
+    """One token, or the patches of one image, from a first to a last position."""
 
     text: str
     first: int
     last: int
-    share: float | None
-    null: float
-    at: tuple[int, int, int]
-    sinks: dict[str, int]
+    share: (
+        float | None
+    )  # the largest that one of its tokens receives, None where too few queries see it
+    null: float  # what uniform attention gives there
+    at: tuple[int, int, int]  # its position, LLM layer and head
+    sinks: dict[str, int]  # how many of each kind
 
     @property
     def kind(self) -> str | None:
@@ -79,11 +74,9 @@ def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]
     seen = tokens.live[row].flip(0).cumsum(0).flip(0)  # a token is seen by itself and what follows
     out = []
 
-    def chip_of(pos: int) -> tuple[str, int]:
+    def chip_of(pos: int) -> tuple[str, int]:  # one of all patches of an image
         name, patch = token_name(tokens, row, pos, tokens.words)
-        return (
-            (name.rpartition(" ")[0], -1) if patch else (name, pos)
-        )  # an image's patches share one
+        return (name.rpartition(" ")[0], -1) if patch else (name, pos)
 
     for name, group in groupby(tokens.live[row].nonzero().flatten().tolist(), chip_of):
         places = list(group)
@@ -136,10 +129,9 @@ def plot_tokens(trace: Trace, row: int = 0, *, layer: int | None = None) -> Figu
     """Draw every token of the prompt, coloured by the largest share of attention it receives.
 
     The share is the mean over the queries that see the token, in the head that gives it the most, on a
-    square-root scale from 0 to 1. Sinks have an outline and a mark of their kind. All patches of an
-    image share one chip; CLS and registers that the projector keeps have their own. Numbers at the left
-    are positions. Tokens that fewer than 8 queries see have no colour: their share is mostly what they
-    give to themselves. With ``layer`` it is one LLM layer, with the sinks of that layer.
+    square-root scale from 0 to 1; none if fewer than 8 queries see it. Sinks have an outline and a mark of
+    their kind. All patches of an image share one chip; CLS and registers have their own. Numbers at the
+    left are positions. With ``layer`` it is one LLM layer, with the sinks of that layer.
     """
     chips, title, notes, kinds = strip_of(trace, row, layer)
     lines = _lines(chips)

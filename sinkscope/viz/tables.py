@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -43,12 +44,7 @@ def token_name(tokens: TokenMap, row: int, pos: int, words: Any) -> tuple[str, b
 
 def ranges(layers: Iterable[int]) -> str:
     """Ascending layers in few characters: ``1-3, 5``; ``-`` for none."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    runs = [[x for _, x in g] for _, g in groupby(enumerate(layers), lambda at: at[1] - at[0])]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return ", ".join(parts) or "-"
 
@@ -116,8 +112,8 @@ def _born(record: Any) -> str:
     if record.kind not in ("V", "attention"):
         births = [_block(block, half) for block, _, half in record.llm_lives]
         return "LLM " + ", ".join(births[:2]) if births else "-"
-    birth = record.vit_birth
-    return "-" if birth is None else "ViT " + _block(birth, record.vit_writer)
+    at = record.vit_birth
+    return "-" if at is None else "ViT " + _block(at, record.vit_writer)
 
 
 def _block(block: int, half: str | None) -> str:

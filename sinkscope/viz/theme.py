@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 from unicodedata import combining, east_asian_width
 
 import pandas as pd
@@ -23,55 +23,8 @@ from matplotlib.transforms import ScaledTranslation
 from sinkscope.checks import is_whole
 from sinkscope.errors import InputError, LayerError, SelectionError, SinkscopeError
 
-
-class Trace(Protocol):
-    """What figures, tables and reports read of a `sinkscope.experiments.SinkTrace`, explained there."""
-
-    outcomes: Any
-    candidates: Any
-    to_dataframe: Callable[[], Any]
-    overlap_table: Callable[[], Any]
-    to_json: Callable[[Any], Any]
-
-    @property
-    def sample(self) -> Any:
-        """Token map, images and prompts."""
-
-    @property
-    def rules(self) -> Any:
-        """The rules, and how they came about."""
-
-    @property
-    def records(self) -> Any:
-        """One record per sink."""
-
-    @property
-    def groups(self) -> Any:
-        """Group -> bool ``[batch layer pos]``."""
-
-    @property
-    def language(self) -> Any:
-        """Spikes and attention of every token of the prompt."""
-
-    @property
-    def vit_spikes(self) -> Any:
-        """Float ``[image block]``."""
-
-    @property
-    def llm_spikes(self) -> Any:
-        """Float ``[batch layer]``."""
-
-    @property
-    def v_detection(self) -> Any:
-        """What the V rule flags."""
-
-    @property
-    def l_detection(self) -> Any:
-        """What the L rule flags."""
-
-    @property
-    def warnings(self) -> Any:
-        """What a reader must know, a text each."""
+Trace: TypeAlias = Any
+"""A `sinkscope.experiments.SinkTrace`, which stands above this room."""
 
 
 def check_place(
@@ -95,8 +48,7 @@ def layers_of(trace: Trace, layer: int | None) -> list[int]:
 def images_of(trace: Trace, row: int) -> list[int]:
     """The images of a row, counted over the whole batch; refuses a row that is not there."""
     check_place(len(trace.sample), ", a row of the prepared batch", row=row)
-    owners = trace.sample.tokens.vision.batch_row.tolist()
-    return [i for i, owner in enumerate(owners) if owner == row]
+    return (trace.sample.tokens.vision.batch_row == row).nonzero().flatten().tolist()
 
 
 def check_table(table: pd.DataFrame, needed: str, wanted: str) -> None:
@@ -179,10 +131,9 @@ STYLES = {
     "text": Style("#B45C91", "v"),
 }
 # For groups of the user's own, and for layers and tasks.
-SPARE = ("#56B4E9", "#E69F00", "#000000", "#8C510A")
-OTHERS = [Style(colour, marker) for colour, marker in zip(SPARE, "PX*p", strict=True)]
+OTHERS = list(map(Style, ("#56B4E9", "#E69F00", "#000000", "#8C510A"), "PX*p"))
 PAINTS = ("#0072B2", "#D55E00", "#00795A", "#B45C91", "#E69F00", "#56B4E9")
-SERIES = [Style(colour, marker) for colour, marker in zip(PAINTS, "osD^vP", strict=True)]
+SERIES = list(map(Style, PAINTS, "osD^vP"))
 GROUP_OF = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": "attended"}
 
 
@@ -255,6 +206,12 @@ def headline(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=TITLE, x=0.01, ha="left")
 
 
+def label(ax: Axes, x: str = "", y: str = "") -> None:
+    """Names of both axes."""
+    ax.set_xlabel(x, fontsize=LABEL)
+    ax.set_ylabel(y, fontsize=LABEL)
+
+
 def say(ax: Axes, text: str, height: float = 0.5, **look: Any) -> None:
     """A quiet word in the middle of axes that show nothing."""
     ax.text(0.5, height, text, transform=ax.transAxes, ha="center", color=QUIET, **look)
@@ -294,17 +251,17 @@ def finish(
 ) -> Figure:
     """Title, labels with units, readable ticks, a light grid and a legend; returns the figure."""
     ax.set_title(title, fontsize=TITLE, loc="left", pad=17)
-    ax.set_xlabel(x, fontsize=LABEL)
-    ax.set_ylabel(y, fontsize=LABEL)
+    label(ax, x, y)
     plain(ax)
     legend_below(ax, entries, points)
     return figure_of(ax)
 
 
-def legend_of(figure: Figure, entries: Mapping[str, Any], columns: int, **look: Any) -> None:
-    """A legend under all panels of a figure."""
+def legend_of(figure: Figure, entries: Mapping[str, Any], columns: int, **look: Any) -> Figure:
+    """A legend under all panels of a figure; returns the figure."""
     look = {"loc": "outside lower left", "fontsize": SMALL, "frameon": False, **look}
     figure.legend(list(entries.values()), list(entries), ncols=columns, **look)
+    return figure
 
 
 def ticks_for(n: int, most: int = 7) -> list[int]:
