@@ -34,12 +34,9 @@ from sinkscope.sites import Tower
 class Rule(Record):
     """The base of the detectors of this room: one field of a probe's result against one number.
 
-    Attributes:
-        measured: Makes the probe from ``layers``, ``tower`` and ``site``.
-        score_field: The field of the result.
-        limit_field: The field of the rule with the threshold.
-        ranges: Fields of the rule that are numbers -> what `check_number` asks of them.
-        choices: Fields of the rule -> what they may be.
+    ``measured`` makes the probe from ``layers``, ``tower`` and ``site``; ``score_field`` is a field of its
+    result and ``limit_field`` one of the rule. ``ranges`` are the fields that are numbers -> what
+    `check_number` asks of them, ``choices`` fields -> what they may be.
     """
 
     measured: ClassVar[Callable[..., Any]] = TokenNorms
@@ -86,8 +83,8 @@ class SinkDimensions(Rule):
 
     Args:
         dims: Channel indices of this model.
-        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to
-            flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
+        tau: With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to flag 83-100 %
+            of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
         normalize: ``"rms"`` or ``"none"``.
         strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
     """
@@ -123,9 +120,8 @@ class SinkDimensions(Rule):
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
     def _plain(self) -> dict[str, Any]:
-        rms, dims = self.normalize == "rms", [int(dim) for dim in self.dims]
-        tau = float(self.tau)
-        return {"how": "dims", "dims": dims, "tau": tau, "rms": rms, "strict": self.strict}
+        limit = {"dims": [int(dim) for dim in self.dims], "tau": float(self.tau)}
+        return {"how": "dims", **limit, "rms": self.normalize == "rms", "strict": self.strict}
 
 
 @dataclass(frozen=True)

@@ -27,24 +27,22 @@ class ByLayer(tuple[Tensor, ...]):
 class LayerProbe(Record):
     """A probe with one kernel at one site of every layer.
 
-    Its fields are ``layers``, block indices or None for all; ``tower``, ``"language"`` or ``"vision"``;
-    and ``site``: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``, or ``"attention"``.
-
-    A subclass is a frozen dataclass with these fields. Its kernel gives a tensor ``[batch ...]``, or a
-    dict of tensors by the names of the result's fields. Of the result, fields ``[batch layer ...]`` are
-    stacked over layers and NaN at padding, an int field ``[batch query]`` (or pos, row) holds positions,
-    and the others are fields of the probe. The following are given behind the base class, as in
+    A subclass is a frozen dataclass with the fields ``layers``, block indices or None for all; ``tower``;
+    and ``site``, one of ``at_sites``. Its kernel gives a tensor ``[batch ...]``, or a dict of tensors by the
+    names of the result's fields. Of the result, fields ``[batch layer ...]`` are stacked over layers and NaN
+    at padding, an int field ``[batch query]`` (or pos, row) holds positions, and the others are fields of
+    the probe. The following are keywords of the class, as in
     ``class TokenNorms(LayerProbe, kernel=norms, result=NormResult)``.
 
     Attributes:
-        kernel: The kernel.
+        kernel: Of every layer.
         result: The class of the result.
-        needs: What a tower must have, ``"states"`` if nothing is given.
+        needs: What a tower must have.
         over: The field that selects which queries the result has; empty for all of them.
         per_key: Whether the result has a value per key, at decode steps per key of the cache.
     """
 
-    needs: ClassVar[str]
+    needs: ClassVar[str] = "states"
     kernel: ClassVar[Any]
     result: ClassVar[type[Any]]
     over: ClassVar[str] = ""
@@ -57,13 +55,10 @@ class LayerProbe(Record):
     def __init_subclass__(cls, *, kernel: Any = None, **given: Any) -> None:
         super().__init_subclass__()
         if unknown := set(given) - {"result", "needs", "over", "per_key"}:
-            raise TypeError(
-                f"Got {unknown} for {cls.__name__}; see LayerProbe for what a class takes."
-            )
-        given = {"needs": getattr(cls, "needs", "states")} | given
-        given |= {} if kernel is None else {"kernel": staticmethod(kernel)}
-        for name, value in given.items():
-            setattr(cls, name, value)
+            raise TypeError(f"Got {unknown} for {cls.__name__}; see LayerProbe for what it takes.")
+        for name, value in ({"kernel": kernel and staticmethod(kernel)} | given).items():
+            if value is not None:
+                setattr(cls, name, value)
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
@@ -83,8 +78,8 @@ class LayerProbe(Record):
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack the layers and mask the padding."""
         answers = {site: answer for site, answer in answers.items() if site.name == self.site}
-        axes, made = axes_of(self.result), {}
         record: Any = self.result
+        axes, made = axes_of(record), {}
         for name in (f.name for f in fields(record)):
             if name == "layers":
                 made[name] = context.layers(self.tower, self.layers)
@@ -95,7 +90,7 @@ class LayerProbe(Record):
             elif hasattr(self, name):
                 value = getattr(self, name)
                 made[name] = value if isinstance(value, (str, float)) else tuple(value)
-        return self.result(**made)
+        return record(**made)
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         """Parameters of the kernel; raises if those of the probe fit neither model nor sample."""

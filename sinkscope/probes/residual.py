@@ -22,7 +22,7 @@ from sinkscope.tokens import Selection
 
 
 def check_site(site: str) -> str:
-    """A site that holds states; raises ProbeError if there is none of that name."""
+    """The site itself; ProbeError if it holds no states."""
     check_choice(STATE_SITES, site=site, error=ProbeError)
     return site
 
@@ -33,15 +33,13 @@ def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
         raise ProbeError(
             f"Got dimensions {dims!r}; expected a list of channel indices. Write [{dims}]."
         )
-    wanted = list(dims)
-    if not wanted:
+    if not (wanted := list(dims)):
         raise ProbeError("Got no dimensions; expected at least one channel index, such as [1415].")
-    for dim in wanted:
-        if not is_whole(dim, 0, d_model - 1):
-            raise ProbeError(
-                f"Got dimension {dim!r} in the {tower} tower; expected 0 to {d_model - 1}. Sink "
-                "dimensions belong to one model: run ss.calibrate(lvlm, samples) for this one."
-            )
+    if wrong := [dim for dim in wanted if not is_whole(dim, 0, d_model - 1)]:
+        raise ProbeError(
+            f"Got dimension {wrong[0]!r} in the {tower} tower; expected 0 to {d_model - 1}. Sink "
+            "dimensions belong to one model: run ss.calibrate(lvlm, samples) for this one."
+        )
     return [int(dim) for dim in wanted]
 
 
@@ -56,9 +54,8 @@ def check_count(k: Any, most: int, what: str) -> int:
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
     """The largest channels of every token; values NaN and channels -1 at padding.
 
-    Attributes:
-        values: Signed, largest magnitude first.
-        median: The median of ``|h|`` over live positions and all channels.
+    ``values`` are signed, largest magnitude first; ``median`` is that of ``|h|`` over live positions and
+    all channels.
     """
 
     values: Float[Tensor, "batch layer pos k"]

@@ -12,12 +12,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 from sinkscope.testing import circuits
 from sinkscope.testing.tiny import random_image
 
-Writer = Literal["mlp", "attention"]
-"""Sub-modules that can write a spike."""
-GRID = 8
-"""Patches along each side of the image."""
-PATCH = 8
-"""Pixels along each side of a patch."""
+Writer = Literal["mlp", "attention"]  # sub-modules that can write a spike
+GRID, PATCH = 8, 8  # patches along each side of the image, and pixels of a patch
 PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
 PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 
