@@ -258,8 +258,7 @@ def _conclude(
 ) -> TowerCalibration:
     """The score that separates best, with its limits."""
     tower, evidence = anatomy.tower, [look.evidence for look in looks]
-    count = sum(int(look.sinks.sum()) for look in looks)
-    if not count:
+    if not (count := sum(int(look.sinks.sum()) for look in looks)):
         text = outcome_of(rule, evidence, tower)
         return TowerCalibration(tower, NoSinks(text), reason=text)
     order = _separating_channels(looks, max_dims)

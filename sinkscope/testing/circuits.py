@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Sink = Float[Tensor, " sink"]
+Dims = tuple[int, ...]
 # Sizes at strength 1: the largest entry of a sink token, the L2 norm over the arrival channels with which
 # a V-sink enters the LLM, and the logit of a sink key above an ordinary one, for ordinary queries.
 SPIKE, ARRIVAL, SINK_LOGIT = 600.0, 80.0, 7.0
@@ -34,7 +35,7 @@ L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3  # `L_HEAD` attends 
 class VisionChannels:
     """Reserved channels of the ViT residual stream; nothing is ever written to `blank`."""
 
-    sink: tuple[int, ...]
+    sink: Dims
     decoy: int
     blank: int
     v_mark: int
@@ -48,8 +49,8 @@ class VisionChannels:
 class LanguageChannels:
     """Reserved channels of the LLM residual stream."""
 
-    sink: tuple[int, ...]
-    arrival: tuple[int, ...]
+    sink: Dims
+    arrival: Dims
     decoy: int
     constant: int
     l_mark: int
@@ -96,14 +97,19 @@ def set_row(weight: Any, row: int, entries: dict[int, float]) -> None:
         weight[row, column] = value
 
 
-def set_column(weight: Any, column: int, dims: tuple[int, ...], values: Any) -> None:
+def set_column(weight: Any, column: int, dims: Dims, values: Any) -> None:
     """Set a column of a matrix to zero, but for `values` in `dims`."""
     weight[:, column] = 0
     weight[list(dims), column] = values
 
 
 def write_step(
-    layers: tuple[Any, Any], unit: int, mark: int, ramp: Any, dims: tuple[int, ...], height: Any
+    layers: tuple[Any, Any],
+    unit: int,
+    mark: int,
+    ramp: tuple[float, float],
+    dims: Dims,
+    height: Any,
 ) -> None:
     """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
 
@@ -133,7 +139,7 @@ def write_by_attention(attention: Any, channels: VisionChannels, spike: Sink, le
     set_column(attention.out_proj.weight, row, channels.sink, spike)
 
 
-def attend_vision(attention: Any, head: int, dims: tuple[int, ...], direction: Tensor) -> None:
+def attend_vision(attention: Any, head: int, dims: Dims, direction: Tensor) -> None:
     """Give `head` a constant query, and keys for logits ``direction @ x[dims]``, x being the LayerNorm output."""
     row, root = head * attention.head_dim, attention.head_dim**0.25
     attention.q_proj.weight[row], attention.k_proj.weight[row] = 0, 0
@@ -156,12 +162,7 @@ def write_projector(
 
 
 def write_gated(
-    mlp: Any,
-    neuron: int,
-    marks: tuple[int, int],
-    dims: tuple[int, ...],
-    spike: Sink,
-    rms: tuple[float, float],
+    mlp: Any, neuron: int, marks: tuple[int, int], dims: Dims, spike: Sink, rms: tuple[float, float]
 ) -> None:
     """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
 
@@ -177,7 +178,7 @@ def write_gated(
 
 
 def attend_language(
-    attention: Any, head: int, constant: int, dims: tuple[int, ...], direction: Sink, rms: float
+    attention: Any, head: int, constant: int, dims: Dims, direction: Sink, rms: float
 ) -> None:
     """Give query head `head` a constant query and its KV head a key that reads `direction` in `dims`.
 

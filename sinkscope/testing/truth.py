@@ -92,12 +92,11 @@ class Planted:
 
     def tokens(self, kind: str, input_ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Which LLM positions are of `kind`: a patch kind of `Truth`, ``"text_sinks"`` or ``"image"``."""
+        if kind == "text_sinks":
+            return (input_ids == self.processor.tokenizer.bos_token_id) & self.truth.text_sinks
         is_image = input_ids == self.model.config.image_token_id
         if kind == "image":
             return is_image
-        if kind == "text_sinks":
-            bos = self.processor.tokenizer.bos_token_id
-            return (input_ids == bos) & self.truth.text_sinks
         rank = (is_image.cumsum(dim=1) - 1) % GRID**2
         wanted = torch.tensor(self.truth.patches(kind), device=input_ids.device)
         return is_image & torch.isin(rank, wanted)
