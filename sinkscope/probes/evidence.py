@@ -93,12 +93,11 @@ class EvidenceResult(Result):
 class SinkEvidence(Record):
     """What tells a sink: how large its state is, and how much attention other tokens give it.
 
-    Spikes are read where sinks are judged: ``resid_pre`` in the LLM (what a block's attention reads)
-    and ``resid_post`` in the vision tower (what the projector may read).
+    Spikes are read at ``resid_pre`` in the LLM (what a block's attention reads) and at ``resid_post`` in the
+    vision tower (what the projector may read).
     """
 
     needs: ClassVar[str] = "gradients"
-
     layers: Any = None
     tower: Tower = "language"
 

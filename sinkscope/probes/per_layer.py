@@ -63,17 +63,12 @@ class LayerProbe(Record):
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
         check_choice(self.at_sites, site=self.site, error=ProbeError)
-        layout, parameters = context.layout(self.tower), self._parameters(context)
-        packed = {} if layout is None else {"layout": layout}
-        return [
-            Read(
-                Site(self.tower, self.site, layer),
-                self.kernel,
-                {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
-                | packed,
-            )
-            for layer in context.layers(self.tower, self.layers)
-        ]
+        layout, parameters, reads = context.layout(self.tower), self._parameters(context), []
+        parameters |= {} if layout is None else {"layout": layout}
+        for layer in context.layers(self.tower, self.layers):
+            own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
+            reads.append(Read(Site(self.tower, self.site, layer), self.kernel, own))
+        return reads
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack the layers and mask the padding."""
@@ -112,8 +107,7 @@ class LayerProbe(Record):
         part = name if isinstance(some, Mapping) else None
         if part is not None and part not in some:
             return None
-        along = next((axis for axis in ("key", "query", "row", "pos") if axis in axes), None)
-        if along is not None:
+        if along := next((axis for axis in ("key", "query", "row", "pos") if axis in axes), None):
             at, keys = axes.index(along), kept.shape[1] if self.per_key else 0
             return mask_padding(stack_layers(answers, part, at - len(axes), keys), kept, at)
         values = stack_layers(answers, part)

@@ -62,8 +62,8 @@ def llava_tokenizer() -> hf.PreTrainedTokenizerFast:
 def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer with Qwen's markers and no beginning-of-sequence token; pads on the left."""
     words = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
-    more = {"vision_bos": "vision_start", "vision_eos": "vision_end", "im_start": "im_start"}
-    more |= {"image": "image_pad", "video": "video_pad"}
+    more = {"vision_bos": "vision_start", "vision_eos": "vision_end", "image": "image_pad"}
+    more |= {"video": "video_pad", "im_start": "im_start"}
     more = {f"{name}_token": f"<|{word}|>" for name, word in more.items()}
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return _tokenizer([f"<|{word}|>" for word in words.split()], ends, more, QWEN_CHAT_TEMPLATE)

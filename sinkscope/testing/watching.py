@@ -48,8 +48,8 @@ def watched_kernel(edit: Any, inner: Any, context: Any, seen: list[Seen]) -> Any
     look = attention_differs if edit.site.name == "attention" else states_differ
 
     def kernel(value: Any, /, *args: Any, **parameters: Any) -> Any:
-        given, before = list(tensors_in((value, parameters))), outputs(value)
-        copies = [x.clone() for x in given]
+        given = list(tensors_in((value, parameters)))
+        copies, before = [x.clone() for x in given], outputs(value)
         after, effect = edit.kernel(value, *args, **parameters)
         span, result = args[1] if len(args) > 1 else None, outputs(after)
         wrote = any(differs(one, other).any() for one, other in zip(given, copies, strict=True))
