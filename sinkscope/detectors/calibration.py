@@ -131,7 +131,6 @@ def calibrate(
     Two forward passes per sample, or one where no token is a sink.
 
     Args:
-        lvlm: The model.
         samples: With different images, better of different kinds; six to eight are customary.
         draws: See `detectors.Gap`.
         spike: Least multiple of the layer's median ``|h|``, `Gap`'s ``medians``.
@@ -140,11 +139,10 @@ def calibrate(
         remote: See `LVLM.run`.
         progress: Whether to show a progress bar; None shows it from four samples on.
 
-    Raises:
-        CalibrationError: If there is no sample or no such tower, or ``max_dims`` is no positive number.
-        DetectorError: If another number is impossible.
+    CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
+    DetectorError if another number is impossible.
     """
-    if not isinstance(samples, Sequence) or len(samples) == 0:
+    if not isinstance(samples, Sequence) or not len(samples):
         what = "no samples" if isinstance(samples, Sequence) else f"a {type(samples).__name__}"
         raise CalibrationError(
             f"Got {what}; expected a list with at least one prepared sample. "
@@ -316,7 +314,6 @@ def _rule(
     tau = (low * high) ** 0.5
     if low >= DISTINCT * high:
         return one_number(score, dims, tau), tau
-    limits = [float("inf")] * n_layers
-    for layer in best.clear:
-        limits[layer] = (best.low[layer] * best.high[layer]) ** 0.5
-    return Limits(score, tuple(limits), dims), None
+    means = {layer: (best.low[layer] * best.high[layer]) ** 0.5 for layer in best.clear}
+    limits = tuple(means.get(layer, float("inf")) for layer in range(n_layers))
+    return Limits(score, limits, dims), None

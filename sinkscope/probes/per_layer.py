@@ -63,8 +63,8 @@ class LayerProbe(Record):
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
         check_choice(self.at_sites, site=self.site, error=ProbeError)
-        layout, parameters, reads = context.layout(self.tower), self._parameters(context), []
-        parameters |= {} if layout is None else {"layout": layout}
+        layout, reads = context.layout(self.tower), []
+        parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})
         for layer in context.layers(self.tower, self.layers):
             own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
             reads.append(Read(Site(self.tower, self.site, layer), self.kernel, own))

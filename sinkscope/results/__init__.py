@@ -37,11 +37,9 @@ AXES = re.compile(r"""Tensor, ["']([^"']+)["']\]""")
 class Result(Record):
     """A frozen dataclass of tensors whose jaxtyping annotations name the axes.
 
-    ``layers`` are block indices in order, ``groups`` names in order; ``positions``, ``queries`` or
-    ``rows`` hold the position of every query, -1 where there is none, or None for 0, 1, 2, ...
-
-    ``columns`` is column of the table -> field, given as ``class NormResult(Result, columns={"norm":
-    "norms"})``; the first field gives the axes, and without any it is the first with axes.
+    ``positions``, ``queries`` or ``rows`` hold the position of every query, -1 where there is none, or None
+    for 0, 1, 2, ... ``columns`` is column of the table -> field, given as ``class NormResult(Result,
+    columns={"norm": "norms"})``; the first field gives the axes, and without any it is the first with axes.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}

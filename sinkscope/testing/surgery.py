@@ -70,13 +70,9 @@ def fill_block(block: Any, generator: torch.Generator, skip: list[int]) -> None:
 def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -> None:
     """Random ViT that keeps its reserved channels at zero (CLIP: at a small common offset)."""
     for name, parameter in tower.embeddings.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name == "patch_embedding.weight":
-            noise *= 0.12 / parameter[0].numel() ** 0.5
-            noise[skip] = 0
-        else:
-            noise *= 0.15
-            noise[..., skip] = 0
+        noise, patch = torch.randn(parameter.shape, generator=generator), name.startswith("patch")
+        noise *= 0.12 / parameter[0].numel() ** 0.5 if patch else 0.15
+        noise[skip if patch else (..., skip)] = 0
         parameter.copy_(torch.zeros_like(noise) if name.endswith("bias") else noise)
     if isinstance(tower, CLIPVisionModel):
         tower.pre_layrnorm.weight.fill_(LEVEL)
