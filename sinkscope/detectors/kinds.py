@@ -29,10 +29,9 @@ from sinkscope.tokens import TokenMap
 class VisionTokens(Rule):
     """ViT tokens of one ``kind`` that the projector keeps: ``"cls"``, or ``"register"``.
 
-    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states
-    does. A gate cannot ask for attention inside its pass, but it can name the token. The score is 1 at
-    such a token and 0 elsewhere; the null is 0. It states which token is meant and measures nothing:
-    first see with `Received` that this token draws attention in your model.
+    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does. A gate
+    cannot ask for attention inside its pass, but it can name the token. The score is 1 at such a token and 0
+    elsewhere. Nothing is measured: first see with `Received` that this token draws attention in your model.
     """
 
     choices: ClassVar[Any] = {"kind": ("cls", "register")}

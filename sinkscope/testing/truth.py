@@ -37,8 +37,8 @@ class Truth:
         attention_decoys: patches that draw attention in every block of both towers and spike nowhere.
         v_head, l_head, arrival_head: query head that attends to V-sinks in the ViT, to L-sinks (and
             BOS) in the LLM, to V-sinks in the LLM. `bos_head` attends to BOS alone.
-        v_written_by, l_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to
-            one another: in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
+        v_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to one another:
+            in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
     """
 
     layout: str
