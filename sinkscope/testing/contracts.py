@@ -27,10 +27,9 @@ def require(holds: bool, promise: str) -> None:
 def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> None:
     """Run a probe through the promises that hold for all of them; a broken one is a `ContractError`.
 
-    It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of
-    the logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor)
-    through the remote path; probes of the language tower also work at decode steps. The sample is
-    better a padded batch.
+    It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of the
+    logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor) through the
+    remote path; probes of the language tower also work at decode steps. A padded batch is the better sample.
     """
     require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
     twin = dataclasses.replace(probe)

@@ -81,9 +81,7 @@ def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -
         fill_block(layer, generator, skip)
 
 
-def language_background(
-    planted: Planted, channels: LanguageChannels, generator: torch.Generator
-) -> None:
+def language_background(planted: Planted, channels: LanguageChannels, generator: Any) -> None:
     """Random LLM whose embeddings carry the constant channel and nothing else in reserved ones."""
     decoder, skip = planted.model.model.language_model, reserved(channels)
     table = torch.randn(decoder.embed_tokens.weight.shape, generator=generator) * LEVEL
