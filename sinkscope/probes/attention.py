@@ -62,8 +62,11 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
 
     def group(self, name: str) -> Float[Tensor, "batch layer head query"]:
         """The mass on one group; ProbeError if there is none."""
-        hint = "Name what you want to measure in AttentionMass(groups={...})."
-        check_choice(self.groups, group=name, error=ProbeError, hint=hint)
+        if name not in self.groups:
+            raise ProbeError(
+                f"Got the group {name!r}; expected one of {self.groups}. Name what you want to "
+                "measure in AttentionMass(groups={...})."
+            )
         return self.mass[..., self.groups.index(name)]
 
     def by_layer(self) -> Float[Tensor, "layer group"]:
