@@ -19,13 +19,14 @@ from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
-from sinkscope.probes import ChannelValues, EvidenceResult, TokenNorms
+from sinkscope.probes import ChannelValues, EvidenceResult, SinkEvidence, TokenNorms
 from sinkscope.results import Record, Result
 
 TOWERS = ("vision", "language")
 DISTINCT = 1.5  # the least gap at which a score separates
 MISSED = 0.05  # share of the sinks that may fall below a limit, or be joined by other tokens
 CANDIDATES = 8  # channels that are looked at
+Looks = dict[Any, "_Look"]  # by tower
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class TowerCalibration(Record):
     """What was found in one tower.
 
     Attributes:
-        detector: The rule, `NoSinks` if none was found; ``reason`` says why in a sentence.
-        score: The score that separates best, or None.
+        detector: The rule, `NoSinks` if none was found; ``reason`` says why.
+        score: The score that separates best.
         dims: Sink channels, strongest first, if the score is ``"channels"``.
         tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
         lowest_sink: The score that 95 % of the sinks reach, in the layer with the narrowest gap.
@@ -66,10 +67,8 @@ class TowerCalibration(Record):
 
 @dataclass(frozen=True)
 class Calibration(Result):
-    """Detectors for one model, with the evidence of ``n_samples`` samples.
-
-    ``vision`` is what was found in the ViT, on the states that feed the projector, and ``language`` in
-    the decoder, on what its attention reads.
+    """Detectors for one model: ``vision`` is what was found in the ViT, on the states that feed the
+    projector, and ``language`` in the decoder, on what its attention reads.
     """
 
     vision: TowerCalibration
@@ -132,20 +131,18 @@ def calibrate(
     Two forward passes per sample, or one where no token is a sink.
 
     Args:
-        lvlm: The model.
-        samples: Samples with different images, better of different kinds; six to eight are customary.
-        draws: See `detectors.Gap`, as for ``spike``, its ``medians``.
-        spike: Least multiple of the layer's median ``|h|``.
+        samples: With different images, better of different kinds; six to eight are customary.
+        draws: See `detectors.Gap`.
+        spike: Least multiple of the layer's median ``|h|``, `Gap`'s ``medians``.
         max_dims: The most channels to keep per tower.
-        towers: The towers to look at, if not both; the other one has no rule then.
+        towers: The towers to look at; another one has no rule then.
         remote: See `LVLM.run`.
         progress: Whether to show a progress bar; None shows it from four samples on.
 
-    Raises:
-        CalibrationError: If there is no sample or no such tower, or ``max_dims`` is no positive number.
-        DetectorError: If another number is impossible.
+    CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
+    DetectorError if another number is impossible.
     """
-    if not isinstance(samples, Sequence) or len(samples) == 0:
+    if not isinstance(samples, Sequence) or not len(samples):
         what = "no samples" if isinstance(samples, Sequence) else f"a {type(samples).__name__}"
         raise CalibrationError(
             f"Got {what}; expected a list with at least one prepared sample. "
@@ -164,10 +161,8 @@ def calibrate(
     channels = {tower: _candidates([looks[tower] for looks in first]) for tower in first[0]}
     if any(channels.values()):
         bar = tqdm(samples, desc="calibrating: channels", disable=hidden, leave=False)
-        first = [
-            _second_look(lvlm, sample, channels, looks, remote)
-            for sample, looks in zip(bar, first, strict=True)
-        ]
+        both = zip(bar, first, strict=True)
+        first = [_second_look(lvlm, sample, channels, looks, remote) for sample, looks in both]
     unseen = NoSinks("this tower was not looked at")
     found = {tower: TowerCalibration(tower, unseen, reason=unseen.reason) for tower in TOWERS}
     for tower in channels:
@@ -181,14 +176,9 @@ def _judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
     return lvlm.anatomy.feed_layers if tower == "vision" else None
 
 
-def _first_look(
-    lvlm: LVLM, sample: Sample, rule: Gap, towers: Sequence[Any], remote: Any
-) -> dict[Any, _Look]:
+def _first_look(lvlm: LVLM, sample: Sample, rule: Gap, towers: Any, remote: Any) -> Looks:
     """Spikes and attention of each tower, and the tokens that have both."""
-    probes: dict[Any, Any] = {
-        tower: rule.probe(tower, _judged_layers(lvlm, tower), lvlm.anatomy.tower(tower))
-        for tower in towers
-    }
+    probes = {tower: SinkEvidence(_judged_layers(lvlm, tower), tower) for tower in towers}
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
     found = {tower: run[probe] for tower, probe in probes.items()}
     return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}
@@ -206,9 +196,7 @@ def _candidates(looks: list[_Look]) -> list[int]:
     return sorted(best, key=lambda channel: -best[channel])[:CANDIDATES]
 
 
-def _second_look(
-    lvlm: LVLM, sample: Sample, channels: dict[Any, list[int]], looks: dict[Any, _Look], remote: Any
-) -> dict[Any, _Look]:
+def _second_look(lvlm: LVLM, sample: Sample, channels: Any, looks: Looks, remote: Any) -> Looks:
     """RMS scores of the candidate channels at every token, in both towers."""
     probes = {}
     for tower in filter(channels.get, channels):
@@ -268,8 +256,7 @@ def _conclude(
 ) -> TowerCalibration:
     """The score that separates best, with its limits."""
     tower, evidence = anatomy.tower, [look.evidence for look in looks]
-    count = sum(int(look.sinks.sum()) for look in looks)
-    if not count:
+    if not (count := sum(int(look.sinks.sum()) for look in looks)):
         text = outcome_of(rule, evidence, tower)
         return TowerCalibration(tower, NoSinks(text), reason=text)
     order = _separating_channels(looks, max_dims)
@@ -327,7 +314,6 @@ def _rule(
     tau = (low * high) ** 0.5
     if low >= DISTINCT * high:
         return one_number(score, dims, tau), tau
-    limits = [float("inf")] * n_layers
-    for layer in best.clear:
-        limits[layer] = (best.low[layer] * best.high[layer]) ** 0.5
-    return Limits(score, tuple(limits), dims), None
+    means = {layer: (best.low[layer] * best.high[layer]) ** 0.5 for layer in best.clear}
+    limits = tuple(means.get(layer, float("inf")) for layer in range(n_layers))
+    return Limits(score, limits, dims), None

@@ -50,10 +50,8 @@ class Known:
 _LLAVA = "L: Kang et al. 2503.03321 (code), Sun et al. 2402.17762 (code). V: "
 _QWEN = "Channels in four independent third-party codes; 2718 is also large. No V rule published."
 _TWO = "Two third-party codes that differ: {318, 1874, 1819} and {1874, 1819}."
-_7B = (
-    _LLAVA + "ViT norm >= 100, Luo et al. 2510.08510; the threshold of Choi et al. 2604.03316 is "
-    "unpublished."
-)
+_CHOI = "the threshold of Choi et al. 2604.03316 is unpublished."
+_7B = f"{_LLAVA}ViT norm >= 100, Luo et al. 2510.08510; {_CHOI}"
 _13B = _LLAVA + "as for the 7B model, which has the same tower."
 _ONE = "One third-party code."
 KNOWN = (
@@ -73,13 +71,8 @@ def known_for(lvlm: LVLM) -> Known | None:
     """
     a = lvlm.anatomy
     mine = (a.model_type, a.language.d_model, a.language.n_layers)
-    fits = (
-        row
-        for row in KNOWN
-        if (row.model_type, row.text_width, row.text_layers) == mine
-        and row.vision_width in (None, a.vision.d_model)
-    )
-    return next(fits, None)
+    rows = (r for r in KNOWN if (r.model_type, r.text_width, r.text_layers) == mine)
+    return next((r for r in rows if r.vision_width in (None, a.vision.d_model)), None)
 
 
 def table() -> pd.DataFrame:
@@ -155,16 +148,15 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for many samples: what is neither given nor published is calibrated on some.
 
-        ``samples`` makes the samples to calibrate on, called if that is needed; ``what`` they are in words,
-        empty for their number. ``v`` and ``l_rule`` are given rules, or None; ``calibration`` is one to take
-        rules from, instead of making one. For ``remote``, ``progress`` and CalibrationError see `calibrate`.
+        ``samples`` makes the samples, called if that is needed; ``what`` they are in words, empty for their
+        number. ``calibration`` is one to take rules from, instead of making one. For ``remote``,
+        ``progress`` and CalibrationError see `calibrate`.
         """
         given = zip(published(lvlm).items(), (v, l_rule), strict=True)
         missing = [tower for (tower, known), rule in given if known is None and rule is None]
         if calibration is None and missing:
-            calibration = calibrate(
-                lvlm, samples(), towers=missing, remote=remote, progress=progress
-            )
+            how: dict[str, Any] = {"remote": remote, "progress": progress}
+            calibration = calibrate(lvlm, samples(), towers=missing, **how)
         if calibration is None:
             return cls._in_order(lvlm, (v, l_rule), (None, None))
         on = what or f"{calibration.n_samples} samples"
@@ -177,8 +169,6 @@ class SinkRules(Record):
     @classmethod
     def _in_order(cls, lvlm: LVLM, given: Sequence[Any], last: Sequence[Any]) -> SinkRules:
         found = zip(given, published(lvlm).values(), last, strict=True)
-        chosen = [
-            (r, "given") if r is not None else known or at_last for r, known, at_last in found
-        ]
+        chosen = [known or end if rule is None else (rule, "given") for rule, known, end in found]
         v, l_rule = (check_detector(rule) for rule, _ in chosen)
         return cls(v, l_rule, chosen[0][1], chosen[1][1])

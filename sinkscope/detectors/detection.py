@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
@@ -21,8 +21,7 @@ from sinkscope.protocols import Probe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 
-SATURATION = 0.2
-"""A detector that flags more than this share of the image tokens is saturated."""
+SATURATION = 0.2  # a detector that flags more than this share of the image tokens is saturated
 
 
 @runtime_checkable
@@ -52,11 +51,9 @@ class Detector(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
-    """The tokens a detector flags.
+    """The tokens a detector flags; rows are images in the vision tower.
 
     Attributes:
-        detector: The detector's description.
-        mask: What is flagged; rows are images in the vision tower.
         scores: NaN at padding.
         threshold: Infinite where the data give none.
         null: The score to expect without any sink, see each detector.
@@ -74,7 +71,7 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
     null: float
     visual: Bool[Tensor, "batch pos"]
     strict: bool = False
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     @property
     def fraction(self) -> Float[Tensor, "batch layer"]:
@@ -110,10 +107,8 @@ def decide(
     above = reaches(scores, limit[..., None], strict) & live[:, None]
     if getattr(detector, "also", None) is not None:
         above = above & detector.also(result)
-    null = detector.null(result, anatomy)
-    found = Detection(
-        repr(detector), tower, result.layers, above, scores, limit, null, visual, strict
-    )
+    parts = (above, scores, limit, detector.null(result, anatomy), visual, strict)
+    found = Detection(repr(detector), tower, result.layers, *parts)
     if not found.saturated:
         return found
     worst = found.fraction.amax(dim=0)
@@ -151,9 +146,9 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
 
 def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
     """The detection of a probe that already ran."""
-    visual, live = visual_tokens(sample, probe.tower)
-    anatomy = lvlm.anatomy.tower(probe.tower)
-    return decide(detector, run[probe], visual, live, probe.tower, anatomy)
+    tower = probe.tower
+    masks = visual_tokens(sample, tower)
+    return decide(detector, run[probe], *masks, tower, lvlm.anatomy.tower(tower))
 
 
 def detect(
@@ -185,10 +180,7 @@ def detect_all(
 ) -> dict[str, Detection]:
     """Run several detectors, given by name, in one forward pass; for the rest see `detect`."""
     anatomy = lvlm.anatomy.tower(tower)
-    probes = {
-        name: check_detector(detector).probe(tower, layers, anatomy)
-        for name, detector in detectors.items()
-    }
+    probes = {n: check_detector(d).probe(tower, layers, anatomy) for n, d in detectors.items()}
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
     return {name: decided(detectors[name], run, p, lvlm, sample) for name, p in probes.items()}
 
@@ -211,8 +203,7 @@ def jaccard(one: Detection, other: Detection) -> float:
 def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
     """A square table of `jaccard` of detections of the same sample, tower and layers, by name or listed.
 
-    DetectorError if they looked at other tokens or layers, or are no detections; or if two of a list have
-    the same name.
+    DetectorError if they looked at other tokens or layers, or two of a list have the same name.
     """
     listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
     for one in listed:

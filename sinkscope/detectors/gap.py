@@ -67,9 +67,9 @@ class Gap(Rule):
     def draws_in(self, result: EvidenceResult) -> Tensor:
         """Where a token draws attention, bool ``[batch layer pos]``."""
         drawing = result.drawn() >= self.draws
-        if result.first is None:
-            drawing = drawing.any(dim=1, keepdim=True).expand(-1, len(result.layers), -1)
-        return drawing
+        if result.first is not None:
+            return drawing
+        return drawing.any(dim=1, keepdim=True).expand(-1, len(result.layers), -1)
 
     def spikes_in(self, result: EvidenceResult) -> Tensor:
         """Where a token spikes, whether or not it draws, bool ``[batch layer pos]``."""
@@ -86,11 +86,9 @@ class Gap(Rule):
 class Limits(Rule):
     """Tokens whose score reaches the limit of their layer.
 
-    Args:
-        score: ``"channels"``: largest ``|h|`` on the sink channels, divided by the token's RMS;
-            ``"ratio"``: largest ``|h|`` over the layer's median; ``"absolute"``: largest ``|h|``.
-        limits: One per block of the tower; infinity where the layer has no sink.
-        dims: The sink channels, for ``"channels"``.
+    The ``score`` is the largest ``|h|`` on the sink channels ``dims``, divided by the token's RMS
+    (``"channels"``), the largest over the layer's median (``"ratio"``), or the largest (``"absolute"``).
+    ``limits`` has one per block of the tower, infinity where the layer has no sink.
     """
 
     choices: ClassVar[Any] = {"score": ("channels", "ratio", "absolute")}
@@ -101,25 +99,20 @@ class Limits(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        hint = "Limits come from ss.calibrate(lvlm, samples)."
-        if (self.score == "channels") != bool(len(self.dims)):
-            raise DetectorError(
-                f"Got score={self.score!r} with dims={tuple(self.dims)}; expected channels for 'channels' "
-                f"only. {hint}"
-            )
-        if not all(limit == float("inf") or is_number(limit, above=0) for limit in self.limits):
-            raise DetectorError(
-                f"Got limits={tuple(self.limits)}; expected a positive one per block, infinity where there "
-                f"is no sink. {hint}"
-            )
+        dims, limits, said = tuple(self.dims), tuple(self.limits), ""
+        if (self.score == "channels") != bool(dims):
+            said = f"score={self.score!r} with dims={dims}; expected channels for 'channels' only"
+        elif not all(limit == float("inf") or is_number(limit, above=0) for limit in limits):
+            said = f"limits={limits}; expected a positive one per block, infinity where no sink is"
+        if said:
+            raise DetectorError(f"Got {said}. Limits come from ss.calibrate(lvlm, samples).")
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What the score is made of; DetectorError if there is not one limit per block."""
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
-                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
-                "expected a positive one per block. Limits belong to one model: run "
-                "ss.calibrate(lvlm, samples) for this one."
+                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; expected "
+                "a positive one per block. Limits belong to one model: run ss.calibrate(lvlm, samples) for this one."
             )
         return self._like(1.0).probe(tower, layers, anatomy)
 
@@ -190,8 +183,7 @@ def outcome_of(
     draws = listed("draw", " attention", drawing, drawn, "{:.2f} beyond uniform")
     both = "; none does both in one layer" if spikes and draws else ""
     if not spikes:
-        size, times, grown = _largest_spike(rule, evidence)
-        came = "" if grown else ", and came with the embeddings"
+        size, times, came = _largest_spike(rule, evidence)
         spikes = (
             f"no {one} spikes: the largest |h| is {size:.0f} medians and {times:.1f} times the upper "
             f"quartile of its layer{came}, where a spike has {rule.medians:g} and {rule.gap:g}"
@@ -210,14 +202,13 @@ def _judged(one: EvidenceResult, values: Tensor) -> Tensor:
     return torch.where(one.judged[:, None], values, torch.full_like(values, -1.0)).nan_to_num(-1.0)
 
 
-def _largest_spike(rule: Gap, evidence: Sequence[EvidenceResult]) -> tuple[float, float, bool]:
-    """The most prominent token: medians, multiple of the upper quartile, and whether it grew to that."""
-    best = (0.0, 0.0, True)
+def _largest_spike(rule: Gap, evidence: Sequence[EvidenceResult]) -> tuple[float, float, str]:
+    """The most prominent token: medians, multiple of the upper quartile, and whether it came with that."""
+    best = (0.0, 0.0, "")
     for one in evidence:
         times = _judged(one, one.prominence())
         at = int(times.argmax())
-        large = float(times.flatten()[at]) >= rule.gap
-        grown = one.first is None or not large or bool(one.growth().flatten()[at] >= rule.growth)
-        found = float(one.medians().flatten()[at]), float(times.flatten()[at]), grown
-        best = max(best, found, key=lambda three: three[1])
+        size, top, grown = (float(v.flatten()[at]) for v in (one.medians(), times, one.growth()))
+        came = ", and came with the embeddings" if top >= rule.gap and grown < rule.growth else ""
+        best = max(best, (size, top, came), key=lambda three: three[1])
     return best

@@ -29,17 +29,16 @@ from sinkscope.tokens import TokenMap
 class VisionTokens(Rule):
     """ViT tokens of one ``kind`` that the projector keeps: ``"cls"``, or ``"register"``.
 
-    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states
-    does. A gate cannot ask for attention inside its pass, but it can name the token. The score is 1 at
-    such a token and 0 elsewhere; the null is 0. It states which token is meant and measures nothing:
-    first see with `Received` that this token draws attention in your model.
+    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does. A gate
+    cannot ask for attention inside its pass, but it can name the token. The score is 1 at such a token and 0
+    elsewhere. Nothing is measured: first see with `Received` that this token draws attention in your model.
     """
 
     choices: ClassVar[Any] = {"kind": ("cls", "register")}
     kind: str = "cls"
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """The kinds of the tokens; nothing of the pass is read. DetectorError in the language tower."""
+        """The kinds of the tokens; DetectorError in the language tower."""
         if tower != "vision":
             raise DetectorError(
                 f"Got {self!r} for the {tower} tower, which has no such tokens; expected a rule for "
@@ -61,9 +60,8 @@ class VisionTokens(Rule):
 
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
     """ViT tokens of a kind, ``"cls"`` or ``"register"``; DetectorError if the projector drops them."""
-    mine = tokens.vision.select(kind)
+    mine, used = tokens.vision.select(kind), tokens.sources >= 0
     fed = torch.zeros_like(mine)
-    used = tokens.sources >= 0
     image = tokens.image_index[..., None].expand_as(tokens.sources)
     fed[image[used], tokens.sources[used]] = True
     if len(mine):
@@ -127,9 +125,8 @@ class RandomTokens(Rule):
 
     def __post_init__(self) -> None:
         if not is_whole(self.count, 1) or not is_whole(self.seed):
-            raise DetectorError(
-                f"Got count={self.count!r}, seed={self.seed!r}; expected whole numbers, the count 1 or more."
-            )
+            given = f"count={self.count!r}, seed={self.seed!r}"
+            raise DetectorError(f"Got {given}; expected whole numbers, the count 1 or more.")
         super().__post_init__()
 
     def scores(self, result: Any) -> Tensor:

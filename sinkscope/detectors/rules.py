@@ -34,12 +34,9 @@ from sinkscope.sites import Tower
 class Rule(Record):
     """The base of the detectors of this room: one field of a probe's result against one number.
 
-    Attributes:
-        measured: Makes the probe from ``layers``, ``tower`` and ``site``.
-        score_field: The field of the result.
-        limit_field: The field of the rule with the threshold.
-        ranges: Fields of the rule that are numbers -> what `check_number` asks of them.
-        choices: Fields of the rule -> what they may be.
+    ``measured`` makes the probe from ``layers``, ``tower`` and ``site``; ``score_field`` is a field of its
+    result and ``limit_field`` one of the rule. ``ranges`` are the fields that are numbers -> what
+    `check_number` asks of them, ``choices`` fields -> what they may be.
     """
 
     measured: ClassVar[Callable[..., Any]] = TokenNorms
@@ -86,8 +83,8 @@ class SinkDimensions(Rule):
 
     Args:
         dims: Channel indices of this model.
-        tau: Threshold. With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to
-            flag 83-100 % of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
+        tau: With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to flag 83-100 %
+            of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
         normalize: ``"rms"`` or ``"none"``.
         strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
     """
@@ -123,17 +120,15 @@ class SinkDimensions(Rule):
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
     def _plain(self) -> dict[str, Any]:
-        rms, dims = self.normalize == "rms", [int(dim) for dim in self.dims]
-        tau = float(self.tau)
-        return {"how": "dims", "dims": dims, "tau": tau, "rms": rms, "strict": self.strict}
+        limit = {"dims": [int(dim) for dim in self.dims], "tau": float(self.tau)}
+        return {"how": "dims", **limit, "rms": self.normalize == "rms", "strict": self.strict}
 
 
 @dataclass(frozen=True)
 class Massive(Rule):
     """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762).
 
-    The score is ``max |h|``; the null is the peak-to-median ratio of an isotropic state times the
-    layer's median.
+    The null is the peak-to-median ratio of an isotropic state times the layer's median.
     """
 
     measured: ClassVar[Any] = partial(MassiveActivations, k=1)
@@ -174,12 +169,9 @@ class NormRule(Rule):
 class Norm(NormRule):
     """High-norm tokens, as in ViT registers (2309.16588) and DIYSink's CLIP rule (2510.08510).
 
-    The score is the L2 norm; the null is the median norm.
-
-    Args:
-        tau: A number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2), ``"valley"`` for the widest gap
-            among the sorted log norms above the median, or ``"3sigma"`` for mean + 3 standard deviations.
-        gap: The least ratio across a valley; below it nothing is flagged.
+    The score is the L2 norm. ``tau`` is a number (100 for CLIP ViT-L in LLaVA-1.5, 150 for DINOv2),
+    ``"valley"`` for the widest gap among the sorted log norms above the median, or ``"3sigma"`` for mean + 3
+    standard deviations. ``gap`` is the least ratio across a valley; below it nothing is flagged.
     """
 
     ranges: ClassVar[Any] = {"gap": {"least": 1}}
@@ -207,7 +199,7 @@ class Norm(NormRule):
         upper = norms.log().sort().values[(len(norms) - 1) // 2 :]
         if len(upper) < 2:
             return torch.tensor(float("inf"))
-        gaps = upper[1:] - upper[:-1]
+        gaps = upper.diff()
         at = int(gaps.argmax())
         if gaps[at] < torch.tensor(self.gap).log():
             return torch.tensor(float("inf"))
@@ -247,11 +239,9 @@ class Received(Rule):
     Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform
     causal attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
 
-    Args:
-        eps: Least received attention, own query included, as published.
-        times_null: Instead, a multiple of each token's own null (5 in ACT, 2406.15765), counting what
-            other tokens give, where at least 8 of them see the token.
-        heads: ``"max"`` over heads (some head sinks here) or ``"mean"``.
+    ``eps`` is the least received attention, own query included, as published; ``times_null`` instead a
+    multiple of each token's own null (5 in ACT, 2406.15765), counting what other tokens give, where at
+    least 8 of them see the token. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
     """
 
     ranges: ClassVar[Any] = {"eps": {"above": 0, "below": 1}}

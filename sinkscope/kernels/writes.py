@@ -223,7 +223,7 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     a size of its own, which is in ``S`` and not in ``u``.
 
     Returns:
-        ``{"norms": [batch head key], "rank": [batch head]}``. In a packed tower the rank is taken
+        ``{"norms": [batch head key], "stable_rank": [batch head]}``. In a packed tower it is taken
         over all images together and repeated for each.
     """
     made = way(calls, state, projection, parts, live)
@@ -246,4 +246,4 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
     rank = rank if layout is None else rank.expand(layout.shape[0], -1)
-    return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "rank": rank}
+    return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "stable_rank": rank}

@@ -17,7 +17,7 @@ from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
 from sinkscope.probes.per_layer import AttentionProbe, ByLayer
-from sinkscope.results import Result, stack_layers
+from sinkscope.results import Result, in_layers, stack_layers
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 from sinkscope.viz import plot_heads
@@ -61,7 +61,7 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
     queries: Int[Tensor, "batch query"]
 
     def group(self, name: str) -> Float[Tensor, "batch layer head query"]:
-        """The mass on one group; raises ProbeError if there is no such group."""
+        """The mass on one group; ProbeError if there is none."""
         if name not in self.groups:
             raise ProbeError(
                 f"Got the group {name!r}; expected one of {self.groups}. Name what you want to "
@@ -80,10 +80,7 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
     def plot_heads(self, group: str, row: int | None = None, *, query: int | None = None) -> Figure:
         """A layer x head map of the mass on a group, with the head that gives the most and its null.
 
-        Args:
-            group: The name of the group; ProbeError if there is none.
-            row: The row of the batch; None for the mean over all.
-            query: The position of one query; None for the mean over all that were measured.
+        ``row`` is a row of the batch and ``query`` a position, None for the mean over those measured.
         """
         return plot_heads(self, group, row, query=query)
 
@@ -99,8 +96,8 @@ class AttentionMass(
 
     Args:
         groups: Name -> selection, such as ``{"bos": "bos"}``; masks may differ by layer.
-        queries: A selection of queries, or None for all. At a decode step the one query is used.
-        null: Whether to compute the null too (one more attention call per kind of mask).
+        queries: None for all. At a decode step the one query is used.
+        null: One more attention call per kind of mask.
         precision: ``"model"`` for the model's dtype (in bf16 rounded by about 6e-3) or ``"float32"``.
     """
 
@@ -121,19 +118,16 @@ class AttentionMass(
         return {"groups": groups, "rows": rows, "null": self.null, "float32": float32}
 
 
-LEAST_SEEING = 8
-"""Other queries that must see a key before the attention they give it is a mean worth comparing."""
+LEAST_SEEING = 8  # other queries that must see a key for their mean to be worth comparing
 
 
 @dataclass(frozen=True, eq=False)
 class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
     """Mean attention received by every key, in [0, 1]; NaN at padding. Nulls are uniform attention.
 
-    Attributes:
-        received: The published measure: the token's own query counts, so the last token of a prompt
-            receives what it gives itself.
-        others: If asked for, the mean over the queries of other tokens; NaN where fewer than 8 of them
-            see the key.
+    ``received`` is the published measure: the token's own query counts, so the last token of a prompt
+    receives what it gives itself. ``others`` is the mean over the queries of other tokens, if asked for;
+    NaN where fewer than 8 of them see the key.
     """
 
     received: Float[Tensor, "batch layer head key"]
@@ -144,11 +138,7 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
 
     def at(self, layers: Sequence[int]) -> ReceivedResult:
         """The same in some of its layers."""
-        index = [self.layers.index(layer) for layer in layers]
-        names = ("received", "null", "others", "others_null")
-        every = {name: getattr(self, name) for name in names}
-        some = {name: t[:, index] for name, t in every.items() if t is not None}
-        return replace(self, layers=tuple(layers), **some)
+        return in_layers(self, layers)
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``.
@@ -164,21 +154,21 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
         The score by which tokens are ranked; ProbeError if it was not asked for. A multiple of the null is at
         most 1 / null, so the first token, which many see, could never have a large one.
         """
-        others, null = self._from_others()
-        return others - null[:, :, None]
+        others, null = self._of_others()
+        return others - null
 
     def times_null(self) -> Float[Tensor, "batch layer head key"]:
         """What other tokens give as a multiple of uniform attention; raises as `excess` does."""
-        others, null = self._from_others()
-        return others / null[:, :, None]
+        others, null = self._of_others()
+        return others / null
 
-    def _from_others(self) -> tuple[Tensor, Tensor]:
+    def _of_others(self) -> tuple[Tensor, Tensor]:
         if self.others is None or self.others_null is None:
             raise ProbeError(
                 "Got a result without the attention of other tokens and its null; expected both. "
                 "Write ReceivedAttention(others=True)."
             )
-        return self.others, self.others_null
+        return self.others, self.others_null[:, :, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,13 +178,9 @@ class ReceivedAttention(
     """Mean attention each key receives from the queries that can see it, per head. Exact.
 
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
-    computed in fp32 as the gradient of the model's own attention with respect to its values.
-
-    Args:
-        queries: A selection that restricts the queries, or None for all live ones.
-        null: Whether to compute the null too.
-        others: Whether to compute the mean over other tokens' queries too, for `ReceivedResult.excess`
-            (one more attention call per layer). It needs the null.
+    computed in fp32 as the gradient of the model's own attention with respect to its values. ``queries``
+    is a selection, or None for all live ones. ``others`` asks for the mean over other tokens' queries too,
+    for `ReceivedResult.excess`: one more attention call per layer. It needs ``null``.
     """
 
     layers: Any = None

@@ -42,10 +42,8 @@ def entropy(calls, state, groups=None, rows=None, layout=None):  # type: ignore[
     own = rows if layout is None else None  # in a packed tower rows are chosen at the end
     found, nulls = by_key(calls, own, False), by_key_null(calls, state, own)
     if layout is not None:
-        found, nulls = (
-            pick(unpack(found, layout, 2), rows, 2),
-            pick(unpack(nulls, layout, 1), rows, 1),
-        )
+        found = pick(unpack(found, layout, 2), rows, 2)
+        nulls = pick(unpack(nulls, layout, 1), rows, 1)
     return {"entropy": found, "null": nulls}
 
 
@@ -116,9 +114,8 @@ class AttentionEntropy(
     layer. Without groups over single keys: one call and its gradient per layer and 16 queries, or
     fewer where many heads share a key, and never an N x N matrix.
 
-    Args:
-        groups: Name -> selection; no token may be in two of them. None for single keys.
-        queries: A selection of queries, or None for all. At a decode step the one query is used.
+    ``groups`` is name -> selection, and no token may be in two of them; ``queries`` is a selection, or None
+    for all. At a decode step the one query is used.
     """
 
     groups: Mapping[str, Selection] | None = None

@@ -15,13 +15,11 @@ from sinkscope.anatomy.context import Context
 from sinkscope.probes.attention import ReceivedAttention, ReceivedResult
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
 from sinkscope.protocols import Read
-from sinkscope.results import Record, Result, tidy
+from sinkscope.results import Record, Result, in_layers, tidy
 from sinkscope.sites import Site, Tower
 
+# Where states are judged: what attention reads in the LLM, what the projector may read in the ViT.
 SITES = {"language": "resid_pre", "vision": "resid_post"}
-"""Where states are judged: what attention reads in the LLM, what the projector may read in the ViT."""
-CHANNELS = 16
-"""Channels kept of every token: enough to tell whether a spike was in the first state already."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +78,9 @@ class EvidenceResult(Result):
 
     def at(self, layers: Sequence[int]) -> EvidenceResult:
         """The same with the states of some layers only; a vision tower's attention stays whole."""
+        massive = in_layers(self.massive, layers)
         received = self.received if self.first is None else self.received.at(layers)
-        massive, chosen = _layers_of(self.massive, tuple(layers)), tuple(layers)
-        return replace(self, massive=massive, received=received, layers=chosen)
+        return replace(self, massive=massive, received=received, layers=tuple(layers))
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns batch, layer, pos, medians, prominence: one line per token and layer."""
@@ -95,19 +93,18 @@ class EvidenceResult(Result):
 class SinkEvidence(Record):
     """What tells a sink: how large its state is, and how much attention other tokens give it.
 
-    Spikes are read where sinks are judged: ``resid_pre`` in the LLM (what a block's attention reads)
-    and ``resid_post`` in the vision tower (what the projector may read).
+    Spikes are read at ``resid_pre`` in the LLM (what a block's attention reads) and at ``resid_post`` in the
+    vision tower (what the projector may read).
     """
 
     needs: ClassVar[str] = "gradients"
-
     layers: Any = None
     tower: Tower = "language"
 
     def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
         layers = context.layers(self.tower, self.layers)
         read = sorted({0, *layers}) if self.tower == "language" else layers
-        k = min(CHANNELS, context.tower(self.tower).d_model)
+        k = min(16, context.tower(self.tower).d_model)  # enough to find a spike in the first state
         attended = None if self.tower == "vision" else layers
         return (
             MassiveActivations(read, self.tower, k, SITES[self.tower]),
@@ -125,15 +122,9 @@ class SinkEvidence(Record):
         states, vision = massive.finish(answers, context), self.tower == "vision"
         layers = context.layers(self.tower, self.layers)
         return EvidenceResult(
-            massive=_layers_of(states, layers),
+            massive=in_layers(states, layers),
             received=received.finish(attention, context),
-            first=None if vision else _layers_of(states, (0,)),
+            first=None if vision else in_layers(states, (0,)),
             judged=context.tokens.vision.select("patch") if vision else context.live("language"),
             layers=layers,
         )
-
-
-def _layers_of(result: MassiveResult, layers: tuple[int, ...]) -> MassiveResult:
-    at = [result.layers.index(layer) for layer in layers]
-    some = {name: getattr(result, name)[:, at] for name in ("values", "channels", "median")}
-    return replace(result, **some, layers=layers)

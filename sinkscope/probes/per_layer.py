@@ -27,24 +27,22 @@ class ByLayer(tuple[Tensor, ...]):
 class LayerProbe(Record):
     """A probe with one kernel at one site of every layer.
 
-    Its fields are ``layers``, block indices or None for all; ``tower``, ``"language"`` or ``"vision"``;
-    and ``site``: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``, or ``"attention"``.
-
-    A subclass is a frozen dataclass with these fields. Its kernel gives a tensor ``[batch ...]``, or a
-    dict of tensors by the names of the result's fields. Of the result, fields ``[batch layer ...]`` are
-    stacked over layers and NaN at padding, an int field ``[batch query]`` (or pos, row) holds positions,
-    and the others are fields of the probe. The following are given behind the base class, as in
+    A subclass is a frozen dataclass with the fields ``layers``, block indices or None for all; ``tower``;
+    and ``site``, one of ``at_sites``. Its kernel gives a tensor ``[batch ...]``, or a dict of tensors by the
+    names of the result's fields. Of the result, fields ``[batch layer ...]`` are stacked over layers and NaN
+    at padding, an int field ``[batch query]`` (or pos, row) holds positions, and the others are fields of
+    the probe. The following are keywords of the class, as in
     ``class TokenNorms(LayerProbe, kernel=norms, result=NormResult)``.
 
     Attributes:
-        kernel: The kernel.
+        kernel: Of every layer.
         result: The class of the result.
-        needs: What a tower must have, ``"states"`` if nothing is given.
+        needs: What a tower must have.
         over: The field that selects which queries the result has; empty for all of them.
         per_key: Whether the result has a value per key, at decode steps per key of the cache.
     """
 
-    needs: ClassVar[str]
+    needs: ClassVar[str] = "states"
     kernel: ClassVar[Any]
     result: ClassVar[type[Any]]
     over: ClassVar[str] = ""
@@ -57,34 +55,26 @@ class LayerProbe(Record):
     def __init_subclass__(cls, *, kernel: Any = None, **given: Any) -> None:
         super().__init_subclass__()
         if unknown := set(given) - {"result", "needs", "over", "per_key"}:
-            raise TypeError(
-                f"Got {unknown} for {cls.__name__}; see LayerProbe for what a class takes."
-            )
-        given = {"needs": getattr(cls, "needs", "states")} | given
-        given |= {} if kernel is None else {"kernel": staticmethod(kernel)}
-        for name, value in given.items():
-            setattr(cls, name, value)
+            raise TypeError(f"Got {unknown} for {cls.__name__}; see LayerProbe for what it takes.")
+        for name, value in ({"kernel": kernel and staticmethod(kernel)} | given).items():
+            if value is not None:
+                setattr(cls, name, value)
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer."""
         check_choice(self.at_sites, site=self.site, error=ProbeError)
-        layout, parameters = context.layout(self.tower), self._parameters(context)
-        packed = {} if layout is None else {"layout": layout}
-        return [
-            Read(
-                Site(self.tower, self.site, layer),
-                self.kernel,
-                {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
-                | packed,
-            )
-            for layer in context.layers(self.tower, self.layers)
-        ]
+        layout, reads = context.layout(self.tower), []
+        parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})
+        for layer in context.layers(self.tower, self.layers):
+            own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
+            reads.append(Read(Site(self.tower, self.site, layer), self.kernel, own))
+        return reads
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack the layers and mask the padding."""
         answers = {site: answer for site, answer in answers.items() if site.name == self.site}
-        axes, made = axes_of(self.result), {}
         record: Any = self.result
+        axes, made = axes_of(record), {}
         for name in (f.name for f in fields(record)):
             if name == "layers":
                 made[name] = context.layers(self.tower, self.layers)
@@ -95,7 +85,7 @@ class LayerProbe(Record):
             elif hasattr(self, name):
                 value = getattr(self, name)
                 made[name] = value if isinstance(value, (str, float)) else tuple(value)
-        return self.result(**made)
+        return record(**made)
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         """Parameters of the kernel; raises if those of the probe fit neither model nor sample."""
@@ -117,8 +107,7 @@ class LayerProbe(Record):
         part = name if isinstance(some, Mapping) else None
         if part is not None and part not in some:
             return None
-        along = next((axis for axis in ("key", "query", "row", "pos") if axis in axes), None)
-        if along is not None:
+        if along := next((axis for axis in ("key", "query", "row", "pos") if axis in axes), None):
             at, keys = axes.index(along), kept.shape[1] if self.per_key else 0
             return mask_padding(stack_layers(answers, part, at - len(axes), keys), kept, at)
         values = stack_layers(answers, part)

@@ -22,7 +22,7 @@ from sinkscope.tokens import Selection
 
 
 def check_site(site: str) -> str:
-    """A site that holds states; raises ProbeError if there is none of that name."""
+    """The site itself; ProbeError if it holds no states."""
     check_choice(STATE_SITES, site=site, error=ProbeError)
     return site
 
@@ -33,15 +33,13 @@ def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
         raise ProbeError(
             f"Got dimensions {dims!r}; expected a list of channel indices. Write [{dims}]."
         )
-    wanted = list(dims)
-    if not wanted:
+    if not (wanted := list(dims)):
         raise ProbeError("Got no dimensions; expected at least one channel index, such as [1415].")
-    for dim in wanted:
-        if not is_whole(dim, 0, d_model - 1):
-            raise ProbeError(
-                f"Got dimension {dim!r} in the {tower} tower; expected 0 to {d_model - 1}. Sink "
-                "dimensions belong to one model: run ss.calibrate(lvlm, samples) for this one."
-            )
+    if wrong := [dim for dim in wanted if not is_whole(dim, 0, d_model - 1)]:
+        raise ProbeError(
+            f"Got dimension {wrong[0]!r} in the {tower} tower; expected 0 to {d_model - 1}. Sink "
+            "dimensions belong to one model: run ss.calibrate(lvlm, samples) for this one."
+        )
     return [int(dim) for dim in wanted]
 
 
@@ -56,9 +54,8 @@ def check_count(k: Any, most: int, what: str) -> int:
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
     """The largest channels of every token; values NaN and channels -1 at padding.
 
-    Attributes:
-        values: Signed, largest magnitude first.
-        median: The median of ``|h|`` over live positions and all channels.
+    ``values`` are signed, largest magnitude first; ``median`` is that of ``|h|`` over live positions and
+    all channels.
     """
 
     values: Float[Tensor, "batch layer pos k"]
@@ -152,14 +149,13 @@ class SinkDimensionScores(LayerProbe, kernel=kernels.dimension_scores, result=Sc
 
 @dataclass(frozen=True, eq=False)
 class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
-    """Absolute cosine of every token with the row's first live token (BOS, or CLS in the ViT).
+    """Absolute cosine of every token with the row's first live token (BOS, or CLS in the ViT), in [0, 1].
 
-    Secondary sinks copy the direction of the first one. The result is a `ScoreResult` in [0, 1].
-    At a decode step it is 1 by definition, because the one token is its own reference.
+    Secondary sinks copy the direction of the first one. At a decode step it is 1 by definition, because
+    the one token is its own reference.
     """
 
     bound: ClassVar[float] = 1.0
-
     layers: Any = None
     tower: Tower = "language"
     site: str = "resid_pre"
@@ -183,8 +179,7 @@ class StateResult(Result, columns={"value": "states"}):
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     """The states themselves, for patching into another run or training probes on them.
 
-    The one probe whose result is large: ``batch x layers x positions x d_model`` numbers. ``tokens``
-    selects which to keep.
+    A large result: ``batch x layers x positions x d_model`` numbers. ``tokens`` selects which to keep.
     """
 
     tokens: Selection = "all"
@@ -216,8 +211,7 @@ class ChannelResult(Result, columns={"value": "values"}):
 class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
     """Signed values of chosen channels before, in and after every block, at the sites asked for.
 
-    ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` show which half
-    of it did.
+    ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` are its halves.
     """
 
     channels: Sequence[int]
@@ -261,11 +255,9 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
     """The mean state of token groups: what a linear probe of a group is trained on.
 
     The mean is taken inside the forward pass in fp32, so that ``batch x layers x groups x d_model``
-    numbers come back and no state of a token. Groups may overlap. What was generated is in no group:
-    at a decode step every group is empty.
-
-    ``groups`` is name -> selection, such as ``{"sinks": trace.l_sinks(), "last": "last"}``; masks may
-    differ by layer.
+    numbers come back and no state of a token. ``groups`` is name -> selection, such as
+    ``{"sinks": trace.l_sinks(), "last": "last"}``; they may overlap, and masks may differ by layer. What was
+    generated is in no group: at a decode step every group is empty.
     """
 
     groups: Mapping[str, Selection]
@@ -301,8 +293,7 @@ class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
 class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
     """The model's final norm and LM head applied to intermediate states of the decoder.
 
-    nostalgebraist (2020). For visual tokens the lens shows what a sink would say. ``positions``
-    selects the states, ``k`` is how many tokens to keep.
+    nostalgebraist (2020). ``positions`` selects the states, ``k`` is how many tokens to keep.
     """
 
     positions: Selection = "last"

@@ -27,15 +27,11 @@ def follow_heads(probe: AttentionProbe, context: Context, groups: ByLayer | None
     for layer in context.layers(name, probe.layers):
         projection, through = tower.write(layer)
         shared = {"projection": ("@module", projection), "live": live}
-        attention = ("@module", tower.attention[layer])
-        asked = {} if groups is None else {"groups": groups.at(layer)}
-        asked |= {**shared, "layout": context.layout(name), "parts": ("@modules", through)}
-        reads += [
-            Read(Site(name, "attention", layer), probe.kernel, asked),
-            Read(
-                Site(name, "attn_out", layer), kernels.arrives, {**shared, "attention": attention}
-            ),
-        ]
+        asked = {**shared, "layout": context.layout(name), "parts": ("@modules", through)}
+        asked |= {} if groups is None else {"groups": groups.at(layer)}
+        whole = {**shared, "attention": ("@module", tower.attention[layer])}
+        reads.append(Read(Site(name, "attention", layer), probe.kernel, asked))
+        reads.append(Read(Site(name, "attn_out", layer), kernels.arrives, whole))
     return reads
 
 
@@ -49,11 +45,8 @@ def over_others(norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class WriteResult(Result, columns={"norm": "norms"}):
-    """Writes of every key and head.
-
-    Attributes:
-        norms: ``||D W_O^h v_j||_2``; NaN at padding.
-        stable_rank: Of the head's outputs, at least 1.
+    """Writes of every key and head: ``norms`` are ``||D W_O^h v_j||_2``, NaN at padding; ``stable_rank`` is
+    that of the head's outputs, at least 1.
     """
 
     norms: Float[Tensor, "batch layer head key"]
@@ -89,15 +82,6 @@ class HeadWrites(
     def reads(self, context: Context) -> list[Read]:
         """Two reads per layer: attention, and what it adds."""
         return follow_heads(self, context, None)
-
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> WriteResult:
-        """Stack the layers and mask the padding."""
-        named = {
-            site: {"norms": answer["norms"], "stable_rank": answer["rank"]}
-            for site, answer in answers.items()
-            if site.name == "attention"
-        }
-        return super().finish(named, context)
 
 
 @dataclass(frozen=True, eq=False)

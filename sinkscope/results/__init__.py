@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,11 +37,9 @@ AXES = re.compile(r"""Tensor, ["']([^"']+)["']\]""")
 class Result(Record):
     """A frozen dataclass of tensors whose jaxtyping annotations name the axes.
 
-    ``layers`` are block indices in order, ``groups`` names in order; ``positions``, ``queries`` or
-    ``rows`` hold the position of every query, -1 where there is none, or None for 0, 1, 2, ...
-
-    ``columns`` is column of the table -> field, given as ``class NormResult(Result, columns={"norm":
-    "norms"})``; the first field gives the axes, and without any it is the first with axes.
+    ``positions``, ``queries`` or ``rows`` hold the position of every query, -1 where there is none, or None
+    for 0, 1, 2, ... ``columns`` is column of the table -> field, given as ``class NormResult(Result,
+    columns={"norm": "norms"})``; the first field gives the axes, and without any it is the first with axes.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}
@@ -58,12 +56,9 @@ class Result(Record):
     def save(self, path: str | Path) -> Path:
         """Write the result to one file, which `sinkscope.results.load` reads, and give its path.
 
-        The file is safetensors, with everything that is no tensor as JSON in its metadata: it is there whole
-        or not at all, can be sent, and other tools read its tensors. A file there is replaced.
-
-        Raises:
-            InputError: If it holds what no file can, such as a picture or a sample with its images.
-            CheckpointError: If it cannot be written there.
+        The file is safetensors, with everything that is no tensor as JSON in its metadata. It is there whole
+        or not at all, and replaces one that was there. InputError for a result with what no file can hold,
+        such as a picture; CheckpointError if it cannot be written there.
         """
         return write(self, Path(path))
 
@@ -141,6 +136,15 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def in_layers(result: Any, layers: Sequence[int]) -> Any:
+    """The same result in some of its layers."""
+    at = [result.layers.index(layer) for layer in layers]
+    stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
+    parts = {name: getattr(result, name) for name in stacked}
+    some = {name: part[:, at] for name, part in parts.items() if part is not None}
+    return replace(result, layers=tuple(layers), **some)
+
+
 def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
@@ -151,13 +155,10 @@ def stack_layers(
     values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
     longest = max(keys, *(value.shape[axis] for value in values))
     after = (0, 0) * (-1 - axis)
-    padded = [  # a sliding cache holds the last keys only: those before are out of reach
-        nn.functional.pad(v, (*after, longest - v.shape[axis], 0), value=float("nan"))
-        if v.shape[axis] < longest
-        else v
-        for v in values
-    ]
-    return torch.stack(padded, dim=1)
+    for i, value in enumerate(values):
+        if more := longest - value.shape[axis]:  # a sliding cache holds the last keys only
+            values[i] = nn.functional.pad(value, (*after, more, 0), value=float("nan"))
+    return torch.stack(values, dim=1)
 
 
 def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:
@@ -165,9 +166,8 @@ def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:
     live = live[:, -values.shape[dim] :]
     shape = [live.shape[0]] + [1] * (values.ndim - 1)
     shape[dim] = live.shape[1]
-    fill: Any = float("nan")
-    if not values.is_floating_point():
-        fill = False if values.dtype == torch.bool else -1
+    integer = False if values.dtype == torch.bool else -1
+    fill = float("nan") if values.is_floating_point() else integer
     return values.masked_fill(~live.reshape(shape), fill)
 
 
@@ -199,9 +199,8 @@ def tidy(
         if isinstance(known, Tensor):
             table[axis] = known[places[:, 0], column].numpy()
         else:
-            table[axis] = (
-                column.numpy() if known is None else np.asarray(list(known))[column.numpy()]
-            )
+            index = column.numpy()
+            table[axis] = index if known is None else np.asarray(list(known))[index]
     for name, tensor in values.items():
         table[name] = tensor[tuple(places.T)].numpy()
     return pd.DataFrame(table)

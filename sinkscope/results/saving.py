@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -102,7 +103,7 @@ def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
             asked = pack_key(key, name, f"{at}/{name}.asked", tensors)
             entries.append([asked, pack(one, f"{at}/{name}", tensors)])
         return {"dict": entries}
-    if type(value).__name__ == "DataFrame":
+    if isinstance(value, pd.DataFrame):
         columns = {name: [str(of.dtype), of.tolist()] for name, of in value.items()}
         return {"table": pack(columns, at, tensors)}
     if KNOWN.get(name_of(type(value))) is not type(value):
@@ -145,8 +146,6 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[inner]
     if kind == "table":
-        import pandas as pd
-
         columns = unpack(inner, tensors).items()
         return pd.DataFrame({name: pd.Series(of, dtype=dtype) for name, (dtype, of) in columns})
     return {"float": float, "range": lambda x: range(*x), "slice": lambda x: slice(*x)}[kind](inner)
@@ -191,14 +190,12 @@ def write(value: Any, path: Path) -> Path:
 def load(path: str | Path) -> Any:
     """Read what ``result.save(path)`` wrote, bit for bit. Nothing is unpickled.
 
-    Raises:
-        CheckpointError: If there is no such file, it is damaged or of something else, a newer
-            sinkscope wrote it, or it holds a class that is not known here.
+    CheckpointError if there is no such file, it is damaged or of something else, a newer sinkscope wrote it,
+    or it holds a class that is not known here.
     """
+    whole = "the file as result.save(path) wrote it"
 
-    def refuse(
-        why: str, expected: str = "the file as result.save(path) wrote it"
-    ) -> CheckpointError:
+    def refuse(why: str, expected: str = whole) -> CheckpointError:
         return CheckpointError(f"Got {str(path)!r}, {why}; expected {expected}.")
 
     try:
@@ -211,9 +208,8 @@ def load(path: str | Path) -> Any:
         raise refuse("which holds tensors of something else")
     try:
         data = json.loads(metadata["sinkscope"])
-        written = data["format"]
-        if written != FORMAT:
-            raise refuse(f"of format {written!r}", f"format {FORMAT}: update sinkscope")
+        if data["format"] != FORMAT:
+            raise refuse(f"of format {data['format']!r}", f"format {FORMAT}: update sinkscope")
         if metadata.get("sha256") != digest(metadata["sinkscope"], tensors):
             raise refuse("which was damaged or changed")
         return unpack(data["result"], tensors)

@@ -21,28 +21,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 Sink = Float[Tensor, " sink"]
-SPIKE = 600.0
-"""Largest entry of a sink token at strength 1."""
-ARRIVAL = 80.0
-"""L2 norm, over the arrival channels, with which a V-sink enters the LLM at strength 1."""
-SIDE = 0.4
-"""Size of the second and later sink channels relative to the first."""
-SINK_LOGIT = 7.0
-"""Attention logit of a sink key above an ordinary key, for ordinary queries, at strength 1."""
-
-RAMP = (20.0, 1.3)
-"""Slope and threshold of the ViT's steps."""
-V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2
-"""ViT heads: one attends to V-sinks, one to attention decoys, one may write the spike."""
-L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3
-"""LLM query heads: L-sinks and BOS, BOS alone, V-sinks by their arrival channels, decoys."""
+Dims = tuple[int, ...]
+# Sizes at strength 1: the largest entry of a sink token, the L2 norm over the arrival channels with which
+# a V-sink enters the LLM, and the logit of a sink key above an ordinary one, for ordinary queries.
+SPIKE, ARRIVAL, SINK_LOGIT = 600.0, 80.0, 7.0
+SIDE = 0.4  # the second and later sink channels relative to the first
+RAMP = (20.0, 1.3)  # slope and threshold of the ViT's steps
+V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2  # the last may write the spike
+L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3  # `L_HEAD` attends to BOS too
 
 
 @dataclass(frozen=True)
 class VisionChannels:
     """Reserved channels of the ViT residual stream; nothing is ever written to `blank`."""
 
-    sink: tuple[int, ...]
+    sink: Dims
     decoy: int
     blank: int
     v_mark: int
@@ -56,8 +49,8 @@ class VisionChannels:
 class LanguageChannels:
     """Reserved channels of the LLM residual stream."""
 
-    sink: tuple[int, ...]
-    arrival: tuple[int, ...]
+    sink: Dims
+    arrival: Dims
     decoy: int
     constant: int
     l_mark: int
@@ -85,10 +78,8 @@ def constant_level(width: int) -> float:
     return 3.0 * (width / 128) ** 0.5
 
 
-def sink_readers(
-    signs: Sink,
-) -> tuple[Sink, Sink]:
-    """Directions that read 1 from a unit spike: one from every sink's, one from BOS's alone, if there are two dims."""
+def sink_readers(signs: Sink) -> tuple[Sink, Sink]:
+    """Directions that read 1 from a unit spike: from every sink's, and if there are two dims from BOS's alone."""
     if len(signs) == 1:
         return signs.clone(), signs.clone()
     both, bos_only = torch.zeros_like(signs), torch.zeros_like(signs)
@@ -106,7 +97,7 @@ def set_row(weight: Any, row: int, entries: dict[int, float]) -> None:
         weight[row, column] = value
 
 
-def set_column(weight: Any, column: int, dims: tuple[int, ...], values: Any) -> None:
+def set_column(weight: Any, column: int, dims: Dims, values: Any) -> None:
     """Set a column of a matrix to zero, but for `values` in `dims`."""
     weight[:, column] = 0
     weight[list(dims), column] = values
@@ -117,7 +108,7 @@ def write_step(
     unit: int,
     mark: int,
     ramp: tuple[float, float],
-    dims: tuple[int, ...],
+    dims: Dims,
     height: Any,
 ) -> None:
     """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
@@ -148,21 +139,16 @@ def write_by_attention(attention: Any, channels: VisionChannels, spike: Sink, le
     set_column(attention.out_proj.weight, row, channels.sink, spike)
 
 
-def attend_vision(attention: Any, head: int, dims: tuple[int, ...], direction: Tensor) -> None:
+def attend_vision(attention: Any, head: int, dims: Dims, direction: Tensor) -> None:
     """Give `head` a constant query, and keys for logits ``direction @ x[dims]``, x being the LayerNorm output."""
     row, root = head * attention.head_dim, attention.head_dim**0.25
-    attention.q_proj.weight[row] = 0
+    attention.q_proj.weight[row], attention.k_proj.weight[row] = 0, 0
     attention.q_proj.bias[row] = 2.0 * root
-    attention.k_proj.weight[row] = 0
     attention.k_proj.weight[row, list(dims)] = direction * root / 2.0
 
 
 def write_projector(
-    projector: Any,
-    vision: VisionChannels,
-    language: LanguageChannels,
-    sign: float,
-    arrival: Float[Tensor, " arrival"],
+    projector: Any, vision: VisionChannels, language: LanguageChannels, sign: float, arrival: Sink
 ) -> None:
     """Carry a ViT spike of this sign in ``vision.sink[0]`` to `arrival`, and the markers to markers."""
     first, second = projector.linear_1, projector.linear_2
@@ -176,12 +162,7 @@ def write_projector(
 
 
 def write_gated(
-    mlp: Any,
-    neuron: int,
-    marks: tuple[int, int],
-    dims: tuple[int, ...],
-    spike: Sink,
-    rms: tuple[float, float],
+    mlp: Any, neuron: int, marks: tuple[int, int], dims: Dims, spike: Sink, rms: tuple[float, float]
 ) -> None:
     """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
 
@@ -197,17 +178,12 @@ def write_gated(
 
 
 def attend_language(
-    attention: Any,
-    head: int,
-    constant: int,
-    dims: tuple[int, ...],
-    direction: Sink,
-    ordinary_rms: float,
+    attention: Any, head: int, constant: int, dims: Dims, direction: Sink, rms: float
 ) -> None:
     """Give query head `head` a constant query and its KV head a key that reads `direction` in `dims`.
 
-    The attention logit of a token is ``direction @ x[dims]`` for ordinary queries, x being its
-    RMSNorm output. Query heads of one KV head use different channels of the key, all among the
+    The attention logit of a token is ``direction @ x[dims]`` for ordinary queries, of root mean square `rms`,
+    x being its RMSNorm output. Query heads of one KV head use different channels of the key, all among the
     slowest rotating pairs, so the distance between query and key hardly matters.
     """
     width, groups = attention.head_dim, attention.num_key_value_groups
@@ -219,4 +195,4 @@ def attend_language(
     for other in range(kv_head * groups, (kv_head + 1) * groups):
         attention.q_proj.weight[other * width + slot] = 0
     level = constant_level(attention.q_proj.in_features)
-    attention.q_proj.weight[head * width + slot, constant] = scale * ordinary_rms / level
+    attention.q_proj.weight[head * width + slot, constant] = scale * rms / level

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from sinkscope.testing.watching import Seen, Wrapped, differs, watched
 
-STEPS = 3
-"""Tokens that are generated to compare the cache with one pass."""
+STEPS = 3  # tokens that are generated to compare the cache with one pass
+# How far a cached step may be from one pass, as a share of the largest logit; fp32: 2e-5.
 CACHE = {torch.float16: 2e-2, torch.bfloat16: 2e-1}
-"""How far a cached step may be from one pass, as a share of the largest logit; fp32: 2e-5."""
 
 
 class ContractError(AssertionError):
@@ -28,10 +27,9 @@ def require(holds: bool, promise: str) -> None:
 def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> None:
     """Run a probe through the promises that hold for all of them; a broken one is a `ContractError`.
 
-    It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of
-    the logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor)
-    through the remote path; probes of the language tower also work at decode steps. The sample is
-    better a padded batch.
+    It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of the
+    logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor) through the
+    remote path; probes of the language tower also work at decode steps. A padded batch is the better sample.
     """
     require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
     twin = dataclasses.replace(probe)
@@ -77,12 +75,9 @@ def check_intervention(
       the cache as in one pass over prompt and answer.
     - At its neutral setting it changes no bit.
 
-    Args:
-        make: Builds the intervention.
-        lvlm: Any model it fits.
-        sample: A sample of it, better one with a row that the selection leaves empty.
-        neutral: Builds it with the setting that changes nothing, or None if there is none.
-        remote: Whether to run the remote path too (it needs a processor).
+    ``make`` builds the intervention, and ``neutral`` one with the setting that changes nothing, if there is
+    one. The sample is better one with a row that the selection leaves empty. ``remote`` runs the remote path
+    too (it needs a processor).
     """
     it = make()
     kinds = "a frozen dataclass (parameters only, no state) or a module that learns"
@@ -149,7 +144,7 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
     out = lvlm.generate(sample, interventions=[make()], **steps)
     prompt, more = sample.tokens.live.shape[1], STEPS - 1
     inputs = dict(sample.inputs)
-    for name, value in sample.inputs.items():
+    for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == sample.tokens.live.shape:
             inputs[name] = nn.functional.pad(value, (0, more), value=name == "attention_mask")
     inputs["input_ids"] = out.sequences[:, : prompt + more]
@@ -169,11 +164,9 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
     want = once.logits[:, prompt - 1 :].float()
     got = torch.cat([step.logits for step in out.steps], dim=1).float()
     off = float((got - want).abs().max() / want.abs().max())
-    require(
-        off <= CACHE.get(out.steps[0].logits.dtype, 2e-5),
-        f"with steps='all' an answer with the cache is what one pass without it gives (logits are "
-        f"{off:.2g} of the largest one away)",
-    )
+    promise = "with steps='all' an answer with the cache is what one pass without it gives"
+    close = off <= CACHE.get(out.steps[0].logits.dtype, 2e-5)
+    require(close, f"{promise} (logits are {off:.2g} of the largest one away)")
 
 
 class _MidwayError(Exception):
@@ -196,10 +189,10 @@ def check_clean_after_error(it: Any, lvlm: Any, sample: Any, plain: Tensor) -> N
         pass
     else:
         raise ContractError("an exception inside a kernel reaches the user with its own type")
-    require(
-        same(lvlm.run(sample).logits, plain),
-        "after an exception in the middle of a pass the next plain run is bitwise the original",
+    promise = (
+        "after an exception in the middle of a pass the next plain run is bitwise the original"
     )
+    require(same(lvlm.run(sample).logits, plain), promise)
 
 
 def is_frozen(record: Any) -> bool:

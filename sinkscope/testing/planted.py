@@ -14,7 +14,7 @@ from sinkscope.testing.circuits import LanguageChannels, VisionChannels
 from sinkscope.testing.processors import llava_processor
 from sinkscope.testing.surgery import operate
 from sinkscope.testing.tiny import check_choice, llava_config, text_settings, vision_config
-from sinkscope.testing.truth import GRID, PATCH, Planted, Truth, Writer
+from sinkscope.testing.truth import GRID, PATCH, PATCH_KINDS, Planted, Truth, Writer
 
 VISION_WIDTH = 128
 N_ARRIVAL = 6
@@ -50,48 +50,37 @@ def plant(
         text_sinks: plant the BOS token too.
         spike_decoys: patches with a full spike, in both towers, that draws no attention.
         attention_decoys: patches that draw attention in both towers without any spike.
-        v_layer: ViT block that writes the spike, 0..vision_layers - 2.
-        l_layer: LLM block that writes the spike, 0..layers - 2.
+        v_layer: ViT block that writes the spike, 0..vision_layers - 2; `l_layer` the same in the LLM.
         v_dims: sink channels of the ViT (width 128); the first carries the largest entry.
         l_dims: sink channels of the LLM. With two or more, BOS spikes most in the second and has a
             head of its own; with one it shares the L-sinks' head.
-        v_written_by: ``"mlp"`` or ``"attention"``.
         strength: 0 to 1. Scales the sinks' spikes (largest entry about 600 at 1), the size with which
             V-sinks enter the LLM, and the keys that read them (logit 7 at 1); not the decoys. Going
             down, the 1000 x median rule is lost near 0.5, five times uniform attention near 0.3,
             |h| > 100 near 0.2, and the RMS score of the sink dims only near 0.02.
         d_model: width of the LLM, a multiple of 128; an RMS score is at most its square root.
-        vision_layers: blocks of the ViT.
-        layers: blocks of the LLM.
-        seed: background weights, free channels and signs.
-        attn_implementation: as in transformers; ``"eager"`` can return attention weights.
+        seed: of background weights, free channels and signs.
+        attn_implementation: ``"eager"`` can return attention weights.
 
-    Several sinks of one kind share a head, so with n of them each takes about 1/n of it.
-
-    Raises:
-        ValueError: patches, layers, dims, layout, writer, strength or width out of range; decoys
-            that are also sinks.
+    Several sinks of one kind share a head, so with n of them each takes about 1/n of it. ValueError for
+    patches, layers, dims, layout, writer, strength or width out of range, and decoys that are also sinks.
     """
     check_choice("layout", layout, ("clip", "siglip"))
     check_choice("v_written_by", v_written_by, WRITERS)
     _check_patches(v_sinks, l_sinks, spike_decoys, attention_decoys)
+    v_last, l_last, dims = vision_layers - 2, layers - 2, "1 to 8 distinct channels in 0.."
     later = "so that a later block can attend to the sink"
-    channels = "1 to 8 distinct channels in 0.."
+    v_block, l_block = (
+        f"{v_layer} with vision_layers={vision_layers}",
+        f"{l_layer} with layers={layers}",
+    )
     for given, good, expected in (
         (f"strength={strength}", 0 <= strength <= 1, "a number from 0 (no spike) to 1"),
         (f"d_model={d_model}", d_model >= 128 and d_model % 128 == 0, "a multiple of 128"),
-        (
-            f"v_layer={v_layer} with vision_layers={vision_layers}",
-            0 <= v_layer <= vision_layers - 2,
-            f"0..{vision_layers - 2}, {later}",
-        ),
-        (
-            f"l_layer={l_layer} with layers={layers}",
-            0 <= l_layer <= layers - 2,
-            f"0..{layers - 2}, {later}",
-        ),
-        (f"v_dims={v_dims}", _distinct(v_dims, VISION_WIDTH, 8), f"{channels}{VISION_WIDTH - 1}"),
-        (f"l_dims={l_dims}", _distinct(l_dims, d_model, 8), f"{channels}{d_model - 1}"),
+        (f"v_layer={v_block}", 0 <= v_layer <= v_last, f"0..{v_last}, {later}"),
+        (f"l_layer={l_block}", 0 <= l_layer <= l_last, f"0..{l_last}, {later}"),
+        (f"v_dims={v_dims}", _distinct(v_dims, VISION_WIDTH, 8), f"{dims}{VISION_WIDTH - 1}"),
+        (f"l_dims={l_dims}", _distinct(l_dims, d_model, 8), f"{dims}{d_model - 1}"),
     ):
         if not good:
             raise ValueError(f"{given}; expected {expected}")
@@ -99,14 +88,13 @@ def plant(
     vision = VisionChannels(v_dims, *_free(v_dims, VISION_WIDTH, generator)[:7])
     free = _free(l_dims, d_model, generator)
     language = LanguageChannels(l_dims, tuple(free[:N_ARRIVAL]), *free[N_ARRIVAL : N_ARRIVAL + 7])
+    l_only, overlap = {*l_sinks} - {*v_sinks}, {*l_sinks} & {*v_sinks}
+    patches = (v_sinks, l_only, overlap, spike_decoys, attention_decoys)
+    kinds: Any = {kind: tuple(sorted(p)) for kind, p in zip(PATCH_KINDS, patches, strict=True)}
     truth = Truth(
         layout=layout,
-        v_sinks=tuple(sorted(v_sinks)),
-        l_sinks=tuple(sorted(set(l_sinks) - set(v_sinks))),
-        overlap=tuple(sorted(set(l_sinks) & set(v_sinks))),
+        **kinds,
         text_sinks=text_sinks,
-        spike_decoys=tuple(sorted(spike_decoys)),
-        attention_decoys=tuple(sorted(attention_decoys)),
         v_layer=v_layer,
         l_layer=l_layer,
         v_dims=v_dims,
@@ -146,19 +134,9 @@ def random_plant(
 ) -> Planted:
     """`plant` with positions, layers, dimensions and writer drawn from `seed`.
 
-    Args:
-        seed: of everything drawn.
-        layout: as in `plant`.
-        n_v: V-sinks without the LLM spike.
-        n_l: L-sinks that are not V-sinks.
-        n_overlap: V-sinks that also get the LLM spike.
-        n_spike_decoys: patches with a spike and no attention.
-        n_attention_decoys: patches with attention and no spike.
-        d_model: as in `plant`.
-        how: text_sinks, strength and attn_implementation; see `plant`.
-
-    Raises:
-        ValueError: more patches asked for than the 64 there are, or what `plant` refuses.
+    ``n_v`` V-sinks have no LLM spike, ``n_l`` L-sinks are no V-sinks, and ``n_overlap`` patches are both.
+    ``how`` is text_sinks, strength and attn_implementation, see `plant`. ValueError for more patches than
+    the 64 there are, and what `plant` refuses.
     """
     counts = (n_v, n_l, n_overlap, n_spike_decoys, n_attention_decoys)
     if min(counts) < 0 or sum(counts) > GRID**2:
@@ -167,10 +145,7 @@ def random_plant(
     order = iter(torch.randperm(GRID**2, generator=generator).tolist())
     v_only, l_only, both, spikes, draws = (tuple(next(order) for _ in range(n)) for n in counts)
     v_layer, l_layer = (int(torch.randint(stop, (), generator=generator)) for stop in (4, 5))
-    v_dims, l_dims = (
-        tuple(torch.randperm(width, generator=generator)[:2].tolist())
-        for width in (VISION_WIDTH, d_model)
-    )
+    v_dims, l_dims = (tuple(_free((), width, generator)[:2]) for width in (VISION_WIDTH, d_model))
     return plant(
         layout,
         v_sinks=v_only + both,
@@ -215,7 +190,5 @@ def _check_patches(*groups: tuple[int, ...]) -> None:
             raise ValueError(f"{name}={patches}; expected distinct patches in 0..{GRID**2 - 1}")
     counted = Counter([*{*groups[0], *groups[1]}, *groups[2], *groups[3]])
     if shared := sorted(patch for patch, count in counted.items() if count > 1):
-        raise ValueError(
-            f"patches {shared} are named as decoy and as something else; a decoy is neither a sink nor "
-            "the other kind of decoy"
-        )
+        what = "a decoy is neither a sink nor the other kind of decoy"
+        raise ValueError(f"patches {shared} are named as decoy and as something else; {what}")

@@ -1,5 +1,7 @@
 """Small real tokenizers: byte-level BPE trained on a few sentences, with the families' own special tokens."""
 
+from typing import Any
+
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -60,13 +62,9 @@ def llava_tokenizer() -> hf.PreTrainedTokenizerFast:
 def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer with Qwen's markers and no beginning-of-sequence token; pads on the left."""
     words = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
-    more = {
-        "vision_bos_token": "<|vision_start|>",
-        "vision_eos_token": "<|vision_end|>",
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "im_start_token": "<|im_start|>",
-    }
+    more = {"vision_bos": "vision_start", "vision_eos": "vision_end", "image": "image_pad"}
+    more |= {"video": "video_pad", "im_start": "im_start"}
+    more = {f"{name}_token": f"<|{word}|>" for name, word in more.items()}
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return _tokenizer([f"<|{word}|>" for word in words.split()], ends, more, QWEN_CHAT_TEMPLATE)
 
@@ -74,8 +72,8 @@ def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
 def gemma_tokenizer() -> hf.PreTrainedTokenizerFast:
     """Tokenizer that begins each text with ``<bos>``, with Gemma 3's image markers; pads on the left."""
     words = "pad eos bos unk start_of_turn end_of_turn start_of_image end_of_image image_soft_token"
-    more = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    more["image_token"] = "<image_soft_token>"
+    images = {"boi": "start_of_image", "eoi": "end_of_image", "image": "image_soft_token"}
+    more = {f"{name}_token": f"<{word}>" for name, word in images.items()}
     ends = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
     return _tokenizer([f"<{word}>" for word in words.split()], ends, more, GEMMA_CHAT_TEMPLATE)
 
@@ -96,18 +94,12 @@ def _tokenizer(
     )
     core.train_from_iterator(SENTENCES, trainer)
     if bos is not None:
+        single, known = f"{bos} $A", [(bos, core.token_to_id(bos))]
         core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, core.token_to_id(bos))],
+            single=single, pair=f"{single} {bos} $B", special_tokens=known
         )
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        **ends,
-        extra_special_tokens=more,
-        padding_side="left",
-        chat_template=template,
-    )
+    how: dict[str, Any] = {**ends, "padding_side": "left", "chat_template": template}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=more, **how)
 
 
 def llava_processor(

@@ -4,7 +4,6 @@ So nothing else can make or erase a spike, and the values of sink tokens are nea
 norm little but the spike is left of them, and no value reads that.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,29 +12,17 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from sinkscope.testing import circuits
-from sinkscope.testing.circuits import (
-    LanguageChannels,
-    Sink,
-    VisionChannels,
-    constant_level,
-    reserved,
-)
-from sinkscope.testing.truth import PROMPT, Planted
+from sinkscope.testing.circuits import LanguageChannels, Sink, VisionChannels, reserved
+from sinkscope.testing.truth import PATCH_KINDS, PROMPT, Planted
 
-LEVEL = 0.25
-"""Standard deviation of an ordinary residual entry where a tower begins."""
-NOISE_GAIN = 0.45
-"""Gain of query and key weights; ordinary attention stays within a factor of two of uniform."""
-MEASURED = 6
-"""Random images over which levels are averaged."""
+LEVEL = 0.25  # standard deviation of an ordinary residual entry where a tower begins
+NOISE_GAIN = 0.45  # of queries and keys: ordinary attention is within a factor of two of uniform
+MEASURED = 6  # random images over which levels are averaged
 
 
 @torch.no_grad()
 def operate(
-    planted: Planted,
-    vision: VisionChannels,
-    language: LanguageChannels,
-    generator: torch.Generator,
+    planted: Planted, vision: VisionChannels, language: LanguageChannels, generator: torch.Generator
 ) -> None:
     """Overwrite every weight of ``planted.model`` so that it does what ``planted.truth`` says."""
     model: Any = planted.model.model
@@ -56,18 +43,13 @@ def operate(
 
 
 def fill(
-    linear: nn.Linear,
-    generator: torch.Generator,
-    gain: float,
-    reads: Sequence[int] = (),
-    writes: Sequence[int] = (),
+    linear: nn.Linear, generator: torch.Generator, gain: float, *, reads: Any = (), writes: Any = ()
 ) -> None:
     """Random weights of output scale `gain` that skip input channels `reads` and outputs `writes`."""
     noise = torch.randn(linear.weight.shape, generator=generator)
-    weight = noise * gain / linear.in_features**0.5
-    weight[:, list(reads)] = 0
-    weight[list(writes), :] = 0
-    linear.weight.copy_(weight)
+    linear.weight.copy_(noise * gain / linear.in_features**0.5)
+    linear.weight[:, list(reads)] = 0
+    linear.weight[list(writes), :] = 0
     if linear.bias is not None:
         linear.bias.zero_()
 
@@ -88,13 +70,9 @@ def fill_block(block: Any, generator: torch.Generator, skip: list[int]) -> None:
 def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -> None:
     """Random ViT that keeps its reserved channels at zero (CLIP: at a small common offset)."""
     for name, parameter in tower.embeddings.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name == "patch_embedding.weight":
-            noise *= 0.12 / parameter[0].numel() ** 0.5
-            noise[skip] = 0
-        else:
-            noise *= 0.15
-            noise[..., skip] = 0
+        noise, patch = torch.randn(parameter.shape, generator=generator), name.startswith("patch")
+        noise *= 0.12 / parameter[0].numel() ** 0.5 if patch else 0.15
+        noise[skip if patch else (..., skip)] = 0
         parameter.copy_(torch.zeros_like(noise) if name.endswith("bias") else noise)
     if isinstance(tower, CLIPVisionModel):
         tower.pre_layrnorm.weight.fill_(LEVEL)
@@ -103,14 +81,12 @@ def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -
         fill_block(layer, generator, skip)
 
 
-def language_background(
-    planted: Planted, channels: LanguageChannels, generator: torch.Generator
-) -> None:
+def language_background(planted: Planted, channels: LanguageChannels, generator: Any) -> None:
     """Random LLM whose embeddings carry the constant channel and nothing else in reserved ones."""
     decoder, skip = planted.model.model.language_model, reserved(channels)
     table = torch.randn(decoder.embed_tokens.weight.shape, generator=generator) * LEVEL
     table[:, skip] = 0
-    table[:, channels.constant] = constant_level(table.shape[1])
+    table[:, channels.constant] = circuits.constant_level(table.shape[1])
     decoder.embed_tokens.weight.copy_(table)
     for layer in decoder.layers:
         fill_block(layer, generator, skip)
@@ -119,20 +95,13 @@ def language_background(
 
 def set_markers(planted: Planted, vision: VisionChannels, language: LanguageChannels) -> None:
     """Write the markers into the ViT position embeddings and the BOS embedding."""
-    marks = {
-        "v_sinks": vision.v_mark,
-        "l_sinks": vision.l_mark,
-        "overlap": vision.both_mark,
-        "spike_decoys": vision.spike_mark,
-        "attention_decoys": vision.draw_mark,
-    }
     positions = planted.model.model.vision_tower.embeddings.position_embedding.weight
-    for kind, mark in marks.items():
-        positions[planted.vision_tokens(kind), mark] = 1.0
+    for kind, mark in zip(PATCH_KINDS, ("v", "l", "both", "spike", "draw"), strict=True):
+        positions[planted.vision_tokens(kind), getattr(vision, f"{mark}_mark")] = 1.0
     if planted.truth.text_sinks:
         table = planted.model.model.language_model.embed_tokens.weight
         bos = planted.processor.tokenizer.bos_token_id
-        table[bos, language.bos_mark] = constant_level(table.shape[1])
+        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
 
 
 def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> None:
@@ -162,10 +131,7 @@ def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> N
 
 
 def operate_language(
-    planted: Planted,
-    language: LanguageChannels,
-    signs: Sink,
-    arrival: Float[Tensor, " arrival"],
+    planted: Planted, language: LanguageChannels, signs: Sink, arrival: Sink
 ) -> None:
     """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read, later or everywhere."""
     truth, inputs = planted.truth, planted.inputs((PROMPT,) * MEASURED)
@@ -193,15 +159,14 @@ def operate_language(
     unit = circuits.SINK_LOGIT * truth.strength / width**0.5
     both, bos_only = circuits.sink_readers(signs)
     for index, (layer, level) in enumerate(zip(layers, rms, strict=False)):
-        pull = torch.tensor([circuits.SINK_LOGIT / (constant_level(width) / level)])
+        pull = torch.tensor([circuits.SINK_LOGIT / (circuits.constant_level(width) / level)])
         readers = [
             (circuits.ARRIVAL_HEAD, language.arrival, arrival * unit),
             (circuits.LLM_DECOY_HEAD, (language.draw_mark,), pull),
+            (circuits.L_HEAD, language.sink, both * unit),
+            (circuits.BOS_HEAD, language.sink, bos_only * unit),
         ]
-        if index > truth.l_layer:
-            readers.append((circuits.L_HEAD, language.sink, both * unit))
-            readers.append((circuits.BOS_HEAD, language.sink, bos_only * unit))
-        for head, dims, reader in readers:
+        for head, dims, reader in readers[: 4 if index > truth.l_layer else 2]:
             circuits.attend_language(layer.self_attn, head, language.constant, dims, reader, level)
 
 

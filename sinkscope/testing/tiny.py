@@ -22,10 +22,9 @@ HEAD_DIM = 16
 
 def write_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> Path:
     """Save model and processor the way a hub repository holds them; `load_processor` loads the second offline."""
-    where = Path(folder)
-    model.save_pretrained(where)
-    processor.save_pretrained(where)
-    return where
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
 
 
 def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
@@ -103,13 +102,8 @@ def vision_config(
     tower: str, layers: int, image_size: int, patch_size: int, width: int = 48, inner: int = 96
 ) -> PreTrainedConfig:
     """CLIP, SigLIP or DINOv2 tower with 4 heads."""
-    settings: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "image_size": image_size,
-        "patch_size": patch_size,
-    }
+    settings: dict[str, Any] = {"num_attention_heads": 4, "image_size": image_size}
+    settings |= {"hidden_size": width, "num_hidden_layers": layers, "patch_size": patch_size}
     if tower == "dinov2":
         return hf.Dinov2Config(**settings, mlp_ratio=2)
     if tower == "clip":
@@ -152,19 +146,15 @@ def check_blocks(argument: str, blocks: tuple[int, ...], count: int) -> None:
 
 
 TOWERS = ("clip", "siglip", "dinov2")
+# Both experts are always on: which of them come first would depend on the last bit.
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 2}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LLMS: MappingProxyType[str, Callable[..., PreTrainedConfig]] = MappingProxyType(
     {
         "llama": hf.LlamaConfig,
         "qwen2": hf.Qwen2Config,
         "qwen3": hf.Qwen3Config,
-        # Both experts are always on: which of them come first would depend on the last bit.
-        "gpt_oss": partial(
-            hf.GptOssConfig,
-            num_local_experts=2,
-            num_experts_per_tok=2,
-            sliding_window=12,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        ),
+        "gpt_oss": partial(hf.GptOssConfig, **EXPERTS, sliding_window=12, rope_parameters=ROPE),
         "gemma2": partial(hf.Gemma2Config, sliding_window=12),
         "olmo2": hf.Olmo2Config,
         "glm4": hf.Glm4Config,
@@ -197,19 +187,15 @@ def tiny_llava(
             experts), ``"gemma2"``, ``"olmo2"`` and ``"glm4"`` (a norm on what attention and MLP write),
             ``"granite"`` (a factor of 0.22 on it) or ``"cohere"`` (both side by side). GPT-OSS and
             Gemma 2 need ``attn_implementation="eager"``.
-        vision_layers: blocks of the ViT.
-        layers: blocks of the LLM.
-        heads: query heads of the LLM, of 16 channels each; the width is ``16 * heads``.
-        kv_heads: key and value heads of the LLM; must divide `heads`.
-        image_size: side in pixels of the square the processor makes of every image.
-        patch_size: side of a patch in pixels; must divide `image_size`.
+        vision_layers: blocks of the ViT; ``layers`` those of the LLM.
+        heads: query heads of the LLM, of 16 channels each; ``kv_heads`` must divide it.
+        image_size: side in pixels of the square that is made of every image; ``patch_size`` must divide it.
         vision_feature_select_strategy: ``"default"`` drops the first ViT token, ``"full"`` keeps CLS;
             None as the tower's line says.
         how: ``attn_implementation="sdpa"``; ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``,
             the standard deviation of the random weight matrices.
 
-    Raises:
-        ValueError: an unknown tower, llm or strategy, head counts or sizes that do not divide.
+    ValueError for an unknown tower, llm or strategy, and head counts or sizes that do not divide.
     """
     check_choice("tower", tower, TOWERS)
     check_choice("llm", llm, tuple(LLMS))
@@ -246,10 +232,8 @@ def tiny_gemma3(
     6 x 6 patches become 9 tokens. In the LLM queries and keys are normed, the logits' scale is not
     ``1 / sqrt(head_dim)``, tokens of one image see each other in both directions, and all layers but
     ``full_attention_layers`` see the last ``sliding_window`` positions only. ``pool * patch_size`` must
-    divide ``image_size``; the other arguments are those of `tiny_llava`.
-
-    Raises:
-        ValueError: head counts, sizes or block indices that do not fit.
+    divide ``image_size``; the other arguments are those of `tiny_llava`. ValueError for head counts, sizes
+    or block indices that do not fit.
     """
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
     check_blocks("full_attention_layers", full_attention_layers, layers)
@@ -292,10 +276,8 @@ def tiny_qwen2_5_vl(
     ViT: at the default ``window_size`` (in pixels, a multiple of 28) a window holds 4 x 4 patches, that
     is 2 x 2 LLM tokens, and a 112 x 112 image has four windows; ``full_attention_blocks`` attend over
     the whole image. Images keep their shape, so grids are ragged over a batch, and are scaled to an
-    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`.
-
-    Raises:
-        ValueError: head counts, window size or block indices that do not fit.
+    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`. ValueError for
+    head counts, a window size or block indices that do not fit.
     """
     check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
     check_blocks("full_attention_blocks", full_attention_blocks, vision_layers)

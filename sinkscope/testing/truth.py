@@ -12,12 +12,8 @@ from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProce
 from sinkscope.testing import circuits
 from sinkscope.testing.tiny import random_image
 
-Writer = Literal["mlp", "attention"]
-"""Sub-modules that can write a spike."""
-GRID = 8
-"""Patches along each side of the image."""
-PATCH = 8
-"""Pixels along each side of a patch."""
+Writer = Literal["mlp", "attention"]  # sub-modules that can write a spike
+GRID, PATCH = 8, 8  # patches along each side of the image, and pixels of a patch
 PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
 PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 
@@ -41,8 +37,8 @@ class Truth:
         attention_decoys: patches that draw attention in every block of both towers and spike nowhere.
         v_head, l_head, arrival_head: query head that attends to V-sinks in the ViT, to L-sinks (and
             BOS) in the LLM, to V-sinks in the LLM. `bos_head` attends to BOS alone.
-        v_written_by, l_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to
-            one another: in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
+        v_written_by: sub-module that wrote the spike. Where it is attention, V-sinks attend to one another:
+            in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
     """
 
     layout: str
@@ -96,12 +92,11 @@ class Planted:
 
     def tokens(self, kind: str, input_ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Which LLM positions are of `kind`: a patch kind of `Truth`, ``"text_sinks"`` or ``"image"``."""
+        if kind == "text_sinks":
+            return (input_ids == self.processor.tokenizer.bos_token_id) & self.truth.text_sinks
         is_image = input_ids == self.model.config.image_token_id
         if kind == "image":
             return is_image
-        if kind == "text_sinks":
-            bos = self.processor.tokenizer.bos_token_id
-            return (input_ids == bos) & self.truth.text_sinks
         rank = (is_image.cumsum(dim=1) - 1) % GRID**2
         wanted = torch.tensor(self.truth.patches(kind), device=input_ids.device)
         return is_image & torch.isin(rank, wanted)

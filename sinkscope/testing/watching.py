@@ -34,14 +34,11 @@ def watched(inner: Any, seen: list[Seen], beside: bool = False) -> Wrapped:
     """The same edits, whose calls add to ``seen``; with ``beside`` `double_all` comes first at attention sites."""
 
     def edits(context: Any) -> list[Any]:
-        asked = list(inner.edits(context))
+        asked, change = list(inner.edits(context)), dataclasses.replace
         first = {e.site: e for e in asked if beside and e.site.name == "attention"}
-        change = {"kernel": double_all, "parameters": {}, "stage": "keys"}  # which puts it first
-        out = [dataclasses.replace(e, **change) for e in first.values()]
-        for edit in asked:
-            kernel = watched_kernel(edit, inner, context, seen)
-            out.append(dataclasses.replace(edit, kernel=kernel))
-        return out
+        double: Any = {"kernel": double_all, "parameters": {}, "stage": "keys"}  # puts it first
+        own = [change(e, kernel=watched_kernel(e, inner, context, seen)) for e in asked]
+        return [*(change(e, **double) for e in first.values()), *own]
 
     return Wrapped(edits)
 
@@ -52,11 +49,9 @@ def watched_kernel(edit: Any, inner: Any, context: Any, seen: list[Seen]) -> Any
 
     def kernel(value: Any, /, *args: Any, **parameters: Any) -> Any:
         given = list(tensors_in((value, parameters)))
-        copies = [x.clone() for x in given]
-        before = outputs(value)
+        copies, before = [x.clone() for x in given], outputs(value)
         after, effect = edit.kernel(value, *args, **parameters)
-        span = args[1] if len(args) > 1 else None
-        result = outputs(after)
+        span, result = args[1] if len(args) > 1 else None, outputs(after)
         wrote = any(differs(one, other).any() for one, other in zip(given, copies, strict=True))
         told = torch.zeros(len(before)) if effect is None else effect["rows"]
         beyond = look(before, result, inner, context, edit.site, span, told)
