@@ -18,9 +18,7 @@ from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 
-CHOICES = frozenset(
-    {"groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"}
-)
+CHOICES = "groups signal decode init scale hidden activation affine seed".split()
 """Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 
 
@@ -51,13 +49,12 @@ def config_for(
     check_kept(rules.v, anatomy, module.config)
     if made.get("init") == "neutral":
         if made["scale"] != 1.0:
+            what = f"Got init='neutral' and scale={made['scale']}; expected one of them."
             raise InterventionError(
-                f"Got init='neutral' and scale={made['scale']}; expected one of them. Neutral "
-                "coefficients need a scale of as many as there are groups."
+                f"{what} Neutral coefficients need as many as there are groups."
             )
         made["scale"] = float(len(made["groups"]))
-    strange = sorted(set(made) - CHOICES)
-    if strange:
+    if strange := sorted(set(made) - set(CHOICES)):
         raise InterventionError(
             f"Got {strange} for a gate; expected fields of GateConfig that are free, {sorted(CHOICES)}: "
             "the others are read from the model."

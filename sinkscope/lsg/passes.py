@@ -51,28 +51,18 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     if step and config.decode != "refresh":
         return []
     place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
-    reading = {
-        "slot": slot,
-        "signal": "last" if config.signal == "last" else "mean",
-        "at": tokens.last,
-        "tokens": tokens.live if config.signal == "mean" else image,
-        "activation": config.activation,
-        "scale": config.scale,
-        **gate.weights,
-    }
+    reading = {"slot": slot, "signal": "last" if config.signal == "last" else "mean"}
+    reading |= {"at": tokens.last, "tokens": tokens.live if config.signal == "mean" else image}
+    reading |= {"activation": config.activation, "scale": config.scale, **gate.weights}
     out = [Edit(Site("language", *place), kernels.note_coefficients, reading)]
     if step:
         return out
     detector, vision = detector_of(config.v_detector), tokens.vision
     kept = isinstance(detector, VisionTokens)
-    finding = {
-        "slot": slot,
-        "rule": rule_of(config.v_detector),
-        "live": kept_tokens(tokens, detector.kind) if kept else vision.live,
-        "image_index": tokens.image_index,
-        "sources": tokens.sources,
-        "layout": vision.layout,
-    }
+    live = kept_tokens(tokens, detector.kind) if kept else vision.live
+    finding = {"slot": slot, "rule": rule_of(config.v_detector), "live": live}
+    finding |= {name: getattr(tokens, name) for name in ("image_index", "sources")}
+    finding["layout"] = vision.layout
     for layer in config.model["feed_layers"]:
         out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
     if config.l_detector is not None:
@@ -144,8 +134,8 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
             given |= given.pop(name, {})
         if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
             raise InputError(
-                f"Got arguments without names for {type(module).__name__}, which does not say what "
-                "they are; expected names. Write model(input_ids=..., pixel_values=...)."
+                f"Got arguments without names for {type(module).__name__}, which does not name them; "
+                "expected names. Write model(input_ids=..., pixel_values=...)."
             )
     return given
 
@@ -188,10 +178,7 @@ def started(
             raise
         why = "generate() cuts a prompt for prefill_chunk_size: leave it out."
         if len(ids := given["input_ids"]) > len(ids.unique(dim=0)):
-            why = (
-                "generate() repeats rows for beams and several sequences: a gate works with greedy "
-                "decoding and sampling of one sequence."
-            )
+            why = "generate() repeats rows for beams and several sequences: leave them out."
         raise InputError(f"{error} {why}") from error
     labels = given.get("labels")
     if labels is None:
