@@ -18,7 +18,7 @@ from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 
-CHOICES = "groups signal decode init scale hidden activation affine seed".split()
+CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]
 """Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 
 

@@ -22,33 +22,15 @@ from uuid import uuid4
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.repocard import ModelCard, ModelCardData
 from safetensors.torch import save
 
 from sinkscope import __version__
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import read_json, write_whole
-from sinkscope.lsg.loading import (
-    AGAIN,
-    CONFIG,
-    FORMAT,
-    HELD,
-    HUB_ERRORS,
-    RECORD,
-    REPOSITORY,
-    STACK,
-    TENSORS,
-    VERSION,
-    SavedGate,
-    leaves,
-    scrub,
-)
+from sinkscope.lsg import loading
+from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
 
 CARD = "README.md"
 OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
@@ -74,8 +56,7 @@ def push_gate(
     repo: str, gate: SavedGate, private: bool | None, revision: str | None, token: str | None
 ) -> str:
     """Put a gate into a repository; see `LSG.push_to_hub`."""
-    files = files_of(gate)
-    api = HfApi(token=token)
+    files, api = files_of(gate), HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision))
@@ -84,9 +65,9 @@ def push_gate(
         gone = [CommitOperationDelete(name) for name in there & OURS[FORMAT] - set(files)]
         message = f"Gate at {gate.config.layer}, sinkscope {__version__}"
         done = api.create_commit(repo, [*changes, *gone], commit_message=message, revision=revision)
-    except CheckpointError:
+    except CheckpointError:  # an OSError too
         raise
-    except HUB_ERRORS as error:
+    except loading.HUB_ERRORS as error:
         raise CheckpointError(
             f"{repo!r} could not be written ({scrub(error, token)}); expected a network, a login with "
             "write access, and a name such as 'user/gate'. Write `hf auth login` in a shell."
@@ -100,10 +81,8 @@ def files_of(gate: SavedGate) -> dict[str, bytes]:
     tensors = {name: value.float().cpu().contiguous() for name, value in gate.tensors.items()}
     broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if broken:
-        raise CheckpointError(
-            f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones. Lower the "
-            "learning rate, or save an earlier state."
-        )
+        what = f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones."
+        raise CheckpointError(f"{what} Lower the learning rate, or save an earlier state.")
     beside = files_beside(FORMAT, gate.config.to_dict(), gate_card(gate, record), record)
     return {TENSORS: save(tensors), **beside}
 
@@ -114,12 +93,15 @@ def files_beside(
     """The files beside the tensors: strict JSON, for people to read, and the card."""
     versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
-    head = {"format": kind, "format_version": VERSION, HELD[kind]: held, "versions": versions}
-    out = {CARD: card}
-    for name, data in {CONFIG: head, **({} if record is None else {RECORD: record})}.items():
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-        out[name] = f"{text}\n".encode()
-    return out
+    head = {
+        "format": kind,
+        "format_version": loading.VERSION,
+        loading.HELD[kind]: held,
+        "versions": versions,
+    }
+    datas = {CONFIG: head} if record is None else {CONFIG: head, RECORD: record}
+    how: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
+    return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}
 
 
 def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
@@ -130,21 +112,20 @@ def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
     refuse_foreign(f"the folder {str(target)!r}", foreign(target, kind) if target.exists() else [])
     made = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     try:
-        try:
-            for name, content in files.items():
-                (made / name).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(made / name, content)
-            if target.exists():
-                exchange(made, target)
-            else:
-                made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        for name, content in files.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(made / name, content)
+        if target.exists():
+            exchange(made, target)
+        else:
+            made.rename(target)
     except OSError as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "
             "to, with space left. What was there is still there."
         ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def refuse_foreign(where: str, names: Iterable[str]) -> None:
@@ -182,20 +163,17 @@ def foreign(folder: Path, kind: str) -> list[str]:
     Only plain files under our names are ours, and folders that a stack lists under names as
     `save_stack` makes them, if each holds a gate and nothing else.
     """
-    config = folder / CONFIG
-    head = read_json(config, AGAIN) if config.is_file() else None
+    config, out = folder / CONFIG, list[str]()
+    head = read_json(config, loading.AGAIN) if config.is_file() else None
     head = head if isinstance(head, Mapping) and head.get("format") == kind else {}
     names = head.get("gates") if kind == STACK else None
-    listed = names if isinstance(names, list) else []
-    out = []
     for path in folder.iterdir():
         plainly, name = not path.is_symlink(), path.name
-        if plainly and head and name in OURS[kind] and path.is_file():
-            continue
-        ours = name in listed and re.fullmatch(r"gate-\d{2,}-layer-(\d+|embed)", name)
+        listed = isinstance(names, list) and name in names
+        ours = listed and re.fullmatch(r"gate-\d{2,}-layer-(\d+|embed)", name)
         if plainly and ours and path.is_dir():
             out += [f"{name}/{one}" for one in foreign(path, FORMAT)]
-        else:
+        elif not (plainly and head and name in OURS[kind] and path.is_file()):
             out.append(name)
     return out
 
@@ -254,7 +232,7 @@ def unrecorded(gate: SavedGate) -> str:
 def card_of(record: Mapping[str, Any] | None, **parts: Any) -> bytes:
     """A card: ``title``, ``about``, ``load``, ``use`` and ``sections`` (heading -> text)."""
     base = (record or {}).get("base_model")
-    named = isinstance(base, str) and REPOSITORY.match(base)
+    named = isinstance(base, str) and loading.REPOSITORY.match(base)
     tags = ["attention-sinks", "layer-wise-sink-gating"]
     front = {"library_name": "sinkscope", "tags": tags, "base_model": base if named else None}
     card = ModelCard.from_template(ModelCardData(**front), template_path=str(TEMPLATE), **parts)
@@ -310,8 +288,6 @@ def plain(value: Any, name: str) -> Any:
 def plain_record(record: Any) -> Any:
     """A training record as plain data, or None; an InputError if it is something else."""
     if record is not None and not isinstance(record, Mapping):
-        raise InputError(
-            f"Got a record of type {type(record).__name__}; expected a dictionary, such as "
-            "result.record of train_lsg."
-        )
+        what = f"Got a record of type {type(record).__name__}; expected a dictionary"
+        raise InputError(f"{what}, such as result.record of train_lsg.")
     return plain(record, "record")
