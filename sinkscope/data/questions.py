@@ -41,14 +41,12 @@ class Questions:
         split: ``"train"``, ``"validation"`` or ``"test"`` of the scenes, or what ``load_dataset``
             calls it.
         limit: The most questions, from ``start`` on; None for all (100 scenes).
-        start: How many to skip.
         columns: Field -> column name, for those whose names differ. Fields are image, question,
             answer, task, image_id and choices.
         choices: The same options for every question; None for those of the column, if there is one.
         letters: How options are named in answers, such as ``"A"`` or ``"(A)"``: then each question has
             as many letters as options. None if the answer is the option itself.
         suffix: Put behind every question, such as a line that asks for the option's letter.
-        per_image: Questions per drawn scene.
         subset: The configuration's name for ``load_dataset``.
     """
 
