@@ -200,7 +200,7 @@ class LSG(nn.Module):
         ``record``, plain data, says how it was trained; None is the gate's own. The folder is new, empty or
         that of another gate, which is replaced; else, and if it cannot be written, it is a CheckpointError.
         """
-        saving.save_gate(folder, saved(self, record))
+        saving.write_folder(folder, saving.files_of(saved(self, record)), loading.FORMAT)
 
     @staticmethod
     def from_pretrained(
@@ -287,8 +287,7 @@ def loaded(found: loading.SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG
     if lvlm is None:
         return gate
     gate.check_fits(lvlm)
-    known = gate.config.weights
-    if not known or not sketch(lvlm.module, lvlm.anatomy.head):
+    if not (known := gate.config.weights) or not sketch(lvlm.module, lvlm.anatomy.head):
         why = "the model has none here" if known else "the gate knows none"
         text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
         warnings.warn(text, UserWarning, stacklevel=3)

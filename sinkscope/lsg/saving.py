@@ -37,11 +37,6 @@ OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def save_gate(folder: Any, gate: SavedGate) -> None:
-    """Write a gate; see `LSG.save_pretrained`."""
-    write_folder(Path(folder), files_of(gate), FORMAT)
-
-
 def save_stack(folder: Any, gates: Sequence[SavedGate], record: Any) -> None:
     """Write several gates; see `LSG.save_stack`."""
     record = plain_record(record)
@@ -49,7 +44,7 @@ def save_stack(folder: Any, gates: Sequence[SavedGate], record: Any) -> None:
     files = files_beside(STACK, list(named), stack_card(named, record), record)
     for name, one in named.items():
         files |= {f"{name}/{file}": content for file, content in files_of(one).items()}
-    write_folder(Path(folder), files, STACK)
+    write_folder(folder, files, STACK)
 
 
 def push_gate(
@@ -104,9 +99,9 @@ def files_beside(
     return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}
 
 
-def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
+def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
     """Write a folder that is whole or holds no `CONFIG`; nobody else's file is touched."""
-    target = Path(os.path.realpath(target.expanduser()))
+    target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
     refuse_foreign(f"the folder {str(target)!r}", foreign(target, kind) if target.exists() else [])
@@ -144,13 +139,13 @@ def exchange(made: Path, target: Path) -> None:
     was moved goes back if anything fails.
     """
     old = made.with_suffix(".old")
-    before = sorted((path.name for path in target.iterdir()), key=lambda name: name != CONFIG)
-    names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG)
+    leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)
+    coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)
+    moves = [(path, old / path.name) for path in leaving]
     old.mkdir()
     with ExitStack() as undo:
         undo.callback(old.rmdir)
-        moves = [(target / name, old / name) for name in before]
-        for here, there in [*moves, *((made / name, target / name) for name in names)]:
+        for here, there in [*moves, *((path, target / path.name) for path in coming)]:
             here.rename(there)
             undo.callback(there.rename, here)
         undo.pop_all()
@@ -180,10 +175,9 @@ def foreign(folder: Path, kind: str) -> list[str]:
 
 def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
     """The card of one gate; of a record made with others it has this gate's part."""
-    config, layer = gate.config.to_dict(), gate.config.layer
+    config, layer, mine = gate.config.to_dict(), gate.config.layer, dict(record or {})
     model, _ = config.pop("model"), config.pop("weights")
     where = "the embeddings" if layer == "embed" else f"block {layer}"
-    mine = dict(record or {})
     if isinstance(mine.get("results"), Mapping):
         mine["results"] = {k: v for k, v in mine["results"].items() if k == str(layer)}
     if isinstance(mine.get("gates"), Mapping):
@@ -207,6 +201,7 @@ def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None)
     """The card of a stack: its gates by folder."""
     made = {k: "see its card" if one.record else unrecorded(one) for k, one in gates.items()}
     rows = [f"| [{name}]({name}/README.md) | {how} |" for name, how in made.items()]
+    listed = "\n".join(["| folder | training |", "|---|---|", *rows])
     none = "No record of a common training was given. The gates' own cards say how each was made."
     return card_of(
         record,
@@ -214,10 +209,7 @@ def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None)
         about="Each folder is a gate of its own; together they are a list of interventions.",
         load="gates = ss.LSG.load_stack",
         use="gates",
-        sections={
-            "Gates": "\n".join(["| folder | training |", "|---|---|", *rows]),
-            "Training": none if record is None else table(record),
-        },
+        sections={"Gates": listed, "Training": none if record is None else table(record)},
     )
 
 
