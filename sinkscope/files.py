@@ -30,10 +30,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def folder_whole(path: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all, also after a loss of power.
+    """A folder that takes its name when the block ends, whole or not at all, also after a loss of power.
 
-    The folder that this yields takes the name when the block has ended; if another process was first, its
-    folder stays. What dead processes left half-written is removed.
+    If another process was first, its folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*{WRITING}"):

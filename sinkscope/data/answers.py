@@ -41,10 +41,8 @@ def answer_batch(
 ) -> Answers:
     """Answers of a batch, all of them free or all among options; for these see `score_options`.
 
-    Free answers are greedy, without what a generation config adds, and of each only as many tokens
-    count as its own right answer has, so that no answer depends on the other questions of the batch. It
-    is right if these are the tokens of the right answer, as in `exact`, or if they begin with the same
-    text after stripping and lower case: a model may leave out the space before an answer.
+    Free answers are greedy, and of each only as many tokens count as its right answer has. It is right
+    if these are that answer's tokens, or begin with the same text after stripping and lower case.
     """
     ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
@@ -164,10 +162,7 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
 
 
 def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) -> None:
-    """Refuse log-probabilities that are NaN or infinite: every comparison with them would be wrong.
-
-    ``where`` is the cell in words, and ``edited`` whether keys were scaled there.
-    """
+    """Refuse log-probabilities that are NaN or infinite; ``where`` is the cell in words."""
     cause = "A factor this large overflows: write smaller ones in grid, or load"
     cause = cause if edited else "The model itself overflows: load"
     advice = f"{cause} the model with dtype='bfloat16' or 'float32'."

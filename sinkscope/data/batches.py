@@ -199,11 +199,7 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 def make_batch(
     lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
 ) -> AnswerBatch:
-    """The records of some rows as one batch; their images are opened now.
-
-    ``append_end`` trains the token that ends an answer too, see `end_token`. A record that does not fit
-    the model is an InputError.
-    """
+    """The records of some rows as one batch, with `end_token` behind answers; images are opened now."""
     records = [_texts(data.records[row], row) for row in rows]
     images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
     images = [list(one) if isinstance(one, (list, tuple)) else [one] for one in images]
@@ -235,10 +231,7 @@ def make_batch(
 
 
 def end_token(lvlm: LVLM) -> int | None:
-    """The token that stops generation, or None if the model has none.
-
-    Among several (Qwen, Gemma) it is the first that the chat template puts behind an answer.
-    """
+    """The token that stops generation, if any; of several, the first behind an answer in the chat template."""
     tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

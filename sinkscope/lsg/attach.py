@@ -1,7 +1,6 @@
-"""Gate a plain model, whose passes may come in any order.
+"""Gate a plain model, whose prompts, decode steps and backward passes may interleave.
 
-What a gate found in a prompt is kept for the cache that the prompt filled, and is handed to the blocks
-of a pass with their arguments. So prompts, decode steps and backward passes may interleave.
+What a gate found in a prompt is kept by the cache that it filled, and handed to blocks as an argument.
 """
 
 from __future__ import annotations

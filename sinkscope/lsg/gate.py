@@ -177,8 +177,7 @@ class LSG(nn.Module):
         """Gate a plain ``transformers`` model, a ``PeftModel`` around it, or an LVLM, without nnsight.
 
         Call ``detach()`` on what it returns, or write ``with gate.attach(model):``. While attached, a pass
-        that cannot be gated rightly, such as one on a cache that was filled before, is an InputError; an
-        InterventionError if the gate was made for another model or is attached to it already.
+        that cannot be gated rightly, such as one on a cache that was filled before, is an InputError.
         """
         return attach(self, model)
 

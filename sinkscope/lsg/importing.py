@@ -100,10 +100,8 @@ def import_gates(
     source = source_of(path_or_repo, revision, subfolder)
     path = source.find(FILES[0]) or source.find(FILES[1])
     if path is None:
-        raise CheckpointError(
-            f"Got {source} without {FILES[0]}; expected it there. Write ss.LSG.from_pretrained(...) for "
-            "what sinkscope wrote."
-        )
+        write = "Write ss.LSG.from_pretrained(...) for what sinkscope wrote."
+        raise CheckpointError(f"Got {source} without {FILES[0]}; expected it there. {write}")
     asked: dict[str, Any] = dict(groups=groups, activation=activation, scale=scale, signal=signal)
     said = {"layer": layer, **asked, "v_detector": v_detector}
     asked["decode"] = decode
@@ -119,15 +117,17 @@ def import_gates(
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
-    usual = {"groups": ("V", "rest") if many == 2 else ("V", "L", "rest"), "activation": "gelu"}
+    usual: dict[str, Any] = {
+        "groups": ("V", "rest") if many == 2 else ("V", "L", "rest"),
+        "activation": "gelu",
+    }
     usual |= {"scale": 1.0, "signal": "last", "decode": "frozen"}
     choices = {name: value if asked[name] is None else asked[name] for name, value in usual.items()}
     assumed += [f"{name} is {value!r}" for name, value in usual.items() if asked[name] is None]
     order = tuple(choices["groups"])
     if len(order) != many:
-        raise CheckpointError(
-            f"Got groups={order} and {many} coefficients; expected as many names."
-        )
+        what = f"Got groups={order} and {many} coefficients"
+        raise CheckpointError(f"{what}; expected as many names.")
     if v_detector is None and "V" in order:
         assumed.append("the rule for V-sinks is that of LSG.for_model")
     choices["groups"] = next((one for one in GROUPS if set(one) == set(order)), order)
@@ -162,10 +162,9 @@ def read_settings(
             raise InterventionError(f"{what}\n  {listed}")
     missing = [name for name, value in asked.items() if value is None]
     if telling and missing:
-        raise CheckpointError(
-            f"Got {telling} in {SETTINGS}, which is not read, without {missing}; expected every choice. "
-            f"Write {', '.join(f'{name}=...' for name in missing)}, or ignore=('part of a key',)."
-        )
+        what = f"Got {telling} in {SETTINGS}, which is not read, without {missing}"
+        write = f"Write {'=..., '.join(missing)}=..., or ignore=('part of a key',)."
+        raise CheckpointError(f"{what}; expected every choice. {write}")
     return out
 
 

@@ -5,8 +5,7 @@
     share           vision tower, blocks 0 ... e        once per batch, no gradient
     answer_losses   blocks e ... N-1 with scaled keys   once per gate; a gradient reaches the gate only
 
-``e`` is the block whose keys a gate scales. The gate reads the end of the prompt, and its coefficients
-hold for the answer too, which is what ``decode="frozen"`` generates.
+``e`` is the block whose keys a gate scales; its coefficients hold for the answer too.
 """
 
 from __future__ import annotations

@@ -43,10 +43,7 @@ class Gate(Protocol):
 
 
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
-    """The signals of a gate, as edits that change nothing and note what they find under ``id(gate)``.
-
-    At a ``step`` behind the prompt, 0, it reads the newest token only, if it is refreshed.
-    """
+    """The signals of a gate: edits that change nothing, note under ``id(gate)``; ``step`` 0 is the prompt."""
     config, slot, image = gate.config, id(gate), tokens.image >= 0
     if step and config.decode != "refresh":
         return []

@@ -1,7 +1,6 @@
 """Folders of gates, written whole or not at all, and their model cards.
 
-Not huggingface_hub's PyTorchModelHubMixin: it builds a module before its sizes are compared with the
-tensors, writes over foreign files, and knows neither stacks nor the model that a gate was made for.
+PyTorchModelHubMixin builds a module before sizes are compared, and writes over foreign files.
 """
 
 from __future__ import annotations
@@ -153,11 +152,7 @@ def exchange(made: Path, target: Path) -> None:
 
 
 def foreign(folder: Path, kind: str) -> list[str]:
-    """What lies in a folder that no older gate or stack wrote there, as paths within it.
-
-    Only plain files under our names are ours, and folders that a stack lists under names as
-    `save_stack` makes them, if each holds a gate and nothing else.
-    """
+    """What lies in a folder that no older gate or stack wrote there, as paths within it."""
     config, out = folder / CONFIG, list[str]()
     head = read_json(config, loading.AGAIN) if config.is_file() else None
     head = head if isinstance(head, Mapping) and head.get("format") == kind else {}

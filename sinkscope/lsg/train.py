@@ -129,11 +129,10 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         return
     here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"
     if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
-        raise ModelError(
-            f"Got a model on {here} in process {accelerator.process_index} of "
-            f"{accelerator.num_processes}, whose device is {there}; expected it there. "
-            "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
-        )
+        where = f"process {accelerator.process_index} of {accelerator.num_processes}"
+        write = "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
+        what = f"Got a model on {here} in {where}, whose device is {there}"
+        raise ModelError(f"{what}; expected it there. {write}")
 
 
 def wanted_layers(
@@ -159,9 +158,9 @@ def wanted_layers(
             f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
             "Write layers=[...] for new gates."
         )
-    every = wanted or [gate.layer for gate in check_gates(gates)]
-    if len(set(every)) < len(every):
-        raise InputError(f"Got the layers {every}; expected every layer once.")
+    used = wanted or [gate.layer for gate in check_gates(gates)]
+    if len(set(used)) < len(used):
+        raise InputError(f"Got the layers {used}; expected every layer once.")
     for gate in gates:
         gate.check_fits(lvlm)
     return wanted
