@@ -153,11 +153,9 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
         return f"{own.__module__}.{getattr(own, '__qualname__', repr(own))}", own
     check_choice(SCORES, score=name)
     if name == "choice" and with_options < len(items):
-        what = (
-            f"Got {len(items) - with_options} items without choices; expected options on all for "
-        )
+        what = f"Got {len(items) - with_options} items without choices for score='choice'"
         write = "Write choices=['red', 'green'], or score='exact' or score='logprob'."
-        raise InputError(f"{what}score='choice'. {write}")
+        raise InputError(f"{what}; expected options on all. {write}")
     return name, SCORES[name]
 
 

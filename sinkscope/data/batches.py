@@ -170,11 +170,8 @@ def read_parts(
     Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
     from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
-    how: dict[str, Any] = {
-        "max_answer_tokens": max_answer_tokens,
-        "marks": marks_of(lvlm.processor),
-    }
-    how["image_token"] = lvlm.anatomy.image_token_id
+    how: dict[str, Any] = {"marks": marks_of(lvlm.processor)}
+    how |= {"max_answer_tokens": max_answer_tokens, "image_token": lvlm.anatomy.image_token_id}
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
@@ -231,7 +228,7 @@ def make_batch(
 
 
 def end_token(lvlm: LVLM) -> int | None:
-    """The token that stops generation, if any; of several, the first behind an answer in the chat template."""
+    """The token that stops generation, or None; of several the first that a chat template puts there."""
     tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

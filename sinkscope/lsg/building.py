@@ -49,9 +49,9 @@ def config_for(
     check_kept(rules.v, anatomy, module.config)
     if made.get("init") == "neutral":
         if made["scale"] != 1.0:
-            what = f"Got init='neutral' and scale={made['scale']}; expected one of them."
             raise InterventionError(
-                f"{what} Neutral coefficients need as many as there are groups."
+                f"Got init='neutral' and scale={made['scale']}; expected one of them. Neutral "
+                "coefficients need a scale of as many as there are groups."
             )
         made["scale"] = float(len(made["groups"]))
     if strange := sorted(set(made) - set(CHOICES)):

@@ -185,9 +185,8 @@ class LSG(nn.Module):
         """End every attachment of this gate, or raise an InterventionError if there is none."""
         mine = list(ATTACHED.get(self, ()))
         if not mine:
-            raise InterventionError(
-                "Got a gate that is attached to nothing; expected gate.attach()."
-            )
+            what = "Got a gate that is attached to nothing; expected gate.attach(model) before."
+            raise InterventionError(what)
         for one in mine:
             one.detach()
 

@@ -117,11 +117,8 @@ def import_gates(
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
-    usual: dict[str, Any] = {
-        "groups": ("V", "rest") if many == 2 else ("V", "L", "rest"),
-        "activation": "gelu",
-    }
-    usual |= {"scale": 1.0, "signal": "last", "decode": "frozen"}
+    usual: dict[str, Any] = {"groups": ("V", "rest") if many == 2 else ("V", "L", "rest")}
+    usual |= {"activation": "gelu", "scale": 1.0, "signal": "last", "decode": "frozen"}
     choices = {name: value if asked[name] is None else asked[name] for name, value in usual.items()}
     assumed += [f"{name} is {value!r}" for name, value in usual.items() if asked[name] is None]
     order = tuple(choices["groups"])

@@ -63,11 +63,10 @@ class Source:
             local = isinstance(error, LocalEntryNotFoundError)  # without network it is raised
             if isinstance(error, EntryNotFoundError) and not local:
                 return None
-            what = f"Got {self}, which is no folder here, and the hub could not give it"
-            write = (
+            raise CheckpointError(
+                f"Got {self}, which is no folder here, and the hub could not give it: {scrub(error)}; "
                 "expected a folder, or a repository you may read. Check name, network and login."
-            )
-            raise CheckpointError(f"{what}: {scrub(error)}; {write}") from error
+            ) from error
         self.revision = Path(path).parents[len(Path(self.subfolder).parts)].name
         return Path(path)
 

@@ -87,12 +87,8 @@ def files_beside(
     """The files beside the tensors: strict JSON, for people to read, and the card."""
     versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
-    head = {
-        "format": kind,
-        "format_version": loading.VERSION,
-        loading.HELD[kind]: held,
-        "versions": versions,
-    }
+    head = {"format": kind, "format_version": loading.VERSION}
+    head |= {loading.HELD[kind]: held, "versions": versions}
     datas = {CONFIG: head} if record is None else {CONFIG: head, RECORD: record}
     how: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
     return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}
