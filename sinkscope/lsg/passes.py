@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import ref
 
@@ -84,20 +83,15 @@ class Pass:
     where nothing is scaled. ``state`` is the scratch space of the kernels, ``{"step", "memory"}``.
     """
 
-    def __init__(
-        self,
-        tokens: TokenMap | None = None,
-        last: Tensor | None = None,
-        step: int = 0,
-        memory: Mapping[Any, Mapping[str, Any]] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, tokens: TokenMap | None = None, last: Tensor | None = None) -> None:
         self.tokens, self.last = tokens, last
-        found = {slot: dict(kept) for slot, kept in memory.items()}
-        self.state: dict[str, Any] = {"step": step, "memory": found}
+        self.state: dict[str, Any] = {"step": 0, "memory": {}}
 
     def at(self, step: int) -> Pass:
         """The pass of a later decode step."""
-        return Pass(self.tokens, self.last, step, self.state["memory"])
+        out, memory = Pass(self.tokens, self.last), self.state["memory"]
+        out.state = {"step": step, "memory": {slot: dict(kept) for slot, kept in memory.items()}}
+        return out
 
 
 class ByIdentity:
@@ -210,11 +204,9 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
     rows, many = (0, 0) if new is None else new.shape[:2]
     prompts, prompt = before.tokens.image.shape
     if rows != prompts or many != 1:
-        raise InputError(
-            f"Got {rows} rows of {many} new tokens to go on from {prompts} gated prompts; expected one "
-            f"token each. {turn}; in generate() leave out beams, several sequences, prefill_chunk_size "
-            "and assisted decoding."
-        )
+        what = f"Got {rows} rows of {many} new tokens to go on from {prompts} gated prompts"
+        leave = "leave out beams, several sequences, prefill_chunk_size and assisted decoding"
+        raise InputError(f"{what}; expected one token each. {turn}; in generate() {leave}.")
     if length < prompt:
         raise InputError(
             f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "
