@@ -153,9 +153,10 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
         return f"{own.__module__}.{getattr(own, '__qualname__', repr(own))}", own
     check_choice(SCORES, score=name)
     if name == "choice" and with_options < len(items):
-        what = f"Got {len(items) - with_options} items without choices for score='choice'"
-        write = "Write choices=['red', 'green'], or score='exact' or score='logprob'."
-        raise InputError(f"{what}; expected options on all. {write}")
+        raise InputError(
+            f"Got {len(items) - with_options} items without choices; expected options on all for "
+            "score='choice'. Write choices=['red', 'green'], or score='exact' or score='logprob'."
+        )
     return name, SCORES[name]
 
 
