@@ -119,8 +119,9 @@ class Attachment:
             return Pass() if pixels is None else passes.started(self.model, self.anatomy, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
-                "Got images that were encoded before the gate was attached, or for an earlier pass; expected "
-                "to see them pass the vision tower, once. Write use_cache=True, or pass pixel_values."
+                "Got images that were encoded before the gate was attached, or for an earlier pass, as by "
+                "generate(use_cache=False); expected to see them pass the vision tower, once. Write "
+                "use_cache=True, or pass pixel_values."
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses

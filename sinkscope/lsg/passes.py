@@ -169,7 +169,10 @@ def started(
             raise
         why = "generate() cuts a prompt for prefill_chunk_size: leave it out."
         if len(ids := given["input_ids"]) > len(ids.unique(dim=0)):
-            why = "generate() repeats rows for beams and several sequences: leave them out."
+            why = (
+                "generate() repeats rows for beams and several sequences: a gate works with greedy "
+                "decoding and sampling of one sequence."
+            )
         raise InputError(f"{error} {why}") from error
     labels = given.get("labels")
     if labels is None:
