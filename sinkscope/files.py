@@ -14,10 +14,8 @@ from uuid import uuid4
 
 from sinkscope.errors import CheckpointError, InputError
 
-WRITING = ".writing"
-"""How the name of a file ends that is not whole yet; the process that writes it stands before."""
-LOCK = ".lock"
-"""The file that a running process holds; it stays behind, and nobody holds it then."""
+WRITING = ".writing"  # ends the name of a file that is not whole yet, behind its process
+LOCK = ".lock"  # what a running process holds; the file stays behind, and nobody holds it then
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -32,10 +30,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def folder_whole(path: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all, also after a loss of power.
+    """A folder that takes its name when the block ends, whole or not at all, also after a loss of power.
 
-    The folder that this yields takes the name when the block has ended; if another process was first, its
-    folder stays. What dead processes left half-written is removed.
+    If another process was first, its folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*{WRITING}"):
@@ -45,10 +42,9 @@ def folder_whole(path: Path) -> Iterator[Path]:
     made.mkdir()
     try:
         yield made
-        for file in made.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as written:
-                    os.fsync(written.fileno())
+        for file in filter(Path.is_file, made.rglob("*")):
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
         try:
             made.rename(path)
         except OSError:
@@ -152,9 +148,8 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
-        ) from error
+        what = f"Got out={str(folder)!r}, which cannot be written ({error})"
+        raise CheckpointError(f"{what}; expected a folder.") from error
 
 
 def _make(folder: Path, name: str, what: str) -> None:
@@ -173,10 +168,9 @@ def _make(folder: Path, name: str, what: str) -> None:
 def _differing(before: Any, now: Any, name: str = "") -> list[str]:
     """One line per value that differs between two trees of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        names = [f"{name}.{key}" if name else str(key) for key in keys]
-        both = zip(keys, names, strict=True)
-        return [line for k, n in both for line in _differing(before.get(k), now.get(k), n)]
+        named = {key: f"{name}.{key}" if name else str(key) for key in sorted({*before, *now})}
+        both = ((before.get(key), now.get(key), under) for key, under in named.items())
+        return [line for each in both for line in _differing(*each)]
     if before == now:
         return []
     texts = (json.dumps(value) for value in (before, now))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,16 +41,14 @@ def answer_batch(
 ) -> Answers:
     """Answers of a batch, all of them free or all among options; for these see `score_options`.
 
-    Free answers are greedy, without what a generation config adds, and of each only as many tokens
-    count as its own right answer has, so that no answer depends on the other questions of the batch. It
-    is right if these are the tokens of the right answer, as in `exact`, or if they begin with the same
-    text after stripping and lower case: a model may leave out the space before an answer.
+    Free answers are greedy, and of each only as many tokens count as its right answer has. It is right
+    if these are that answer's tokens, or begin with the same text after stripping and lower case.
     """
     ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
         scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
-        best = zip(items, scores.argmax(dim=1).tolist(), strict=True)
-        given = [item.choices[i] for item, i in best]
+        best = scores.argmax(dim=1).tolist()
+        given = [item.choices[i] for item, i in zip(items, best, strict=True)]
         correct = [text == item.answer for text, item in zip(given, items, strict=True)]
         return Answers(tuple(given), tuple(correct), touched)
     prompts = zip(sample.texts or (), items, strict=True)
@@ -94,12 +93,12 @@ def score_options(
         ids = padded(forced, IGNORED, "right")
 
         def allowed(row: int, so_far: Tensor, forced: Sequence[Tensor] = forced) -> list[int]:
-            """Force the option's tokens, and repeat the last where others are longer."""
+            # force the option's tokens, and repeat the last where others are longer
             return [int(forced[row][min(len(so_far) - start, len(forced[row]) - 1)])]
 
         only = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, num_beams=1)])
-        how: dict[str, Any] = {"max_new_tokens": ids.shape[1], "logits_processor": only, **GREEDY}
-        out = lvlm.generate(sample, [], edits, **how)
+        how: dict[str, Any] = {"logits_processor": only, **GREEDY}
+        out = lvlm.generate(sample, [], edits, max_new_tokens=ids.shape[1], **how)
         found = TokenScores.of(torch.cat([run.logits[:, -1:] for run in out.steps], dim=1), ids)
         gone = torch.tensor([i >= len(row) for row in options])
         each = (found.means if length_normalized else found.sums).cpu()
@@ -112,30 +111,21 @@ def _touched(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
     """Which rows an edit touched in the first passes, as many as ``sizes`` says; a packed tower has one row."""
     out = torch.zeros(len(sizes), dtype=torch.bool)
     for step, run in enumerate(steps):
-        needed = torch.tensor([step < size for size in sizes])
-        for effect in run.effects.values():
-            touched = effect.touched
-            out |= needed & (touched if len(touched) == len(sizes) else touched.any())
+        needed = torch.tensor(sizes) > step
+        for found in (effect.touched for effect in run.effects.values()):
+            out |= needed & (found if len(found) == len(sizes) else found.any())
     return tuple(out.tolist())
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model makes of one question, without generating.
+    """What the model makes of one question, without generating; all log-probabilities in nats."""
 
-    Attributes:
-        tokens: Token ids of the right answer.
-        logprobs: Log-probability of each, given the prompt and those before it, in nats.
-        greedy: The most likely token at each of their positions.
-        choices: Mean log-probability per token of every option, in nats; empty without options.
-        right: Which option is the right answer, -1 without options.
-    """
-
-    tokens: Ids
-    logprobs: tuple[float, ...]
-    greedy: Ids
-    choices: tuple[float, ...] = ()
-    right: int = -1
+    tokens: Ids  # token ids of the right answer
+    logprobs: tuple[float, ...]  # of each, given the prompt and those before it
+    greedy: Ids  # the most likely token at each of their positions
+    choices: tuple[float, ...] = ()  # mean log-probability per token of every option, if any
+    right: int = -1  # which option is the right answer, -1 without options
 
     @property
     def logprob(self) -> float:
@@ -146,13 +136,11 @@ class Answered:
 Score = Callable[[Item, Answered], float]
 SCORES: dict[str, Score] = {
     # the right answer, in nats
-    "logprob": lambda item, answered: answered.logprob,
+    "logprob": lambda item, said: said.logprob,
     # 1 if the right option has the highest mean log-probability per token, the first at a tie
-    "choice": lambda item, answered: float(
-        answered.choices.index(max(answered.choices)) == answered.right
-    ),
+    "choice": lambda item, said: float(said.choices.index(max(said.choices)) == said.right),
     # 1 if greedy decoding begins with the right answer, token by token
-    "exact": lambda item, answered: float(answered.greedy == answered.tokens),
+    "exact": lambda item, said: float(said.greedy == said.tokens),
 }
 
 
@@ -173,13 +161,9 @@ def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
 
 
 def check_finite(item: Item, answered: Answered, where: str, *, edited: bool) -> None:
-    """Refuse log-probabilities that are NaN or infinite: every comparison with them would be wrong.
-
-    ``where`` is the cell in words, and ``edited`` whether keys were scaled there.
-    """
-    cause = "The model itself overflows: load"
-    if edited:
-        cause = "A factor this large overflows: write smaller ones in grid, or load"
+    """Refuse log-probabilities that are NaN or infinite; ``where`` is the cell in words."""
+    cause = "A factor this large overflows: write smaller ones in grid, or load"
+    cause = cause if edited else "The model itself overflows: load"
     advice = f"{cause} the model with dtype='bfloat16' or 'float32'."
     for value in (*answered.logprobs, *answered.choices):
         _finite("a log-probability of", value, where, item, advice)
@@ -192,16 +176,13 @@ def scored(score: Score, item: Item, answered: Answered, where: str) -> float:
 
 
 def _finite(what: str, value: Any, where: str, item: Item, advice: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(
-            f"Got {what} {value!r} at {where}, for the question {item.question!r} about image "
-            f"{item.image_id!r}; expected a finite number. {advice}"
-        )
-    return number
+    with suppress(TypeError, ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise InputError(
+        f"Got {what} {value!r} at {where}, for the question {item.question!r} about image "
+        f"{item.image_id!r}; expected a finite number. {advice}"
+    )
 
 
 @dataclass(frozen=True, eq=False)

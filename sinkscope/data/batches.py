@@ -47,10 +47,8 @@ class AnswerData:
         The second holds this share (from 0 to below 1) of the groups of images, at least one if above 0.
         """
         if not is_number(share, 0, below=1):
-            raise InputError(
-                f"Got validation={share!r}; expected a share of the images from 0 to below 1, or "
-                "validation_data=dataset."
-            )
+            wanted = "expected a share of the images from 0 to below 1, or validation_data=dataset"
+            raise InputError(f"Got validation={share!r}; {wanted}.")
         names = list(dict.fromkeys(self.groups))
         if share == 0:
             return list(range(len(self))), []
@@ -114,10 +112,8 @@ def read_dataset(
             with such attributes. Something with a length and an index (a list, ``datasets.Dataset``, a
             torch dataset) is read again whenever a batch is made; else a list of its records is kept.
         tokenizer: To count the answers' tokens, or None.
-        max_answer_tokens: The longest answer that is accepted.
         image_token: The id that stands for an image in prompts, which no answer may hold.
         marks: The texts that stand for images, which no question may hold inside of words, or None.
-        progress: Whether to show a progress bar.
     """
     check_whole(1, max_answer_tokens=max_answer_tokens)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -138,16 +134,13 @@ def read_dataset(
             question_of(question, marks, who=f"Record {index} has")
         # as long as behind a prompt, or a token longer
         tokens = () if tokenizer is None else answer_ids(tokenizer, "", answer)
+        leave, many = "or leave such records out", len(tokens)
         if image_token in tokens:
-            raise InputError(
-                f"Record {index} has the answer {answer[:40]!r}, which holds the token that stands for "
-                "an image; expected words. Remove it, or leave such records out."
-            )
-        if len(tokens) > max_answer_tokens:
-            raise InputError(
-                f"Record {index} has an answer of {len(tokens)} tokens; expected at most "
-                f"{max_answer_tokens}. Write max_answer_tokens={len(tokens)}, or leave such records out."
-            )
+            what = f"has the answer {answer[:40]!r}, which holds the token that stands for an image"
+            raise InputError(f"Record {index} {what}; expected words. Remove it, {leave}.")
+        if many > max_answer_tokens:
+            what = f"has an answer of {many} tokens; expected at most {max_answer_tokens}"
+            raise InputError(f"Record {index} {what}. Write max_answer_tokens={many}, {leave}.")
         image = ids.add(index, record["image"], record.get("image_id"))
         names.append(image[0])
         digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
@@ -177,21 +170,20 @@ def read_parts(
     Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
     from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
+    how: dict[str, Any] = {"marks": marks_of(lvlm.processor)}
+    how |= {"max_answer_tokens": max_answer_tokens, "image_token": lvlm.anatomy.image_token_id}
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
-        how: dict[str, Any] = {"image_token": lvlm.anatomy.image_token_id}
-        how |= {"marks": marks_of(lvlm.processor), "progress": bool(shown)}
-        return read_dataset(part, lvlm.tokenizer, max_answer_tokens=max_answer_tokens, **how)
+        return read_dataset(part, lvlm.tokenizer, progress=bool(shown), **how)
 
     data = read(dataset)
     rows, held = data.split(validation if validation_data is None else 0.0, seed)
     if validation_data is not None:
         data = data.joined(read(validation_data))
         held = list(range(len(rows), len(data)))
-    for part in (rows, held):
-        if part:
-            make_batch(lvlm, data, part[:1])
+    for part in filter(None, (rows, held)):
+        make_batch(lvlm, data, part[:1])
     return data, rows, held
 
 
@@ -204,22 +196,18 @@ def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
 def make_batch(
     lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
 ) -> AnswerBatch:
-    """The records of some rows as one batch; their images are opened now.
-
-    ``append_end`` trains the token that ends an answer too, see `end_token`. A record that does not fit
-    the model is an InputError.
-    """
+    """The records of some rows as one batch, with `end_token` behind answers; images are opened now."""
     records = [_texts(data.records[row], row) for row in rows]
     images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
-    images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
+    images = [list(one) if isinstance(one, (list, tuple)) else [one] for one in images]
     inputs, _, prompts = process(lvlm.processor, images, questions)
-    end = end_token(lvlm) if append_end else None
-    last, both = () if end is None else (end,), zip(prompts, answers, strict=True)
+    end, both = end_token(lvlm) if append_end else None, zip(prompts, answers, strict=True)
+    last = () if end is None else (end,)
     tails = [answer_ids(lvlm.tokenizer, prompt, answer) + last for prompt, answer in both]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
-    seen = (tokens.image >= 0).any(1).tolist()
-    if blind := [row for row, sees in zip(rows, seen, strict=True) if not sees]:
+    sees = (tokens.image >= 0).any(dim=1)
+    if blind := [row for i, row in enumerate(rows) if not sees[i]]:
         raise InputError(
             f"Records {blind} have no image token in their prompt; expected some, or there is nothing "
             "for a gate to scale. Check the processor's image_token and chat template."
@@ -240,10 +228,7 @@ def make_batch(
 
 
 def end_token(lvlm: LVLM) -> int | None:
-    """The token that stops generation, or None if the model has none.
-
-    Among several (Qwen, Gemma) it is the first that the chat template puts behind an answer.
-    """
+    """The token that stops generation, or None; of several the first that a chat template puts there."""
     tokenizer, settings = lvlm.tokenizer, getattr(lvlm.module, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

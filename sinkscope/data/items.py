@@ -25,7 +25,6 @@ class Item:
     """One question about one image, with the right answer.
 
     Attributes:
-        image: PIL image, path or array.
         task: What kind of question it is: on all questions, or on none.
         image_id: Text or a whole number, which score functions and tables see as text. Questions with
             one id are about one image: they share a batch, and are resampled together. Missing in all
@@ -34,7 +33,7 @@ class Item:
             answer is then the option with the highest log-probability. Empty: it answers freely.
     """
 
-    image: Any
+    image: Any  # PIL image, path or array
     question: str
     answer: str
     task: str = ALL
@@ -46,16 +45,13 @@ class Item:
 class LabelledImage:
     """One image, what is true about it, and the text it is shown with.
 
-    Attributes:
-        image: PIL image, path or array; a list of them for a prompt with several.
-        attributes: Name -> class (an int or a str), or a set or list of classes if several can hold.
-        question: The text after the image.
-        image_id: Records with one id are never split between training and test; see `Item`.
+    ``attributes`` are name -> class (an int or a str), or a set or list of classes if several can hold.
+    Records with one ``image_id`` are never split between training and test; see `Item`.
     """
 
-    image: Any
+    image: Any  # PIL image, path or array; a list of them for a prompt with several
     attributes: Mapping[str, Any]
-    question: str = ""
+    question: str = ""  # the text after the image
     image_id: Any = None
 
 
@@ -159,10 +155,8 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
         item = record if isinstance(record, LabelledImage) else LabelledImage(**found)
         check_texts(i, {"question": item.question}, blank=True)
         if not isinstance(item.attributes, Mapping) or not item.attributes:
-            raise InputError(
-                f"Record {i} has attributes={item.attributes!r}; expected a dict of names and "
-                "classes, such as {'count': 3, 'colours': {'red', 'blue'}}."
-            )
+            wanted = "a dict of names and classes, such as {'count': 3, 'colours': {'red', 'blue'}}"
+            raise InputError(f"Record {i} has attributes={item.attributes!r}; expected {wanted}.")
         items.append(item)
     return items
 

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sinkscope.bundled import scenes
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.data.items import Lazy, read_record
@@ -41,14 +43,12 @@ class Questions:
         split: ``"train"``, ``"validation"`` or ``"test"`` of the scenes, or what ``load_dataset``
             calls it.
         limit: The most questions, from ``start`` on; None for all (100 scenes).
-        start: How many to skip.
         columns: Field -> column name, for those whose names differ. Fields are image, question,
             answer, task, image_id and choices.
         choices: The same options for every question; None for those of the column, if there is one.
         letters: How options are named in answers, such as ``"A"`` or ``"(A)"``: then each question has
             as many letters as options. None if the answer is the option itself.
         suffix: Put behind every question, such as a line that asks for the option's letter.
-        per_image: Questions per drawn scene.
         subset: The configuration's name for ``load_dataset``.
     """
 
@@ -92,13 +92,11 @@ class Questions:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.source == SCENES:
-            yield from self._scenes()
-            return
+            return self._scenes()
         path = Path(self.source).expanduser()
         raw = read_file(path) if path.suffix in READERS else self._load()
         stop = None if self.limit is None else self.start + self.limit
-        for i, record in islice(enumerate(raw), self.start, stop):
-            yield self._record(record, i)
+        return (self._record(record, i) for i, record in islice(enumerate(raw), self.start, stop))
 
     def _scenes(self) -> Iterator[dict[str, Any]]:
         seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
@@ -121,10 +119,9 @@ class Questions:
         try:
             return load_dataset(self.source, self.subset, split=self.split)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"The data set {self.source!r} (split {self.split!r}) could not be loaded; expected what "
-                f"datasets.load_dataset knows. {type(error).__name__}: {error}"
-            ) from error
+            what = f"The data set {self.source!r} (split {self.split!r}) could not be loaded"
+            why = f"expected what datasets.load_dataset knows. {type(error).__name__}: {error}"
+            raise InputError(f"{what}; {why}") from error
 
     def _record(self, raw: Mapping[str, Any], i: int) -> dict[str, Any]:
         """One record with the fields of an item; empty columns are missing."""
@@ -157,8 +154,6 @@ def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     if not path.is_file():
         raise InputError(f"Got the file {str(path)!r}, which does not exist.")
     if path.suffix == ".parquet":
-        import pandas as pd
-
         yield from pd.read_parquet(path).to_dict(orient="records")  # type: ignore[misc]
         return
     with path.open(newline="", encoding="utf-8") as lines:

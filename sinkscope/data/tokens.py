@@ -55,10 +55,9 @@ def with_answers(
     for name, value in inputs.items():
         whole = isinstance(value, Tensor) and not value.is_floating_point()
         if name == "input_ids" or name in EXTENDED:
-            rows = []
-            for old, mask, tail in zip(value, live, tails, strict=True):
-                more = tail if name == "input_ids" else [EXTENDED[name]] * len(tail)
-                rows.append(torch.cat([old[mask], value.new_tensor(list(more))]))
+            more = [tail if name == "input_ids" else [EXTENDED[name]] * len(tail) for tail in tails]
+            parts = zip(value, live, more, strict=True)
+            rows = [torch.cat([old[mask], value.new_tensor(list(end))]) for old, mask, end in parts]
             out[name] = padded(rows, pad if name == "input_ids" else 0, "left")
         elif whole and value.shape == ids.shape:
             raise InputError(

@@ -1,7 +1,6 @@
-"""Gate a plain model, whose passes may come in any order.
+"""Gate a plain model, whose prompts, decode steps and backward passes may interleave.
 
-What a gate found in a prompt is kept for the cache that the prompt filled, and is handed to the blocks
-of a pass with their arguments. So prompts, decode steps and backward passes may interleave.
+What a gate found in a prompt is kept by the cache that it filled, and handed to blocks as an argument.
 """
 
 from __future__ import annotations
@@ -22,18 +21,8 @@ from sinkscope.interventions.application import Edited
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.passes import (
-    ByIdentity,
-    Gate,
-    Pass,
-    arguments_of,
-    continued,
-    images_of,
-    length_of,
-    placed,
-    signals_of,
-    started,
-)
+from sinkscope.lsg import passes
+from sinkscope.lsg.passes import ByIdentity, Gate, Pass
 from sinkscope.models.keyhook import share_keys
 from sinkscope.sites import Site
 
@@ -90,10 +79,9 @@ class Attachment:
             part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
             part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
-        handles += [
-            part(vision[layer]).register_forward_hook(partial(self._after_vision, layer))
-            for layer in config.model["feed_layers"]
-        ]
+        for layer in config.model["feed_layers"]:
+            hook = partial(self._after_vision, layer)
+            handles.append(part(vision[layer]).register_forward_hook(hook))
         edited = part(language[config.edited])
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
@@ -111,11 +99,10 @@ class Attachment:
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before a pass: a prompt is mapped anew, a decode step is counted."""
         self._now = None
-        given = arguments_of(module, args, kwargs)
+        given = passes.arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
-        length = length_of(cache)
-        before = self._passes.get(cache)
-        now = continued(before, given, length) if length else self._started(given)
+        length, before = passes.length_of(cache), self._passes.get(cache)
+        now = passes.continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)
         self._now = now
@@ -126,10 +113,10 @@ class Attachment:
                 "Got a prompt without input_ids for a gated model; expected them, to find the image "
                 "tokens. Pass input_ids and pixel_values instead of inputs_embeds."
             )
-        pixels, encoded = images_of(given)
+        pixels, encoded = passes.images_of(given)
         if encoded is None:
             self._seen = None  # and a text prompt has nothing to scale
-            return Pass() if pixels is None else started(self.model, self.anatomy, given, {})
+            return Pass() if pixels is None else passes.started(self.model, self.anatomy, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
                 "Got images that were encoded before the gate was attached, or for an earlier pass, as by "
@@ -143,7 +130,7 @@ class Attachment:
                 "a gate reads its end. Leave out prompt_lookup_num_tokens or assistant_model."
             )
         self._used.put(encoded, value=True)
-        return started(self.model, self.anatomy, given, self._seen[0])
+        return passes.started(self.model, self.anatomy, given, self._seen[0])
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a pass, also one that failed: its cache is known."""
@@ -173,10 +160,8 @@ class Attachment:
         if now.tokens is not None and not now.state["step"]:
             fed = {} if self._seen is None else self._seen[1]
             if not fed:
-                raise InputError(
-                    "Got images that did not pass the vision tower of a gated model; expected them to. "
-                    "Pass pixel_values."
-                )
+                what = "Got images that did not pass the vision tower of a gated model"
+                raise InputError(f"{what}; expected them to. Pass pixel_values.")
             for layer in self.gate.config.model["feed_layers"]:
                 self._read(now, Site("vision", "resid_post", layer), fed[layer])
         self._seen = None
@@ -202,9 +187,8 @@ class Attachment:
         now = given.get(CARRIED, {}).get(id(self), self._now)
         if now is None:
             raise InputError(
-                "Got a call of a part of a gated model, such as model.model(...); expected the whole "
-                "model, where the gate sees images and labels. Write model(**inputs), also in a "
-                "wrapper that calls model.forward, or gate.detach() first."
+                "Got a call of a part of a gated model, such as model.model(...); expected the whole. Write "
+                "model(**inputs), also in a wrapper that calls model.forward, or gate.detach() first."
             )
         return now
 
@@ -216,10 +200,10 @@ class Attachment:
         if now.tokens is None or now.last is None:
             return
         found = first_tensor(seen)
-        for signal in signals_of(self.gate, now.tokens, now.state["step"]):
+        for signal in passes.signals_of(self.gate, now.tokens, now.state["step"]):
             if signal.site != site:
                 continue
-            given = placed(signal.parameters, found)
+            given = passes.placed(signal.parameters, found)
             if "at" in given:  # behind the prompt there may be an answer: labels say so
                 last = now.last.to(found.device)
                 places = torch.arange(given["tokens"].shape[1], device=last.device)
@@ -228,12 +212,11 @@ class Attachment:
 
     def _around(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         """After the block before the edited one, and before the edited one."""
-        edited = self.gate.config.edited
-        site = Site("language", "resid_post", edited - 1)
+        place, seen = ("resid_post", self.gate.config.edited - 1), output
         if output is None:
-            site = Site("language", "resid_pre", edited)
-            output = args[0] if args else kwargs["hidden_states"]
-        self._read(self._pass(kwargs), site, output)
+            place = ("resid_pre", self.gate.config.edited)
+            seen = args[0] if args else kwargs["hidden_states"]
+        self._read(self._pass(kwargs), Site("language", *place), seen)
 
     def _scale(self, key: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The keys ``[batch kv_head key d_head]`` of the edited block, scaled."""
@@ -260,8 +243,8 @@ def attach(gate: Gate, model: Any) -> Attachment:
             "without interventions on. Write gate.attach(lvlm), or lvlm.edited([gate, ...])."
         )
     if any(one.model is module for one in ATTACHED.get(gate, [])):
-        text = "Got a model that this gate is attached to already; expected it once."
-        raise InterventionError(f"{text} Write gate.detach() first.")
+        what = "Got a model that this gate is attached to already; expected it once."
+        raise InterventionError(f"{what} Write gate.detach() first.")
     one = Attachment(gate, module)
     ATTACHED.setdefault(gate, WeakSet()).add(one)
     return one

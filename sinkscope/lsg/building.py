@@ -18,9 +18,7 @@ from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 
-CHOICES = frozenset(
-    {"groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"}
-)
+CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]
 """Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 
 
@@ -56,8 +54,7 @@ def config_for(
                 "coefficients need a scale of as many as there are groups."
             )
         made["scale"] = float(len(made["groups"]))
-    strange = sorted(set(made) - CHOICES)
-    if strange:
+    if strange := sorted(set(made) - set(CHOICES)):
         raise InterventionError(
             f"Got {strange} for a gate; expected fields of GateConfig that are free, {sorted(CHOICES)}: "
             "the others are read from the model."

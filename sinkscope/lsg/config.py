@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS
 
+WHOLE = "a whole number of 1 or more"
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
 MODEL_ALIASES = {
     "llava_llama": "llava",  # config.model_type of the original LLaVA code
@@ -65,15 +67,13 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
 def check_fingerprint(model: Mapping[str, Any]) -> None:
     """Refuse a fingerprint that cannot be of a model: a size is missing or no whole number."""
     require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
+    fed, kind = model.get("feed_layers"), model.get("model_type")
+    blocks = isinstance(fed, list) and fed != [] and all(is_whole(layer, 0) for layer in fed)
+    require(isinstance(kind, str), "model['model_type']", kind, "the name of a type")
+    require(blocks, "model['feed_layers']", fed, "a list of block indices")
     for name in _llava(1, 128):
-        value = model.get(name)
-        good, wanted = is_whole(value, 1), "a whole number of 1 or more"
-        if name == "model_type":
-            good, wanted = isinstance(value, str), "the name of a type"
-        elif name == "feed_layers":
-            good = isinstance(value, list) and value != [] and all(is_whole(v, 0) for v in value)
-            wanted = "a list of block indices"
-        require(good, f"model[{name!r}]", value, wanted)
+        good = name in ("model_type", "feed_layers") or is_whole(model.get(name), 1)
+        require(good, f"model[{name!r}]", model.get(name), WHOLE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class GateConfig:
 
     Attributes:
         layer: The block whose output the gate reads, or ``"embed"`` for the decoder's input.
-        d_model: Width of what it reads.
         groups: The groups of image tokens with a coefficient each: ``("V", "rest")`` as in the paper,
             ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every other one.
         signal: ``"last"`` prompt token (the paper), or the mean of all live prompt tokens
@@ -96,8 +95,7 @@ class GateConfig:
         hidden: Width of the hidden layer; 64 in the paper.
         activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``; the paper does not say.
         affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
-        v_detector: The rule for V-sinks, by name and parameters.
-        l_detector: The rule for L-sinks likewise, or None without an L group.
+        v_detector: The rule for V-sinks, by name and parameters; ``l_detector`` likewise, or None.
         model: Type and sizes of the model that the gate was made for.
         weights: A few numbers of the model's LM head; empty if it had none.
         seed: Of the first layer's weights.
@@ -120,20 +118,19 @@ class GateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        refused: dict[str, Any] = {"error": InterventionError}
-        check_choice(GROUPS, groups=self.groups, **refused)
-        check_choice(("last", "mean", "visual"), signal=self.signal, **refused)
-        check_choice(("frozen", "refresh", "off"), decode=self.decode, **refused)
-        check_choice(("uniform", "neutral"), init=self.init, **refused)
-        check_choice(ACTIVATIONS, activation=self.activation, **refused)
+        check = partial(check_choice, error=InterventionError)
+        check(GROUPS, groups=self.groups)
+        check(("last", "mean", "visual"), signal=self.signal)
+        check(("frozen", "refresh", "off"), decode=self.decode)
+        check(("uniform", "neutral"), init=self.init)
+        check(ACTIVATIONS, activation=self.activation)
         if self.decode == "refresh" and self.signal != "last":
             raise InterventionError(
                 f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
                 "over prompt tokens does not change at decode steps: write decode='frozen'."
             )
         self._check_types()
-        many = len(self.groups)
-        if self.init == "neutral" and self.scale != many:
+        if self.init == "neutral" and self.scale != (many := len(self.groups)):
             what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
             raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
         if ("L" in self.groups) != (self.l_detector is not None):
@@ -154,8 +151,8 @@ class GateConfig:
         seeded = is_whole(self.seed, -(2**63), 2**64 - 1)  # what torch takes
         for name, good, expected in (
             ("layer", where, "'embed' or the index of a block, from 0"),
-            ("d_model", is_whole(self.d_model, 1), "a whole number of 1 or more"),
-            ("hidden", is_whole(self.hidden, 1), "a whole number of 1 or more"),
+            ("d_model", is_whole(self.d_model, 1), WHOLE),
+            ("hidden", is_whole(self.hidden, 1), WHOLE),
             ("scale", is_number(self.scale, above=0), "a positive number, not infinite"),
             ("seed", seeded, "a whole number of at most 64 bits"),
             ("affine", isinstance(self.affine, bool), "True or False"),

@@ -49,8 +49,7 @@ class LSG(nn.Module):
 
     def __init__(self, config: GateConfig, *, allow_noop: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.allow_noop = allow_noop
+        self.config, self.allow_noop = config, allow_noop
         self.record: Mapping[str, Any] | None = None
         generator = torch.Generator().manual_seed(config.seed)
         self.norm = nn.LayerNorm(config.d_model, elementwise_affine=config.affine)
@@ -58,10 +57,10 @@ class LSG(nn.Module):
         self.outer = nn.Linear(config.hidden, len(config.groups))
         with torch.no_grad():
             bound = config.d_model**-0.5
-            for tensor in (self.inner.weight, self.inner.bias):
+            for tensor in self.inner.parameters():
                 tensor.uniform_(-bound, bound, generator=generator)
-            self.outer.weight.zero_()
-            self.outer.bias.zero_()
+            for tensor in self.outer.parameters():
+                tensor.zero_()
 
     @classmethod
     def for_model(
@@ -84,7 +83,6 @@ class LSG(nn.Module):
                 calibration on ``samples``.
             l_detector: The rule for L-sinks, if there is such a group; None likewise.
             samples: What to calibrate on; None draws six scenes. Never those you test on.
-            allow_noop: See the class.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
                 activation, affine, seed.
 
@@ -114,27 +112,21 @@ class LSG(nn.Module):
     @property
     def weights(self) -> dict[str, Any]:
         """Its tensors under the names of `sinkscope.kernels.gating.coefficients`."""
-        parts = {"norm": self.norm, "in": self.inner, "out": self.outer}
-        return {
-            f"{k}_{kind}": getattr(parts[k], kind) for k in parts for kind in ("weight", "bias")
-        }
+        parts = (("norm", self.norm), ("in", self.inner), ("out", self.outer))
+        return {f"{k}_{kind}": getattr(x, kind) for k, x in parts for kind in ("weight", "bias")}
 
     def forward(self, states: Tensor) -> Tensor:
         """Coefficients fp32 ``[batch group]`` for states ``[batch d_model]``; they sum to ``scale``."""
-        return kernels.coefficients(
-            states, **self.weights, activation=self.config.activation, scale=self.config.scale
-        )
+        how = {"activation": self.config.activation, "scale": self.config.scale}
+        return kernels.coefficients(states, **self.weights, **how)
 
     def edits(self, context: Context) -> list[Edit]:
-        """The signals that the gate reads, and one edit of keys.
-
-        A gate of another model is an InterventionError, a sample without image tokens a NoEffectError.
-        """
+        """The signals that the gate reads, and one edit of keys; a NoEffectError without image tokens."""
         self.check_model(context.anatomy)
         if context.step and self.config.decode == "off":
             return []
         visual = context.tokens.image >= 0
-        if not visual.any() and not self.allow_noop:
+        if not (visual.any() or self.allow_noop):
             raise NoEffectError(
                 "Got a sample without image tokens for a gate; expected some keys to scale. Write "
                 "allow_noop=True if nothing may happen."
@@ -186,9 +178,6 @@ class LSG(nn.Module):
 
         Call ``detach()`` on what it returns, or write ``with gate.attach(model):``. While attached, a pass
         that cannot be gated rightly, such as one on a cache that was filled before, is an InputError.
-
-        Raises:
-            InterventionError: If the gate was made for another model or is attached to it already.
         """
         return attach(self, model)
 
@@ -196,8 +185,8 @@ class LSG(nn.Module):
         """End every attachment of this gate, or raise an InterventionError if there is none."""
         mine = list(ATTACHED.get(self, ()))
         if not mine:
-            text = "Got a gate that is attached to nothing; expected gate.attach(model) before."
-            raise InterventionError(text)
+            what = "Got a gate that is attached to nothing; expected gate.attach(model) before."
+            raise InterventionError(what)
         for one in mine:
             one.detach()
 
@@ -209,7 +198,7 @@ class LSG(nn.Module):
         ``record``, plain data, says how it was trained; None is the gate's own. The folder is new, empty or
         that of another gate, which is replaced; else, and if it cannot be written, it is a CheckpointError.
         """
-        saving.save_gate(folder, saved(self, record))
+        saving.write_folder(folder, saving.files_of(saved(self, record)), loading.FORMAT)
 
     @staticmethod
     def from_pretrained(
@@ -223,10 +212,7 @@ class LSG(nn.Module):
         """Load a gate from a folder, or a hub repository and its branch, tag or commit; no code is run.
 
         It is checked against ``lvlm`` now and goes on its device; without, it is checked at first use.
-
-        Raises:
-            CheckpointError: If files are missing, damaged or of something else.
-            InterventionError: If it was made for another model.
+        An InterventionError if it was made for another model, else a CheckpointError.
         """
         source = loading.source_of(path_or_repo, revision, subfolder)
         return loaded(loading.read_gate(source), lvlm, allow_noop)
@@ -299,8 +285,7 @@ def loaded(found: loading.SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG
     if lvlm is None:
         return gate
     gate.check_fits(lvlm)
-    known = gate.config.weights
-    if not known or not sketch(lvlm.module, lvlm.anatomy.head):
+    if not (known := gate.config.weights) or not sketch(lvlm.module, lvlm.anatomy.head):
         why = "the model has none here" if known else "the gate knows none"
         text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
         warnings.warn(text, UserWarning, stacklevel=3)

@@ -37,26 +37,18 @@ OTHERS = re.compile(
 
 @dataclass(frozen=True)
 class ImportedGates:
-    """Gates read from files of another tool, and how they were read.
+    """Gates read from files of another tool, and how they were read."""
 
-    Attributes:
-        gates: The gates, by layer.
-        matched: What was matched to what: ``(in the file, here)``.
-        ignored: Tensors and settings that were left out.
-        assumed: What the files do not say and was taken for granted.
-    """
-
-    gates: tuple[LSG, ...]
-    matched: tuple[tuple[str, str], ...]
-    ignored: tuple[str, ...]
-    assumed: tuple[str, ...]
+    gates: tuple[LSG, ...]  # by layer
+    matched: tuple[tuple[str, str], ...]  # (in the file, here)
+    ignored: tuple[str, ...]  # tensors and settings that were left out
+    assumed: tuple[str, ...]  # what the files do not say and was taken for granted
 
     def __str__(self) -> str:
         wide = max([0, *(len(one) for one, _ in self.matched)])
         matched = tuple(f"{one:<{wide}}  ->  {other}" for one, other in self.matched)
-        parts = {"matched": matched, "ignored": self.ignored, "assumed": self.assumed}
-        listed = ([name, *(what or ["nothing"])] for name, what in parts.items())
-        return "\n".join("\n  ".join(lines) for lines in listed)
+        parts = (("matched", matched), ("ignored", self.ignored), ("assumed", self.assumed))
+        return "\n".join("\n  ".join([name, *(what or ["nothing"])]) for name, what in parts)
 
 
 def import_gates(
@@ -84,7 +76,7 @@ def import_gates(
     there are any, layer, groups, activation, scale, signal and the rule must be given.
 
     Args:
-        path_or_repo: A folder, or a hub repository.
+        path_or_repo: A folder, or a hub repository, at a ``revision``.
         lvlm: The model the gates are for. Its decoder's width tells the matrices apart.
         layer: The block that a gate reads, counted from 0, or ``"embed"``; for several gates a list in
             the order of the numbers in their names. None for the number behind "layer" in names.
@@ -92,64 +84,57 @@ def import_gates(
         groups: Of the coefficients, in the file's order. None for ("V", "rest") or ("V", "L", "rest").
         activation: None for "gelu".
         scale: What multiplies the softmax. None for 1.
-        v_detector: The rule for V-sinks. None for that of `LSG.for_model`.
-        l_detector: The rule for L-sinks, likewise.
+        v_detector: The rule for V-sinks. None for that of `LSG.for_model`; ``l_detector`` likewise.
         signal: As in `GateConfig`. None for "last".
         decode: As in `GateConfig`. None for "frozen".
         tensors: Names of one gate's tensors by role, a key of `LSG`'s state dict. None for by shape.
         ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
-        revision: Branch, tag or commit of a repository.
         subfolder: A folder within, such as one for each gate.
         show: Whether to print how the files were read.
 
     Raises:
         CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
         InterventionError: If a choice is impossible, or the settings name another model.
-        LayerError: If a layer is beyond the model.
     """
     check_choice((0, 1), error=InterventionError, index_base=index_base)
     source = source_of(path_or_repo, revision, subfolder)
     path = source.find(FILES[0]) or source.find(FILES[1])
     if path is None:
-        raise CheckpointError(
-            f"Got {source} without {FILES[0]}; expected it there. Write ss.LSG.from_pretrained(...) for "
-            "what sinkscope wrote."
-        )
+        write = "Write ss.LSG.from_pretrained(...) for what sinkscope wrote."
+        raise CheckpointError(f"Got {source} without {FILES[0]}; expected it there. {write}")
     asked: dict[str, Any] = dict(groups=groups, activation=activation, scale=scale, signal=signal)
     said = {"layer": layer, **asked, "v_detector": v_detector}
+    asked["decode"] = decode
     settings = read_settings(source.find(SETTINGS), ignore, said, lvlm)
     found = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     width = lvlm.anatomy.language.d_model
     matches = match_gates(shapes, width, ignore) if tensors is None else [checked(tensors, shapes)]
-    counts = {widths_of(match, shapes, width)[1] for match in matches}
-    if counts not in ({2}, {3}):
+    many, *others = sorted({widths_of(match, shapes, width)[1] for match in matches})
+    if others or many not in (2, 3):
         wanted = f"matrices [hidden, {width}] and [2, hidden], or [3, hidden] for all gates"
-        raise refused(f"tensors of gates with {sorted(counts)} coefficients", wanted)
+        raise refused(f"tensors of gates with {[many, *others]} coefficients", wanted)
     assumed = [f"the gates were trained on the weights of {lvlm.name!r}"]
     layers = layers_of(matches, layer, index_base, assumed)
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
-    usual = {"groups": ("V", "rest") if counts == {2} else ("V", "L", "rest")}
+    usual: dict[str, Any] = {"groups": ("V", "rest") if many == 2 else ("V", "L", "rest")}
     usual |= {"activation": "gelu", "scale": 1.0, "signal": "last", "decode": "frozen"}
-    asked["decode"] = decode
-    choices: dict[str, Any] = usual | {k: v for k, v in asked.items() if v is not None}
+    choices = {name: value if asked[name] is None else asked[name] for name, value in usual.items()}
     assumed += [f"{name} is {value!r}" for name, value in usual.items() if asked[name] is None]
-    order, many = tuple(choices["groups"]), counts.pop()
+    order = tuple(choices["groups"])
     if len(order) != many:
-        raise CheckpointError(
-            f"Got groups={order} and {many} coefficients; expected as many names."
-        )
+        what = f"Got groups={order} and {many} coefficients"
+        raise CheckpointError(f"{what}; expected as many names.")
     if v_detector is None and "V" in order:
         assumed.append("the rule for V-sinks is that of LSG.for_model")
     choices["groups"] = next((one for one in GROUPS if set(one) == set(order)), order)
     config = config_for(lvlm, 0, v_detector, l_detector, None, choices)
     places = [order.index(one) for one in choices["groups"]]
-    matched: list[tuple[str, str]] = []
-    gates = [
-        build(match, replace(config, layer=where), places, found, path, matched, assumed)
-        for match, where in zip(matches, layers, strict=True)
-    ]
-    gates = sorted((gate.to(device_for(lvlm)) for gate in gates), key=lambda g: g.config.edited)
+    matched, gates, device = list[tuple[str, str]](), list[LSG](), device_for(lvlm)
+    for match, where in zip(matches, layers, strict=True):
+        own = replace(config, layer=where)
+        gates.append(build(match, own, places, found, path, matched, assumed).to(device))
+    gates.sort(key=lambda gate: gate.config.edited)
     ignored = [name for name in shapes if not any(name in match.values() for match in matches)]
     ignored += [f"{SETTINGS}: {key} = {value!r}" for key, value in settings.items()]
     out = ImportedGates(tuple(gates), tuple(matched), tuple(ignored), tuple(dict.fromkeys(assumed)))
@@ -170,15 +155,13 @@ def read_settings(
     for base in BASES.keys() & {one for one in telling.values() if isinstance(one, str)}:
         if lines := differences(BASES[base], sizes_of(lvlm.anatomy)):
             listed = "\n  ".join(lines)
-            raise InterventionError(
-                f"Got gates for {base!r} in {SETTINGS}; expected gates for {lvlm.name!r}.\n  {listed}"
-            )
+            what = f"Got gates for {base!r} in {SETTINGS}; expected gates for {lvlm.name!r}."
+            raise InterventionError(f"{what}\n  {listed}")
     missing = [name for name, value in asked.items() if value is None]
     if telling and missing:
-        raise CheckpointError(
-            f"Got {telling} in {SETTINGS}, which is not read, without {missing}; expected every choice. "
-            f"Write {', '.join(f'{name}=...' for name in missing)}, or ignore=('part of a key',)."
-        )
+        what = f"Got {telling} in {SETTINGS}, which is not read, without {missing}"
+        write = f"Write {'=..., '.join(missing)}=..., or ignore=('part of a key',)."
+        raise CheckpointError(f"{what}; expected every choice. {write}")
     return out
 
 
@@ -207,11 +190,8 @@ def pairs_in(shapes: Shapes, width: int) -> list[tuple[str, str]]:
 def match_gates(shapes: Shapes, width: int, ignore: Sequence[str]) -> list[dict[str, str]]:
     """The names of every gate's tensors by role, in the order of the numbers in their names."""
     listed = "\n  ".join(f"{name} {shape}" for name, shape in shapes.items())
-    shapes = {
-        name: shape
-        for name, shape in shapes.items()
-        if not OTHERS.search(name.lower()) and not any(part in name.lower() for part in ignore)
-    }
+    other = [n for n in shapes if OTHERS.search(n.lower()) or any(p in n.lower() for p in ignore)]
+    shapes = {name: shape for name, shape in shapes.items() if name not in other}
     firsts = list(dict(pairs_in(shapes, width)))
     if not firsts:
         wanted = f"matrices [hidden, {width}] and [2 or 3, hidden]. The file holds\n  {listed}\n"
@@ -261,7 +241,7 @@ def match_gate(shapes: Shapes, width: int) -> dict[str, str]:
 def checked(names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
     """The names of a gate's tensors as the user wrote them; refused if a role or a name is unknown."""
     roles = [f"{part}.{kind}" for part in ("norm", "inner", "outer") for kind in ("weight", "bias")]
-    wrong = sorted(set(names) - set(roles)) + sorted(set(names.values()) - set(shapes))
+    wrong = [*sorted({*names} - {*roles}), *sorted({*names.values()} - {*shapes})]
     both = ("inner.weight", "outer.weight")
     lacks = [role for role in both if len(shapes.get(names.get(role, ""), ())) != 2]
     if wrong or lacks:
@@ -283,13 +263,12 @@ def layers_of(
     assumed: list[str],
 ) -> list[int | str]:
     """The block that each gate reads, counted from 0: as given, else as its names say."""
-    firsts = [match["inner.weight"] for match in matches]
-    named: list[Any] = []
+    firsts, named = [match["inner.weight"] for match in matches], list[int | str]()
     for match in matches:
         both = zip(words(match["inner.weight"]), words(match["outer.weight"]), strict=False)
         found = LAYER.search(".".join(one for one, other in both if one == other))
-        named.append(None if found is None else int(found[1]) - base)
-    named = [] if None in named else named
+        named += [] if found is None else [int(found[1]) - base]
+    named = named if len(named) == len(matches) else []
     out = named if given is None else [given] if isinstance(given, (int, str)) else list(given)
     if given is None:
         assumed.append(f"blocks {out} are read: the layers in names, counted from {base}")
@@ -317,8 +296,7 @@ def build(
     """One gate with the tensors of the file; ``order`` says which of its coefficients ours are."""
     affine = any(role.startswith("norm") for role in match)
     shapes = {name: tuple(tensors[name].shape) for name in match.values()}
-    hidden, _ = widths_of(match, shapes, config.d_model)
-    gate = LSG(replace(config, hidden=hidden, affine=affine))
+    gate = LSG(replace(config, hidden=widths_of(match, shapes, config.d_model)[0], affine=affine))
     if not affine:
         assumed.append("no tensor of a LayerNorm: there is one without weights")
     state = {}

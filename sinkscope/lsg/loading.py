@@ -98,9 +98,8 @@ def read_stack(source: Source) -> list[SavedGate]:
         isinstance(one, str) and re.fullmatch(r"[^./][^/]*", one, re.DOTALL) for one in names
     )
     if not good or not names or len(set(names)) < len(names):
-        raise CheckpointError(
-            f"Got gates={names!r} in {CONFIG} of {source}; expected names of folders beside it."
-        )
+        what = f"Got gates={names!r} in {CONFIG} of {source}"
+        raise CheckpointError(f"{what}; expected names of folders beside it.")
     within = f"{source.subfolder}/" if source.subfolder else ""
     return [read_gate(replace(source, subfolder=within + one)) for one in names]
 
@@ -114,10 +113,9 @@ def read_gate(source: Source) -> SavedGate:
     tensors = read_tensors(path)
     check_tensors(config, tensors, path)
     tensors = {name: as_fp32(name, value, path) for name, value in tensors.items()}
-    if (told := source.find(RECORD)) is None:
-        return SavedGate(config, tensors, None)
-    record = read_json(told, AGAIN)
-    if not isinstance(record, Mapping):
+    told = source.find(RECORD)
+    record = None if told is None else read_json(told, AGAIN)
+    if told is not None and not isinstance(record, Mapping):
         what = f"Got {str(told)!r}, which holds a {type(record).__name__}"
         raise CheckpointError(f"{what}; expected a training record, values by name. {AGAIN}")
     return SavedGate(config, tensors, record)
@@ -135,9 +133,8 @@ def read_head(source: Source, kind: str) -> Any:
         elif isinstance(head, Mapping) and ("model_type" in head or "architectures" in head):
             what = f"a checkpoint of a whole model ({head.get('model_type')!r})"
         other = READS.get(found, "ss.lsg.import_gates(folder, lvlm) for files of another tool")
-        raise CheckpointError(
-            f"Got {source}, {what}; expected what {WRITES[kind]} wrote. Write {other}."
-        )
+        what = f"{source}, {what}; expected what {WRITES[kind]} wrote"
+        raise CheckpointError(f"Got {what}. Write {other}.")
     got = f"{CONFIG} of {source}"
     version, versions = head.get("format_version"), head.get("versions", {})
     if not is_whole(version, 1, VERSION) or not isinstance(versions, Mapping):
@@ -148,9 +145,8 @@ def read_head(source: Source, kind: str) -> Any:
     known = {"format", "format_version", "versions", HELD[kind]}
     strange, missing = sorted(set(head) - known), sorted(known - set(head))
     if strange or missing:
-        raise CheckpointError(
-            f"Got {got} with unknown fields {strange} and without {missing}; expected {sorted(known)}."
-        )
+        what = f"Got {got} with unknown fields {strange} and without {missing}"
+        raise CheckpointError(f"{what}; expected {sorted(known)}.")
     return head[HELD[kind]]
 
 
@@ -181,11 +177,9 @@ def check_tensors(config: GateConfig, tensors: Mapping[str, Tensor], path: Path)
         if shapes.get(name) != found.get(name)
     ]
     if lines:
-        listed = "\n  ".join(lines)
-        raise CheckpointError(
-            f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}.\n"
-            f"  {listed}\nFor files of another tool write ss.lsg.import_gates(folder, lvlm)."
-        )
+        what = f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}."
+        write = "For files of another tool write ss.lsg.import_gates(folder, lvlm)."
+        raise CheckpointError("\n  ".join([what, *lines]) + f"\n{write}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -226,9 +220,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds a number for each of its places, so that its size is that of the file."""
-    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    strided = not tensor.is_nested and not tensor.is_meta and tensor.layout == torch.strided
+    return strided and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def as_fp32(name: str, tensor: Tensor, path: Path) -> Tensor:

@@ -5,8 +5,7 @@
     share           vision tower, blocks 0 ... e        once per batch, no gradient
     answer_losses   blocks e ... N-1 with scaled keys   once per gate; a gradient reaches the gate only
 
-``e`` is the block whose keys a gate scales. The gate reads the end of the prompt, and its coefficients
-hold for the answer too, which is what ``decode="frozen"`` generates.
+``e`` is the block whose keys a gate scales; its coefficients hold for the answer too.
 """
 
 from __future__ import annotations
@@ -35,14 +34,11 @@ from sinkscope.training.loop import Losses, Sums
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all gates of a batch share: its decoder states where gates read, and what fed the projector.
-
-    ``vision`` holds the states that the vision blocks which feed the projector wrote, by block.
-    """
+    """What all gates of a batch share."""
 
     batch: AnswerBatch
-    captured: Captured
-    vision: Mapping[int, Tensor]
+    captured: Captured  # the decoder states that gates read
+    vision: Mapping[int, Tensor]  # what the vision blocks that feed the projector wrote, by block
 
 
 @contextmanager
@@ -69,8 +65,7 @@ def gate_inputs(
 ) -> tuple[Captured, dict[int, Tensor]]:
     """Run the plain model without gradient and keep what gates read that scale keys in ``blocks``.
 
-    ``whole`` runs beyond the last of them, for the losses without a gate. Returns the pass, and by block
-    what the vision blocks that feed the projector wrote.
+    ``whole`` runs beyond the last of them, for the losses without a gate. Returns two fields of `Shared`.
     """
     vision: dict[int, Tensor] = {}
 
@@ -103,8 +98,7 @@ def gate_signals(
 def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
     """Compute the losses of a batch under a stack of gates, with a graph if gradients are on.
 
-    Each gate reads what those before it left. Without gates it is the plain model, for which the whole
-    pass must have been shared; else the lowest edited block must be captured.
+    Each gate reads what those before it left. Without gates it is the plain model, shared ``whole``.
     """
     captured, batch = shared.captured, shared.batch
     coefficients: dict[int, Tensor] = {}
@@ -150,8 +144,7 @@ class GateObjective:
     def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
         """The batch and the states that gates read; see `share`."""
         batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
-        blocks = [gate.config.edited for gate in self.gates.values()]
-        return share(self.lvlm, batch, blocks, whole=whole)
+        return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)
 
     def losses(self, shared: Shared, name: str) -> Losses:
         """The losses under one gate."""

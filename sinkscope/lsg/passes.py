@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import ref
 
@@ -43,36 +42,23 @@ class Gate(Protocol):
 
 
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
-    """The signals of a gate, as edits that change nothing and note what they find under ``id(gate)``.
-
-    At a ``step`` behind the prompt, 0, it reads the newest token only, if it is refreshed.
-    """
+    """The signals of a gate: edits that change nothing, note under ``id(gate)``; ``step`` 0 is the prompt."""
     config, slot, image = gate.config, id(gate), tokens.image >= 0
     if step and config.decode != "refresh":
         return []
     place = ("resid_pre", 0) if isinstance(config.layer, str) else ("resid_post", config.layer)
-    reading = {
-        "slot": slot,
-        "signal": "last" if config.signal == "last" else "mean",
-        "at": tokens.last,
-        "tokens": tokens.live if config.signal == "mean" else image,
-        "activation": config.activation,
-        "scale": config.scale,
-        **gate.weights,
-    }
+    reading = {"slot": slot, "signal": "last" if config.signal == "last" else "mean"}
+    reading |= {"at": tokens.last, "tokens": tokens.live if config.signal == "mean" else image}
+    reading |= {"activation": config.activation, "scale": config.scale, **gate.weights}
     out = [Edit(Site("language", *place), kernels.note_coefficients, reading)]
     if step:
         return out
     detector, vision = detector_of(config.v_detector), tokens.vision
     kept = isinstance(detector, VisionTokens)
-    finding = {
-        "slot": slot,
-        "rule": rule_of(config.v_detector),
-        "live": kept_tokens(tokens, detector.kind) if kept else vision.live,
-        "image_index": tokens.image_index,
-        "sources": tokens.sources,
-        "layout": vision.layout,
-    }
+    live = kept_tokens(tokens, detector.kind) if kept else vision.live
+    finding = {"slot": slot, "rule": rule_of(config.v_detector), "live": live}
+    finding |= {name: getattr(tokens, name) for name in ("image_index", "sources")}
+    finding["layout"] = vision.layout
     for layer in config.model["feed_layers"]:
         out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
     if config.l_detector is not None:
@@ -97,20 +83,15 @@ class Pass:
     where nothing is scaled. ``state`` is the scratch space of the kernels, ``{"step", "memory"}``.
     """
 
-    def __init__(
-        self,
-        tokens: TokenMap | None = None,
-        last: Tensor | None = None,
-        step: int = 0,
-        memory: Mapping[Any, Mapping[str, Any]] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, tokens: TokenMap | None = None, last: Tensor | None = None) -> None:
         self.tokens, self.last = tokens, last
-        found = {slot: dict(kept) for slot, kept in memory.items()}
-        self.state: dict[str, Any] = {"step": step, "memory": found}
+        self.state: dict[str, Any] = {"step": 0, "memory": {}}
 
     def at(self, step: int) -> Pass:
         """The pass of a later decode step."""
-        return Pass(self.tokens, self.last, step, self.state["memory"])
+        out, memory = Pass(self.tokens, self.last), self.state["memory"]
+        out.state = {"step": step, "memory": {slot: dict(kept) for slot, kept in memory.items()}}
+        return out
 
 
 class ByIdentity:
@@ -144,8 +125,8 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
             given |= given.pop(name, {})
         if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
             raise InputError(
-                f"Got arguments without names for {type(module).__name__}, which does not say what "
-                "they are; expected names. Write model(input_ids=..., pixel_values=...)."
+                f"Got arguments without names for {type(module).__name__}, which does not name them; "
+                "expected names. Write model(input_ids=..., pixel_values=...)."
             )
     return given
 
@@ -226,11 +207,9 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
     rows, many = (0, 0) if new is None else new.shape[:2]
     prompts, prompt = before.tokens.image.shape
     if rows != prompts or many != 1:
-        raise InputError(
-            f"Got {rows} rows of {many} new tokens to go on from {prompts} gated prompts; expected one "
-            f"token each. {turn}; in generate() leave out beams, several sequences, prefill_chunk_size "
-            "and assisted decoding."
-        )
+        what = f"Got {rows} rows of {many} new tokens to go on from {prompts} gated prompts"
+        leave = "leave out beams, several sequences, prefill_chunk_size and assisted decoding"
+        raise InputError(f"{what}; expected one token each. {turn}; in generate() {leave}.")
     if length < prompt:
         raise InputError(
             f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "

@@ -42,9 +42,8 @@ class TrainResult:
     def gate(self) -> LSG:
         """The gate; an InputError if there are several."""
         if len(self.gates) != 1:
-            raise InputError(
-                f"Got gates at the layers {list(self.gates)}; expected one. Choose from result.gates."
-            )
+            what = f"Got gates at the layers {list(self.gates)}; expected one."
+            raise InputError(f"{what} Choose from result.gates.")
         return next(iter(self.gates.values()))
 
     @property
@@ -56,9 +55,9 @@ class TrainResult:
         greedy decoding would write), lr, and the mean coefficient of every group, ``rho_...``.
         """
         by_name = {str(layer): layer for layer in self.gates}
-        lines = [{"layer": by_name[line["name"]], **line} for line in self.lines]
         first = ["layer", "step", "epoch", "split", "loss", "accuracy", "lr"]
-        groups = dict.fromkeys(key for line in lines for key in line if key.startswith("rho_"))
+        groups = dict.fromkeys(key for line in self.lines for key in line if key.startswith("rho_"))
+        lines = [{"layer": by_name[line["name"]], **line} for line in self.lines]
         return pd.DataFrame(lines, columns=[*first, *groups])
 
     def plot(self) -> Figure:
@@ -120,14 +119,10 @@ def record_of(
 
 def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
     """The record of one gate among several: its own start and result, without its config."""
-    name = str(layer)
-    return {
-        **{key: value for key, value in record.items() if key not in ("gates", "results", "cost")},
-        "layer": layer,
-        "trained_with": [other for other in record["gates"] if other != name],
-        "start": record["gates"][name]["start"],
-        "result": record["results"][name],
-    }
+    name, gates, results = str(layer), record["gates"], record["results"]
+    out = {key: value for key, value in record.items() if key not in ("gates", "results", "cost")}
+    out |= {"layer": layer, "trained_with": [other for other in gates if other != name]}
+    return out | {"start": gates[name]["start"], "result": results[name]}
 
 
 def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
@@ -151,17 +146,13 @@ def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
 class GateStack(Result):
     """Gates in the order of their single gains, and what the stack scores as it grows.
 
-    Attributes:
-        ordered: All gates, the one with the largest single gain first.
-        base: The score without a gate, ``score`` being ``"loss"`` or ``"accuracy"``.
-        single: The score of each gate alone, in this order.
-        stacked: The score of the first gate, the first two, and so on.
+    ``score`` is ``"loss"`` or ``"accuracy"``.
     """
 
-    ordered: tuple[LSG, ...]
-    base: float
-    single: tuple[float, ...]
-    stacked: tuple[float, ...]
+    ordered: tuple[LSG, ...]  # the one with the largest single gain first
+    base: float  # the score without a gate
+    single: tuple[float, ...]  # of each gate alone
+    stacked: tuple[float, ...]  # of the first gate, the first two, and so on
     score: str
 
     @property
@@ -183,17 +174,10 @@ class GateStack(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per gate: gates, layer, single, single_gain, stacked, stacked_gain, chosen."""
-        many = range(1, len(self.ordered) + 1)
-        columns = {
-            "gates": list(many),
-            "layer": self.order,
-            "single": self.single,
-            "single_gain": replace(self, stacked=self.single).gains,
-            "stacked": self.stacked,
-            "stacked_gain": self.gains,
-            "chosen": [i <= len(self.gates) for i in many],
-        }
-        return pd.DataFrame(columns)
+        many, alone = range(1, len(self.ordered) + 1), replace(self, stacked=self.single).gains
+        columns = {"gates": many, "layer": self.order, "single": self.single, "single_gain": alone}
+        columns |= {"stacked": self.stacked, "stacked_gain": self.gains}
+        return pd.DataFrame(columns | {"chosen": [i <= len(self.gates) for i in many]})
 
     def __str__(self) -> str:
         table = self.to_dataframe().round(4).to_string(index=False)
@@ -222,14 +206,11 @@ def greedy_stack(
         dataset: Records to choose by, as for `train_lsg`: neither those trained on nor those that the
             stack is tested on, because its score here is that of the best of many.
         score: ``"loss"``, in nats per answer token, or ``"accuracy"`` of greedy decoding.
-        batch: Rows per forward pass.
         append_end: Whether the token that ends an answer counts too.
-        max_answer_tokens: The longest answer that is accepted.
         progress: Whether to show a progress bar; None shows it from 50 records on.
 
     Raises:
         InputError: If the data or the score does not fit, or two gates have one layer.
-        InterventionError: If a gate was made for another model.
     """
     given = check_gates(gates)
     check_choice(("loss", "accuracy"), score=score)
@@ -246,8 +227,7 @@ def greedy_stack(
     def scores(stacks: Sequence[Sequence[LSG]], what: str) -> list[float]:
         """The score of each stack; what lies below all of them is computed once per batch."""
         blocks = [gate.config.edited for stack in stacks for gate in stack]
-        sums = [Sums() for _ in stacks]
-        groups = list(batches_of(range(len(data)), batch))
+        sums, groups = [Sums() for _ in stacks], list(batches_of(range(len(data)), batch))
         for rows in tqdm(groups, desc=what, unit="batch", disable=not shown):
             made = make_batch(lvlm, data, rows, append_end=append_end)
             shared = share(lvlm, made, blocks, whole=not all(stacks))

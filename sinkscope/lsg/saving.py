@@ -1,7 +1,6 @@
 """Folders of gates, written whole or not at all, and their model cards.
 
-Not huggingface_hub's PyTorchModelHubMixin: it builds a module before its sizes are compared with the
-tensors, writes over foreign files, and knows neither stacks nor the model that a gate was made for.
+PyTorchModelHubMixin builds a module before sizes are compared, and writes over foreign files.
 """
 
 from __future__ import annotations
@@ -22,42 +21,19 @@ from uuid import uuid4
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.repocard import ModelCard, ModelCardData
 from safetensors.torch import save
 
 from sinkscope import __version__
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import read_json, write_whole
-from sinkscope.lsg.loading import (
-    AGAIN,
-    CONFIG,
-    FORMAT,
-    HELD,
-    HUB_ERRORS,
-    RECORD,
-    REPOSITORY,
-    STACK,
-    TENSORS,
-    VERSION,
-    SavedGate,
-    leaves,
-    scrub,
-)
+from sinkscope.lsg import loading
+from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
 
 CARD = "README.md"
 OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-
-
-def save_gate(folder: Any, gate: SavedGate) -> None:
-    """Write a gate; see `LSG.save_pretrained`."""
-    write_folder(Path(folder), files_of(gate), FORMAT)
 
 
 def save_stack(folder: Any, gates: Sequence[SavedGate], record: Any) -> None:
@@ -67,15 +43,14 @@ def save_stack(folder: Any, gates: Sequence[SavedGate], record: Any) -> None:
     files = files_beside(STACK, list(named), stack_card(named, record), record)
     for name, one in named.items():
         files |= {f"{name}/{file}": content for file, content in files_of(one).items()}
-    write_folder(Path(folder), files, STACK)
+    write_folder(folder, files, STACK)
 
 
 def push_gate(
     repo: str, gate: SavedGate, private: bool | None, revision: str | None, token: str | None
 ) -> str:
     """Put a gate into a repository; see `LSG.push_to_hub`."""
-    files = files_of(gate)
-    api = HfApi(token=token)
+    files, api = files_of(gate), HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision))
@@ -84,9 +59,9 @@ def push_gate(
         gone = [CommitOperationDelete(name) for name in there & OURS[FORMAT] - set(files)]
         message = f"Gate at {gate.config.layer}, sinkscope {__version__}"
         done = api.create_commit(repo, [*changes, *gone], commit_message=message, revision=revision)
-    except CheckpointError:
+    except CheckpointError:  # an OSError too
         raise
-    except HUB_ERRORS as error:
+    except loading.HUB_ERRORS as error:
         raise CheckpointError(
             f"{repo!r} could not be written ({scrub(error, token)}); expected a network, a login with "
             "write access, and a name such as 'user/gate'. Write `hf auth login` in a shell."
@@ -100,10 +75,8 @@ def files_of(gate: SavedGate) -> dict[str, bytes]:
     tensors = {name: value.float().cpu().contiguous() for name, value in gate.tensors.items()}
     broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if broken:
-        raise CheckpointError(
-            f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones. Lower the "
-            "learning rate, or save an earlier state."
-        )
+        what = f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones."
+        raise CheckpointError(f"{what} Lower the learning rate, or save an earlier state.")
     beside = files_beside(FORMAT, gate.config.to_dict(), gate_card(gate, record), record)
     return {TENSORS: save(tensors), **beside}
 
@@ -114,37 +87,35 @@ def files_beside(
     """The files beside the tensors: strict JSON, for people to read, and the card."""
     versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
-    head = {"format": kind, "format_version": VERSION, HELD[kind]: held, "versions": versions}
-    out = {CARD: card}
-    for name, data in {CONFIG: head, **({} if record is None else {RECORD: record})}.items():
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-        out[name] = f"{text}\n".encode()
-    return out
+    head = {"format": kind, "format_version": loading.VERSION}
+    head |= {loading.HELD[kind]: held, "versions": versions}
+    datas = {CONFIG: head} if record is None else {CONFIG: head, RECORD: record}
+    how: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
+    return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}
 
 
-def write_folder(target: Path, files: Mapping[str, bytes], kind: str) -> None:
+def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
     """Write a folder that is whole or holds no `CONFIG`; nobody else's file is touched."""
-    target = Path(os.path.realpath(target.expanduser()))
+    target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
     refuse_foreign(f"the folder {str(target)!r}", foreign(target, kind) if target.exists() else [])
     made = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     try:
-        try:
-            for name, content in files.items():
-                (made / name).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(made / name, content)
-            if target.exists():
-                exchange(made, target)
-            else:
-                made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        for name, content in files.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(made / name, content)
+        if target.exists():
+            exchange(made, target)
+        else:
+            made.rename(target)
     except OSError as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "
             "to, with space left. What was there is still there."
         ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def refuse_foreign(where: str, names: Iterable[str]) -> None:
@@ -163,13 +134,13 @@ def exchange(made: Path, target: Path) -> None:
     was moved goes back if anything fails.
     """
     old = made.with_suffix(".old")
-    before = sorted((path.name for path in target.iterdir()), key=lambda name: name != CONFIG)
-    names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG)
+    leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)
+    coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)
+    moves = [(path, old / path.name) for path in leaving]
     old.mkdir()
     with ExitStack() as undo:
         undo.callback(old.rmdir)
-        moves = [(target / name, old / name) for name in before]
-        for here, there in [*moves, *((made / name, target / name) for name in names)]:
+        for here, there in [*moves, *((path, target / path.name) for path in coming)]:
             here.rename(there)
             undo.callback(there.rename, here)
         undo.pop_all()
@@ -177,35 +148,27 @@ def exchange(made: Path, target: Path) -> None:
 
 
 def foreign(folder: Path, kind: str) -> list[str]:
-    """What lies in a folder that no older gate or stack wrote there, as paths within it.
-
-    Only plain files under our names are ours, and folders that a stack lists under names as
-    `save_stack` makes them, if each holds a gate and nothing else.
-    """
-    config = folder / CONFIG
-    head = read_json(config, AGAIN) if config.is_file() else None
+    """What lies in a folder that no older gate or stack wrote there, as paths within it."""
+    config, out = folder / CONFIG, list[str]()
+    head = read_json(config, loading.AGAIN) if config.is_file() else None
     head = head if isinstance(head, Mapping) and head.get("format") == kind else {}
     names = head.get("gates") if kind == STACK else None
-    listed = names if isinstance(names, list) else []
-    out = []
     for path in folder.iterdir():
         plainly, name = not path.is_symlink(), path.name
-        if plainly and head and name in OURS[kind] and path.is_file():
-            continue
-        ours = name in listed and re.fullmatch(r"gate-\d{2,}-layer-(\d+|embed)", name)
+        listed = isinstance(names, list) and name in names
+        ours = listed and re.fullmatch(r"gate-\d{2,}-layer-(\d+|embed)", name)
         if plainly and ours and path.is_dir():
             out += [f"{name}/{one}" for one in foreign(path, FORMAT)]
-        else:
+        elif not (plainly and head and name in OURS[kind] and path.is_file()):
             out.append(name)
     return out
 
 
 def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
     """The card of one gate; of a record made with others it has this gate's part."""
-    config, layer = gate.config.to_dict(), gate.config.layer
+    config, layer, mine = gate.config.to_dict(), gate.config.layer, dict(record or {})
     model, _ = config.pop("model"), config.pop("weights")
     where = "the embeddings" if layer == "embed" else f"block {layer}"
-    mine = dict(record or {})
     if isinstance(mine.get("results"), Mapping):
         mine["results"] = {k: v for k, v in mine["results"].items() if k == str(layer)}
     if isinstance(mine.get("gates"), Mapping):
@@ -229,6 +192,7 @@ def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None)
     """The card of a stack: its gates by folder."""
     made = {k: "see its card" if one.record else unrecorded(one) for k, one in gates.items()}
     rows = [f"| [{name}]({name}/README.md) | {how} |" for name, how in made.items()]
+    listed = "\n".join(["| folder | training |", "|---|---|", *rows])
     none = "No record of a common training was given. The gates' own cards say how each was made."
     return card_of(
         record,
@@ -236,10 +200,7 @@ def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None)
         about="Each folder is a gate of its own; together they are a list of interventions.",
         load="gates = ss.LSG.load_stack",
         use="gates",
-        sections={
-            "Gates": "\n".join(["| folder | training |", "|---|---|", *rows]),
-            "Training": none if record is None else table(record),
-        },
+        sections={"Gates": listed, "Training": none if record is None else table(record)},
     )
 
 
@@ -254,7 +215,7 @@ def unrecorded(gate: SavedGate) -> str:
 def card_of(record: Mapping[str, Any] | None, **parts: Any) -> bytes:
     """A card: ``title``, ``about``, ``load``, ``use`` and ``sections`` (heading -> text)."""
     base = (record or {}).get("base_model")
-    named = isinstance(base, str) and REPOSITORY.match(base)
+    named = isinstance(base, str) and loading.REPOSITORY.match(base)
     tags = ["attention-sinks", "layer-wise-sink-gating"]
     front = {"library_name": "sinkscope", "tags": tags, "base_model": base if named else None}
     card = ModelCard.from_template(ModelCardData(**front), template_path=str(TEMPLATE), **parts)
@@ -310,8 +271,6 @@ def plain(value: Any, name: str) -> Any:
 def plain_record(record: Any) -> Any:
     """A training record as plain data, or None; an InputError if it is something else."""
     if record is not None and not isinstance(record, Mapping):
-        raise InputError(
-            f"Got a record of type {type(record).__name__}; expected a dictionary, such as "
-            "result.record of train_lsg."
-        )
+        what = f"Got a record of type {type(record).__name__}; expected a dictionary"
+        raise InputError(f"{what}, such as result.record of train_lsg.")
     return plain(record, "record")

@@ -35,10 +35,7 @@ class TrainingCost:
     """What training will cost, in passes of one block over one batch; with a gradient there are two.
 
     Attributes:
-        steps: Steps of the optimiser.
-        batches: Forward batches of training.
-        looks: Validations, the first before training.
-        held_batches: Batches of each validation.
+        looks: Validations, the first before training, of ``held_batches`` each.
         vision_blocks: Vision blocks per batch, without gradient.
         plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
         gate_blocks: Decoder blocks per batch with gradient, of each gate.
@@ -103,15 +100,14 @@ def cost_of(
     processes: int = 1,
 ) -> TrainingCost:
     """Count a run that ends late, per process; gates scale the keys of the ``edited`` blocks."""
-    own, own_held = -(-rows // processes), -(-held // processes)
+    own, own_held = (-(-many // (processes * settings.batch)) for many in (rows, held))
     per_epoch = settings.per_epoch(rows, processes)
     steps = per_epoch * settings.epochs
-    looks = 1 + -(-steps // (settings.evaluate_every or per_epoch))
     return TrainingCost(
         steps=steps,
-        batches=-(-own // settings.batch) * settings.epochs,
-        looks=looks if held else 0,
-        held_batches=-(-own_held // settings.batch),
+        batches=own * settings.epochs,
+        looks=1 + -(-steps // (settings.evaluate_every or per_epoch)) if held else 0,
+        held_batches=own_held,
         vision_blocks=vision_blocks,
         plain_blocks=max(edited),
         gate_blocks=tuple(decoder_blocks - block for block in edited),
@@ -123,9 +119,7 @@ def cost_of(
 def check_place(lvlm: LVLM, accelerator: Any) -> None:
     """Refuse a model that cannot be trained with here."""
     if torch.is_inference_mode_enabled():
-        raise ModelError(
-            "Got torch.inference_mode(); expected to be outside of it. Leave that block."
-        )
+        raise ModelError("Got torch.inference_mode(); expected to be outside of it: leave it.")
     if lvlm.device.type == "meta":
         raise ModelError(
             "Got a model without weights here; expected one to compute gradients with. Write "
@@ -135,11 +129,10 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
         return
     here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"
     if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
-        raise ModelError(
-            f"Got a model on {here} in process {accelerator.process_index} of "
-            f"{accelerator.num_processes}, whose device is {there}; expected it there. "
-            "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
-        )
+        where = f"process {accelerator.process_index} of {accelerator.num_processes}"
+        write = "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
+        what = f"Got a model on {here} in {where}, whose device is {there}"
+        raise ModelError(f"{what}; expected it there. {write}")
 
 
 def wanted_layers(
@@ -165,9 +158,9 @@ def wanted_layers(
             f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
             "Write layers=[...] for new gates."
         )
-    every = wanted or [gate.layer for gate in check_gates(gates)]
-    if len(set(every)) < len(every):
-        raise InputError(f"Got the layers {every}; expected every layer once.")
+    used = wanted or [gate.layer for gate in check_gates(gates)]
+    if len(set(used)) < len(used):
+        raise InputError(f"Got the layers {used}; expected every layer once.")
     for gate in gates:
         gate.check_fits(lvlm)
     return wanted
@@ -209,35 +202,21 @@ def train_lsg(
 
     Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
     computed once for all. A gate reads the last prompt token, and its coefficients hold for the answer.
+    ``epochs`` to ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``.
 
     Args:
         lvlm: The model; it is bitwise as it was afterwards, also after an error.
         dataset: Records as `sinkscope.data.batches.read_dataset` takes them.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
-        settings: The numbers of the run; or write its fields, ``epochs`` to ``seed``, as arguments.
         gates: Instead of layers, gates of different layers to start from. They are copied.
         choices: Fields of `GateConfig` for new gates, such as ``{"groups": ("V", "L", "rest")}``.
         v_detector: See `LSG.for_model`, as for ``l_detector`` and ``samples``.
-        l_detector: The rule for L-sinks.
-        samples: What to calibrate rules on.
         validation: Share of the images to hold out. 0 trains on all, and keeps the last weights.
         validation_data: Instead of a share, records to validate on.
-        epochs: Passes over the data. This and all up to ``seed`` are those of `TrainingSettings`.
-        batch: Rows per forward pass.
-        accumulate: Forward passes per step.
-        lr: Highest learning rate.
-        weight_decay: Of AdamW.
-        schedule: ``"cosine"`` or ``"constant"``.
-        warmup: Share of the steps.
-        clip: Longest gradient; 0 for no limit.
-        evaluate_every: Steps between validations; 0 for once an epoch.
-        patience: Validations without a lower loss before a gate's run ends; 0 for never.
         seed: Of the gates' weights, the split and the order. On a CPU it repeats a run bitwise.
         append_end: Whether the token that ends an answer is trained too.
-        max_answer_tokens: The longest answer that is accepted.
-        out: A folder for checkpoints. Called again with the same settings and data, training goes
-            on where it was killed and ends at the same weights.
-        checkpoint_every: Steps between checkpoints.
+        out: A folder for a checkpoint every ``checkpoint_every`` steps. Called again with the same
+            settings and data, training goes on where it was killed and ends at the same weights.
         accelerator: Processes of ``accelerate`` that share each step's rows, each with the whole model.
         progress: Whether to show progress bars; None shows them from 50 records on.
         dry_run: Whether to return a `TrainingCost` instead; the model does not run.
@@ -247,8 +226,6 @@ def train_lsg(
 
     Raises:
         InputError: If the data, a setting or the folder does not fit.
-        LayerError: If there is no such layer.
-        InterventionError: If a gate was made for another model.
         NonFiniteError: If a loss or gradient of every gate is NaN or infinite, with the step. Of some
             only: those end with a warning, their record says why, and the others go on.
     """
@@ -264,9 +241,9 @@ def train_lsg(
             f"Got patience={settings.patience} and validation={validation}; expected some validation "
             "data to stop early by. Write validation=0.1, or patience=0."
         )
-    limits = {"max_answer_tokens": max_answer_tokens, "progress": progress}
-    split = {"validation": validation, "seed": settings.seed}
-    data, rows, tested = read_parts(lvlm, dataset, validation_data, **split, **limits)
+    limits: dict[str, Any] = {"max_answer_tokens": max_answer_tokens, "progress": progress}
+    limits |= {"validation": validation, "seed": settings.seed}
+    data, rows, tested = read_parts(lvlm, dataset, validation_data, **limits)
     count = 1 if accelerator is None else accelerator.num_processes
     edited = [gate.config.edited for gate in gates]
     edited += [0 if isinstance(layer, str) else layer + 1 for layer in wanted]
@@ -294,8 +271,8 @@ def train_lsg(
         stack.enter_context(torch.enable_grad())
         base = objective.base(tested, settings.batch) if tested else None
         trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-        run = (trainees, objective, rows, tested, settings)
-        loop = Loop(*run, folder, checkpoint_every, shown, accelerator)
+        run = (trainees, objective, rows, tested, settings, folder, checkpoint_every, shown)
+        loop = Loop(*run, accelerator)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
@@ -308,12 +285,10 @@ def new_gates(
 ) -> dict[int | str, LSG]:
     """Untrained gates that share their rules, so that there is one calibration at most."""
     out: dict[int | str, LSG] = {}
-    known = dict(rules)
     for layer in layers:
-        out[layer] = LSG.for_model(lvlm, layer, **known, **choices)
-        config = out[layer].config
-        known["v_detector"] = detector_of(config.v_detector)
-        known["l_detector"] = config.l_detector and detector_of(config.l_detector)
+        out[layer] = gate = LSG.for_model(lvlm, layer, **rules, **choices)
+        found = {name: getattr(gate.config, name) for name in ("v_detector", "l_detector")}
+        rules = {**rules, **{name: rule and detector_of(rule) for name, rule in found.items()}}
     return out
 
 
@@ -324,11 +299,12 @@ def facts_of(
     steps: Mapping[str, int],
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that goes on must have the same."""
-    data, gates = objective.data, {}
-    for name, gate in objective.gates.items():
+    data = objective.data
+
+    def start(gate: LSG) -> str:
         weights = b"".join(v.cpu().numpy().tobytes() for v in gate.state_dict().values())
-        start = hashlib.blake2b(weights, digest_size=8).hexdigest()
-        gates[name] = {**gate.config.to_dict(), "start": start}
+        return hashlib.blake2b(weights, digest_size=8).hexdigest()
+
     counts = {
         name: {"records": len(rows), "images": len({data.images[row] for row in rows})}
         for name, rows in parts.items()
@@ -338,5 +314,5 @@ def facts_of(
         "settings": {**settings.to_dict(), "append_end": objective.append_end},
         "data": {"fingerprint": data.fingerprint, **counts},
         "steps": dict(steps),
-        "gates": gates,
+        "gates": {k: {**g.config.to_dict(), "start": start(g)} for k, g in objective.gates.items()},
     }

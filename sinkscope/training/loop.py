@@ -29,18 +29,12 @@ from sinkscope.training.settings import TrainingSettings
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """How well the answers of a batch are predicted.
+    """How well the answers of a batch are predicted."""
 
-    Attributes:
-        total: The sum of the next-token losses of all ``tokens`` of answers, in nats.
-        correct: Bool ``[row]``: whether greedy decoding writes the answer.
-        notes: Means over the rows to keep in the history, by name.
-    """
-
-    total: Tensor
+    total: Tensor  # the sum of the next-token losses of all ``tokens`` of answers, in nats
     tokens: int
-    correct: Tensor
-    notes: Mapping[str, float]
+    correct: Tensor  # bool ``[row]``: whether greedy decoding writes the answer
+    notes: Mapping[str, float]  # means over the rows to keep in the history, by name
 
 
 class Objective(Protocol):
@@ -57,12 +51,14 @@ class Objective(Protocol):
 class Sums(dict[str, float]):
     """Sums over rows, of one trainee: loss, tokens, rows, correct, and notes by name."""
 
+    COUNTED: ClassVar = ("loss", "tokens", "rows", "correct")
+
     def add(self, losses: Losses) -> None:
         """Add a batch."""
         rows, total = len(losses.correct), float(losses.total.detach())
-        self.merge({name: value * rows for name, value in losses.notes.items()})
         more = {"loss": total, "tokens": losses.tokens, "rows": rows}
-        self.merge(more | {"correct": int(losses.correct.sum())})
+        notes = {name: value * rows for name, value in losses.notes.items()}
+        self.merge(notes | more | {"correct": int(losses.correct.sum())})
 
     def merge(self, other: Mapping[str, float]) -> None:
         """Add the sums of other rows."""
@@ -70,10 +66,9 @@ class Sums(dict[str, float]):
 
     def line(self) -> dict[str, float]:
         """Means: loss per answer token, accuracy per row, notes per row."""
-        means = {name: value / self["rows"] for name, value in self.items()}
-        out = {"loss": self["loss"] / self["tokens"], "accuracy": means["correct"]}
-        counted = ("loss", "tokens", "rows", "correct")
-        return out | {name: value for name, value in means.items() if name not in counted}
+        notes = {k: v / self["rows"] for k, v in self.items() if k not in self.COUNTED}
+        accuracy = self["correct"] / self["rows"]
+        return {"loss": self["loss"] / self["tokens"], "accuracy": accuracy, **notes}
 
 
 @dataclass(eq=False)
@@ -137,27 +132,21 @@ class Trainee:
 class Loop:
     """A training run of ``trainees`` for an ``objective``.
 
-    Attributes:
-        rows: Indices of the training part.
-        held: Indices of the validation part, or none.
-        folder: Where checkpoints go, every so many steps; None for nowhere.
-        accelerator: Processes to share the rows with, or None for this one alone.
-        history: One line per trainee, step and split.
-        step: Steps done, in ``seconds`` of wall time, those before a kill included.
+    ``history`` has one line per trainee, step and split.
     """
 
     trainees: Sequence[Trainee]
     objective: Objective
-    rows: Sequence[int]
-    held: Sequence[int]
+    rows: Sequence[int]  # indices of the training part
+    held: Sequence[int]  # indices of the validation part, or none
     settings: TrainingSettings
-    folder: Path | None = None
+    folder: Path | None = None  # where checkpoints go; None for nowhere
     checkpoint_every: int = 100
     progress: bool = True
-    accelerator: Accelerator | None = None
+    accelerator: Accelerator | None = None  # processes to share the rows with
     history: list[dict[str, Any]] = field(default_factory=list)
-    step: int = 0
-    seconds: float = 0.0
+    step: int = 0  # steps done
+    seconds: float = 0.0  # wall time, that before a kill included
 
     def __post_init__(self) -> None:
         a = self.accelerator
@@ -250,11 +239,10 @@ class Loop:
                     if train:
                         losses.total.backward()
                     sums[trainee.name].add(losses)
-        if self.processes > 1:
-            for name, own in sums.items():
-                sums[name] = Sums()
-                for part in gather_object([own]):
-                    sums[name].merge(part)
+        for name, own in sums.items() if self.processes > 1 else ():
+            sums[name] = Sums()
+            for part in gather_object([own]):
+                sums[name].merge(part)
         return [(trainee, sums[trainee.name]) for trainee in self._active]
 
     def _update(self, trainee: Trainee, tokens: float, lr: float) -> bool:
@@ -265,12 +253,11 @@ class Loop:
             whole: Any = own if a is None else a.reduce(own, "sum")
             parameter.grad = whole / tokens
         length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-        if not self._finite(length, trainee, "gradient", lr):
-            return False
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = lr
-        trainee.optimizer.step()
-        return True
+        good = self._finite(length, trainee, "gradient", lr)
+        if good:
+            trainee.optimizer.param_groups[0]["lr"] = lr
+            trainee.optimizer.step()
+        return good
 
     def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
         """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
@@ -307,27 +294,28 @@ class Loop:
         handle = os.open(self.folder, os.O_RDONLY)
         os.fsync(handle)  # the new name is on the disk before the old one goes
         os.close(handle)
-        for path in _checkpoints(self.folder)[:-1]:
+        for path in self._checkpoints[:-1]:
             shutil.rmtree(path)
+
+    @property
+    def _checkpoints(self) -> list[Path]:
+        """Finished states, the newest last."""
+        paths = [] if self.folder is None else self.folder.iterdir()
+        found = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        found = [] if self.folder is None else _checkpoints(self.folder)
-        if not found:
+        if not self._checkpoints:
             return
-        again = f"Remove {str(found[-1])!r} to start again."
+        newest = self._checkpoints[-1]
+        again = f"Remove {str(newest)!r} to start again."
         try:
-            tensors = load_file(found[-1] / "state.safetensors")
+            tensors = load_file(newest / "state.safetensors")
         except (OSError, SafetensorError) as error:
-            what = f"Got {str(found[-1])!r}, whose state.safetensors cannot be read ({error})"
+            what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
             raise CheckpointError(f"{what}; expected a whole file. {again}") from error
-        data = read_json(found[-1] / "state.json", again)
+        data = read_json(newest / "state.json", again)
         for trainee in self.trainees:
             trainee.restore(tensors, data["runners"][trainee.name])
         self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Finished states, the newest last."""
-    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -19,11 +19,9 @@ class TrainingSettings:
     the other defaults are ours.
 
     Attributes:
-        epochs: Passes over the training part.
         batch: Rows per forward pass, of every process.
         accumulate: Forward passes per step, which count as one batch of all their rows.
         lr: Highest learning rate of AdamW.
-        weight_decay: Of AdamW.
         schedule: ``"cosine"`` falls to 0 at the last step; ``"constant"`` stays.
         warmup: Share of all steps during which the rate rises to ``lr``.
         clip: Longest gradient of a step (Euclidean norm); 0 for no limit.
