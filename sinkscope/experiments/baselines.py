@@ -10,17 +10,10 @@ from sinkscope.checks import check_choice, check_flags, check_number, check_whol
 from sinkscope.detectors.kinds import RandomTokens, describe
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, InterventionError
+from sinkscope.experiments import sink_edits
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.lora import LoRA, lora
-from sinkscope.experiments.sink_edits import (
-    EDITS,
-    KINDS,
-    TOP,
-    VISUAL,
-    EditSinks,
-    split,
-    with_random_sinks,
-)
+from sinkscope.experiments.sink_edits import EDITS, EditSinks, split
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
@@ -52,20 +45,17 @@ def effect_conditions(
 ) -> dict[str, Condition]:
     """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    ``edits`` are those of `EditSinks`; the three replacements of values are best reported side by side.
-    ``layers`` are block indices, or None for all. ``top`` of the image tokens that receive the most
-    attention are edited too. ``controls`` adds the same edits of random tokens that are no sinks.
-
-    Returns:
-        Name -> condition; ``"base"``, without any edit, comes first.
+    ``edits`` and ``layers`` are those of `EditSinks`; the three replacements of values are best reported
+    side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
+    adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
     """
     if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
     check_flags(controls=controls)
     check_whole(0, hint="Write 0 for none.", top=top)
-    named = [(kind, kind, f"as many as {kind}", 1) for kind in KINDS]
+    named = [(kind, kind, f"as many as {kind}", 1) for kind in sink_edits.KINDS]
     if top:
-        named.append((TOP, f"the top {top} attended", f"as many as the top {top}", top))
+        named.append((sink_edits.TOP, f"the top {top} attended", f"as many as the top {top}", top))
     out: dict[str, Condition] = {BASE: []}
     for kind, name, number, k in named:
         for edit in edits:
@@ -136,7 +126,6 @@ def sink_to_front(sinks: str = "V-sinks") -> Method:
     ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
     """
     _check_groups(sinks)
-
     front = "sink to the front"
     return Method(front, lambda t: [SinkToFront(split(t, sinks)[0])], {"sinks": sinks})
 
@@ -180,7 +169,7 @@ def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *
 
 def _check_groups(sinks: str, **factors: Any) -> None:
     """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
-    check_choice(("V-sinks", "L-sinks", VISUAL), sinks=sinks)
+    check_choice(("V-sinks", "L-sinks", sink_edits.VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
     if factors and set(factors.values()) == {1.0}:
         said = " and ".join(f"{name}={factor}" for name, factor in factors.items())
@@ -192,10 +181,9 @@ def _check_groups(sinks: str, **factors: Any) -> None:
 def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) -> Any:
     """The control: the same condition, with random ordinary tokens in the place of the sinks.
 
-    For a function of the trace see `with_random_sinks`. For gates the rule of every group of sinks is
-    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay:
-    ``count`` tokens of every image are V-sinks, and of every prompt's image tokens L-sinks, where the
-    gate has such a group. The draw depends on ``seed`` and on the images and texts.
+    For gates the rule of every group of sinks is replaced by ``RandomTokens(count)``, with other tokens for
+    V than for L (V wins), and the weights stay: ``count`` tokens of every image are V-sinks, and of every
+    prompt's image tokens L-sinks. The draw depends on ``seed`` and on the images and texts.
     """
     check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):
@@ -218,7 +206,9 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         )
     function: Any = condition
     options = {"condition": condition, "seed": seed}
-    return Method("random tokens", lambda t: function(with_random_sinks(t, seed)), options)
+    return Method(
+        "random tokens", lambda t: function(sink_edits.with_random_sinks(t, seed)), options
+    )
 
 
 def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:

@@ -25,12 +25,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
-from sinkscope.viz.effects import (
-    comparison_latex,
-    comparison_markdown,
-    count_comparisons,
-    plot_effects,
-)
+from sinkscope.viz import effects
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +84,7 @@ class Comparison(Result):
             of_base = whole.loc[(whole["task"] == task) & (whole["condition"] == self.base)]
             lines.append({"task": task, "condition": condition, **_line(part, of_base, options)})
         out = pd.DataFrame(lines)
-        out.attrs |= {"comparisons": count_comparisons(out, self.base), "level": level}
+        out.attrs |= {"comparisons": effects.count_comparisons(out, self.base), "level": level}
         return out
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -98,15 +93,15 @@ class Comparison(Result):
 
     def to_markdown(self, **options: Any) -> str:
         """The summary as a Markdown table, conditions down and tasks across; options of `summary`."""
-        return comparison_markdown(self.summary(**options), base=self.base)
+        return effects.comparison_markdown(self.summary(**options), base=self.base)
 
     def to_latex(self, **options: Any) -> str:
         """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it."""
-        return comparison_latex(self.summary(**options), base=self.base)
+        return effects.comparison_latex(self.summary(**options), base=self.base)
 
     def plot(self, **options: Any) -> Figure:
         """The change of accuracy per task and condition, with intervals; options of `summary`."""
-        return plot_effects(self.summary(**options), base=self.base)
+        return effects.plot_effects(self.summary(**options), base=self.base)
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +128,6 @@ class Applied(Protocol):
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
         """The block."""
-        ...
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
@@ -229,21 +223,17 @@ def compare(
     `sweep` with ``score="exact"``, or it begins with the same text after stripping and lower case.
 
     Args:
-        lvlm: The model.
+        lvlm: The model, with its processor.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
             ``image_id`` and ``choices``: dicts or `Item`. Questions about one image stand together.
         conditions: Name -> condition; the first is the base, usually ``[]``. A condition is a list of
             interventions, gates among them; a function from the `SinkTrace` of a batch to such a list;
             one of `sinkscope.experiments.baselines`; an object whose ``apply(lvlm)`` is the block in
             which the condition holds; or `per_seed` of those. Touching nothing is fine.
-        v_detector: For the traces; see `trace_sinks`. Calibrate on other images than these.
-        l_detector: Likewise.
+        v_detector: For the traces, as ``l_detector``; see `trace_sinks`. Calibrate on other images.
         batch: The most questions per forward pass; a batch holds questions about one image.
         length_normalized: Whether an option's log-probability is the mean over its tokens or the sum.
-        progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Raises:
-        InputError: If the dataset or the conditions are empty or malformed.
+        progress: None shows a bar from 50 questions on.
     """
     check_flags(length_normalized=length_normalized)
     check_whole(1, batch=batch)
@@ -266,11 +256,7 @@ def compare(
 
 
 def _answer(
-    lvlm: LVLM,
-    part: Mapping[int, Item],
-    variants: Sequence[Variant],
-    rules: dict[str, Any],
-    normalized: bool,
+    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
     items = [*part.values()]
@@ -304,12 +290,5 @@ def _lines(
     for row, (index, item) in enumerate(part.items()):
         asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
         told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
-        yield {
-            "item": index,
-            **asked,
-            "condition": variant.name,
-            "seed": variant.seed,
-            **told,
-            "sinks": sinks[row],
-            "uncontrolled": uncontrolled[row],
-        }
+        line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
+        yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}

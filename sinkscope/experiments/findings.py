@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,16 +13,13 @@ from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
 from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
 
-UNITS = {
-    "exact": (" in points", 100.0),
-    "choice": (" in points", 100.0),
-    "logprob": (" in nats", 1.0),
-}
+POINTS = (" in points", 100.0)
+UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}
 """Score -> its unit as words, and what it is multiplied with."""
 
 
 def best_of(
-    part: pd.DataFrame, column: str, *, level: float, draws: int, seed: int
+    part: pd.DataFrame, column: str, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
     cells, changes, images = wide(part, column)
@@ -36,10 +34,11 @@ def best_of(
         return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other = [image for image, mine in zip(images, here, strict=True) if not mine]
-    delta, low, high = cluster_intervals(
-        changes[~here][:, [at]], other, level=level, draws=draws, seed=seed
-    )[:, 0]
+    other, how = (
+        list(itertools.compress(images, ~here)),
+        {"level": level, "draws": draws, "seed": seed},
+    )
+    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how)[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
     return {
@@ -73,7 +72,7 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
         return None
     means = changes[here].mean(axis=0)
     places = [int(np.where(among, means, -np.inf).argmax()) for among in (able, able & alike)]
-    other = [image for image, mine in zip(images, here, strict=True) if not mine]
+    other = list(itertools.compress(images, ~here))
     both = changes[~here][:, places]
     found = [
         {**cells.iloc[at].to_dict(), "delta": change.mean()}
@@ -166,14 +165,12 @@ def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
     if not any(told for _, told in contrasts):
         return
     if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
-        words = (
-            ("the coefficients", "others", "them")
-            if three
-            else ("s_V and s_rest", "other", "the two")
-        )
+        what, others, them = "s_V and s_rest", "other", "the two"
+        if three:
+            what, others, them = "the coefficients", "others", "them"
         yield (
-            f"   In every {noun} {words[0]} add to 1: what raises one lowers the {words[1]}, and which of "
-            f"{words[2]} it was cannot be told apart."
+            f"   In every {noun} {what} add to 1: what raises one lowers the {others}, and which of "
+            f"{them} it was cannot be told apart."
         )
     if not three:
         rest = "Whether the rest should be split further (L-sinks, ordinary tokens)"
@@ -211,8 +208,10 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
     part: Any = sweep.table[sweep.table[count] > 0]
     sign = np.sign(part[own] - part["s_rest"])
     if not {-1.0, 1.0} <= set(sign):
-        sides = f"both sides of {name} = s_rest"
-        return f"   This grid cannot tell: it has no {noun}s on {sides}.", False
+        return (
+            f"   This grid cannot tell: it has no {noun}s on both sides of {name} = s_rest.",
+            False,
+        )
     change = part.assign(change=part["score"] - part["base_score"], sign=sign)
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink

@@ -46,12 +46,10 @@ class WholeObjective:
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """A trained adapter, as a condition of `compare`.
+    """A trained adapter, as a condition of `compare`; it adds ``(alpha / rank) B A`` to weights.
 
     Attributes:
         factors: Module path -> ``(B, A)``, float ``[d_out rank]`` and ``[rank d_in]`` in fp32.
-        rank: The rank ``r``.
-        alpha: The adapter adds ``(alpha / r) B A``.
         parameters: How many numbers were trained.
         wanted: How many the gate has whose size it takes; None if the rank was given.
         history: One line per step and split, with the loss in nats per answer token.
@@ -68,10 +66,7 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the dtype of the model, which must be the one it was trained on.
-
-        Raises:
-            ModelError: If a matrix is missing, of another shape, or not of floating point.
+        The sum is rounded to the dtype of the model, which must be the one it was trained on (ModelError).
         """
         before = {}
         for path, (up, down) in self.factors.items():
@@ -120,19 +115,15 @@ def lora(
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
         dataset: Records with image, question and answer, as for a gate.
         layer: The block to adapt.
-        like: A gate, whose number of parameters the rank comes closest to.
-        rank: The rank itself, instead of ``like``.
+        like: A gate, whose number of parameters the rank comes closest to; else give the ``rank``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
         validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
-        progress: Whether to show a progress bar.
         settings: ``epochs``, ``batch``, ``lr``, ``seed`` and others of `sinkscope.lsg.TrainingSettings`;
             the seed is that of the initial values too.
 
     Raises:
         ModelError: If peft is not installed, or the matrices cannot be adapted.
-        LayerError: If there is no such block.
-        InputError: If not one of ``like`` and ``rank`` is given, or a target or the dataset is wrong.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
@@ -151,10 +142,8 @@ def lora(
         objective = WholeObjective(lvlm, data)
         loop = Loop([trainee], objective, rows, held, given, progress=progress)
         loop.run()
-        factors = {
-            path: (up.detach().float().clone(), down.detach().float().clone())
-            for path, (up, down) in layers.items()
-        }
+        done = {path: [x.detach().float().clone() for x in both] for path, both in layers.items()}
+    factors = {path: (up, down) for path, (up, down) in done.items()}
     return LoRA(factors, r, scale, r * per_rank, wanted, tuple(loop.history))
 
 

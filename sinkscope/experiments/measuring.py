@@ -64,14 +64,13 @@ class Measured:
         In a block some head gives them ``draws`` beyond uniform attention and 5 times as much as
         uniform attention (ACT, 2406.15765), which matters where there are few tokens.
         """
-        uniform = self.vision.received.others_null
-        assert uniform is not None
+        uniform: Any = self.vision.received.others_null
         attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
         return attended[:, : self.last + 1].float().mean(dim=1) > 0.5
 
 
 def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
-    """Everything that a trace reads, in one forward pass, and what the rules flag in it."""
+    """Measure everything that a trace reads in one forward pass, and what the rules flag in it."""
     a = lvlm.anatomy
     towers: tuple[Tower, Tower] = ("vision", "language")
     k = min(16, a.vision.d_model, a.language.d_model)
@@ -134,11 +133,10 @@ class Candidate:
     Attributes:
         row: Row of the batch, or image of the batch in the vision tower.
         pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
-        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``.
-        prominence: The same as a multiple of the layer's upper quartile.
-        drawn: The most that some head gives it beyond uniform attention, from other tokens; NaN where
-            fewer than 8 see it.
-        drawn_at: ``(layer, head)`` of it, or None.
+        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``;
+            ``prominence`` in multiples of the layer's upper quartile.
+        drawn: The most that some head, ``drawn_at`` as ``(layer, head)``, gives it beyond uniform
+            attention, from other tokens; NaN and None where fewer than 8 see it.
         flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
     """
 

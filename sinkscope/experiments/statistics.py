@@ -34,8 +34,9 @@ def cluster_bootstrap(
     if not len(numbers):
         return float("nan"), float("nan"), float("nan")
     mean = float(numbers.mean())
-    image, images = _indexed(clusters_of(clusters), keep)
-    run, runs = _indexed([0] * len(keep) if seeds is None else seeds, keep)
+    names = clusters_of(clusters), [0] * len(keep) if seeds is None else seeds
+    image, run = (np.unique(np.array([*map(str, x)])[keep], return_inverse=True)[1] for x in names)
+    images, runs = int(image.max()) + 1, int(run.max()) + 1
     if images < 2:
         return mean, float("nan"), float("nan")
     totals, counts = np.zeros((2, runs, images))
@@ -46,12 +47,6 @@ def cluster_bootstrap(
     drawn, sums = (np.einsum("di,dr,ri->d", *times, x, optimize=True) for x in (counts, totals))
     low, high = _central(sums[drawn > 0] / drawn[drawn > 0], level)
     return mean, float(low), float(high)
-
-
-def _indexed(names: Sequence[object], keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """Names as numbers from 0, and how many there are."""
-    unique, index = np.unique(np.asarray([str(x) for x in names])[keep], return_inverse=True)
-    return index, len(unique)
 
 
 def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:

@@ -16,16 +16,9 @@ from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
 from sinkscope.data.items import Item
 from sinkscope.data.tokens import extend
+from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions
 from sinkscope.detectors.detection import detect, visual_tokens
-from sinkscope.detectors.rules import (
-    STATE_SITE,
-    CosineToBOS,
-    Detector,
-    Norm,
-    NoSinks,
-    SinkDimensions,
-    decide,
-)
+from sinkscope.detectors.rules import STATE_SITE, decide
 from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
@@ -35,13 +28,10 @@ from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails,
 from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
 
 Numbered = tuple[int, Item]
-Groups = Sequence[Sequence[Numbered]]
-"""All questions, by image."""
+Groups = Sequence[Sequence[Numbered]]  # all questions, by image
 Line = dict[str, Any]
-Read = tuple[Tensor, Tensor]
-"""Log-probabilities and greedy tokens of one row."""
-TAILS_PER_EDIT = 4
-"""Endings are short: this many of them take about the memory of one whole prompt."""
+Read = tuple[Tensor, Tensor]  # log-probabilities and greedy tokens of one row
+TAILS_PER_EDIT = 4  # that many take about the memory of one whole prompt: endings are short
 
 
 def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
@@ -78,26 +68,21 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """One question, prepared: its number, options, prompt and sinks.
-
-    Attributes:
-        sinks: V-sinks, bool ``[pos]``.
-        low: Edited block -> L-sinks that are no V-sinks, bool ``[pos]``; empty with pairs.
-    """
+    """One question, prepared: its number, options, prompt and sinks."""
 
     index: int
     asked: Asked
     sample: Sample
-    sinks: Tensor
+    sinks: Tensor  # V-sinks, bool [pos]
+    # Edited block -> L-sinks that are no V-sinks, bool [pos]; empty with pairs.
     low: Mapping[int, Tensor] = field(default_factory=dict)
 
     def with_l_sinks(
         self, lvlm: LVLM, rule: Detector | None, states: Mapping[int, Tensor]
     ) -> Prompted:
-        """The same with its L-sinks, as `trace_sinks` finds them, up to rounding of the states.
+        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``.
 
-        ``states`` are what the edited blocks read, ``[1 pos d_model]``; a rule that looks at anything
-        else, such as attention, has a pass of its own.
+        A rule that looks at anything else, such as attention, has a pass of its own.
         """
         if rule is None:
             return self
@@ -134,10 +119,7 @@ class Prompted:
 def sweep_image(
     lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
 ) -> tuple[list[Line], list[str]]:
-    """Every cell of every question about an image: one line per question, layer and pair, and notes.
-
-    ``tick`` is told how many cells are done. A log-probability or score that is not finite is refused.
-    """
+    """Every cell of every question about an image, and notes; ``tick`` is told how many are done."""
     samples = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
     first, end = samples[0].tokens, end_of_image(samples[0])
     sinks = v_sinks(lvlm, samples[0], rules.detector, rules.merge)
@@ -261,10 +243,7 @@ def _cells(
     run: Callable[[int, Tensor], Sequence[Sequence[Read]]],
     end: int | None = None,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer; ``run`` gives the readings of all rows by edit.
-
-    The edits are those of the first question, up to a position.
-    """
+    """One line per question and pair; ``run`` gives the readings of all rows by edit of the first."""
     first, pairs = prompts[0], rules.cells.pairs
     factors = factors_of(first.sinks, first.visual, pairs, first.low.get(block))
     edits = Edits.of(factors[:, :end])
@@ -282,21 +261,11 @@ def _cells(
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
             answers.check_finite(item, after, where, edited=True)
-            yield {
-                "item": prompt.index,
-                "image_id": item.image_id,
-                "task": item.task,
-                "layer": block - 1,
-                "edited": block,
-                "pair": place,
-                "s_v": pair[0],
-                "s_l": pair[1] if prompt.low else None,
-                "s_rest": pair[-1],
-                "score": answers.scored(rules.score, item, after, where),
-                "base_score": answers.scored(rules.score, item, plain, unedited),
-                "logprob": after.logprob,
-                "base_logprob": plain.logprob,
-                "n_v": n_v,
-                "n_l": n_l,
-                "n_rest": int(prompt.visual.sum()) - n_v - n_l,
-            }
+            line = {"item": prompt.index, "image_id": item.image_id, "task": item.task}
+            line |= {"layer": block - 1, "edited": block, "pair": place}
+            line |= {"s_v": pair[0], "s_l": pair[1] if prompt.low else None, "s_rest": pair[-1]}
+            for name, one, told in (("", after, where), ("base_", plain, unedited)):
+                line[f"{name}score"] = answers.scored(rules.score, item, one, told)
+                line[f"{name}logprob"] = one.logprob
+            n_rest = int(prompt.visual.sum()) - n_v - n_l
+            yield line | {"n_v": n_v, "n_l": n_l, "n_rest": n_rest}

@@ -32,7 +32,7 @@ from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
 from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
-from sinkscope.files import check_place
+from sinkscope.files import check_place, held
 from sinkscope.models.identity import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
@@ -74,33 +74,29 @@ def sweep(
 
     Args:
         lvlm: The model, with its processor and weights.
-        dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
-            ``image_id`` and ``choices``: dicts or `Item`.
+        dataset: Records as for `compare`.
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
-        by: How the result is split: ``"task"``, or ``"all"``.
+        by: ``"task"``, or ``"all"``.
         score: ``"choice"`` (the option with the highest mean log-probability per token is right),
             ``"exact"`` (greedy decoding begins with the answer), ``"logprob"`` (of the answer, in nats,
             always kept too), or a function of an item and an `Answered`, known by its code and the values
             it refers to. None is ``"choice"`` if items have choices, else ``"exact"``.
-        v_detector: The rule for V-sinks, best calibrated on other images.
-        l_detector: The rule for L-sinks likewise, with triples only.
+        v_detector: The rule for V-sinks, best calibrated on other images; ``l_detector``: for L-sinks
+            likewise, with triples only.
         calibration: Of `calibrate`; its rules are taken. Without rules, published constants of this
             model are used, else the first images of the dataset calibrate, which the result notes.
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
-        progress: Whether to show a progress bar; None from 50 questions on.
+        progress: None shows a bar from 50 questions on.
         dry_run: Whether to return what it would cost, a `SweepCost` to print: every option is checked,
             nothing is run or left on disk, and no weights are needed (``remote=True`` will do).
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, another sweep is or runs in ``out``, or a
-            log-probability or score is not finite; nothing of that image is then written.
+        InputError: If an option is malformed, another sweep is or runs in ``out``, or a log-probability
+            or score is not finite; nothing of that image is then written.
         CheckpointError: If ``out`` cannot be written or read.
-        DetectorError: If a detector is none.
-        SelectionError: If ``merge`` is unknown.
-        LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
     check_flags(dry_run=dry_run)
@@ -111,7 +107,7 @@ def sweep(
         check_whole(1, batch=batch, hint="Or write batch='auto'.")
     check_merge(merge)
     given = {"v_detector": v_detector, "l_detector": l_detector}
-    _check_rules(given, calibration, with_l=cells.with_l)
+    _check_rules(given, calibration, cells.with_l)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     if lvlm.device.type == "meta" and not dry_run:
@@ -149,8 +145,8 @@ def sweep(
     batches = Batch(batch, len(pairs))
     rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
     hidden = len(items) < 50 if progress is None else not progress
-    with nullcontext() if folder is None else folder.held(), evaluated(lvlm.module):
-        made, heard = _run(lvlm, groups, rules, folder, hidden=hidden)
+    with nullcontext() if folder is None else held(folder.path, "sweep"), evaluated(lvlm.module):
+        made, heard = _run(lvlm, groups, rules, folder, hidden)
     if out is not None:
         return Sweep.load(out, by)
     notes = dict.fromkeys([*notes, *heard])
@@ -158,7 +154,7 @@ def sweep(
 
 
 def _run(
-    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, *, hidden: bool
+    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, hidden: bool
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     each, lines, notes = len(rules.cells.layers) * len(rules.cells.pairs), [], []
@@ -166,11 +162,11 @@ def _run(
     missing = [i for i in range(len(groups)) if folder is None or not folder.part(i).exists()]
     start = sum(cells) - sum(cells[i] for i in missing)
     with tqdm(total=sum(cells), initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
+        if missing:
+            first = groups[missing[0]][0][1]
+            sample = lvlm.prepare(images=first.image, text=first.question)
+            check_replay(lvlm, sample.inputs, rules.cells.blocks)
         for i in missing:
-            if i == missing[0]:
-                first = groups[i][0][1]
-                sample = lvlm.prepare(images=first.image, text=first.question)
-                check_replay(lvlm, sample.inputs, rules.cells.blocks)
             found, heard = sweep_image(lvlm, groups[i], rules, bar.update)
             if folder is None:
                 lines += found
@@ -224,7 +220,7 @@ def _digest_of(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _check_rules(rules: Mapping[str, Any], calibration: Any, *, with_l: bool) -> None:
+def _check_rules(rules: Mapping[str, Any], calibration: Any, with_l: bool) -> None:
     """Require one rule of a kind at most, and none for L-sinks where they have no coefficient."""
     for name, rule in rules.items():
         if rule is not None and calibration is not None:
@@ -305,11 +301,9 @@ def _parts(value: Any, where: str) -> dict[str, Any]:
         case Mapping():
             return {repr(key): each for key, each in value.items()}
         case type():
-            members = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
-            kept = {
-                n: m for n, m in members.items() if isinstance(m, FunctionType) or n[:2] != "__"
-            }
-            return {"bases": value.__bases__, **dict(sorted(kept.items()))}
+            made = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
+            kept = (n for n, m in made.items() if isinstance(m, FunctionType) or n[:2] != "__")
+            return {"bases": value.__bases__, **{n: made[n] for n in sorted(kept)}}
         case BuiltinFunctionType():
             return {"name": value.__name__, "object": value.__self__}
         case MethodType():

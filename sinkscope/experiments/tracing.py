@@ -188,9 +188,9 @@ class SinkTrace(Result):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The trace as JSON: detectors, warnings, overlap table and records; written to ``path`` too."""
-        detectors = {"V": self.v_detection.detector, "L": self.l_detection.detector}
+        v, low = self.v_detection.detector, self.l_detection.detector
         body = {
-            "detectors": {**detectors, "chosen": self.chosen},
+            "detectors": {"V": v, "L": low, "chosen": self.chosen},
             "outcomes": self.outcomes,
             "warnings": list(self.warnings),
             "overlap": self.overlap_table().to_dict(orient="list"),
@@ -215,12 +215,10 @@ class SinkTrace(Result):
         return plot_trace(self, row)
 
     def __repr__(self) -> str:
-        kinds = [record.kind for record in self.records]
-        return (
-            f"SinkTrace({kinds.count('V')} V-sinks, {kinds.count('L')} L-sinks, "
-            f"{kinds.count('text')} text sinks, {kinds.count('attention')} attended without a spike; "
-            f"{self.chosen})"
-        )
+        kinds, attended = [record.kind for record in self.records], "attended without a spike"
+        words = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": attended}
+        said = ", ".join(f"{kinds.count(kind)} {noun}" for kind, noun in words.items())
+        return f"SinkTrace({said}; {self.chosen})"
 
 
 def trace_sinks(
@@ -238,7 +236,7 @@ def trace_sinks(
 
     Args:
         lvlm: The model.
-        sample: From ``lvlm.prepare``.
+        sample: From ``lvlm.prepare``; ``remote`` is as in `LVLM.run`.
         v_detector: The rule for V-sinks, applied to the states that feed the projector. None: published
             constants of this very checkpoint, else the gap rule on this sample (`detectors.Gap`), else
             the generic definition of massive activations; ``trace.chosen`` says which.
@@ -248,7 +246,6 @@ def trace_sinks(
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to count as attended: a share between 0 and 1.
-        remote: See `LVLM.run`.
 
     Raises:
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
@@ -265,20 +262,9 @@ def trace_sinks(
     v_sinks = carry(sample, m.v, feeds, merge)
     throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
     attended = throughout & ~v_sinks
-    return SinkTrace(
-        sample=sample,
-        rules=rules,
-        v_detection=m.v,
-        l_detection=m.low,
-        v_sinks=v_sinks,
-        attended=attended,
-        records=collect_records(m, v_sinks, attended),
-        feeds=lvlm.anatomy.feed_layers,
-        vision=m.vision,
-        language=m.language,
-        draws=draws,
-        warnings=_warnings(m, lvlm, feeds),
-    )
+    records, said = collect_records(m, v_sinks, attended), _warnings(m, lvlm, feeds)
+    decided = sample, rules, m.v, m.low, v_sinks, attended, records
+    return SinkTrace(*decided, lvlm.anatomy.feed_layers, m.vision, m.language, draws, said)
 
 
 def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
