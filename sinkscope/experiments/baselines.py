@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number
-from sinkscope.detectors.kinds import RandomTokens, describe
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments import sink_edits
 from sinkscope.experiments.comparing import Comparison, Condition, compare
@@ -17,7 +16,7 @@ from sinkscope.experiments.sink_edits import EDITS, EditSinks, split
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
-from sinkscope.lsg import LSG
+from sinkscope.lsg import LSG, describe
 from sinkscope.lsg.building import check_layer
 from sinkscope.models.lvlm import LVLM
 
@@ -168,7 +167,6 @@ def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *
 
 
 def _check_groups(sinks: str, **factors: Any) -> None:
-    """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
     check_choice(("V-sinks", "L-sinks", sink_edits.VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
     if factors and set(factors.values()) == {1.0}:

@@ -134,7 +134,6 @@ def gate_coefficients(
 def _lines(
     gate: LSG, items: Sequence[Item], first: int, found: dict[str, Tensor], tokens: TokenMap
 ) -> Iterator[dict[str, Any]]:
-    """One line per question of a batch and group of a gate."""
     config, visual = gate.config, (tokens.image >= 0).to(found["coefficients"].device)
     sinks = {"V": visual & found["V"]}
     if "L" in found:

@@ -33,8 +33,8 @@ class Comparison(Result):
     """Answers under every condition, compared with those under ``base``.
 
     ``table`` has one line per question, condition and seed: item, image_id, task, question, answer,
-    condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
-    without a trace) and uncontrolled (whether there were too few random tokens to edit).
+    condition, seed, given, correct, touched (by the edit), sinks (visual ones of the row; NaN without a
+    trace) and uncontrolled (whether there were too few random tokens to edit).
     """
 
     table: pd.DataFrame
@@ -88,7 +88,7 @@ class Comparison(Result):
         return out
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per question, condition and seed: a copy of `table`."""
+        """A copy of `table`."""
         return self.table.copy()
 
     def to_markdown(self, **options: Any) -> str:
@@ -105,7 +105,6 @@ class Comparison(Result):
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one task and condition."""
     paired = part.merge(of_base[["item", "correct"]], on="item", suffixes=("", "_base"))
     right = paired["correct"].astype(float)
     change = right - paired["correct_base"].astype(float)
@@ -190,7 +189,6 @@ def as_variants(conditions: Any) -> list[Variant]:
 
 
 def _checked(name: str, condition: Any) -> Any:
-    """A condition of a known kind."""
     came = repr(condition)
     if isinstance(condition, type):
         came = f"the class {condition.__name__}"
@@ -281,7 +279,6 @@ def _answer(
 def _lines(
     part: Mapping[int, Item], variant: Variant, answers: Answers, trace: SinkTrace | None
 ) -> Iterator[dict[str, Any]]:
-    """The lines of the table for one batch and condition."""
     sinks, uncontrolled = [float("nan")] * len(part), [False] * len(part)
     if trace is not None:
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]

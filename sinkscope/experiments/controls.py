@@ -17,8 +17,7 @@ from sinkscope.errors import InterventionError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
-from sinkscope.models.lvlm import LVLM
-from sinkscope.models.runs import Run
+from sinkscope.models import LVLM, Run
 from sinkscope.probes import AttentionPatterns
 from sinkscope.results import Result, kl_of_next
 from sinkscope.viz.effects import plot_control

@@ -233,7 +233,6 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
 
 
 def _cell(row: Mapping[Any, Any]) -> str:
-    """A cell in words."""
     numbers = ", ".join(f"{factor:g}" for factor in coefficients_of(row))
     return f"layer {_layer(row['layer'])}, ({numbers})"
 
@@ -245,11 +244,9 @@ def _interval(low: float, high: float) -> str:
 
 
 def _layer(layer: Any) -> str:
-    """A layer's name."""
     return "embed" if layer == -1 else f"{layer:g}"
 
 
 def _layers(layers: Iterable[int]) -> str:
-    """Layers in words."""
     names = [_layer(layer) for layer in sorted(set(layers))]
     return f"layer{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no layer"

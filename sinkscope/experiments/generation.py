@@ -18,9 +18,7 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
-from sinkscope.models.runs import Generation
+from sinkscope.models import LVLM, Generation, Sample
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
@@ -181,21 +179,9 @@ def trace_generation(
     if lvlm.tokenizer is not None:
         words = tuple(words_of(lvlm.tokenizer, row) for row in out.sequences.tolist())
     v_sinks = torch.zeros_like(sample.tokens.live) if trace is None else trace.v_sinks
-    return GenerationTrace(
-        sample=sample,
-        sequences=out.sequences,
-        text=out.text,
-        words=words,
-        layers=lvlm.anatomy.language.layers(None),
-        mass_max=largest,
-        mass_mean=mean,
-        null=null,
-        flags=flags,
-        lives=collect_lives(sample, words, flags, v_sinks, largest, null, draws),
-        draws=draws,
-        detector=repr(rule),
-        chosen=chosen,
-    )
+    lives = collect_lives(sample, words, flags, v_sinks, largest, null, draws)
+    said = sample, out.sequences, out.text, words, lvlm.anatomy.language.layers(None)
+    return GenerationTrace(*said, largest, mean, null, flags, lives, draws, repr(rule), chosen)
 
 
 def choose_rule(

@@ -142,8 +142,10 @@ def lora(
         objective = WholeObjective(lvlm, data)
         loop = Loop([trainee], objective, rows, held, given, progress=progress)
         loop.run()
-        done = {path: [x.detach().float().clone() for x in both] for path, both in layers.items()}
-    factors = {path: (up, down) for path, (up, down) in done.items()}
+        factors = {
+            path: (up.detach().float().clone(), down.detach().float().clone())
+            for path, (up, down) in layers.items()
+        }
     return LoRA(factors, r, scale, r * per_rank, wanted, tuple(loop.history))
 
 

@@ -14,8 +14,7 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.detection import Detection, decided
 from sinkscope.detectors.gap import Gap, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import (
     EvidenceResult,
     HeadWrites,
@@ -92,20 +91,11 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
     probes += [probe for of_tower in halves.values() for probe in of_tower.values()]
     run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
     vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
-    return Measured(
-        sample=sample,
-        vision=run[vision],
-        language=run[language],
-        v=decided(rules.v, run, v, lvlm, sample),
-        low=decided(rules.l_rule, run, low, lvlm, sample),
-        vit_attn_and_mlp=vit,
-        llm_attn_and_mlp=llm,
-        vit_norms=run[vit_norms].norms,
-        llm_norms=run[llm_norms].norms[:, 0],
-        writes=run[writes[0]] if writes else None,
-        last=a.feed_layers[-1],
-        draws=draws,
-    )
+    v_found = decided(rules.v, run, v, lvlm, sample)
+    l_found = decided(rules.l_rule, run, low, lvlm, sample)
+    found = sample, run[vision], run[language], v_found, l_found, vit, llm
+    norms = run[vit_norms].norms, run[llm_norms].norms[:, 0]
+    return Measured(*found, *norms, run[writes[0]] if writes else None, a.feed_layers[-1], draws)
 
 
 def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
@@ -228,7 +218,6 @@ class JudgedTower:
         )
 
     def _why_not(self, row: int, pos: int) -> str:
-        """Which part of the rule refuses a token."""
         rule, evidence = self.rule, self.evidence
         if isinstance(rule, NoSinks):
             return "there is no rule for this tower"

@@ -20,8 +20,7 @@ from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import GroupMeans
 
 FEWEST_TRAINING, FEWEST_TEST = 10, 2
@@ -140,7 +139,6 @@ def _masks(
     n_layers: int,
     seeds: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """A mask per column."""
     out: list[Tensor] = []
     for name, group in groups.items():
         chosen: Any = getattr(group, "among", group)

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.checks import check_number, check_whole, is_number, plain
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, SinkRules
 from sinkscope.errors import InputError
 from sinkscope.experiments import pooling
 from sinkscope.experiments.pooling import FEWEST_TEST, FEWEST_TRAINING, Group
@@ -159,9 +158,9 @@ def linear_probes(
     chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
     split by image, accuracy.
 
-    It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
-    and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
-    several; and records x layers x draws of the groups x d_model x 4 bytes of memory.
+    It costs two forward passes per batch, per layer, group and target ``draws of the group x (1 +
+    permutations)`` fits, times the labels of a target with several; and records x layers x draws of the
+    groups x d_model x 4 bytes of memory.
 
     Args:
         lvlm: The model, with its processor.
@@ -172,7 +171,7 @@ def linear_probes(
             gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomGroup`; None for
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
-        layers: Block indices of the LLM, or None for all.
+        layers: Block indices of the LLM.
         site: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or ``"resid_post"``,
             ``"attn_out"``, ``"mlp_out"``.
         v_detector: For V-sinks, best calibrated on other images; None for published constants of
@@ -181,8 +180,7 @@ def linear_probes(
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
         permutations: How often labels are shuffled over all images, for the null; 0 for none.
-        level: Coverage of the intervals, which resample test images.
-        draws: Bootstrap samples of an interval.
+        level: Coverage of the intervals, which resample test images ``draws`` times.
         seed: Of split, random tokens, shuffled labels and intervals.
         batch: Records per forward pass, which may be ``remote``, see `LVLM.run`.
         n_jobs: Processes that fit (joblib), -1 for all.
@@ -203,10 +201,8 @@ def linear_probes(
     chosen = pooling.check_groups(pooling.sink_groups() if groups is None else groups)
     wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
     if lvlm.processor is None:
-        raise InputError(
-            "Got an LVLM without a processor; expected one, to prepare the images. Write "
-            "ss.LVLM(model, processor)."
-        )
+        wanted = "expected one, to prepare the images. Write ss.LVLM(model, processor)"
+        raise InputError(f"Got an LVLM without a processor; {wanted}.")
     items = as_labelled(dataset)
     check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
@@ -239,24 +235,16 @@ def linear_probes(
     trained, tested = (tuple(dict.fromkeys(images[part].tolist())) for part in (train, ~train))
     columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
     judged = [pd.DataFrame(row, columns=columns) for some in rows for row in some]
-    return LinearProbes(
-        table=pd.DataFrame([line for some in lines for line in some]),
-        rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
-        classes={goal.name: goal.classes for goal in goals},
-        images=(trained, tested),
-        site=site,
-        detectors=how,
-    )
+    table = pd.DataFrame([line for some in lines for line in some])
+    right = pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns)
+    classes = {goal.name: goal.classes for goal in goals}
+    return LinearProbes(table, right, classes, (trained, tested), site, how)
 
 
 def split_images(
     items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record.
-
-    Raises:
-        InputError: If the share leaves a part too small, or the training part shows one class only.
-    """
+    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record."""
     from sklearn.model_selection import GroupShuffleSplit
 
     if not is_number(test_size, above=0, below=1):

@@ -123,7 +123,6 @@ def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[Sin
 
 
 def _place(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """Where a token is: word, image, grid cell, pixel box, ViT tokens."""
     tokens = m.sample.tokens
     word, box = tokens.words[batch][pos] if tokens.words else None, tokens.box[batch, pos]
     cell = {n: int(getattr(tokens, n)[batch, pos]) for n in ("image", "row", "column")}
@@ -138,7 +137,6 @@ def _place(m: Measured, batch: int, pos: int) -> dict[str, Any]:
 
 
 def _in_vision(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What an image token was in the vision tower: birth, writer, norm and channels."""
     tokens = m.sample.tokens
     if (image := int(tokens.image_index[batch, pos])) < 0:
         return {}
@@ -169,7 +167,6 @@ def birth_block(mask: Tensor) -> int | None:
 
 
 def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What a token is in the LLM: norm, channels, births, writers, layers where the L rule holds."""
     massive = m.language.massive
     layers = tuple(m.low.mask[batch, :, pos].nonzero().flatten().tolist())
     lives: list[tuple[int, int, str | None]] = []
@@ -193,7 +190,6 @@ def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
 
 
 def _channels(result: MassiveResult, row: int, layer: int, pos: int) -> Any:
-    """The largest channels of a token, as ``(channel, value)``."""
     at = (row, layer, pos)
     return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
 
@@ -214,7 +210,6 @@ def _writer(
 
 
 def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What a token receives, since when, and what it writes in the head that attends it most."""
     got: Any = m.language.received  # a trace measures its nulls and the attention of others too
     received, excess = got.received[batch, :, :, pos], m.excess[batch, :, :, pos]
     by_layer = (received.mean(dim=1), received.amax(dim=1), got.null[batch, :, pos])

@@ -56,7 +56,6 @@ def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
 
 
 def _central(means: np.ndarray, level: float) -> Any:
-    """Low and high end of the central interval over the first axis."""
     tail = (1 - level) / 2
     return np.quantile(means, [tail, 1 - tail], axis=0)
 

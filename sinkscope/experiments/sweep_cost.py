@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sinkscope.data.answers import ask
-from sinkscope.detectors.choice import known_for
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, known_for
 from sinkscope.experiments.sweep_grid import NOUNS, Cells
 from sinkscope.experiments.sweep_images import Groups, by_token, end_of_image
 from sinkscope.models.lvlm import LVLM
@@ -131,15 +130,8 @@ def estimate(lvlm: LVLM, groups: Groups, cells: Cells, low: Detector | None) -> 
     edited = [2 * m - 2 if alone and m > 1 else m for m in rows]  # a beginning for every ending
     resumed = sum(n - block for block in cells.blocks) * len(cells.pairs)
     reused = sum(work.reused(shape, cells, alone=alone) for shape in shapes)
-    return SweepCost(
-        questions=questions,
-        images=len(groups),
-        layers=len(cells.layers),
-        pairs=len(cells.pairs),
-        forwards=questions * runs,
-        blocks_plain=questions * runs * n,
-        blocks=round(len(groups) * (sum(rows) * n + sum(edited) * resumed) / len(shapes)),
-        bound=sum(work.plain(shape, cells) for shape in shapes) / reused,
-        looked_at=sum(map(len, groups[:8])),
-        groups=len(cells.pairs[0]),
-    )
+    blocks = round(len(groups) * (sum(rows) * n + sum(edited) * resumed) / len(shapes))
+    bound = sum(work.plain(shape, cells) for shape in shapes) / reused
+    counts = questions, len(groups), len(cells.layers), len(cells.pairs), questions * runs
+    looked_at = sum(map(len, groups[:8]))
+    return SweepCost(*counts, questions * runs * n, blocks, bound, looked_at, len(cells.pairs[0]))

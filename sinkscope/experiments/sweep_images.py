@@ -22,8 +22,7 @@ from sinkscope.detectors.rules import STATE_SITE, decide
 from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
 
@@ -221,12 +220,10 @@ def _shared(
 
 
 def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
-    """Readings row by row."""
     return list(zip(logs.split(1), greedy.split(1), strict=True))
 
 
 def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answered]:
-    """The answers of all questions from the readings of all their rows, in order."""
     rows, out = iter(reads), []
     for prompt in prompts:
         own = [next(rows) for _ in prompt.asked.feeds]

@@ -23,10 +23,8 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_choice, check_flags, check_whole
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
-from sinkscope.detectors.calibration import Calibration
-from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
 from sinkscope.detectors.detection import check_detector
-from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.errors import InputError
 from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
@@ -127,20 +125,11 @@ def sweep(
         return estimate(lvlm, groups, cells, getattr(calibration, "l_detector", l_detector))
     wanted = {name[0]: rule for name, rule in given.items() if name[0] == "v" or cells.with_l}
     detectors, said, notes = _choose_rules(lvlm, groups, wanted, calibration)
-    settings = {
-        "format": len(pairs[0]),  # 2 or 3: triples have two more columns
-        "model": identity_of(lvlm),
-        "dataset": _digest_of(items),
-        "groups": len(groups),
-        "grid": [list(pair) for pair in pairs],
-        "layers": list(cells.layers),
-        "score": name,
-        "score_code": code,
-        **said,
-        "merge": merge,
-        "notes": notes,
-        "versions": {p: version(p) for p in ("sinkscope", "torch", "transformers")},
-    }
+    settings: dict[str, Any] = {"format": len(pairs[0]), "model": identity_of(lvlm)}
+    settings |= {"dataset": _digest_of(items), "groups": len(groups)}
+    settings |= {"grid": [list(pair) for pair in pairs], "layers": list(cells.layers)}
+    settings |= {"score": name, "score_code": code, **said, "merge": merge, "notes": notes}
+    settings["versions"] = {p: version(p) for p in ("sinkscope", "torch", "transformers")}
     folder = None if out is None else Folder(out, settings)
     batches = Batch(batch, len(pairs))
     rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
@@ -202,11 +191,11 @@ def _choose_rules(
     for name, rule in rules.items():
         named = given[name] is not None or calibration is not None
         said[f"{name}_rule"] = repr(rule) if named else sources[name]
-        if found.calibration is not None and not named and what in sources[name]:
-            tower = found.calibration.vision if name == "v" else found.calibration.language
+        if (made := found.calibration) is not None and not named and what in sources[name]:
             notes.append(
                 f"{name.upper()}-sinks by a rule calibrated on {what}, which are scored too "
-                f"({tower.reason}). Write calibration=ss.calibrate(lvlm, samples of other images)"
+                f"({(made.vision if name == 'v' else made.language).reason}). Write "
+                "calibration=ss.calibrate(lvlm, samples of other images)"
             )
     return rules, said, notes
 
@@ -284,7 +273,6 @@ def _of_a_library(value: Any) -> bool:
 
 
 def _parts(value: Any, where: str) -> dict[str, Any]:
-    """What a value consists of, by name."""
     own = getattr(value, "__dict__", {})
     match value:
         case CodeType():  # where its lines stood does not matter

@@ -19,16 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
-from sinkscope.detectors.calibration import Calibration
-from sinkscope.detectors.choice import SinkRules, known_for
-from sinkscope.detectors.detection import Detection
+from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
 from sinkscope.detectors.gap import DRAWS
-from sinkscope.detectors.rules import Detector
 from sinkscope.errors import DetectorError, SelectionError
 from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
 from sinkscope.experiments.sink_records import SinkRecord, collect_records
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
 from sinkscope.sites import Tower
