@@ -92,8 +92,8 @@ class ControlResult(Result):
         real: The ``score`` of the edit; ``controls`` of the controls, ``base`` without any edit.
         match: What the controls share with the edit.
         real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
-            and heads, summed over tokens and averaged over layers. A sum of means over the queries that
-            see each token, so it may exceed 1. ``mass``: the same of each control's tokens.
+            and heads, averaged over layers. A sum over tokens of means over the queries that see each, so
+            it may exceed 1. ``mass``: the same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]
@@ -117,10 +117,7 @@ class ControlResult(Result):
         return (1 + far.sum(dim=0)) / (1 + self.controls.shape[0])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per batch row: base, real, control (the mean), low, high (95 % interval), p.
-
-        With masses also real_mass and control_mass, the mean over the controls.
-        """
+        """One line per batch row: means over the controls, their 95 % interval, p, and masses if measured."""
         low, high = self.interval()
         columns = {"base": self.base, "real": self.real, "control": self.controls.mean(dim=0)}
         columns |= {"low": low, "high": high, "p": self.p_value()}

@@ -60,9 +60,8 @@ def best_of(
 def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
 
-    The best triple, and the best of those with s_L = s_rest, are chosen on one half of the images and
-    compared on the other. Gives ``split`` and ``whole``, the two cells with their ``delta``, and
-    ``difference``, its mean and interval; None where there is no such pair of cells.
+    Gives ``split``, the best triple, and ``whole``, the best with s_L = s_rest, both with their ``delta``,
+    and ``difference``, its mean and interval; None where there is no such pair of cells.
     """
     cells, changes, images = wide(part, "score")
     here = half(images, seed)
@@ -72,14 +71,13 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
         return None
     means = changes[here].mean(axis=0)
     places = [int(np.where(among, means, -np.inf).argmax()) for among in (able, able & alike)]
-    other = list(itertools.compress(images, ~here))
-    both = changes[~here][:, places]
-    found = [
-        {**cells.iloc[at].to_dict(), "delta": change.mean()}
-        for at, change in zip(places, both.T, strict=True)
-    ]
+    both, other = changes[~here][:, places], list(itertools.compress(images, ~here))
+    found: Any = {
+        name: {**cells.iloc[at].to_dict(), "delta": change.mean()}
+        for name, at, change in zip(("split", "whole"), places, both.T, strict=True)
+    }
     difference = cluster_intervals(both[:, :1] - both[:, 1:], other, seed=seed)[:, 0]
-    return {"split": found[0], "whole": found[1], "difference": difference}
+    return {**found, "difference": difference}
 
 
 def half(images: list[str], seed: int) -> np.ndarray:

@@ -78,7 +78,6 @@ class GenerationTrace(Result):
     the token that step s - 1 wrote. Keys are the tokens of prompt and answer up to the last that was read.
 
     Attributes:
-        sequences: Prompt and answer.
         text: The answers, or None without a tokenizer, as for ``words``: every token's text.
         mass_max: In [0, 1]: the most that a head gives to every key; NaN where the query does not see
             the key, at padding and after the answer's end. ``mass_mean``: the mean over heads.
@@ -152,8 +151,8 @@ def trace_generation(
         lvlm: The model, whose `LVLM.generate` documents ``max_new_tokens``, ``remote`` and ``options``.
         sample: From ``lvlm.prepare``, padded on the left.
         l_detector: The rule for sinks of the LLM, on what each layer reads; None for published constants
-            of the model, else for limits calibrated on the prompt. Each token is judged when it appears;
-            what a rule compares with (the median of a layer) is that of the prompt.
+            of the model, else limits calibrated on the prompt. Each token is judged when it appears, against
+            what the rule compares with (the median of a layer) in the prompt.
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet
             the L rule count as L-sinks, and other V-sinks are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).

@@ -126,10 +126,8 @@ def lora(
         ModelError: If peft is not installed, or the matrices cannot be adapted.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ModelError(
-            "Got no package peft, which LoRA needs; expected it to be installed. Run "
-            'pip install "sinkscope[lora]", or leave this baseline out.'
-        )
+        wanted = 'expected it to be installed. Run pip install "sinkscope[lora]"'
+        raise ModelError(f"Got no package peft, which LoRA needs; {wanted}.")
     paths = target_paths(lvlm, layer, targets)
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
@@ -154,17 +152,15 @@ def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[
     tower = lvlm.anatomy.language
     check_whole(0, tower.n_layers - 1, error=LayerError, hint="Name a decoder block.", layer=layer)
     block = tower.blocks[layer] if targets is not None else tower.attention[layer]
-    linear = {
-        f"{block}.{name}": name.rpartition(".")[2]
-        for name, module in lvlm.module.get_submodule(block).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    inside = lvlm.module.get_submodule(block).named_modules()
+    names = [name for name, module in inside if isinstance(module, nn.Linear)]
+    linear = {f"{block}.{name}": name.rpartition(".")[2] for name in names}
     if targets is None:
         return list(linear)
     known = sorted(set(linear.values()))
-    wrong = [name for name in targets if name not in known]
+    wrong = [] if isinstance(targets, str) else [name for name in targets if name not in known]
     if isinstance(targets, str) or wrong or not targets:
-        hint = nearest(wrong[0], known) if wrong and not isinstance(targets, str) else ""
+        hint = nearest(wrong[0], known) if wrong else ""
         raise InputError(f"Got targets={targets!r}; expected some of {known}, as a list. {hint}")
     return [path for path, name in linear.items() if name in targets]
 

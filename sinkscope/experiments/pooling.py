@@ -56,7 +56,6 @@ class RandomGroup:
 
 
 Group = Callable[[SinkTrace], Tensor] | RandomGroup | str
-"""Tokens by name, by a function of the trace, or random ones."""
 
 
 def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
@@ -233,12 +232,9 @@ def judge(
     """All probes of a cell: one line per target and metric, and how right every test record is."""
     there = cell.count > 0
     train, test = there & train, there & ~train
-    seen = {
-        "n_train": int(train.sum()),
-        "n_test": int(test.sum()),
-        "missing": int((~there).sum()),
-        "tokens": float(cell.count[there].mean()) if there.any() else float("nan"),
-    }
+    counts = {"n_train": train, "n_test": test, "missing": ~there}
+    seen: dict[str, Any] = {name: int(part.sum()) for name, part in counts.items()}
+    seen["tokens"] = float(cell.count[there].mean()) if there.any() else float("nan")
     n_train, n_test = (len(set(images[part])) for part in (train, test))
     few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
     lines, rows = [], []
@@ -264,9 +260,8 @@ def _judged(
 ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """Metric -> accuracy with its interval, null and majority class; and how right every test row is.
 
-    Each set of shuffled labels is learned from every draw, and the mean over draws is one value of the
-    null, as wide as the accuracy. Labels of all images are shuffled, test images too: states and labels
-    are tested for independence, and two clear clusters are not named right by luck.
+    One value of the null is the mean over draws with one shuffle, of test images too: states and labels are
+    tested for independence, and two clear clusters are not named right by luck.
     """
     train, test = parts
 

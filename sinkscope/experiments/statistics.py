@@ -25,8 +25,8 @@ def cluster_bootstrap(
     (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
     variance, and the interaction of images and seeds counts a little too much.
 
-    ``values`` has one number per observation, NaN are left out; ``clusters`` its image id, ``seeds`` its
-    seed, None for one. Gives mean, low and high: NaN without a value, the interval also with one cluster.
+    ``values`` has one number per observation, NaN are left out; ``clusters`` are image ids. Gives mean, low
+    and high: NaN without a value, the interval also with one cluster.
     """
     numbers = np.asarray(values, dtype=float)
     keep = ~np.isnan(numbers)
@@ -68,10 +68,9 @@ def cluster_intervals(
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """`cluster_bootstrap` of many columns at once, with the same draws for all of them.
+    """`cluster_bootstrap` of columns ``[observation column]`` without NaN, with the same draws for all.
 
-    ``values`` are ``[observation column]``, no NaN; the result is ``[3 column]``: mean, low and high, the
-    last two NaN with one cluster.
+    Gives ``[3 column]``: mean, low and high.
     """
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
@@ -100,8 +99,7 @@ def sign_flip_maximum(
     orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most
     ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
 
-    ``values`` are changes ``[observation column]``; the result is the largest T, and ``[draw]`` largest T
-    under the null.
+    From changes ``[observation column]`` the largest T, and ``[draw]`` largest T under the null.
     """
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))

@@ -55,14 +55,14 @@ def end_of_image(sample: Sample) -> int:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every image; there is no rule for L-sinks with pairs."""
+    """What is the same for every image."""
 
     cells: Cells
     score: Score
     detector: Detector
     merge: str
     batch: Batch
-    l_detector: Detector | None = None
+    l_detector: Detector | None = None  # with triples only
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,14 +160,12 @@ def _alone(
 
         def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
             rows = torch.full((len(hidden),), row)
-            logits = logits_at(seen[row], hidden, reading.positions[rows])
-            return _split(*reading.of(logits, rows))
+            return _split(*reading.of(logits_at(seen[row], hidden, reading.positions[rows]), rows))
 
         def run(block: int, factors: Tensor, seen: Any = seen, read: Any = read) -> Any:
             by_row = []
             for row, captured in enumerate(seen):
-                missing = captured.hidden.shape[1] - factors.shape[1]
-                scale = pad(factors, (0, missing), value=1.0)
+                scale = pad(factors, (0, captured.hidden.shape[1] - factors.shape[1]), value=1.0)
                 by_row.append(read(row, resume(captured, block, scale, rows=[0] * len(factors))))
             return list(zip(*by_row, strict=True))
 

@@ -88,11 +88,10 @@ class Sweep:
     `cluster_intervals`.
 
     Attributes:
-        table: One line per question, layer and pair: item, image_id, task, layer (-1 is
-            ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
-            logprob (of the right answer, in nats), base_score and base_logprob without an edit, n_v and
-            n_rest (V-sinks and other image tokens); with triples s_l and n_l too (L-sinks of what the
-            edited block reads).
+        table: One line per question, layer and pair: item, image_id, task, layer (-1 is ``"embed"``),
+            edited (the block, layer + 1), pair (its number), s_v, s_rest, score and logprob (of the right
+            answer, in nats), base_score and base_logprob without an edit, n_v and n_rest (V-sinks and other
+            image tokens); with triples s_l and n_l too (L-sinks of what the edited block reads).
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
     """
@@ -202,15 +201,14 @@ class Sweep:
 
         The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
         not choose. Beside it stands a test over all images and cells: ``t`` is the largest change, each in
-        units of its own spread over images, and ``p`` how often chance makes one as large
-        (`sinkscope.experiments.sign_flip_maximum`). Its cell need not be the chosen one, which has the largest
-        mean. Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
+        units of its own spread over images, and ``p`` how often chance makes one as large (see
+        `sign_flip_maximum`). Its cell need not be the chosen one, which has the largest mean. Cells that
+        scale no key, such as (0, 1) where no image has a V-sink, are left out.
 
         Returns:
             Columns as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images,
-            delta, low, high (on the other half), maximum (the largest change on all images, in units of
-            the score), t, t_95 (the 95 % point of t where nothing has an effect), p, and note, which says
-            why a task has no best cell: fewer than two images, or cells that scale no key.
+            delta, low, high (on the other half), maximum (the largest change on all images), t, t_95 (the
+            95 % point of t where nothing has an effect), p, and note: why a task has no best cell.
         """
         check_choice(("score", "logprob"), column=column)
         tasks = self.by_task(by)
@@ -222,7 +220,7 @@ class Sweep:
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:
-        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell, as lines of text.
+        """The three observations of Choi et al. (2604.03316), as lines of text.
 
         Whether the best setting depends on task or layer, and whether raising or splitting off sinks helps.
         """

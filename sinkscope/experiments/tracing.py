@@ -48,7 +48,6 @@ class SinkTrace(Result):
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
         vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
         draws: The least attention beyond uniform at which a token counts as attended.
-        warnings: What a reader must know.
     """
 
     sample: Sample
@@ -130,10 +129,9 @@ class SinkTrace(Result):
         return tokens & (self.l_detection.mask[:, layer] == rule)
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that meet the L rule, V-sinks removed.
+        """Visual tokens that meet the L rule on what ``layer`` reads, V-sinks removed, ``[batch pos]``.
 
-        ``layer`` is 0-based, decided on what it reads (SelectionError if there is none), and gives bool
-        ``[batch pos]``; None is all layers, ``[batch layer pos]``.
+        None is all layers, ``[batch layer pos]``.
         """
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
@@ -146,20 +144,14 @@ class SinkTrace(Result):
         return self._meeting((self.sample.tokens.image < 0) & self.sample.tokens.live, layer)
 
     def ordinary(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that are neither V- nor L-sinks nor attended throughout, ``[batch pos]``.
-
-        What controls are drawn from. With None, at no layer.
-        """
+        """Visual tokens that are neither V- nor L-sinks (None: at no layer) nor attended, ``[batch pos]``."""
         visual = (self.sample.tokens.image >= 0) & ~self.v_sinks & ~self.attended
         left = self._meeting(visual, layer, rule=False)
         return left if left.ndim == 2 else left.all(dim=1)
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """V-sinks, L-sinks, ordinary visual tokens, text sinks and other text, ``[batch layer pos]``.
-
-        A partition of all live tokens for `AttentionMass`.
-        """
+        """A partition of all live tokens, ``[batch layer pos]``, for `AttentionMass`."""
         visual, live = self.sample.tokens.image >= 0, self.sample.tokens.live
         return {
             "V-sinks": self.v_sinks[:, None].expand(-1, self.n_layers, -1),
@@ -183,7 +175,7 @@ class SinkTrace(Result):
         return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The trace as JSON: detectors, warnings, overlap table and records; written to ``path`` too."""
+        """The trace as JSON; written to ``path`` too."""
         v, low = self.v_detection.detector, self.l_detection.detector
         body = {
             "detectors": {"V": v, "L": low, "chosen": self.chosen},
