@@ -170,9 +170,7 @@ def _check_groups(sinks: str, **factors: Any) -> None:
     check_number(error=InterventionError, **factors)
     if factors and set(factors.values()) == {1.0}:
         said = " and ".join(f"{name}={factor}" for name, factor in factors.items())
-        raise InputError(
-            f"Got {said}, which change nothing; expected another pair. The base is []."
-        )
+        raise InputError(f"Got {said}, which change nothing; expected others. The base is [].")
 
 
 def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) -> Any:
@@ -188,9 +186,8 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     listed = isinstance(condition, (list, tuple)) and bool(condition)
     if listed and all(isinstance(it, LSG) for it in condition):
         if count is None:
-            raise InputError(
-                "Got gates without a count; expected how many random tokens count as sinks. Write count=4."
-            )
+            wanted = "how many random tokens count as sinks. Write count=4"
+            raise InputError(f"Got gates without a count; expected {wanted}.")
         return [_with_random_rules(gate, count, seed) for gate in condition]
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
@@ -198,9 +195,8 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
             "of gates. Write lambda trace: [ss.MaskKeys(trace.v_sinks)]."
         )
     if count is not None:
-        raise InputError(
-            f"Got count={count} for a function of a trace; expected none: as many as there are sinks."
-        )
+        came = f"Got count={count} for a function of a trace"
+        raise InputError(f"{came}; expected none: as many as there are sinks.")
     function: Any = condition
     options = {"condition": condition, "seed": seed}
     return Method(

@@ -45,7 +45,7 @@ class GateCoefficients(Result):
         """Mean coefficients by task, layer and group, with intervals by bootstrap over images.
 
         ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all
-        questions together come last. ``intervals`` are ``level``, ``draws`` and ``seed`` of `cluster_intervals`.
+        questions together come last. ``intervals``: ``level``, ``draws`` and ``seed`` of `cluster_intervals`.
 
         Returns:
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
@@ -104,9 +104,8 @@ def gate_coefficients(
     check_choice(("task", ALL), by=by)
     check_whole(1, batch=batch)
     if lvlm.processor is None or lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
-        )
+        came = "Got an LVLM without a processor or without weights"
+        raise InputError(f"{came}; expected both, so no remote=True.")
     layers = [gate.layer for gate in given]
     if len(set(layers)) < len(layers):
         raise InputError(f"Got gates of the layers {layers}; expected every layer once in a call.")

@@ -175,10 +175,8 @@ class Variant:
 def as_variants(conditions: Any) -> list[Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
-        raise InputError(
-            f"Got conditions={conditions!r}; expected a dict such as {{'base': [], 'masked': "
-            "lambda trace: [ss.MaskKeys(trace.v_sinks)]}."
-        )
+        wanted = "a dict such as {'base': [], 'masked': lambda trace: [ss.MaskKeys(trace.v_sinks)]}"
+        raise InputError(f"Got conditions={conditions!r}; expected {wanted}.")
     out = []
     for name, given in conditions.items():
         several = given.seeds if isinstance(given, PerSeed) else (given,)

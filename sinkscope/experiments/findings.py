@@ -14,8 +14,7 @@ from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximu
 from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
 
 POINTS = (" in points", 100.0)
-UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}
-"""Score -> its unit as words, and what it is multiplied with."""
+UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}  # and a factor
 
 
 def best_of(
@@ -41,20 +40,12 @@ def best_of(
     delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how)[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
-    return {
-        **cells.iloc[at].to_dict(),
-        "chosen_on": means[at],
-        "n": len(other),
-        "images": len(set(other)),
-        "delta": delta,
-        "low": low,
-        "high": high,
-        "maximum": edited.mean(axis=0).max(),
-        "t": largest,
-        "t_95": float(np.quantile(null, 0.95)),
-        "p": float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null))),
-        "note": "no cell gains where it was chosen" if means[at] <= 0 else "",
-    }
+    p = float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null)))
+    line = {"chosen_on": means[at], "n": len(other), "images": len(set(other))}
+    line |= {"delta": delta, "low": low, "high": high, "maximum": edited.mean(axis=0).max()}
+    line |= {"t": largest, "t_95": float(np.quantile(null, 0.95)), "p": p}
+    note = "no cell gains where it was chosen" if means[at] <= 0 else ""
+    return {**cells.iloc[at].to_dict(), **line, "note": note}
 
 
 def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:

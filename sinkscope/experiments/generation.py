@@ -271,20 +271,9 @@ def collect_lives(
         most, expected = (
             float("nan") if at is None else float(x[at]) for x in (share, null[batch])
         )
-        life = SinkLife(
-            kind=kind,
-            batch=batch,
-            pos=pos,
-            word=words[batch][pos] if words else None,
-            born_step=max(0, pos - prompt + 1),
-            last_step=drawn[-1] if drawn else None,
-            seen_until=seen[-1] if seen else None,
-            drawn_steps=len(drawn),
-            seen_steps=len(seen),
-            layers=tuple(flags[batch, :, pos].nonzero().flatten().tolist()),
-            max_mass=most,
-            at=at,
-            null=expected,
-        )
-        lives.append(life)
+        last, until = (steps[-1] if steps else None for steps in (drawn, seen))
+        layers = tuple(flags[batch, :, pos].nonzero().flatten().tolist())
+        word, born = words[batch][pos] if words else None, max(0, pos - prompt + 1)
+        told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
+        lives.append(SinkLife(*told, layers, most, at, expected))
     return tuple(lives)

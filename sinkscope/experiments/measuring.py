@@ -202,20 +202,12 @@ class JudgedTower:
         excess = self.evidence.received.excess()[row, :, :, pos]
         unknown = bool(excess.isnan().all())
         at = None if unknown else divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
+        drawn = float("nan") if at is None else float(excess[at])
         flagged = bool(self.detection.mask[row, self.layers, pos].any())
-        return Candidate(
-            tower=self.tower,
-            row=row,
-            pos=pos,
-            token=named(self, self.tower, row, pos),
-            medians=float(self.evidence.medians()[row, layer, pos]),
-            prominence=float(times.max()),
-            spike_layer=layer,
-            drawn=float("nan") if at is None else float(excess[at]),
-            drawn_at=at,
-            flagged=flagged,
-            reason="flagged" if flagged else self._why_not(row, pos),
-        )
+        reason = "flagged" if flagged else self._why_not(row, pos)
+        where = self.tower, row, pos, named(self, self.tower, row, pos)
+        spike = float(self.evidence.medians()[row, layer, pos]), float(times.max()), layer
+        return Candidate(*where, *spike, drawn, at, flagged, reason)
 
     def _why_not(self, row: int, pos: int) -> str:
         rule, evidence = self.rule, self.evidence

@@ -23,8 +23,7 @@ from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import GroupMeans
 
-FEWEST_TRAINING, FEWEST_TEST = 10, 2
-"""Images that a probe needs in either part; below, it says "too few images"."""
+FEWEST_TRAINING, FEWEST_TEST = 10, 2  # images that a probe needs in either part
 NONE = "none found"
 BLANK = dict.fromkeys(("accuracy", "std", "low", "high", "null", "null_high", "majority"), np.nan)
 
@@ -67,10 +66,8 @@ def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
 def check_groups(groups: Any) -> dict[str, Group]:
     """Require groups by name: names of tokens, functions of a trace, or `RandomGroup`."""
     if not isinstance(groups, Mapping) or not groups:
-        raise InputError(
-            f"Got groups={groups!r}; expected a dict such as {{'image': 'image', 'V-sinks': lambda "
-            "trace: trace.v_sinks}."
-        )
+        wanted = "a dict such as {'image': 'image', 'V-sinks': lambda trace: trace.v_sinks}"
+        raise InputError(f"Got groups={groups!r}; expected {wanted}.")
     for name, group in groups.items():
         fits = isinstance(group, (str, RandomGroup)) or callable(group)
         if not isinstance(name, str) or not fits:

@@ -28,7 +28,6 @@ EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
         for how in REPLACEMENTS
     },
 }
-"""Edits of a token mask in some layers, by name."""
 
 
 def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
@@ -153,9 +152,8 @@ def first_like(
     most, there = float(received[mask].sum()), float(received[order].sum())
     if there < most or not len(order):
         raise TooFewTokensError(
-            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention "
-            f"together; expected at least {most:.3g}, which the edited tokens receive. Write "
-            "match='count', or edit fewer tokens."
+            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention together; "
+            f"expected at least {most:.3g}, as the edited tokens. Write match='count', or edit fewer."
         )
     chosen = received[order].cumsum(0) - received[order] < most
     chosen[0] = True

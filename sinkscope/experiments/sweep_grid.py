@@ -16,15 +16,11 @@ from sinkscope.errors import InputError, LayerError
 from sinkscope.models.pictures import clusters_of
 
 T = TypeVar("T")
-Pair = tuple[float, ...]
-"""``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
-GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
-"""Number of coefficients -> the groups they are of, as in a gate."""
+Pair = tuple[float, ...]  # (s_V, s_rest), or (s_V, s_L, s_rest)
+GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}  # by number of coefficients, as in a gate
 NOUNS = {2: "pair", 3: "triple"}
-CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
-"""What a cell is, in tables; without ``s_l`` for pairs."""
-EMBED = -1
-"""How tables write ``layer="embed"``."""
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]  # in tables; no s_l for pairs
+EMBED = -1  # how tables write layer="embed"
 
 
 def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:

@@ -147,10 +147,10 @@ def _run(
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     each, lines, notes = len(rules.cells.layers) * len(rules.cells.pairs), [], []
-    cells = [each * len(group) for group in groups]
     missing = [i for i in range(len(groups)) if folder is None or not folder.part(i).exists()]
-    start = sum(cells) - sum(cells[i] for i in missing)
-    with tqdm(total=sum(cells), initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
+    total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
+    start = total - left
+    with tqdm(total=total, initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
         if missing:
             first = groups[missing[0]][0][1]
             sample = lvlm.prepare(images=first.image, text=first.question)
@@ -225,10 +225,8 @@ def _check_rules(rules: Mapping[str, Any], calibration: Any, with_l: bool) -> No
             "rest; expected none. Write grid=ss.lsg_grid(groups=3) for triples (s_V, s_L, s_rest)."
         )
     if calibration is not None and not isinstance(calibration, Calibration):
-        raise InputError(
-            f"Got calibration of type {type(calibration).__name__}; expected what "
-            "ss.calibrate(lvlm, samples) gives."
-        )
+        came = f"Got calibration of type {type(calibration).__name__}"
+        raise InputError(f"{came}; expected what ss.calibrate(lvlm, samples) gives.")
 
 
 def digest_function(function: Callable[..., Any]) -> str:
