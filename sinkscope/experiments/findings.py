@@ -33,11 +33,8 @@ def best_of(
         return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other, how = (
-        list(itertools.compress(images, ~here)),
-        {"level": level, "draws": draws, "seed": seed},
-    )
-    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how)[:, 0]
+    other, how = [*itertools.compress(images, ~here)], {"level": level, "draws": draws}
+    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how, seed=seed)[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
     p = float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null)))
@@ -197,10 +194,8 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
     part: Any = sweep.table[sweep.table[count] > 0]
     sign = np.sign(part[own] - part["s_rest"])
     if not {-1.0, 1.0} <= set(sign):
-        return (
-            f"   This grid cannot tell: it has no {noun}s on both sides of {name} = s_rest.",
-            False,
-        )
+        sides = f"both sides of {name} = s_rest"
+        return f"   This grid cannot tell: it has no {noun}s on {sides}.", False
     change = part.assign(change=part["score"] - part["base_score"], sign=sign)
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink

@@ -10,20 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkscope import probes
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.detection import Detection, decided
 from sinkscope.detectors.gap import Gap, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.models import LVLM, Sample
-from sinkscope.probes import (
-    EvidenceResult,
-    HeadWrites,
-    MassiveActivations,
-    MassiveResult,
-    SinkEvidence,
-    TokenNorms,
-    WriteResult,
-)
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
@@ -34,16 +26,16 @@ class Measured:
     """What one pass of a trace measured, and what the rules flag."""
 
     sample: Sample
-    vision: EvidenceResult
-    language: EvidenceResult
+    vision: probes.EvidenceResult
+    language: probes.EvidenceResult
     v: Detection
     low: Detection
     # What attention and MLP add, by site, in the blocks of which that is known.
-    vit_attn_and_mlp: Mapping[str, MassiveResult]
-    llm_attn_and_mlp: Mapping[str, MassiveResult]
+    vit_attn_and_mlp: Mapping[str, probes.MassiveResult]
+    llm_attn_and_mlp: Mapping[str, probes.MassiveResult]
     vit_norms: Tensor  # [image layer pos]
     llm_norms: Tensor  # [batch pos], in the embeddings of the LLM
-    writes: WriteResult | None  # in the layers where what a head writes is known
+    writes: probes.WriteResult | None  # in the layers where what a head writes is known
     last: int  # the last vision block that feeds the projector
     draws: float  # the least attention beyond uniform
 
@@ -73,23 +65,23 @@ def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: 
     a = lvlm.anatomy
     towers: tuple[Tower, Tower] = ("vision", "language")
     k = min(16, a.vision.d_model, a.language.d_model)
-    vision, language = SinkEvidence(tower="vision"), SinkEvidence()
+    vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
     # The gap rule needs no probe of its own.
     v, low = (
         own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
         for own, rule in ((vision, rules.v), (language, rules.l_rule))
     )
-    vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
-    llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
-    writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    halves: dict[Any, dict[str, MassiveActivations]] = {
-        tower: {s: MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
+    vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
+    llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
+    writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+    halves: dict[Any, dict[str, probes.MassiveActivations]] = {
+        tower: {s: probes.MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
         for tower in towers
         if (blocks := a.tower(tower).adding)
     }
-    probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [probe for of_tower in halves.values() for probe in of_tower.values()]
-    run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
+    asked: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
+    asked += [probe for of_tower in halves.values() for probe in of_tower.values()]
+    run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
     vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
     v_found = decided(rules.v, run, v, lvlm, sample)
     l_found = decided(rules.l_rule, run, low, lvlm, sample)
@@ -170,7 +162,7 @@ class JudgedTower:
     tower: Tower
     sample: Sample
     rule: Any
-    evidence: EvidenceResult
+    evidence: probes.EvidenceResult
     detection: Detection
     layers: Sequence[int]
 

@@ -17,7 +17,7 @@ from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets,
 from sinkscope.detectors import Detector, SinkRules
 from sinkscope.errors import InputError
 from sinkscope.experiments import pooling
-from sinkscope.experiments.pooling import FEWEST_TEST, FEWEST_TRAINING, Group
+from sinkscope.experiments.pooling import FEWEST_TEST, FEWEST_TRAINING, NONE, Group
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
@@ -118,11 +118,7 @@ class LinearProbes(Result):
 
     def __repr__(self) -> str:
         layers, groups = self.table["layer"].nunique(), list(dict.fromkeys(self.table["group"]))
-        empty = [
-            g
-            for g in groups
-            if (self.table[self.table["group"] == g]["note"] == pooling.NONE).all()
-        ]
+        empty = [g for g in groups if (self.table[self.table["group"] == g]["note"] == NONE).all()]
         gone = f"; none found: {', '.join(empty)}" if empty else ""
         return (
             f"LinearProbes({len(self.classes)} targets, {layers} layers, {len(groups)} groups{gone}; "

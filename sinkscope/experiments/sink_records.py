@@ -126,14 +126,9 @@ def _place(m: Measured, batch: int, pos: int) -> dict[str, Any]:
     tokens = m.sample.tokens
     word, box = tokens.words[batch][pos] if tokens.words else None, tokens.box[batch, pos]
     cell = {n: int(getattr(tokens, n)[batch, pos]) for n in ("image", "row", "column")}
-    return {
-        "batch": batch,
-        "pos": pos,
-        "word": word,
-        **cell,
-        "box": None if box.isnan().any() else tuple(box.tolist()),
-        "vit_tokens": tuple(int(s) for s in tokens.sources[batch, pos] if s >= 0),
-    }
+    sources = tuple(int(s) for s in tokens.sources[batch, pos] if s >= 0)
+    box = None if box.isnan().any() else tuple(box.tolist())
+    return {"batch": batch, "pos": pos, "word": word, **cell, "box": box, "vit_tokens": sources}
 
 
 def _in_vision(m: Measured, batch: int, pos: int) -> dict[str, Any]:

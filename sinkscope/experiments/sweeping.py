@@ -67,8 +67,7 @@ def sweep(
 
     Nothing is approximated. The vision tower runs once per image (and once more to look for V-sinks),
     blocks before the edited one once per question, pairs as rows of one pass, and the prompt up to the
-    end of the image once for all its questions (with triples: for those with the same L-sinks). A
-    question whose prompt differs before the end of the image runs on its own.
+    end of the image once for all questions that share it (with triples: and have the same L-sinks).
 
     Args:
         lvlm: The model, with its processor and weights.
