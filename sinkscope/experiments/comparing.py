@@ -111,14 +111,12 @@ def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) ->
     clusters = paired["image_id"].tolist(), paired["seed"].tolist()
     accuracy, delta = (cluster_bootstrap(x.tolist(), *clusters, **options) for x in (right, change))
     of = {"n": "item", "images": "image_id", "seeds": "seed"}
-    return {
-        **{name: part[column].nunique() for name, column in of.items()},
-        **{x: part[x].mean() if len(part) else 0.0 for x in ("touched", "uncontrolled")},
-        **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
-        **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
-        "changed": float((change.dropna() != 0).mean()) if len(change) else 0.0,
-        "seed_sd": right.groupby(paired["seed"]).mean().std(),
-    }
+    line: dict[str, Any] = {name: part[column].nunique() for name, column in of.items()}
+    line |= {x: part[x].mean() if len(part) else 0.0 for x in ("touched", "uncontrolled")}
+    names = ("accuracy", "low", "high", "delta", "delta_low", "delta_high")
+    line |= zip(names, (*accuracy, *delta), strict=True)
+    line["changed"] = float((change.dropna() != 0).mean()) if len(change) else 0.0
+    return line | {"seed_sd": right.groupby(paired["seed"]).mean().std()}
 
 
 @runtime_checkable

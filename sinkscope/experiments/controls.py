@@ -50,10 +50,8 @@ def layers_of(it: Any, trace: SinkTrace) -> list[int]:
     wanted: list[Any] = list(given) if several else [given]
     for layer in wanted:
         if not is_whole(layer, 0, last):
-            raise InterventionError(
-                f"Got layer {layer!r}; expected block indices from 0 to {last}. Layers are never "
-                f"negative: write {last} for the last block."
-            )
+            hint = f"Layers are never negative: write {last} for the last block."
+            raise InterventionError(f"Got layer {layer!r}; expected 0 to {last}. {hint}")
     return sorted({int(layer) for layer in wanted})
 
 

@@ -111,7 +111,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
 
 
 class Batch:
-    """How many edits run as rows of one pass; ``"auto"`` begins with ``most``, halved when memory runs out."""
+    """How many edits run as rows of one pass; ``"auto"``: ``most``, halved when memory runs out."""
 
     def __init__(self, size: int | str, most: int) -> None:
         self.fixed = size != "auto"
