@@ -125,6 +125,7 @@ class Applied(Protocol):
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
         """The block."""
+        ...
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
