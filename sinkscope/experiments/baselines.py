@@ -7,24 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number
-from sinkscope.detectors.kinds import RandomTokens, describe
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
+from sinkscope.experiments import sink_edits
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.lora import LoRA, lora
-from sinkscope.experiments.sink_edits import (
-    EDITS,
-    KINDS,
-    TOP,
-    VISUAL,
-    EditSinks,
-    split,
-    with_random_sinks,
-)
+from sinkscope.experiments.sink_edits import EDITS, EditSinks, split
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
-from sinkscope.lsg import LSG
+from sinkscope.lsg import LSG, describe
 from sinkscope.lsg.building import check_layer
 from sinkscope.models.lvlm import LVLM
 
@@ -52,20 +44,17 @@ def effect_conditions(
 ) -> dict[str, Condition]:
     """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    ``edits`` are those of `EditSinks`; the three replacements of values are best reported side by side.
-    ``layers`` are block indices, or None for all. ``top`` of the image tokens that receive the most
-    attention are edited too. ``controls`` adds the same edits of random tokens that are no sinks.
-
-    Returns:
-        Name -> condition; ``"base"``, without any edit, comes first.
+    ``edits`` and ``layers`` are those of `EditSinks`; the three replacements of values are best reported
+    side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
+    adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
     """
     if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
     check_flags(controls=controls)
     check_whole(0, hint="Write 0 for none.", top=top)
-    named = [(kind, kind, f"as many as {kind}", 1) for kind in KINDS]
+    named = [(kind, kind, f"as many as {kind}", 1) for kind in sink_edits.KINDS]
     if top:
-        named.append((TOP, f"the top {top} attended", f"as many as the top {top}", top))
+        named.append((sink_edits.TOP, f"the top {top} attended", f"as many as the top {top}", top))
     out: dict[str, Condition] = {BASE: []}
     for kind, name, number, k in named:
         for edit in edits:
@@ -87,9 +76,8 @@ def effect_table(
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    The arguments are those of `compare`, ``options`` those of `effect_conditions`; rules are best
-    calibrated on other images. ``.summary()`` is the table, ``.plot()`` the figure, and
-    ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
+    The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.summary()`` is the
+    table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
     """
     made = effect_conditions(**options)
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
@@ -136,7 +124,6 @@ def sink_to_front(sinks: str = "V-sinks") -> Method:
     ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
     """
     _check_groups(sinks)
-
     front = "sink to the front"
     return Method(front, lambda t: [SinkToFront(split(t, sinks)[0])], {"sinks": sinks})
 
@@ -179,23 +166,19 @@ def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *
 
 
 def _check_groups(sinks: str, **factors: Any) -> None:
-    """Refuse an unknown kind of sink, and factors that are no numbers or all 1."""
-    check_choice(("V-sinks", "L-sinks", VISUAL), sinks=sinks)
+    check_choice(("V-sinks", "L-sinks", sink_edits.VISUAL), sinks=sinks)
     check_number(error=InterventionError, **factors)
     if factors and set(factors.values()) == {1.0}:
         said = " and ".join(f"{name}={factor}" for name, factor in factors.items())
-        raise InputError(
-            f"Got {said}, which change nothing; expected another pair. The base is []."
-        )
+        raise InputError(f"Got {said}, which change nothing; expected others. The base is [].")
 
 
 def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) -> Any:
     """The control: the same condition, with random ordinary tokens in the place of the sinks.
 
-    For a function of the trace see `with_random_sinks`. For gates the rule of every group of sinks is
-    replaced by ``RandomTokens(count)``, with other tokens for V than for L (V wins), and the weights stay:
-    ``count`` tokens of every image are V-sinks, and of every prompt's image tokens L-sinks, where the
-    gate has such a group. The draw depends on ``seed`` and on the images and texts.
+    For gates the rule of every group of sinks is replaced by ``RandomTokens(count)``, with other tokens for
+    V than for L (V wins), and the weights stay: ``count`` tokens of every image are V-sinks, and of every
+    prompt's image tokens L-sinks. The draw depends on ``seed`` and on the images and texts.
     """
     check_whole(0, seed=seed)
     if isinstance(condition, EditSinks):
@@ -203,9 +186,8 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     listed = isinstance(condition, (list, tuple)) and bool(condition)
     if listed and all(isinstance(it, LSG) for it in condition):
         if count is None:
-            raise InputError(
-                "Got gates without a count; expected how many random tokens count as sinks. Write count=4."
-            )
+            wanted = "how many random tokens count as sinks. Write count=4"
+            raise InputError(f"Got gates without a count; expected {wanted}.")
         return [_with_random_rules(gate, count, seed) for gate in condition]
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
@@ -213,12 +195,13 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
             "of gates. Write lambda trace: [ss.MaskKeys(trace.v_sinks)]."
         )
     if count is not None:
-        raise InputError(
-            f"Got count={count} for a function of a trace; expected none: as many as there are sinks."
-        )
+        came = f"Got count={count} for a function of a trace"
+        raise InputError(f"{came}; expected none: as many as there are sinks.")
     function: Any = condition
     options = {"condition": condition, "seed": seed}
-    return Method("random tokens", lambda t: function(with_random_sinks(t, seed)), options)
+    return Method(
+        "random tokens", lambda t: function(sink_edits.with_random_sinks(t, seed)), options
+    )
 
 
 def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:

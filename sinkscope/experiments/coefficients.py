@@ -41,27 +41,25 @@ class GateCoefficients(Result):
     table: pd.DataFrame
     by: str = "task"
 
-    def to_dataframe(
-        self, by: str | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-    ) -> pd.DataFrame:
+    def to_dataframe(self, by: str | None = None, **intervals: Any) -> pd.DataFrame:
         """Mean coefficients by task, layer and group, with intervals by bootstrap over images.
 
         ``by`` is ``"task"`` or ``"all"``, None for what it was made with; with several tasks all
-        questions together come last. ``level`` is the coverage.
+        questions together come last. ``intervals``: ``level``, ``draws`` and ``seed`` of `cluster_intervals`.
 
         Returns:
             Columns task, layer, edited, group, n (questions), images, coefficient, low, high, untrained
-            and tokens (means). With one image the interval is NaN.
+            and tokens (means).
         """
         by = self.by if by is None else by
         check_choice(("task", ALL), by=by)
         several = by == "task" and self.table["task"].nunique() > 1
         tasks: list[Any] = [*self.table.groupby("task", sort=True)] if several else []
-        tables, options = [], {"level": level, "draws": draws, "seed": seed}
+        tables = []
         for task, part in [*tasks, (ALL, self.table)]:
             wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
             images = part.drop_duplicates("item").set_index("item")["image_id"].loc[wide.index]
-            means = cluster_intervals(wide.to_numpy(dtype=float), images.tolist(), **options)
+            means = cluster_intervals(wide.to_numpy(dtype=float), images.tolist(), **intervals)
             cells = pd.DataFrame(list(wide.columns), columns=CELL)
             numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
             made = cells.assign(n=len(wide), images=images.nunique(), **numbers)
@@ -98,17 +96,16 @@ def gate_coefficients(
     the prompt, also for a gate with ``decode="refresh"``.
 
     The gates are of different layers, such as ``result.gates.values()``, and were made for this model
-    (else InterventionError), which has its processor and weights. ``dataset`` holds records as for `sweep`;
-    use others than those trained on. ``by`` is how means are split: ``"task"``, or ``"all"``. ``batch`` is
-    questions per forward pass; ``progress=None`` shows a bar from 50 questions on.
+    (else InterventionError). ``dataset`` holds records as for `sweep`; use others than those trained on.
+    Means are split ``by`` ``"task"``, or ``"all"``. ``batch`` is questions per forward pass;
+    ``progress=None`` shows a bar from 50 questions on.
     """
     given = check_gates(gates)
     check_choice(("task", ALL), by=by)
     check_whole(1, batch=batch)
     if lvlm.processor is None or lvlm.device.type == "meta":
-        raise InputError(
-            "Got an LVLM without a processor or without weights; expected both, so no remote=True."
-        )
+        came = "Got an LVLM without a processor or without weights"
+        raise InputError(f"{came}; expected both, so no remote=True.")
     layers = [gate.layer for gate in given]
     if len(set(layers)) < len(layers):
         raise InputError(f"Got gates of the layers {layers}; expected every layer once in a call.")
@@ -136,7 +133,6 @@ def gate_coefficients(
 def _lines(
     gate: LSG, items: Sequence[Item], first: int, found: dict[str, Tensor], tokens: TokenMap
 ) -> Iterator[dict[str, Any]]:
-    """One line per question of a batch and group of a gate."""
     config, visual = gate.config, (tokens.image >= 0).to(found["coefficients"].device)
     sinks = {"V": visual & found["V"]}
     if "L" in found:

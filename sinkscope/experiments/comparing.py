@@ -25,12 +25,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
-from sinkscope.viz.effects import (
-    comparison_latex,
-    comparison_markdown,
-    count_comparisons,
-    plot_effects,
-)
+from sinkscope.viz import effects
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +33,8 @@ class Comparison(Result):
     """Answers under every condition, compared with those under ``base``.
 
     ``table`` has one line per question, condition and seed: item, image_id, task, question, answer,
-    condition, seed, given, correct, touched (by the edit), sinks (visual sinks of the row; NaN
-    without a trace) and uncontrolled (whether there were too few random tokens to edit).
+    condition, seed, given, correct, touched (by the edit), sinks (visual ones of the row; NaN without a
+    trace) and uncontrolled (whether there were too few random tokens to edit).
     """
 
     table: pd.DataFrame
@@ -89,42 +84,39 @@ class Comparison(Result):
             of_base = whole.loc[(whole["task"] == task) & (whole["condition"] == self.base)]
             lines.append({"task": task, "condition": condition, **_line(part, of_base, options)})
         out = pd.DataFrame(lines)
-        out.attrs |= {"comparisons": count_comparisons(out, self.base), "level": level}
+        out.attrs |= {"comparisons": effects.count_comparisons(out, self.base), "level": level}
         return out
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per question, condition and seed: a copy of `table`."""
+        """A copy of `table`."""
         return self.table.copy()
 
     def to_markdown(self, **options: Any) -> str:
         """The summary as a Markdown table, conditions down and tasks across; options of `summary`."""
-        return comparison_markdown(self.summary(**options), base=self.base)
+        return effects.comparison_markdown(self.summary(**options), base=self.base)
 
     def to_latex(self, **options: Any) -> str:
         """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it."""
-        return comparison_latex(self.summary(**options), base=self.base)
+        return effects.comparison_latex(self.summary(**options), base=self.base)
 
     def plot(self, **options: Any) -> Figure:
         """The change of accuracy per task and condition, with intervals; options of `summary`."""
-        return plot_effects(self.summary(**options), base=self.base)
+        return effects.plot_effects(self.summary(**options), base=self.base)
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one task and condition."""
     paired = part.merge(of_base[["item", "correct"]], on="item", suffixes=("", "_base"))
     right = paired["correct"].astype(float)
     change = right - paired["correct_base"].astype(float)
     clusters = paired["image_id"].tolist(), paired["seed"].tolist()
     accuracy, delta = (cluster_bootstrap(x.tolist(), *clusters, **options) for x in (right, change))
     of = {"n": "item", "images": "image_id", "seeds": "seed"}
-    return {
-        **{name: part[column].nunique() for name, column in of.items()},
-        **{x: part[x].mean() if len(part) else 0.0 for x in ("touched", "uncontrolled")},
-        **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
-        **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)),
-        "changed": float((change.dropna() != 0).mean()) if len(change) else 0.0,
-        "seed_sd": right.groupby(paired["seed"]).mean().std(),
-    }
+    line: dict[str, Any] = {name: part[column].nunique() for name, column in of.items()}
+    line |= {x: part[x].mean() if len(part) else 0.0 for x in ("touched", "uncontrolled")}
+    names = ("accuracy", "low", "high", "delta", "delta_low", "delta_high")
+    line |= zip(names, (*accuracy, *delta), strict=True)
+    line["changed"] = float((change.dropna() != 0).mean()) if len(change) else 0.0
+    return line | {"seed_sd": right.groupby(paired["seed"]).mean().std()}
 
 
 @runtime_checkable
@@ -182,10 +174,8 @@ class Variant:
 def as_variants(conditions: Any) -> list[Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
-        raise InputError(
-            f"Got conditions={conditions!r}; expected a dict such as {{'base': [], 'masked': "
-            "lambda trace: [ss.MaskKeys(trace.v_sinks)]}."
-        )
+        wanted = "a dict such as {'base': [], 'masked': lambda trace: [ss.MaskKeys(trace.v_sinks)]}"
+        raise InputError(f"Got conditions={conditions!r}; expected {wanted}.")
     out = []
     for name, given in conditions.items():
         several = given.seeds if isinstance(given, PerSeed) else (given,)
@@ -196,7 +186,6 @@ def as_variants(conditions: Any) -> list[Variant]:
 
 
 def _checked(name: str, condition: Any) -> Any:
-    """A condition of a known kind."""
     came = repr(condition)
     if isinstance(condition, type):
         came = f"the class {condition.__name__}"
@@ -229,21 +218,17 @@ def compare(
     `sweep` with ``score="exact"``, or it begins with the same text after stripping and lower case.
 
     Args:
-        lvlm: The model.
+        lvlm: The model, with its processor.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
             ``image_id`` and ``choices``: dicts or `Item`. Questions about one image stand together.
         conditions: Name -> condition; the first is the base, usually ``[]``. A condition is a list of
             interventions, gates among them; a function from the `SinkTrace` of a batch to such a list;
             one of `sinkscope.experiments.baselines`; an object whose ``apply(lvlm)`` is the block in
             which the condition holds; or `per_seed` of those. Touching nothing is fine.
-        v_detector: For the traces; see `trace_sinks`. Calibrate on other images than these.
-        l_detector: Likewise.
+        v_detector: For the traces, as ``l_detector``; see `trace_sinks`. Calibrate on other images.
         batch: The most questions per forward pass; a batch holds questions about one image.
         length_normalized: Whether an option's log-probability is the mean over its tokens or the sum.
-        progress: Whether to show a progress bar; None shows it from 50 questions on.
-
-    Raises:
-        InputError: If the dataset or the conditions are empty or malformed.
+        progress: None shows a bar from 50 questions on.
     """
     check_flags(length_normalized=length_normalized)
     check_whole(1, batch=batch)
@@ -266,11 +251,7 @@ def compare(
 
 
 def _answer(
-    lvlm: LVLM,
-    part: Mapping[int, Item],
-    variants: Sequence[Variant],
-    rules: dict[str, Any],
-    normalized: bool,
+    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
     items = [*part.values()]
@@ -295,7 +276,6 @@ def _answer(
 def _lines(
     part: Mapping[int, Item], variant: Variant, answers: Answers, trace: SinkTrace | None
 ) -> Iterator[dict[str, Any]]:
-    """The lines of the table for one batch and condition."""
     sinks, uncontrolled = [float("nan")] * len(part), [False] * len(part)
     if trace is not None:
         sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
@@ -304,12 +284,5 @@ def _lines(
     for row, (index, item) in enumerate(part.items()):
         asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
         told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
-        yield {
-            "item": index,
-            **asked,
-            "condition": variant.name,
-            "seed": variant.seed,
-            **told,
-            "sinks": sinks[row],
-            "uncontrolled": uncontrolled[row],
-        }
+        line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
+        yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}

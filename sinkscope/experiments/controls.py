@@ -17,8 +17,7 @@ from sinkscope.errors import InterventionError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
-from sinkscope.models.lvlm import LVLM
-from sinkscope.models.runs import Run
+from sinkscope.models import LVLM, Run
 from sinkscope.probes import AttentionPatterns
 from sinkscope.results import Result, kl_of_next
 from sinkscope.viz.effects import plot_control
@@ -36,11 +35,9 @@ def field_of(it: Any) -> str:
         )
     found = next((field for field in FIELDS if hasattr(it, field)), None)
     if found is None or getattr(it, "tower", "language") != "language":
-        came = it if isinstance(it, type) else type(it)
-        raise InterventionError(
-            f"Got {came.__name__}; expected an intervention of the decoder with one of the fields "
-            f"{FIELDS}."
-        )
+        came = (it if isinstance(it, type) else type(it)).__name__
+        wanted = f"an intervention of the decoder with one of the fields {FIELDS}"
+        raise InterventionError(f"Got {came}; expected {wanted}.")
     return found
 
 
@@ -53,20 +50,17 @@ def layers_of(it: Any, trace: SinkTrace) -> list[int]:
     wanted: list[Any] = list(given) if several else [given]
     for layer in wanted:
         if not is_whole(layer, 0, last):
-            raise InterventionError(
-                f"Got layer {layer!r}; expected block indices from 0 to {last}. Layers are never "
-                f"negative: write {last} for the last block."
-            )
+            hint = f"Layers are never negative: write {last} for the last block."
+            raise InterventionError(f"Got layer {layer!r}; expected 0 to {last}. {hint}")
     return sorted({int(layer) for layer in wanted})
 
 
 def attention_under(
     it: Any, trace: SinkTrace, lvlm: LVLM | None
 ) -> Float[Tensor, "batch layer pos"]:
-    """What every token receives in the edited layers and heads, one entry per edited layer.
+    """What every token receives: the mean over the edited heads and the queries that can see it.
 
-    The mean over those heads, and over the queries that can see the token, or over the intervention's own
-    ``queries``, measured in one unedited pass; those that cannot see the token give 0.
+    Or over the intervention's own ``queries``, in one unedited pass; those that cannot see it give 0.
     """
     layers, heads = layers_of(it, trace), getattr(it, "heads", None)
     queries = getattr(it, "queries", None)
@@ -93,12 +87,11 @@ class ControlResult(Result):
     """A real edit beside the same edit on other tokens.
 
     Attributes:
-        real: The score of the edit; ``controls`` those of the controls, ``base`` that without any edit.
+        real: The ``score`` of the edit; ``controls`` of the controls, ``base`` without any edit.
         match: What the controls share with the edit.
-        score: What the scores are, with their unit.
         real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
-            and heads, summed over tokens and averaged over layers. A sum of means over the queries that
-            see each token, so it may exceed 1. ``mass``: the same of each control's tokens.
+            and heads, averaged over layers. A sum over tokens of means over the queries that see each, so
+            it may exceed 1. ``mass``: the same of each control's tokens.
     """
 
     real: Float[Tensor, " batch"]
@@ -122,10 +115,7 @@ class ControlResult(Result):
         return (1 + far.sum(dim=0)) / (1 + self.controls.shape[0])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per batch row: base, real, control (the mean), low, high (95 % interval), p.
-
-        With masses also real_mass and control_mass, the mean over the controls.
-        """
+        """One line per batch row: means over the controls, their 95 % interval, p, and masses if measured."""
         low, high = self.interval()
         columns = {"base": self.base, "real": self.real, "control": self.controls.mean(dim=0)}
         columns |= {"low": low, "high": high, "p": self.p_value()}
@@ -149,8 +139,7 @@ class RandomControl:
             matched in each of its layers. What a token receives is the mean over the queries that can
             see it, or over the intervention's ``queries``. ``"position"``: the sink positions of other
             images, which are as many as they are.
-        n: How many draws; ``"position"`` gives one per donor instead.
-        seed: Of the draws.
+        n: How many draws, by ``seed``; ``"position"`` gives one per donor instead.
     """
 
     intervention: Any
@@ -167,13 +156,13 @@ class RandomControl:
     ) -> tuple[Any, ...]:
         """The control interventions: ``n`` on other tokens, or one per donor.
 
-        ``trace`` is that of the sample that is edited. ``donor`` is for ``match="position"``: the trace of
-        another image, or several; with ``k`` the p value of `ControlResult` cannot be below ``1 / (1 + k)``.
-        ``lvlm`` is for ``match="mass"``, to measure what ``queries`` give.
+        ``donor`` is for ``match="position"``: the trace of another image, or several; with ``k`` the p value
+        of `ControlResult` cannot be below ``1 / (1 + k)``. ``lvlm`` is for ``match="mass"``, to measure what
+        ``queries`` give.
 
         Raises:
-            InterventionError: If a setting is none, or the intervention names no tokens; its child
-                TooFewTokensError if too few ordinary tokens are left, or they receive less together.
+            InterventionError: If the intervention names no tokens; its child TooFewTokensError if too few
+                ordinary tokens are left, or they receive less together.
             NoEffectError: If a donor leaves a row that is edited without a position.
         """
         check_choice(("count", "mass", "position"), error=InterventionError, match=self.match)
@@ -211,10 +200,8 @@ class RandomControl:
         unedited run, in nats. ``donor`` is as for `draws`.
         """
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
-        plain = lvlm.run(trace.sample, logits="last")
-        name = getattr(score, "__name__", "score")
-        if score is None:
-            name = "KL of the next token from the unedited run (nats)"
+        plain, name = lvlm.run(trace.sample, logits="last"), getattr(score, "__name__", "score")
+        name = "KL of the next token from the unedited run (nats)" if score is None else name
         base = scored(score, plain, plain)
         runs = [lvlm.run(trace.sample, interventions=[it], logits="last") for it in edits]
         real, *controls = [scored(score, run, plain) for run in runs]
@@ -276,11 +263,8 @@ def replacement_table(
     layer pos]``, ``layers`` are block indices or None for all; for the rest see `RandomControl` and its
     `run`. Three lines per batch row: replacement, batch, and the columns of `ControlResult`.
     """
-    tables = []
+    tables = {}
     for how in REPLACEMENTS:
         control = RandomControl(AblateValues(tokens, how, layers, seed=seed), match, n, seed)
-        table = control.run(lvlm, trace, score, donor=donor).to_dataframe()
-        table.insert(0, "batch", range(len(table)))
-        table.insert(0, "replacement", how)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+        tables[how] = control.run(lvlm, trace, score, donor=donor).to_dataframe()
+    return pd.concat(tables, names=["replacement", "batch"]).reset_index()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,16 +13,12 @@ from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
 from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
 
-UNITS = {
-    "exact": (" in points", 100.0),
-    "choice": (" in points", 100.0),
-    "logprob": (" in nats", 1.0),
-}
-"""Score -> its unit as words, and what it is multiplied with."""
+POINTS = (" in points", 100.0)
+UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}  # and a factor
 
 
 def best_of(
-    part: pd.DataFrame, column: str, *, level: float, draws: int, seed: int
+    part: pd.DataFrame, column: str, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
     cells, changes, images = wide(part, column)
@@ -36,34 +33,23 @@ def best_of(
         return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other = [image for image, mine in zip(images, here, strict=True) if not mine]
-    delta, low, high = cluster_intervals(
-        changes[~here][:, [at]], other, level=level, draws=draws, seed=seed
-    )[:, 0]
+    other, how = [*itertools.compress(images, ~here)], {"level": level, "draws": draws}
+    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how, seed=seed)[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
-    return {
-        **cells.iloc[at].to_dict(),
-        "chosen_on": means[at],
-        "n": len(other),
-        "images": len(set(other)),
-        "delta": delta,
-        "low": low,
-        "high": high,
-        "maximum": edited.mean(axis=0).max(),
-        "t": largest,
-        "t_95": float(np.quantile(null, 0.95)),
-        "p": float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null))),
-        "note": "no cell gains where it was chosen" if means[at] <= 0 else "",
-    }
+    p = float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null)))
+    line = {"chosen_on": means[at], "n": len(other), "images": len(set(other))}
+    line |= {"delta": delta, "low": low, "high": high, "maximum": edited.mean(axis=0).max()}
+    line |= {"t": largest, "t_95": float(np.quantile(null, 0.95)), "p": p}
+    note = "no cell gains where it was chosen" if means[at] <= 0 else ""
+    return {**cells.iloc[at].to_dict(), **line, "note": note}
 
 
 def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
 
-    The best triple, and the best of those with s_L = s_rest, are chosen on one half of the images and
-    compared on the other. Gives ``split`` and ``whole``, the two cells with their ``delta``, and
-    ``difference``, its mean and interval; None where there is no such pair of cells.
+    Gives ``split``, the best triple, and ``whole``, the best with s_L = s_rest, both with their ``delta``,
+    and ``difference``, its mean and interval; None where there is no such pair of cells.
     """
     cells, changes, images = wide(part, "score")
     here = half(images, seed)
@@ -73,14 +59,13 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
         return None
     means = changes[here].mean(axis=0)
     places = [int(np.where(among, means, -np.inf).argmax()) for among in (able, able & alike)]
-    other = [image for image, mine in zip(images, here, strict=True) if not mine]
-    both = changes[~here][:, places]
-    found = [
-        {**cells.iloc[at].to_dict(), "delta": change.mean()}
-        for at, change in zip(places, both.T, strict=True)
-    ]
+    both, other = changes[~here][:, places], list(itertools.compress(images, ~here))
+    found: Any = {
+        name: {**cells.iloc[at].to_dict(), "delta": change.mean()}
+        for name, at, change in zip(("split", "whole"), places, both.T, strict=True)
+    }
     difference = cluster_intervals(both[:, :1] - both[:, 1:], other, seed=seed)[:, 0]
-    return {"split": found[0], "whole": found[1], "difference": difference}
+    return {**found, "difference": difference}
 
 
 def half(images: list[str], seed: int) -> np.ndarray:
@@ -166,14 +151,12 @@ def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
     if not any(told for _, told in contrasts):
         return
     if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
-        words = (
-            ("the coefficients", "others", "them")
-            if three
-            else ("s_V and s_rest", "other", "the two")
-        )
+        what, others, them = "s_V and s_rest", "other", "the two"
+        if three:
+            what, others, them = "the coefficients", "others", "them"
         yield (
-            f"   In every {noun} {words[0]} add to 1: what raises one lowers the {words[1]}, and which of "
-            f"{words[2]} it was cannot be told apart."
+            f"   In every {noun} {what} add to 1: what raises one lowers the {others}, and which of "
+            f"{them} it was cannot be told apart."
         )
     if not three:
         rest = "Whether the rest should be split further (L-sinks, ordinary tokens)"
@@ -234,7 +217,6 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
 
 
 def _cell(row: Mapping[Any, Any]) -> str:
-    """A cell in words."""
     numbers = ", ".join(f"{factor:g}" for factor in coefficients_of(row))
     return f"layer {_layer(row['layer'])}, ({numbers})"
 
@@ -246,11 +228,9 @@ def _interval(low: float, high: float) -> str:
 
 
 def _layer(layer: Any) -> str:
-    """A layer's name."""
     return "embed" if layer == -1 else f"{layer:g}"
 
 
 def _layers(layers: Iterable[int]) -> str:
-    """Layers in words."""
     names = [_layer(layer) for layer in sorted(set(layers))]
     return f"layer{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no layer"

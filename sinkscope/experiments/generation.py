@@ -18,9 +18,7 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
-from sinkscope.models.runs import Generation
+from sinkscope.models import LVLM, Generation, Sample
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
@@ -40,9 +38,8 @@ class SinkLife:
         last_step: The last of the ``drawn_steps`` steps at which it draws, None if it never does.
         seen_until: The last of the ``seen_steps`` steps at which a later query sees it in a layer, or None.
         layers: LLM layers on whose input it meets the L rule.
-        max_mass: The largest share that a head of a later query gives it, 0 to 1; NaN if none sees it.
-        at: The step and the layer of that share, None if none sees it.
-        null: What uniform attention gives it there.
+        max_mass: The largest share that a head of a later query gives it, 0 to 1, NaN if none sees it;
+            ``at`` its step and layer, ``null`` what uniform attention gives there.
     """
 
     kind: str
@@ -81,7 +78,6 @@ class GenerationTrace(Result):
     the token that step s - 1 wrote. Keys are the tokens of prompt and answer up to the last that was read.
 
     Attributes:
-        sequences: Prompt and answer.
         text: The answers, or None without a tokenizer, as for ``words``: every token's text.
         mass_max: In [0, 1]: the most that a head gives to every key; NaN where the query does not see
             the key, at padding and after the answer's end. ``mass_mean``: the mean over heads.
@@ -152,20 +148,17 @@ def trace_generation(
     *born* a sink at the step whose pass computes its state, if it meets the L rule there.
 
     Args:
-        lvlm: The model.
+        lvlm: The model, whose `LVLM.generate` documents ``max_new_tokens``, ``remote`` and ``options``.
         sample: From ``lvlm.prepare``, padded on the left.
         l_detector: The rule for sinks of the LLM, on what each layer reads; None for published constants
-            of the model, else for limits calibrated on the prompt. Each token is judged when it appears;
-            what a rule compares with (the median of a layer) is that of the prompt.
+            of the model, else limits calibrated on the prompt. Each token is judged when it appears, against
+            what the rule compares with (the median of a layer) in the prompt.
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet
             the L rule count as L-sinks, and other V-sinks are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).
-        max_new_tokens: See `LVLM.generate`, as for ``options``.
-        remote: See `LVLM.run`.
-        options: Other options of `LVLM.generate`.
 
     Raises:
-        InputError: If ``draws`` is no share, or ``trace`` is of another sample.
+        InputError: If ``trace`` is of another sample.
         DetectorError: If the rule does not judge a token by its own state alone.
     """
     check_number(above=0, below=1, hint="It is a share, such as 0.2.", draws=draws)
@@ -185,21 +178,9 @@ def trace_generation(
     if lvlm.tokenizer is not None:
         words = tuple(words_of(lvlm.tokenizer, row) for row in out.sequences.tolist())
     v_sinks = torch.zeros_like(sample.tokens.live) if trace is None else trace.v_sinks
-    return GenerationTrace(
-        sample=sample,
-        sequences=out.sequences,
-        text=out.text,
-        words=words,
-        layers=lvlm.anatomy.language.layers(None),
-        mass_max=largest,
-        mass_mean=mean,
-        null=null,
-        flags=flags,
-        lives=collect_lives(sample, words, flags, v_sinks, largest, null, draws),
-        draws=draws,
-        detector=repr(rule),
-        chosen=chosen,
-    )
+    lives = collect_lives(sample, words, flags, v_sinks, largest, null, draws)
+    said = sample, out.sequences, out.text, words, lvlm.anatomy.language.layers(None)
+    return GenerationTrace(*said, largest, mean, null, flags, lives, draws, repr(rule), chosen)
 
 
 def choose_rule(
@@ -220,10 +201,7 @@ def choose_rule(
 
 
 def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) -> Tensor:
-    """Which tokens meet the rule, each judged when it appears: bool ``[batch layer key]``.
-
-    ``results`` are those of the rule's probe at the prompt and at every decode step.
-    """
+    """Which tokens meet the rule by its probe at every step, each when it appears: ``[batch layer key]``."""
     visual, live, seen, flags = sample.tokens.image >= 0, sample.tokens.live, results[0], []
     for step, result in enumerate(results):
         if step:
@@ -246,14 +224,13 @@ def _appended(seen: Any, new: Any) -> Any:
 def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Tensor, Tensor]:
     """The new query's attention at every step: largest and mean over heads, and null, NaN where unseen."""
     n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
-    results = [step[probe] for step in out.steps]
-    given = [
-        pad(one.received, (0, n_keys - one.received.shape[-1]), value=float("nan"))
-        for one in results
-    ]
-    largest, mean = [one.amax(dim=2) for one in given], [one.mean(dim=2) for one in given]
+    results, nan = [step[probe] for step in out.steps], float("nan")
+    received = [one.received for one in results]
+    each = [pad(given, (0, n_keys - given.shape[-1]), value=nan) for given in received]
     nulls = [nan_max(one.null, dim=2) for one in results]
-    return torch.stack(largest, dim=1), torch.stack(mean, dim=1), torch.stack(nulls, dim=1)
+    parts = [one.amax(dim=2) for one in each], [one.mean(dim=2) for one in each], nulls
+    largest, mean, null = (torch.stack(part, dim=1) for part in parts)
+    return largest, mean, null
 
 
 def by_others(mass: Tensor, prompt: int) -> Tensor:
@@ -291,20 +268,12 @@ def collect_lives(
         drawn = (extra >= draws).nonzero().flatten().tolist()
         seen = (~extra.isnan()).nonzero().flatten().tolist()
         at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1]) if seen else None
-        life = SinkLife(
-            kind=kind,
-            batch=batch,
-            pos=pos,
-            word=words[batch][pos] if words else None,
-            born_step=max(0, pos - prompt + 1),
-            last_step=drawn[-1] if drawn else None,
-            seen_until=seen[-1] if seen else None,
-            drawn_steps=len(drawn),
-            seen_steps=len(seen),
-            layers=tuple(flags[batch, :, pos].nonzero().flatten().tolist()),
-            max_mass=float("nan") if at is None else float(share[at]),
-            at=at,
-            null=float("nan") if at is None else float(null[batch][at]),
+        most, expected = (
+            float("nan") if at is None else float(x[at]) for x in (share, null[batch])
         )
-        lives.append(life)
+        last, until = (steps[-1] if steps else None for steps in (drawn, seen))
+        layers = tuple(flags[batch, :, pos].nonzero().flatten().tolist())
+        word, born = words[batch][pos] if words else None, max(0, pos - prompt + 1)
+        told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
+        lives.append(SinkLife(*told, layers, most, at, expected))
     return tuple(lives)

@@ -46,12 +46,10 @@ class WholeObjective:
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """A trained adapter, as a condition of `compare`.
+    """A trained adapter, as a condition of `compare`; it adds ``(alpha / rank) B A`` to weights.
 
     Attributes:
         factors: Module path -> ``(B, A)``, float ``[d_out rank]`` and ``[rank d_in]`` in fp32.
-        rank: The rank ``r``.
-        alpha: The adapter adds ``(alpha / r) B A``.
         parameters: How many numbers were trained.
         wanted: How many the gate has whose size it takes; None if the rank was given.
         history: One line per step and split, with the loss in nats per answer token.
@@ -68,10 +66,7 @@ class LoRA:
     def apply(self, lvlm: LVLM) -> Iterator[LVLM]:
         """Add the adapter to the weights until the block ends; then they are bitwise as before.
 
-        The sum is rounded to the dtype of the model, which must be the one it was trained on.
-
-        Raises:
-            ModelError: If a matrix is missing, of another shape, or not of floating point.
+        The sum is rounded to the dtype of the model, which must be the one it was trained on (ModelError).
         """
         before = {}
         for path, (up, down) in self.factors.items():
@@ -120,25 +115,19 @@ def lora(
         lvlm: The model; its weights are frozen, and bitwise the same afterwards.
         dataset: Records with image, question and answer, as for a gate.
         layer: The block to adapt.
-        like: A gate, whose number of parameters the rank comes closest to.
-        rank: The rank itself, instead of ``like``.
+        like: A gate, whose number of parameters the rank comes closest to; else give the ``rank``.
         alpha: The adapter adds ``(alpha / rank) B A``; None for twice the rank.
         targets: Linear maps of the block, such as ``["q_proj"]``; None for those of its attention.
         validation: Share of the images to hold out; the weights of the lowest loss there stay. 0: none.
-        progress: Whether to show a progress bar.
         settings: ``epochs``, ``batch``, ``lr``, ``seed`` and others of `sinkscope.lsg.TrainingSettings`;
             the seed is that of the initial values too.
 
     Raises:
         ModelError: If peft is not installed, or the matrices cannot be adapted.
-        LayerError: If there is no such block.
-        InputError: If not one of ``like`` and ``rank`` is given, or a target or the dataset is wrong.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ModelError(
-            "Got no package peft, which LoRA needs; expected it to be installed. Run "
-            'pip install "sinkscope[lora]", or leave this baseline out.'
-        )
+        wanted = 'expected it to be installed. Run pip install "sinkscope[lora]"'
+        raise ModelError(f"Got no package peft, which LoRA needs; {wanted}.")
     paths = target_paths(lvlm, layer, targets)
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
@@ -163,17 +152,15 @@ def target_paths(lvlm: LVLM, layer: int, targets: Sequence[str] | None) -> list[
     tower = lvlm.anatomy.language
     check_whole(0, tower.n_layers - 1, error=LayerError, hint="Name a decoder block.", layer=layer)
     block = tower.blocks[layer] if targets is not None else tower.attention[layer]
-    linear = {
-        f"{block}.{name}": name.rpartition(".")[2]
-        for name, module in lvlm.module.get_submodule(block).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    inside = lvlm.module.get_submodule(block).named_modules()
+    names = [name for name, module in inside if isinstance(module, nn.Linear)]
+    linear = {f"{block}.{name}": name.rpartition(".")[2] for name in names}
     if targets is None:
         return list(linear)
     known = sorted(set(linear.values()))
-    wrong = [name for name in targets if name not in known]
+    wrong = [] if isinstance(targets, str) else [name for name in targets if name not in known]
     if isinstance(targets, str) or wrong or not targets:
-        hint = nearest(wrong[0], known) if wrong and not isinstance(targets, str) else ""
+        hint = nearest(wrong[0], known) if wrong else ""
         raise InputError(f"Got targets={targets!r}; expected some of {known}, as a list. {hint}")
     return [path for path, name in linear.items() if name in targets]
 

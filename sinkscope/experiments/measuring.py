@@ -10,21 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkscope import probes
 from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.detection import Detection, decided
 from sinkscope.detectors.gap import Gap, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
-from sinkscope.probes import (
-    EvidenceResult,
-    HeadWrites,
-    MassiveActivations,
-    MassiveResult,
-    SinkEvidence,
-    TokenNorms,
-    WriteResult,
-)
+from sinkscope.models import LVLM, Sample
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
@@ -35,16 +26,16 @@ class Measured:
     """What one pass of a trace measured, and what the rules flag."""
 
     sample: Sample
-    vision: EvidenceResult
-    language: EvidenceResult
+    vision: probes.EvidenceResult
+    language: probes.EvidenceResult
     v: Detection
     low: Detection
     # What attention and MLP add, by site, in the blocks of which that is known.
-    vit_attn_and_mlp: Mapping[str, MassiveResult]
-    llm_attn_and_mlp: Mapping[str, MassiveResult]
+    vit_attn_and_mlp: Mapping[str, probes.MassiveResult]
+    llm_attn_and_mlp: Mapping[str, probes.MassiveResult]
     vit_norms: Tensor  # [image layer pos]
     llm_norms: Tensor  # [batch pos], in the embeddings of the LLM
-    writes: WriteResult | None  # in the layers where what a head writes is known
+    writes: probes.WriteResult | None  # in the layers where what a head writes is known
     last: int  # the last vision block that feeds the projector
     draws: float  # the least attention beyond uniform
 
@@ -64,49 +55,39 @@ class Measured:
         In a block some head gives them ``draws`` beyond uniform attention and 5 times as much as
         uniform attention (ACT, 2406.15765), which matters where there are few tokens.
         """
-        uniform = self.vision.received.others_null
-        assert uniform is not None
+        uniform: Any = self.vision.received.others_null
         attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
         return attended[:, : self.last + 1].float().mean(dim=1) > 0.5
 
 
 def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
-    """Everything that a trace reads, in one forward pass, and what the rules flag in it."""
+    """Measure everything that a trace reads in one forward pass, and what the rules flag in it."""
     a = lvlm.anatomy
     towers: tuple[Tower, Tower] = ("vision", "language")
     k = min(16, a.vision.d_model, a.language.d_model)
-    vision, language = SinkEvidence(tower="vision"), SinkEvidence()
+    vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
     # The gap rule needs no probe of its own.
     v, low = (
         own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
         for own, rule in ((vision, rules.v), (language, rules.l_rule))
     )
-    vit_norms = TokenNorms(None, "vision", STATE_SITE["vision"])
-    llm_norms = TokenNorms([0], "language", STATE_SITE["language"])
-    writes = [HeadWrites(a.language.writing)] if a.language.writing else []
-    halves: dict[Any, dict[str, MassiveActivations]] = {
-        tower: {s: MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
+    vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
+    llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
+    writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+    halves: dict[Any, dict[str, probes.MassiveActivations]] = {
+        tower: {s: probes.MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
         for tower in towers
         if (blocks := a.tower(tower).adding)
     }
-    probes: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    probes += [probe for of_tower in halves.values() for probe in of_tower.values()]
-    run = lvlm.run(sample, list(dict.fromkeys(probes)), logits="last", remote=remote)
+    asked: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
+    asked += [probe for of_tower in halves.values() for probe in of_tower.values()]
+    run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
     vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
-    return Measured(
-        sample=sample,
-        vision=run[vision],
-        language=run[language],
-        v=decided(rules.v, run, v, lvlm, sample),
-        low=decided(rules.l_rule, run, low, lvlm, sample),
-        vit_attn_and_mlp=vit,
-        llm_attn_and_mlp=llm,
-        vit_norms=run[vit_norms].norms,
-        llm_norms=run[llm_norms].norms[:, 0],
-        writes=run[writes[0]] if writes else None,
-        last=a.feed_layers[-1],
-        draws=draws,
-    )
+    v_found = decided(rules.v, run, v, lvlm, sample)
+    l_found = decided(rules.l_rule, run, low, lvlm, sample)
+    found = sample, run[vision], run[language], v_found, l_found, vit, llm
+    norms = run[vit_norms].norms, run[llm_norms].norms[:, 0]
+    return Measured(*found, *norms, run[writes[0]] if writes else None, a.feed_layers[-1], draws)
 
 
 def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
@@ -134,11 +115,10 @@ class Candidate:
     Attributes:
         row: Row of the batch, or image of the batch in the vision tower.
         pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
-        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``.
-        prominence: The same as a multiple of the layer's upper quartile.
-        drawn: The most that some head gives it beyond uniform attention, from other tokens; NaN where
-            fewer than 8 see it.
-        drawn_at: ``(layer, head)`` of it, or None.
+        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``;
+            ``prominence`` in multiples of the layer's upper quartile.
+        drawn: The most that some head, ``drawn_at`` as ``(layer, head)``, gives it beyond uniform
+            attention, from other tokens; NaN and None where fewer than 8 see it.
         flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
     """
 
@@ -182,7 +162,7 @@ class JudgedTower:
     tower: Tower
     sample: Sample
     rule: Any
-    evidence: EvidenceResult
+    evidence: probes.EvidenceResult
     detection: Detection
     layers: Sequence[int]
 
@@ -214,23 +194,14 @@ class JudgedTower:
         excess = self.evidence.received.excess()[row, :, :, pos]
         unknown = bool(excess.isnan().all())
         at = None if unknown else divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
+        drawn = float("nan") if at is None else float(excess[at])
         flagged = bool(self.detection.mask[row, self.layers, pos].any())
-        return Candidate(
-            tower=self.tower,
-            row=row,
-            pos=pos,
-            token=named(self, self.tower, row, pos),
-            medians=float(self.evidence.medians()[row, layer, pos]),
-            prominence=float(times.max()),
-            spike_layer=layer,
-            drawn=float("nan") if at is None else float(excess[at]),
-            drawn_at=at,
-            flagged=flagged,
-            reason="flagged" if flagged else self._why_not(row, pos),
-        )
+        reason = "flagged" if flagged else self._why_not(row, pos)
+        where = self.tower, row, pos, named(self, self.tower, row, pos)
+        spike = float(self.evidence.medians()[row, layer, pos]), float(times.max()), layer
+        return Candidate(*where, *spike, drawn, at, flagged, reason)
 
     def _why_not(self, row: int, pos: int) -> str:
-        """Which part of the rule refuses a token."""
         rule, evidence = self.rule, self.evidence
         if isinstance(rule, NoSinks):
             return "there is no rule for this tower"

@@ -20,30 +20,21 @@ from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import GroupMeans
 
-FEWEST_TRAINING, FEWEST_TEST = 10, 2
-"""Images that a probe needs in either part; below, it says "too few images"."""
+FEWEST_TRAINING, FEWEST_TEST = 10, 2  # images that a probe needs in either part
 NONE = "none found"
 BLANK = dict.fromkeys(("accuracy", "std", "low", "high", "null", "null_high", "majority"), np.nan)
 
 
 @dataclass(frozen=True)
 class RandomGroup:
-    """A group of random tokens, drawn several times.
+    """A group of ``n`` random tokens, drawn ``repeats`` times; each draw is a probe of its own.
 
     Choi et al. (2604.03316) compare sinks with 5 ordinary image tokens, drawn 5 times: about 1 % of
-    576. A row with fewer than ``n`` candidates has no such group.
-
-    Args:
-        n: How many tokens per draw, without replacement.
-        repeats: How many draws; each is a probe of its own.
-        among: The candidates: a function of the `SinkTrace` or a name of the `TokenMap`.
-
-    Raises:
-        InputError: If a number is below 1.
+    576. Candidates are those ``among`` which to draw, a function of the `SinkTrace` or a name of the
+    `TokenMap`; a row with fewer than ``n`` has no such group.
     """
 
     n: int = 5
@@ -64,14 +55,10 @@ class RandomGroup:
 
 
 Group = Callable[[SinkTrace], Tensor] | RandomGroup | str
-"""Tokens by name, by a function of the trace, or random ones."""
 
 
 def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
-    """V-sinks, L-sinks and random ordinary image tokens: the groups of Choi et al. (2604.03316).
-
-    Ordinary ones are drawn ``repeats`` times, ``n`` of them.
-    """
+    """V-sinks, L-sinks and a `RandomGroup` of ordinary image tokens, as Choi et al. (2604.03316)."""
     ordinary = RandomGroup(n, repeats)
     return {"V-sinks": attrgetter("v_sinks"), "L-sinks": SinkTrace.l_sinks, "ordinary": ordinary}
 
@@ -79,10 +66,8 @@ def sink_groups(n: int = 5, repeats: int = 5) -> dict[str, Group]:
 def check_groups(groups: Any) -> dict[str, Group]:
     """Require groups by name: names of tokens, functions of a trace, or `RandomGroup`."""
     if not isinstance(groups, Mapping) or not groups:
-        raise InputError(
-            f"Got groups={groups!r}; expected a dict such as {{'image': 'image', 'V-sinks': lambda "
-            "trace: trace.v_sinks}."
-        )
+        wanted = "a dict such as {'image': 'image', 'V-sinks': lambda trace: trace.v_sinks}"
+        raise InputError(f"Got groups={groups!r}; expected {wanted}.")
     for name, group in groups.items():
         fits = isinstance(group, (str, RandomGroup)) or callable(group)
         if not isinstance(name, str) or not fits:
@@ -96,19 +81,12 @@ def check_groups(groups: Any) -> dict[str, Group]:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Mean states of every record.
-
-    Attributes:
-        layers: The block indices, in order.
-        columns: The group of every column: one per draw of random tokens, and one of any other group.
-        means: Per batch, fp32 ``[batch layer column d_model]``, NaN where the group is empty.
-        counts: Int ``[record layer column]``, how many tokens.
-    """
+    """Mean states of every record."""
 
     layers: tuple[int, ...]
-    columns: Sequence[str]
-    means: Sequence[Tensor]
-    counts: np.ndarray
+    columns: Sequence[str]  # the group of every column: one per draw of random tokens, else one
+    means: Sequence[Tensor]  # per batch, fp32 [batch layer column d_model], NaN where it is empty
+    counts: np.ndarray  # int [record layer column], how many tokens
 
     def cell(self, layer: int, group: str) -> Cell:
         """One group at one layer."""
@@ -157,7 +135,6 @@ def _masks(
     n_layers: int,
     seeds: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """A mask per column."""
     out: list[Tensor] = []
     for name, group in groups.items():
         chosen: Any = getattr(group, "among", group)
@@ -187,26 +164,18 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One group at one layer.
-
-    Attributes:
-        states: Float64 ``[record d_model]`` for every draw of the group; NaN where it is empty.
-        count: Int ``[record]``, how many tokens the group has.
-    """
+    """One group at one layer."""
 
     layer: int
     group: str
-    states: Sequence[np.ndarray]
-    count: np.ndarray
+    states: Sequence[np.ndarray]  # float64 [record d_model] of every draw; NaN where it is empty
+    count: np.ndarray  # int [record], how many tokens the group has
 
 
 def predict(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, c: float
 ) -> tuple[np.ndarray, bool]:
-    """Predicted labels of the test rows, by logistic regression, and whether the solver converged.
-
-    A label that all or no training rows have is predicted as it is there.
-    """
+    """Predicted labels of the test rows, by logistic regression, and whether the solver converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -245,7 +214,7 @@ def majority(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
 
 
 def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels dealt out to other images; the records of an image get those of one other image."""
+    """Labels dealt out to other images, those of an image to one other image."""
     _, index = np.unique(images, return_inverse=True)
     rows = [np.flatnonzero(index == i) for i in range(index.max() + 1)]
     out = labels.copy()
@@ -257,18 +226,12 @@ def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -
 def judge(
     cell: Cell, targets: Sequence[Target], train: np.ndarray, images: np.ndarray, options: Options
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All probes of a cell: one line per target and metric, and how right every test record is.
-
-    ``train`` says which records train, bool ``[record]``; ``images`` names the image of each, ``[record]``.
-    """
+    """All probes of a cell: one line per target and metric, and how right every test record is."""
     there = cell.count > 0
     train, test = there & train, there & ~train
-    seen = {
-        "n_train": int(train.sum()),
-        "n_test": int(test.sum()),
-        "missing": int((~there).sum()),
-        "tokens": float(cell.count[there].mean()) if there.any() else float("nan"),
-    }
+    counts = {"n_train": train, "n_test": test, "missing": ~there}
+    seen: dict[str, Any] = {name: int(part.sum()) for name, part in counts.items()}
+    seen["tokens"] = float(cell.count[there].mean()) if there.any() else float("nan")
     n_train, n_test = (len(set(images[part])) for part in (train, test))
     few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
     lines, rows = [], []
@@ -281,7 +244,7 @@ def judge(
             lines += [{**at, "metric": metric, **blank} for metric in metrics]
             continue
         with threadpool_limits(1):  # many small fits: threads would wait for one another
-            parts = _judged(cell, target.labels, train, test, images, options)
+            parts = _judged(cell, target.labels, (train, test), images, options)
         where = {"record": np.flatnonzero(test), "image_id": images[test]}
         for metric, (numbers, right) in parts.items():
             lines.append({**at, "metric": metric, **numbers, **seen, "note": ""})
@@ -290,19 +253,14 @@ def judge(
 
 
 def _judged(
-    cell: Cell,
-    labels: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    images: Any,
-    options: Options,
+    cell: Cell, labels: np.ndarray, parts: Sequence[np.ndarray], images: Any, options: Options
 ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """Metric -> accuracy with its interval, null and majority class; and how right every test row is.
 
-    Each set of shuffled labels is learned from every draw, and the mean over draws is one value of the
-    null, as wide as the accuracy. Labels of all images are shuffled, test images too: states and labels
-    are tested for independence, and two clear clusters are not named right by luck.
+    One value of the null is the mean over draws with one shuffle, of test images too: states and labels are
+    tested for independence, and two clear clusters are not named right by luck.
     """
+    train, test = parts
 
     def learn(labels: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
         fitted = [predict(x[train], labels[train], x[test], options.c) for x in cell.states]
@@ -316,21 +274,15 @@ def _judged(
         dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
         dealt[there] = shuffled(labels[there], images[there], rng)
         nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
-    out = {}
-    how = {"level": options.level, "draws": options.draws, "seed": options.seed}
+    out, how = {}, {"level": options.level, "draws": options.draws, "seed": options.seed}
     for metric, each in found.items():
         right = each.mean(axis=0)
         mean, low, high = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
         null = [one[metric] for one in nulls]
-        numbers = {
-            "accuracy": mean,
-            "std": float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan,
-            "low": low,
-            "high": high,
-            "null": float(np.mean(null)) if null else np.nan,
-            "null_high": float(np.quantile(null, 0.95, method="higher")) if null else np.nan,
-            "majority": common[metric],
-            "converged": converged,
-        }
-        out[metric] = numbers, right
+        std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
+        chance = most = np.nan
+        if null:
+            chance, most = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
+        numbers = (mean, std, low, high, chance, most, common[metric])
+        out[metric] = dict(zip(BLANK, numbers, strict=True)) | {"converged": converged}, right
     return out

@@ -14,20 +14,10 @@ from tqdm.auto import tqdm
 
 from sinkscope.checks import check_number, check_whole, is_number, plain
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, SinkRules
 from sinkscope.errors import InputError
-from sinkscope.experiments.pooling import (
-    FEWEST_TEST,
-    FEWEST_TRAINING,
-    NONE,
-    Group,
-    Options,
-    check_groups,
-    judge,
-    pool,
-    sink_groups,
-)
+from sinkscope.experiments import pooling
+from sinkscope.experiments.pooling import FEWEST_TEST, FEWEST_TRAINING, NONE, Group
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
@@ -40,7 +30,7 @@ from sinkscope.viz.probes import plot_probes
 class LinearProbes(Result):
     """How well attributes can be read from the states of token groups, layer by layer.
 
-    Intervals cover ``level`` by a bootstrap over images of ``draws`` samples, and ``seed`` is theirs.
+    ``intervals`` of its methods are ``level``, ``draws`` and ``seed`` of `cluster_bootstrap`, over images.
 
     Attributes:
         table: One line per layer, group, target and metric: accuracy (for random tokens the mean
@@ -66,7 +56,7 @@ class LinearProbes(Result):
         """The table."""
         return self.table
 
-    def summary(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    def summary(self, **intervals: Any) -> pd.DataFrame:
         """Every group's mean over layers and test records, with an interval that resamples images.
 
         Returns:
@@ -75,7 +65,7 @@ class LinearProbes(Result):
             ``null_high``; by chance about 1 in 20), missing (share of records and layers without
             such a token), note.
         """
-        keys, how = ["target", "metric", "group"], {"level": level, "draws": draws, "seed": seed}
+        keys = ["target", "metric", "group"]
         tables: Any = (dict(iter(table.groupby(keys))) for table in (self.rows, self.table))
         right, parts = tables
         order = [list(dict.fromkeys(self.table[key])) for key in keys]
@@ -83,36 +73,25 @@ class LinearProbes(Result):
         for names in (names for names in product(*order) if names in parts):
             part, own = parts[names], right.get(names, self.rows.head(0))
             there = part[part["accuracy"].notna()]
-            mean = cluster_bootstrap(own["correct"].tolist(), own["image_id"].tolist(), **how)
+            images = own["image_id"].tolist()
+            mean = cluster_bootstrap(own["correct"].tolist(), images, **intervals)
             above = there["accuracy"] > there["null_high"]
             records = part["missing"] + part["n_train"] + part["n_test"]
-            lines.append(
-                {
-                    **dict(zip(keys, names, strict=True)),
-                    "layers": len(there),
-                    **dict(zip(("accuracy", "low", "high"), mean, strict=True)),
-                    "worst": there["accuracy"].min(),
-                    "best": there["accuracy"].max(),
-                    "majority": there["majority"].mean(),
-                    "null": there["null"].mean(),
-                    "above_null": above.sum() if there["null_high"].notna().any() else None,
-                    "missing": part["missing"].sum() / records.sum(),
-                    "note": "" if len(there) else part["note"].iloc[0],
-                }
-            )
+            line = dict(zip(keys, names, strict=True)) | {"layers": len(there)}
+            line |= zip(("accuracy", "low", "high"), mean, strict=True)
+            line |= {"worst": there["accuracy"].min(), "best": there["accuracy"].max()}
+            line |= {name: there[name].mean() for name in ("majority", "null")}
+            line["above_null"] = above.sum() if there["null_high"].notna().any() else None
+            line["missing"] = part["missing"].sum() / records.sum()
+            lines.append(line | {"note": "" if len(there) else part["note"].iloc[0]})
         return pd.DataFrame(lines)
 
-    def difference(
-        self, base: str = "ordinary", *, level: float = 0.95, draws: int = 2000, seed: int = 0
-    ) -> pd.DataFrame:
-        """Every group minus a base group, paired on the test records that have both.
+    def difference(self, base: str = "ordinary", **intervals: Any) -> pd.DataFrame:
+        """Every group minus a base group with probes, paired on the test records that have both.
 
         Returns:
             Columns layer, group, target, metric, n (records), delta, low, high. Intervals are not
             corrected for the number of comparisons.
-
-        Raises:
-            InputError: If there is no such group, or it has no probe.
         """
         known = list(dict.fromkeys(self.rows["group"]))
         if base not in known:
@@ -123,8 +102,8 @@ class LinearProbes(Result):
         paired = self.rows[~is_base].merge(of_base, on=keys, suffixes=("", "_base"))
         lines = []
         for names, part in paired.groupby(by, sort=False):
-            change, ids = (part["correct"] - part["correct_base"]).tolist(), part["image_id"]
-            delta = cluster_bootstrap(change, ids.tolist(), level=level, draws=draws, seed=seed)
+            change, images = part["correct"] - part["correct_base"], part["image_id"].tolist()
+            delta = cluster_bootstrap(change.tolist(), images, **intervals)
             lines.append((*names, len(part), *delta))
         return pd.DataFrame(lines, columns=[*by, "n", "delta", "low", "high"])
 
@@ -175,12 +154,12 @@ def linear_probes(
     chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
     split by image, accuracy.
 
-    It costs two forward passes per batch (one if no group depends on a trace), and per layer, group
-    and target ``draws of the group x (1 + permutations)`` fits, times the labels of a target with
-    several; and records x layers x draws of the groups x d_model x 4 bytes of memory.
+    It costs two forward passes per batch, per layer, group and target ``draws of the group x (1 +
+    permutations)`` fits, times the labels of a target with several; and records x layers x draws of the
+    groups x d_model x 4 bytes of memory.
 
     Args:
-        lvlm: The model.
+        lvlm: The model, with its processor.
         dataset: Records with ``image``, ``attributes`` and, if you like, ``question`` and
             ``image_id``: dicts or `LabelledImage`. An attribute is an int or a str, or a set or list
             of them where several hold at once.
@@ -188,27 +167,24 @@ def linear_probes(
             gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomGroup`; None for
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
-        layers: Block indices of the LLM, or None for all.
+        layers: Block indices of the LLM.
         site: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or ``"resid_post"``,
             ``"attn_out"``, ``"mlp_out"``.
         v_detector: For V-sinks, best calibrated on other images; None for published constants of
             this model, else one calibration on the first 8 records, which looks at no label.
-        l_detector: For L-sinks, likewise.
+            ``l_detector``: for L-sinks, likewise.
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
         permutations: How often labels are shuffled over all images, for the null; 0 for none.
-        level: Coverage of the intervals, which resample test images.
-        draws: Bootstrap samples of an interval.
+        level: Coverage of the intervals, which resample test images ``draws`` times.
         seed: Of split, random tokens, shuffled labels and intervals.
-        batch: Records per forward pass.
+        batch: Records per forward pass, which may be ``remote``, see `LVLM.run`.
         n_jobs: Processes that fit (joblib), -1 for all.
-        remote: See `LVLM.run`.
-        progress: Whether to show progress bars; None shows them from 50 records on.
+        progress: None shows bars from 50 records on.
 
     Raises:
         InputError: If the data set, the groups or an option is malformed, a target has one class in
             the training part, or no group has a token anywhere.
-        LayerError: If there is no such layer.
     """
     c, permutations, level, draws = map(plain, (c, permutations, level, draws))
     seed, batch, n_jobs = map(plain, (seed, batch, n_jobs))
@@ -217,14 +193,12 @@ def linear_probes(
     check_whole(0, permutations=permutations, seed=seed)
     check_whole(1, draws=draws, batch=batch)
     check_whole(1 if n_jobs != -1 else -1, n_jobs=n_jobs, hint="Or -1 for all processes.")
-    options = Options(float(c), permutations, float(level), draws, seed)
-    chosen = check_groups(sink_groups() if groups is None else groups)
+    options = pooling.Options(float(c), permutations, float(level), draws, seed)
+    chosen = pooling.check_groups(pooling.sink_groups() if groups is None else groups)
     wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
     if lvlm.processor is None:
-        raise InputError(
-            "Got an LVLM without a processor; expected one, to prepare the images. Write "
-            "ss.LVLM(model, processor)."
-        )
+        wanted = "expected one, to prepare the images. Write ss.LVLM(model, processor)"
+        raise InputError(f"Got an LVLM without a processor; {wanted}.")
     items = as_labelled(dataset)
     check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
@@ -239,7 +213,7 @@ def linear_probes(
         )
         rules, how = (found.v, found.l_rule), found.chosen
     where: Any = {"layers": wanted, "site": site, "batch": batch, "seed": seed, "remote": remote}
-    features = pool(lvlm, items, chosen, rules, **where, hidden=hidden)
+    features = pooling.pool(lvlm, items, chosen, rules, **where, hidden=hidden)
     if not features.counts.any():
         raise InputError(
             f"No token of {list(chosen)} was found in any image; expected at least one group with "
@@ -249,31 +223,24 @@ def linear_probes(
 
     cells = [(layer, group) for layer in wanted for group in chosen]
     work: Any = Parallel(n_jobs, return_as="generator")(
-        delayed(judge)(features.cell(*place), goals, train, images, options) for place in cells
+        delayed(pooling.judge)(features.cell(*place), goals, train, images, options)
+        for place in cells
     )
     bar = tqdm(work, total=len(cells), desc="fitting", unit="group", disable=hidden)
     lines, rows = zip(*bar, strict=True)
     trained, tested = (tuple(dict.fromkeys(images[part].tolist())) for part in (train, ~train))
     columns = ["record", "image_id", "layer", "group", "target", "metric", "correct"]
     judged = [pd.DataFrame(row, columns=columns) for some in rows for row in some]
-    return LinearProbes(
-        table=pd.DataFrame([line for some in lines for line in some]),
-        rows=pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns),
-        classes={goal.name: goal.classes for goal in goals},
-        images=(trained, tested),
-        site=site,
-        detectors=how,
-    )
+    table = pd.DataFrame([line for some in lines for line in some])
+    right = pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=columns)
+    classes = {goal.name: goal.classes for goal in goals}
+    return LinearProbes(table, right, classes, (trained, tested), site, how)
 
 
 def split_images(
     items: Sequence[LabelledImage], targets: Sequence[Target], test_size: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record.
-
-    Raises:
-        InputError: If the share leaves a part too small, or the training part shows one class only.
-    """
+    """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record."""
     from sklearn.model_selection import GroupShuffleSplit
 
     if not is_number(test_size, above=0, below=1):

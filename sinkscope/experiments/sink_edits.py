@@ -28,14 +28,10 @@ EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
         for how in REPLACEMENTS
     },
 }
-"""Edits of a token mask in some layers, by name."""
 
 
 def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
-    """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``.
-
-    Not sinks by any activation rule: a model's strongest attractors where no sink is found.
-    """
+    """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``."""
     visual = trace.sample.tokens.image >= 0
     received = trace.received.nan_to_num().mean(dim=(1, 2)).masked_fill(~visual, -1.0)
     out = torch.zeros_like(visual)
@@ -45,10 +41,8 @@ def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
 
 def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
     """Tokens of a kind, bool ``[batch pos]``, or by the L rule ``[batch layer pos]``."""
-    if kind == TOP:
-        return top_received(trace, k)
-    if kind == "V-sinks":
-        return trace.v_sinks
+    if kind in (TOP, "V-sinks"):
+        return top_received(trace, k) if kind == TOP else trace.v_sinks
     return trace.l_sinks() if kind == "L-sinks" else trace.text_sinks()
 
 
@@ -69,10 +63,10 @@ def content_seed(sample: Sample, seed: int) -> int:
 
 
 def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
-    """The trace with every visual sink in the place of a random ordinary image token.
+    """The trace with every visual sink in the place of a random ordinary image token, by `content_seed`.
 
     ``v_sinks`` and ``l_detection`` move together, measurements stay. A row with fewer ordinary tokens
-    than sinks is left without any. The draw depends on `content_seed`.
+    than sinks is left without any.
     """
     generator = torch.Generator().manual_seed(content_seed(trace.sample, seed))
     v, rule = trace.v_sinks.clone(), trace.l_detection.mask.clone()
@@ -118,12 +112,11 @@ def random_like(
     received: Any = None,
     layers: Sequence[int] = (),
 ) -> Tensor:
-    """Random tokens in the place of the edited ones: image for image, text for text.
+    """Random tokens in the place of the edited ones, image for image, text for text; sinks in no layer.
 
-    They are edited in no layer and sinks in no layer. All layers of a row take the first tokens of one
-    random order, so the tokens of a layer with fewer are among those of a layer with more. ``received``
-    ``[batch layer pos]``, in the edited ``layers``, is for matching attention: that of a mask by layer in
-    each of them, of another mask by their mean; None to match numbers.
+    All layers of a row take the first tokens of one random order, so a layer with fewer has some of those
+    of a layer with more. ``received`` ``[batch layer pos]``, in the edited ``layers``, is for matching
+    attention: in each layer of a mask by layer, else by their mean; None to match numbers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
     if received is None or mask.ndim == 2:
@@ -159,9 +152,8 @@ def first_like(
     most, there = float(received[mask].sum()), float(received[order].sum())
     if there < most or not len(order):
         raise TooFewTokensError(
-            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention "
-            f"together; expected at least {most:.3g}, which the edited tokens receive. Write "
-            "match='count', or edit fewer tokens."
+            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention together; "
+            f"expected at least {most:.3g}, as the edited tokens. Write match='count', or edit fewer."
         )
     chosen = received[order].cumsum(0) - received[order] < most
     chosen[0] = True
@@ -195,10 +187,8 @@ def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
 def check_trace(trace: Any, what: str) -> None:
     """Refuse what is no trace."""
     if not hasattr(trace, "v_sinks"):
-        came = type(trace).__name__
-        raise InterventionError(
-            f"Got {came} as {what}; expected a trace. Write ss.trace_sinks(lvlm, sample)."
-        )
+        wanted = "expected a trace. Write ss.trace_sinks(lvlm, sample)"
+        raise InterventionError(f"Got {type(trace).__name__} as {what}; {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -206,14 +196,11 @@ class EditSinks:
     """A condition: one edit of one kind of sink, or of as many random ordinary tokens.
 
     Args:
-        kind: ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``.
+        kind: ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``: ``k`` per row.
         edit: ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or
-            ``"resample value"``.
-        layers: Block indices, or None for all.
-        control: Whether to edit random tokens of the same number instead. A row with too few
-            ordinary tokens is left unedited and counted; see `uncontrolled`.
-        k: How many tokens ``"top attended"`` takes per row.
-        seed: Of the control's draw, which also depends on the images and texts of the batch.
+            ``"resample value"``, in the blocks ``layers``, None for all.
+        control: Whether to edit random tokens of the same number instead, drawn by ``seed`` and the images
+            and texts of the batch. A row with too few is left unedited and counted; see `uncontrolled`.
     """
 
     kind: str

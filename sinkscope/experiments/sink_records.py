@@ -17,9 +17,8 @@ from sinkscope.tokens import VISION_KINDS
 def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
     """Whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
 
-    ``ratio`` is ``ratio_out``, the norm of the sink's write over the mean of the other tokens'; gives
-    ``"NOP"`` (ratio at most 0.2), ``"broadcast"`` (at least 0.5, and a stable rank of the head's output
-    of at most 1.5) or ``"mixed"``.
+    ``"NOP"``: a norm of its write of at most 0.2 times the mean of the other tokens' (``ratio_out``).
+    ``"broadcast"``: at least 0.5, and a stable rank of the head's output of at most 1.5. Else ``"mixed"``.
     """
     if ratio <= 0.2:
         return "NOP"
@@ -37,26 +36,23 @@ class SinkRecord:
         batch: Row of the batch, and ``pos`` the LLM position of ``word``.
         image: Image of the row, with the token's grid ``row`` and ``column``; all -1 for text.
         box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
-        vit_tokens: The ViT tokens that feed the position.
-        vit_token: The one of them with the highest score, -1 for text.
-        vit_kind: ``"patch"``, ``"cls"`` or ``"register"``; None for text.
+        vit_tokens: The ViT tokens that feed the position; ``vit_token``: that with the highest score,
+            -1 for text, and ``vit_kind``: ``"patch"``, ``"cls"`` or ``"register"``, None for text.
         vit_birth: Vision block whose output first shows a V-sink, None if it is none there.
         vit_writer: ``"attention"`` or ``"mlp"``: which half of that block wrote the top channel.
-        vit_norm: Norm of that ViT token where the projector reads (the last feeding block).
-        vit_channels: Its largest channels there, as ``(channel, value)``.
+        vit_norm: Norm of that ViT token where the projector reads (the last feeding block), and
+            ``vit_channels``: its largest channels there, as ``(channel, value)``.
         vit_drawn: What the head that gives it most gives beyond uniform attention, from other tokens,
             by block; empty for text.
-        llm_norm: Norm after the projector, in the embeddings of the LLM.
-        llm_channels: Largest channels there.
+        llm_norm: Norm after the projector, in the embeddings of the LLM; ``llm_channels`` as above.
         llm_birth: LLM block whose output first meets the L rule; -1: the embeddings; None: never.
-        llm_writer: As ``vit_writer``.
-        llm_layers: LLM layers on whose input the L rule holds.
-        llm_lives: Its unbroken stretches: ``(block that wrote it, last layer, writer)``.
+        llm_layers: LLM layers on whose input the L rule holds; ``llm_lives``: its unbroken stretches,
+            ``(block that wrote it, last layer, writer)``.
         peak_channels: Largest channels on the layer with the largest activation.
         first_drawn: First LLM layer where some head gives it at least ``draws`` beyond uniform
             attention, from other tokens (see `ReceivedResult.excess`).
-        received: Mean over heads of the attention received, by layer; ``received_max``: highest head.
-        null: The same under uniform attention, by layer.
+        received: Mean over heads of the attention received, by layer; ``received_max``: highest head;
+            ``null``: under uniform attention.
         head: ``(layer, head)`` where other tokens give it the most beyond uniform attention; None, and
             the numbers of that head NaN, where too few see it.
         head_received: What they give there, 0 to 1, and ``head_null`` under uniform attention.
@@ -127,26 +123,17 @@ def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[Sin
 
 
 def _place(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """Where a token is: word, image, grid cell, pixel box, ViT tokens."""
     tokens = m.sample.tokens
-    box = tokens.box[batch, pos]
-    return {
-        "batch": batch,
-        "pos": pos,
-        "word": tokens.words[batch][pos] if tokens.words else None,
-        "image": int(tokens.image[batch, pos]),
-        "row": int(tokens.row[batch, pos]),
-        "column": int(tokens.column[batch, pos]),
-        "box": None if box.isnan().any() else tuple(box.tolist()),
-        "vit_tokens": tuple(int(s) for s in tokens.sources[batch, pos] if s >= 0),
-    }
+    word, box = tokens.words[batch][pos] if tokens.words else None, tokens.box[batch, pos]
+    cell = {n: int(getattr(tokens, n)[batch, pos]) for n in ("image", "row", "column")}
+    sources = tuple(int(s) for s in tokens.sources[batch, pos] if s >= 0)
+    box = None if box.isnan().any() else tuple(box.tolist())
+    return {"batch": batch, "pos": pos, "word": word, **cell, "box": box, "vit_tokens": sources}
 
 
 def _in_vision(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What an image token was in the vision tower: birth, writer, norm and channels."""
     tokens = m.sample.tokens
-    image = int(tokens.image_index[batch, pos])
-    if image < 0:
+    if (image := int(tokens.image_index[batch, pos])) < 0:
         return {}
     sources = [int(s) for s in tokens.sources[batch, pos] if s >= 0]
     token = sources[int(m.v.scores[image, m.last, sources].nan_to_num().argmax())]
@@ -175,7 +162,6 @@ def birth_block(mask: Tensor) -> int | None:
 
 
 def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What a token is in the LLM: norm, channels, births, writers, layers where the L rule holds."""
     massive = m.language.massive
     layers = tuple(m.low.mask[batch, :, pos].nonzero().flatten().tolist())
     lives: list[tuple[int, int, str | None]] = []
@@ -199,7 +185,6 @@ def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
 
 
 def _channels(result: MassiveResult, row: int, layer: int, pos: int) -> Any:
-    """The largest channels of a token, as ``(channel, value)``."""
     at = (row, layer, pos)
     return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
 
@@ -220,14 +205,11 @@ def _writer(
 
 
 def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    """What a token receives, since when, and what it writes in the head that attends it most."""
     got: Any = m.language.received  # a trace measures its nulls and the attention of others too
     received, excess = got.received[batch, :, :, pos], m.excess[batch, :, :, pos]
-    parts: dict[str, Any] = {
-        "received": tuple(received.mean(dim=1).tolist()),
-        "received_max": tuple(received.amax(dim=1).tolist()),
-        "null": tuple(got.null[batch, :, pos].tolist()),
-    }
+    by_layer = (received.mean(dim=1), received.amax(dim=1), got.null[batch, :, pos])
+    names = ("received", "received_max", "null")
+    parts: Any = {name: tuple(x.tolist()) for name, x in zip(names, by_layer, strict=True)}
     if excess.isnan().all():
         return parts
     known = excess.nan_to_num(nan=-2.0)

@@ -25,8 +25,8 @@ def cluster_bootstrap(
     (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
     variance, and the interaction of images and seeds counts a little too much.
 
-    ``values`` has one number per observation, NaN are left out; ``clusters`` its image id, ``seeds`` its
-    seed, None for one. Gives mean, low and high: NaN without a value, the interval also with one cluster.
+    ``values`` has one number per observation, NaN are left out; ``clusters`` are image ids. Gives mean, low
+    and high: NaN without a value, the interval also with one cluster.
     """
     numbers = np.asarray(values, dtype=float)
     keep = ~np.isnan(numbers)
@@ -34,8 +34,9 @@ def cluster_bootstrap(
     if not len(numbers):
         return float("nan"), float("nan"), float("nan")
     mean = float(numbers.mean())
-    image, images = _indexed(clusters_of(clusters), keep)
-    run, runs = _indexed([0] * len(keep) if seeds is None else seeds, keep)
+    names = clusters_of(clusters), [0] * len(keep) if seeds is None else seeds
+    image, run = (np.unique(np.array([*map(str, x)])[keep], return_inverse=True)[1] for x in names)
+    images, runs = int(image.max()) + 1, int(run.max()) + 1
     if images < 2:
         return mean, float("nan"), float("nan")
     totals, counts = np.zeros((2, runs, images))
@@ -48,12 +49,6 @@ def cluster_bootstrap(
     return mean, float(low), float(high)
 
 
-def _indexed(names: Sequence[object], keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """Names as numbers from 0, and how many there are."""
-    unique, index = np.unique(np.asarray([str(x) for x in names])[keep], return_inverse=True)
-    return index, len(unique)
-
-
 def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
     """How often each of ``n`` is drawn when ``n`` are drawn with replacement, ``[draws n]``."""
     picks = rng.integers(0, n, size=(draws, n))
@@ -61,7 +56,6 @@ def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
 
 
 def _central(means: np.ndarray, level: float) -> Any:
-    """Low and high end of the central interval over the first axis."""
     tail = (1 - level) / 2
     return np.quantile(means, [tail, 1 - tail], axis=0)
 
@@ -74,10 +68,9 @@ def cluster_intervals(
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """`cluster_bootstrap` of many columns at once, with the same draws for all of them.
+    """`cluster_bootstrap` of columns ``[observation column]`` without NaN, with the same draws for all.
 
-    ``values`` are ``[observation column]``, no NaN; the result is ``[3 column]``: mean, low and high, the
-    last two NaN with one cluster.
+    Gives ``[3 column]``: mean, low and high.
     """
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
@@ -106,8 +99,7 @@ def sign_flip_maximum(
     orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most
     ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
 
-    ``values`` are changes ``[observation column]``; the result is the largest T, and ``[draw]`` largest T
-    under the null.
+    From changes ``[observation column]`` the largest T, and ``[draw]`` largest T under the null.
     """
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sinkscope.data.answers import ask
-from sinkscope.data.items import Item
-from sinkscope.detectors.choice import known_for
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors import Detector, known_for
 from sinkscope.experiments.sweep_grid import NOUNS, Cells
 from sinkscope.experiments.sweep_images import Groups, by_token, end_of_image
-from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The questions about one image, in tokens.
+    """The questions about one image, in tokens."""
 
-    Attributes:
-        vision: ViT tokens of its images, one entry per image.
-        stem: LLM tokens up to the end of the last image.
-        tails: LLM tokens after it, one entry per row of the model (questions, longer options).
-    """
-
-    vision: tuple[int, ...]
-    stem: int
-    tails: tuple[int, ...]
+    vision: tuple[int, ...]  # of the ViT, one entry per image
+    stem: int  # of the LLM, up to the end of the last image
+    tails: tuple[int, ...]  # after it, one entry per row of the model (questions, longer options)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The size of a model, as far as work depends on it.
+    """The size of a model, as far as work depends on it."""
 
-    Attributes:
-        vision: Weights of every vision block.
-        language: Weights of every decoder block.
-        widths: Of vision and language attention, heads times head dimension.
-    """
-
-    vision: tuple[int, ...]
+    vision: tuple[int, ...]  # weights of every block, as in the other tower
     language: tuple[int, ...]
-    widths: tuple[int, int]
+    widths: tuple[int, int]  # of vision and language attention, heads times head dimension
 
     def see(self, shape: Shape) -> float:
         """The vision tower on the images of a shape, each on its own."""
-        each = [
-            2.0 * w * n + 4.0 * self.widths[0] * n * n for w in self.vision for n in shape.vision
-        ]
-        return sum(each)
+        width, sizes = self.widths[0], shape.vision
+        return sum(2.0 * w * n + 4.0 * width * n * n for w in self.vision for n in sizes)
 
     def decode(self, tokens: int, keys: int, first: int = 0) -> float:
         """Decoder blocks from ``first`` on, on ``tokens`` queries that see ``keys`` keys."""
@@ -79,15 +61,13 @@ class Work:
 
 def work_of(lvlm: LVLM) -> Work:
     """The work of a model's blocks."""
-    towers = [lvlm.anatomy.vision, lvlm.anatomy.language]
-    weights = [
-        tuple(
-            sum(p.numel() for p in lvlm.module.get_submodule(at).parameters()) for at in one.blocks
-        )
-        for one in towers
-    ]
-    vision, language = (tower.heads * tower.d_head for tower in towers)
-    return Work(weights[0], weights[1], (vision, language))
+    towers, find = (lvlm.anatomy.vision, lvlm.anatomy.language), lvlm.module.get_submodule
+    vision, language = (
+        tuple(sum(p.numel() for p in find(path).parameters()) for path in tower.blocks)
+        for tower in towers
+    )
+    widths = [tower.heads * tower.d_head for tower in towers]
+    return Work(vision, language, (widths[0], widths[1]))
 
 
 @dataclass(frozen=True)
@@ -96,7 +76,7 @@ class SweepCost:
 
     Attributes:
         images: How many image ids there are.
-        pairs: Coefficient pairs, or triples, the base apart.
+        pairs: Coefficient pairs, or triples (``groups`` is 3), the base apart.
         forwards: Full forward passes of the plain loop: one per question, layer and pair, and one per
             question for the base.
         blocks_plain: Decoder blocks times rows that the plain loop runs.
@@ -105,7 +85,6 @@ class SweepCost:
         bound: Work of the plain loop over that of the sweep, in multiplications: an estimate of how many
             times cheaper it is. That pairs which do the same are run once is not counted.
         looked_at: Questions whose lengths were looked at; the rest is taken to be like them.
-        groups: 2 for pairs of coefficients, 3 for triples.
     """
 
     questions: int
@@ -139,33 +118,20 @@ def estimate(lvlm: LVLM, groups: Groups, cells: Cells, low: Detector | None) -> 
     shapes = []
     for items in ([item for _, item in group] for group in groups[:8]):
         samples = [lvlm.prepare(images=item.image, text=item.question) for item in items]
-        shapes.append(shape_of(lvlm, samples, items))
+        stem, tails = end_of_image(samples[0]), []
+        for sample, item in zip(samples, items, strict=True):
+            feeds = ask(lvlm.tokenizer, (sample.texts or ("",))[0], item).feeds
+            tails += [int(sample.tokens.ids.shape[1]) - stem + len(feed) for feed in feeds]
+        seen = samples[0].tokens.vision.live.sum(dim=1).tolist()
+        shapes.append(Shape(tuple(seen), stem, tuple(tails)))
     work, questions = work_of(lvlm), sum(map(len, groups))
     n, runs = len(work.language), 1 + len(cells.layers) * len(cells.pairs)
     rows = [len(shape.tails) + (len(shape.tails) > 1) for shape in shapes]
     edited = [2 * m - 2 if alone and m > 1 else m for m in rows]  # a beginning for every ending
     resumed = sum(n - block for block in cells.blocks) * len(cells.pairs)
     reused = sum(work.reused(shape, cells, alone=alone) for shape in shapes)
-    return SweepCost(
-        questions=questions,
-        images=len(groups),
-        layers=len(cells.layers),
-        pairs=len(cells.pairs),
-        forwards=questions * runs,
-        blocks_plain=questions * runs * n,
-        blocks=round(len(groups) * (sum(rows) * n + sum(edited) * resumed) / len(shapes)),
-        bound=sum(work.plain(shape, cells) for shape in shapes) / reused,
-        looked_at=sum(map(len, groups[:8])),
-        groups=len(cells.pairs[0]),
-    )
-
-
-def shape_of(lvlm: LVLM, samples: Sequence[Sample], items: Sequence[Item]) -> Shape:
-    """The lengths of the questions about one image."""
-    stem = end_of_image(samples[0])
-    tails = [
-        int(sample.tokens.ids.shape[1]) - stem + len(feed)
-        for sample, item in zip(samples, items, strict=True)
-        for feed in ask(lvlm.tokenizer, (sample.texts or ("",))[0], item).feeds
-    ]
-    return Shape(tuple(samples[0].tokens.vision.live.sum(dim=1).tolist()), stem, tuple(tails))
+    blocks = round(len(groups) * (sum(rows) * n + sum(edited) * resumed) / len(shapes))
+    bound = sum(work.plain(shape, cells) for shape in shapes) / reused
+    counts = questions, len(groups), len(cells.layers), len(cells.pairs), questions * runs
+    looked_at = sum(map(len, groups[:8]))
+    return SweepCost(*counts, questions * runs * n, blocks, bound, looked_at, len(cells.pairs[0]))

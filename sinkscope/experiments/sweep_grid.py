@@ -16,31 +16,20 @@ from sinkscope.errors import InputError, LayerError
 from sinkscope.models.pictures import clusters_of
 
 T = TypeVar("T")
-Pair = tuple[float, ...]
-"""``(s_V, s_rest)``, or ``(s_V, s_L, s_rest)``."""
-GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}
-"""Number of coefficients -> the groups they are of, as in a gate."""
+Pair = tuple[float, ...]  # (s_V, s_rest), or (s_V, s_L, s_rest)
+GROUPS = {2: ("V", "rest"), 3: ("V", "L", "rest")}  # by number of coefficients, as in a gate
 NOUNS = {2: "pair", 3: "triple"}
-CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]
-"""What a cell is, in tables; without ``s_l`` for pairs."""
-EMBED = -1
-"""How tables write ``layer="embed"``."""
+CELL = ["layer", "edited", "pair", "s_v", "s_l", "s_rest"]  # in tables; no s_l for pairs
+EMBED = -1  # how tables write layer="embed"
 
 
 def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
     """Coefficients whose sum is 1: the pairs of Choi et al. (2604.03316) with 11 steps.
 
-    Args:
-        steps: How many values a coefficient takes, from 0 to 1.
-        groups: 2 for V-sinks and the rest, 3 for V-sinks, L-sinks and ordinary tokens.
-
-    Returns:
-        ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``: ``steps`` of them. Or ``(s_V, s_L,
-        s_rest)``, all points of the simplex: ``steps * (steps + 1) / 2``, 66 with 11 steps. The base, in
-        which every coefficient is 1, is not among them.
-
-    Raises:
-        InputError: If there are fewer than two steps, or other groups.
+    ``steps`` is how many values a coefficient takes, from 0 to 1, at least 2. With 2 ``groups``, V-sinks
+    and the rest, ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``: ``steps`` of them. With 3,
+    ``(s_V, s_L, s_rest)``, all points of the simplex: ``steps * (steps + 1) / 2``, 66 with 11 steps. The
+    base, in which every coefficient is 1, is not among them.
     """
     check_whole(2, steps=steps, hint="Write ss.lsg_grid(steps=11).")
     if not is_whole(groups, 2, 3):
@@ -48,12 +37,10 @@ def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
             f"Got groups={groups!r}; expected 2 (V-sinks and the rest) or 3 (V-sinks, L-sinks and "
             "ordinary tokens). Write ss.lsg_grid(steps=11, groups=3)."
         )
-    last = steps - 1
+    last, places = steps - 1, range(steps)
     if groups == 2:
-        return [(i / last, (last - i) / last) for i in range(steps)]
-    return [
-        (i / last, j / last, (last - i - j) / last) for i in range(steps) for j in range(steps - i)
-    ]
+        return [(i / last, (last - i) / last) for i in places]
+    return [(i / last, j / last, (last - i - j) / last) for i in places for j in range(steps - i)]
 
 
 def check_grid(grid: Any) -> list[Pair]:
@@ -68,9 +55,8 @@ def check_grid(grid: Any) -> list[Pair]:
     for pair in grid:
         numbers = list(pair) if isinstance(pair, Iterable) and not isinstance(pair, str) else []
         if len(numbers) not in GROUPS or not all(map(is_number, numbers)):
-            raise InputError(
-                f"Got {pair!r} in the grid; expected two finite numbers, or three. {hint}"
-            )
+            wanted = "two finite numbers, or three"
+            raise InputError(f"Got {pair!r} in the grid; expected {wanted}. {hint}")
         pairs[tuple(float(x) for x in numbers)] = None
     if len({len(pair) for pair in pairs}) > 1:
         raise InputError(
@@ -88,14 +74,9 @@ def words_of(pair: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a sweep.
+    """The cells of a sweep."""
 
-    Attributes:
-        layers: Layers whose output a gate would read, ascending; -1 is ``"embed"``.
-        pairs: ``(s_V, s_rest)``, or triples ``(s_V, s_L, s_rest)``.
-    """
-
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # whose output a gate would read, ascending; -1 is "embed"
     pairs: tuple[Pair, ...]
 
     @property
@@ -130,7 +111,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
 
 
 class Batch:
-    """How many edits run as rows of one pass; ``"auto"`` begins with ``most``, halved when memory runs out."""
+    """How many edits run as rows of one pass; ``"auto"``: ``most``, halved when memory runs out."""
 
     def __init__(self, size: int | str, most: int) -> None:
         self.fixed = size != "auto"
@@ -170,15 +151,10 @@ def factors_of(
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """The different edits among the pairs: where there is no V-sink, s_V makes no difference.
+    """The different edits among the pairs: where there is no V-sink, s_V makes no difference."""
 
-    Attributes:
-        factors: Float ``[edit pos]``, none of them neutral.
-        of_pair: Pair -> its edit, -1 for one that changes nothing.
-    """
-
-    factors: Tensor
-    of_pair: tuple[int, ...]
+    factors: Tensor  # float [edit pos], none of them neutral
+    of_pair: tuple[int, ...]  # the edit of every pair, -1 for one that changes nothing
 
     @classmethod
     def of(cls, factors: Tensor) -> Edits:

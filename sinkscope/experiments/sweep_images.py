@@ -16,32 +16,21 @@ from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
 from sinkscope.data.items import Item
 from sinkscope.data.tokens import extend
+from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions
 from sinkscope.detectors.detection import detect, visual_tokens
-from sinkscope.detectors.rules import (
-    STATE_SITE,
-    CosineToBOS,
-    Detector,
-    Norm,
-    NoSinks,
-    SinkDimensions,
-    decide,
-)
+from sinkscope.detectors.rules import STATE_SITE, decide
 from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
 
 Numbered = tuple[int, Item]
-Groups = Sequence[Sequence[Numbered]]
-"""All questions, by image."""
+Groups = Sequence[Sequence[Numbered]]  # all questions, by image
 Line = dict[str, Any]
-Read = tuple[Tensor, Tensor]
-"""Log-probabilities and greedy tokens of one row."""
-TAILS_PER_EDIT = 4
-"""Endings are short: this many of them take about the memory of one whole prompt."""
+Read = tuple[Tensor, Tensor]  # log-probabilities and greedy tokens of one row
+TAILS_PER_EDIT = 4  # that many take about the memory of one whole prompt: endings are short
 
 
 def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
@@ -66,38 +55,33 @@ def end_of_image(sample: Sample) -> int:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same for every image; there is no rule for L-sinks with pairs."""
+    """What is the same for every image."""
 
     cells: Cells
     score: Score
     detector: Detector
     merge: str
     batch: Batch
-    l_detector: Detector | None = None
+    l_detector: Detector | None = None  # with triples only
 
 
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """One question, prepared: its number, options, prompt and sinks.
-
-    Attributes:
-        sinks: V-sinks, bool ``[pos]``.
-        low: Edited block -> L-sinks that are no V-sinks, bool ``[pos]``; empty with pairs.
-    """
+    """One question, prepared: its number, options, prompt and sinks."""
 
     index: int
     asked: Asked
     sample: Sample
-    sinks: Tensor
+    sinks: Tensor  # V-sinks, bool [pos]
+    # Edited block -> L-sinks that are no V-sinks, bool [pos]; empty with pairs.
     low: Mapping[int, Tensor] = field(default_factory=dict)
 
     def with_l_sinks(
         self, lvlm: LVLM, rule: Detector | None, states: Mapping[int, Tensor]
     ) -> Prompted:
-        """The same with its L-sinks, as `trace_sinks` finds them, up to rounding of the states.
+        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``.
 
-        ``states`` are what the edited blocks read, ``[1 pos d_model]``; a rule that looks at anything
-        else, such as attention, has a pass of its own.
+        A rule that looks at anything else, such as attention, has a pass of its own.
         """
         if rule is None:
             return self
@@ -134,10 +118,7 @@ class Prompted:
 def sweep_image(
     lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
 ) -> tuple[list[Line], list[str]]:
-    """Every cell of every question about an image: one line per question, layer and pair, and notes.
-
-    ``tick`` is told how many cells are done. A log-probability or score that is not finite is refused.
-    """
+    """Every cell of every question about an image, and notes; ``tick`` is told how many are done."""
     samples = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
     first, end = samples[0].tokens, end_of_image(samples[0])
     sinks = v_sinks(lvlm, samples[0], rules.detector, rules.merge)
@@ -179,14 +160,12 @@ def _alone(
 
         def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
             rows = torch.full((len(hidden),), row)
-            logits = logits_at(seen[row], hidden, reading.positions[rows])
-            return _split(*reading.of(logits, rows))
+            return _split(*reading.of(logits_at(seen[row], hidden, reading.positions[rows]), rows))
 
         def run(block: int, factors: Tensor, seen: Any = seen, read: Any = read) -> Any:
             by_row = []
             for row, captured in enumerate(seen):
-                missing = captured.hidden.shape[1] - factors.shape[1]
-                scale = pad(factors, (0, missing), value=1.0)
+                scale = pad(factors, (0, captured.hidden.shape[1] - factors.shape[1]), value=1.0)
                 by_row.append(read(row, resume(captured, block, scale, rows=[0] * len(factors))))
             return list(zip(*by_row, strict=True))
 
@@ -239,12 +218,10 @@ def _shared(
 
 
 def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
-    """Readings row by row."""
     return list(zip(logs.split(1), greedy.split(1), strict=True))
 
 
 def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answered]:
-    """The answers of all questions from the readings of all their rows, in order."""
     rows, out = iter(reads), []
     for prompt in prompts:
         own = [next(rows) for _ in prompt.asked.feeds]
@@ -261,10 +238,7 @@ def _cells(
     run: Callable[[int, Tensor], Sequence[Sequence[Read]]],
     end: int | None = None,
 ) -> Iterator[Line]:
-    """One line per question and pair of a layer; ``run`` gives the readings of all rows by edit.
-
-    The edits are those of the first question, up to a position.
-    """
+    """One line per question and pair; ``run`` gives the readings of all rows by edit of the first."""
     first, pairs = prompts[0], rules.cells.pairs
     factors = factors_of(first.sinks, first.visual, pairs, first.low.get(block))
     edits = Edits.of(factors[:, :end])
@@ -282,21 +256,11 @@ def _cells(
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
             answers.check_finite(item, after, where, edited=True)
-            yield {
-                "item": prompt.index,
-                "image_id": item.image_id,
-                "task": item.task,
-                "layer": block - 1,
-                "edited": block,
-                "pair": place,
-                "s_v": pair[0],
-                "s_l": pair[1] if prompt.low else None,
-                "s_rest": pair[-1],
-                "score": answers.scored(rules.score, item, after, where),
-                "base_score": answers.scored(rules.score, item, plain, unedited),
-                "logprob": after.logprob,
-                "base_logprob": plain.logprob,
-                "n_v": n_v,
-                "n_l": n_l,
-                "n_rest": int(prompt.visual.sum()) - n_v - n_l,
-            }
+            line = {"item": prompt.index, "image_id": item.image_id, "task": item.task}
+            line |= {"layer": block - 1, "edited": block, "pair": place}
+            line |= {"s_v": pair[0], "s_l": pair[1] if prompt.low else None, "s_rest": pair[-1]}
+            for name, one, told in (("", after, where), ("base_", plain, unedited)):
+                line[f"{name}score"] = answers.scored(rules.score, item, one, told)
+                line[f"{name}logprob"] = one.logprob
+            n_rest = int(prompt.visual.sum()) - n_v - n_l
+            yield line | {"n_v": n_v, "n_l": n_l, "n_rest": n_rest}

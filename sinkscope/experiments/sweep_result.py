@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
-from sinkscope.files import claim, held, read_json, write_whole
+from sinkscope.files import claim, read_json, write_whole
 from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
@@ -69,10 +68,6 @@ class Folder:
         self.path, self.manifest = Path(path).expanduser(), manifest
         claim(self.path, MANIFEST, manifest, "sweep")
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keep other processes out; see `sinkscope.files.held`."""
-        return held(self.path, "sweep")
-
     def part(self, group: int) -> Path:
         """The part of an image group; it is there once the group is done."""
         return self.path / f"part-{group:06d}.parquet"
@@ -89,18 +84,16 @@ class Sweep:
     """Every question under every cell.
 
     Where a method takes ``by``, it is ``"task"``, ``"all"``, or None for what the sweep was made with;
-    ``column`` is ``"score"`` or ``"logprob"``; intervals cover ``level`` by a bootstrap over images of
-    ``draws`` samples, and ``seed`` is theirs.
+    ``column`` is ``"score"`` or ``"logprob"``; ``intervals`` are ``level``, ``draws`` and ``seed`` of
+    `cluster_intervals`.
 
     Attributes:
-        table: One line per question, layer and pair: item, image_id, task, layer (-1 is
-            ``"embed"``), edited (the block, layer + 1), pair (its number), s_v, s_rest, score and
-            logprob (of the right answer, in nats), base_score and base_logprob without an edit, n_v and
-            n_rest (V-sinks and other image tokens); with triples s_l and n_l too (L-sinks of what the
-            edited block reads).
+        table: One line per question, layer and pair: item, image_id, task, layer (-1 is ``"embed"``),
+            edited (the block, layer + 1), pair (its number), s_v, s_rest, score and logprob (of the right
+            answer, in nats), base_score and base_logprob without an edit, n_v and n_rest (V-sinks and other
+            image tokens); with triples s_l and n_l too (L-sinks of what the edited block reads).
         settings: What was run, as plain values: the manifest.
         notes: What a reader must know: how V-sinks were found, what could not be shared.
-        by: What the map is split by unless told otherwise.
     """
 
     table: pd.DataFrame
@@ -174,26 +167,13 @@ class Sweep:
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
             most: Any = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
-            lines.append(
-                {
-                    "task": name,
-                    "n": len(once),
-                    "images": once["image_id"].nunique(),
-                    "score": once["base_score"].mean(),
-                    "logprob": once["base_logprob"].mean(),
-                    **(most > 0).mean().rename(lambda n: f"with_{n[2:]}"),
-                }
-            )
+            line = {"task": name, "n": len(once), "images": once["image_id"].nunique()}
+            line |= {column: once[f"base_{column}"].mean() for column in ("score", "logprob")}
+            lines.append(line | (most > 0).mean().rename(lambda n: f"with_{n[2:]}").to_dict())
         return pd.DataFrame(lines)
 
     def map(
-        self,
-        by: str | None = None,
-        *,
-        column: str = "score",
-        level: float = 0.95,
-        draws: int = 2000,
-        seed: int = 0,
+        self, by: str | None = None, *, column: str = "score", **intervals: Any
     ) -> pd.DataFrame:
         """The layer x coefficient map: change against the base in every cell, with intervals.
 
@@ -205,44 +185,34 @@ class Sweep:
         tables = []
         for name, part in self.by_task(by):
             cells, changes, images = wide(part, column)
-            mean, low, high = cluster_intervals(
-                changes, images, level=level, draws=draws, seed=seed
-            )
+            mean, low, high = cluster_intervals(changes, images, **intervals)
             base = part.drop_duplicates("item")[f"base_{column}"].mean()
             cells.insert(0, "task", name)
-            cells = cells.assign(
-                n=len(changes), images=len(set(images)), base=base, value=base + mean
-            )
+            cells = cells.assign(n=len(changes), images=len(set(images)), base=base)
             clear = (low > 0) | (high < 0)
-            tables.append(cells.assign(delta=mean, low=low, high=high, clear=clear))
+            cells = cells.assign(value=base + mean, delta=mean, low=low, high=high, clear=clear)
+            tables.append(cells)
         return pd.concat(tables, ignore_index=True)
 
     def best(
-        self,
-        by: str | None = None,
-        *,
-        column: str = "score",
-        level: float = 0.95,
-        draws: int = 2000,
-        seed: int = 0,
+        self, by: str | None = None, *, column: str = "score", **intervals: Any
     ) -> pd.DataFrame:
         """The best cell per task: chosen on one half of its images, scored on the other.
 
         The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
         not choose. Beside it stands a test over all images and cells: ``t`` is the largest change, each in
-        units of its own spread over images, and ``p`` how often chance makes one as large
-        (`sinkscope.experiments.sign_flip_maximum`). Its cell need not be the chosen one, which has the largest
-        mean. Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
+        units of its own spread over images, and ``p`` how often chance makes one as large (see
+        `sign_flip_maximum`). Its cell need not be the chosen one, which has the largest mean. Cells that
+        scale no key, such as (0, 1) where no image has a V-sink, are left out.
 
         Returns:
             Columns as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images,
-            delta, low, high (on the other half), maximum (the largest change on all images, in units of
-            the score), t, t_95 (the 95 % point of t where nothing has an effect), p, and note, which says
-            why a task has no best cell: fewer than two images, or cells that scale no key.
+            delta, low, high (on the other half), maximum (the largest change on all images), t, t_95 (the
+            95 % point of t where nothing has an effect), p, and note: why a task has no best cell.
         """
         check_choice(("score", "logprob"), column=column)
-        how = {"level": level, "draws": draws, "seed": seed}
-        lines = [{"task": name, **best_of(part, column, **how)} for name, part in self.by_task(by)]
+        tasks = self.by_task(by)
+        lines = [{"task": name, **best_of(part, column, **intervals)} for name, part in tasks]
         return pd.DataFrame(lines).astype(dict.fromkeys(CELL[:3], "Int64"))
 
     def plot(self, by: str | None = None, *, column: str = "score", seed: int = 0) -> Figure:
@@ -250,10 +220,9 @@ class Sweep:
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:
-        """The three observations of Choi et al. (2604.03316), as far as this sweep can tell, as lines of text.
+        """The three observations of Choi et al. (2604.03316), as lines of text.
 
-        Whether the best setting depends on the task, or on the layer, and whether raising or splitting
-        off sinks helps, each with its numbers.
+        Whether the best setting depends on task or layer, and whether raising or splitting off sinks helps.
         """
         return observe(self, by or self.by, seed)
 
@@ -261,11 +230,8 @@ class Sweep:
 
     def score_text(self, column: str) -> str:
         """What a column is, with its unit."""
-        named = {
-            "exact": "exact answers (points)",
-            "choice": "choice accuracy (points)",
-            "logprob": "log-probability of the answer (nats)",
-        }
+        named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
+        named["logprob"] = "log-probability of the answer (nats)"
         return named.get("logprob" if column == "logprob" else self.score, self.score_name)
 
     def __repr__(self) -> str:

@@ -23,16 +23,14 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_choice, check_flags, check_whole
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
-from sinkscope.detectors.calibration import Calibration
-from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
 from sinkscope.detectors.detection import check_detector
-from sinkscope.detectors.rules import Detector, NoSinks
 from sinkscope.errors import InputError
 from sinkscope.experiments.sweep_cost import SweepCost, estimate
 from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
 from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
 from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
-from sinkscope.files import check_place
+from sinkscope.files import check_place, held
 from sinkscope.models.identity import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
@@ -69,38 +67,33 @@ def sweep(
 
     Nothing is approximated. The vision tower runs once per image (and once more to look for V-sinks),
     blocks before the edited one once per question, pairs as rows of one pass, and the prompt up to the
-    end of the image once for all its questions (with triples: for those with the same L-sinks). A
-    question whose prompt differs before the end of the image runs on its own.
+    end of the image once for all questions that share it (with triples: and have the same L-sinks).
 
     Args:
         lvlm: The model, with its processor and weights.
-        dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
-            ``image_id`` and ``choices``: dicts or `Item`.
+        dataset: Records as for `compare`.
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
-        by: How the result is split: ``"task"``, or ``"all"``.
+        by: ``"task"``, or ``"all"``.
         score: ``"choice"`` (the option with the highest mean log-probability per token is right),
             ``"exact"`` (greedy decoding begins with the answer), ``"logprob"`` (of the answer, in nats,
             always kept too), or a function of an item and an `Answered`, known by its code and the values
             it refers to. None is ``"choice"`` if items have choices, else ``"exact"``.
-        v_detector: The rule for V-sinks, best calibrated on other images.
-        l_detector: The rule for L-sinks likewise, with triples only.
+        v_detector: The rule for V-sinks, best calibrated on other images; ``l_detector``: for L-sinks
+            likewise, with triples only.
         calibration: Of `calibrate`; its rules are taken. Without rules, published constants of this
             model are used, else the first images of the dataset calibrate, which the result notes.
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
-        progress: Whether to show a progress bar; None from 50 questions on.
+        progress: None shows a bar from 50 questions on.
         dry_run: Whether to return what it would cost, a `SweepCost` to print: every option is checked,
             nothing is run or left on disk, and no weights are needed (``remote=True`` will do).
 
     Raises:
-        InputError: If dataset, grid or an option is malformed, another sweep is or runs in ``out``, or a
-            log-probability or score is not finite; nothing of that image is then written.
+        InputError: If an option is malformed, another sweep is or runs in ``out``, or a log-probability
+            or score is not finite; nothing of that image is then written.
         CheckpointError: If ``out`` cannot be written or read.
-        DetectorError: If a detector is none.
-        SelectionError: If ``merge`` is unknown.
-        LayerError: If there is no such layer.
         ModelError: If a resumed pass would not be the model's own.
     """
     check_flags(dry_run=dry_run)
@@ -111,7 +104,7 @@ def sweep(
         check_whole(1, batch=batch, hint="Or write batch='auto'.")
     check_merge(merge)
     given = {"v_detector": v_detector, "l_detector": l_detector}
-    _check_rules(given, calibration, with_l=cells.with_l)
+    _check_rules(given, calibration, cells.with_l)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     if lvlm.device.type == "meta" and not dry_run:
@@ -131,26 +124,17 @@ def sweep(
         return estimate(lvlm, groups, cells, getattr(calibration, "l_detector", l_detector))
     wanted = {name[0]: rule for name, rule in given.items() if name[0] == "v" or cells.with_l}
     detectors, said, notes = _choose_rules(lvlm, groups, wanted, calibration)
-    settings = {
-        "format": len(pairs[0]),  # 2 or 3: triples have two more columns
-        "model": identity_of(lvlm),
-        "dataset": _digest_of(items),
-        "groups": len(groups),
-        "grid": [list(pair) for pair in pairs],
-        "layers": list(cells.layers),
-        "score": name,
-        "score_code": code,
-        **said,
-        "merge": merge,
-        "notes": notes,
-        "versions": {p: version(p) for p in ("sinkscope", "torch", "transformers")},
-    }
+    settings: dict[str, Any] = {"format": len(pairs[0]), "model": identity_of(lvlm)}
+    settings |= {"dataset": _digest_of(items), "groups": len(groups)}
+    settings |= {"grid": [list(pair) for pair in pairs], "layers": list(cells.layers)}
+    settings |= {"score": name, "score_code": code, **said, "merge": merge, "notes": notes}
+    settings["versions"] = {p: version(p) for p in ("sinkscope", "torch", "transformers")}
     folder = None if out is None else Folder(out, settings)
     batches = Batch(batch, len(pairs))
     rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
     hidden = len(items) < 50 if progress is None else not progress
-    with nullcontext() if folder is None else folder.held(), evaluated(lvlm.module):
-        made, heard = _run(lvlm, groups, rules, folder, hidden=hidden)
+    with nullcontext() if folder is None else held(folder.path, "sweep"), evaluated(lvlm.module):
+        made, heard = _run(lvlm, groups, rules, folder, hidden)
     if out is not None:
         return Sweep.load(out, by)
     notes = dict.fromkeys([*notes, *heard])
@@ -158,19 +142,19 @@ def sweep(
 
 
 def _run(
-    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, *, hidden: bool
+    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, hidden: bool
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     each, lines, notes = len(rules.cells.layers) * len(rules.cells.pairs), [], []
-    cells = [each * len(group) for group in groups]
     missing = [i for i in range(len(groups)) if folder is None or not folder.part(i).exists()]
-    start = sum(cells) - sum(cells[i] for i in missing)
-    with tqdm(total=sum(cells), initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
+    total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
+    start = total - left
+    with tqdm(total=total, initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
+        if missing:
+            first = groups[missing[0]][0][1]
+            sample = lvlm.prepare(images=first.image, text=first.question)
+            check_replay(lvlm, sample.inputs, rules.cells.blocks)
         for i in missing:
-            if i == missing[0]:
-                first = groups[i][0][1]
-                sample = lvlm.prepare(images=first.image, text=first.question)
-                check_replay(lvlm, sample.inputs, rules.cells.blocks)
             found, heard = sweep_image(lvlm, groups[i], rules, bar.update)
             if folder is None:
                 lines += found
@@ -206,11 +190,11 @@ def _choose_rules(
     for name, rule in rules.items():
         named = given[name] is not None or calibration is not None
         said[f"{name}_rule"] = repr(rule) if named else sources[name]
-        if found.calibration is not None and not named and what in sources[name]:
-            tower = found.calibration.vision if name == "v" else found.calibration.language
+        if (made := found.calibration) is not None and not named and what in sources[name]:
             notes.append(
                 f"{name.upper()}-sinks by a rule calibrated on {what}, which are scored too "
-                f"({tower.reason}). Write calibration=ss.calibrate(lvlm, samples of other images)"
+                f"({(made.vision if name == 'v' else made.language).reason}). Write "
+                "calibration=ss.calibrate(lvlm, samples of other images)"
             )
     return rules, said, notes
 
@@ -224,7 +208,7 @@ def _digest_of(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _check_rules(rules: Mapping[str, Any], calibration: Any, *, with_l: bool) -> None:
+def _check_rules(rules: Mapping[str, Any], calibration: Any, with_l: bool) -> None:
     """Require one rule of a kind at most, and none for L-sinks where they have no coefficient."""
     for name, rule in rules.items():
         if rule is not None and calibration is not None:
@@ -240,10 +224,8 @@ def _check_rules(rules: Mapping[str, Any], calibration: Any, *, with_l: bool) ->
             "rest; expected none. Write grid=ss.lsg_grid(groups=3) for triples (s_V, s_L, s_rest)."
         )
     if calibration is not None and not isinstance(calibration, Calibration):
-        raise InputError(
-            f"Got calibration of type {type(calibration).__name__}; expected what "
-            "ss.calibrate(lvlm, samples) gives."
-        )
+        came = f"Got calibration of type {type(calibration).__name__}"
+        raise InputError(f"{came}; expected what ss.calibrate(lvlm, samples) gives.")
 
 
 def digest_function(function: Callable[..., Any]) -> str:
@@ -288,7 +270,6 @@ def _of_a_library(value: Any) -> bool:
 
 
 def _parts(value: Any, where: str) -> dict[str, Any]:
-    """What a value consists of, by name."""
     own = getattr(value, "__dict__", {})
     match value:
         case CodeType():  # where its lines stood does not matter
@@ -305,11 +286,9 @@ def _parts(value: Any, where: str) -> dict[str, Any]:
         case Mapping():
             return {repr(key): each for key, each in value.items()}
         case type():
-            members = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
-            kept = {
-                n: m for n, m in members.items() if isinstance(m, FunctionType) or n[:2] != "__"
-            }
-            return {"bases": value.__bases__, **dict(sorted(kept.items()))}
+            made = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
+            kept = (n for n, m in made.items() if isinstance(m, FunctionType) or n[:2] != "__")
+            return {"bases": value.__bases__, **{n: made[n] for n in sorted(kept)}}
         case BuiltinFunctionType():
             return {"name": value.__name__, "object": value.__self__}
         case MethodType():

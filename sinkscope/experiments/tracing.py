@@ -19,16 +19,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
-from sinkscope.detectors.calibration import Calibration
-from sinkscope.detectors.choice import SinkRules, known_for
-from sinkscope.detectors.detection import Detection
+from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
 from sinkscope.detectors.gap import DRAWS
-from sinkscope.detectors.rules import Detector
 from sinkscope.errors import DetectorError, SelectionError
 from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
 from sinkscope.experiments.sink_records import SinkRecord, collect_records
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
 from sinkscope.sites import Tower
@@ -52,7 +48,6 @@ class SinkTrace(Result):
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
         vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
         draws: The least attention beyond uniform at which a token counts as attended.
-        warnings: What a reader must know.
     """
 
     sample: Sample
@@ -134,10 +129,9 @@ class SinkTrace(Result):
         return tokens & (self.l_detection.mask[:, layer] == rule)
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that meet the L rule, V-sinks removed.
+        """Visual tokens that meet the L rule on what ``layer`` reads, V-sinks removed, ``[batch pos]``.
 
-        ``layer`` is 0-based, decided on what it reads (SelectionError if there is none), and gives bool
-        ``[batch pos]``; None is all layers, ``[batch layer pos]``.
+        None is all layers, ``[batch layer pos]``.
         """
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
@@ -150,20 +144,14 @@ class SinkTrace(Result):
         return self._meeting((self.sample.tokens.image < 0) & self.sample.tokens.live, layer)
 
     def ordinary(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that are neither V- nor L-sinks nor attended throughout, ``[batch pos]``.
-
-        What controls are drawn from. With None, at no layer.
-        """
+        """Visual tokens that are neither V- nor L-sinks (None: at no layer) nor attended, ``[batch pos]``."""
         visual = (self.sample.tokens.image >= 0) & ~self.v_sinks & ~self.attended
         left = self._meeting(visual, layer, rule=False)
         return left if left.ndim == 2 else left.all(dim=1)
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """V-sinks, L-sinks, ordinary visual tokens, text sinks and other text, ``[batch layer pos]``.
-
-        A partition of all live tokens for `AttentionMass`.
-        """
+        """A partition of all live tokens, ``[batch layer pos]``, for `AttentionMass`."""
         visual, live = self.sample.tokens.image >= 0, self.sample.tokens.live
         return {
             "V-sinks": self.v_sinks[:, None].expand(-1, self.n_layers, -1),
@@ -187,10 +175,10 @@ class SinkTrace(Result):
         return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The trace as JSON: detectors, warnings, overlap table and records; written to ``path`` too."""
-        detectors = {"V": self.v_detection.detector, "L": self.l_detection.detector}
+        """The trace as JSON; written to ``path`` too."""
+        v, low = self.v_detection.detector, self.l_detection.detector
         body = {
-            "detectors": {**detectors, "chosen": self.chosen},
+            "detectors": {"V": v, "L": low, "chosen": self.chosen},
             "outcomes": self.outcomes,
             "warnings": list(self.warnings),
             "overlap": self.overlap_table().to_dict(orient="list"),
@@ -215,12 +203,10 @@ class SinkTrace(Result):
         return plot_trace(self, row)
 
     def __repr__(self) -> str:
-        kinds = [record.kind for record in self.records]
-        return (
-            f"SinkTrace({kinds.count('V')} V-sinks, {kinds.count('L')} L-sinks, "
-            f"{kinds.count('text')} text sinks, {kinds.count('attention')} attended without a spike; "
-            f"{self.chosen})"
-        )
+        kinds, attended = [record.kind for record in self.records], "attended without a spike"
+        words = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": attended}
+        said = ", ".join(f"{kinds.count(kind)} {noun}" for kind, noun in words.items())
+        return f"SinkTrace({said}; {self.chosen})"
 
 
 def trace_sinks(
@@ -238,7 +224,7 @@ def trace_sinks(
 
     Args:
         lvlm: The model.
-        sample: From ``lvlm.prepare``.
+        sample: From ``lvlm.prepare``; ``remote`` is as in `LVLM.run`.
         v_detector: The rule for V-sinks, applied to the states that feed the projector. None: published
             constants of this very checkpoint, else the gap rule on this sample (`detectors.Gap`), else
             the generic definition of massive activations; ``trace.chosen`` says which.
@@ -248,7 +234,6 @@ def trace_sinks(
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to count as attended: a share between 0 and 1.
-        remote: See `LVLM.run`.
 
     Raises:
         DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
@@ -265,20 +250,9 @@ def trace_sinks(
     v_sinks = carry(sample, m.v, feeds, merge)
     throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
     attended = throughout & ~v_sinks
-    return SinkTrace(
-        sample=sample,
-        rules=rules,
-        v_detection=m.v,
-        l_detection=m.low,
-        v_sinks=v_sinks,
-        attended=attended,
-        records=collect_records(m, v_sinks, attended),
-        feeds=lvlm.anatomy.feed_layers,
-        vision=m.vision,
-        language=m.language,
-        draws=draws,
-        warnings=_warnings(m, lvlm, feeds),
-    )
+    records, said = collect_records(m, v_sinks, attended), _warnings(m, lvlm, feeds)
+    decided = sample, rules, m.v, m.low, v_sinks, attended, records
+    return SinkTrace(*decided, lvlm.anatomy.feed_layers, m.vision, m.language, draws, said)
 
 
 def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
