@@ -32,7 +32,7 @@ class Branch:
         path: Dotted path of the module whose output the block adds, times the factors.
         factors: Paths of the numbers or parameters that multiply that output.
         through: Paths of all modules and factors from the branch's own module to the stream, in order.
-        norm: Whether one of them is a norm, which divides what a token gets by its size.
+        norm: Whether one of them is a norm.
     """
 
     path: str

@@ -13,7 +13,6 @@ from sinkscope.anatomy.families import family_of
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ModelError
 
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
 LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
@@ -137,7 +136,7 @@ def attention_child(block: nn.Module) -> nn.Module | None:
     for name, child in children.items():
         if ("attn" in name or "attention" in name) and "norm" not in name:
             calling.append(child)
-    return calling[0] if calling else None
+    return next(iter(calling), None)
 
 
 def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
@@ -178,7 +177,8 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
 
 def output_projection(attention: nn.Module) -> nn.Module | None:
     """The module that maps head outputs back to the residual stream."""
-    children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
+    names = ("o_proj", "out_proj", "proj", "dense", "wo")
+    children = (getattr(attention, name, None) for name in names)
     return next((child for child in children if isinstance(child, nn.Module)), None)
 
 
@@ -186,10 +186,9 @@ def read_tower(
     tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
     """Read one tower."""
-    where = [paths[id(block)] for block in blocks]
+    where, width = [paths[id(block)] for block in blocks], config.hidden_size
     attentions = [child for block in blocks if (child := attention_child(block)) is not None]
     mlps = [mlp_child(*parts) for parts in zip(blocks, attentions, where, strict=True)]
-    width = config.hidden_size
     parts = zip(where, blocks, attentions, mlps, strict=True)
     neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads

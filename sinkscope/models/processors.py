@@ -1,7 +1,4 @@
-"""Load a processor, also where transformers' own class would need torchvision for its video part.
-
-Imports transformers only, so that `sinkscope.testing` may use it too.
-"""
+"""Load a processor, also where transformers' own class would need torchvision for its video part."""
 
 from __future__ import annotations
 

@@ -40,11 +40,9 @@ Decide = Callable[[Tensor], Tensor]
 class Captured:
     """One pass of the decoder of a model, ready to be resumed.
 
-    Attributes:
-        given: What the decoder was called with.
-        states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
-            reads ``states[l + 1]`` and edits block l + 1.
-        end: After the final norm, ``[row pos d_model]``; None if the pass ended before.
+    ``given`` is what the decoder was called with. ``states`` are what blocks read, ``[row pos d_model]``: a
+    gate at layer l reads ``states[l + 1]`` and edits block l + 1. ``end`` stands after the final norm, in
+    the same shape; None if the pass ended before.
     """
 
     module: nn.Module
@@ -76,12 +74,7 @@ class Captured:
 
 
 def capture(
-    lvlm: LVLM,
-    inputs: Mapping[str, Any],
-    blocks: Any = None,
-    *,
-    features: Any = None,
-    whole: bool = True,
+    lvlm: LVLM, inputs: Given, blocks: Any = None, *, features: Any = None, whole: bool = True
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
@@ -124,7 +117,7 @@ def resume(
     """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
 
     Args:
-        captured: From `capture`.
+        captured: The pass.
         block: The block whose keys are scaled, among those captured. Everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
             1 for text and padding.
@@ -153,13 +146,13 @@ def resume(
             f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}, one "
             "factor per key and 1 where nothing is edited."
         )
-    state = state.index_select(0, index.to(state.device))
 
     def pick(name: str, value: Tensor) -> Tensor:
         axis = row_axis(name, value)
         shared = value.shape[axis] == 1 < n
         return value if shared else value.index_select(axis, index.to(value.device))
 
+    state = state.index_select(0, index.to(state.device))
     given = map_tensors(pick, captured.given)
     if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
         given["inputs_embeds"] = state
@@ -219,10 +212,8 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
     ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
     (None for all), with the keys of images halved, as in the whole pass it is compared with.
     """
-    wanted = lvlm.anatomy.language.layers(blocks)
-    block = wanted[len(wanted) // 2]
-    module: Any = lvlm.module
-    placed = on_device(inputs, lvlm.device)
+    wanted, module = lvlm.anatomy.language.layers(blocks), lvlm.module
+    block, placed = wanted[len(wanted) // 2], on_device(inputs, lvlm.device)
     with undisturbed(module):
         own = module(**placed, use_cache=False).logits[:, -1].float()
     seen = capture(lvlm, inputs, [block])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import check_whole
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.inputs import Sample
-from sinkscope.protocols import Edit, Intervention, Probe, Read
+from sinkscope.protocols import Edit, Intervention, Probe, Read, as_list
 from sinkscope.sites import Site
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
@@ -110,36 +110,11 @@ def check_run(
             f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made by "
             "this LVLM. Write lvlm.prepare(...) with the same images and text."
         )
-    asked, edits = check_probes(probes), check_interventions(interventions)
+    such = "reads() and finish(), such as ss.AttentionMass({'image': 'image'})"
+    asked = as_list(probes, Probe, ProbeError, "probes", such)
+    edits = check_interventions(interventions)
     check_beside(edits, asked)
     return asked, edits
-
-
-def check_probes(probes: Any) -> list[Probe]:
-    """The probes as a list; ProbeError if there is something else among them."""
-    if isinstance(probes, (Probe, str, Mapping)) or not isinstance(probes, Iterable):
-        got = f"one {type(probes).__name__}" if isinstance(probes, Probe) else f"probes={probes!r}"
-        raise ProbeError(f"Got {got}; expected a list of probes. Write probes=[probe].")
-    out = list(probes)
-    for probe in out:
-        if isinstance(probe, type):
-            raise ProbeError(
-                f"Got the class {probe.__name__} among the probes; expected an object of it. Write "
-                f"{probe.__name__}(...)."
-            )
-        if not isinstance(probe, Probe):
-            raise ProbeError(
-                f"Got {probe!r} among the probes; expected objects with reads() and finish(), such as "
-                "ss.AttentionMass({'image': 'image'})."
-            )
-    return out
-
-
-def check_logits(logits: Any, default: str) -> bool:
-    """Whether the logits of all positions are wanted; ProbeError if that is no choice."""
-    hint = "None is 'all' here and 'last' on remote runs."
-    check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
-    return (logits or default) == "all"
 
 
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
@@ -188,9 +163,8 @@ def check_settings(options: Mapping[str, Any]) -> None:
             "sample: lvlm.prepare(...). Every answer begins without a cache, and kl, logits and grad "
             "are for lvlm.run(...)."
         )
-    many = options.get("max_new_tokens")
-    if many is not None and not is_whole(many, 1):
-        raise InputError(f"Got max_new_tokens={many!r}; expected an int of at least 1.")
+    if (many := options.get("max_new_tokens")) is not None:
+        check_whole(1, max_new_tokens=many)
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise InputError(

@@ -16,14 +16,8 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
-from sinkscope.errors import (
-    AttentionCallError,
-    InterventionError,
-    LayerError,
-    ModelError,
-    NonFiniteError,
-    ProbeError,
-)
+from sinkscope.errors import AttentionCallError, InterventionError, LayerError, ModelError
+from sinkscope.errors import NonFiniteError, ProbeError
 from sinkscope.kernels.walk import last_logits, read_site, walk
 from sinkscope.models.requests import Plan, step_at
 from sinkscope.models.wrapping import ByName, Wrapped
@@ -90,8 +84,7 @@ def run_until_read(
     model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
 ) -> dict[Any, dict[Site, Any]]:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
-    save, go = nnsight.save, walk
-    answers: Any = None
+    save, go, answers = nnsight.save, walk, None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
         answers = save(go(traced, tracer, plan))
         tracer.stop()
@@ -156,11 +149,10 @@ class Effects(dict[Intervention, Effect]):
 
 @dataclass(frozen=True, eq=False)
 class Run(Result):
-    """What one forward pass brought back.
+    """What one forward pass brought back: ``run[probe]`` is a probe's typed result.
 
     Attributes:
         logits: Float ``[batch pos vocab]``; one position, the last live one, if ``logits="last"``.
-        results: Every probe's typed result; ``run[probe]`` is shorter.
         effects: What every intervention did in this pass, found by the intervention object.
         step: 0 for a prompt, 1, 2, ... for decode steps.
     """
@@ -197,13 +189,12 @@ class Generation(Result):
     Attributes:
         sequences: Int ``[batch pos]``, prompt and answer.
         text: The answers, decoded without special tokens; None without a tokenizer.
-        steps: One `Run` per forward pass: the prompt, then every decode step. Where a row has
-            already ended, its results are NaN.
+        steps: One `Run` for the prompt and for every decode step; NaN in rows that have ended.
     """
 
     sequences: Tensor
     text: tuple[str, ...] | None
-    steps: tuple[Run, ...] = field(default=())
+    steps: tuple[Run, ...] = ()
 
 
 def finish_run(
@@ -220,9 +211,8 @@ def finish_run(
     bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise NonFiniteError(
-            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions "
-            f"(first in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load the model in "
-            "bfloat16 or float32 and check the weights and the images."
+            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first in "
+            f"row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load it in bfloat16 or float32."
         )
     results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
@@ -281,13 +271,11 @@ class OpenTrace:
             self._anatomy.tower(tower).layers(layer)
         step = step_at(self._anatomy, site, **asked)
         if not step["path"]:
-            raise ModelError(
-                f"Got {site}, but that MLP has no last linear map; expected another site."
-            )
+            what = f"Got {site}, but that MLP has no last linear map"
+            raise ModelError(f"{what}; expected another site.")
         if step["how"] == "output":
             self._outputs.add(step["path"])
-        value = read_site(root, self._tracer, step, {}, {})
-        return site, value, bool(step.get("factors"))
+        return site, read_site(root, self._tracer, step, {}, {}), bool(step.get("factors"))
 
     def site(self, tower: Tower, layer: int, name: str) -> Any:
         """The value at a site: see `LVLM.site`."""

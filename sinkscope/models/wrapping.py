@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from sinkscope.anatomy.discovery import device_of
 from sinkscope.errors import CheckpointError, InputError, ModelError
 
-ABSENT = object()
-"""Stands for an attribute that the instance does not have."""
+ABSENT = object()  # stands for an attribute that the instance does not have
 Loan = tuple[object, Mapping[str, Any]]
 """An object, such as a module, and what its instance attributes are to be."""
 STATE = "__nnsight__"
-NAMES = ("forward", STATE, "_persistent_id")
-"""What nnsight sets on a module; the last is how a request to a server names it."""
+NAMES = ("forward", STATE, "_persistent_id")  # what nnsight sets on a module
 ONE_AT_A_TIME = threading.RLock()
 """nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
@@ -32,7 +30,7 @@ ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
     """Set instance attributes until the block ends, past what a class does when they are set."""
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    before = []
 
     def put(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
@@ -65,11 +63,12 @@ def undisturbed(module: Any) -> Iterator[None]:
     A part that ``torch.compile`` made has no sites, so it runs as it was written. Qwen keeps
     ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
     """
-    kept = [part for part in (module, module.base_model) if "rope_deltas" in vars(part)]
+    name = "rope_deltas"
+    kept = [part for part in (module, module.base_model) if name in vars(part)]
     with (
         evaluated(module),
         torch.compiler.set_stance("force_eager"),
-        lent([(part, own_of(part, ["rope_deltas"])) for part in kept]),
+        lent([(part, {name: vars(part)[name]}) for part in kept]),
     ):
         yield
 
@@ -117,10 +116,7 @@ class Wrapped:
 
     @contextmanager
     def on(
-        self,
-        paths: Collection[str] | None = None,
-        outputs: Collection[str] = (),
-        grad: bool = False,
+        self, paths: Collection[str] | None = None, outputs: Collection[str] = (), grad: bool = False
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
@@ -196,9 +192,7 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
 def unwrapped(part: nn.Module) -> dict[str, Any]:
     """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
     own = vars(part)
-    forward = own.get("forward", ABSENT)
-    if STATE in own:
-        forward = MethodType(own[STATE].original, part)
+    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
     return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
