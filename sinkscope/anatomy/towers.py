@@ -9,7 +9,7 @@ from typing import Any
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.anatomy.families import Family
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import is_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
 
@@ -162,6 +162,7 @@ class Anatomy:
 
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
-        hint = "Write tower='vision' for a ViT."
-        check_choice(("vision", "language"), error=ProbeError, hint=hint, tower=name)
+        if name not in ("vision", "language"):
+            got = f"Got tower={name!r}; expected 'vision' or 'language'."
+            raise ProbeError(f"{got} Write tower='vision' for a ViT.")
         return self.vision if name == "vision" else self.language

@@ -63,16 +63,16 @@ class KeyValues:
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
 
-        def chosen(part: Tensor) -> Tensor:
-            return part.index_select(0, rows.to(part.device))
+        def chosen(key: Tensor, value: Tensor) -> Pair:
+            here = rows.to(key.device)
+            return key.index_select(0, here), value.index_select(0, here)
 
-        pairs = ((chosen(pair[0]), chosen(pair[1])) if pair else None for pair in self.by_block)
-        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
+        return Cache(layers=[_Past(self.length, pair and chosen(*pair)) for pair in self.by_block])
 
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """A stem (one row) with its keys and values, and its tails (one row each), ready to be resumed."""
+    """A stem (one row) with its keys and values, and its tails (one row each)."""
 
     stem: Captured
     past: KeyValues

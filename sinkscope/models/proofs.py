@@ -26,12 +26,10 @@ from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
 from sinkscope.sites import Site, Tower
 
-SMALL = 1_000_000_000
-"""Parameters of a model that is verified on one thread of the CPU."""
+SMALL = 1_000_000_000  # parameters of a model that is verified on one thread of the CPU
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
-TOKENS = 32
-"""How many tokens of a pass are looked at, which is more than enough."""
+TOKENS = 32  # how many tokens of a pass are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +124,8 @@ def _check_picture(lvlm: Any, sample: Sample) -> None:
     answers = run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
     if not torch.isfinite(seen[ends[1]]).all():
-        raise NonFiniteError(
-            "The projector writes NaN or infinite states for a test image; expected finite ones. Load "
-            "the model in bfloat16 or float32 and check the weights."
-        )
+        got = "The projector writes NaN or infinite states for a test image; expected finite ones."
+        raise NonFiniteError(f"{got} Load the model in bfloat16 or float32 and check the weights.")
     _check_feed(lvlm, [seen[site] for site in feeds], seen[ends[0]])
     _check_projection(lvlm, sample, seen)
     for slot, probe in enumerate(probes[1:], start=1):
@@ -141,8 +137,7 @@ def _check_sum(lvlm: Any, tower: Tower, mass: Tensor) -> None:
     anatomy = lvlm.anatomy.tower(tower)
     half = dtype_of(lvlm.module.get_submodule(anatomy.blocks[0])) != torch.float32
     tolerance = 2e-2 if half else 1e-3
-    over = mass - 1
-    off = (over if anatomy.learned_sink else over.abs()).nan_to_num().amax()
+    off = (mass - 1 if anatomy.learned_sink else (mass - 1).abs()).nan_to_num().amax()
     if off > tolerance:
         raise ModelError(
             f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
@@ -230,13 +225,13 @@ def _watch(
         return note
 
     def end(block: nn.Module, args: Any, out: Any) -> None:
-        off = rounding_errors(parts, first_tensor(out)) if len(parts) == 3 else None
+        why = "attention or MLP did not run once in a pass"
+        if len(parts) == 3:
+            off = rounding_errors(parts, first_tensor(out))
+            why = "" if off <= LIMIT else f"in a pass they differ by {off:.3g} rounding errors"
         parts.clear()
-        if off is not None and off <= LIMIT:
-            return
-        why = f"in a pass they differ by {off:.3g} rounding errors" if off is not None else ""
-        why = why or "attention or MLP did not run once in a pass"
-        wrong[tower.tower, layer] = no_branch(path, block, why)
+        if why:
+            wrong[tower.tower, layer] = no_branch(path, block, why)
 
     yield get(path).register_forward_pre_hook(begin, with_kwargs=True)
     for site in ("attn_out", "mlp_out"):

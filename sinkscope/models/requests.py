@@ -44,8 +44,6 @@ GREEDY: Mapping[str, Any] = MappingProxyType(
 SETTINGS = {*vars(GenerationConfig()), "generation_config", "logits_processor", "streamer"}
 SETTINGS |= {"prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus", "tokenizer"}
 """What ``generate`` takes and no pass reads: the fields of a GenerationConfig, and what is beside."""
-FIXED = ("static", "sliding_window", "hybrid", "hybrid_chunked")
-"""Caches of fixed length, with room for keys that no token has made yet."""
 Plan = list[dict[str, Any]]
 
 
@@ -91,9 +89,8 @@ def step_at(
     if site.name in ("attn_out", "mlp_out"):
         branch = tower.branch(site.name, layer)
         return step | {"path": branch.path, "how": "output", "factors": branch.factors}
-    paths = tower.neurons if site.name == "mlp_hidden" else tower.blocks
-    how = "output" if site.name == "resid_post" else "input"
-    return step | {"path": paths[layer], "how": how}
+    path = (tower.neurons if site.name == "mlp_hidden" else tower.blocks)[layer]
+    return step | {"path": path, "how": "output" if site.name == "resid_post" else "input"}
 
 
 def check_run(
@@ -136,10 +133,8 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
                 f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
             )
     if setting("cache_implementation", options, defaults) == "paged":
-        raise InputError(
-            "Got cache_implementation='paged'; expected a cache with the keys of each row. Write "
-            "cache_implementation=None."
-        )
+        got = "Got cache_implementation='paged'; expected a cache with the keys of each row."
+        raise InputError(f"{got} Write cache_implementation=None.")
     stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
     if len(sample) > 1 and stops:
         raise InputError(
@@ -147,9 +142,9 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
             "a row that has ended cannot be told from one that goes on. Prepare the rows one by one."
         )
     if not bool(sample.tokens.live[:, -1].all()):
+        got = "Got a right-padded batch to generate from; expected padding on the left."
         raise InputError(
-            "Got a right-padded batch to generate from; expected padding on the left. Write "
-            "processor.tokenizer.padding_side = 'left' before you make the inputs."
+            f"{got} Write processor.tokenizer.padding_side = 'left' before making inputs."
         )
 
 
@@ -175,9 +170,9 @@ def check_settings(options: Mapping[str, Any]) -> None:
 
 def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
     """The option that replaces a cache of fixed length by one that grows; it changes no number."""
-    kind = setting("cache_implementation", options, defaults)
-    fixed = str(kind).removeprefix("offloaded_") in FIXED
-    return {"cache_implementation": "dynamic"} if fixed else {}
+    kind = str(setting("cache_implementation", options, defaults)).removeprefix("offloaded_")
+    fixed = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+    return {"cache_implementation": "dynamic"} if kind in fixed else {}
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:

@@ -13,8 +13,7 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
-BROKEN = "\ufffd"
-"""What a tokenizer writes for bytes that are no character."""
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
@@ -30,17 +29,13 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
     known = {token: word(token) for token in set(ids)}
     words = [known[token] for token in ids]
-    at = 0
-    while at < len(words):
-        size = 1
+    for at in range(len(words)):
         if words[at].endswith(BROKEN):  # a character of UTF-8 has at most four bytes
-            for more in range(2, min(4, len(ids) - at) + 1):
-                whole = text(ids[at : at + more])
+            for size in range(2, min(4, len(ids) - at) + 1):
+                whole = text(ids[at : at + size]).strip(" ")
                 if BROKEN not in whole:
-                    whole, size = whole.strip(" "), more
                     words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
                     break
-        at += size
     return tuple(words)
 
 
@@ -75,6 +70,7 @@ def build_token_map(
         first = patch[picked][..., 0]
         return torch.where(visual & (first >= 0), first // anatomy.merge, -1)
 
+    words = () if tokenizer is None else (words_of(tokenizer, line) for line in ids.tolist())
     return TokenMap(
         ids=ids,
         live=live,
@@ -87,9 +83,7 @@ def build_token_map(
         box=box.masked_fill(~visual[..., None], float("nan")),
         box_unit="original" if grids and grids[0].original else "input",
         vision=vision,
-        words=None
-        if tokenizer is None
-        else tuple(words_of(tokenizer, line) for line in ids.tolist()),
+        words=tuple(words) or None,
     )
 
 
@@ -168,11 +162,8 @@ def _vision_map(
         row[i, start:stop], column[i, start:stop] = cells
         box[i, start:stop] = grid.boxes()[cells].float()
     if anatomy.vision.packed:
-        order = anatomy.family.order
-        place = (
-            order(config, inputs["image_grid_thw"].cpu()) if order else torch.arange(sum(counts))
-        )
-        layout[kind > 0] = place
+        order, place = anatomy.family.order, torch.arange(sum(counts))
+        layout[kind > 0] = order(config, inputs["image_grid_thw"].cpu()) if order else place
     shape = torch.tensor([[g.rows, g.columns] for g in grids])
     packed = layout if anatomy.vision.packed else None
     return VisionMap(kind, kind > 0, row, column, box, shape, packed, batch_row)

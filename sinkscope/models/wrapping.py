@@ -116,7 +116,10 @@ class Wrapped:
 
     @contextmanager
     def on(
-        self, paths: Collection[str] | None = None, outputs: Collection[str] = (), grad: bool = False
+        self,
+        paths: Collection[str] | None = None,
+        outputs: Collection[str] = (),
+        grad: bool = False,
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
