@@ -1,12 +1,7 @@
-"""What a block adds to the residual stream: its two branches, attention and MLP.
+"""What a block adds to the residual stream: its two branches, attention and MLP, and their factors.
 
-::
-
-    stream ------------------------------------------(+)---> stream
-       `---> norm ---> attention ---> LayerScale ---> x 0.22 --'
-
-This is read in the source of the block: ``forward`` is followed with sums of terms in the place of
-tensors. Modules without effect in evaluation, such as dropout, are left out.
+The source of ``forward`` is followed with sums of terms in the place of tensors. Modules without effect
+in evaluation, such as dropout, are left out.
 """
 
 from __future__ import annotations

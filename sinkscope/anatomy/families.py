@@ -115,7 +115,7 @@ class Family:
     Attributes:
         merge: ``config -> patches per side that become one LLM token``.
         grids: The patch grids of the processed images.
-        projector: Where its projector may lie; the first path that exists is taken.
+        projector: Paths of the projector; the first that exists is taken.
         packed: Whether the vision tower packs all images into one sequence without a batch axis.
         feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
             in the order in which it reads them.

@@ -1,15 +1,8 @@
 """Scale the keys of chosen blocks in a plain forward pass, without nnsight.
 
-::
-
-    q, k, v = projections, norms, RoPE          the module's own forward
-    cache.update(k, v)                          the cache keeps clean keys
-    attention = REGISTRY[module.config...]      <- this look-up finds our function
-    attention(module, q, edit(k), v, mask)      the base function, with edited keys
-
 The attention module gets a shallow copy of its config, with a name of our own for the function it
-looks up. Keys are so edited after RoPE and k-norm, at every pass, under the model's own kernel. Head
-dimensions that a trace adds for a bias of the logits are no part of the keys, and stay as they are.
+looks up: that edits the keys after RoPE and k-norm, and calls the model's own kernel. The cache keeps
+clean keys, and head dimensions that a trace adds for a bias of the logits stay as they are.
 """
 
 from __future__ import annotations

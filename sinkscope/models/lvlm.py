@@ -36,16 +36,13 @@ class LVLM:
     """A vision-language model with named sites; every pass runs in evaluation mode.
 
     Args:
-        module: A ``transformers`` image-text-to-text model.
+        module: A ``transformers`` image-text-to-text model; ModelError if sinkscope cannot read it.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
         verify: Whether two short passes prove the anatomy now, where there is a processor and weights.
 
     Attributes:
         name: Repository id, folder, or class name.
         verified: Whether a forward pass has proven the anatomy when the model was loaded.
-
-    Raises:
-        ModelError: If the model is no LVLM that sinkscope can read.
     """
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
@@ -77,7 +74,7 @@ class LVLM:
         trust_remote_code: bool = False,
         verify: bool = True,
     ) -> LVLM:
-        """Load a model and its processor from a hub repository or a folder.
+        """Load a model and its processor from a hub repository or a folder; ``verify`` as for the class.
 
         Args:
             name: Repository id or folder.
@@ -90,7 +87,6 @@ class LVLM:
 
         Raises:
             CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is wrong.
-            ModelError: If it is no LVLM that sinkscope can read.
         """
         check_flags(verify=verify)  # before the weights are read
         options = dict(
@@ -187,7 +183,7 @@ class LVLM:
             probes: The probes; their results are found by the probe object.
             interventions: The interventions; what they did stands in ``run.effects``.
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
-            remote: See `from_pretrained`; None for what the model was loaded with.
+            remote: As in `from_pretrained`, whose value None stands for.
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
@@ -285,12 +281,10 @@ class LVLM:
         return self._open.root
 
     def site(self, tower: Tower, layer: int, name: str) -> Any:
-        """The value at a site of `sinkscope.sites` inside the block of `trace`.
+        """The value at a site of `sinkscope.sites` inside the block of `trace`, else ProbeError.
 
         States are the model's own tensor, and may be edited in place; a branch that the model multiplies
         by a factor is a copy: use `set_site`. ``"attention"`` gives a list of ``(function, args, kwargs)``.
-
-        ProbeError or LayerError if there is no such site, or no block is running.
         """
         return self._open.site(tower, layer, name)
 

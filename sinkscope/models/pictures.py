@@ -221,10 +221,7 @@ def identified(records: Sequence[T]) -> list[T]:
 
 
 def clusters_of(image_ids: Iterable[Any]) -> list[str]:
-    """The same name for all records that share an image, directly or through others.
-
-    Takes ids as `ImageIds` gives them; refuses a missing one: questions without an image are no group.
-    """
+    """The same name for records that share an image, also through others; of ids of `ImageIds`, all there."""
     root: dict[str, str] = {}
 
     def find(name: str) -> str:

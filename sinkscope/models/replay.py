@@ -1,17 +1,7 @@
 """Run the decoder once, and any number of times again from one of its blocks on.
 
-::
-
-    capture    embeds -> block 0 -> block 1 -> block 2 -> block 3 -> norm        no gradient
-                            |          |          |          |
-                          states[0]  states[1]  states[2]  states[3]             [row pos d_model]
-
-    resume(2)  ........................ states[2] -> block 2 -> block 3 -> norm -> hidden
-                                                     keys times factors
-
 An edit of the keys of block b changes nothing before block b. `resume` calls the model's own decoder
 again, with the arguments it had; blocks before b pass on the state that was captured, at no cost.
-Rows may be repeated, with other factors each, and gradients reach the factors.
 """
 
 from __future__ import annotations
@@ -116,9 +106,11 @@ def resume(
 ) -> Tensor:
     """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
 
+    LayerError if the block was not captured, InputError if rows or factors do not fit.
+
     Args:
         captured: The pass.
-        block: The block whose keys are scaled, among those captured. Everything before it is reused.
+        block: The block whose keys are scaled; everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
             1 for text and padding.
         rows: Which captured row each row is, with repeats; None for all of them once.
@@ -128,10 +120,6 @@ def resume(
 
     Returns:
         Hidden states after the final norm, ``[row pos d_model]``.
-
-    Raises:
-        LayerError: If the block was not captured.
-        InputError: If a row is unknown, or the factors do not fit the rows.
     """
     state, n, deciding = captured.state(block), len(captured), later or {}
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)

@@ -53,8 +53,8 @@ def build_token_map(
     prefix, unit = anatomy.family.prefix(config), anatomy.merge**2
     # What the projector sees of an image, merged: CLS too where it is not dropped.
     counts = [(len(prefix) + g.rows * g.columns - anatomy.drops) // unit for g in grids]
-    batch_rows = _assign_images(visual, counts)
-    vision = _vision_map(anatomy, config, inputs, grids, torch.tensor(batch_rows))
+    batch_rows = torch.tensor(_assign_images(visual, counts))
+    vision = _vision_map(anatomy, config, inputs, grids, batch_rows)
     image, index, rank = _place_images(visual, counts, batch_rows)
     sources = rank[..., None] * unit + torch.arange(unit)
     if anatomy.family.pooled:
@@ -110,22 +110,14 @@ def _assign_images(visual: Tensor, counts: Sequence[int]) -> list[int]:
     return rows
 
 
-def _place_images(
-    visual: Tensor, counts: Sequence[int], rows: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which image of its row, which of the batch, and which token of its image each position is.
-
-    All int ``[batch pos]``, -1 elsewhere; the image positions of a row go to its images in order.
-    """
-    image, index, rank = (torch.full(tuple(visual.shape), -1) for _ in range(3))
-    taken, order = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
-    for i, (count, row) in enumerate(zip(counts, rows, strict=True)):
-        here = visual[row].nonzero().flatten()[taken[row] : taken[row] + count]
-        image[row, here], index[row, here] = order[row], i
-        rank[row, here] = torch.arange(count)
-        taken[row] += count
-        order[row] += 1
-    return image, index, rank
+def _place_images(visual: Tensor, counts: Sequence[int], rows: Tensor) -> tuple[Tensor, ...]:
+    """Image of the row, image of the batch, and token of the image, int ``[batch pos]``, -1 elsewhere."""
+    images = torch.arange(len(counts))
+    index = images.repeat_interleave(torch.tensor(counts))
+    order = images - torch.searchsorted(rows, rows)  # images of a row follow one another
+    rank = torch.cat([torch.arange(count) for count in counts])
+    empty = torch.full(visual.shape, -1)
+    return tuple(empty.masked_scatter(visual, found) for found in (order[index], index, rank))
 
 
 def _kinds_of(ids: Tensor, live: Tensor, visual: Tensor, tokenizer: Any) -> Tensor:
