@@ -86,7 +86,7 @@ class Context:
         return mask
 
     def groups(self, tower: str, groups: Any) -> tuple[tuple[str, ...], Tensor]:
-        """Token groups as names, and one-hot columns in the model's layout, fp32 ``[row layer|1 key group]``."""
+        """Names of token groups, and one-hot columns in the model's layout, ``[row layer|1 key group]``."""
         check_groups(groups)
         masks = [self.select(tower, selection) for selection in groups.values()]
         many = self.tower(tower).n_layers if any(mask.ndim == 3 for mask in masks) else 1

@@ -67,8 +67,7 @@ def check_kernels(config: Any) -> None:
         if "flex" in kernel_of(part):
             raise ModelError(
                 f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel. Write attn_implementation='sdpa' where the model is loaded, "
-                "or model.set_attn_implementation('sdpa')."
+                "'eager' or a flash kernel. Write model.set_attn_implementation('sdpa')."
             )
 
 

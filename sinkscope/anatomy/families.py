@@ -202,9 +202,7 @@ FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3
 def family_of(model_type: str) -> Family:
     """The row of a ``config.model_type``; ModelError if no row exists yet."""
     if model_type not in FAMILIES:
-        raise ModelError(
-            f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}. "
-            f"{nearest(model_type, FAMILIES)} A new family is one row in "
-            "sinkscope/anatomy/families.py: see the contributing page."
-        )
+        got = f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}."
+        hint = "A new family is one row of a table: see the contributing page."
+        raise ModelError(f"{got} {nearest(model_type, FAMILIES)} {hint}")
     return FAMILIES[model_type]

@@ -15,7 +15,7 @@ from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeEr
 
 @dataclass(frozen=True)
 class TowerAnatomy:
-    """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block: dotted paths or findings.
+    """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block, paths are dotted.
 
     Attributes:
         branches: How attention and the MLP reach the residual stream, or why that could not be read.
@@ -88,8 +88,7 @@ class TowerAnatomy:
         if not self.projection[layer]:
             raise ModelError(
                 f"{self.attention[layer]} has no output projection that was found; expected a linear "
-                "map of its heads. AttentionMass and ValueNorms work on this model; please report "
-                "this class."
+                "map of its heads. AttentionMass and ValueNorms work here; please report this class."
             )
         return self.projection[layer], through
 
@@ -107,8 +106,7 @@ class TowerAnatomy:
                 kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
                 raise LayerError(
                     f"Got layer {layer!r}{kind} in the {self.tower} tower; expected 0 to {last}, never "
-                    f"negative: write {last} for the last block. Write layers=[0, 1] for two, or "
-                    "layers=None for all."
+                    f"negative: write {last} for the last block. Write layers=[0, 1], or layers=None for all."
                 )
         if not wanted:
             raise LayerError("Got no layers; expected at least one. Write layers=None for all.")

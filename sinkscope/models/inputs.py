@@ -55,8 +55,8 @@ def make_sample(
     config, family = module.config, anatomy.family
     if inputs is not None and (images is not None or text is not None):
         raise InputError(
-            "Got inputs together with images or text; expected either. Write lvlm.prepare(inputs=...) or "
-            "lvlm.prepare(images=..., text=...)."
+            "Got inputs together with images or text; expected either. Write prepare(inputs=...) or "
+            "prepare(images=..., text=...)."
         )
     raw, rows, prompts, sizes = inputs, None, None, None
     if inputs is None:
@@ -70,9 +70,8 @@ def make_sample(
         wanted = {*PER_POSITION, *family.image_inputs, *made}
         if strange := sorted(set(ready) - wanted):  # a filled cache, or how a pass is to run
             raise InputError(
-                f"Got the inputs {strange}; expected some of {sorted(wanted)}. A pass is measured whole, "
-                "and as the model is configured: leave the others out. Settings of decoding go to "
-                "lvlm.generate(...)."
+                f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out. "
+                "Settings of decoding go to lvlm.generate(...)."
             )
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokenizer = getattr(processor, "tokenizer", None)
@@ -114,9 +113,8 @@ def process(
     except (ValueError, TypeError, IndexError) as error:
         sizes = [image.size for row in rows for image in row]
         raise InputError(
-            f"The model's processor refuses images of {sizes} pixels (width, height) with "
-            f"{len(prompts)} prompts ({type(error).__name__}: {error}); expected what it was made for. "
-            "See its settings in lvlm.processor."
+            f"The processor refuses images of {sizes} pixels (width, height) and {len(prompts)} prompts "
+            f"({type(error).__name__}: {error}); expected what fits the settings of lvlm.processor."
         ) from error
     finally:
         tokenizer.padding_side = side
@@ -168,8 +166,7 @@ def check_inputs(
     if found or pixels:  # for videos the tower runs once more, and that is not read
         raise InputError(
             f"Got {found} video tokens (id {video_token_id}) and {'' if pixels else 'no '}"
-            "pixel_values_videos; expected still images, whose tokens alone are mapped to vision tokens "
-            "and pixels. Write the frames as images: lvlm.prepare(images=[frame, ...], text='...')."
+            "pixel_values_videos; expected still images. Write the frames as images=[frame, ...]."
         )
     if missing := [name for name in ("input_ids", "pixel_values") if name not in out]:
         raise InputError(

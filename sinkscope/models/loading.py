@@ -52,9 +52,8 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
         model, info = loader.from_pretrained(name, **rest)
     if missing := sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key):
         raise CheckpointError(
-            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected a whole "
-            "checkpoint. They would be random: download it again, or write the config that belongs "
-            "to these weights."
+            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected all. They would be "
+            "random: download it again, or write the config that belongs to these weights."
         )
     return model.eval(), processor
 

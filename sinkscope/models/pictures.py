@@ -78,8 +78,8 @@ def _found(place: str | os.PathLike[str]) -> IO[bytes]:
             return BytesIO(answer.read())
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(
-            f"Got the image {str(place)[:60]!r}, which could not be fetched ({error}); expected a URL that this "
-            "machine reaches. Otherwise save it and write the path of the file."
+            f"Got the image {str(place)[:60]!r}, which could not be fetched ({error}); expected a URL "
+            "that this machine reaches. Otherwise save it and write the path of the file."
         ) from error
 
 
@@ -140,8 +140,7 @@ def _levels(array: np.ndarray) -> np.ndarray:
     if low < 0 or high > full or nearly:
         raise InputError(
             f"Got an image of dtype {array.dtype} with values from {low:g} to {high:g}; expected 0 to "
-            f"{small} or 0 to {large}. Write image.clip(0, {small}) or scale it; pixels that are "
-            "normalised already go in as lvlm.prepare(inputs=...)."
+            f"{small} or {large}. Scale it; normalised pixels go in as lvlm.prepare(inputs=...)."
         )
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
 
@@ -221,7 +220,7 @@ def identified(records: Sequence[T]) -> list[T]:
 
 
 def clusters_of(image_ids: Iterable[Any]) -> list[str]:
-    """The same name for records that share an image, also through others; of ids of `ImageIds`, all there."""
+    """One name for records that share an image, also through others; InputError if an id is missing."""
     root: dict[str, str] = {}
 
     def find(name: str) -> str:

@@ -143,9 +143,8 @@ def _unfold(
         content = message.get("content")
         if "role" not in message or not isinstance(content, (str, list, tuple)):
             raise InputError(
-                f"{who} a message with {sorted(message)}; expected role and content, and content a str "
-                "or a list of parts. Write {'role': 'user', 'content': [{'type': 'image', 'image': "
-                "picture}, {'type': 'text', 'text': '...'}]}."
+                f"{who} a message with {sorted(message)}; expected role and content, a str or a list of "
+                "parts. Write {'role': 'user', 'content': [{'type': 'text', 'text': '...'}]}."
             )
         parts: list[Any] = []
         for part in () if isinstance(content, str) else content:

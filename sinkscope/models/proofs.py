@@ -87,9 +87,8 @@ def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
             off = float((first - second).abs().max())
             if not off <= 1e-2 * float(first.abs().max()):
                 raise ModelError(
-                    f"Two passes over one prompt differ by {off:.3g}, because the model draws random "
-                    "numbers in evaluation mode; expected equal passes. Give training=self.training "
-                    "to every functional dropout, or write verify=False to measure single draws."
+                    f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode; expected "
+                    "equal ones. Give training=self.training to dropout, or write verify=False."
                 )
 
 
@@ -172,9 +171,8 @@ def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
     made, read = made.reshape(-1, made.shape[-1]), read.reshape(-1, read.shape[-1])
     if not torch.equal(made, read):
         raise ModelError(
-            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
-            f"vision blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. "
-            "The family's row is wrong for this model: please report it."
+            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of vision "
+            f"blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. Please report it."
         )
 
 

@@ -220,9 +220,8 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
         limit *= max(1.0, float(theirs.abs().max()))
         if not error <= limit:
             raise ModelError(
-                f"The decoder's replayed logits{where} differ from the model's own by {error:.2g}; "
-                f"expected at most {limit:.2g}. If a gate is attached to the model, or hooks of yours "
-                "change it, take them off first; else please report this class."
+                f"The replayed logits{where} differ from the model's own by {error:.2g}; expected at "
+                f"most {limit:.2g}. If a gate, or hooks of yours change it, take them off first."
             )
 
 

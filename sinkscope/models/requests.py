@@ -153,10 +153,9 @@ def check_settings(options: Mapping[str, Any]) -> None:
     if strange := sorted(set(options) - SETTINGS):
         hint = nearest(strange[0], SETTINGS)
         raise InputError(
-            f"Got {strange} as options of generate; expected settings of decoding, such as "
-            f"eos_token_id=2. {hint if hint.startswith('Did') else ''} What a pass reads stands in the "
-            "sample: lvlm.prepare(...). Every answer begins without a cache, and kl, logits and grad "
-            "are for lvlm.run(...)."
+            f"Got {strange} as options of generate; expected settings of decoding: eos_token_id=2. "
+            f"{hint if hint.startswith('Did') else ''} Inputs stand in the sample, without a cache; "
+            "kl, logits and grad are for lvlm.run(...)."
         )
     if (many := options.get("max_new_tokens")) is not None:
         check_whole(1, max_new_tokens=many)

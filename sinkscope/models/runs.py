@@ -210,8 +210,8 @@ def finish_run(
     bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise errors.NonFiniteError(
-            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first in "
-            f"row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load it in bfloat16 or float32."
+            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first "
+            f"in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load in bfloat16 or float32."
         )
     results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
@@ -243,9 +243,8 @@ class OpenTrace:
             for site, (value, version) in self._copies.items():
                 if value._version != version:
                     raise errors.InterventionError(
-                        f"Got an edit in place of {site}, where the model multiplies by a factor and "
-                        "uses another tensor; expected lvlm.set_site"
-                        f"({site.tower!r}, {site.layer}, {site.name!r}, new)."
+                        f"Got an edit in place of {site}, a copy that the model does not use; expected "
+                        f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)."
                     )
         finally:
             self._root = self._tracer = None

@@ -104,8 +104,8 @@ def _assign_images(visual: Tensor, counts: Sequence[int]) -> list[int]:
     if wanted:
         raise InputError(
             f"Got {found} image tokens per row for {len(counts)} images of {list(counts)} tokens; "
-            f"expected {wanted} Pass the whole output of the model's own processor for these images; its "
-            "patch_size and num_additional_image_tokens must be those of the vision tower."
+            f"expected {wanted} Pass the whole output of the model's own processor for these images; "
+            "its patch_size and num_additional_image_tokens must be those of the vision tower."
         )
     return rows
 

@@ -169,9 +169,8 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
             made = hook(module, *given)
             if path in outputs and made is not None and made is not given[-1]:
                 raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before "
-                    "hooks run; expected hooks that only look. Remove it (handle.remove()), or write "
-                    "an intervention, such as ss.PatchActivations."
+                    f"Got a forward hook on {path!r} that replaces its output, which is read before; "
+                    "expected hooks that only look. Remove it, or write ss.PatchActivations(...)."
                 )
             return made
 
@@ -280,9 +279,8 @@ class Places:
                 self._there.model.to_model_key()
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
                 raise CheckpointError(
-                    f"The hub could not be asked for the canonical name of {name!r} "
-                    f"({type(error).__name__}); expected a public repository and a network. For a "
-                    "model that only exists here write remote='local'."
+                    f"The hub gave no canonical name of {name!r} ({type(error).__name__}); expected a "
+                    "public repository and a network. For a model that is here write remote='local'."
                 ) from error
         return self._there
 
