@@ -106,7 +106,7 @@ class TowerAnatomy:
                 kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
                 raise LayerError(
                     f"Got layer {layer!r}{kind} in the {self.tower} tower; expected 0 to {last}, never "
-                    f"negative: write {last} for the last block. Write layers=[0, 1], or layers=None for all."
+                    f"negative: write {last} for the last block. Write layers=[0, 1]; layers=None for all."
                 )
         if not wanted:
             raise LayerError("Got no layers; expected at least one. Write layers=None for all.")

@@ -76,6 +76,8 @@ class LVLM:
     ) -> LVLM:
         """Load a model and its processor from a hub repository or a folder; ``verify`` as for the class.
 
+        CheckpointError if the checkpoint is missing, incomplete or corrupt, or an option is wrong.
+
         Args:
             name: Repository id or folder.
             revision: Branch, tag or commit.
@@ -84,9 +86,6 @@ class LVLM:
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
             quantization_config: One of ``transformers``' configs, or the same as a dict.
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
-
-        Raises:
-            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is wrong.
         """
         check_flags(verify=verify)  # before the weights are read
         options = dict(
@@ -145,7 +144,7 @@ class LVLM:
         inputs: Mapping[str, Any] | None = None,
         rendered: bool = False,
     ) -> Sample:
-        """Images and text as model inputs, with a map of every token.
+        """Images and text as model inputs, with a map of every token; InputError if they do not fit.
 
         Args:
             images: What `pictures.open_image` takes, or a list: all of one text, or one entry (an
@@ -155,9 +154,6 @@ class LVLM:
                 pictures, or take ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
-
-        Raises:
-            InputError: If something is missing or does not fit.
         """
         parts = self._module, self._processor, self.anatomy
         return preparing.make_sample(*parts, images, text, inputs, rendered=rendered)
@@ -176,7 +172,8 @@ class LVLM:
         """Run one forward pass with any number of probes and interventions.
 
         Probes see what the model uses after all edits of a site. Edits apply in list order; those of
-        one attention call in stages first: keys, logits, weights, values.
+        one attention call in stages first: keys, logits, weights, values. ProbeError or InterventionError
+        if one does not fit, NoEffectError if one touched nothing, NonFiniteError if live logits hold NaN.
 
         Args:
             sample: From `prepare`.
@@ -187,11 +184,6 @@ class LVLM:
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
-
-        Raises:
-            ProbeError: If a probe does not fit the model or the sample.
-            InterventionError: If an intervention does not fit; NoEffectError if it touched nothing.
-            NonFiniteError: If live logits hold NaN.
         """
         check_flags(kl=kl, grad=grad)
         asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
@@ -231,10 +223,8 @@ class LVLM:
             interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
             options: Further settings of ``generate`` with one query per row, such as no beams. A
-                static cache is replaced by one that grows, which changes no number.
-
-        Raises:
-            InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
+                static cache is replaced by one that grows, which changes no number. InputError if they,
+                or the model's ``generation_config``, ask for what cannot be probed.
         """
         asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
         where = self._places.choose(remote)

@@ -39,10 +39,7 @@ def open_image(image: Any) -> Image.Image:
         image: PIL image, path, URL (``http``, ``https``, ``file``, ``data``), the bytes of a file, an
             open file, a dict with bytes or path as ``datasets`` gives it, or a numpy array or tensor:
             ``[height width]``, or with 1, 3 or 4 channels first or last; bool, integers to 255 or
-            65535, floats to 1 or 255.
-
-    Raises:
-        InputError: If it is none of these, is not there, or cannot be read.
+            65535, floats to 1 or 255. InputError if it is none of these, or cannot be read.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path") or image

@@ -55,9 +55,7 @@ def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
     * two passes compute the same, if a pass draws random numbers, and nothing is NaN.
 
     To save time the pass with a picture ends in the decoder's first block, and words alone go through.
-
-    Returns:
-        ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
+    Returns ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
         sample = lvlm.prepare(images=_test_image(), text="a")
@@ -87,8 +85,8 @@ def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
             off = float((first - second).abs().max())
             if not off <= 1e-2 * float(first.abs().max()):
                 raise ModelError(
-                    f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode; expected "
-                    "equal ones. Give training=self.training to dropout, or write verify=False."
+                    f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode; "
+                    "expected equal ones. Give training=self.training to dropout, or verify=False."
                 )
 
 
