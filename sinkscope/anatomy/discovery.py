@@ -13,6 +13,7 @@ from sinkscope.anatomy.families import family_of
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ModelError
 
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
 LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
@@ -174,13 +175,6 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
     return mlp.get_submodule(path), neurons
 
 
-def output_projection(attention: nn.Module) -> nn.Module | None:
-    """The module that maps head outputs back to the residual stream."""
-    names = ("o_proj", "out_proj", "proj", "dense", "wo")
-    children = (getattr(attention, name, None) for name in names)
-    return next((child for child in children if isinstance(child, nn.Module)), None)
-
-
 def read_tower(
     tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
@@ -193,8 +187,12 @@ def read_tower(
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     names = [name for child in attentions for name, _ in child.named_parameters()]
 
-    def path(module: nn.Module | None) -> str:
-        return "" if module is None else paths[id(module)]
+    def path(module: nn.Module) -> str:
+        return paths[id(module)]
+
+    def projection(attention: nn.Module) -> str:
+        children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
+        return next((paths[id(one)] for one in children if isinstance(one, nn.Module)), "")
 
     return TowerAnatomy(
         tower=tower,
@@ -203,7 +201,7 @@ def read_tower(
         mlp=tuple(map(path, mlps)),
         branches=tuple(read_branches(*part, width) for part in parts),
         neurons=tuple("" if last is None else path(last[0]) for last in neurons),
-        projection=tuple(path(output_projection(child)) for child in attentions),
+        projection=tuple(map(projection, attentions)),
         calls=tuple(read_attention_call(child, path(child)) for child in attentions),
         d_model=width,
         heads=heads,

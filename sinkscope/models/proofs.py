@@ -58,7 +58,9 @@ def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
     Returns ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
-        sample = lvlm.prepare(images=_test_image(), text="a")
+        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+        image = Image.fromarray(noise.to(torch.uint8).numpy())  # no two of its patches are alike
+        sample = lvlm.prepare(images=image, text="a")
         with _not_by_chance(lvlm, sample):
             _check_picture(lvlm, sample)
             words, sums = _words_only(sample), _sums(lvlm, "language")
@@ -149,12 +151,6 @@ def _words_only(sample: Sample) -> Sample:
     inputs = {name: sample.inputs[name][:, words] for name in ("input_ids", "attention_mask")}
     tokens = replace(sample.tokens, **tensors, words=None)
     return Sample(inputs, tokens, made_for=sample.made_for)
-
-
-def _test_image() -> Image.Image:
-    """A small image with structure, so that no two patches are alike."""
-    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
 def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:

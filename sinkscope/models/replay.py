@@ -24,6 +24,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import lent, on_device, undisturbed
 
 Decide = Callable[[Tensor], Tensor]
+Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class Captured:
 
 
 def capture(
-    lvlm: LVLM, inputs: Given, blocks: Any = None, *, features: Any = None, whole: bool = True
+    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, features: Any = None, whole: bool = True
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
@@ -194,7 +195,7 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 
 
 @torch.no_grad()
-def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
+def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
     ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
