@@ -6,7 +6,7 @@ to edit, kernels do it inside the trace, and small tensors come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
-from sinkscope.errors import InterventionError
+from sinkscope.errors import InterventionError, SinkscopeError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
 from sinkscope.sites import Site
@@ -196,6 +196,24 @@ class Effect(Result):
             **{name: getattr(self, name).flatten().tolist() for name in names},
         }
         return pd.DataFrame(table)
+
+
+def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: str) -> list[Any]:
+    """The ``"probes"`` or ``"interventions"`` that came, checked to be objects of their protocol."""
+    own, such = getattr(came, "__name__", type(came).__name__), f"objects with {has}"
+    if isinstance(came, (type, kind)):
+        what, write = ("the class", f"{own}(...)") if isinstance(came, type) else ("one", name[:-1])
+        raise error(f"Got {what} {own}; expected a list of {name}. Write {name}=[{write}].")
+    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
+        raise error(f"Got {name}={came!r}; expected a list of {such}.")
+    out = list(came)
+    for it in out:
+        if isinstance(it, type):
+            got = f"Got the class {it.__name__} among the {name}; expected an object of it."
+            raise error(f"{got} Write {it.__name__}(...).")
+        if not isinstance(it, kind):
+            raise error(f"Got {it!r} among the {name}; expected {such}.")
+    return out
 
 
 def effect_from(

@@ -22,12 +22,9 @@ LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Where a module calls attention.
+    """Where a module calls attention: nnsight's labels of the binding of the function, and of the call.
 
-    Attributes:
-        bind: nnsight label of the binding whose value is the attention function.
-        call: nnsight label of the call.
-        fires: ``"once"`` per forward pass, or ``"per window"`` if the call sits in a loop.
+    ``fires`` is ``"once"`` per forward pass, or ``"per window"`` if the call sits in a loop.
     """
 
     bind: str

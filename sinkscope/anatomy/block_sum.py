@@ -1,12 +1,7 @@
-"""What a block adds to the residual stream: its two branches, attention and MLP.
+"""What a block adds to the residual stream: its two branches, attention and MLP, and their factors.
 
-::
-
-    stream ------------------------------------------(+)---> stream
-       `---> norm ---> attention ---> LayerScale ---> x 0.22 --'
-
-This is read in the source of the block: ``forward`` is followed with sums of terms in the place of
-tensors. Modules without effect in evaluation, such as dropout, are left out.
+The source of ``forward`` is followed with sums of terms in the place of tensors. Modules without effect
+in evaluation, such as dropout, are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ class Branch:
         path: Dotted path of the module whose output the block adds, times the factors.
         factors: Paths of the numbers or parameters that multiply that output.
         through: Paths of all modules and factors from the branch's own module to the stream, in order.
-        norm: Whether one of them is a norm, which divides what a token gets by its size.
+        norm: Whether one of them is a norm.
     """
 
     path: str

@@ -18,11 +18,8 @@ from sinkscope.tokens import Selection, TokenMap
 class Context:
     """The model's anatomy and the sample's tokens at one step.
 
-    Attributes:
-        anatomy: The model's anatomy.
-        tokens: The sample's TokenMap.
-        step: 0 for the prompt, 1, 2, ... for the decode steps of ``generate``.
-        ended: Bool ``[batch]``, rows whose answer ended before this step; None while unknown.
+    ``step`` is 0 for the prompt, 1, 2, ... for decode steps; ``ended``, bool ``[batch]``, are rows whose
+    answer ended before this step, None while unknown.
     """
 
     anatomy: Anatomy
@@ -62,9 +59,7 @@ class Context:
     @property
     def _going(self) -> Tensor:
         """Rows whose answer has not ended, bool ``[batch]``."""
-        if self.ended is None:
-            return torch.ones(self.tokens.live.shape[0], dtype=torch.bool)
-        return ~self.ended
+        return torch.ones(len(self.tokens.live)).bool() if self.ended is None else ~self.ended
 
     def layout(self, tower: str) -> Tensor | None:
         """The packed layout of the vision tower, or None."""
@@ -91,10 +86,7 @@ class Context:
         return mask
 
     def groups(self, tower: str, groups: Any) -> tuple[tuple[str, ...], Tensor]:
-        """Token groups (name -> selection) as names, and one-hot columns in the model's own layout.
-
-        The columns are fp32 ``[row layer|1 key group]``.
-        """
+        """Names of token groups, and one-hot columns in the model's layout, ``[row layer|1 key group]``."""
         check_groups(groups)
         masks = [self.select(tower, selection) for selection in groups.values()]
         many = self.tower(tower).n_layers if any(mask.ndim == 3 for mask in masks) else 1
@@ -106,8 +98,7 @@ class Context:
 
         ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``.
         """
-        layout = self.layout(tower)
-        if layout is None:
+        if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]
         packed = torch.empty_like(flat)
@@ -116,8 +107,7 @@ class Context:
 
     def packed_rows(self, tower: str, mask: Tensor) -> Tensor:
         """Positions of a mask ``[row pos]`` in the model's layout, int ``[row|1 chosen]``, -1 padded."""
-        layout = self.layout(tower)
-        if layout is None:
+        if (layout := self.layout(tower)) is None:
             return indices_of(mask)
         chosen = layout[mask][None]
         return chosen if chosen.shape[1] else torch.full((1, 1), -1)

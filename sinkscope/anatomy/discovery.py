@@ -68,8 +68,7 @@ def check_kernels(config: Any) -> None:
         if "flex" in kernel_of(part):
             raise ModelError(
                 f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel. Write attn_implementation='sdpa' where the model is loaded, "
-                "or model.set_attn_implementation('sdpa')."
+                "'eager' or a flash kernel. Write model.set_attn_implementation('sdpa')."
             )
 
 
@@ -137,7 +136,7 @@ def attention_child(block: nn.Module) -> nn.Module | None:
     for name, child in children.items():
         if ("attn" in name or "attention" in name) and "norm" not in name:
             calling.append(child)
-    return calling[0] if calling else None
+    return next(iter(calling), None)
 
 
 def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
@@ -176,27 +175,24 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
     return mlp.get_submodule(path), neurons
 
 
-def output_projection(attention: nn.Module) -> nn.Module | None:
-    """The module that maps head outputs back to the residual stream."""
-    children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
-    return next((child for child in children if isinstance(child, nn.Module)), None)
-
-
 def read_tower(
     tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
     """Read one tower."""
-    where = [paths[id(block)] for block in blocks]
+    where, width = [paths[id(block)] for block in blocks], config.hidden_size
     attentions = [child for block in blocks if (child := attention_child(block)) is not None]
     mlps = [mlp_child(*parts) for parts in zip(blocks, attentions, where, strict=True)]
-    width = config.hidden_size
     parts = zip(where, blocks, attentions, mlps, strict=True)
     neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     names = [name for child in attentions for name, _ in child.named_parameters()]
 
-    def path(module: nn.Module | None) -> str:
-        return "" if module is None else paths[id(module)]
+    def path(module: nn.Module) -> str:
+        return paths[id(module)]
+
+    def projection(attention: nn.Module) -> str:
+        children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
+        return next((paths[id(one)] for one in children if isinstance(one, nn.Module)), "")
 
     return TowerAnatomy(
         tower=tower,
@@ -205,7 +201,7 @@ def read_tower(
         mlp=tuple(map(path, mlps)),
         branches=tuple(read_branches(*part, width) for part in parts),
         neurons=tuple("" if last is None else path(last[0]) for last in neurons),
-        projection=tuple(path(output_projection(child)) for child in attentions),
+        projection=tuple(map(projection, attentions)),
         calls=tuple(read_attention_call(child, path(child)) for child in attentions),
         d_model=width,
         heads=heads,

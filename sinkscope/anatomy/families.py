@@ -19,11 +19,9 @@ from sinkscope.errors import InputError, ModelError, nearest
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How one image lies on its patch grid.
+    """How one image lies on its grid of patches.
 
     Attributes:
-        rows: Patch rows.
-        columns: Patch columns.
         patch: Patch side in model-input pixels.
         scale: Original pixels per input pixel, ``(x, y)``.
         offset: Original pixel at the input's top left corner, ``(x, y)``.
@@ -72,7 +70,7 @@ def resized_and_cropped(
         shift_x = shift_y = 0.0
         if getattr(image_processor, "do_pad", False) and w != h:
             side = max(w, h)
-            shift_x, shift_y, w, h = -(side - w) / 2, -(side - h) / 2, side, side
+            shift_x, shift_y, w, h = (w - side) / 2, (h - side) / 2, side, side
         new_w, new_h = _resized(w, h, getattr(image_processor, "size", None), (width, height))
         scale = (w / new_w, h / new_h)
         left, top = (new_w - width) // 2, (new_h - height) // 2
@@ -87,9 +85,8 @@ def _resized(w: int, h: int, size: Any, crop: tuple[int, int]) -> tuple[int, int
     shortest = read("shortest_edge")
     if shortest is None:
         return int(read("width") or crop[0]), int(read("height") or crop[1])
-    if w <= h:
-        return int(shortest), int(int(shortest) * h / w)
-    return int(int(shortest) * w / h), int(shortest)
+    short = int(shortest)
+    return (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
 
 
 def smart_resized(
@@ -116,10 +113,9 @@ class Family:
     """What sinkscope must be told about a family.
 
     Attributes:
-        name: How we call it.
         merge: ``config -> patches per side that become one LLM token``.
         grids: The patch grids of the processed images.
-        projector: Where its projector may lie; the first path that exists is taken.
+        projector: Paths of the projector; the first that exists is taken.
         packed: Whether the vision tower packs all images into one sequence without a batch axis.
         feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
             in the order in which it reads them.
@@ -171,13 +167,9 @@ def _qwen_order(config: Any, grids: Tensor) -> Tensor:
     """Where each ViT token of the processor's order lies after the windows' permutation."""
     from transformers.vision_utils import get_vision_window_index
 
-    vision = config.vision_config
-    window, _ = get_vision_window_index(
-        grids,
-        spatial_merge_size=vision.spatial_merge_size,
-        window_size=vision.window_size,
-        patch_size=vision.patch_size,
-    )
+    vision, names = config.vision_config, ("spatial_merge_size", "window_size", "patch_size")
+    sizes = {name: getattr(vision, name) for name in names}
+    window, _ = get_vision_window_index(grids, **sizes)
     unit = vision.spatial_merge_size**2
     from_processor = (window[:, None] * unit + torch.arange(unit)).reshape(-1)
     return torch.argsort(from_processor)
@@ -202,10 +194,7 @@ QWEN2_5_VL = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
 )
 GEMMA3 = Family(
-    name="gemma3",
-    merge=_gemma_pool,
-    pooled=True,
-    feed_norm="model.vision_tower.post_layernorm",
+    name="gemma3", merge=_gemma_pool, pooled=True, feed_norm="model.vision_tower.post_layernorm"
 )
 FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3": GEMMA3}
 
@@ -213,9 +202,7 @@ FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3
 def family_of(model_type: str) -> Family:
     """The row of a ``config.model_type``; ModelError if no row exists yet."""
     if model_type not in FAMILIES:
-        raise ModelError(
-            f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}. "
-            f"{nearest(model_type, FAMILIES)} A new family is one row in "
-            "sinkscope/anatomy/families.py: see the contributing page."
-        )
+        got = f"Got model_type {model_type!r}; expected one of {tuple(FAMILIES)}."
+        hint = "A new family is one row of a table: see the contributing page."
+        raise ModelError(f"{got} {nearest(model_type, FAMILIES)} {hint}")
     return FAMILIES[model_type]

@@ -15,25 +15,17 @@ from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeEr
 
 @dataclass(frozen=True)
 class TowerAnatomy:
-    """One tower of transformer blocks; tuples have one entry per block, paths are dotted.
+    """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block, paths are dotted.
 
     Attributes:
-        tower: ``"vision"`` or ``"language"``.
-        blocks: Paths of the blocks.
-        attention: Paths of the attention modules.
-        mlp: Paths of the MLPs.
         branches: How attention and the MLP reach the residual stream, or why that could not be read.
         neurons: Paths of the MLPs' last projections, whose inputs are the neurons, or "".
         projection: Paths of the attention output projections, or "".
         calls: The attention calls, or why they were not found.
-        d_model: Width of the residual stream.
         heads: Query heads.
-        kv_heads: Key-value heads.
-        d_head: Head dimension.
         packed: Whether all images share one sequence without a batch axis.
         kernel: The attention implementation, such as ``"sdpa"``.
         learned_sink: Whether attention has a learned sink, which takes a share of no token.
-        softcap: Whether attention logits are soft-capped.
         d_mlp: Neurons of every MLP, 0 where none were found.
     """
 
@@ -77,8 +69,7 @@ class TowerAnatomy:
 
     def call(self, layer: int) -> AttentionCall:
         """The attention call of a block; AttentionCallError if it was not found in the source."""
-        found = self.calls[layer]
-        if isinstance(found, NoAttentionCall):
+        if isinstance(found := self.calls[layer], NoAttentionCall):
             raise AttentionCallError(found.reason + _others(self.attending))
         return found
 
@@ -87,22 +78,17 @@ class TowerAnatomy:
 
         ModelError if it could not be read, or was not what a pass has added.
         """
-        found = self.branches[layer]
-        if isinstance(found, NoBranch):
+        if isinstance(found := self.branches[layer], NoBranch):
             raise ModelError(found.reason + _others(self.adding))
         return found[0 if site == "attn_out" else 1]
 
     def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
-        """The paths of the output projection of heads, and of what follows it up to the stream.
-
-        ModelError if there is no output projection, or its way could not be read.
-        """
+        """The paths of the output projection of heads, and of what follows it; ModelError if unknown."""
         through = self.branch("attn_out", layer).through
         if not self.projection[layer]:
             raise ModelError(
                 f"{self.attention[layer]} has no output projection that was found; expected a linear "
-                "map of its heads. AttentionMass and ValueNorms work on this model; please report "
-                "this class."
+                "map of its heads. AttentionMass and ValueNorms work here; please report this class."
             )
         return self.projection[layer], through
 
@@ -114,15 +100,13 @@ class TowerAnatomy:
         if layers is None:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
-        wanted: list[Any] = list(layers) if several else [layers]
-        last = self.n_layers - 1
+        wanted, last = list(layers) if several else [layers], self.n_layers - 1
         for layer in wanted:
             if not is_whole(layer, 0, last):
                 kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
                 raise LayerError(
                     f"Got layer {layer!r}{kind} in the {self.tower} tower; expected 0 to {last}, never "
-                    f"negative: write {last} for the last block. Write layers=[0, 1] for two, or "
-                    "layers=None for all."
+                    f"negative: write {last} for the last block. Write layers=[0, 1]; layers=None for all."
                 )
         if not wanted:
             raise LayerError("Got no layers; expected at least one. Write layers=None for all.")
@@ -136,20 +120,14 @@ def _others(layers: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Everything sinkscope knows about a model's layout.
+    """What sinkscope knows about a model's layout: both towers, the paths of other parts, and numbers.
 
     Attributes:
-        model_type: ``config.model_type``.
-        family: The family's row of data.
-        vision: The vision tower.
-        language: The decoder.
-        projector: Dotted path of the projector.
         feeds: Vision blocks whose ``resid_post`` feeds the projector, in the order it reads them.
         drops: How many leading ViT tokens (CLS) the projector does not see.
         merge: How many patches per side become one LLM token.
-        final_norm: Dotted path of the decoder's final norm.
-        head: Dotted path of the LM head.
-        image_token_id: The id of image positions.
+        final_norm: Path of the decoder's final norm.
+        head: Path of the LM head.
         vocab: Number of token ids.
     """
 
@@ -170,9 +148,8 @@ class Anatomy:
         """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
 
         def kept(tower: TowerAnatomy) -> TowerAnatomy:
-            pairs = enumerate(tower.branches)
-            found = tuple(missing.get((tower.tower, i), pair) for i, pair in pairs)
-            return replace(tower, branches=found)
+            found = (missing.get((tower.tower, i), it) for i, it in enumerate(tower.branches))
+            return replace(tower, branches=tuple(found))
 
         return replace(self, vision=kept(self.vision), language=kept(self.language))
 
@@ -184,7 +161,6 @@ class Anatomy:
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         if name not in ("vision", "language"):
-            raise ProbeError(
-                f"Got tower={name!r}; expected 'vision' or 'language'. Write tower='vision' for a ViT."
-            )
+            got = f"Got tower={name!r}; expected 'vision' or 'language'."
+            raise ProbeError(f"{got} Write tower='vision' for a ViT.")
         return self.vision if name == "vision" else self.language

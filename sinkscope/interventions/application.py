@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -10,33 +10,22 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention, Model, Probe
+from sinkscope.protocols import (
+    BaseIntervention,
+    Edit,
+    Effect,
+    Intervention,
+    Model,
+    Probe,
+    as_list,
+)
 from sinkscope.results import kl_of_next
 
 
 def check_interventions(interventions: Any) -> list[Intervention]:
     """The interventions as a list; InterventionError if something else came."""
-    came, name = interventions, getattr(interventions, "__name__", type(interventions).__name__)
-    if isinstance(came, (type, Intervention)):
-        what, write = ("the class", f"{name}(...)") if isinstance(came, type) else ("one", "it")
-        raise InterventionError(
-            f"Got {what} {name}; expected a list of interventions. Write interventions=[{write}]."
-        )
-    such = "such as ss.MaskKeys(trace.v_sinks, layers=[4])."
-    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
-        raise InterventionError(f"Got interventions={came!r}; expected a list of objects {such}")
-    out = list(came)
-    for it in out:
-        if isinstance(it, type):
-            raise InterventionError(
-                f"Got the class {it.__name__} among the interventions; expected an object of it. "
-                f"Write {it.__name__}(...)."
-            )
-        if not isinstance(it, Intervention):
-            raise InterventionError(
-                f"Got {it!r} among the interventions; expected objects with edits(), steps and "
-                f"allow_noop, {such}"
-            )
+    such = "edits(), steps and allow_noop, such as ss.MaskKeys(trace.v_sinks, layers=[4])"
+    out = as_list(interventions, Intervention, InterventionError, "interventions", such)
     if len({id(it) for it in out}) < len(out):
         raise InterventionError(
             "Got the same intervention object twice; expected each once, because its effect is found "

@@ -16,10 +16,7 @@ from sinkscope.anatomy.attention_call import NoAttentionCall
 from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 
-SAMPLES = 32
-"""Values read of every tensor, evenly spaced."""
-ASKED = "What is it, and how many are there: 0, 1 or 23?"
-"""A question that is prepared to see what the template and the tokenizer make of one."""
+SAMPLES = 32  # values read of every tensor, evenly spaced
 
 
 def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
@@ -85,11 +82,11 @@ def preparation_digest(lvlm: Any) -> str | None:
     It takes the image processor's settings, and the token ids and shapes of a fixed question about a
     fixed image; no pixels, whose last bits may differ between machines.
     """
-    processor: Any = lvlm.processor
-    if processor is None:
+    if (processor := lvlm.processor) is None:
         return None
     images = getattr(processor, "image_processor", None)
-    sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=ASKED)
+    asked = "What is it, and how many are there: 0, 1 or 23?"
+    sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=asked)
     tensors = {name: value for name, value in sample.inputs.items() if isinstance(value, Tensor)}
     parts = {
         "classes": [type(x).__name__ for x in (processor, images, lvlm.tokenizer)],

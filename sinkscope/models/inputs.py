@@ -21,7 +21,6 @@ from sinkscope.tokens import TokenMap
 
 Given = dict[str, Any]
 """Keyword arguments of the decoder."""
-PLAIN = (type(None), bool, int, float, str)
 DROPPED = ("past_key_values", "use_cache", "cache_position", "return_dict")
 TYPES = ("token_type_ids", "mm_token_type_ids")
 PER_POSITION = ("input_ids", "attention_mask", "position_ids", *TYPES)
@@ -30,11 +29,9 @@ PER_POSITION = ("input_ids", "attention_mask", "position_ids", *TYPES)
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prepared batch.
+    """A prepared batch: ``inputs`` for the model, and ``tokens``, what every position is.
 
     Attributes:
-        inputs: What the model is called with.
-        tokens: What every position is.
         images: The images of every row, as people see them; None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
         made_for: The layout of the model it was prepared for (`identity.layout_of`).
@@ -51,37 +48,30 @@ class Sample:
 
 
 def make_sample(
-    module: Any,
-    processor: Any,
-    anatomy: Anatomy,
-    images: Any,
-    text: Any,
-    inputs: Any,
-    *,
-    rendered: Any = False,
+    module: Any, processor: Any, anatomy: Anatomy, *given: Any, rendered: Any = False
 ) -> Sample:
-    """Inputs and their TokenMap; see `LVLM.prepare`."""
+    """Inputs and their TokenMap, of ``given`` images, text and inputs; see `LVLM.prepare`."""
+    images, text, inputs = given
     config, family = module.config, anatomy.family
     if inputs is not None and (images is not None or text is not None):
         raise InputError(
-            "Got inputs together with images or text; expected either. Write "
-            "lvlm.prepare(inputs=...) or lvlm.prepare(images=..., text=...)."
+            "Got inputs together with images or text; expected either. Write prepare(inputs=...) or "
+            "prepare(images=..., text=...)."
         )
     raw, rows, prompts, sizes = inputs, None, None, None
     if inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
         sizes = [image.size for row in rows for image in row]
     known = module.get_input_embeddings().weight.shape[0]
-    video = getattr(config, "video_token_id", None)
-    ready = check_inputs(raw, known, anatomy.image_token_id, video)
+    ids = (anatomy.image_token_id, getattr(config, "video_token_id", None))
+    ready = check_inputs(raw, known, *ids)
     if inputs is not None:
         made = getattr(processor, "model_input_names", None) or ()
         wanted = {*PER_POSITION, *family.image_inputs, *made}
         if strange := sorted(set(ready) - wanted):  # a filled cache, or how a pass is to run
             raise InputError(
-                f"Got the inputs {strange}; expected some of {sorted(wanted)}. A pass is measured whole, "
-                "and as the model is configured: leave the others out. Settings of decoding go to "
-                "lvlm.generate(...)."
+                f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out. "
+                "Settings of decoding go to lvlm.generate(...)."
             )
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokenizer = getattr(processor, "tokenizer", None)
@@ -123,9 +113,8 @@ def process(
     except (ValueError, TypeError, IndexError) as error:
         sizes = [image.size for row in rows for image in row]
         raise InputError(
-            f"The model's processor refuses images of {sizes} pixels (width, height) with "
-            f"{len(prompts)} prompts ({type(error).__name__}: {error}); expected what it was made for. "
-            "See its settings in lvlm.processor."
+            f"The processor refuses images of {sizes} pixels (width, height) and {len(prompts)} prompts "
+            f"({type(error).__name__}: {error}); expected what fits the settings of lvlm.processor."
         ) from error
     finally:
         tokenizer.padding_side = side
@@ -177,8 +166,7 @@ def check_inputs(
     if found or pixels:  # for videos the tower runs once more, and that is not read
         raise InputError(
             f"Got {found} video tokens (id {video_token_id}) and {'' if pixels else 'no '}"
-            "pixel_values_videos; expected still images, whose tokens alone are mapped to vision tokens "
-            "and pixels. Write the frames as images: lvlm.prepare(images=[frame, ...], text='...')."
+            "pixel_values_videos; expected still images. Write the frames as images=[frame, ...]."
         )
     if missing := [name for name in ("input_ids", "pixel_values") if name not in out]:
         raise InputError(
@@ -187,10 +175,8 @@ def check_inputs(
         )
     for name in ("input_ids", "pixel_values", "attention_mask"):
         if name in out and not isinstance(out[name], Tensor):
-            raise InputError(
-                f"Got {name} of type {type(out[name]).__name__}; expected a tensor. Write "
-                "return_tensors='pt'."
-            )
+            got = f"Got {name} of type {type(out[name]).__name__}"
+            raise InputError(f"{got}; expected a tensor. Write return_tensors='pt'.")
     mask = out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if problem := _wrong_ids(out["input_ids"], mask, vocab, image_token_id):
         raise InputError(f"Got {problem}")
@@ -202,15 +188,11 @@ def check_inputs(
 def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> str:
     """What is wrong with ids and their mask, or ""."""
     if ids.ndim != 2:
-        return (
-            f"input_ids of shape {tuple(ids.shape)}; expected a tensor [batch pos]. Write "
-            "input_ids[None] for a single row."
-        )
+        shape = f"input_ids of shape {tuple(ids.shape)}"
+        return f"{shape}; expected a tensor [batch pos]. Write input_ids[None] for a single row."
     if mask.shape != ids.shape:
-        return (
-            f"an attention_mask of shape {tuple(mask.shape)} and input_ids of shape "
-            f"{tuple(ids.shape)}; expected the same shape."
-        )
+        shapes = f"{tuple(mask.shape)} and input_ids of shape {tuple(ids.shape)}"
+        return f"an attention_mask of shape {shapes}; expected the same shape."
     if len(other := mask[(mask != 0) & (mask != 1)].unique()):
         return (
             f"an attention_mask with the values {other[:3].tolist()}; expected 1 for tokens and 0 for "
@@ -269,7 +251,8 @@ def checked(given: Mapping[str, Any]) -> Given:
     """The arguments without those of the cache; all others can be cut into rows."""
     out = {k: v for k, v in given.items() if k not in DROPPED and v is not None}
     known = ("inputs_embeds", "attention_mask", "position_ids")
-    strange = [k for k, v in out.items() if k not in known and not isinstance(v, PLAIN)]
+    plain = (type(None), bool, int, float, str)
+    strange = [k for k, v in out.items() if k not in known and not isinstance(v, plain)]
     if strange or not isinstance(out.get("inputs_embeds"), Tensor):
         raise ModelError(
             f"The decoder is called with {sorted(out)}; expected inputs_embeds, attention_mask, "

@@ -1,15 +1,8 @@
 """Scale the keys of chosen blocks in a plain forward pass, without nnsight.
 
-::
-
-    q, k, v = projections, norms, RoPE          the module's own forward
-    cache.update(k, v)                          the cache keeps clean keys
-    attention = REGISTRY[module.config...]      <- this look-up finds our function
-    attention(module, q, edit(k), v, mask)      the base function, with edited keys
-
 The attention module gets a shallow copy of its config, with a name of our own for the function it
-looks up. Keys are so edited after RoPE and k-norm, at every pass, under the model's own kernel. Head
-dimensions that a trace adds for a bias of the logits are no part of the keys, and stay as they are.
+looks up: that edits the keys after RoPE and k-norm, and calls the model's own kernel. The cache keeps
+clean keys, and head dimensions that a trace adds for a bias of the logits stay as they are.
 """
 
 from __future__ import annotations
@@ -33,9 +26,8 @@ KeyEdit = Callable[[Tensor], Tensor]
 PassEdit = Callable[[Tensor, Mapping[str, Any]], Tensor]
 """Keys, and what else the attention function was called with by name, to keys."""
 NUMBERS = count()
-SHARED: WeakKeyDictionary[nn.Module, tuple[list[PassEdit], Callable[[], None]]] = (
-    WeakKeyDictionary()
-)
+Shared = tuple[list[PassEdit], Callable[[], None]]
+SHARED: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
 """By attention module: the edits of `share_keys`, and what ends them all."""
 
 
@@ -45,15 +37,10 @@ def scaled_keys(
 ) -> Iterator[None]:
     """Edit the keys of decoder blocks until the block ends; of nested contexts the inner edits first.
 
-    Args:
-        module: The whole model.
-        anatomy: Its anatomy.
-        edits: Block index -> function of the keys ``[row kv_head key d_head]`` (the whole cache)
-            to keys of the same shape; it must not write into its argument.
+    ``edits`` are functions, by block index, of the keys ``[row kv_head key d_head]`` (the whole cache) to
+    keys of the same shape, which must not write into their argument.
 
-    Raises:
-        LayerError: If there is no such block.
-        AttentionCallError: If a block does not call attention through transformers' registry.
+    LayerError if there is no such block; AttentionCallError if one has no attention registry.
     """
     hint = "Write {10: lambda key: 0.5 * key} to halve the logits of block 10."
     for block in edits:
@@ -69,7 +56,7 @@ def share_keys(
 ) -> Callable[[], None]:
     """Edit the keys of one block beside others that do so, until the function given back is called.
 
-    They apply in the order in which they came and may end in any order. None keeps the module alive.
+    They apply in the order of the calls and may end in any order. None keeps the module alive.
     """
     attention = module.get_submodule(anatomy.language.attention[block])
     if attention not in SHARED:
@@ -87,8 +74,7 @@ def share_keys(
 
     def end() -> None:
         mine.remove(edit)
-        module = seen()
-        if not mine and module is not None:
+        if not mine and (module := seen()) is not None:
             SHARED.pop(module)
             end_all()
 
@@ -107,7 +93,7 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
             "module of transformers 5. Please report this class."
         )
     width = getattr(attention, "head_dim", anatomy.language.d_head)
-    width = getattr(attention, "qk_head_dim", width)  # so latent attention says it
+    width = getattr(attention, "qk_head_dim", width)  # of latent attention
     before, ours = attention.config, copy.copy(attention.config)
     name = f"sinkscope_keys_{next(NUMBERS)}"
     ours._attn_implementation = {"": name}  # as a dict: the configs below are shared, and stay
@@ -131,8 +117,7 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
     seen = ref(attention)
 
     def end() -> None:
-        module = seen()
-        if module is not None:
+        if (module := seen()) is not None:
             module.config = before
         forget()
 

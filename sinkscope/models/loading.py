@@ -35,7 +35,7 @@ def open_checkpoint(
             "For a model you already hold write ss.LVLM(model, processor)."
         )
     folder = Path(name).expanduser()
-    where = str(folder) if folder.is_dir() else str(name)
+    where = str(folder if folder.is_dir() else name)
     if check_remote(remote) in (False, "local"):
         return *load(where, options), None
     wrapped = load_remote(where, options)
@@ -44,17 +44,16 @@ def open_checkpoint(
 
 def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """A model with weights, in evaluation mode, and its processor."""
-    config = load_config(name, options)
-    processor = load_processor(name, options)
     loader: Any = AutoModelForImageTextToText
     rest = {k: v for k, v in options.items() if v is not None}
+    rest |= {"config": load_config(name, options), "output_loading_info": True}
+    processor = load_processor(name, options)
     with _explained(name):
-        model, info = loader.from_pretrained(name, config=config, output_loading_info=True, **rest)
+        model, info = loader.from_pretrained(name, **rest)
     if missing := sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key):
         raise CheckpointError(
-            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected a whole "
-            "checkpoint. They would be random: download it again, or write the config that belongs "
-            "to these weights."
+            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected all. They would be "
+            "random: download it again, or write the config that belongs to these weights."
         )
     return model.eval(), processor
 
@@ -68,14 +67,13 @@ def load_remote(name: str, options: dict[str, Any]) -> Any:
             "elsewhere is loaded there. Leave it out, or leave out remote."
         )
     processor = load_processor(name, options)
-    rest = {k: options[k] for k in ("revision", "attn_implementation") if options.get(k)}
+    rest = {k: options[k] for k in ("revision", "attn_implementation") if options[k]}
     trust = options["trust_remote_code"]
     with _explained(name):
-        wrapped = wrap_remote(name, processor, trust_remote_code=trust, **rest)
-    module: Any = wrapped._module
+        wrapped: Any = wrap_remote(name, processor, trust_remote_code=trust, **rest)
     with suppress(OSError):  # a repository need not have one
-        given = options.get("revision") or "main"
-        module.generation_config = GenerationConfig.from_pretrained(name, revision=given)
+        given = options["revision"] or "main"
+        wrapped._module.generation_config = GenerationConfig.from_pretrained(name, revision=given)
     return wrapped
 
 
@@ -84,10 +82,8 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
     check_options(options)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"The folder {name!r} holds no config.json; expected a checkpoint written by "
-            "save_pretrained()."
-        )
+        got = f"The folder {name!r} holds no config.json"
+        raise CheckpointError(f"{got}; expected a checkpoint written by save_pretrained().")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or path.is_file()):
         raise CheckpointError(
             f"Got {name!r}, which is no folder; expected the folder that save_pretrained() wrote, or "
@@ -116,9 +112,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for key, known in (("revision", str), ("attn_implementation", (str, dict))):
         value = options.get(key)
         if value is not None and not isinstance(value, known):
-            raise CheckpointError(
-                f"Got {key}={value!r}; expected text. Write {key}: '...' in quotes in a recipe."
-            )
+            write = f"Write {key}: '...' in quotes in a recipe."
+            raise CheckpointError(f"Got {key}={value!r}; expected text. {write}")
     dtype = options.get("dtype")
     named = dtype in (None, "auto") or isinstance(dtype, torch.dtype)
     if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
@@ -129,19 +124,16 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def load_processor(name: str, options: dict[str, Any]) -> Any:
     """The processor, with a tokenizer and an image processor."""
-    files = "expected processor_config.json or preprocessor_config.json"
+    files = "expected processor_config.json or preprocessor_config.json, and tokenizer files"
+    what = f"The processor of {name!r}"
     try:
         processor: Any = processors.load_processor(name, **_source(options))
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"The processor of {name!r} could not be read ({_first_line(error)}); {files}, and "
-            "tokenizer files, beside the weights."
-        ) from error
+        got = f"{what} could not be read ({_first_line(error)})"
+        raise CheckpointError(f"{got}; {files}, beside the weights.") from error
     if lacks := [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]:
-        raise CheckpointError(
-            f"The processor of {name!r} is a {type(processor).__name__} without {lacks}; {files} "
-            "beside the weights."
-        )
+        got = f"{what} is a {type(processor).__name__} without {lacks}"
+        raise CheckpointError(f"{got}; {files}, beside the weights.")
     return processor
 
 
@@ -156,19 +148,16 @@ def _explained(name: str) -> Iterator[None]:
         hint = "expected a hub repository you may read, or a folder written by save_pretrained()."
         if "trust_remote_code" in str(error):
             hint = (
-                "it holds its own code; expected a model of transformers itself. If you have read and "
-                "trust that code, write trust_remote_code=True."
+                "it holds its own code; expected a model of transformers itself. If you have read "
             )
+            hint += "and trust that code, write trust_remote_code=True."
         elif isinstance(error, SafetensorError):
             hint = "expected whole weight files: this one is damaged or cut off. Download it again."
         elif isinstance(error, ImportError):
-            hint = (
-                "expected that package: install it, or choose another attn_implementation or "
-                "quantization_config."
-            )
-        raise CheckpointError(
-            f"{name!r} could not be loaded ({_first_line(error)}); {hint}"
-        ) from error
+            hint = "expected that package: install it, or choose another attn_implementation or "
+            hint += "quantization_config."
+        got = f"{name!r} could not be loaded ({_first_line(error)})"
+        raise CheckpointError(f"{got}; {hint}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +16,10 @@ from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_flags
-from sinkscope.errors import ModelError
-from sinkscope.interventions.application import (
-    Edited,
-    check_interventions,
-    require_effects,
-    with_kl,
-)
+from sinkscope.checks import check_choice, check_flags
+from sinkscope.errors import ModelError, ProbeError
+from sinkscope.interventions import application
+from sinkscope.interventions.application import Edited, check_interventions
 from sinkscope.models import inputs as preparing
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
@@ -30,7 +27,6 @@ from sinkscope.models.identity import layout_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
-from sinkscope.models.requests import plan_of
 from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
@@ -40,16 +36,13 @@ class LVLM:
     """A vision-language model with named sites; every pass runs in evaluation mode.
 
     Args:
-        module: A ``transformers`` image-text-to-text model.
+        module: A ``transformers`` image-text-to-text model; ModelError if sinkscope cannot read it.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
         verify: Whether two short passes prove the anatomy now, where there is a processor and weights.
 
     Attributes:
         name: Repository id, folder, or class name.
         verified: Whether a forward pass has proven the anatomy when the model was loaded.
-
-    Raises:
-        ModelError: If the model is no LVLM that sinkscope can read.
     """
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
@@ -81,7 +74,9 @@ class LVLM:
         trust_remote_code: bool = False,
         verify: bool = True,
     ) -> LVLM:
-        """Load a model and its processor from a hub repository or a folder.
+        """Load a model and its processor from a hub repository or a folder; ``verify`` as for the class.
+
+        CheckpointError if the checkpoint is missing, incomplete or corrupt, or an option is wrong.
 
         Args:
             name: Repository id or folder.
@@ -91,12 +86,6 @@ class LVLM:
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
             quantization_config: One of ``transformers``' configs, or the same as a dict.
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
-            trust_remote_code: Whether to run code from the repository.
-            verify: See the class.
-
-        Raises:
-            CheckpointError: If the checkpoint is missing, incomplete or corrupt, or an option is wrong.
-            ModelError: If it is no LVLM that sinkscope can read.
         """
         check_flags(verify=verify)  # before the weights are read
         options = dict(
@@ -155,7 +144,7 @@ class LVLM:
         inputs: Mapping[str, Any] | None = None,
         rendered: bool = False,
     ) -> Sample:
-        """Images and text as model inputs, with a map of every token.
+        """Images and text as model inputs, with a map of every token; InputError if they do not fit.
 
         Args:
             images: What `pictures.open_image` takes, or a list: all of one text, or one entry (an
@@ -165,9 +154,6 @@ class LVLM:
                 pictures, or take ``images`` in order.
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
-
-        Raises:
-            InputError: If something is missing or does not fit.
         """
         parts = self._module, self._processor, self.anatomy
         return preparing.make_sample(*parts, images, text, inputs, rendered=rendered)
@@ -186,37 +172,35 @@ class LVLM:
         """Run one forward pass with any number of probes and interventions.
 
         Probes see what the model uses after all edits of a site. Edits apply in list order; those of
-        one attention call in stages first: keys, logits, weights, values.
+        one attention call in stages first: keys, logits, weights, values. ProbeError or InterventionError
+        if one does not fit, NoEffectError if one touched nothing, NonFiniteError if live logits hold NaN.
 
         Args:
             sample: From `prepare`.
             probes: The probes; their results are found by the probe object.
             interventions: The interventions; what they did stands in ``run.effects``.
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
-            remote: See `from_pretrained`; None for what the model was loaded with.
+            remote: As in `from_pretrained`, whose value None stands for.
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
-
-        Raises:
-            ProbeError: If a probe does not fit the model or the sample.
-            InterventionError: If an intervention does not fit; NoEffectError if it touched nothing.
-            NonFiniteError: If live logits hold NaN.
         """
         check_flags(kl=kl, grad=grad)
         asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
         where = self._places.choose(remote, grad)
-        keep_all = checking.check_logits(logits, "last" if where else "all")
+        hint = "None is 'all' here and 'last' on remote runs."
+        check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
+        keep_all = (logits or ("last" if where else "all")) == "all"
         context = Context(self.anatomy, sample.tokens)
-        plan = plan_of(asked, edits, context, self)
+        plan = checking.plan_of(asked, edits, context, self)
         last = None if keep_all else sample.tokens.last
         made = run_plan(*self._on(where, sample), plan, last, where, grad)
         out = finish_run(made, asked, context, edits, keep_all=keep_all)
-        require_effects(edits, [out.effects])
+        application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
         plain = self.run(sample, logits="last", remote=remote)
-        return with_kl(out, plain, sample.tokens.last)
+        return application.with_kl(out, plain, sample.tokens.last)
 
     def generate(
         self,
@@ -234,16 +218,13 @@ class LVLM:
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
 
         Args:
-            sample: See `run`, as for the next two.
+            sample: See `run`, also for ``remote``.
             probes: Run at the prompt and at every step.
             interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
-            remote: See `run`.
             options: Further settings of ``generate`` with one query per row, such as no beams. A
-                static cache is replaced by one that grows, which changes no number.
-
-        Raises:
-            InputError: If options, or the model's ``generation_config``, ask for what cannot be probed.
+                static cache is replaced by one that grows, which changes no number. InputError if they,
+                or the model's ``generation_config``, ask for what cannot be probed.
         """
         asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
         where = self._places.choose(remote)
@@ -253,16 +234,16 @@ class LVLM:
         checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         both = enumerate((asked, later))
-        plans = [plan_of(p, edits, Context(self.anatomy, sample.tokens, i), self) for i, p in both]
+        context = partial(Context, self.anatomy, sample.tokens)
+        plans = [checking.plan_of(p, edits, context(step), self) for step, p in both]
         options |= checking.growing_cache(options, defaults)
         outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):
             ended = checking.ended_rows(sequences, prompt, step, ends)
-            context = Context(self.anatomy, sample.tokens, step, ended)
-            steps.append(finish_run(output, later if step else asked, context, edits))
-        require_effects(edits, [step.effects for step in steps])
+            steps.append(finish_run(output, later if step else asked, context(step, ended), edits))
+        application.require_effects(edits, [step.effects for step in steps])
         decode = getattr(self.tokenizer, "batch_decode", None)
         text = decode and tuple(decode(sequences[:, prompt:], skip_special_tokens=True))
         return Generation(sequences, text, tuple(steps))
@@ -290,12 +271,10 @@ class LVLM:
         return self._open.root
 
     def site(self, tower: Tower, layer: int, name: str) -> Any:
-        """The value at a site of `sinkscope.sites` inside the block of `trace`.
+        """The value at a site of `sinkscope.sites` inside the block of `trace`, else ProbeError.
 
         States are the model's own tensor, and may be edited in place; a branch that the model multiplies
         by a factor is a copy: use `set_site`. ``"attention"`` gives a list of ``(function, args, kwargs)``.
-
-        ProbeError or LayerError if there is no such site, or no block is running.
         """
         return self._open.site(tower, layer, name)
 

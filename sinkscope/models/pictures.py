@@ -22,8 +22,7 @@ from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
-NOT_READABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)
-"""What PIL raises on a file that is no image, is cut off, or is absurdly large."""
+NOT_READABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # PIL's errors
 PIXELS = "pixels:"
 """How the id of an image without one begins; digests of several are joined by ``|``."""
 T = TypeVar("T", bound=Any)
@@ -40,19 +39,15 @@ def open_image(image: Any) -> Image.Image:
         image: PIL image, path, URL (``http``, ``https``, ``file``, ``data``), the bytes of a file, an
             open file, a dict with bytes or path as ``datasets`` gives it, or a numpy array or tensor:
             ``[height width]``, or with 1, 3 or 4 channels first or last; bool, integers to 255 or
-            65535, floats to 1 or 255.
-
-    Raises:
-        InputError: If it is none of these, is not there, or cannot be read.
+            65535, floats to 1 or 255. InputError if it is none of these, or cannot be read.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path") or image
     if isinstance(image, Image.Image):
         return _read(image, str(image))
     if isinstance(image, (str, os.PathLike)):
-        shown = repr(str(image)[:60])
-        with _found(image, shown) as file:
-            return _read(file, shown)
+        with _found(image) as file:
+            return _read(file, repr(str(image)[:60]))
     if isinstance(image, bytes) or hasattr(image, "read"):
         return _read(BytesIO(image) if isinstance(image, bytes) else image, type(image).__name__)
     if getattr(image, "shape", None) is None or not hasattr(image, "__array__"):
@@ -63,7 +58,7 @@ def open_image(image: Any) -> Image.Image:
     return _read(_from_array(image), type(image).__name__)
 
 
-def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
+def _found(place: str | os.PathLike[str]) -> IO[bytes]:
     """The file at a path or a URL."""
     where = os.path.expanduser(os.fspath(place))
     if os.path.isfile(where):
@@ -80,8 +75,8 @@ def _found(place: str | os.PathLike[str], shown: str) -> IO[bytes]:
             return BytesIO(answer.read())
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(
-            f"Got the image {shown}, which could not be fetched ({error}); expected a URL that this "
-            "machine reaches. Otherwise save it and write the path of the file."
+            f"Got the image {str(place)[:60]!r}, which could not be fetched ({error}); expected a URL "
+            "that this machine reaches. Otherwise save it and write the path of the file."
         ) from error
 
 
@@ -93,24 +88,20 @@ def _read(given: Any, shown: str) -> Image.Image:
             if picture.mode.startswith(("I", "F")):
                 picture = Image.fromarray(_levels(np.asarray(picture)))
             if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-                picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
             return picture.convert("RGB")
     except InputError:
         raise
     except NOT_READABLE as error:
-        raise InputError(
-            f"Got {shown}, which is no readable image ({error}); expected a PNG, JPEG or other file "
-            "that PIL opens."
-        ) from error
+        got = f"Got {shown}, which is no readable image ({error})"
+        raise InputError(f"{got}; expected a PNG, JPEG or other file that PIL opens.") from error
 
 
 def _from_array(values: Any) -> Image.Image:
     """Grey, RGB or RGBA from an array in any usual layout."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
+        values = (values.float() if values.is_floating_point() else values).detach().cpu()
     array = np.asarray(values)
     shape, wanted = array.shape, ""
     first, last = (array.ndim == 3 and shape[axis] in (1, 3, 4) for axis in (0, -1))
@@ -146,17 +137,15 @@ def _levels(array: np.ndarray) -> np.ndarray:
     if low < 0 or high > full or nearly:
         raise InputError(
             f"Got an image of dtype {array.dtype} with values from {low:g} to {high:g}; expected 0 to "
-            f"{small} or 0 to {large}. Write image.clip(0, {small}) or scale it; pixels that are "
-            "normalised already go in as lvlm.prepare(inputs=...)."
+            f"{small} or {large}. Scale it; normalised pixels go in as lvlm.prepare(inputs=...)."
         )
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
 
 
 def is_missing(value: Any) -> bool:
     """Whether that stands for nothing: None, NaN, ``pd.NA``, ``pd.NaT`` or blank text."""
-    if value is None or isinstance(value, str):
-        return value is None or not value.strip()
-    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+    blank = isinstance(value, str) and not value.strip()
+    return blank or bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
 def _text_of(image_id: Any) -> str | None:
@@ -184,8 +173,7 @@ class ImageIds:
     def add(self, record: int, image: Any, image_id: Any = None) -> tuple[str, str]:
         """The id of a record's image, or images, and a digest of their pixels.
 
-        InputError if an image cannot be read, an id is given in some records only, or one id stands for
-        two different pictures; ``record`` is a number for messages.
+        InputError if an image cannot be read, some records only have an id, or one id has two pictures.
         """
         images = image if isinstance(image, (list, tuple)) else [image]
         if not images:
@@ -214,14 +202,12 @@ class ImageIds:
     def _digest(self, image: Any) -> str:
         """A digest of a picture's size and pixels; a file is read once."""
         path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-        if path in self._files:
+        if path is not None and path in self._files:
             return self._files[path]
         opened = open_image(image)
         pixels = repr(opened.size).encode() + opened.tobytes()
         digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
-        if path is not None:
-            self._files[path] = digest
-        return digest
+        return digest if path is None else self._files.setdefault(path, digest)
 
 
 def identified(records: Sequence[T]) -> list[T]:
@@ -231,10 +217,7 @@ def identified(records: Sequence[T]) -> list[T]:
 
 
 def clusters_of(image_ids: Iterable[Any]) -> list[str]:
-    """The same name for all records that share an image, directly or through others.
-
-    Takes ids as `ImageIds` gives them; refuses a missing one: questions without an image are no group.
-    """
+    """One name for records that share an image, also through others; InputError if an id is missing."""
     root: dict[str, str] = {}
 
     def find(name: str) -> str:

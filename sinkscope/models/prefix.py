@@ -1,14 +1,7 @@
-"""Prompts that begin alike: the beginning runs once, its keys and values serve every ending.
+"""Prompts that begin alike: the stem (system prompt, image) runs once, and serves every tail.
 
-::
-
-                stem (system prompt, image)        tails (question, answer), one row each
-    keys      [ 0 1 2 ................ P-1 ]     [ P ... ] [ P ... ] [ P ... ]
-                once per block and factor           attend to the stem's keys and values
-
-A causal stem does not see its tails. If an edit depends on the stem alone, so do the stem's keys and
-values under that edit, and they are reused exactly. `why_not_shared` checks what this rests on.
-Tails are padded on the right, where no live token sees the padding.
+A causal stem does not see its tails (question and answer, one row each, padded on the right). If an
+edit depends on the stem alone, so do the stem's keys and values, and they are reused exactly.
 """
 
 from __future__ import annotations
@@ -63,16 +56,16 @@ class KeyValues:
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
 
-        def chosen(part: Tensor) -> Tensor:
-            return part.index_select(0, rows.to(part.device))
+        def chosen(key: Tensor, value: Tensor) -> Pair:
+            here = rows.to(key.device)
+            return key.index_select(0, here), value.index_select(0, here)
 
-        pairs = ((chosen(pair[0]), chosen(pair[1])) if pair else None for pair in self.by_block)
-        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
+        return Cache(layers=[_Past(self.length, pair and chosen(*pair)) for pair in self.by_block])
 
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """A stem (one row) with its keys and values, and its tails (one row each), ready to be resumed."""
+    """A stem (one row) with its keys and values, and its tails (one row each)."""
 
     stem: Captured
     past: KeyValues
@@ -80,10 +73,7 @@ class Branches:
 
 
 def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | None:
-    """Why prompts cannot share their first ``length`` positions, or None if they can.
-
-    ``givens`` are decoder arguments of single rows.
-    """
+    """Why decoder arguments of single rows cannot share their first ``length`` positions, or None."""
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
     masks = (v for g in givens for (name, _), v in _leaves(g).items() if name == "attention_mask")
@@ -157,8 +147,7 @@ def capture_branches(
 ) -> Branches:
     """One pass over the common beginning and one over all endings, without edits.
 
-    ``givens`` are decoder arguments of single rows for which `why_not_shared` is None, ``length`` the
-    positions of the beginning, ``blocks`` those that will be edited, None for all.
+    ``givens`` and ``length`` as for `why_not_shared`; ``blocks`` are those that will be edited, None for all.
     """
     layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
     stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))

@@ -1,12 +1,8 @@
-"""Load a processor, also where transformers' own class would need torchvision for its video part.
-
-Imports transformers only, so that `sinkscope.testing` may use it too.
-"""
+"""Load a processor, also where transformers' own class would need torchvision for its video part."""
 
 from __future__ import annotations
 
 import os
-from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLProcessor
@@ -48,26 +44,18 @@ class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transform
         }
 
 
-IMAGES_ONLY = MappingProxyType({"qwen2_5_vl": ImageQwen2_5_VLProcessor})
-"""Processors without a video slot, by model type, for machines without torchvision."""
-
-
 def load_processor(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ProcessorMixin:
     """What ``AutoProcessor`` gives, or without torchvision the family's processor without videos.
 
-    Raises:
-        ImportError: If a package is missing and the family has no processor without it.
-        OSError: If it cannot be read; ``ValueError`` if its files make no sense.
+    ImportError if a package is missing and the family has no processor without it.
     """
-    where = str(name)
+    where, trust = str(name), trust_remote_code is True
     try:
-        return AutoProcessor.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code is True
-        )
+        return AutoProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust)
     except ImportError:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-        if config.model_type not in IMAGES_ONLY:
+        if config.model_type != "qwen2_5_vl":
             raise
-    return IMAGES_ONLY[config.model_type].from_pretrained(where, revision=revision or "main")
+    return ImageQwen2_5_VLProcessor.from_pretrained(where, revision=revision or "main")

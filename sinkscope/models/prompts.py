@@ -13,10 +13,8 @@ from PIL import Image
 from sinkscope.errors import InputError
 from sinkscope.models.pictures import open_image
 
-PLACE = "<image>"
-"""Where the image stands in questions of the LLaVA JSON format, whatever the model calls it."""
-SOURCES = ("image", "url", "path", "base64", "image_url")
-"""Where a part of a chat message may hold its picture."""
+PLACE = "<image>"  # the image in questions of the LLaVA JSON format, whatever the model calls it
+SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a picture in a chat message
 
 
 @dataclass(frozen=True)
@@ -115,18 +113,12 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     wrong = [type(one).__name__ for one in texts if not isinstance(one, str) and not _is_chat(one)]
     message = ""
     if bare and not (texts and all(map(_is_chat, texts))):
-        message = (
-            "no image; expected at least one. Write lvlm.prepare(images=image, text='...'). For "
-            "text alone there is no visual sink to look for."
-        )
+        message = "no image; expected at least one. Write lvlm.prepare(images=image, text='...')."
     elif not texts or texts[0] is None or texts == [""]:
-        message = (
-            "no text; expected a question. Write lvlm.prepare(images=image, text='What is it?')."
-        )
+        message = "no text; expected a question. Write prepare(images=image, text='What is it?')."
     elif wrong:
         message = (
-            f"a text of type {wrong[0]}; expected a str or a list of chat messages, or a list with one "
-            "of them per row."
+            f"a text of type {wrong[0]}; expected a str or chat messages, or a list, one per row."
         )
     elif many and images and not single and len(images) != len(texts):
         message = (
@@ -151,9 +143,8 @@ def _unfold(
         content = message.get("content")
         if "role" not in message or not isinstance(content, (str, list, tuple)):
             raise InputError(
-                f"{who} a message with {sorted(message)}; expected role and content, and content a str "
-                "or a list of parts. Write {'role': 'user', 'content': [{'type': 'image', 'image': "
-                "picture}, {'type': 'text', 'text': '...'}]}."
+                f"{who} a message with {sorted(message)}; expected role and content, a str or a list of "
+                "parts. Write {'role': 'user', 'content': [{'type': 'text', 'text': '...'}]}."
             )
         parts: list[Any] = []
         for part in () if isinstance(content, str) else content:
@@ -183,10 +174,9 @@ def _unfold(
 
 def _source(name: str, value: Any) -> Any:
     """The picture of a part, in a form that `open_image` knows."""
-    if name == "image_url" and isinstance(value, Mapping):
-        value = value.get("url")
-    inline = name == "base64" and not str(value).startswith("data:")
-    return f"data:image;base64,{value}" if inline else value
+    if name == "base64" and not str(value).startswith("data:"):
+        return f"data:image;base64,{value}"
+    return value.get("url") if name == "image_url" and isinstance(value, Mapping) else value
 
 
 def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int) -> str:
@@ -224,16 +214,12 @@ def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int)
 
 def _chat(processor: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
     """Messages through a template; where the last is not the assistant's, its turn begins."""
+    opens = messages[-1]["role"] != "assistant"
+    options = dict(chat_template=template, add_generation_prompt=opens, tokenize=False)
     try:
-        return processor.apply_chat_template(
-            list(messages),
-            chat_template=template,
-            add_generation_prompt=messages[-1]["role"] != "assistant",
-            tokenize=False,
-        )
+        return processor.apply_chat_template(list(messages), **options)
     except (TemplateError, TypeError, KeyError) as error:
         raise InputError(
             f"The model's chat template refuses messages of the roles {[m['role'] for m in messages]} "
-            f"({error}); expected such as it was written for. Often roles must alternate, beginning with "
-            "'user', or content must be a list of parts."
+            f"({error}); expected such as it was written for: often roles that alternate from 'user' on."
         ) from error

@@ -27,12 +27,10 @@ from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
 from sinkscope.sites import Site, Tower
 
-SMALL = 1_000_000_000
-"""Parameters of a model that is verified on one thread of the CPU."""
+SMALL = 1_000_000_000  # parameters of a model that is verified on one thread of the CPU
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
-TOKENS = 32
-"""How many tokens of a pass are looked at, which is more than enough."""
+TOKENS = 32  # how many tokens of a pass are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +56,12 @@ def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
     * two passes compute the same, if a pass draws random numbers, and nothing is NaN.
 
     To save time the pass with a picture ends in the decoder's first block, and words alone go through.
-
-    Returns:
-        ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
+    Returns ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
-        sample = lvlm.prepare(images=_test_image(), text="a")
+        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+        image = Image.fromarray(noise.to(torch.uint8).numpy())  # no two of its patches are alike
+        sample = lvlm.prepare(images=image, text="a")
         with _not_by_chance(lvlm, sample):
             _check_picture(lvlm, sample)
             words, sums = _words_only(sample), _sums(lvlm, "language")
@@ -90,9 +88,8 @@ def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
             off = float((first - second).abs().max())
             if not off <= 1e-2 * float(first.abs().max()):
                 raise ModelError(
-                    f"Two passes over one prompt differ by {off:.3g}, because the model draws random "
-                    "numbers in evaluation mode; expected equal passes. Give training=self.training "
-                    "to every functional dropout, or write verify=False to measure single draws."
+                    f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode; "
+                    "expected equal ones. Give training=self.training to dropout, or verify=False."
                 )
 
 
@@ -127,10 +124,8 @@ def _check_picture(lvlm: Any, sample: Sample) -> None:
     answers = run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
     if not torch.isfinite(seen[ends[1]]).all():
-        raise NonFiniteError(
-            "The projector writes NaN or infinite states for a test image; expected finite ones. Load "
-            "the model in bfloat16 or float32 and check the weights."
-        )
+        got = "The projector writes NaN or infinite states for a test image; expected finite ones."
+        raise NonFiniteError(f"{got} Load the model in bfloat16 or float32 and check the weights.")
     _check_feed(lvlm, [seen[site] for site in feeds], seen[ends[0]])
     _check_projection(lvlm, sample, seen)
     for slot, probe in enumerate(probes[1:], start=1):
@@ -142,8 +137,7 @@ def _check_sum(lvlm: Any, tower: Tower, mass: Tensor) -> None:
     anatomy = lvlm.anatomy.tower(tower)
     half = dtype_of(lvlm.module.get_submodule(anatomy.blocks[0])) != torch.float32
     tolerance = 2e-2 if half else 1e-3
-    over = mass - 1
-    off = (over if anatomy.learned_sink else over.abs()).nan_to_num().amax()
+    off = (mass - 1 if anatomy.learned_sink else (mass - 1).abs()).nan_to_num().amax()
     if off > tolerance:
         raise ModelError(
             f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
@@ -160,12 +154,6 @@ def _words_only(sample: Sample) -> Sample:
     return Sample(inputs, tokens, made_for=sample.made_for)
 
 
-def _test_image() -> Image.Image:
-    """A small image with structure, so that no two patches are alike."""
-    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
-
-
 def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
     """The projector's input is the feeding blocks' output, normed if so, without dropped tokens."""
     a = lvlm.anatomy
@@ -178,9 +166,8 @@ def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
     made, read = (rearrange(x, "... width -> (...) width") for x in (made, read))
     if not torch.equal(made, read):
         raise ModelError(
-            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of "
-            f"vision blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. "
-            "The family's row is wrong for this model: please report it."
+            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of vision "
+            f"blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. Please report it."
         )
 
 
@@ -231,13 +218,13 @@ def _watch(
         return note
 
     def end(block: nn.Module, args: Any, out: Any) -> None:
-        off = rounding_errors(parts, first_tensor(out)) if len(parts) == 3 else None
+        why = "attention or MLP did not run once in a pass"
+        if len(parts) == 3:
+            off = rounding_errors(parts, first_tensor(out))
+            why = "" if off <= LIMIT else f"in a pass they differ by {off:.3g} rounding errors"
         parts.clear()
-        if off is not None and off <= LIMIT:
-            return
-        why = f"in a pass they differ by {off:.3g} rounding errors" if off is not None else ""
-        why = why or "attention or MLP did not run once in a pass"
-        wrong[tower.tower, layer] = no_branch(path, block, why)
+        if why:
+            wrong[tower.tower, layer] = no_branch(path, block, why)
 
     yield get(path).register_forward_pre_hook(begin, with_kwargs=True)
     for site in ("attn_out", "mlp_out"):

@@ -1,17 +1,7 @@
 """Run the decoder once, and any number of times again from one of its blocks on.
 
-::
-
-    capture    embeds -> block 0 -> block 1 -> block 2 -> block 3 -> norm        no gradient
-                            |          |          |          |
-                          states[0]  states[1]  states[2]  states[3]             [row pos d_model]
-
-    resume(2)  ........................ states[2] -> block 2 -> block 3 -> norm -> hidden
-                                                     keys times factors
-
 An edit of the keys of block b changes nothing before block b. `resume` calls the model's own decoder
 again, with the arguments it had; blocks before b pass on the state that was captured, at no cost.
-Rows may be repeated, with other factors each, and gradients reach the factors.
 """
 
 from __future__ import annotations
@@ -34,17 +24,16 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import lent, on_device, undisturbed
 
 Decide = Callable[[Tensor], Tensor]
+Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
     """One pass of the decoder of a model, ready to be resumed.
 
-    Attributes:
-        given: What the decoder was called with.
-        states: Block -> what it reads, ``[row pos d_model]``. A Layer-wise Sink Gate at layer l
-            reads ``states[l + 1]`` and edits block l + 1.
-        end: After the final norm, ``[row pos d_model]``; None if the pass ended before.
+    ``given`` is what the decoder was called with. ``states`` are what blocks read, ``[row pos d_model]``: a
+    gate at layer l reads ``states[l + 1]`` and edits block l + 1. ``end`` stands after the final norm, in
+    the same shape; None if the pass ended before.
     """
 
     module: nn.Module
@@ -76,12 +65,7 @@ class Captured:
 
 
 def capture(
-    lvlm: LVLM,
-    inputs: Mapping[str, Any],
-    blocks: Any = None,
-    *,
-    features: Any = None,
-    whole: bool = True,
+    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, features: Any = None, whole: bool = True
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
@@ -123,9 +107,11 @@ def resume(
 ) -> Tensor:
     """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
 
+    LayerError if the block was not captured, InputError if rows or factors do not fit.
+
     Args:
-        captured: From `capture`.
-        block: The block whose keys are scaled, among those captured. Everything before it is reused.
+        captured: The pass.
+        block: The block whose keys are scaled; everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
             1 for text and padding.
         rows: Which captured row each row is, with repeats; None for all of them once.
@@ -135,10 +121,6 @@ def resume(
 
     Returns:
         Hidden states after the final norm, ``[row pos d_model]``.
-
-    Raises:
-        LayerError: If the block was not captured.
-        InputError: If a row is unknown, or the factors do not fit the rows.
     """
     state, n, deciding = captured.state(block), len(captured), later or {}
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
@@ -153,13 +135,13 @@ def resume(
             f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}, one "
             "factor per key and 1 where nothing is edited."
         )
-    state = state.index_select(0, index.to(state.device))
 
     def pick(name: str, value: Tensor) -> Tensor:
         axis = row_axis(name, value)
         shared = value.shape[axis] == 1 < n
         return value if shared else value.index_select(axis, index.to(value.device))
 
+    state = state.index_select(0, index.to(state.device))
     given = map_tensors(pick, captured.given)
     if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
         given["inputs_embeds"] = state
@@ -213,16 +195,14 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 
 
 @torch.no_grad()
-def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
+def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
     ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
     (None for all), with the keys of images halved, as in the whole pass it is compared with.
     """
-    wanted = lvlm.anatomy.language.layers(blocks)
-    block = wanted[len(wanted) // 2]
-    module: Any = lvlm.module
-    placed = on_device(inputs, lvlm.device)
+    wanted, module = lvlm.anatomy.language.layers(blocks), lvlm.module
+    block, placed = wanted[len(wanted) // 2], on_device(inputs, lvlm.device)
     with undisturbed(module):
         own = module(**placed, use_cache=False).logits[:, -1].float()
     seen = capture(lvlm, inputs, [block])
@@ -241,9 +221,8 @@ def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> N
         limit *= max(1.0, float(theirs.abs().max()))
         if not error <= limit:
             raise ModelError(
-                f"The decoder's replayed logits{where} differ from the model's own by {error:.2g}; "
-                f"expected at most {limit:.2g}. If a gate is attached to the model, or hooks of yours "
-                "change it, take them off first; else please report this class."
+                f"The replayed logits{where} differ from the model's own by {error:.2g}; expected at "
+                f"most {limit:.2g}. If a gate, or hooks of yours change it, take them off first."
             )
 
 

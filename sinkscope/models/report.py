@@ -22,20 +22,12 @@ from sinkscope.results import Result
 Status = Literal["exact", "approximate", "unavailable"]
 MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
 """How far group masses in half precision lie from those in fp32."""
-GATE = ("LSG", "gates")
-"""An edit of a room above this one, and what it needs."""
+GATE = ("LSG", "gates")  # an edit of a room above this one, and what it needs
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a probe or an intervention works on a tower of a model.
-
-    Attributes:
-        name: The probe or intervention.
-        tower: ``"vision"`` or ``"language"``.
-        status: ``"exact"``, ``"approximate"`` or ``"unavailable"``.
-        why: The reason, or what to know; may be empty.
-    """
+    """Whether the probe or intervention of a name works on a tower, and the reason or a remark."""
 
     name: str
     tower: str
@@ -47,13 +39,8 @@ class Verdict:
 class Report(Result):
     """A model's anatomy and what can be measured on it; print it, or show it in a notebook.
 
-    Attributes:
-        name: The model.
-        facts: What it is made of: ``(what, value)``.
-        verification: Whether a forward pass has proven the anatomy.
-        notes: What to know before the first measurement.
-        probes: One `Verdict` per probe and tower.
-        edits: One `Verdict` per intervention and tower.
+    ``facts`` are pairs ``(what, value)``, ``verification`` tells whether a forward pass has proven the
+    anatomy; ``probes`` and ``edits`` have one `Verdict` per class and tower.
     """
 
     name: str
@@ -79,14 +66,11 @@ class Report(Result):
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
         """The tables as lines, the first of which is the heading."""
-        facts: list[tuple[str, ...]] = [("part", ""), *self.facts, ("verified", self.verification)]
-        return [facts] + [
-            [
-                (kind, "vision", "language", ""),
-                *map(self._line, dict.fromkeys(v.name for v in all_)),
-            ]
-            for kind, all_ in (("probe", self.probes), ("edit", self.edits))
-        ]
+        tables: list = [[("part", ""), *self.facts, ("verified", self.verification)]]
+        for kind, verdicts in (("probe", self.probes), ("edit", self.edits)):
+            names = dict.fromkeys(verdict.name for verdict in verdicts)
+            tables.append([(kind, "vision", "language", ""), *map(self._line, names)])
+        return tables
 
     def _line(self, name: str) -> tuple[str, ...]:
         """One probe on both towers: the remark once if it holds for both."""
@@ -109,9 +93,8 @@ class Report(Result):
 def _in_columns(lines: Sequence[tuple[str, ...]]) -> str:
     """A table as text, its last column free."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    rule = "  ".join("-" * max(width, 1) for width in widths)
-    return "\n".join([shown[0], rule, *shown[1:]])
+    head, *body = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join([head, "  ".join("-" * max(width, 1) for width in widths), *body])
 
 
 def _as_html(lines: Sequence[tuple[str, ...]]) -> str:
@@ -127,11 +110,9 @@ def _as_html(lines: Sequence[tuple[str, ...]]) -> str:
 
 def make_report(lvlm: Any) -> Report:
     """Make the report of an `LVLM`; nothing runs."""
-    a = lvlm.anatomy
-    towers = [
-        Asked(tower, dtype_of(lvlm.module.get_submodule(tower.blocks[0])), a.feed_layers)
-        for tower in (a.vision, a.language)
-    ]
+    a, part = lvlm.anatomy, lvlm.module.get_submodule
+    pair = (a.vision, a.language)
+    towers = [Asked(tower, dtype_of(part(tower.blocks[0])), a.feed_layers) for tower in pair]
 
     def verdicts(room: ModuleType, *more: tuple[str, str]) -> tuple[Verdict, ...]:
         kinds = [(name, getattr(room, name)) for name in room.__all__]
@@ -142,9 +123,8 @@ def make_report(lvlm: Any) -> Report:
             for asked in towers
         )
 
-    checks = (verification_of(lvlm), tuple(notes_of(lvlm)))
-    edits = verdicts(interventions, GATE)
-    return Report(lvlm.name, tuple(facts_of(lvlm)), *checks, verdicts(probes), edits)
+    facts, checks = tuple(facts_of(lvlm)), (verification_of(lvlm), tuple(notes_of(lvlm)))
+    return Report(lvlm.name, facts, *checks, verdicts(probes), verdicts(interventions, GATE))
 
 
 def verification_of(lvlm: Any) -> str:
@@ -192,15 +172,16 @@ class Asked:
         return self.tower.kernel if "flash" in self.tower.kernel else ""
 
 
-Condition = Callable[[Asked], tuple[Status, str] | None]
+Said = tuple[Status, str] | None
+Condition = Callable[[Asked], Said]
 
 
 def judge(need: str, asked: Asked) -> tuple[Status, str]:
     """Whether what needs this works, and why: the first refusal, or all remarks."""
     found = [said for condition in RULES[need] if (said := condition(asked))]
-    refused = [said for said in found if said[0] == "unavailable"]
-    if refused:
-        return refused[0]
+    for status, why in found:
+        if status == "unavailable":
+            return status, why
     approximate = any(status == "approximate" for status, _ in found)
     return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
 
@@ -223,7 +204,7 @@ def note(why: str, holds: Callable[[Asked], object] = lambda asked: True) -> Con
 def rounds(text: str) -> Condition:
     """A remark on half precision, with the places ``{half}`` and ``{mass}``."""
 
-    def condition(asked: Asked) -> tuple[Status, str] | None:
+    def condition(asked: Asked) -> Said:
         mass = MASS_TOLERANCE.get(asked.dtype)
         return ("approximate", text.format(half=asked.half, mass=mass)) if mass else None
 
@@ -232,11 +213,11 @@ def rounds(text: str) -> Condition:
 
 def learned(what: str) -> Condition:
     """A remark on learned sinks."""
-    why = f"a learned sink takes a share: {what} sum to less than 1"
-    return note(why, lambda asked: asked.tower.learned_sink)
+    text = f"a learned sink takes a share: {what} sum to less than 1"
+    return note(text, lambda asked: asked.tower.learned_sink)
 
 
-def sites(asked: Asked) -> tuple[Status, str] | None:
+def sites(asked: Asked) -> Said:
     """Sites within a block, where these exist; the others always do."""
     tower, why = asked.tower, missing(asked.tower.branches)
     lacking = tower.n_layers - len(tower.adding)
@@ -244,7 +225,7 @@ def sites(asked: Asked) -> tuple[Status, str] | None:
     return ("exact", f"without attn_out and mlp_out{where}: {why}") if why else None
 
 
-def call(asked: Asked) -> tuple[Status, str] | None:
+def call(asked: Asked) -> Said:
     """The attention call, in some block at least."""
     tower, why = asked.tower, missing(asked.tower.calls)
     if why and not tower.attending:
@@ -253,31 +234,30 @@ def call(asked: Asked) -> tuple[Status, str] | None:
     return ("exact", f"{where}: {why}") if why else None
 
 
-def values(asked: Asked) -> tuple[Status, str] | None:
+def values(asked: Asked) -> Said:
     """As `call`, where states can be edited instead."""
     status, why = call(asked) or ("exact", "")
     unavailable = "unavailable: " if status == "unavailable" else ""
     return ("exact", f"values {unavailable}{why}") if why else None
 
 
-def writes(asked: Asked) -> tuple[Status, str] | None:
+def writes(asked: Asked) -> Said:
     """What lies between a head and the stream."""
-    tower = asked.tower
+    tower, why = asked.tower, missing(asked.tower.branches) or "no output projection was found"
     lacking = len(tower.attending) - len(tower.writing)
-    why = missing(tower.branches) or "no output projection was found"
     if lacking and not tower.writing:
         return "unavailable", why
     return ("exact", f"not in {lacking} of {tower.n_layers} blocks: {why}") if lacking else None
 
 
-def shared_heads(asked: Asked) -> tuple[Status, str] | None:
+def shared_heads(asked: Asked) -> Said:
     """A gradient per head: as many value dimensions as heads that share them."""
     shared, d_head = asked.tower.heads // asked.tower.kv_heads, asked.tower.d_head
     why = f"{shared} heads share a key-value head of {d_head} dimensions"
     return ("unavailable", why) if shared > d_head else None
 
 
-def mask(asked: Asked) -> tuple[Status, str] | None:
+def mask(asked: Asked) -> Said:
     """A bias of logits, or an explicit mask in its place."""
     why = needs_a_mask(asked.tower)
     if why and asked.flash:
@@ -285,7 +265,7 @@ def mask(asked: Asked) -> tuple[Status, str] | None:
     return ("exact", f"by an explicit mask: {why}") if why else None
 
 
-def registers(asked: Asked) -> tuple[Status, str] | None:
+def registers(asked: Asked) -> Said:
     """Room for one more token, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,

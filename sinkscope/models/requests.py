@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import check_whole
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.inputs import Sample
-from sinkscope.protocols import Edit, Intervention, Probe, Read
+from sinkscope.protocols import Edit, Intervention, Probe, Read, as_list
 from sinkscope.sites import Site
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
@@ -44,8 +44,6 @@ GREEDY: Mapping[str, Any] = MappingProxyType(
 SETTINGS = {*vars(GenerationConfig()), "generation_config", "logits_processor", "streamer"}
 SETTINGS |= {"prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus", "tokenizer"}
 """What ``generate`` takes and no pass reads: the fields of a GenerationConfig, and what is beside."""
-FIXED = ("static", "sliding_window", "hybrid", "hybrid_chunked")
-"""Caches of fixed length, with room for keys that no token has made yet."""
 Plan = list[dict[str, Any]]
 
 
@@ -91,9 +89,8 @@ def step_at(
     if site.name in ("attn_out", "mlp_out"):
         branch = tower.branch(site.name, layer)
         return step | {"path": branch.path, "how": "output", "factors": branch.factors}
-    paths = tower.neurons if site.name == "mlp_hidden" else tower.blocks
-    how = "output" if site.name == "resid_post" else "input"
-    return step | {"path": paths[layer], "how": how}
+    path = (tower.neurons if site.name == "mlp_hidden" else tower.blocks)[layer]
+    return step | {"path": path, "how": "output" if site.name == "resid_post" else "input"}
 
 
 def check_run(
@@ -110,36 +107,11 @@ def check_run(
             f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made by "
             "this LVLM. Write lvlm.prepare(...) with the same images and text."
         )
-    asked, edits = check_probes(probes), check_interventions(interventions)
+    such = "reads() and finish(), such as ss.AttentionMass({'image': 'image'})"
+    asked = as_list(probes, Probe, ProbeError, "probes", such)
+    edits = check_interventions(interventions)
     check_beside(edits, asked)
     return asked, edits
-
-
-def check_probes(probes: Any) -> list[Probe]:
-    """The probes as a list; ProbeError if there is something else among them."""
-    if isinstance(probes, (Probe, str, Mapping)) or not isinstance(probes, Iterable):
-        got = f"one {type(probes).__name__}" if isinstance(probes, Probe) else f"probes={probes!r}"
-        raise ProbeError(f"Got {got}; expected a list of probes. Write probes=[probe].")
-    out = list(probes)
-    for probe in out:
-        if isinstance(probe, type):
-            raise ProbeError(
-                f"Got the class {probe.__name__} among the probes; expected an object of it. Write "
-                f"{probe.__name__}(...)."
-            )
-        if not isinstance(probe, Probe):
-            raise ProbeError(
-                f"Got {probe!r} among the probes; expected objects with reads() and finish(), such as "
-                "ss.AttentionMass({'image': 'image'})."
-            )
-    return out
-
-
-def check_logits(logits: Any, default: str) -> bool:
-    """Whether the logits of all positions are wanted; ProbeError if that is no choice."""
-    hint = "None is 'all' here and 'last' on remote runs."
-    check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
-    return (logits or default) == "all"
 
 
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
@@ -161,10 +133,8 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
                 f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
             )
     if setting("cache_implementation", options, defaults) == "paged":
-        raise InputError(
-            "Got cache_implementation='paged'; expected a cache with the keys of each row. Write "
-            "cache_implementation=None."
-        )
+        got = "Got cache_implementation='paged'; expected a cache with the keys of each row."
+        raise InputError(f"{got} Write cache_implementation=None.")
     stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
     if len(sample) > 1 and stops:
         raise InputError(
@@ -172,9 +142,9 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
             "a row that has ended cannot be told from one that goes on. Prepare the rows one by one."
         )
     if not bool(sample.tokens.live[:, -1].all()):
+        got = "Got a right-padded batch to generate from; expected padding on the left."
         raise InputError(
-            "Got a right-padded batch to generate from; expected padding on the left. Write "
-            "processor.tokenizer.padding_side = 'left' before you make the inputs."
+            f"{got} Write processor.tokenizer.padding_side = 'left' before making inputs."
         )
 
 
@@ -183,14 +153,12 @@ def check_settings(options: Mapping[str, Any]) -> None:
     if strange := sorted(set(options) - SETTINGS):
         hint = nearest(strange[0], SETTINGS)
         raise InputError(
-            f"Got {strange} as options of generate; expected settings of decoding, such as "
-            f"eos_token_id=2. {hint if hint.startswith('Did') else ''} What a pass reads stands in the "
-            "sample: lvlm.prepare(...). Every answer begins without a cache, and kl, logits and grad "
-            "are for lvlm.run(...)."
+            f"Got {strange} as options of generate; expected settings of decoding: eos_token_id=2. "
+            f"{hint if hint.startswith('Did') else ''} Inputs stand in the sample, without a cache; "
+            "kl, logits and grad are for lvlm.run(...)."
         )
-    many = options.get("max_new_tokens")
-    if many is not None and not is_whole(many, 1):
-        raise InputError(f"Got max_new_tokens={many!r}; expected an int of at least 1.")
+    if (many := options.get("max_new_tokens")) is not None:
+        check_whole(1, max_new_tokens=many)
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise InputError(
@@ -201,9 +169,9 @@ def check_settings(options: Mapping[str, Any]) -> None:
 
 def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
     """The option that replaces a cache of fixed length by one that grows; it changes no number."""
-    kind = setting("cache_implementation", options, defaults)
-    fixed = str(kind).removeprefix("offloaded_") in FIXED
-    return {"cache_implementation": "dynamic"} if fixed else {}
+    kind = str(setting("cache_implementation", options, defaults)).removeprefix("offloaded_")
+    fixed = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+    return {"cache_implementation": "dynamic"} if kind in fixed else {}
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:

@@ -13,17 +13,10 @@ import nnsight
 import torch
 from torch import Tensor
 
+from sinkscope import errors
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
-from sinkscope.errors import (
-    AttentionCallError,
-    InterventionError,
-    LayerError,
-    ModelError,
-    NonFiniteError,
-    ProbeError,
-)
 from sinkscope.kernels.walk import last_logits, read_site, walk
 from sinkscope.models.requests import Plan, step_at
 from sinkscope.models.wrapping import ByName, Wrapped
@@ -79,7 +72,7 @@ def run_plan(
         answers = save(go(traced, tracer, plan))
         logits = save(pick(traced.output.logits, last, grad))
     if logits is None:
-        raise AttentionCallError(
+        raise errors.AttentionCallError(
             "The forward pass ended while a probe still waited for attention windows; expected the "
             "windows to cover the sequence. Please report this model: its anatomy is wrong."
         )
@@ -90,8 +83,7 @@ def run_until_read(
     model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
 ) -> dict[Any, dict[Site, Any]]:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
-    save, go = nnsight.save, walk
-    answers: Any = None
+    save, go, answers = nnsight.save, walk, None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
         answers = save(go(traced, tracer, plan))
         tracer.stop()
@@ -127,7 +119,7 @@ def generate_plan(
     outputs = [TraceOutput(sited(answers), logits) for answers, logits in steps]
     made = sequences.shape[1] - inputs["input_ids"].shape[1]
     if len(outputs) != made:
-        raise AttentionCallError(
+        raise errors.AttentionCallError(
             f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
             "every decode step: write lvlm.run(...), or leave out the probe of that site."
         )
@@ -148,7 +140,7 @@ class Effects(dict[Intervention, Effect]):
             return equal[0]
         what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
         which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
-        raise InterventionError(
+        raise errors.InterventionError(
             f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
             "found by the object itself, or by the only one with equal parameters."
         )
@@ -156,11 +148,10 @@ class Effects(dict[Intervention, Effect]):
 
 @dataclass(frozen=True, eq=False)
 class Run(Result):
-    """What one forward pass brought back.
+    """What one forward pass brought back: ``run[probe]`` is a probe's typed result.
 
     Attributes:
         logits: Float ``[batch pos vocab]``; one position, the last live one, if ``logits="last"``.
-        results: Every probe's typed result; ``run[probe]`` is shorter.
         effects: What every intervention did in this pass, found by the intervention object.
         step: 0 for a prompt, 1, 2, ... for decode steps.
     """
@@ -184,7 +175,7 @@ class Run(Result):
         if found:
             return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
-        raise ProbeError(
+        raise errors.ProbeError(
             f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by object, "
             "name, or equal parameters. Probes of the vision tower do not run at decode steps."
         )
@@ -197,13 +188,12 @@ class Generation(Result):
     Attributes:
         sequences: Int ``[batch pos]``, prompt and answer.
         text: The answers, decoded without special tokens; None without a tokenizer.
-        steps: One `Run` per forward pass: the prompt, then every decode step. Where a row has
-            already ended, its results are NaN.
+        steps: One `Run` for the prompt and for every decode step; NaN in rows that have ended.
     """
 
     sequences: Tensor
     text: tuple[str, ...] | None
-    steps: tuple[Run, ...] = field(default=())
+    steps: tuple[Run, ...] = ()
 
 
 def finish_run(
@@ -219,10 +209,9 @@ def finish_run(
     live = live if keep_all else live.any(dim=1, keepdim=True)
     bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
-        raise NonFiniteError(
-            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions "
-            f"(first in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load the model in "
-            "bfloat16 or float32 and check the weights and the images."
+        raise errors.NonFiniteError(
+            f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first "
+            f"in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load in bfloat16 or float32."
         )
     results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
@@ -253,10 +242,9 @@ class OpenTrace:
                 tracer.execute(tracer.info.code)
             for site, (value, version) in self._copies.items():
                 if value._version != version:
-                    raise InterventionError(
-                        f"Got an edit in place of {site}, where the model multiplies by a factor and "
-                        "uses another tensor; expected lvlm.set_site"
-                        f"({site.tower!r}, {site.layer}, {site.name!r}, new)."
+                    raise errors.InterventionError(
+                        f"Got an edit in place of {site}, a copy that the model does not use; expected "
+                        f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)."
                     )
         finally:
             self._root = self._tracer = None
@@ -266,7 +254,7 @@ class OpenTrace:
     def root(self) -> Any:
         """The nnsight model; ProbeError if the block has ended, or not begun."""
         if self._root is None:
-            raise ProbeError(
+            raise errors.ProbeError(
                 "Got a site or nnsight's model outside of a trace; expected it inside the block. Write "
                 "with lvlm.trace(sample): states = lvlm.site('language', 0, 'resid_post').save()."
             )
@@ -276,18 +264,16 @@ class OpenTrace:
         """A site that this model has, its value, and whether that is a copy; ``asked`` edits it."""
         root, site = self.root, Site(tower, name, layer)
         if tower == "projector":
-            check_choice((0,), error=LayerError, layer=layer)
+            check_choice((0,), error=errors.LayerError, layer=layer)
         else:
             self._anatomy.tower(tower).layers(layer)
         step = step_at(self._anatomy, site, **asked)
         if not step["path"]:
-            raise ModelError(
-                f"Got {site}, but that MLP has no last linear map; expected another site."
-            )
+            what = f"Got {site}, but that MLP has no last linear map"
+            raise errors.ModelError(f"{what}; expected another site.")
         if step["how"] == "output":
             self._outputs.add(step["path"])
-        value = read_site(root, self._tracer, step, {}, {})
-        return site, value, bool(step.get("factors"))
+        return site, read_site(root, self._tracer, step, {}, {}), bool(step.get("factors"))
 
     def site(self, tower: Tower, layer: int, name: str) -> Any:
         """The value at a site: see `LVLM.site`."""
@@ -299,7 +285,7 @@ class OpenTrace:
     def set_site(self, tower: Tower, layer: int, name: str, value: Any) -> None:
         """Replace the value at a site: see `LVLM.set_site`."""
         if name == "attention":
-            raise InterventionError(
+            raise errors.InterventionError(
                 "Got set_site for the attention call, which is no tensor; expected an edit in place of "
                 "what lvlm.site gives, or an intervention such as ss.ScaleKeys."
             )
@@ -307,7 +293,7 @@ class OpenTrace:
         def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
             given = getattr(value, "shape", None), getattr(value, "dtype", None)
             if not torch.is_tensor(value) or given != (old.shape, old.dtype):
-                raise InterventionError(
+                raise errors.InterventionError(
                     f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {name!r}; "
                     f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
                 )

@@ -13,8 +13,7 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
-BROKEN = "\ufffd"
-"""What a tokenizer writes for bytes that are no character."""
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 
 
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
@@ -30,17 +29,13 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
     known = {token: word(token) for token in set(ids)}
     words = [known[token] for token in ids]
-    at = 0
-    while at < len(words):
-        size = 1
+    for at in range(len(words)):
         if words[at].endswith(BROKEN):  # a character of UTF-8 has at most four bytes
-            for more in range(2, min(4, len(ids) - at) + 1):
-                whole = text(ids[at : at + more])
+            for size in range(2, min(4, len(ids) - at) + 1):
+                whole = text(ids[at : at + size]).strip(" ")
                 if BROKEN not in whole:
-                    whole, size = whole.strip(" "), more
                     words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
                     break
-        at += size
     return tuple(words)
 
 
@@ -58,8 +53,8 @@ def build_token_map(
     prefix, unit = anatomy.family.prefix(config), anatomy.merge**2
     # What the projector sees of an image, merged: CLS too where it is not dropped.
     counts = [(len(prefix) + g.rows * g.columns - anatomy.drops) // unit for g in grids]
-    batch_rows = _assign_images(visual, counts)
-    vision = _vision_map(anatomy, config, inputs, grids, torch.tensor(batch_rows))
+    batch_rows = torch.tensor(_assign_images(visual, counts))
+    vision = _vision_map(anatomy, config, inputs, grids, batch_rows)
     image, index, rank = _place_images(visual, counts, batch_rows)
     sources = rank[..., None] * unit + torch.arange(unit)
     if anatomy.family.pooled:
@@ -75,6 +70,7 @@ def build_token_map(
         first = patch[picked][..., 0]
         return torch.where(visual & (first >= 0), first // anatomy.merge, -1)
 
+    words = () if tokenizer is None else (words_of(tokenizer, line) for line in ids.tolist())
     return TokenMap(
         ids=ids,
         live=live,
@@ -87,9 +83,7 @@ def build_token_map(
         box=box.masked_fill(~visual[..., None], float("nan")),
         box_unit="original" if grids and grids[0].original else "input",
         vision=vision,
-        words=None
-        if tokenizer is None
-        else tuple(words_of(tokenizer, line) for line in ids.tolist()),
+        words=tuple(words) or None,
     )
 
 
@@ -110,28 +104,20 @@ def _assign_images(visual: Tensor, counts: Sequence[int]) -> list[int]:
     if wanted:
         raise InputError(
             f"Got {found} image tokens per row for {len(counts)} images of {list(counts)} tokens; "
-            f"expected {wanted} Pass the whole output of the model's own processor for these images; its "
-            "patch_size and num_additional_image_tokens must be those of the vision tower."
+            f"expected {wanted} Pass the whole output of the model's own processor for these images; "
+            "its patch_size and num_additional_image_tokens must be those of the vision tower."
         )
     return rows
 
 
-def _place_images(
-    visual: Tensor, counts: Sequence[int], rows: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which image of its row, which of the batch, and which token of its image each position is.
-
-    All int ``[batch pos]``, -1 elsewhere; the image positions of a row go to its images in order.
-    """
-    image, index, rank = (torch.full(tuple(visual.shape), -1) for _ in range(3))
-    taken, order = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
-    for i, (count, row) in enumerate(zip(counts, rows, strict=True)):
-        here = visual[row].nonzero().flatten()[taken[row] : taken[row] + count]
-        image[row, here], index[row, here] = order[row], i
-        rank[row, here] = torch.arange(count)
-        taken[row] += count
-        order[row] += 1
-    return image, index, rank
+def _place_images(visual: Tensor, counts: Sequence[int], rows: Tensor) -> tuple[Tensor, ...]:
+    """Image of the row, image of the batch, and token of the image, int ``[batch pos]``, -1 elsewhere."""
+    images = torch.arange(len(counts))
+    index = images.repeat_interleave(torch.tensor(counts))
+    order = images - torch.searchsorted(rows, rows)  # images of a row follow one another
+    rank = torch.cat([torch.arange(count) for count in counts])
+    empty = torch.full(visual.shape, -1)
+    return tuple(empty.masked_scatter(visual, found) for found in (order[index], index, rank))
 
 
 def _kinds_of(ids: Tensor, live: Tensor, visual: Tensor, tokenizer: Any) -> Tensor:
@@ -168,11 +154,8 @@ def _vision_map(
         row[i, start:stop], column[i, start:stop] = cells
         box[i, start:stop] = grid.boxes()[cells].float()
     if anatomy.vision.packed:
-        order = anatomy.family.order
-        place = (
-            order(config, inputs["image_grid_thw"].cpu()) if order else torch.arange(sum(counts))
-        )
-        layout[kind > 0] = place
+        order, place = anatomy.family.order, torch.arange(sum(counts))
+        layout[kind > 0] = order(config, inputs["image_grid_thw"].cpu()) if order else place
     shape = torch.tensor([[g.rows, g.columns] for g in grids])
     packed = layout if anatomy.vision.packed else None
     return VisionMap(kind, kind > 0, row, column, box, shape, packed, batch_row)

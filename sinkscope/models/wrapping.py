@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from sinkscope.anatomy.discovery import device_of
 from sinkscope.errors import CheckpointError, InputError, ModelError
 
-ABSENT = object()
-"""Stands for an attribute that the instance does not have."""
+ABSENT = object()  # stands for an attribute that the instance does not have
 Loan = tuple[object, Mapping[str, Any]]
 """An object, such as a module, and what its instance attributes are to be."""
 STATE = "__nnsight__"
-NAMES = ("forward", STATE, "_persistent_id")
-"""What nnsight sets on a module; the last is how a request to a server names it."""
+NAMES = ("forward", STATE, "_persistent_id")  # what nnsight sets on a module
 ONE_AT_A_TIME = threading.RLock()
 """nnsight drives one pass through a model at a time; other threads wait for their turn."""
 
@@ -32,7 +30,7 @@ ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
     """Set instance attributes until the block ends, past what a class does when they are set."""
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    before = []
 
     def put(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
@@ -65,11 +63,12 @@ def undisturbed(module: Any) -> Iterator[None]:
     A part that ``torch.compile`` made has no sites, so it runs as it was written. Qwen keeps
     ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
     """
-    kept = [part for part in (module, module.base_model) if "rope_deltas" in vars(part)]
+    name = "rope_deltas"
+    kept = [part for part in (module, module.base_model) if name in vars(part)]
     with (
         evaluated(module),
         torch.compiler.set_stance("force_eager"),
-        lent([(part, own_of(part, ["rope_deltas"])) for part in kept]),
+        lent([(part, {name: vars(part)[name]}) for part in kept]),
     ):
         yield
 
@@ -170,9 +169,8 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
             made = hook(module, *given)
             if path in outputs and made is not None and made is not given[-1]:
                 raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before "
-                    "hooks run; expected hooks that only look. Remove it (handle.remove()), or write "
-                    "an intervention, such as ss.PatchActivations."
+                    f"Got a forward hook on {path!r} that replaces its output, which is read before; "
+                    "expected hooks that only look. Remove it, or write ss.PatchActivations(...)."
                 )
             return made
 
@@ -196,9 +194,7 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
 def unwrapped(part: nn.Module) -> dict[str, Any]:
     """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
     own = vars(part)
-    forward = own.get("forward", ABSENT)
-    if STATE in own:
-        forward = MethodType(own[STATE].original, part)
+    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
     return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
@@ -283,9 +279,8 @@ class Places:
                 self._there.model.to_model_key()
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
                 raise CheckpointError(
-                    f"The hub could not be asked for the canonical name of {name!r} "
-                    f"({type(error).__name__}); expected a public repository and a network. For a "
-                    "model that only exists here write remote='local'."
+                    f"The hub gave no canonical name of {name!r} ({type(error).__name__}); expected a "
+                    "public repository and a network. For a model that is here write remote='local'."
                 ) from error
         return self._there
 
