@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.base import (
-    attention_edits,
-    check_factor,
-    check_maskable,
-    check_neutral,
-    check_tower,
-    runs_now,
-    selected,
-)
+from sinkscope.interventions import base
+from sinkscope.interventions.base import AttentionEdit, attention_edits, check_factor
 from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
+
+SHARED = ("layers", "heads", "queries", "steps", "tower", "allow_noop")
 
 
 def key_edits(
     it: Any, context: Context, stage: str, factor: float, neutral: float | None = 1.0
 ) -> list[Edit]:
     """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
-    name = type(it).__name__
     if neutral is not None:
-        check_neutral(name, factor, neutral, it.allow_noop)
+        base.check_neutral(it, factor, neutral)
     if stage == "logits":
-        check_maskable(context.tower(it.tower), name)
-    mask = selected(context, it.tower, it.tokens, name, it.allow_noop) & (factor != neutral)
+        base.check_maskable(it, context)
+    mask = base.selected_by(it, context, it.tokens) & (factor != neutral)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
-class MaskKeys(BaseIntervention, needs="bias"):
+class MaskKeys(AttentionEdit, needs="bias"):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
@@ -58,11 +51,6 @@ class MaskKeys(BaseIntervention, needs="bias"):
 
     tokens: Selection
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
@@ -70,7 +58,7 @@ class MaskKeys(BaseIntervention, needs="bias"):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleKeys(BaseIntervention, needs="weights"):
+class ScaleKeys(AttentionEdit, needs="weights"):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
     Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
@@ -78,7 +66,6 @@ class ScaleKeys(BaseIntervention, needs="weights"):
     k-norm, and is repeated at every decode step on a clean cache.
 
     Args:
-        tokens: The keys.
         factor: The multiplier.
         layers: See `MaskKeys`, as for the rest.
     """
@@ -86,11 +73,6 @@ class ScaleKeys(BaseIntervention, needs="weights"):
     tokens: Selection
     factor: float
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
@@ -98,7 +80,7 @@ class ScaleKeys(BaseIntervention, needs="weights"):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleAttention(BaseIntervention, needs="bias"):
+class ScaleAttention(AttentionEdit, needs="bias"):
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
@@ -107,7 +89,6 @@ class ScaleAttention(BaseIntervention, needs="bias"):
     the model's dtype (in bf16 the factor is then good to 0.4 % of its logarithm).
 
     Args:
-        tokens: The keys.
         factor: The multiplier, at least 0 if renormalised.
         layers: See `MaskKeys`, as for the rest.
         renormalize: Whether rows sum to one again.
@@ -117,11 +98,6 @@ class ScaleAttention(BaseIntervention, needs="bias"):
     factor: float
     layers: Any = None
     renormalize: bool = True
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
@@ -130,27 +106,23 @@ class ScaleAttention(BaseIntervention, needs="bias"):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout(BaseIntervention, needs="bias"):
+class AttentionKnockout(AttentionEdit, needs="bias"):
     """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
         queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
-        keys: The keys.
         layers: See `MaskKeys`, as for the rest.
     """
 
     queries: Selection
     keys: Selection
     layers: Any = None
-    heads: Sequence[int] | None = None
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "prefill"
+    steps: str = field(default="prefill", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        where = (self.layers, self.heads, self.queries, self.steps, self.tower, self.allow_noop)
-        return MaskKeys(self.keys, *where).edits(context)
+        same = {name: getattr(self, name) for name in SHARED}
+        return MaskKeys(self.keys, **same).edits(context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +136,7 @@ class EvictKeys(BaseIntervention, needs="eviction"):
     Args:
         start: First live keys to keep; 4 in the paper.
         recent: Recent keys to keep, the query's own among them.
-        layers: Block indices, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether evicting nothing (a short prompt) is fine.
+        layers: See `MaskKeys`, as for the rest.
     """
 
     start: int = 4
@@ -178,12 +148,11 @@ class EvictKeys(BaseIntervention, needs="eviction"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        check_tower(self.tower, "language", "EvictKeys")
+        base.check_tower(self, "language")
         check_whole(0, error=InterventionError, start=self.start)
         check_whole(1, error=InterventionError, recent=self.recent)
-        differs = "what is evicted differs by query"
-        check_maskable(context.tower("language"), "EvictKeys", differs)
-        if not runs_now(self.steps, context, "language"):
+        base.check_maskable(self, context, "what is evicted differs by query")
+        if not base.runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
         return [
@@ -193,7 +162,7 @@ class EvictKeys(BaseIntervention, needs="eviction"):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionTemperature(BaseIntervention, needs="weights"):
+class AttentionTemperature(AttentionEdit, needs="weights"):
     """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
 
     Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
@@ -208,18 +177,11 @@ class AttentionTemperature(BaseIntervention, needs="weights"):
 
     temperature: float
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    tower: Tower = "language"
-    steps: str = "all"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         check_number(above=0.0, error=InterventionError, temperature=self.temperature)
-        name, heat = "AttentionTemperature", float(self.temperature)
-        check_neutral(name, heat, 1.0, self.allow_noop)
-        keys = selected(context, self.tower, "all", name, self.allow_noop)
-        return attention_edits(
-            self, context, divide_queries, "keys", {"keys": keys}, temperature=heat
-        )
+        heat = float(self.temperature)
+        base.check_neutral(self, heat)
+        masks = {"keys": base.selected_by(self, context, "all")}
+        return attention_edits(self, context, divide_queries, "keys", masks, temperature=heat)

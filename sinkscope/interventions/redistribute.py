@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sinkscope.anatomy.context import Context
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.base import (
-    attention_edits,
-    check_factor,
-    check_maskable,
-    check_neutral,
-    selected,
-)
+from sinkscope.interventions import base
+from sinkscope.interventions.base import AttentionEdit, check_factor, selected_by
 from sinkscope.kernels.edits import edit_mass
-from sinkscope.protocols import BaseIntervention, Edit
-from sinkscope.sites import Tower
+from sinkscope.protocols import Edit
 from sinkscope.tokens import Selection
 
 AFTER_IMAGE = "after image"
@@ -46,7 +39,7 @@ class ImageCentric:
 
 
 @dataclass(frozen=True, eq=False)
-class Redistribute(BaseIntervention, needs="redistribution"):
+class Redistribute(AttentionEdit, needs="redistribution"):
     """Move attention from source tokens to target tokens in proportion (VAR, ACT).
 
     Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
@@ -69,30 +62,23 @@ class Redistribute(BaseIntervention, needs="redistribution"):
     recycle: float
     layers: Any = None
     select: ImageCentric | None = None
-    queries: Selection | None = None
-    heads: Sequence[int] | None = None
-    steps: str = "all"
-    allow_noop: bool = False
-    tower: Tower = "language"
 
     @classmethod
     def var_paper(
         cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
     ) -> Redistribute:
         """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
-        return cls._var(trace, layers, p, (1 - rho, False))
+        return cls._var(trace, layers, p, 1 - rho, False)
 
     @classmethod
     def var_code(
         cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
     ) -> Redistribute:
         """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
-        return cls._var(trace, layers, 1 - p, (rho, True))
+        return cls._var(trace, layers, 1 - p, rho, True)
 
     @classmethod
-    def _var(
-        cls, trace: Any, layers: Any, recycle: float, rule_of_rows: tuple[float, bool]
-    ) -> Redistribute:
+    def _var(cls, trace: Any, layers: Any, recycle: float, *rule_of_rows: Any) -> Redistribute:
         """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
         rule = trace.l_detection.mask
         visual = (trace.sample.tokens.image >= 0)[:, None]
@@ -111,12 +97,9 @@ class Redistribute(BaseIntervention, needs="redistribution"):
         recycle = check_factor("recycle", self.recycle, 0.0)
         if recycle > 1:
             raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
-        check_neutral("Redistribute", recycle, 0.0, self.allow_noop)
-        check_maskable(context.tower(self.tower), "Redistribute")
-        source, target = (
-            selected(context, self.tower, tokens, "Redistribute", self.allow_noop)
-            for tokens in (self.source, self.target)
-        )
+        base.check_neutral(self, recycle, 0.0)
+        base.check_maskable(self, context)
+        source, target = (selected_by(self, context, one) for one in (self.source, self.target))
         both = source & target
         if both.any():
             raise InterventionError(
@@ -127,15 +110,14 @@ class Redistribute(BaseIntervention, needs="redistribution"):
         given: dict[str, Any] = {"recycle": recycle}
         it = self._checked_queries(context)
         if self.select is not None:
-            sinks = selected(
-                context, self.tower, self.select.visual_sinks, "ImageCentric", allow_empty=True
-            )
+            tokens = self.select.visual_sinks
+            sinks = base.selected(context, self.tower, tokens, "ImageCentric", allow_empty=True)
             if self.select.needs_sink:
                 masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
             for name in ("least_visual", "most_sink_share"):
                 given[name] = check_factor(name, getattr(self.select, name))
             given["visual"], masks["visual_sinks"] = context.tokens.image >= 0, sinks
-        return attention_edits(it, context, edit_mass, "weights", masks, **given)
+        return base.attention_edits(it, context, edit_mass, "weights", masks, **given)
 
     def _checked_queries(self, context: Context) -> Redistribute:
         """The same with a mask of queries instead of ``"after image"``; every decode step is after it."""

@@ -13,12 +13,7 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.base import (
-    check_factor,
-    check_indices,
-    check_prompt_only,
-    check_tower,
-)
+from sinkscope.interventions import base
 from sinkscope.kernels import states as kernels
 from sinkscope.protocols import BaseIntervention, Edit, Model, Read
 from sinkscope.results import Result
@@ -54,7 +49,6 @@ class NeuronActivity:
 
     Args:
         tokens: ViT tokens; usually the outliers, ``v_detection.at(layer)``.
-        layers: Vision blocks, or None for all.
     """
 
     tokens: Selection
@@ -105,13 +99,11 @@ def find_register_neurons(
         max_layer: Last block to look at (outliers are made before they show), or None for all.
 
     Returns:
-        Layer -> neuron indices; InterventionError if no sample has an outlier, or there is not one
-        mask per sample.
+        Layer -> neuron indices.
     """
     if len(samples) != len(tokens):
         raise InterventionError(
-            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens per "
-            "sample."
+            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens each."
         )
     if not any(bool(mask.any()) for mask in tokens):
         raise InterventionError(
@@ -143,7 +135,6 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
 
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
-        count: How many registers.
         scale: Factor on the largest activation.
         fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
     """
@@ -161,9 +152,9 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
 
     def edits(self, context: Context) -> list[Edit]:
         """Append, shift in every given layer, drop."""
-        check_tower(self.tower, "vision", "TestTimeRegister")
-        check_prompt_only(self.steps, "TestTimeRegister")
-        scale = check_factor("scale", self.scale)
+        base.check_tower(self, "vision")
+        base.check_prompt_only(self.steps, "TestTimeRegister")
+        scale = base.check_factor("scale", self.scale)
         check_choice(("zero", "mean", "keep"), error=InterventionError, fill=self.fill)
         check_whole(1, error=InterventionError, count=self.count)
         if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
@@ -185,22 +176,22 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
         for at in layers:
             name = f"neuron of vision block {at}"
-            given = {"neurons": check_indices(self.neurons[at], count, name, hint)}
-            given |= {**keep, "scale": scale, "fill": self.fill}
+            neurons = base.check_indices(self.neurons[at], count, name, hint)
+            given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
         return [*out, Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep)]
 
     def _feeding(self, context: Context) -> int:
         """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
-        *before, last = context.anatomy.feed_layers
-        if before:
+        feeding = context.anatomy.feed_layers
+        if len(feeding) > 1:
             raise ModelError(
-                f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
-                "would reach it through the earlier ones."
+                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
+                "the earlier ones."
             )
         if not context.tower("vision").d_mlp:
             raise ModelError(
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
                 "neurons. Registers need neurons."
             )
-        return last
+        return feeding[0]
