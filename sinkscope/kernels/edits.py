@@ -14,7 +14,6 @@ import torch
 
 from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
 from sinkscope.kernels.edited_call import (
-    changed,
     check_change,
     column,
     effect_of,
@@ -58,9 +57,9 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     else:
         if torch.is_tensor(factor):
             factor = keys_of_call(factor, span, keys.shape[1], state)
+        scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
 
         def multiply(named, rest):
-            scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
             scaled = named["key"] * scale[:, None, :, None]
             return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
@@ -103,14 +102,12 @@ def masked(named, rest, bias):
     n_query, n_key = query.shape[2], named["key"].shape[2]
     lowest = torch.finfo(query.dtype).min
     if mask is None:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
+        mask = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=query.device)
         if is_causal(named, rest) and n_query > 1:
             mask, window = mask.tril(), rest.get("sliding_window")
             mask = mask if window is None else mask & ~mask.tril(-window)
-        mask = mask[None, None]
     if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        mask = zeros.masked_fill(~mask, lowest)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
     return (mask[..., :n_key] + bias[:, None, None].to(mask.dtype)).clamp(min=lowest)
 
 
@@ -180,7 +177,7 @@ def of_target(call, target, live, mass, exact):
     whole = torch.ones_like(mass[..., 1])
     if learned_sink(call):
         # The sink's logit competes with the target's here too, and takes a share that is no key's.
-        alone = changed(call, "logits", some, among)
+        alone = with_change(call, {"stage": "logits"}, some, among)
         whole = weigh_values(alone, target[..., None].float(), float32=exact)[..., 0].float()
         some = some & (whole > least).transpose(1, 2)[..., None]
     return among, whole.clamp(min=1e-30), some
@@ -228,12 +225,12 @@ def edit_values(
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)
-    elif how == "tensor":
-        new = tensor.to(value.dtype)
-        step, n_key = state.get("step", 0), value.shape[2]
-        new = fit_keys(new, n_key, step) if span is None else new[:, :, slice(*span)]
-    else:
+    elif how != "tensor":
         new = from_donors(call, state, span, how, donors)
+    elif span is None:
+        new = fit_keys(tensor.to(value.dtype), value.shape[2], state.get("step", 0))
+    else:
+        new = tensor.to(value.dtype)[:, :, slice(*span)]
     # Where every key of a row is given what it has, nothing is touched.
     differ = keys & (new != value).any(dim=-1).any(dim=1)
     gate, empty = reach(call, keys & differ.any(dim=1, keepdim=True), live, rows, heads, False)
