@@ -21,14 +21,21 @@ STEPS = ("all", "prefill", "decode")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AttentionEdit(BaseIntervention):
-    """An edit of attention at chosen heads, queries and steps; `MaskKeys` describes the arguments."""
+class BaseEdit(BaseIntervention):
+    """The fields that all edits have; `MaskKeys` describes them."""
+
+    steps: str = "prefill"
+    tower: Tower = "language"
+    allow_noop: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionEdit(BaseEdit):
+    """The fields that edits of chosen heads and queries have; `MaskKeys` describes them."""
 
     heads: Sequence[int] | None = None
     queries: Selection | None = None
     steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:

@@ -9,10 +9,10 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base
-from sinkscope.interventions.base import AttentionEdit, attention_edits, check_factor
+from sinkscope.interventions.base import AttentionEdit, BaseEdit, attention_edits, check_factor
 from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
-from sinkscope.protocols import BaseIntervention, Edit
-from sinkscope.sites import Site, Tower
+from sinkscope.protocols import Edit
+from sinkscope.sites import Site
 from sinkscope.tokens import Selection
 
 SHARED = ("layers", "heads", "queries", "steps", "tower", "allow_noop")
@@ -126,7 +126,7 @@ class AttentionKnockout(AttentionEdit, needs="bias"):
 
 
 @dataclass(frozen=True, eq=False)
-class EvictKeys(BaseIntervention, needs="eviction"):
+class EvictKeys(BaseEdit, needs="eviction"):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
     Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
@@ -142,9 +142,7 @@ class EvictKeys(BaseIntervention, needs="eviction"):
     start: int = 4
     recent: int = 512
     layers: Any = None
-    steps: str = "all"
-    allow_noop: bool = False
-    tower: Tower = "language"
+    steps: str = field(default="all", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -15,7 +15,7 @@ from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
 from sinkscope.interventions import base
 from sinkscope.kernels import states as kernels
-from sinkscope.protocols import BaseIntervention, Edit, Model, Read
+from sinkscope.protocols import Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -125,7 +125,7 @@ def find_register_neurons(
 
 
 @dataclass(frozen=True, eq=False)
-class TestTimeRegister(BaseIntervention, needs="registers"):
+class TestTimeRegister(base.BaseEdit, needs="registers"):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
     A zero token is appended before the first block; in the given blocks the register neurons fire
@@ -146,9 +146,7 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
     count: int = 1
     scale: float = 1.0
     fill: str = "zero"
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "vision"
+    tower: Tower = field(default="vision", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """Append, shift in every given layer, drop."""

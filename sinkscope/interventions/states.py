@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base, values
-from sinkscope.interventions.base import at_layer, check_factor, check_prompt_only, selected_by
+from sinkscope.interventions.base import BaseEdit, at_layer, selected_by
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
-from sinkscope.protocols import BaseIntervention, Edit, Model
-from sinkscope.sites import Site, Tower
+from sinkscope.protocols import Edit, Model
+from sinkscope.sites import Site
 from sinkscope.tokens import Selection
 
 
 @dataclass(frozen=True, eq=False)
-class AblateActivations(BaseIntervention, needs="states"):
+class AblateActivations(BaseEdit, needs="states"):
     """Set channels of tokens: what massive activations do (Sun et al. 2402.17762).
 
     Args:
@@ -40,14 +40,11 @@ class AblateActivations(BaseIntervention, needs="states"):
     layers: Any = None
     value: float | None = None
     site: str = "resid_post"
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "prefill"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer; prompt tokens exist in the first pass only."""
         how = self._how()
-        check_prompt_only(self.steps, "AblateActivations")
+        base.check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
         mask = selected_by(self, context, self.tokens)
         value = {"set": self.replacement, "clamp": self.value}.get(how)
@@ -92,12 +89,12 @@ class AblateActivations(BaseIntervention, needs="states"):
                 "Write value=10.0."
             )
         if how == "clamp":
-            check_factor("value", self.value, 0.0)
+            base.check_factor("value", self.value, 0.0)
         return how
 
 
 @dataclass(frozen=True, eq=False)
-class PatchActivations(BaseIntervention, needs="patches"):
+class PatchActivations(BaseEdit, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
     The donor's prompt must have the shape of this one's, such as the same question about another
@@ -123,9 +120,7 @@ class PatchActivations(BaseIntervention, needs="patches"):
     site: str
     tokens: Selection
     layers: Any = None
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "all"
+    steps: str = field(default="all", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
@@ -137,7 +132,7 @@ class PatchActivations(BaseIntervention, needs="patches"):
             )
         check_choice(sites, error=InterventionError, site=site)
         if site != values.VALUES:
-            check_prompt_only(self.steps, "PatchActivations of states")
+            base.check_prompt_only(self.steps, "PatchActivations of states")
         layers = context.layers(self.tower, self.layers)
         mask = selected_by(self, context, self.tokens)
         donor = values.donated(self.from_run, context, self.tower, site, layers)
@@ -152,7 +147,7 @@ class PatchActivations(BaseIntervention, needs="patches"):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleTokens(BaseIntervention, needs="embeddings"):
+class ScaleTokens(BaseEdit, needs="embeddings"):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
     RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
@@ -164,16 +159,13 @@ class ScaleTokens(BaseIntervention, needs="embeddings"):
 
     tokens: Selection
     factor: float
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "language"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
         base.check_tower(self, "language")
-        factor = check_factor("factor", self.factor)
+        factor = base.check_factor("factor", self.factor)
         base.check_neutral(self, factor)
-        check_prompt_only(self.steps, "ScaleTokens")
+        base.check_prompt_only(self.steps, "ScaleTokens")
         mask = selected_by(self, context, self.tokens)
         given = {"mask": at_layer(mask, 0) & (factor != 1.0), "factor": factor}
         edit = Edit(Site("language", "resid_pre", 0), kernels.scale_states, given)
@@ -181,7 +173,7 @@ class ScaleTokens(BaseIntervention, needs="embeddings"):
 
 
 @dataclass(frozen=True, eq=False)
-class SinkToFront(BaseIntervention, needs="embeddings"):
+class SinkToFront(BaseEdit, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered and the LLM's positions stay where they are: a moved token takes
@@ -192,14 +184,11 @@ class SinkToFront(BaseIntervention, needs="embeddings"):
     """
 
     tokens: Selection
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "language"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
         base.check_tower(self, "language")
-        check_prompt_only(self.steps, "SinkToFront")
+        base.check_prompt_only(self.steps, "SinkToFront")
         mask, image = at_layer(selected_by(self, context, self.tokens), 0), context.tokens.image
         if (mask & (image < 0)).any():
             raise InterventionError(

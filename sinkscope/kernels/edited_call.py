@@ -102,11 +102,8 @@ def effect_of(before, after, gate, keys, empty, measure):
 
     ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
     ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls
-    are asked for the attention on the keys.
-
-    Returns:
-        ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` touched (row,
-        head) pairs, and over them the sums ``"before"`` and ``"after"``.
+    are asked for the attention on the keys. ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the
+    last row), ``"count"`` touched (row, head) pairs, and over them the sums ``"before"`` and ``"after"``.
     """
     out = {
         "rows": gate.any(dim=2)[..., 0].sum(1),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from sinkscope.kernels.edits import edit_keys
-from sinkscope.kernels.residual import dimension_scores, live_at, norms, rows_of
+from sinkscope.kernels.residual import dimension_scores, live_at, mean_over, norms, rows_of
 
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
@@ -79,15 +79,13 @@ def note_l_sinks(states, state, slot, rule, live):
 
 
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
-    """Remember the coefficients that the gate gives for what it reads here.
+    """Remember the coefficients that the ``gate`` gives for what it reads here, see `coefficients`.
 
     ``signal`` is ``"last"``, the position ``at`` ``[batch]`` (the newest one at a decode step), or
-    ``"mean"``, over ``tokens`` ``[batch pos]`` bool; for the ``gate`` see `coefficients`.
+    ``"mean"``, over ``tokens`` ``[batch pos]`` bool.
     """
     if signal == "mean":
-        weight = tokens[..., None].float()
-        read = torch.where(tokens[..., None], states.float(), 0.0).sum(1)
-        read = read / weight.sum(1).clamp(min=1)
+        read = mean_over(states, tokens)[:, 0]
     elif state.get("step", 0):
         read = states[:, -1].float()
     else:
@@ -104,14 +102,14 @@ def coefficients(
     What is ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group
     hidden]``; the LayerNorm may have no weights. All are taken as fp32.
     """
-    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
-        None if weight is None else weight.float()
-        for weight in (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    norm, first, last = (
+        [None if weight is None else weight.float() for weight in pair]
+        for pair in ((norm_weight, norm_bias), (in_weight, in_bias), (out_weight, out_bias))
     )
-    h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], norm_weight, norm_bias)
-    h = torch.nn.functional.linear(h, in_weight, in_bias)
+    h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], *norm)
+    h = torch.nn.functional.linear(h, *first)
     h = torch.tanh(h) if activation == "tanh" else getattr(torch.nn.functional, activation)(h)
-    return scale * torch.nn.functional.linear(h, out_weight, out_bias).softmax(dim=-1)
+    return scale * torch.nn.functional.linear(h, *last).softmax(dim=-1)
 
 
 def factors_of(kept, visual, groups):

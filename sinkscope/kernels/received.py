@@ -32,11 +32,9 @@ def received(calls, state, live, layout=None, null=True, others=False):
 
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
     ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
-
-    Returns:
-        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live``
-        ``[batch query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others
-        see the key, ``"seeing"`` ``[batch key]``.
+    ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live`` ``[batch
+    query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others see the key,
+    ``"seeing"`` ``[batch key]``.
     """
     windows = []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):

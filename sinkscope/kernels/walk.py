@@ -159,8 +159,7 @@ def resolve(root, parameters, device, state):
     ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
     parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
     """
-    placed = state.setdefault("placed", {})
-    out = {}
+    placed, out = state.setdefault("placed", {}), {}
     for name, value in parameters.items():
         mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
         if mark == "@module":
@@ -186,12 +185,8 @@ def detached(value):
 def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
 
-    Args:
-        root: The root envoy.
-        tracer: The running tracer.
-        plan: The steps, in forward order.
-        number: 0 for the prompt, 1, 2, ... for decode steps.
-        memory: What edits keep from one step of a generation to the next.
+    The ``plan`` has its steps in forward order; ``number`` is 0 for the prompt, 1, 2, ... for decode steps;
+    ``memory`` is what edits keep from one step of a generation to the next.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
