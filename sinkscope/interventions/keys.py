@@ -1,8 +1,8 @@
-"""Edits of logits: mask, scale, knock out, temperature; exact under the model's own kernel."""
+"""Edits of attention: mask, scale, knock out, evict, temperature, redistribute; exact in every kernel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkscope.anatomy.context import Context
@@ -10,23 +10,28 @@ from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base
 from sinkscope.interventions.base import AttentionEdit, BaseEdit, attention_edits, check_factor
-from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
+from sinkscope.kernels.edits import divide_queries, edit_keys, edit_mass, evict_keys
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
 from sinkscope.tokens import Selection
 
-SHARED = ("layers", "heads", "queries", "steps", "tower", "allow_noop")
+AFTER_IMAGE = "after image"
 
 
 def key_edits(
-    it: Any, context: Context, stage: str, factor: float, neutral: float | None = 1.0
+    it: Any,
+    context: Context,
+    tokens: Selection,
+    stage: str,
+    factor: float,
+    neutral: float | None = 1.0,
 ) -> list[Edit]:
     """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
     if neutral is not None:
         base.check_neutral(it, factor, neutral)
     if stage == "logits":
         base.check_maskable(it, context)
-    mask = base.selected_by(it, context, it.tokens) & (factor != neutral)
+    mask = base.selected_by(it, context, tokens) & (factor != neutral)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
@@ -54,7 +59,7 @@ class MaskKeys(AttentionEdit, needs="bias"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "logits", 0.0, None)
+        return key_edits(self, context, self.tokens, "logits", 0.0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +81,8 @@ class ScaleKeys(AttentionEdit, needs="weights"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "keys", check_factor("factor", self.factor))
+        factor = check_factor("factor", self.factor)
+        return key_edits(self, context, self.tokens, "keys", factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +108,8 @@ class ScaleAttention(AttentionEdit, needs="bias"):
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         least, stage = (0.0, "logits") if self.renormalize else (float("-inf"), "weights")
-        return key_edits(self, context, stage, check_factor("factor", self.factor, least))
+        factor = check_factor("factor", self.factor, least)
+        return key_edits(self, context, self.tokens, stage, factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +128,7 @@ class AttentionKnockout(AttentionEdit, needs="bias"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        same = {name: getattr(self, name) for name in SHARED}
-        return MaskKeys(self.keys, **same).edits(context)
+        return key_edits(self, context, self.keys, "logits", 0.0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,3 +189,132 @@ class AttentionTemperature(AttentionEdit, needs="weights"):
         base.check_neutral(self, heat)
         masks = {"keys": base.selected_by(self, context, "all")}
         return attention_edits(self, context, divide_queries, "keys", masks, temperature=heat)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCentric:
+    """Select, as VAR does (Kang et al. 2503.03321), the rows and heads that look at the image.
+
+    At least ``least_visual`` of their attention lies on it, at most ``most_sink_share`` of that on
+    visual sinks.
+
+    Args:
+        visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
+        least_visual: 0.2 in paper and code.
+        most_sink_share: ``rho`` of the code, 0.5; the paper's rho bounds the non-sink share from
+            below, so it is one minus this.
+        needs_sink: Whether a batch row without any visual sink in a layer is left alone there, as the
+            code does; by the paper's formula text sinks give there too.
+    """
+
+    visual_sinks: Selection
+    least_visual: float = 0.2
+    most_sink_share: float = 0.5
+    needs_sink: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute(AttentionEdit, needs="redistribution"):
+    """Move attention from source tokens to target tokens in proportion (VAR, ACT).
+
+    Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
+    goes to the target in proportion to its weights, however small they are beside a sink's. Rows
+    that see no target are left alone. The presets name the two readings of VAR.
+
+    Args:
+        source: Keys that give.
+        target: Keys that receive; must not overlap the source.
+        recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
+            released code keeps ``p = 0.6`` and so takes 0.4.
+        layers: See `MaskKeys`, as for the rest.
+        select: Which rows and heads; None for all.
+        queries: ``"after image"`` for prompt positions after the last image token (and every decode
+            step), a selection of prompt positions, or None for all.
+    """
+
+    source: Selection
+    target: Selection
+    recycle: float
+    layers: Any = None
+    select: ImageCentric | None = None
+
+    @classmethod
+    def var_paper(
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
+    ) -> Redistribute:
+        """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
+        return cls._var(trace, layers, p, 1 - rho, False)
+
+    @classmethod
+    def var_code(
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
+    ) -> Redistribute:
+        """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
+        return cls._var(trace, layers, 1 - p, rho, True)
+
+    @classmethod
+    def _var(cls, trace: Any, layers: Any, recycle: float, *rule_of_rows: Any) -> Redistribute:
+        """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
+        rule = trace.l_detection.mask
+        visual = (trace.sample.tokens.image >= 0)[:, None]
+        return cls(
+            source=rule,
+            target=visual & ~rule,
+            recycle=recycle,
+            layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
+            select=ImageCentric(rule & visual, 0.2, *rule_of_rows),
+            queries=AFTER_IMAGE,
+            allow_noop=not bool((rule & visual).any()),
+        )
+
+    def edits(self, context: Context) -> list[Edit]:
+        """One edit per layer."""
+        recycle = check_factor("recycle", self.recycle, 0.0)
+        if recycle > 1:
+            raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
+        base.check_neutral(self, recycle, 0.0)
+        base.check_maskable(self, context)
+        source, target = (
+            base.selected_by(self, context, one) for one in (self.source, self.target)
+        )
+        both = source & target
+        if both.any():
+            raise InterventionError(
+                f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
+                "disjoint sets. Write target & ~source."
+            )
+        masks = {"source": source & (recycle != 0), "target": target}
+        given: dict[str, Any] = {"recycle": recycle}
+        it, rule = self._checked_queries(context), self.select
+        if rule is not None:
+            sinks = base.selected(context, self.tower, rule.visual_sinks, "ImageCentric", True)
+            if rule.needs_sink:
+                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
+            for name in ("least_visual", "most_sink_share"):
+                given[name] = check_factor(name, getattr(rule, name))
+            given["visual"], masks["visual_sinks"] = context.tokens.image >= 0, sinks
+        return attention_edits(it, context, edit_mass, "weights", masks, **given)
+
+    def _checked_queries(self, context: Context) -> Redistribute:
+        """The same with a mask of queries instead of ``"after image"``; every decode step is after it."""
+        if self.select is not None and not isinstance(self.select, ImageCentric):
+            came = repr(self.select) if isinstance(self.select, str) else type(self.select).__name__
+            raise InterventionError(
+                f"Got select={came}; expected an ImageCentric rule, or None for all rows and heads. "
+                "Write select=ss.interventions.ImageCentric(trace.l_sinks()); tokens go to source, "
+                "target and queries."
+            )
+        after = isinstance(self.queries, str) and self.queries == AFTER_IMAGE
+        if self.tower != "language" and (after or self.select is not None):
+            what = f"queries={AFTER_IMAGE!r}" if after else "select=ImageCentric(...)"
+            raise InterventionError(
+                f"Got {what} in the {self.tower} tower; expected it in the decoder only, where "
+                "image and text meet. Write tower='language', or leave it out."
+            )
+        if not after:
+            return self
+        behind = None
+        if not context.step and self.steps != "decode":
+            visual = context.tokens.image >= 0
+            behind = context.tokens.live & (visual.flip(1).cumsum(1).flip(1) == 0)
+        return replace(self, queries=behind, allow_noop=True)
