@@ -19,19 +19,13 @@ AFTER_IMAGE = "after image"
 
 
 def key_edits(
-    it: Any,
-    context: Context,
-    tokens: Selection,
-    stage: str,
-    factor: float,
-    neutral: float | None = 1.0,
+    it: Any, context: Context, tokens: Selection, stage: str, factor: float
 ) -> list[Edit]:
-    """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
-    if neutral is not None:
-        base.check_neutral(it, factor, neutral)
+    """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if that is 1."""
+    base.check_neutral(it, factor)
     if stage == "logits":
         base.check_maskable(it, context)
-    mask = base.selected_by(it, context, tokens) & (factor != neutral)
+    mask = base.selected_by(it, context, tokens) & (factor != 1.0)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
@@ -59,7 +53,7 @@ class MaskKeys(AttentionEdit, needs="bias"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, self.tokens, "logits", 0.0, None)
+        return key_edits(self, context, self.tokens, "logits", 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +122,7 @@ class AttentionKnockout(AttentionEdit, needs="bias"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, self.keys, "logits", 0.0, None)
+        return key_edits(self, context, self.keys, "logits", 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,11 +89,9 @@ def find_register_neurons(
 ) -> dict[int, list[int]]:
     """Find the neurons that are most active on outlier tokens: candidates for register neurons.
 
-    Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
+    A few ``samples`` with outliers do. Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
 
     Args:
-        lvlm: The model.
-        samples: A few samples with outliers.
         tokens: Per sample, the outliers: bool ``[image pos]`` over ViT tokens.
         top_k: How many neurons in all; the paper uses 10 for CLIP-B and 45 for DINOv2-L.
         max_layer: Last block to look at (outliers are made before they show), or None for all.
@@ -160,8 +158,10 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "
                 "find_register_neurons(...)."
             )
-        layers = unpacked(context).layers("vision", list(self.neurons))
-        last = self._feeding(context)
+        layers, last = (
+            unpacked(context).layers("vision", list(self.neurons)),
+            self._feeding(context),
+        )
         if layers[-1] > last:
             raise InterventionError(
                 f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "

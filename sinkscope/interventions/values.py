@@ -51,12 +51,15 @@ class AblateValues(AttentionEdit, needs="packed_values"):
         given, tower = self._kind(context), self.tower
         mask = selected_by(self, context, self.tokens)
         layers = context.layers(tower, self.layers)
+        if isinstance(given, str):
+            each = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
+            masks = {"keys": mask}
+            return attention_edits(self, context, edit_values, VALUES, masks, each, how=given)
         if isinstance(given, Tensor):
-            return value_edits(self, context, broadcast(given, context, tower, len(layers)), mask)
-        if not isinstance(given, str):
-            return value_edits(self, context, donated(given, context, tower, VALUES, layers), mask)
-        each = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
-        return attention_edits(self, context, edit_values, VALUES, {"keys": mask}, each, how=given)
+            values = broadcast(given, context, tower, len(layers))
+        else:
+            values = donated(given, context, tower, VALUES, layers)
+        return value_edits(self, context, values, mask)
 
     def _kind(self, context: Context) -> Any:
         """The replacement, unless it is unknown, or the tower's layout does not allow it."""

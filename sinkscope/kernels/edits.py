@@ -1,9 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
-``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query
-heads; ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of
-the prompt. All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
+query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads;
+``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the prompt.
+All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def of_target(call, target, live, mass, exact):
     """How to ask for attention among the target keys, and in which rows there is any.
 
     The change of logits that leaves the target alone (None beside earlier edits of weights, which would
-    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any
-    ``[batch query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
+    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any ``[batch
+    query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
     """
     least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
     if getattr(call[0], "recipe", {}).get("weights"):
@@ -186,9 +186,9 @@ def of_target(call, target, live, mass, exact):
 def evict_keys(call, state, span, live, start, recent, measure=True):
     """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
 
-    The mask differs by query, so it is made explicit: ``query x key`` numbers per batch row. The
-    effect's tokens are keys that the last query has lost, and the attention is that of every row on
-    the keys that this row has lost. Packed towers have no cache: there is no ``span``.
+    The mask differs by query, so it is made explicit: ``query x key`` numbers per batch row. The effect's
+    tokens are keys that the last query has lost, and the attention is that of every row on the keys that
+    this row has lost. Packed towers have no cache: there is no ``span``.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -218,8 +218,8 @@ def edit_values(
     Donors are the model's own values, whatever other edits of this layer have replaced: so edits of
     different keys do not depend on their order. Batch rows in which no value changes are untouched.
 
-    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position
-    each, ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
+    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position each,
+    ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)

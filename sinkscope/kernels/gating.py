@@ -1,9 +1,8 @@
 """Layer-wise Sink Gating inside a trace: find the groups, read the signal, scale the keys.
 
-A gate needs three looks and one edit, at four sites of one pass: what feeds the projector (V-sinks),
-what the edited block reads (L-sinks), what the block before wrote (the signal), and the edited
-block's attention call. What a look finds is kept in ``state["memory"]`` under the gate's ``slot``, so
-that decode steps know it too; looks change nothing and report no effect.
+A gate looks at what feeds the projector (V-sinks), what the edited block reads (L-sinks) and what the block
+before wrote (the signal), and edits the block's attention call. What it finds is kept in
+``state["memory"]`` under its ``slot``, for decode steps too; looks change nothing and report no effect.
 
 A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
 "strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
@@ -99,8 +98,8 @@ def coefficients(
 ):
     """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
 
-    What is ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group
-    hidden]``; the LayerNorm may have no weights. All are taken as fp32.
+    ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the
+    LayerNorm may have no weights. All are taken as fp32.
     """
     norm, first, last = (
         [None if weight is None else weight.float() for weight in pair]
@@ -115,9 +114,9 @@ def coefficients(
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text.
 
-    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
-    ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
-    over L, also without a group of its own; what has none is ``"rest"``.
+    ``kept`` holds what the looks found: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, in the order of
+    ``groups``, names among ``"V"``, ``"L"`` and ``"rest"``. V wins over L, also without a group of its own;
+    what has none is ``"rest"``.
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
@@ -131,10 +130,9 @@ def factors_of(kept, visual, groups):
 
 
 def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
-    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``.
+    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``; see `factors_of`.
 
-    ``visual`` is ``[batch pos]`` bool; see `factors_of` for ``groups`` and `edit_keys` for the others.
-    The effect has the coefficients ``[batch group]``.
+    ``visual`` is ``[batch pos]`` bool. The effect has the coefficients ``[batch group]``.
     """
     kept = memory_of(state, slot)
     factors = factors_of(kept, visual, groups)

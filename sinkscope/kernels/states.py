@@ -1,8 +1,8 @@
 """Edits of states: channels set, tokens overwritten, scaled and moved.
 
-Parameters that several share: ``mask`` ``[batch pos]`` bool, the tokens to edit; ``live`` likewise;
-``state``, the run's scratch space; ``layout``, the packed positions of a packed tower, or None. All
-return the edited states and the effect.
+``mask`` and ``live`` are ``[batch pos]`` bool: the tokens to edit, and the live ones; ``state`` is the run's
+scratch space, ``layout`` the packed positions of a packed tower, or None. All return the edited states
+and the effect.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ def attention_calls(root, tracer, step, state, out):
         )
     now = {"function": function}
     if step["edits"]:
-        getattr(source, step["bind"]).output = lambda *args, **kwargs: now["function"](
-            *args, **kwargs
-        )
+        getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
     if once:
         call = (function, *getattr(source, step["call"]).inputs)
         return [edit_call(source, step, call, None, now, state, out)]
@@ -147,10 +145,7 @@ def read_site(root, tracer, step, state, out):
     here = locate(root, step["path"])
     value = first_tensor(here.input if step["how"] == "input" else here.output)
     factors = factors_at(root, step.get("factors", ()), value.device)
-    if step["edits"]:
-        return edit_value(here, step, value, factors, state, out)
-    state["unedited"] = times(value, factors)
-    return state["unedited"]
+    return edit_value(here, step, value, factors, state, out)
 
 
 def resolve(root, parameters, device, state):
