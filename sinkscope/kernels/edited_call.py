@@ -149,8 +149,8 @@ def weights_by_key(call, float32):
     """Attention weights, some keys at a time: ``(slice of keys, [batch head query key])``."""
     n_key, width = arguments(call)[0]["value"].shape[2:]
     for first in range(0, n_key, width):
-        stop = min(first + width, n_key)
-        yield slice(first, stop), weights_on(call, first, stop, float32=float32).float()
+        part = weights_on(call, first, first + width, float32=float32).float()
+        yield slice(first, first + width), part
 
 
 def check_change(stage, change):

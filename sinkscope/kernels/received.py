@@ -108,15 +108,13 @@ def own_weights(call, null=False):
     shaped = mask is None or (mask.ndim == 4 and mask.shape[2] == query.shape[2])
     if query.shape[2] > 1 and plain and shaped and not implied:
         return by_copy(call, query, key)
-    # From the weights on a few keys at a time: any call, at a cost that grows with the prompt. The last
-    # keys of a call belong to its queries.
+    # From the weights on a few keys at a time, the last of which belong to the call's queries.
     call = (call[0], (), {**rest, **named, "query": query})
     n_query, step, out = query.shape[2], named["value"].shape[-1], []
     first = key.shape[2] - n_query
     for at in range(0, n_query, step):
-        stop = min(at + step, n_query)
-        answer = weights_on(call, first + at, first + stop, float32=True)[:, :, at:stop]
-        out.append(answer.diagonal(dim1=2, dim2=3))
+        answer = weights_on(call, first + at, first + at + step, float32=True)
+        out.append(answer[:, :, at : at + step].diagonal(dim1=2, dim2=3))
     return torch.cat(out, dim=-1)
 
 
