@@ -177,7 +177,8 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
             neurons = base.check_indices(self.neurons[at], count, name, hint)
             given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
-        return [*out, Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep)]
+        drop = {**keep, "count": -self.count}
+        return [*out, Edit(Site("vision", "resid_post", last), kernels.append_tokens, drop)]
 
     def _feeding(self, context: Context) -> int:
         """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
