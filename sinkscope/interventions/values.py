@@ -180,10 +180,11 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
     """The one result of a tower, a site and layers that a donor is or holds; else InterventionError."""
     probe = probe_for(tower, site, layers)
     if isinstance(given, StateResult | AttentionValueResult):
-        came = dict(zip(("tower", "site"), place_of(given), strict=True))
-        for name, wanted in {"tower": tower, "site": site}.items():
-            if came[name] != wanted:
-                raise InterventionError(unlike(name, came[name], wanted, probe))
+        for name, came, wanted in zip(
+            ("tower", "site"), place_of(given), (tower, site), strict=True
+        ):
+            if came != wanted:
+                raise InterventionError(unlike(name, came, wanted, probe))
         if not set(layers) <= set(given.layers):
             raise InterventionError(unlike("layers", given.layers, layers, probe))
         return given
