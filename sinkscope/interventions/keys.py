@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +108,7 @@ class ScaleAttention(AttentionEdit, needs="bias"):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout(AttentionEdit, needs="bias"):
+class AttentionKnockout(BaseEdit, needs="bias"):
     """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
@@ -118,7 +119,7 @@ class AttentionKnockout(AttentionEdit, needs="bias"):
     queries: Selection
     keys: Selection
     layers: Any = None
-    steps: str = field(default="prefill", kw_only=True)
+    heads: Sequence[int] | None = field(default=None, kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""

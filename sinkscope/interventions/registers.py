@@ -183,7 +183,8 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
     def _feeding(self, context: Context) -> int:
         """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
         feeding = context.anatomy.feed_layers
-        if len(feeding) > 1:
+        *before, last = feeding
+        if before:
             raise ModelError(
                 f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
                 "the earlier ones."
@@ -193,4 +194,4 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
                 "neurons. Registers need neurons."
             )
-        return feeding[0]
+        return last
