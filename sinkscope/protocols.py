@@ -43,7 +43,6 @@ class Read:
     """One question to one site.
 
     Attributes:
-        site: Where.
         kernel: ``kernel(value, state, **parameters)``, a pure function that imports torch only. At
             an attention site ``value`` is the list of attention calls, elsewhere the states.
         parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
@@ -77,7 +76,6 @@ class Edit:
     """One edit at one site.
 
     Attributes:
-        site: Where.
         kernel: At an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``,
             best made with `sinkscope.kernels.edited_call.with_change`; elsewhere
             ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
@@ -187,14 +185,14 @@ class Effect(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per batch row and site."""
-        names = ("rows", "empty", "tokens", "mass_before", "mass_after")
-        many = self.rows.shape[0]
+        many = len(self.rows)
         table = {
             "batch": [row for row in range(many) for _ in self.sites],
             "site": [str(site) for site in self.sites] * many,
             "layer": [site.layer for site in self.sites] * many,
-            **{name: getattr(self, name).flatten().tolist() for name in names},
         }
+        for name in ("rows", "empty", "tokens", "mass_before", "mass_after"):
+            table[name] = getattr(self, name).flatten().tolist()
         return pd.DataFrame(table)
 
 
@@ -223,22 +221,23 @@ def effect_from(
 
     In rows whose answer has ``ended``, bool ``[batch]``, nothing was touched.
     """
-    sites = tuple(sorted(answers))
+    sites, nan = tuple(sorted(answers)), float("nan")
     told = [answers[site] for site in sites]
 
+    def joined(name: str) -> Tensor:
+        return torch.stack([one[name] for one in told], dim=1)
+
     def total(name: str) -> Tensor:
-        found = torch.stack([one[name] for one in told], dim=1)
-        return found if ended is None else found.masked_fill(ended[:, None], 0)
+        return joined(name) if ended is None else joined(name).masked_fill(ended[:, None], 0)
 
     count = total("count")
 
     def mean(name: str) -> Tensor:
-        nothing = torch.full((len(count),), float("nan"))
+        nothing = torch.full((len(count),), nan)
         sums = [one[name] / one["count"] if name in one else nothing for one in told]
-        return torch.stack(sums, dim=1).masked_fill(count == 0, float("nan"))
+        return torch.stack(sums, dim=1).masked_fill(count == 0, nan)
 
-    rows, empty, tokens = (total(name) for name in ("rows", "empty", "tokens"))
     known = {"rows", "empty", "tokens", "count", "before", "after"}
-    more = sorted(set.intersection(*map(set, told)) - known)
-    extra = {name: torch.stack([one[name] for one in told], dim=1) for name in more}
+    extra = {name: joined(name) for name in sorted(set.intersection(*map(set, told)) - known)}
+    rows, empty, tokens = (total(name) for name in ("rows", "empty", "tokens"))
     return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step, extra)

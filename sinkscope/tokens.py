@@ -92,15 +92,14 @@ class VisionMap:
     """The ViT tokens of every image, in the order of the image processor.
 
     Attributes:
-        kind: Int ``[image pos]``, index into `VISION_KINDS`.
-        live: Bool ``[image pos]``, False where an image has fewer tokens than the largest.
-        row: Int ``[image pos]``, patch row, -1 for CLS and registers.
-        column: Int ``[image pos]``, patch column.
-        box: Float ``[image pos 4]``, ``x0 y0 x1 y1`` in pixels of the original image (see `TokenMap`).
-        grid: Int ``[image 2]``, patch rows and columns.
-        layout: Int ``[image pos]`` index in the packed sequence of a packed tower, -1 at padding;
-            None for a tower with one row per image.
-        batch_row: Int ``[image]``, the batch row each image belongs to.
+        kind: Index into `VISION_KINDS`.
+        live: False where an image has fewer tokens than the largest.
+        row: Patch row, -1 for CLS and registers; ``column`` likewise.
+        box: ``x0 y0 x1 y1`` in pixels of the original image (see `TokenMap`).
+        grid: Patch rows and columns.
+        layout: Index in the packed sequence of a packed tower, -1 at padding; None for a tower with
+            one row per image.
+        batch_row: The batch row each image belongs to.
     """
 
     kind: Int[Tensor, "image pos"]
@@ -135,18 +134,16 @@ class TokenMap:
     """What every position of a sample is.
 
     Attributes:
-        ids: Int ``[batch pos]`` token ids.
-        live: Bool ``[batch pos]``, False at padding.
-        kind: Int ``[batch pos]``, index into `KINDS`.
-        image: Int ``[batch pos]``, which image of its row a position shows, from 0; -1 elsewhere.
-        image_index: Int ``[batch pos]``, the same counted over the whole batch: the row of `vision`.
-        row: Int ``[batch pos]``, row of the image token in its grid, -1 elsewhere.
-        column: Int ``[batch pos]``, column in its grid.
-        sources: Int ``[batch pos source]``, positions in `vision` that feed the token, -1 padded.
-        box: Float ``[batch pos 4]``, ``x0 y0 x1 y1`` that the token's patches cover, NaN elsewhere.
+        ids: Token ids.
+        live: False at padding.
+        kind: Index into `KINDS`.
+        image: Which image of its row a position shows, from 0; -1 elsewhere.
+        image_index: The same counted over the whole batch: the row of `vision`.
+        row: Row of the image token in its grid, -1 elsewhere; ``column`` likewise.
+        sources: Positions in `vision` that feed the token, -1 padded.
+        box: ``x0 y0 x1 y1`` that the token's patches cover, NaN elsewhere.
         box_unit: ``"original"`` pixels of the image given to ``prepare``, or ``"input"`` pixels as
             the model sees them, if only processor output was given.
-        vision: The ViT tokens.
         words: The text of every token, or None without a tokenizer. A character whose bytes lie in several
             tokens is written with each of them, as ``中 1/2`` and ``中 2/2``.
     """
@@ -184,13 +181,11 @@ class TokenMap:
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
         """A selection as a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
-        Args:
-            selection: A name from `names`; other words, looked for in the text of every row as whole
-                words (all tokens of all places that hold them); a position, a list of positions or a
-                slice, counted as here, with padding; or a bool mask ``[batch pos]`` / ``[batch layer
-                pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
-                tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
-            n_layers: Layers of the tower, to recognise per-layer masks.
+        A selection is a name from `names`; other words, looked for in the text of every row as whole
+        words (all tokens of all places that hold them); a position, a list of positions or a slice,
+        counted as here, with padding; or a bool mask ``[batch pos]`` or, with ``n_layers`` of the tower,
+        ``[batch layer pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
+        tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
 
         Raises:
             SelectionError: If a row does not hold the words or the position, or the mask is of
@@ -204,7 +199,7 @@ class TokenMap:
         if selection == "all":
             return self.live
         if selection in ("last", "first"):
-            at = self.last if selection == "last" else self.first
+            at = getattr(self, selection)
             return self.live & (torch.arange(self.live.shape[1]) == at[:, None])
         if selection.startswith("image:"):
             return self.image == int(selection.removeprefix("image:"))
@@ -223,11 +218,11 @@ class TokenMap:
                 start = line.find(text, start + 1)
         lacking = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if not mask.any():
+            why = "has no such whole words" if self.words else "is unknown without a tokenizer"
             raise SelectionError(
                 f"Got the selection {text!r}; expected one of {self.names} or a boolean mask. "
-                f"{nearest(text, self.names)} The text of the prompt "
-                f"{'has no such whole words' if self.words else 'is unknown without a tokenizer'}: write "
-                "words as sample.tokens.words shows them, or positions such as [0, 5]."
+                f"{nearest(text, self.names)} The text of the prompt {why}: write words as "
+                "sample.tokens.words shows them, or positions such as [0, 5]."
             )
         if lacking:
             raise SelectionError(

@@ -5,11 +5,12 @@ from sinkscope.interventions.keys import (
     AttentionKnockout,
     AttentionTemperature,
     EvictKeys,
+    ImageCentric,
     MaskKeys,
+    Redistribute,
     ScaleAttention,
     ScaleKeys,
 )
-from sinkscope.interventions.redistribute import ImageCentric, Redistribute
 from sinkscope.interventions.registers import (
     NeuronActivity,
     NeuronResult,

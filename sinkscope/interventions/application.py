@@ -73,9 +73,8 @@ def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe])
         clash = [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]
         if clash:
             raise InterventionError(
-                f"Got {clash} of the {tower} tower beside {type(it).__name__}, which adds positions "
-                "to that tower; expected probes and edits of the other one only. Run them in a pass "
-                "of their own."
+                f"Got {clash} of the {tower} tower beside {type(it).__name__}, which adds positions to "
+                "that tower; expected those of the other one only. Run them in a pass of their own."
             )
 
 
@@ -122,21 +121,19 @@ def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]
     kl = kl_of_next(plain.logits, logits.cpu())
-    effects = {it: replace(effect, kl=kl) for it, effect in edited.effects.items()}
-    return replace(edited, effects=effects)
+    return replace(edited, effects={it: replace(x, kl=kl) for it, x in edited.effects.items()})
 
 
 class Edited:
     """What ``with lvlm.edited(interventions) as edited`` gives: `run` and `generate`, edited.
 
-    The model's weights and the plain LVLM are untouched; masks among the interventions belong to
+    The model's weights and the plain LVLM are untouched; masks among the ``interventions`` belong to
     samples of their own shape, names such as ``"image"`` to any.
     """
 
     def __init__(self, lvlm: Model, interventions: Sequence[Intervention]) -> None:
-        self._lvlm = lvlm
+        self._lvlm, self._open = lvlm, True
         self._interventions = tuple(interventions)
-        self._open = True
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
@@ -149,8 +146,7 @@ class Edited:
 
     def run(self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any) -> Any:
         """`LVLM.run` with these interventions first, then further ones."""
-        both = (*self._interventions, *interventions)
-        return self._model().run(sample, probes, both, **options)
+        return self._model().run(sample, probes, (*self._interventions, *interventions), **options)
 
     def generate(
         self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any

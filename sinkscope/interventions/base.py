@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,29 @@ from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError
 from sinkscope.kernels.edits import EXTRA, WIDEST
-from sinkscope.protocols import Edit
+from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 STEPS = ("all", "prefill", "decode")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BaseEdit(BaseIntervention):
+    """The fields that all edits have; `MaskKeys` describes them."""
+
+    steps: str = "prefill"
+    tower: Tower = "language"
+    allow_noop: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionEdit(BaseEdit):
+    """The fields that edits of chosen heads and queries have; `MaskKeys` describes them."""
+
+    heads: Sequence[int] | None = None
+    queries: Selection | None = None
+    steps: str = "all"
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
@@ -32,21 +51,10 @@ def runs_now(steps: str, context: Context, tower: str) -> bool:
 def selected(
     context: Context, tower: str, tokens: Selection, what: str, allow_empty: bool
 ) -> Tensor:
-    """A selection as ``[batch layer pos]`` in the sample's own layout, False at padding.
+    """A selection (see `TokenMap.select`) as bool ``[batch layer pos]``, False at padding.
 
-    Args:
-        context: What ``edits`` was given.
-        tower: ``"language"`` or ``"vision"``.
-        tokens: A selection, see `TokenMap.select`.
-        what: The intervention's name, for the message.
-        allow_empty: Whether an empty selection is fine.
-
-    Returns:
-        A bool mask with one layer, or with as many as the tower has if the selection differs by
-        layer; see `at_layer`.
-
-    Raises:
-        NoEffectError: If it is empty in every row.
+    There is one layer, or as many as the tower has if the selection differs by layer; see `at_layer`.
+    NoEffectError, with the name ``what``, if it is empty in every row, unless ``allow_empty``.
     """
     mask = context.select(tower, tokens)
     if not mask.any() and not allow_empty:
@@ -92,6 +100,11 @@ def rows_at(
     return context.pack(tower, mask, dim=1)
 
 
+def selected_by(it: Any, context: Context, tokens: Selection) -> Tensor:
+    """What `selected` gives for one of the selections of an intervention."""
+    return selected(context, it.tower, tokens, type(it).__name__, it.allow_noop)
+
+
 def attention_edits(
     it: Any,
     context: Context,
@@ -101,16 +114,10 @@ def attention_edits(
     each: Sequence[Mapping[str, Any]] | None = None,
     **shared: Any,
 ) -> list[Edit]:
-    """One edit per layer of an intervention on attention, if it runs at this step.
+    """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`.
 
-    Args:
-        it: The intervention, with the members of `BaseIntervention`.
-        context: What ``edits`` was given.
-        kernel: A kernel of attention, which takes ``live``, ``rows`` and ``heads`` too.
-        stage: See `Edit`.
-        masks: Masks for the kernel, as `selected` gives them.
-        each: Parameters that differ, one mapping per layer.
-        shared: Parameters of all layers.
+    The kernel gets ``masks``, as `selected` gives them, what is ``shared`` by all layers, what ``each``
+    layer has of its own, one mapping per layer, and ``live``, ``rows`` and ``heads``.
     """
     tower, heads = it.tower, it.heads
     layers = context.layers(tower, it.layers)
@@ -127,15 +134,16 @@ def attention_edits(
     # Queries are prompt positions: none of them is the query of a decode step.
     if not now or (context.step and rows is not None):
         return []
-    live = context.pack(tower, context.live(tower), dim=1)
-    shared |= {"heads": heads, "rows": rows, "live": live}
+    shared |= {"heads": heads, "rows": rows}
+    shared["live"] = context.pack(tower, context.live(tower), dim=1)
     # What is the same in all layers stays one tensor, so that it is moved to the device once.
     packed = {key: context.pack(tower, mask, dim=2).unbind(1) for key, mask in masks.items()}
     edits = []
-    for i, layer in enumerate(layers):
+    for layer, own in zip(layers, each or [{}] * len(layers), strict=True):
         mine = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
-        mine |= {**shared, **(each[i] if each else {})}
-        edits.append(Edit(Site(tower, "attention", layer), kernel, mine, stage))
+        edits.append(
+            Edit(Site(tower, "attention", layer), kernel, {**mine, **shared, **own}, stage)
+        )
     return edits
 
 
@@ -149,12 +157,12 @@ def check_prompt_only(steps: str, what: str) -> None:
         )
 
 
-def check_tower(given: str, expected: Tower, what: str) -> None:
+def check_tower(it: Any, expected: Tower) -> None:
     """Refuse a tower in which an intervention is not defined."""
-    if given != expected:
+    if it.tower != expected:
         raise InterventionError(
-            f"Got tower={given!r} for {what}; expected {expected!r}, the only tower in which it is "
-            f"defined. Write tower={expected!r}, or leave it out."
+            f"Got tower={it.tower!r} for {type(it).__name__}; expected {expected!r}, the only tower in "
+            f"which it is defined. Write tower={expected!r}, or leave it out."
         )
 
 
@@ -164,11 +172,11 @@ def check_factor(name: str, factor: Any, least: float = float("-inf")) -> float:
     return float(factor)
 
 
-def check_neutral(name: str, factor: float, neutral: float, allow_noop: bool) -> None:
+def check_neutral(it: Any, factor: float, neutral: float = 1.0) -> None:
     """Refuse a setting that changes nothing, unless that was allowed: NoEffectError."""
-    if factor == neutral and not allow_noop:
+    if factor == neutral and not it.allow_noop:
         raise NoEffectError(
-            f"{name} with {neutral:g} changes nothing; expected another value. Write "
+            f"{type(it).__name__} with {neutral:g} changes nothing; expected another value. Write "
             "allow_noop=True if that is meant, for instance as the base of a sweep."
         )
 
@@ -181,11 +189,13 @@ def needs_a_mask(tower: TowerAnatomy) -> str:
     return f"heads of {tower.d_head} leave no room for a bias" if wide else ""
 
 
-def check_maskable(tower: TowerAnatomy, what: str, reason: str | None = None) -> None:
+def check_maskable(it: Any, context: Context, reason: str | None = None) -> None:
     """Refuse an explicit mask under a flash kernel; a bias needs one as `needs_a_mask` says."""
+    tower = context.tower(it.tower)
     reason = needs_a_mask(tower) if reason is None else reason
     if reason and "flash" in tower.kernel:
         raise InterventionError(
-            f"Got {what} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', which take "
-            f"an explicit mask: {reason}. Write attn_implementation='sdpa' where the model is loaded."
+            f"Got {type(it).__name__} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', "
+            f"which take an explicit mask: {reason}. Write attn_implementation='sdpa' where the model "
+            "is loaded."
         )

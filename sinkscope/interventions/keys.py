@@ -1,44 +1,37 @@
-"""Edits of logits: mask, scale, knock out, temperature; exact under the model's own kernel."""
+"""Edits of attention: mask, scale, knock out, evict, temperature, redistribute; exact in every kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.base import (
-    attention_edits,
-    check_factor,
-    check_maskable,
-    check_neutral,
-    check_tower,
-    runs_now,
-    selected,
-)
-from sinkscope.kernels.edits import divide_queries, edit_keys, evict_keys
-from sinkscope.protocols import BaseIntervention, Edit
-from sinkscope.sites import Site, Tower
+from sinkscope.interventions import base
+from sinkscope.interventions.base import AttentionEdit, BaseEdit, attention_edits, check_factor
+from sinkscope.kernels.edits import divide_queries, edit_keys, edit_mass, evict_keys
+from sinkscope.protocols import Edit
+from sinkscope.sites import Site
 from sinkscope.tokens import Selection
+
+AFTER_IMAGE = "after image"
 
 
 def key_edits(
-    it: Any, context: Context, stage: str, factor: float, neutral: float | None = 1.0
+    it: Any, context: Context, tokens: Selection, stage: str, factor: float
 ) -> list[Edit]:
-    """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if it is neutral."""
-    name = type(it).__name__
-    if neutral is not None:
-        check_neutral(name, factor, neutral, it.allow_noop)
+    """Edits that multiply what a stage is about by a factor, see `edit_keys`; none if that is 1."""
+    base.check_neutral(it, factor)
     if stage == "logits":
-        check_maskable(context.tower(it.tower), name)
-    mask = selected(context, it.tower, it.tokens, name, it.allow_noop) & (factor != neutral)
+        base.check_maskable(it, context)
+    mask = base.selected_by(it, context, tokens) & (factor != 1.0)
     return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
-class MaskKeys(BaseIntervention, needs="bias"):
+class MaskKeys(AttentionEdit, needs="bias"):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
     A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
@@ -58,19 +51,14 @@ class MaskKeys(BaseIntervention, needs="bias"):
 
     tokens: Selection
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "logits", 0.0, None)
+        return key_edits(self, context, self.tokens, "logits", 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleKeys(BaseIntervention, needs="weights"):
+class ScaleKeys(AttentionEdit, needs="weights"):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
     Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
@@ -78,7 +66,6 @@ class ScaleKeys(BaseIntervention, needs="weights"):
     k-norm, and is repeated at every decode step on a clean cache.
 
     Args:
-        tokens: The keys.
         factor: The multiplier.
         layers: See `MaskKeys`, as for the rest.
     """
@@ -86,19 +73,15 @@ class ScaleKeys(BaseIntervention, needs="weights"):
     tokens: Selection
     factor: float
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        return key_edits(self, context, "keys", check_factor("factor", self.factor))
+        factor = check_factor("factor", self.factor)
+        return key_edits(self, context, self.tokens, "keys", factor)
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleAttention(BaseIntervention, needs="bias"):
+class ScaleAttention(AttentionEdit, needs="bias"):
     """Multiply attention weights on tokens.
 
     With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
@@ -107,7 +90,6 @@ class ScaleAttention(BaseIntervention, needs="bias"):
     the model's dtype (in bf16 the factor is then good to 0.4 % of its logarithm).
 
     Args:
-        tokens: The keys.
         factor: The multiplier, at least 0 if renormalised.
         layers: See `MaskKeys`, as for the rest.
         renormalize: Whether rows sum to one again.
@@ -117,44 +99,35 @@ class ScaleAttention(BaseIntervention, needs="bias"):
     factor: float
     layers: Any = None
     renormalize: bool = True
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         least, stage = (0.0, "logits") if self.renormalize else (float("-inf"), "weights")
-        return key_edits(self, context, stage, check_factor("factor", self.factor, least))
+        factor = check_factor("factor", self.factor, least)
+        return key_edits(self, context, self.tokens, stage, factor)
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionKnockout(BaseIntervention, needs="bias"):
+class AttentionKnockout(BaseEdit, needs="bias"):
     """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
     Args:
         queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
-        keys: The keys.
         layers: See `MaskKeys`, as for the rest.
     """
 
     queries: Selection
     keys: Selection
     layers: Any = None
-    heads: Sequence[int] | None = None
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "prefill"
+    heads: Sequence[int] | None = field(default=None, kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        where = (self.layers, self.heads, self.queries, self.steps, self.tower, self.allow_noop)
-        return MaskKeys(self.keys, *where).edits(context)
+        return key_edits(self, context, self.keys, "logits", 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class EvictKeys(BaseIntervention, needs="eviction"):
+class EvictKeys(BaseEdit, needs="eviction"):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
     Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
@@ -164,26 +137,21 @@ class EvictKeys(BaseIntervention, needs="eviction"):
     Args:
         start: First live keys to keep; 4 in the paper.
         recent: Recent keys to keep, the query's own among them.
-        layers: Block indices, or None for all.
-        steps: ``"all"``, ``"prefill"`` or ``"decode"``.
-        allow_noop: Whether evicting nothing (a short prompt) is fine.
+        layers: See `MaskKeys`, as for the rest.
     """
 
     start: int = 4
     recent: int = 512
     layers: Any = None
-    steps: str = "all"
-    allow_noop: bool = False
-    tower: Tower = "language"
+    steps: str = field(default="all", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        check_tower(self.tower, "language", "EvictKeys")
+        base.check_tower(self, "language")
         check_whole(0, error=InterventionError, start=self.start)
         check_whole(1, error=InterventionError, recent=self.recent)
-        differs = "what is evicted differs by query"
-        check_maskable(context.tower("language"), "EvictKeys", differs)
-        if not runs_now(self.steps, context, "language"):
+        base.check_maskable(self, context, "what is evicted differs by query")
+        if not base.runs_now(self.steps, context, "language"):
             return []
         parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
         return [
@@ -193,7 +161,7 @@ class EvictKeys(BaseIntervention, needs="eviction"):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionTemperature(BaseIntervention, needs="weights"):
+class AttentionTemperature(AttentionEdit, needs="weights"):
     """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
 
     Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
@@ -208,18 +176,140 @@ class AttentionTemperature(BaseIntervention, needs="weights"):
 
     temperature: float
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    tower: Tower = "language"
-    steps: str = "all"
-    allow_noop: bool = False
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         check_number(above=0.0, error=InterventionError, temperature=self.temperature)
-        name, heat = "AttentionTemperature", float(self.temperature)
-        check_neutral(name, heat, 1.0, self.allow_noop)
-        keys = selected(context, self.tower, "all", name, self.allow_noop)
-        return attention_edits(
-            self, context, divide_queries, "keys", {"keys": keys}, temperature=heat
+        heat = float(self.temperature)
+        base.check_neutral(self, heat)
+        masks = {"keys": base.selected_by(self, context, "all")}
+        return attention_edits(self, context, divide_queries, "keys", masks, temperature=heat)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCentric:
+    """Select, as VAR does (Kang et al. 2503.03321), the rows and heads that look at the image.
+
+    At least ``least_visual`` of their attention lies on it, at most ``most_sink_share`` of that on
+    visual sinks.
+
+    Args:
+        visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
+        least_visual: 0.2 in paper and code.
+        most_sink_share: ``rho`` of the code, 0.5; the paper's rho bounds the non-sink share from
+            below, so it is one minus this.
+        needs_sink: Whether a batch row without any visual sink in a layer is left alone there, as the
+            code does; by the paper's formula text sinks give there too.
+    """
+
+    visual_sinks: Selection
+    least_visual: float = 0.2
+    most_sink_share: float = 0.5
+    needs_sink: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute(AttentionEdit, needs="redistribution"):
+    """Move attention from source tokens to target tokens in proportion (VAR, ACT).
+
+    Over selected rows and heads the source keeps ``1 - recycle`` of its weight, and what was taken
+    goes to the target in proportion to its weights, however small they are beside a sink's. Rows
+    that see no target are left alone. The presets name the two readings of VAR.
+
+    Args:
+        source: Keys that give.
+        target: Keys that receive; must not overlap the source.
+        recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
+            released code keeps ``p = 0.6`` and so takes 0.4.
+        layers: See `MaskKeys`, as for the rest.
+        select: Which rows and heads; None for all.
+        queries: ``"after image"`` for prompt positions after the last image token (and every decode
+            step), a selection of prompt positions, or None for all.
+    """
+
+    source: Selection
+    target: Selection
+    recycle: float
+    layers: Any = None
+    select: ImageCentric | None = None
+
+    @classmethod
+    def var_paper(
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
+    ) -> Redistribute:
+        """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
+        return cls._var(trace, layers, p, 1 - rho, False)
+
+    @classmethod
+    def var_code(
+        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
+    ) -> Redistribute:
+        """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
+        return cls._var(trace, layers, 1 - p, rho, True)
+
+    @classmethod
+    def _var(cls, trace: Any, layers: Any, recycle: float, *rule_of_rows: Any) -> Redistribute:
+        """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
+        rule = trace.l_detection.mask
+        visual = (trace.sample.tokens.image >= 0)[:, None]
+        return cls(
+            source=rule,
+            target=visual & ~rule,
+            recycle=recycle,
+            layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
+            select=ImageCentric(rule & visual, 0.2, *rule_of_rows),
+            queries=AFTER_IMAGE,
+            allow_noop=not bool((rule & visual).any()),
         )
+
+    def edits(self, context: Context) -> list[Edit]:
+        """One edit per layer."""
+        recycle = check_factor("recycle", self.recycle, 0.0)
+        if recycle > 1:
+            raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
+        base.check_neutral(self, recycle, 0.0)
+        base.check_maskable(self, context)
+        source, target = (
+            base.selected_by(self, context, one) for one in (self.source, self.target)
+        )
+        both = source & target
+        if both.any():
+            raise InterventionError(
+                f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
+                "disjoint sets. Write target & ~source."
+            )
+        masks = {"source": source & (recycle != 0), "target": target}
+        given: dict[str, Any] = {"recycle": recycle}
+        it, rule = self._checked_queries(context), self.select
+        if rule is not None:
+            sinks = base.selected(context, self.tower, rule.visual_sinks, "ImageCentric", True)
+            if rule.needs_sink:
+                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
+            for name in ("least_visual", "most_sink_share"):
+                given[name] = check_factor(name, getattr(rule, name))
+            given["visual"], masks["visual_sinks"] = context.tokens.image >= 0, sinks
+        return attention_edits(it, context, edit_mass, "weights", masks, **given)
+
+    def _checked_queries(self, context: Context) -> Redistribute:
+        """The same with a mask of queries instead of ``"after image"``; every decode step is after it."""
+        if self.select is not None and not isinstance(self.select, ImageCentric):
+            came = repr(self.select) if isinstance(self.select, str) else type(self.select).__name__
+            raise InterventionError(
+                f"Got select={came}; expected an ImageCentric rule, or None for all rows and heads. "
+                "Write select=ss.interventions.ImageCentric(trace.l_sinks()); tokens go to source, "
+                "target and queries."
+            )
+        after = isinstance(self.queries, str) and self.queries == AFTER_IMAGE
+        if self.tower != "language" and (after or self.select is not None):
+            what = f"queries={AFTER_IMAGE!r}" if after else "select=ImageCentric(...)"
+            raise InterventionError(
+                f"Got {what} in the {self.tower} tower; expected it in the decoder only, where "
+                "image and text meet. Write tower='language', or leave it out."
+            )
+        if not after:
+            return self
+        behind = None
+        if not context.step and self.steps != "decode":
+            visual = context.tokens.image >= 0
+            behind = context.tokens.live & (visual.flip(1).cumsum(1).flip(1) == 0)
+        return replace(self, queries=behind, allow_noop=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -13,14 +13,9 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
-from sinkscope.interventions.base import (
-    check_factor,
-    check_indices,
-    check_prompt_only,
-    check_tower,
-)
+from sinkscope.interventions import base
 from sinkscope.kernels import states as kernels
-from sinkscope.protocols import BaseIntervention, Edit, Model, Read
+from sinkscope.protocols import Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
@@ -54,7 +49,6 @@ class NeuronActivity:
 
     Args:
         tokens: ViT tokens; usually the outliers, ``v_detection.at(layer)``.
-        layers: Vision blocks, or None for all.
     """
 
     tokens: Selection
@@ -95,23 +89,19 @@ def find_register_neurons(
 ) -> dict[int, list[int]]:
     """Find the neurons that are most active on outlier tokens: candidates for register neurons.
 
-    Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
+    A few ``samples`` with outliers do. Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
 
     Args:
-        lvlm: The model.
-        samples: A few samples with outliers.
         tokens: Per sample, the outliers: bool ``[image pos]`` over ViT tokens.
         top_k: How many neurons in all; the paper uses 10 for CLIP-B and 45 for DINOv2-L.
         max_layer: Last block to look at (outliers are made before they show), or None for all.
 
     Returns:
-        Layer -> neuron indices; InterventionError if no sample has an outlier, or there is not one
-        mask per sample.
+        Layer -> neuron indices.
     """
     if len(samples) != len(tokens):
         raise InterventionError(
-            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens per "
-            "sample."
+            f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens each."
         )
     if not any(bool(mask.any()) for mask in tokens):
         raise InterventionError(
@@ -133,7 +123,7 @@ def find_register_neurons(
 
 
 @dataclass(frozen=True, eq=False)
-class TestTimeRegister(BaseIntervention, needs="registers"):
+class TestTimeRegister(base.BaseEdit, needs="registers"):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
     A zero token is appended before the first block; in the given blocks the register neurons fire
@@ -143,7 +133,6 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
 
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
-        count: How many registers.
         scale: Factor on the largest activation.
         fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
     """
@@ -155,15 +144,13 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
     count: int = 1
     scale: float = 1.0
     fill: str = "zero"
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "vision"
+    tower: Tower = field(default="vision", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """Append, shift in every given layer, drop."""
-        check_tower(self.tower, "vision", "TestTimeRegister")
-        check_prompt_only(self.steps, "TestTimeRegister")
-        scale = check_factor("scale", self.scale)
+        base.check_tower(self, "vision")
+        base.check_prompt_only(self.steps, "TestTimeRegister")
+        scale = base.check_factor("scale", self.scale)
         check_choice(("zero", "mean", "keep"), error=InterventionError, fill=self.fill)
         check_whole(1, error=InterventionError, count=self.count)
         if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
@@ -171,8 +158,10 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
                 f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "
                 "find_register_neurons(...)."
             )
-        layers = unpacked(context).layers("vision", list(self.neurons))
-        last = self._feeding(context)
+        layers, last = (
+            unpacked(context).layers("vision", list(self.neurons)),
+            self._feeding(context),
+        )
         if layers[-1] > last:
             raise InterventionError(
                 f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
@@ -185,18 +174,20 @@ class TestTimeRegister(BaseIntervention, needs="registers"):
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
         for at in layers:
             name = f"neuron of vision block {at}"
-            given = {"neurons": check_indices(self.neurons[at], count, name, hint)}
-            given |= {**keep, "scale": scale, "fill": self.fill}
+            neurons = base.check_indices(self.neurons[at], count, name, hint)
+            given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
-        return [*out, Edit(Site("vision", "resid_post", last), kernels.drop_tokens, keep)]
+        drop = {**keep, "count": -self.count}
+        return [*out, Edit(Site("vision", "resid_post", last), kernels.append_tokens, drop)]
 
     def _feeding(self, context: Context) -> int:
         """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
-        *before, last = context.anatomy.feed_layers
+        feeding = context.anatomy.feed_layers
+        *before, last = feeding
         if before:
             raise ModelError(
-                f"The projector reads blocks {context.anatomy.feed_layers}; expected one. Registers "
-                "would reach it through the earlier ones."
+                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
+                "the earlier ones."
             )
         if not context.tower("vision").d_mlp:
             raise ModelError(

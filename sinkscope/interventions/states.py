@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,36 +12,21 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
-from sinkscope.interventions.base import (
-    at_layer,
-    check_factor,
-    check_neutral,
-    check_prompt_only,
-    check_tower,
-    selected,
-)
-from sinkscope.interventions.values import (
-    PATCH_SITES,
-    VALUES,
-    check_finite,
-    donated,
-    others,
-    value_edits,
-)
+from sinkscope.interventions import base, values
+from sinkscope.interventions.base import BaseEdit, at_layer, selected_by
 from sinkscope.kernels import states as kernels
 from sinkscope.probes.residual import check_dims, check_site
-from sinkscope.protocols import BaseIntervention, Edit, Model
-from sinkscope.sites import Site, Tower
+from sinkscope.protocols import Edit, Model
+from sinkscope.sites import Site
 from sinkscope.tokens import Selection
 
 
 @dataclass(frozen=True, eq=False)
-class AblateActivations(BaseIntervention, needs="states"):
+class AblateActivations(BaseEdit, needs="states"):
     """Set channels of tokens: what massive activations do (Sun et al. 2402.17762).
 
     Args:
         dims: Channel indices.
-        tokens: The tokens.
         replacement: ``"zero"``; ``"mean"`` of the same channel over the row's other live tokens;
             ``"clamp"`` to at most ``value`` in magnitude; or a number.
         layers: See `MaskKeys`, as for the rest.
@@ -55,27 +40,22 @@ class AblateActivations(BaseIntervention, needs="states"):
     layers: Any = None
     value: float | None = None
     site: str = "resid_post"
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "prefill"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer; prompt tokens exist in the first pass only."""
         how = self._how()
-        check_prompt_only(self.steps, "AblateActivations")
+        base.check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
-        mask = selected(context, self.tower, self.tokens, "AblateActivations", self.allow_noop)
+        mask = selected_by(self, context, self.tokens)
+        value = {"set": self.replacement, "clamp": self.value}.get(how)
+        given = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
         site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
         for layer in () if context.step else layers:
-            at, value = (
-                at_layer(mask, layer),
-                {"set": self.replacement, "clamp": self.value}.get(how),
-            )
+            at = at_layer(mask, layer)
             if how == "mean":
-                value = others(context.live(self.tower), at, "AblateActivations")
-            given = {"mask": at, "dims": dims, "how": how, "value": value}
-            given["layout"] = context.layout(self.tower)
-            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
+                value = values.others(context.live(self.tower), at, "AblateActivations")
+            mine = {**given, "mask": at, "value": value}
+            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, mine))
         return out
 
     def check_fits(self, lvlm: Model) -> None:
@@ -103,18 +83,18 @@ class AblateActivations(BaseIntervention, needs="states"):
                 f"Got value={self.value!r} with replacement={self.replacement!r}; expected it with "
                 f"'clamp' only. To set channels write replacement={self.value!r}."
             )
+        if how == "clamp" and self.value is None:
+            raise InterventionError(
+                "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
+                "Write value=10.0."
+            )
         if how == "clamp":
-            if self.value is None:
-                raise InterventionError(
-                    "Got replacement='clamp' without a value; expected the largest magnitude to keep. "
-                    "Write value=10.0."
-                )
-            check_factor("value", self.value, 0.0)
+            base.check_factor("value", self.value, 0.0)
         return how
 
 
 @dataclass(frozen=True, eq=False)
-class PatchActivations(BaseIntervention, needs="patches"):
+class PatchActivations(BaseEdit, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
     The donor's prompt must have the shape of this one's, such as the same question about another
@@ -129,7 +109,6 @@ class PatchActivations(BaseIntervention, needs="patches"):
             values ``[batch layer kv_head pos d_head]``) of exactly the layers given here. A donor of
             one row serves all rows, if none is padded.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_post"`` or ``"values"``.
-        tokens: The tokens to overwrite.
         layers: See `MaskKeys`, as for the rest.
         steps: ``"all"`` or ``"prefill"``, which are the same for states; for values also
             ``"decode"``.
@@ -141,37 +120,34 @@ class PatchActivations(BaseIntervention, needs="patches"):
     site: str
     tokens: Selection
     layers: Any = None
-    tower: Tower = "language"
-    allow_noop: bool = False
-    steps: str = "all"
+    steps: str = field(default="all", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        site = self.site
+        site, sites = self.site, values.PATCH_SITES
         if not isinstance(site, str):
             raise InterventionError(
-                f"Got a site of type {type(site).__name__}; expected one of {PATCH_SITES}. Write "
+                f"Got a site of type {type(site).__name__}; expected one of {sites}. Write "
                 "ss.PatchActivations(from_run, site, tokens, layers)."
             )
-        check_choice(PATCH_SITES, error=InterventionError, site=site)
-        if site != VALUES:
-            check_prompt_only(self.steps, "PatchActivations of states")
+        check_choice(sites, error=InterventionError, site=site)
+        if site != values.VALUES:
+            base.check_prompt_only(self.steps, "PatchActivations of states")
         layers = context.layers(self.tower, self.layers)
-        mask = selected(context, self.tower, self.tokens, "PatchActivations", self.allow_noop)
-        donor = donated(self.from_run, context, self.tower, site, layers)
-        if site == VALUES:
-            return value_edits(self, context, donor, mask, layers)
-        check_finite(donor, mask, layers, 2)
-        edits = []
+        mask = selected_by(self, context, self.tokens)
+        donor = values.donated(self.from_run, context, self.tower, site, layers)
+        if site == values.VALUES:
+            return values.value_edits(self, context, donor, mask)
+        values.check_finite(donor, mask, layers, 2)
+        edits, layout = [], context.layout(self.tower)
         for layer, one in () if context.step else zip(layers, donor.unbind(1), strict=True):
-            given: dict[str, Any] = {"mask": at_layer(mask, layer), "donor": one.nan_to_num()}
-            given["layout"] = context.layout(self.tower)
+            given = {"mask": at_layer(mask, layer), "donor": one.nan_to_num(), "layout": layout}
             edits.append(Edit(Site(self.tower, site, layer), kernels.edit_states, given))
         return edits
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleTokens(BaseIntervention, needs="embeddings"):
+class ScaleTokens(BaseEdit, needs="embeddings"):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
     RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
@@ -179,30 +155,25 @@ class ScaleTokens(BaseIntervention, needs="embeddings"):
 
     Args:
         tokens: Positions; usually ``trace.v_sinks`` or image tokens.
-        factor: The multiplier.
     """
 
     tokens: Selection
     factor: float
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "language"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
-        check_tower(self.tower, "language", "ScaleTokens")
-        factor = check_factor("factor", self.factor)
-        check_neutral("ScaleTokens", factor, 1.0, self.allow_noop)
-        check_prompt_only(self.steps, "ScaleTokens")
-        mask = selected(context, "language", self.tokens, "ScaleTokens", self.allow_noop)
-        if context.step:
-            return []
-        parameters = {"mask": at_layer(mask, 0) & (factor != 1.0), "factor": factor}
-        return [Edit(Site("language", "resid_pre", 0), kernels.scale_states, parameters)]
+        base.check_tower(self, "language")
+        factor = base.check_factor("factor", self.factor)
+        base.check_neutral(self, factor)
+        base.check_prompt_only(self.steps, "ScaleTokens")
+        mask = selected_by(self, context, self.tokens)
+        given = {"mask": at_layer(mask, 0) & (factor != 1.0), "factor": factor}
+        edit = Edit(Site("language", "resid_pre", 0), kernels.scale_states, given)
+        return [] if context.step else [edit]
 
 
 @dataclass(frozen=True, eq=False)
-class SinkToFront(BaseIntervention, needs="embeddings"):
+class SinkToFront(BaseEdit, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered and the LLM's positions stay where they are: a moved token takes
@@ -213,16 +184,12 @@ class SinkToFront(BaseIntervention, needs="embeddings"):
     """
 
     tokens: Selection
-    allow_noop: bool = False
-    steps: str = "prefill"
-    tower: Tower = "language"
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit of the embeddings."""
-        check_tower(self.tower, "language", "SinkToFront")
-        check_prompt_only(self.steps, "SinkToFront")
-        mask = selected(context, "language", self.tokens, "SinkToFront", self.allow_noop)
-        mask, image = at_layer(mask, 0), context.tokens.image
+        base.check_tower(self, "language")
+        base.check_prompt_only(self.steps, "SinkToFront")
+        mask, image = at_layer(selected_by(self, context, self.tokens), 0), context.tokens.image
         if (mask & (image < 0)).any():
             raise InterventionError(
                 "Got text tokens to move to the front; expected image tokens only. Write "
@@ -231,9 +198,8 @@ class SinkToFront(BaseIntervention, needs="embeddings"):
         if context.step:
             return []
         order = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
-        for b in range(mask.shape[0]):
+        for b, row in enumerate(mask):
             for index in range(int(image[b].max()) + 1):
                 block = (image[b] == index).nonzero().flatten()
-                front = mask[b, block]
-                order[b, block] = torch.cat([block[front], block[~front]])
+                order[b, block] = torch.cat([block[row[block]], block[~row[block]]])
         return [Edit(Site("language", "resid_pre", 0), kernels.permute_states, {"order": order})]

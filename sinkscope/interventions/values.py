@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.errors import InterventionError, nearest
-from sinkscope.interventions.base import at_layer, attention_edits, selected
+from sinkscope.interventions.base import AttentionEdit, at_layer, attention_edits, selected_by
 from sinkscope.kernels.edits import edit_values
 from sinkscope.probes.residual import StateResult
 from sinkscope.probes.writes import AttentionValueResult
-from sinkscope.protocols import BaseIntervention, Edit
-from sinkscope.sites import STATE_SITES, Tower
+from sinkscope.protocols import Edit
+from sinkscope.sites import STATE_SITES
 from sinkscope.tokens import Selection
 
 REPLACEMENTS = ("zero", "mean", "resample")
@@ -25,7 +24,7 @@ PATCH_SITES = (*STATE_SITES, VALUES)
 
 
 @dataclass(frozen=True, eq=False)
-class AblateValues(BaseIntervention, needs="packed_values"):
+class AblateValues(AttentionEdit, needs="packed_values"):
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
     Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
@@ -33,7 +32,6 @@ class AblateValues(BaseIntervention, needs="packed_values"):
     different tokens neither sees the other.
 
     Args:
-        tokens: The keys.
         replacement: ``"zero"``; ``"mean"`` of the row's other live prompt tokens; ``"resample"``: each
             takes the value of a random other prompt token (of the image, for image tokens); a
             tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers, or to
@@ -41,33 +39,27 @@ class AblateValues(BaseIntervention, needs="packed_values"):
             shape that holds `AttentionValues`, or that result.
         layers: See `MaskKeys`, as for the rest.
         tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
-        seed: For resampling.
     """
 
     tokens: Selection
     replacement: Any = "zero"
     layers: Any = None
-    heads: Sequence[int] | None = None
-    queries: Selection | None = None
-    steps: str = "all"
-    tower: Tower = "language"
-    seed: int = 0
-    allow_noop: bool = False
+    seed: int = field(default=0, kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         given, tower = self._kind(context), self.tower
-        mask = selected(context, tower, self.tokens, "AblateValues", self.allow_noop)
+        mask = selected_by(self, context, self.tokens)
         layers = context.layers(tower, self.layers)
-        if not isinstance(given, str):
-            if isinstance(given, Tensor):
-                values = broadcast(given, context, tower, len(layers))
-            else:
-                values = donated(given, context, tower, VALUES, layers)
-            return value_edits(self, context, values, mask, layers)
-        donors = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
-        masks = {"keys": mask}
-        return attention_edits(self, context, edit_values, VALUES, masks, donors, how=given)
+        if isinstance(given, str):
+            each = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
+            masks = {"keys": mask}
+            return attention_edits(self, context, edit_values, VALUES, masks, each, how=given)
+        if isinstance(given, Tensor):
+            values = broadcast(given, context, tower, len(layers))
+        else:
+            values = donated(given, context, tower, VALUES, layers)
+        return value_edits(self, context, values, mask)
 
     def _kind(self, context: Context) -> Any:
         """The replacement, unless it is unknown, or the tower's layout does not allow it."""
@@ -98,13 +90,10 @@ class AblateValues(BaseIntervention, needs="packed_values"):
         return random_donors(mask, live, visual, self.seed)
 
 
-def value_edits(
-    it: Any, context: Context, values: Tensor, mask: Tensor, layers: tuple[int, ...]
-) -> list[Edit]:
+def value_edits(it: Any, context: Context, values: Tensor, mask: Tensor) -> list[Edit]:
     """One edit per layer: values ``[batch layer kv_head pos d_head]`` at the tokens in ``mask``."""
-    check_finite(values, mask, layers, 3)
-    ready = [context.pack(it.tower, one.nan_to_num(), dim=2) for one in values.unbind(1)]
-    each = [{"tensor": one} for one in ready]
+    check_finite(values, mask, context.layers(it.tower, it.layers), 3)
+    each = [{"tensor": context.pack(it.tower, x.nan_to_num(), dim=2)} for x in values.unbind(1)]
     return attention_edits(it, context, edit_values, VALUES, {"keys": mask}, each, how="tensor")
 
 
@@ -147,16 +136,17 @@ def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tens
     """
     generator = torch.Generator().manual_seed(seed)
     out = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
-    for b in range(mask.shape[0]):
+    for b, row in enumerate(mask):
         for kind in (visual[b] & live[b], ~visual[b] & live[b]):
-            takers, pool = ((m & kind).nonzero().flatten() for m in (mask[b], ~mask[b]))
-            if len(takers) and not len(pool):
+            takers, pool = ((m & kind).nonzero().flatten() for m in (row, ~row))
+            if not len(takers):
+                continue
+            if not len(pool):
                 raise InterventionError(
                     f"Got a selection that holds every token of its kind in row {b}; expected some "
                     "left to resample from. Write replacement='zero' or a tensor."
                 )
-            if len(takers):
-                out[b, takers] = pool[torch.randint(len(pool), (len(takers),), generator=generator)]
+            out[b, takers] = pool[torch.randint(len(pool), (len(takers),), generator=generator)]
     return out
 
 
@@ -175,32 +165,28 @@ def donated(given: Any, context: Context, tower: str, site: str, layers: tuple[i
     result = result_of(given, tower, site, layers)
     tensor = result.values if isinstance(result, AttentionValueResult) else result.states
     picked = tensor[:, [result.layers.index(layer) for layer in layers]]
-    tensor = fitted(picked, context, tower, site, layers)
-    padded = ~live_prompt(context, tower).all(dim=1)
-    if tower == "language" and picked.shape[0] < len(padded) and padded.any():
+    donor = fitted(picked, context, tower, site, layers)
+    padded = (~live_prompt(context, tower).all(dim=1)).nonzero().flatten().tolist()
+    if tower == "language" and len(picked) < len(donor) and padded:
         raise InterventionError(
-            f"Got a donor of one row for the rows {padded.nonzero().flatten().tolist()}, which are "
-            "padded; expected rows without padding, because its tokens stand at other positions "
-            "there. Patch rows of one length together, or give a donor with a row for each."
+            f"Got a donor of one row for the rows {padded}, which are padded; expected rows without "
+            "padding, because its tokens stand at other positions there. Patch rows of one length "
+            "together, or give a donor with a row for each."
         )
-    return tensor
+    return donor
 
 
 def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any:
     """The one result of a tower, a site and layers that a donor is or holds; else InterventionError."""
     probe = probe_for(tower, site, layers)
     if isinstance(given, StateResult | AttentionValueResult):
-        (found_tower, found_site), found = place_of(given), given.layers
-        for name, came, wanted, fits in (
-            ("tower", found_tower, tower, found_tower == tower),
-            ("site", found_site, site, found_site == site),
-            ("layers", found, layers, set(layers) <= set(found)),
+        for name, came, wanted in zip(
+            ("tower", "site"), place_of(given), (tower, site), strict=True
         ):
-            if not fits:
-                raise InterventionError(
-                    f"Got a donor of {name} {came!r} to patch at {name} {wanted!r}; expected the same, or "
-                    f"more layers. Write {name}={came!r}, or read another with {probe}."
-                )
+            if came != wanted:
+                raise InterventionError(unlike(name, came, wanted, probe))
+        if not set(layers) <= set(given.layers):
+            raise InterventionError(unlike("layers", given.layers, layers, probe))
         return given
     if not isinstance(given, Holder):
         steps = hasattr(given, "sequences") and hasattr(given, "steps")
@@ -216,9 +202,8 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
         )
     kind = AttentionValueResult if site == VALUES else StateResult
     held = [result for result in given.results.values() if isinstance(result, kind)]
-    fitting = [
-        one for one in held if place_of(one) == (tower, site) and set(layers) <= set(one.layers)
-    ]
+    place, wanted = (tower, site), set(layers)
+    fitting = [one for one in held if place_of(one) == place and wanted <= set(one.layers)]
     if len(fitting) > 1:
         raise InterventionError(
             f"Got a run with {len(fitting)} results that fit {probe}; expected one. Write "
@@ -227,10 +212,18 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
     if not fitting:
         has = [f"{place_of(one)} of layers {one.layers}" for one in held]
         raise InterventionError(
-            f"Got a run that holds {', '.join(has) or 'no such result'}; expected "
-            f"{(tower, site)} of layers {layers}. Write lvlm.run(other, probes=[{probe}])."
+            f"Got a run that holds {', '.join(has) or 'no such result'}; expected {place} of layers "
+            f"{layers}. Write lvlm.run(other, probes=[{probe}])."
         )
     return fitting[0]
+
+
+def unlike(name: str, came: Any, wanted: Any, probe: str) -> str:
+    """The message for a donor's result of another tower, site or layers."""
+    return (
+        f"Got a donor of {name} {came!r} to patch at {name} {wanted!r}; expected the same, or more "
+        f"layers. Write {name}={came!r}, or read another with {probe}."
+    )
 
 
 def place_of(result: Any) -> tuple[str, str]:
@@ -251,16 +244,16 @@ def fitted(
 ) -> Tensor:
     """A donor's tensor, whose one row may stand for all, on the CPU; InterventionError if none fits."""
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
-    axes, wanted = "[batch layer pos d_model]", (rows, len(layers), length, anatomy.d_model)
+    axes, last = "pos d_model", (length, anatomy.d_model)
     if site == VALUES:
-        axes = "[batch layer kv_head pos d_head]"
-        wanted = (rows, len(layers), anatomy.kv_heads, length, anatomy.d_head)
+        axes, last = "kv_head pos d_head", (anatomy.kv_heads, length, anatomy.d_head)
+    wanted = (rows, len(layers), *last)
     shape = tuple(tensor.shape)
     if shape[1:] != wanted[1:] or shape[:1] not in ((1,), (rows,)):
         raise InterventionError(
-            f"Got a donor of shape {shape}; expected {axes} = {wanted}, or one row for all: that "
-            "of a run with a prompt of the same shape. Ask the same question about an image of the "
-            f"same size, and read {probe_for(tower, site, layers)}."
+            f"Got a donor of shape {shape}; expected [batch layer {axes}] = {wanted}, or one row for "
+            "all: that of a run with a prompt of the same shape. Ask the same question about an image "
+            f"of the same size, and read {probe_for(tower, site, layers)}."
         )
     return tensor.detach().cpu().expand(wanted)
 

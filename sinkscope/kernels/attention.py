@@ -260,9 +260,9 @@ def read_values(calls, probe):
     """The values of all calls in fp32; ValueError if an edit has heads or queries read different ones."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         raise ValueError(
-            f"Got an edit of values for some heads or queries beside {probe}; expected edits for all "
-            "of them, because here heads and queries of one key read different values. Read them in "
-            "a run without that edit, or write heads=None and queries=None."
+            f"Got an edit of values for some heads or queries beside {probe}; expected edits for all of "
+            "them, because here heads and queries of one key read different values. Read them in a run "
+            "without that edit, or write heads=None and queries=None."
         )
     return torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
 

@@ -5,9 +5,9 @@
     keys ----> logits ----> weights ----> values
     scale      bias, mask   scale, move   replace
 
-A kernel of attention has three steps: `prepared` brings its masks to the call, `reach` tells the rows and
-heads in which the change holds, `with_change` puts it into the call, at the stage of its `Edit`;
-`effect_of` tells what it did.
+A kernel of attention brings its masks to the call (`prepared`), finds the rows and heads in which the
+change holds (`reach`), puts it into the call at the stage of its `Edit` (`with_change`) and tells what it
+did (`effect_of`).
 
 Every change has a gate ``[batch query head 1]``: where it is False the output is what it was without
 the change, bit for bit, because the same call is made and the results are joined by ``where``. The edited
@@ -30,22 +30,17 @@ from sinkscope.kernels.attention import (
     weights_on,
 )
 
-TAKES = {"keys": "named, rest", "logits": "named, rest", "weights": "ask, value, output"}
-TAKES["values"] = "value"
-"""What the change of a stage takes."""
+TAKES = {"keys": "named, rest", "logits": "named, rest"}
+TAKES |= {"weights": "ask, value, output", "values": "value"}  # what the change of a stage takes
 STAGES = tuple(TAKES)
 
 
 def prepared(call, state, span, keys, live, rows):
-    """``(keys, live, rows)`` of the prompt as they are for one call.
+    """``(keys, live, rows)`` of the prompt as they are for one call, plain or edited.
 
-    Args:
-        call: The call, plain or edited.
-        state: The run's scratch space, which knows the step.
-        span: The part of a packed sequence that the call covers, or None.
-        keys: ``[batch key]`` bool; keys generated since are not selected.
-        live: ``[batch query]`` bool; the query of a decode step is live.
-        rows: ``[batch query]`` bool, or None.
+    ``state`` knows the step; ``span`` is the part of a packed sequence that the call covers, or None.
+    ``keys`` ``[batch key]`` bool get False at keys generated since; ``live`` and ``rows`` are ``[batch query]``
+    bool, and the query of a decode step is live; ``rows`` may be None.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -70,15 +65,20 @@ def reach(call, keys, live, rows, heads, spare_empty):
     ``spare_empty`` rows that see edited keys only are left as they are. Bool ``[batch query head 1]`` and
     ``[batch query]``.
     """
-    sees, only = keys_seen(call, keys)
+    # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
+    columns = torch.stack([keys, ~keys], dim=-1).float()
+    share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
+    share = share if share.shape[2] == arguments(call)[0]["query"].shape[1] else share[:, :, :1]
     chosen = live if rows is None else live & rows
-    wanted = chosen[:, :, None, None] & sees & head_mask(call, heads, chosen)
-    empty = wanted & only if spare_empty else torch.zeros_like(wanted)
+    wanted = chosen[:, :, None, None] & share[..., :1] & head_mask(call, heads, chosen)
+    if not spare_empty or learned_sink(call):
+        return wanted, torch.zeros_like(wanted[:, :, 0, 0])
+    empty = wanted & ~share[..., 1:]
     return wanted & ~empty, empty[..., 0].any(dim=2)
 
 
 def with_change(call, state, gate, change):
-    """The call with one more change of its function, at the stage that its `Edit` names.
+    """The call with one more change of its function, at the stage that its `Edit` names in ``state``.
 
     Args:
         call: The call, plain or edited.
@@ -90,8 +90,11 @@ def with_change(call, state, gate, change):
             any change of weights with one more change of logits, ``among``; ``change(value) ->
             value`` for values. ValueError if it takes something else than its stage gives.
     """
-    check_change(state["stage"], change)
-    return changed(call, state["stage"], gate, change)
+    function, stage = call[0], state["stage"]
+    check_change(stage, change)
+    recipe = getattr(function, "recipe", None) or dict.fromkeys(STAGES, ())
+    recipe = {**recipe, stage: (*recipe[stage], (gate, change))}
+    return (attend(getattr(function, "base", function), recipe), *call[1:])
 
 
 def effect_of(before, after, gate, keys, empty, measure):
@@ -99,11 +102,8 @@ def effect_of(before, after, gate, keys, empty, measure):
 
     ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
     ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls
-    are asked for the attention on the keys.
-
-    Returns:
-        ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` touched (row,
-        head) pairs, and over them the sums ``"before"`` and ``"after"``.
+    are asked for the attention on the keys. ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the
+    last row), ``"count"`` touched (row, head) pairs, and over them the sums ``"before"`` and ``"after"``.
     """
     out = {
         "rows": gate.any(dim=2)[..., 0].sum(1),
@@ -112,23 +112,13 @@ def effect_of(before, after, gate, keys, empty, measure):
         "count": gate.sum(dim=(1, 2, 3)),
     }
     for name, call in (("before", before), ("after", after)) if measure else ():
-        mass = mass_on(call, keys).transpose(1, 2)
-        out[name] = torch.where(gate[..., 0], mass, 0.0).sum(dim=(1, 2))
+        if keys.ndim == 2:
+            mass = weigh_values(call, keys[..., None].float())[..., 0].float()
+        else:
+            parts = weights_by_key(call, False)
+            mass = sum((part * keys[:, None, :, at]).sum(-1) for at, part in parts)
+        out[name] = torch.where(gate[..., 0], mass.transpose(1, 2), 0.0).sum(dim=(1, 2))
     return out
-
-
-# ------------------------------------------------------------------------- what is asked of a call
-
-
-def keys_seen(call, keys):
-    """Which rows see an edited key, and which see nothing else: bool ``[batch query head|1 1]``."""
-    # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
-    heads = arguments(call)[0]["query"].shape[1]
-    columns = torch.stack([keys, ~keys], dim=-1).float()
-    share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
-    share = share if share.shape[2] == heads else share[:, :, :1]
-    sees, others = share[..., :1], share[..., 1:]
-    return sees, torch.zeros_like(sees) if learned_sink(call) else sees & ~others
 
 
 def uniform(call):
@@ -155,22 +145,12 @@ def knows_float32(call):
     return "flash" not in getattr(getattr(call[0], "plain", call[0]), "__name__", "")
 
 
-def mass_on(call, keys):
-    """Attention on keys ``[batch key]``, or ``[batch query key]``, as ``[batch head query]``."""
-    if keys.ndim == 2:
-        return weigh_values(call, keys[..., None].float())[..., 0].float()
-    return sum((part * keys[:, None, :, at]).sum(-1) for at, part in weights_by_key(call, False))
-
-
 def weights_by_key(call, float32):
     """Attention weights, some keys at a time: ``(slice of keys, [batch head query key])``."""
     n_key, width = arguments(call)[0]["value"].shape[2:]
     for first in range(0, n_key, width):
-        stop = min(first + width, n_key)
-        yield slice(first, stop), weights_on(call, first, stop, float32=float32).float()
-
-
-# ------------------------------------------------------------------- the function that changes make
+        part = weights_on(call, first, first + width, float32=float32).float()
+        yield slice(first, first + width), part
 
 
 def check_change(stage, change):
@@ -181,14 +161,6 @@ def check_change(stage, change):
             f"Got an Edit with stage={stage!r} whose kernel makes a change of {many} arguments; expected "
             f"change({TAKES[stage]}). Write the stage that the kernel changes, one of {STAGES}."
         )
-
-
-def changed(call, stage, gate, change):
-    """The call with one more change of a stage."""
-    function = call[0]
-    recipe = getattr(function, "recipe", None) or dict.fromkeys(STAGES, ())
-    recipe = {**recipe, stage: (*recipe[stage], (gate, change))}
-    return (attend(getattr(function, "base", function), recipe), *call[1:])
 
 
 def attend(base, recipe):

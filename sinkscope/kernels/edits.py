@@ -1,9 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
-``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query
-heads; ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of
-the prompt. All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
+query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads;
+``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the prompt.
+All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 
 from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
 from sinkscope.kernels.edited_call import (
-    changed,
     check_change,
     column,
     effect_of,
@@ -58,9 +57,9 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     else:
         if torch.is_tensor(factor):
             factor = keys_of_call(factor, span, keys.shape[1], state)
+        scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
 
         def multiply(named, rest):
-            scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
             scaled = named["key"] * scale[:, None, :, None]
             return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
@@ -103,14 +102,12 @@ def masked(named, rest, bias):
     n_query, n_key = query.shape[2], named["key"].shape[2]
     lowest = torch.finfo(query.dtype).min
     if mask is None:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
+        mask = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=query.device)
         if is_causal(named, rest) and n_query > 1:
             mask, window = mask.tril(), rest.get("sliding_window")
             mask = mask if window is None else mask & ~mask.tril(-window)
-        mask = mask[None, None]
     if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        mask = zeros.masked_fill(~mask, lowest)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
     return (mask[..., :n_key] + bias[:, None, None].to(mask.dtype)).clamp(min=lowest)
 
 
@@ -168,8 +165,8 @@ def of_target(call, target, live, mass, exact):
     """How to ask for attention among the target keys, and in which rows there is any.
 
     The change of logits that leaves the target alone (None beside earlier edits of weights, which would
-    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any
-    ``[batch query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
+    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any ``[batch
+    query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
     """
     least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
     if getattr(call[0], "recipe", {}).get("weights"):
@@ -180,7 +177,7 @@ def of_target(call, target, live, mass, exact):
     whole = torch.ones_like(mass[..., 1])
     if learned_sink(call):
         # The sink's logit competes with the target's here too, and takes a share that is no key's.
-        alone = changed(call, "logits", some, among)
+        alone = with_change(call, {"stage": "logits"}, some, among)
         whole = weigh_values(alone, target[..., None].float(), float32=exact)[..., 0].float()
         some = some & (whole > least).transpose(1, 2)[..., None]
     return among, whole.clamp(min=1e-30), some
@@ -189,9 +186,9 @@ def of_target(call, target, live, mass, exact):
 def evict_keys(call, state, span, live, start, recent, measure=True):
     """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
 
-    The mask differs by query, so it is made explicit: ``query x key`` numbers per batch row. The
-    effect's tokens are keys that the last query has lost, and the attention is that of every row on
-    the keys that this row has lost. Packed towers have no cache: there is no ``span``.
+    The mask differs by query, so it is made explicit: ``query x key`` numbers per batch row. The effect's
+    tokens are keys that the last query has lost, and the attention is that of every row on the keys that
+    this row has lost. Packed towers have no cache: there is no ``span``.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -221,19 +218,19 @@ def edit_values(
     Donors are the model's own values, whatever other edits of this layer have replaced: so edits of
     different keys do not depend on their order. Batch rows in which no value changes are untouched.
 
-    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position
-    each, ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
+    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position each,
+    ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)
-    elif how == "tensor":
-        new = tensor.to(value.dtype)
-        step, n_key = state.get("step", 0), value.shape[2]
-        new = fit_keys(new, n_key, step) if span is None else new[:, :, slice(*span)]
-    else:
+    elif how != "tensor":
         new = from_donors(call, state, span, how, donors)
+    elif span is None:
+        new = fit_keys(tensor.to(value.dtype), value.shape[2], state.get("step", 0))
+    else:
+        new = tensor.to(value.dtype)[:, :, slice(*span)]
     # Where every key of a row is given what it has, nothing is touched.
     differ = keys & (new != value).any(dim=-1).any(dim=1)
     gate, empty = reach(call, keys & differ.any(dim=1, keepdim=True), live, rows, heads, False)

@@ -1,9 +1,8 @@
 """Layer-wise Sink Gating inside a trace: find the groups, read the signal, scale the keys.
 
-A gate needs three looks and one edit, at four sites of one pass: what feeds the projector (V-sinks),
-what the edited block reads (L-sinks), what the block before wrote (the signal), and the edited
-block's attention call. What a look finds is kept in ``state["memory"]`` under the gate's ``slot``, so
-that decode steps know it too; looks change nothing and report no effect.
+A gate looks at what feeds the projector (V-sinks), what the edited block reads (L-sinks) and what the block
+before wrote (the signal), and edits the block's attention call. What it finds is kept in
+``state["memory"]`` under its ``slot``, for decode steps too; looks change nothing and report no effect.
 
 A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
 "strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
@@ -15,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from sinkscope.kernels.edits import edit_keys
-from sinkscope.kernels.residual import dimension_scores, live_at, norms, rows_of
+from sinkscope.kernels.residual import dimension_scores, live_at, mean_over, norms, rows_of
 
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
@@ -79,15 +78,13 @@ def note_l_sinks(states, state, slot, rule, live):
 
 
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
-    """Remember the coefficients that the gate gives for what it reads here.
+    """Remember the coefficients that the ``gate`` gives for what it reads here, see `coefficients`.
 
     ``signal`` is ``"last"``, the position ``at`` ``[batch]`` (the newest one at a decode step), or
-    ``"mean"``, over ``tokens`` ``[batch pos]`` bool; for the ``gate`` see `coefficients`.
+    ``"mean"``, over ``tokens`` ``[batch pos]`` bool.
     """
     if signal == "mean":
-        weight = tokens[..., None].float()
-        read = torch.where(tokens[..., None], states.float(), 0.0).sum(1)
-        read = read / weight.sum(1).clamp(min=1)
+        read = mean_over(states, tokens)[:, 0]
     elif state.get("step", 0):
         read = states[:, -1].float()
     else:
@@ -101,25 +98,25 @@ def coefficients(
 ):
     """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
 
-    What is ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group
-    hidden]``; the LayerNorm may have no weights. All are taken as fp32.
+    ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the
+    LayerNorm may have no weights. All are taken as fp32.
     """
-    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
-        None if weight is None else weight.float()
-        for weight in (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias)
+    norm, first, last = (
+        [None if weight is None else weight.float() for weight in pair]
+        for pair in ((norm_weight, norm_bias), (in_weight, in_bias), (out_weight, out_bias))
     )
-    h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], norm_weight, norm_bias)
-    h = torch.nn.functional.linear(h, in_weight, in_bias)
+    h = torch.nn.functional.layer_norm(read.float(), read.shape[-1:], *norm)
+    h = torch.nn.functional.linear(h, *first)
     h = torch.tanh(h) if activation == "tanh" else getattr(torch.nn.functional, activation)(h)
-    return scale * torch.nn.functional.linear(h, out_weight, out_bias).softmax(dim=-1)
+    return scale * torch.nn.functional.linear(h, *last).softmax(dim=-1)
 
 
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text.
 
-    ``kept`` is what the looks have remembered: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``.
-    ``groups`` are names among ``"V"``, ``"L"`` and ``"rest"``, in the order of the coefficients. V wins
-    over L, also without a group of its own; what has none is ``"rest"``.
+    ``kept`` holds what the looks found: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, in the order of
+    ``groups``, names among ``"V"``, ``"L"`` and ``"rest"``. V wins over L, also without a group of its own;
+    what has none is ``"rest"``.
     """
     c = kept["coefficients"]
     out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
@@ -133,10 +130,9 @@ def factors_of(kept, visual, groups):
 
 
 def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
-    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``.
+    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``; see `factors_of`.
 
-    ``visual`` is ``[batch pos]`` bool; see `factors_of` for ``groups`` and `edit_keys` for the others.
-    The effect has the coefficients ``[batch group]``.
+    ``visual`` is ``[batch pos]`` bool. The effect has the coefficients ``[batch group]``.
     """
     kept = memory_of(state, slot)
     factors = factors_of(kept, visual, groups)

@@ -32,11 +32,9 @@ def received(calls, state, live, layout=None, null=True, others=False):
 
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
     ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
-
-    Returns:
-        ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live``
-        ``[batch query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others
-        see the key, ``"seeing"`` ``[batch key]``.
+    ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live`` ``[batch
+    query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others see the key,
+    ``"seeing"`` ``[batch key]``.
     """
     windows = []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
@@ -110,15 +108,13 @@ def own_weights(call, null=False):
     shaped = mask is None or (mask.ndim == 4 and mask.shape[2] == query.shape[2])
     if query.shape[2] > 1 and plain and shaped and not implied:
         return by_copy(call, query, key)
-    # From the weights on a few keys at a time: any call, at a cost that grows with the prompt. The last
-    # keys of a call belong to its queries.
+    # From the weights on a few keys at a time, the last of which belong to the call's queries.
     call = (call[0], (), {**rest, **named, "query": query})
     n_query, step, out = query.shape[2], named["value"].shape[-1], []
     first = key.shape[2] - n_query
     for at in range(0, n_query, step):
-        stop = min(at + step, n_query)
-        answer = weights_on(call, first + at, first + stop, float32=True)[:, :, at:stop]
-        out.append(answer.diagonal(dim1=2, dim2=3))
+        answer = weights_on(call, first + at, first + at + step, float32=True)
+        out.append(answer[:, :, at : at + step].diagonal(dim1=2, dim2=3))
     return torch.cat(out, dim=-1)
 
 

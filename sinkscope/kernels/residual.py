@@ -23,12 +23,17 @@ def live_at(live, states):
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
+def mean_over(x, mask):
+    """The mean of ``x`` ``[batch pos any]`` over the positions in ``mask``, ``[batch 1 any]`` in fp32."""
+    total = torch.where(mask[..., None], x.float(), 0.0).sum(1, keepdim=True)
+    return total / mask.sum(1)[:, None, None].float().clamp(min=1)
+
+
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
 
-    Returns:
-        ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``; the median
-        is over the tokens in ``live`` ``[batch pos]``.
+    ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``; the median is over
+    the tokens in ``live`` ``[batch pos]``.
     """
     h, medians = rows_of(states, layout).float(), []
     top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
@@ -66,10 +71,7 @@ def lens(states, state, norm, head, positions=None, k=5, layout=None):
     """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states.
 
     ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept.
-
-    Returns:
-        ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1
-        where absent.
+    ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1 where absent.
     """
     gone = None
     if positions is not None and states.shape[1] > 1:
@@ -98,8 +100,7 @@ def keep(states, state, layout=None):
 def group_means(states, state, groups, layout=None):
     """The mean state of every token group ``[batch pos group]`` bool, and how many tokens it has.
 
-    Returns:
-        ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
+    ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
     """
     h = rows_of(states, layout).float()
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything

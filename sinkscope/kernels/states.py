@@ -1,24 +1,22 @@
 """Edits of states: channels set, tokens overwritten, scaled and moved.
 
-Parameters that several share: ``mask`` ``[batch pos]`` bool, the tokens to edit; ``live`` likewise;
-``state``, the run's scratch space; ``layout``, the packed positions of a packed tower, or None. All
-return the edited states and the effect.
+``mask`` and ``live`` are ``[batch pos]`` bool: the tokens to edit, and the live ones; ``state`` is the run's
+scratch space, ``layout`` the packed positions of a packed tower, or None. All return the edited states
+and the effect.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sinkscope.kernels.residual import rows_of
+from sinkscope.kernels.residual import mean_over, rows_of
 
 
 def state_effect(mask, before=None, after=None):
     """The effect of an edit of states, which a kernel returns beside them.
 
-    Args:
-        mask: ``[batch pos]`` bool: the tokens it was to edit.
-        before: Their states, ``[batch pos d_model]``, or None where all of them change.
-        after: The same after the edit.
+    ``mask`` ``[batch pos]`` bool are the tokens it was to edit, ``before`` and ``after`` all states ``[batch
+    pos d_model]``, or None where those tokens surely change.
     """
     changed = mask if before is None else mask & (before != after).any(dim=-1)
     count, tokens = changed.sum(1), mask.sum(1)
@@ -43,9 +41,7 @@ def edit_channels(states, state, mask, dims, how, value=None, layout=None):
     rows = rows_of(states, layout)
     part = rows[..., dims]
     if how == "mean":
-        weight = value[..., None].float()
-        total = torch.where(value[..., None], part.float(), 0.0).sum(1, keepdim=True)
-        new = (total / weight.sum(1, keepdim=True).clamp(min=1)).to(part.dtype)
+        new = mean_over(part, value).to(part.dtype)
     elif how == "clamp":
         new = part.clamp(min=-value, max=value)
     else:
@@ -75,13 +71,8 @@ def permute_states(states, state, order):
 
 
 def append_tokens(states, state, live, count):
-    """Append ``count`` zero tokens to ``[image pos d_model]``."""
+    """Append ``count`` zero tokens to ``[image pos d_model]``; a negative one removes the last again."""
     return torch.nn.functional.pad(states, (0, 0, 0, count)), state_effect(live)
-
-
-def drop_tokens(states, state, live, count):
-    """Remove the last ``count`` tokens again."""
-    return states[:, :-count], state_effect(live)
 
 
 def shift_neurons(states, state, live, neurons, count, scale, fill):
@@ -102,6 +93,4 @@ def shift_neurons(states, state, live, neurons, count, scale, fill):
 
 def peak_neurons(states, state, mask):
     """Mean ``|activation|`` of every neuron over the chosen tokens, ``[image d_mlp]``."""
-    weight = mask[..., None].float()
-    size = states[:, : mask.shape[1]].float().abs()
-    return (size * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return mean_over(states[:, : mask.shape[1]].abs(), mask)[:, 0]

@@ -52,9 +52,7 @@ def attention_calls(root, tracer, step, state, out):
         )
     now = {"function": function}
     if step["edits"]:
-        getattr(source, step["bind"]).output = lambda *args, **kwargs: now["function"](
-            *args, **kwargs
-        )
+        getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
     if once:
         call = (function, *getattr(source, step["call"]).inputs)
         return [edit_call(source, step, call, None, now, state, out)]
@@ -147,10 +145,7 @@ def read_site(root, tracer, step, state, out):
     here = locate(root, step["path"])
     value = first_tensor(here.input if step["how"] == "input" else here.output)
     factors = factors_at(root, step.get("factors", ()), value.device)
-    if step["edits"]:
-        return edit_value(here, step, value, factors, state, out)
-    state["unedited"] = times(value, factors)
-    return state["unedited"]
+    return edit_value(here, step, value, factors, state, out)
 
 
 def resolve(root, parameters, device, state):
@@ -159,8 +154,7 @@ def resolve(root, parameters, device, state):
     ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
     parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
     """
-    placed = state.setdefault("placed", {})
-    out = {}
+    placed, out = state.setdefault("placed", {}), {}
     for name, value in parameters.items():
         mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
         if mark == "@module":
@@ -186,12 +180,8 @@ def detached(value):
 def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
 
-    Args:
-        root: The root envoy.
-        tracer: The running tracer.
-        plan: The steps, in forward order.
-        number: 0 for the prompt, 1, 2, ... for decode steps.
-        memory: What edits keep from one step of a generation to the next.
+    The ``plan`` has its steps in forward order; ``number`` is 0 for the prompt, 1, 2, ... for decode steps;
+    ``memory`` is what edits keep from one step of a generation to the next.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:

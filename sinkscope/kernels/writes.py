@@ -66,11 +66,11 @@ def measure(part, like):
     return made
 
 
-def onward(x, passed):
-    """The linear part of a map: ``[... d_model]`` without the division by a token's size."""
-    if passed["centred"]:
-        x = x - x.mean(dim=-1, keepdim=True)
-    return x * passed["weight"]
+def onward(x, *passed):
+    """The linear part of maps: ``[... d_model]`` without the division by a token's size."""
+    for one in passed:
+        x = (x - x.mean(dim=-1, keepdim=True) if one["centred"] else x) * one["weight"]
+    return x
 
 
 def answers(projection, rows):
@@ -107,20 +107,13 @@ def check_same(got, want, size, live, dtype, what):
         )
 
 
-def behind(x, passed):
-    """The linear part of all that lies behind the projection, ``[... d_model]``."""
-    for one in passed:
-        x = onward(x, one)
-    return x
-
-
 def way(calls, state, projection, parts, live, asked=None):
     """The way from heads to the stream, proven on attention's whole output, for `follow`.
 
     So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
-    in ``state`` what should arrive. ``written`` is ``[batch query head d_head]``, ``scale`` ``[batch
-    query]`` by which norms multiply a query, ``matrix`` ``[head d_head d_model]`` in fp32 or None if fewer
-    rows are asked for than it has, so that heads are better pushed one by one.
+    in ``state`` what should arrive. ``written`` is ``[batch query head d_head]``, ``scale`` ``[batch query]``
+    by which norms multiply a query, ``matrix`` ``[head d_head d_model]`` in fp32 or None if fewer rows are
+    asked for than it has, so that heads are better pushed one by one.
     """
     x = torch.cat([ask(call) for call in calls], dim=1)
     heads, width = x.shape[2:]
@@ -134,7 +127,7 @@ def way(calls, state, projection, parts, live, asked=None):
         one_hot = torch.eye(heads * width, dtype=x.dtype, device=x.device)
         columns, bias = answers(projection, one_hot)
         total = x.flatten(2).float() @ columns
-        made["matrix"] = behind(columns, passed).reshape(heads, width, -1)
+        made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
     what = f"{name_of(projection)} is not a linear map of attention's output"
     check_same(total + bias, wrote, size, live, x.dtype, what)
@@ -154,7 +147,7 @@ def pushed(written, projection):
 def follow(written, made):
     """Norm of every head's write ``[batch query head]`` and their sum, before norms divide a query."""
     if made["matrix"] is None:
-        by_head = behind(pushed(written, made["projection"])[0], made["passed"])
+        by_head = onward(pushed(written, made["projection"])[0], *made["passed"])
         return by_head.norm(dim=-1), by_head.sum(2)
     written, matrix = written.float(), made["matrix"]
     if "gram" not in made:
@@ -181,9 +174,8 @@ def arrives(states, state, live, attention, projection):
     """Refuse a block that does not add what its heads write, as far as edits of it did not do it."""
     total = state.pop("arrived", None)
     if total is not None:
-        added = state["unedited"]
         what = f"What {name_of(attention)} adds to the stream is not what its heads write through "
-        what += name_of(projection)
+        what, added = what + name_of(projection), state["unedited"]
         check_same(total, added, total.norm(dim=-1), live, added.dtype, what)
     return {}
 
@@ -194,11 +186,8 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
     ``||D sum_h W_O^h (A_h 1_g v_h)||_2`` per query, and the same for each head alone (Kobayashi et al.
     2020; used for sinks by Kang et al. 2503.03321). ``D`` is what lies between the output projection
     and the stream, at this query. The vectors of all groups and the biases add up to what attention
-    adds.
-
-    Returns:
-        ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
-        ``[batch key group]``.
+    adds. ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
+    ``[batch key group]``.
     """
     made = way(calls, state, projection, parts, live, groups.shape[-1])
     totals, heads_out = [], []
@@ -221,10 +210,8 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     ``||U||_F^2 / sigma_1^2`` over the live queries, which is 1 if the head writes one direction only.
     ``D`` is what lies between the output projection and the stream. A norm there divides each query by
     a size of its own, which is in ``S`` and not in ``u``.
-
-    Returns:
-        ``{"norms": [batch head key], "stable_rank": [batch head]}``. In a packed tower it is taken
-        over all images together and repeated for each.
+    ``{"norms": [batch head key], "stable_rank": [batch head]}``; in a packed tower it is taken over all
+    images together and repeated for each.
     """
     made = way(calls, state, projection, parts, live)
     # Inner products of what the dimensions of a head write, [head d_head d_head].

@@ -56,7 +56,7 @@ def test_var_is_redistribute_with_that_trace(planted, trace, preset):
         ss.interventions.ImageCentric(
             rule & visual, 0.2, 0.6 if preset == "paper" else 0.4, preset == "code"
         ),
-        "after image",
+        queries="after image",
         allow_noop=True,
     )
     want = lvlm.run(trace.sample, [], [by_hand], logits="last").logits[:, -1]

@@ -192,7 +192,9 @@ def test_var_starts_at_layer_two_with_the_published_numbers(case):
 def test_scaling_keys_down_can_raise_their_mass_and_the_effect_says_so(case, family):
     c = case(family)
     edits = [
-        ss.ScaleKeys("first" if family != "gemma3" else c.some, 0.5, [1], [head], query)
+        ss.ScaleKeys(
+            "first" if family != "gemma3" else c.some, 0.5, [1], heads=[head], queries=query
+        )
         for head in range(4)
         for query in ("last", c.late)
     ]
