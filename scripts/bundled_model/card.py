@@ -22,13 +22,13 @@ tags: [llava, attention-sinks, interpretability, synthetic-data]
 ---
 # The bundled model of sinkscope
 
-A small LLaVA ({parameters:,} parameters, float32) that answers questions about drawn shapes. It exists
-so that every tool of sinkscope can be tried offline, within seconds, on a model that was trained and
-whose attention nobody planted. It is not a general vision-language model.
+Try every tool of sinkscope offline, within seconds, on a trained model whose attention nobody planted. The
+model is a small LLaVA ({parameters:,} parameters, float32) that answers questions about drawn shapes. It is
+not a general vision-language model.
 
 Layout: CLIP tower (6 blocks, width 128, 2 heads of 64, 8-pixel patches of a 64x64 image, read at its
 second-last block without CLS), two-layer projector, Llama decoder (5 blocks, width 128, 2 heads of 64),
-{image_tokens} image tokens, one token a word. Plain transformers loads it:
+{image_tokens} image tokens, one token per word. Load it with plain transformers:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -39,8 +39,8 @@ processor = AutoProcessor.from_pretrained(path)
 
 ## Data
 
-`sinkscope.bundled.scenes` draws one to six shapes on a 3x3 grid; a scene follows from its seed, and the
-training, validation and test splits are disjoint ranges of seeds. Training drew {drawn:,} scenes, each
+`sinkscope.bundled.scenes` draws one to six shapes on a 3x3 grid. The seed determines the scene. The
+training, validation and test splits are disjoint ranges of seeds. Training used {drawn:,} scenes, each
 once. Questions of the first test scene:
 
 {examples}
@@ -48,12 +48,14 @@ once. Questions of the first test scene:
 ## Training
 
 `python scripts/train_bundled.py --out DIR` took {minutes:.0f} minutes on {threads} CPU threads shared with other
-work (torch {torch}, transformers {transformers}). First {vision_steps} steps of {vision_batch} scenes for the tower alone:
-heads that were thrown away taught each patch to name its place on the grid and what stands there, and
-CLS to count. Then {steps} steps of {batch} scenes with {turns} questions each for projector and decoder, the
-tower frozen as in LLaVA-1.5: next-token loss on answers and, with a weight of {question_weight}, on
-questions. All numbers that follow were measured afterwards by `scripts/evaluate_bundled.py` on the
-stored weights.
+work (torch {torch}, transformers {transformers}).
+
+1. The tower alone was trained for {vision_steps} steps of {vision_batch} scenes, with temporary heads. Each patch
+   learned to name its place on the grid and the shape there, and CLS learned to count.
+2. Projector and decoder were trained for {steps} steps of {batch} scenes with {turns} questions each. The tower was
+   frozen, as in LLaVA-1.5. The loss was next-token loss on answers and, with a weight of {question_weight}, on questions.
+
+`scripts/evaluate_bundled.py` measured all numbers below on the stored weights.
 
 ## Accuracy
 
@@ -64,16 +66,19 @@ Wilson intervals.
 |---|---|---|---|---|
 {accuracy}
 
-## Attention sinks, as they grew
+## Attention sinks
 
-{sink_scenes} test scenes; the decoder is measured on a prompt of every task for each. *Received* is the
-attention that the most attended token receives (mean over heads and over the queries that can see it),
-the *null* is the same under uniform attention, *most attended* is the token with the largest quotient
-of the two among keys that at least eight queries see, with the share of prompts in which it is that
-one. *One head* is the largest received attention in a single head. *On a shape* is how often the most
-attended image token lies on a shape, with the share of patches that do: a token that is attended for
-what it shows is not a sink. *Spike* is the largest |activation| that the block writes and, after the
-slash, its quotient with the median; *norm* is the largest token norm over the median norm.
+Measured on {sink_scenes} test scenes; in the decoder on one prompt per task and scene. Columns of the tables:
+
+- *most attended*: the token with the largest quotient of *received* and *null*, among keys that at least eight
+  queries see, and the share of prompts in which it is the most attended one.
+- *received (null)*: the attention that this token receives (mean over heads and over the queries that can see
+  it), and the same under uniform attention.
+- *one head*: the largest received attention in a single head.
+- *on a shape (null)*: how often the most attended image token lies on a shape, and the share of patches that
+  do. A token that is attended for what it shows is not a sink.
+- *spike*: the largest |activation| that the block writes and, after the slash, its quotient with the median.
+- *norm*: the largest token norm over the median norm.
 
 {verdict}
 
@@ -87,9 +92,9 @@ slash, its quotient with the median; *norm* is the largest token norm over the m
 
 ## Limits
 
-It knows {words} words and scenes of one kind; colours, shapes and places outside them become guesses.
-Empty places were never asked about. Numbers found here say how a tool behaves, not how large models do:
-width, depth, data and training time are all about a thousandth of theirs or less.
+The model knows {words} words and scenes of one kind. It guesses other colours, shapes and places. Training had
+no questions about empty places. Numbers from this model show how a tool behaves, not how large models
+behave: its width, depth, data and training time are all about a thousandth of theirs or less.
 """
 
 
