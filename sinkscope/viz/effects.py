@@ -68,7 +68,9 @@ class Effects:
         shown = "1 change is shown" if self.many == 1 else f"{self.many} changes are shown"
         same = SAME if UNCHANGED in map(_words, lines) else ""
         if all(line["delta_low"] != line["delta_low"] for line in lines):
-            head = "Changes in percentage points, without intervals, which need more than one image."
+            head = (
+                "Changes in percentage points, without intervals, which need more than one image."
+            )
             return f"{head} {same}{shown}."
         level = self.summary.attrs.get("level", 0.95)
         chance = self.many * (1 - level)

@@ -157,11 +157,11 @@ def test_dinov2_llava_drops_or_keeps_cls_and_scales_what_layers_write(strategy, 
 def test_a_clip_tower_may_keep_cls():
     model, processor = tiny_llava("clip", "llama", vision_feature_select_strategy="full")
     assert (two_rows(processor)["input_ids"] == model.config.image_token_id).sum(1).eq(17).all()
-    with pytest.raises(
-        ValueError, match="vision_feature_select_strategy='all'; expected one of"
-    ):
+    with pytest.raises(ValueError, match="vision_feature_select_strategy='all'; expected one of"):
         tiny_llava(vision_feature_select_strategy="all")
-    with pytest.raises(ValueError, match="A LLaVA on dinov2 reads the output of its last block but one"):
+    with pytest.raises(
+        ValueError, match="A LLaVA on dinov2 reads the output of its last block but one"
+    ):
         tiny_llava("dinov2", vision_layers=1)
 
 
