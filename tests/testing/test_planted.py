@@ -428,5 +428,5 @@ def test_random_plant_refuses_more_patches_than_there_are():
 
 def test_unknown_kinds_are_refused():
     planted = plant()
-    with pytest.raises(ValueError, match="kind='sinks'; expected one of .'v_sinks'"):
+    with pytest.raises(ValueError, match=r"kind='sinks'; expected one of .'v_sinks'"):
         planted.vision_tokens("sinks")
