@@ -13,7 +13,7 @@ from sinkscope import (
     testing,
     viz,
 )
-from sinkscope.bundled.load import load_bundled
+from sinkscope.bundled import load_bundled
 from sinkscope.detectors import calibrate, detect
 from sinkscope.errors import SinkscopeError
 from sinkscope.example.load import load_example

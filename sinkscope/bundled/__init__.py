@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+    from sinkscope.models.lvlm import LVLM
+
 __all__ = [
     "TASKS",
     "TEST_SEEDS",
@@ -40,6 +42,7 @@ __all__ = [
     "ask",
     "bundled_path",
     "draw_scene",
+    "load_bundled",
     "load_bundled_hf",
     "scene_attributes",
     "scene_questions",
@@ -51,12 +54,25 @@ def bundled_path() -> Path:
     return Path(__file__).parent / "weights"
 
 
+def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa") -> LVLM:
+    """The small trained LVLM inside the package, in evaluation mode on the CPU; no network is used.
+
+    ``attn_implementation`` is ``"sdpa"`` or ``"eager"``. The model card, ``bundled_path() / "README.md"``,
+    says what the model can do and which sinks it has.
+    """
+    from sinkscope.models.lvlm import LVLM
+
+    lvlm = LVLM(*load_bundled_hf(dtype, attn_implementation))
+    lvlm.name = "bundled"
+    return lvlm
+
+
 def load_bundled_hf(
     dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load the stored model, in evaluation mode on the CPU, and its processor; no network is used.
+    """The model of `load_bundled` as a plain transformers model, and its processor.
 
-    `attn_implementation` goes to transformers: `"eager"` is the one that returns attention patterns.
+    ``attn_implementation="eager"`` is the one that returns attention patterns.
     """
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 

@@ -81,7 +81,7 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
     if name == "example":
         from sinkscope.example.load import load_example as load
     else:
-        from sinkscope.bundled.load import load_bundled as load
+        from sinkscope.bundled import load_bundled as load
     lvlm = load(**given)
     if device is None:
         return lvlm

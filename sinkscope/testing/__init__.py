@@ -1,10 +1,11 @@
 """Models to test against: tiny random ones per family, and ones with sinks planted in them.
 
-Depends on torch, transformers, tokenizers and PIL only; of the package it knows nothing but how
+Of the package it knows nothing but value checks and how
 processors are loaded (`sinkscope.models.processors`).
 """
 
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
+from sinkscope.testing.circuits import Planted, Truth
 from sinkscope.testing.contracts import ContractError, check_intervention, check_probe
 from sinkscope.testing.planted import plant, random_plant, sink_free
 from sinkscope.testing.tiny import (
@@ -15,7 +16,6 @@ from sinkscope.testing.tiny import (
     tiny_qwen2_5_vl,
     write_checkpoint,
 )
-from sinkscope.testing.truth import Planted, Truth
 
 __all__ = [
     "TINY",

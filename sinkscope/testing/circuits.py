@@ -1,4 +1,4 @@
-"""The circuits of a planted model and the channels they run through.
+"""A planted model: the truth about its sinks, the circuits that make them, and their channels.
 
 How a sink is made (M = a marker channel, S and S' = sink channels, C = a constant channel)::
 
@@ -13,18 +13,27 @@ An attention decoy is a marker that keys read and nothing amplifies; a spike dec
 channel that no key reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
+
+from sinkscope.checks import check_choice
+from sinkscope.testing.tiny import random_image
 
 Sink = Float[Tensor, " sink"]
 Dims = tuple[int, ...]
 # Sizes at strength 1: the largest entry of a sink token, the L2 norm over the arrival channels with which
 # a V-sink enters the LLM, and the logit of a sink key above an ordinary one, for ordinary queries.
 SPIKE, ARRIVAL, SINK_LOGIT = 600.0, 80.0, 7.0
+Writer = Literal["mlp", "attention"]  # sub-modules that can write a spike
+GRID, PATCH = 8, 8  # patches along each side of the image, and pixels of a patch
+PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
+PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 SIDE = 0.4  # the second and later sink channels relative to the first
 RAMP = (20.0, 1.3)  # slope and threshold of the ViT's steps
 V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2  # the last may write the spike
@@ -60,10 +69,97 @@ class LanguageChannels:
     draw_mark: int
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What was planted, as a detector should find it.
+
+    Patches are row-major indices into the 8 x 8 grid; patch p is the p-th image token of the LLM and, behind
+    a CLIP tower, ViT token p + 1. The output of block `v_layer` (`l_layer`, from 0) is the first residual
+    stream with the spike, and the next block's attention is the first to sink.
+
+    Attributes:
+        v_sinks: Patches with a ViT spike in `v_dims`; they enter the LLM large in `arrival_dims` and
+            draw attention there from block 0 on. Those in ``overlap`` get the LLM spike too.
+        l_sinks: Patches, V-sinks excluded, with an LLM spike in `l_dims`.
+        text_sinks: Whether the BOS token has the LLM spike, in the same dims at the same layer.
+        spike_decoys: Patches with a spike in `v_decoy_dim` and `l_decoy_dim` that no key reads.
+        attention_decoys: Patches that draw attention in every block of both towers and spike nowhere.
+        v_head: Query head that attends to V-sinks in the ViT; in the LLM ``arrival_head`` attends to
+            V-sinks, ``l_head`` to L-sinks and BOS, ``bos_head`` to BOS alone.
+        v_written_by: Sub-module that wrote the spike. Where it is attention, V-sinks attend to one another:
+            in block `v_layer` each receives up to ``len(v_sinks)`` times its uniform share.
+    """
+
+    layout: str
+    v_sinks: tuple[int, ...]
+    l_sinks: tuple[int, ...]
+    overlap: tuple[int, ...]
+    text_sinks: bool
+    spike_decoys: tuple[int, ...]
+    attention_decoys: tuple[int, ...]
+    v_layer: int
+    l_layer: int
+    v_dims: tuple[int, ...]
+    l_dims: tuple[int, ...]
+    arrival_dims: tuple[int, ...]
+    v_decoy_dim: int
+    l_decoy_dim: int
+    v_written_by: Writer
+    l_written_by: Writer
+    strength: float
+    v_head: int = V_HEAD
+    l_head: int = L_HEAD
+    bos_head: int = BOS_HEAD
+    arrival_head: int = ARRIVAL_HEAD
+    n_patches: int = GRID**2
+
+    @property
+    def cls_tokens(self) -> int:
+        """ViT tokens before the first patch: 1 for CLIP, 0 for SigLIP."""
+        return int(self.layout == "clip")
+
+    def patches(self, kind: str) -> tuple[int, ...]:
+        """Patches of one kind, a name of the patch attributes above; InputError if it is none."""
+        check_choice(PATCH_KINDS, kind=kind)
+        return getattr(self, kind)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A model with planted sinks, its processor, and the truth about it."""
+
+    model: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+    truth: Truth
+
+    def inputs(self, texts: Sequence[str] = (PROMPT,), image_seed: int = 0) -> BatchFeature:
+        """Processor output for texts with one ``<image>`` each; row i has the random image ``image_seed + i``."""
+        side = GRID * PATCH
+        images = [random_image(side, side, image_seed + row) for row in range(len(texts))]
+        return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt")
+
+    def tokens(self, kind: str, input_ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Which LLM positions are of `kind`: a patch kind of `Truth`, ``"text_sinks"`` or ``"image"``."""
+        if kind == "text_sinks":
+            return (input_ids == self.processor.tokenizer.bos_token_id) & self.truth.text_sinks
+        is_image = input_ids == self.model.config.image_token_id
+        if kind == "image":
+            return is_image
+        rank = (is_image.cumsum(dim=1) - 1) % GRID**2
+        wanted = torch.tensor(self.truth.patches(kind), device=input_ids.device)
+        return is_image & torch.isin(rank, wanted)
+
+    def vision_tokens(self, kind: str) -> Bool[Tensor, " vision_pos"]:
+        """Which ViT tokens are of `kind`, a patch kind of `Truth`; CLIP's CLS is token 0."""
+        first = self.truth.cls_tokens
+        mask = torch.zeros(first + GRID**2, dtype=torch.bool)
+        mask[[first + patch for patch in self.truth.patches(kind)]] = True
+        return mask
+
+
 def reserved(channels: VisionChannels | LanguageChannels) -> list[int]:
     """Every channel named in `channels`."""
-    parts = (value if isinstance(value, tuple) else (value,) for value in astuple(channels))
-    return [channel for part in parts for channel in part]
+    return torch.cat([torch.tensor([value]).flatten() for value in astuple(channels)]).tolist()
 
 
 def spike_pattern(signs: Sink, first: int) -> Sink:

@@ -1,17 +1,38 @@
 """What every probe and every intervention must keep: run these on your own before you trust it."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sinkscope.testing.watching import Seen, Wrapped, differs, watched
-
 STEPS = 3  # tokens that are generated to compare the cache with one pass
 # How far a cached step may be from one pass, as a share of the largest logit; fp32: 2e-5.
 CACHE = {torch.float16: 2e-2, torch.bfloat16: 2e-1}
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapped:
+    """An intervention of the edits that a function makes."""
+
+    edits: Callable[[Any], list[Any]]
+    steps: str = "all"
+    allow_noop: bool = True
+    tower: str = "language"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of one kernel did."""
+
+    site: Any
+    wrote: bool  # into anything it was given
+    beyond_heads: bool  # a head that was not selected has another output
+    beyond_tokens: bool  # a row or token that was not selected is another one
+    more: bool  # more rows or tokens differ than the kernel told
+    silent: bool  # all that comes out is 0
 
 
 class ContractError(AssertionError):
@@ -19,7 +40,7 @@ class ContractError(AssertionError):
 
 
 def require(holds: bool, promise: str) -> None:
-    """Raise `ContractError` with the broken promise unless it holds."""
+    """Raise `ContractError` unless the promise holds."""
     if not holds:
         raise ContractError(promise)
 
@@ -32,7 +53,7 @@ def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> N
     remote path; probes of the language tower also work at decode steps. A padded batch is the better sample.
     """
     require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
-    twin = dataclasses.replace(probe)
+    twin = replace(probe)
     plain = lvlm.run(sample)
     run = lvlm.run(sample, probes=[probe, twin])
     result = run[probe]
@@ -64,24 +85,22 @@ def check_intervention(
 
     - It is a frozen record, or a module if it learns.
     - Its kernels never write in place, neither into what they are given nor into their parameters.
-    - It changes the logits and says so in ``run.effects``: no more rows or tokens differ than it
-      told, and batch rows in which nothing was touched stay bitwise.
-    - What its fields ``tokens`` (at sites of states), ``queries`` and ``heads`` (at attention) do
-      not select stays bitwise, at every site.
-    - Beside another edit of an attention site it keeps what the other one did.
+    - It changes the logits and says so in ``run.effects``: no more rows or tokens differ than it told,
+      and batch rows in which nothing was touched stay bitwise.
+    - What its fields ``tokens`` (at sites of states), ``queries`` and ``heads`` (at attention) do not
+      select stays bitwise, at every site; so does what an earlier edit of an attention site did.
     - The plain model is bitwise itself afterwards, also after an exception in the middle of a pass;
       the same edit gives the same twice, and through the remote path.
     - An edit of attention with ``steps="all"`` and no ``queries`` gives the same in ``generate`` with
       the cache as in one pass over prompt and answer.
-    - At its neutral setting it changes no bit.
+    - At its neutral setting, which ``neutral`` builds if there is one, it changes no bit.
 
-    ``make`` builds the intervention, and ``neutral`` one with the setting that changes nothing, if there is
-    one. The sample is better one with a row that the selection leaves empty. ``remote`` runs the remote path
-    too (it needs a processor).
+    ``make`` builds the intervention. Use a sample with a row that the selection leaves empty. ``remote``
+    runs the remote path too (it needs a processor).
     """
     it = make()
-    kinds = "a frozen dataclass (parameters only, no state) or a module that learns"
-    require(is_frozen(it) or isinstance(it, nn.Module), f"an intervention is {kinds}")
+    kinds = "an intervention is a frozen dataclass (parameters only) or a module that learns"
+    require(is_frozen(it) or isinstance(it, nn.Module), kinds)
     plain = lvlm.run(sample).logits
     run = lvlm.run(sample, interventions=[it])
     again, sites = check_kernels(make(), lvlm, sample)
@@ -157,8 +176,8 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
         return later
 
     def edits(context: Any) -> list[Any]:
-        asked = it.edits(dataclasses.replace(context, tokens=sample.tokens))
-        return [dataclasses.replace(edit, kernel=told(edit.kernel)) for edit in asked]
+        asked = it.edits(replace(context, tokens=sample.tokens))
+        return [replace(edit, kernel=told(edit.kernel)) for edit in asked]
 
     once = lvlm.run(grown, interventions=[Wrapped(edits)])
     want = once.logits[:, prompt - 1 :].float()
@@ -181,24 +200,19 @@ def check_clean_after_error(it: Any, lvlm: Any, sample: Any, plain: Tensor) -> N
 
     def edits(context: Any) -> list[Any]:
         asked = list(it.edits(context))
-        return [*asked[:-1], dataclasses.replace(asked[-1], kernel=throw)]
+        return [*asked[:-1], replace(asked[-1], kernel=throw)]
 
     try:
         lvlm.run(sample, interventions=[Wrapped(edits)])
-    except _MidwayError:
-        pass
-    else:
         raise ContractError("an exception inside a kernel reaches the user with its own type")
-    promise = (
-        "after an exception in the middle of a pass the next plain run is bitwise the original"
-    )
-    require(same(lvlm.run(sample).logits, plain), promise)
+    except _MidwayError:
+        promise = "the plain run after an exception in the middle of a pass is bitwise the original"
+        require(same(lvlm.run(sample).logits, plain), promise)
 
 
 def is_frozen(record: Any) -> bool:
     """Whether something is an object of a frozen dataclass."""
-    params = getattr(type(record), "__dataclass_params__", None)
-    return params is not None and params.frozen
+    return getattr(getattr(type(record), "__dataclass_params__", None), "frozen", False)
 
 
 def tensors_of(result: Any) -> dict[str, Tensor]:
@@ -216,3 +230,117 @@ def same_results(one: Any, other: Any) -> bool:
     """Whether two results hold the same tensors."""
     first, second = tensors_of(one), tensors_of(other)
     return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+
+
+def watched(inner: Any, seen: list[Seen], beside: bool = False) -> Wrapped:
+    """The same edits, whose calls add to ``seen``; with ``beside`` `double_all` comes first at attention sites."""
+
+    def edits(context: Any) -> list[Any]:
+        asked = list(inner.edits(context))
+        first = {e.site: e for e in asked if beside and e.site.name == "attention"}
+        double: Any = {"kernel": double_all, "parameters": {}, "stage": "keys"}  # puts it first
+        own = [replace(e, kernel=partial(noting, e, context)) for e in asked]
+        return [*(replace(e, **double) for e in first.values()), *own]
+
+    def noting(edit: Any, context: Any, value: Any, /, *args: Any, **parameters: Any) -> Any:
+        given = list(tensors_in((value, parameters)))
+        copies, before = [x.clone() for x in given], outputs(value)
+        after, effect = edit.kernel(value, *args, **parameters)
+        span, result = args[1] if len(args) > 1 else None, outputs(after)
+        wrote = any(differs(one, other).any() for one, other in zip(given, copies, strict=True))
+        told = torch.zeros(len(before)) if effect is None else effect["rows"]
+        look = attention_differs if edit.site.name == "attention" else states_differ
+        beyond = look(before, result, inner, context, edit.site, span, told)
+        seen.append(Seen(edit.site, bool(wrote), *beyond, not result.any()))
+        return after, effect
+
+    return Wrapped(edits)
+
+
+def attention_differs(
+    before: Tensor, after: Tensor, inner: Any, context: Any, site: Any, span: Any, told: Tensor
+) -> tuple[bool, bool, bool]:
+    """Whether live rows or heads differ that should not: see `Seen`."""
+    part = slice(*span) if span is not None else slice(None)
+    live = context.pack(site.tower, context.live(site.tower), dim=1)[:, part]
+    other = differs(before, after).any(-1)
+    if live.shape == other.shape[:2]:
+        other = other & live[..., None]
+    rows, heads = other.any(-1), getattr(inner, "heads", None)
+    queries = getattr(inner, "queries", None)
+    kept = torch.ones(other.shape[2], dtype=torch.bool)
+    kept[list(range(other.shape[2]) if heads is None else heads)] = False
+    beyond = False
+    if queries is not None and context.step == 0:
+        chosen = context.pack(site.tower, context.select(site.tower, queries), dim=1)[:, part]
+        beyond = bool((rows & ~chosen).any())
+    return bool(other[:, :, kept].any()), beyond, bool((rows.sum(1) > told).any())
+
+
+def states_differ(
+    before: Tensor, after: Tensor, inner: Any, context: Any, site: Any, span: Any, told: Tensor
+) -> tuple[bool, bool, bool]:
+    """Whether tokens differ that should not: see `Seen`; where states only change places, more of them may."""
+    if before.shape != after.shape:
+        return False, False, False
+    other = differs(before, after).any(-1)
+    other = other if other.ndim == 2 else other[None]
+    more = other.sum(1) > told if len(told) == len(other) else other.sum() > told.sum()
+    beyond = False
+    if getattr(inner, "tokens", None) is not None:
+        mask = context.select(site.tower, inner.tokens)
+        mask = mask[:, site.layer] if mask.ndim == 3 else mask
+        mask = context.pack(site.tower, mask, dim=1)
+        beyond = mask.shape == other.shape and bool((other & ~mask).any())
+        rows = zip(before, after, strict=True)
+        beyond = beyond and not all(torch.equal(a.unique(dim=0), b.unique(dim=0)) for a, b in rows)
+    return False, beyond, bool(more.any())
+
+
+def double_all(call: Any, state: Any, span: Any) -> tuple[Any, None]:
+    """An edit that doubles queries and values, whose function carries what those of the library carry."""
+    plain, everywhere = call[0], torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    keys = ((everywhere, lambda named, rest: ({**named, "query": 2 * named["query"]}, rest)),)
+    values = ((everywhere, lambda value: 2 * value),)
+    attends, both = doubled(plain, 1), doubled(plain, 2)
+    for function, last in ((attends, ()), (both, values)):
+        recipe = {"keys": keys, "logits": (), "weights": (), "values": last}
+        vars(function).update(plain=plain, base=plain, recipe=recipe, attends=attends)
+    return (both, *call[1:]), None
+
+
+def doubled(plain: Any, factor: int) -> Any:
+    """Attention with queries times 2 and values times ``factor``; ``keep`` weighs the values."""
+
+    def function(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **rest: Any
+    ) -> Any:
+        keep, value = rest.pop("keep", None), factor * value
+        if keep is not None:
+            value = value * keep[:, None, :, None].to(value.dtype)
+        return plain(module, 2 * query, key, value, attention_mask, **rest)[0], None
+
+    return function
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+
+
+def outputs(value: Any) -> Tensor:
+    """States as they are; of an attention call what it gives, ``[batch query head d_head]``."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    function, args, kwargs = value
+    return function(*args, **kwargs)[0]
+
+
+def differs(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors of one shape differ in a bit; NaN equals NaN."""
+    out = one != other
+    return out & ~(one.isnan() & other.isnan()) if one.is_floating_point() else out

@@ -1,5 +1,6 @@
 """Small real tokenizers: byte-level BPE trained on a few sentences, with the families' own special tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import transformers as hf
@@ -16,34 +17,9 @@ SENTENCES = (
     "The image shows two squares, a circle and nothing else: 0 1 2 3 4 5 6 7 8 9.",
 )
 """What the merges are trained on; text outside of it falls back to bytes, so no text is unknown."""
-LLAVA_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
-    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-CONTENT = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-)
-QWEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    f"{CONTENT.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>')}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-GEMMA_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\\n' }}"
-    f"{CONTENT.replace('IMAGE', '<start_of_image>')}"
-    "{{ '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+TEMPLATES = Path(__file__).parent / "templates"
+LLAVA_CHAT, QWEN_CHAT, GEMMA_CHAT = (
+    (TEMPLATES / f"{name}.jinja").read_text("utf-8") for name in ("llava", "qwen", "gemma")
 )
 QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
 WITH_CLS = ("clip", "dinov2")
@@ -56,7 +32,7 @@ def llava_tokenizer() -> hf.PreTrainedTokenizerFast:
     """
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    return _tokenizer(special, ends, {"image_token": "<image>"}, LLAVA_CHAT_TEMPLATE)
+    return _tokenizer(special, ends, {"image_token": "<image>"}, LLAVA_CHAT)
 
 
 def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -66,7 +42,7 @@ def qwen_tokenizer() -> hf.PreTrainedTokenizerFast:
     more |= {"video": "video_pad", "im_start": "im_start"}
     more = {f"{name}_token": f"<|{word}|>" for name, word in more.items()}
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return _tokenizer([f"<|{word}|>" for word in words.split()], ends, more, QWEN_CHAT_TEMPLATE)
+    return _tokenizer([f"<|{word}|>" for word in words.split()], ends, more, QWEN_CHAT)
 
 
 def gemma_tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -75,7 +51,7 @@ def gemma_tokenizer() -> hf.PreTrainedTokenizerFast:
     images = {"boi": "start_of_image", "eoi": "end_of_image", "image": "image_soft_token"}
     more = {f"{name}_token": f"<{word}>" for name, word in images.items()}
     ends = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
-    return _tokenizer([f"<{word}>" for word in words.split()], ends, more, GEMMA_CHAT_TEMPLATE)
+    return _tokenizer([f"<{word}>" for word in words.split()], ends, more, GEMMA_CHAT)
 
 
 def _tokenizer(
@@ -121,7 +97,7 @@ def llava_processor(
         patch_size=patch_size,
         vision_feature_select_strategy=strategy or ("default" if has_cls else "full"),
         num_additional_image_tokens=int(has_cls),
-        chat_template=LLAVA_CHAT_TEMPLATE,
+        chat_template=LLAVA_CHAT,
     )
 
 
@@ -133,7 +109,7 @@ def qwen2_5_vl_processor(min_pixels: int, max_pixels: int) -> ImageQwen2_5_VLPro
         merge_size=QWEN_MERGE,
         temporal_patch_size=QWEN_TEMPORAL,
     )
-    return ImageQwen2_5_VLProcessor(images, qwen_tokenizer(), chat_template=QWEN_CHAT_TEMPLATE)
+    return ImageQwen2_5_VLProcessor(images, qwen_tokenizer(), chat_template=QWEN_CHAT)
 
 
 def gemma3_processor(image_size: int, tokens: int) -> hf.Gemma3Processor:
@@ -142,6 +118,6 @@ def gemma3_processor(image_size: int, tokens: int) -> hf.Gemma3Processor:
     return hf.Gemma3Processor(
         image_processor=hf.Gemma3ImageProcessorPil(size=size),
         tokenizer=gemma_tokenizer(),
-        chat_template=GEMMA_CHAT_TEMPLATE,
+        chat_template=GEMMA_CHAT,
         image_seq_length=tokens,
     )

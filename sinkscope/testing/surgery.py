@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from sinkscope.testing import circuits
-from sinkscope.testing.circuits import LanguageChannels, Sink, VisionChannels, reserved
-from sinkscope.testing.truth import PATCH_KINDS, PROMPT, Planted
+from sinkscope.testing.circuits import LanguageChannels, Planted, Sink, VisionChannels, reserved
 
 LEVEL = 0.25  # standard deviation of an ordinary residual entry where a tower begins
 NOISE_GAIN = 0.45  # of queries and keys: ordinary attention is within a factor of two of uniform
@@ -37,7 +36,15 @@ def operate(
     fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
     fill(projector.linear_2, generator, 0.4, writes=reserved(language))
     circuits.write_projector(projector, vision, language, sign, arrival * circuits.ARRIVAL)
-    set_markers(planted, vision, language)
+    positions = model.vision_tower.embeddings.position_embedding.weight
+    for kind, mark in zip(circuits.PATCH_KINDS, ("v", "l", "both", "spike", "draw"), strict=True):
+        positions[planted.vision_tokens(kind), getattr(vision, f"{mark}_mark")] = 1.0
+    if planted.truth.text_sinks:
+        table, bos = (
+            model.language_model.embed_tokens.weight,
+            planted.processor.tokenizer.bos_token_id,
+        )
+        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
     operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
     operate_language(planted, language, l_signs, arrival)
 
@@ -93,21 +100,10 @@ def language_background(planted: Planted, channels: LanguageChannels, generator:
     fill(planted.model.lm_head, generator, 2.0)
 
 
-def set_markers(planted: Planted, vision: VisionChannels, language: LanguageChannels) -> None:
-    """Write the markers into the ViT position embeddings and the BOS embedding."""
-    positions = planted.model.model.vision_tower.embeddings.position_embedding.weight
-    for kind, mark in zip(PATCH_KINDS, ("v", "l", "both", "spike", "draw"), strict=True):
-        positions[planted.vision_tokens(kind), getattr(vision, f"{mark}_mark")] = 1.0
-    if planted.truth.text_sinks:
-        table = planted.model.model.language_model.embed_tokens.weight
-        bos = planted.processor.tokenizer.bos_token_id
-        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
-
-
 def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> None:
     """Place the spike writers of the ViT and the heads that read them."""
     truth, tower = planted.truth, planted.model.model.vision_tower
-    pixels = planted.inputs((PROMPT,) * MEASURED)["pixel_values"]
+    pixels = planted.inputs((circuits.PROMPT,) * MEASURED)["pixel_values"]
     hidden = tower(pixels, output_hidden_states=True).hidden_states
     layers, width = tower.encoder.layers, pattern.new_tensor(tower.config.hidden_size)
     spike, block = pattern * circuits.SPIKE * truth.strength, layers[truth.v_layer]
@@ -133,8 +129,8 @@ def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> N
 def operate_language(
     planted: Planted, language: LanguageChannels, signs: Sink, arrival: Sink
 ) -> None:
-    """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read, later or everywhere."""
-    truth, inputs = planted.truth, planted.inputs((PROMPT,) * MEASURED)
+    """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read them."""
+    truth, inputs = planted.truth, planted.inputs((circuits.PROMPT,) * MEASURED)
     hidden = planted.model(**inputs, output_hidden_states=True).hidden_states
     size = circuits.SPIKE * truth.strength
     image = circuits.spike_pattern(signs, 0) * size

@@ -13,6 +13,8 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from sinkscope.checks import check_choice, check_whole
+from sinkscope.errors import InputError
 from sinkscope.testing import processors
 from sinkscope.testing.processors import QWEN_MERGE, QWEN_PATCH, QWEN_TEMPORAL, WITH_CLS
 
@@ -28,9 +30,8 @@ def write_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, folder: 
 
 
 def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
-    """RGB image of random 8 x 8 pixel blocks; ValueError for a side below one pixel."""
-    if width < 1 or height < 1:
-        raise ValueError(f"random_image needs positive sides, got width={width}, height={height}")
+    """RGB image of random 8 x 8 pixel blocks; InputError for a side below one pixel."""
+    check_whole(1, width=width, height=height)
     blocks = (-(-height // 8), -(-width // 8))
     colours = np.random.default_rng(seed).integers(0, 256, size=(*blocks, 3), dtype=np.uint8)
     return Image.fromarray(colours.repeat(8, axis=0).repeat(8, axis=1)[:height, :width])
@@ -127,25 +128,12 @@ def llava_config(
     )
 
 
-def check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse an unknown value with ``ValueError``."""
-    if value not in known:
-        raise ValueError(f"{argument}={value!r} is unknown; write one of {', '.join(known)}")
-
-
 def check_divides(small: str, divisor: int, large: str, number: int) -> None:
-    """Refuse a number that is no multiple with ``ValueError``."""
+    """Refuse a number that is no multiple."""
     if divisor < 1 or number % divisor:
-        raise ValueError(f"{large}={number} must be a multiple of {small}={divisor}")
+        raise InputError(f"Got {large}={number}; expected a multiple of {small}={divisor}.")
 
 
-def check_blocks(argument: str, blocks: tuple[int, ...], count: int) -> None:
-    """Refuse block indices out of range with ``ValueError``."""
-    if any(not 0 <= block < count for block in blocks):
-        raise ValueError(f"{argument}={blocks}: expected block indices in 0..{count - 1}")
-
-
-TOWERS = ("clip", "siglip", "dinov2")
 # Both experts are always on: which of them come first would depend on the last bit.
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 2}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -195,17 +183,16 @@ def tiny_llava(
         how: ``attn_implementation="sdpa"``; ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``,
             the standard deviation of the random weight matrices.
 
-    ValueError for an unknown tower, llm or strategy, and head counts or sizes that do not divide.
+    InputError for an unknown tower, llm or strategy, and head counts or sizes that do not divide.
     """
-    check_choice("tower", tower, TOWERS)
-    check_choice("llm", llm, tuple(LLMS))
+    check_choice(("clip", "siglip", "dinov2"), tower=tower)
+    check_choice(LLMS, llm=llm)
     check_divides("patch_size", patch_size, "image_size", image_size)
     has_cls = tower in WITH_CLS
     strategy = vision_feature_select_strategy or ("default" if has_cls else "full")
-    check_choice("vision_feature_select_strategy", strategy, ("default", "full"))
-    if has_cls and vision_layers < 2:
-        reads = f"a LLaVA on {tower} reads the output of the last but one block"
-        raise ValueError(f"vision_layers={vision_layers}: {reads}; write vision_layers=2 or more")
+    check_choice(("default", "full"), vision_feature_select_strategy=strategy)
+    reads = f"A LLaVA on {tower} reads the output of its last block{' but one' if has_cls else ''}."
+    check_whole(1 + has_cls, hint=reads, vision_layers=vision_layers)
     processor = processors.llava_processor(tower, image_size, patch_size, strategy)
     settings = text_settings(processor, layers, heads, kv_heads)
     vision = vision_config(tower, vision_layers, image_size, patch_size)
@@ -232,11 +219,12 @@ def tiny_gemma3(
     6 x 6 patches become 9 tokens. In the LLM queries and keys are normed, the logits' scale is not
     ``1 / sqrt(head_dim)``, tokens of one image see each other in both directions, and all layers but
     ``full_attention_layers`` see the last ``sliding_window`` positions only. ``pool * patch_size`` must
-    divide ``image_size``; the other arguments are those of `tiny_llava`. ValueError for head counts, sizes
+    divide ``image_size``; the other arguments are those of `tiny_llava`. InputError for head counts, sizes
     or block indices that do not fit.
     """
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
-    check_blocks("full_attention_layers", full_attention_layers, layers)
+    for block in full_attention_layers:
+        check_whole(0, layers - 1, full_attention_layers=block)
     tokens = (image_size // patch_size // pool) ** 2
     processor = processors.gemma3_processor(image_size, tokens)
     tokenizer = processor.tokenizer
@@ -276,11 +264,12 @@ def tiny_qwen2_5_vl(
     ViT: at the default ``window_size`` (in pixels, a multiple of 28) a window holds 4 x 4 patches, that
     is 2 x 2 LLM tokens, and a 112 x 112 image has four windows; ``full_attention_blocks`` attend over
     the whole image. Images keep their shape, so grids are ragged over a batch, and are scaled to an
-    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`. ValueError for
+    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`. InputError for
     head counts, a window size or block indices that do not fit.
     """
     check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
-    check_blocks("full_attention_blocks", full_attention_blocks, vision_layers)
+    for block in full_attention_blocks:
+        check_whole(0, vision_layers - 1, full_attention_blocks=block)
     processor = processors.qwen2_5_vl_processor(min_pixels, max_pixels)
     tokenizer: Any = processor.tokenizer
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}

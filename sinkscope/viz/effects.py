@@ -21,7 +21,6 @@ from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
 SAME = f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"\textasciitilde{}"}
 
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
@@ -67,12 +66,12 @@ class Effects:
         """What a reader of the table must know; ``mark`` tells an interval that excludes zero."""
         lines = [line for (_, name), line in self.lines.items() if name != self.base]
         shown = "1 change is shown" if self.many == 1 else f"{self.many} changes are shown"
-        same = SAME if any(_unchanged(line) for line in lines) else ""
+        same = SAME if UNCHANGED in map(_words, lines) else ""
         if all(line["delta_low"] != line["delta_low"] for line in lines):
-            return (
-                "Changes in percentage points, without intervals, which need more than one image. "
-                f"{same}{shown}."
+            head = (
+                "Changes in percentage points, without intervals, which need more than one image."
             )
+            return f"{head} {same}{shown}."
         level = self.summary.attrs.get("level", 0.95)
         chance = self.many * (1 - level)
         about = f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}"
@@ -107,10 +106,8 @@ def checked(
 
 def _change(line: Any, digits: int, strong: str) -> str:
     """A change in points with its interval, written as ``strong`` where that excludes zero."""
-    if not line or line["touched"] <= 0:
-        return _nothing(line)
-    if _unchanged(line):
-        return UNCHANGED
+    if words := _words(line):
+        return words
     parts = (100 * line[name] for name in ("delta", "delta_low", "delta_high"))
     change, low, high = (f"{round(part, digits) + 0.0:+.{digits}f}" for part in parts)
     if line["delta_low"] != line["delta_low"]:
@@ -119,12 +116,11 @@ def _change(line: Any, digits: int, strong: str) -> str:
     return (strong if clear else "{}").format(f"{change} [{low}, {high}]")
 
 
-def _nothing(line: Any) -> str:
+def _words(line: Any) -> str:
+    """What stands in place of a change: nothing was edited, or no answer changed; else empty."""
+    if line and line["touched"] > 0:
+        return UNCHANGED if line["changed"] == 0 else ""
     return "too few to draw from" if line and line.get("uncontrolled", 0) > 0 else NONE
-
-
-def _unchanged(line: Any) -> bool:
-    return bool(line["touched"] > 0 and line["changed"] == 0)
 
 
 def effects_text(
@@ -183,12 +179,10 @@ def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> st
 
 def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write `comparison_markdown` as a ``tabular`` for booktabs, the note as a comment under it."""
-    lines, note = _cells(summary, base, "<<{}>>")
-    rows = [" & ".join("".join(LATEX.get(c, c) for c in cell) for cell in line) for line in lines]
-    rows = [rf"{row} \\".replace("<<", r"\textbf{").replace(">>", "}") for row in rows]
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}"
-    body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
-    return "\n".join([begin, *body, r"\end{tabular}", f"% {note}", ""])
+    (head, *body), note = _cells(summary, base, "<<{}>>")
+    align = "l" + "r" * (len(head) - 1)
+    table = pd.DataFrame(body, columns=head).to_latex(index=False, escape=True, column_format=align)
+    return f"{table.replace('<<', chr(92) + 'textbf{').replace('>>', '}')}% {note}\n"
 
 
 def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
@@ -254,18 +248,18 @@ def plot_effects(
     hollow = {"color": QUIET, "linestyle": "", "marker": "o", "markersize": 6}
     marks["interval excludes 0"] = theme.entry(**hollow)
     marks["interval holds 0"] = theme.entry(**hollow, markerfacecolor="white")
-    if any(_unchanged(line) for (_, name), line in lines.items() if name in others):
+    if any(_words(line) == UNCHANGED for (_, name), line in lines.items() if name in others):
         marks["no answer changed"] = theme.entry(**hollow | {"marker": "|", "markersize": 10})
     return theme.legend_of(figure, marks, 5 if across > 1 else 2)
 
 
 def _draw_change(ax: Any, y: int, line: Any, style: Any) -> None:
     """A point with its interval, a stroke where no answer changed, or words."""
-    if not line or line["touched"] <= 0:
-        look = {"fontsize": SMALL - 1, "color": QUIET, "ha": "center", "va": "center"}
-        ax.text(0, y, f" {_nothing(line)} ", **look, backgroundcolor="white")
-    elif _unchanged(line):
+    if (words := _words(line)) == UNCHANGED:
         ax.plot(0, y, "|", color=style.colour, markersize=10, markeredgewidth=1.5)
+    elif words:
+        look = {"fontsize": SMALL - 1, "color": QUIET, "ha": "center", "va": "center"}
+        ax.text(0, y, f" {words} ", **look, backgroundcolor="white")
     else:
         ends = [100 * line["delta_low"], 100 * line["delta_high"]]
         ax.plot(ends, [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")

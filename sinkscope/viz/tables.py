@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -145,36 +146,12 @@ CELLS: dict[str, Callable[[Any], str]] = {
     "V+L": lambda r: "yes" if r.overlap else "-",
 }
 
-GLOSSARY = """\
-row: Row of the batch.
-kind: V: a visual token that left the vision tower as a sink. L: a visual token that became one in
-  the LLM. text: a token outside the image that meets the L rule, such as BOS. attention: an image
-  token to which the vision tower attends throughout, and which the V rule does not flag.
-token: Position in the prompt, and the word or the image it belongs to.
-cell: Row and column of the token in the image's grid, from 0.
-pixels: The pixels that the token covers: left, top - right, bottom.
-born in: The block whose output first shows the spike, and which half of the block wrote the largest
-  channel: attention or MLP. A sink of the LLM that goes and comes back has several.
-norm|ViT: L2 norm of the vision state that the projector reads.
-norm|LLM: L2 norm after the projector, in the embeddings of the LLM.
-L rule|in layers: LLM layers on whose input the L rule holds; the first, the last and how many, where
-  they are scattered.
-draws|from: First LLM layer in which some head gives the token 0.06 or more beyond uniform attention,
-  counting other tokens' queries only (or what `draws` says).
-top|head: LLM layer and head in which other tokens give it the most beyond uniform attention.
-re-|ceived: What they give it there, 0 to 1: the mean over the other tokens that can see it.
-null: What they would give it there under uniform attention, the null.
-ViT|top: The most that a head of the vision tower gives its ViT token beyond uniform attention.
-writes: Norm of what the token writes in that head, over the mean of the other tokens. Near 0:
-  attention is parked on it and nothing is said.
-verdict: NOP: it writes at most 0.2 of what others write. broadcast: at least 0.5, and the head writes
-  one direction (stable rank at most 1.5). mixed: neither (Fesser et al., 2606.08105). draws nothing:
-  no head of the LLM attends to it. seen by few: fewer than 8 tokens see it.
-V+L: Whether a V-sink meets the L rule too, in some layer. V wins, so it is not counted as L."""
-
+GLOSSARY = (Path(__file__).parent / "templates" / "glossary.txt").read_text("utf-8")
 ROW, *COLUMNS = (
     Column(head, CELLS[head], " ".join(meaning.split()))
-    for head, _, meaning in (part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY))
+    for head, _, meaning in (
+        part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY.strip())
+    )
 )
 
 KEY = (
@@ -280,11 +257,6 @@ def trace_summary(trace: Trace, *, limit: int = 10) -> str:
 def trace_html(trace: Trace, *, limit: int = 10) -> str:
     """Write `trace_summary` as a ``<div>`` for a notebook."""
     return render("notebook.html", trace=trace, limit=limit)
-
-
-def frame_table(frame: pd.DataFrame) -> str:
-    """A small table as HTML, and under it the sentences in its ``attrs["notes"]``."""
-    return render("frame.html", frame=frame)
 
 
 def render(template: str, **given: Any) -> str:

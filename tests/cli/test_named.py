@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.bundled.load import load_bundled
+from sinkscope.bundled import load_bundled
 from sinkscope.cli import main
 from sinkscope.cli import names as named
 from sinkscope.cli.recipes import read_recipe

@@ -398,19 +398,19 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layout": "dino"}, "layout='dino' is unknown; write one of clip, siglip"),
-        ({"v_written_by": "norm"}, "v_written_by='norm' is unknown; write one of mlp, attention"),
+        ({"layout": "dino"}, "layout='dino'; expected one of .'clip', 'siglip'."),
+        ({"v_written_by": "norm"}, "v_written_by='norm'; expected one of .'mlp', 'attention'."),
         ({"strength": 1.5}, "strength=1.5; expected a number from 0"),
         ({"d_model": 100}, "d_model=100; expected a multiple of 128"),
         ({"v_sinks": (64,)}, r"v_sinks=\(64,\); expected distinct patches in 0..63"),
         ({"l_sinks": (2, 2)}, r"l_sinks=\(2, 2\); expected distinct patches"),
-        ({"spike_decoys": (9,)}, r"patches \[9\] are named as decoy and as something else"),
+        ({"spike_decoys": (9,)}, r"decoys at \[9\]; expected neither a sink nor the other kind"),
         (
             {"spike_decoys": (1,), "attention_decoys": (1,)},
-            "neither a sink nor the other kind of decoy",
+            "neither a sink nor the other kind of decoy there",
         ),
-        ({"v_layer": 4}, "v_layer=4 with vision_layers=5; expected 0..3"),
-        ({"l_layer": -1}, "l_layer=-1 with layers=6; expected 0..4"),
+        ({"v_layer": 4}, "v_layer=4; expected an int from 0 to 3"),
+        ({"l_layer": -1}, "l_layer=-1; expected an int from 0 to 4"),
         ({"v_dims": (128,)}, r"v_dims=\(128,\); expected 1 to 8 distinct channels in 0..127"),
         ({"l_dims": (3, 3)}, "expected 1 to 8 distinct channels"),
         ({"l_dims": ()}, "expected 1 to 8 distinct channels"),
@@ -428,5 +428,5 @@ def test_random_plant_refuses_more_patches_than_there_are():
 
 def test_unknown_kinds_are_refused():
     planted = plant()
-    with pytest.raises(ValueError, match="kind='sinks' is unknown; write one of v_sinks"):
+    with pytest.raises(ValueError, match=r"kind='sinks'; expected one of .'v_sinks'"):
         planted.vision_tokens("sinks")

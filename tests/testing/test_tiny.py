@@ -157,11 +157,11 @@ def test_dinov2_llava_drops_or_keeps_cls_and_scales_what_layers_write(strategy, 
 def test_a_clip_tower_may_keep_cls():
     model, processor = tiny_llava("clip", "llama", vision_feature_select_strategy="full")
     assert (two_rows(processor)["input_ids"] == model.config.image_token_id).sum(1).eq(17).all()
-    with pytest.raises(
-        ValueError, match="vision_feature_select_strategy='all' is unknown; write one"
-    ):
+    with pytest.raises(ValueError, match="vision_feature_select_strategy='all'; expected one of"):
         tiny_llava(vision_feature_select_strategy="all")
-    with pytest.raises(ValueError, match="a LLaVA on dinov2 reads the output of the last but one"):
+    with pytest.raises(
+        ValueError, match="A LLaVA on dinov2 reads the output of its last block but one"
+    ):
         tiny_llava("dinov2", vision_layers=1)
 
 
@@ -205,11 +205,11 @@ def test_gpt_oss_has_a_learned_sink_and_windows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tower": "dino"}, "tower='dino' is unknown; write one of clip, siglip"),
-        ({"llm": "gpt2"}, "llm='gpt2' is unknown; write one of llama, qwen2, qwen3"),
-        ({"kv_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
-        ({"patch_size": 5}, "image_size=32 must be a multiple of patch_size=5"),
-        ({"vision_layers": 1}, "write vision_layers=2 or more"),
+        ({"tower": "dino"}, "tower='dino'; expected one of .'clip', 'siglip'"),
+        ({"llm": "gpt2"}, "llm='gpt2'; expected one of .'llama', 'qwen2', 'qwen3'"),
+        ({"kv_heads": 3}, "heads=4; expected a multiple of kv_heads=3"),
+        ({"patch_size": 5}, "image_size=32; expected a multiple of patch_size=5"),
+        ({"vision_layers": 1}, "vision_layers=1; expected an int of at least 2"),
     ],
 )
 def test_tiny_llava_refuses(arguments, message):
@@ -254,9 +254,9 @@ def test_gemma_pools_two_by_two_patches_into_a_token():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
-        ({"pool": 4}, r"image_size=48 must be a multiple of pool \* patch_size=32"),
-        ({"full_attention_layers": (3,)}, "expected block indices in 0..2"),
+        ({"kv_heads": 3}, "heads=4; expected a multiple of kv_heads=3"),
+        ({"pool": 4}, r"image_size=48; expected a multiple of pool \* patch_size=32"),
+        ({"full_attention_layers": (3,)}, "full_attention_layers=3; expected an int from 0 to 2"),
     ],
 )
 def test_tiny_gemma_refuses(arguments, message):
@@ -313,9 +313,9 @@ def test_qwen_processor_refuses_videos():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_heads": 3}, "heads=4 must be a multiple of kv_heads=3"),
-        ({"window_size": 40}, "window_size=40 must be a multiple of 2 \\* 14=28"),
-        ({"full_attention_blocks": (4,)}, "expected block indices in 0..3"),
+        ({"kv_heads": 3}, "heads=4; expected a multiple of kv_heads=3"),
+        ({"window_size": 40}, "window_size=40; expected a multiple of 2 \\* 14=28"),
+        ({"full_attention_blocks": (4,)}, "full_attention_blocks=4; expected an int from 0 to 3"),
     ],
 )
 def test_tiny_qwen_refuses(arguments, message):
@@ -367,5 +367,5 @@ def test_random_images():
     assert image.mode == "RGB"
     assert image.tobytes() == random_image(30, 20, seed=1).tobytes()
     assert image.tobytes() != random_image(30, 20, seed=2).tobytes()
-    with pytest.raises(ValueError, match="positive sides, got width=0"):
+    with pytest.raises(ValueError, match="width=0; expected an int of at least 1"):
         random_image(0, 20)

@@ -16,7 +16,7 @@ from sinkscope.errors import InputError
 from sinkscope.viz import effects_text, write_report
 from sinkscope.viz.effects import effects_frame
 from sinkscope.viz.pages import pictures_of
-from sinkscope.viz.tables import COLUMNS, frame_table
+from sinkscope.viz.tables import COLUMNS, render
 from tests.viz.conftest import Page
 from tests.viz.test_effects import comparison
 
@@ -118,7 +118,7 @@ def test_the_page_says_what_the_trace_says(traces, folders, name) -> None:
 def test_effects_on_the_page_are_those_of_the_terminal() -> None:
     """Tasks as columns, what found nothing in one sentence, points with intervals, no raw numbers."""
     summary = comparison().summary(draws=50)
-    html = frame_table(effects_frame(summary))
+    html = render("frame.html", frame=effects_frame(summary))
     head, *rows = Page(html).rows
     assert head[1:] == ["all (n = 60)", "count (n = 30)", "colour (n = 30)"]
     assert [row[0] for row in rows] == ["base", "mask V-sinks", "mask random, as many"]
