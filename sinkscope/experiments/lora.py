@@ -18,8 +18,7 @@ from sinkscope.lsg import LSG
 from sinkscope.lsg.losses import Losses, frozen, score
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import undisturbed
-from sinkscope.training.loop import Loop, Trainee
-from sinkscope.training.settings import TrainingSettings
+from sinkscope.training.loop import Loop, Trainee, TrainingSettings
 
 
 @dataclass(frozen=True, eq=False)

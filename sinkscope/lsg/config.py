@@ -1,8 +1,8 @@
-"""The choices of a gate as one checked record, with the names and sizes of its model."""
+"""The choices of a gate as one checked record, and what they are for a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -11,13 +11,21 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
 from sinkscope.checks import check_choice, is_number, is_whole
-from sinkscope.detectors.kinds import VisionTokens, detector_of
-from sinkscope.detectors.rules import Norm, SinkDimensions
-from sinkscope.errors import DetectorError, InterventionError, LayerError
+from sinkscope.detectors.calibration import Limits
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.kinds import VisionTokens, check_kept, describe, detector_of
+from sinkscope.detectors.rules import Norm, NoSinks, SinkDimensions
+from sinkscope.errors import DetectorError, InputError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS
+from sinkscope.models.identity import sizes_of
+from sinkscope.models.inputs import Sample
+from sinkscope.models.lvlm import LVLM
 
 WHOLE = "a whole number of 1 or more"
+CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]
+"""Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
 MODEL_ALIASES = {
     "llava_llama": "llava",  # config.model_type of the original LLaVA code
@@ -49,8 +57,7 @@ rounding, the same weights: a gate for the one is a gate for the other."""
 def require(good: bool, name: str, value: Any, expected: str) -> None:
     """Refuse a value that is not good."""
     if not good:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+        shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:197]}..."
         raise InterventionError(f"Got {name}={shown}; expected {expected}.")
 
 
@@ -64,24 +71,12 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
     return layer
 
 
-def check_fingerprint(model: Mapping[str, Any]) -> None:
-    """Refuse a fingerprint that cannot be of a model: a size is missing or no whole number."""
-    require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
-    fed, kind = model.get("feed_layers"), model.get("model_type")
-    blocks = isinstance(fed, list) and fed != [] and all(is_whole(layer, 0) for layer in fed)
-    require(isinstance(kind, str), "model['model_type']", kind, "the name of a type")
-    require(blocks, "model['feed_layers']", fed, "a list of block indices")
-    for name in _llava(1, 128):
-        good = name in ("model_type", "feed_layers") or is_whole(model.get(name), 1)
-        require(good, f"model[{name!r}]", model.get(name), WHOLE)
-
-
 @dataclass(frozen=True)
 class GateConfig:
     """The choices a gate is made of; what the paper leaves open is an option.
 
     Attributes:
-        layer: The block whose output the gate reads, or ``"embed"`` for the decoder's input.
+        layer: The block whose output the gate reads; ``"embed"`` for the decoder's input.
         groups: The groups of image tokens with a coefficient each: ``("V", "rest")`` as in the paper,
             ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every other one.
         signal: ``"last"`` prompt token (the paper), or the mean of all live prompt tokens
@@ -129,21 +124,6 @@ class GateConfig:
                 f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
                 "over prompt tokens does not change at decode steps: write decode='frozen'."
             )
-        self._check_types()
-        if self.init == "neutral" and self.scale != (many := len(self.groups)):
-            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
-            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
-        if ("L" in self.groups) != (self.l_detector is not None):
-            raise InterventionError(
-                f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
-                "L-sinks exactly where 'L' is a group."
-            )
-        _check_rule("v_detector", self.v_detector, self.model.get("vision_width"))
-        if self.l_detector is not None:
-            _check_rule("l_detector", self.l_detector, self.d_model)
-
-    def _check_types(self) -> None:
-        """Refuse numbers, switches and tables of another type."""
         weights, model = self.weights, self.model
         named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
         numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
@@ -160,6 +140,36 @@ class GateConfig:
             ("model", named, "the fingerprint of a model, by name"),
         ):
             require(good, name, getattr(self, name), expected)
+        if self.init == "neutral" and self.scale != (many := len(self.groups)):
+            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
+            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
+        if ("L" in self.groups) != (self.l_detector is not None):
+            raise InterventionError(
+                f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
+                "L-sinks exactly where 'L' is a group."
+            )
+        self._check_rule("v_detector", self.model.get("vision_width"))
+        if self.l_detector is not None:
+            self._check_rule("l_detector", self.d_model)
+
+    def _check_rule(self, name: str, width: Any) -> None:
+        """Refuse a rule that is none, is for another tower, or reads channels from ``width`` on."""
+        rule = getattr(self, name)
+        named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
+        require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
+        try:
+            detector = detector_of(rule)
+        except DetectorError as error:
+            raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
+        if isinstance(detector, VisionTokens):
+            require(name == "v_detector", name, detector, "a rule for states of the decoder")
+        elif isinstance(detector, Norm):
+            alone = not isinstance(detector.tau, str)
+            wanted = "a positive number, which judges tokens alone"
+            require(alone, f"{name}.tau", detector.tau, wanted)
+        elif isinstance(detector, SinkDimensions) and is_whole(width):
+            inside = all(dim < width for dim in detector.dims)
+            require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
 
     @property
     def edited(self) -> int:
@@ -167,12 +177,12 @@ class GateConfig:
         return 0 if isinstance(self.layer, str) else self.layer + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Give the choices as plain data, for JSON."""
         return asdict(self) | {"groups": list(self.groups), "weights": list(self.weights)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
-        """The config of `to_dict`; an InterventionError if a field is missing, unknown or impossible."""
+        """Read what `to_dict` gave; InterventionError if a field is missing, unknown or impossible."""
         require(isinstance(data, Mapping), "gate", data, "its choices, by name")
         known = {f.name for f in fields(cls)}
         strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
@@ -185,24 +195,6 @@ class GateConfig:
         return cls(**{**data, **lists})
 
 
-def _check_rule(name: str, rule: Any, width: Any) -> None:
-    """Refuse a rule that is none, is for another tower, or reads channels beyond states of ``width``."""
-    named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
-    require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
-    try:
-        detector = detector_of(rule)
-    except DetectorError as error:
-        raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
-    if isinstance(detector, VisionTokens):
-        require(name == "v_detector", name, detector, "a rule for states of the decoder")
-    elif isinstance(detector, Norm):
-        alone = not isinstance(detector.tau, str)
-        require(alone, f"{name}.tau", detector.tau, "a positive number, which judges tokens alone")
-    elif isinstance(detector, SinkDimensions) and is_whole(width):
-        inside = all(dim < width for dim in detector.dims)
-        require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
-
-
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
     """32 numbers of the LM head, to tell checkpoints apart in any dtype; none where it has no weights."""
     part = module.get_submodule(head)
@@ -213,14 +205,6 @@ def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
         rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
         columns = [i * weight.shape[1] // 4 for i in range(4)]
         return tuple(weight.detach()[rows][:, columns].float().flatten().tolist())
-
-
-def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two sketches are of one checkpoint, up to rounding; unknown counts as yes."""
-    if not one or not other:
-        return True
-    a, b = torch.tensor(one), torch.tensor(other)
-    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=2e-2, atol=float(a.std()) * 1e-2))
 
 
 def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,3 +226,67 @@ def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
         for name in {**made_for, **found}
         if made_for.get(name) != found.get(name)
     ]
+
+
+def config_for(
+    lvlm: LVLM,
+    layer: int | str,
+    v_detector: Any,
+    l_detector: Any,
+    samples: Sequence[Sample] | None,
+    choices: Mapping[str, Any],
+) -> GateConfig:
+    """The config of a new gate for a model; arguments and errors as in `LSG.for_model`."""
+    anatomy, module = lvlm.anatomy, lvlm.module
+    where = check_layer(layer, anatomy.language.n_layers)
+    made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
+    wants_l = "L" in made["groups"]
+    if l_detector is not None and not wants_l:
+        what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
+        raise InterventionError(f"{what} Write groups=('V', 'L', 'rest').")
+    low, others = l_detector if wants_l else NoSinks(), partial(_drawn, lvlm, samples)
+    rules = SinkRules.on_others(lvlm, others, v_detector, low, progress=None)
+    l_rule: Any = rules.l_rule
+    if isinstance(l_rule, Limits):
+        l_rule = l_rule.at(0 if isinstance(where, str) else where + 1)
+    check_kept(rules.v, anatomy, module.config)
+    if made.get("init") == "neutral":
+        if made["scale"] != 1.0:
+            raise InterventionError(
+                f"Got init='neutral' and scale={made['scale']}; expected one of them. Neutral "
+                "coefficients need a scale of as many as there are groups."
+            )
+        made["scale"] = float(len(made["groups"]))
+    if strange := sorted(set(made) - set(CHOICES)):
+        raise InterventionError(
+            f"Got {strange} for a gate; expected fields of GateConfig that are free, {sorted(CHOICES)}: "
+            "the others are read from the model."
+        )
+    config = GateConfig(
+        layer=where,
+        d_model=anatomy.language.d_model,
+        v_detector=describe(rules.v),
+        l_detector=describe(l_rule) if wants_l else None,
+        model=sizes_of(anatomy),
+        weights=sketch(module, anatomy.head),
+        **made,
+    )
+    if config.edited not in anatomy.language.attending:
+        anatomy.language.call(config.edited)
+    return config
+
+
+def _drawn(lvlm: LVLM, samples: Sequence[Sample] | None) -> Sequence[Sample]:
+    """The samples, or six drawn scenes for a model with a processor."""
+    if samples or lvlm.processor is not None:
+        scenes = (draw_scene(seed).image for seed in VALIDATION_SEEDS[:6])
+        return samples or [lvlm.prepare(image, "describe the image") for image in scenes]
+    raise InputError(
+        "Got a model without published constants and without a processor; expected a rule for "
+        "V-sinks. Write v_detector=ss.detectors.Norm(100.0), or samples=[...]."
+    )
+
+
+def device_for(lvlm: LVLM) -> torch.device:
+    """Where a gate for that model belongs: beside its weights, or here if it has none."""
+    return torch.device("cpu") if lvlm.device.type == "meta" else lvlm.device

@@ -15,8 +15,15 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
-from sinkscope.lsg.building import config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, check_layer, differences
+from sinkscope.lsg.config import (
+    BASES,
+    GROUPS,
+    GateConfig,
+    check_layer,
+    config_for,
+    device_for,
+    differences,
+)
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
 from sinkscope.models.identity import sizes_of

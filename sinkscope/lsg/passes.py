@@ -32,7 +32,6 @@ class Gate(Protocol):
     @property
     def weights(self) -> dict[str, Any]:
         """See `LSG.weights`."""
-        ...
 
     def check_model(self, anatomy: Anatomy) -> None:
         """See `LSG.check_model`."""

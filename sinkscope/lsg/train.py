@@ -26,8 +26,7 @@ from sinkscope.models.identity import identity_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import check_replay
-from sinkscope.training.loop import Loop, Trainee
-from sinkscope.training.settings import TrainingSettings
+from sinkscope.training.loop import Loop, Trainee, TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -21,10 +22,71 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sinkscope.checks import check_choice, check_number, check_whole, plain
 from sinkscope.data.batches import batches_of
-from sinkscope.errors import CheckpointError, NonFiniteError
+from sinkscope.errors import CheckpointError, InputError, NonFiniteError
 from sinkscope.files import read_json, write_whole
-from sinkscope.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The numbers of a training run; an InputError if one is impossible.
+
+    The paper (2604.03316) publishes two epochs, and no optimiser, learning rate, schedule or batch size:
+    the other defaults are ours.
+    """
+
+    epochs: int = 2
+    batch: int = 8  # rows per forward pass, of every process
+    accumulate: int = 1  # forward passes per step, which count as one batch of all their rows
+    lr: float = 1e-3  # the highest learning rate of AdamW
+    weight_decay: float = 0.01
+    schedule: str = "cosine"  # falls to 0 at the last step; "constant" stays
+    warmup: float = 0.03  # the share of all steps during which the rate rises to ``lr``
+    clip: float = 1.0  # the largest Euclidean norm of a step's gradient; 0 for no limit
+    evaluate_every: int = 0  # steps between two validations; 0 validates after every epoch
+    patience: int = 0  # validations without a lower loss that end a run; 0 for no early end
+    seed: int = 0  # of the order of the records and of the split
+
+    def __post_init__(self) -> None:
+        check_whole(1, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
+        check_whole(0, evaluate_every=self.evaluate_every, patience=self.patience, seed=self.seed)
+        check_number(above=0, lr=self.lr)
+        check_number(0, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip)
+        if self.warmup > 1:
+            raise InputError(f"Got warmup={self.warmup}; expected a share of all steps, 0 to 1.")
+        check_choice(("cosine", "constant"), schedule=self.schedule)
+
+    @classmethod
+    def of(cls, settings: TrainingSettings | None, given: Mapping[str, Any]) -> TrainingSettings:
+        """``settings``, or new ones with the fields in ``given`` that are not None; never both."""
+        chosen = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+        if settings is None:
+            return cls(**chosen)
+        if chosen or not isinstance(settings, cls):
+            raise InputError(
+                f"Got settings={settings!r} and {chosen}; expected TrainingSettings alone. Write "
+                "settings=TrainingSettings(lr=1e-2), or lr=1e-2 without settings."
+            )
+        return settings
+
+    def per_epoch(self, rows: int, processes: int = 1) -> int:
+        """Count the steps of one epoch over ``rows`` records that ``processes`` share."""
+        return -(-rows // (self.batch * self.accumulate * processes))
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Compute the learning rate of one step (counted from 0) of ``steps``."""
+        rising = math.ceil(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - rising) / max(1, steps - rising)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as plain data."""
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +103,14 @@ class Objective(Protocol):
     """What to train for."""
 
     def share(self, rows: Sequence[int]) -> Any:
-        """What all trainees need of some rows, computed once without gradient."""
+        """Compute once, without gradient, what all trainees need of some rows."""
 
     def losses(self, shared: Any, name: str) -> Losses:
-        """The losses of these rows for one trainee, with a graph if gradients are on."""
-        ...
+        """Compute the losses of these rows for one trainee, with a graph if gradients are on."""
 
 
 class Sums(dict[str, float]):
     """Sums over rows, of one trainee: loss, tokens, rows, correct, and notes by name."""
-
-    COUNTED: ClassVar = ("loss", "tokens", "rows", "correct")
 
     def add(self, losses: Losses) -> None:
         """Add a batch."""
@@ -66,8 +125,8 @@ class Sums(dict[str, float]):
 
     def line(self) -> dict[str, float]:
         """Means: loss per answer token, accuracy per row, notes per row."""
-        notes = {k: v / self["rows"] for k, v in self.items() if k not in self.COUNTED}
-        accuracy = self["correct"] / self["rows"]
+        counted, accuracy = ("loss", "tokens", "rows", "correct"), self["correct"] / self["rows"]
+        notes = {name: value / self["rows"] for name, value in self.items() if name not in counted}
         return {"loss": self["loss"] / self["tokens"], "accuracy": accuracy, **notes}
 
 
@@ -83,17 +142,12 @@ class Trainee:
     waited: int = 0
     ended: bool = False
     failed: str | None = None
-
-    def start(self, lr: float, weight_decay: float) -> None:
-        """Make ready for the first step."""
-        given = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(given, lr=lr, weight_decay=weight_decay)
-        self.ended, self.failed = False, None
-        self.keep_best(None, 0, 0)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    best: dict[str, Tensor] = field(init=False)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a run needs to go on, by flat names."""
+        """All tensors that a run needs to continue, by flat names."""
         parts: dict[str, Mapping[str, Tensor]] = {"weight": self.parameters, "best": self.best}
         moments = self.optimizer.state_dict()["state"].items()
         parts |= {f"adam/{index}": values for index, values in moments}
@@ -105,7 +159,7 @@ class Trainee:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go back to what was saved."""
+        """Take the state that was saved."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, parameter in self.parameters.items():
             parameter.copy_(tensors[f"{self.name}/weight/{key}"])
@@ -130,10 +184,7 @@ class Trainee:
 
 @dataclass(eq=False)
 class Loop:
-    """A training run of ``trainees`` for an ``objective``.
-
-    ``history`` has one line per trainee, step and split.
-    """
+    """Train ``trainees`` for an ``objective``."""
 
     trainees: Sequence[Trainee]
     objective: Objective
@@ -144,7 +195,7 @@ class Loop:
     checkpoint_every: int = 100
     progress: bool = True
     accelerator: Accelerator | None = None  # processes to share the rows with
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # by trainee, step and split
     step: int = 0  # steps done
     seconds: float = 0.0  # wall time, that before a kill included
 
@@ -154,8 +205,11 @@ class Loop:
         self.writes = a is None or a.is_main_process
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
+        how = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
         for trainee in self.trainees:
-            trainee.start(self.settings.lr, self.settings.weight_decay)
+            trainee.optimizer = torch.optim.AdamW(list(trainee.parameters.values()), **how)
+            trainee.ended, trainee.failed = False, None
+            trainee.keep_best(None, 0, 0)
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
@@ -202,11 +256,19 @@ class Loop:
         return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
     def _one_step(self, bar: Any) -> None:
-        before, lr = self._active, self.settings.lr_at(self.step, self.steps)
+        before, lr, a = self._active, self.settings.lr_at(self.step, self.steps), self.accelerator
         for trainee in before:
             trainee.optimizer.zero_grad()
         for trainee, total in self._summed(self.plan(self.step), lr, train=True):
-            if self._update(trainee, total["tokens"], lr):
+            parameters = list(trainee.parameters.values())
+            for parameter in parameters:  # the mean gradient of all answer tokens of all processes
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                whole: Any = own if a is None else a.reduce(own, "sum")
+                parameter.grad = whole / total["tokens"]
+            length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+            if self._finite(length, trainee, "gradient", lr):
+                trainee.optimizer.param_groups[0]["lr"] = lr
+                trainee.optimizer.step()
                 self._note(trainee, "train", self.step + 1, total, lr)
         self.step += 1
         losses = [line["loss"] for line in self.history[-len(before) :]]
@@ -244,20 +306,6 @@ class Loop:
             for part in gather_object([own]):
                 sums[name].merge(part)
         return [(trainee, sums[trainee.name]) for trainee in self._active]
-
-    def _update(self, trainee: Trainee, tokens: float, lr: float) -> bool:
-        """Step along the mean gradient of all answer tokens, of all processes, if it is finite."""
-        parameters, a = list(trainee.parameters.values()), self.accelerator
-        for parameter in parameters:
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            whole: Any = own if a is None else a.reduce(own, "sum")
-            parameter.grad = whole / tokens
-        length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-        good = self._finite(length, trainee, "gradient", lr)
-        if good:
-            trainee.optimizer.param_groups[0]["lr"] = lr
-            trainee.optimizer.step()
-        return good
 
     def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
         """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""

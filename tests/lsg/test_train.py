@@ -17,7 +17,7 @@ from sinkscope.errors import InputError, InterventionError, LayerError, ModelErr
 from sinkscope.lsg.train import cost_of
 from sinkscope.testing import TINY, random_image, tiny_llava
 from sinkscope.training import loop as looping
-from sinkscope.training.settings import TrainingSettings
+from sinkscope.training.loop import TrainingSettings
 
 RULE = ss.detectors.Norm(8.0)
 
