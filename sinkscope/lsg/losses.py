@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sinkscope.data.batches import AnswerBatch, AnswerData, batches_of, make_batch
 from sinkscope.data.tokens import TokenScores
@@ -63,9 +63,9 @@ def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool 
 def gate_inputs(
     lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
 ) -> tuple[Captured, dict[int, Tensor]]:
-    """Run the plain model without gradient and keep what gates read that scale keys in ``blocks``.
+    """Run the plain model without gradient, and keep what gates read that scale keys in ``blocks``.
 
-    ``whole`` runs beyond the last of them, for the losses without a gate. Returns two fields of `Shared`.
+    ``whole`` runs the later blocks too, for the losses without a gate. Returns two fields of `Shared`.
     """
     vision: dict[int, Tensor] = {}
 
@@ -83,7 +83,7 @@ def gate_inputs(
 def gate_signals(
     gate: LSG, tokens: TokenMap, vision: Mapping[int, Tensor], state: Tensor
 ) -> dict[str, Tensor]:
-    """What a gate finds in a pass: ``"V"`` and ``"L"`` ``[row pos]``, ``"coefficients"`` ``[row group]``.
+    """Find ``"V"`` and ``"L"`` ``[row pos]`` and the ``"coefficients"`` ``[row group]`` of one gate.
 
     ``vision`` is that of `gate_inputs`, and ``state`` ``[row pos d_model]`` what the edited block reads.
     """
@@ -101,35 +101,25 @@ def answer_losses(gates: Sequence[LSG], shared: Shared) -> Losses:
     Each gate reads what those before it left. Without gates it is the plain model, shared ``whole``.
     """
     captured, batch = shared.captured, shared.batch
-    coefficients: dict[int, Tensor] = {}
+    ordered = sorted(gates, key=lambda gate: gate.config.edited)
+    notes: dict[str, float] = {}
 
     def factors(gate: LSG, state: Tensor) -> Tensor:
         found = gate_signals(gate, batch.tokens, shared.vision, state)
-        coefficients[id(gate)] = rho = found["coefficients"]
-        visual = (batch.tokens.image >= 0).to(rho.device)
+        means = found["coefficients"].detach().mean(dim=0).tolist()
+        notes.update({f"rho_{g}": value for g, value in zip(gate.groups, means, strict=True)})
+        visual = (batch.tokens.image >= 0).to(state.device)
         return kernels.factors_of(found, visual, list(gate.groups))
 
-    ordered = sorted(gates, key=lambda gate: gate.config.edited)
-    if not ordered:
-        hidden = captured.hidden
-    else:
+    if ordered:
         block = ordered[0].config.edited
         later = {gate.config.edited: partial(factors, gate) for gate in ordered[1:]}
         scale = factors(ordered[0], captured.state(block))
         hidden = resume(captured, block, scale, later=later)
-    logits = logits_at(captured, hidden, batch.positions).float()
-    total, correct = score(logits, batch.targets.to(logits.device))
-    notes = {}
-    for gate in ordered:
-        means = coefficients[id(gate)].detach().mean(dim=0).tolist()
-        notes |= {f"rho_{g}": value for g, value in zip(gate.groups, means, strict=True)}
-    return Losses(total, batch.answer_tokens, correct, notes)
-
-
-def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of ``[row n vocab]``, -100 is no target; and which rows are all predicted."""
-    scores = TokenScores.of(logits, targets)
-    return scores.loss, scores.exact
+    else:
+        hidden = captured.hidden
+    scores = TokenScores.of(logits_at(captured, hidden, batch.positions), batch.targets)
+    return Losses(scores.loss, batch.answer_tokens, scores.exact, notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,18 +132,21 @@ class GateObjective:
     append_end: bool
 
     def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
-        """The batch and the states that gates read; see `share`."""
+        """Compute the batch and the states that gates read; see `share`."""
         batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
         return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)
 
     def losses(self, shared: Shared, name: str) -> Losses:
-        """The losses under one gate."""
+        """Compute the losses under one gate."""
         return answer_losses([self.gates[name]], shared)
 
-    @torch.no_grad()
-    def base(self, rows: Sequence[int], batch: int) -> dict[str, float]:
-        """Loss and accuracy of the model without a gate."""
-        sums = Sums()
-        for part in batches_of(rows, batch):
-            sums.add(answer_losses([], self.share(part, whole=True)))
-        return sums.line()
+    def means(
+        self, stacks: Sequence[Sequence[LSG]], rows: Sequence[int], batch: int, progress: str = ""
+    ) -> list[dict[str, float]]:
+        """Compute loss and accuracy under each stack of gates; ``progress`` names a bar, "" shows none."""
+        sums, parts = [Sums() for _ in stacks], list(batches_of(rows, batch))
+        for part in tqdm(parts, desc=progress, unit="batch", disable=not progress):
+            shared = self.share(part, whole=not all(stacks))
+            for stack, total in zip(stacks, sums, strict=True):
+                total.add(answer_losses(stack, shared))
+        return [total.line() for total in sums]

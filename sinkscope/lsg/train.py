@@ -268,7 +268,7 @@ def train_lsg(
             accelerator.wait_for_everyone()
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
-        base = objective.base(tested, settings.batch) if tested else None
+        base = objective.means([[]], tested, settings.batch)[0] if tested else None
         trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
         run = (trainees, objective, rows, tested, settings, folder, checkpoint_every, shown)
         loop = Loop(*run, accelerator)
