@@ -42,7 +42,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import sinkscope as ss
 from sinkscope.data.batches import IGNORED, AnswerBatch
-from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.lsg.train import cost_of
 from sinkscope.training.loop import Loop, Trainee, TrainingSettings
 

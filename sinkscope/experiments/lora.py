@@ -16,7 +16,7 @@ from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_dat
 from sinkscope.data.tokens import TokenScores
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.lsg import LSG
-from sinkscope.lsg.losses import Losses, frozen
+from sinkscope.lsg.passes import Losses, frozen
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import undisturbed
 from sinkscope.training.loop import Loop, Trainee, TrainingSettings

@@ -97,7 +97,12 @@ class Attachment:
         self._now = None
         given = passes.arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
-        length, before = passes.length_of(cache), self._passes.get(cache)
+        if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+            raise passes.no_cache(cache)
+        length, before = (
+            int(cache.get_seq_length()) if cache is not None else 0,
+            self._passes.get(cache),
+        )
         now = passes.continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)

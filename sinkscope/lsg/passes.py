@@ -1,47 +1,60 @@
-"""One forward pass of a gated model: what a gate reads in it, and how a cache goes on from it."""
+"""Forward passes of gated models: what gates read in them, cached passes, and losses in training.
+
+::
+
+    share           vision tower, blocks 0 ... e        once per batch, no gradient
+    answer_losses   blocks e ... N-1 with scaled keys   once per gate; a gradient reaches the gate only
+
+``e`` is the block whose keys a gate scales; its coefficients hold for the answer too.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.data.batches import IGNORED
+from sinkscope.data.batches import IGNORED, AnswerBatch, AnswerData, batches_of, make_batch
+from sinkscope.data.tokens import TokenScores
 from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
 from sinkscope.kernels import gating as kernels
+from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.config import GateConfig
 from sinkscope.models.inputs import make_sample
+from sinkscope.models.lvlm import LVLM
+from sinkscope.models.replay import Captured, capture, logits_at, resume
+from sinkscope.models.wrapping import evaluated
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
 from sinkscope.tokens import TokenMap
+from sinkscope.training.loop import Losses, Sums
 
 NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "logits_to_keep")
 
 
 class Gate(Protocol):
-    """What is used of an `LSG` below the module that defines it."""
+    """What is used of an `LSG` below the module that defines it; see its members there."""
 
     config: GateConfig
 
     @property
-    def weights(self) -> dict[str, Any]:
-        """See `LSG.weights`."""
-
-    def check_model(self, anatomy: Anatomy) -> None:
-        """See `LSG.check_model`."""
-
-    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
-        """See `LSG.check_weights`."""
+    def weights(self) -> dict[str, Any]: ...  # noqa: D102
+    def check_model(self, anatomy: Anatomy) -> None: ...  # noqa: D102
+    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None: ...  # noqa: D102
 
 
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
-    """The signals of a gate: edits that change nothing, note under ``id(gate)``; ``step`` 0 is the prompt."""
+    """The signals of a gate: edits that change nothing and note under ``id(gate)``; step 0 is the prompt."""
     config, slot, image = gate.config, id(gate), tokens.image >= 0
     if step and config.decode != "refresh":
         return []
@@ -56,7 +69,7 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     kept = isinstance(detector, VisionTokens)
     live = kept_tokens(tokens, detector.kind) if kept else vision.live
     finding = {"slot": slot, "rule": rule_of(config.v_detector), "live": live}
-    finding |= {name: getattr(tokens, name) for name in ("image_index", "sources")}
+    finding |= {"image_index": tokens.image_index, "sources": tokens.sources}
     finding["layout"] = vision.layout
     for layer in config.model["feed_layers"]:
         out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
@@ -149,13 +162,6 @@ def no_cache(found: Any) -> InputError:
     )
 
 
-def length_of(cache: Any) -> int:
-    """How many tokens a cache holds; 0 for None."""
-    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
-        raise no_cache(cache)
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
 def started(
     module: nn.Module, anatomy: Anatomy, given: Mapping[str, Any], images: Mapping[str, Tensor]
 ) -> Pass:
@@ -215,3 +221,125 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
             "shorter prompt instead."
         )
     return before.at(length - prompt + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all gates of a batch share."""
+
+    batch: AnswerBatch
+    captured: Captured  # the decoder states that gates read
+    vision: Mapping[int, Tensor]  # what the vision blocks that feed the projector wrote, by block
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Freeze a model in evaluation mode until the block ends; then flags and modes are as before."""
+    wanted = [(name, p.requires_grad) for name, p in module.named_parameters()]
+    try:
+        module.requires_grad_(False)
+        with evaluated(module):
+            yield
+    finally:
+        now = dict(module.named_parameters())  # those of offloaded parts are made anew at each use
+        for name, flag in wanted:
+            now[name].requires_grad_(flag)
+
+
+def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool = False) -> Shared:
+    """Run a batch up to the last edited block, without gradient; arguments as in `gate_inputs`."""
+    return Shared(batch, *gate_inputs(lvlm, batch.inputs, blocks, whole=whole))
+
+
+def gate_inputs(
+    lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
+) -> tuple[Captured, dict[int, Tensor]]:
+    """Run the plain model without gradient, and keep what gates read that scale keys in ``blocks``.
+
+    ``whole`` runs the later blocks too, for the losses without a gate. Returns two fields of `Shared`.
+    """
+    vision: dict[int, Tensor] = {}
+
+    def keep(layer: int, part: nn.Module, args: tuple, output: Any) -> None:
+        vision[layer] = first_tensor(output).detach()
+
+    with ExitStack() as stack:
+        for layer in lvlm.anatomy.feed_layers:
+            part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
+            stack.callback(part.register_forward_hook(partial(keep, layer)).remove)
+        captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)
+    return captured, vision
+
+
+def gate_signals(
+    gate: Gate, tokens: TokenMap, vision: Mapping[int, Tensor], state: Tensor
+) -> dict[str, Tensor]:
+    """Find ``"V"`` and ``"L"`` ``[row pos]`` and the ``"coefficients"`` ``[row group]`` of one gate.
+
+    ``vision`` is that of `gate_inputs`, and ``state`` ``[row pos d_model]`` what the edited block reads.
+    """
+    notes: dict[str, Any] = {"step": 0, "memory": {}}
+    for signal in signals_of(gate, tokens):
+        states = vision[signal.site.layer] if signal.site.tower == "vision" else state
+        signal.kernel(states, notes, **placed(signal.parameters, states))
+    found = notes["memory"][("gate", id(gate))]
+    return placed(found, found["coefficients"])
+
+
+def answer_losses(gates: Sequence[Gate], shared: Shared) -> Losses:
+    """Compute the losses of a batch under a stack of gates, with a graph if gradients are on.
+
+    Each gate reads what those before it left. Without gates it is the plain model, shared ``whole``.
+    """
+    captured, batch = shared.captured, shared.batch
+    ordered = sorted(gates, key=lambda gate: gate.config.edited)
+    notes: dict[str, float] = {}
+
+    def factors(gate: Gate, state: Tensor) -> Tensor:
+        found = gate_signals(gate, batch.tokens, shared.vision, state)
+        means = found["coefficients"].detach().mean(dim=0).tolist()
+        notes.update(
+            {f"rho_{g}": value for g, value in zip(gate.config.groups, means, strict=True)}
+        )
+        visual = (batch.tokens.image >= 0).to(state.device)
+        return kernels.factors_of(found, visual, list(gate.config.groups))
+
+    if ordered:
+        block = ordered[0].config.edited
+        later = {gate.config.edited: partial(factors, gate) for gate in ordered[1:]}
+        scale = factors(ordered[0], captured.state(block))
+        hidden = resume(captured, block, scale, later=later)
+    else:
+        hidden = captured.hidden
+    scores = TokenScores.of(logits_at(captured, hidden, batch.positions), batch.targets)
+    return Losses(scores.loss, batch.answer_tokens, scores.exact, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class GateObjective:
+    """Next-token loss of answers under gates, each alone; the model is frozen."""
+
+    lvlm: LVLM
+    gates: Mapping[str, Gate]
+    data: AnswerData
+    append_end: bool
+
+    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
+        """Compute the batch and the states that gates read; see `share`."""
+        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
+        return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)
+
+    def losses(self, shared: Shared, name: str) -> Losses:
+        """Compute the losses under one gate."""
+        return answer_losses([self.gates[name]], shared)
+
+    def means(
+        self, stacks: Sequence[Sequence[Gate]], rows: Sequence[int], batch: int, progress: str = ""
+    ) -> list[dict[str, float]]:
+        """Compute loss and accuracy under each stack of gates; ``progress`` names a bar, "" shows none."""
+        sums, parts = [Sums() for _ in stacks], list(batches_of(rows, batch))
+        for part in tqdm(parts, desc=progress, unit="batch", disable=not progress):
+            shared = self.share(part, whole=not all(stacks))
+            for stack, total in zip(stacks, sums, strict=True):
+                total.add(answer_losses(stack, shared))
+        return [total.line() for total in sums]

@@ -18,7 +18,7 @@ from sinkscope.checks import check_choice, check_flags, check_whole
 from sinkscope.data.batches import read_dataset
 from sinkscope.errors import InputError
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import GateObjective, frozen
+from sinkscope.lsg.passes import GateObjective, frozen
 from sinkscope.models.lvlm import LVLM
 from sinkscope.results import Result
 from sinkscope.training.loop import Loop

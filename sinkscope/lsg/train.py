@@ -20,7 +20,7 @@ from sinkscope.errors import InputError, ModelError
 from sinkscope.files import claim, held
 from sinkscope.lsg.config import check_layer
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import GateObjective, frozen
+from sinkscope.lsg.passes import GateObjective, frozen
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
 from sinkscope.models.inputs import Sample
@@ -244,14 +244,14 @@ def train_lsg(
         check_replay(lvlm, make_batch(lvlm, data, rows[:1]).inputs, edited)
     made: dict[int | str, LSG] = {gate.layer: copy.deepcopy(gate) for gate in gates}
     for layer in wanted:
-        own = {**rules, "seed": settings.seed, **(choices or {})}
-        made[layer] = gate = LSG.for_model(lvlm, layer, **own)
+        own = {"seed": settings.seed, **(choices or {})}
+        made[layer] = gate = LSG.for_model(lvlm, layer, **rules, **own)
         for name in ("v_detector", "l_detector"):  # of the first gate: calibrated once at most
             rule = getattr(gate.config, name)
             rules[name] = rule and detector_of(rule)
     by_name = {str(layer): gate for layer, gate in made.items()}
     objective = GateObjective(lvlm, by_name, data, append_end)
-    facts = facts_of(objective, {"train": rows, "validation": tested}, settings)
+    facts = facts_of(objective, by_name, {"train": rows, "validation": tested}, settings)
     facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
@@ -275,11 +275,14 @@ def train_lsg(
 
 
 def facts_of(
-    objective: GateObjective, parts: Mapping[str, Sequence[int]], settings: TrainingSettings
+    objective: GateObjective,
+    made: Mapping[str, LSG],
+    parts: Mapping[str, Sequence[int]],
+    settings: TrainingSettings,
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that continues must have the same."""
     data, gates = objective.data, {}
-    for name, gate in objective.gates.items():
+    for name, gate in made.items():
         weights = b"".join(v.cpu().numpy().tobytes() for v in gate.state_dict().values())
         start = hashlib.blake2b(weights, digest_size=8).hexdigest()
         gates[name] = {**gate.config.to_dict(), "start": start}
