@@ -109,10 +109,8 @@ class LSG(nn.Module):
             return []
         visual = context.tokens.image >= 0
         if not (visual.any() or self.allow_noop):
-            raise NoEffectError(
-                "Got a sample without image tokens for a gate; expected some keys to scale. Write "
-                "allow_noop=True if nothing may happen."
-            )
+            what = "Got a sample without image tokens for a gate; expected some keys to scale."
+            raise NoEffectError(f"{what} Write allow_noop=True if nothing may happen.")
         given = {"slot": id(self), "visual": visual, "live": context.live("language")}
         site = Site("language", "attention", self.config.edited)
         scale = Edit(site, kernels.gate_keys, given | {"groups": list(self.groups)}, "keys")

@@ -51,6 +51,7 @@ class Gate(Protocol):
     def weights(self) -> dict[str, Any]: ...  # noqa: D102
     def check_model(self, anatomy: Anatomy) -> None: ...  # noqa: D102
     def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
@@ -147,10 +148,8 @@ def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     """The pixels of a call, and what the vision tower made of them before the call; no videos."""
     encoded = given.get("mm_encoder_outputs") or {}
     if given.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise InputError(
-            "Got a video for a gated model; expected images, in which a gate finds its groups. Pass "
-            "frames as images, or write gate.detach() first."
-        )
+        what = "Got a video for a gated model; expected images, in which a gate finds its groups."
+        raise InputError(f"{what} Pass frames as images, or write gate.detach() first.")
     return given.get("pixel_values"), encoded.get("image")
 
 
@@ -216,10 +215,8 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
         leave = "leave out beams, several sequences, prefill_chunk_size and assisted decoding"
         raise InputError(f"{what}; expected one token each. {turn}; in generate() {leave}.")
     if length < prompt:
-        raise InputError(
-            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "
-            "shorter prompt instead."
-        )
+        what = f"Got a cache of {length} tokens whose prompt had {prompt}"
+        raise InputError(f"{what}; expected all of it. Run the shorter prompt instead.")
     return before.at(length - prompt + 1)
 
 

@@ -110,10 +110,8 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
     if torch.is_inference_mode_enabled():
         raise ModelError("Got torch.inference_mode(); expected to be outside of it: leave it.")
     if lvlm.device.type == "meta":
-        raise ModelError(
-            "Got a model without weights here; expected one to compute gradients with. Write "
-            "ss.LVLM.from_pretrained(name) without remote=True."
-        )
+        what = "Got a model without weights here; expected one to compute gradients with."
+        raise ModelError(f"{what} Write ss.LVLM.from_pretrained(name) without remote=True.")
     if accelerator is None or accelerator.num_processes == 1:
         return
     here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"
@@ -137,10 +135,8 @@ def wanted_layers(
     every = () if gates else ("embed", *range(many - 1))
     wanted = [check_layer(plain(one), many) for one in (every if layers is None else layers)]
     if bool(wanted) == bool(gates):
-        raise InputError(
-            f"Got layers={wanted} and {len(gates)} gates; expected either. Write layers=[10] for a new "
-            "gate, or gates=[gate] to train on."
-        )
+        what = f"Got layers={wanted} and {len(gates)} gates; expected either."
+        raise InputError(f"{what} Write layers=[10] for a new gate, or gates=[gate] to train on.")
     given = [name for name, value in choices.items() if value is not None]
     if gates and given:
         raise InputError(
@@ -251,7 +247,7 @@ def train_lsg(
             rules[name] = rule and detector_of(rule)
     by_name = {str(layer): gate for layer, gate in made.items()}
     objective = GateObjective(lvlm, by_name, data, append_end)
-    facts = facts_of(objective, by_name, {"train": rows, "validation": tested}, settings)
+    facts = facts_of(objective, {"train": rows, "validation": tested}, settings)
     facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
@@ -275,14 +271,11 @@ def train_lsg(
 
 
 def facts_of(
-    objective: GateObjective,
-    made: Mapping[str, LSG],
-    parts: Mapping[str, Sequence[int]],
-    settings: TrainingSettings,
+    objective: GateObjective, parts: Mapping[str, Sequence[int]], settings: TrainingSettings
 ) -> dict[str, Any]:
     """What a run is started with, as plain data: a run that continues must have the same."""
     data, gates = objective.data, {}
-    for name, gate in made.items():
+    for name, gate in objective.gates.items():
         weights = b"".join(v.cpu().numpy().tobytes() for v in gate.state_dict().values())
         start = hashlib.blake2b(weights, digest_size=8).hexdigest()
         gates[name] = {**gate.config.to_dict(), "start": start}
