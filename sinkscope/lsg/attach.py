@@ -87,10 +87,8 @@ class Attachment:
         self.detach()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:  # a copy would share the passes
-        raise InterventionError(
-            "Got a model to copy or pickle that a gate is attached to; expected a plain one. Write "
-            "gate.detach() first, and attach the gate to the copy again."
-        )
+        what = "Got a model to copy or pickle that a gate is attached to; expected a plain one."
+        raise InterventionError(f"{what} Write gate.detach() first, then attach to the copy.")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before a pass: map a prompt, or count a decode step."""
@@ -110,10 +108,8 @@ class Attachment:
 
     def _started(self, given: Mapping[str, Any]) -> Pass:
         if given.get("input_ids") is None:
-            raise InputError(
-                "Got a prompt without input_ids for a gated model; expected them, to find the image "
-                "tokens. Pass input_ids and pixel_values instead of inputs_embeds."
-            )
+            what = "Got a prompt without input_ids for a gated model; expected them."
+            raise InputError(f"{what} Pass input_ids and pixel_values, not inputs_embeds.")
         pixels, encoded = passes.images_of(given)
         if encoded is None:
             self._seen = None  # and a text prompt has nothing to scale
@@ -126,10 +122,8 @@ class Attachment:
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
-            raise InputError(
-                f"Got a prompt with {kept - 1} guessed tokens behind it; expected the prompt alone, as "
-                "a gate reads its end. Leave out prompt_lookup_num_tokens or assistant_model."
-            )
+            what = f"Got a prompt with {kept - 1} guessed tokens behind it; expected it alone."
+            raise InputError(f"{what} Leave out prompt_lookup_num_tokens or assistant_model.")
         self._used.put(encoded, value=True)
         return passes.started(self.model, self.anatomy, given, self._seen[0])
 

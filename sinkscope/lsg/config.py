@@ -120,10 +120,8 @@ class GateConfig:
         check(("uniform", "neutral"), init=self.init)
         check(ACTIVATIONS, activation=self.activation)
         if self.decode == "refresh" and self.signal != "last":
-            raise InterventionError(
-                f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
-                "over prompt tokens does not change at decode steps: write decode='frozen'."
-            )
+            what = f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'."
+            raise InterventionError(f"{what} A mean never changes: write decode='frozen'.")
         weights, model = self.weights, self.model
         named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
         numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
@@ -144,10 +142,8 @@ class GateConfig:
             what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
             raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
         if ("L" in self.groups) != (self.l_detector is not None):
-            raise InterventionError(
-                f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
-                "L-sinks exactly where 'L' is a group."
-            )
+            what = f"Got groups={self.groups} and l_detector={self.l_detector!r}"
+            raise InterventionError(f"{what}; expected a rule exactly where 'L' is a group.")
         self._check_rule("v_detector", self.model.get("vision_width"))
         if self.l_detector is not None:
             self._check_rule("l_detector", self.d_model)
@@ -187,10 +183,8 @@ class GateConfig:
         known = {f.name for f in fields(cls)}
         strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
         if strange or missing:
-            raise InterventionError(
-                f"Got a gate config with unknown fields {strange} and without {missing}; expected "
-                f"fields among {sorted(known)}. It was written by another version or another tool."
-            )
+            what = f"Got a gate config with unknown fields {strange} and without {missing}"
+            raise InterventionError(f"{what}; expected some of {sorted(known)}.")
         lists = {k: tuple(data[k]) for k in ("groups", "weights") if isinstance(data.get(k), list)}
         return cls(**{**data, **lists})
 
@@ -252,16 +246,12 @@ def config_for(
     check_kept(rules.v, anatomy, module.config)
     if made.get("init") == "neutral":
         if made["scale"] != 1.0:
-            raise InterventionError(
-                f"Got init='neutral' and scale={made['scale']}; expected one of them. Neutral "
-                "coefficients need a scale of as many as there are groups."
-            )
+            what = f"Got init='neutral' and scale={made['scale']}; expected one of them."
+            raise InterventionError(f"{what} Neutral takes the number of groups as scale.")
         made["scale"] = float(len(made["groups"]))
     if strange := sorted(set(made) - set(CHOICES)):
-        raise InterventionError(
-            f"Got {strange} for a gate; expected fields of GateConfig that are free, {sorted(CHOICES)}: "
-            "the others are read from the model."
-        )
+        what = f"Got {strange} for a gate; expected fields of GateConfig that are free"
+        raise InterventionError(f"{what}, {sorted(CHOICES)}.")
     config = GateConfig(
         layer=where,
         d_model=anatomy.language.d_model,
@@ -281,10 +271,8 @@ def _drawn(lvlm: LVLM, samples: Sequence[Sample] | None) -> Sequence[Sample]:
     if samples or lvlm.processor is not None:
         scenes = (draw_scene(seed).image for seed in VALIDATION_SEEDS[:6])
         return samples or [lvlm.prepare(image, "describe the image") for image in scenes]
-    raise InputError(
-        "Got a model without published constants and without a processor; expected a rule for "
-        "V-sinks. Write v_detector=ss.detectors.Norm(100.0), or samples=[...]."
-    )
+    what = "Got a model without published constants and without a processor"
+    raise InputError(f"{what}; expected v_detector=ss.detectors.Norm(100.0), or samples=[...].")
 
 
 def device_for(lvlm: LVLM) -> torch.device:

@@ -120,10 +120,8 @@ class LSG(nn.Module):
         """Refuse another model than the gate's, as an InterventionError with the differences."""
         if lines := differences(self.config.model, sizes_of(anatomy)):
             listed = "\n  ".join(lines)
-            raise InterventionError(
-                f"Got a gate made for another model; expected one of this model's.\n  {listed}\n"
-                f"Write ss.LSG.for_model(lvlm, layer={self.layer!r}) and train it."
-            )
+            what = f"Got a gate made for another model; expected one of this model's.\n  {listed}"
+            raise InterventionError(f"{what}\nTrain ss.LSG.for_model(lvlm, layer={self.layer!r}).")
 
     def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Refuse the LM head of another checkpoint with an InterventionError; unknown ones pass."""
@@ -166,10 +164,8 @@ class LSG(nn.Module):
         adapted = callable(getattr(type(model), "get_base_model", None))  # by peft
         module = model.get_base_model() if adapted else getattr(model, "module", model)
         if isinstance(model, Edited) or not isinstance(module, nn.Module):
-            raise ModelError(
-                f"Got {type(model).__name__} to attach a gate to; expected a transformers model or an "
-                "LVLM without interventions on. Write gate.attach(lvlm), or lvlm.edited([gate, ...])."
-            )
+            what = f"Got {type(model).__name__} to attach a gate to; expected an unedited model."
+            raise ModelError(f"{what} Write gate.attach(lvlm), or lvlm.edited([gate, ...]).")
         if any(one.model is module for one in ATTACHED.get(self, [])):
             what = "Got a model that this gate is attached to already; expected it once."
             raise InterventionError(f"{what} Write gate.detach() first.")

@@ -85,10 +85,8 @@ def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> So
         if not path and not where.exists() and REPOSITORY.match(text):
             return Source(text, None, revision, subfolder)
         what = "a file" if where.exists() else "nothing that exists"
-    raise CheckpointError(
-        f"Got {str(name)!r}, which is {what}; expected the folder that save_pretrained() wrote, or a "
-        "repository id such as 'user/gate'."
-    )
+    what = f"Got {str(name)!r}, which is {what}; expected the folder of save_pretrained()"
+    raise CheckpointError(f"{what}, or a repository id such as 'user/gate'.")
 
 
 def read_stack(source: Source) -> list[SavedGate]:
@@ -235,10 +233,8 @@ def as_fp32(name: str, tensor: Tensor, path: Path) -> Tensor:
     allowed = [torch.float32, torch.float16, torch.bfloat16]
     if tensor.dtype not in allowed or not bool(tensor.isfinite().all()):
         what = "with NaN or infinite numbers" if tensor.dtype in allowed else f"in {tensor.dtype}"
-        raise CheckpointError(
-            f"Got {name!r} of {str(path)!r} {what}; expected finite numbers of one of {allowed}, which "
-            "become fp32 without rounding. Convert it, or look for a file that is not damaged."
-        )
+        what = f"Got {name!r} of {str(path)!r} {what}; expected finite numbers of one of {allowed}"
+        raise CheckpointError(f"{what}. Convert it, or look for a file that is not damaged.")
     return tensor.detach().float().contiguous()
 
 

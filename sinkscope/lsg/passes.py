@@ -137,10 +137,8 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
         if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
-            raise InputError(
-                f"Got arguments without names for {type(module).__name__}, which does not name them; "
-                "expected names. Write model(input_ids=..., pixel_values=...)."
-            )
+            what = f"Got arguments without names for {type(module).__name__}, which names none"
+            raise InputError(f"{what}; expected model(input_ids=..., pixel_values=...).")
     return given
 
 
@@ -184,10 +182,8 @@ def started(
     wanted = (labels != IGNORED).cpu() & tokens.live  # the prompt ends before the first label
     first = wanted.int().argmax(dim=1)
     if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
-        raise InputError(
-            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
-            f"Write labels[:, :prompt_length] = {IGNORED}."
-        )
+        what = "Got labels that begin with the first token of a row; expected none of the prompt."
+        raise InputError(f"{what} Write labels[:, :prompt_length] = {IGNORED}.")
     return Pass(tokens, torch.where(wanted.any(dim=1), first - 1, tokens.last))
 
 

@@ -121,10 +121,8 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
 def refuse_foreign(where: str, names: Iterable[str]) -> None:
     """Refuse to write where anything else lies."""
     if found := sorted(names):
-        raise CheckpointError(
-            f"Got {where}, which holds {found[:5]}; expected a new or empty one, or one of the same "
-            "kind to replace. Choose another name."
-        )
+        what = f"Got {where}, which holds {found[:5]}; expected a new or empty one"
+        raise CheckpointError(f"{what}, or one of the same kind to replace.")
 
 
 def exchange(made: Path, target: Path) -> None:
@@ -262,10 +260,8 @@ def plain(value: Any, name: str) -> Any:
         return str(value)
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise InputError(
-        f"Got {name} of type {type(value).__name__}; expected plain data: numbers, text, lists and "
-        "dictionaries. Write what matters of it as text."
-    )
+    what = f"Got {name} of type {type(value).__name__}; expected numbers, text, lists or dicts."
+    raise InputError(f"{what} Write what matters of it as text.")
 
 
 def plain_record(record: Any) -> Any:

@@ -139,10 +139,8 @@ def wanted_layers(
         raise InputError(f"{what} Write layers=[10] for a new gate, or gates=[gate] to train on.")
     given = [name for name, value in choices.items() if value is not None]
     if gates and given:
-        raise InputError(
-            f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
-            "Write layers=[...] for new gates."
-        )
+        what = f"Got gates together with {given}; expected either: a gate has its own rules."
+        raise InputError(f"{what} Write layers=[...] for new gates.")
     used = wanted or [gate.layer for gate in check_gates(gates)]
     if len(set(used)) < len(used):
         raise InputError(f"Got the layers {used}; expected every layer once.")
@@ -222,10 +220,8 @@ def train_lsg(
     rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
     wanted = wanted_layers(lvlm, layers, gates, {"choices": choices, **rules})
     if settings.patience and not validation and validation_data is None:
-        raise InputError(
-            f"Got patience={settings.patience} and validation={validation}; expected some validation "
-            "data to stop early by. Write validation=0.1, or patience=0."
-        )
+        what = f"Got patience={settings.patience} and validation={validation}"
+        raise InputError(f"{what}; expected validation data. Write validation=0.1, or patience=0.")
     limits: dict[str, Any] = {"max_answer_tokens": max_answer_tokens, "progress": progress}
     limits |= {"validation": validation, "seed": settings.seed}
     data, rows, tested = read_parts(lvlm, dataset, validation_data, **limits)

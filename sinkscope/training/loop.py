@@ -64,10 +64,8 @@ class TrainingSettings:
         if settings is None:
             return cls(**chosen)
         if chosen or not isinstance(settings, cls):
-            raise InputError(
-                f"Got settings={settings!r} and {chosen}; expected TrainingSettings alone. Write "
-                "settings=TrainingSettings(lr=1e-2), or lr=1e-2 without settings."
-            )
+            what = f"Got settings={settings!r} and {chosen}; expected TrainingSettings alone."
+            raise InputError(f"{what} Write settings=TrainingSettings(lr=1e-2), or lr=1e-2.")
         return settings
 
     def per_epoch(self, rows: int, processes: int = 1) -> int:
