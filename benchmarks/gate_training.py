@@ -44,7 +44,8 @@ import sinkscope as ss
 from sinkscope.data.batches import IGNORED, AnswerBatch
 from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.lsg.train import cost_of
-from sinkscope.training.loop import Loop, Trainee, TrainingSettings
+from sinkscope.training import TrainingSettings
+from sinkscope.training.loop import Loop, Trainee
 
 PATCHES = 24 * 24  # one 336 x 336 image, as in LLaVA-1.5
 IMAGE_TOKEN = 1

@@ -19,7 +19,8 @@ from sinkscope.lsg import LSG
 from sinkscope.lsg.passes import Losses, frozen
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import undisturbed
-from sinkscope.training.loop import Loop, Trainee, TrainingSettings
+from sinkscope.training import TrainingSettings
+from sinkscope.training.loop import Loop, Trainee
 
 
 @dataclass(frozen=True, eq=False)

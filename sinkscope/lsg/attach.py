@@ -1,13 +1,13 @@
 """Gate a plain model, whose prompts, decode steps and backward passes may interleave.
 
-What a gate found in a prompt is kept by the cache that the prompt filled, and passed to blocks as an argument.
+What a gate found in a prompt is kept with the cache that it filled, and passed to blocks as an argument.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet
@@ -30,7 +30,7 @@ CARRIED = "sinkscope_passes"
 ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
 
 
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
     def __init__(self, gate: Gate, model: nn.Module) -> None:
@@ -80,9 +80,6 @@ class Attachment:
         self._stack.close()
         ATTACHED.get(self.gate, WeakSet()).discard(self)
 
-    def __enter__(self) -> Attachment:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.detach()
 
@@ -97,10 +94,8 @@ class Attachment:
         cache = given.get("past_key_values")
         if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
             raise passes.no_cache(cache)
-        length, before = (
-            int(cache.get_seq_length()) if cache is not None else 0,
-            self._passes.get(cache),
-        )
+        length = 0 if cache is None else int(cache.get_seq_length())
+        before = self._passes.get(cache)
         now = passes.continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)
@@ -151,9 +146,8 @@ class Attachment:
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""
         now = self._pass({})
-        edited: Any = self.model.get_submodule(
-            self.anatomy.language.blocks[self.gate.config.edited]
-        )
+        blocks, config = self.anatomy.language.blocks, self.gate.config
+        edited: Any = self.model.get_submodule(blocks[config.edited])
         if getattr(edited, "gradient_checkpointing", False) and edited.training:
             keywords = getattr(edited._gradient_checkpointing_func, "keywords", {})
             if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
@@ -166,7 +160,7 @@ class Attachment:
             if not fed:
                 what = "Got images that did not pass the vision tower of a gated model"
                 raise InputError(f"{what}; expected them to. Pass pixel_values.")
-            for layer in self.gate.config.model["feed_layers"]:
+            for layer in config.model["feed_layers"]:
                 self._read(now, Site("vision", "resid_post", layer), fed[layer])
         self._seen = None
         known = inspect.signature(type(module).forward).parameters.values()

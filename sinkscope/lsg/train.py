@@ -26,7 +26,8 @@ from sinkscope.models.identity import identity_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import check_replay
-from sinkscope.training.loop import Loop, Trainee, TrainingSettings
+from sinkscope.training import TrainingSettings
+from sinkscope.training.loop import Loop, Trainee
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,69 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_choice, check_number, check_whole, plain
 from sinkscope.data.batches import batches_of
-from sinkscope.errors import CheckpointError, InputError, NonFiniteError
+from sinkscope.errors import CheckpointError, NonFiniteError
 from sinkscope.files import read_json, write_whole
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The numbers of a training run; an InputError if one is impossible.
-
-    The paper (2604.03316) publishes two epochs, and no optimiser, learning rate, schedule or batch size:
-    the other defaults are ours.
-    """
-
-    epochs: int = 2
-    batch: int = 8  # rows per forward pass, of every process
-    accumulate: int = 1  # forward passes per step, which count as one batch of all their rows
-    lr: float = 1e-3  # the highest learning rate of AdamW
-    weight_decay: float = 0.01
-    schedule: str = "cosine"  # falls to 0 at the last step; "constant" stays
-    warmup: float = 0.03  # the share of all steps during which the rate rises to ``lr``
-    clip: float = 1.0  # the largest Euclidean norm of a step's gradient; 0 for no limit
-    evaluate_every: int = 0  # steps between two validations; 0 validates after every epoch
-    patience: int = 0  # validations without a lower loss that end a run; 0 for no early end
-    seed: int = 0  # of the order of the records and of the split
-
-    def __post_init__(self) -> None:
-        check_whole(1, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)
-        check_whole(0, evaluate_every=self.evaluate_every, patience=self.patience, seed=self.seed)
-        check_number(above=0, lr=self.lr)
-        check_number(0, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip)
-        if self.warmup > 1:
-            raise InputError(f"Got warmup={self.warmup}; expected a share of all steps, 0 to 1.")
-        check_choice(("cosine", "constant"), schedule=self.schedule)
-
-    @classmethod
-    def of(cls, settings: TrainingSettings | None, given: Mapping[str, Any]) -> TrainingSettings:
-        """``settings``, or new ones with the fields in ``given`` that are not None; never both."""
-        chosen = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
-        if settings is None:
-            return cls(**chosen)
-        if chosen or not isinstance(settings, cls):
-            what = f"Got settings={settings!r} and {chosen}; expected TrainingSettings alone."
-            raise InputError(f"{what} Write settings=TrainingSettings(lr=1e-2), or lr=1e-2.")
-        return settings
-
-    def per_epoch(self, rows: int, processes: int = 1) -> int:
-        """Count the steps of one epoch over ``rows`` records that ``processes`` share."""
-        return -(-rows // (self.batch * self.accumulate * processes))
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """Compute the learning rate of one step (counted from 0) of ``steps``."""
-        rising = math.ceil(self.warmup * steps)
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        if self.schedule == "constant":
-            return self.lr
-        done = (step - rising) / max(1, steps - rising)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the settings as plain data."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+from sinkscope.training import TrainingSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +89,8 @@ class Trainee:
         parts: dict[str, Mapping[str, Tensor]] = {"weight": self.parameters, "best": self.best}
         moments = self.optimizer.state_dict()["state"].items()
         parts |= {f"adam/{index}": values for index, values in moments}
-        return {
-            f"{self.name}/{part}/{key}": value.detach().cpu().contiguous()
-            for part, values in parts.items()
-            for key, value in values.items()
-        }
+        named = [(f"{part}/{k}", x) for part, values in parts.items() for k, x in values.items()]
+        return {f"{self.name}/{path}": x.detach().cpu().contiguous() for path, x in named}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -203,19 +140,30 @@ class Loop:
         self.writes = a is None or a.is_main_process
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
-        how = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
+        lr, decay = self.settings.lr, self.settings.weight_decay
         for trainee in self.trainees:
-            trainee.optimizer = torch.optim.AdamW(list(trainee.parameters.values()), **how)
+            given = list(trainee.parameters.values())
+            trainee.optimizer = torch.optim.AdamW(given, lr=lr, weight_decay=decay)
             trainee.ended, trainee.failed = False, None
             trainee.keep_best(None, 0, 0)
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
-        A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
-        then, and the others go on. If none is left, or rows are shared by processes, it is a NonFiniteError.
+        A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until then,
+        and the others continue. NonFiniteError if none is left, or if rows are shared by processes.
         """
-        self._restore()
+        for newest in self._checkpoints[-1:]:
+            again = f"Remove {str(newest)!r} to start again."
+            try:
+                tensors = load_file(newest / "state.safetensors")
+            except (OSError, SafetensorError) as error:
+                what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
+                raise CheckpointError(f"{what}; expected a whole file. {again}") from error
+            data = read_json(newest / "state.json", again)
+            for trainee in self.trainees:
+                trainee.restore(tensors, data["runners"][trainee.name])
+            self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
@@ -349,19 +297,3 @@ class Loop:
         paths = [] if self.folder is None else self.folder.iterdir()
         found = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-    def _restore(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        if not self._checkpoints:
-            return
-        newest = self._checkpoints[-1]
-        again = f"Remove {str(newest)!r} to start again."
-        try:
-            tensors = load_file(newest / "state.safetensors")
-        except (OSError, SafetensorError) as error:
-            what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
-            raise CheckpointError(f"{what}; expected a whole file. {again}") from error
-        data = read_json(newest / "state.json", again)
-        for trainee in self.trainees:
-            trainee.restore(tensors, data["runners"][trainee.name])
-        self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
