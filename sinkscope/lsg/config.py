@@ -1,31 +1,22 @@
-"""The choices of a gate as one checked record, and what they are for a model."""
+"""The choices of a gate as one checked record, with the names and sizes of its model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
 from sinkscope.checks import check_choice, is_number, is_whole
-from sinkscope.detectors.calibration import Limits
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.kinds import VisionTokens, check_kept, describe, detector_of
-from sinkscope.detectors.rules import Norm, NoSinks, SinkDimensions
-from sinkscope.errors import DetectorError, InputError, InterventionError, LayerError
+from sinkscope.detectors.kinds import VisionTokens, detector_of
+from sinkscope.detectors.rules import Norm, SinkDimensions
+from sinkscope.errors import DetectorError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS
-from sinkscope.models.identity import sizes_of
-from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
 
 WHOLE = "a whole number of 1 or more"
-CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]
-"""Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
 MODEL_ALIASES = {
     "llava_llama": "llava",  # config.model_type of the original LLaVA code
@@ -83,9 +74,8 @@ class GateConfig:
             (``"mean"``) or of the image tokens (``"visual"``).
         decode: At decode steps the prompt's coefficients hold (``"frozen"``), are computed again from
             the newest token (``"refresh"``), or keys are left alone (``"off"``). The paper is silent.
-        init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper: an untrained gate then halves
-            every visual logit. ``"neutral"`` makes them 1 and needs a scale of as many as there are
-            groups, which `LSG.for_model` sets.
+        init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper, halve every visual logit untrained;
+            ``"neutral"`` ones are 1, with the number of groups as scale, which `LSG.for_model` sets.
         scale: What the softmax is multiplied by: the sum of the coefficients.
         hidden: Width of the hidden layer; 64 in the paper.
         activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``; the paper does not say.
@@ -220,61 +210,3 @@ def differences(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
         for name in {**made_for, **found}
         if made_for.get(name) != found.get(name)
     ]
-
-
-def config_for(
-    lvlm: LVLM,
-    layer: int | str,
-    v_detector: Any,
-    l_detector: Any,
-    samples: Sequence[Sample] | None,
-    choices: Mapping[str, Any],
-) -> GateConfig:
-    """The config of a new gate for a model; arguments and errors as in `LSG.for_model`."""
-    anatomy, module = lvlm.anatomy, lvlm.module
-    where = check_layer(layer, anatomy.language.n_layers)
-    made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
-    wants_l = "L" in made["groups"]
-    if l_detector is not None and not wants_l:
-        what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
-        raise InterventionError(f"{what} Write groups=('V', 'L', 'rest').")
-    low, others = l_detector if wants_l else NoSinks(), partial(_drawn, lvlm, samples)
-    rules = SinkRules.on_others(lvlm, others, v_detector, low, progress=None)
-    l_rule: Any = rules.l_rule
-    if isinstance(l_rule, Limits):
-        l_rule = l_rule.at(0 if isinstance(where, str) else where + 1)
-    check_kept(rules.v, anatomy, module.config)
-    if made.get("init") == "neutral":
-        if made["scale"] != 1.0:
-            what = f"Got init='neutral' and scale={made['scale']}; expected one of them."
-            raise InterventionError(f"{what} Neutral takes the number of groups as scale.")
-        made["scale"] = float(len(made["groups"]))
-    if strange := sorted(set(made) - set(CHOICES)):
-        what = f"Got {strange} for a gate; expected fields of GateConfig that are free"
-        raise InterventionError(f"{what}, {sorted(CHOICES)}.")
-    config = GateConfig(
-        layer=where,
-        d_model=anatomy.language.d_model,
-        v_detector=describe(rules.v),
-        l_detector=describe(l_rule) if wants_l else None,
-        model=sizes_of(anatomy),
-        weights=sketch(module, anatomy.head),
-        **made,
-    )
-    if config.edited not in anatomy.language.attending:
-        anatomy.language.call(config.edited)
-    return config
-
-
-def _drawn(lvlm: LVLM, samples: Sequence[Sample] | None) -> Sequence[Sample]:
-    """The samples, or six drawn scenes for a model with a processor."""
-    if samples or lvlm.processor is not None:
-        scenes = (draw_scene(seed).image for seed in VALIDATION_SEEDS[:6])
-        return samples or [lvlm.prepare(image, "describe the image") for image in scenes]
-    what = "Got a model without published constants and without a processor"
-    raise InputError(f"{what}; expected v_detector=ss.detectors.Norm(100.0), or samples=[...].")
-
-
-def device_for(lvlm: LVLM) -> torch.device:
-    """Where a gate for that model belongs: beside its weights, or here if it has none."""
-    return torch.device("cpu") if lvlm.device.type == "meta" else lvlm.device

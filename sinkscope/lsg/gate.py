@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,18 +15,26 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.errors import InterventionError, ModelError, NoEffectError
+from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
+from sinkscope.detectors.calibration import Limits
+from sinkscope.detectors.choice import SinkRules
+from sinkscope.detectors.kinds import check_kept, describe
+from sinkscope.detectors.rules import NoSinks
+from sinkscope.errors import InputError, InterventionError, ModelError, NoEffectError
 from sinkscope.interventions.application import Edited
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg import loading, saving
 from sinkscope.lsg.attach import ATTACHED, Attachment
-from sinkscope.lsg.config import GateConfig, config_for, device_for, differences, sketch
+from sinkscope.lsg.config import GateConfig, check_layer, differences, sketch
 from sinkscope.lsg.passes import signals_of
 from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower
+
+CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]
+"""Fields of `GateConfig` that are free; the others follow from the model and the arguments."""
 
 
 class LSG(nn.Module):
@@ -88,8 +97,42 @@ class LSG(nn.Module):
             DetectorError: If a rule cannot run inside a pass.
             InterventionError: If a choice is impossible.
         """
-        config = config_for(lvlm, layer, v_detector, l_detector, samples, choices)
-        return cls(config, allow_noop=allow_noop).to(device_for(lvlm))
+        anatomy, module = lvlm.anatomy, lvlm.module
+        where = check_layer(layer, anatomy.language.n_layers)
+        made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
+        if l_detector is not None and "L" not in made["groups"]:
+            what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
+            raise InterventionError(f"{what} Write groups=('V', 'L', 'rest').")
+        low, others = (
+            l_detector if "L" in made["groups"] else NoSinks(),
+            partial(drawn, lvlm, samples),
+        )
+        rules = SinkRules.on_others(lvlm, others, v_detector, low, progress=None)
+        l_rule: Any = rules.l_rule
+        if isinstance(l_rule, Limits):
+            l_rule = l_rule.at(0 if isinstance(where, str) else where + 1)
+        check_kept(rules.v, anatomy, module.config)
+        if made.get("init") == "neutral":
+            if made["scale"] != 1.0:
+                what = f"Got init='neutral' and scale={made['scale']}; expected one of them."
+                raise InterventionError(f"{what} Neutral takes the number of groups as scale.")
+            made["scale"] = float(len(made["groups"]))
+        if strange := sorted(set(made) - set(CHOICES)):
+            what = f"Got {strange} for a gate; expected fields of GateConfig that are free"
+            raise InterventionError(f"{what}, {sorted(CHOICES)}.")
+        config = GateConfig(
+            layer=where,
+            d_model=anatomy.language.d_model,
+            v_detector=describe(rules.v),
+            l_detector=describe(l_rule) if "L" in made["groups"] else None,
+            model=sizes_of(anatomy),
+            weights=sketch(module, anatomy.head),
+            **made,
+        )
+        if config.edited not in anatomy.language.attending:
+            anatomy.language.call(config.edited)
+        gate = cls(config, allow_noop=allow_noop)
+        return gate if lvlm.device.type == "meta" else gate.to(lvlm.device)
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -252,6 +295,15 @@ class LSG(nn.Module):
         return f"layer={c.layer!r}, groups={c.groups}, decode={c.decode!r}, scale={c.scale:g}"
 
 
+def drawn(lvlm: LVLM, samples: Sequence[Sample] | None) -> Sequence[Sample]:
+    """The samples, or six drawn scenes for a model with a processor."""
+    if samples or lvlm.processor is not None:
+        scenes = (draw_scene(seed).image for seed in VALIDATION_SEEDS[:6])
+        return samples or [lvlm.prepare(image, "describe the image") for image in scenes]
+    what = "Got a model without published constants and without a processor"
+    raise InputError(f"{what}; expected v_detector=ss.detectors.Norm(100.0), or samples=[...].")
+
+
 def check_gates(gates: Any) -> list[LSG]:
     """One gate or several as a list; an InterventionError if something else came."""
     out = [gates] if isinstance(gates, LSG) else list(gates)
@@ -278,4 +330,4 @@ def loaded(found: loading.SavedGate, lvlm: LVLM | None, allow_noop: bool) -> LSG
         why = "the model has none here" if known else "the gate knows none"
         text = f"The gate's sizes fit {lvlm.name!r}. Its weights were not compared: {why}."
         warnings.warn(text, UserWarning, stacklevel=3)
-    return gate.to(device_for(lvlm))
+    return gate if lvlm.device.type == "meta" else gate.to(lvlm.device)

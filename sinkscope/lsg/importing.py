@@ -116,7 +116,7 @@ def import_gates(
     usual |= {"activation": "gelu", "scale": 1.0, "signal": "last", "decode": "frozen"}
     given = {k: v for k, v in (asked | {"decode": decode}).items() if v is not None}
     assumed += [f"{name} is {value!r}" for name, value in usual.items() if name not in given]
-    choices = usual | given
+    choices: dict[str, Any] = usual | given
     order = tuple(choices["groups"])
     if len(order) != many:
         what = f"Got groups={order} and {many} coefficients"
@@ -124,8 +124,7 @@ def import_gates(
     if v_detector is None and "V" in order:
         assumed.append("the rule for V-sinks is that of LSG.for_model")
     choices["groups"] = next((one for one in GROUPS if set(one) == set(order)), order)
-    rules = {"v_detector": v_detector, "l_detector": l_detector}
-    plain = LSG.for_model(lvlm, 0, **rules, **choices)
+    plain = LSG.for_model(lvlm, 0, v_detector=v_detector, l_detector=l_detector, **choices)
     places, matched, gates = [order.index(one) for one in plain.groups], [], []
     for match, where in zip(matches, layers, strict=True):
         gate, names, notes = build(match, plain, where, places, found, path)

@@ -45,6 +45,7 @@ class Objective(Protocol):
 
     def losses(self, shared: Any, name: str) -> Losses:
         """Compute the losses of these rows for one trainee, with a graph if gradients are on."""
+        ...
 
 
 class Sums(dict[str, float]):
