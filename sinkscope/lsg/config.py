@@ -76,14 +76,7 @@ class GateConfig:
             the newest token (``"refresh"``), or keys are left alone (``"off"``). The paper is silent.
         init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper, halve every visual logit untrained;
             ``"neutral"`` ones are 1, with the number of groups as scale, which `LSG.for_model` sets.
-        scale: What the softmax is multiplied by: the sum of the coefficients.
-        hidden: Width of the hidden layer; 64 in the paper.
-        activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``; the paper does not say.
-        affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
         v_detector: The rule for V-sinks, by name and parameters; ``l_detector`` likewise, or None.
-        model: Type and sizes of the model that the gate was made for.
-        weights: A few numbers of the model's LM head; empty if it had none.
-        seed: Of the first layer's weights.
     """
 
     layer: int | str
@@ -92,15 +85,15 @@ class GateConfig:
     signal: str = "last"
     decode: str = "frozen"
     init: str = "uniform"
-    scale: float = 1.0
-    hidden: int = 64
-    activation: str = "gelu"
-    affine: bool = True
+    scale: float = 1.0  # what the softmax is multiplied by: the sum of the coefficients
+    hidden: int = 64  # width of the hidden layer, as in the paper
+    activation: str = "gelu"  # or "relu", "silu" or "tanh"; the paper does not say
+    affine: bool = True  # whether the LayerNorm has weights; the paper's parameter count fits both
     v_detector: Mapping[str, Any] = field(default_factory=lambda: {"name": "NoSinks"})
     l_detector: Mapping[str, Any] | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)
-    weights: tuple[float, ...] = ()
-    seed: int = 0
+    model: Mapping[str, Any] = field(default_factory=dict)  # type and sizes, see `sizes_of`
+    weights: tuple[float, ...] = ()  # a few numbers of the model's LM head; empty if it had none
+    seed: int = 0  # of the first layer's weights
 
     def __post_init__(self) -> None:
         check = partial(check_choice, error=InterventionError)

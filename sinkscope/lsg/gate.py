@@ -84,6 +84,9 @@ class LSG(nn.Module):
     ) -> LSG:
         """Make an untrained gate for a model.
 
+        LayerError if there is no such block or none behind it, DetectorError if a rule cannot run inside a
+        pass, InterventionError if a choice is impossible.
+
         Args:
             layer: The block whose output is read, or ``"embed"``; keys are scaled in the next one.
             v_detector: The rule for V-sinks; None for published constants of this model, else a
@@ -91,11 +94,6 @@ class LSG(nn.Module):
             samples: What to calibrate on; None draws six scenes. Never those you test on.
             choices: Further fields of `GateConfig`: groups, signal, decode, init, scale, hidden,
                 activation, affine, seed.
-
-        Raises:
-            LayerError: If there is no such block, or none behind it.
-            DetectorError: If a rule cannot run inside a pass.
-            InterventionError: If a choice is impossible.
         """
         anatomy, module = lvlm.anatomy, lvlm.module
         where = check_layer(layer, anatomy.language.n_layers)
@@ -261,8 +259,8 @@ class LSG(nn.Module):
     ) -> str:
         """Put the files of `save_pretrained` into a hub repository; returns the address of the commit.
 
-        The repository holds a gate or nothing and is made, ``private`` or not, if need be. ``revision`` is an
-        existing branch, ``token`` None that of ``hf auth login``. CheckpointError without network or permission.
+        The repository holds a gate or nothing and is made, ``private`` or not, if need be. ``revision`` is
+        an existing branch, ``token`` None that of ``hf auth login``. CheckpointError if it cannot be written.
         """
         return saving.push_gate(repo, saved(self, record), private, revision, token)
 

@@ -72,7 +72,9 @@ def import_gates(
     """Read gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
 
     Settings beside it, in ``sink_cfg.json``, are not read, because their keys are unknown to us: where
-    there are any, layer, groups, activation, scale, signal and the rule must be given.
+    there are any, layer, groups, activation, scale, signal and the rule must be given. CheckpointError if
+    files or a choice are missing, or tensors do not fit in just one way; InterventionError if a choice is
+    impossible, or the settings name another model.
 
     Args:
         path_or_repo: A folder, or a hub repository at a ``revision``; the gates may lie in a ``subfolder``.
@@ -87,10 +89,6 @@ def import_gates(
         tensors: Names of one gate's tensors by role, a key of `LSG`'s state dict. None for by shape.
         ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
         show: Whether to print how the files were read.
-
-    Raises:
-        CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
-        InterventionError: If a choice is impossible, or the settings name another model.
     """
     check_choice((0, 1), error=InterventionError, index_base=index_base)
     source = source_of(path_or_repo, revision, subfolder)
@@ -284,10 +282,7 @@ def build(
     tensors: Mapping[str, Tensor],
     path: Path,
 ) -> tuple[LSG, list[tuple[str, str]], list[str]]:
-    """A gate like ``plain`` with the tensors of the file, what was matched, and what was assumed.
-
-    ``order`` says which of the file's coefficients ours are.
-    """
+    """A gate of the file's tensors, coefficients in our ``order``; what was matched and what assumed."""
     affine = any(role.startswith("norm") for role in match)
     shapes = {name: tuple(tensors[name].shape) for name in match.values()}
     hidden, _ = widths_of(match, shapes, plain.config.d_model)

@@ -187,10 +187,7 @@ def read_config(data: Any, source: Source) -> GateConfig:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or a PyTorch file, on the CPU; nested names are dotted.
-
-    What is no tensor is left out. A file that is damaged or holds more than plain tensors is refused.
-    """
+    """The tensors of a ``.safetensors`` or a PyTorch file of plain tensors, by dotted names, on the CPU."""
 
     def bad(what: str, wanted: str = "tensors by name.") -> CheckpointError:
         return CheckpointError(f"Got {str(path)!r}, {what}; expected {wanted}")

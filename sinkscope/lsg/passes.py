@@ -1,11 +1,7 @@
-"""Forward passes of gated models: what gates read in them, cached passes, and losses in training.
+"""Forward passes of gated models: what gates read in them, and the losses of training.
 
-::
-
-    share           vision tower, blocks 0 ... e        once per batch, no gradient
-    answer_losses   blocks e ... N-1 with scaled keys   once per gate; a gradient reaches the gate only
-
-``e`` is the block whose keys a gate scales; its coefficients hold for the answer too.
+`share` runs what lies before the last edited block once per batch, without gradient; `answer_losses` runs
+the rest once per gate, and its gradient reaches the gate only. Coefficients hold for the answer too.
 """
 
 from __future__ import annotations
@@ -69,9 +65,9 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     detector, vision = detector_of(config.v_detector), tokens.vision
     kept = isinstance(detector, VisionTokens)
     live = kept_tokens(tokens, detector.kind) if kept else vision.live
-    finding = {"slot": slot, "rule": rule_of(config.v_detector), "live": live}
+    rule, layout = rule_of(config.v_detector), vision.layout
+    finding = {"slot": slot, "rule": rule, "live": live, "layout": layout}
     finding |= {"image_index": tokens.image_index, "sources": tokens.sources}
-    finding["layout"] = vision.layout
     for layer in config.model["feed_layers"]:
         out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
     if config.l_detector is not None:

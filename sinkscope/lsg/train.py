@@ -186,7 +186,11 @@ def train_lsg(
 
     Every layer's gate is trained as if it were alone; the blocks before the gates are computed once for
     all. A gate reads the last prompt token, and its coefficients hold for the answer. ``epochs`` to
-    ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``.
+    ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``. The result has the gates
+    with the weights of the lowest validation loss, the history and a record.
+
+    InputError if the data, a setting or the folder does not fit. A gate whose loss or gradient is NaN or
+    infinite ends with a warning, and the others continue; NonFiniteError if none is left.
 
     Args:
         lvlm: The model; afterwards, also after an error, it is bitwise as it was.
@@ -204,14 +208,6 @@ def train_lsg(
         accelerator: Processes of ``accelerate`` that share each step's rows, each with the whole model.
         progress: Whether to show progress bars; None shows them from 50 records on.
         dry_run: Whether to return a `TrainingCost` instead; the model does not run.
-
-    Returns:
-        The gates with the weights of the lowest validation loss, the history and a record.
-
-    Raises:
-        InputError: If the data, a setting or the folder does not fit.
-        NonFiniteError: If a loss or gradient of every gate is NaN or infinite, with the step. Of some
-            only: those end with a warning, their record says why, and the others go on.
     """
     settings = TrainingSettings.of(settings, locals())
     check_flags(append_end=append_end, dry_run=dry_run)

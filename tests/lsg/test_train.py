@@ -246,6 +246,7 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert "gates" not in own
     text, html = repr(result), result._repr_html_()
     assert text.startswith("1 gate of")
+    assert text == result.summary()
     assert "<table" in html
     assert "best_loss" in html
     assert result.estimates()["base_loss"].tolist() == [record["base"]["loss"]]
