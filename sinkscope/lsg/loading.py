@@ -139,7 +139,7 @@ def read_head(source: Source, kind: str) -> Any:
     head = None if path is None else read_json(path, AGAIN)
     known = head if isinstance(head, Mapping) else {}
     if known.get("format") != kind:
-        found = str(known.get("format", ""))
+        found = str(known.get("format")) if known is head else ""
         what = f"whose {CONFIG} holds a {type(head).__name__} of the format {found!r}"
         if path is None:
             what = f"which is without {CONFIG}"
