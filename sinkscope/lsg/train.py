@@ -254,9 +254,8 @@ def train_lsg(
         stack.enter_context(torch.enable_grad())
         base = objective.means([[]], tested, settings.batch)[0] if tested else None
         trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-        loop = Loop(
-            trainees, objective, rows, tested, settings, folder, checkpoint_every, shown, accelerator
-        )
+        how = (settings, folder, checkpoint_every, shown, accelerator)
+        loop = Loop(trainees, objective, rows, tested, *how)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
