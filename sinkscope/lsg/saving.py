@@ -95,7 +95,7 @@ def files_beside(
 
 
 def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
-    """Write a folder that is whole or holds no `CONFIG`; nobody else's file is touched."""
+    """Write a folder whole, or leave it as it was; while files move it holds no `CONFIG`."""
     target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
@@ -105,10 +105,21 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
         for name, content in files.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(made / name, content)
-        if target.exists():
-            exchange(made, target)
-        else:
+        if not target.exists():
             made.rename(target)
+            return
+        old = made.with_suffix(".old")  # the folder itself stays, with who works in it
+        leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)  # first
+        coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)  # last
+        moves = [(path, old / path.name) for path in leaving]
+        old.mkdir()
+        with ExitStack() as undo:
+            undo.callback(old.rmdir)
+            for here, there in [*moves, *((path, target / path.name) for path in coming)]:
+                here.rename(there)
+                undo.callback(there.rename, here)
+            undo.pop_all()
+        shutil.rmtree(old)
     except OSError as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "
@@ -123,22 +134,6 @@ def refuse_foreign(where: str, names: Iterable[str]) -> None:
     if found := sorted(names):
         what = f"Got {where}, which holds {found[:5]}; expected a new or empty one"
         raise CheckpointError(f"{what}, or one of the same kind to replace.")
-
-
-def exchange(made: Path, target: Path) -> None:
-    """Replace a folder's files, of which `CONFIG` leaves first and comes last; undo it on failure."""
-    old = made.with_suffix(".old")
-    leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)
-    coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)
-    moves = [(path, old / path.name) for path in leaving]
-    old.mkdir()
-    with ExitStack() as undo:
-        undo.callback(old.rmdir)
-        for here, there in [*moves, *((path, target / path.name) for path in coming)]:
-            here.rename(there)
-            undo.callback(there.rename, here)
-        undo.pop_all()
-    shutil.rmtree(old)
 
 
 def foreign(folder: Path, kind: str) -> list[str]:
