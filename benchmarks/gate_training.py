@@ -42,10 +42,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import sinkscope as ss
 from sinkscope.data.batches import IGNORED, AnswerBatch
-from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.lsg.train import cost_of
+from sinkscope.training import TrainingSettings
 from sinkscope.training.loop import Loop, Trainee
-from sinkscope.training.settings import TrainingSettings
 
 PATCHES = 24 * 24  # one 336 x 336 image, as in LLaVA-1.5
 IMAGE_TOKEN = 1

@@ -17,7 +17,7 @@ from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
 from sinkscope.lsg import LSG, describe
-from sinkscope.lsg.building import check_layer
+from sinkscope.lsg.config import check_layer
 from sinkscope.models.lvlm import LVLM
 
 __all__ = [

@@ -17,7 +17,7 @@ from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.errors import InputError
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import gate_inputs, gate_signals
+from sinkscope.lsg.passes import gate_inputs, gate_signals
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.wrapping import evaluated

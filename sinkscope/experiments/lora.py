@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from sinkscope.checks import check_whole
 from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_dataset
+from sinkscope.data.tokens import TokenScores
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.lsg import LSG
-from sinkscope.lsg.losses import Losses, frozen, score
+from sinkscope.lsg.passes import Losses, frozen
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import undisturbed
+from sinkscope.training import TrainingSettings
 from sinkscope.training.loop import Loop, Trainee
-from sinkscope.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,8 @@ class WholeObjective:
         with undisturbed(self.lvlm.module):
             logits = self.lvlm.module(**given, use_cache=False).logits
         at = shared.positions.to(device)[..., None].expand(-1, -1, logits.shape[-1])
-        total, correct = score(logits.gather(1, at).float(), shared.targets.to(device))
-        return Losses(total, shared.answer_tokens, correct, {})
+        scores = TokenScores.of(logits.gather(1, at), shared.targets)
+        return Losses(scores.loss, shared.answer_tokens, scores.exact, {})
 
 
 @dataclass(frozen=True, eq=False)

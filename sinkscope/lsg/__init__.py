@@ -7,7 +7,7 @@ from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.importing import ImportedGates, import_gates
 from sinkscope.lsg.result import GateStack, TrainResult, greedy_stack
 from sinkscope.lsg.train import TrainingCost, train_lsg
-from sinkscope.training.settings import TrainingSettings
+from sinkscope.training import TrainingSettings
 
 __all__ = [
     "LSG",

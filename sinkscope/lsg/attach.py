@@ -1,13 +1,13 @@
 """Gate a plain model, whose prompts, decode steps and backward passes may interleave.
 
-What a gate found in a prompt is kept by the cache that it filled, and handed to blocks as an argument.
+What a gate found in a prompt is kept with the cache that it filled, and passed to blocks as an argument.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.anatomy.discovery import read_anatomy
-from sinkscope.errors import InputError, InterventionError, ModelError
-from sinkscope.interventions.application import Edited
+from sinkscope.errors import InputError, InterventionError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
@@ -28,9 +27,10 @@ from sinkscope.sites import Site
 
 CARRIED = "sinkscope_passes"
 """The argument of blocks that holds, by attachment, the pass that calls them."""
+ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
 
 
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
     def __init__(self, gate: Gate, model: nn.Module) -> None:
@@ -44,7 +44,30 @@ class Attachment:
         self._now: Pass | None = None
         self._last: Pass | None = None
         self._stack = ExitStack()
-        self._hook()
+        config, part = gate.config, model.get_submodule
+        language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
+        tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
+        handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+            part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
+            part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
+        ]
+        for layer in config.model["feed_layers"]:
+            hook = partial(self._after_vision, layer)
+            handles.append(part(vision[layer]).register_forward_hook(hook))
+        if not isinstance(config.layer, str):
+            read = part(language[config.layer])
+            handles.append(read.register_forward_hook(self._around, with_kwargs=True))
+        if isinstance(config.layer, str) or config.l_detector is not None:
+            edited = part(language[config.edited])
+            handles.append(edited.register_forward_pre_hook(self._around, with_kwargs=True))
+        for handle in handles:
+            self._stack.callback(handle.remove)
+        scale: Any = WeakMethod(self._scale)  # the function that asks for it outlives the model
+        end = share_keys(model, self.anatomy, config.edited, lambda key, given: scale()(key, given))
+        self._stack.callback(end)
+        ATTACHED.setdefault(gate, WeakSet()).add(self)
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -57,51 +80,22 @@ class Attachment:
         self._stack.close()
         ATTACHED.get(self.gate, WeakSet()).discard(self)
 
-    def __enter__(self) -> Attachment:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.detach()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:  # a copy would share the passes
-        raise InterventionError(
-            "Got a model to copy or pickle that a gate is attached to; expected a plain one. Write "
-            "gate.detach() first, and attach the gate to the copy again."
-        )
-
-    def _hook(self) -> None:
-        config, part = self.gate.config, self.model.get_submodule
-        language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
-        tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
-        handles = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end, always_call=True),
-            part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
-            part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
-        ]
-        for layer in config.model["feed_layers"]:
-            hook = partial(self._after_vision, layer)
-            handles.append(part(vision[layer]).register_forward_hook(hook))
-        edited = part(language[config.edited])
-        if not isinstance(config.layer, str):
-            read = part(language[config.layer])
-            handles.append(read.register_forward_hook(self._around, with_kwargs=True))
-        if isinstance(config.layer, str) or config.l_detector is not None:
-            handles.append(edited.register_forward_pre_hook(self._around, with_kwargs=True))
-        for handle in handles:
-            self._stack.callback(handle.remove)
-        scale: Any = WeakMethod(self._scale)  # the function that asks for it outlives the model
-        end = share_keys(
-            self.model, self.anatomy, config.edited, lambda key, given: scale()(key, given)
-        )
-        self._stack.callback(end)
+        what = "Got a model to copy or pickle that a gate is attached to; expected a plain one."
+        raise InterventionError(f"{what} Write gate.detach() first, then attach to the copy.")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Before a pass: a prompt is mapped anew, a decode step is counted."""
+        """Before a pass: map a prompt, or count a decode step."""
         self._now = None
         given = passes.arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
-        length, before = passes.length_of(cache), self._passes.get(cache)
+        if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+            raise passes.no_cache(cache)
+        length = 0 if cache is None else int(cache.get_seq_length())
+        before = self._passes.get(cache)
         now = passes.continued(before, given, length) if length else self._started(given)
         if cache is not None:
             self._passes.put(cache, now)
@@ -109,10 +103,8 @@ class Attachment:
 
     def _started(self, given: Mapping[str, Any]) -> Pass:
         if given.get("input_ids") is None:
-            raise InputError(
-                "Got a prompt without input_ids for a gated model; expected them, to find the image "
-                "tokens. Pass input_ids and pixel_values instead of inputs_embeds."
-            )
+            what = "Got a prompt without input_ids for a gated model; expected them."
+            raise InputError(f"{what} Pass input_ids and pixel_values, not inputs_embeds.")
         pixels, encoded = passes.images_of(given)
         if encoded is None:
             self._seen = None  # and a text prompt has nothing to scale
@@ -125,10 +117,8 @@ class Attachment:
             )
         kept = given.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # how generate() calls the model to judge guesses
-            raise InputError(
-                f"Got a prompt with {kept - 1} guessed tokens behind it; expected the prompt alone, as "
-                "a gate reads its end. Leave out prompt_lookup_num_tokens or assistant_model."
-            )
+            what = f"Got a prompt with {kept - 1} guessed tokens behind it; expected it alone."
+            raise InputError(f"{what} Leave out prompt_lookup_num_tokens or assistant_model.")
         self._used.put(encoded, value=True)
         return passes.started(self.model, self.anatomy, given, self._seen[0])
 
@@ -156,13 +146,21 @@ class Attachment:
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""
         now = self._pass({})
-        self._refuse_reentrant()
+        blocks, config = self.anatomy.language.blocks, self.gate.config
+        edited: Any = self.model.get_submodule(blocks[config.edited])
+        if getattr(edited, "gradient_checkpointing", False) and edited.training:
+            keywords = getattr(edited._gradient_checkpointing_func, "keywords", {})
+            if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
+                raise InputError(  # it runs the block without a graph first
+                    "Got reentrant gradient checkpointing, which loses the gate's gradients; expected "
+                    'the other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
         if now.tokens is not None and not now.state["step"]:
             fed = {} if self._seen is None else self._seen[1]
             if not fed:
                 what = "Got images that did not pass the vision tower of a gated model"
                 raise InputError(f"{what}; expected them to. Pass pixel_values.")
-            for layer in self.gate.config.model["feed_layers"]:
+            for layer in config.model["feed_layers"]:
                 self._read(now, Site("vision", "resid_post", layer), fed[layer])
         self._seen = None
         known = inspect.signature(type(module).forward).parameters.values()
@@ -170,20 +168,8 @@ class Attachment:
             return None
         return args, {**kwargs, CARRIED: {**kwargs.get(CARRIED, {}), id(self): now}}
 
-    def _refuse_reentrant(self) -> None:
-        """Refuse checkpoints that run the edited block without a graph first."""
-        block: Any = self.model.get_submodule(self.anatomy.language.blocks[self.gate.config.edited])
-        if not (getattr(block, "gradient_checkpointing", False) and block.training):
-            return
-        keywords = getattr(block._gradient_checkpointing_func, "keywords", {})
-        if torch.is_grad_enabled() and keywords.get("use_reentrant") is not False:
-            raise InputError(
-                "Got reentrant gradient checkpointing, which loses the gate's gradients; expected the "
-                'other kind. Write gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-
     def _pass(self, given: Mapping[str, Any]) -> Pass:
-        """The pass that a block is part of, also when a checkpoint runs it again."""
+        """The pass that a block is part of, also where a checkpoint runs the block again."""
         now = given.get(CARRIED, {}).get(id(self), self._now)
         if now is None:
             raise InputError(
@@ -228,23 +214,3 @@ class Attachment:
         factors = kernels.factors_of(self._kept(now), visual, list(self.gate.config.groups))
         grown = fit_keys((factors - 1)[..., None], key.shape[2], step)[..., 0] + 1
         return (key * grown[:, None, :, None]).to(key.dtype)
-
-
-ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
-
-
-def attach(gate: Gate, model: Any) -> Attachment:
-    """See `LSG.attach`."""
-    adapted = callable(getattr(type(model), "get_base_model", None))  # by peft
-    module = model.get_base_model() if adapted else getattr(model, "module", model)
-    if isinstance(model, Edited) or not isinstance(module, nn.Module):
-        raise ModelError(
-            f"Got {type(model).__name__} to attach a gate to; expected a transformers model or an LVLM "
-            "without interventions on. Write gate.attach(lvlm), or lvlm.edited([gate, ...])."
-        )
-    if any(one.model is module for one in ATTACHED.get(gate, [])):
-        what = "Got a model that this gate is attached to already; expected it once."
-        raise InterventionError(f"{what} Write gate.detach() first.")
-    one = Attachment(gate, module)
-    ATTACHED.setdefault(gate, WeakSet()).add(one)
-    return one

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
@@ -49,8 +48,7 @@ rounding, the same weights: a gate for the one is a gate for the other."""
 def require(good: bool, name: str, value: Any, expected: str) -> None:
     """Refuse a value that is not good."""
     if not good:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
+        shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:197]}..."
         raise InterventionError(f"Got {name}={shown}; expected {expected}.")
 
 
@@ -64,41 +62,21 @@ def check_layer(layer: Any, n_layers: int) -> int | str:
     return layer
 
 
-def check_fingerprint(model: Mapping[str, Any]) -> None:
-    """Refuse a fingerprint that cannot be of a model: a size is missing or no whole number."""
-    require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
-    fed, kind = model.get("feed_layers"), model.get("model_type")
-    blocks = isinstance(fed, list) and fed != [] and all(is_whole(layer, 0) for layer in fed)
-    require(isinstance(kind, str), "model['model_type']", kind, "the name of a type")
-    require(blocks, "model['feed_layers']", fed, "a list of block indices")
-    for name in _llava(1, 128):
-        good = name in ("model_type", "feed_layers") or is_whole(model.get(name), 1)
-        require(good, f"model[{name!r}]", model.get(name), WHOLE)
-
-
 @dataclass(frozen=True)
 class GateConfig:
     """The choices a gate is made of; what the paper leaves open is an option.
 
     Attributes:
-        layer: The block whose output the gate reads, or ``"embed"`` for the decoder's input.
+        layer: The block whose output the gate reads; ``"embed"`` for the decoder's input.
         groups: The groups of image tokens with a coefficient each: ``("V", "rest")`` as in the paper,
             ``("L", "rest")`` or ``("V", "L", "rest")``. V wins over L; rest is every other one.
         signal: ``"last"`` prompt token (the paper), or the mean of all live prompt tokens
             (``"mean"``) or of the image tokens (``"visual"``).
         decode: At decode steps the prompt's coefficients hold (``"frozen"``), are computed again from
             the newest token (``"refresh"``), or keys are left alone (``"off"``). The paper is silent.
-        init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper: an untrained gate then halves
-            every visual logit. ``"neutral"`` makes them 1 and needs a scale of as many as there are
-            groups, which `LSG.for_model` sets.
-        scale: What the softmax is multiplied by: the sum of the coefficients.
-        hidden: Width of the hidden layer; 64 in the paper.
-        activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``; the paper does not say.
-        affine: Whether the LayerNorm has weights; the paper's parameter count fits both.
+        init: ``"uniform"`` coefficients (0.5, 0.5), as in the paper, halve every visual logit untrained;
+            ``"neutral"`` ones are 1, with the number of groups as scale, which `LSG.for_model` sets.
         v_detector: The rule for V-sinks, by name and parameters; ``l_detector`` likewise, or None.
-        model: Type and sizes of the model that the gate was made for.
-        weights: A few numbers of the model's LM head; empty if it had none.
-        seed: Of the first layer's weights.
     """
 
     layer: int | str
@@ -107,15 +85,15 @@ class GateConfig:
     signal: str = "last"
     decode: str = "frozen"
     init: str = "uniform"
-    scale: float = 1.0
-    hidden: int = 64
-    activation: str = "gelu"
-    affine: bool = True
+    scale: float = 1.0  # what the softmax is multiplied by: the sum of the coefficients
+    hidden: int = 64  # width of the hidden layer, as in the paper
+    activation: str = "gelu"  # or "relu", "silu" or "tanh"; the paper does not say
+    affine: bool = True  # whether the LayerNorm has weights; the paper's parameter count fits both
     v_detector: Mapping[str, Any] = field(default_factory=lambda: {"name": "NoSinks"})
     l_detector: Mapping[str, Any] | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)
-    weights: tuple[float, ...] = ()
-    seed: int = 0
+    model: Mapping[str, Any] = field(default_factory=dict)  # type and sizes, see `sizes_of`
+    weights: tuple[float, ...] = ()  # a few numbers of the model's LM head; empty if it had none
+    seed: int = 0  # of the first layer's weights
 
     def __post_init__(self) -> None:
         check = partial(check_choice, error=InterventionError)
@@ -125,25 +103,8 @@ class GateConfig:
         check(("uniform", "neutral"), init=self.init)
         check(ACTIVATIONS, activation=self.activation)
         if self.decode == "refresh" and self.signal != "last":
-            raise InterventionError(
-                f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'. The mean "
-                "over prompt tokens does not change at decode steps: write decode='frozen'."
-            )
-        self._check_types()
-        if self.init == "neutral" and self.scale != (many := len(self.groups)):
-            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
-            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
-        if ("L" in self.groups) != (self.l_detector is not None):
-            raise InterventionError(
-                f"Got groups={self.groups} and l_detector={self.l_detector!r}; expected a rule for "
-                "L-sinks exactly where 'L' is a group."
-            )
-        _check_rule("v_detector", self.v_detector, self.model.get("vision_width"))
-        if self.l_detector is not None:
-            _check_rule("l_detector", self.l_detector, self.d_model)
-
-    def _check_types(self) -> None:
-        """Refuse numbers, switches and tables of another type."""
+            what = f"Got decode='refresh' with signal={self.signal!r}; expected signal='last'."
+            raise InterventionError(f"{what} A mean never changes: write decode='frozen'.")
         weights, model = self.weights, self.model
         named = isinstance(model, Mapping) and all(isinstance(name, str) for name in model)
         numbers = isinstance(weights, tuple) and all(is_number(one) for one in weights)
@@ -160,6 +121,34 @@ class GateConfig:
             ("model", named, "the fingerprint of a model, by name"),
         ):
             require(good, name, getattr(self, name), expected)
+        if self.init == "neutral" and self.scale != (many := len(self.groups)):
+            what = f"Got init='neutral' and scale={self.scale:g}; expected scale={many}"
+            raise InterventionError(f"{what}, so that coefficients of {self.groups} are 1.")
+        if ("L" in self.groups) != (self.l_detector is not None):
+            what = f"Got groups={self.groups} and l_detector={self.l_detector!r}"
+            raise InterventionError(f"{what}; expected a rule exactly where 'L' is a group.")
+        self._check_rule("v_detector", self.model.get("vision_width"))
+        if self.l_detector is not None:
+            self._check_rule("l_detector", self.d_model)
+
+    def _check_rule(self, name: str, width: Any) -> None:
+        """Refuse a rule that is none, is for another tower, or reads channels from ``width`` on."""
+        rule = getattr(self, name)
+        named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
+        require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
+        try:
+            detector = detector_of(rule)
+        except DetectorError as error:
+            raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
+        if isinstance(detector, VisionTokens):
+            require(name == "v_detector", name, detector, "a rule for states of the decoder")
+        elif isinstance(detector, Norm):
+            alone = not isinstance(detector.tau, str)
+            wanted = "a positive number, which judges tokens alone"
+            require(alone, f"{name}.tau", detector.tau, wanted)
+        elif isinstance(detector, SinkDimensions) and is_whole(width):
+            inside = all(dim < width for dim in detector.dims)
+            require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
 
     @property
     def edited(self) -> int:
@@ -167,40 +156,20 @@ class GateConfig:
         return 0 if isinstance(self.layer, str) else self.layer + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Give the choices as plain data, for JSON."""
         return asdict(self) | {"groups": list(self.groups), "weights": list(self.weights)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
-        """The config of `to_dict`; an InterventionError if a field is missing, unknown or impossible."""
+        """Read what `to_dict` gave; InterventionError if a field is missing, unknown or impossible."""
         require(isinstance(data, Mapping), "gate", data, "its choices, by name")
         known = {f.name for f in fields(cls)}
         strange, missing = sorted(set(data) - known), sorted({"layer", "d_model"} - set(data))
         if strange or missing:
-            raise InterventionError(
-                f"Got a gate config with unknown fields {strange} and without {missing}; expected "
-                f"fields among {sorted(known)}. It was written by another version or another tool."
-            )
+            what = f"Got a gate config with unknown fields {strange} and without {missing}"
+            raise InterventionError(f"{what}; expected some of {sorted(known)}.")
         lists = {k: tuple(data[k]) for k in ("groups", "weights") if isinstance(data.get(k), list)}
         return cls(**{**data, **lists})
-
-
-def _check_rule(name: str, rule: Any, width: Any) -> None:
-    """Refuse a rule that is none, is for another tower, or reads channels beyond states of ``width``."""
-    named = isinstance(rule, Mapping) and isinstance(rule.get("name"), str)
-    require(named, name, rule, "a rule as sinkscope.lsg.describe(detector) gives it")
-    try:
-        detector = detector_of(rule)
-    except DetectorError as error:
-        raise InterventionError(f"Got {name}={dict(rule)}: {error}") from error
-    if isinstance(detector, VisionTokens):
-        require(name == "v_detector", name, detector, "a rule for states of the decoder")
-    elif isinstance(detector, Norm):
-        alone = not isinstance(detector.tau, str)
-        require(alone, f"{name}.tau", detector.tau, "a positive number, which judges tokens alone")
-    elif isinstance(detector, SinkDimensions) and is_whole(width):
-        inside = all(dim < width for dim in detector.dims)
-        require(inside, f"{name}.dims", detector.dims, f"channels from 0, below {width}")
 
 
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
@@ -213,14 +182,6 @@ def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
         rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
         columns = [i * weight.shape[1] // 4 for i in range(4)]
         return tuple(weight.detach()[rows][:, columns].float().flatten().tolist())
-
-
-def same_weights(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two sketches are of one checkpoint, up to rounding; unknown counts as yes."""
-    if not one or not other:
-        return True
-    a, b = torch.tensor(one), torch.tensor(other)
-    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=2e-2, atol=float(a.std()) * 1e-2))
 
 
 def canonical(made_for: Mapping[str, Any]) -> dict[str, Any]:

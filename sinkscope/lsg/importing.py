@@ -15,8 +15,7 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
-from sinkscope.lsg.building import config_for, device_for
-from sinkscope.lsg.config import BASES, GROUPS, GateConfig, check_layer, differences
+from sinkscope.lsg.config import BASES, GROUPS, check_layer, differences
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
 from sinkscope.models.identity import sizes_of
@@ -73,28 +72,23 @@ def import_gates(
     """Read gates from ``non_lora_trainables.bin`` (or ``.safetensors``), in fp32.
 
     Settings beside it, in ``sink_cfg.json``, are not read, because their keys are unknown to us: where
-    there are any, layer, groups, activation, scale, signal and the rule must be given.
+    there are any, layer, groups, activation, scale, signal and the rule must be given. CheckpointError if
+    files or a choice are missing, or tensors do not fit in just one way; InterventionError if a choice is
+    impossible, or the settings name another model.
 
     Args:
-        path_or_repo: A folder, or a hub repository, at a ``revision``.
-        lvlm: The model the gates are for. Its decoder's width tells the matrices apart.
+        path_or_repo: A folder, or a hub repository at a ``revision``; the gates may lie in a ``subfolder``.
+        lvlm: The model that the gates are for. Its decoder's width tells the matrices apart.
         layer: The block that a gate reads, counted from 0, or ``"embed"``; for several gates a list in
             the order of the numbers in their names. None for the number behind "layer" in names.
         index_base: From what the names count layers, 0 or 1.
         groups: Of the coefficients, in the file's order. None for ("V", "rest") or ("V", "L", "rest").
-        activation: None for "gelu".
-        scale: What multiplies the softmax. None for 1.
+        activation: None for "gelu". Like ``signal`` (None for "last") and ``decode`` (None for "frozen")
+            it is that of `GateConfig`; so is ``scale``, what multiplies the softmax (None for 1).
         v_detector: The rule for V-sinks. None for that of `LSG.for_model`; ``l_detector`` likewise.
-        signal: As in `GateConfig`. None for "last".
-        decode: As in `GateConfig`. None for "frozen".
         tensors: Names of one gate's tensors by role, a key of `LSG`'s state dict. None for by shape.
         ignore: Parts of names of tensors, or of keys of settings, that have nothing to do with a gate.
-        subfolder: A folder within, such as one for each gate.
         show: Whether to print how the files were read.
-
-    Raises:
-        CheckpointError: If files or a choice are missing, or tensors do not fit in just one way.
-        InterventionError: If a choice is impossible, or the settings name another model.
     """
     check_choice((0, 1), error=InterventionError, index_base=index_base)
     source = source_of(path_or_repo, revision, subfolder)
@@ -103,9 +97,8 @@ def import_gates(
         write = "Write ss.LSG.from_pretrained(...) for what sinkscope wrote."
         raise CheckpointError(f"Got {source} without {FILES[0]}; expected it there. {write}")
     asked: dict[str, Any] = dict(groups=groups, activation=activation, scale=scale, signal=signal)
-    said = {"layer": layer, **asked, "v_detector": v_detector}
-    asked["decode"] = decode
-    settings = read_settings(source.find(SETTINGS), ignore, said, lvlm)
+    told = {"layer": layer, **asked, "v_detector": v_detector}
+    settings = read_settings(source.find(SETTINGS), ignore, told, lvlm)
     found = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     width = lvlm.anatomy.language.d_model
@@ -119,8 +112,9 @@ def import_gates(
     layers = [check_layer(one, lvlm.anatomy.language.n_layers) for one in layers]
     usual: dict[str, Any] = {"groups": ("V", "rest") if many == 2 else ("V", "L", "rest")}
     usual |= {"activation": "gelu", "scale": 1.0, "signal": "last", "decode": "frozen"}
-    choices = {name: value if asked[name] is None else asked[name] for name, value in usual.items()}
-    assumed += [f"{name} is {value!r}" for name, value in usual.items() if asked[name] is None]
+    given = {k: v for k, v in (asked | {"decode": decode}).items() if v is not None}
+    assumed += [f"{name} is {value!r}" for name, value in usual.items() if name not in given]
+    choices: dict[str, Any] = usual | given
     order = tuple(choices["groups"])
     if len(order) != many:
         what = f"Got groups={order} and {many} coefficients"
@@ -128,12 +122,13 @@ def import_gates(
     if v_detector is None and "V" in order:
         assumed.append("the rule for V-sinks is that of LSG.for_model")
     choices["groups"] = next((one for one in GROUPS if set(one) == set(order)), order)
-    config = config_for(lvlm, 0, v_detector, l_detector, None, choices)
-    places = [order.index(one) for one in choices["groups"]]
-    matched, gates, device = list[tuple[str, str]](), list[LSG](), device_for(lvlm)
+    plain = LSG.for_model(lvlm, 0, v_detector=v_detector, l_detector=l_detector, **choices)
+    places, matched, gates = [order.index(one) for one in plain.groups], [], []
     for match, where in zip(matches, layers, strict=True):
-        own = replace(config, layer=where)
-        gates.append(build(match, own, places, found, path, matched, assumed).to(device))
+        gate, names, notes = build(match, plain, where, places, found, path)
+        gates.append(gate)
+        matched += names
+        assumed += notes
     gates.sort(key=lambda gate: gate.config.edited)
     ignored = [name for name in shapes if not any(name in match.values() for match in matches)]
     ignored += [f"{SETTINGS}: {key} = {value!r}" for key, value in settings.items()]
@@ -146,7 +141,7 @@ def import_gates(
 def read_settings(
     path: Path | None, ignore: Sequence[str], asked: Mapping[str, Any], lvlm: LVLM
 ) -> dict[str, Any]:
-    """The settings, only to be shown; refused where they may say what is not given, or another model."""
+    """The settings, to be shown; refused if they may say what is not given, or name another model."""
     read = {} if path is None else read_json(path, AGAIN)
     if not isinstance(read, Mapping):
         raise CheckpointError(f"Got a {type(read).__name__} in {SETTINGS}; expected a dictionary.")
@@ -154,9 +149,8 @@ def read_settings(
     telling = {k: v for k, v in out.items() if not any(part in k.lower() for part in ignore)}
     for base in BASES.keys() & {one for one in telling.values() if isinstance(one, str)}:
         if lines := differences(BASES[base], sizes_of(lvlm.anatomy)):
-            listed = "\n  ".join(lines)
             what = f"Got gates for {base!r} in {SETTINGS}; expected gates for {lvlm.name!r}."
-            raise InterventionError(f"{what}\n  {listed}")
+            raise InterventionError("\n  ".join([what, *lines]))
     missing = [name for name, value in asked.items() if value is None]
     if telling and missing:
         what = f"Got {telling} in {SETTINGS}, which is not read, without {missing}"
@@ -183,8 +177,8 @@ def pairs_in(shapes: Shapes, width: int) -> list[tuple[str, str]]:
         hidden = {size for size, rest in (first, first[::-1]) if rest == width}
         return any(size in hidden and many in (2, 3) for size, many in (last, last[::-1]))
 
-    flat = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
-    return [(a, b) for (a, first), (b, last) in permutations(flat, 2) if fit(first, last)]
+    flat = [name for name, shape in shapes.items() if len(shape) == 2]
+    return [(a, b) for a, b in permutations(flat, 2) if fit(shapes[a], shapes[b])]
 
 
 def match_gates(shapes: Shapes, width: int, ignore: Sequence[str]) -> list[dict[str, str]]:
@@ -257,13 +251,10 @@ def widths_of(names: Mapping[str, str], shapes: Shapes, width: int) -> tuple[int
 
 
 def layers_of(
-    matches: Sequence[Mapping[str, str]],
-    given: int | str | Sequence[int | str] | None,
-    base: int,
-    assumed: list[str],
-) -> list[int | str]:
+    matches: Sequence[Mapping[str, str]], given: Any, base: int, assumed: list[str]
+) -> list[Any]:
     """The block that each gate reads, counted from 0: as given, else as its names say."""
-    firsts, named = [match["inner.weight"] for match in matches], list[int | str]()
+    firsts, named = [match["inner.weight"] for match in matches], list[int]()
     for match in matches:
         both = zip(words(match["inner.weight"]), words(match["outer.weight"]), strict=False)
         found = LAYER.search(".".join(one for one, other in both if one == other))
@@ -277,29 +268,27 @@ def layers_of(
     elif len(matches) > 1 and not named:
         assumed.append(f"gates in the order {firsts} are of the layers {out}")
     if len(out) != len(matches) or len(set(out)) < len(out):
-        raise CheckpointError(
-            f"Got the layers {out} for the gates of {firsts}; expected one of its own for each. Write "
-            f"layer={list(range(len(matches)))} with the blocks that they read, or tensors={{...}}."
-        )
+        what = f"Got the layers {out} for the gates of {firsts}; expected one of its own for each."
+        write = f"Write layer={list(range(len(matches)))} with the blocks that they read"
+        raise CheckpointError(f"{what} {write}, or tensors={{...}}.")
     return out
 
 
 def build(
     match: Mapping[str, str],
-    config: GateConfig,
+    plain: LSG,
+    layer: int | str,
     order: Sequence[int],
     tensors: Mapping[str, Tensor],
     path: Path,
-    matched: list[tuple[str, str]],
-    assumed: list[str],
-) -> LSG:
-    """One gate with the tensors of the file; ``order`` says which of its coefficients ours are."""
+) -> tuple[LSG, list[tuple[str, str]], list[str]]:
+    """A gate of the file's tensors, coefficients in our ``order``; what was matched and what assumed."""
     affine = any(role.startswith("norm") for role in match)
     shapes = {name: tuple(tensors[name].shape) for name in match.values()}
-    gate = LSG(replace(config, hidden=widths_of(match, shapes, config.d_model)[0], affine=affine))
-    if not affine:
-        assumed.append("no tensor of a LayerNorm: there is one without weights")
-    state = {}
+    hidden, _ = widths_of(match, shapes, plain.config.d_model)
+    gate = LSG(replace(plain.config, layer=layer, hidden=hidden, affine=affine))
+    matched, state = list[tuple[str, str]](), {}
+    assumed = [] if affine else ["no tensor of a LayerNorm: there is one without weights"]
     for role, own in gate.state_dict().items():
         if role not in match:
             state[role] = torch.full_like(own, float(role == "norm.weight"))
@@ -315,6 +304,6 @@ def build(
         read = read.T.contiguous() if note else read
         state[role] = read[order] if role.startswith("outer") else read
         kind = str(tensors[name].dtype).removeprefix("torch.")
-        matched.append((name, f"layer {config.layer}: {role}{note}, {list(shape)} {kind}"))
+        matched.append((name, f"layer {layer}: {role}{note}, {list(shape)} {kind}"))
     gate.load_state_dict(state)
-    return gate
+    return gate.to(plain.outer.weight.device), matched, assumed

@@ -21,7 +21,7 @@ from sinkscope import __version__
 from sinkscope.checks import is_whole
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
 from sinkscope.files import read_json
-from sinkscope.lsg.config import GateConfig, canonical, check_fingerprint, check_layer, require
+from sinkscope.lsg.config import BASES, WHOLE, GateConfig, canonical, check_layer, require
 
 FORMAT, STACK, VERSION = "sinkscope-lsg", "sinkscope-lsg-stack", 1
 CONFIG, TENSORS, RECORD = "config.json", "model.safetensors", "training.json"
@@ -75,7 +75,7 @@ class Source:
 
 
 def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> Source:
-    """A folder that is here, else a repository; a CheckpointError if it is the name of neither."""
+    """A folder that is here, else a repository; a CheckpointError if the name is of neither."""
     what = f"of type {type(name).__name__}"
     if isinstance(name, (str, Path)):
         where, text = Path(name).expanduser(), str(name)
@@ -85,23 +85,22 @@ def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> So
         if not path and not where.exists() and REPOSITORY.match(text):
             return Source(text, None, revision, subfolder)
         what = "a file" if where.exists() else "nothing that exists"
-    raise CheckpointError(
-        f"Got {str(name)!r}, which is {what}; expected the folder that save_pretrained() wrote, or a "
-        "repository id such as 'user/gate'."
-    )
+    what = f"Got {str(name)!r}, which is {what}; expected the folder of save_pretrained()"
+    raise CheckpointError(f"{what}, or a repository id such as 'user/gate'.")
 
 
 def read_stack(source: Source) -> list[SavedGate]:
     """The gates of a stack, in its order."""
     names = read_head(source, STACK)
-    good = isinstance(names, list) and all(
-        isinstance(one, str) and re.fullmatch(r"[^./][^/]*", one, re.DOTALL) for one in names
-    )
-    if not good or not names or len(set(names)) < len(names):
+    if not (
+        isinstance(names, list)
+        and all(isinstance(x, str) and re.fullmatch(r"[^./][^/]*", x, re.DOTALL) for x in names)
+        and 0 < len(names) == len(set(names))
+    ):
         what = f"Got gates={names!r} in {CONFIG} of {source}"
         raise CheckpointError(f"{what}; expected names of folders beside it.")
     within = f"{source.subfolder}/" if source.subfolder else ""
-    return [read_gate(replace(source, subfolder=within + one)) for one in names]
+    return [read_gate(replace(source, subfolder=within + name)) for name in names]
 
 
 def read_gate(source: Source) -> SavedGate:
@@ -111,7 +110,20 @@ def read_gate(source: Source) -> SavedGate:
     if path is None:
         raise CheckpointError(f"Got {source} without {TENSORS}; expected it beside {CONFIG}.")
     tensors = read_tensors(path)
-    check_tensors(config, tensors, path)
+    width, hidden, many = config.d_model, config.hidden, len(config.groups)
+    shapes = {"norm.weight": (width,), "norm.bias": (width,)} if config.affine else {}
+    shapes |= {"inner.weight": (hidden, width), "inner.bias": (hidden,)}
+    shapes |= {"outer.weight": (many, hidden), "outer.bias": (many,)}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != shapes:
+        lines = [
+            f"{name}: expected {shapes.get(name, 'none')}, found {found.get(name, 'none')}"
+            for name in {**shapes, **found}
+            if shapes.get(name) != found.get(name)
+        ]
+        what = f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}."
+        write = "For files of another tool write ss.lsg.import_gates(folder, lvlm)."
+        raise CheckpointError("\n  ".join([what, *lines]) + f"\n{write}")
     tensors = {name: as_fp32(name, value, path) for name, value in tensors.items()}
     told = source.find(RECORD)
     record = None if told is None else read_json(told, AGAIN)
@@ -125,29 +137,30 @@ def read_head(source: Source, kind: str) -> Any:
     """What `CONFIG` holds of a gate or a stack; refused if it is missing, of another kind, or newer."""
     path = source.find(CONFIG)
     head = None if path is None else read_json(path, AGAIN)
-    if not isinstance(head, Mapping) or head.get("format") != kind:
-        found = str(head.get("format")) if isinstance(head, Mapping) else ""
+    known = head if isinstance(head, Mapping) else {}
+    if known.get("format") != kind:
+        found = str(known.get("format")) if known is head else ""
         what = f"whose {CONFIG} holds a {type(head).__name__} of the format {found!r}"
         if path is None:
             what = f"which is without {CONFIG}"
-        elif isinstance(head, Mapping) and ("model_type" in head or "architectures" in head):
-            what = f"a checkpoint of a whole model ({head.get('model_type')!r})"
+        elif "model_type" in known or "architectures" in known:
+            what = f"a checkpoint of a whole model ({known.get('model_type')!r})"
         other = READS.get(found, "ss.lsg.import_gates(folder, lvlm) for files of another tool")
         what = f"{source}, {what}; expected what {WRITES[kind]} wrote"
         raise CheckpointError(f"Got {what}. Write {other}.")
     got = f"{CONFIG} of {source}"
-    version, versions = head.get("format_version"), head.get("versions", {})
+    version, versions = known.get("format_version"), known.get("versions", {})
     if not is_whole(version, 1, VERSION) or not isinstance(versions, Mapping):
         raise CheckpointError(
             f"Got format_version={version!r} and versions={versions!r} in {got}; expected 1 to {VERSION}, "
             f"and versions by name. Upgrade sinkscope ({__version__} is here) if the file is newer."
         )
-    known = {"format", "format_version", "versions", HELD[kind]}
-    strange, missing = sorted(set(head) - known), sorted(known - set(head))
-    if strange or missing:
+    wanted = {"format", "format_version", "versions", HELD[kind]}
+    if wanted != set(known):
+        strange, missing = sorted(set(known) - wanted), sorted(wanted - set(known))
         what = f"Got {got} with unknown fields {strange} and without {missing}"
-        raise CheckpointError(f"{what}; expected {sorted(known)}.")
-    return head[HELD[kind]]
+        raise CheckpointError(f"{what}; expected {sorted(wanted)}.")
+    return known[HELD[kind]]
 
 
 def read_config(data: Any, source: Source) -> GateConfig:
@@ -155,38 +168,26 @@ def read_config(data: Any, source: Source) -> GateConfig:
     try:
         config = GateConfig.from_dict(data)
         config = replace(config, model=canonical(config.model))
-        check_fingerprint(config.model)
-        check_layer(config.layer, config.model["language_layers"])
-        width = config.model["language_width"]
+        model = config.model
+        require(bool(model), "model", model, "the fingerprint of a model: its type and sizes")
+        for name in next(iter(BASES.values())):
+            size, good, wanted = model.get(name), is_whole(model.get(name), 1), WHOLE
+            if name == "model_type":
+                good, wanted = isinstance(size, str), "the name of a type"
+            elif name == "feed_layers":
+                good = isinstance(size, list) and size != [] and all(is_whole(x, 0) for x in size)
+                wanted = "a list of block indices"
+            require(good, f"model[{name!r}]", size, wanted)
+        check_layer(config.layer, model["language_layers"])
+        width = model["language_width"]
         require(config.d_model == width, "d_model", config.d_model, f"the model's width, {width}")
     except (InterventionError, DetectorError, LayerError) as error:
         raise CheckpointError(f"{CONFIG} of {source} is impossible: {error}") from error
     return config
 
 
-def check_tensors(config: GateConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not the gate's: missing, left over, or of another shape."""
-    width, hidden, many = config.d_model, config.hidden, len(config.groups)
-    shapes = {"norm.weight": (width,), "norm.bias": (width,)} if config.affine else {}
-    shapes |= {"inner.weight": (hidden, width), "inner.bias": (hidden,)}
-    shapes |= {"outer.weight": (many, hidden), "outer.bias": (many,)}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    lines = [
-        f"{name}: expected {shapes.get(name, 'none')}, found {found.get(name, 'none')}"
-        for name in {**shapes, **found}
-        if shapes.get(name) != found.get(name)
-    ]
-    if lines:
-        what = f"Got tensors in {str(path)!r} that do not fit {CONFIG}; expected {sorted(shapes)}."
-        write = "For files of another tool write ss.lsg.import_gates(folder, lvlm)."
-        raise CheckpointError("\n  ".join([what, *lines]) + f"\n{write}")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or a PyTorch file, on the CPU; nested names are dotted.
-
-    What is no tensor is left out. A file that is damaged or holds more than plain tensors is refused.
-    """
+    """The tensors of a ``.safetensors`` or a PyTorch file of plain tensors, by dotted names, on the CPU."""
 
     def bad(what: str, wanted: str = "tensors by name.") -> CheckpointError:
         return CheckpointError(f"Got {str(path)!r}, {what}; expected {wanted}")
@@ -229,10 +230,8 @@ def as_fp32(name: str, tensor: Tensor, path: Path) -> Tensor:
     allowed = [torch.float32, torch.float16, torch.bfloat16]
     if tensor.dtype not in allowed or not bool(tensor.isfinite().all()):
         what = "with NaN or infinite numbers" if tensor.dtype in allowed else f"in {tensor.dtype}"
-        raise CheckpointError(
-            f"Got {name!r} of {str(path)!r} {what}; expected finite numbers of one of {allowed}, which "
-            "become fp32 without rounding. Convert it, or look for a file that is not damaged."
-        )
+        what = f"Got {name!r} of {str(path)!r} {what}; expected finite numbers of one of {allowed}"
+        raise CheckpointError(f"{what}. Convert it, or look for a file that is not damaged.")
     return tensor.detach().float().contiguous()
 
 

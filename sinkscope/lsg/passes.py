@@ -1,48 +1,57 @@
-"""One forward pass of a gated model: what a gate reads in it, and how a cache goes on from it."""
+"""Forward passes of gated models: what gates read in them, and the losses of training.
+
+`share` runs what lies before the last edited block once per batch, without gradient; `answer_losses` runs
+the rest once per gate, and its gradient reaches the gate only. Coefficients hold for the answer too.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.data.batches import IGNORED
+from sinkscope.data.batches import IGNORED, AnswerBatch, AnswerData, batches_of, make_batch
+from sinkscope.data.tokens import TokenScores
 from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
 from sinkscope.kernels import gating as kernels
+from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.config import GateConfig
 from sinkscope.models.inputs import make_sample
+from sinkscope.models.lvlm import LVLM
+from sinkscope.models.replay import Captured, capture, logits_at, resume
+from sinkscope.models.wrapping import evaluated
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
 from sinkscope.tokens import TokenMap
+from sinkscope.training.loop import Losses, Sums
 
 NO_INPUTS = ("labels", "past_key_values", "cache_position", "position_ids", "logits_to_keep")
 
 
 class Gate(Protocol):
-    """What is used of an `LSG` below the module that defines it."""
+    """What is used of an `LSG` below the module that defines it; see its members there."""
 
     config: GateConfig
 
     @property
-    def weights(self) -> dict[str, Any]:
-        """See `LSG.weights`."""
-        ...
-
-    def check_model(self, anatomy: Anatomy) -> None:
-        """See `LSG.check_model`."""
-
-    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None:
-        """See `LSG.check_weights`."""
+    def weights(self) -> dict[str, Any]: ...  # noqa: D102
+    def check_model(self, anatomy: Anatomy) -> None: ...  # noqa: D102
+    def check_weights(self, module: nn.Module, anatomy: Anatomy) -> None: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
-    """The signals of a gate: edits that change nothing, note under ``id(gate)``; ``step`` 0 is the prompt."""
+    """The signals of a gate: edits that change nothing and note under ``id(gate)``; step 0 is the prompt."""
     config, slot, image = gate.config, id(gate), tokens.image >= 0
     if step and config.decode != "refresh":
         return []
@@ -56,9 +65,9 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     detector, vision = detector_of(config.v_detector), tokens.vision
     kept = isinstance(detector, VisionTokens)
     live = kept_tokens(tokens, detector.kind) if kept else vision.live
-    finding = {"slot": slot, "rule": rule_of(config.v_detector), "live": live}
-    finding |= {name: getattr(tokens, name) for name in ("image_index", "sources")}
-    finding["layout"] = vision.layout
+    rule, layout = rule_of(config.v_detector), vision.layout
+    finding = {"slot": slot, "rule": rule, "live": live, "layout": layout}
+    finding |= {"image_index": tokens.image_index, "sources": tokens.sources}
     for layer in config.model["feed_layers"]:
         out.append(Edit(Site("vision", "resid_post", layer), kernels.note_v_sinks, finding))
     if config.l_detector is not None:
@@ -124,10 +133,8 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
         if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
-            raise InputError(
-                f"Got arguments without names for {type(module).__name__}, which does not name them; "
-                "expected names. Write model(input_ids=..., pixel_values=...)."
-            )
+            what = f"Got arguments without names for {type(module).__name__}, which names none"
+            raise InputError(f"{what}; expected model(input_ids=..., pixel_values=...).")
     return given
 
 
@@ -135,10 +142,8 @@ def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
     """The pixels of a call, and what the vision tower made of them before the call; no videos."""
     encoded = given.get("mm_encoder_outputs") or {}
     if given.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise InputError(
-            "Got a video for a gated model; expected images, in which a gate finds its groups. Pass "
-            "frames as images, or write gate.detach() first."
-        )
+        what = "Got a video for a gated model; expected images, in which a gate finds its groups."
+        raise InputError(f"{what} Pass frames as images, or write gate.detach() first.")
     return given.get("pixel_values"), encoded.get("image")
 
 
@@ -148,13 +153,6 @@ def no_cache(found: Any) -> InputError:
         f"Got a cache of type {type(found).__name__} for a gated model; expected one of transformers' "
         "caches. Write past_key_values=DynamicCache()."
     )
-
-
-def length_of(cache: Any) -> int:
-    """How many tokens a cache holds; 0 for None."""
-    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
-        raise no_cache(cache)
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def started(
@@ -180,10 +178,8 @@ def started(
     wanted = (labels != IGNORED).cpu() & tokens.live  # the prompt ends before the first label
     first = wanted.int().argmax(dim=1)
     if bool((wanted.any(dim=1) & (first == tokens.first)).any()):
-        raise InputError(
-            "Got labels that begin with the first token of a row; expected the prompt to be ignored. "
-            f"Write labels[:, :prompt_length] = {IGNORED}."
-        )
+        what = "Got labels that begin with the first token of a row; expected none of the prompt."
+        raise InputError(f"{what} Write labels[:, :prompt_length] = {IGNORED}.")
     return Pass(tokens, torch.where(wanted.any(dim=1), first - 1, tokens.last))
 
 
@@ -211,8 +207,128 @@ def continued(before: Pass | None, given: Mapping[str, Any], length: int) -> Pas
         leave = "leave out beams, several sequences, prefill_chunk_size and assisted decoding"
         raise InputError(f"{what}; expected one token each. {turn}; in generate() {leave}.")
     if length < prompt:
-        raise InputError(
-            f"Got a cache of {length} tokens whose prompt had {prompt}; expected all of it. Run the "
-            "shorter prompt instead."
-        )
+        what = f"Got a cache of {length} tokens whose prompt had {prompt}"
+        raise InputError(f"{what}; expected all of it. Run the shorter prompt instead.")
     return before.at(length - prompt + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all gates of a batch share."""
+
+    batch: AnswerBatch
+    captured: Captured  # the decoder states that gates read
+    vision: Mapping[int, Tensor]  # what the vision blocks that feed the projector wrote, by block
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Freeze a model in evaluation mode until the block ends; then flags and modes are as before."""
+    wanted = [(name, p.requires_grad) for name, p in module.named_parameters()]
+    try:
+        module.requires_grad_(False)
+        with evaluated(module):
+            yield
+    finally:
+        now = dict(module.named_parameters())  # those of offloaded parts are made anew at each use
+        for name, flag in wanted:
+            now[name].requires_grad_(flag)
+
+
+def share(lvlm: LVLM, batch: AnswerBatch, blocks: Sequence[int], *, whole: bool = False) -> Shared:
+    """Run a batch up to the last edited block, without gradient; arguments as in `gate_inputs`."""
+    return Shared(batch, *gate_inputs(lvlm, batch.inputs, blocks, whole=whole))
+
+
+def gate_inputs(
+    lvlm: LVLM, inputs: Mapping[str, Any], blocks: Sequence[int], *, whole: bool = False
+) -> tuple[Captured, dict[int, Tensor]]:
+    """Run the plain model without gradient, and keep what gates read that scale keys in ``blocks``.
+
+    ``whole`` runs the later blocks too, for the losses without a gate. Returns two fields of `Shared`.
+    """
+    vision: dict[int, Tensor] = {}
+
+    def keep(layer: int, part: nn.Module, args: tuple, output: Any) -> None:
+        vision[layer] = first_tensor(output).detach()
+
+    with ExitStack() as stack:
+        for layer in lvlm.anatomy.feed_layers:
+            part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
+            stack.callback(part.register_forward_hook(partial(keep, layer)).remove)
+        captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)
+    return captured, vision
+
+
+def gate_signals(
+    gate: Gate, tokens: TokenMap, vision: Mapping[int, Tensor], state: Tensor
+) -> dict[str, Tensor]:
+    """Find ``"V"`` and ``"L"`` ``[row pos]`` and the ``"coefficients"`` ``[row group]`` of one gate.
+
+    ``vision`` is that of `gate_inputs`, and ``state`` ``[row pos d_model]`` what the edited block reads.
+    """
+    notes: dict[str, Any] = {"step": 0, "memory": {}}
+    for signal in signals_of(gate, tokens):
+        states = vision[signal.site.layer] if signal.site.tower == "vision" else state
+        signal.kernel(states, notes, **placed(signal.parameters, states))
+    found = notes["memory"][("gate", id(gate))]
+    return placed(found, found["coefficients"])
+
+
+def answer_losses(gates: Sequence[Gate], shared: Shared) -> Losses:
+    """Compute the losses of a batch under a stack of gates, with a graph if gradients are on.
+
+    Each gate reads what those before it left. Without gates it is the plain model, shared ``whole``.
+    """
+    captured, batch = shared.captured, shared.batch
+    ordered = sorted(gates, key=lambda gate: gate.config.edited)
+    notes: dict[str, float] = {}
+
+    def factors(gate: Gate, state: Tensor) -> Tensor:
+        found = gate_signals(gate, batch.tokens, shared.vision, state)
+        means = found["coefficients"].detach().mean(dim=0).tolist()
+        notes.update(
+            {f"rho_{g}": value for g, value in zip(gate.config.groups, means, strict=True)}
+        )
+        visual = (batch.tokens.image >= 0).to(state.device)
+        return kernels.factors_of(found, visual, list(gate.config.groups))
+
+    if ordered:
+        block = ordered[0].config.edited
+        later = {gate.config.edited: partial(factors, gate) for gate in ordered[1:]}
+        scale = factors(ordered[0], captured.state(block))
+        hidden = resume(captured, block, scale, later=later)
+    else:
+        hidden = captured.hidden
+    scores = TokenScores.of(logits_at(captured, hidden, batch.positions), batch.targets)
+    return Losses(scores.loss, batch.answer_tokens, scores.exact, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class GateObjective:
+    """Next-token loss of answers under gates, each alone; the model is frozen."""
+
+    lvlm: LVLM
+    gates: Mapping[str, Gate]
+    data: AnswerData
+    append_end: bool
+
+    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
+        """Compute the batch and the states that gates read; see `share`."""
+        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
+        return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)
+
+    def losses(self, shared: Shared, name: str) -> Losses:
+        """Compute the losses under one gate."""
+        return answer_losses([self.gates[name]], shared)
+
+    def means(
+        self, stacks: Sequence[Sequence[Gate]], rows: Sequence[int], batch: int, progress: str = ""
+    ) -> list[dict[str, float]]:
+        """Compute loss and accuracy under each stack of gates; ``progress`` names a bar, "" shows none."""
+        sums, parts = [Sums() for _ in stacks], list(batches_of(rows, batch))
+        for part in tqdm(parts, desc=progress, unit="batch", disable=not progress):
+            shared = self.share(part, whole=not all(stacks))
+            for stack, total in zip(stacks, sums, strict=True):
+                total.add(answer_losses(stack, shared))
+        return [total.line() for total in sums]

@@ -1,4 +1,4 @@
-"""What training gave: gates, history and a record; and stacks of gates that were trained alone."""
+"""The results of training: gates, history and record; and stacks of gates that were trained alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_flags, check_whole
-from sinkscope.data.batches import batches_of, make_batch, read_dataset
+from sinkscope.data.batches import read_dataset
 from sinkscope.errors import InputError
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.passes import GateObjective, frozen
 from sinkscope.models.lvlm import LVLM
 from sinkscope.results import Result
-from sinkscope.training.loop import Loop, Sums, Trainee
+from sinkscope.training.loop import Loop
 from sinkscope.viz.probes import plot_training
 
 
@@ -64,36 +63,51 @@ class TrainResult:
         """Draw loss and coefficients over steps, as a matplotlib figure."""
         return plot_training(self.history, (self.record.get("base") or {}).get("loss"))
 
-    def summary(self) -> pd.DataFrame:
-        """One line per layer: loss and accuracy before and at the best step, beside the plain model."""
+    def estimates(self) -> pd.DataFrame:
+        """Give loss and accuracy before and at the best step, and of the plain model, a line per layer."""
         base, found = self.record.get("base") or {}, self.record["results"]
         plain = {f"base_{name}": base[name] for name in ("loss", "accuracy") if base}
         return pd.DataFrame([{"layer": k, **found.get(str(k), {}), **plain} for k in self.gates])
 
-    def _head(self) -> str:
+    def summary(self) -> str:
+        """Say in words what was trained, on what and how long, with the table of `estimates`."""
         record, many = self.record, len(self.gates)
         trained, held = (
-            f"{record['data'][part]['records']} records about {record['data'][part]['images']}"
-            for part in ("train", "validation")
+            f"{part['records']} records about {part['images']}"
+            for part in (record["data"]["train"], record["data"]["validation"])
         )
         return (
             f"{many} gate{'s' * (many > 1)} of {record['base_model']}: {trained} images, "
             f"{record['steps']} of {record['cost']['steps']} steps in {record['seconds']:.1f} s; "
-            f"validated on {held} other images."
+            f"validated on {held} other images.\n{self.estimates().round(4).to_string(index=False)}"
         )
 
     def __repr__(self) -> str:
-        return f"{self._head()}\n{self.summary().round(4).to_string(index=False)}"
+        return self.summary()
 
     def _repr_html_(self) -> str:
-        table = self.summary().round(4).to_html(index=False, border=0)
-        return f"<p>{escape(self._head())}</p>{table}"
+        head, table = self.summary().splitlines()[0], self.estimates().round(4)
+        return f"<p>{escape(head)}</p>{table.to_html(index=False, border=0)}"
 
 
 def record_of(
     name: str, facts: Mapping[str, Any], cost: dict[str, Any], loop: Loop, base: dict | None
 ) -> dict[str, Any]:
     """The record of a finished loop: what it was started with, what came out, and where it ran."""
+    results, split = {}, "validation" if loop.held else "train"
+    for one in loop.trainees:
+        lines = [a for a in loop.history if a["name"] == one.name and a["split"] == split]
+        lines = lines or [{"step": 0, "loss": None, "accuracy": None}]
+        best = next((line for line in lines if line["step"] == one.best_step), lines[-1])
+        pairs = [("first", lines[0]), ("best", best)]
+        results[one.name] = {
+            "split": split,
+            **{f"{which}_{k}": line[k] for k in ("loss", "accuracy") for which, line in pairs},
+            "best_step": one.best_step,
+            "ended_early": one.ended,
+            **({} if one.failed is None else {"failed": one.failed}),
+            **{key: value for key, value in best.items() if key.startswith("rho_")},
+        }
     packages = ("sinkscope", "torch", "transformers", "accelerate")
     versions = {name: str(sys.modules[name].__version__) for name in packages}
     return {
@@ -105,7 +119,7 @@ def record_of(
         "steps": loop.step,
         "seconds": loop.seconds,
         "base": base,
-        "results": {trainee.name: _result_of(loop, trainee) for trainee in loop.trainees},
+        "results": results,
         "versions": {**versions, "python": platform.python_version()},
         "machine": {  # what numbers and times depend on; nothing that names the machine
             "system": platform.system(),
@@ -125,35 +139,15 @@ def own_record(record: Mapping[str, Any], layer: int | str) -> dict[str, Any]:
     return out | {"start": gates[name]["start"], "result": results[name]}
 
 
-def _result_of(loop: Loop, trainee: Trainee) -> dict[str, Any]:
-    """First and best numbers of one trainee, on the validation part where there is one."""
-    split = "validation" if loop.held else "train"
-    lines = [a for a in loop.history if a["name"] == trainee.name and a["split"] == split]
-    lines = lines or [{"step": 0, "loss": None, "accuracy": None}]
-    best = next((line for line in lines if line["step"] == trainee.best_step), lines[-1])
-    pairs = [("first", lines[0]), ("best", best)]
-    return {
-        "split": split,
-        **{f"{which}_{name}": line[name] for name in ("loss", "accuracy") for which, line in pairs},
-        "best_step": trainee.best_step,
-        "ended_early": trainee.ended,
-        **({} if trainee.failed is None else {"failed": trainee.failed}),
-        **{key: value for key, value in best.items() if key.startswith("rho_")},
-    }
-
-
 @dataclass(frozen=True, eq=False)
 class GateStack(Result):
-    """Gates in the order of their single gains, and what the stack scores as it grows.
-
-    ``score`` is ``"loss"`` or ``"accuracy"``.
-    """
+    """Gates in the order of their single gains, and the scores of the growing stack."""
 
     ordered: tuple[LSG, ...]  # the one with the largest single gain first
     base: float  # the score without a gate
     single: tuple[float, ...]  # of each gate alone
     stacked: tuple[float, ...]  # of the first gate, the first two, and so on
-    score: str
+    score: str  # "loss" or "accuracy"
 
     @property
     def order(self) -> list[int | str]:
@@ -162,13 +156,13 @@ class GateStack(Result):
 
     @property
     def gains(self) -> list[float]:
-        """What the stack of the first 1, 2, ... gates gains over no gate; more is better."""
+        """The gains of the stack of the first 1, 2, ... gates over no gate; more is better."""
         sign = -1 if self.score == "loss" else 1
         return [sign * (value - self.base) for value in self.stacked]
 
     @property
     def gates(self) -> list[LSG]:
-        """The first gates that together gain the most, for ``interventions=``; none if none gains."""
+        """The first gates that together gain most, for ``interventions=``; none if none gains."""
         best = max(self.gains)
         return list(self.ordered[: self.gains.index(best) + 1]) if best > 0 else []
 
@@ -199,18 +193,15 @@ def greedy_stack(
 
     The order is that of the single gains, as in the paper (2604.03316), where a stack may lose by one
     gate and win by the next. So every prefix is scored, and `GateStack.gates` is the best of them.
+    InputError if the data or the score does not fit, or two gates have one layer.
 
     Args:
-        lvlm: The model.
         gates: Gates of different layers, such as ``result.gates.values()``.
         dataset: Records to choose by, as for `train_lsg`: neither those trained on nor those that the
             stack is tested on, because its score here is that of the best of many.
         score: ``"loss"``, in nats per answer token, or ``"accuracy"`` of greedy decoding.
         append_end: Whether the token that ends an answer counts too.
         progress: Whether to show a progress bar; None shows it from 50 records on.
-
-    Raises:
-        InputError: If the data or the score does not fit, or two gates have one layer.
     """
     given = check_gates(gates)
     check_choice(("loss", "accuracy"), score=score)
@@ -224,16 +215,11 @@ def greedy_stack(
     data = read_dataset(dataset, lvlm.tokenizer, max_answer_tokens=max_answer_tokens)
     shown = len(data) >= 50 if progress is None else progress
 
+    objective = GateObjective(lvlm, {str(gate.layer): gate for gate in given}, data, append_end)
+
     def scores(stacks: Sequence[Sequence[LSG]], what: str) -> list[float]:
-        """The score of each stack; what lies below all of them is computed once per batch."""
-        blocks = [gate.config.edited for stack in stacks for gate in stack]
-        sums, groups = [Sums() for _ in stacks], list(batches_of(range(len(data)), batch))
-        for rows in tqdm(groups, desc=what, unit="batch", disable=not shown):
-            made = make_batch(lvlm, data, rows, append_end=append_end)
-            shared = share(lvlm, made, blocks, whole=not all(stacks))
-            for stack, total in zip(stacks, sums, strict=True):
-                total.add(answer_losses(stack, shared))
-        return [total.line()[score] for total in sums]
+        lines = objective.means(stacks, range(len(data)), batch, what if shown else "")
+        return [line[score] for line in lines]
 
     with frozen(lvlm.module), torch.no_grad():
         base, *alone = scores([[], *([gate] for gate in given)], "one by one")

@@ -1,6 +1,6 @@
 """Folders of gates, written whole or not at all, and their model cards.
 
-PyTorchModelHubMixin builds a module before sizes are compared, and writes over foreign files.
+PyTorchModelHubMixin is not used: it compares no sizes first, and writes over files of others.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def files_beside(
 
 
 def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
-    """Write a folder that is whole or holds no `CONFIG`; nobody else's file is touched."""
+    """Write a folder whole, or leave it as it was; while files move it holds no `CONFIG`."""
     target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
@@ -105,10 +105,21 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
         for name, content in files.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(made / name, content)
-        if target.exists():
-            exchange(made, target)
-        else:
+        if not target.exists():
             made.rename(target)
+            return
+        old = made.with_suffix(".old")  # the folder itself stays, with who works in it
+        leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)  # first
+        coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)  # last
+        moves = [(path, old / path.name) for path in leaving]
+        old.mkdir()
+        with ExitStack() as undo:
+            undo.callback(old.rmdir)
+            for here, there in [*moves, *((path, target / path.name) for path in coming)]:
+                here.rename(there)
+                undo.callback(there.rename, here)
+            undo.pop_all()
+        shutil.rmtree(old)
     except OSError as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "
@@ -121,30 +132,8 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
 def refuse_foreign(where: str, names: Iterable[str]) -> None:
     """Refuse to write where anything else lies."""
     if found := sorted(names):
-        raise CheckpointError(
-            f"Got {where}, which holds {found[:5]}; expected a new or empty one, or one of the same "
-            "kind to replace. Choose another name."
-        )
-
-
-def exchange(made: Path, target: Path) -> None:
-    """Replace the files of a folder; the folder itself stays, with who works in it.
-
-    `CONFIG` leaves first and comes last, so that a folder which is not whole is not read as one. What
-    was moved goes back if anything fails.
-    """
-    old = made.with_suffix(".old")
-    leaving = sorted(target.iterdir(), key=lambda path: path.name != CONFIG)
-    coming = sorted(made.iterdir(), key=lambda path: path.name == CONFIG)
-    moves = [(path, old / path.name) for path in leaving]
-    old.mkdir()
-    with ExitStack() as undo:
-        undo.callback(old.rmdir)
-        for here, there in [*moves, *((path, target / path.name) for path in coming)]:
-            here.rename(there)
-            undo.callback(there.rename, here)
-        undo.pop_all()
-    shutil.rmtree(old)
+        what = f"Got {where}, which holds {found[:5]}; expected a new or empty one"
+        raise CheckpointError(f"{what}, or one of the same kind to replace.")
 
 
 def foreign(folder: Path, kind: str) -> list[str]:
@@ -175,17 +164,14 @@ def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
         mine["trained_together"] = sorted(map(str, mine.pop("gates")))
     told = f"As recorded by who trained it; long lists are summed up here.\n\n{table(mine)}"
     training = unrecorded(gate) if record is None else told
-    count = sum(value.numel() for value in gate.tensors.values())
-    return card_of(
-        record,
-        title=f"A sink gate that reads {where} of a {escaped(model.get('model_type', ''))} model",
-        about=f"It multiplies the attention keys of image tokens in block {gate.config.edited} by "
+    about = (
+        f"It multiplies the attention keys of image tokens in block {gate.config.edited} by "
         f"coefficients for the groups {', '.join(gate.config.groups)}. The model itself is unchanged "
-        f"and not included. {count:,} parameters.",
-        load="gate = ss.LSG.from_pretrained",
-        use="[gate]",
-        sections={"Training": training, "Choices": table(config), "Made for": table(model)},
+        f"and not included. {sum(x.numel() for x in gate.tensors.values()):,} parameters."
     )
+    title = f"A sink gate that reads {where} of a {escaped(model.get('model_type', ''))} model"
+    sections = {"Training": training, "Choices": table(config), "Made for": table(model)}
+    return card_of(record, title, about, ("gate = ss.LSG.from_pretrained", "[gate]"), sections)
 
 
 def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None) -> bytes:
@@ -194,14 +180,10 @@ def stack_card(gates: Mapping[str, SavedGate], record: Mapping[str, Any] | None)
     rows = [f"| [{name}]({name}/README.md) | {how} |" for name, how in made.items()]
     listed = "\n".join(["| folder | training |", "|---|---|", *rows])
     none = "No record of a common training was given. The gates' own cards say how each was made."
-    return card_of(
-        record,
-        title=f"A stack of {len(gates)} sink gates",
-        about="Each folder is a gate of its own; together they are a list of interventions.",
-        load="gates = ss.LSG.load_stack",
-        use="gates",
-        sections={"Gates": listed, "Training": none if record is None else table(record)},
-    )
+    title = f"A stack of {len(gates)} sink gates"
+    about = "Each folder is a gate of its own; together they are a list of interventions."
+    sections = {"Gates": listed, "Training": none if record is None else table(record)}
+    return card_of(record, title, about, ("gates = ss.LSG.load_stack", "gates"), sections)
 
 
 def unrecorded(gate: SavedGate) -> str:
@@ -212,12 +194,15 @@ def unrecorded(gate: SavedGate) -> str:
     return "**Not recorded.** It is not a new gate; how its parameters came about is unknown."
 
 
-def card_of(record: Mapping[str, Any] | None, **parts: Any) -> bytes:
-    """A card: ``title``, ``about``, ``load``, ``use`` and ``sections`` (heading -> text)."""
+def card_of(
+    record: Any, title: str, about: str, code: tuple[str, str], sections: Mapping[str, str]
+) -> bytes:
+    """A card; ``code`` says how to load and to use, ``sections`` are texts by heading."""
     base = (record or {}).get("base_model")
     named = isinstance(base, str) and loading.REPOSITORY.match(base)
     tags = ["attention-sinks", "layer-wise-sink-gating"]
     front = {"library_name": "sinkscope", "tags": tags, "base_model": base if named else None}
+    parts = {"title": title, "about": about, "load": code[0], "use": code[1], "sections": sections}
     card = ModelCard.from_template(ModelCardData(**front), template_path=str(TEMPLATE), **parts)
     return str(card).encode()
 
@@ -249,7 +234,7 @@ def escaped(text: str) -> str:
     return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
 
 
-def plain(value: Any, name: str) -> Any:
+def plain(value: Any, name: str = "record") -> Any:
     """Numbers, text, lists and dictionaries; what is not finite becomes a word, the rest an error."""
     if isinstance(value, (np.generic, torch.Tensor, np.ndarray)):
         value = value.tolist()
@@ -262,15 +247,13 @@ def plain(value: Any, name: str) -> Any:
         return str(value)
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise InputError(
-        f"Got {name} of type {type(value).__name__}; expected plain data: numbers, text, lists and "
-        "dictionaries. Write what matters of it as text."
-    )
+    what = f"Got {name} of type {type(value).__name__}; expected numbers, text, lists or dicts."
+    raise InputError(f"{what} Write what matters of it as text.")
 
 
 def plain_record(record: Any) -> Any:
     """A training record as plain data, or None; an InputError if it is something else."""
-    if record is not None and not isinstance(record, Mapping):
-        what = f"Got a record of type {type(record).__name__}; expected a dictionary"
-        raise InputError(f"{what}, such as result.record of train_lsg.")
-    return plain(record, "record")
+    if record is None or isinstance(record, Mapping):
+        return plain(record)
+    what = f"Got a record of type {type(record).__name__}; expected a dictionary"
+    raise InputError(f"{what}, such as result.record of train_lsg.")

@@ -20,42 +20,33 @@ from sinkscope.errors import InputError, ModelError
 from sinkscope.files import claim, held
 from sinkscope.lsg.config import check_layer
 from sinkscope.lsg.gate import LSG, check_gates
-from sinkscope.lsg.losses import GateObjective, frozen
+from sinkscope.lsg.passes import GateObjective, frozen
 from sinkscope.lsg.result import TrainResult, own_record, record_of
 from sinkscope.models.identity import identity_of
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import check_replay
+from sinkscope.training import TrainingSettings
 from sinkscope.training.loop import Loop, Trainee
-from sinkscope.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What training will cost, in passes of one block over one batch; with a gradient there are two.
-
-    Attributes:
-        looks: Validations, the first before training, of ``held_batches`` each.
-        vision_blocks: Vision blocks per batch, without gradient.
-        plain_blocks: Decoder blocks per batch without gradient, shared by all gates.
-        gate_blocks: Decoder blocks per batch with gradient, of each gate.
-        alone_blocks: Plain decoder blocks per batch, of each gate if it were trained alone.
-        decoder_blocks: Blocks of the decoder, which the plain model runs once per validation batch.
-    """
+    """What training will cost, in passes of one block over one batch; with a gradient there are two."""
 
     steps: int
     batches: int
-    looks: int
+    looks: int  # validations, the first before training, of ``held_batches`` each
     held_batches: int
-    vision_blocks: int
-    plain_blocks: int
-    gate_blocks: tuple[int, ...]
-    alone_blocks: tuple[int, ...]
-    decoder_blocks: int
+    vision_blocks: int  # vision blocks per batch, without gradient
+    plain_blocks: int  # decoder blocks per batch without gradient, shared by all gates
+    gate_blocks: tuple[int, ...]  # decoder blocks per batch with gradient, of each gate
+    alone_blocks: tuple[int, ...]  # plain decoder blocks per batch, of each gate if trained alone
+    decoder_blocks: int  # of the decoder, which the plain model runs once per validation batch
 
     @property
     def together(self) -> int:
-        """Decoder passes of one training batch, all gates together."""
+        """Decoder passes of one training batch with all gates together."""
         return self.plain_blocks + 2 * sum(self.gate_blocks)
 
     @property
@@ -69,13 +60,12 @@ class TrainingCost:
         return self.apart / self.together
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Give the cost as plain data."""
         return asdict(self) | {"together": self.together, "apart": self.apart, "bound": self.bound}
 
     def __str__(self) -> str:
-        seen, held = self.batches, self.looks * self.held_batches
+        seen, held, graph = self.batches, self.looks * self.held_batches, sum(self.gate_blocks)
         plain = self.held_batches if self.looks else 0
-        graph = sum(self.gate_blocks)
         blocks = (self.plain_blocks + graph) * held + self.decoder_blocks * plain
         return (
             f"{self.steps} steps, {seen} training batches; {self.looks} looks at "
@@ -99,7 +89,7 @@ def cost_of(
     decoder_blocks: int,
     processes: int = 1,
 ) -> TrainingCost:
-    """Count a run that ends late, per process; gates scale the keys of the ``edited`` blocks."""
+    """Count a run without an early end, per process; gates scale the keys of the ``edited`` blocks."""
     own, own_held = (-(-many // (processes * settings.batch)) for many in (rows, held))
     per_epoch = settings.per_epoch(rows, processes)
     steps = per_epoch * settings.epochs
@@ -121,43 +111,37 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
     if torch.is_inference_mode_enabled():
         raise ModelError("Got torch.inference_mode(); expected to be outside of it: leave it.")
     if lvlm.device.type == "meta":
-        raise ModelError(
-            "Got a model without weights here; expected one to compute gradients with. Write "
-            "ss.LVLM.from_pretrained(name) without remote=True."
-        )
+        what = "Got a model without weights here; expected one to compute gradients with."
+        raise ModelError(f"{what} Write ss.LVLM.from_pretrained(name) without remote=True.")
     if accelerator is None or accelerator.num_processes == 1:
         return
     here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"
     if here.type != there.type or (here.type != "cpu" and (here.index or 0) != (there.index or 0)):
         where = f"process {accelerator.process_index} of {accelerator.num_processes}"
-        write = "Write ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
-        what = f"Got a model on {here} in {where}, whose device is {there}"
-        raise ModelError(f"{what}; expected it there. {write}")
+        raise ModelError(
+            f"Got a model on {here} in {where}, whose device is {there}; expected it there. Write "
+            "ss.LVLM.from_pretrained(name, device_map={'': accelerator.device})."
+        )
 
 
 def wanted_layers(
     lvlm: LVLM, layers: Any, gates: Any, choices: Mapping[str, Any]
 ) -> list[int | str]:
-    """The layers of new gates, none if ``gates`` are given, which have made their ``choices``."""
+    """The layers of new gates, none if ``gates`` are given, which bring their own ``choices``."""
     if isinstance(gates, LSG):
         raise InputError("Got one gate; expected a list. Write gates=[gate].")
     if isinstance(layers, (int, str)):
         raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
-    every = () if gates else ("embed", *range(lvlm.anatomy.language.n_layers - 1))
-    wanted = [plain(layer) for layer in (every if layers is None else layers)]
+    many = lvlm.anatomy.language.n_layers
+    every = () if gates else ("embed", *range(many - 1))
+    wanted = [check_layer(plain(one), many) for one in (every if layers is None else layers)]
     if bool(wanted) == bool(gates):
-        raise InputError(
-            f"Got layers={wanted} and {len(gates)} gates; expected either. Write layers=[10] for a new "
-            "gate, or gates=[gate] to train on."
-        )
-    for layer in wanted:
-        check_layer(layer, lvlm.anatomy.language.n_layers)
+        what = f"Got layers={wanted} and {len(gates)} gates; expected either."
+        raise InputError(f"{what} Write layers=[10] for a new gate, or gates=[gate] to train on.")
     given = [name for name, value in choices.items() if value is not None]
     if gates and given:
-        raise InputError(
-            f"Got gates together with {given}; expected either: a gate brings its own groups and rules. "
-            "Write layers=[...] for new gates."
-        )
+        what = f"Got gates together with {given}; expected either: a gate has its own rules."
+        raise InputError(f"{what} Write layers=[...] for new gates.")
     used = wanted or [gate.layer for gate in check_gates(gates)]
     if len(set(used)) < len(used):
         raise InputError(f"Got the layers {used}; expected every layer once.")
@@ -200,12 +184,16 @@ def train_lsg(
 ) -> TrainResult | TrainingCost:
     """Train Layer-wise Sink Gates: next-token loss on the answers, the model frozen (2604.03316).
 
-    Every layer's gate is a run of its own, as if it were trained alone; what lies below the gates is
-    computed once for all. A gate reads the last prompt token, and its coefficients hold for the answer.
-    ``epochs`` to ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``.
+    Every layer's gate is trained as if it were alone; the blocks before the gates are computed once for
+    all. A gate reads the last prompt token, and its coefficients hold for the answer. ``epochs`` to
+    ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``. The result has the gates
+    with the weights of the lowest validation loss, the history and a record.
+
+    InputError if the data, a setting or the folder does not fit. A gate whose loss or gradient is NaN or
+    infinite ends with a warning, and the others continue; NonFiniteError if none is left.
 
     Args:
-        lvlm: The model; it is bitwise as it was afterwards, also after an error.
+        lvlm: The model; afterwards, also after an error, it is bitwise as it was.
         dataset: Records as `sinkscope.data.batches.read_dataset` takes them.
         layers: Blocks that gates read, one gate each; or ``"embed"``; None for all of both.
         gates: Instead of layers, gates of different layers to start from. They are copied.
@@ -213,21 +201,13 @@ def train_lsg(
         v_detector: See `LSG.for_model`, as for ``l_detector`` and ``samples``.
         validation: Share of the images to hold out. 0 trains on all, and keeps the last weights.
         validation_data: Instead of a share, records to validate on.
-        seed: Of the gates' weights, the split and the order. On a CPU it repeats a run bitwise.
+        seed: Of the gates' weights, the split and the order; on a CPU runs of one seed are bitwise equal.
         append_end: Whether the token that ends an answer is trained too.
         out: A folder for a checkpoint every ``checkpoint_every`` steps. Called again with the same
-            settings and data, training goes on where it was killed and ends at the same weights.
+            settings and data, training continues where it was killed and ends at the same weights.
         accelerator: Processes of ``accelerate`` that share each step's rows, each with the whole model.
         progress: Whether to show progress bars; None shows them from 50 records on.
         dry_run: Whether to return a `TrainingCost` instead; the model does not run.
-
-    Returns:
-        The gates with the weights of the lowest validation loss, the history and a record.
-
-    Raises:
-        InputError: If the data, a setting or the folder does not fit.
-        NonFiniteError: If a loss or gradient of every gate is NaN or infinite, with the step. Of some
-            only: those end with a warning, their record says why, and the others go on.
     """
     settings = TrainingSettings.of(settings, locals())
     check_flags(append_end=append_end, dry_run=dry_run)
@@ -237,10 +217,8 @@ def train_lsg(
     rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
     wanted = wanted_layers(lvlm, layers, gates, {"choices": choices, **rules})
     if settings.patience and not validation and validation_data is None:
-        raise InputError(
-            f"Got patience={settings.patience} and validation={validation}; expected some validation "
-            "data to stop early by. Write validation=0.1, or patience=0."
-        )
+        what = f"Got patience={settings.patience} and validation={validation}"
+        raise InputError(f"{what}; expected validation data. Write validation=0.1, or patience=0.")
     limits: dict[str, Any] = {"max_answer_tokens": max_answer_tokens, "progress": progress}
     limits |= {"validation": validation, "seed": settings.seed}
     data, rows, tested = read_parts(lvlm, dataset, validation_data, **limits)
@@ -254,11 +232,16 @@ def train_lsg(
     with frozen(lvlm.module):
         check_replay(lvlm, make_batch(lvlm, data, rows[:1]).inputs, edited)
     made: dict[int | str, LSG] = {gate.layer: copy.deepcopy(gate) for gate in gates}
-    made |= new_gates(lvlm, wanted, {"seed": settings.seed, **(choices or {})}, rules)
+    for layer in wanted:
+        own = {"seed": settings.seed, **(choices or {})}
+        made[layer] = gate = LSG.for_model(lvlm, layer, **rules, **own)
+        for name in ("v_detector", "l_detector"):  # of the first gate: calibrated once at most
+            rule = getattr(gate.config, name)
+            rules[name] = rule and detector_of(rule)
     by_name = {str(layer): gate for layer, gate in made.items()}
     objective = GateObjective(lvlm, by_name, data, append_end)
-    steps = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
-    facts = facts_of(objective, {"train": rows, "validation": tested}, settings, steps)
+    facts = facts_of(objective, {"train": rows, "validation": tested}, settings)
+    facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
@@ -269,10 +252,10 @@ def train_lsg(
             accelerator.wait_for_everyone()
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
-        base = objective.base(tested, settings.batch) if tested else None
+        base = objective.means([[]], tested, settings.batch)[0] if tested else None
         trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-        run = (trainees, objective, rows, tested, settings, folder, checkpoint_every, shown)
-        loop = Loop(*run, accelerator)
+        how = (settings, folder, checkpoint_every, shown, accelerator)
+        loop = Loop(trainees, objective, rows, tested, *how)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():
@@ -280,31 +263,15 @@ def train_lsg(
     return TrainResult(made, record, loop.history)
 
 
-def new_gates(
-    lvlm: LVLM, layers: Sequence[int | str], choices: Mapping[str, Any], rules: Mapping[str, Any]
-) -> dict[int | str, LSG]:
-    """Untrained gates that share their rules, so that there is one calibration at most."""
-    out: dict[int | str, LSG] = {}
-    for layer in layers:
-        out[layer] = gate = LSG.for_model(lvlm, layer, **rules, **choices)
-        found = {name: getattr(gate.config, name) for name in ("v_detector", "l_detector")}
-        rules = {**rules, **{name: rule and detector_of(rule) for name, rule in found.items()}}
-    return out
-
-
 def facts_of(
-    objective: GateObjective,
-    parts: Mapping[str, Sequence[int]],
-    settings: TrainingSettings,
-    steps: Mapping[str, int],
+    objective: GateObjective, parts: Mapping[str, Sequence[int]], settings: TrainingSettings
 ) -> dict[str, Any]:
-    """What a run is started with, as plain data: a run that goes on must have the same."""
-    data = objective.data
-
-    def start(gate: LSG) -> str:
+    """What a run is started with, as plain data: a run that continues must have the same."""
+    data, gates = objective.data, {}
+    for name, gate in objective.gates.items():
         weights = b"".join(v.cpu().numpy().tobytes() for v in gate.state_dict().values())
-        return hashlib.blake2b(weights, digest_size=8).hexdigest()
-
+        start = hashlib.blake2b(weights, digest_size=8).hexdigest()
+        gates[name] = {**gate.config.to_dict(), "start": start}
     counts = {
         name: {"records": len(rows), "images": len({data.images[row] for row in rows})}
         for name, rows in parts.items()
@@ -313,6 +280,5 @@ def facts_of(
         "model": identity_of(objective.lvlm),
         "settings": {**settings.to_dict(), "append_end": objective.append_end},
         "data": {"fingerprint": data.fingerprint, **counts},
-        "steps": dict(steps),
-        "gates": {k: {**g.config.to_dict(), "start": start(g)} for k, g in objective.gates.items()},
+        "gates": gates,
     }

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sinkscope.data.batches import batches_of
 from sinkscope.errors import CheckpointError, NonFiniteError
 from sinkscope.files import read_json, write_whole
-from sinkscope.training.settings import TrainingSettings
+from sinkscope.training import TrainingSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +41,15 @@ class Objective(Protocol):
     """What to train for."""
 
     def share(self, rows: Sequence[int]) -> Any:
-        """What all trainees need of some rows, computed once without gradient."""
+        """Compute once, without gradient, what all trainees need of some rows."""
 
     def losses(self, shared: Any, name: str) -> Losses:
-        """The losses of these rows for one trainee, with a graph if gradients are on."""
+        """Compute the losses of these rows for one trainee, with a graph if gradients are on."""
         ...
 
 
 class Sums(dict[str, float]):
     """Sums over rows, of one trainee: loss, tokens, rows, correct, and notes by name."""
-
-    COUNTED: ClassVar = ("loss", "tokens", "rows", "correct")
 
     def add(self, losses: Losses) -> None:
         """Add a batch."""
@@ -66,8 +64,8 @@ class Sums(dict[str, float]):
 
     def line(self) -> dict[str, float]:
         """Means: loss per answer token, accuracy per row, notes per row."""
-        notes = {k: v / self["rows"] for k, v in self.items() if k not in self.COUNTED}
-        accuracy = self["correct"] / self["rows"]
+        counted, accuracy = ("loss", "tokens", "rows", "correct"), self["correct"] / self["rows"]
+        notes = {name: value / self["rows"] for name, value in self.items() if name not in counted}
         return {"loss": self["loss"] / self["tokens"], "accuracy": accuracy, **notes}
 
 
@@ -83,29 +81,21 @@ class Trainee:
     waited: int = 0
     ended: bool = False
     failed: str | None = None
-
-    def start(self, lr: float, weight_decay: float) -> None:
-        """Make ready for the first step."""
-        given = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(given, lr=lr, weight_decay=weight_decay)
-        self.ended, self.failed = False, None
-        self.keep_best(None, 0, 0)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    best: dict[str, Tensor] = field(init=False)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a run needs to go on, by flat names."""
+        """All tensors that a run needs to continue, by flat names."""
         parts: dict[str, Mapping[str, Tensor]] = {"weight": self.parameters, "best": self.best}
         moments = self.optimizer.state_dict()["state"].items()
         parts |= {f"adam/{index}": values for index, values in moments}
-        return {
-            f"{self.name}/{part}/{key}": value.detach().cpu().contiguous()
-            for part, values in parts.items()
-            for key, value in values.items()
-        }
+        named = [(f"{part}/{k}", x) for part, values in parts.items() for k, x in values.items()]
+        return {f"{self.name}/{path}": x.detach().cpu().contiguous() for path, x in named}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go back to what was saved."""
+        """Take the state that was saved."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, parameter in self.parameters.items():
             parameter.copy_(tensors[f"{self.name}/weight/{key}"])
@@ -130,10 +120,7 @@ class Trainee:
 
 @dataclass(eq=False)
 class Loop:
-    """A training run of ``trainees`` for an ``objective``.
-
-    ``history`` has one line per trainee, step and split.
-    """
+    """Train ``trainees`` for an ``objective``."""
 
     trainees: Sequence[Trainee]
     objective: Objective
@@ -144,7 +131,7 @@ class Loop:
     checkpoint_every: int = 100
     progress: bool = True
     accelerator: Accelerator | None = None  # processes to share the rows with
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # by trainee, step and split
     step: int = 0  # steps done
     seconds: float = 0.0  # wall time, that before a kill included
 
@@ -154,16 +141,30 @@ class Loop:
         self.writes = a is None or a.is_main_process
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
+        lr, decay = self.settings.lr, self.settings.weight_decay
         for trainee in self.trainees:
-            trainee.start(self.settings.lr, self.settings.weight_decay)
+            given = list(trainee.parameters.values())
+            trainee.optimizer = torch.optim.AdamW(given, lr=lr, weight_decay=decay)
+            trainee.ended, trainee.failed = False, None
+            trainee.keep_best(None, 0, 0)
 
     def run(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; the best weights remain.
 
-        A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until
-        then, and the others go on. If none is left, or rows are shared by processes, it is a NonFiniteError.
+        A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until then,
+        and the others continue. NonFiniteError if none is left, or if rows are shared by processes.
         """
-        self._restore()
+        for newest in self._checkpoints[-1:]:
+            again = f"Remove {str(newest)!r} to start again."
+            try:
+                tensors = load_file(newest / "state.safetensors")
+            except (OSError, SafetensorError) as error:
+                what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
+                raise CheckpointError(f"{what}; expected a whole file. {again}") from error
+            data = read_json(newest / "state.json", again)
+            for trainee in self.trainees:
+                trainee.restore(tensors, data["runners"][trainee.name])
+            self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
@@ -202,11 +203,19 @@ class Loop:
         return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
     def _one_step(self, bar: Any) -> None:
-        before, lr = self._active, self.settings.lr_at(self.step, self.steps)
+        before, lr, a = self._active, self.settings.lr_at(self.step, self.steps), self.accelerator
         for trainee in before:
             trainee.optimizer.zero_grad()
         for trainee, total in self._summed(self.plan(self.step), lr, train=True):
-            if self._update(trainee, total["tokens"], lr):
+            parameters = list(trainee.parameters.values())
+            for parameter in parameters:  # the mean gradient of all answer tokens of all processes
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                whole: Any = own if a is None else a.reduce(own, "sum")
+                parameter.grad = whole / total["tokens"]
+            length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+            if self._finite(length, trainee, "gradient", lr):
+                trainee.optimizer.param_groups[0]["lr"] = lr
+                trainee.optimizer.step()
                 self._note(trainee, "train", self.step + 1, total, lr)
         self.step += 1
         losses = [line["loss"] for line in self.history[-len(before) :]]
@@ -244,20 +253,6 @@ class Loop:
             for part in gather_object([own]):
                 sums[name].merge(part)
         return [(trainee, sums[trainee.name]) for trainee in self._active]
-
-    def _update(self, trainee: Trainee, tokens: float, lr: float) -> bool:
-        """Step along the mean gradient of all answer tokens, of all processes, if it is finite."""
-        parameters, a = list(trainee.parameters.values()), self.accelerator
-        for parameter in parameters:
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            whole: Any = own if a is None else a.reduce(own, "sum")
-            parameter.grad = whole / tokens
-        length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-        good = self._finite(length, trainee, "gradient", lr)
-        if good:
-            trainee.optimizer.param_groups[0]["lr"] = lr
-            trainee.optimizer.step()
-        return good
 
     def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
         """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
@@ -303,19 +298,3 @@ class Loop:
         paths = [] if self.folder is None else self.folder.iterdir()
         found = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-    def _restore(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        if not self._checkpoints:
-            return
-        newest = self._checkpoints[-1]
-        again = f"Remove {str(newest)!r} to start again."
-        try:
-            tensors = load_file(newest / "state.safetensors")
-        except (OSError, SafetensorError) as error:
-            what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
-            raise CheckpointError(f"{what}; expected a whole file. {again}") from error
-        data = read_json(newest / "state.json", again)
-        for trainee in self.trainees:
-            trainee.restore(tensors, data["runners"][trainee.name])
-        self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]

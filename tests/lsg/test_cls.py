@@ -8,7 +8,7 @@ import torch
 import sinkscope as ss
 from sinkscope.data.batches import make_batch, read_dataset
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError
-from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.passes import answer_losses, frozen, share
 from tests.keeping_cls import cls_of, keeping_cls, plain_keeping_cls
 from tests.lsg.reference import Gated, sequential
 from tests.lsg.test_data import records

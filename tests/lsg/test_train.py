@@ -16,8 +16,8 @@ from sinkscope.data.batches import make_batch, read_dataset
 from sinkscope.errors import InputError, InterventionError, LayerError, ModelError, NonFiniteError
 from sinkscope.lsg.train import cost_of
 from sinkscope.testing import TINY, random_image, tiny_llava
+from sinkscope.training import TrainingSettings
 from sinkscope.training import loop as looping
-from sinkscope.training.settings import TrainingSettings
 
 RULE = ss.detectors.Norm(8.0)
 
@@ -246,9 +246,10 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert "gates" not in own
     text, html = repr(result), result._repr_html_()
     assert text.startswith("1 gate of")
+    assert text == result.summary()
     assert "<table" in html
     assert "best_loss" in html
-    assert result.summary()["base_loss"].tolist() == [record["base"]["loss"]]
+    assert result.estimates()["base_loss"].tolist() == [record["base"]["loss"]]
 
 
 def test_the_base_loss_is_transformers_own(lvlm):

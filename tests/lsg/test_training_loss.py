@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 import sinkscope as ss
 from sinkscope.data.batches import IGNORED, make_batch, read_dataset
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.lsg.losses import answer_losses, frozen, share
+from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.testing import TINY
 from tests.lsg.reference import Gated, sequential, twin_of
 from tests.lsg.test_data import records
