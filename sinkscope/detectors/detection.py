@@ -53,13 +53,9 @@ class Detector(Protocol):
 class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
     """The tokens a detector flags; rows are images in the vision tower.
 
-    Attributes:
-        scores: NaN at padding.
-        threshold: Infinite where the data give none.
-        null: The score to expect without any sink, see each detector.
-        visual: Which tokens are image tokens (patches in the ViT).
-        strict: Whether a score that equals its threshold is below it.
-        warnings: What a reader must know before using the mask.
+    ``scores`` are NaN at padding, a ``threshold`` is infinite where the data give none, ``null`` is the score
+    to expect without any sink. ``visual`` are the image tokens (patches in the ViT). If ``strict``, a score
+    that equals its threshold is below it. ``warnings`` must be read before the mask is used.
     """
 
     detector: str
@@ -114,9 +110,9 @@ def decide(
     worst = found.fraction.amax(dim=0)
     layers = [found.layers[i] for i in (worst > SATURATION).nonzero().flatten().tolist()]
     text = (
-        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the "
-        f"{tower} tower (layers {layers}): over {SATURATION:.0%} it finds no sinks but "
-        "the scale of the model. Calibrate with ss.calibrate(lvlm, samples) or compare detectors."
+        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the {tower} tower "
+        f"(layers {layers}): over {SATURATION:.0%} it finds no sinks but the scale of the model. Calibrate "
+        "with ss.calibrate(lvlm, samples) or compare detectors."
     )
     return replace(found, warnings=(text,))
 
@@ -146,8 +142,7 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
 
 def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
     """The detection of a probe that already ran."""
-    tower = probe.tower
-    masks = visual_tokens(sample, tower)
+    tower, masks = probe.tower, visual_tokens(sample, probe.tower)
     return decide(detector, run[probe], *masks, tower, lvlm.anatomy.tower(tower))
 
 
@@ -162,8 +157,8 @@ def detect(
 ) -> Detection:
     """Run one detector; DetectorError if it cannot work on this tower.
 
-    States are judged on ``resid_pre`` in the language tower (what the block's attention reads) and on
-    ``resid_post`` in the vision tower. ``layers`` are block indices, or None for all.
+    States are judged on ``resid_pre`` in the LLM (what the block's attention reads) and on ``resid_post`` in
+    the vision tower. ``layers`` are block indices, or None for all.
     """
     found = detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)
     return found["it"]
@@ -192,10 +187,8 @@ def jaccard(one: Detection, other: Detection) -> float:
     """
     looked = [(each.tower, each.layers, tuple(each.mask.shape)) for each in (one, other)]
     if looked[0] != looked[1]:
-        raise DetectorError(
-            f"Got detections of the (tower, layers, shape) {looked[0]} and {looked[1]}; expected the "
-            "same sample, tower and layers."
-        )
+        got = f"Got detections of (tower, layers, shape) {looked[0]} and {looked[1]}"
+        raise DetectorError(f"{got}; expected the same sample, tower and layers.")
     union = (one.mask | other.mask).sum().item()
     return 1.0 if union == 0 else (one.mask & other.mask).sum().item() / union
 
@@ -205,16 +198,16 @@ def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.D
 
     DetectorError if they looked at other tokens or layers, or two of a list have the same name.
     """
-    listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
+    named = isinstance(detections, Mapping)
+    listed = [*detections.values()] if named else [*detections]
     for one in listed:
         if not isinstance(one, Detection):
             raise DetectorError(f"Got {type(one).__name__}; expected what ss.detect(...) returns.")
-    if not isinstance(detections, Mapping):
-        detections = {one.detector: one for one in listed}
-    if len(detections) < len(listed):
+    names = [*detections] if named else [one.detector for one in listed]
+    if (many := len(set(names))) < len(listed):
         raise DetectorError(
-            f"Got {len(listed)} detections with {len(detections)} names; expected a name for each. "
-            "Write agreement({'a': one, 'b': other})."
+            f"Got {len(listed)} detections with {many} names; expected a name for each. Write "
+            "agreement({'a': one, 'b': other})."
         )
     table = [[jaccard(one, other) for other in listed] for one in listed]
-    return pd.DataFrame(table, index=[*detections], columns=[*detections])
+    return pd.DataFrame(table, index=names, columns=names)

@@ -14,7 +14,7 @@ from sinkscope.checks import is_number
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
-from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
+from sinkscope.probes import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
 
@@ -36,12 +36,8 @@ class Gap(Rule):
     peak-to-median ratio of an isotropic state.
     """
 
-    ranges: ClassVar[Any] = {
-        "gap": {"above": 1},
-        "medians": {"above": 0},
-        "growth": {"above": 0},
-        "draws": {"above": 0, "below": 1},
-    }
+    ranges: ClassVar[Any] = {"gap": {"above": 1}, "draws": {"above": 0, "below": 1}}
+    ranges |= {"medians": {"above": 0}, "growth": {"above": 0}}
     gap: float = GAP
     medians: float = MEDIANS
     draws: float = DRAWS
@@ -111,8 +107,8 @@ class Limits(Rule):
         """What the score is made of; DetectorError if there is not one limit per block."""
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
-                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; expected "
-                "a positive one per block. Limits belong to one model: run ss.calibrate(lvlm, samples) for this one."
+                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
+                "expected one per block of this model. Write ss.calibrate(lvlm, samples)."
             )
         return self._like(1.0).probe(tower, layers, anatomy)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sinkscope import probes
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.detectors.detection import Detector as Detector
@@ -18,15 +19,8 @@ from sinkscope.detectors.detection import decide as decide
 from sinkscope.detectors.detection import expected_peak
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import reaches
-from sinkscope.probes import (
-    CosineToFirst,
-    MassiveActivations,
-    Probe,
-    ReceivedAttention,
-    SinkDimensionScores,
-    TokenNorms,
-)
-from sinkscope.probes.evidence import SITES as STATE_SITE
+from sinkscope.probes.attention import STATE_SITE
+from sinkscope.protocols import Probe
 from sinkscope.results import Record
 from sinkscope.sites import Tower
 
@@ -39,11 +33,11 @@ class Rule(Record):
     `check_number` asks of them, ``choices`` fields -> what they may be.
     """
 
-    measured: ClassVar[Callable[..., Any]] = TokenNorms
+    measured: ClassVar[Callable[..., Any]] = probes.TokenNorms
     score_field: ClassVar[str] = "scores"
     limit_field: ClassVar[str] = "tau"
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
+    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __post_init__(self) -> None:
         for name, wanted in self.ranges.items():
@@ -67,7 +61,6 @@ class Rule(Record):
         return torch.full(scores.shape[:2], self._limit())
 
     def _limit(self) -> float:
-        """The one threshold."""
         return float(getattr(self, self.limit_field))
 
     def _plain(self) -> dict[str, Any] | None:
@@ -104,16 +97,15 @@ class SinkDimensions(Rule):
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Sink-dimension scores; DetectorError if tau is above sqrt(D)."""
-        bound = anatomy.d_model**0.5
-        if self.normalize == "rms" and self.tau >= bound:
+        width = anatomy.d_model
+        if self.normalize == "rms" and self.tau >= width**0.5:
             raise DetectorError(
-                f"Got tau={self.tau} with RMS normalisation in the {tower} tower of width "
-                f"{anatomy.d_model}; expected less than sqrt({anatomy.d_model}) = {bound:.1f}, the "
-                "largest possible score. Published thresholds belong to wide models: run "
-                "ss.calibrate(lvlm, samples) for this one."
+                f"Got tau={self.tau} with RMS normalisation in the {tower} tower; expected less than "
+                f"sqrt({width}) = {width**0.5:.1f}, the largest possible score. Published thresholds "
+                "belong to wide models: run ss.calibrate(lvlm, samples) for this one."
             )
-        site = STATE_SITE[tower]
-        return SinkDimensionScores(tuple(self.dims), layers, tower, self.normalize, site)
+        given = tuple(self.dims), layers, tower, self.normalize
+        return probes.SinkDimensionScores(*given, STATE_SITE[tower])
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """``E max of |dims| half-normals``."""
@@ -131,7 +123,7 @@ class Massive(Rule):
     The null is the peak-to-median ratio of an isotropic state times the layer's median.
     """
 
-    measured: ClassVar[Any] = partial(MassiveActivations, k=1)
+    measured: ClassVar[Any] = partial(probes.MassiveActivations, k=1)
     limit_field: ClassVar[str] = "absolute"
     ranges: ClassVar[Any] = {"absolute": {"least": 0}, "ratio": {"least": 0}}
     absolute: float = 100.0
@@ -197,13 +189,10 @@ class Norm(NormRule):
         if self.tau == "3sigma":
             return norms.mean() + 3 * norms.std()
         upper = norms.log().sort().values[(len(norms) - 1) // 2 :]
-        if len(upper) < 2:
-            return torch.tensor(float("inf"))
         gaps = upper.diff()
-        at = int(gaps.argmax())
-        if gaps[at] < torch.tensor(self.gap).log():
+        if not len(gaps) or gaps.max() < torch.tensor(self.gap).log():
             return torch.tensor(float("inf"))
-        return ((upper[at] + upper[at + 1]) / 2).exp()
+        return ((upper[gaps.argmax()] + upper[gaps.argmax() + 1]) / 2).exp()
 
     def _plain(self) -> dict[str, Any] | None:
         if isinstance(self.tau, str):
@@ -236,8 +225,8 @@ class ZScore(NormRule):
 class Received(Rule):
     """Tokens that receive more than epsilon of the attention of the queries that see them.
 
-    Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform
-    causal attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
+    Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform causal
+    attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
 
     ``eps`` is the least received attention, own query included, as published; ``times_null`` instead a
     multiple of each token's own null (5 in ACT, 2406.15765), counting what other tokens give, where at
@@ -258,7 +247,8 @@ class Received(Rule):
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Received attention."""
-        return ReceivedAttention(layers, tower=tower, others=self.times_null is not None)
+        others = self.times_null is not None
+        return probes.ReceivedAttention(layers, tower=tower, others=others)
 
     def scores(self, result: Any) -> Tensor:
         """Received attention (or its multiple of the null), joined over heads."""
@@ -280,7 +270,7 @@ class CosineToBOS(Rule):
     The first token itself is always flagged. Null: ``E |cos|`` of random directions.
     """
 
-    measured: ClassVar[Any] = CosineToFirst
+    measured: ClassVar[Any] = probes.CosineToFirst
     limit_field: ClassVar[str] = "threshold"
     ranges: ClassVar[Any] = {"threshold": {"above": 0, "below": 1}}
     threshold: float = 0.9

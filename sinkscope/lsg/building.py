@@ -9,8 +9,7 @@ import torch
 
 from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
 from sinkscope.detectors.calibration import Limits
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.kinds import check_kept, describe
+from sinkscope.detectors.choice import SinkRules, check_kept, describe
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.lsg.config import GateConfig, check_layer, sketch

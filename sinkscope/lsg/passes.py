@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.data.batches import IGNORED
-from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
+from sinkscope.detectors.choice import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
 from sinkscope.kernels import gating as kernels
 from sinkscope.lsg.config import GateConfig
