@@ -16,10 +16,8 @@ from sinkscope.tokens import Selection, TokenMap
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The model's anatomy and the sample's tokens at one step.
-
-    ``step`` is 0 for the prompt, 1, 2, ... for decode steps; ``ended``, bool ``[batch]``, are rows whose
-    answer ended before this step, None while unknown.
+    """The model's anatomy and the sample's tokens at one step: 0 for the prompt, 1, 2, ... for decode steps.
+    ``ended``, bool ``[batch]``, are rows whose answer ended before this step, None while unknown.
     """
 
     anatomy: Anatomy
@@ -85,7 +83,7 @@ class Context:
             )
         return mask
 
-    def groups(self, tower: str, groups: Mapping[str, Selection]) -> Tensor:
+    def groups(self, tower: str, groups: Any) -> Tensor:
         """Token groups as columns, bool ``[row layer|1 pos group]``; ProbeError if it is no dict of them."""
         if not isinstance(groups, Mapping) or not groups:
             raise ProbeError(

@@ -18,22 +18,21 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
-
-    ModelError if there is no vision tower, decoder or known projector, or a kernel is not supported.
+    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice. ModelError if
+    there is no vision tower, decoder or known projector, or a kernel is not supported.
     """
     if wrong := _wrapping_of(model) or _missing_in(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
     config = model.config
     check_kernels(config)
-    family, kind = family_of(config.model_type), type(model).__name__
+    family, text = family_of(config.model_type), config.get_text_config()
     paths = {id(module): path for path, module in model.named_modules()}
     decoder: nn.Module = model.get_decoder()
+    kind = type(model).__name__
     blocks = f"blocks in {kind}; expected a list of blocks that each hold an attention module"
     language = found(find_blocks(decoder), f"decoder {blocks}")
     vision = found(find_blocks(model, {id(m) for m in decoder.modules()}), f"vision {blocks}")
     eye = read_tower("vision", vision, paths, config.vision_config, family.packed)
-    text_config = config.get_text_config()
     norms = [paths[id(child)] for name, child in decoder.named_children() if "norm" in name]
     projectors = [path for path in family.projector if path in paths.values()]
     names = ("image_token_id", "image_token_index")  # the latter in old configs
@@ -43,7 +42,7 @@ def read_anatomy(model: Any) -> Anatomy:
         model_type=config.model_type,
         family=family,
         vision=eye,
-        language=read_tower("language", language, paths, text_config, packed=False),
+        language=read_tower("language", language, paths, text, packed=False),
         projector=found(projectors, expected)[0],
         feeds=family.feed_layers(config, eye.n_layers),
         drops=family.drops(config),
@@ -51,7 +50,7 @@ def read_anatomy(model: Any) -> Anatomy:
         final_norm=found(norms, "final norm in the decoder; expected a child named after one")[-1],
         head=paths[id(model.get_output_embeddings())],
         image_token_id=int(found(ids, "image_token_id in the config; expected one")[0]),
-        vocab=int(text_config.vocab_size),
+        vocab=int(text.vocab_size),
     )
 
 
@@ -87,9 +86,8 @@ def _missing_in(model: Any) -> str:
             "model. For a text-only model use TransformerLens or nnsight directly."
         )
     head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    if head() is None:
-        return f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
-    return ""
+    lacks = f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
+    return lacks if head() is None else ""
 
 
 def _wrapping_of(model: Any) -> str:
@@ -132,24 +130,9 @@ def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) 
 def attention_child(block: nn.Module) -> nn.Module | None:
     """The direct child that calls attention, or else the first one that is named after it."""
     children = dict(block.named_children())
+    named = [n for n in children if ("attn" in n or "attention" in n) and "norm" not in n]
     calling = [child for child in children.values() if calls_attention(child)]
-    for name, child in children.items():
-        if ("attn" in name or "attention" in name) and "norm" not in name:
-            calling.append(child)
-    return next(iter(calling), None)
-
-
-def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
-    """The direct child that is no attention and no norm and holds the most parameters."""
-    children = block.named_children()
-    others = [c for name, c in children if c is not attention and "norm" not in name.lower()]
-    if not others:
-        raise ModelError(
-            f"{path} ({type(block).__name__}) holds nothing but attention and norms; expected an "
-            "MLP beside them. Please report this class."
-        )
-    # Weights in 8 bit are buffers.
-    return max(others, key=lambda m: sum(x.numel() for x in (*m.parameters(), *m.buffers())))
+    return next(iter([*calling, *map(children.get, named)]), None)
 
 
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
@@ -178,31 +161,37 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
 def read_tower(
     tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
-    """Read one tower."""
+    """Read one tower. A block's MLP is the child of most parameters that is no attention and no norm."""
     where, width = [paths[id(block)] for block in blocks], config.hidden_size
     attentions = [child for block in blocks if (child := attention_child(block)) is not None]
-    mlps = [mlp_child(*parts) for parts in zip(blocks, attentions, where, strict=True)]
-    parts = zip(where, blocks, attentions, mlps, strict=True)
+    mlps: list[nn.Module] = []
+    for block, attention, path in zip(blocks, attentions, where, strict=True):
+        children = [child for name, child in block.named_children() if "norm" not in name.lower()]
+        what = f"MLP in {path} ({type(block).__name__}); expected one besides attention and norms"
+        others = found([child for child in children if child is not attention], what)
+        weights = [sum(x.numel() for x in (*m.parameters(), *m.buffers())) for m in others]
+        mlps.append(others[weights.index(max(weights))])  # weights in 8 bit are buffers
     neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     names = [name for child in attentions for name, _ in child.named_parameters()]
 
-    def path(module: nn.Module) -> str:
+    def path_of(module: nn.Module) -> str:
         return paths[id(module)]
 
     def projection(attention: nn.Module) -> str:
         children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
-        return next((paths[id(one)] for one in children if isinstance(one, nn.Module)), "")
+        return next((path_of(one) for one in children if isinstance(one, nn.Module)), "")
 
+    parts = zip(where, blocks, attentions, mlps, strict=True)
     return TowerAnatomy(
         tower=tower,
         blocks=tuple(where),
-        attention=tuple(map(path, attentions)),
-        mlp=tuple(map(path, mlps)),
+        attention=tuple(map(path_of, attentions)),
+        mlp=tuple(map(path_of, mlps)),
         branches=tuple(read_branches(*part, width) for part in parts),
-        neurons=tuple("" if last is None else path(last[0]) for last in neurons),
+        neurons=tuple("" if last is None else path_of(last[0]) for last in neurons),
         projection=tuple(map(projection, attentions)),
-        calls=tuple(read_attention_call(child, path(child)) for child in attentions),
+        calls=tuple(read_attention_call(child, path_of(child)) for child in attentions),
         d_model=width,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,

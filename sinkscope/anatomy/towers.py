@@ -17,16 +17,12 @@ from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeEr
 class TowerAnatomy:
     """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block, paths are dotted.
 
-    Attributes:
-        branches: How attention and the MLP reach the residual stream, or why that could not be read.
-        neurons: Paths of the MLPs' last projections, whose inputs are the neurons, or "".
-        projection: Paths of the attention output projections, or "".
-        calls: The attention calls, or why they were not found.
-        heads: Query heads.
-        packed: Whether all images share one sequence without a batch axis.
-        kernel: The attention implementation, such as ``"sdpa"``.
-        learned_sink: Whether attention has a learned sink, which takes a share of no token.
-        d_mlp: Neurons of every MLP, 0 where none were found.
+    ``neurons`` and ``projection`` are paths of the last projection of the MLP, whose inputs are the neurons,
+    and of attention, or "". ``branches`` and ``calls`` tell how attention and the MLP reach the residual
+    stream, and where attention is called, or why that could not be read. ``heads`` are query heads;
+    ``packed`` is whether all images share one sequence without a batch axis, ``kernel`` the attention
+    implementation, such as ``"sdpa"``, and ``d_mlp`` the neurons of every MLP, 0 where none were found. A
+    ``learned_sink`` takes a share of attention that no token gets.
     """
 
     tower: str
@@ -122,13 +118,9 @@ def _others(layers: tuple[int, ...]) -> str:
 class Anatomy:
     """What sinkscope knows about a model's layout: both towers, the paths of other parts, and numbers.
 
-    Attributes:
-        feeds: Vision blocks whose ``resid_post`` feeds the projector, in the order it reads them.
-        drops: How many leading ViT tokens (CLS) the projector does not see.
-        merge: How many patches per side become one LLM token.
-        final_norm: Path of the decoder's final norm.
-        head: Path of the LM head.
-        vocab: Number of token ids.
+    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them; it
+    does not see the leading ``drops`` ViT tokens (CLS), and makes one LLM token of ``merge`` patches per side.
+    ``vocab`` is the number of token ids.
     """
 
     model_type: str
