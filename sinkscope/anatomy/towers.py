@@ -96,7 +96,8 @@ class TowerAnatomy:
         if layers is None:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
-        wanted, last = list(layers) if several else [layers], self.n_layers - 1
+        wanted: list[Any] = list(layers) if several else [layers]
+        last = self.n_layers - 1
         for layer in wanted:
             if not is_whole(layer, 0, last):
                 kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"

@@ -559,7 +559,7 @@ PROBES = {
     ),
     "a group that was not asked for": (
         lambda w: w.run(MASS)[MASS].group("text"),
-        r"the group 'text'; expected one of \('image',\)",
+        r"group='text'; expected one of \('image',\)",
     ),
     "over a null that was not asked for": (
         lambda w: (lambda p: w.run(p)[p].excess())(ss.ReceivedAttention()),
