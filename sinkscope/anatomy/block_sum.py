@@ -28,7 +28,7 @@ COMPARISONS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 class Branch:
     """How attention or the MLP of a block reaches the residual stream.
 
-    The block adds the output of the module at ``path``, times ``factors``, the paths of numbers or parameters.
+    The block adds the output of the module at ``path``, times ``factors``, paths of numbers or parameters.
     ``through`` are the paths of all modules and factors from the branch's own module to the stream, in order;
     ``norm`` is whether one of them is a norm.
     """

@@ -18,10 +18,11 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice. ModelError if
-    there is no vision tower, decoder or known projector, or a kernel is not supported.
+    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
+
+    ModelError if there is no vision tower, decoder or known projector, or a kernel is not supported.
     """
-    if wrong := _wrapping_of(model) or _missing_in(model):
+    if wrong := _wrong_with(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
     config = model.config
     check_kernels(config)
@@ -71,12 +72,31 @@ def check_kernels(config: Any) -> None:
             )
 
 
-def _missing_in(model: Any) -> str:
-    """What is missing for a vision-language model of transformers; "" if it is one."""
-    config = getattr(model, "config", None)
-    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
+def _wrong_with(model: Any) -> str:
+    """What wraps a model or one of its parts, or what it lacks; "" if it is as it should be."""
+    kind, config = type(model), getattr(model, "config", None)
+    inside = "; expected the transformers model inside, with the same weights. Write "
+    if callable(getattr(kind, "get_base_model", None)):  # by peft, whose adapters stay on
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            return (
+                " with an adapter that puts states of its own before the prompt; expected one that only "
+                "changes weights, such as LoRA: sinkscope would not see those states."
+            )
+        return f"{inside}ss.LVLM(model.get_base_model(), processor)."
+    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
+        part = getattr(model, inner, None)
+        wraps = isinstance(part, nn.Module) and not hasattr(kind, "get_decoder")
+        if wraps and (hasattr(part, "get_decoder") or hasattr(type(part), "get_base_model")):
+            return f"{inside}ss.LVLM(model.{inner}, processor)."
     if not isinstance(model, nn.Module):
         return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
+    for path, part in model.named_modules():
+        if "_orig_mod" in part._modules:
+            return (
+                f" in which {path} is compiled ({type(part).__name__}); expected the part itself, whose "
+                "blocks have a place. Write part.compile(), or put part._orig_mod back."
+            )
+    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
     if config is None or not hasattr(model, "get_decoder"):
         needs = "a transformers image-text-to-text model with a config and get_decoder()"
         return f"; expected {needs}. {write}"
@@ -88,31 +108,6 @@ def _missing_in(model: Any) -> str:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)
     lacks = f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
     return lacks if head() is None else ""
-
-
-def _wrapping_of(model: Any) -> str:
-    """What holds a model or one of its parts, and where the model itself is; "" if nothing does."""
-    kind = type(model)
-    inside = "; expected the transformers model inside, with the same weights. Write "
-    if callable(getattr(kind, "get_base_model", None)):  # by peft, whose adapters stay on
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
-            return (
-                " with an adapter that puts states of its own before the prompt; expected one that only "
-                "changes weights, such as LoRA: sinkscope would not see those states."
-            )
-        return f"{inside}ss.LVLM(model.get_base_model(), processor)."
-    for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
-        found = getattr(model, inner, None)
-        wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
-        if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
-            return f"{inside}ss.LVLM(model.{inner}, processor)."
-    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
-        if "_orig_mod" in part._modules:
-            return (
-                f" in which {path} is compiled ({type(part).__name__}); expected the part itself, whose "
-                "blocks have a place. Write part.compile(), or put part._orig_mod back."
-            )
-    return ""
 
 
 def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:

@@ -89,10 +89,8 @@ def smart_resized(
 ) -> list[PatchGrid]:
     """Grids of images resized to a multiple of the patch grid, one grid per image."""
     if "image_grid_thw" not in inputs:
-        raise InputError(
-            "Got pixel_values without image_grid_thw; expected both. Pass the processor's whole "
-            "output: lvlm.prepare(inputs=processor(...))."
-        )
+        got = "Got pixel_values without image_grid_thw; expected all that the processor makes"
+        raise InputError(f"{got}. Write lvlm.prepare(inputs=processor(...)).")
     patch, sides = config.vision_config.patch_size, inputs["image_grid_thw"].tolist()
     grids = [PatchGrid(rows, columns, patch) for _, rows, columns in sides]
     if sizes is None:
@@ -105,36 +103,25 @@ def smart_resized(
 
 @dataclass(frozen=True)
 class Family:
-    """What sinkscope must be told about a family.
-
-    Attributes:
-        merge: ``config -> patches per side that become one LLM token``.
-        projector: Paths of the projector; the first that exists is taken.
-        packed: Whether the vision tower packs all images into one sequence without a batch axis.
-        feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
-            in the order in which it reads them.
-        drops: ``config -> leading ViT tokens that the projector does not see``.
-        prefix: ``config -> kinds of the leading ViT tokens``, such as ``("cls",)``.
-        order: ``(config, grids [image 3]) -> packed index of every ViT token in processor order``,
-            or None where the tower keeps the processor's order.
-        image_inputs: Processor outputs that belong to the image rather than to the text.
-        pooled: Whether the tower keeps patches in raster order and the projector pools merge x merge
-            neighbours; else the tower's order is block by block, as Qwen's processor makes it.
-        feed_norm: Path of the norm between the feeding block and the projector, "" if there is none.
-    """
+    """What sinkscope must be told about a family; ``config`` is that of the model."""
 
     name: str
-    merge: Callable[[Any], int]
+    merge: Callable[[Any], int]  # config -> patches per side that become one LLM token
     grids: GridReader = resized_and_cropped
+    # Paths of the projector; the first that exists is taken.
     projector: tuple[str, ...] = ("model.multi_modal_projector", "multi_modal_projector")
-    packed: bool = False
+    packed: bool = False  # whether all images share one sequence of the tower, without a batch axis
+    # (config, n_vision_layers) -> blocks whose output feeds the projector, in the order it reads them
     feed_layers: Callable[[Any, int], tuple[int, ...]] = lambda config, n_layers: (n_layers - 1,)
-    drops: Callable[[Any], int] = lambda config: 0
-    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    drops: Callable[[Any], int] = lambda config: 0  # leading ViT tokens the projector does not see
+    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()  # kinds of leading ViT tokens
+    # (config, grids [image 3]) -> packed index of every ViT token in the processor's order, if another
     order: Callable[[Any, Tensor], Tensor] | None = None
-    image_inputs: tuple[str, ...] = ("pixel_values",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)  # outputs of the processor that are no text
+    # Whether patches stay in raster order and the projector pools merge x merge neighbours; else the
+    # tower's order is block by block, as Qwen's processor makes it.
     pooled: bool = False
-    feed_norm: str = ""
+    feed_norm: str = ""  # path of the norm between the feeding block and the projector
 
 
 def _llava_feed(config: Any, n_layers: int) -> tuple[int, ...]:

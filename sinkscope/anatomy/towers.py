@@ -9,7 +9,7 @@ from typing import Any
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.anatomy.families import Family
-from sinkscope.checks import is_whole
+from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
 
@@ -70,9 +70,8 @@ class TowerAnatomy:
         return found
 
     def branch(self, site: str, layer: int) -> Branch:
-        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
-
-        ModelError if it could not be read, or was not what a pass has added.
+        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream; ModelError
+        if it could not be read, or was not what a pass has added.
         """
         if isinstance(found := self.branches[layer], NoBranch):
             raise ModelError(found.reason + _others(self.adding))
@@ -89,9 +88,8 @@ class TowerAnatomy:
         return self.projection[layer], through
 
     def layers(self, layers: Any) -> tuple[int, ...]:
-        """Ascending layers without repeats, of None for all, one 0-based index, or several.
-
-        LayerError if an index is negative, no integer, or beyond the last block.
+        """Ascending layers without repeats, of None for all, one 0-based index, or several; LayerError if an
+        index is negative, no integer, or beyond the last block.
         """
         if layers is None:
             return tuple(range(self.n_layers))
@@ -119,9 +117,9 @@ def _others(layers: tuple[int, ...]) -> str:
 class Anatomy:
     """What sinkscope knows about a model's layout: both towers, the paths of other parts, and numbers.
 
-    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them; it
-    does not see the leading ``drops`` ViT tokens (CLS), and makes one LLM token of ``merge`` patches per side.
-    ``vocab`` is the number of token ids.
+    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them. It
+    does not see the leading ``drops`` ViT tokens (CLS), and makes one LLM token of ``merge`` x ``merge``
+    patches. ``vocab`` is the number of token ids.
     """
 
     model_type: str
@@ -153,7 +151,6 @@ class Anatomy:
 
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
-        if name not in ("vision", "language"):
-            got = f"Got tower={name!r}; expected 'vision' or 'language'."
-            raise ProbeError(f"{got} Write tower='vision' for a ViT.")
+        hint = "Write tower='vision' for a ViT."
+        check_choice(("vision", "language"), tower=name, error=ProbeError, hint=hint)
         return self.vision if name == "vision" else self.language

@@ -123,8 +123,8 @@ def calibrate(
 
     Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
     of different kinds; six to eight are customary. ``draws`` is that of `detectors.Gap` and ``spike`` its
-    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower that is not in ``towers`` has no
-    rule then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
+    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not among ``towers`` has no rule
+    then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
 
     CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
     DetectorError if another number is impossible.

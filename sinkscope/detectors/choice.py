@@ -76,8 +76,8 @@ KNOWN = (
 def known_for(lvlm: LVLM) -> Known | None:
     """The row whose model type and sizes are this model's, or None.
 
-    Sizes decide, not names, so that fine-tuned and renamed copies are found too. A copy whose
-    decoder was replaced keeps its sizes and would be found wrongly: look at the flagged fraction.
+    Sizes decide, not names, so that fine-tuned and renamed copies are found too. A copy whose decoder was
+    replaced keeps its sizes and would be found wrongly: look at the flagged fraction.
     """
     a = lvlm.anatomy
     mine = (a.model_type, a.language.d_model, a.language.n_layers)
@@ -185,9 +185,9 @@ class SinkRules(Record):
 class VisionTokens(Rule):
     """ViT tokens of one ``kind`` that the projector keeps: ``"cls"``, or ``"register"``.
 
-    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does. A gate
-    cannot ask for attention inside its pass, but it can name the token. The score is 1 at such a token and 0
-    elsewhere. Nothing is measured: first see with `Received` that this token draws attention in your model.
+    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does: a gate,
+    which cannot ask for attention inside its pass, can name the token. The score is 1 there and 0 elsewhere.
+    Nothing is measured: first see with `Received` that this token draws attention in your model.
     """
 
     choices: ClassVar[Any] = {"kind": ("cls", "register")}

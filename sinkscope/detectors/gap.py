@@ -32,8 +32,7 @@ class Gap(Rule):
     ``draws`` (0 to 1) beyond uniform attention, from other tokens only: in the LLM in that layer, in the
     vision tower in some block. There patches are judged; CLS and registers are kinds of their own.
 
-    The score is the largest ``|h|`` in medians, the threshold the larger of the two limits. Null: the
-    peak-to-median ratio of an isotropic state.
+    The score is the largest ``|h|`` in medians, the threshold the larger of the two limits.
     """
 
     ranges: ClassVar[Any] = {"gap": {"above": 1}, "draws": {"above": 0, "below": 1}}
@@ -74,7 +73,7 @@ class Gap(Rule):
         return above & (result.growth() >= self.growth) & result.judged[:, None]
 
     def null(self, result: EvidenceResult, anatomy: TowerAnatomy) -> float:
-        """Peak over median of D half-normals."""
+        """The peak-to-median ratio of an isotropic state, D half-normals."""
         return expected_peak(anatomy.d_model) / 0.6745
 
 
@@ -108,7 +107,7 @@ class Limits(Rule):
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
                 f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
-                "expected one per block of this model. Write ss.calibrate(lvlm, samples)."
+                "expected a positive one per block. Write ss.calibrate(lvlm, samples) for this model."
             )
         return self._like(1.0).probe(tower, layers, anatomy)
 
@@ -160,23 +159,22 @@ def outcome_of(
     """
     one, many = ("patch", "patches") if tower == "vision" else ("token", "tokens")
 
-    def listed(verb: str, after: str, masks: list[Tensor], values: list[Tensor], unit: str) -> str:
+    def listed(verb: str, what: str, unit: str, seen: list[tuple[Tensor, Tensor]]) -> str:
         sizes = {
-            (sample, row, pos): float(values[sample][row, :, pos].nan_to_num().max())
-            for sample, mask in enumerate(masks)
+            (sample, row, pos): float(values[row, :, pos].nan_to_num().max())
+            for sample, (mask, values) in enumerate(seen)
             for row, pos in mask.any(dim=1).nonzero().tolist()
         }
         ranked = sorted(sizes, key=lambda at: -sizes[at])
         some = ", ".join(f"{called(*at)} ({unit.format(sizes[at])})" for at in ranked[:3])
         more = f" and {len(ranked) - 3} more" if len(ranked) > 3 else ""
         which = f"1 {one} {verb}s" if len(ranked) == 1 else f"{len(ranked)} {many} {verb}"
-        return f"{which}{after}: {some}{more}" if ranked else ""
+        return f"{which}{what}: {some}{more}" if ranked else ""
 
-    medians, drawn = [seen.medians() for seen in evidence], [seen.drawn() for seen in evidence]
-    spiking = [rule.spikes_in(seen) for seen in evidence]
-    drawing = [rule.draws_in(seen) & seen.judged[:, None] for seen in evidence]
-    spikes = listed("spike", "", spiking, medians, "{:.0f} medians")
-    draws = listed("draw", " attention", drawing, drawn, "{:.2f} beyond uniform")
+    spiking = [(rule.spikes_in(seen), seen.medians()) for seen in evidence]
+    drawing = [(rule.draws_in(s) & s.judged[:, None], s.drawn()) for s in evidence]
+    spikes = listed("spike", "", "{:.0f} medians", spiking)
+    draws = listed("draw", " attention", "{:.2f} beyond uniform", drawing)
     both = "; none does both in one layer" if spikes and draws else ""
     if not spikes:
         size, times, came = _largest_spike(rule, evidence)

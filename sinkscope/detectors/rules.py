@@ -72,14 +72,10 @@ class Rule(Record):
 class SinkDimensions(Rule):
     """Tokens whose sink-dimension value exceeds tau (Kang et al. 2503.03321; Choi et al. 2604.03316).
 
-    Null: the expected score of an isotropic state (with RMS), or 0 (raw, which has no scale).
-
-    Args:
-        dims: Channel indices of this model.
-        tau: With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to flag 83-100 %
-            of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
-        normalize: ``"rms"`` or ``"none"``.
-        strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
+    ``dims`` are channels of this model. With ``normalize="rms"`` (else ``"none"``) the score is at most
+    sqrt(D): ``tau=20`` suits LLaMA-2-7B (D = 4096), is known to flag 83-100 % of the image tokens of most
+    recent LVLMs (2609.32808), and above sqrt(D) is refused. If ``strict``, a score equal to tau is no sink:
+    VAR's code is strict, LSG writes ``>=``.
     """
 
     ranges: ClassVar[Any] = {"tau": {"above": 0}}
@@ -108,7 +104,7 @@ class SinkDimensions(Rule):
         return probes.SinkDimensionScores(*given, STATE_SITE[tower])
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """``E max of |dims| half-normals``."""
+        """The score of an isotropic state, ``E max of |dims| half-normals``; 0 without a scale."""
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
     def _plain(self) -> dict[str, Any]:
@@ -118,10 +114,7 @@ class SinkDimensions(Rule):
 
 @dataclass(frozen=True)
 class Massive(Rule):
-    """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762).
-
-    The null is the peak-to-median ratio of an isotropic state times the layer's median.
-    """
+    """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762)."""
 
     measured: ClassVar[Any] = partial(probes.MassiveActivations, k=1)
     limit_field: ClassVar[str] = "absolute"
@@ -139,7 +132,7 @@ class Massive(Rule):
         return reaches(result.ratio(), self.ratio)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """Peak over median of D half-normals, times the mean median."""
+        """The peak-to-median ratio of an isotropic state, D half-normals, times the mean median."""
         return expected_peak(anatomy.d_model) / 0.6745 * float(result.median.nanmean())
 
     def _plain(self) -> dict[str, Any]:
@@ -148,7 +141,7 @@ class Massive(Rule):
 
 
 class NormRule(Rule):
-    """A rule on token norms; the null is the median norm."""
+    """A rule on token norms."""
 
     score_field: ClassVar[str] = "norms"
 
@@ -204,9 +197,8 @@ class Norm(NormRule):
 class ZScore(NormRule):
     """Norms more than ``z`` standard deviations above the mean of the layer's live tokens, per row.
 
-    The score is the L2 norm; the null is the median norm. Of n tokens none lies more than
-    ``(n - 1) / sqrt(n)`` (sample) deviations above the mean, so a short row has none at ``z=3``: that takes
-    11. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
+    Of n tokens none lies more than ``(n - 1) / sqrt(n)`` (sample) deviations above the mean: ``z=3`` takes 11
+    tokens. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
     """
 
     ranges: ClassVar[Any] = {"z": {"above": 0}}
@@ -225,12 +217,10 @@ class ZScore(NormRule):
 class Received(Rule):
     """Tokens that receive more than epsilon of the attention of the queries that see them.
 
-    Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform causal
-    attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
-
-    ``eps`` is the least received attention, own query included, as published; ``times_null`` instead a
-    multiple of each token's own null (5 in ACT, 2406.15765), counting what other tokens give, where at
-    least 8 of them see the token. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
+    ``eps`` is the least received attention, own query included; Gu et al. (2410.10781) use 0.3 per head. It
+    depends on the prompt's length: under uniform causal attention key 0 of T already receives about ln(T)/T.
+    ``times_null`` is instead a multiple of each token's own null (5 in ACT, 2406.15765), counting what other
+    tokens give, where at least 8 of them see it. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
     """
 
     ranges: ClassVar[Any] = {"eps": {"above": 0, "below": 1}}
@@ -265,9 +255,8 @@ class Received(Rule):
 
 @dataclass(frozen=True)
 class CosineToBOS(Rule):
-    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks).
-
-    The first token itself is always flagged. Null: ``E |cos|`` of random directions.
+    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks), and that
+    token itself.
     """
 
     measured: ClassVar[Any] = probes.CosineToFirst
@@ -277,7 +266,7 @@ class CosineToBOS(Rule):
     strict: bool = True
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """``sqrt(2 / (pi D))``."""
+        """``E |cos|`` of random directions, ``sqrt(2 / (pi D))``."""
         return (2 / (torch.pi * anatomy.d_model)) ** 0.5
 
 

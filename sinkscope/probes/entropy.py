@@ -83,8 +83,8 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, eq=False)
 class EntropyResult(Result, columns={"entropy": "entropy", "null": "null"}):
-    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number; NaN at padding.
-    ``null`` is that of uniform attention under the model's own mask.
+    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number. ``null`` is that
+    of uniform attention under the model's own mask; NaN at padding.
     """
 
     entropy: Float[Tensor, "batch layer head query"]

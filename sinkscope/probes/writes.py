@@ -95,8 +95,8 @@ class ValueNormResult(Result, columns={"norm": "norms"}):
 class ValueNorms(
     AttentionProbe, kernel=attention.value_norms, result=ValueNormResult, per_key=True
 ):
-    """L2 norm of every value vector, after the run's edits. With GQA there is one per key-value head. Edits of
-    values for some heads or queries in the same run are refused: there is not one value per key.
+    """L2 norm of every value vector, after the run's edits; with GQA one per key-value head. Edits of values
+    for some heads or queries in the same run are refused: there is not one value per key.
     """
 
     layers: Any = None

@@ -511,7 +511,7 @@ PROBES = {
     "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
     "unknown tower": (
         lambda w: w.run(having(ss.TokenNorms(), tower="visual")),
-        "tower='visual'; expected 'vision' or 'language'. Write tower='vision'",
+        "tower='visual'; expected one of .'vision', 'language'.. Write tower='vision'",
     ),
     "unknown site": (
         lambda w: w.run(ss.TokenNorms(site="resid_mid")),
