@@ -23,8 +23,7 @@ LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
 @dataclass(frozen=True)
 class AttentionCall:
     """Where a module calls attention: nnsight's labels of the binding of the function, and of the call, which
-    ``fires`` ``"once"`` per forward pass, or ``"per window"`` in a loop.
-    """
+    ``fires`` ``"once"`` per forward pass, or ``"per window"`` in a loop."""
 
     bind: str
     call: str

@@ -17,8 +17,7 @@ from sinkscope.tokens import Selection, TokenMap
 @dataclass(frozen=True, eq=False)
 class Context:
     """The model's anatomy and the sample's tokens at one step: 0 for the prompt, 1, 2, ... for decode steps.
-    ``ended``, bool ``[batch]``, are rows whose answer ended before this step, None while unknown.
-    """
+    ``ended``, bool ``[batch]``, are rows whose answer ended before this step, None while unknown."""
 
     anatomy: Anatomy
     tokens: TokenMap
@@ -100,10 +99,8 @@ class Context:
         return torch.stack(masks, dim=-1)
 
     def pack(self, tower: str, x: Tensor, dim: int) -> Tensor:
-        """Per-image values in the layout of a packed tower, else ``x`` itself.
-
-        ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``.
-        """
+        """Per-image values in the layout of a packed tower, else ``x`` itself:
+        ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``."""
         if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]

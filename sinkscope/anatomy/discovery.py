@@ -18,10 +18,8 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
-
-    ModelError if there is no vision tower, decoder or known projector, or a kernel is not supported.
-    """
+    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice. ModelError
+    if there is no vision tower, decoder or known projector, or a kernel is not supported."""
     if wrong := _wrong_with(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
     config = model.config

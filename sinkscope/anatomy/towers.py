@@ -71,8 +71,7 @@ class TowerAnatomy:
 
     def branch(self, site: str, layer: int) -> Branch:
         """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream; ModelError
-        if it could not be read, or was not what a pass has added.
-        """
+        if it could not be read, or was not what a pass has added."""
         if isinstance(found := self.branches[layer], NoBranch):
             raise ModelError(found.reason + _others(self.adding))
         return found[0 if site == "attn_out" else 1]
@@ -89,8 +88,7 @@ class TowerAnatomy:
 
     def layers(self, layers: Any) -> tuple[int, ...]:
         """Ascending layers without repeats, of None for all, one 0-based index, or several; LayerError if an
-        index is negative, no integer, or beyond the last block.
-        """
+        index is negative, no integer, or beyond the last block."""
         if layers is None:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)

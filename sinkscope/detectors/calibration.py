@@ -62,8 +62,7 @@ class TowerCalibration(Record):
 @dataclass(frozen=True)
 class Calibration(Result):
     """Detectors for one model: ``vision`` is what was found in the ViT, on the states that feed the
-    projector, and ``language`` in the decoder, on what its attention reads.
-    """
+    projector, and ``language`` in the decoder, on what its attention reads."""
 
     vision: TowerCalibration
     language: TowerCalibration
@@ -123,7 +122,7 @@ def calibrate(
 
     Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
     of different kinds; six to eight are customary. ``draws`` is that of `detectors.Gap` and ``spike`` its
-    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not among ``towers`` has no rule
+    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
     then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
 
     CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
@@ -152,10 +151,8 @@ def calibrate(
 def _look(
     lvlm: LVLM, samples: Sequence[Sample], rule: Gap, towers: Any, remote: Any, hidden: bool
 ) -> dict[str, tuple[list[_Look], list[int]]]:
-    """By tower, what is seen in every sample, and the candidate channels.
-
-    V-sinks are judged where the projector reads; L-sinks everywhere.
-    """
+    """By tower, what is seen in every sample, and the candidate channels. V-sinks are judged where the
+    projector reads; L-sinks everywhere."""
 
     def passes(probes: list[Any], what: str) -> Iterator[Run]:
         bar = tqdm(samples, desc=f"calibrating: {what}", disable=hidden, leave=False)
@@ -214,10 +211,8 @@ class _Separation:
 
 
 def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
-    """Robust lowest score of the sinks and highest of the others, by layer.
-
-    Scores are ``[row layer pos]`` of every sample; others are never taken for less than ``floor``.
-    """
+    """Robust lowest score of the sinks and highest of the others, by layer. Scores are ``[row layer pos]`` of
+    every sample; others are never taken for less than ``floor``."""
     low, high, elsewhere = {}, {}, floor
     both = list(zip(scores, looks, strict=True))
     for i, layer in enumerate(looks[0].evidence.layers):

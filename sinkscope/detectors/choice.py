@@ -132,9 +132,7 @@ class SinkRules(Record):
         cls, lvlm: LVLM, sample: Sample, v: Any = None, l_rule: Any = None, draws: float = DRAWS
     ) -> SinkRules:
         """Rules for one sample, which judges itself where nothing is given (``v``, ``l_rule``) or published.
-
-        ``draws`` is that of `Gap`; DetectorError if a rule is none.
-        """
+        ``draws`` is that of `Gap`; DetectorError if a rule is none."""
         last: tuple[Detector, str] = Gap(draws=draws), "the gap rule on this sample"
         if int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING:
             last = Massive(), "the generic definition (massive: |h| > 100 and 1000 medians)"
@@ -185,7 +183,7 @@ class SinkRules(Record):
 class VisionTokens(Rule):
     """ViT tokens of one ``kind`` that the projector keeps: ``"cls"``, or ``"register"``.
 
-    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states does: a gate,
+    Where CLS is the sink of a vision tower, attention finds it (`Received`) and no rule on states. A gate,
     which cannot ask for attention inside its pass, can name the token. The score is 1 there and 0 elsewhere.
     Nothing is measured: first see with `Received` that this token draws attention in your model.
     """

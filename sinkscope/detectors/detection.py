@@ -90,10 +90,8 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
 def decide(
     detector: Any, result: Any, visual: Tensor, live: Tensor, tower: Tower, anatomy: TowerAnatomy
 ) -> Detection:
-    """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged.
-
-    ``visual`` are the image tokens and ``live`` all tokens, bool ``[batch pos]``.
-    """
+    """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged. ``visual`` are
+    the image tokens and ``live`` all tokens, bool ``[batch pos]``."""
     scores, strict = detector.scores(result), getattr(detector, "strict", False)
     limit = detector.thresholds(result, scores)
     above = reaches(scores, limit[..., None], strict) & live[:, None]
@@ -177,10 +175,8 @@ def detect_all(
 
 
 def jaccard(one: Detection, other: Detection) -> float:
-    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty.
-
-    DetectorError if they looked at other tokens or layers.
-    """
+    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty. DetectorError
+    if they looked at other tokens or layers."""
     looked = [(each.tower, each.layers, tuple(each.mask.shape)) for each in (one, other)]
     if looked[0] != looked[1]:
         got = f"Got detections of (tower, layers, shape) {looked[0]} and {looked[1]}"
@@ -191,9 +187,7 @@ def jaccard(one: Detection, other: Detection) -> float:
 
 def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
     """A square table of `jaccard` of detections of the same sample, tower and layers, by name or listed.
-
-    DetectorError if they looked at other tokens or layers, or two of a list have the same name.
-    """
+    DetectorError if they looked at other tokens or layers, or two of a list have the same name."""
     named = isinstance(detections, Mapping)
     listed = [*detections.values()] if named else [*detections]
     for one in listed:

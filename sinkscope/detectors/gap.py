@@ -153,10 +153,8 @@ def outcome_of(
     tower: str,
     called: Callable[[int, int, int], str] = lambda sample, row, pos: f"position {pos}",
 ) -> str:
-    """Say why no token of a tower is a sink: what spikes, what draws attention.
-
-    ``called`` gives the name of the token at ``(sample, row, position)``.
-    """
+    """Say why no token of a tower is a sink: what spikes, what draws attention. ``called`` gives the name of
+    the token at ``(sample, row, position)``."""
     one, many = ("patch", "patches") if tower == "vision" else ("token", "tokens")
 
     def listed(verb: str, what: str, unit: str, seen: list[tuple[Tensor, Tensor]]) -> str:

@@ -256,8 +256,7 @@ class Received(Rule):
 @dataclass(frozen=True)
 class CosineToBOS(Rule):
     """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks), and that
-    token itself.
-    """
+    token itself."""
 
     measured: ClassVar[Any] = probes.CosineToFirst
     limit_field: ClassVar[str] = "threshold"

@@ -33,8 +33,7 @@ STATE_SITE = {"language": "resid_pre", "vision": "resid_post"}
 @dataclass(frozen=True, eq=False)
 class MassResult(Result, columns={"mass": "mass", "null": "null"}):
     """Attention mass per key group, in [0, 1] and NaN at padding. ``null`` is that of uniform attention under
-    the model's own mask, or None if it was not asked for.
-    """
+    the model's own mask, or None if it was not asked for."""
 
     mass: Float[Tensor, "batch layer head query group"]
     null: Float[Tensor, "batch layer query group"] | None
@@ -58,8 +57,7 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
 
     def plot_heads(self, group: str, row: int | None = None, *, query: int | None = None) -> Figure:
         """A layer x head map of the mass on a group, with the head that gives the most and its null, of a
-        ``row`` of the batch and a ``query`` position; None for the mean over those measured.
-        """
+        ``row`` of the batch and a ``query`` position; None for the mean over those measured."""
         return plot_heads(self, group, row, query=query)
 
 
@@ -113,16 +111,13 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``: ``Sink_k^eps`` of Gu et
-        al. (2410.10781) by layer. It depends on the length of the prompt.
-        """
+        al. (2410.10781) by layer. It depends on the length of the prompt."""
         above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
         return above.nanmean(dim=(0, 2))
 
     def excess(self) -> Float[Tensor, "batch layer head key"]:
         """What other tokens give beyond uniform attention, in [-1, 1]; ProbeError if it was not asked for.
-
-        Tokens are ranked by it and not by `times_null`, which for a token that many see is never large.
-        """
+        Tokens are ranked by it and not by `times_null`, which for a token that many see is never large."""
         others, null = self._of_others()
         return others - null
 
@@ -182,8 +177,7 @@ class ReceivedAttention(
 @dataclass(frozen=True, eq=False)
 class PatternResult(Result, columns={"attention": "patterns"}):
     """Attention weights of chosen queries; NaN where a row is absent or a key is padding. Rows sum to 1, or
-    less where the model has a learned sink.
-    """
+    less where the model has a learned sink."""
 
     patterns: Float[Tensor, "batch layer head row key"]
     rows: Int[Tensor, "batch row"]
@@ -200,8 +194,7 @@ class AttentionPatterns(
     per_key=True,
 ):
     """Attention weights of chosen queries, and only those. Exact. ``rows`` selects the queries, such as
-    ``"last"``; at a decode step the one query is used.
-    """
+    ``"last"``; at a decode step the one query is used."""
 
     rows: Selection = "last"
     layers: Any = None
@@ -243,16 +236,14 @@ class EvidenceResult(Result):
 
     def drawn(self) -> Float[Tensor, "batch layer pos"]:
         """The most that some head of the layer gives a token beyond uniform attention, in [-1, 1]: from other
-        tokens only, NaN where fewer than 8 of them see it.
-        """
+        tokens only, NaN where fewer than 8 of them see it."""
         excess = self.received.excess()
         gone = excess.isnan().all(dim=2)
         return excess.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
 
     def growth(self) -> Float[Tensor, "batch layer pos"]:
         """By how much a token's largest channel grew since the embeddings, in medians of its layer; at least,
-        where the channel was not among the 16 largest there. Infinite in the vision tower.
-        """
+        where the channel was not among the 16 largest there. Infinite in the vision tower."""
         now = self.medians()
         if self.first is None:
             return torch.full_like(now, float("inf")).masked_fill(now.isnan(), float("nan"))

@@ -31,9 +31,7 @@ from sinkscope.tokens import Selection
 
 def entropy(calls, state, groups=None, rows=None, layout=None):  # type: ignore[no-untyped-def]
     """Entropy of attention rows in nats: ``{"entropy": [batch head query], "null": [batch query]}``.
-
-    ``groups`` is ``[batch key group]`` one-hot, or None for single keys; for the others see `group_mass`.
-    """
+    ``groups`` is ``[batch key group]`` one-hot, or None for single keys; for the others see `group_mass`."""
     if groups is not None:
         mass = group_mass(calls, state, groups, rows, True, True, layout)
         return {"entropy": of_shares(mass["mass"]), "null": of_shares(mass["null"])}
@@ -83,9 +81,8 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, eq=False)
 class EntropyResult(Result, columns={"entropy": "entropy", "null": "null"}):
-    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number. ``null`` is that
-    of uniform attention under the model's own mask; NaN at padding.
-    """
+    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number. ``null`` is
+    that of uniform attention under the model's own mask; NaN at padding."""
 
     entropy: Float[Tensor, "batch layer head query"]
     null: Float[Tensor, "batch layer query"]

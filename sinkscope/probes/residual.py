@@ -52,8 +52,7 @@ def check_count(k: Any, most: int, what: str) -> int:
 @dataclass(frozen=True, eq=False)
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
     """The largest channels of every token, largest magnitude first; values are signed, NaN and channels -1 at
-    padding. ``median`` is that of ``|h|`` over live positions and all channels.
-    """
+    padding. ``median`` is that of ``|h|`` over live positions and all channels."""
 
     values: Float[Tensor, "batch layer pos k"]
     channels: Int[Tensor, "batch layer pos k"]
@@ -74,9 +73,7 @@ class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
 @dataclass(frozen=True, eq=False)
 class MassiveActivations(LayerProbe, kernel=kernels.massive, result=MassiveResult):
     """The ``k`` largest channels of every token and the layer's median magnitude (Sun et al. 2402.17762).
-
-    Reading ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
-    """
+    Reading ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -173,8 +170,7 @@ class StateResult(Result, columns={"value": "states"}):
 @dataclass(frozen=True, eq=False)
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     """The states themselves, for patching into another run or training probes on them. A large result;
-    ``tokens`` selects which to keep.
-    """
+    ``tokens`` selects which to keep."""
 
     tokens: Selection = "all"
     layers: Any = None
@@ -203,10 +199,8 @@ class ChannelResult(Result, columns={"value": "values"}):
 
 @dataclass(frozen=True, eq=False)
 class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
-    """Signed values of chosen channels before, in and after every block, at the sites asked for.
-
-    ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` are its halves.
-    """
+    """Signed values of chosen channels before, in and after every block, at the sites asked for. ``resid_post
+    - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` are its halves."""
 
     channels: Sequence[int]
     layers: Any = None
@@ -261,8 +255,7 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
 @dataclass(frozen=True, eq=False)
 class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
     """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats. ``tokens`` are
-    ids, most likely first, -1 where there is none.
-    """
+    ids, most likely first, -1 where there is none."""
 
     tokens: Int[Tensor, "batch layer row k"]
     logprobs: Float[Tensor, "batch layer row k"]
@@ -274,8 +267,7 @@ class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
 @dataclass(frozen=True, eq=False)
 class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
     """The model's final norm and LM head applied to intermediate states of the decoder (nostalgebraist 2020).
-    ``positions`` selects the states, ``k`` is how many tokens to keep.
-    """
+    ``positions`` selects the states, ``k`` is how many tokens to keep."""
 
     positions: Selection = "last"
     layers: Any = None

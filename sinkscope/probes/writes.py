@@ -47,8 +47,7 @@ def over_others(norms: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class WriteResult(Result, columns={"norm": "norms"}):
     """Writes of every key and head: ``norms`` are ``||D W_O^h v_j||_2``, NaN at padding; ``stable_rank`` is
-    that of the head's outputs, at least 1.
-    """
+    that of the head's outputs, at least 1."""
 
     norms: Float[Tensor, "batch layer head key"]
     stable_rank: Float[Tensor, "batch layer head"]
@@ -86,8 +85,7 @@ class ValueNormResult(Result, columns={"norm": "norms"}):
 
     def ratio(self) -> Float[Tensor, "batch layer kv_head pos"]:
         """Every token's norm over the mean norm of the row's other live tokens: ``ratio_head`` of Fesser et
-        al. (2606.08105). At most 0.2 means that a sink writes next to nothing.
-        """
+        al. (2606.08105). At most 0.2 means that a sink writes next to nothing."""
         return over_others(self.norms)
 
 
@@ -96,8 +94,7 @@ class ValueNorms(
     AttentionProbe, kernel=attention.value_norms, result=ValueNormResult, per_key=True
 ):
     """L2 norm of every value vector, after the run's edits; with GQA one per key-value head. Edits of values
-    for some heads or queries in the same run are refused: there is not one value per key.
-    """
+    for some heads or queries in the same run are refused: there is not one value per key."""
 
     layers: Any = None
     tower: Tower = "language"

@@ -137,8 +137,7 @@ def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
     """Per-site answers, or one ``part`` of each, as one tensor ``[batch layer ...]`` in forward order.
-    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any.
-    """
+    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any."""
     values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
     longest = max(keys, *(value.shape[axis] for value in values))
     after = (0, 0) * (-1 - axis)

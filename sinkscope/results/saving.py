@@ -210,10 +210,8 @@ def load(path: str | Path) -> Any:
 
 
 def load_run(path: str | Path) -> Any:
-    """Read a run or a generation that was saved; CheckpointError as `load`, and for another result.
-
-    Its results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe.
-    """
+    """Read a run or a generation that was saved; CheckpointError as `load`, and for another result. Its
+    results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe."""
     found = load(path)
     if (kind := type(found).__name__) not in ("Run", "Generation"):
         got = f"Got {str(path)!r}, which holds a {kind}; expected a run"
