@@ -1,8 +1,5 @@
-"""Find the attention call in a module's ``forward`` by what it is, never by its label.
-
-``transformers`` looks the attention function up, binds it to a variable and calls it. nnsight numbers
-the operations on that variable in source order, so the bindings and branches before are read here.
-"""
+"""Find the attention call in a module's ``forward`` by what it is: ``transformers`` looks the function up,
+binds it to a variable and calls it, and nnsight numbers the operations on that variable in source order."""
 
 from __future__ import annotations
 

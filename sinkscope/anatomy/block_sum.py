@@ -1,8 +1,5 @@
-"""What a block adds to the residual stream: its two branches, attention and MLP, and their factors.
-
-The source of ``forward`` is followed with sums of terms in the place of tensors. Modules without effect
-in evaluation, such as dropout, are left out.
-"""
+"""What a block adds to the residual stream: attention and MLP with their factors. The source of ``forward``
+is followed with sums of terms in the place of tensors, without modules that change nothing in evaluation."""
 
 from __future__ import annotations
 
@@ -26,11 +23,9 @@ COMPARISONS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 
 @dataclass(frozen=True)
 class Branch:
-    """How attention or the MLP of a block reaches the residual stream.
-
-    The block adds the output of the module at ``path``, times ``factors``, paths of numbers or parameters.
-    ``through`` are the paths of all modules and factors from the branch's own module to the stream, in order;
-    ``norm`` is whether one of them is a norm.
+    """How attention or the MLP of a block reaches the residual stream: it adds the output of the module at
+    ``path``, times ``factors``, paths of numbers or parameters. ``through`` are the paths of all modules and
+    factors from the branch's own module to the stream, in order; ``norm`` is whether one of them is a norm.
     """
 
     path: str

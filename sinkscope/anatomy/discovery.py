@@ -129,11 +129,8 @@ def attention_child(block: nn.Module) -> nn.Module | None:
 
 
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
-    """The MLP's last linear map into the stream of this width, and how many neurons it reads.
-
-    An adapter holds maps of lower rank too, so the widest map is taken, and then the outermost module
-    around it that holds no map which reads the stream.
-    """
+    """The MLP's widest linear map into the stream (adapters hold narrower ones), in the outermost module
+    around it that holds no map which reads the stream; and how many neurons it reads."""
     maps: dict[str, tuple[int, int]] = {}
     for path, module in mlp.named_modules():
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))

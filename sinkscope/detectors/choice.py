@@ -74,11 +74,8 @@ KNOWN = (
 
 
 def known_for(lvlm: LVLM) -> Known | None:
-    """The row whose model type and sizes are this model's, or None.
-
-    Sizes decide, not names, so that fine-tuned and renamed copies are found too. A copy whose decoder was
-    replaced keeps its sizes and would be found wrongly: look at the flagged fraction.
-    """
+    """The row whose model type and sizes are this model's, or None. Copies of other names are found too; so is
+    one with another decoder of these sizes, for which the row is wrong: look at the flagged fraction."""
     a = lvlm.anatomy
     mine = (a.model_type, a.language.d_model, a.language.n_layers)
     rows = (r for r in KNOWN if (r.model_type, r.text_width, r.text_layers) == mine)
@@ -108,11 +105,11 @@ def published(lvlm: LVLM) -> dict[str, tuple[Detector, str] | None]:
 
 @dataclass(frozen=True)
 class SinkRules(Record):
-    """The rule of each kind of sink, and where it is from: the one place that knows the order.
+    """The rule of each kind of sink, and where it is from: given, published for this model, calibrated on
+    samples or the gap rule, the generic definition, in this order.
 
-    Given, published for this model, calibrated on samples or the gap rule, the generic definition. ``v``
-    is for V-sinks, on the states that feed the projector, ``l_rule`` for L-sinks, on what each LLM layer
-    reads; ``calibration`` is the one that was made or given, if any.
+    ``v`` is for V-sinks, on the states that feed the projector, and ``l_rule`` for L-sinks, on what each LLM
+    layer reads; ``calibration`` is the one that was made or given, if any.
     """
 
     v: Detector
@@ -153,9 +150,8 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for many samples: what is neither given nor published is calibrated on some.
 
-        ``samples`` makes the samples, called if that is needed; ``what`` they are in words, empty for their
-        number. ``calibration`` is one to take rules from, instead of making one. For ``remote``,
-        ``progress`` and CalibrationError see `calibrate`.
+        ``samples`` makes the samples if they are needed; ``what`` they are in words, empty for their number.
+        ``calibration`` is one to take rules from. For the rest and CalibrationError see `calibrate`.
         """
         given = zip(published(lvlm).items(), (v, l_rule), strict=True)
         missing = [tower for (tower, known), rule in given if known is None and rule is None]
@@ -267,9 +263,8 @@ class _KindProbe(Record):
 class RandomTokens(Rule):
     """As many tokens per row as ``count``, chosen by a hash with a ``seed``: the control for a detector.
 
-    The choice differs from image to image and is the same whenever an image is seen again. It is a
-    hash of every token's position and largest channel, so rounding in another dtype can change it. In
-    a ViT the CLS token may be among the chosen; most projectors drop it, and no LLM token is made of it.
+    The choice is the same whenever an image is seen again. It is a hash of every token's position and largest
+    channel, so rounding in another dtype can change it. CLS may be chosen, which most projectors drop.
     """
 
     measured: ClassVar[Any] = partial(MassiveActivations, k=1)

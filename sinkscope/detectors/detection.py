@@ -26,11 +26,8 @@ SATURATION = 0.2  # a detector that flags more than this share of the image toke
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that flags tokens.
-
-    It may also have ``strict``, whether a score that equals its threshold is below it, and
-    ``also(result)``, a bool mask ``[batch layer pos]`` of what must hold besides.
-    """
+    """Anything that flags tokens. It may also have ``strict``, whether a score that equals its threshold is
+    below it, and ``also(result)``, bool ``[batch layer pos]``, what must hold besides."""
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What to measure; raises if the parameters cannot work on this tower."""

@@ -26,11 +26,10 @@ from sinkscope.sites import Tower
 
 
 class Rule(Record):
-    """The base of the detectors of this room: one field of a probe's result against one number.
+    """The base of detectors: one field of a probe's result, ``score_field``, against one number.
 
-    ``measured`` makes the probe from ``layers``, ``tower`` and ``site``; ``score_field`` is a field of its
-    result and ``limit_field`` one of the rule. ``ranges`` are the fields that are numbers -> what
-    `check_number` asks of them, ``choices`` fields -> what they may be.
+    That is the rule's ``limit_field``. ``measured`` makes the probe from ``layers``, ``tower`` and ``site``.
+    ``ranges`` is field -> what `check_number` asks of it, ``choices`` field -> what it may be.
     """
 
     measured: ClassVar[Callable[..., Any]] = probes.TokenNorms

@@ -177,11 +177,8 @@ def write(value: Any, path: Path) -> Path:
 
 
 def load(path: str | Path) -> Any:
-    """Read what ``result.save(path)`` wrote, bit for bit. Nothing is unpickled.
-
-    CheckpointError if there is no such file, it is damaged or of something else, a newer sinkscope wrote it,
-    or it holds a class that is not known here.
-    """
+    """Read what ``result.save(path)`` wrote, bit for bit; nothing is unpickled. CheckpointError if the file
+    is missing, damaged, of something else or of a newer sinkscope, or holds a class that is not known here."""
 
     def refuse(why: str, expected: str = "") -> CheckpointError:
         expected = expected or "the file as result.save(path) wrote it"
