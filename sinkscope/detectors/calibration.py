@@ -184,8 +184,8 @@ def _candidates(looks: list[_Look]) -> list[int]:
     for look in looks:
         massive = look.evidence.massive
         sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks].flatten()
-        at = massive.channels[look.sinks].flatten().tolist()
-        for channel, size in zip(at, sizes.tolist(), strict=True):
+        at = massive.channels[look.sinks].flatten()
+        for channel, size in zip(at.tolist(), sizes.tolist(), strict=True):
             best[channel] = max(best.get(channel, 0.0), size)
     return sorted(best, key=lambda channel: -best[channel])[:CANDIDATES]
 
@@ -201,7 +201,6 @@ class _Separation:
 
     @property
     def clear(self) -> tuple[int, ...]:
-        """Layers that are separated."""
         return tuple(layer for layer, gap in self.gaps.items() if gap >= DISTINCT)
 
     @property

@@ -74,7 +74,7 @@ KNOWN = (
 
 
 def known_for(lvlm: LVLM) -> Known | None:
-    """The row whose model type and sizes are this model's, or None. Copies of other names are found too; so is
+    """The row whose model type and sizes are this model's, or None. Copies of other names are found, and
     one with another decoder of these sizes, for which the row is wrong: look at the flagged fraction."""
     a = lvlm.anatomy
     mine = (a.model_type, a.language.d_model, a.language.n_layers)

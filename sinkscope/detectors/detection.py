@@ -31,15 +31,19 @@ class Detector(Protocol):
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What to measure; raises if the parameters cannot work on this tower."""
+        ...
 
     def scores(self, result: Any) -> Tensor:
         """The scores ``[batch layer pos]`` of a result."""
+        ...
 
     def thresholds(self, result: Any, scores: Tensor) -> Tensor:
         """The threshold of every row and layer, ``[batch layer]``."""
+        ...
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
         """The score to expect without any sink."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,8 +128,7 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
     """The same result in some of its layers."""
     at = [result.layers.index(layer) for layer in layers]
     stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
-    parts = {name: getattr(result, name) for name in stacked}
-    some = {name: part[:, at] for name, part in parts.items() if part is not None}
+    some = {n: getattr(result, n)[:, at] for n in stacked if getattr(result, n) is not None}
     return replace(result, layers=tuple(layers), **some)
 
 

@@ -62,11 +62,8 @@ def same(one: Any, other: Any) -> bool:
     if is_dataclass(one):
         return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
     if isinstance(one, nn.Module):
-        own, others = (
-            {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            for module in (one, other)
-        )
-        return same(own, others) and same(one.state_dict(), other.state_dict())
+        own = [{n: v for n, v in vars(m).items() if not n.startswith("_")} for m in (one, other)]
+        return same(*own) and same(one.state_dict(), other.state_dict())
     if isinstance(one, (Tensor, np.ndarray)):
         return torch.equal(*(torch.as_tensor(x).cpu() for x in (one, other)))
     if isinstance(one, Mapping):
@@ -178,7 +175,7 @@ def write(value: Any, path: Path) -> Path:
 
 def load(path: str | Path) -> Any:
     """Read what ``result.save(path)`` wrote, bit for bit; nothing is unpickled. CheckpointError if the file
-    is missing, damaged, of something else or of a newer sinkscope, or holds a class that is not known here."""
+    is missing, damaged, of something else or of a newer sinkscope, or holds a class not known here."""
 
     def refuse(why: str, expected: str = "") -> CheckpointError:
         expected = expected or "the file as result.save(path) wrote it"
