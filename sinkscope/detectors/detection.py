@@ -21,7 +21,8 @@ from sinkscope.protocols import Probe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 
-SATURATION = 0.2  # a detector that flags more than this share of the image tokens is saturated
+SATURATION = 0.2
+"""A detector that flags more than this share of the image tokens is saturated."""
 
 
 @runtime_checkable
