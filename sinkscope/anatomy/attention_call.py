@@ -1,8 +1,5 @@
-"""Find the attention call in a module's ``forward`` by what it is, never by its label.
-
-``transformers`` looks the attention function up, binds it to a variable and calls it. nnsight numbers
-the operations on that variable in source order, so the bindings and branches before are read here.
-"""
+"""Find the attention call in a module's ``forward`` by what it is: ``transformers`` looks the function up,
+binds it to a variable and calls it, and nnsight numbers the operations on that variable in source order."""
 
 from __future__ import annotations
 
@@ -22,10 +19,8 @@ LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Where a module calls attention: nnsight's labels of the binding of the function, and of the call.
-
-    ``fires`` is ``"once"`` per forward pass, or ``"per window"`` if the call sits in a loop.
-    """
+    """Where a module calls attention: nnsight's labels of the binding of the function, and of the call, which
+    ``fires`` ``"once"`` per forward pass, or ``"per window"`` in a loop."""
 
     bind: str
     call: str
@@ -58,16 +53,6 @@ def forward_tree(forward: Callable[..., Any]) -> ast.AST | None:
         return None
 
 
-def _looked_up(tree: ast.AST) -> str | None:
-    """The variable that holds the attention function."""
-    for node in ast.walk(tree):
-        if (targets := _targets(node)) and isinstance(targets[0], ast.Name):
-            source = ast.unparse(getattr(node, "value", None) or ast.Pass())
-            if any(word in source for word in LOOK_UPS):
-                return targets[0].id
-    return None
-
-
 def _targets(node: ast.AST) -> list[ast.expr]:
     """What an assignment binds; nothing if it is none."""
     if isinstance(node, ast.Assign):
@@ -94,11 +79,14 @@ def _operations(
 
 @lru_cache(maxsize=256)
 def _read(forward: Callable[..., Any]) -> tuple[str, list[_Operation]] | None:
-    """The attention variable of a ``forward`` and its operations in source order, or None."""
-    tree = forward_tree(forward)
-    if tree is None or (name := _looked_up(tree)) is None:
-        return None
-    return name, sorted(_operations(tree, name), key=lambda one: one.line)
+    """The variable of a ``forward`` that holds attention and its operations in source order, or None."""
+    tree = forward_tree(forward) or ast.Pass()
+    for node in ast.walk(tree):
+        if (targets := _targets(node)) and isinstance(targets[0], ast.Name):
+            source, name = ast.unparse(getattr(node, "value", None) or ast.Pass()), targets[0].id
+            if any(word in source for word in LOOK_UPS):
+                return name, sorted(_operations(tree, name), key=lambda one: one.line)
+    return None
 
 
 def calls_attention(module: nn.Module) -> bool:
@@ -113,10 +101,8 @@ def kernel_of(config: Any) -> str:
 
 def read_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAttentionCall:
     """Read the attention call of a module under its present kernel, or why there is not one."""
-    read = _read(inspect.unwrap(type(module).forward))
-    what = f"{path} ({type(module).__name__})"
-    works = "Probes of the residual stream still work on this model."
-    if read is None:
+    what, works = f"{path} ({type(module).__name__})", "Probes of states still work on this model."
+    if (read := _read(inspect.unwrap(type(module).forward))) is None:
         return NoAttentionCall(
             f"{what} does not call attention through transformers' attention interface; expected a "
             f"forward that looks its function up in ALL_ATTENTION_FUNCTIONS. {works}"

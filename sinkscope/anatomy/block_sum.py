@@ -1,8 +1,5 @@
-"""What a block adds to the residual stream: its two branches, attention and MLP, and their factors.
-
-The source of ``forward`` is followed with sums of terms in the place of tensors. Modules without effect
-in evaluation, such as dropout, are left out.
-"""
+"""What a block adds to the residual stream: attention and MLP with their factors. The source of ``forward``
+is followed with sums of terms in the place of tensors, without modules that change nothing in evaluation."""
 
 from __future__ import annotations
 
@@ -18,16 +15,17 @@ from torch import nn
 
 from sinkscope.anatomy.attention_call import forward_tree
 
+STREAM = "the stream"
+DROPOUT = ("functional.dropout", "F.dropout")
+COMPARISONS = {ast.Is: operator.is_, ast.IsNot: operator.is_not}
+COMPARISONS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
+
 
 @dataclass(frozen=True)
 class Branch:
-    """How attention or the MLP of a block reaches the residual stream.
-
-    Attributes:
-        path: Dotted path of the module whose output the block adds, times the factors.
-        factors: Paths of the numbers or parameters that multiply that output.
-        through: Paths of all modules and factors from the branch's own module to the stream, in order.
-        norm: Whether one of them is a norm.
+    """How attention or the MLP of a block reaches the residual stream: it adds the output of the module at
+    ``path``, times ``factors``, paths of numbers or parameters. ``through`` are the paths of all modules and
+    factors from the branch's own module to the stream, in order; ``norm`` is whether one of them is a norm.
     """
 
     path: str
@@ -50,12 +48,10 @@ def read_branches(
     flow = _Flow(block, {"attention": attention, "mlp": mlp}, width)
     terms = flow.result()
     steps = {term.source: term.steps for term in terms}
-    sources = sorted(term.source for term in terms)
-    if sources != ["attention", "mlp", STREAM] or steps[STREAM]:
+    if sorted(term.source for term in terms) != ["attention", "mlp", STREAM] or steps[STREAM]:
         found = " + ".join(" * ".join((term.source, *term.steps)) for term in terms)
         return no_branch(path, block, f"its forward returns {found or 'what cannot be read'}")
-    twice = [step for term in terms for step in term.steps if flow.calls.get(step, 0) > 1]
-    if twice:
+    if twice := [step for term in terms for step in term.steps if flow.calls.get(step, 0) > 1]:
         return no_branch(path, block, f"its {twice[0]} is called more than once")
     first = _branch(path, block, attention, steps["attention"])
     return first, _branch(path, block, mlp, steps["mlp"])
@@ -66,14 +62,10 @@ def _branch(path: str, block: nn.Module, own: nn.Module, steps: tuple[str, ...])
     modules = dict(block.named_modules())
     passed = [name for name in steps if name in modules]
     last = steps.index(passed[-1]) + 1 if passed else 0
-    starts = next(name for name, module in modules.items() if module is own)
+    end = passed[-1] if passed else next(name for name, m in modules.items() if m is own)
     through = tuple(f"{path}.{step}" for step in steps)
-    return Branch(
-        path=f"{path}.{passed[-1] if passed else starts}",
-        factors=through[last:],
-        through=through,
-        norm=any("norm" in type(modules[name]).__name__.lower() for name in passed),
-    )
+    norm = any("norm" in type(modules[name]).__name__.lower() for name in passed)
+    return Branch(f"{path}.{end}", through[last:], through, norm)
 
 
 def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
@@ -83,12 +75,6 @@ def no_branch(path: str, block: nn.Module, why: str) -> NoBranch:
         "resid_post = resid_pre + attn_out + mlp_out. Write site='resid_pre' or 'resid_post', which "
         "work on this model, and report this class."
     )
-
-
-STREAM = "the stream"
-DROPOUT = ("functional.dropout", "F.dropout")
-COMPARISONS = {ast.Is: operator.is_, ast.IsNot: operator.is_not}
-COMPARISONS |= {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 
 
 @dataclass(frozen=True)
@@ -156,26 +142,28 @@ class _Flow:
     def follow(self, body: list[ast.stmt], names: _Names) -> bool:
         """Follow statements, which change the names; whether they return."""
         for node in body:
-            if isinstance(node, ast.Return):
-                self.returned.append(() if node.value is None else self.value(node.value, names))
-                return True
-            if isinstance(node, ast.If):
-                if self.follow_if(node, names):
+            match node:
+                case ast.Return(value=value):
+                    self.returned.append(() if value is None else self.value(value, names))
                     return True
-            elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-                made = self.value(node.value, names)
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    self.assign(target, made, names)
-            elif isinstance(node, ast.AugAssign):
-                left = ast.parse(ast.unparse(node.target), mode="eval").body
-                made = self.value(ast.BinOp(left, node.op, node.value), names)
-                self.assign(node.target, made, names)
-            elif isinstance(node, ast.Expr):
-                self.value(node.value, names)
-            else:
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                        names[inner.id] = _other(inner)
+                case ast.If():
+                    if self.follow_if(node, names):
+                        return True
+                case ast.Assign(targets=targets, value=value):
+                    made = self.value(value, names)
+                    for target in targets:
+                        self.assign(target, made, names)
+                case ast.AnnAssign(target=target, value=ast.expr() as value):
+                    self.assign(target, self.value(value, names), names)
+                case ast.AugAssign(target=target, op=op, value=value):
+                    left = ast.parse(ast.unparse(target), mode="eval").body
+                    self.assign(target, self.value(ast.BinOp(left, op, value), names), names)
+                case ast.Expr(value=value):
+                    self.value(value, names)
+                case _:
+                    for inner in ast.walk(node):
+                        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                            names[inner.id] = _other(inner)
         return False
 
     def follow_if(self, node: ast.If, names: _Names) -> bool:
@@ -193,29 +181,31 @@ class _Flow:
 
     def assign(self, target: ast.expr, value: _Value, names: _Names) -> None:
         """Bind a target: of several the first is the states; a part of a tensor spoils the whole."""
-        if isinstance(target, ast.Name):
-            names[target.id] = value
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            for i, part in enumerate(target.elts):
-                self.assign(part, value if i == 0 else _other(part), names)
-        elif isinstance(target, ast.Subscript):
-            self.assign(target.value, _other(target), names)
+        match target:
+            case ast.Name(id=name):
+                names[name] = value
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                for i, part in enumerate(parts):
+                    self.assign(part, value if i == 0 else _other(part), names)
+            case ast.Subscript(value=whole):
+                self.assign(whole, _other(target), names)
 
     def truth(self, test: ast.expr, names: _Names) -> bool | None:
         """A condition on the block's attributes, or None if it is about anything else."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self.truth(test.operand, names)
-            return None if inner is None else not inner
-        if isinstance(test, ast.BoolOp):
-            sides = [self.truth(side, names) for side in test.values]
-            decides = isinstance(test.op, ast.Or)
-            return decides if decides in sides else None if None in sides else not decides
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            compare = COMPARISONS.get(type(test.ops[0]))
-            left, right = self.value(test.left, names), self.value(test.comparators[0], names)
-            if compare and isinstance(left, _Known) and isinstance(right, _Known):
-                return bool(compare(left.value, right.value))
-            return None
+        match test:
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                inner = self.truth(operand, names)
+                return None if inner is None else not inner
+            case ast.BoolOp(op=op, values=values):
+                decides, sides = isinstance(op, ast.Or), [self.truth(one, names) for one in values]
+                undecided = None if None in sides else not decides
+                return decides if decides in sides else undecided
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                one, other = self.value(left, names), self.value(right, names)
+                compare = COMPARISONS.get(type(op))
+                if compare and isinstance(one, _Known) and isinstance(other, _Known):
+                    return bool(compare(one.value, other.value))
+                return None
         made = self.value(test, names)
         if isinstance(made, _Known) and isinstance(made.value, (bool, int, str, type(None))):
             return bool(made.value)
@@ -223,26 +213,24 @@ class _Flow:
 
     def value(self, node: ast.expr, names: _Names) -> _Value:
         """What an expression stands for; a tuple for its first part."""
-        if isinstance(node, ast.Name):
-            return names.get(node.id, _other(node))
-        if isinstance(node, ast.Constant):
-            return _Known(node.value)
-        if isinstance(node, ast.Call):
-            return self.call(node, names)
-        if isinstance(node, ast.BinOp):
-            return self.operation(node, names)
-        if isinstance(node, ast.Attribute):
-            base = self.value(node.value, names)
-            if isinstance(base, _Known) and hasattr(base.value, node.attr):
-                return _Known(getattr(base.value, node.attr))
-        elif isinstance(node, ast.Tuple) and node.elts:
-            return self.value(node.elts[0], names)
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "0":
-            return self.value(node.value, names)
-        elif isinstance(node, ast.IfExp):
-            chosen = self.truth(node.test, names)
-            if chosen is not None:
-                return self.value(node.body if chosen else node.orelse, names)
+        match node:
+            case ast.Name(id=name) if name in names:
+                return names[name]
+            case ast.Constant(value=value):
+                return _Known(value)
+            case ast.Call():
+                return self.call(node, names)
+            case ast.BinOp():
+                return self.operation(node, names)
+            case ast.Attribute(value=owner, attr=name):
+                base = self.value(owner, names)
+                if isinstance(base, _Known) and hasattr(base.value, name):
+                    return _Known(getattr(base.value, name))
+            case ast.Tuple(elts=[first, *_]) | ast.Subscript(value=first, slice=ast.Constant(0)):
+                return self.value(first, names)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                if (chosen := self.truth(test, names)) is not None:
+                    return self.value(body if chosen else orelse, names)
         return _other(node)
 
     def operation(self, node: ast.BinOp, names: _Names) -> _Value:

@@ -16,11 +16,8 @@ from sinkscope.tokens import Selection, TokenMap
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The model's anatomy and the sample's tokens at one step.
-
-    ``step`` is 0 for the prompt, 1, 2, ... for decode steps; ``ended``, bool ``[batch]``, are rows whose
-    answer ended before this step, None while unknown.
-    """
+    """The model's anatomy and the sample's tokens at one step: 0 for the prompt, 1, 2, ... for decode steps.
+    ``ended``, bool ``[batch]``, are rows whose answer ended before this step, None while unknown."""
 
     anatomy: Anatomy
     tokens: TokenMap
@@ -85,19 +82,25 @@ class Context:
             )
         return mask
 
-    def groups(self, tower: str, groups: Any) -> tuple[tuple[str, ...], Tensor]:
-        """Names of token groups, and one-hot columns in the model's layout, ``[row layer|1 key group]``."""
-        check_groups(groups)
+    def groups(self, tower: str, groups: Any) -> Tensor:
+        """Token groups as columns, bool ``[row layer|1 pos group]``; ProbeError if it is no dict of them."""
+        if not isinstance(groups, Mapping) or not groups:
+            raise ProbeError(
+                f"Got groups={groups!r}; expected a dict of names and selections, such as "
+                "{'image': 'image', 'text': 'text'}."
+            )
+        if strange := [name for name in groups if not isinstance(name, str)]:
+            raise ProbeError(
+                f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
+            )
         masks = [self.select(tower, selection) for selection in groups.values()]
         many = self.tower(tower).n_layers if any(mask.ndim == 3 for mask in masks) else 1
         masks = [m if m.ndim == 3 else m[:, None].expand(-1, many, -1) for m in masks]
-        return tuple(groups), self.pack(tower, torch.stack(masks, dim=-1).float(), dim=2)
+        return torch.stack(masks, dim=-1)
 
     def pack(self, tower: str, x: Tensor, dim: int) -> Tensor:
-        """Per-image values in the layout of a packed tower, else ``x`` itself.
-
-        ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``.
-        """
+        """Per-image values in the layout of a packed tower, else ``x`` itself:
+        ``[image ... pos ...] -> [1 ... packed ...]``, with positions at ``dim``."""
         if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]
@@ -111,19 +114,6 @@ class Context:
             return indices_of(mask)
         chosen = layout[mask][None]
         return chosen if chosen.shape[1] else torch.full((1, 1), -1)
-
-
-def check_groups(groups: Any) -> None:
-    """Refuse what is no mapping of names to selections; ProbeError if so."""
-    if not isinstance(groups, Mapping) or not groups:
-        raise ProbeError(
-            f"Got groups={groups!r}; expected a dict of names and selections, such as "
-            "{'image': 'image', 'text': 'text'}."
-        )
-    if strange := [name for name in groups if not isinstance(name, str)]:
-        raise ProbeError(
-            f"Got the group names {strange}; expected strings, such as {{'image': 'image'}}."
-        )
 
 
 def indices_of(mask: Tensor) -> Tensor:

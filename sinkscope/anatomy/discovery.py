@@ -18,22 +18,20 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice.
-
-    ModelError if there is no vision tower, decoder or known projector, or a kernel is not supported.
-    """
-    if wrong := _wrapping_of(model) or _missing_in(model):
+    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice. ModelError
+    if there is no vision tower, decoder or known projector, or a kernel is not supported."""
+    if wrong := _wrong_with(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
     config = model.config
     check_kernels(config)
-    family, kind = family_of(config.model_type), type(model).__name__
+    family, text = family_of(config.model_type), config.get_text_config()
     paths = {id(module): path for path, module in model.named_modules()}
     decoder: nn.Module = model.get_decoder()
+    kind = type(model).__name__
     blocks = f"blocks in {kind}; expected a list of blocks that each hold an attention module"
     language = found(find_blocks(decoder), f"decoder {blocks}")
     vision = found(find_blocks(model, {id(m) for m in decoder.modules()}), f"vision {blocks}")
     eye = read_tower("vision", vision, paths, config.vision_config, family.packed)
-    text_config = config.get_text_config()
     norms = [paths[id(child)] for name, child in decoder.named_children() if "norm" in name]
     projectors = [path for path in family.projector if path in paths.values()]
     names = ("image_token_id", "image_token_index")  # the latter in old configs
@@ -43,7 +41,7 @@ def read_anatomy(model: Any) -> Anatomy:
         model_type=config.model_type,
         family=family,
         vision=eye,
-        language=read_tower("language", language, paths, text_config, packed=False),
+        language=read_tower("language", language, paths, text, packed=False),
         projector=found(projectors, expected)[0],
         feeds=family.feed_layers(config, eye.n_layers),
         drops=family.drops(config),
@@ -51,7 +49,7 @@ def read_anatomy(model: Any) -> Anatomy:
         final_norm=found(norms, "final norm in the decoder; expected a child named after one")[-1],
         head=paths[id(model.get_output_embeddings())],
         image_token_id=int(found(ids, "image_token_id in the config; expected one")[0]),
-        vocab=int(text_config.vocab_size),
+        vocab=int(text.vocab_size),
     )
 
 
@@ -72,29 +70,9 @@ def check_kernels(config: Any) -> None:
             )
 
 
-def _missing_in(model: Any) -> str:
-    """What is missing for a vision-language model of transformers; "" if it is one."""
-    config = getattr(model, "config", None)
-    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
-    if not isinstance(model, nn.Module):
-        return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
-    if config is None or not hasattr(model, "get_decoder"):
-        needs = "a transformers image-text-to-text model with a config and get_decoder()"
-        return f"; expected {needs}. {write}"
-    if getattr(config, "vision_config", None) is None:
-        return (
-            f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
-            "model. For a text-only model use TransformerLens or nnsight directly."
-        )
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    if head() is None:
-        return f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
-    return ""
-
-
-def _wrapping_of(model: Any) -> str:
-    """What holds a model or one of its parts, and where the model itself is; "" if nothing does."""
-    kind = type(model)
+def _wrong_with(model: Any) -> str:
+    """What wraps a model or one of its parts, or what it lacks; "" if it is as it should be."""
+    kind, config = type(model), getattr(model, "config", None)
     inside = "; expected the transformers model inside, with the same weights. Write "
     if callable(getattr(kind, "get_base_model", None)):  # by peft, whose adapters stay on
         if getattr(model.active_peft_config, "is_prompt_learning", False):
@@ -104,17 +82,30 @@ def _wrapping_of(model: Any) -> str:
             )
         return f"{inside}ss.LVLM(model.get_base_model(), processor)."
     for inner in ("_orig_mod", "module", "model"):  # of torch.compile, DataParallel, pipelines
-        found = getattr(model, inner, None)
-        wraps = isinstance(found, nn.Module) and not hasattr(kind, "get_decoder")
-        if wraps and (hasattr(found, "get_decoder") or hasattr(type(found), "get_base_model")):
+        part = getattr(model, inner, None)
+        wraps = isinstance(part, nn.Module) and not hasattr(kind, "get_decoder")
+        if wraps and (hasattr(part, "get_decoder") or hasattr(type(part), "get_base_model")):
             return f"{inside}ss.LVLM(model.{inner}, processor)."
-    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+    if not isinstance(model, nn.Module):
+        return "; expected a transformers model. Write ss.LVLM.from_pretrained(name) to load one."
+    for path, part in model.named_modules():
         if "_orig_mod" in part._modules:
             return (
                 f" in which {path} is compiled ({type(part).__name__}); expected the part itself, whose "
                 "blocks have a place. Write part.compile(), or put part._orig_mod back."
             )
-    return ""
+    write = "Write AutoModelForImageTextToText.from_pretrained(...)."
+    if config is None or not hasattr(model, "get_decoder"):
+        needs = "a transformers image-text-to-text model with a config and get_decoder()"
+        return f"; expected {needs}. {write}"
+    if getattr(config, "vision_config", None) is None:
+        return (
+            f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
+            "model. For a text-only model use TransformerLens or nnsight directly."
+        )
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    lacks = f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
+    return lacks if head() is None else ""
 
 
 def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:
@@ -132,32 +123,14 @@ def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) 
 def attention_child(block: nn.Module) -> nn.Module | None:
     """The direct child that calls attention, or else the first one that is named after it."""
     children = dict(block.named_children())
+    named = [n for n in children if ("attn" in n or "attention" in n) and "norm" not in n]
     calling = [child for child in children.values() if calls_attention(child)]
-    for name, child in children.items():
-        if ("attn" in name or "attention" in name) and "norm" not in name:
-            calling.append(child)
-    return next(iter(calling), None)
-
-
-def mlp_child(block: nn.Module, attention: nn.Module, path: str) -> nn.Module:
-    """The direct child that is no attention and no norm and holds the most parameters."""
-    children = block.named_children()
-    others = [c for name, c in children if c is not attention and "norm" not in name.lower()]
-    if not others:
-        raise ModelError(
-            f"{path} ({type(block).__name__}) holds nothing but attention and norms; expected an "
-            "MLP beside them. Please report this class."
-        )
-    # Weights in 8 bit are buffers.
-    return max(others, key=lambda m: sum(x.numel() for x in (*m.parameters(), *m.buffers())))
+    return next(iter([*calling, *map(children.get, named)]), None)
 
 
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
-    """The MLP's last linear map into the stream of this width, and how many neurons it reads.
-
-    An adapter holds maps of lower rank too, so the widest map is taken, and then the outermost module
-    around it that holds no map which reads the stream.
-    """
+    """The MLP's widest linear map into the stream (adapters hold narrower ones), in the outermost module
+    around it that holds no map which reads the stream; and how many neurons it reads."""
     maps: dict[str, tuple[int, int]] = {}
     for path, module in mlp.named_modules():
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -178,31 +151,37 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
 def read_tower(
     tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
 ) -> TowerAnatomy:
-    """Read one tower."""
+    """Read one tower. A block's MLP is the child of most parameters that is no attention and no norm."""
     where, width = [paths[id(block)] for block in blocks], config.hidden_size
     attentions = [child for block in blocks if (child := attention_child(block)) is not None]
-    mlps = [mlp_child(*parts) for parts in zip(blocks, attentions, where, strict=True)]
-    parts = zip(where, blocks, attentions, mlps, strict=True)
+    mlps: list[nn.Module] = []
+    for block, attention, path in zip(blocks, attentions, where, strict=True):
+        children = [child for name, child in block.named_children() if "norm" not in name.lower()]
+        what = f"MLP in {path} ({type(block).__name__}); expected one besides attention and norms"
+        others = found([child for child in children if child is not attention], what)
+        weights = [sum(x.numel() for x in (*m.parameters(), *m.buffers())) for m in others]
+        mlps.append(others[weights.index(max(weights))])  # weights in 8 bit are buffers
     neurons = [neuron_map(mlp, width) for mlp in mlps]
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     names = [name for child in attentions for name, _ in child.named_parameters()]
 
-    def path(module: nn.Module) -> str:
+    def path_of(module: nn.Module) -> str:
         return paths[id(module)]
 
     def projection(attention: nn.Module) -> str:
         children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
-        return next((paths[id(one)] for one in children if isinstance(one, nn.Module)), "")
+        return next((path_of(one) for one in children if isinstance(one, nn.Module)), "")
 
+    parts = zip(where, blocks, attentions, mlps, strict=True)
     return TowerAnatomy(
         tower=tower,
         blocks=tuple(where),
-        attention=tuple(map(path, attentions)),
-        mlp=tuple(map(path, mlps)),
+        attention=tuple(map(path_of, attentions)),
+        mlp=tuple(map(path_of, mlps)),
         branches=tuple(read_branches(*part, width) for part in parts),
-        neurons=tuple("" if last is None else path(last[0]) for last in neurons),
+        neurons=tuple("" if last is None else path_of(last[0]) for last in neurons),
         projection=tuple(map(projection, attentions)),
-        calls=tuple(read_attention_call(child, path(child)) for child in attentions),
+        calls=tuple(read_attention_call(child, path_of(child)) for child in attentions),
         d_model=width,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,

@@ -1,13 +1,10 @@
-"""What the module tree of a model does not say: one row of data per family, and how patches lie.
-
-Everything else (blocks, attention calls, head sizes, CLS) is found structurally. Boxes are
-``x0 y0 x1 y1`` with the origin at the top left.
-"""
+"""What the module tree of a model does not say: one row of data per family, and how patches lie. Boxes are
+``x0 y0 x1 y1`` with the origin at the top left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +16,10 @@ from sinkscope.errors import InputError, ModelError, nearest
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How one image lies on its grid of patches.
+    """How one image lies on its grid of patches, whose side is ``patch`` pixels of the model's input.
 
-    Attributes:
-        patch: Patch side in model-input pixels.
-        scale: Original pixels per input pixel, ``(x, y)``.
-        offset: Original pixel at the input's top left corner, ``(x, y)``.
-        original: Whether scale and offset lead to the user's image (else to the model's input).
+    ``scale`` is original pixels per input pixel and ``offset`` the original pixel at the input's top left
+    corner, both ``(x, y)``; if not ``original``, they lead to the model's input and not to the user's image.
     """
 
     rows: int
@@ -37,12 +31,11 @@ class PatchGrid:
 
     def boxes(self) -> Float[Tensor, "row column 4"]:
         """The pixel box of every patch."""
-        size = torch.tensor([self.patch * s for s in self.scale])
-        start = torch.tensor(self.offset)
-        x0 = start[0] + torch.arange(self.columns) * size[0]
-        y0 = start[1] + torch.arange(self.rows) * size[1]
-        grid_y, grid_x = torch.meshgrid(y0, x0, indexing="ij")
-        return torch.stack([grid_x, grid_y, grid_x + size[0], grid_y + size[1]], dim=-1)
+        width, height = torch.tensor([self.patch * s for s in self.scale])
+        left, top = torch.tensor(self.offset)
+        x, y = left + torch.arange(self.columns) * width, top + torch.arange(self.rows) * height
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack([x, y, x + width, y + height], dim=-1)
 
 
 Sizes = Sequence[tuple[int, int]] | None
@@ -60,11 +53,10 @@ def resized_and_cropped(
             f"Got pixel_values of shape {tuple(pixels.shape)}; expected [image channel height "
             "width]. Write processor(images=..., text=..., return_tensors='pt')."
         )
-    height, width = pixels.shape[-2:]
-    patch = config.vision_config.patch_size
-    rows, columns = height // patch, width // patch
+    (height, width), patch = pixels.shape[-2:], config.vision_config.patch_size
+    whole = PatchGrid(height // patch, width // patch, patch)
     if sizes is None or image_processor is None:
-        return [PatchGrid(rows, columns, patch) for _ in range(pixels.shape[0])]
+        return [whole] * len(pixels)
     grids = []
     for w, h in sizes:
         shift_x = shift_y = 0.0
@@ -75,7 +67,7 @@ def resized_and_cropped(
         scale = (w / new_w, h / new_h)
         left, top = (new_w - width) // 2, (new_h - height) // 2
         offset = (left * scale[0] + shift_x, top * scale[1] + shift_y)
-        grids.append(PatchGrid(rows, columns, patch, scale, offset, True))
+        grids.append(replace(whole, scale=scale, offset=offset, original=True))
     return grids
 
 
@@ -94,60 +86,45 @@ def smart_resized(
 ) -> list[PatchGrid]:
     """Grids of images resized to a multiple of the patch grid, one grid per image."""
     if "image_grid_thw" not in inputs:
-        raise InputError(
-            "Got pixel_values without image_grid_thw; expected both. Pass the processor's whole "
-            "output: lvlm.prepare(inputs=processor(...))."
-        )
-    patch = config.vision_config.patch_size
-    grids = [(rows, columns) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        got = "Got pixel_values without image_grid_thw; expected all that the processor makes"
+        raise InputError(f"{got}. Write lvlm.prepare(inputs=processor(...)).")
+    patch, sides = config.vision_config.patch_size, inputs["image_grid_thw"].tolist()
+    grids = [PatchGrid(rows, columns, patch) for _, rows, columns in sides]
     if sizes is None:
-        return [PatchGrid(rows, columns, patch) for rows, columns in grids]
+        return grids
     return [
-        PatchGrid(rows, columns, patch, (w / (columns * patch), h / (rows * patch)), original=True)
-        for (rows, columns), (w, h) in zip(grids, sizes, strict=True)
+        replace(one, scale=(w / (one.columns * patch), h / (one.rows * patch)), original=True)
+        for one, (w, h) in zip(grids, sizes, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sinkscope must be told about a family.
-
-    Attributes:
-        merge: ``config -> patches per side that become one LLM token``.
-        grids: The patch grids of the processed images.
-        projector: Paths of the projector; the first that exists is taken.
-        packed: Whether the vision tower packs all images into one sequence without a batch axis.
-        feed_layers: ``(config, n_vision_layers) -> vision blocks whose output feeds the projector``,
-            in the order in which it reads them.
-        drops: ``config -> leading ViT tokens that the projector does not see``.
-        prefix: ``config -> kinds of the leading ViT tokens``, such as ``("cls",)``.
-        order: ``(config, grids [image 3]) -> packed index of every ViT token in processor order``,
-            or None where the tower keeps the processor's order.
-        image_inputs: Processor outputs that belong to the image rather than to the text.
-        pooled: Whether the tower keeps patches in raster order and the projector pools merge x merge
-            neighbours; else the tower's order is block by block, as Qwen's processor makes it.
-        feed_norm: Path of the norm between the feeding block and the projector, "" if there is none.
-    """
+    """What sinkscope must be told about a family; ``config`` is that of the model."""
 
     name: str
-    merge: Callable[[Any], int]
+    merge: Callable[[Any], int]  # config -> patches per side that become one LLM token
     grids: GridReader = resized_and_cropped
+    # Paths of the projector; the first that exists is taken.
     projector: tuple[str, ...] = ("model.multi_modal_projector", "multi_modal_projector")
-    packed: bool = False
+    packed: bool = False  # whether all images share one sequence of the tower, without a batch axis
+    # (config, n_vision_layers) -> blocks whose output feeds the projector, in the order it reads them
     feed_layers: Callable[[Any, int], tuple[int, ...]] = lambda config, n_layers: (n_layers - 1,)
-    drops: Callable[[Any], int] = lambda config: 0
-    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    drops: Callable[[Any], int] = lambda config: 0  # leading ViT tokens the projector does not see
+    prefix: Callable[[Any], tuple[str, ...]] = lambda config: ()  # kinds of leading ViT tokens
+    # (config, grids [image 3]) -> packed index of every ViT token in the processor's order, if another
     order: Callable[[Any, Tensor], Tensor] | None = None
-    image_inputs: tuple[str, ...] = ("pixel_values",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)  # outputs of the processor that are no text
+    # Whether patches stay in raster order and the projector pools merge x merge neighbours; else the
+    # tower's order is block by block, as Qwen's processor makes it.
     pooled: bool = False
-    feed_norm: str = ""
+    feed_norm: str = ""  # path of the norm between the feeding block and the projector
 
 
 def _llava_feed(config: Any, n_layers: int) -> tuple[int, ...]:
     """``vision_feature_layer`` counts hidden states: -1 is the last block's output."""
     chosen = config.vision_feature_layer
-    indices = [chosen] if isinstance(chosen, int) else list(chosen)
-    # Several are concatenated in the order in which they are named.
+    indices = [chosen] if isinstance(chosen, int) else chosen  # several are concatenated in order
     blocks = tuple((i if i >= 0 else n_layers + 1 + i) - 1 for i in indices)
     if not blocks or min(blocks) < 0 or max(blocks) >= n_layers:
         raise ModelError(
@@ -175,8 +152,7 @@ def _qwen_order(config: Any, grids: Tensor) -> Tensor:
     return torch.argsort(from_processor)
 
 
-CLS_FIRST = ("clip_vision_model", "clip_vision", "dinov2")
-"""Vision models that prepend a CLS token; SigLIP does not."""
+CLS_FIRST = ("clip_vision_model", "clip_vision", "dinov2")  # these prepend a CLS token
 LLAVA = Family(
     name="llava",
     merge=lambda config: 1,

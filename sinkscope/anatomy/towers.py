@@ -9,7 +9,7 @@ from typing import Any
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.anatomy.families import Family
-from sinkscope.checks import is_whole
+from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
 
@@ -17,16 +17,12 @@ from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeEr
 class TowerAnatomy:
     """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block, paths are dotted.
 
-    Attributes:
-        branches: How attention and the MLP reach the residual stream, or why that could not be read.
-        neurons: Paths of the MLPs' last projections, whose inputs are the neurons, or "".
-        projection: Paths of the attention output projections, or "".
-        calls: The attention calls, or why they were not found.
-        heads: Query heads.
-        packed: Whether all images share one sequence without a batch axis.
-        kernel: The attention implementation, such as ``"sdpa"``.
-        learned_sink: Whether attention has a learned sink, which takes a share of no token.
-        d_mlp: Neurons of every MLP, 0 where none were found.
+    ``neurons`` and ``projection`` are paths of the last projection of the MLP, whose inputs are the neurons,
+    and of attention, or "". ``branches`` and ``calls`` tell how attention and the MLP reach the residual
+    stream, and where attention is called, or why that could not be read. ``heads`` are query heads;
+    ``packed`` is whether all images share one sequence without a batch axis, ``kernel`` the attention
+    implementation, such as ``"sdpa"``, and ``d_mlp`` the neurons of every MLP, 0 where none were found. A
+    ``learned_sink`` takes a share of attention that no token gets.
     """
 
     tower: str
@@ -74,10 +70,8 @@ class TowerAnatomy:
         return found
 
     def branch(self, site: str, layer: int) -> Branch:
-        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream.
-
-        ModelError if it could not be read, or was not what a pass has added.
-        """
+        """How attention (``"attn_out"``) or the MLP (``"mlp_out"``) of a block reaches the stream; ModelError
+        if it could not be read, or was not what a pass has added."""
         if isinstance(found := self.branches[layer], NoBranch):
             raise ModelError(found.reason + _others(self.adding))
         return found[0 if site == "attn_out" else 1]
@@ -93,14 +87,13 @@ class TowerAnatomy:
         return self.projection[layer], through
 
     def layers(self, layers: Any) -> tuple[int, ...]:
-        """Ascending layers without repeats, of None for all, one 0-based index, or several.
-
-        LayerError if an index is negative, no integer, or beyond the last block.
-        """
+        """Ascending layers without repeats, of None for all, one 0-based index, or several; LayerError if an
+        index is negative, no integer, or beyond the last block."""
         if layers is None:
             return tuple(range(self.n_layers))
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
-        wanted, last = list(layers) if several else [layers], self.n_layers - 1
+        wanted: list[Any] = list(layers) if several else [layers]
+        last = self.n_layers - 1
         for layer in wanted:
             if not is_whole(layer, 0, last):
                 kind = "" if is_whole(layer) else f" of type {type(layer).__name__}"
@@ -122,13 +115,9 @@ def _others(layers: tuple[int, ...]) -> str:
 class Anatomy:
     """What sinkscope knows about a model's layout: both towers, the paths of other parts, and numbers.
 
-    Attributes:
-        feeds: Vision blocks whose ``resid_post`` feeds the projector, in the order it reads them.
-        drops: How many leading ViT tokens (CLS) the projector does not see.
-        merge: How many patches per side become one LLM token.
-        final_norm: Path of the decoder's final norm.
-        head: Path of the LM head.
-        vocab: Number of token ids.
+    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them. It
+    does not see the leading ``drops`` ViT tokens (CLS), and makes one LLM token of ``merge`` x ``merge``
+    patches. ``vocab`` is the number of token ids.
     """
 
     model_type: str
@@ -160,7 +149,6 @@ class Anatomy:
 
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
-        if name not in ("vision", "language"):
-            got = f"Got tower={name!r}; expected 'vision' or 'language'."
-            raise ProbeError(f"{got} Write tower='vision' for a ViT.")
+        hint = "Write tower='vision' for a ViT."
+        check_choice(("vision", "language"), tower=name, error=ProbeError, hint=hint)
         return self.vision if name == "vision" else self.language

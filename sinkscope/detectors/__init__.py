@@ -1,7 +1,15 @@
 """Detectors: from scores to sink tokens, with their flagged fraction, null and warnings."""
 
 from sinkscope.detectors.calibration import Calibration, TowerCalibration, calibrate
-from sinkscope.detectors.choice import KNOWN, Known, SinkRules, known_for, table
+from sinkscope.detectors.choice import (
+    KNOWN,
+    Known,
+    RandomTokens,
+    SinkRules,
+    VisionTokens,
+    known_for,
+    table,
+)
 from sinkscope.detectors.detection import (
     SATURATION,
     Detection,
@@ -12,7 +20,6 @@ from sinkscope.detectors.detection import (
     jaccard,
 )
 from sinkscope.detectors.gap import Gap, Limits
-from sinkscope.detectors.kinds import RandomTokens, VisionTokens
 from sinkscope.detectors.rules import (
     CosineToBOS,
     Massive,
@@ -23,31 +30,8 @@ from sinkscope.detectors.rules import (
     ZScore,
 )
 
-__all__ = [
-    "KNOWN",
-    "SATURATION",
-    "Calibration",
-    "CosineToBOS",
-    "Detection",
-    "Detector",
-    "Gap",
-    "Known",
-    "Limits",
-    "Massive",
-    "NoSinks",
-    "Norm",
-    "RandomTokens",
-    "Received",
-    "SinkDimensions",
-    "SinkRules",
-    "TowerCalibration",
-    "VisionTokens",
-    "ZScore",
-    "agreement",
-    "calibrate",
-    "detect",
-    "detect_all",
-    "jaccard",
-    "known_for",
-    "table",
-]
+__all__ = ["SATURATION", "Detection", "Detector", "agreement", "detect", "detect_all", "jaccard"]
+__all__ += ["CosineToBOS", "Gap", "Limits", "Massive", "NoSinks", "Norm", "RandomTokens"]
+__all__ += ["Received", "SinkDimensions", "VisionTokens", "ZScore"]
+__all__ += ["KNOWN", "Calibration", "Known", "SinkRules", "TowerCalibration", "calibrate"]
+__all__ += ["known_for", "table"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, out
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
 from sinkscope.models.inputs import Sample
-from sinkscope.models.lvlm import LVLM
+from sinkscope.models.lvlm import LVLM, Run
 from sinkscope.probes import ChannelValues, EvidenceResult, SinkEvidence, TokenNorms
 from sinkscope.results import Record, Result
 
@@ -26,24 +26,18 @@ TOWERS = ("vision", "language")
 DISTINCT = 1.5  # the least gap at which a score separates
 MISSED = 0.05  # share of the sinks that may fall below a limit, or be joined by other tokens
 CANDIDATES = 8  # channels that are looked at
-Looks = dict[Any, "_Look"]  # by tower
 
 
 @dataclass(frozen=True)
 class TowerCalibration(Record):
-    """What was found in one tower.
+    """What was found in one tower; ``reason`` says it in words.
 
-    Attributes:
-        detector: The rule, `NoSinks` if none was found; ``reason`` says why.
-        score: The score that separates best.
-        dims: Sink channels, strongest first, if the score is ``"channels"``.
-        tau: The threshold, if one number serves all layers; else None (see ``detector.limits``).
-        lowest_sink: The score that 95 % of the sinks reach, in the layer with the narrowest gap.
-        highest_other: The score that (nearly) no other token reaches there.
-        confidence: ``1 - highest_other / lowest_sink`` there, in [0, 1].
-        instances: How many (sample, layer, token) instances spiked and drew.
-        layers: Layers in which the score separates them.
-        gaps: Score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
+    ``score`` separates best: with the sink channels ``dims``, strongest first, if it is ``"channels"``, and
+    with one threshold ``tau``, None if that differs by layer (see ``detector.limits``). In the layer with the
+    narrowest gap 95 % of the sinks reach ``lowest_sink`` and (nearly) no other token ``highest_other``;
+    ``confidence`` is ``1 - highest_other / lowest_sink``, in [0, 1]. ``instances`` counts the (sample, layer,
+    token) that spiked and drew; ``layers`` are those in which the score separates them. ``gaps`` is score ->
+    narrowest gap over the layers with sinks; below 1.5 it does not separate there.
     """
 
     tower: str
@@ -68,8 +62,7 @@ class TowerCalibration(Record):
 @dataclass(frozen=True)
 class Calibration(Result):
     """Detectors for one model: ``vision`` is what was found in the ViT, on the states that feed the
-    projector, and ``language`` in the decoder, on what its attention reads.
-    """
+    projector, and ``language`` in the decoder, on what its attention reads."""
 
     vision: TowerCalibration
     language: TowerCalibration
@@ -107,11 +100,10 @@ class _Look:
 
     evidence: EvidenceResult
     sinks: Tensor  # [row layer pos]
-    scores: Tensor | None = None  # [row layer pos channel]
+    scores: Any = None  # [row layer pos channel]
 
     def peaks(self, order: list[int]) -> Tensor:
         """The largest score on some of the candidate channels, ``[row layer pos]``."""
-        assert self.scores is not None
         return self.scores[..., order].amax(dim=-1)
 
 
@@ -122,22 +114,16 @@ def calibrate(
     draws: float = DRAWS,
     spike: float = MEDIANS,
     max_dims: int = 4,
-    towers: Sequence[str] = ("vision", "language"),
+    towers: Sequence[str] = TOWERS,
     remote: bool | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
     """Find this model's thresholds, and its sink channels where channels separate best.
 
-    Two forward passes per sample, or one where no token is a sink.
-
-    Args:
-        samples: With different images, better of different kinds; six to eight are customary.
-        draws: See `detectors.Gap`.
-        spike: Least multiple of the layer's median ``|h|``, `Gap`'s ``medians``.
-        max_dims: The most channels to keep per tower.
-        towers: The towers to look at; another one has no rule then.
-        remote: See `LVLM.run`.
-        progress: Whether to show a progress bar; None shows it from four samples on.
+    Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
+    of different kinds; six to eight are customary. ``draws`` is that of `detectors.Gap` and ``spike`` its
+    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
+    then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
 
     CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
     DetectorError if another number is impossible.
@@ -154,34 +140,42 @@ def calibrate(
         raise CalibrationError(
             f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
         )
-    rule = Gap(draws=draws, medians=spike)
+    rule, unseen = Gap(draws=draws, medians=spike), NoSinks("this tower was not looked at")
     hidden = len(samples) < 4 if progress is None else not progress
-    bar = tqdm(samples, desc="calibrating: spikes and attention", disable=hidden, leave=False)
-    first = [_first_look(lvlm, sample, rule, towers, remote) for sample in bar]
-    channels = {tower: _candidates([looks[tower] for looks in first]) for tower in first[0]}
-    if any(channels.values()):
-        bar = tqdm(samples, desc="calibrating: channels", disable=hidden, leave=False)
-        both = zip(bar, first, strict=True)
-        first = [_second_look(lvlm, sample, channels, looks, remote) for sample, looks in both]
-    unseen = NoSinks("this tower was not looked at")
     found = {tower: TowerCalibration(tower, unseen, reason=unseen.reason) for tower in TOWERS}
-    for tower in channels:
-        looks = [looks[tower] for looks in first]
-        found[tower] = _conclude(lvlm.anatomy.tower(tower), rule, channels[tower], looks, max_dims)
+    for tower, (looks, channels) in _look(lvlm, samples, rule, towers, remote, hidden).items():
+        found[tower] = _conclude(lvlm.anatomy.tower(tower), rule, channels, looks, max_dims)
     return Calibration(**found, n_samples=len(samples))
 
 
-def _judged_layers(lvlm: LVLM, tower: str) -> tuple[int, ...] | None:
-    """V-sinks are judged where the projector reads; L-sinks everywhere."""
-    return lvlm.anatomy.feed_layers if tower == "vision" else None
+def _look(
+    lvlm: LVLM, samples: Sequence[Sample], rule: Gap, towers: Any, remote: Any, hidden: bool
+) -> dict[str, tuple[list[_Look], list[int]]]:
+    """By tower, what is seen in every sample, and the candidate channels. V-sinks are judged where the
+    projector reads; L-sinks everywhere."""
 
+    def passes(probes: list[Any], what: str) -> Iterator[Run]:
+        bar = tqdm(samples, desc=f"calibrating: {what}", disable=hidden, leave=False)
+        return (lvlm.run(sample, probes, logits="last", remote=remote) for sample in bar)
 
-def _first_look(lvlm: LVLM, sample: Sample, rule: Gap, towers: Any, remote: Any) -> Looks:
-    """Spikes and attention of each tower, and the tokens that have both."""
-    probes = {tower: SinkEvidence(_judged_layers(lvlm, tower), tower) for tower in towers}
-    run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
-    found = {tower: run[probe] for tower, probe in probes.items()}
-    return {t: _Look(seen, rule.spikes_in(seen) & rule.also(seen)) for t, seen in found.items()}
+    layers = {"vision": lvlm.anatomy.feed_layers, "language": None}
+    evidence = {tower: SinkEvidence(layers[tower], tower) for tower in towers}
+    looks: dict[Any, list[_Look]] = {tower: [] for tower in towers}
+    for run in passes([*evidence.values()], "spikes and attention"):
+        for tower, probe in evidence.items():
+            seen = run[probe]
+            looks[tower].append(_Look(seen, rule.spikes_in(seen) & rule.also(seen)))
+    channels = {tower: _candidates(of) for tower, of in looks.items()}
+    probes = {}
+    for tower in filter(channels.get, channels):
+        values = ChannelValues(channels[tower], layers[tower], tower, (STATE_SITE[tower],))
+        probes[tower] = values, TokenNorms(layers[tower], tower, STATE_SITE[tower])
+    every = [probe for pair in probes.values() for probe in pair]
+    for i, run in enumerate(passes(every, "channels") if every else ()):
+        for tower, (values, norms) in probes.items():
+            sizes = run[values].values[:, :, 0].abs() * lvlm.anatomy.tower(tower).d_model ** 0.5
+            looks[tower][i] = replace(looks[tower][i], scores=sizes / run[norms].norms[..., None])
+    return {tower: (looks[tower], channels[tower]) for tower in looks}
 
 
 def _candidates(looks: list[_Look]) -> list[int]:
@@ -190,26 +184,10 @@ def _candidates(looks: list[_Look]) -> list[int]:
     for look in looks:
         massive = look.evidence.massive
         sizes = (massive.values.abs() / massive.median[..., None, None])[look.sinks].flatten()
-        at = massive.channels[look.sinks].flatten().tolist()
-        for channel, size in zip(at, sizes.tolist(), strict=True):
+        at = massive.channels[look.sinks].flatten()
+        for channel, size in zip(at.tolist(), sizes.tolist(), strict=True):
             best[channel] = max(best.get(channel, 0.0), size)
     return sorted(best, key=lambda channel: -best[channel])[:CANDIDATES]
-
-
-def _second_look(lvlm: LVLM, sample: Sample, channels: Any, looks: Looks, remote: Any) -> Looks:
-    """RMS scores of the candidate channels at every token, in both towers."""
-    probes = {}
-    for tower in filter(channels.get, channels):
-        site, layers = STATE_SITE[tower], _judged_layers(lvlm, tower)
-        values = ChannelValues(channels[tower], layers, tower, (site,))
-        probes[tower] = values, TokenNorms(layers, tower, site)
-    every = [probe for pair in probes.values() for probe in pair]
-    run, out = lvlm.run(sample, every, logits="last", remote=remote), dict(looks)
-    for tower, (values, norms) in probes.items():
-        scale = lvlm.anatomy.tower(tower).d_model ** 0.5
-        scores = run[values].values[:, :, 0].abs() * scale / run[norms].norms[..., None]
-        out[tower] = replace(looks[tower], scores=scores)
-    return out
 
 
 @dataclass(frozen=True)
@@ -232,10 +210,8 @@ class _Separation:
 
 
 def separation(looks: list[_Look], scores: list[Tensor], floor: float) -> _Separation:
-    """Robust lowest score of the sinks and highest of the others, by layer.
-
-    Scores are ``[row layer pos]`` of every sample; others are never taken for less than ``floor``.
-    """
+    """Robust lowest score of the sinks and highest of the others, by layer. Scores are ``[row layer pos]`` of
+    every sample; others are never taken for less than ``floor``."""
     low, high, elsewhere = {}, {}, floor
     both = list(zip(scores, looks, strict=True))
     for i, layer in enumerate(looks[0].evidence.layers):

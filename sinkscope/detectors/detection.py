@@ -21,16 +21,14 @@ from sinkscope.protocols import Probe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
 
-SATURATION = 0.2  # a detector that flags more than this share of the image tokens is saturated
+SATURATION = 0.2
+"""A detector that flags more than this share of the image tokens is saturated."""
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that flags tokens.
-
-    It may also have ``strict``, whether a score that equals its threshold is below it, and
-    ``also(result)``, a bool mask ``[batch layer pos]`` of what must hold besides.
-    """
+    """Anything that flags tokens. It may also have ``strict``, whether a score that equals its threshold is
+    below it, and ``also(result)``, bool ``[batch layer pos]``, what must hold besides."""
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What to measure; raises if the parameters cannot work on this tower."""
@@ -53,13 +51,9 @@ class Detector(Protocol):
 class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
     """The tokens a detector flags; rows are images in the vision tower.
 
-    Attributes:
-        scores: NaN at padding.
-        threshold: Infinite where the data give none.
-        null: The score to expect without any sink, see each detector.
-        visual: Which tokens are image tokens (patches in the ViT).
-        strict: Whether a score that equals its threshold is below it.
-        warnings: What a reader must know before using the mask.
+    ``scores`` are NaN at padding, a ``threshold`` is infinite where the data give none, ``null`` is the score
+    to expect without any sink. ``visual`` are the image tokens (patches in the ViT). If ``strict``, a score
+    that equals its threshold is below it. ``warnings`` must be read before the mask is used.
     """
 
     detector: str
@@ -98,10 +92,8 @@ class Detection(Result, columns={"score": "scores", "flagged": "mask"}):
 def decide(
     detector: Any, result: Any, visual: Tensor, live: Tensor, tower: Tower, anatomy: TowerAnatomy
 ) -> Detection:
-    """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged.
-
-    ``visual`` are the image tokens and ``live`` all tokens, bool ``[batch pos]``.
-    """
+    """Flag tokens of a result, with a warning if over 20 % of the image tokens are flagged. ``visual`` are
+    the image tokens and ``live`` all tokens, bool ``[batch pos]``."""
     scores, strict = detector.scores(result), getattr(detector, "strict", False)
     limit = detector.thresholds(result, scores)
     above = reaches(scores, limit[..., None], strict) & live[:, None]
@@ -114,9 +106,9 @@ def decide(
     worst = found.fraction.amax(dim=0)
     layers = [found.layers[i] for i in (worst > SATURATION).nonzero().flatten().tolist()]
     text = (
-        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the "
-        f"{tower} tower (layers {layers}): over {SATURATION:.0%} it finds no sinks but "
-        "the scale of the model. Calibrate with ss.calibrate(lvlm, samples) or compare detectors."
+        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the {tower} tower "
+        f"(layers {layers}): over {SATURATION:.0%} it finds no sinks but the scale of the model. Calibrate "
+        "with ss.calibrate(lvlm, samples) or compare detectors."
     )
     return replace(found, warnings=(text,))
 
@@ -146,8 +138,7 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
 
 def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
     """The detection of a probe that already ran."""
-    tower = probe.tower
-    masks = visual_tokens(sample, tower)
+    tower, masks = probe.tower, visual_tokens(sample, probe.tower)
     return decide(detector, run[probe], *masks, tower, lvlm.anatomy.tower(tower))
 
 
@@ -162,8 +153,8 @@ def detect(
 ) -> Detection:
     """Run one detector; DetectorError if it cannot work on this tower.
 
-    States are judged on ``resid_pre`` in the language tower (what the block's attention reads) and on
-    ``resid_post`` in the vision tower. ``layers`` are block indices, or None for all.
+    States are judged on ``resid_pre`` in the LLM (what the block's attention reads) and on ``resid_post`` in
+    the vision tower. ``layers`` are block indices, or None for all.
     """
     found = detect_all(lvlm, sample, {"it": detector}, tower=tower, layers=layers, remote=remote)
     return found["it"]
@@ -186,35 +177,29 @@ def detect_all(
 
 
 def jaccard(one: Detection, other: Detection) -> float:
-    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty.
-
-    DetectorError if they looked at other tokens or layers.
-    """
+    """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty. DetectorError
+    if they looked at other tokens or layers."""
     looked = [(each.tower, each.layers, tuple(each.mask.shape)) for each in (one, other)]
     if looked[0] != looked[1]:
-        raise DetectorError(
-            f"Got detections of the (tower, layers, shape) {looked[0]} and {looked[1]}; expected the "
-            "same sample, tower and layers."
-        )
+        got = f"Got detections of (tower, layers, shape) {looked[0]} and {looked[1]}"
+        raise DetectorError(f"{got}; expected the same sample, tower and layers.")
     union = (one.mask | other.mask).sum().item()
     return 1.0 if union == 0 else (one.mask & other.mask).sum().item() / union
 
 
 def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
     """A square table of `jaccard` of detections of the same sample, tower and layers, by name or listed.
-
-    DetectorError if they looked at other tokens or layers, or two of a list have the same name.
-    """
-    listed = [*detections.values()] if isinstance(detections, Mapping) else [*detections]
+    DetectorError if they looked at other tokens or layers, or two of a list have the same name."""
+    named = isinstance(detections, Mapping)
+    listed = [*detections.values()] if named else [*detections]
     for one in listed:
         if not isinstance(one, Detection):
             raise DetectorError(f"Got {type(one).__name__}; expected what ss.detect(...) returns.")
-    if not isinstance(detections, Mapping):
-        detections = {one.detector: one for one in listed}
-    if len(detections) < len(listed):
+    names = [*detections] if named else [one.detector for one in listed]
+    if (many := len(set(names))) < len(listed):
         raise DetectorError(
-            f"Got {len(listed)} detections with {len(detections)} names; expected a name for each. "
-            "Write agreement({'a': one, 'b': other})."
+            f"Got {len(listed)} detections with {many} names; expected a name for each. Write "
+            "agreement({'a': one, 'b': other})."
         )
     table = [[jaccard(one, other) for other in listed] for one in listed]
-    return pd.DataFrame(table, index=[*detections], columns=[*detections])
+    return pd.DataFrame(table, index=names, columns=names)

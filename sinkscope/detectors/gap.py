@@ -14,7 +14,7 @@ from sinkscope.checks import is_number
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
-from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
+from sinkscope.probes import EvidenceResult, SinkEvidence
 from sinkscope.protocols import Probe
 from sinkscope.sites import Tower
 
@@ -32,16 +32,11 @@ class Gap(Rule):
     ``draws`` (0 to 1) beyond uniform attention, from other tokens only: in the LLM in that layer, in the
     vision tower in some block. There patches are judged; CLS and registers are kinds of their own.
 
-    The score is the largest ``|h|`` in medians, the threshold the larger of the two limits. Null: the
-    peak-to-median ratio of an isotropic state.
+    The score is the largest ``|h|`` in medians, the threshold the larger of the two limits.
     """
 
-    ranges: ClassVar[Any] = {
-        "gap": {"above": 1},
-        "medians": {"above": 0},
-        "growth": {"above": 0},
-        "draws": {"above": 0, "below": 1},
-    }
+    ranges: ClassVar[Any] = {"gap": {"above": 1}, "draws": {"above": 0, "below": 1}}
+    ranges |= {"medians": {"above": 0}, "growth": {"above": 0}}
     gap: float = GAP
     medians: float = MEDIANS
     draws: float = DRAWS
@@ -78,7 +73,7 @@ class Gap(Rule):
         return above & (result.growth() >= self.growth) & result.judged[:, None]
 
     def null(self, result: EvidenceResult, anatomy: TowerAnatomy) -> float:
-        """Peak over median of D half-normals."""
+        """The peak-to-median ratio of an isotropic state, D half-normals."""
         return expected_peak(anatomy.d_model) / 0.6745
 
 
@@ -111,8 +106,8 @@ class Limits(Rule):
         """What the score is made of; DetectorError if there is not one limit per block."""
         if len(self.limits) != anatomy.n_layers:
             raise DetectorError(
-                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; expected "
-                "a positive one per block. Limits belong to one model: run ss.calibrate(lvlm, samples) for this one."
+                f"Got {len(self.limits)} limits for the {tower} tower of {anatomy.n_layers} blocks; "
+                "expected a positive one per block. Write ss.calibrate(lvlm, samples) for this model."
             )
         return self._like(1.0).probe(tower, layers, anatomy)
 
@@ -158,29 +153,26 @@ def outcome_of(
     tower: str,
     called: Callable[[int, int, int], str] = lambda sample, row, pos: f"position {pos}",
 ) -> str:
-    """Say why no token of a tower is a sink: what spikes, what draws attention.
-
-    ``called`` gives the name of the token at ``(sample, row, position)``.
-    """
+    """Say why no token of a tower is a sink: what spikes, what draws attention. ``called`` gives the name of
+    the token at ``(sample, row, position)``."""
     one, many = ("patch", "patches") if tower == "vision" else ("token", "tokens")
 
-    def listed(verb: str, after: str, masks: list[Tensor], values: list[Tensor], unit: str) -> str:
+    def listed(verb: str, what: str, unit: str, seen: list[tuple[Tensor, Tensor]]) -> str:
         sizes = {
-            (sample, row, pos): float(values[sample][row, :, pos].nan_to_num().max())
-            for sample, mask in enumerate(masks)
+            (sample, row, pos): float(values[row, :, pos].nan_to_num().max())
+            for sample, (mask, values) in enumerate(seen)
             for row, pos in mask.any(dim=1).nonzero().tolist()
         }
         ranked = sorted(sizes, key=lambda at: -sizes[at])
         some = ", ".join(f"{called(*at)} ({unit.format(sizes[at])})" for at in ranked[:3])
         more = f" and {len(ranked) - 3} more" if len(ranked) > 3 else ""
         which = f"1 {one} {verb}s" if len(ranked) == 1 else f"{len(ranked)} {many} {verb}"
-        return f"{which}{after}: {some}{more}" if ranked else ""
+        return f"{which}{what}: {some}{more}" if ranked else ""
 
-    medians, drawn = [seen.medians() for seen in evidence], [seen.drawn() for seen in evidence]
-    spiking = [rule.spikes_in(seen) for seen in evidence]
-    drawing = [rule.draws_in(seen) & seen.judged[:, None] for seen in evidence]
-    spikes = listed("spike", "", spiking, medians, "{:.0f} medians")
-    draws = listed("draw", " attention", drawing, drawn, "{:.2f} beyond uniform")
+    spiking = [(rule.spikes_in(seen), seen.medians()) for seen in evidence]
+    drawing = [(rule.draws_in(s) & s.judged[:, None], s.drawn()) for s in evidence]
+    spikes = listed("spike", "", "{:.0f} medians", spiking)
+    draws = listed("draw", " attention", "{:.2f} beyond uniform", drawing)
     both = "; none does both in one layer" if spikes and draws else ""
     if not spikes:
         size, times, came = _largest_spike(rule, evidence)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sinkscope import probes
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.detectors.detection import Detector as Detector
@@ -18,32 +19,24 @@ from sinkscope.detectors.detection import decide as decide
 from sinkscope.detectors.detection import expected_peak
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import reaches
-from sinkscope.probes import (
-    CosineToFirst,
-    MassiveActivations,
-    Probe,
-    ReceivedAttention,
-    SinkDimensionScores,
-    TokenNorms,
-)
-from sinkscope.probes.evidence import SITES as STATE_SITE
+from sinkscope.probes.attention import STATE_SITE
+from sinkscope.protocols import Probe
 from sinkscope.results import Record
 from sinkscope.sites import Tower
 
 
 class Rule(Record):
-    """The base of the detectors of this room: one field of a probe's result against one number.
+    """The base of detectors: one field of a probe's result, ``score_field``, against one number.
 
-    ``measured`` makes the probe from ``layers``, ``tower`` and ``site``; ``score_field`` is a field of its
-    result and ``limit_field`` one of the rule. ``ranges`` are the fields that are numbers -> what
-    `check_number` asks of them, ``choices`` fields -> what they may be.
+    That is the rule's ``limit_field``. ``measured`` makes the probe from ``layers``, ``tower`` and ``site``.
+    ``ranges`` is field -> what `check_number` asks of it, ``choices`` field -> what it may be.
     """
 
-    measured: ClassVar[Callable[..., Any]] = TokenNorms
+    measured: ClassVar[Callable[..., Any]] = probes.TokenNorms
     score_field: ClassVar[str] = "scores"
     limit_field: ClassVar[str] = "tau"
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
+    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __post_init__(self) -> None:
         for name, wanted in self.ranges.items():
@@ -67,7 +60,6 @@ class Rule(Record):
         return torch.full(scores.shape[:2], self._limit())
 
     def _limit(self) -> float:
-        """The one threshold."""
         return float(getattr(self, self.limit_field))
 
     def _plain(self) -> dict[str, Any] | None:
@@ -79,14 +71,10 @@ class Rule(Record):
 class SinkDimensions(Rule):
     """Tokens whose sink-dimension value exceeds tau (Kang et al. 2503.03321; Choi et al. 2604.03316).
 
-    Null: the expected score of an isotropic state (with RMS), or 0 (raw, which has no scale).
-
-    Args:
-        dims: Channel indices of this model.
-        tau: With RMS the score is at most sqrt(D): 20 suits LLaMA-2-7B (D = 4096), is known to flag 83-100 %
-            of the image tokens of most recent LVLMs (2609.32808), and above sqrt(D) is refused.
-        normalize: ``"rms"`` or ``"none"``.
-        strict: Whether a score equal to tau is no sink. VAR's code is strict, LSG writes ``>=``.
+    ``dims`` are channels of this model. With ``normalize="rms"`` (else ``"none"``) the score is at most
+    sqrt(D): ``tau=20`` suits LLaMA-2-7B (D = 4096), is known to flag 83-100 % of the image tokens of most
+    recent LVLMs (2609.32808), and above sqrt(D) is refused. If ``strict``, a score equal to tau is no sink:
+    VAR's code is strict, LSG writes ``>=``.
     """
 
     ranges: ClassVar[Any] = {"tau": {"above": 0}}
@@ -104,19 +92,18 @@ class SinkDimensions(Rule):
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Sink-dimension scores; DetectorError if tau is above sqrt(D)."""
-        bound = anatomy.d_model**0.5
-        if self.normalize == "rms" and self.tau >= bound:
+        width = anatomy.d_model
+        if self.normalize == "rms" and self.tau >= width**0.5:
             raise DetectorError(
-                f"Got tau={self.tau} with RMS normalisation in the {tower} tower of width "
-                f"{anatomy.d_model}; expected less than sqrt({anatomy.d_model}) = {bound:.1f}, the "
-                "largest possible score. Published thresholds belong to wide models: run "
-                "ss.calibrate(lvlm, samples) for this one."
+                f"Got tau={self.tau} with RMS normalisation in the {tower} tower; expected less than "
+                f"sqrt({width}) = {width**0.5:.1f}, the largest possible score. Published thresholds "
+                "belong to wide models: run ss.calibrate(lvlm, samples) for this one."
             )
-        site = STATE_SITE[tower]
-        return SinkDimensionScores(tuple(self.dims), layers, tower, self.normalize, site)
+        given = tuple(self.dims), layers, tower, self.normalize
+        return probes.SinkDimensionScores(*given, STATE_SITE[tower])
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """``E max of |dims| half-normals``."""
+        """The score of an isotropic state, ``E max of |dims| half-normals``; 0 without a scale."""
         return expected_peak(len(self.dims)) if self.normalize == "rms" else 0.0
 
     def _plain(self) -> dict[str, Any]:
@@ -126,12 +113,9 @@ class SinkDimensions(Rule):
 
 @dataclass(frozen=True)
 class Massive(Rule):
-    """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762).
+    """Massive activations: ``|h| > absolute`` and at least ``ratio`` layer medians (2402.17762)."""
 
-    The null is the peak-to-median ratio of an isotropic state times the layer's median.
-    """
-
-    measured: ClassVar[Any] = partial(MassiveActivations, k=1)
+    measured: ClassVar[Any] = partial(probes.MassiveActivations, k=1)
     limit_field: ClassVar[str] = "absolute"
     ranges: ClassVar[Any] = {"absolute": {"least": 0}, "ratio": {"least": 0}}
     absolute: float = 100.0
@@ -147,7 +131,7 @@ class Massive(Rule):
         return reaches(result.ratio(), self.ratio)
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """Peak over median of D half-normals, times the mean median."""
+        """The peak-to-median ratio of an isotropic state, D half-normals, times the mean median."""
         return expected_peak(anatomy.d_model) / 0.6745 * float(result.median.nanmean())
 
     def _plain(self) -> dict[str, Any]:
@@ -156,7 +140,7 @@ class Massive(Rule):
 
 
 class NormRule(Rule):
-    """A rule on token norms; the null is the median norm."""
+    """A rule on token norms."""
 
     score_field: ClassVar[str] = "norms"
 
@@ -197,13 +181,10 @@ class Norm(NormRule):
         if self.tau == "3sigma":
             return norms.mean() + 3 * norms.std()
         upper = norms.log().sort().values[(len(norms) - 1) // 2 :]
-        if len(upper) < 2:
-            return torch.tensor(float("inf"))
         gaps = upper.diff()
-        at = int(gaps.argmax())
-        if gaps[at] < torch.tensor(self.gap).log():
+        if not len(gaps) or gaps.max() < torch.tensor(self.gap).log():
             return torch.tensor(float("inf"))
-        return ((upper[at] + upper[at + 1]) / 2).exp()
+        return ((upper[gaps.argmax()] + upper[gaps.argmax() + 1]) / 2).exp()
 
     def _plain(self) -> dict[str, Any] | None:
         if isinstance(self.tau, str):
@@ -215,9 +196,8 @@ class Norm(NormRule):
 class ZScore(NormRule):
     """Norms more than ``z`` standard deviations above the mean of the layer's live tokens, per row.
 
-    The score is the L2 norm; the null is the median norm. Of n tokens none lies more than
-    ``(n - 1) / sqrt(n)`` (sample) deviations above the mean, so a short row has none at ``z=3``: that takes
-    11. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
+    Of n tokens none lies more than ``(n - 1) / sqrt(n)`` (sample) deviations above the mean: ``z=3`` takes 11
+    tokens. Large norms raise the deviation that they are judged by; ``Norm("valley")`` does not have that.
     """
 
     ranges: ClassVar[Any] = {"z": {"above": 0}}
@@ -236,12 +216,10 @@ class ZScore(NormRule):
 class Received(Rule):
     """Tokens that receive more than epsilon of the attention of the queries that see them.
 
-    Gu et al. (2410.10781) use 0.3 per head. The score depends on the prompt's length: under uniform
-    causal attention key 0 of T already receives about ln(T)/T. Null: the mean null of the layer.
-
-    ``eps`` is the least received attention, own query included, as published; ``times_null`` instead a
-    multiple of each token's own null (5 in ACT, 2406.15765), counting what other tokens give, where at
-    least 8 of them see the token. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
+    ``eps`` is the least received attention, own query included; Gu et al. (2410.10781) use 0.3 per head. It
+    depends on the prompt's length: under uniform causal attention key 0 of T already receives about ln(T)/T.
+    ``times_null`` is instead a multiple of each token's own null (5 in ACT, 2406.15765), counting what other
+    tokens give, where at least 8 of them see it. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
     """
 
     ranges: ClassVar[Any] = {"eps": {"above": 0, "below": 1}}
@@ -258,7 +236,8 @@ class Received(Rule):
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """Received attention."""
-        return ReceivedAttention(layers, tower=tower, others=self.times_null is not None)
+        others = self.times_null is not None
+        return probes.ReceivedAttention(layers, tower=tower, others=others)
 
     def scores(self, result: Any) -> Tensor:
         """Received attention (or its multiple of the null), joined over heads."""
@@ -275,19 +254,17 @@ class Received(Rule):
 
 @dataclass(frozen=True)
 class CosineToBOS(Rule):
-    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks).
+    """Tokens whose state has at least this absolute cosine to the first token's (secondary sinks), and that
+    token itself."""
 
-    The first token itself is always flagged. Null: ``E |cos|`` of random directions.
-    """
-
-    measured: ClassVar[Any] = CosineToFirst
+    measured: ClassVar[Any] = probes.CosineToFirst
     limit_field: ClassVar[str] = "threshold"
     ranges: ClassVar[Any] = {"threshold": {"above": 0, "below": 1}}
     threshold: float = 0.9
     strict: bool = True
 
     def null(self, result: Any, anatomy: TowerAnatomy) -> float:
-        """``sqrt(2 / (pi D))``."""
+        """``E |cos|`` of random directions, ``sqrt(2 / (pi D))``."""
         return (2 / (torch.pi * anatomy.d_model)) ** 0.5
 
 

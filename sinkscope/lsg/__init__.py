@@ -1,6 +1,6 @@
 """Layer-wise Sink Gating: the gate, how it is attached, trained and kept."""
 
-from sinkscope.detectors.kinds import describe, detector_of
+from sinkscope.detectors.choice import describe, detector_of
 from sinkscope.lsg.attach import Attachment
 from sinkscope.lsg.config import GateConfig
 from sinkscope.lsg.gate import LSG

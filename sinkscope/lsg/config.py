@@ -11,7 +11,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from sinkscope.checks import check_choice, is_number, is_whole
-from sinkscope.detectors.kinds import VisionTokens, detector_of
+from sinkscope.detectors.choice import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.data.batches import IGNORED, AnswerBatch, AnswerData, batches_of, make_batch
 from sinkscope.data.tokens import TokenScores
-from sinkscope.detectors.kinds import VisionTokens, detector_of, kept_tokens, rule_of
+from sinkscope.detectors.choice import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor

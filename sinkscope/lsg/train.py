@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from sinkscope.checks import check_flags, check_whole, plain
 from sinkscope.data.batches import make_batch, read_parts
-from sinkscope.detectors.kinds import detector_of
+from sinkscope.detectors.choice import detector_of
 from sinkscope.errors import InputError, ModelError
 from sinkscope.files import claim, held
 from sinkscope.lsg.config import check_layer

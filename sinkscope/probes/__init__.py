@@ -3,13 +3,14 @@
 from sinkscope.probes.attention import (
     AttentionMass,
     AttentionPatterns,
+    EvidenceResult,
     MassResult,
     PatternResult,
     ReceivedAttention,
     ReceivedResult,
+    SinkEvidence,
 )
 from sinkscope.probes.entropy import AttentionEntropy, EntropyResult
-from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.probes.per_layer import LayerProbe
 from sinkscope.probes.residual import (
     ChannelResult,
@@ -41,42 +42,11 @@ from sinkscope.probes.writes import (
 from sinkscope.protocols import Probe, Read
 from sinkscope.results import Result
 
-__all__ = [
-    "AttentionEntropy",
-    "AttentionMass",
-    "AttentionPatterns",
-    "AttentionValueResult",
-    "AttentionValues",
-    "ChannelResult",
-    "ChannelValues",
-    "ContributionNorms",
-    "ContributionResult",
-    "CosineToFirst",
-    "EntropyResult",
-    "EvidenceResult",
-    "GroupMeans",
-    "GroupMeansResult",
-    "HeadWrites",
-    "LayerProbe",
-    "LensResult",
-    "LogitLens",
-    "MassResult",
-    "MassiveActivations",
-    "MassiveResult",
-    "NormResult",
-    "PatternResult",
-    "Probe",
-    "Read",
-    "ReceivedAttention",
-    "ReceivedResult",
-    "ResidualStates",
-    "Result",
-    "ScoreResult",
-    "SinkDimensionScores",
-    "SinkEvidence",
-    "StateResult",
-    "TokenNorms",
-    "ValueNormResult",
-    "ValueNorms",
-    "WriteResult",
-]
+__all__ = ["LayerProbe", "Probe", "Read", "Result", "SinkEvidence"]
+__all__ += ["AttentionEntropy", "AttentionMass", "AttentionPatterns", "EntropyResult", "MassResult"]
+__all__ += ["EvidenceResult", "PatternResult", "ReceivedAttention", "ReceivedResult"]
+__all__ += ["ChannelResult", "ChannelValues", "CosineToFirst", "GroupMeans", "GroupMeansResult"]
+__all__ += ["LensResult", "LogitLens", "MassiveActivations", "MassiveResult", "NormResult"]
+__all__ += ["ResidualStates", "ScoreResult", "SinkDimensionScores", "StateResult", "TokenNorms"]
+__all__ += ["AttentionValueResult", "AttentionValues", "ContributionNorms", "ContributionResult"]
+__all__ += ["HeadWrites", "ValueNormResult", "ValueNorms", "WriteResult"]

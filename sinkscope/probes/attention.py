@@ -4,55 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context, indices_of
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
 from sinkscope.kernels.received import received
-from sinkscope.probes.per_layer import AttentionProbe, ByLayer
-from sinkscope.results import Result, in_layers, stack_layers
+from sinkscope.probes.per_layer import AttentionProbe
+from sinkscope.probes.residual import MassiveActivations, MassiveResult
+from sinkscope.protocols import Read
+from sinkscope.results import Record, Result, in_layers, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 from sinkscope.viz import plot_heads
 
-
-def refuse_flash(context: Context, tower: str, what: str) -> None:
-    """Raise ProbeError for what needs attention in fp32 if the tower attends through a flash kernel."""
-    kernel = context.tower(tower).kernel
-    if "flash" in kernel:
-        raise ProbeError(
-            f"Got {what} on the {tower} tower under {kernel!r}, which computes in half precision "
-            "only; expected a kernel that can compute in fp32. Write "
-            "lvlm.module.set_attn_implementation('sdpa'), or load with attn_implementation='sdpa'."
-        )
-
-
-def groups_by_layer(context: Context, tower: str, groups: Any) -> ByLayer:
-    """One-hot groups ``[row key group]``, one tensor per layer or one for all that share it."""
-    _, onehot = context.groups(tower, groups)
-    return ByLayer(onehot[:, i].contiguous() for i in range(onehot.shape[1]))
-
-
-def chosen_rows(probe: Any, context: Context) -> Tensor | None:
-    """The selected queries of a prompt, ``[row query]``; None for all, and at decode steps."""
-    if probe.queries is None or context.step:
-        return None
-    return indices_of(context.flat(probe.tower, probe.queries))
+LEAST_SEEING = 8  # other queries that must see a key for their mean to be worth comparing
+# Where states are judged: what attention reads in the LLM, what the projector may read in the ViT.
+STATE_SITE = {"language": "resid_pre", "vision": "resid_post"}
 
 
 @dataclass(frozen=True, eq=False)
 class MassResult(Result, columns={"mass": "mass", "null": "null"}):
-    """Attention mass per key group, in [0, 1] and NaN at padding.
-
-    ``null`` is uniform attention under the model's own mask, or None if it was not asked for.
-    """
+    """Attention mass per key group, in [0, 1] and NaN at padding. ``null`` is that of uniform attention under
+    the model's own mask, or None if it was not asked for."""
 
     mass: Float[Tensor, "batch layer head query group"]
     null: Float[Tensor, "batch layer query group"] | None
@@ -62,11 +43,8 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
 
     def group(self, name: str) -> Float[Tensor, "batch layer head query"]:
         """The mass on one group; ProbeError if there is none."""
-        if name not in self.groups:
-            raise ProbeError(
-                f"Got the group {name!r}; expected one of {self.groups}. Name what you want to "
-                "measure in AttentionMass(groups={...})."
-            )
+        hint = "Name what you want to measure in AttentionMass(groups={...})."
+        check_choice(self.groups, group=name, error=ProbeError, hint=hint)
         return self.mass[..., self.groups.index(name)]
 
     def by_layer(self) -> Float[Tensor, "layer group"]:
@@ -78,10 +56,8 @@ class MassResult(Result, columns={"mass": "mass", "null": "null"}):
         return None if self.null is None else self.null.nanmean(dim=(0, 2))
 
     def plot_heads(self, group: str, row: int | None = None, *, query: int | None = None) -> Figure:
-        """A layer x head map of the mass on a group, with the head that gives the most and its null.
-
-        ``row`` is a row of the batch and ``query`` a position, None for the mean over those measured.
-        """
+        """A layer x head map of the mass on a group, with the head that gives the most and its null, of a
+        ``row`` of the batch and a ``query`` position; None for the mean over those measured."""
         return plot_heads(self, group, row, query=query)
 
 
@@ -92,13 +68,10 @@ class AttentionMass(
     """How much attention each query pays to each group of keys, per head. Exact.
 
     ``mass[q, g] = sum_{k in g} A[q, k]``, computed as the model's own attention on one-hot values.
-    Groups may overlap; what is in no group (and, at decode steps, what was generated) is the rest.
-
-    Args:
-        groups: Name -> selection, such as ``{"bos": "bos"}``; masks may differ by layer.
-        queries: None for all. At a decode step the one query is used.
-        null: One more attention call per kind of mask.
-        precision: ``"model"`` for the model's dtype (in bf16 rounded by about 6e-3) or ``"float32"``.
+    ``groups`` is name -> selection, such as ``{"bos": "bos"}``; they may overlap, and masks may differ by
+    layer. What is in no group (and, at decode steps, what was generated) is the rest. ``queries`` is a
+    selection, or None for all; at a decode step the one query is used. ``null`` costs one more attention call
+    per kind of mask. ``precision`` is ``"model"`` (in bf16 rounded by about 6e-3) or ``"float32"``.
     """
 
     groups: Mapping[str, Selection]
@@ -112,13 +85,9 @@ class AttentionMass(
         check_choice(("model", "float32"), precision=self.precision, error=ProbeError)
         float32 = self.precision == "float32"
         if float32:
-            refuse_flash(context, self.tower, "AttentionMass(precision='float32')")
-        groups = groups_by_layer(context, self.tower, self.groups)
-        rows = chosen_rows(self, context)
+            self._refuse_flash(context, "AttentionMass(precision='float32')")
+        groups, rows = self._groups(context, self.groups), self._rows(context, self.queries)
         return {"groups": groups, "rows": rows, "null": self.null, "float32": float32}
-
-
-LEAST_SEEING = 8  # other queries that must see a key for their mean to be worth comparing
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +110,14 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
         return in_layers(self, layers)
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
-        """The share of rows and heads in which a key receives more than ``epsilon``.
-
-        ``Sink_k^eps`` of Gu et al. (2410.10781) by layer; it depends on the length of the prompt.
-        """
+        """The share of rows and heads in which a key receives more than ``epsilon``: ``Sink_k^eps`` of Gu et
+        al. (2410.10781) by layer. It depends on the length of the prompt."""
         above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
         return above.nanmean(dim=(0, 2))
 
     def excess(self) -> Float[Tensor, "batch layer head key"]:
-        """What other tokens give beyond uniform attention: ``others - others_null``, in [-1, 1].
-
-        The score by which tokens are ranked; ProbeError if it was not asked for. A multiple of the null is at
-        most 1 / null, so the first token, which many see, could never have a large one.
-        """
+        """What other tokens give beyond uniform attention, in [-1, 1]; ProbeError if it was not asked for.
+        Tokens are ranked by it and not by `times_null`, which for a token that many see is never large."""
         others, null = self._of_others()
         return others - null
 
@@ -190,12 +154,9 @@ class ReceivedAttention(
     others: bool = False
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        refuse_flash(context, self.tower, "ReceivedAttention")
+        self._refuse_flash(context)
         if self.others and not self.null:
-            raise ProbeError(
-                "Got others=True and null=False; expected the null too. Write "
-                "ReceivedAttention(others=True)."
-            )
+            raise ProbeError("Got others=True, null=False; expected the null too. Write null=True.")
         live = context.live(self.tower)
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
@@ -215,10 +176,8 @@ class ReceivedAttention(
 
 @dataclass(frozen=True, eq=False)
 class PatternResult(Result, columns={"attention": "patterns"}):
-    """Attention weights of chosen queries; NaN where a row is absent or a key is padding.
-
-    Rows sum to 1, or less where the model has a learned sink.
-    """
+    """Attention weights of chosen queries; NaN where a row is absent or a key is padding. Rows sum to 1, or
+    less where the model has a learned sink."""
 
     patterns: Float[Tensor, "batch layer head row key"]
     rows: Int[Tensor, "batch row"]
@@ -234,16 +193,108 @@ class AttentionPatterns(
     over="rows",
     per_key=True,
 ):
-    """Attention weights of chosen queries, and only those. Exact.
-
-    ``rows`` selects the queries, such as ``"last"``; at a decode step the one query is used.
-    """
+    """Attention weights of chosen queries, and only those. Exact. ``rows`` selects the queries, such as
+    ``"last"``; at a decode step the one query is used."""
 
     rows: Selection = "last"
     layers: Any = None
     tower: Tower = "language"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        refuse_flash(context, self.tower, "AttentionPatterns")
+        self._refuse_flash(context)
         rows = context.packed_rows(self.tower, context.flat(self.tower, self.rows))
         return {"rows": torch.zeros(len(rows), 1, dtype=torch.long) if context.step else rows}
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceResult(Result):
+    """Spikes and attention of every token, in the LLM in ``layers``.
+
+    In the vision tower ``received`` has all blocks. ``first`` are the largest channels in the LLM's
+    embeddings, ``[batch 1 pos k]``, None in the vision tower; ``judged`` the tokens that are compared with
+    one another: live tokens of the LLM, patches of the vision tower.
+    """
+
+    massive: MassiveResult
+    received: ReceivedResult
+    first: MassiveResult | None
+    judged: Bool[Tensor, "batch pos"]
+    layers: tuple[int, ...]
+
+    def medians(self) -> Float[Tensor, "batch layer pos"]:
+        """Every token's largest ``|h|`` over the layer's median; NaN at padding."""
+        return self.massive.ratio()
+
+    def upper_quartile(self) -> Float[Tensor, "batch layer"]:
+        """The value of `medians` that a quarter of the judged tokens reaches."""
+        ratios = self.medians().masked_fill(~self.judged[:, None], float("nan"))
+        return ratios.nanquantile(0.75, dim=-1, interpolation="higher")
+
+    def prominence(self) -> Float[Tensor, "batch layer pos"]:
+        """Every token's largest ``|h|`` over the layer's upper quartile of it: about 1 without spikes."""
+        return self.medians() / self.upper_quartile()[..., None]
+
+    def drawn(self) -> Float[Tensor, "batch layer pos"]:
+        """The most that some head of the layer gives a token beyond uniform attention, in [-1, 1]: from other
+        tokens only, NaN where fewer than 8 of them see it."""
+        excess = self.received.excess()
+        gone = excess.isnan().all(dim=2)
+        return excess.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
+
+    def growth(self) -> Float[Tensor, "batch layer pos"]:
+        """By how much a token's largest channel grew since the embeddings, in medians of its layer; at least,
+        where the channel was not among the 16 largest there. Infinite in the vision tower."""
+        now = self.medians()
+        if self.first is None:
+            return torch.full_like(now, float("inf")).masked_fill(now.isnan(), float("nan"))
+        before = self.first.values.abs() / self.first.median[..., None, None]
+        same = self.first.channels == self.massive.channels[..., :1]
+        there = torch.where(same, before, torch.zeros_like(before)).amax(dim=-1)
+        return now / torch.where(same.any(dim=-1), there, before[..., -1].expand_as(there))
+
+    def at(self, layers: Sequence[int]) -> EvidenceResult:
+        """The same with the states of some layers only; a vision tower's attention stays whole."""
+        massive = in_layers(self.massive, layers)
+        received = self.received if self.first is None else self.received.at(layers)
+        return replace(self, massive=massive, received=received, layers=tuple(layers))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns batch, layer, pos, medians, prominence: one line per token and layer."""
+        columns = {"medians": self.medians(), "prominence": self.prominence()}
+        names = {"layer": self.layers, "pos": self.massive.positions}
+        return tidy(columns, ("batch", "layer", "pos"), names)
+
+
+@dataclass(frozen=True, eq=False)
+class SinkEvidence(Record):
+    """What tells a sink: how large its state is, and how much attention other tokens give it.
+
+    Spikes are read at ``resid_pre`` in the LLM (what a block's attention reads) and at ``resid_post`` in the
+    vision tower (what the projector may read).
+    """
+
+    needs: ClassVar[str] = "gradients"
+    layers: Any = None
+    tower: Tower = "language"
+
+    def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
+        layers, vision = context.layers(self.tower, self.layers), self.tower == "vision"
+        k = min(16, context.tower(self.tower).d_model)  # enough to find a spike in the first state
+        read, attended = (layers, None) if vision else (sorted({0, *layers}), layers)
+        massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
+        return massive, ReceivedAttention(attended, tower=self.tower, others=True)
+
+    def reads(self, context: Context) -> list[Read]:
+        """States and attention of every layer."""
+        return [read for part in self._parts(context) for read in part.reads(context)]
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
+        """Both results, and the embeddings' channels apart."""
+        massive, received = self._parts(context)
+        attention = {site: answers[site] for site in answers if site.name == "attention"}
+        states, drawn = massive.finish(answers, context), received.finish(attention, context)
+        layers = context.layers(self.tower, self.layers)
+        first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
+        if self.tower == "vision":
+            first, judged = None, context.tokens.vision.select("patch")
+        return EvidenceResult(in_layers(states, layers), drawn, first, judged, layers)

@@ -23,7 +23,6 @@ from sinkscope.kernels.attention import (
     unpack,
     weigh_queries,
 )
-from sinkscope.probes.attention import chosen_rows, groups_by_layer, refuse_flash
 from sinkscope.probes.per_layer import AttentionProbe
 from sinkscope.results import Result
 from sinkscope.sites import Tower
@@ -31,16 +30,22 @@ from sinkscope.tokens import Selection
 
 
 def entropy(calls, state, groups=None, rows=None, layout=None):  # type: ignore[no-untyped-def]
-    """Entropy of attention rows in nats, per head and under uniform attention.
-
-    ``groups`` is ``[batch key group]`` one-hot, or None for single keys; for the others see `group_mass`.
-    Gives ``{"entropy": [batch head query], "null": [batch query]}``.
-    """
+    """Entropy of attention rows in nats: ``{"entropy": [batch head query], "null": [batch query]}``.
+    ``groups`` is ``[batch key group]`` one-hot, or None for single keys; for the others see `group_mass`."""
     if groups is not None:
         mass = group_mass(calls, state, groups, rows, True, True, layout)
         return {"entropy": of_shares(mass["mass"]), "null": of_shares(mass["null"])}
     own = rows if layout is None else None  # in a packed tower rows are chosen at the end
-    found, nulls = by_key(calls, own, False), by_key_null(calls, state, own)
+    masks, seen = [], []
+    for call in calls:
+        named, rest = arguments(call)
+        module = id(named["module"]) if learned_sink(call) else None
+        masks.append(named["attention_mask"])
+        seen.append((id(masks[-1]), rest.get("sliding_window"), is_causal(named, rest), module))
+    mark = ("entropy", id(own), *seen, *spans(calls))
+    if mark not in state:  # masks and rows are kept so that their ids cannot be given to others
+        state[mark] = by_key([one_head(call) for call in calls], own, True)[:, 0], masks, own
+    found, nulls = by_key(calls, own, False), state[mark][0]
     if layout is not None:
         found = pick(unpack(found, layout, 2), rows, 2)
         nulls = pick(unpack(nulls, layout, 1), rows, 1)
@@ -56,18 +61,16 @@ def of_shares(shares):  # type: ignore[no-untyped-def]
 
 def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
     """Entropy over single keys ``[batch head row]``, from the weights of sixteen queries at a time."""
-    located, first = spans(calls), arguments(calls[0])[0]["query"]
+    located, first, out = spans(calls), arguments(calls[0])[0]["query"], []
     n_query = located[-1][1]
     places = torch.arange(n_query, device=first.device)
     if rows is None or n_query == 1:
         rows = places[None].expand(first.shape[0], -1)
-    out = []
     for part in rows.split(16, dim=1):
         onehot, total = (part[..., None] == places).float(), torch.zeros((), device=first.device)
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True):
             weights = weigh_queries(call, onehot[..., q_at:q_to], null=null).clamp(min=0)
-            named, rest = arguments(call)
-            if hasattr(named["module"], "sinks") or rest.get("s_aux") is not None:
+            if learned_sink(call):
                 inside = onehot[:, None, :, q_at:q_to].sum(dim=-1, keepdim=True)
                 left = (inside - weights.sum(dim=-1, keepdim=True)).clamp(min=0)
                 weights = torch.cat([weights, left], dim=-1)
@@ -76,26 +79,10 @@ def by_key(calls, rows, null):  # type: ignore[no-untyped-def]
     return torch.cat(out, dim=2)
 
 
-def by_key_null(calls, state, rows):  # type: ignore[no-untyped-def]
-    """The same under uniform attention ``[batch row]``, once per kind of mask."""
-    masks, seen = [], []
-    for call in calls:
-        named, rest = arguments(call)
-        own = id(named["module"]) if learned_sink(call) else None
-        masks.append(named["attention_mask"])
-        seen.append((id(masks[-1]), rest.get("sliding_window"), is_causal(named, rest), own))
-    mark = ("entropy", id(rows), *seen, *spans(calls))
-    if mark not in state:  # masks and rows are kept so that their ids cannot be given to others
-        state[mark] = by_key([one_head(call) for call in calls], rows, True)[:, 0], masks, rows
-    return state[mark][0]
-
-
 @dataclass(frozen=True, eq=False)
 class EntropyResult(Result, columns={"entropy": "entropy", "null": "null"}):
-    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number.
-
-    ``null`` is that of uniform attention under the model's own mask; NaN at padding.
-    """
+    """Entropy of attention rows in nats, from 0 (one group or key) to the log of their number. ``null`` is
+    that of uniform attention under the model's own mask; NaN at padding."""
 
     entropy: Float[Tensor, "batch layer head query"]
     null: Float[Tensor, "batch layer query"]
@@ -109,13 +96,10 @@ class AttentionEntropy(
 ):
     """Shannon entropy of attention by head and query, in nats. Exact, in fp32.
 
-    ``-sum_g p_g log p_g`` over the masses of token groups (see `AttentionMass`) and of the rest, that
-    is what is in no group, what was generated, and what a learned sink takes: one attention call per
-    layer. Without groups over single keys: one call and its gradient per layer and 16 queries, or
-    fewer where many heads share a key, and never an N x N matrix.
-
-    ``groups`` is name -> selection, and no token may be in two of them; ``queries`` is a selection, or None
-    for all. At a decode step the one query is used.
+    ``-sum_g p_g log p_g`` over the masses of token groups and of the rest, that is what is in no group, what
+    was generated, and what a learned sink takes: one attention call per layer. Without groups over single
+    keys: one call and its gradient per layer and 16 queries, or fewer where many heads share a key, and never
+    an N x N matrix. Arguments are as for `AttentionMass`, but no token may be in two groups.
     """
 
     groups: Mapping[str, Selection] | None = None
@@ -124,16 +108,16 @@ class AttentionEntropy(
     tower: Tower = "language"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        refuse_flash(context, self.tower, "AttentionEntropy")
-        rows = chosen_rows(self, context)
+        self._refuse_flash(context)
+        rows = self._rows(context, self.queries)
         if self.groups is None:
             return {"rows": rows}
-        names, onehot = context.groups(self.tower, self.groups)
-        twice = (onehot.sum(dim=-1, keepdim=True) > 1) & (onehot > 0)
-        if twice.any():
-            both = [name for name, one in zip(names, twice.unbind(-1), strict=True) if one.any()]
+        masks = context.groups(self.tower, self.groups)
+        twice = (masks & (masks.sum(dim=-1, keepdim=True) > 1)).unbind(-1)
+        both = [name for name, mask in zip(self.groups, twice, strict=True) if mask.any()]
+        if both:
             raise ProbeError(
                 f"Got the groups {both}, which share tokens; expected every token in one group at most. "
                 "Write groups of a partition, such as trace.groups."
             )
-        return {"groups": groups_by_layer(context, self.tower, self.groups), "rows": rows}
+        return {"groups": self._groups(context, self.groups), "rows": rows}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.context import Context, indices_of
 from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError
 from sinkscope.protocols import Read
@@ -28,18 +28,15 @@ class LayerProbe(Record):
     """A probe with one kernel at one site of every layer.
 
     A subclass is a frozen dataclass with the fields ``layers``, block indices or None for all; ``tower``;
-    and ``site``, one of ``at_sites``. Its kernel gives a tensor ``[batch ...]``, or a dict of tensors by the
-    names of the result's fields. Of the result, fields ``[batch layer ...]`` are stacked over layers and NaN
-    at padding, an int field ``[batch query]`` (or pos, row) holds positions, and the others are fields of
-    the probe. The following are keywords of the class, as in
-    ``class TokenNorms(LayerProbe, kernel=norms, result=NormResult)``.
+    and ``site``, one of ``at_sites`` (or ``sites``, several). Its kernel gives a tensor ``[batch ...]``, or
+    a dict of tensors by the names of the result's fields. Of the result, fields ``[batch layer ...]`` are
+    stacked over layers and NaN at padding, an int field ``[batch query]`` (or pos, row) holds positions, and
+    the others are fields of the probe.
 
-    Attributes:
-        kernel: Of every layer.
-        result: The class of the result.
-        needs: What a tower must have.
-        over: The field that selects which queries the result has; empty for all of them.
-        per_key: Whether the result has a value per key, at decode steps per key of the cache.
+    Keywords of the class, as in ``class TokenNorms(LayerProbe, kernel=norms, result=NormResult)``:
+    ``kernel``, a pure function; ``result``, the class of the result; ``needs``, what a tower must have;
+    ``over``, the field that selects which queries the result has, empty for all of them; ``per_key``,
+    whether it has a value per key, at decode steps per key of the cache.
     """
 
     needs: ClassVar[str] = "states"
@@ -52,30 +49,29 @@ class LayerProbe(Record):
     tower: Tower
     site: str
 
-    def __init_subclass__(cls, *, kernel: Any = None, **given: Any) -> None:
+    def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__()
-        if unknown := set(given) - {"result", "needs", "over", "per_key"}:
+        if unknown := set(given) - {"kernel", "result", "needs", "over", "per_key"}:
             raise TypeError(f"Got {unknown} for {cls.__name__}; see LayerProbe for what it takes.")
-        for name, value in ({"kernel": kernel and staticmethod(kernel)} | given).items():
-            if value is not None:
-                setattr(cls, name, value)
+        for name, value in given.items():
+            setattr(cls, name, staticmethod(value) if name == "kernel" else value)
 
     def reads(self, context: Context) -> list[Read]:
-        """One read per layer."""
-        check_choice(self.at_sites, site=self.site, error=ProbeError)
-        layout, reads = context.layout(self.tower), []
+        """One read per layer and site."""
+        sites, layout, reads = getattr(self, "sites", (self.site,)), context.layout(self.tower), []
+        for site in sites:
+            check_choice(self.at_sites, site=site, error=ProbeError)
         parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})
         for layer in context.layers(self.tower, self.layers):
             own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
-            reads.append(Read(Site(self.tower, self.site, layer), self.kernel, own))
+            reads += [Read(Site(self.tower, site, layer), self.kernel, own) for site in sites]
         return reads
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack the layers and mask the padding."""
         answers = {site: answer for site, answer in answers.items() if site.name == self.site}
-        record: Any = self.result
-        axes, made = axes_of(record), {}
-        for name in (f.name for f in fields(record)):
+        axes, made = axes_of(self.result), {}
+        for name in (f.name for f in fields(self.result)):
             if name == "layers":
                 made[name] = context.layers(self.tower, self.layers)
             elif axes.get(name, ())[:2] == ("batch", "layer"):
@@ -85,14 +81,18 @@ class LayerProbe(Record):
             elif hasattr(self, name):
                 value = getattr(self, name)
                 made[name] = value if isinstance(value, (str, float)) else tuple(value)
-        return record(**made)
+        return self.result(**made)
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         """Parameters of the kernel; raises if those of the probe fit neither model nor sample."""
         return {}
 
+    def _rows(self, context: Context, queries: Any) -> Tensor | None:
+        """The selected queries of a prompt, ``[row query]``; None for all, and at decode steps."""
+        chosen = queries is not None and not context.step
+        return indices_of(context.flat(self.tower, queries)) if chosen else None
+
     def _positions(self, context: Context) -> Tensor:
-        """The queries of the result, see `Context.positions`."""
         return context.positions(self.tower, getattr(self, self.over) if self.over else None)
 
     def _kept(self, context: Context) -> Tensor:
@@ -120,3 +120,17 @@ class AttentionProbe(LayerProbe, needs="attention"):
 
     at_sites: ClassVar[tuple[str, ...]] = ("attention",)
     site: str = "attention"
+
+    def _refuse_flash(self, context: Context, what: str = "") -> None:
+        """Refuse a flash kernel for what needs attention in fp32."""
+        if "flash" in (kernel := context.tower(self.tower).kernel):
+            raise ProbeError(
+                f"Got {what or type(self).__name__} on the {self.tower} tower under {kernel!r}, which "
+                "computes in half precision only; expected a kernel that can compute in fp32. Write "
+                "lvlm.module.set_attn_implementation('sdpa'), or load with attn_implementation='sdpa'."
+            )
+
+    def _groups(self, context: Context, groups: Any) -> ByLayer:
+        """One-hot groups ``[row key group]``, one tensor per layer or one for all that share it."""
+        onehot = context.pack(self.tower, context.groups(self.tower, groups).float(), dim=2)
+        return ByLayer(one.contiguous() for one in onehot.unbind(1))

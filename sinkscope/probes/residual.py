@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context, check_groups, indices_of
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import residual as kernels
 from sinkscope.probes.per_layer import ByLayer, LayerProbe
-from sinkscope.protocols import Read
 from sinkscope.results import Result
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
@@ -28,7 +27,7 @@ def check_site(site: str) -> str:
 
 
 def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
-    """Channel indices of a tower; raises ProbeError if there is none, or one is out of range."""
+    """Channel indices of a tower; ProbeError if there is none, or one is out of range."""
     if not isinstance(dims, Iterable) or isinstance(dims, str):
         raise ProbeError(
             f"Got dimensions {dims!r}; expected a list of channel indices. Write [{dims}]."
@@ -44,7 +43,7 @@ def check_dims(dims: Any, d_model: int, tower: str) -> list[int]:
 
 
 def check_count(k: Any, most: int, what: str) -> int:
-    """How many of something to keep; raises ProbeError if it is no int from 1 to ``most``."""
+    """How many of something to keep; ProbeError if it is no int from 1 to ``most``."""
     if not is_whole(k, 1, most):
         raise ProbeError(f"Got k={k!r}; expected 1 to {most} {what}.")
     return int(k)
@@ -52,11 +51,8 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
-    """The largest channels of every token; values NaN and channels -1 at padding.
-
-    ``values`` are signed, largest magnitude first; ``median`` is that of ``|h|`` over live positions and
-    all channels.
-    """
+    """The largest channels of every token, largest magnitude first; values are signed, NaN and channels -1 at
+    padding. ``median`` is that of ``|h|`` over live positions and all channels."""
 
     values: Float[Tensor, "batch layer pos k"]
     channels: Int[Tensor, "batch layer pos k"]
@@ -76,11 +72,8 @@ class MassiveResult(Result, columns={"value": "values", "channel": "channels"}):
 
 @dataclass(frozen=True, eq=False)
 class MassiveActivations(LayerProbe, kernel=kernels.massive, result=MassiveResult):
-    """The ``k`` largest channels of every token and the layer's median magnitude.
-
-    Sun et al. (2402.17762) call ``|h_d|`` massive above 100 and about 1000 times the median. Reading
-    ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike.
-    """
+    """The ``k`` largest channels of every token and the layer's median magnitude (Sun et al. 2402.17762).
+    Reading ``site="attn_out"`` and ``"mlp_out"`` shows which of the two wrote a spike."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -151,8 +144,7 @@ class SinkDimensionScores(LayerProbe, kernel=kernels.dimension_scores, result=Sc
 class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
     """Absolute cosine of every token with the row's first live token (BOS, or CLS in the ViT), in [0, 1].
 
-    Secondary sinks copy the direction of the first one. At a decode step it is 1 by definition, because
-    the one token is its own reference.
+    Secondary sinks copy the direction of the first one. At a decode step it is 1: the token is its own first.
     """
 
     bound: ClassVar[float] = 1.0
@@ -177,10 +169,8 @@ class StateResult(Result, columns={"value": "states"}):
 
 @dataclass(frozen=True, eq=False)
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
-    """The states themselves, for patching into another run or training probes on them.
-
-    A large result: ``batch x layers x positions x d_model`` numbers. ``tokens`` selects which to keep.
-    """
+    """The states themselves, for patching into another run or training probes on them. A large result;
+    ``tokens`` selects which to keep."""
 
     tokens: Selection = "all"
     layers: Any = None
@@ -209,10 +199,8 @@ class ChannelResult(Result, columns={"value": "values"}):
 
 @dataclass(frozen=True, eq=False)
 class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
-    """Signed values of chosen channels before, in and after every block, at the sites asked for.
-
-    ``resid_post - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` are its halves.
-    """
+    """Signed values of chosen channels before, in and after every block, at the sites asked for. ``resid_post
+    - resid_pre`` is what the block wrote; ``attn_out`` and ``mlp_out`` are its halves."""
 
     channels: Sequence[int]
     layers: Any = None
@@ -220,15 +208,8 @@ class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
     site = "resid_pre"  # under which `finish` stacks; no field
 
-    def reads(self, context: Context) -> list[Read]:
-        """One read per layer and site."""
-        index = check_dims(self.channels, context.tower(self.tower).d_model, self.tower)
-        parameters = {"index": index, "layout": context.layout(self.tower)}
-        return [
-            Read(Site(self.tower, check_site(site), layer), self.kernel, parameters)
-            for layer in context.layers(self.tower, self.layers)
-            for site in self.sites
-        ]
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        return {"index": check_dims(self.channels, context.tower(self.tower).d_model, self.tower)}
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack layers and sites and mask the padding."""
@@ -254,10 +235,9 @@ class GroupMeansResult(Result, columns={"value": "means", "count": "count"}):
 class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult):
     """The mean state of token groups: what a linear probe of a group is trained on.
 
-    The mean is taken inside the forward pass in fp32, so that ``batch x layers x groups x d_model``
-    numbers come back and no state of a token. ``groups`` is name -> selection, such as
-    ``{"sinks": trace.l_sinks(), "last": "last"}``; they may overlap, and masks may differ by layer. What was
-    generated is in no group: at a decode step every group is empty.
+    It is taken in fp32 inside the forward pass, so that no state of a token comes back. ``groups`` is
+    name -> selection, such as ``{"sinks": trace.l_sinks(), "last": "last"}``; they may overlap, and masks may
+    differ by layer. What was generated is in no group: at a decode step every group is empty.
     """
 
     groups: Mapping[str, Selection]
@@ -266,21 +246,16 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
     site: str = "resid_pre"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        check_groups(self.groups)
-        masks = [context.select(self.tower, selection) for selection in self.groups.values()]
+        masks = context.groups(self.tower, self.groups)
         if context.step:
-            masks = [torch.zeros(len(mask), 1, dtype=torch.bool) for mask in masks]
-        many = context.tower(self.tower).n_layers if any(m.ndim == 3 for m in masks) else 1
-        by_layer = [[m if m.ndim == 2 else m[:, layer] for m in masks] for layer in range(many)]
-        return {"groups": ByLayer(torch.stack(of_layer, dim=-1) for of_layer in by_layer)}
+            masks = torch.zeros(len(masks), 1, 1, masks.shape[-1], dtype=torch.bool)
+        return {"groups": ByLayer(mask.contiguous() for mask in masks.unbind(1))}
 
 
 @dataclass(frozen=True, eq=False)
 class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
-    """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats.
-
-    ``tokens`` are ids, most likely first, -1 where there is none.
-    """
+    """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats. ``tokens`` are
+    ids, most likely first, -1 where there is none."""
 
     tokens: Int[Tensor, "batch layer row k"]
     logprobs: Float[Tensor, "batch layer row k"]
@@ -291,10 +266,8 @@ class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
 
 @dataclass(frozen=True, eq=False)
 class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
-    """The model's final norm and LM head applied to intermediate states of the decoder.
-
-    nostalgebraist (2020). ``positions`` selects the states, ``k`` is how many tokens to keep.
-    """
+    """The model's final norm and LM head applied to intermediate states of the decoder (nostalgebraist 2020).
+    ``positions`` selects the states, ``k`` is how many tokens to keep."""
 
     positions: Selection = "last"
     layers: Any = None
@@ -303,15 +276,11 @@ class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head"
     tower: Tower = "language"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        if self.tower != "language":
-            raise ProbeError(
-                f"Got LogitLens(tower={self.tower!r}); expected 'language'. The vision tower has no "
-                "LM head: follow its tokens through the projector with ss.trace_sinks."
-            )
-        rows = indices_of(context.flat("language", self.positions))
+        hint = "The vision tower has no LM head: follow its tokens to the LLM with ss.trace_sinks."
+        check_choice(("language",), tower=self.tower, error=ProbeError, hint=hint)
         return {
             "norm": ("@module", context.anatomy.final_norm),
             "head": ("@module", context.anatomy.head),
-            "positions": None if context.step else rows,
+            "positions": self._rows(context, self.positions),
             "k": check_count(self.k, context.anatomy.vocab, "tokens"),
         }

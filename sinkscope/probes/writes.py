@@ -10,29 +10,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
-from sinkscope.kernels import attention as attention_kernels
-from sinkscope.kernels import writes as kernels
-from sinkscope.probes.attention import groups_by_layer
-from sinkscope.probes.per_layer import AttentionProbe, ByLayer
+from sinkscope.kernels import attention, writes
+from sinkscope.probes.per_layer import AttentionProbe
 from sinkscope.protocols import Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
 
-def follow_heads(probe: AttentionProbe, context: Context, groups: ByLayer | None) -> list[Read]:
-    """Follow heads of every block into the stream, and compare the whole with what the block adds."""
-    name, reads = probe.tower, []
-    tower, live = context.tower(name), context.pack(name, context.live(name), dim=1)
-    for layer in context.layers(name, probe.layers):
-        projection, through = tower.write(layer)
-        shared = {"projection": ("@module", projection), "live": live}
-        asked = {**shared, "layout": context.layout(name), "parts": ("@modules", through)}
-        asked |= {} if groups is None else {"groups": groups.at(layer)}
-        whole = {**shared, "attention": ("@module", tower.attention[layer])}
-        reads.append(Read(Site(name, "attention", layer), probe.kernel, asked))
-        reads.append(Read(Site(name, "attn_out", layer), kernels.arrives, whole))
-    return reads
+class WritingProbe(AttentionProbe):
+    """A probe that follows heads of every block into the stream, and proves it on what the block adds."""
+
+    def reads(self, context: Context) -> list[Read]:
+        """Two reads per layer: attention, and what it adds."""
+        name, reads = self.tower, []
+        tower, live = context.tower(name), context.pack(name, context.live(name), dim=1)
+        for read in super().reads(context):
+            layer = read.site.layer
+            projection, through = tower.write(layer)
+            shared = {"projection": ("@module", projection), "live": live}
+            asked = {**read.parameters, **shared, "parts": ("@modules", through)}
+            whole = {**shared, "attention": ("@module", tower.attention[layer])}
+            reads.append(Read(read.site, self.kernel, asked))
+            reads.append(Read(Site(name, "attn_out", layer), writes.arrives, whole))
+        return reads
 
 
 def over_others(norms: Tensor) -> Tensor:
@@ -46,8 +47,7 @@ def over_others(norms: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class WriteResult(Result, columns={"norm": "norms"}):
     """Writes of every key and head: ``norms`` are ``||D W_O^h v_j||_2``, NaN at padding; ``stable_rank`` is
-    that of the head's outputs, at least 1.
-    """
+    that of the head's outputs, at least 1."""
 
     norms: Float[Tensor, "batch layer head key"]
     stable_rank: Float[Tensor, "batch layer head"]
@@ -60,28 +60,20 @@ class WriteResult(Result, columns={"norm": "norms"}):
 
 @dataclass(frozen=True, eq=False)
 class HeadWrites(
-    AttentionProbe,
-    kernel=kernels.head_writes,
-    result=WriteResult,
-    needs="head_writes",
-    per_key=True,
+    WritingProbe, kernel=writes.head_writes, result=WriteResult, needs="head_writes", per_key=True
 ):
     """What every key would add to the residual stream, per head, were it fully attended.
 
-    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value, with the definitions of
-    Fesser et al. (2606.08105), ``u = D W_O v``; see `sinkscope.experiments.nop_or_broadcast`. ``D`` is what
-    lies between the output projection and the stream: a factor per channel (LayerScale in DINOv2), a number
-    (Granite), or the weight of a norm (Gemma, OLMo 2). Such a norm also divides every query by the size of
-    attention's whole output. That is one number for all keys of a query, so `norms` leave it out and are then
-    to be compared among keys of one layer, as `ratio` does; `stable_rank` has it.
+    Tells a sink that writes next to nothing (NOP) from one that broadcasts its value (Fesser et al.,
+    2606.08105), ``u = D W_O v``; see `sinkscope.experiments.nop_or_broadcast`. ``D`` lies between the output
+    projection and the stream: a factor per channel (LayerScale in DINOv2), a number (Granite), or the weight
+    of a norm (Gemma, OLMo 2). Such a norm also divides every query by the size of attention's whole output,
+    one number for all its keys: `norms` leave it out, and are then to be compared among keys of one layer, as
+    `ratio` does; `stable_rank` has it.
     """
 
     layers: Any = None
     tower: Tower = "language"
-
-    def reads(self, context: Context) -> list[Read]:
-        """Two reads per layer: attention, and what it adds."""
-        return follow_heads(self, context, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,21 +84,17 @@ class ValueNormResult(Result, columns={"norm": "norms"}):
     layers: tuple[int, ...]
 
     def ratio(self) -> Float[Tensor, "batch layer kv_head pos"]:
-        """Every token's norm over the mean norm of the other live tokens of its row.
-
-        ``ratio_head`` of Fesser et al. (2606.08105): at most 0.2 means that a sink writes next to nothing.
-        """
+        """Every token's norm over the mean norm of the row's other live tokens: ``ratio_head`` of Fesser et
+        al. (2606.08105). At most 0.2 means that a sink writes next to nothing."""
         return over_others(self.norms)
 
 
 @dataclass(frozen=True, eq=False)
 class ValueNorms(
-    AttentionProbe, kernel=attention_kernels.value_norms, result=ValueNormResult, per_key=True
+    AttentionProbe, kernel=attention.value_norms, result=ValueNormResult, per_key=True
 ):
-    """L2 norm of every value vector, after the run's edits. With GQA there is one per key-value head.
-
-    An edit of values for some heads or queries beside it is refused: there is not one value per key.
-    """
+    """L2 norm of every value vector, after the run's edits; with GQA one per key-value head. Edits of values
+    for some heads or queries in the same run are refused: there is not one value per key."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -123,14 +111,13 @@ class AttentionValueResult(Result, columns={"value": "values"}):
 
 @dataclass(frozen=True, eq=False)
 class AttentionValues(
-    AttentionProbe, kernel=attention_kernels.values, result=AttentionValueResult, per_key=True
+    AttentionProbe, kernel=attention.values, result=AttentionValueResult, per_key=True
 ):
     """The value vectors that attention reads, for replacing or patching them in another run.
 
-    With GQA there is one per key-value head. At a decode step they are those of every key in the
-    cache, and NaN where a sliding cache has dropped it. They are read after the run's edits, and refused
-    beside an edit of values as by `ValueNorms`. ``tokens`` selects which tokens of the prompt to keep. A
-    large result: ``batch x layers x positions x kv_heads x d_head`` numbers.
+    With GQA there is one per key-value head; for edits of the same run see `ValueNorms`. At a decode step
+    they are those of every key in the cache, NaN where a sliding cache has dropped it. ``tokens`` selects
+    which tokens of the prompt to keep. A large result.
     """
 
     layers: Any = None
@@ -160,10 +147,7 @@ class ContributionResult(Result, columns={"norm": "norms"}):
 
 @dataclass(frozen=True, eq=False)
 class ContributionNorms(
-    AttentionProbe,
-    kernel=kernels.contribution_norms,
-    result=ContributionResult,
-    needs="contributions",
+    WritingProbe, kernel=writes.contribution_norms, result=ContributionResult, needs="contributions"
 ):
     """How much each group of keys adds to the residual stream through attention. Exact.
 
@@ -177,6 +161,5 @@ class ContributionNorms(
     layers: Any = None
     tower: Tower = "language"
 
-    def reads(self, context: Context) -> list[Read]:
-        """Two reads per layer: attention, and what it adds."""
-        return follow_heads(self, context, groups_by_layer(context, self.tower, self.groups))
+    def _parameters(self, context: Context) -> dict[str, Any]:
+        return {"groups": self._groups(context, self.groups)}

@@ -17,18 +17,8 @@ from torch import Tensor, nn
 from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
 from sinkscope.sites import Site
 
-__all__ = [
-    "Record",
-    "Result",
-    "find",
-    "load",
-    "load_run",
-    "mask_padding",
-    "names_of",
-    "same",
-    "stack_layers",
-    "tidy",
-]
+__all__ = ["Record", "Result", "find", "load", "load_run", "mask_padding", "names_of", "same"]
+__all__ += ["stack_layers", "tidy"]
 
 TITLES = {"k": "rank", "d_model": "channel", "d_head": "dim"}
 AXES = re.compile(r"""Tensor, ["']([^"']+)["']\]""")
@@ -56,9 +46,8 @@ class Result(Record):
     def save(self, path: str | Path) -> Path:
         """Write the result to one file, which `sinkscope.results.load` reads, and give its path.
 
-        The file is safetensors, with everything that is no tensor as JSON in its metadata. It is there whole
-        or not at all, and replaces one that was there. InputError for a result with what no file can hold,
-        such as a picture; CheckpointError if it cannot be written there.
+        It replaces a file that was there, whole or not at all. InputError for a result with what no file can
+        hold, such as a picture; CheckpointError if it cannot be written there.
         """
         return write(self, Path(path))
 
@@ -128,10 +117,9 @@ def short(value: Any) -> str:
         return f"{{{', '.join(names_of(value))}}}"
     if isinstance(value, tuple) and value and isinstance(value[0], Record):
         return f"{len(value)} x {type(value[0]).__name__}"
-    if isinstance(value, tuple) and len(value) > 2:
-        whole = all(type(one) is int for one in value)
-        if whole and value == tuple(range(value[0], value[-1] + 1)):
-            return f"{value[0]}-{value[-1]}"
+    whole = isinstance(value, tuple) and all(type(one) is int for one in value)
+    if whole and len(value) > 2 and value == tuple(range(value[0], value[-1] + 1)):
+        return f"{value[0]}-{value[-1]}"
     text = type(value).__name__ if isinstance(value, Record) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -140,8 +128,7 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
     """The same result in some of its layers."""
     at = [result.layers.index(layer) for layer in layers]
     stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
-    parts = {name: getattr(result, name) for name in stacked}
-    some = {name: part[:, at] for name, part in parts.items() if part is not None}
+    some = {n: getattr(result, n)[:, at] for n in stacked if getattr(result, n) is not None}
     return replace(result, layers=tuple(layers), **some)
 
 
@@ -149,9 +136,7 @@ def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
     """Per-site answers, or one ``part`` of each, as one tensor ``[batch layer ...]`` in forward order.
-
-    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any.
-    """
+    ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any."""
     values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
     longest = max(keys, *(value.shape[axis] for value in values))
     after = (0, 0) * (-1 - axis)

@@ -62,11 +62,8 @@ def same(one: Any, other: Any) -> bool:
     if is_dataclass(one):
         return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
     if isinstance(one, nn.Module):
-        own, others = (
-            {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            for module in (one, other)
-        )
-        return same(own, others) and same(one.state_dict(), other.state_dict())
+        own = [{n: v for n, v in vars(m).items() if not n.startswith("_")} for m in (one, other)]
+        return same(*own) and same(one.state_dict(), other.state_dict())
     if isinstance(one, (Tensor, np.ndarray)):
         return torch.equal(*(torch.as_tensor(x).cpu() for x in (one, other)))
     if isinstance(one, Mapping):
@@ -100,7 +97,12 @@ def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         entries = []
         for name, (key, one) in zip(names_of(value), value.items(), strict=True):
-            asked = pack_key(key, name, f"{at}/{name}.asked", tensors)
+            own: dict[str, Tensor] = {}
+            try:
+                asked = pack(key, f"{at}/{name}.asked", own)
+            except InputError:  # a key that no file can hold, such as a gate, is found by its name
+                asked, own = name, {}
+            tensors.update(own)
             entries.append([asked, pack(one, f"{at}/{name}", tensors)])
         return {"dict": entries}
     if isinstance(value, pd.DataFrame):
@@ -119,26 +121,23 @@ def pack(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     return {"record": [name_of(type(value)), parts]}
 
 
-def pack_key(key: Any, name: str, at: str, tensors: dict[str, Tensor]) -> Any:
-    """A key as JSON, or its name if no file can hold it, such as a gate."""
-    own: dict[str, Tensor] = {}
-    try:
-        packed = pack(key, at, own)
-    except InputError:
-        return name
-    tensors.update(own)
-    return packed
-
-
 def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value of `pack`."""
+    """The value of `pack`; a module that a file names is never imported."""
     if isinstance(data, list):
         return tuple(unpack(one, tensors) for one in data)
     if not isinstance(data, dict):
         return data
     ((kind, inner),) = data.items()
     if kind == "record":
-        return class_of(inner[0])(**{n: unpack(part, tensors) for n, part in inner[1].items()})
+        name, parts = inner
+        if name not in KNOWN:
+            importlib.import_module("sinkscope._public")  # every class of this library
+        if name not in KNOWN:
+            raise CheckpointError(
+                f"Got a file with a {name!r}, which is not known here; expected results of sinkscope. "
+                "Import the module that defines it, or update sinkscope."
+            )
+        return KNOWN[name](**{field: unpack(part, tensors) for field, part in parts.items()})
     if kind == "dict":
         return {unpack(key, tensors): unpack(value, tensors) for key, value in inner}
     if kind == "list":
@@ -149,18 +148,6 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
         columns = unpack(inner, tensors).items()
         return pd.DataFrame({name: pd.Series(of, dtype=dtype) for name, (dtype, of) in columns})
     return {"float": float, "range": lambda x: range(*x), "slice": lambda x: slice(*x)}[kind](inner)
-
-
-def class_of(name: str) -> type:
-    """The class that a file names; a module that a file names is never imported."""
-    if name not in KNOWN:
-        importlib.import_module("sinkscope._public")  # every class of this library
-    if name not in KNOWN:
-        raise CheckpointError(
-            f"Got a file with a {name!r}, which is not known here; expected results of sinkscope, or a "
-            "class that was imported before. Import the module that defines it, or update sinkscope."
-        )
-    return KNOWN[name]
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -181,21 +168,17 @@ def write(value: Any, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, metadata))
     except OSError as error:
-        raise CheckpointError(
-            f"Got {str(path)!r}, which cannot be written ({error}); expected the path of a file."
-        ) from error
+        got = f"Got {str(path)!r}, which cannot be written ({error})"
+        raise CheckpointError(f"{got}; expected the path of a file.") from error
     return path
 
 
 def load(path: str | Path) -> Any:
-    """Read what ``result.save(path)`` wrote, bit for bit. Nothing is unpickled.
+    """Read what ``result.save(path)`` wrote, bit for bit; nothing is unpickled. CheckpointError if the file
+    is missing, damaged, of something else or of a newer sinkscope, or holds a class not known here."""
 
-    CheckpointError if there is no such file, it is damaged or of something else, a newer sinkscope wrote it,
-    or it holds a class that is not known here.
-    """
-    whole = "the file as result.save(path) wrote it"
-
-    def refuse(why: str, expected: str = whole) -> CheckpointError:
+    def refuse(why: str, expected: str = "") -> CheckpointError:
+        expected = expected or "the file as result.save(path) wrote it"
         return CheckpointError(f"Got {str(path)!r}, {why}; expected {expected}.")
 
     try:
@@ -221,14 +204,10 @@ def load(path: str | Path) -> Any:
 
 
 def load_run(path: str | Path) -> Any:
-    """Read a run or a generation that was saved; CheckpointError as `load`, and for another result.
-
-    Its results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe.
-    """
+    """Read a run or a generation that was saved; CheckpointError as `load`, and for another result. Its
+    results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe."""
     found = load(path)
-    if type(found).__name__ not in ("Run", "Generation"):
-        raise CheckpointError(
-            f"Got {str(path)!r}, which holds a {type(found).__name__}; expected a run. Write "
-            "sinkscope.results.load(path)."
-        )
+    if (kind := type(found).__name__) not in ("Run", "Generation"):
+        got = f"Got {str(path)!r}, which holds a {kind}; expected a run"
+        raise CheckpointError(f"{got}. Write sinkscope.results.load(path).")
     return found

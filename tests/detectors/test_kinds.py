@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.detectors.choice import describe, detector_of, rule_of
 from sinkscope.detectors.detection import check_detector
-from sinkscope.detectors.kinds import describe, detector_of, rule_of
 from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import flags

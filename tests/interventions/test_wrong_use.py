@@ -137,7 +137,7 @@ RUN = {
     ),
     "an unknown tower": (
         lambda c: ss.MaskKeys(c.some, tower="visual"), ProbeError,
-        "Got tower='visual'; expected 'vision' or 'language'. Write tower='vision' for a ViT",
+        "Got tower='visual'; expected one of .'vision', 'language'.. Write tower='vision' for a ViT",
     ),
     # steps
     "unknown steps": (

@@ -511,7 +511,7 @@ PROBES = {
     "no layers": (lambda w: w.run(ss.TokenNorms(layers=[])), LayerError, "Got no layers"),
     "unknown tower": (
         lambda w: w.run(having(ss.TokenNorms(), tower="visual")),
-        "tower='visual'; expected 'vision' or 'language'. Write tower='vision'",
+        "tower='visual'; expected one of .'vision', 'language'.. Write tower='vision'",
     ),
     "unknown site": (
         lambda w: w.run(ss.TokenNorms(site="resid_mid")),
@@ -559,7 +559,7 @@ PROBES = {
     ),
     "a group that was not asked for": (
         lambda w: w.run(MASS)[MASS].group("text"),
-        r"the group 'text'; expected one of \('image',\)",
+        r"group='text'; expected one of \('image',\)",
     ),
     "over a null that was not asked for": (
         lambda w: (lambda p: w.run(p)[p].excess())(ss.ReceivedAttention()),

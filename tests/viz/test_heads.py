@@ -106,7 +106,7 @@ def test_attention_on_one_token(traces) -> None:
 
 
 def test_wrong_use_is_explained(traces, by_hand) -> None:
-    with pytest.raises(ProbeError, match=r"Got the group 'b'; expected one of \('a',\)"):
+    with pytest.raises(ProbeError, match=r"Got group='b'; expected one of \('a',\)"):
         by_hand.plot_heads("b")
     with pytest.raises(SelectionError, match="Got row 2; expected 0 to 1, or None"):
         by_hand.plot_heads("a", 2)
