@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sinkscope.cli.names import load_model, stages
+from sinkscope.cli.recipes import load_model, stages
 from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     Tables: TypeAlias = Mapping[str, DataFrame]  # by their headings
 
-EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
 QUESTION = "What is in the picture?"
-FIRST = "position 0"
-TOP = 8  # most attended patches that are masked
+FIRST, TOP = "position 0", 8  # most attended patches that are masked
 PHOTO_NOTES = (
     "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
     "model describes shapes that are not there. Its two towers are published models, and their sinks are "
@@ -54,16 +52,17 @@ def choose_questions(scene: Scene, count: int) -> list[Question]:
     return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
 
 
-def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: str) -> int:
+def show_example(scene: Scene, questions: Sequence[Question], out: str) -> int:
     """The example model: a drawn scene, a photograph, and what masking does."""
+    print("sinkscope demo: a real model, its answers and its sinks, and a report.", flush=True)
+    lvlm = load_model("example")
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
     from sinkscope.experiments import trace_sinks
     from sinkscope.viz.tables import counts
 
-    with stages(5, "starting") as step:
-        step("asking about the drawn scene")
+    with stages(4, "asking about the drawn scene") as step:
         answers = ask_model(lvlm, scene, questions)
         sample = lvlm.prepare(images=scene.image, text="describe the picture.")
         answers.attrs["notes"] = [f"Asked to describe the picture: {answer(lvlm, sample)}"]
@@ -95,6 +94,7 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
 
 def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str) -> int:
     """The bundled model: questions, trace, what editing does."""
+    print("sinkscope demo: the same on the toy model inside the package.", flush=True)
     from sinkscope.bundled import scene_questions
     from sinkscope.experiments import effect_table, trace_sinks
     from sinkscope.viz.effects import effects_frame, effects_text
@@ -109,8 +109,9 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
     if effects:
         asked = [{**q, "task": q["scope"]} for q in scene_questions(effects, 6)]
         summary = effect_table(lvlm, asked).summary()
-        print(f"\n{EFFECTS}:\n{effects_text(summary)}")
-        tables[EFFECTS] = effects_frame(summary)
+        head = "What editing sinks, and as many random tokens, does to answers on other scenes"
+        print(f"\n{head}:\n{effects_text(summary)}")
+        tables[head] = effects_frame(summary)
     hint = "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"
     print()
     return show(out, lvlm, trace, tables, "" if trace.records else hint)
@@ -118,6 +119,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
 
 def show_planted(scene: Scene, out: str) -> int:
     """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
+    print("sinkscope demo: trace planted sinks, and compare with the truth.", flush=True)
     import torch
 
     from sinkscope.experiments import trace_sinks
@@ -212,7 +214,6 @@ def life(trace: SinkTrace) -> str:
 
     lines = []
     for record in trace.records:
-        what = named(trace, "language", record.batch, record.pos)
         lives = [
             f"{'in the input' if block < 0 else f'written by block {block} ({half})'}, a sink in layers "
             f"{ranges(range(max(block + 1, 0), last + 1))}"
@@ -221,11 +222,11 @@ def life(trace: SinkTrace) -> str:
         said = f": {'; '.join(lives) or 'born in the ViT'}"
         if record.kind == "attention":
             kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            most = (
-                f"up to {max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            said = (
+                f" ({kind} of the ViT): attended in most ViT blocks, up to {max(record.vit_drawn):.2f} "
+                "beyond uniform; no spike that the V rule flags"
             )
-            said = f" ({kind} of the ViT): attended in most ViT blocks, {most}"
-        lines.append(what + said)
+        lines.append(named(trace, "language", record.batch, record.pos) + said)
     return "\n".join(lines)
 
 

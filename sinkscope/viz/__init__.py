@@ -10,7 +10,6 @@ LayerError for such a layer, and InputError for a table or folder of another kin
 """
 
 from sinkscope.viz.effects import effects_text, plot_control, plot_effects
-from sinkscope.viz.generation import generation_text, plot_generation
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (
     plot_detections,
@@ -22,8 +21,8 @@ from sinkscope.viz.layers import (
 from sinkscope.viz.maps import plot_heads, plot_received_heads, plot_sweep
 from sinkscope.viz.pages import write_report
 from sinkscope.viz.probes import plot_coefficients, plot_probes, plot_training
-from sinkscope.viz.prompt import plot_tokens, tokens_html
 from sinkscope.viz.tables import trace_html, trace_summary
+from sinkscope.viz.tokens import generation_text, plot_generation, plot_tokens, tokens_html
 
 __all__ = [
     "effects_text",

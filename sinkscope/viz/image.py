@@ -1,7 +1,5 @@
 """Figures on the picture itself: where the sinks lie, and what the image tokens receive."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,17 +40,14 @@ def plot_sinks_on_image(
     theme.layers_of(trace, layer)
     ax = theme.new_axes(ax, (4.6, 5.0))
     side = draw_picture(ax, trace, row, image)
-    shown = shown_records(trace, row, layer)
+    shown, tokens = shown_records(trace, row, layer), trace.sample.tokens
     kinds = ("V", "L", "attention")
-    found = {kind: [r for r in shown if r.kind == kind and r.image == image] for kind in kinds}
-    both = [r for r in found["V"] if (r.llm_layers if layer is None else layer in r.llm_layers)]
-    legend = _draw_kind(ax, "V-sinks", found["V"], side)
-    legend |= _draw_kind(ax, "L-sinks", found["L"], side)
-    if both:
+    v, low, attended = ([r for r in shown if r.kind == k and r.image == image] for k in kinds)
+    legend = _draw_kind(ax, "V-sinks", v, side) | _draw_kind(ax, "L-sinks", low, side)
+    if both := [r for r in v if (r.llm_layers if layer is None else layer in r.llm_layers)]:
         legend |= _draw_overlap(ax, both, side)
-    if placed := [r for r in found["attention"] if r.box is not None]:
+    if placed := [r for r in attended if r.box is not None]:
         legend |= _draw_kind(ax, "attended", placed, side)
-    tokens = trace.sample.tokens
     for name, mask in (decoys or {}).items():
         legend |= _draw_decoys(ax, name, tokens.box[row][mask[row] & (tokens.image[row] == image)])
     words = [r for r in shown if r.kind == "text"]
@@ -90,16 +85,16 @@ def plot_received_map(
     by_layer = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
     grid, extent = _token_grid(trace, row, image, by_layer.amax(dim=0))
     low, high = (float(edge(grid[~grid.isnan()])) for edge in (torch.min, torch.max))
-    norm: Any = Normalize(0.0, max(high, 1e-6))
+    norm, meaning = Normalize(0.0, max(high, 1e-6)), "share of a query's attention"
     if unit == "null":  # near-uniform attention must look uniform
         norm = LogNorm(max(min(low, 0.5), 0.01), max(high, 4.0))
-    view = ax.get_xlim(), ax.get_ylim()
+        meaning = "times uniform attention"
+    view = {"xlim": ax.get_xlim(), "ylim": ax.get_ylim()}
     look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "zorder": 1.5}
     picture = ax.imshow(grid.numpy(), extent=extent, **look)
-    ax.set(xlim=view[0], ylim=view[1])  # the patches may cover a part of the picture
-    meaning = "times uniform attention" if unit == "null" else "share of a query's attention"
-    label = f"{meaning}, {heads} of heads"
-    bar = theme.colour_bar(theme.figure_of(ax), picture, ax, label, shrink=0.85, pad=0.02)
+    ax.set(**view)  # the patches may cover a part of the picture
+    look = {"label": f"{meaning}, {heads} of heads", "shrink": 0.85, "pad": 0.02}
+    bar = theme.colour_bar(theme.figure_of(ax), picture, ax, **look)
     if unit == "null":
         theme.plain_log(bar.ax.yaxis)
     when = "largest over layers" if layer is None else f"layer {layer}"
@@ -181,16 +176,16 @@ def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
     """A square around the circle."""
     boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
     look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
-    key: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
-    key["markeredgecolor"], look["zorder"] = colour, 3.5
-    return _mark(ax, boxes, "V-sinks, L rule too", len(both), 0.72 * side, look, **key)
+    key = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": colour}
+    look, name = {**look, "zorder": 3.5}, "V-sinks, L rule too"
+    return _mark(ax, boxes, name, len(both), 0.72 * side, look, **key, markeredgewidth=2)
 
 
 def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
     """A cross on every decoy: a bold one for spikes, an upright one for attention."""
-    look: dict[str, Any] = {"marker": "x" if name.startswith("spike") else "+", "zorder": 5}
-    look["path_effects"] = [withStroke(linewidth=5.0, foreground="white")]
-    look |= {"color": "#111111", "linewidths": 2.4}
+    outline = [withStroke(linewidth=5.0, foreground="white")]
+    look = {"marker": "x" if name.startswith("spike") else "+", "linewidths": 2.4, "zorder": 5}
+    look |= {"path_effects": outline, "color": "#111111"}
     key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
     return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 

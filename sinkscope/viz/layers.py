@@ -1,7 +1,5 @@
 """Figures by layer: attention, spikes, what the rules flag, and the whole trace."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Figures of linear probes, of how gates learned, and of the coefficients that gates give."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +35,7 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     theme.check_table(history, HISTORY, wanted)
     groups = [name for name in history.columns if name in DASHES]
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
-    axes, _ = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
+    axes = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
     layers = list(dict.fromkeys(history["layer"]))
     for place, (_, lines) in enumerate(history.groupby("layer", sort=False)):
         look = _look(place, len(layers))
@@ -121,7 +119,7 @@ def plot_probes(
     across = min(2, len(targets))
     tall = 2.9 * -(-len(targets) // across) + 0.95 + 0.08 * (len(chosen) + 2)
     figure = theme.new_figure((5.2 * across, tall))
-    axes, _ = theme.panels(figure, len(targets), across, sharex=True)
+    axes = theme.panels(figure, len(targets), across, sharex=True)
     for i, (ax, target) in enumerate(zip(axes, targets, strict=True)):
         part = shown[shown["target"] == target]
         _draw_probes(ax, part, styles)
@@ -192,7 +190,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     tasks, layers = list(dict.fromkeys(table["task"])), sorted(set(table["layer"]))
     width = max(2.8, min(6.0, 0.9 + 0.16 * len(layers) * max(2.0, 0.6 * len(tasks))))
     figure = theme.new_figure((0.6 + len(groups) * width, 3.7))
-    axes, _ = theme.panels(figure, len(groups), len(groups), sharey=True)
+    axes = theme.panels(figure, len(groups), len(groups), sharey=True)
     for ax, group in zip(axes, groups, strict=True):
         _draw_coefficients(ax, table[table["group"] == group], tasks, layers)
         ax.set_title(NAMES[group], fontsize=TITLE, loc="left")

@@ -1,7 +1,5 @@
 """Words and tables of a trace, the same in terminal, notebook, page and figures."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
