@@ -17,7 +17,7 @@ from sinkscope.checks import check_whole
 from sinkscope.cli import experiments, shows
 from sinkscope.cli.experiments import WHICH, says
 from sinkscope.cli.recipes import HELP, check_word, load_model, parse_detector, stages
-from sinkscope.errors import CheckpointError, SinkscopeError
+from sinkscope.errors import CheckpointError, InputError, SinkscopeError
 
 WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
@@ -82,10 +82,15 @@ def run_demo(
     planted: Annotated[bool, says("A model with planted sinks, and the truth.")] = False,
 ) -> int:
     """A real model: what it answers, its attention sinks, what masking them does, and a report."""
-    from sinkscope.bundled import TEST_SEEDS, draw_scene
+    from sinkscope.bundled import TEST_SEEDS, all_questions, ask, draw_scene
 
     scene = draw_scene(seed)
-    asked = shows.choose_questions(scene, questions)
+    most = len(all_questions(scene))
+    if not 1 <= questions <= most:
+        raise InputError(f"Got --questions {questions}; expected 1 to {most} for scene {seed}.")
+    drawn = ask(scene, 0, most)  # global and local questions by turns
+    sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
+    asked = [s[i] for i in range(most) for s in sides if i < len(s)][:questions]
     check_whole(0, len(TEST_SEEDS), effects=effects)
     from sinkscope.viz.pages import check_folder  # it loads matplotlib: not before a wrong argument
 

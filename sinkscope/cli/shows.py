@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sinkscope.cli.recipes import load_model, stages
-from sinkscope.errors import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from sinkscope.bundled import Question, Scene
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
-    from sinkscope.testing import Truth
 
     Tables: TypeAlias = Mapping[str, DataFrame]  # by their headings
 
@@ -40,28 +38,16 @@ MASK_NOTES = (
 )
 
 
-def choose_questions(scene: Scene, count: int) -> list[Question]:
-    """Global and local questions by turns; refuses more than the scene holds."""
-    from sinkscope.bundled import all_questions, ask
-
-    most = len(all_questions(scene))
-    if not 1 <= count <= most:
-        raise InputError(f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}.")
-    drawn = ask(scene, 0, most)
-    sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
-    return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
-
-
 def show_example(scene: Scene, questions: Sequence[Question], out: str) -> int:
     """The example model: a drawn scene, a photograph, and what masking does."""
-    print("sinkscope demo: a real model, its answers and its sinks, and a report.", flush=True)
-    lvlm = load_model("example")
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
     from sinkscope.experiments import trace_sinks
     from sinkscope.viz.tables import counts
 
+    print("sinkscope demo: a real model, its answers and its sinks, and a report.", flush=True)
+    lvlm = load_model("example")
     with stages(4, "asking about the drawn scene") as step:
         answers = ask_model(lvlm, scene, questions)
         sample = lvlm.prepare(images=scene.image, text="describe the picture.")
@@ -94,11 +80,11 @@ def show_example(scene: Scene, questions: Sequence[Question], out: str) -> int:
 
 def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str) -> int:
     """The bundled model: questions, trace, what editing does."""
-    print("sinkscope demo: the same on the toy model inside the package.", flush=True)
     from sinkscope.bundled import scene_questions
     from sinkscope.experiments import effect_table, trace_sinks
     from sinkscope.viz.effects import effects_frame, effects_text
 
+    print("sinkscope demo: the same on the toy model inside the package.", flush=True)
     with stages(3, "loading the model") as step:
         lvlm = load_model("bundled")
         step("asking")
@@ -119,22 +105,32 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
 
 def show_planted(scene: Scene, out: str) -> int:
     """A model whose sinks were planted: what was planted, what is found, and where the decoys are."""
-    print("sinkscope demo: trace planted sinks, and compare with the truth.", flush=True)
     import torch
 
     from sinkscope.experiments import trace_sinks
     from sinkscope.models import LVLM
     from sinkscope.testing import random_plant
 
+    print("sinkscope demo: trace planted sinks, and compare with the truth.", flush=True)
     made = random_plant(scene.seed, n_overlap=1)  # one V-sink meets the L rule too
     made.model.name_or_path = "a planted model"
     lvlm = LVLM(made.model, made.processor)
     sample = lvlm.prepare(images=scene.image, text="how many shapes are there?")
     trace = trace_sinks(lvlm, sample)
-    tables = planted_and_found(trace, made.truth)
+    tokens, decoys, lines = sample.tokens, {}, []
+    columns = int(tokens.column.max()) + 1
+
+    def named(patches: Iterable[int]) -> str:
+        return ", ".join(f"{p} ({p // columns},{p % columns})" for p in sorted(patches)) or "none"
+
+    for kind, there in (("V", set(made.truth.v_sinks)), ("L", set(made.truth.l_sinks))):
+        found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
+        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
+        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
+    head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
+    tables = {head: frame(lines)}
     print(f"\n{as_text(tables)}\n")
-    tokens, decoys = sample.tokens, {}
-    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
+    patch = tokens.row * columns + tokens.column
     for kind in ("spike", "attention"):
         planted = torch.tensor(made.truth.patches(f"{kind}_decoys"))
         decoys[f"{kind} decoys"] = (tokens.row >= 0) & torch.isin(patch, planted)
@@ -190,23 +186,6 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
     return frame(lines, MASK_NOTES)
 
 
-def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
-    """What was planted in the image, what the trace found of it, and what it made up, as patches."""
-    columns = int(trace.sample.tokens.column.max()) + 1
-
-    def named(patches: Iterable[int]) -> str:
-        parts = [f"{patch} ({patch // columns},{patch % columns})" for patch in sorted(patches)]
-        return ", ".join(parts) or "none"
-
-    lines = []
-    for kind, there in (("V", set(truth.v_sinks)), ("L", set(truth.l_sinks))):
-        found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
-        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
-        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
-    head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
-    return {head: frame(lines)}
-
-
 def life(trace: SinkTrace) -> str:
     """Sinks with their life cycle, a line each."""
     from sinkscope.experiments.measuring import named
@@ -247,13 +226,10 @@ def frame(lines: Iterable[Any], notes: Sequence[str] = ()) -> DataFrame:
 
 def as_text(tables: Tables) -> str:
     """Tables for the terminal, each with its heading and notes."""
-    from sinkscope.viz.tables import aligned
+    from sinkscope.viz.tables import frame_text
 
-    blocks = []
-    for head, table in tables.items():
-        text = aligned([list(table.columns), *table.astype(str).to_numpy().tolist()])
-        blocks.append("\n".join([f"{head}:", text, *table.attrs["notes"]]))
-    return "\n\n".join(blocks)
+    said = {head: [frame_text(table), *table.attrs["notes"]] for head, table in tables.items()}
+    return "\n\n".join("\n".join([f"{head}:", *lines]) for head, lines in said.items())
 
 
 def show(

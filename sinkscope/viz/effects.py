@@ -11,12 +11,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import WIDTH, aligned
+from sinkscope.viz.tables import WIDTH, aligned, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
 COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
-SAME = f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
 
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
@@ -49,14 +48,12 @@ class Effects:
             )
         several = "seeds" in summary and bool((summary["seeds"] > 1).any())
         self.resampled = "images and seeds" if several else "images"
-        self.many, self.level = (
-            count_comparisons(summary, self.base, self.tasks),
-            summary.attrs.get("level", 0.95),
-        )
+        self.many = count_comparisons(summary, self.base, self.tasks)
+        self.level = summary.attrs.get("level", 0.95)
         shown: Any = summary[summary["task"].isin(self.tasks)]
         self.lines = {(line["task"], line["condition"]): line for line in shown.to_dict("records")}
-        words = {(t, c): _words(self.lines.get((t, c))) for c in self.others for t in self.tasks}
-        self.missing = [c for c in self.others if all(words[t, c] == NONE for t in self.tasks)]
+        there = {name for (_, name), line in self.lines.items() if _words(line) != NONE}
+        self.missing = [name for name in self.others if name not in there]
         self.before = [self.lines[task, self.base] for task in self.tasks]
         self.heads = [f"{line['task']} (n = {line['n']})" for line in self.before]
 
@@ -67,20 +64,13 @@ class Effects:
     def note(self, mark: str) -> str:
         """What a reader of the table must know; ``mark`` tells an interval that excludes zero."""
         lines = [line for (_, name), line in self.lines.items() if name != self.base]
-        shown = f"{self.many} change{' is' if self.many == 1 else 's are'} shown"
-        same = SAME if UNCHANGED in map(_words, lines) else ""
-        if all(line["delta_low"] != line["delta_low"] for line in lines):
-            return (
-                "Changes in percentage points, without intervals, which need more than one image. "
-                f"{same}{shown}."
-            )
         chance = self.many * (1 - self.level)
-        about = f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}"
-        return (
-            f"Changes in percentage points, with {100 * self.level:g} % intervals that resample "
-            f"{self.resampled}. {mark}: the interval excludes zero. {same}{shown}, none corrected for "
-            f"their number: about {about} such intervals exclude zero by chance alone."
-        )
+        given = {
+            "plain": all(line["delta_low"] != line["delta_low"] for line in lines),
+            "same": UNCHANGED if UNCHANGED in map(_words, lines) else "",
+            "about": f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}",
+        }
+        return render("changes.txt", effects=self, mark=mark, **given)
 
 
 def _change(line: Any, digits: int, strong: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import readable
+from sinkscope.viz.tables import MARKS, readable
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TITLE, Trace
 
 
@@ -105,10 +105,9 @@ def plot_received_map(
 def shown_records(trace: Trace, row: int, layer: int | None) -> list[Any]:
     """The sinks of a row; with a layer, V-sinks and those that meet the L rule there."""
     theme.images_of(trace, row)
+    everywhere = MARKS if layer is None else ("V", "attention")
     own = [r for r in trace.records if r.batch == row]
-    if layer is None:
-        return own
-    return [r for r in own if r.kind in ("V", "attention") or layer in r.llm_layers]
+    return [r for r in own if r.kind in everywhere or layer in r.llm_layers]
 
 
 def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = False) -> float:

@@ -37,8 +37,13 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
     axes = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
     layers = list(dict.fromkeys(history["layer"]))
-    for place, (_, lines) in enumerate(history.groupby("layer", sort=False)):
-        look = _look(place, len(layers))
+    few, marks = np.linspace(0, len(layers) - 1, min(NAMED, len(layers))).round(), {}
+    for place, (layer, lines) in enumerate(history.groupby("layer", sort=False)):
+        look = SERIES[place].look if len(layers) <= NAMED else {"marker": "o"}
+        if len(layers) > NAMED:
+            look["color"] = colormaps["viridis"](0.92 * place / (len(layers) - 1))
+        if place in few:
+            marks[f"layer {layer}"] = theme.entry(**look, markersize=4)
         steps, held = (lines[lines["split"] == split] for split in ("train", "validation"))
         axes[0].plot(steps["step"], steps["loss"], color=look["color"], linewidth=0.7, alpha=0.4)
         axes[0].plot(held["step"], held["loss"], **look, linewidth=1.6, markersize=4)
@@ -46,10 +51,12 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         for group in groups:
             style = {"linestyle": DASHES[group], "linewidth": 1.3}
             axes[1].plot(part["step"], part[group], **look, **style)
+    if "train" in set(history["split"]):
+        marks["training step"] = theme.entry(color=QUIET, linewidth=0.7, alpha=0.6)
     if base is not None:
         axes[0].axhline(base, **UNTRAINED)
+        marks["without a gate"] = theme.entry(**UNTRAINED)
     _focus(axes[0], history, base)
-    marks = _training_legend(layers, base, history)
     theme.finish(axes[0], "Loss of the answers", "step", "nats per token", marks)
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -59,13 +66,6 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         marks = {group.removeprefix("rho_"): line for group, line in look.items()}
         theme.finish(axes[1], "Mean coefficients", "step", "factor of the keys", marks)
     return figure
-
-
-def _look(place: int, many: int) -> dict[str, Any]:
-    """Colour and marker of a layer."""
-    if many <= NAMED:
-        return SERIES[place].look
-    return {"color": colormaps["viridis"](0.92 * place / (many - 1)), "marker": "o"}
 
 
 def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
@@ -82,18 +82,6 @@ def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
     else:
         room = 0.3 * (high - low) or 0.1 * high
         ax.set_ylim(max(0.0, low - room), high + room)
-
-
-def _training_legend(layers: list[Any], base: float | None, history: Any) -> dict[str, Any]:
-    """Layers, and what lines mean."""
-    many = len(layers)
-    few = range(many) if many <= NAMED else np.linspace(0, many - 1, NAMED).round().astype(int)
-    out = {f"layer {layers[i]}": theme.entry(**_look(int(i), many), markersize=4) for i in few}
-    if "train" in set(history["split"]):
-        out["training step"] = theme.entry(color=QUIET, linewidth=0.7, alpha=0.6)
-    if base is not None:
-        out["without a gate"] = theme.entry(**UNTRAINED)
-    return out
 
 
 def plot_probes(

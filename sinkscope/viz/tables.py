@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sinkscope.tokens import VISION_KINDS, TokenMap
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
@@ -152,13 +152,6 @@ ROW, *COLUMNS = (
     )
 )
 
-KEY = (
-    "born: block of the ViT or the LLM and the half that wrote the spike. Top head: layer.head where "
-    "other tokens give it the most beyond uniform attention. ViT top: the same in the vision tower. "
-    "Writes: size of its write over that of the other tokens. attention: the vision tower attends to it "
-    "throughout, and the V rule does not flag it."
-)
-
 
 def columns_for(trace: Trace) -> list[Column]:
     """The columns; with the batch row where there are several."""
@@ -223,33 +216,26 @@ def candidates(trace: Trace) -> pd.DataFrame:
     return out
 
 
+def sinks_text(trace: Trace, records: Sequence[Any]) -> str:
+    """The table of sinks for a terminal, with heads of two lines."""
+    columns = columns_for(trace)
+    heads = [column.head.split("|") for column in columns]
+    lines = [[head[i - 2] if len(head) > 1 - i else "" for head in heads] for i in (0, 1)]
+    return aligned([*lines, *([column.cell(r) for column in columns] for r in records)], 2)
+
+
+def frame_text(table: pd.DataFrame) -> str:
+    """A data frame as a table for a terminal."""
+    return aligned([list(table.columns), *table.astype(str).to_numpy().tolist()])
+
+
 def trace_summary(trace: Trace, *, limit: int = 10) -> str:
     """Write the sinks as a table for a terminal, how they were found, and what to beware of.
 
     Kinds of which there are none say "none found"; of each at most ``limit`` are listed, those that draw
     most first.
     """
-    parts = listed(trace, limit)
-    records = [record for found, _ in parts for record in found]
-    remarks = "\n".join(remark for _, remark in parts if remark)
-    blocks, columns = [f"Sinks: {counts(trace)}"], columns_for(trace)
-    if records:
-        heads = [column.head.split("|") for column in columns]
-        lines = [[head[i - 2] if len(head) > 1 - i else "" for head in heads] for i in (0, 1)]
-        lines += [[column.cell(record) for column in columns] for record in records]
-        blocks.append(aligned(lines, 2))
-    blocks += [remarks] if remarks else []
-    blocks += [wrapped(KEY)] if records else []
-    if trace.outcomes:
-        said = [(f"{TOWERS[t]}, nothing flagged: ", neat(x)) for t, x in trace.outcomes.items()]
-        blocks.append("\n".join(wrapped(text, head, "  ") for head, text in said))
-        table = candidates(trace)
-        cells = aligned([list(table.columns), *table.to_numpy().tolist()])
-        blocks.append(f"{wrapped(table.attrs['notes'][0])}\n{cells}")
-    lines = [(f"{'  ' if rule else ''}{head}: ", f"{rule} {s}") for head, rule, s in rules(trace)]
-    blocks.append("\n".join(wrapped(text.strip(), head, "     ") for head, text in lines))
-    blocks += [wrapped(neat(warning), "Warning: ", "     ") for warning in trace.warnings]
-    return "\n\n".join(blocks)
+    return render("summary.txt", trace=trace, limit=limit)
 
 
 def trace_html(trace: Trace, *, limit: int = 10) -> str:
@@ -258,19 +244,22 @@ def trace_html(trace: Trace, *, limit: int = 10) -> str:
 
 
 def render(template: str, **given: Any) -> str:
-    """A template of this room, filled in; every text is escaped."""
-    return _templates().get_template(template).render(**given)
+    """A template of this room, filled in; in HTML every text is escaped."""
+    return templates().get_template(template).render(**given).rstrip("\n")
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of this room, with the functions that they use."""
     look: Any = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    made = Environment(loader=PackageLoader("sinkscope.viz"), autoescape=True, **look)
+    look["autoescape"] = select_autoescape(["html"])
+    made = Environment(loader=PackageLoader("sinkscope.viz"), **look)
     known = (columns_for, listed, counts, rules, candidates, of_kind, colour_of, ink_on)
+    known += (plural, neat, sinks_text, frame_text)
     made.globals.update({function.__name__: function for function in known})
     made.globals.update(KINDS=KINDS, SINKS=SINKS, MARKS=MARKS, TOWERS=TOWERS, TICKS=TICKS)
     made.globals["colours"] = {kind: STYLES[group].colour for kind, group in GROUP_OF.items()}
-    made.filters.update(neat=neat, short=short, cell=_cell)
+    made.filters.update(neat=neat, short=short, wrapped=wrapped, cell=_cell)
     return made
 
 

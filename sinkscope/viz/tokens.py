@@ -12,9 +12,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sinkscope.viz import tables, theme
+from sinkscope.viz import theme
 from sinkscope.viz.image import shown_records
-from sinkscope.viz.tables import MARKS, plural, share, short, token_name, wrapped
+from sinkscope.viz.tables import MARKS, aligned, plural, ranges, render, share, short, token_name
 from sinkscope.viz.theme import GROUP_OF, LABEL, QUIET, SMALL, STYLES, TICKS, TITLE, Trace
 
 SEEN = 8  # queries that must see a token before its mean says more than what it gives to itself
@@ -29,10 +29,6 @@ GROUPS = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks"}
 COLOUR = {kind: STYLES[group].colour for kind, group in GROUPS.items()} | {"generated": "#E69F00"}
 GROUPS["generated"] = "sinks born in the answer"
 HEADS = ("row", "kind", "token", "born", "last drawn", "fate", "draws at", "most", "null")
-KEY = (
-    "lives: it draws at the last step at which it is seen. dies: with the last step at which it draws. "
-    "born: its state, computed at that step, meets the L rule in some layer."
-)
 
 
 @dataclass(frozen=True)
@@ -58,18 +54,6 @@ class Chip:
         many = self.last > self.first
         marks = [f"{MARKS[kind]}{f' {n}' if many else ''}" for kind, n in self.sinks.items()]
         return " ".join([*marks, self.text])
-
-    @property
-    def about(self) -> str:
-        """Its position, layer, head and null, in words."""
-        (pos, layer, head), last = self.at, "" if self.first == self.last else f" to {self.last}"
-        where = f"position{'s' if last else ''} {self.first}{last}"
-        if self.share is None:
-            return f"{where}: seen by too few queries"
-        return (
-            f"{where}: {short(self.share)} of a query's attention at position {pos} in layer {layer}, "
-            f"head {head}; under uniform attention {short(self.null)}"
-        )
 
 
 def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]:
@@ -129,7 +113,7 @@ def tokens_html(trace: Trace, row: int = 0, *, layer: int | None = None) -> str:
 
     A chip tells position, layer, head and null when pointed at.
     """
-    return tables.render("tokens.html", strip=strip_of(trace, row, layer))
+    return render("tokens.html", strip=strip_of(trace, row, layer))
 
 
 def plot_tokens(trace: Trace, row: int = 0, *, layer: int | None = None) -> Figure:
@@ -289,33 +273,10 @@ def _draw_key(figure: Figure, own: Sequence[Any], null: str) -> Figure:
 
 def generation_text(trace: Any, *, limit: int = 20) -> str:
     """Write, for a terminal, at most ``limit`` sinks with births, deaths and what they draw."""
-    lives = trace.lives
-    blocks = [f"{plural(trace.n_steps, 'step')}. {_counts(lives)}"]
-    if trace.text is not None:
-        blocks.append("\n".join(wrapped(f"Answer: {text.strip()}") for text in trace.text))
-    if lives:
-        table = [[*HEADS, "L rule in layers"]]
-        table += [_cells(life, _token(trace, life.batch, life.pos)) for life in lives[:limit]]
-        cells = tables.aligned([line[len(trace.sequences) == 1 :] for line in table])
-        more = len(lives) - limit
-        blocks.append(cells + (f"\n{plural(more, 'more sink')} not listed" if more > 0 else ""))
-        blocks.append(wrapped(KEY))
-    draws = "Draws: some head of the new query, in some layer, gives it"
-    says = wrapped(f"{draws} {trace.draws:g} more than uniform attention.")
-    blocks.append(f"{says}\n{wrapped(f'L rule ({trace.chosen}): {tables.neat(trace.detector)}')}")
-    return "\n\n".join(blocks)
-
-
-def _counts(lives: Sequence[Any]) -> str:
-    """How many sinks there are in prompt and answer, and how many of the prompt's live."""
-    if not lives:
-        return "No sinks: no token of prompt or answer meets the L rule."
-    old = [life for life in lives if life.kind != "generated"]
-    alive = sum(life.fate == "alive" for life in old)
-    born = sum(life.kind == "generated" and life.drawn_steps > 0 for life in lives)
-    live = f", of which {alive or 'none'} {'lives' if alive == 1 else 'live'} to the end"
-    prompt = f"{plural(len(old), 'sink')} in the prompt{live if old else ''}"
-    return f"{prompt}; {plural(born, 'sink')} born in the answer."
+    table = [[*HEADS, "L rule in layers"]]
+    table += [_cells(life, _token(trace, life.batch, life.pos)) for life in trace.lives[:limit]]
+    cells = aligned([line[len(trace.sequences) == 1 :] for line in table])
+    return render("generation.txt", trace=trace, limit=limit, table=cells)
 
 
 def _cells(life: Any, name: str) -> list[str]:
@@ -330,5 +291,5 @@ def _cells(life: Any, name: str) -> list[str]:
         f"{life.drawn_steps} of {life.seen_steps} steps",
         most or "-",
         share(life.null) if life.at else "-",
-        tables.ranges(life.layers),
+        ranges(life.layers),
     ]
