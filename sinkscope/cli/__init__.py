@@ -1,7 +1,5 @@
 """The command line, made from the signatures of its commands."""
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap

@@ -1,7 +1,5 @@
 """The three long commands: ``sinkscope sweep``, ``train-lsg`` and ``compare``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +237,7 @@ def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -
     return folder
 
 
-def condition(name: str, what: Any, lvlm: LVLM) -> Any:
+def condition(name: str, what: Any, lvlm: "LVLM") -> Any:
     """Make one condition of a comparison, of ``[]`` or a mapping with one key.
 
     ``gate: folder``; ``stack: folder`` of a saved stack or ``stack: [folder, ...]`` of gates; ``edit: {kind,
