@@ -110,9 +110,7 @@ def trace(
     *,
     image: Annotated[tuple[str, ...], says("One image or several; paths or URLs.")],
     prompt: Annotated[str, says("What to ask; the chat template is added.")],
-    out: Annotated[
-        str | None, says("Folder of the report (sinkscope-trace; with --json: none).")
-    ] = None,
+    out: Annotated[str | None, says("Report folder (sinkscope-trace; with --json: none).")] = None,
     v_detector: Annotated[str | None, says("Rule for V-sinks, such as norm:100.")] = None,
     l_detector: Annotated[str | None, says("Rule for L-sinks, such as dims:1415,2533:20.")] = None,
     calibrate: Annotated[tuple[str, ...], says("Other images to find the detectors on.")] = (),

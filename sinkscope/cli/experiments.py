@@ -26,6 +26,7 @@ WHICH = says(
     "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository."
 )
 Repeated = Annotated[tuple[str, ...], Parameter(consume_multiple=False)]
+Words = tuple[str, ...] | None
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values
 
@@ -47,17 +48,17 @@ class Settings(Loading):
     """What the three commands share. What is no flag can be set in a recipe, or with --set NAME=VALUE."""
 
     recipe: Annotated[str | None, says("A YAML file with the settings; flags win over it.")] = None
-    data: Annotated[
-        str | None, says("scenes, a .jsonl/.json/.csv/.parquet file, or a data set.")
-    ] = None
+    data: Annotated[str | None, says("scenes, a .jsonl/.json/.csv/.parquet file or data set.")] = (
+        None
+    )
     split: Annotated[str | None, says("Of the data (train for train-lsg, else test).")] = None
     limit: Annotated[int | None, says("The most questions.")] = None
     v_detector: Annotated[str | None, says("Rule for V-sinks, such as norm:100.")] = None
     l_detector: Annotated[str | None, says("Rule for L-sinks, where they matter.")] = None
     calibrate: Annotated[str | None, says("Other questions, to find the rules on.")] = None
-    out: Annotated[
-        str | None, says("Folder of the results (sinkscope-sweep, -gates, -compare).")
-    ] = None
+    out: Annotated[str | None, says("Folder of results (sinkscope-sweep, -gates, -compare).")] = (
+        None
+    )
     set: Annotated[Repeated, says("NAME=VALUE: any other argument, in YAML; repeatable.")] = ()
     dry_run: Annotated[bool, says("Print the cost and run nothing.")] = False
 
@@ -94,10 +95,7 @@ def sweep(
     /,
     *,
     settings: Settings = Settings(),
-    layers: Annotated[
-        tuple[str, ...] | None,
-        says("Layers that are read; keys are scaled in the next block (all), or embed."),
-    ] = None,
+    layers: Annotated[Words, says("Layers to read (all), or embed; scales the next block.")] = None,
     score: Annotated[str | None, says("choice, exact or logprob.")] = None,
     grid: Annotated[int | None, says("Pairs from (0, 1) to (1, 0) (11).")] = None,
 ) -> int:
@@ -135,10 +133,7 @@ def train_lsg(
     /,
     *,
     settings: Settings = Settings(),
-    layers: Annotated[
-        tuple[str, ...] | None,
-        says("Layers that gates read, one gate each, in one pass over the data, or embed."),
-    ] = None,
+    layers: Annotated[Words, says("Layers to read, or embed: one gate each, in one pass.")] = None,
     epochs: Annotated[int | None, says("Passes over the data (2).")] = None,
     batch: Annotated[int | None, says("Rows per forward pass (8).")] = None,
     lr: Annotated[float | None, says("Highest learning rate (0.001).")] = None,
@@ -182,9 +177,7 @@ def compare(
     /,
     *,
     settings: Settings = Settings(),
-    gate: Annotated[
-        Repeated, says("Folder of a saved gate to compare with the base; repeatable.")
-    ] = (),
+    gate: Annotated[Repeated, says("Folder of a saved gate to compare; repeatable.")] = (),
     batch: Annotated[int | None, says("Questions per forward pass (16).")] = None,
 ) -> int:
     """Answer questions under several conditions: gates, edits, prior methods; with intervals."""

@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 QUESTION = "What is in the picture?"
 FIRST, TOP = "position 0", 8  # most attended patches that are masked
 PHOTO_NOTES = (
-    "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
-    "model describes shapes that are not there. Its two towers are published models, and their sinks are "
-    "real.",
+    "The words about the photograph are wrong: projector and adapter have seen drawn scenes only. The two "
+    "towers are published models, and their sinks are real.",
     "Photograph: china.jpg of scikit-learn's sample images, by danielbuechele "
     "(flickr.com/photos/danielbuechele/6061409035), CC BY 2.0.",
     "Its own page: photo/index.html.",
 )
 MASK_NOTES = (
-    "Masked in all layers, but where said. With position 0 masked everywhere, position 1 is the first token "
-    "that anybody sees, and becomes the sink; masked only where it is one, no sink is left, and the answer "
-    "is lost.",
+    "Masked in all layers, but where said. With position 0 masked everywhere, position 1 becomes the sink; "
+    "masked only where it is one, no sink is left, and the answer is lost.",
     "CLS carries the colour of the background through the projector: without it the answer is a guess. "
     "One scene proves little; the next table counts many.",
 )

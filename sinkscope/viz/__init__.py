@@ -1,12 +1,9 @@
 """Figures, tables and reports of sink traces.
 
-Every ``plot_...`` function returns its matplotlib figure, shows nothing by itself, and draws into
-axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())`` are the short ways
-in. Everywhere ``trace`` is a trace, ``row`` a row of the batch, ``image`` an image counted within its
-row, and ``ax`` where to draw, None for a new figure.
-
-All of them raise SelectionError for a row, image, task, condition, group or word that is not there,
-LayerError for such a layer, and InputError for a table or folder of another kind.
+Every ``plot_...`` function returns its matplotlib figure and shows nothing by itself. Everywhere
+``trace`` is a trace, ``row`` a row of the batch, ``image`` an image counted within its row, and ``ax``
+where to draw, None for a new figure. All raise SelectionError for a row, image, task, condition, group
+or word that is not there, LayerError for such a layer, and InputError for another table or folder.
 """
 
 from sinkscope.viz.effects import effects_text, plot_control, plot_effects

@@ -101,8 +101,7 @@ def effects_text(
 ) -> str:
     """Write what `plot_effects` shows as a table for a terminal, cut into several where it is wider.
 
-    The accuracy of the base, the change in percentage points with its interval, a star where that
-    excludes zero, and which conditions found nothing to edit. ``tasks`` and ``base`` as there.
+    The change in percentage points has its interval, with a star where that excludes zero.
     """
     table = effects_frame(summary, tasks=tasks, base=base)
     lines = [list(table.columns), *table.to_numpy().tolist()]
@@ -169,12 +168,10 @@ def plot_effects(
     """Draw the change of accuracy under every condition, task by task, with intervals.
 
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
-    right or wrong. Conditions with "random" in their name (controls) are squares of another colour.
-    "none found": there is no such token, so no row was touched; controls of such conditions are left
-    out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
-
-    The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order, None for all;
-    ``base`` is the condition to compare with, None for the first.
+    right or wrong. Conditions with "random" in their name (controls) are squares. "none found": there is
+    no such token, so no row was touched, and its control is left out. "too few to draw from": the same
+    of a control. The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order,
+    None for all; ``base`` is the condition to compare with, None for the first.
     """
     effects = Effects(summary, tasks, base)
     shown, lines, across = effects.tasks, effects.lines, min(6, len(effects.tasks))

@@ -172,7 +172,6 @@ def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str,
 
 
 def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
-    """A square around the circle."""
     boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
     look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
     key = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": colour}

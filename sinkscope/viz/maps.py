@@ -180,7 +180,6 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
 
 
 def _draw_grids(parts: dict[str, Any], scale: Normalize) -> Figure:
-    """A heat map per task: layers by pairs or triples."""
     first = next(iter(parts.values()))
     pairs = first.drop_duplicates("pair").sort_values("pair")
     names = [name for name in ("s_v", "s_l", "s_rest") if name in pairs]

@@ -151,7 +151,6 @@ def _draw_probes(ax: Any, part: Any, styles: dict[str, Style]) -> None:
 
 
 def _probes_legend(table: Any, styles: dict[str, Style]) -> dict[str, Any]:
-    """What the marks mean; groups without a probe say why."""
     marks: dict[str, Any] = {}
     for group, style in styles.items():
         own = table[table["group"] == group]
@@ -224,7 +223,6 @@ def _draw_coefficients(ax: Any, own: Any, tasks: list[str], layers: list[int]) -
 
 
 def _task_look(task: str, place: int) -> dict[str, Any]:
-    """Colour and marker of a task; of all questions together black."""
     if task == "all":
         return {"color": "black", "marker": STYLES["ordinary"].marker}
     again = place // len(SERIES)  # further tasks have a colour again, with another marker

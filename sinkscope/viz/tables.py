@@ -94,11 +94,6 @@ class Column(NamedTuple):
     cell: Callable[[Any], str]
     meaning: str
 
-    @property
-    def name(self) -> str:
-        """The name in one line."""
-        return self.head.replace("-|", "").replace("|", " ")
-
 
 def _token(record: Any) -> str:
     if record.image < 0:

@@ -234,10 +234,10 @@ def entry(**look: Any) -> Line2D:
 def legend_below(ax: Axes, entries: Mapping[str, Any] | None = None, points: float = 36.0) -> None:
     """A legend so many points under the axes, of the given entries or of all labelled artists."""
     down = ScaledTranslation(0.0, -points / 72, figure_of(ax).dpi_scale_trans)
-    named = {} if entries is None else {"handles": entries.values(), "labels": entries.keys()}
     look: Any = {"fontsize": SMALL, "frameon": False, "borderaxespad": 0.0, "handlelength": 1.8}
     look |= {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "ncols": 2, "columnspacing": 1.2}
-    ax.legend(**named, **look, bbox_transform=ax.transAxes + down)
+    look |= {} if entries is None else {"handles": entries.values(), "labels": entries.keys()}
+    ax.legend(**look, bbox_transform=ax.transAxes + down)
 
 
 def finish(

@@ -231,13 +231,11 @@ def plot_generation(trace: Any, row: int = 0, *, ax: Axes | None = None) -> Figu
 
 
 def _token(trace: Any, row: int, pos: int) -> str:
-    """What a token is called beside its line."""
     name, patch = token_name(trace.sample.tokens, row, pos, trace.words)
     return name if patch else theme.cut(theme.drawable(name), 16)
 
 
 def _name_axes(ax: Axes, trace: Any, row: int, kinds: dict[int, str], steps: int) -> None:
-    """Tokens at the left in the colour of their kind, and the words that the steps write below."""
     names = [f"{_token(trace, row, pos)}  {pos}" for pos in kinds]
     ax.set_yticks(range(len(names)), names, fontsize=SMALL, parse_math=False)
     for label, kind in zip(ax.get_yticklabels(), kinds.values(), strict=True):
@@ -254,7 +252,6 @@ def _name_axes(ax: Axes, trace: Any, row: int, kinds: dict[int, str], steps: int
 
 
 def _draw_key(figure: Figure, own: Sequence[Any], null: str) -> Figure:
-    """What colours and marks mean, the null, and what was left out."""
     kinds = [kind for kind in GROUPS if any(life.kind == kind for life in own)]
     look: Any = {"color": QUIET, "linestyle": "", "markeredgewidth": 2, "markersize": 6}
     key = {GROUPS[kind]: theme.entry(color=COLOUR[kind], linewidth=5) for kind in kinds}
