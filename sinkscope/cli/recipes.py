@@ -289,10 +289,7 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
 
 
 def parse_detector(spec: str | None) -> Any:
-    """Make a detector from a few words, such as ``norm:100`` (see `FORMS`); None stays None.
-
-    Another word is a DetectorError.
-    """
+    """Make a detector of words such as ``norm:100`` (see `FORMS`, else a DetectorError); None stays None."""
     if spec is None:
         return None
     name, *rest = spec.split(":")

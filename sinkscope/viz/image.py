@@ -18,6 +18,15 @@ from sinkscope.viz import theme
 from sinkscope.viz.tables import MARKS, readable
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TITLE, Trace
 
+SQUARE: Any = {"marker": "s", "facecolors": "none", "edgecolors": STYLES["L-sinks"].colour}
+SQUARE |= {"linewidths": 2.2, "zorder": 3.5}  # around the circle of a V-sink that meets the L rule
+CROSS: Any = {
+    "color": "#111111",
+    "linewidths": 2.4,
+    "zorder": 5,
+}  # bold of spikes, upright of attention
+CROSS["path_effects"] = [withStroke(linewidth=5.0, foreground="white")]
+
 
 def plot_sinks_on_image(
     trace: Trace,
@@ -45,11 +54,17 @@ def plot_sinks_on_image(
     v, low, attended = ([r for r in shown if r.kind == k and r.image == image] for k in kinds)
     legend = _draw_kind(ax, "V-sinks", v, side) | _draw_kind(ax, "L-sinks", low, side)
     if both := [r for r in v if (r.llm_layers if layer is None else layer in r.llm_layers)]:
-        legend |= _draw_overlap(ax, both, side)
+        boxes = [r.box for r in both if r.box is not None]
+        name, key = "V-sinks, L rule too", {"markersize": 11, "markerfacecolor": "none"}
+        key |= {"markeredgecolor": SQUARE["edgecolors"], "markeredgewidth": 2}
+        legend |= _mark(ax, boxes, name, len(both), 0.72 * side, SQUARE, **key)
     if placed := [r for r in attended if r.box is not None]:
         legend |= _draw_kind(ax, "attended", placed, side)
     for name, mask in (decoys or {}).items():
-        legend |= _draw_decoys(ax, name, tokens.box[row][mask[row] & (tokens.image[row] == image)])
+        boxes = tokens.box[row][mask[row] & (tokens.image[row] == image)].tolist()
+        look = {"marker": "x" if name.startswith("spike") else "+", **CROSS}
+        key = {"color": CROSS["color"], "markersize": 8, "markeredgewidth": 2.2}
+        legend |= _mark(ax, boxes, name, len(boxes), 80**0.5, look, **key)
     words = [r for r in shown if r.kind == "text"]
     legend |= _draw_kind(ax, "text sinks", words, side)
     _list_words(ax, words)
@@ -169,23 +184,6 @@ def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str,
     look = {"edgecolors": "white", "linewidths": 1.2, "zorder": 4, **style.look}
     key = {"color": style.colour, "markersize": min(10.0, size + 2)}
     return _mark(ax, boxes, group, len(found), size, look, **key, markeredgecolor="white")
-
-
-def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
-    boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
-    look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
-    key = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": colour}
-    look, name = {**look, "zorder": 3.5}, "V-sinks, L rule too"
-    return _mark(ax, boxes, name, len(both), 0.72 * side, look, **key, markeredgewidth=2)
-
-
-def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
-    """A cross on every decoy: a bold one for spikes, an upright one for attention."""
-    outline = [withStroke(linewidth=5.0, foreground="white")]
-    look = {"marker": "x" if name.startswith("spike") else "+", "linewidths": 2.4, "zorder": 5}
-    look |= {"path_effects": outline, "color": "#111111"}
-    key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
-    return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 
 
 def _list_words(ax: Axes, words: list[Any]) -> None:

@@ -1,6 +1,5 @@
 """Maps of layers by heads, and of layers by coefficients."""
 
-from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
@@ -112,12 +111,7 @@ def top_of(values: Tensor) -> tuple[int, int, float]:
 
 
 def _draw_heads(
-    ax: Axes | None,
-    values: Tensor,
-    null: Tensor | None,
-    layers: Sequence[int],
-    title: str,
-    over: str,
+    ax: Axes | None, values: Tensor, null: Tensor | None, layers: list[int], title: str, over: str
 ) -> Figure:
     """The map of ``[layer head]``, its colour bar, the frame, and what stands under it."""
     wide, tall = (2.0 + 0.13 * n for n in values.shape)

@@ -140,12 +140,8 @@ CELLS: dict[str, Callable[[Any], str]] = {
 }
 
 GLOSSARY = (Path(__file__).parent / "templates" / "glossary.txt").read_text("utf-8")
-ROW, *COLUMNS = (
-    Column(head, CELLS[head], " ".join(meaning.split()))
-    for head, _, meaning in (
-        part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY.strip())
-    )
-)
+PARTS = (part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY.strip()))
+ROW, *COLUMNS = (Column(head, CELLS[head], " ".join(text.split())) for head, _, text in PARTS)
 
 
 def columns_for(trace: Trace) -> list[Column]:
