@@ -154,9 +154,8 @@ def trace(
     return 0
 
 
-app.command(experiments.sweep)
-app.command(experiments.train_lsg)
-app.command(experiments.compare)
+for command in (experiments.sweep, experiments.train_lsg, experiments.compare):
+    app.command(command)
 
 
 @app.command

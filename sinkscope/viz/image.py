@@ -40,10 +40,9 @@ def plot_sinks_on_image(
     """Draw the picture with the patch grid of the vision tower and every sink at its place.
 
     V-sinks are circles, L-sinks squares, V-sinks that meet the L rule too both, and patches to which the
-    vision tower attends throughout without a spike hexagons. Text sinks are listed under it. Without a
-    picture (a sample made of processor output) the grid stands alone, in pixels of the model's input.
-
-    With ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
+    vision tower attends throughout without a spike hexagons; text sinks are listed below. Without a picture
+    (a sample made of processor output) the grid stands alone, in pixels of the model's input. With
+    ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
     pos]``, are tokens known to be no sinks, drawn as crosses.
     """
     theme.layers_of(trace, layer)

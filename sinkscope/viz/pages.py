@@ -13,14 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.errors import InputError
-from sinkscope.viz import maps
+from sinkscope.viz import layers, maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
-from sinkscope.viz.layers import (
-    plot_detections,
-    plot_mass_by_layer,
-    plot_received_by_layer,
-    plot_spikes,
-)
 from sinkscope.viz.tables import counts, of_kind, render, share, short, templates
 from sinkscope.viz.theme import Trace, images_of
 from sinkscope.viz.tokens import chips_of, strip_of
@@ -66,7 +60,7 @@ def _of_row(
         own = times[:, trace.sample.tokens.image[row] == image].amax(dim=0)
         said = {"image": image, "low": float(own.min()), "high": float(own.max())}
         yield "received_image", said, partial(plot_received_map, trace, row, image)
-    draw = partial(plot_received_by_layer, trace, row)
+    draw = partial(layers.plot_received_by_layer, trace, row)
     yield "received_by_layer", {"counts": counts(trace, row)}, draw
     if mass is not None and "text sinks" in mass.groups and trace.groups["text sinks"][row].any():
         values, null = maps.heads_of(mass, "text sinks", row)
@@ -82,10 +76,10 @@ def _of_row(
     if mass is not None:
         means = mass.mass[row].nanmean(dim=(1, 2)).mean(dim=0).tolist()
         words = [f"{group} {short(x)}" for group, x in zip(mass.groups, means, strict=True)]
-        yield "mass_by_layer", {"means": words}, partial(plot_mass_by_layer, mass, row)
+        yield "mass_by_layer", {"means": words}, partial(layers.plot_mass_by_layer, mass, row)
     for kind, vision, language, plot in (
-        ("spikes", trace.vit_spikes, trace.llm_spikes, plot_spikes),
-        ("flagged", trace.v_detection.fraction, trace.l_detection.fraction, plot_detections),
+        ("spikes", trace.vit_spikes, trace.llm_spikes, layers.plot_spikes),
+        ("flagged", trace.v_detection.fraction, trace.l_detection.fraction, layers.plot_detections),
     ):
         said = {"vision": float(vision[images].max()), "language": float(language[row].max())}
         yield kind, said, partial(plot, trace, row)
@@ -126,7 +120,7 @@ def write_report(
     decoys: Mapping[str, Tensor] | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Write figures, tables and a page about a trace.
+    """Write figures, tables and a page about a trace; returns the path of the page.
 
     ::
 
@@ -140,15 +134,10 @@ def write_report(
     The result of ``AttentionMass(trace.groups)`` as ``mass`` gives one more figure per row. ``tables``,
     heading -> table, stand before the figures. For ``decoys`` see `plot_sinks_on_image`. ``progress`` None
     shows a bar in a terminal.
-
-    Returns:
-        The path of ``index.html``.
     """
     folder, shown = check_folder(folder), []
-    pictures, hidden = (
-        list(pictures_of(trace, mass, decoys)),
-        None if progress is None else not progress,
-    )
+    pictures = list(pictures_of(trace, mass, decoys))
+    hidden = None if progress is None else not progress
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         sinks = trace.to_dataframe()

@@ -28,8 +28,7 @@ UNTRAINED: dict[str, Any] = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4
 def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     """Draw the loss per answer token, and the mean coefficients of every group, over the steps.
 
-    Thin lines are training steps, marked lines the validation part. ``base`` is the validation loss
-    without a gate.
+    Thin lines are training steps, marked lines the validation part; ``base`` is its loss without a gate.
     """
     wanted = f"at least the columns {HISTORY}, as in TrainResult.history"
     theme.check_table(history, HISTORY, wanted)
@@ -39,9 +38,10 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     layers = list(dict.fromkeys(history["layer"]))
     few, marks = np.linspace(0, len(layers) - 1, min(NAMED, len(layers))).round(), {}
     for place, (layer, lines) in enumerate(history.groupby("layer", sort=False)):
-        look = SERIES[place].look if len(layers) <= NAMED else {"marker": "o"}
+        look: dict[str, Any] = SERIES[place % len(SERIES)].look
         if len(layers) > NAMED:
-            look["color"] = colormaps["viridis"](0.92 * place / (len(layers) - 1))
+            colour = colormaps["viridis"](0.92 * place / (len(layers) - 1))
+            look = {"marker": "o", "color": colour}
         if place in few:
             marks[f"layer {layer}"] = theme.entry(**look, markersize=4)
         steps, held = (lines[lines["split"] == split] for split in ("train", "validation"))

@@ -199,12 +199,7 @@ def candidates(trace: Trace) -> pd.DataFrame:
         for c in trace.candidates
         if c.tower in trace.outcomes
     ]
-    out = pd.DataFrame(lines, columns=heads)
-    out.attrs["notes"] = [
-        "The most attended tokens and the largest spikes there: the largest |h| in medians and in upper "
-        "quartiles of its layer; what a head draws beyond uniform attention."
-    ]
-    return out
+    return pd.DataFrame(lines, columns=heads)
 
 
 def sinks_text(trace: Trace, records: Sequence[Any]) -> str:

@@ -109,10 +109,7 @@ def strip_of(trace: Trace, row: int, layer: int | None = None) -> tuple[Any, ...
 
 
 def tokens_html(trace: Trace, row: int = 0, *, layer: int | None = None) -> str:
-    """Write `plot_tokens` as a ``<div>`` with its own style, such as for ``IPython.display.HTML``.
-
-    A chip tells position, layer, head and null when pointed at.
-    """
+    """Write `plot_tokens` as a ``<div>`` of HTML, whose chips tell position, layer, head and null."""
     return render("tokens.html", strip=strip_of(trace, row, layer))
 
 
