@@ -35,10 +35,9 @@ app = App(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, of the words after ``sinkscope`` or of the process.
+    """Run one command, of the words after ``sinkscope`` or of the process; returns the exit status.
 
-    Returns:
-        The exit status: 0, 2 after an error that was explained, 130 if interrupted.
+    It is 0, 2 after an error that was explained, and 130 if interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in given if word != "--debug"]

@@ -82,8 +82,7 @@ class Settings(Loading):
                 raise InputError(f"Got --set {words}; expected NAME=VALUE, such as --set batch=8.")
             asked[name] = recipes.parse_yaml(value, f"--set {words}")
         flags = recipes.merged({k: v for k, v in _present(own).items() if v != {}}, asked)
-        trust = self.trust_remote_code
-        return recipes.read_recipe(section, self.recipe, flags, function, trust_remote_code=trust)
+        return recipes.read_recipe(section, self.recipe, flags, function, self.trust_remote_code)
 
 
 def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,14 +96,12 @@ def read_recipe(
     path: str | None,
     flags: Mapping[str, Any],
     function: Callable[..., Any],
-    *,
     trust_remote_code: bool = False,
 ) -> Recipe:
     """Read the settings of a command from the YAML file at ``path``, if any, and from the ``flags``.
 
     Flags have the shape of a recipe; None takes back what the recipe says. Options are arguments of the
-    ``function`` behind the command. ``trust_remote_code`` is whether the command line says so: a recipe,
-    which anybody may have written, does not say it alone.
+    ``function`` behind the command. A recipe cannot set ``trust_remote_code`` without the command line.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in COMMANDS}
@@ -139,14 +137,10 @@ def read_recipe(
             raise InputError(f"Got {name}: {settings[name]!r}; expected a word, such as {example}.")
     data = {"split": "train", **data} if section == "train" else data
     other = {"split": "validation", **other} if other else other
-    from sinkscope.data.questions import Questions  # it loads torch: not before a wrong argument
-
-    for key, given in (("data", data), ("calibrate", other)):
-        check_keys(given, [f.name for f in fields(Questions)], f"under {key}")
     return Recipe(
         model=model,
-        data=Questions(**data),
-        calibrate=Questions(**other) if other else None,
+        data=as_questions(data, "data"),
+        calibrate=as_questions(other, "calibrate") if other else None,
         **{name: settings.get(name) for name in EXAMPLES},
         conditions=settings.get("conditions") or {},
         options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
@@ -201,6 +195,14 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def as_long(value: Any, name: str) -> Any:
     """A word as a mapping of one; anything else as it is."""
     return {name: value} if isinstance(value, str) else value
+
+
+def as_questions(given: Mapping[str, Any], key: str) -> Questions:
+    """The questions of a ``data`` mapping."""
+    from sinkscope.data.questions import Questions
+
+    check_keys(given, [f.name for f in fields(Questions)], f"under {key}")
+    return Questions(**given)
 
 
 def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

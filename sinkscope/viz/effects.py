@@ -132,10 +132,7 @@ def effects_frame(
 
 
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """Write one line per condition, one column per task, and a note.
-
-    The base has its accuracy, the others the change in percentage points; both with an interval.
-    """
+    """Write accuracy of the base and changes, a line per condition, a column per task, and a note."""
     lines, note = _cells(summary, base, "**{}**")
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
