@@ -290,7 +290,7 @@ def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
     return lvlm
 
 
-def parse_detector(spec: str | None) -> Any:
+def parse_detector(spec: str | None) -> Detector | None:
     """Make a detector of words such as ``norm:100`` (see `FORMS`, else a DetectorError); None stays None."""
     if spec is None:
         return None

@@ -95,16 +95,15 @@ def strip_of(trace: Trace, row: int, layer: int | None = None) -> tuple[Any, ...
     where = "heads and layers" if layer is None else f"the heads of layer {layer}"
     title = f"Attention that every token of the prompt receives, largest over {where}"
     nulls = [chip.null for chip in chips if chip.share is not None]
-    notes, kinds = [], []
+    notes = []
     if nulls:
         between = f"{short(min(nulls), 2)} to {short(max(nulls), 2)}"
         notes.append(f"under uniform attention (null) these tokens would receive {between}")
     if len(nulls) < len(chips):
         notes.append(f"dashed: fewer than {SEEN} queries see the token, so it has no colour")
-    for kind, mark in MARKS.items():
-        count = sum(chip.sinks.get(kind, 0) for chip in chips)
-        found = f" ({count})" if count else ": none found"
-        kinds.append((kind, f"{mark} {GROUP_OF[kind]}{found}"))
+    held = {kind: sum(chip.sinks.get(kind, 0) for chip in chips) for kind in MARKS}
+    found = {kind: f" ({count})" if count else ": none found" for kind, count in held.items()}
+    kinds = [(kind, f"{MARKS[kind]} {GROUP_OF[kind]}{text}") for kind, text in found.items()]
     return chips, title, notes, kinds
 
 
