@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,13 +14,14 @@ from sinkscope.viz import theme
 from sinkscope.viz.tables import WIDTH, aligned, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
+Tasks: TypeAlias = Sequence[str] | None
 COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
 
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
 
-def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
+def count_comparisons(summary: pd.DataFrame, base: str, tasks: Tasks = None) -> int:
     """Count the changes to the base that a summary reports: tasks and conditions that touched a row."""
     shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
     return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
@@ -29,9 +30,7 @@ def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | N
 class Effects:
     """A checked summary: the tasks to show, the base and the other conditions, and what cells say."""
 
-    def __init__(
-        self, summary: pd.DataFrame, tasks: Sequence[str] | None = None, base: str | None = None
-    ) -> None:
+    def __init__(self, summary: pd.DataFrame, tasks: Tasks = None, base: str | None = None) -> None:
         theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
         known = list(dict.fromkeys(summary["task"]))
         conditions: list[str] = list(dict.fromkeys(summary["condition"]))
@@ -93,11 +92,7 @@ def _words(line: Any) -> str:
 
 
 def effects_text(
-    summary: pd.DataFrame,
-    *,
-    tasks: Sequence[str] | None = None,
-    base: str | None = None,
-    width: int = WIDTH,
+    summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None, width: int = WIDTH
 ) -> str:
     """Write what `plot_effects` shows as a table for a terminal, cut into several where it is wider.
 
@@ -117,7 +112,7 @@ def effects_text(
 
 
 def effects_frame(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+    summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None
 ) -> pd.DataFrame:
     """The cells of `effects_text`, with the sentences under them in ``attrs["notes"]``."""
     effects = Effects(summary, tasks, base)
@@ -159,9 +154,7 @@ def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[l
     return [["condition", *effects.heads], level, *rest], note
 
 
-def plot_effects(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
-) -> Figure:
+def plot_effects(summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None) -> Figure:
     """Draw the change of accuracy under every condition, task by task, with intervals.
 
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned

@@ -104,8 +104,8 @@ def plot_received_map(
         norm = LogNorm(max(min(low, 0.5), 0.01), max(high, 4.0))
         meaning = "times uniform attention"
     view = {"xlim": ax.get_xlim(), "ylim": ax.get_ylim()}
-    look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "zorder": 1.5}
-    picture = ax.imshow(grid.numpy(), extent=extent, **look)
+    look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "extent": extent}
+    picture = ax.imshow(grid.numpy(), **look, zorder=1.5)
     ax.set(**view)  # the patches may cover a part of the picture
     look = {"label": f"{meaning}, {heads} of heads", "shrink": 0.85, "pad": 0.02}
     bar = theme.colour_bar(theme.figure_of(ax), picture, ax, **look)
@@ -149,18 +149,15 @@ def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = F
     return min(26.0, max(6.0, 230.0 / (int(trace.sample.tokens.column[row].amax()) + 1)))
 
 
-def _token_grid(
-    trace: Trace, row: int, image: int, values: Tensor
-) -> tuple[Tensor, tuple[float, float, float, float]]:
+def _token_grid(trace: Trace, row: int, image: int, values: Tensor) -> tuple[Tensor, list[float]]:
     """Values ``[pos]`` of the patches as ``[row column]``, and where they lie; CLS has no place."""
     tokens = trace.sample.tokens
     own = (tokens.image[row] == image) & (tokens.row[row] >= 0)
     rows, columns, box = tokens.row[row, own], tokens.column[row, own], tokens.box[row, own]
     grid = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), float("nan"))
     grid[rows, columns] = values[own].float()
-    x0, y0 = box[:, :2].amin(dim=0).tolist()
-    x1, y1 = box[:, 2:].amax(dim=0).tolist()
-    return grid, (x0, x1, y1, y0)
+    (x0, y0), (x1, y1) = box[:, :2].amin(dim=0).tolist(), box[:, 2:].amax(dim=0).tolist()
+    return grid, [x0, x1, y1, y0]
 
 
 def _mark(

@@ -43,13 +43,11 @@ def pictures_of(
     """The figures of every row: its images, then its layers."""
     for row in range(len(trace.sample)):
         start = f"row{row}_" if len(trace.sample) > 1 else ""
-        for kind, said, draw in _of_row(trace, mass, decoys, row):
+        for kind, said, draw in _row(trace, mass, decoys, row):
             yield Picture(f"{start}{kind}{said.get('image', '')}", kind, said, draw)
 
 
-def _of_row(
-    trace: Trace, mass: Any, decoys: Mapping[str, Tensor] | None, row: int
-) -> Iterator[Any]:
+def _row(trace: Trace, mass: Any, decoys: Mapping[str, Tensor] | None, row: int) -> Iterator[Any]:
     """Kind, numbers and drawing of the figures of one row."""
     images, got = images_of(trace, row), trace.language.received
     times = got.times_null()[row].nan_to_num().mean(dim=1)
