@@ -21,8 +21,6 @@ WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
     "found on the images of --calibrate."
 )
-
-
 app = App(
     name="sinkscope",
     help="Attention sinks in vision-language models: see, trace, measure. With --debug, any command shows "

@@ -65,10 +65,7 @@ class Settings(Loading):
     def read(
         self, section: str, function: Callable[..., Any], model: str | None, **own: Any
     ) -> recipes.Recipe:
-        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function.
-
-        Flags take the shape of a recipe: what was not given is left out, what was set to null is None.
-        """
+        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function."""
         if own.get("layers"):
             own["layers"] = [int(x) if x.lstrip("-").isdigit() else x for x in own["layers"]]
         for key in ("v_detector", "l_detector", "calibrate", "out"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Tables: TypeAlias = Mapping[str, DataFrame]  # by their headings
 
 QUESTION = "What is in the picture?"
-FIRST, TOP = "position 0", 8  # most attended patches that are masked
+FIRST, TOP = "position 0", 8  # how many of the most attended patches are masked
 PHOTO_NOTES = (
     "The words about the photograph are wrong: projector and adapter have seen drawn scenes only. The two "
     "towers are published models, and their sinks are real.",

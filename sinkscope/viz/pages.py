@@ -162,10 +162,7 @@ def write_report(
 
 
 def _tokens_table(trace: Trace) -> pd.DataFrame:
-    """The token map with the kind of sink and the most that some head gives beyond uniform attention.
-
-    ``excess`` counts other tokens' queries, and is empty where fewer than 8 of them see the token.
-    """
+    """The token map, kinds of sinks, and the excess: empty where fewer than 8 other tokens see the token."""
     table = trace.sample.tokens.to_dataframe()
     kinds = {(r.batch, r.pos): r.kind for r in trace.records}
     excess = trace.language.drawn().nan_to_num(-2.0).amax(dim=1)

@@ -154,11 +154,11 @@ def _probes_legend(table: Any, styles: dict[str, Style]) -> dict[str, Any]:
     marks: dict[str, Any] = {}
     for group, style in styles.items():
         own = table[table["group"] == group]
+        look, name = style.look, group
         if own["accuracy"].isna().all():
-            look = {"linestyle": "", "markerfacecolor": "white"}
-            marks[f"{group}: {own['note'].iloc[0]}"] = theme.entry(**style.look, **look)
-        else:
-            marks[group] = theme.entry(**style.look)
+            look |= {"linestyle": "", "markerfacecolor": "white"}
+            name = f"{group}: {own['note'].iloc[0]}"
+        marks[name] = theme.entry(**look)
     if table["null_high"].notna().any():
         marks["shuffled labels (95 %, highest of the groups)"] = Patch(color=GREY, alpha=0.6)
     marks["most frequent class"] = theme.entry(color=QUIET, linestyle=":", linewidth=1.6)
