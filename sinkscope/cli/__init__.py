@@ -1,7 +1,5 @@
 """The command line, made from the signatures of its commands."""
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap
@@ -12,33 +10,22 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from sinkscope import __version__
 from sinkscope.checks import check_whole
 from sinkscope.cli import experiments, shows
-from sinkscope.cli.experiments import Dtype
-from sinkscope.cli.names import HELP, check_word, load_model, parse_detector, stages
-from sinkscope.errors import CheckpointError, SinkscopeError
+from sinkscope.cli.experiments import WHICH, says
+from sinkscope.cli.recipes import HELP, check_word, load_model, parse_detector, stages
+from sinkscope.errors import CheckpointError, InputError, SinkscopeError
 
-DEMO = "a real model: what it answers, its attention sinks, what masking them does, and a report"
-TOY = "the same on the toy model inside the package, which has no sinks and needs no download"
-PLANTED = "trace a model whose sinks were planted in its weights, and compare with the truth"
 WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
     "found on the images of --calibrate."
 )
-
-
-def version() -> str:
-    """The name and version of the program."""
-    from sinkscope import __version__
-
-    return f"sinkscope {__version__}"
-
-
 app = App(
     name="sinkscope",
     help="Attention sinks in vision-language models: see, trace, measure. With --debug, any command shows "
     "the traceback of an error.",
-    version=version,
+    version=f"sinkscope {__version__}",
     version_flags="--version",
     help_format="plaintext",
     default_parameter=Parameter(negative=(), consume_multiple=True),
@@ -46,10 +33,9 @@ app = App(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, of the words after ``sinkscope`` or of the process.
+    """Run one command, of the words after ``sinkscope`` or of the process; returns the exit status.
 
-    Returns:
-        The exit status: 0, 2 after an error that was explained, 130 if interrupted.
+    It is 0, 2 after an error that was explained, and 130 if interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in given if word != "--debug"]
@@ -74,95 +60,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How a model is loaded.
+class Loading(experiments.Loading):
+    """How a model is loaded here or elsewhere."""
 
-    Attributes:
-        dtype: What to compute in.
-        device_map: Such as auto or cuda:0 (the CPU).
-        revision: Branch, tag or commit of the repository.
-        remote: Run on NDIF; no weights are loaded here.
-        trust_remote_code: Run the code that the model's repository brings; read it first.
-    """
-
-    dtype: Dtype = "auto"
-    device_map: str | None = None
-    revision: str | None = None
-    remote: bool = False
-    trust_remote_code: bool = False
+    remote: Annotated[bool, says("Run on NDIF; no weights are loaded here.")] = False
 
 
 @app.command(name="demo")
 def run_demo(
     *,
-    out: str = "sinkscope-demo",
-    seed: int = 11_000_000,
-    questions: int = 6,
-    effects: int = 8,
-    toy: bool = False,
-    planted: bool = False,
+    out: Annotated[str, says("Folder of the report.")] = "sinkscope-demo",
+    seed: Annotated[int, says("Seed of the scene.")] = 11_000_000,
+    questions: Annotated[int, says("How many to ask.")] = 6,
+    effects: Annotated[int, says("With --toy: scenes on which to edit sinks, 0 for none.")] = 8,
+    toy: Annotated[bool, says("A toy model, which has no sinks and needs no download.")] = False,
+    planted: Annotated[bool, says("A model with planted sinks, and the truth.")] = False,
 ) -> int:
-    """A real model: what it answers, its attention sinks, what masking them does, and a report.
-
-    Args:
-        out: Folder of the report.
-        seed: Seed of the scene.
-        questions: How many to ask.
-        effects: With --toy: scenes on which to edit sinks, 0 for none.
-        toy: The same on the toy model inside the package, which has no sinks and needs no download.
-        planted: Trace a model whose sinks were planted in its weights, and compare with the truth.
-    """
-    from sinkscope.bundled import TEST_SEEDS, draw_scene
+    """A real model: what it answers, its attention sinks, what masking them does, and a report."""
+    from sinkscope.bundled import TEST_SEEDS, all_questions, ask, draw_scene
 
     scene = draw_scene(seed)
-    asked = shows.choose_questions(scene, questions)
+    most = len(all_questions(scene))
+    if not 1 <= questions <= most:
+        raise InputError(f"Got --questions {questions}; expected 1 to {most} for scene {seed}.")
+    drawn = ask(scene, 0, most)  # global and local questions by turns
+    sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
+    asked = [s[i] for i in range(most) for s in sides if i < len(s)][:questions]
     check_whole(0, len(TEST_SEEDS), effects=effects)
     from sinkscope.viz.pages import check_folder  # it loads matplotlib: not before a wrong argument
 
     check_folder(out)
     if planted:
-        print(f"sinkscope demo: {PLANTED}.", flush=True)
         return shows.show_planted(scene, out)
     if not toy:
-        print(f"sinkscope demo: {DEMO}.", flush=True)
         try:
-            lvlm = load_model("example")
+            return shows.show_example(scene, asked, out)
         except CheckpointError as error:
             print(f"The example model cannot be had, so here is the toy.\n{error}\n", flush=True)
-        else:
-            return shows.show_example(lvlm, scene, asked, out)
-    print(f"sinkscope demo: {TOY}.", flush=True)
     return shows.show_toy(scene, asked, effects, out)
 
 
 @app.command(help_epilogue=f"{HELP} {WITHOUT}")
 def trace(
-    model: str,
+    model: Annotated[str, WHICH],
     /,
     *,
-    image: tuple[str, ...],
-    prompt: str,
-    out: str | None = None,
-    v_detector: str | None = None,
-    l_detector: str | None = None,
-    calibrate: tuple[str, ...] = (),
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    image: Annotated[tuple[str, ...], says("One image or several; paths or URLs.")],
+    prompt: Annotated[str, says("What to ask; the chat template is added.")],
+    out: Annotated[str | None, says("Report folder (sinkscope-trace; with --json: none).")] = None,
+    v_detector: Annotated[str | None, says("Rule for V-sinks, such as norm:100.")] = None,
+    l_detector: Annotated[str | None, says("Rule for L-sinks, such as dims:1415,2533:20.")] = None,
+    calibrate: Annotated[tuple[str, ...], says("Other images to find the detectors on.")] = (),
+    as_json: Annotated[bool, says("Print JSON instead of a table.", name="--json")] = False,
     loading: Loading = Loading(),
 ) -> int:
-    """Trace the sinks of an image and a prompt: a table here, a report in a folder.
-
-    Args:
-        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
-        image: One image or several; paths or URLs.
-        prompt: What to ask; the chat template is added.
-        out: Folder of the report (sinkscope-trace; with --json: none).
-        v_detector: Rule for V-sinks, such as norm:100.
-        l_detector: Rule for L-sinks, such as dims:1415,2533:20.
-        calibrate: Other images to find the detectors on.
-        as_json: Print the trace as JSON instead of a table.
-        loading: How the model is loaded.
-    """
-    v, low = (None if spec is None else parse_detector(spec) for spec in (v_detector, l_detector))
+    """Trace the sinks of an image and a prompt: a table here, a report in a folder."""
+    v, low = parse_detector(v_detector), parse_detector(l_detector)
     check_word(model)
     from sinkscope import detectors  # torch: not before a wrong argument
     from sinkscope.experiments import trace_sinks
@@ -198,19 +151,13 @@ def trace(
     return 0
 
 
-app.command(experiments.sweep)
-app.command(experiments.train_lsg)
-app.command(experiments.compare)
+for command in (experiments.sweep, experiments.train_lsg, experiments.compare):
+    app.command(command)
 
 
 @app.command
-def doctor(model: str, /, *, loading: Loading = Loading()) -> int:
-    """What can be measured on a model, and how exactly.
-
-    Args:
-        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
-        loading: How it is loaded.
-    """
+def doctor(model: Annotated[str, WHICH], /, *, loading: Loading = Loading()) -> int:
+    """What can be measured on a model, and how exactly."""
     with stages(1, "loading the model"):
         lvlm = load_model(model, **asdict(loading))
     print(lvlm.report())

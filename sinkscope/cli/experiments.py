@@ -1,12 +1,10 @@
 """The three long commands: ``sinkscope sweep``, ``train-lsg`` and ``compare``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,72 +13,73 @@ from sinkscope.cli import recipes
 from sinkscope.errors import InputError
 from sinkscope.files import check_place
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+if TYPE_CHECKING:
+    from sinkscope.models import LVLM
+
+
+def says(text: str, **more: Any) -> Parameter:
+    """The help of an option."""
+    return Parameter(help=text, **more)
+
+
+WHICH = says(
+    "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository."
+)
 Repeated = Annotated[tuple[str, ...], Parameter(consume_multiple=False)]
+Words = tuple[str, ...] | None
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the three commands share. What is no flag can be set in a recipe, or with --set NAME=VALUE.
+class Loading:
+    """How a model is loaded."""
 
-    Attributes:
-        recipe: A YAML file with the settings; flags win over it.
-        data: scenes, a .jsonl/.json/.csv/.parquet file, or a data set.
-        split: Of the data (train for train-lsg, else test).
-        limit: The most questions.
-        v_detector: Rule for V-sinks, such as norm:100.
-        l_detector: Rule for L-sinks, where they matter.
-        calibrate: Other questions, to find the rules on.
-        out: Folder of the results (sinkscope-sweep, sinkscope-gates, sinkscope-compare).
-        dtype: What to compute in.
-        device_map: Such as auto or cuda:0 (the CPU).
-        revision: Branch, tag or commit of the repository.
-        trust_remote_code: Run the code that the model's repository brings; read it first.
-        set: NAME=VALUE: any other argument, in YAML; repeatable.
-        dry_run: Print the cost and run nothing.
-    """
+    dtype: Annotated[Dtype | None, says("What to compute in (auto).")] = None
+    device_map: Annotated[str | None, says("Such as auto or cuda:0 (the CPU).")] = None
+    revision: Annotated[str | None, says("Branch, tag or commit of the repository.")] = None
+    trust_remote_code: Annotated[bool, says("Run code of the repository; read it first.")] = False
 
-    recipe: str | None = None
-    data: str | None = None
-    split: str | None = None
-    limit: int | None = None
-    v_detector: str | None = None
-    l_detector: str | None = None
-    calibrate: str | None = None
-    out: str | None = None
-    dtype: Dtype | None = None
-    device_map: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    set: Repeated = ()
-    dry_run: bool = False
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Settings(Loading):
+    """What the three commands share. What is no flag can be set in a recipe, or with --set NAME=VALUE."""
+
+    recipe: Annotated[str | None, says("A YAML file with the settings; flags win over it.")] = None
+    data: Annotated[str | None, says("scenes, a .jsonl/.json/.csv/.parquet file or data set.")] = (
+        None
+    )
+    split: Annotated[str | None, says("Of the data (train for train-lsg, else test).")] = None
+    limit: Annotated[int | None, says("The most questions.")] = None
+    v_detector: Annotated[str | None, says("Rule for V-sinks, such as norm:100.")] = None
+    l_detector: Annotated[str | None, says("Rule for L-sinks, where they matter.")] = None
+    calibrate: Annotated[str | None, says("Other questions, to find the rules on.")] = None
+    out: Annotated[str | None, says("Folder of results (sinkscope-sweep, -gates, -compare).")] = (
+        None
+    )
+    set: Annotated[Repeated, says("NAME=VALUE: any other argument, in YAML; repeatable.")] = ()
+    dry_run: Annotated[bool, says("Print the cost and run nothing.")] = False
 
     def read(
         self, section: str, function: Callable[..., Any], model: str | None, **own: Any
     ) -> recipes.Recipe:
-        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function.
-
-        Flags take the shape of a recipe: what was not given is left out, what was set to null is None.
-        """
-        names = {"name": model} | {k: getattr(self, k) for k in ("dtype", "device_map", "revision")}
-        out: dict[str, Any] = {
-            "model": _present(names),
-            "data": _present({"source": self.data, "split": self.split, "limit": self.limit}),
-            **{k: getattr(self, k) for k in ("v_detector", "l_detector", "calibrate", "out")},
-            **own,
-        }
+        """The settings of one command, from its recipe and its flags; ``own`` are arguments of its function."""
         if own.get("layers"):
-            out["layers"] = [int(x) if x.lstrip("-").isdigit() else x for x in own["layers"]]
-        asked: dict[str, Any] = {}
+            own["layers"] = [int(x) if x.lstrip("-").isdigit() else x for x in own["layers"]]
+        for key in ("v_detector", "l_detector", "calibrate", "out"):
+            own[key] = getattr(self, key)
+        own["data"] = _present({"source": self.data, "split": self.split, "limit": self.limit})
+        names = {key: getattr(self, key) for key in ("dtype", "device_map", "revision")}
+        own["model"], asked = _present({"name": model, **names}), {}
         for words in self.set:
             name, equals, value = words.partition("=")
             if not equals or not name:
                 raise InputError(f"Got --set {words}; expected NAME=VALUE, such as --set batch=8.")
             asked[name] = recipes.parse_yaml(value, f"--set {words}")
-        flags = recipes.merged({k: v for k, v in _present(out).items() if v != {}}, asked)
-        trust = self.trust_remote_code
-        return recipes.read_recipe(section, self.recipe, flags, function, trust_remote_code=trust)
+        flags = recipes.merged({k: v for k, v in _present(own).items() if v != {}}, asked)
+        return recipes.read_recipe(section, self.recipe, flags, function, self.trust_remote_code)
 
 
 def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,23 +87,15 @@ def _present(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sweep(
-    model: str | None = None,
+    model: Annotated[str | None, WHICH] = None,
     /,
     *,
     settings: Settings = Settings(),
-    layers: tuple[str, ...] | None = None,
-    score: str | None = None,
-    grid: int | None = None,
+    layers: Annotated[Words, says("Layers to read (all), or embed; scales the next block.")] = None,
+    score: Annotated[str | None, says("choice, exact or logprob.")] = None,
+    grid: Annotated[int | None, says("Pairs from (0, 1) to (1, 0) (11).")] = None,
 ) -> int:
-    """Score questions with image keys scaled, layer by layer and pair by pair; resumable.
-
-    Args:
-        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
-        layers: Layers that are read; keys are scaled in the next block (all), or embed.
-        score: choice, exact or logprob.
-        grid: Pairs from (0, 1) to (1, 0) (11).
-        settings: What the three commands share.
-    """
+    """Score questions with image keys scaled, layer by layer and pair by pair; resumable."""
     from sinkscope.experiments import sweep as run
 
     recipe = settings.read("sweep", run, model, layers=layers, score=score, grid=grid)
@@ -134,27 +125,17 @@ def sweep(
 
 
 def train_lsg(
-    model: str | None = None,
+    model: Annotated[str | None, WHICH] = None,
     /,
     *,
     settings: Settings = Settings(),
-    layers: tuple[str, ...] | None = None,
-    epochs: int | None = None,
-    batch: int | None = None,
-    lr: float | None = None,
-    seed: int | None = None,
+    layers: Annotated[Words, says("Layers to read, or embed: one gate each, in one pass.")] = None,
+    epochs: Annotated[int | None, says("Passes over the data (2).")] = None,
+    batch: Annotated[int | None, says("Rows per forward pass (8).")] = None,
+    lr: Annotated[float | None, says("Highest learning rate (0.001).")] = None,
+    seed: Annotated[int | None, says("Of weights, split and order (0).")] = None,
 ) -> int:
-    """Train Layer-wise Sink Gates on questions and answers, the model frozen; resumable.
-
-    Args:
-        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
-        layers: Layers that gates read, one gate each, in one pass over the data, or embed.
-        epochs: Passes over the data (2).
-        batch: Rows per forward pass (8).
-        lr: Highest learning rate (0.001).
-        seed: Of weights, split and order (0).
-        settings: What the three commands share.
-    """
+    """Train Layer-wise Sink Gates on questions and answers, the model frozen; resumable."""
     from sinkscope.lsg import train_lsg as run
 
     own = {"layers": layers, "epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
@@ -188,21 +169,14 @@ def train_lsg(
 
 
 def compare(
-    model: str | None = None,
+    model: Annotated[str | None, WHICH] = None,
     /,
     *,
     settings: Settings = Settings(),
-    gate: Repeated = (),
-    batch: int | None = None,
+    gate: Annotated[Repeated, says("Folder of a saved gate to compare; repeatable.")] = (),
+    batch: Annotated[int | None, says("Questions per forward pass (16).")] = None,
 ) -> int:
-    """Answer questions under several conditions: gates, edits, prior methods; with intervals.
-
-    Args:
-        model: 'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository.
-        gate: Folder of a saved gate to compare with the base; repeatable.
-        batch: Questions per forward pass (16).
-        settings: What the three commands share.
-    """
+    """Answer questions under several conditions: gates, edits, prior methods; with intervals."""
     from sinkscope.experiments import compare as run
 
     recipe = settings.read("compare", run, model, batch=batch)
@@ -211,7 +185,7 @@ def compare(
     if not settings.dry_run:
         check_place(out / "report", "answers.csv", "comparison")
     lvlm = recipe.load(weights=not settings.dry_run)
-    made = {name: recipes.condition(name, what, lvlm) for name, what in conditions.items()}
+    made = {name: condition(name, what, lvlm) for name, what in conditions.items()}
     if settings.dry_run:
         count, traced = len(list(recipe.data)), any(callable(one) for one in made.values())
         how = f"{len(made)} conditions{' and a trace of each' if traced else ''}"
@@ -242,6 +216,49 @@ def grid_of(asked: Any) -> list[tuple[Any, ...]]:
     return [tuple(pair) for pair in asked]
 
 
+def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -> Path:
+    """Write tables and the result's figure to ``report/`` beside the raw results."""
+    folder = out / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, table in tables.items():
+        table.to_csv(folder / f"{file}.csv", index=False)
+    result.plot().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    return folder
+
+
+def condition(name: str, what: Any, lvlm: "LVLM") -> Any:
+    """Make one condition of a comparison, of ``[]`` or a mapping with one key.
+
+    ``gate: folder``; ``stack: folder`` of a saved stack or ``stack: [folder, ...]`` of gates; ``edit: {kind,
+    edit, ...}`` (see `EditSinks`); ``random_tokens: {condition: ..., count, seed}``; or one of `METHODS`.
+    """
+    from sinkscope.experiments import EditSinks, baselines
+    from sinkscope.lsg import LSG
+
+    keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
+    if what in ([], {}, None, "base"):
+        return []
+    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in keys:
+        raise InputError(
+            f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
+            "{gate: folder} or {var: {preset: code}}."
+        )
+    ((key, value),) = what.items()
+    if key in ("gate", "stack"):
+        folders: Any = value if key == "stack" and isinstance(value, list) else [value]
+        if not folders or not all(isinstance(one, str) for one in folders):
+            wanted = "a folder or a list of folders" if key == "stack" else "a folder"
+            raise InputError(f"Got {key}: {value!r} in the condition {name}; expected {wanted}.")
+        if key == "stack" and isinstance(value, str):
+            return LSG.load_stack(value, lvlm=lvlm)
+        return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
+    made = EditSinks if key == "edit" else getattr(baselines, key)
+    arguments = recipes.arguments_for(made, value, f"under {key} of the condition {name}")
+    if key == "random_tokens":
+        arguments["condition"] = condition(name, arguments["condition"], lvlm)
+    return made(**arguments)
+
+
 def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
     """The conditions of a recipe and those of ``--gate``."""
     if not isinstance(conditions, Mapping):
@@ -249,7 +266,7 @@ def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
             f"Got conditions: {conditions!r}; expected names with what to do, such as "
             "{base: [], VAR: {var: {preset: code}}}."
         )
-    out, gates = {str(k): what for k, what in conditions.items()}, recipes.named_gates(folders)
+    out, gates = {str(k): what for k, what in conditions.items()}, named_gates(folders)
     if twice := sorted(set(out) & set(gates)):
         raise InputError(f"Got --gate for {twice[0]!r}, a condition of the recipe; rename one.")
     if gates:
@@ -263,15 +280,15 @@ def with_gates(conditions: Any, folders: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -> Path:
-    """Write tables and the result's figure to ``report/`` beside the raw results."""
-    import matplotlib.pyplot as plt
-
-    folder = out / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, table in tables.items():
-        table.to_csv(folder / f"{file}.csv", index=False)
-    figure = result.plot()
-    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    return folder
+def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others."""
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")
+    out = {}
+    for folder, path in zip(folders, paths, strict=True):
+        depth = 1
+        while sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
+            depth += 1
+        out["/".join(path.parts[-depth:])] = {"gate": folder}
+    return out

@@ -1,4 +1,4 @@
-"""Recipes: what ``sinkscope sweep``, ``train-lsg`` and ``compare`` do, from a YAML file or flags.
+"""What the words of a command mean: models, detectors, and recipes of the three long commands in YAML.
 
 ::
 
@@ -20,19 +20,21 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sinkscope.checks import check_flags
-from sinkscope.cli.names import load_model, parse_detector, stages
-from sinkscope.errors import InputError, nearest
+from sinkscope.checks import check_choice, check_flags
+from sinkscope.errors import CheckpointError, DetectorError, InputError, nearest
 
 if TYPE_CHECKING:
     from sinkscope.data.questions import Questions
+    from sinkscope.detectors import Detector
     from sinkscope.models import LVLM
 
 COMMANDS = {"sweep": "sweep", "train": "train-lsg", "compare": "compare"}  # by section of a recipe
@@ -44,7 +46,19 @@ NOT_WORDS |= {"validation_data"}  # arguments that a recipe cannot give
 SHORT = {"model": "name", "data": "source", "calibrate": "source"}
 EXAMPLES = {"v_detector": "norm:100", "l_detector": "dims:1415,2533:20", "out": "runs/map"}
 SHARED = (*SHORT, *EXAMPLES, "conditions")  # keys with a meaning of their own; others are arguments
-METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values
+WORDS = ("bundled", "example")  # the models of the package
+FORMS = {  # first word -> how such a detector is written
+    "norm": "norm:100, norm:valley, norm:3sigma",
+    "valley": "valley",
+    "3sigma": "3sigma",
+    "dims": "dims:1415,2533:20 (divided by the RMS), dims:1415,2533:8:none (raw)",
+    "massive": "massive, massive:100:1000 (absolute, times the median)",
+    "received": "received:0.3, received:5x (times the null)",
+    "cosine": "cosine:0.9 (to the first token)",
+    "cls": "cls (the ViT's CLS token, where the projector keeps it)",
+    "register": "register (the ViT's register tokens likewise)",
+}
+HELP = "A detector is one of: " + "; ".join(FORMS.values()) + "."
 
 
 @dataclass(frozen=True)
@@ -67,8 +81,7 @@ class Recipe:
 
     def detectors(self, lvlm: LVLM | None = None) -> dict[str, Any]:
         """The detectors that are given, or found by ``lvlm`` on the images of ``calibrate``; else None."""
-        asked = {"v_detector": self.v_detector, "l_detector": self.l_detector}
-        out = {k: None if spec is None else parse_detector(spec) for k, spec in asked.items()}
+        out = {k: parse_detector(getattr(self, k)) for k in ("v_detector", "l_detector")}
         if lvlm is not None and self.calibrate is not None and None in out.values():
             from sinkscope.detectors import calibrate
 
@@ -83,14 +96,12 @@ def read_recipe(
     path: str | None,
     flags: Mapping[str, Any],
     function: Callable[..., Any],
-    *,
     trust_remote_code: bool = False,
 ) -> Recipe:
     """Read the settings of a command from the YAML file at ``path``, if any, and from the ``flags``.
 
     Flags have the shape of a recipe; None takes back what the recipe says. Options are arguments of the
-    ``function`` behind the command. ``trust_remote_code`` is whether the command line says so: a recipe,
-    which anybody may have written, does not say it alone.
+    ``function`` behind the command. A recipe cannot set ``trust_remote_code`` without the command line.
     """
     whole = {} if path is None else read_yaml(path)
     top = {k: v for k, v in whole.items() if k not in COMMANDS}
@@ -124,12 +135,12 @@ def read_recipe(
     for name, example in EXAMPLES.items():
         if not isinstance(settings.get(name), (str, type(None))):
             raise InputError(f"Got {name}: {settings[name]!r}; expected a word, such as {example}.")
-    if section == "train":
-        data.setdefault("split", "train")
+    data = {"split": "train", **data} if section == "train" else data
+    other = {"split": "validation", **other} if other else other
     return Recipe(
         model=model,
         data=as_questions(data, "data"),
-        calibrate=as_questions({"split": "validation", **other}, "calibrate") if other else None,
+        calibrate=as_questions(other, "calibrate") if other else None,
         **{name: settings.get(name) for name in EXAMPLES},
         conditions=settings.get("conditions") or {},
         options={k: v for k, v in settings.items() if k not in SHARED and v is not None},
@@ -142,11 +153,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Got the recipe {path!r}, which cannot be read: {error}.") from error
-    whole = parse_yaml(text, f"the recipe {path!r}")
-    if not isinstance(whole, dict):
-        kind = type(whole).__name__
-        raise InputError(f"Got the recipe {path!r} with {kind}; expected keys: 'model: bundled'.")
-    return whole
+    if isinstance(whole := parse_yaml(text, f"the recipe {path!r}"), dict):
+        return whole
+    kind = type(whole).__name__
+    raise InputError(f"Got the recipe {path!r} with {kind}; expected keys: 'model: bundled'.")
 
 
 class Loader(yaml.SafeLoader):
@@ -215,54 +225,118 @@ def arguments_for(function: Callable[..., Any], value: Any, where: str) -> dict[
     return given
 
 
-def condition(name: str, what: Any, lvlm: LVLM) -> Any:
-    """Make one condition of a comparison, of ``[]`` or a mapping with one key.
+def load_model(name: str, *, weights: bool = True, **options: Any) -> LVLM:
+    """Load ``"example"``, ``"bundled"``, a folder (``"./example"`` too) or a hub repository.
 
-    ``gate: folder``; ``stack: folder`` of a saved stack or ``stack: [folder, ...]`` of gates; ``edit: {kind,
-    edit, ...}`` (see `EditSinks`); ``random_tokens: {condition: ..., count, seed}``; or one of `METHODS`.
+    Without ``weights`` the architecture of a folder or repository alone is built. ``options`` are arguments
+    of ``LVLM.from_pretrained``; None stands for what is not given.
     """
-    from sinkscope.experiments import EditSinks, baselines
+    check_word(name)
+    off = {"remote": False, "trust_remote_code": False}
+    given = {k: v for k, v in options.items() if v is not None and v is not off.get(k)}
+    if name in WORDS or not sys.stderr.isatty():  # loading takes no time, or nobody watches
+        from transformers.utils import logging
 
-    keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
-    if what in ([], {}, None, "base"):
-        return []
-    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in keys:
-        raise InputError(
-            f"Got the condition {name}: {what!r}; expected [] or one of the keys {list(keys)}, such as "
-            "{gate: folder} or {var: {preset: code}}."
+        logging.disable_progress_bar()
+    if name in WORDS:
+        return _of_the_package(name, given)
+    from sinkscope.models import LVLM
+
+    if not weights:
+        kept = given.keys() & {"revision", "attn_implementation", "trust_remote_code"}
+        given = {"remote": True, **{key: given[key] for key in kept}}
+    load: Any = LVLM.from_pretrained
+    return load(name, **given)
+
+
+def check_word(name: Any) -> None:
+    """Refuse a mistyped word, neither a folder nor ``owner/name``, before anything asks the network."""
+    if not isinstance(name, str) or name in WORDS or set(name) & {"/", "\\"}:
+        return
+    close = get_close_matches(name.lower(), WORDS, n=1)
+    if close and not Path(name).expanduser().exists():
+        raise CheckpointError(
+            f"Got the model {name!r}; expected 'bundled', 'example', a folder that is there, or a hub "
+            f"repository such as 'llava-hf/llava-1.5-7b-hf'. {nearest(name.lower(), close)}"
         )
-    ((key, value),) = what.items()
-    if key in ("gate", "stack"):
-        return gates_of(name, key, value, lvlm)
-    made = EditSinks if key == "edit" else getattr(baselines, key)
-    arguments = arguments_for(made, value, f"under {key} of the condition {name}")
-    if key == "random_tokens":
-        arguments["condition"] = condition(name, arguments["condition"], lvlm)
-    return made(**arguments)
 
 
-def gates_of(name: str, key: str, value: Any, lvlm: LVLM) -> list[Any]:
-    """A gate, or several."""
-    from sinkscope.lsg import LSG
+def _of_the_package(name: str, given: dict[str, Any]) -> LVLM:
+    """A model of the package, moved as a whole; ``"auto"`` is the GPU where there is one."""
+    device = given.pop("device_map", None)
+    for key in given.keys() - {"dtype", "attn_implementation"}:
+        raise InputError(
+            f"Got {key}={given[key]!r} for {name!r}, a model of the package, which takes none: leave it out."
+        )
+    if given.get("dtype") == "auto":
+        del given["dtype"]
+    if name == "example":
+        from sinkscope.example.load import load_example as load
+    else:
+        from sinkscope.bundled import load_bundled as load
+    lvlm = load(**given)
+    if device is None:
+        return lvlm
+    import torch
 
-    folders: Any = value if key == "stack" and isinstance(value, list) else [value]
-    if not folders or not all(isinstance(one, str) for one in folders):
-        wanted = "a folder or a list of folders" if key == "stack" else "a folder"
-        raise InputError(f"Got {key}: {value!r} in the condition {name}; expected {wanted}.")
-    if key == "stack" and isinstance(value, str):
-        return LSG.load_stack(value, lvlm=lvlm)
-    return [LSG.from_pretrained(one, lvlm=lvlm) for one in folders]
+    try:
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        lvlm.module.to(torch.device(there if device == "auto" else device))
+    except (RuntimeError, AssertionError, TypeError) as error:  # what torch raises without CUDA
+        raise InputError(
+            f"Got device_map={device!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "expected 'auto', 'cpu' or a GPU that is here, such as 'cuda:0'."
+        ) from error
+    return lvlm
 
 
-def named_gates(folders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Name the conditions of ``--gate``, each by the shortest end of its path that tells it from the others."""
-    paths = [Path(folder).expanduser().resolve() for folder in folders]
-    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        raise InputError(f"Got --gate {twice[0]} more than once; expected every folder once.")
-    out = {}
-    for folder, path in zip(folders, paths, strict=True):
-        depth = 1
-        while sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
-            depth += 1
-        out["/".join(path.parts[-depth:])] = {"gate": folder}
-    return out
+def parse_detector(spec: str | None) -> Detector | None:
+    """Make a detector of words such as ``norm:100`` (see `FORMS`, else a DetectorError); None stays None."""
+    if spec is None:
+        return None
+    name, *rest = spec.split(":")
+    if name not in FORMS:
+        raise DetectorError(f"Got the detector {spec!r}. {nearest(name, FORMS)} {HELP}")
+    from sinkscope import detectors as rules
+
+    def dims(channels: str, tau: str, normalize: str = "rms") -> Detector:
+        check_choice(("rms", "none"), normalize=normalize)
+        wanted = tuple(int(d) for d in channels.split(","))
+        return rules.SinkDimensions(wanted, float(tau), normalize)
+
+    def received(limit: str = "0.3") -> Detector:
+        number = float(limit.removesuffix("x"))
+        return rules.Received(times_null=number) if limit.endswith("x") else rules.Received(number)
+
+    makers: dict[str, Callable[..., Detector]] = {
+        "norm": lambda tau: rules.Norm(tau if tau in ("valley", "3sigma") else float(tau)),
+        "valley": lambda: rules.Norm("valley"),
+        "3sigma": lambda: rules.Norm("3sigma"),
+        "dims": dims,
+        "massive": lambda a="100", ratio="1000": rules.Massive(float(a), float(ratio)),
+        "received": received,
+        "cosine": lambda threshold="0.9": rules.CosineToBOS(float(threshold)),
+        "cls": lambda: rules.VisionTokens("cls"),
+        "register": lambda: rules.VisionTokens("register"),
+    }
+    try:
+        return makers[name](*rest)
+    except (TypeError, ValueError) as error:
+        raise DetectorError(f"Got the detector {spec!r}; expected {FORMS[name]}.") from error
+
+
+@contextmanager
+def stages(total: int, first: str) -> Iterator[Callable[[str], None]]:
+    """Show what is done, a bar or lines on standard error; yields what ends a stage and names the next."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=first, disable=None, leave=False) as bar:
+
+        def step(text: str, ended: int = 1) -> None:
+            if bar.disable:
+                print(f"sinkscope: {text} ...", file=sys.stderr, flush=True)
+            bar.update(ended)
+            bar.set_description(text)
+
+        step(first, 0)
+        yield step

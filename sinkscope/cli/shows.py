@@ -8,8 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sinkscope.cli.names import load_model, stages
-from sinkscope.errors import InputError
+from sinkscope.cli.recipes import load_model, stages
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,44 +16,27 @@ if TYPE_CHECKING:
     from sinkscope.bundled import Question, Scene
     from sinkscope.experiments import SinkTrace
     from sinkscope.models import LVLM, Sample
-    from sinkscope.testing import Truth
 
     Tables: TypeAlias = Mapping[str, DataFrame]  # by their headings
 
-EFFECTS = "What editing sinks, and as many random tokens, does to answers on other scenes"
 QUESTION = "What is in the picture?"
-FIRST = "position 0"
-TOP = 8  # most attended patches that are masked
+FIRST, TOP = "position 0", 8  # how many of the most attended patches are masked
 PHOTO_NOTES = (
-    "The words about the photograph are wrong: projector and adapter have seen drawn scenes only, so the "
-    "model describes shapes that are not there. Its two towers are published models, and their sinks are "
-    "real.",
+    "The words about the photograph are wrong: projector and adapter have seen drawn scenes only. The two "
+    "towers are published models, and their sinks are real.",
     "Photograph: china.jpg of scikit-learn's sample images, by danielbuechele "
     "(flickr.com/photos/danielbuechele/6061409035), CC BY 2.0.",
     "Its own page: photo/index.html.",
 )
 MASK_NOTES = (
-    "Masked in all layers, but where said. With position 0 masked everywhere, position 1 is the first token "
-    "that anybody sees, and becomes the sink; masked only where it is one, no sink is left, and the answer "
-    "is lost.",
+    "Masked in all layers, but where said. With position 0 masked everywhere, position 1 becomes the sink; "
+    "masked only where it is one, no sink is left, and the answer is lost.",
     "CLS carries the colour of the background through the projector: without it the answer is a guess. "
     "One scene proves little; the next table counts many.",
 )
 
 
-def choose_questions(scene: Scene, count: int) -> list[Question]:
-    """Global and local questions by turns; refuses more than the scene holds."""
-    from sinkscope.bundled import all_questions, ask
-
-    most = len(all_questions(scene))
-    if not 1 <= count <= most:
-        raise InputError(f"Got --questions {count}; expected 1 to {most} for scene {scene.seed}.")
-    drawn = ask(scene, 0, most)
-    sides = [[q for q in drawn if q.scope == scope] for scope in ("global", "local")]
-    return [side[i] for i in range(most) for side in sides if i < len(side)][:count]
-
-
-def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: str) -> int:
+def show_example(scene: Scene, questions: Sequence[Question], out: str) -> int:
     """The example model: a drawn scene, a photograph, and what masking does."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
@@ -62,8 +44,9 @@ def show_example(lvlm: LVLM, scene: Scene, questions: Sequence[Question], out: s
     from sinkscope.experiments import trace_sinks
     from sinkscope.viz.tables import counts
 
-    with stages(5, "starting") as step:
-        step("asking about the drawn scene")
+    print("sinkscope demo: a real model, its answers and its sinks, and a report.", flush=True)
+    lvlm = load_model("example")
+    with stages(4, "asking about the drawn scene") as step:
         answers = ask_model(lvlm, scene, questions)
         sample = lvlm.prepare(images=scene.image, text="describe the picture.")
         answers.attrs["notes"] = [f"Asked to describe the picture: {answer(lvlm, sample)}"]
@@ -99,6 +82,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
     from sinkscope.experiments import effect_table, trace_sinks
     from sinkscope.viz.effects import effects_frame, effects_text
 
+    print("sinkscope demo: the same on the toy model inside the package.", flush=True)
     with stages(3, "loading the model") as step:
         lvlm = load_model("bundled")
         step("asking")
@@ -109,8 +93,9 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
     if effects:
         asked = [{**q, "task": q["scope"]} for q in scene_questions(effects, 6)]
         summary = effect_table(lvlm, asked).summary()
-        print(f"\n{EFFECTS}:\n{effects_text(summary)}")
-        tables[EFFECTS] = effects_frame(summary)
+        head = "What editing sinks, and as many random tokens, does to answers on other scenes"
+        print(f"\n{head}:\n{effects_text(summary)}")
+        tables[head] = effects_frame(summary)
     hint = "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"
     print()
     return show(out, lvlm, trace, tables, "" if trace.records else hint)
@@ -124,15 +109,26 @@ def show_planted(scene: Scene, out: str) -> int:
     from sinkscope.models import LVLM
     from sinkscope.testing import random_plant
 
+    print("sinkscope demo: trace planted sinks, and compare with the truth.", flush=True)
     made = random_plant(scene.seed, n_overlap=1)  # one V-sink meets the L rule too
     made.model.name_or_path = "a planted model"
     lvlm = LVLM(made.model, made.processor)
     sample = lvlm.prepare(images=scene.image, text="how many shapes are there?")
     trace = trace_sinks(lvlm, sample)
-    tables = planted_and_found(trace, made.truth)
+    tokens, decoys, lines = sample.tokens, {}, []
+    columns = int(tokens.column.max()) + 1
+
+    def named(patches: Iterable[int]) -> str:
+        return ", ".join(f"{p} ({p // columns},{p % columns})" for p in sorted(patches)) or "none"
+
+    for kind, there in (("V", set(made.truth.v_sinks)), ("L", set(made.truth.l_sinks))):
+        found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
+        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
+        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
+    head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
+    tables = {head: frame(lines)}
     print(f"\n{as_text(tables)}\n")
-    tokens, decoys = sample.tokens, {}
-    patch = tokens.row * (int(tokens.column.max()) + 1) + tokens.column
+    patch = tokens.row * columns + tokens.column
     for kind in ("spike", "attention"):
         planted = torch.tensor(made.truth.patches(f"{kind}_decoys"))
         decoys[f"{kind} decoys"] = (tokens.row >= 0) & torch.isin(patch, planted)
@@ -188,23 +184,6 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
     return frame(lines, MASK_NOTES)
 
 
-def planted_and_found(trace: SinkTrace, truth: Truth) -> dict[str, DataFrame]:
-    """What was planted in the image, what the trace found of it, and what it made up, as patches."""
-    columns = int(trace.sample.tokens.column.max()) + 1
-
-    def named(patches: Iterable[int]) -> str:
-        parts = [f"{patch} ({patch // columns},{patch % columns})" for patch in sorted(patches)]
-        return ", ".join(parts) or "none"
-
-    lines = []
-    for kind, there in (("V", set(truth.v_sinks)), ("L", set(truth.l_sinks))):
-        found = {r.row * columns + r.column for r in trace.records if r.kind == kind}
-        line = {"kind": f"{kind}-sinks", "planted": named(there), "found": named(found & there)}
-        lines.append(line | {"missed": named(there - found), "wrong": named(found - there)})
-    head = "What was planted, as patches counted by rows (and their cells in the table of sinks)"
-    return {head: frame(lines)}
-
-
 def life(trace: SinkTrace) -> str:
     """Sinks with their life cycle, a line each."""
     from sinkscope.experiments.measuring import named
@@ -212,7 +191,6 @@ def life(trace: SinkTrace) -> str:
 
     lines = []
     for record in trace.records:
-        what = named(trace, "language", record.batch, record.pos)
         lives = [
             f"{'in the input' if block < 0 else f'written by block {block} ({half})'}, a sink in layers "
             f"{ranges(range(max(block + 1, 0), last + 1))}"
@@ -221,11 +199,11 @@ def life(trace: SinkTrace) -> str:
         said = f": {'; '.join(lives) or 'born in the ViT'}"
         if record.kind == "attention":
             kind = "patch" if record.vit_kind == "patch" else str(record.vit_kind).upper()
-            most = (
-                f"up to {max(record.vit_drawn):.2f} beyond uniform; no spike that the V rule flags"
+            said = (
+                f" ({kind} of the ViT): attended in most ViT blocks, up to {max(record.vit_drawn):.2f} "
+                "beyond uniform; no spike that the V rule flags"
             )
-            said = f" ({kind} of the ViT): attended in most ViT blocks, {most}"
-        lines.append(what + said)
+        lines.append(named(trace, "language", record.batch, record.pos) + said)
     return "\n".join(lines)
 
 
@@ -246,13 +224,10 @@ def frame(lines: Iterable[Any], notes: Sequence[str] = ()) -> DataFrame:
 
 def as_text(tables: Tables) -> str:
     """Tables for the terminal, each with its heading and notes."""
-    from sinkscope.viz.tables import aligned
+    from sinkscope.viz.tables import frame_text
 
-    blocks = []
-    for head, table in tables.items():
-        text = aligned([list(table.columns), *table.astype(str).to_numpy().tolist()])
-        blocks.append("\n".join([f"{head}:", text, *table.attrs["notes"]]))
-    return "\n\n".join(blocks)
+    said = {head: [frame_text(table), *table.attrs["notes"]] for head, table in tables.items()}
+    return "\n\n".join("\n".join([f"{head}:", *lines]) for head, lines in said.items())
 
 
 def show(

@@ -22,7 +22,7 @@ from sinkscope.models import LVLM, Generation, Sample
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
-from sinkscope.viz.generation import generation_text, plot_generation
+from sinkscope.viz.tokens import generation_text, plot_generation
 
 Words = tuple[tuple[str, ...], ...]
 

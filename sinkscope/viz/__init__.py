@@ -1,16 +1,12 @@
 """Figures, tables and reports of sink traces.
 
-Every ``plot_...`` function returns its matplotlib figure, shows nothing by itself, and draws into
-axes of yours if you pass ``ax=``. ``trace.plot()`` and ``print(trace.summary())`` are the short ways
-in. Everywhere ``trace`` is a trace, ``row`` a row of the batch, ``image`` an image counted within its
-row, and ``ax`` where to draw, None for a new figure.
-
-All of them raise SelectionError for a row, image, task, condition, group or word that is not there,
-LayerError for such a layer, and InputError for a table or folder of another kind.
+Every ``plot_...`` function returns its matplotlib figure and shows nothing by itself. Everywhere
+``trace`` is a trace, ``row`` a row of the batch, ``image`` an image counted within its row, and ``ax``
+where to draw, None for a new figure. All raise SelectionError for a row, image, task, condition, group
+or word that is not there, LayerError for such a layer, and InputError for another table or folder.
 """
 
 from sinkscope.viz.effects import effects_text, plot_control, plot_effects
-from sinkscope.viz.generation import generation_text, plot_generation
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.layers import (
     plot_detections,
@@ -22,8 +18,8 @@ from sinkscope.viz.layers import (
 from sinkscope.viz.maps import plot_heads, plot_received_heads, plot_sweep
 from sinkscope.viz.pages import write_report
 from sinkscope.viz.probes import plot_coefficients, plot_probes, plot_training
-from sinkscope.viz.prompt import plot_tokens, tokens_html
 from sinkscope.viz.tables import trace_html, trace_summary
+from sinkscope.viz.tokens import generation_text, plot_generation, plot_tokens, tokens_html
 
 __all__ = [
     "effects_text",

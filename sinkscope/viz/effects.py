@@ -1,12 +1,8 @@
 """What edits did, in text, tables and figures, with the same words and numbers in all of them."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,93 +11,65 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import WIDTH, aligned
+from sinkscope.viz.tables import WIDTH, aligned, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
+Tasks: TypeAlias = Sequence[str] | None
 COLUMNS = "task condition n accuracy delta delta_low delta_high touched changed"
 NONE, UNCHANGED = "none found", "0 (none changed)"
-SAME = f'"{UNCHANGED}": no answer turned right or wrong, which is no proof of no effect. '
 
 REAL, RANDOM = STYLES["V-sinks"], STYLES["L-sinks"]  # the edit, and other tokens edited likewise
 
 
-def count_comparisons(summary: pd.DataFrame, base: str, tasks: Sequence[str] | None = None) -> int:
+def count_comparisons(summary: pd.DataFrame, base: str, tasks: Tasks = None) -> int:
     """Count the changes to the base that a summary reports: tasks and conditions that touched a row."""
     shown: Any = summary[(summary["condition"] != base) & (summary["touched"] > 0)]
     return len(shown) if tasks is None else int(shown["task"].isin(tasks).sum())
 
 
-@dataclass(frozen=True, eq=False)
 class Effects:
     """A checked summary: the tasks to show, the base and the other conditions, and what cells say."""
 
-    summary: pd.DataFrame
-    tasks: list[str]
-    base: str
-    others: list[str]
-    many: int  # changes that are shown
-    resampled: str
-
-    @cached_property
-    def lines(self) -> dict[tuple[str, str], dict[Any, Any]]:
-        """Task and condition -> line of the summary."""
-        shown: Any = self.summary[self.summary["task"].isin(self.tasks)]
-        return {(line["task"], line["condition"]): line for line in shown.to_dict("records")}
-
-    def found(self, condition: str) -> bool:
-        """Whether a condition touched a row in some task, or could not where it should."""
-        lines = [self.lines.get((task, condition), {"touched": 0}) for task in self.tasks]
-        return any(line["touched"] > 0 or line.get("uncontrolled", 0) > 0 for line in lines)
+    def __init__(self, summary: pd.DataFrame, tasks: Tasks = None, base: str | None = None) -> None:
+        theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
+        known = list(dict.fromkeys(summary["task"]))
+        conditions: list[str] = list(dict.fromkeys(summary["condition"]))
+        self.tasks = sorted(known, key=lambda t: t != "all") if tasks is None else list(tasks)
+        self.base = conditions[0] if base is None else base
+        for kind, asked, there in (("task", self.tasks, known), ("base", [self.base], conditions)):
+            wrong = [name for name in asked if name not in there]
+            if wrong or not asked:
+                raise SelectionError(f"Got {kind} {wrong or asked}; expected some of {there}.")
+        self.others = [condition for condition in conditions if condition != self.base]
+        if not self.others:
+            raise InputError(
+                f"Got a table of {self.base!r} only; expected a second condition to compare."
+            )
+        several = "seeds" in summary and bool((summary["seeds"] > 1).any())
+        self.resampled = "images and seeds" if several else "images"
+        self.many = count_comparisons(summary, self.base, self.tasks)
+        self.level = summary.attrs.get("level", 0.95)
+        shown: Any = summary[summary["task"].isin(self.tasks)]
+        self.lines = {(line["task"], line["condition"]): line for line in shown.to_dict("records")}
+        there = {name for (_, name), line in self.lines.items() if _words(line) != NONE}
+        self.missing = [name for name in self.others if name not in there]
+        self.before = [self.lines[task, self.base] for task in self.tasks]
+        self.heads = [f"{line['task']} (n = {line['n']})" for line in self.before]
 
     def row(self, name: str, digits: int, strong: str) -> list[str]:
         """A condition and its changes, a column per task."""
         return [name, *(_change(self.lines.get((t, name)), digits, strong) for t in self.tasks)]
 
-    @property
-    def heads(self) -> list[str]:
-        """The tasks with their numbers of questions."""
-        return [f"{task} (n = {self.lines[task, self.base]['n']})" for task in self.tasks]
-
     def note(self, mark: str) -> str:
         """What a reader of the table must know; ``mark`` tells an interval that excludes zero."""
         lines = [line for (_, name), line in self.lines.items() if name != self.base]
-        shown = "1 change is shown" if self.many == 1 else f"{self.many} changes are shown"
-        same = SAME if UNCHANGED in map(_words, lines) else ""
-        if all(line["delta_low"] != line["delta_low"] for line in lines):
-            head = (
-                "Changes in percentage points, without intervals, which need more than one image."
-            )
-            return f"{head} {same}{shown}."
-        level = self.summary.attrs.get("level", 0.95)
-        chance = self.many * (1 - level)
-        about = f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}"
-        return (
-            f"Changes in percentage points, with {100 * level:g} % intervals that resample "
-            f"{self.resampled}. {mark}: the interval excludes zero. {same}{shown}, none corrected for "
-            f"their number: about {about} such intervals exclude zero by chance alone."
-        )
-
-
-def checked(
-    summary: pd.DataFrame, tasks: Sequence[str] | None = None, base: str | None = None
-) -> Effects:
-    """The summary with the tasks to show, the base and the others, after a look at it."""
-    theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
-    known = list(dict.fromkeys(summary["task"]))
-    conditions: list[str] = list(dict.fromkeys(summary["condition"]))
-    shown = sorted(known, key=lambda task: task != "all") if tasks is None else list(tasks)
-    first = conditions[0] if base is None else base
-    for kind, asked, there in (("task", shown, known), ("base", [first], conditions)):
-        wrong = [name for name in asked if name not in there]
-        if wrong or not asked:
-            raise SelectionError(f"Got {kind} {wrong or asked}; expected some of {there}.")
-    others = [condition for condition in conditions if condition != first]
-    if not others:
-        raise InputError(f"Got a table of {first!r} only; expected a second condition to compare.")
-    several = "seeds" in summary and bool((summary["seeds"] > 1).any())
-    resampled = "images and seeds" if several else "images"
-    many = count_comparisons(summary, first, shown)
-    return Effects(summary, shown, first, others, many, resampled)
+        chance = self.many * (1 - self.level)
+        given = {
+            "plain": all(line["delta_low"] != line["delta_low"] for line in lines),
+            "same": UNCHANGED if UNCHANGED in map(_words, lines) else "",
+            "about": f"{chance:.0f}" if chance >= 1 else f"{chance:.1g}",
+        }
+        return render("changes.txt", effects=self, mark=mark, **given)
 
 
 def _change(line: Any, digits: int, strong: str) -> str:
@@ -124,16 +92,11 @@ def _words(line: Any) -> str:
 
 
 def effects_text(
-    summary: pd.DataFrame,
-    *,
-    tasks: Sequence[str] | None = None,
-    base: str | None = None,
-    width: int = WIDTH,
+    summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None, width: int = WIDTH
 ) -> str:
     """Write what `plot_effects` shows as a table for a terminal, cut into several where it is wider.
 
-    The accuracy of the base, the change in percentage points with its interval, a star where that
-    excludes zero, and which conditions found nothing to edit. ``tasks`` and ``base`` as there.
+    The change in percentage points has its interval, with a star where that excludes zero.
     """
     table = effects_frame(summary, tasks=tasks, base=base)
     lines = [list(table.columns), *table.to_numpy().tolist()]
@@ -149,29 +112,22 @@ def effects_text(
 
 
 def effects_frame(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
+    summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None
 ) -> pd.DataFrame:
     """The cells of `effects_text`, with the sentences under them in ``attrs["notes"]``."""
-    effects = checked(summary, tasks, base)
-    level = [effects.lines[task, effects.base] for task in effects.tasks]
-    digits = 1 if max(line["n"] for line in level) >= 100 else 0
-    alive = [c for c in effects.others if effects.found(c)]
-    rows = [[effects.base, *(f"{line['accuracy']:.{digits}%}" for line in level)]]
-    rows += [effects.row(name, digits, "{}*") for name in alive]
-    out = pd.DataFrame(rows, columns=["accuracy, then changes in points", *effects.heads])
-    notes = [effects.note("A star")]
-    if missing := [c for c in effects.others if c not in alive]:
-        own = [c for c in missing if "random" not in c] or missing
-        notes.insert(0, f"{NONE}, so nothing was edited: {', '.join(own)}")
-    out.attrs["notes"] = notes
+    effects = Effects(summary, tasks, base)
+    digits = 1 if max(line["n"] for line in effects.before) >= 100 else 0
+    lines = [[effects.base, *(f"{line['accuracy']:.{digits}%}" for line in effects.before)]]
+    lines += [effects.row(c, digits, "{}*") for c in effects.others if c not in effects.missing]
+    out = pd.DataFrame(lines, columns=["accuracy, then changes in points", *effects.heads])
+    out.attrs["notes"] = [effects.note("A star")]
+    if own := [name for name in effects.missing if "random" not in name] or effects.missing:
+        out.attrs["notes"].insert(0, f"{NONE}, so nothing was edited: {', '.join(own)}")
     return out
 
 
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
-    """Write one line per condition, one column per task, and a note.
-
-    The base has its accuracy, the others the change in percentage points; both with an interval.
-    """
+    """Write accuracy of the base and changes, a line per condition, a column per task, and a note."""
     lines, note = _cells(summary, base, "**{}**")
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
@@ -187,38 +143,32 @@ def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
 
 def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
     """The table as texts, its head first, and the note under it."""
-    effects = checked(summary, None, base)
+    effects = Effects(summary, None, base)
     level = [effects.base]
-    for task in effects.tasks:
-        line = effects.lines[task, effects.base]
-        low, high = 100 * line["low"], 100 * line["high"]
-        between = f" [{low:.1f}, {high:.1f}]" if low == low and high == high else ""
-        level.append(f"{100 * line['accuracy']:.1f}{between}")
+    for line in effects.before:
+        accuracy, low, high = (f"{100 * line[name]:.1f}" for name in ("accuracy", "low", "high"))
+        level.append(accuracy if "nan" in (low, high) else f"{accuracy} [{low}, {high}]")
     rest, note = [effects.row(c, 1, strong) for c in effects.others], effects.note("Bold")
     if any(NONE in line for line in rest):
         note += f' "{NONE}": there was no such token, so nothing was edited.'
     return [["condition", *effects.heads], level, *rest], note
 
 
-def plot_effects(
-    summary: pd.DataFrame, *, tasks: Sequence[str] | None = None, base: str | None = None
-) -> Figure:
+def plot_effects(summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None = None) -> Figure:
     """Draw the change of accuracy under every condition, task by task, with intervals.
 
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
-    right or wrong. Conditions with "random" in their name (controls) are squares of another colour.
-    "none found": there is no such token, so no row was touched; controls of such conditions are left
-    out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
-
-    The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order, None for all;
-    ``base`` is the condition to compare with, None for the first.
+    right or wrong. Conditions with "random" in their name (controls) are squares. "none found": there is
+    no such token, so no row was touched, and its control is left out. "too few to draw from": the same
+    of a control. The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order,
+    None for all; ``base`` is the condition to compare with, None for the first.
     """
-    effects = checked(summary, tasks, base)
+    effects = Effects(summary, tasks, base)
     shown, lines, across = effects.tasks, effects.lines, min(6, len(effects.tasks))
-    others = [c for c in effects.others if "random" not in c or effects.found(c)]
+    others = [c for c in effects.others if "random" not in c or c not in effects.missing]
     tall = -(-len(shown) // across) * (1.3 + 0.3 * len(others)) + 1.1
     figure = theme.new_figure((3.1 + 1.75 * across, tall))
-    axes, _ = theme.panels(figure, len(shown), across, sharex=True, sharey=True)
+    axes = theme.panels(figure, len(shown), across, sharex=True, sharey=True)
     ends = [abs(li[d]) for li in lines.values() for d in ("delta", "delta_low", "delta_high")]
     reach = max(2.0, 108 * max(end for end in ends if end == end))
     for i, (ax, task) in enumerate(zip(axes, shown, strict=True)):
@@ -229,8 +179,7 @@ def plot_effects(
         ax.tick_params(axis="y", length=0)
         ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
-        before = lines[task, effects.base]
-        head = f"{task}\n{before['accuracy']:.0%}, n = {before['n']:.0f}"
+        head = f"{task}\n{effects.before[i]['accuracy']:.0%}, n = {effects.before[i]['n']:.0f}"
         ax.set_title(head, fontsize=LABEL, loc="left")
         ax.set_xlim(-reach, reach)
         ax.set_xlabel("change (points)" if i + across >= len(shown) else "", fontsize=LABEL)
@@ -277,9 +226,9 @@ def plot_control(
     unit, None for what the result says.
     """
     theme.check_place(len(result.real), row=row)
-    controls, real = result.controls[:, row].tolist(), float(result.real[row])
-    base, p = float(result.base[row]), float(result.p_value()[row])
-    low, high = (float(edge[row]) for edge in result.interval())
+    parts = (result.real, result.base, result.p_value(), *result.interval())
+    real, base, p, low, high = (float(part[row]) for part in parts)
+    controls = result.controls[:, row].tolist()
     ax = theme.new_axes(ax, (5.6, 3.8))
     name = f"{len(controls)} random controls (same {result.match})"
     least, most = min(*controls, real, base), max(*controls, real, base)

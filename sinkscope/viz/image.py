@@ -1,7 +1,5 @@
 """Figures on the picture itself: where the sinks lie, and what the image tokens receive."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +15,17 @@ from torch import Tensor
 from sinkscope.checks import check_choice
 from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import readable
+from sinkscope.viz.tables import MARKS, readable
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TITLE, Trace
+
+SQUARE: Any = {"marker": "s", "facecolors": "none", "edgecolors": STYLES["L-sinks"].colour}
+SQUARE |= {"linewidths": 2.2, "zorder": 3.5}  # around the circle of a V-sink that meets the L rule
+CROSS: Any = {
+    "color": "#111111",
+    "linewidths": 2.4,
+    "zorder": 5,
+}  # bold of spikes, upright of attention
+CROSS["path_effects"] = [withStroke(linewidth=5.0, foreground="white")]
 
 
 def plot_sinks_on_image(
@@ -33,28 +40,30 @@ def plot_sinks_on_image(
     """Draw the picture with the patch grid of the vision tower and every sink at its place.
 
     V-sinks are circles, L-sinks squares, V-sinks that meet the L rule too both, and patches to which the
-    vision tower attends throughout without a spike hexagons. Text sinks are listed under it. Without a
-    picture (a sample made of processor output) the grid stands alone, in pixels of the model's input.
-
-    With ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
+    vision tower attends throughout without a spike hexagons; text sinks are listed below. Without a picture
+    (a sample made of processor output) the grid stands alone, in pixels of the model's input. With
+    ``layer`` only L-sinks, overlaps and text sinks of that LLM layer. ``decoys``, name -> bool ``[batch
     pos]``, are tokens known to be no sinks, drawn as crosses.
     """
     theme.layers_of(trace, layer)
     ax = theme.new_axes(ax, (4.6, 5.0))
     side = draw_picture(ax, trace, row, image)
-    shown = shown_records(trace, row, layer)
+    shown, tokens = shown_records(trace, row, layer), trace.sample.tokens
     kinds = ("V", "L", "attention")
-    found = {kind: [r for r in shown if r.kind == kind and r.image == image] for kind in kinds}
-    both = [r for r in found["V"] if (r.llm_layers if layer is None else layer in r.llm_layers)]
-    legend = _draw_kind(ax, "V-sinks", found["V"], side)
-    legend |= _draw_kind(ax, "L-sinks", found["L"], side)
-    if both:
-        legend |= _draw_overlap(ax, both, side)
-    if placed := [r for r in found["attention"] if r.box is not None]:
+    v, low, attended = ([r for r in shown if r.kind == k and r.image == image] for k in kinds)
+    legend = _draw_kind(ax, "V-sinks", v, side) | _draw_kind(ax, "L-sinks", low, side)
+    if both := [r for r in v if (r.llm_layers if layer is None else layer in r.llm_layers)]:
+        boxes = [r.box for r in both if r.box is not None]
+        name, key = "V-sinks, L rule too", {"markersize": 11, "markerfacecolor": "none"}
+        key |= {"markeredgecolor": SQUARE["edgecolors"], "markeredgewidth": 2}
+        legend |= _mark(ax, boxes, name, len(both), 0.72 * side, SQUARE, **key)
+    if placed := [r for r in attended if r.box is not None]:
         legend |= _draw_kind(ax, "attended", placed, side)
-    tokens = trace.sample.tokens
     for name, mask in (decoys or {}).items():
-        legend |= _draw_decoys(ax, name, tokens.box[row][mask[row] & (tokens.image[row] == image)])
+        boxes = tokens.box[row][mask[row] & (tokens.image[row] == image)].tolist()
+        look = {"marker": "x" if name.startswith("spike") else "+", **CROSS}
+        key = {"color": CROSS["color"], "markersize": 8, "markeredgewidth": 2.2}
+        legend |= _mark(ax, boxes, name, len(boxes), 80**0.5, look, **key)
     words = [r for r in shown if r.kind == "text"]
     legend |= _draw_kind(ax, "text sinks", words, side)
     _list_words(ax, words)
@@ -90,16 +99,16 @@ def plot_received_map(
     by_layer = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
     grid, extent = _token_grid(trace, row, image, by_layer.amax(dim=0))
     low, high = (float(edge(grid[~grid.isnan()])) for edge in (torch.min, torch.max))
-    norm: Any = Normalize(0.0, max(high, 1e-6))
+    norm, meaning = Normalize(0.0, max(high, 1e-6)), "share of a query's attention"
     if unit == "null":  # near-uniform attention must look uniform
         norm = LogNorm(max(min(low, 0.5), 0.01), max(high, 4.0))
-    view = ax.get_xlim(), ax.get_ylim()
-    look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "zorder": 1.5}
-    picture = ax.imshow(grid.numpy(), extent=extent, **look)
-    ax.set(xlim=view[0], ylim=view[1])  # the patches may cover a part of the picture
-    meaning = "times uniform attention" if unit == "null" else "share of a query's attention"
-    label = f"{meaning}, {heads} of heads"
-    bar = theme.colour_bar(theme.figure_of(ax), picture, ax, label, shrink=0.85, pad=0.02)
+        meaning = "times uniform attention"
+    view = {"xlim": ax.get_xlim(), "ylim": ax.get_ylim()}
+    look: Any = {"cmap": "cividis", "norm": norm, "alpha": 0.85, "extent": extent}
+    picture = ax.imshow(grid.numpy(), **look, zorder=1.5)
+    ax.set(**view)  # the patches may cover a part of the picture
+    look = {"label": f"{meaning}, {heads} of heads", "shrink": 0.85, "pad": 0.02}
+    bar = theme.colour_bar(theme.figure_of(ax), picture, ax, **look)
     if unit == "null":
         theme.plain_log(bar.ax.yaxis)
     when = "largest over layers" if layer is None else f"layer {layer}"
@@ -110,10 +119,9 @@ def plot_received_map(
 def shown_records(trace: Trace, row: int, layer: int | None) -> list[Any]:
     """The sinks of a row; with a layer, V-sinks and those that meet the L rule there."""
     theme.images_of(trace, row)
+    everywhere = MARKS if layer is None else ("V", "attention")
     own = [r for r in trace.records if r.batch == row]
-    if layer is None:
-        return own
-    return [r for r in own if r.kind in ("V", "attention") or layer in r.llm_layers]
+    return [r for r in own if r.kind in everywhere or layer in r.llm_layers]
 
 
 def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = False) -> float:
@@ -141,18 +149,15 @@ def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = F
     return min(26.0, max(6.0, 230.0 / (int(trace.sample.tokens.column[row].amax()) + 1)))
 
 
-def _token_grid(
-    trace: Trace, row: int, image: int, values: Tensor
-) -> tuple[Tensor, tuple[float, float, float, float]]:
+def _token_grid(trace: Trace, row: int, image: int, values: Tensor) -> tuple[Tensor, list[float]]:
     """Values ``[pos]`` of the patches as ``[row column]``, and where they lie; CLS has no place."""
     tokens = trace.sample.tokens
     own = (tokens.image[row] == image) & (tokens.row[row] >= 0)
     rows, columns, box = tokens.row[row, own], tokens.column[row, own], tokens.box[row, own]
     grid = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), float("nan"))
     grid[rows, columns] = values[own].float()
-    x0, y0 = box[:, :2].amin(dim=0).tolist()
-    x1, y1 = box[:, 2:].amax(dim=0).tolist()
-    return grid, (x0, x1, y1, y0)
+    (x0, y0), (x1, y1) = box[:, :2].amin(dim=0).tolist(), box[:, 2:].amax(dim=0).tolist()
+    return grid, [x0, x1, y1, y0]
 
 
 def _mark(
@@ -175,24 +180,6 @@ def _draw_kind(ax: Axes, group: str, found: list[Any], side: float) -> dict[str,
     look = {"edgecolors": "white", "linewidths": 1.2, "zorder": 4, **style.look}
     key = {"color": style.colour, "markersize": min(10.0, size + 2)}
     return _mark(ax, boxes, group, len(found), size, look, **key, markeredgecolor="white")
-
-
-def _draw_overlap(ax: Axes, both: list[Any], side: float) -> dict[str, Any]:
-    """A square around the circle."""
-    boxes, colour = [r.box for r in both if r.box is not None], STYLES["L-sinks"].colour
-    look = {"marker": "s", "facecolors": "none", "edgecolors": colour, "linewidths": 2.2}
-    key: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
-    key["markeredgecolor"], look["zorder"] = colour, 3.5
-    return _mark(ax, boxes, "V-sinks, L rule too", len(both), 0.72 * side, look, **key)
-
-
-def _draw_decoys(ax: Axes, name: str, boxes: Tensor) -> dict[str, Any]:
-    """A cross on every decoy: a bold one for spikes, an upright one for attention."""
-    look: dict[str, Any] = {"marker": "x" if name.startswith("spike") else "+", "zorder": 5}
-    look["path_effects"] = [withStroke(linewidth=5.0, foreground="white")]
-    look |= {"color": "#111111", "linewidths": 2.4}
-    key = {"color": "#111111", "markersize": 8, "markeredgewidth": 2.2}
-    return _mark(ax, boxes.tolist(), name, len(boxes), 80**0.5, look, **key)
 
 
 def _list_words(ax: Axes, words: list[Any]) -> None:

@@ -1,7 +1,5 @@
 """Figures by layer: attention, spikes, what the rules flag, and the whole trace."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -61,15 +59,12 @@ def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None =
     if row is not None:
         theme.check_place(len(result.mass), ", or None for all rows", row=row)
     chosen = slice(None) if row is None else [row]
-    mass, null = result.mass[chosen].nanmean(dim=(0, 2, 3)), None
+    mass, null = result.mass[chosen].nanmean(dim=(0, 2, 3)).T, [None] * len(result.groups)
+    mass = mass.masked_fill(~mass.any(dim=1, keepdim=True), float("nan"))  # [group layer]
     if result.null is not None:
-        null = result.null[chosen].nanmean(dim=(0, 2))
-    curves: dict[str, Any] = {}
-    for i, name in enumerate(result.groups):
-        there = bool(mass[:, i].any())
-        values = mass[:, i] if there else torch.full_like(mass[:, i], float("nan"))
-        curves[name] = values, null[:, i] if there and null is not None else None
+        null = result.null[chosen].nanmean(dim=(0, 2)).T
     ax = theme.new_axes(ax, (5.6, 4.2))
+    curves = dict(zip(result.groups, zip(mass, null, strict=True), strict=True))
     _draw_curves(ax, curves, result.layers)
     ax.set_ylim(-0.02, 1.02)
     title = "Attention mass, mean of heads and queries"
@@ -101,8 +96,8 @@ def plot_spikes(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Figure
     _draw_towers(ax, trace.vit_spikes[images], trace.llm_spikes[row], names)
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    low, high = ax.set_ylim(low / 1.6, high * 1.6)
-    if low <= 1000 <= high:
+    ax.set_ylim(low / 1.6, high * 1.6)
+    if low / 1.6 <= 1000 <= high * 1.6:
         ax.axhline(1000.0, **LIMIT, label="1000 medians")
     theme.plain_log(ax.yaxis)
     return theme.finish(ax, "Spike size", BOTH, "max |h| / median |h| (log scale)")
@@ -136,8 +131,8 @@ def _draw_towers(ax: Axes, vision: Tensor, language: Tensor, names: tuple[str, s
         ax.plot(range(n), line, **STYLES["V-sinks"].look, **dashes, label=name)
     look: Any = {**STYLES["L-sinks"].look, "markersize": 4}
     ax.plot(range(n + 1, n + 1 + m), language.tolist(), **look, label=names[1])
-    places = [*theme.ticks_for(n, 6), *(n + 1 + tick for tick in theme.ticks_for(m, 6))]
-    ax.set_xticks(places, [str(at if at < n else at - n - 1) for at in places])
+    low, high = theme.ticks_for(n, 6), theme.ticks_for(m, 6)
+    ax.set_xticks([*low, *(n + 1 + tick for tick in high)], [str(tick) for tick in low + high])
     ax.set_xlim(-0.6, n + m + 0.6)
     ax.axvline(n, color=QUIET, linewidth=1, linestyle=":")
     for x, name in ((-0.4, "ViT"), (n + 0.6, "LLM")):
@@ -160,7 +155,7 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
     tall = 4.2 * -(-many // 3)
     figure = theme.new_figure((13.5, tall + 4.6))
     halves: Any = figure.subfigures(2, 1, height_ratios=[tall, 4.4])
-    below = [partial(plot_spikes, trace, row), partial(plot_detections, trace, row)]
+    below = [partial(plot, trace, row) for plot in (plot_spikes, plot_detections)]
     if mass is not None:
         below.insert(0, partial(plot_mass_by_layer, mass, row))
     elif many > 1:
@@ -178,8 +173,8 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
     text = f"Sink trace{name}: {counts(trace, row)}\n"
     figure.suptitle(text, fontsize=TITLE + 2, x=0.01, ha="left")
     if trace.warnings:
-        first, more = f"Warning: {neat(trace.warnings[0])}", len(trace.warnings) - 1
-        text = first if len(first) <= 150 else first[:147] + "..."
+        text, more = f"Warning: {neat(trace.warnings[0])}", len(trace.warnings) - 1
+        text = text if len(text) <= 150 else text[:147] + "..."
         text += f" (+{more} more)" if more else ""
         figure.supxlabel(text, fontsize=LABEL, color="#9a3412")
     return figure

@@ -1,8 +1,5 @@
 """Maps of layers by heads, and of layers by coefficients."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
@@ -50,11 +47,12 @@ def plot_heads(
     is the position of one query. Without ``row`` or ``query`` it is the mean.
     """
     values, null = heads_of(result, group, row, query)
-    many = len(result.mass) > 1
-    rows = f", row {row}" if row is not None and many else ""
     over = "mean over queries" if query is None else f"query at position {query}"
-    over += " and rows" if many and row is None and query is None else ""
-    return _draw_heads(ax, values, null, result.layers, f"Attention mass on {group}{rows}", over)
+    title = f"Attention mass on {group}"
+    if len(result.mass) > 1:
+        title += "" if row is None else f", row {row}"
+        over += " and rows" if row is None and query is None else ""
+    return _draw_heads(ax, values, null, result.layers, title, over)
 
 
 def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None = None) -> Figure:
@@ -81,7 +79,19 @@ def heads_of(
     result: Any, group: str, row: int | None = None, query: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What `plot_heads` shows: ``[layer head]``, NaN without a token; and the null ``[layer]``."""
-    keep, null = _kept(result, row, query), None
+    keep, null = ~result.mass[:, 0, 0, :, 0].isnan(), None  # [batch query]
+    if row is not None:
+        theme.check_place(len(keep), ", or None for all rows", row=row)
+        keep &= (torch.arange(len(keep)) == row)[:, None]
+    places = result.queries.expand_as(keep)
+    known = sorted(set(places[keep].tolist()))
+    keep = keep if query is None else keep & (places == query)
+    if not bool(keep.any()):
+        there = f"{known[0]} to {known[-1]}" if known else "none, because its answer has ended"
+        raise SelectionError(
+            f"Got query={query} of row {row}; expected a position that was measured there ({there}), "
+            "or None for the mean over all."
+        )
 
     def mean(values: Tensor) -> Tensor:
         kept = keep.reshape(len(keep), *[1] * (values.ndim - 2), keep.shape[1])
@@ -100,32 +110,8 @@ def top_of(values: Tensor) -> tuple[int, int, float]:
     return layer, head, float(values[layer, head])
 
 
-def _kept(result: Any, row: int | None, query: int | None) -> Tensor:
-    """The rows and queries to average over, bool ``[batch query]``."""
-    rows = len(result.mass)
-    keep = ~result.mass[:, 0, 0, :, 0].isnan()
-    if row is not None:
-        theme.check_place(rows, ", or None for all rows", row=row)
-        keep &= (torch.arange(rows) == row)[:, None]
-    places = result.queries.expand_as(keep)
-    known = sorted(set(places[keep].tolist()))
-    keep = keep if query is None else keep & (places == query)
-    if not bool(keep.any()):
-        there = f"{known[0]} to {known[-1]}" if known else "none, because its answer has ended"
-        raise SelectionError(
-            f"Got query={query} of row {row}; expected a position that was measured there ({there}), "
-            "or None for the mean over all."
-        )
-    return keep
-
-
 def _draw_heads(
-    ax: Axes | None,
-    values: Tensor,
-    null: Tensor | None,
-    layers: Sequence[int],
-    title: str,
-    over: str,
+    ax: Axes | None, values: Tensor, null: Tensor | None, layers: list[int], title: str, over: str
 ) -> Figure:
     """The map of ``[layer head]``, its colour bar, the frame, and what stands under it."""
     wide, tall = (2.0 + 0.13 * n for n in values.shape)
@@ -177,18 +163,17 @@ def plot_sweep(table: pd.DataFrame, *, score: str = "exact answers (points)") ->
     parts = {str(task): part for task, part in table.groupby("task", sort=False)}
     triples = table.reindex(columns=["s_v", "s_l", "s_rest"]).sum(axis=1, skipna=False)
     if table["pair"].nunique() > 2 and np.isclose(triples, 1.0).all():
-        figure, grid = _draw_triangles(parts, scale)
+        figure = _draw_triangles(parts, scale)
         legend[MEANING] = theme.entry(linestyle="")
     else:
-        figure, grid = _draw_grids(parts, scale)
-    cells = ScalarMappable(scale, COLOURS)
-    theme.colour_bar(figure, cells, grid, "change against the base", shrink=0.8, pad=0.02)
+        figure = _draw_grids(parts, scale)
+    bar: Any = (ScalarMappable(scale, COLOURS), figure.axes, "change against the base")
+    theme.colour_bar(figure, *bar, shrink=0.8, pad=0.02)
     figure.suptitle(f"Change of {score}", fontsize=TITLE, x=0.01, ha="left")
     return theme.legend_of(figure, legend, 2)
 
 
-def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
-    """A heat map per task: layers by pairs or triples."""
+def _draw_grids(parts: dict[str, Any], scale: Normalize) -> Figure:
     first = next(iter(parts.values()))
     pairs = first.drop_duplicates("pair").sort_values("pair")
     names = [name for name in ("s_v", "s_l", "s_rest") if name in pairs]
@@ -199,7 +184,7 @@ def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
     lines = max(title.count("\n") for title in titles)
     tall = 1.25 + 0.15 * lines + min(4.2, 0.26 * first["layer"].nunique() + 0.3)
     figure = theme.new_figure((1.6 + across * width, 1.5 + -(-len(parts) // across) * tall))
-    axes, grid = theme.panels(figure, len(parts), across, sharex=True, sharey=True)
+    axes = theme.panels(figure, len(parts), across, sharex=True, sharey=True)
     for i, (ax, part, title) in enumerate(zip(axes, parts.values(), titles, strict=True)):
         delta, clear = (part.pivot(index="layer", columns="pair")[v] for v in ("delta", "clear"))
         look: Any = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
@@ -212,7 +197,7 @@ def _draw_grids(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
         ax.set_title(title, fontsize=LABEL, loc="left")
         left = "" if i % across else "layer (edited: next block)"
         theme.label(ax, under if i + across >= len(parts) else "", left)
-    return figure, grid
+    return figure
 
 
 def _title(task: str, part: Any, width: float) -> str:
@@ -222,7 +207,7 @@ def _title(task: str, part: Any, width: float) -> str:
     return fill(text, max(12, int(13 * width)))
 
 
-def _draw_triangles(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, Any]:
+def _draw_triangles(parts: dict[str, Any], scale: Normalize) -> Figure:
     """A triangle per layer and task; a corner is the triple of 1 for its group and 0 for others."""
     layers = sorted(set(next(iter(parts.values()))["layer"]))
     across = min(10, len(layers))
@@ -248,7 +233,7 @@ def _draw_triangles(parts: dict[str, Any], scale: Normalize) -> tuple[Figure, An
         ):
             look: Any = {"fontsize": SMALL - 2, "color": QUIET, "ha": ha, "va": va}
             axes[0].annotate(name, place, xytext=(1, -1), textcoords="offset points", **look)
-    return figure, grid
+    return figure
 
 
 def _draw_triangle(ax: Axes, part: Any, scale: Normalize, side: float) -> float:

@@ -1,7 +1,5 @@
 """Figures of linear probes, of how gates learned, and of the coefficients that gates give."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,17 +28,22 @@ UNTRAINED: dict[str, Any] = {"color": QUIET, "linewidth": 1, "linestyle": (0, (4
 def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
     """Draw the loss per answer token, and the mean coefficients of every group, over the steps.
 
-    Thin lines are training steps, marked lines the validation part. ``base`` is the validation loss
-    without a gate.
+    Thin lines are training steps, marked lines the validation part; ``base`` is its loss without a gate.
     """
     wanted = f"at least the columns {HISTORY}, as in TrainResult.history"
     theme.check_table(history, HISTORY, wanted)
     groups = [name for name in history.columns if name in DASHES]
     figure = theme.new_figure((9.5 if groups else 5.5, 3.9))
-    axes, _ = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
+    axes = theme.panels(figure, 1 + bool(groups), 1 + bool(groups))
     layers = list(dict.fromkeys(history["layer"]))
-    for place, (_, lines) in enumerate(history.groupby("layer", sort=False)):
-        look = _look(place, len(layers))
+    few, marks = np.linspace(0, len(layers) - 1, min(NAMED, len(layers))).round(), {}
+    for place, (layer, lines) in enumerate(history.groupby("layer", sort=False)):
+        look: dict[str, Any] = SERIES[place % len(SERIES)].look
+        if len(layers) > NAMED:
+            colour = colormaps["viridis"](0.92 * place / (len(layers) - 1))
+            look = {"marker": "o", "color": colour}
+        if place in few:
+            marks[f"layer {layer}"] = theme.entry(**look, markersize=4)
         steps, held = (lines[lines["split"] == split] for split in ("train", "validation"))
         axes[0].plot(steps["step"], steps["loss"], color=look["color"], linewidth=0.7, alpha=0.4)
         axes[0].plot(held["step"], held["loss"], **look, linewidth=1.6, markersize=4)
@@ -48,10 +51,12 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         for group in groups:
             style = {"linestyle": DASHES[group], "linewidth": 1.3}
             axes[1].plot(part["step"], part[group], **look, **style)
+    if "train" in set(history["split"]):
+        marks["training step"] = theme.entry(color=QUIET, linewidth=0.7, alpha=0.6)
     if base is not None:
         axes[0].axhline(base, **UNTRAINED)
+        marks["without a gate"] = theme.entry(**UNTRAINED)
     _focus(axes[0], history, base)
-    marks = _training_legend(layers, base, history)
     theme.finish(axes[0], "Loss of the answers", "step", "nats per token", marks)
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -61,13 +66,6 @@ def plot_training(history: pd.DataFrame, base: float | None = None) -> Figure:
         marks = {group.removeprefix("rho_"): line for group, line in look.items()}
         theme.finish(axes[1], "Mean coefficients", "step", "factor of the keys", marks)
     return figure
-
-
-def _look(place: int, many: int) -> dict[str, Any]:
-    """Colour and marker of a layer."""
-    if many <= NAMED:
-        return SERIES[place].look
-    return {"color": colormaps["viridis"](0.92 * place / (many - 1)), "marker": "o"}
 
 
 def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
@@ -84,18 +82,6 @@ def _focus(ax: Any, history: pd.DataFrame, base: float | None) -> None:
     else:
         room = 0.3 * (high - low) or 0.1 * high
         ax.set_ylim(max(0.0, low - room), high + room)
-
-
-def _training_legend(layers: list[Any], base: float | None, history: Any) -> dict[str, Any]:
-    """Layers, and what lines mean."""
-    many = len(layers)
-    few = range(many) if many <= NAMED else np.linspace(0, many - 1, NAMED).round().astype(int)
-    out = {f"layer {layers[i]}": theme.entry(**_look(int(i), many), markersize=4) for i in few}
-    if "train" in set(history["split"]):
-        out["training step"] = theme.entry(color=QUIET, linewidth=0.7, alpha=0.6)
-    if base is not None:
-        out["without a gate"] = theme.entry(**UNTRAINED)
-    return out
 
 
 def plot_probes(
@@ -121,7 +107,7 @@ def plot_probes(
     across = min(2, len(targets))
     tall = 2.9 * -(-len(targets) // across) + 0.95 + 0.08 * (len(chosen) + 2)
     figure = theme.new_figure((5.2 * across, tall))
-    axes, _ = theme.panels(figure, len(targets), across, sharex=True)
+    axes = theme.panels(figure, len(targets), across, sharex=True)
     for i, (ax, target) in enumerate(zip(axes, targets, strict=True)):
         part = shown[shown["target"] == target]
         _draw_probes(ax, part, styles)
@@ -165,15 +151,14 @@ def _draw_probes(ax: Any, part: Any, styles: dict[str, Style]) -> None:
 
 
 def _probes_legend(table: Any, styles: dict[str, Style]) -> dict[str, Any]:
-    """What the marks mean; groups without a probe say why."""
     marks: dict[str, Any] = {}
     for group, style in styles.items():
         own = table[table["group"] == group]
+        look, name = style.look, group
         if own["accuracy"].isna().all():
-            look = {"linestyle": "", "markerfacecolor": "white"}
-            marks[f"{group}: {own['note'].iloc[0]}"] = theme.entry(**style.look, **look)
-        else:
-            marks[group] = theme.entry(**style.look)
+            look |= {"linestyle": "", "markerfacecolor": "white"}
+            name = f"{group}: {own['note'].iloc[0]}"
+        marks[name] = theme.entry(**look)
     if table["null_high"].notna().any():
         marks["shuffled labels (95 %, highest of the groups)"] = Patch(color=GREY, alpha=0.6)
     marks["most frequent class"] = theme.entry(color=QUIET, linestyle=":", linewidth=1.6)
@@ -192,7 +177,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     tasks, layers = list(dict.fromkeys(table["task"])), sorted(set(table["layer"]))
     width = max(2.8, min(6.0, 0.9 + 0.16 * len(layers) * max(2.0, 0.6 * len(tasks))))
     figure = theme.new_figure((0.6 + len(groups) * width, 3.7))
-    axes, _ = theme.panels(figure, len(groups), len(groups), sharey=True)
+    axes = theme.panels(figure, len(groups), len(groups), sharey=True)
     for ax, group in zip(axes, groups, strict=True):
         _draw_coefficients(ax, table[table["group"] == group], tasks, layers)
         ax.set_title(NAMES[group], fontsize=TITLE, loc="left")
@@ -238,7 +223,6 @@ def _draw_coefficients(ax: Any, own: Any, tasks: list[str], layers: list[int]) -
 
 
 def _task_look(task: str, place: int) -> dict[str, Any]:
-    """Colour and marker of a task; of all questions together black."""
     if task == "all":
         return {"color": "black", "marker": STYLES["ordinary"].marker}
     again = place // len(SERIES)  # further tasks have a colour again, with another marker

@@ -1,7 +1,5 @@
 """Words and tables of a trace, the same in terminal, notebook, page and figures."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sinkscope.tokens import VISION_KINDS, TokenMap
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
@@ -96,11 +94,6 @@ class Column(NamedTuple):
     cell: Callable[[Any], str]
     meaning: str
 
-    @property
-    def name(self) -> str:
-        """The name in one line."""
-        return self.head.replace("-|", "").replace("|", " ")
-
 
 def _token(record: Any) -> str:
     if record.image < 0:
@@ -147,19 +140,8 @@ CELLS: dict[str, Callable[[Any], str]] = {
 }
 
 GLOSSARY = (Path(__file__).parent / "templates" / "glossary.txt").read_text("utf-8")
-ROW, *COLUMNS = (
-    Column(head, CELLS[head], " ".join(meaning.split()))
-    for head, _, meaning in (
-        part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY.strip())
-    )
-)
-
-KEY = (
-    "born: block of the ViT or the LLM and the half that wrote the spike. Top head: layer.head where "
-    "other tokens give it the most beyond uniform attention. ViT top: the same in the vision tower. "
-    "Writes: size of its write over that of the other tokens. attention: the vision tower attends to it "
-    "throughout, and the V rule does not flag it."
-)
+PARTS = (part.partition(": ") for part in re.split(r"\n(?! )", GLOSSARY.strip()))
+ROW, *COLUMNS = (Column(head, CELLS[head], " ".join(text.split())) for head, _, text in PARTS)
 
 
 def columns_for(trace: Trace) -> list[Column]:
@@ -217,12 +199,20 @@ def candidates(trace: Trace) -> pd.DataFrame:
         for c in trace.candidates
         if c.tower in trace.outcomes
     ]
-    out = pd.DataFrame(lines, columns=heads)
-    out.attrs["notes"] = [
-        "The most attended tokens and the largest spikes there: the largest |h| in medians and in upper "
-        "quartiles of its layer; what a head draws beyond uniform attention."
-    ]
-    return out
+    return pd.DataFrame(lines, columns=heads)
+
+
+def sinks_text(trace: Trace, records: Sequence[Any]) -> str:
+    """The table of sinks for a terminal, with heads of two lines."""
+    columns = columns_for(trace)
+    heads = [column.head.split("|") for column in columns]
+    lines = [[head[i - 2] if len(head) > 1 - i else "" for head in heads] for i in (0, 1)]
+    return aligned([*lines, *([column.cell(r) for column in columns] for r in records)], 2)
+
+
+def frame_text(table: pd.DataFrame) -> str:
+    """A data frame as a table for a terminal."""
+    return aligned([list(table.columns), *table.astype(str).to_numpy().tolist()])
 
 
 def trace_summary(trace: Trace, *, limit: int = 10) -> str:
@@ -231,27 +221,7 @@ def trace_summary(trace: Trace, *, limit: int = 10) -> str:
     Kinds of which there are none say "none found"; of each at most ``limit`` are listed, those that draw
     most first.
     """
-    parts = listed(trace, limit)
-    records = [record for found, _ in parts for record in found]
-    remarks = "\n".join(remark for _, remark in parts if remark)
-    blocks, columns = [f"Sinks: {counts(trace)}"], columns_for(trace)
-    if records:
-        heads = [column.head.split("|") for column in columns]
-        lines = [[head[i - 2] if len(head) > 1 - i else "" for head in heads] for i in (0, 1)]
-        lines += [[column.cell(record) for column in columns] for record in records]
-        blocks.append(aligned(lines, 2))
-    blocks += [remarks] if remarks else []
-    blocks += [wrapped(KEY)] if records else []
-    if trace.outcomes:
-        said = [(f"{TOWERS[t]}, nothing flagged: ", neat(x)) for t, x in trace.outcomes.items()]
-        blocks.append("\n".join(wrapped(text, head, "  ") for head, text in said))
-        table = candidates(trace)
-        cells = aligned([list(table.columns), *table.to_numpy().tolist()])
-        blocks.append(f"{wrapped(table.attrs['notes'][0])}\n{cells}")
-    lines = [(f"{'  ' if rule else ''}{head}: ", f"{rule} {s}") for head, rule, s in rules(trace)]
-    blocks.append("\n".join(wrapped(text.strip(), head, "     ") for head, text in lines))
-    blocks += [wrapped(neat(warning), "Warning: ", "     ") for warning in trace.warnings]
-    return "\n\n".join(blocks)
+    return render("summary.txt", trace=trace, limit=limit)
 
 
 def trace_html(trace: Trace, *, limit: int = 10) -> str:
@@ -260,19 +230,22 @@ def trace_html(trace: Trace, *, limit: int = 10) -> str:
 
 
 def render(template: str, **given: Any) -> str:
-    """A template of this room, filled in; every text is escaped."""
-    return _templates().get_template(template).render(**given)
+    """A template of this room, filled in; in HTML every text is escaped."""
+    return templates().get_template(template).render(**given).rstrip("\n")
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of this room, with the functions that they use."""
     look: Any = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    made = Environment(loader=PackageLoader("sinkscope.viz"), autoescape=True, **look)
+    look["autoescape"] = select_autoescape(["html"])
+    made = Environment(loader=PackageLoader("sinkscope.viz"), **look)
     known = (columns_for, listed, counts, rules, candidates, of_kind, colour_of, ink_on)
+    known += (plural, neat, sinks_text, frame_text)
     made.globals.update({function.__name__: function for function in known})
     made.globals.update(KINDS=KINDS, SINKS=SINKS, MARKS=MARKS, TOWERS=TOWERS, TICKS=TICKS)
     made.globals["colours"] = {kind: STYLES[group].colour for kind, group in GROUP_OF.items()}
-    made.filters.update(neat=neat, short=short, cell=_cell)
+    made.filters.update(neat=neat, short=short, wrapped=wrapped, cell=_cell)
     return made
 
 

@@ -1,7 +1,5 @@
 """The theme of all figures: fonts, colours, axes, panels and legends; and what viz reads of a trace."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from sinkscope.checks import is_whole
 from sinkscope.errors import InputError, LayerError, SelectionError, SinkscopeError
 
-Trace: TypeAlias = Any
-"""A `sinkscope.experiments.SinkTrace`, which stands above this room."""
+Trace: TypeAlias = Any  # a `sinkscope.experiments.SinkTrace`, which stands above this room
 
 
 def check_place(
@@ -59,13 +56,11 @@ def check_table(table: pd.DataFrame, needed: str, wanted: str) -> None:
 
 
 BASE = "DejaVu Sans Mono"  # comes with matplotlib; every letter is as wide as every other
-ASIAN = (
+ASIAN = (  # fonts of common systems with Chinese, Japanese and Korean characters
     *("Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC"),
     *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC"),
     *("Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS"),
 )
-"""Fonts with Chinese, Japanese and Korean characters, of common systems."""
-
 MISSING = "▯"
 ADVANCE = 0.65  # width of a letter of BASE over the font size, with room for rounding to pixels
 
@@ -90,7 +85,7 @@ def drawable(text: str) -> str:
 
 def columns_of(text: str) -> int:
     """How many letters wide a text is: a Chinese character counts two, a combining accent none."""
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(not combining(c) and 1 + (east_asian_width(c) in "WF") for c in text)
 
 
 def cut(text: str, columns: int) -> str:
@@ -181,15 +176,14 @@ def figure_of(ax: Axes) -> Figure:
     return cast("Figure", ax.get_figure())
 
 
-def panels(figure: Figure, count: int, across: int, **shared: Any) -> tuple[list[Any], Any]:
-    """So many axes of a grid, the rest of its last line hidden; and the whole grid."""
-    grid: Any = figure.subplots(-(-count // across), across, squeeze=False, **shared)
-    axes = list(grid.flatten())
+def panels(figure: Figure, count: int, across: int, **shared: Any) -> list[Any]:
+    """So many axes of a grid, the rest of its last line hidden."""
+    axes = figure.subplots(-(-count // across), across, squeeze=False, **shared).flatten().tolist()
     for ax in axes[count:]:
         ax.set_visible(False)
     for ax in axes[max(0, count - across) : count]:
         ax.tick_params(labelbottom=True)
-    return axes[:count], grid
+    return axes[:count]
 
 
 def plain(ax: Axes, axis: Any = "y", hidden: Sequence[str] = ("top", "right")) -> None:
@@ -240,16 +234,16 @@ def entry(**look: Any) -> Line2D:
 def legend_below(ax: Axes, entries: Mapping[str, Any] | None = None, points: float = 36.0) -> None:
     """A legend so many points under the axes, of the given entries or of all labelled artists."""
     down = ScaledTranslation(0.0, -points / 72, figure_of(ax).dpi_scale_trans)
-    named = {} if entries is None else {"handles": entries.values(), "labels": entries.keys()}
     look: Any = {"fontsize": SMALL, "frameon": False, "borderaxespad": 0.0, "handlelength": 1.8}
     look |= {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "ncols": 2, "columnspacing": 1.2}
-    ax.legend(**named, **look, bbox_transform=ax.transAxes + down)
+    look |= {} if entries is None else {"handles": entries.values(), "labels": entries.keys()}
+    ax.legend(**look, bbox_transform=ax.transAxes + down)
 
 
 def finish(
     ax: Axes, title: str, x: str, y: str, entries: Any = None, points: float = 36.0
 ) -> Figure:
-    """Title, labels with units, readable ticks, a light grid and a legend; returns the figure."""
+    """Add title, labels with units, readable ticks, a light grid and a legend; returns the figure."""
     ax.set_title(title, fontsize=TITLE, loc="left", pad=17)
     label(ax, x, y)
     plain(ax)

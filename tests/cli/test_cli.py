@@ -15,7 +15,7 @@ from sinkscope import detectors
 from sinkscope.anatomy.families import FAMILIES
 from sinkscope.bundled import draw_scene
 from sinkscope.cli import app, main
-from sinkscope.cli.names import FORMS, parse_detector
+from sinkscope.cli.recipes import FORMS, parse_detector
 from sinkscope.detectors import KNOWN
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.testing import plant, write_checkpoint

@@ -11,7 +11,7 @@ import torch
 import sinkscope as ss
 from sinkscope.bundled import load_bundled
 from sinkscope.cli import main
-from sinkscope.cli import names as named
+from sinkscope.cli import recipes as named
 from sinkscope.cli.recipes import read_recipe
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.example import load as of_the_example
@@ -143,7 +143,7 @@ def test_a_device_that_is_not_here_is_named(device):
 
 def test_looking_at_the_name_imports_nothing_that_takes_seconds():
     code = (
-        "import sys\nfrom sinkscope.cli.names import check_word\n"
+        "import sys\nfrom sinkscope.cli.recipes import check_word\n"
         "try:\n    check_word('exmaple')\nexcept OSError as error:\n    print(error)\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

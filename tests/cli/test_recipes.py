@@ -14,7 +14,8 @@ import yaml
 
 import sinkscope as ss
 from sinkscope.cli import app, main
-from sinkscope.cli.recipes import named_gates, parse_yaml, read_recipe
+from sinkscope.cli.experiments import named_gates
+from sinkscope.cli.recipes import parse_yaml, read_recipe
 from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
 from sinkscope.testing import write_checkpoint

@@ -12,7 +12,7 @@ import sinkscope as ss
 from sinkscope.errors import SelectionError
 from sinkscope.testing import plant
 from sinkscope.viz import generation_text, plot_generation
-from sinkscope.viz.generation import COLOUR, OTHERS, SINKS
+from sinkscope.viz.tokens import COLOUR, OTHERS, SINKS
 from tests.experiments.test_generation import said
 
 LONG = 70

@@ -16,7 +16,6 @@ from sinkscope.errors import LayerError, SelectionError
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz import plot_received_map, plot_tokens, tokens_html
 from sinkscope.viz.pages import most_attended, pictures_of
-from sinkscope.viz.prompt import SEEN, chips_of
 from sinkscope.viz.theme import (
     GROUP_OF,
     MISSING,
@@ -28,6 +27,7 @@ from sinkscope.viz.theme import (
     ink_on,
     share_scale,
 )
+from sinkscope.viz.tokens import SEEN, chips_of
 from tests.viz.conftest import Page, texts
 
 
