@@ -23,8 +23,9 @@ from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
 from sinkscope.models import LVLM, Sample
+from sinkscope.models.decoder import Given, decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
-from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
+from sinkscope.models.replay import capture_given, logits_at, resume
 
 Numbered = tuple[int, Item]
 Groups = Sequence[Sequence[Numbered]]  # all questions, by image

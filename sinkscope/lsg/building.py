@@ -14,8 +14,8 @@ from sinkscope.detectors.kinds import check_kept, describe
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.lsg.config import GateConfig, check_layer, sketch
-from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
+from sinkscope.models.loading import sizes_of
 from sinkscope.models.lvlm import LVLM
 
 CHOICES = ["groups", "signal", "decode", "init", "scale", "hidden", "activation", "affine", "seed"]

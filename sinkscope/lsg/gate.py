@@ -21,8 +21,8 @@ from sinkscope.lsg.attach import ATTACHED, Attachment, attach
 from sinkscope.lsg.building import config_for, device_for
 from sinkscope.lsg.config import GateConfig, differences, same_weights, sketch
 from sinkscope.lsg.passes import signals_of
-from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
+from sinkscope.models.loading import sizes_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower

@@ -20,11 +20,9 @@ from sinkscope.checks import check_choice, check_flags
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.interventions import application
 from sinkscope.interventions.application import Edited, check_interventions
-from sinkscope.models import inputs as preparing
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
-from sinkscope.models.identity import layout_of
-from sinkscope.models.inputs import Sample
+from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
@@ -79,8 +77,7 @@ class LVLM:
         CheckpointError if the checkpoint is missing, incomplete or corrupt, or an option is wrong.
 
         Args:
-            name: Repository id or folder.
-            revision: Branch, tag or commit.
+            name: Repository id or folder; ``revision`` is a branch, tag or commit of it.
             dtype: ``"auto"``, a torch dtype or its name.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
@@ -156,7 +153,7 @@ class LVLM:
             rendered: Whether texts are finished prompts, with one image token per image.
         """
         parts = self._module, self._processor, self.anatomy
-        return preparing.make_sample(*parts, images, text, inputs, rendered=rendered)
+        return make_sample(*parts, images, text, inputs, rendered=rendered)
 
     def run(
         self,
@@ -186,21 +183,20 @@ class LVLM:
             grad: Whether the logits keep their graph, on the model's device; runs here only.
         """
         check_flags(kl=kl, grad=grad)
-        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
+        asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
         check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
         keep_all = (logits or ("last" if where else "all")) == "all"
         context = Context(self.anatomy, sample.tokens)
-        plan = checking.plan_of(asked, edits, context, self)
-        last = None if keep_all else sample.tokens.last
-        made = run_plan(*self._on(where, sample), plan, last, where, grad)
+        plan, last = checking.plan_of(asked, edits, context, self), sample.tokens.last
+        made = run_plan(*self._on(where, sample), plan, None if keep_all else last, where, grad)
         out = finish_run(made, asked, context, edits, keep_all=keep_all)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
         plain = self.run(sample, logits="last", remote=remote)
-        return application.with_kl(out, plain, sample.tokens.last)
+        return application.with_kl(out, plain, last)
 
     def generate(
         self,
@@ -226,17 +222,16 @@ class LVLM:
                 static cache is replaced by one that grows, which changes no number. InputError if they,
                 or the model's ``generation_config``, ask for what cannot be probed.
         """
-        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
+        asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
         defaults = getattr(self._module, "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        checking.check_generation(sample, options, defaults)
+        options |= checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         both = enumerate((asked, later))
         context = partial(Context, self.anatomy, sample.tokens)
         plans = [checking.plan_of(p, edits, context(step), self) for step, p in both]
-        options |= checking.growing_cache(options, defaults)
         outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
@@ -259,7 +254,7 @@ class LVLM:
         value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
         check_flags(grad=grad)
-        checking.check_run(sample, layout_of(self.anatomy))
+        checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)
         model, inputs = self._on(False, sample)
@@ -291,7 +286,5 @@ class LVLM:
         return self._places.model(where, self.name), self._places.placed(sample.inputs)
 
     def __iter__(self) -> Iterator[Any]:
-        raise ModelError(
-            "Got iteration over an LVLM; expected a use of its parts. Write "
-            "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy."
-        )
+        write = "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy"
+        raise ModelError(f"Got iteration over an LVLM; expected a use of its parts. Write {write}.")

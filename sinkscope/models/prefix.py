@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the stem (system prompt, image) runs once, and serves every tail.
+"""Run the common beginning of prompts (system prompt, image) once: the stem, which serves every tail.
 
 A causal stem does not see its tails (question and answer, one row each, padded on the right). If an
 edit depends on the stem alone, so do the stem's keys and values, and they are reused exactly.
@@ -30,7 +30,6 @@ class _Past(DynamicLayer):
         self.new: Pair | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """The keys and values to attend to."""
         if self.before is None:
             self.new = (key_states, value_states)
             return self.new
@@ -48,7 +47,7 @@ class _Past(DynamicLayer):
 
 @dataclass(frozen=True, eq=False)
 class KeyValues:
-    """What a stem leaves behind: its length, and by block ``[row kv_head pos d_head]`` or None."""
+    """Keys and values of a stem, by block ``[row kv_head pos d_head]`` or None, and its length."""
 
     length: int
     by_block: tuple[Pair | None, ...]
@@ -56,11 +55,11 @@ class KeyValues:
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
 
-        def chosen(key: Tensor, value: Tensor) -> Pair:
-            here = rows.to(key.device)
-            return key.index_select(0, here), value.index_select(0, here)
+        def chosen(states: Tensor) -> Tensor:
+            return states.index_select(0, rows.to(states.device))
 
-        return Cache(layers=[_Past(self.length, pair and chosen(*pair)) for pair in self.by_block])
+        pairs = (pair and (chosen(pair[0]), chosen(pair[1])) for pair in self.by_block)
+        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +101,6 @@ def _leaves(given: Mapping[str, Any]) -> dict[tuple[str, Any], Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same, bit for bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     return type(a) is type(b) and a == b
@@ -114,9 +112,8 @@ def _stem(given: Mapping[str, Any], length: int) -> Given:
     def cut(name: str, value: Tensor) -> Tensor:
         if name == "inputs_embeds":
             return value[:, :length]
-        if name == "attention_mask" and value.ndim == 4:
-            return value[:, :, :length, :length]
-        return value[..., :length]
+        whole = name == "attention_mask" and value.ndim == 4
+        return value[:, :, :length, :length] if whole else value[..., :length]
 
     return map_tensors(cut, given)
 
@@ -145,10 +142,7 @@ def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
 def capture_branches(
     lvlm: LVLM, givens: Sequence[Mapping[str, Any]], length: int, blocks: Any = None
 ) -> Branches:
-    """One pass over the common beginning and one over all endings, without edits.
-
-    ``givens`` and ``length`` as for `why_not_shared`; ``blocks`` are those that will be edited, None for all.
-    """
+    """Run the stem once and all tails once, without edits; ``blocks`` will be edited, None for all."""
     layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
     stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))
     past = KeyValues(length, tuple(layer.new for layer in layers))
@@ -176,10 +170,10 @@ def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
 def resume_tails(
     branches: Branches, block: int, factors: Tensor, past: KeyValues, edits: Tensor, tails: Tensor
 ) -> Tensor:
-    """The endings under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
+    """The tails under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
 
     ``factors`` ``[edit key]`` were given to `resume_stem`, which gave ``past``; ``edits`` and ``tails``,
-    int ``[row]``, say which edit and which ending each row has.
+    int ``[row]``, say which edit and which tail each row has.
     """
     longest = branches.tails.hidden.shape[1]
     scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)

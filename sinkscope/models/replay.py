@@ -18,13 +18,9 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.models.inputs import Ended, Given, decoder_inputs
-from sinkscope.models.keyhook import KeyEdit, scaled_keys
+from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import lent, on_device, undisturbed
-
-Decide = Callable[[Tensor], Tensor]
-Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +42,8 @@ class Captured:
     def hidden(self) -> Tensor:
         """After the final norm, ``[row pos d_model]``; refused if the pass ended before."""
         if self.end is None:
-            raise ModelError(
-                "Got a pass that ended at a block; expected a whole one. Write capture(..., whole=True)."
-            )
+            got = "Got a pass that ended at a block; expected a whole one."
+            raise ModelError(f"{got} Write capture(..., whole=True).")
         return self.end
 
     def __len__(self) -> int:
@@ -57,15 +52,18 @@ class Captured:
     def state(self, block: int) -> Tensor:
         """What a captured block read, ``[row pos d_model]``."""
         if block not in self.states:
-            raise LayerError(
-                f"Got block {block!r}; expected one of {sorted(self.states)}, which were captured. "
-                f"Write capture(lvlm, inputs, [{block!r}])."
-            )
+            got = f"Got block {block!r}; expected one that was captured, of {sorted(self.states)}."
+            raise LayerError(f"{got} Write capture(lvlm, inputs, [{block!r}]).")
         return self.states[block]
 
 
 def capture(
-    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, features: Any = None, whole: bool = True
+    lvlm: LVLM,
+    inputs: Mapping[str, Any],
+    blocks: Any = None,
+    *,
+    features: Any = None,
+    whole: bool = True,
 ) -> Captured:
     """One plain forward pass without gradient and LM head, with the states that blocks read.
 
@@ -103,7 +101,7 @@ def resume(
     *,
     rows: Sequence[int] | Tensor | None = None,
     cache: Any = None,
-    later: Mapping[int, Decide] | None = None,
+    later: Mapping[int, KeyEdit] | None = None,
 ) -> Tensor:
     """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
 
@@ -125,16 +123,13 @@ def resume(
     state, n, deciding = captured.state(block), len(captured), later or {}
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
-        raise InputError(
-            f"Got rows={index.tolist()}; expected indices of captured rows, from 0 to {n - 1}."
-        )
+        wanted = f"expected indices of captured rows, from 0 to {n - 1}"
+        raise InputError(f"Got rows={index.tolist()}; {wanted}.")
     before = 0 if cache is None else cache.get_seq_length()
     expected = (len(index), before + state.shape[1])
     if tuple(factors.shape) != expected:
-        raise InputError(
-            f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}, one "
-            "factor per key and 1 where nothing is edited."
-        )
+        got = f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}"
+        raise InputError(f"{got}, one factor per key and 1 where nothing is edited.")
 
     def pick(name: str, value: Tensor) -> Tensor:
         axis = row_axis(name, value)
@@ -173,7 +168,7 @@ def _reading(
         for block in blocks:
             part = module.get_submodule(anatomy.language.blocks[block])
             made = part.register_forward_pre_hook(partial(hook, block), with_kwargs=True)
-            stack.callback(made.remove)
+            stack.enter_context(made)
         yield
 
 
@@ -195,7 +190,7 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 
 
 @torch.no_grad()
-def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
+def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
     ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
@@ -220,10 +215,9 @@ def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
         limit = 1e-4 if seen.hidden.dtype == torch.float32 else 0.05
         limit *= max(1.0, float(theirs.abs().max()))
         if not error <= limit:
-            raise ModelError(
-                f"The replayed logits{where} differ from the model's own by {error:.2g}; expected at "
-                f"most {limit:.2g}. If a gate, or hooks of yours change it, take them off first."
-            )
+            got = f"The replayed logits{where} differ from the model's own by {error:.2g}; expected"
+            write = "If a gate, or hooks of yours change it, take them off first."
+            raise ModelError(f"{got} at most {limit:.2g}. {write}")
 
 
 def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -24,13 +24,8 @@ from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
 from sinkscope.sites import Site, Tower
 
-
-@dataclass(frozen=True)
-class TraceOutput:
-    """What one forward pass brought back: ``answers[slot][site] -> kernel result``, and logits."""
-
-    answers: dict[Any, dict[Site, Any]]
-    logits: Tensor
+Answers = dict[Any, dict[Site, Any]]
+"""Slot of a probe or an edit -> site -> what the kernel gave."""
 
 
 @contextmanager
@@ -55,8 +50,8 @@ def run_plan(
     last: Tensor | None,
     where: bool | str = False,
     grad: bool = False,
-) -> TraceOutput:
-    """Run one forward pass.
+) -> tuple[Answers, Tensor]:
+    """Run one forward pass, and return answers and logits.
 
     ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
     is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
@@ -72,16 +67,13 @@ def run_plan(
         answers = save(go(traced, tracer, plan))
         logits = save(pick(traced.output.logits, last, grad))
     if logits is None:
-        raise errors.AttentionCallError(
-            "The forward pass ended while a probe still waited for attention windows; expected the "
-            "windows to cover the sequence. Please report this model: its anatomy is wrong."
-        )
-    return TraceOutput(sited(answers), logits)
+        got = "The forward pass ended while a probe still waited for attention windows"
+        wanted = "windows that cover the sequence. Please report this model: its anatomy is wrong"
+        raise errors.AttentionCallError(f"{got}; expected {wanted}.")
+    return sited(answers), logits
 
 
-def run_until_read(
-    model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
-) -> dict[Any, dict[Site, Any]]:
+def run_until_read(model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan) -> Answers:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
     save, go, answers = nnsight.save, walk, None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
@@ -96,8 +88,8 @@ def generate_plan(
     plans: Sequence[Plan],
     options: Mapping[str, Any],
     where: bool | str = False,
-) -> tuple[list[TraceOutput], Tensor]:
-    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
+) -> tuple[list[tuple[Answers, Tensor]], Tensor]:
+    """Answers and logits of all passes, with plans for the prompt and for a step; and the sequences."""
     save, go, pick = nnsight.save, walk, last_logits
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
@@ -116,17 +108,15 @@ def generate_plan(
                     steps.append((answers, pick(traced.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
-    outputs = [TraceOutput(sited(answers), logits) for answers, logits in steps]
     made = sequences.shape[1] - inputs["input_ids"].shape[1]
-    if len(outputs) != made:
-        raise errors.AttentionCallError(
-            f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
-            "every decode step: write lvlm.run(...), or leave out the probe of that site."
-        )
-    return outputs, sequences.detach().cpu()
+    if len(steps) != made:
+        got = f"Read {len(steps)} of {made} forward passes; expected all. A site was not reached at"
+        write = "write lvlm.run(...), or leave out the probe of that site."
+        raise errors.AttentionCallError(f"{got} every decode step: {write}")
+    return [(sited(answers), logits) for answers, logits in steps], sequences.detach().cpu()
 
 
-def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> dict[Any, dict[Site, Any]]:
+def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> Answers:
     """Answers keyed by `Site` instead of the plain tuples that travel."""
     return {s: {Site(*key): value for key, value in few.items()} for s, few in answers.items()}
 
@@ -138,12 +128,10 @@ class Effects(dict[Intervention, Effect]):
         equal = find(self, key)
         if len(equal) == 1:
             return equal[0]
-        what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
-        which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
-        raise errors.InterventionError(
-            f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
-            "found by the object itself, or by the only one with equal parameters."
-        )
+        got = f"Got {type(key).__name__ if isinstance(key, Intervention) else repr(key)}, which "
+        got += f"{len(equal)} of them equal" if equal else "did nothing in this pass"
+        known = f"one of {[type(it).__name__ for it in self]}, the object or the only equal one"
+        raise errors.InterventionError(f"{got}; expected {known}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,24 +159,20 @@ class Run(Result):
 
     def __getitem__(self, probe: Probe | str) -> Any:
         """The result of a probe: the object itself, its name, or one with equal parameters."""
-        found = find(self.results, probe)
-        if found:
+        if found := find(self.results, probe):
             return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
-        raise errors.ProbeError(
-            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by object, "
-            "name, or equal parameters. Probes of the vision tower do not run at decode steps."
-        )
+        got = f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by"
+        hint = "Probes of the vision tower do not run at decode steps."
+        raise errors.ProbeError(f"{got} object, name, or equal parameters. {hint}")
 
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
-    """What a generation brought back.
+    """What a generation brought back: ``sequences`` int ``[batch pos]``, prompt and answer.
 
-    Attributes:
-        sequences: Int ``[batch pos]``, prompt and answer.
-        text: The answers, decoded without special tokens; None without a tokenizer.
-        steps: One `Run` for the prompt and for every decode step; NaN in rows that have ended.
+    ``text`` has the answers without special tokens, None without a tokenizer; ``steps`` one `Run` for the
+    prompt and for every decode step, NaN in rows that have ended.
     """
 
     sequences: Tensor
@@ -197,31 +181,32 @@ class Generation(Result):
 
 
 def finish_run(
-    output: TraceOutput,
+    output: tuple[Answers, Tensor],
     probes: Sequence[Probe],
     context: Context,
     interventions: Sequence[Intervention] = (),
     *,
     keep_all: bool = False,
 ) -> Run:
-    """Typed results in the order of slots; ``keep_all``: the logits are those of all positions."""
+    """Typed results of answers and logits; ``keep_all``: the logits are those of all positions."""
+    answers, logits = output
     live = context.live("language")
     live = live if keep_all else live.any(dim=1, keepdim=True)
-    bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
+    bad = ~torch.isfinite(logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise errors.NonFiniteError(
             f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first "
             f"in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load in bfloat16 or float32."
         )
-    results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
+    results = {p: p.finish(answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
     effects = Effects(
-        (it, effect_from(output.answers["edit", slot], context.step, ended))
+        (it, effect_from(answers["edit", slot], context.step, ended))
         for slot, it in enumerate(interventions)
-        if ("edit", slot) in output.answers
+        if ("edit", slot) in answers
     )
-    return Run(output.logits, results, effects, context.step)
+    return Run(logits, results, effects, context.step)
 
 
 class OpenTrace:
@@ -242,10 +227,9 @@ class OpenTrace:
                 tracer.execute(tracer.info.code)
             for site, (value, version) in self._copies.items():
                 if value._version != version:
-                    raise errors.InterventionError(
-                        f"Got an edit in place of {site}, a copy that the model does not use; expected "
-                        f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)."
-                    )
+                    got = f"Got an edit in place of {site}, a copy that the model does not use"
+                    write = f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)"
+                    raise errors.InterventionError(f"{got}; expected {write}.")
         finally:
             self._root = self._tracer = None
             self._copies = {}
@@ -254,10 +238,9 @@ class OpenTrace:
     def root(self) -> Any:
         """The nnsight model; ProbeError if the block has ended, or not begun."""
         if self._root is None:
-            raise errors.ProbeError(
-                "Got a site or nnsight's model outside of a trace; expected it inside the block. Write "
-                "with lvlm.trace(sample): states = lvlm.site('language', 0, 'resid_post').save()."
-            )
+            got = "Got a site or nnsight's model outside of a trace; expected it in the block"
+            write = "with lvlm.trace(sample): x = lvlm.site('language', 0, 'resid_post').save()"
+            raise errors.ProbeError(f"{got}. Write {write}.")
         return self._root
 
     def _read(self, tower: Tower, layer: int, name: str, **asked: Any) -> tuple[Site, Any, bool]:
@@ -269,8 +252,8 @@ class OpenTrace:
             self._anatomy.tower(tower).layers(layer)
         step = step_at(self._anatomy, site, **asked)
         if not step["path"]:
-            what = f"Got {site}, but that MLP has no last linear map"
-            raise errors.ModelError(f"{what}; expected another site.")
+            got = f"Got {site}, but that MLP has no last linear map; expected another site."
+            raise errors.ModelError(got)
         if step["how"] == "output":
             self._outputs.add(step["path"])
         return site, read_site(root, self._tracer, step, {}, {}), bool(step.get("factors"))
@@ -285,18 +268,16 @@ class OpenTrace:
     def set_site(self, tower: Tower, layer: int, name: str, value: Any) -> None:
         """Replace the value at a site: see `LVLM.set_site`."""
         if name == "attention":
-            raise errors.InterventionError(
-                "Got set_site for the attention call, which is no tensor; expected an edit in place of "
-                "what lvlm.site gives, or an intervention such as ss.ScaleKeys."
-            )
+            got = "Got set_site for the attention call, which is no tensor"
+            wanted = "an edit in place of what lvlm.site gives, or one such as ss.ScaleKeys"
+            raise errors.InterventionError(f"{got}; expected {wanted}.")
 
         def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
             given = getattr(value, "shape", None), getattr(value, "dtype", None)
             if not torch.is_tensor(value) or given != (old.shape, old.dtype):
-                raise errors.InterventionError(
-                    f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {name!r}; "
-                    f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
-                )
+                got = f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]}"
+                wanted = f"a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)"
+                raise errors.InterventionError(f"{got} for {name!r}; expected {wanted}.")
             return value.to(old.device), None
 
         site, _, _ = self._read(tower, layer, name, edits=[(None, replaced, {})])

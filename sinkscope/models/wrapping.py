@@ -104,14 +104,16 @@ class Wrapped:
     def model(self) -> Any:
         """What nnsight made of the module as it is now; it is traced inside of `on`."""
         with ONE_AT_A_TIME:
-            still = (
-                vars(part).get("forward") is own
-                and type(part).forward == of_class
-                and part._modules == children
-                for part, own, of_class, children in self._seen
-            )
-            if not (self._seen and all(still)):
-                self._wrap()
+            parts = dict(self._module.named_modules())
+            seen = [
+                (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
+                for part in parts.values()
+            ]
+            if self._model is None or seen != self._seen:
+                with lent([(part, _without_nnsight(part)) for part in parts.values()]):
+                    self._model = self._make(self._module)
+                    self._loans = {at: (part, own_of(part, NAMES)) for at, part in parts.items()}
+                self._seen = seen
         return self._model
 
     @contextmanager
@@ -130,10 +132,8 @@ class Wrapped:
             model = self.model
             wanted = self._loans if paths is None or self._make is not LocalModel else paths
             if gone := set(wanted) - self._loans.keys():
-                raise ModelError(
-                    f"The model has no {min(gone)!r} any more; expected the parts it was loaded with. "
-                    "Write ss.LVLM(model, processor) anew."
-                )
+                got = f"The model has no {min(gone)!r} any more; expected the parts it was loaded with"
+                raise ModelError(f"{got}. Write ss.LVLM(model, processor) anew.")
             parts = {path: self._loans[path] for path in wanted}
             with (
                 torch.inference_mode(mode=False),
@@ -144,37 +144,29 @@ class Wrapped:
             ):
                 yield model
 
-    def _wrap(self) -> None:
-        """Wrap the module, and take off what that has set."""
-        parts = dict(self._module.named_modules())
-        self._seen = [
-            (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
-            for part in parts.values()
-        ]
-        with lent([(part, unwrapped(part)) for part in parts.values()]):
-            self._model = self._make(self._module)
-            self._loans = {path: (part, own_of(part, NAMES)) for path, part in parts.items()}
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy wraps its own module."""
         return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
+
+
+def _without_nnsight(part: nn.Module) -> dict[str, Any]:
+    """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
+    own = vars(part)
+    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
+    return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
 @contextmanager
 def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator[None]:
     """Hooks on the parts raise where they replace one of the outputs, which is read before they run."""
 
-    def guard(path: str, hook: Any) -> Any:
-        def looking(module: Any, *given: Any) -> Any:
-            made = hook(module, *given)
-            if path in outputs and made is not None and made is not given[-1]:
-                raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before; "
-                    "expected hooks that only look. Remove it, or write ss.PatchActivations(...)."
-                )
-            return made
-
-        return looking
+    def guarded(path: str, hook: Any, module: Any, *given: Any) -> Any:
+        made = hook(module, *given)
+        if path in outputs and made is not None and made is not given[-1]:
+            got = f"Got a forward hook on {path!r} that replaces its output, which is read before;"
+            write = "Remove it, or write ss.PatchActivations(...)."
+            raise ModelError(f"{got} expected hooks that only look. {write}")
+        return made
 
     before = [
         (part._forward_hooks, key, hook, path)
@@ -183,19 +175,12 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
     ]
     try:
         for hooks, key, hook, path in before:
-            hooks[key] = guard(path, hook)
+            hooks[key] = partial(guarded, path, hook)
         yield
     finally:
         for hooks, key, hook, _ in before:
             if key in hooks:
                 hooks[key] = hook
-
-
-def unwrapped(part: nn.Module) -> dict[str, Any]:
-    """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
-    own = vars(part)
-    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
-    return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
 class ByName:
@@ -220,10 +205,8 @@ def check_remote(remote: Any) -> bool | str:
     address = isinstance(remote, str) and remote.startswith(("http://", "https://"))
     if address or isinstance(remote, bool) or remote == "local":
         return remote
-    raise InputError(
-        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
-        "False, or the address of a server, 'https://...'."
-    )
+    known = "True for NDIF, 'local' for the same path without a server, False, or an 'https://...'"
+    raise InputError(f"Got remote={remote!r}; expected {known} address of a server.")
 
 
 class Places:
@@ -271,17 +254,15 @@ class Places:
             if self._processor is None:
                 got = "Got remote=... for a model without a processor; expected one."
                 raise InputError(f"{got} Write ss.LVLM(model, processor).")
-            # nnsight sets padding on the tokenizer it is given.
-            own = copy.deepcopy(self._processor)
+            own = copy.deepcopy(self._processor)  # nnsight sets padding on the tokenizer
             self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
         if where != "local":
             try:
                 self._there.model.to_model_key()
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-                raise CheckpointError(
-                    f"The hub gave no canonical name of {name!r} ({type(error).__name__}); expected a "
-                    "public repository and a network. For a model that is here write remote='local'."
-                ) from error
+                got = f"The hub gave no canonical name of {name!r} ({type(error).__name__})"
+                write = "a public repository and a network, or for a model here remote='local'"
+                raise CheckpointError(f"{got}; expected {write}.") from error
         return self._there
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Models to test against: tiny random ones per family, and ones with sinks planted in them.
 
 Depends on torch, transformers, tokenizers and PIL only; of the package it knows nothing but how
-processors are loaded (`sinkscope.models.processors`).
+processors are loaded (`sinkscope.models.loading`).
 """
 
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
+from sinkscope.models.loading import ImageQwen2_5_VLProcessor, load_processor
 from sinkscope.testing.contracts import ContractError, check_intervention, check_probe
 from sinkscope.testing.planted import plant, random_plant, sink_free
 from sinkscope.testing.tiny import (

@@ -8,8 +8,7 @@ import torch
 import sinkscope as ss
 from sinkscope.data.tokens import extend
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.models.inputs import checked, decoder_inputs
-from sinkscope.models.keyhook import scaled_keys
+from sinkscope.models.decoder import checked, decoder_inputs, scaled_keys
 from sinkscope.models.replay import capture, check_replay, logits_at, resume
 from sinkscope.testing import random_image, tiny_gemma3, tiny_llava
 from tests.conftest import FAMILIES

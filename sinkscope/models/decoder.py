@@ -1,8 +1,8 @@
-"""Scale the keys of chosen blocks in a plain forward pass, without nnsight.
+"""Plain passes of the decoder, without nnsight: its arguments, and edits of its keys.
 
-The attention module gets a shallow copy of its config, with a name of our own for the function it
-looks up: that edits the keys after RoPE and k-norm, and calls the model's own kernel. The cache keeps
-clean keys, and head dimensions that a trace adds for a bias of the logits stay as they are.
+To edit keys the attention module gets a shallow copy of its config, with a name of our own for the
+function it looks up: that edits the keys after RoPE and k-norm, and calls the model's own kernel. The
+cache keeps clean keys, and head dimensions that a trace adds for a bias of the logits stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
@@ -20,15 +20,65 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_whole
-from sinkscope.errors import AttentionCallError, LayerError
+from sinkscope.errors import AttentionCallError, LayerError, ModelError
+from sinkscope.models.wrapping import lent, on_device, undisturbed
 
+Given = dict[str, Any]
+"""Keyword arguments of the decoder."""
+DROPPED = ("past_key_values", "use_cache", "cache_position", "return_dict")
 KeyEdit = Callable[[Tensor], Tensor]
-PassEdit = Callable[[Tensor, Mapping[str, Any]], Tensor]
+PassEdit = Callable[[Tensor, Given], Tensor]
 """Keys, and what else the attention function was called with by name, to keys."""
 NUMBERS = count()
 Shared = tuple[list[PassEdit], Callable[[], None]]
 SHARED: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
 """By attention module: the edits of `share_keys`, and what ends them all."""
+
+
+class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
+    """Leaves a forward pass where nothing more of it is wanted."""
+
+
+def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -> tuple[Given, Any]:
+    """The decoder's keyword arguments for a batch, and the image features, None if there are none.
+
+    ``features`` of the same images in the same order spare the vision tower. ModelError if the decoder
+    is called with something that cannot be cut into rows.
+    """
+    module, base = lvlm.module, lvlm.module.base_model
+    calls: list[tuple[tuple, Given]] = []
+    seen: list[Any] = []
+
+    def stop(decoder: Any, args: tuple, given: Given) -> None:
+        calls.append((args, given))
+        raise Ended
+
+    def answer(*args: Any, **options: Any) -> Any:  # the model's own call for image features
+        seen.append(compute(*args, **options) if features is None else features)
+        return seen[-1]
+
+    compute: Any = getattr(base, "get_image_features", None)
+    loans = [] if compute is None else [(base, {"get_image_features": answer})]
+    hook = module.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+    with hook, suppress(Ended), undisturbed(module), lent(loans):
+        base(**on_device(inputs, lvlm.device), use_cache=False)
+    if not calls or calls[0][0]:
+        got = f"{type(module).__name__} called its decoder {len(calls)} times, or with positional"
+        write = "expected one call per pass, with keywords only. Please report this class."
+        raise ModelError(f"{got} arguments; {write}")
+    return checked(calls[0][1]), seen[-1] if seen else features
+
+
+def checked(given: Mapping[str, Any]) -> Given:
+    """The arguments without those of the cache; all others can be cut into rows."""
+    out = {k: v for k, v in given.items() if k not in DROPPED and v is not None}
+    known = ("inputs_embeds", "attention_mask", "position_ids")
+    plain = (type(None), bool, int, float, str)
+    strange = [k for k, v in out.items() if k not in known and not isinstance(v, plain)]
+    if strange or not isinstance(out.get("inputs_embeds"), Tensor):
+        got = f"The decoder is called with {sorted(out)}; expected {known} and plain options"
+        raise ModelError(f"{got}; cannot cut {strange} into rows. Please report this class.")
+    return out
 
 
 @contextmanager
@@ -38,9 +88,8 @@ def scaled_keys(
     """Edit the keys of decoder blocks until the block ends; of nested contexts the inner edits first.
 
     ``edits`` are functions, by block index, of the keys ``[row kv_head key d_head]`` (the whole cache) to
-    keys of the same shape, which must not write into their argument.
-
-    LayerError if there is no such block; AttentionCallError if one has no attention registry.
+    keys of the same shape, which must not write into their argument. LayerError if there is no such block;
+    AttentionCallError if one has no attention registry.
     """
     hint = "Write {10: lambda key: 0.5 * key} to halve the logits of block 10."
     for block in edits:
@@ -62,7 +111,7 @@ def share_keys(
     if attention not in SHARED:
         edits: list[PassEdit] = []
 
-        def all_edits(key: Tensor, given: Mapping[str, Any]) -> Tensor:
+        def all_edits(key: Tensor, given: Given) -> Tensor:
             for one in edits:
                 key = one(key, given)
             return key
@@ -88,10 +137,8 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
     names = inspect.unwrap(type(attention).forward).__globals__
     registry, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
     if registry is None:
-        raise AttentionCallError(
-            f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention "
-            "module of transformers 5. Please report this class."
-        )
+        got = f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention"
+        raise AttentionCallError(f"{got} module of transformers 5. Please report this class.")
     width = getattr(attention, "head_dim", anatomy.language.d_head)
     width = getattr(attention, "qk_head_dim", width)  # of latent attention
     before, ours = attention.config, copy.copy(attention.config)
