@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError
-from sinkscope.models.wrapping import lent, on_device, undisturbed
+from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
 
 Given = dict[str, Any]
 """Keyword arguments of the decoder."""
@@ -39,7 +39,7 @@ class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
     """Leaves a forward pass where nothing more of it is wanted."""
 
 
-def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -> tuple[Given, Any]:
+def decoder_inputs(lvlm: Any, inputs: Inputs, features: Any = None) -> tuple[Given, Any]:
     """The decoder's keyword arguments for a batch, and the image features, None if there are none.
 
     ``features`` of the same images in the same order spare the vision tower. ModelError if the decoder
@@ -69,7 +69,7 @@ def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -
     return checked(calls[0][1]), seen[-1] if seen else features
 
 
-def checked(given: Mapping[str, Any]) -> Given:
+def checked(given: Inputs) -> Given:
     """The arguments without those of the cache; all others can be cut into rows."""
     out = {k: v for k, v in given.items() if k not in DROPPED and v is not None}
     known = ("inputs_embeds", "attention_mask", "position_ids")

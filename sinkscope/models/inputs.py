@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from sinkscope.anatomy.families import PatchGrid
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.models.prompts import as_rows, render
+from sinkscope.models.wrapping import Inputs
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -31,7 +33,7 @@ class Sample:
         made_for: The layout of the model it was prepared for (`layout_of`).
     """
 
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     tokens: TokenMap
     images: tuple[tuple[Image.Image, ...], ...] | None = None
     texts: tuple[str, ...] | None = None
@@ -199,22 +201,16 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
     known = {token: word(token) for token in set(ids)}
     words = [known[token] for token in ids]
-    for at in range(len(words)):
-        if words[at].endswith(BROKEN):  # a character of UTF-8 has at most four bytes
-            for size in range(2, min(4, len(ids) - at) + 1):
-                whole = text(ids[at : at + size]).strip(" ")
-                if BROKEN not in whole:
-                    words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
-                    break
+    for at, size in itertools.product(range(len(words)), (2, 3, 4)):  # bytes of a character
+        if words[at].endswith(BROKEN) and at + size <= len(ids):
+            whole = text(ids[at : at + size]).strip(" ")
+            if BROKEN not in whole:
+                words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
     return tuple(words)
 
 
 def build_token_map(
-    anatomy: Anatomy,
-    config: Any,
-    inputs: Mapping[str, Any],
-    grids: Sequence[PatchGrid],
-    tokenizer: Any = None,
+    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], tokenizer: Any
 ) -> TokenMap:
     """What every position of the batch is."""
     ids = inputs["input_ids"].cpu()
@@ -228,26 +224,31 @@ def build_token_map(
     sources = rank[..., None] * unit + torch.arange(unit)
     if anatomy.family.pooled:
         for i, grid in enumerate(grids):
-            row, column = _blockwise(grid, anatomy.merge)
-            sources[index == i] = (row * grid.columns + column)[sources[index == i]]
+            down, right = _blockwise(grid, anatomy.merge)
+            sources[index == i] = (down * grid.columns + right)[sources[index == i]]
     sources = (sources + anatomy.drops).masked_fill(~visual[..., None], -1)
     picked = (index.clamp(min=0)[..., None], sources.clamp(min=0))
     box = vision.box[picked]
     box = torch.cat([box[..., :2].amin(-2), box[..., 2:].amax(-2)], dim=-1)
-
-    def cell(patch: Tensor) -> Tensor:
-        first = patch[picked][..., 0]
-        return torch.where(visual & (first >= 0), first // anatomy.merge, -1)
-
+    firsts = (patch[picked][..., 0] for patch in (vision.row, vision.column))
+    row, column = (torch.where(visual & (x >= 0), x // anatomy.merge, -1) for x in firsts)
+    kind = torch.where(live, KINDS.index("text"), KINDS.index("pad"))
+    special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
+    kind[torch.isin(ids, special) & live] = KINDS.index("special")
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None:  # only at a row's first live position
+        first = torch.arange(live.shape[1]) == live.int().argmax(dim=1)[:, None]
+        kind[first & live & (ids == bos)] = KINDS.index("bos")
+    kind[visual] = KINDS.index("image")
     words = () if tokenizer is None else (words_of(tokenizer, line) for line in ids.tolist())
     return TokenMap(
         ids=ids,
         live=live,
-        kind=_kinds_of(ids, live, visual, tokenizer),
+        kind=kind,
         image=image,
         image_index=index,
-        row=cell(vision.row),
-        column=cell(vision.column),
+        row=row,
+        column=column,
         sources=sources,
         box=box.masked_fill(~visual[..., None], float("nan")),
         box_unit="original" if grids and grids[0].original else "input",
@@ -283,27 +284,9 @@ def _place_images(visual: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
     return rows, *(empty.masked_scatter(visual, x) for x in (order[index], index, rank))
 
 
-def _kinds_of(ids: Tensor, live: Tensor, visual: Tensor, tokenizer: Any) -> Tensor:
-    """The kind of every position; BOS only at a row's first live position."""
-    kind = torch.where(live, KINDS.index("text"), KINDS.index("pad"))
-    special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
-    kind[torch.isin(ids, special) & live] = KINDS.index("special")
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None:
-        first = torch.arange(live.shape[1]) == live.int().argmax(dim=1)[:, None]
-        kind[first & live & (ids == bos)] = KINDS.index("bos")
-    kind[visual] = KINDS.index("image")
-    return kind
-
-
 def _vision_map(
-    anatomy: Anatomy,
-    config: Any,
-    inputs: Mapping[str, Any],
-    grids: Sequence[PatchGrid],
-    batch_row: Tensor,
+    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], batch_row: Tensor
 ) -> VisionMap:
-    """The ViT tokens of every image."""
     prefix = anatomy.family.prefix(config)
     counts = [g.rows * g.columns + len(prefix) for g in grids]
     n, most, start = len(grids), max(counts), len(prefix)

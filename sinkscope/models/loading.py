@@ -30,7 +30,6 @@ from sinkscope.models.wrapping import check_remote, wrap_remote
 # cut off, of another model, or ask for a package that is not there.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 UNREADABLE += (SafetensorError, StrictDataclassError)
-SAMPLES = 32  # values read of every tensor for a digest, evenly spaced
 
 
 def open_checkpoint(
@@ -69,10 +68,9 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     with _explained(repr(name)):
         model, info = loader.from_pretrained(name, **rest)
     if missing := sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key):
-        raise CheckpointError(
-            f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected all. They would be "
-            "random: download it again, or write the config that belongs to these weights."
-        )
+        got = f"{name!r} lacks {len(missing)} weights, such as {missing[:3]}; expected all"
+        write = "download it again, or write the config that belongs to these weights"
+        raise CheckpointError(f"{got}. They would be random: {write}.")
     return model.eval(), processor
 
 
@@ -97,9 +95,7 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
 
 
 def _source(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Which revision, and whether its code may run."""
-    trust = options.get("trust_remote_code", False)
-    return {"revision": options.get("revision"), "trust_remote_code": trust}
+    return {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -141,8 +137,8 @@ def _explained(what: str, hint: str = FOLDER) -> Iterator[None]:
         raise
     except UNREADABLE as error:
         if "trust_remote_code" in str(error):
-            hint = "it holds its own code; expected a model of transformers itself. If you have "
-            hint += "read and trust that code, write trust_remote_code=True."
+            hint = "it holds its own code; expected a model of transformers itself. If you trust "
+            hint += "that code and have read it, write trust_remote_code=True."
         elif isinstance(error, SafetensorError):
             hint = "expected whole weight files: this one is damaged or cut off. Download it again."
         elif isinstance(error, ImportError):
@@ -207,26 +203,19 @@ def load_processor(
 def sizes_of(anatomy: Anatomy) -> dict[str, Any]:
     """What a gate must agree with, by name: type and sizes of both towers, whatever checkpoint."""
     vision, language = anatomy.vision, anatomy.language
-    return {
-        "model_type": anatomy.model_type,
-        "vision_layers": vision.n_layers,
-        "vision_width": vision.d_model,
-        "feed_layers": list(anatomy.feed_layers),
-        "tokens_merged": anatomy.merge,
-        "language_layers": language.n_layers,
-        "language_width": language.d_model,
-        "heads": language.heads,
-        "kv_heads": language.kv_heads,
-        "head_dim": language.d_head,
-    }
+    sizes: dict[str, Any] = {"model_type": anatomy.model_type}
+    sizes |= {"vision_layers": vision.n_layers, "vision_width": vision.d_model}
+    sizes |= {"feed_layers": list(anatomy.feed_layers), "tokens_merged": anatomy.merge}
+    sizes |= {"language_layers": language.n_layers, "language_width": language.d_model}
+    heads = {"heads": language.heads, "kv_heads": language.kv_heads, "head_dim": language.d_head}
+    return sizes | heads
 
 
 def identity_of(lvlm: Any) -> dict[str, Any]:
     """What must agree for two runs to be runs of one model, as plain values; takes an `LVLM`.
 
-    The digest of how inputs are prepared, None without a processor, takes the image processor's settings,
-    and the token ids and shapes of a fixed question about a fixed image; no pixels, whose last bits may
-    differ between machines.
+    The digest of how inputs are prepared takes the image processor's settings, and token ids and shapes
+    of a fixed question about a fixed image; no pixels, whose last bits may differ between machines.
     """
     anatomy, processor, prepared = lvlm.anatomy, lvlm.processor, None
     if processor is not None:
@@ -265,8 +254,8 @@ def weights_digest(module: nn.Module) -> str:
         part = module.get_submodule(owner)
         with align_module_device(part):  # which fetches offloaded weights
             flat = getattr(part, leaf).detach().reshape(-1)
-        if count := flat.numel():
-            at = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64)
+        if count := flat.numel():  # up to 32 values, evenly spaced
+            at = torch.linspace(0, count - 1, min(32, count), dtype=torch.float64)
             values = flat[at.round().long().to(flat.device)].double().cpu()
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()

@@ -19,7 +19,6 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_flags
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.interventions import application
-from sinkscope.interventions.application import Edited, check_interventions
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample
@@ -53,7 +52,7 @@ class LVLM:
         self.verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         self._open = OpenTrace(self._places.here, self._anatomy)
-        if verify and processor is not None and not self._places.weightless:
+        if verify and processor is not None and self.device.type != "meta":
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)
             self.verified = True
@@ -171,11 +170,9 @@ class LVLM:
         Probes see what the model uses after all edits of a site. Edits apply in list order; those of
         one attention call in stages first: keys, logits, weights, values. ProbeError or InterventionError
         if one does not fit, NoEffectError if one touched nothing, NonFiniteError if live logits hold NaN.
+        ``run[probe]`` is a probe's result; what interventions did stands in ``run.effects``.
 
         Args:
-            sample: From `prepare`.
-            probes: The probes; their results are found by the probe object.
-            interventions: The interventions; what they did stands in ``run.effects``.
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
             remote: As in `from_pretrained`, whose value None stands for.
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
@@ -187,11 +184,11 @@ class LVLM:
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
         check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
-        keep_all = (logits or ("last" if where else "all")) == "all"
-        context = Context(self.anatomy, sample.tokens)
-        plan, last = checking.plan_of(asked, edits, context, self), sample.tokens.last
-        made = run_plan(*self._on(where, sample), plan, None if keep_all else last, where, grad)
-        out = finish_run(made, asked, context, edits, keep_all=keep_all)
+        every = logits == "all" or not (logits or where)
+        context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
+        plan = checking.plan_of(asked, edits, context, self)
+        made = run_plan(*self._on(where, sample), plan, None if every else last, where, grad)
+        out = finish_run(made, asked, context, edits)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
@@ -212,11 +209,9 @@ class LVLM:
 
         The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
+        Interventions apply at the steps they name. For ``remote`` see `run`.
 
         Args:
-            sample: See `run`, also for ``remote``.
-            probes: Run at the prompt and at every step.
-            interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
             options: Further settings of ``generate`` with one query per row, such as no beams. A
                 static cache is replaced by one that grows, which changes no number. InputError if they,
@@ -243,9 +238,12 @@ class LVLM:
         text = decode and tuple(decode(sequences[:, prompt:], skip_special_tokens=True))
         return Generation(sequences, text, tuple(steps))
 
-    def edited(self, interventions: Sequence[Intervention]) -> AbstractContextManager[Edited]:
+    def edited(
+        self, interventions: Sequence[Intervention]
+    ) -> AbstractContextManager[application.Edited]:
         """The same model with interventions on, until the block ends: it has `run` and `generate`."""
-        return closing(Edited(self, check_interventions(interventions)))
+        checked = application.check_interventions(interventions)
+        return closing(application.Edited(self, checked))
 
     def trace(self, sample: Sample, *, grad: bool = False) -> Any:
         """Open nnsight's own trace of one forward pass here, on the sample's inputs.

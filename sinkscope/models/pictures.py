@@ -22,7 +22,6 @@ from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
-NOT_READABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # PIL's errors
 PIXELS = "pixels:"
 """How the id of an image without one begins; digests of several are joined by ``|``."""
 T = TypeVar("T", bound=Any)
@@ -43,14 +42,14 @@ def open_image(image: Any) -> Image.Image:
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path") or image
-    if isinstance(image, Image.Image):
-        return _read(image, str(image))
     kind = type(image).__name__
     if isinstance(image, (str, os.PathLike)):
         with _found(image) as file:
             return _read(file, repr(str(image)[:60]))
-    if isinstance(image, bytes) or hasattr(image, "read"):
-        return _read(BytesIO(image) if isinstance(image, bytes) else image, kind)
+    if isinstance(image, bytes):
+        return _read(BytesIO(image), kind)
+    if isinstance(image, Image.Image) or hasattr(image, "read"):
+        return _read(image, kind)
     if getattr(image, "shape", None) is None or not hasattr(image, "__array__"):
         known = "a PIL image, a path, a URL, bytes, a numpy array or a tensor"
         raise InputError(f"Got an image of type {kind}; expected {known}.")
@@ -58,7 +57,6 @@ def open_image(image: Any) -> Image.Image:
 
 
 def _found(place: str | os.PathLike[str]) -> IO[bytes]:
-    """The file at a path or a URL."""
     where = os.path.expanduser(os.fspath(place))
     if os.path.isfile(where):
         return open(where, "rb")
@@ -73,7 +71,7 @@ def _found(place: str | os.PathLike[str]) -> IO[bytes]:
             return BytesIO(answer.read())
     except (OSError, ValueError, HTTPException) as error:
         got = f"Got the image {str(place)[:60]!r}, which could not be fetched ({error})"
-        raise InputError(f"{got}; expected a URL that this machine reaches, or a path.") from error
+        raise InputError(f"{got}; expected a URL within reach. Else save it as a file.") from error
 
 
 def _read(given: Any, shown: str) -> Image.Image:
@@ -89,7 +87,7 @@ def _read(given: Any, shown: str) -> Image.Image:
             return picture.convert("RGB")
     except InputError:
         raise
-    except NOT_READABLE as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         got = f"Got {shown}, which is no readable image ({error})"
         raise InputError(f"{got}; expected a PNG, JPEG or other file that PIL opens.") from error
 
@@ -129,7 +127,9 @@ def _levels(array: np.ndarray) -> np.ndarray:
     nearly = full == 255 and array.dtype.kind == "f" and high < 2
     if low < 0 or high > full or nearly:
         got = f"Got an image of dtype {array.dtype} with values from {low:g} to {high:g}; expected"
-        write = "Scale it; normalised pixels go in as lvlm.prepare(inputs=...)."
+        write = (
+            "Scale it, or write array.clip(0, 1); normalised pixels go in as prepare(inputs=...)."
+        )
         raise InputError(f"{got} 0 to {small} or {large}. {write}")
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
 

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sinkscope.models.decoder import Given
 from sinkscope.models.lvlm import LVLM
-from sinkscope.models.replay import Captured, Given, capture_given, map_tensors, resume, row_axis
+from sinkscope.models.replay import Captured, capture, map_tensors, resume, row_axis
+from sinkscope.models.wrapping import Inputs
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, ...]
 
 
 class _Past(DynamicLayer):
@@ -40,10 +42,6 @@ class _Past(DynamicLayer):
         """How many positions stand before; the same in every block, also in those passed by."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All keys are kept, also where a window hides them."""
-        return self.length + query_length, 0
-
 
 @dataclass(frozen=True, eq=False)
 class KeyValues:
@@ -54,12 +52,11 @@ class KeyValues:
 
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
-
-        def chosen(states: Tensor) -> Tensor:
-            return states.index_select(0, rows.to(states.device))
-
-        pairs = (pair and (chosen(pair[0]), chosen(pair[1])) for pair in self.by_block)
-        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
+        picked = (
+            pair and tuple(states.index_select(0, rows.to(states.device)) for states in pair)
+            for pair in self.by_block
+        )
+        return Cache(layers=[_Past(self.length, pair) for pair in picked])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +68,7 @@ class Branches:
     tails: Captured
 
 
-def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | None:
+def why_not_shared(givens: Sequence[Inputs], length: int) -> str | None:
     """Why decoder arguments of single rows cannot share their first ``length`` positions, or None."""
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
@@ -91,7 +88,7 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
     return None
 
 
-def _leaves(given: Mapping[str, Any]) -> dict[tuple[str, Any], Any]:
+def _leaves(given: Inputs) -> dict[tuple[str, Any], Any]:
     """The arguments, those in a dict one by one; a missing mask too."""
     return {
         (name, key): part
@@ -106,8 +103,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _stem(given: Mapping[str, Any], length: int) -> Given:
-    """The arguments of the first positions."""
+def _stem(given: Inputs, length: int) -> Given:
 
     def cut(name: str, value: Tensor) -> Tensor:
         if name == "inputs_embeds":
@@ -118,7 +114,7 @@ def _stem(given: Mapping[str, Any], length: int) -> Given:
     return map_tensors(cut, given)
 
 
-def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
+def _tail(given: Inputs, length: int, longest: int) -> Given:
     """The arguments of the positions after the stem, padded on the right to ``longest``."""
     missing = longest - (given["inputs_embeds"].shape[1] - length)
 
@@ -140,11 +136,11 @@ def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
 
 @torch.no_grad()
 def capture_branches(
-    lvlm: LVLM, givens: Sequence[Mapping[str, Any]], length: int, blocks: Any = None
+    lvlm: LVLM, givens: Sequence[Inputs], length: int, blocks: Any = None
 ) -> Branches:
     """Run the stem once and all tails once, without edits; ``blocks`` will be edited, None for all."""
     layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
-    stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))
+    stem = capture(lvlm, _stem(givens[0], length), blocks, cache=Cache(layers=[*layers]))
     past = KeyValues(length, tuple(layer.new for layer in layers))
     longest = max(given["inputs_embeds"].shape[1] for given in givens) - length
 
@@ -153,7 +149,7 @@ def capture_branches(
 
     tails = map_tensors(stack, *(_tail(given, length, longest) for given in givens))
     rows = torch.zeros(len(givens), dtype=torch.long)
-    return Branches(stem, past, capture_given(lvlm, tails, blocks, past.cache(rows)))
+    return Branches(stem, past, capture(lvlm, tails, blocks, cache=past.cache(rows)))
 
 
 def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:

@@ -77,9 +77,6 @@ def check_questions(processor: Any, items: Iterable[Any]) -> None:
 
 def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]:
     """The images of every batch row, opened, and its text or its chat messages without images."""
-    if _is_chat(images) and text is None:
-        got = "Got chat messages as images; expected them as text"
-        raise InputError(f"{got}. Write lvlm.prepare(text=messages).")
     single = isinstance(text, str) or _is_chat(text)
     texts = [text] if single or not isinstance(text, Sequence) else list(text)
     rows, asked, opened = [], [], {}
@@ -97,7 +94,6 @@ def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]
 
 
 def _is_chat(given: Any) -> bool:
-    """Whether this is a list of chat messages."""
     many = isinstance(given, (list, tuple)) and len(given) > 0
     return many and all(isinstance(one, Mapping) and "bytes" not in one for one in given)
 
@@ -108,7 +104,9 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     bare = images is None or (many and not images)
     wrong = [type(one).__name__ for one in texts if not isinstance(one, str) and not _is_chat(one)]
     message = ""
-    if bare and not (texts and all(map(_is_chat, texts))):
+    if _is_chat(images) and texts[0] is None:
+        message = "chat messages as images; expected them as text. Write prepare(text=messages)."
+    elif bare and not (texts and all(map(_is_chat, texts))):
         message = "no image; expected at least one. Write lvlm.prepare(images=image, text='...')."
     elif not texts or texts[0] is None or texts == [""]:
         message = "no text; expected a question. Write prepare(images=image, text='What is it?')."
@@ -157,7 +155,6 @@ def _unfold(
 
 
 def _source(name: str, value: Any) -> Any:
-    """The picture of a part, in a form that `open_image` knows."""
     if name == "base64" and not str(value).startswith("data:"):
         return f"data:image;base64,{value}"
     return value.get("url") if name == "image_url" and isinstance(value, Mapping) else value

@@ -29,10 +29,8 @@ from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
 from sinkscope.sites import Site, Tower
 
-SMALL = 1_000_000_000  # parameters of a model that is verified on one thread of the CPU
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
-TOKENS = 32  # how many tokens of a pass are looked at
 
 
 def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
@@ -89,7 +87,7 @@ def _few_threads(module: nn.Module) -> Iterator[None]:
     """One thread for the short passes of a small model, where several wait for one another."""
     with ONE_AT_A_TIME:  # the number of threads belongs to the process
         before = torch.get_num_threads()
-        if sum(p.numel() for p in module.parameters()) <= SMALL:
+        if sum(p.numel() for p in module.parameters()) <= 1_000_000_000:
             torch.set_num_threads(1)
         try:
             yield
@@ -202,7 +200,7 @@ def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:
     every, width = (*parts, whole), whole.shape[-1]
     eps = max(torch.finfo(states.dtype).eps for states in every)
     exact = torch.promote_types(whole.dtype, torch.float32)
-    few = (states.detach().reshape(-1, width)[:TOKENS] for states in every)
+    few = (states.detach().reshape(-1, width)[:32] for states in every)  # some tokens will do
     pre, attention, mlp, post = (states.to(whole.device, exact) for states in few)
     size = (pre.abs() + attention.abs() + mlp.abs()) * eps
     off = (pre + attention + mlp - post).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)

@@ -20,7 +20,7 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
 from sinkscope.models.lvlm import LVLM
-from sinkscope.models.wrapping import lent, on_device, undisturbed
+from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Captured:
 
     module: nn.Module
     anatomy: Anatomy
-    given: Mapping[str, Any]
+    given: Inputs
     states: Mapping[int, Tensor]
     end: Tensor | None
 
@@ -52,34 +52,30 @@ class Captured:
     def state(self, block: int) -> Tensor:
         """What a captured block read, ``[row pos d_model]``."""
         if block not in self.states:
-            got = f"Got block {block!r}; expected one that was captured, of {sorted(self.states)}."
+            got = f"Got block {block!r}; expected one of {sorted(self.states)}, those captured."
             raise LayerError(f"{got} Write capture(lvlm, inputs, [{block!r}]).")
         return self.states[block]
 
 
+@torch.no_grad()
 def capture(
     lvlm: LVLM,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     blocks: Any = None,
     *,
     features: Any = None,
+    cache: Any = None,
     whole: bool = True,
 ) -> Captured:
-    """One plain forward pass without gradient and LM head, with the states that blocks read.
+    """Run one plain forward pass without gradient and LM head, and keep the states that blocks read.
 
-    ``blocks`` are those that will be edited, None for all; ``features`` see `decoder_inputs`; without
-    ``whole`` the pass ends at the last of the blocks.
+    ``inputs`` are the model's, or already the decoder's own arguments; ``blocks`` those that will be edited,
+    None for all. ``features`` see `decoder_inputs`; ``cache`` holds what comes before. Without ``whole`` the
+    pass ends at the last of the blocks.
     """
-    with torch.no_grad():
+    given = dict(inputs)
+    if "inputs_embeds" not in given:
         given, _ = decoder_inputs(lvlm, inputs, features)
-    return capture_given(lvlm, given, blocks, whole=whole)
-
-
-@torch.no_grad()
-def capture_given(
-    lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = None, *, whole: bool = True
-) -> Captured:
-    """`capture` from the decoder's own arguments on, with a cache of what comes before, or None."""
     wanted = lvlm.anatomy.language.layers(blocks)
     states: dict[int, Tensor] = {}
     final = None
@@ -103,12 +99,12 @@ def resume(
     cache: Any = None,
     later: Mapping[int, KeyEdit] | None = None,
 ) -> Tensor:
-    """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
+    """Run the rest of a captured pass with the keys of one block scaled; under the caller's grad mode.
 
-    LayerError if the block was not captured, InputError if rows or factors do not fit.
+    Gives hidden states after the final norm, ``[row pos d_model]``. LayerError if the block was not
+    captured, InputError if rows or factors do not fit.
 
     Args:
-        captured: The pass.
         block: The block whose keys are scaled; everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
             1 for text and padding.
@@ -116,9 +112,6 @@ def resume(
         cache: Keys and values of what comes before, or None.
         later: Further blocks behind this one, with a function that gives their factors from what
             they read, ``[row pos d_model]``, after the edits before them; or None.
-
-    Returns:
-        Hidden states after the final norm, ``[row pos d_model]``.
     """
     state, n, deciding = captured.state(block), len(captured), later or {}
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
@@ -177,8 +170,7 @@ def _scaling(factors: Mapping[int, Tensor], block: int) -> KeyEdit:
     return lambda key: (key * factors[block].to(key.device)[:, None, :, None]).to(key.dtype)
 
 
-def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
-    """The decoder's last hidden state, ``[row pos d_model]``."""
+def _decode(module: Any, given: Inputs, cache: Any = None) -> Tensor:
     cached = {} if cache is None else {"past_key_values": cache}
     with undisturbed(module):
         out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
@@ -190,7 +182,7 @@ def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
 
 
 @torch.no_grad()
-def check_replay(lvlm: LVLM, inputs: Mapping[str, Any], blocks: Any = None) -> None:
+def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
     """Refuse a model whose captured pass, or a resumed one, is not its own forward pass.
 
     ModelError if logits of the last position differ. The resumed pass starts in the middle of the blocks
@@ -237,7 +229,7 @@ def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = Non
     return float(cap) * torch.tanh(logits / float(cap))
 
 
-def map_tensors(change: Callable[..., Tensor], *givens: Mapping[str, Any]) -> Given:
+def map_tensors(change: Callable[..., Tensor], *givens: Inputs) -> Given:
     """``change(name, tensor of the first, of the second, ...)`` for all tensors, masks in a dict too."""
 
     def one(name: str, values: Sequence[Any]) -> Any:

@@ -55,10 +55,9 @@ class Report(Result):
         """The verdict on a probe or an intervention, by its class's name; ModelError if unknown."""
         known = {(v.name, v.tower): v for v in (*self.probes, *self.edits)}
         if (name, tower) not in known:
-            raise ModelError(
-                f"Got {name!r} in the {tower!r} tower; expected the name of a probe or an intervention, "
-                "and 'vision' or 'language'. " + nearest(str(name), {one for one, _ in known})
-            )
+            got = f"Got {name!r} in the {tower!r} tower; expected the name of a probe or an intervention"
+            hint = nearest(str(name), {one for one, _ in known})
+            raise ModelError(f"{got}, and 'vision' or 'language'. {hint}")
         return known[name, tower]
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -210,10 +209,8 @@ def judge(need: str, asked: Asked) -> tuple[Status, str]:
     return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
 
 
-def when(
-    status: Status, why: str, holds: Callable[[Asked], object] = lambda asked: True
-) -> Condition:
-    """A verdict where something holds; the fields of `Asked` may stand in it as ``{half}``."""
+def when(status: Status, why: str, holds: Callable[[Asked], object] = bool) -> Condition:
+    """A verdict where something holds, else always; fields of `Asked` stand in it as ``{half}``."""
     return lambda asked: (status, why.format(**vars(asked))) if holds(asked) else None
 
 
@@ -222,46 +219,43 @@ def never_in(tower: str, why: str) -> Condition:
     return when("unavailable", why, lambda asked: asked.tower.tower == tower)
 
 
-def sites(asked: Asked) -> Said:
-    """Sites within a block, where these exist; the others always do."""
+def _sites(asked: Asked) -> Said:
     tower, why = asked.tower, missing(asked.tower.branches)
     lacking = tower.n_layers - len(tower.adding)
     where = f" in {lacking} of {tower.n_layers} blocks" if tower.adding else ""
     return ("exact", f"without attn_out and mlp_out{where}: {why}") if why else None
 
 
-def call(asked: Asked) -> Said:
-    """The attention call, in some block at least."""
+def _call(asked: Asked) -> Said:
     tower, why = asked.tower, missing(asked.tower.calls)
     where = f"on {len(tower.attending)} of {tower.n_layers} blocks: "
     said: Said = ("exact", where + why) if tower.attending else ("unavailable", why)
     return said if why else None
 
 
-def values(asked: Asked) -> Said:
-    """As `call`, where states can be edited instead."""
-    status, why = call(asked) or ("exact", "")
+def _values(asked: Asked) -> Said:
+    """As `_call`, where states can be edited instead."""
+    status, why = _call(asked) or ("exact", "")
     unavailable = "unavailable: " if status == "unavailable" else ""
     return ("exact", f"values {unavailable}{why}") if why else None
 
 
-def writes(asked: Asked) -> Said:
+def _writes(asked: Asked) -> Said:
     """What lies between a head and the stream."""
     tower, why = asked.tower, missing(asked.tower.branches) or "no output projection was found"
-    lacking = len(tower.attending) - len(tower.writing)
-    if lacking and not tower.writing:
-        return "unavailable", why
-    return ("exact", f"not in {lacking} of {tower.n_layers} blocks: {why}") if lacking else None
+    lacking, where = len(tower.attending) - len(tower.writing), f"of {tower.n_layers} blocks"
+    some: Said = ("exact", f"not in {lacking} {where}: {why}") if lacking else None
+    return some if tower.writing or not lacking else ("unavailable", why)
 
 
-def shared_heads(asked: Asked) -> Said:
+def _shared_heads(asked: Asked) -> Said:
     """A gradient per head: as many value dimensions as heads that share them."""
     shared, d_head = asked.tower.heads // asked.tower.kv_heads, asked.tower.d_head
     why = f"{shared} heads share a key-value head of {d_head} dimensions"
     return ("unavailable", why) if shared > d_head else None
 
 
-def mask(asked: Asked) -> Said:
+def _mask(asked: Asked) -> Said:
     """A bias of logits, or an explicit mask in its place."""
     why = needs_a_mask(asked.tower)
     if why and asked.flash:
@@ -269,24 +263,24 @@ def mask(asked: Asked) -> Said:
     return ("exact", f"by an explicit mask: {why}") if why else None
 
 
-def registers(asked: Asked) -> Said:
-    """Room for one more token, and neurons to move."""
+def _room(asked: Asked) -> Said:
+    """Room for a register, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,
         "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
         f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
     }
-    return next((("unavailable", why) for why, bad in reasons.items() if bad), None)
+    return next((("unavailable", why) for why in reasons if reasons[why]), None)
 
 
 HALVED, FLASH, LEARNED = map(attrgetter, ("half", "flash", "tower.learned_sink"))
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
-    call,
+    _call,
     when("exact", LESS.format("masses"), LEARNED),
     when("approximate", "rounded to {half}, about {mass}", HALVED),
 )
-WEIGHTS = (call, when("approximate", "what is edited is rounded to {half}", HALVED))
+WEIGHTS = (_call, when("approximate", "what is edited is rounded to {half}", HALVED))
 DECODER = (never_in("vision", "defined on the decoder only"), *WEIGHTS)
 FP32 = when("exact", "precision='float32' is exact", lambda asked: asked.half and not asked.flash)
 NORMS = when(
@@ -296,27 +290,26 @@ NORMS = when(
 )
 ON_DECODER = "select and 'after image' on the decoder only"
 IN_VISION = when("exact", ON_DECODER, lambda asked: asked.tower.tower == "vision")
-PACKED = when(
-    "exact", "in a packed tower without 'mean' and 'resample'", attrgetter("tower.packed")
-)
+NO_MEAN = "in a packed tower without 'mean' and 'resample'"
+PACKED = when("exact", NO_MEAN, lambda asked: asked.tower.packed)
 
 RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
     {
-        "states": (sites,),
+        "states": (_sites,),
         "head": (never_in("vision", "the vision tower has no LM head"),),
-        "attention": (call,),
+        "attention": (_call,),
         "masses": (*AGAIN, FP32),
-        "contributions": (*AGAIN, writes),
-        "head_writes": (*AGAIN, writes, NORMS),
+        "contributions": (*AGAIN, _writes),
+        "head_writes": (*AGAIN, _writes, NORMS),
         "gradients": (
-            call,
+            _call,
             when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),
-            shared_heads,
+            _shared_heads,
             when("exact", LESS.format("rows"), LEARNED),
         ),
         "weights": WEIGHTS,
-        "bias": (*WEIGHTS, mask),
-        "redistribution": (*WEIGHTS, mask, IN_VISION),
+        "bias": (*WEIGHTS, _mask),
+        "redistribution": (*WEIGHTS, _mask, IN_VISION),
         "gates": (*DECODER, when("exact", "its rules judge every token by itself")),
         "eviction": (
             *DECODER,
@@ -325,8 +318,8 @@ RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
         ),
         "embeddings": (never_in("vision", "image tokens are edited where they enter the decoder"),),
         "packed_values": (*WEIGHTS, PACKED),
-        "patches": (values, sites),
-        "registers": (never_in("language", "a register is a token of the vision tower"), registers),
+        "patches": (_values, _sites),
+        "registers": (never_in("language", "a register is a token of the vision tower"), _room),
     }
 )
 """What must hold for every value of the class attribute ``needs`` of probes and edits."""

@@ -19,17 +19,21 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
 from sinkscope.kernels.walk import last_logits, read_site, walk
 from sinkscope.models.requests import Plan, step_at
-from sinkscope.models.wrapping import ByName, Wrapped
+from sinkscope.models.wrapping import ByName, Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
 from sinkscope.sites import Site, Tower
 
+Model = Wrapped | ByName
+Where = bool | str
 Answers = dict[Any, dict[Site, Any]]
 """Slot of a probe or an edit -> site -> what the kernel gave."""
+Output = tuple[Answers, Tensor]
+"""What one forward pass brought back: answers and logits."""
 
 
 @contextmanager
-def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
+def ready_to_trace(model: Model, *plans: Plan, grad: bool = False) -> Iterator[Any]:
     """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
     nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
@@ -44,14 +48,9 @@ def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) ->
 
 
 def run_plan(
-    model: Wrapped | ByName,
-    inputs: Mapping[str, Any],
-    plan: Plan,
-    last: Tensor | None,
-    where: bool | str = False,
-    grad: bool = False,
-) -> tuple[Answers, Tensor]:
-    """Run one forward pass, and return answers and logits.
+    model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, where: Where, grad: bool
+) -> Output:
+    """Run one forward pass.
 
     ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
     is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
@@ -73,7 +72,7 @@ def run_plan(
     return sited(answers), logits
 
 
-def run_until_read(model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan) -> Answers:
+def run_until_read(model: Model, inputs: Inputs, plan: Plan) -> Answers:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
     save, go, answers = nnsight.save, walk, None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
@@ -83,13 +82,9 @@ def run_until_read(model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Pla
 
 
 def generate_plan(
-    model: Wrapped | ByName,
-    inputs: Mapping[str, Any],
-    plans: Sequence[Plan],
-    options: Mapping[str, Any],
-    where: bool | str = False,
-) -> tuple[list[tuple[Answers, Tensor]], Tensor]:
-    """Answers and logits of all passes, with plans for the prompt and for a step; and the sequences."""
+    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where
+) -> tuple[list[Output], Tensor]:
+    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
     save, go, pick = nnsight.save, walk, last_logits
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
@@ -181,17 +176,12 @@ class Generation(Result):
 
 
 def finish_run(
-    output: tuple[Answers, Tensor],
-    probes: Sequence[Probe],
-    context: Context,
-    interventions: Sequence[Intervention] = (),
-    *,
-    keep_all: bool = False,
+    output: Output, probes: Sequence[Probe], context: Context, interventions: Sequence[Intervention]
 ) -> Run:
-    """Typed results of answers and logits; ``keep_all``: the logits are those of all positions."""
+    """Typed results of answers and logits; NonFiniteError if a live position has bad logits."""
     answers, logits = output
     live = context.live("language")
-    live = live if keep_all else live.any(dim=1, keepdim=True)
+    live = live if logits.shape[1] == live.shape[1] else live.any(dim=1, keepdim=True)
     bad = ~torch.isfinite(logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise errors.NonFiniteError(
@@ -243,8 +233,8 @@ class OpenTrace:
             raise errors.ProbeError(f"{got}. Write {write}.")
         return self._root
 
-    def _read(self, tower: Tower, layer: int, name: str, **asked: Any) -> tuple[Site, Any, bool]:
-        """A site that this model has, its value, and whether that is a copy; ``asked`` edits it."""
+    def site(self, tower: Tower, layer: int, name: str, **asked: Any) -> Any:
+        """The value at a site that this model has, see `LVLM.site`; ``asked`` edits it."""
         root, site = self.root, Site(tower, name, layer)
         if tower == "projector":
             check_choice((0,), error=errors.LayerError, layer=layer)
@@ -256,12 +246,9 @@ class OpenTrace:
             raise errors.ModelError(got)
         if step["how"] == "output":
             self._outputs.add(step["path"])
-        return site, read_site(root, self._tracer, step, {}, {}), bool(step.get("factors"))
-
-    def site(self, tower: Tower, layer: int, name: str) -> Any:
-        """The value at a site: see `LVLM.site`."""
-        site, value, copied = self._read(tower, layer, name)
-        if copied:
+        value = read_site(root, self._tracer, step, {}, {})
+        self._copies.pop(site, None)
+        if step.get("factors") and not asked:
             self._copies[site] = (value, value._version)
         return value
 
@@ -280,5 +267,4 @@ class OpenTrace:
                 raise errors.InterventionError(f"{got} for {name!r}; expected {wanted}.")
             return value.to(old.device), None
 
-        site, _, _ = self._read(tower, layer, name, edits=[(None, replaced, {})])
-        self._copies.pop(site, None)
+        self.site(tower, layer, name, edits=[(None, replaced, {})])

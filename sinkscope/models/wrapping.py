@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sinkscope.anatomy.discovery import device_of
 from sinkscope.errors import CheckpointError, InputError, ModelError
 
+Inputs = Mapping[str, Any]
+"""Arguments of a model or of its decoder, by name."""
 ABSENT = object()  # stands for an attribute that the instance does not have
 Loan = tuple[object, Mapping[str, Any]]
 """An object, such as a module, and what its instance attributes are to be."""
@@ -30,20 +32,16 @@ ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
     """Set instance attributes until the block ends, past what a class does when they are set."""
-    before = []
 
     def put(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
             own.pop(name, None) if value is ABSENT else own.update({name: value})
 
-    try:
+    with ExitStack() as stack:
         for thing, attributes in loans:
-            before.append((vars(thing), own_of(thing, attributes)))
+            stack.callback(put, vars(thing), own_of(thing, attributes))
             put(vars(thing), attributes)
         yield
-    finally:
-        for own, attributes in reversed(before):
-            put(own, attributes)
 
 
 def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
@@ -118,10 +116,7 @@ class Wrapped:
 
     @contextmanager
     def on(
-        self,
-        paths: Collection[str] | None = None,
-        outputs: Collection[str] = (),
-        grad: bool = False,
+        self, paths: Collection[str] | None, outputs: Collection[str], grad: bool
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
@@ -168,19 +163,16 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
             raise ModelError(f"{got} expected hooks that only look. {write}")
         return made
 
-    before = [
-        (part._forward_hooks, key, hook, path)
-        for path, part in parts.items()
-        for key, hook in part._forward_hooks.items()
-    ]
-    try:
-        for hooks, key, hook, path in before:
-            hooks[key] = partial(guarded, path, hook)
+    def restore(hooks: dict[int, Any], key: int, hook: Any) -> None:
+        if key in hooks:
+            hooks[key] = hook
+
+    with ExitStack() as stack:
+        for path, part in parts.items():
+            for key, hook in list(part._forward_hooks.items()):
+                stack.callback(restore, part._forward_hooks, key, hook)
+                part._forward_hooks[key] = partial(guarded, path, hook)
         yield
-    finally:
-        for hooks, key, hook, _ in before:
-            if key in hooks:
-                hooks[key] = hook
 
 
 class ByName:
@@ -224,11 +216,6 @@ class Places:
         """Where the inputs go."""
         return device_of(self._module.get_input_embeddings())
 
-    @property
-    def weightless(self) -> bool:
-        """Whether only the architecture is here."""
-        return self.device.type == "meta"
-
     def choose(self, remote: bool | str | None, grad: bool = False) -> bool | str:
         """Where to run, None being the usual place; InputError if that has no graph or no weights."""
         where = check_remote(self._usual if remote is None else remote)
@@ -236,7 +223,7 @@ class Places:
         got, wrong = f"remote={where!r}", ""
         if grad and where:
             got, wrong = f"grad=True with {got}", "a run here, where the graph can be kept"
-        elif self.weightless and where in (False, "local"):
+        elif self.device.type == "meta" and where in (False, "local"):
             got += " for a model without weights"
             wrong = "remote=True, or weights: ss.LVLM.from_pretrained(name)"
         elif offloaded and where == "local":
@@ -265,11 +252,11 @@ class Places:
                 raise CheckpointError(f"{got}; expected {write}.") from error
         return self._there
 
-    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def placed(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs on the model's device; where there are no weights they stay where they are."""
-        return dict(inputs) if self.weightless else on_device(inputs, self.device)
+        return dict(inputs) if self.device.type == "meta" else on_device(inputs, self.device)
 
 
-def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """The inputs with their tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
