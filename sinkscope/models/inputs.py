@@ -59,14 +59,12 @@ def make_sample(
     if inputs is not None and (images is not None or text is not None):
         got = "Got inputs together with images or text; expected either"
         raise InputError(f"{got}. Write prepare(inputs=...) or prepare(images=..., text=...).")
-    raw, rows, prompts, sizes = inputs, None, None, None
+    raw, rows, prompts = inputs, [], []
     if inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
-        sizes = [image.size for row in rows for image in row]
-    known = module.get_input_embeddings().weight.shape[0]
-    ready = check_inputs(
-        raw, known, anatomy.image_token_id, getattr(config, "video_token_id", None)
-    )
+    sizes = [image.size for row in rows for image in row] or None
+    known, video = module.get_input_embeddings().weight.shape[0], "video_token_id"
+    ready = check_inputs(raw, known, anatomy.image_token_id, getattr(config, video, None))
     made = getattr(processor, "model_input_names", None) or ()
     wanted = {*PER_POSITION, *family.image_inputs, *made}
     strange = sorted(set(ready) - wanted)  # a filled cache, or how a pass is to run
@@ -75,9 +73,8 @@ def make_sample(
         raise InputError(f"{got}. Settings of decoding go to lvlm.generate(...).")
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokens = build_token_map(anatomy, config, ready, grids, getattr(processor, "tokenizer", None))
-    pictures = None if rows is None else tuple(map(tuple, rows))
-    texts = None if prompts is None else tuple(prompts)
-    return Sample(ready, tokens, pictures, texts, layout_of(anatomy))
+    shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
+    return Sample(ready, tokens, *shown, layout_of(anatomy))
 
 
 def process(
@@ -89,10 +86,8 @@ def process(
     if not isinstance(rendered, bool) or (rendered and not all(isinstance(a, str) for a in asked)):
         got = f"Got rendered={rendered!r} and {type(asked[0]).__name__} as text"
         raise InputError(f"{got}; expected True for finished prompts, each a str, or False.")
-    prompts = [
-        render(processor, len(row), one, rendered=rendered, row=i)
-        for i, (row, one) in enumerate(zip(rows, asked, strict=True))
-    ]
+    pairs = enumerate(zip(rows, asked, strict=True))
+    prompts = [render(processor, len(r), one, rendered=rendered, row=i) for i, (r, one) in pairs]
     tokenizer = processor.tokenizer
     bos, side = getattr(tokenizer, "bos_token", None), tokenizer.padding_side
     tokenizer.padding_side = "left"

@@ -84,14 +84,11 @@ class LVLM:
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
         """
         check_flags(verify=verify)  # before the weights are read
-        options = dict(
-            revision=revision,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            trust_remote_code=trust_remote_code,
+        options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
+        options |= dict(
+            attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
+        options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify and by_name is None)
         lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
@@ -224,9 +221,9 @@ class LVLM:
             options["max_new_tokens"] = max_new_tokens
         options |= checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
-        both = enumerate((asked, later))
         context = partial(Context, self.anatomy, sample.tokens)
-        plans = [checking.plan_of(p, edits, context(step), self) for step, p in both]
+        first = checking.plan_of(asked, edits, context(0), self)
+        plans = [first, checking.plan_of(later, edits, context(1), self)]
         outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)

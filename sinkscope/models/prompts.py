@@ -105,7 +105,7 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     wrong = [type(one).__name__ for one in texts if not isinstance(one, str) and not _is_chat(one)]
     message = ""
     if _is_chat(images) and texts[0] is None:
-        message = "chat messages as images; expected them as text. Write prepare(text=messages)."
+        message = "chat messages as images; expected text. Write lvlm.prepare(text=messages)."
     elif bare and not (texts and all(map(_is_chat, texts))):
         message = "no image; expected at least one. Write lvlm.prepare(images=image, text='...')."
     elif not texts or texts[0] is None or texts == [""]:

@@ -133,10 +133,10 @@ def make_report(lvlm: Any) -> Report:
     if not here:
         notes.append("No weights here: runs go to the server, which keeps its own dtype.")
     judged = verdicts(probes), verdicts(interventions, LSG="gates")  # LSG is of a room above
-    return Report(lvlm.name, tuple(facts_of(lvlm)), proven, tuple(notes), *judged)
+    return Report(lvlm.name, facts_of(lvlm), proven, tuple(notes), *judged)
 
 
-def facts_of(lvlm: Any) -> list[tuple[str, str]]:
+def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
     """What the model is made of."""
     a, module = lvlm.anatomy, lvlm.module
     count = sum(p.numel() for p in module.parameters())
@@ -149,7 +149,7 @@ def facts_of(lvlm: Any) -> list[tuple[str, str]]:
     prefix = " and ".join(kind.upper() for kind in a.family.prefix(module.config))
     first = f"{prefix} first" if prefix else "no CLS"
     blocks, kernels = zip(*map(_tower_facts, (a.vision, a.language)), strict=True)
-    return [
+    return (
         ("model", f"{type(module).__name__}, family {a.family.name}, model_type {a.model_type}"),
         ("parameters", f"{count / size:.3g}{unit}, {dtype} on {lvlm.device}"),
         ("vision", f"{blocks[0]}, patches of {patch} pixels, {first}"),
@@ -160,7 +160,7 @@ def facts_of(lvlm: Any) -> list[tuple[str, str]]:
         ("language attention", kernels[1]),
         ("image token", f"id {a.image_token_id}"),
         ("head", f"{a.head}, after {a.final_norm}"),
-    ]
+    )
 
 
 def _tower_facts(tower: TowerAnatomy) -> tuple[str, str]:
