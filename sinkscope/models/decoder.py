@@ -11,8 +11,8 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
 from typing import Any
+from uuid import uuid4
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
@@ -29,9 +29,7 @@ DROPPED = ("past_key_values", "use_cache", "cache_position", "return_dict")
 KeyEdit = Callable[[Tensor], Tensor]
 PassEdit = Callable[[Tensor, Given], Tensor]
 """Keys, and what else the attention function was called with by name, to keys."""
-NUMBERS = count()
-Shared = tuple[list[PassEdit], Callable[[], None]]
-SHARED: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
+SHARED: WeakKeyDictionary[nn.Module, tuple[list[PassEdit], Any]] = WeakKeyDictionary()
 """By attention module: the edits of `share_keys`, and what ends them all."""
 
 
@@ -142,7 +140,7 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
     width = getattr(attention, "head_dim", anatomy.language.d_head)
     width = getattr(attention, "qk_head_dim", width)  # of latent attention
     before, ours = attention.config, copy.copy(attention.config)
-    name = f"sinkscope_keys_{next(NUMBERS)}"
+    name = f"sinkscope_keys_{uuid4().hex}"
     ours._attn_implementation = {"": name}  # as a dict: the configs below are shared, and stay
 
     # The registry outlives the module, so nothing here may hold the module.

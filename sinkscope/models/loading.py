@@ -125,12 +125,10 @@ def read_processor(name: str, options: dict[str, Any]) -> Any:
     return processor
 
 
-FOLDER = "expected a hub repository you may read, or a folder written by save_pretrained()."
-
-
 @contextmanager
-def _explained(what: str, hint: str = FOLDER) -> Iterator[None]:
+def _explained(what: str, hint: str = "") -> Iterator[None]:
     """One error for every way a checkpoint can fail to load, with what helps in each."""
+    folder = "expected a hub repository you may read, or a folder written by save_pretrained()."
     try:
         yield
     except torch.OutOfMemoryError:
@@ -146,7 +144,7 @@ def _explained(what: str, hint: str = FOLDER) -> Iterator[None]:
             hint += "quantization_config."
         first = str(error).strip().partition("\n")[0][:200]
         got = f"{what} could not be loaded ({type(error).__name__}: {first})"
-        raise CheckpointError(f"{got}; {hint}") from error
+        raise CheckpointError(f"{got}; {hint or folder}") from error
 
 
 class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transformers writes it

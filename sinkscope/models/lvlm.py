@@ -85,9 +85,8 @@ class LVLM:
         """
         check_flags(verify=verify)  # before the weights are read
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
-        options |= dict(
-            attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        options["attn_implementation"] = attn_implementation
+        options["trust_remote_code"] = trust_remote_code
         options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify and by_name is None)
