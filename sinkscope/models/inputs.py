@@ -121,14 +121,13 @@ def check_processor(processor: Any, rows: int) -> None:
             got = f"Got a {name} as processor, which has no {part}; expected the model's whole"
             write = "ss.LVLM(model, transformers.AutoProcessor.from_pretrained(...))"
             raise InputError(f"{got} processor. Write {write}.")
-    for setting in ("patch_size", "vision_feature_select_strategy"):
+    strategy = "vision_feature_select_strategy"
+    for setting, place in (("patch_size", "vision_config.patch_size"), (strategy, strategy)):
         if getattr(processor, setting, "") is None:
-            raise InputError(
-                f"Got a {name} without {setting}; expected the model's, or nobody knows how many tokens "
-                "an image has. Write processor.patch_size = model.config.vision_config.patch_size, "
-                "processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy, "
-                "and processor.num_additional_image_tokens = 1 if the vision tower has a CLS token."
-            )
+            got = f"Got a {name} without {setting}; expected the model's, to count image tokens"
+            write = f"Write processor.{setting} = model.config.{place}, and"
+            more = "processor.num_additional_image_tokens = 1 if the vision tower has a CLS token"
+            raise InputError(f"{got}. {write} {more}.")
     if rows > 1 and processor.tokenizer.pad_token is None:
         got = f"Got {rows} rows and a tokenizer without a pad token; expected one, or a single row"
         write = "processor.tokenizer.pad_token = processor.tokenizer.eos_token"

@@ -95,7 +95,8 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
 
 
 def _source(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    trust = options.get("trust_remote_code", False)
+    return {"revision": options.get("revision"), "trust_remote_code": trust}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -115,14 +116,12 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def read_processor(name: str, options: dict[str, Any]) -> Any:
     """The processor, with a tokenizer and an image processor."""
-    what = f"The processor of {name!r}"
-    files = "expected processor_config.json or preprocessor_config.json, and tokenizer files"
-    with _explained(what, f"{files}, beside the weights."):
-        processor = load_processor(name, **_source(options))
-    if lacks := [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]:
-        got = f"{what} is a {type(processor).__name__} without {lacks}"
-        raise CheckpointError(f"{got}; {files}, beside the weights.")
-    return processor
+    files = "processor_config.json or preprocessor_config.json, and tokenizer files"
+    with _explained(f"The processor of {name!r}", f"expected {files}, beside the weights."):
+        made, parts = load_processor(name, **_source(options)), ("tokenizer", "image_processor")
+        if lacks := [part for part in parts if not hasattr(made, part)]:
+            raise ValueError(f"it is a {type(made).__name__} without {lacks}")
+    return made
 
 
 @contextmanager

@@ -59,23 +59,14 @@ class Captured:
 
 @torch.no_grad()
 def capture(
-    lvlm: LVLM,
-    inputs: Inputs,
-    blocks: Any = None,
-    *,
-    features: Any = None,
-    cache: Any = None,
-    whole: bool = True,
+    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, cache: Any = None, whole: bool = True
 ) -> Captured:
     """Run one plain forward pass without gradient and LM head, and keep the states that blocks read.
 
-    ``inputs`` are the model's, or already the decoder's own arguments; ``blocks`` those that will be edited,
-    None for all. ``features`` see `decoder_inputs`; ``cache`` holds what comes before. Without ``whole`` the
-    pass ends at the last of the blocks.
+    ``inputs`` are the model's, or what `decoder_inputs` gives; ``blocks`` those that will be edited, None
+    for all; ``cache`` holds what comes before. Without ``whole`` the pass ends at the last of the blocks.
     """
-    given = dict(inputs)
-    if "inputs_embeds" not in given:
-        given, _ = decoder_inputs(lvlm, inputs, features)
+    given = dict(inputs) if "inputs_embeds" in inputs else decoder_inputs(lvlm, inputs)[0]
     wanted = lvlm.anatomy.language.layers(blocks)
     states: dict[int, Tensor] = {}
     final = None

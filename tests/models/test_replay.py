@@ -180,7 +180,7 @@ def test_known_features_spare_the_vision_tower(tiny):
         _, features = decoder_inputs(lvlm, first.inputs)
         ran = []
         hook = lvlm.module.model.visual.register_forward_hook(lambda m, a, o: ran.append(m))
-        seen = capture(lvlm, second.inputs, features=features)
+        seen = capture(lvlm, decoder_inputs(lvlm, second.inputs, features)[0])
         hook.remove()
     assert not ran
     assert torch.equal(logits_at(seen, seen.hidden), whole(lvlm, second))
