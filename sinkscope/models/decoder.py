@@ -90,10 +90,9 @@ def scaled_keys(
     AttentionCallError if one has no attention registry.
     """
     hint = "Write {10: lambda key: 0.5 * key} to halve the logits of block 10."
-    for block in edits:
-        check_whole(0, anatomy.language.n_layers - 1, error=LayerError, hint=hint, block=block)
     with ExitStack() as stack:
         for block, edit in edits.items():
+            check_whole(0, anatomy.language.n_layers - 1, error=LayerError, hint=hint, block=block)
             stack.callback(_redirect(module, anatomy, block, lambda key, _, edit=edit: edit(key)))
         yield
 

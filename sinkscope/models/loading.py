@@ -171,13 +171,11 @@ class ImageQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801  as transform
 
     def to_dict(self) -> dict[str, object]:
         """Settings as the parent class would save them, its default video settings included."""
-        images: Any = self.image_processor
-        names = ("patch_size", "merge_size", "temporal_patch_size")
-        video = {name: getattr(images, name) for name in names}
-        return super().to_dict() | {
-            "processor_class": Qwen2_5_VLProcessor.__name__,
-            "video_processor": {"video_processor_type": "Qwen2VLVideoProcessor", **video},
-        }
+        video: dict[str, Any] = {"video_processor_type": "Qwen2VLVideoProcessor"}
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            video[name] = getattr(self.image_processor, name)
+        own = {"processor_class": Qwen2_5_VLProcessor.__name__, "video_processor": video}
+        return super().to_dict() | own
 
 
 def load_processor(

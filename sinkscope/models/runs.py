@@ -191,11 +191,9 @@ def finish_run(
     results = {p: p.finish(answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
-    effects = Effects(
-        (it, effect_from(answers["edit", slot], context.step, ended))
-        for slot, it in enumerate(interventions)
-        if ("edit", slot) in answers
-    )
+    slots = ((("edit", slot), it) for slot, it in enumerate(interventions))
+    told = {it: answers[slot] for slot, it in slots if slot in answers}
+    effects = {it: effect_from(told[it], context.step, ended) for it in told}
     return Run(logits, results, effects, context.step)
 
 
