@@ -20,7 +20,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, map_tensors, resume, row_axis
 from sinkscope.models.wrapping import Inputs
 
-Pair = tuple[Tensor, ...]
+Pair = tuple[Tensor, Tensor]
 
 
 class _Past(DynamicLayer):
@@ -52,11 +52,12 @@ class KeyValues:
 
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
-        picked = (
-            pair and tuple(states.index_select(0, rows.to(states.device)) for states in pair)
-            for pair in self.by_block
-        )
-        return Cache(layers=[_Past(self.length, pair) for pair in picked])
+
+        def chosen(states: Tensor) -> Tensor:
+            return states.index_select(0, rows.to(states.device))
+
+        pairs = (pair and (chosen(pair[0]), chosen(pair[1])) for pair in self.by_block)
+        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
 
 
 @dataclass(frozen=True, eq=False)

@@ -244,7 +244,7 @@ class OpenTrace:
             raise errors.ModelError(got)
         if step["how"] == "output":
             self._outputs.add(step["path"])
-        value = read_site(root, self._tracer, step, {}, {})
+        value: Any = read_site(root, self._tracer, step, {}, {})
         self._copies.pop(site, None)
         if step.get("factors") and not asked:
             self._copies[site] = (value, value._version)
