@@ -248,7 +248,7 @@ class Places:
                 self._there.model.to_model_key()
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
                 got = f"The hub gave no canonical name of {name!r} ({type(error).__name__})"
-                write = "a public repository and a network, or for a model here remote='local'"
+                write = "a public repository and a network. For a model here write remote='local'"
                 raise CheckpointError(f"{got}; expected {write}.") from error
         return self._there
 
