@@ -19,7 +19,7 @@ from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.models import LVLM, Generation, Sample
-from sinkscope.models.token_map import words_of
+from sinkscope.models.inputs import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
 from sinkscope.viz.tokens import generation_text, plot_generation

@@ -23,8 +23,9 @@ from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
 from sinkscope.kernels.walk import detached, resolve
 from sinkscope.models import LVLM, Sample
+from sinkscope.models.decoder import Given, decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
-from sinkscope.models.replay import Given, capture_given, decoder_inputs, logits_at, resume
+from sinkscope.models.replay import capture, logits_at, resume
 
 Numbered = tuple[int, Item]
 Groups = Sequence[Sequence[Numbered]]  # all questions, by image
@@ -154,7 +155,7 @@ def _alone(
     """Questions that share nothing: each feed of each question is one row."""
     rest = iter(givens)
     for prompt in prompts:
-        seen = [capture_given(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
+        seen = [capture(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
         reading = answers.reading_of([prompt.asked], [prompt.last] * len(seen))
         prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
 

@@ -31,7 +31,7 @@ from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, che
 from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
 from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place, held
-from sinkscope.models.identity import identity_of
+from sinkscope.models.loading import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
 from sinkscope.models.prompts import check_questions

@@ -22,7 +22,7 @@ from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg import passes
 from sinkscope.lsg.passes import ByIdentity, Gate, Pass
-from sinkscope.models.keyhook import share_keys
+from sinkscope.models.decoder import share_keys
 from sinkscope.sites import Site
 
 CARRIED = "sinkscope_passes"

@@ -27,8 +27,8 @@ from sinkscope.lsg import loading, saving
 from sinkscope.lsg.attach import ATTACHED, Attachment
 from sinkscope.lsg.config import GateConfig, check_layer, differences, sketch
 from sinkscope.lsg.passes import signals_of
-from sinkscope.models.identity import sizes_of
 from sinkscope.models.inputs import Sample
+from sinkscope.models.loading import sizes_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site, Tower

@@ -18,7 +18,7 @@ from sinkscope.files import read_json
 from sinkscope.lsg.config import BASES, GROUPS, check_layer, differences
 from sinkscope.lsg.gate import LSG
 from sinkscope.lsg.loading import AGAIN, as_fp32, leaves, read_tensors, source_of
-from sinkscope.models.identity import sizes_of
+from sinkscope.models.loading import sizes_of
 from sinkscope.models.lvlm import LVLM
 
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"

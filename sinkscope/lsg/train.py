@@ -22,8 +22,8 @@ from sinkscope.lsg.config import check_layer
 from sinkscope.lsg.gate import LSG, check_gates
 from sinkscope.lsg.passes import GateObjective, frozen
 from sinkscope.lsg.result import TrainResult, own_record, record_of
-from sinkscope.models.identity import identity_of
 from sinkscope.models.inputs import Sample
+from sinkscope.models.loading import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import check_replay
 from sinkscope.training import TrainingSettings

@@ -1,9 +1,9 @@
-"""From images and text to model inputs, every mistake named before any work, and to decoder inputs."""
+"""From images and text to model inputs, and to the map of what every position of a batch is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sinkscope.anatomy.families import PatchGrid
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.errors import InputError, ModelError
-from sinkscope.models.identity import layout_of
+from sinkscope.errors import InputError
 from sinkscope.models.prompts import as_rows, render
-from sinkscope.models.token_map import build_token_map
-from sinkscope.models.wrapping import lent, on_device, undisturbed
-from sinkscope.tokens import TokenMap
+from sinkscope.models.wrapping import Inputs
+from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
-Given = dict[str, Any]
-"""Keyword arguments of the decoder."""
-DROPPED = ("past_key_values", "use_cache", "cache_position", "return_dict")
 TYPES = ("token_type_ids", "mm_token_type_ids")
 PER_POSITION = ("input_ids", "attention_mask", "position_ids", *TYPES)
-"""Inputs with an entry for every position."""
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +30,10 @@ class Sample:
     Attributes:
         images: The images of every row, as people see them; None if only processor output was given.
         texts: The prompt of every row after the chat template; None likewise.
-        made_for: The layout of the model it was prepared for (`identity.layout_of`).
+        made_for: The layout of the model it was prepared for (`layout_of`).
     """
 
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     tokens: TokenMap
     images: tuple[tuple[Image.Image, ...], ...] | None = None
     texts: tuple[str, ...] | None = None
@@ -47,6 +43,13 @@ class Sample:
         return int(self.tokens.ids.shape[0])
 
 
+def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
+    """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
+    towers = ((tower.n_layers, tower.d_model) for tower in (anatomy.vision, anatomy.language))
+    ids = (anatomy.image_token_id, anatomy.vocab, anatomy.drops, anatomy.merge)
+    return (anatomy.model_type, *ids, *towers)
+
+
 def make_sample(
     module: Any, processor: Any, anatomy: Anatomy, *given: Any, rendered: Any = False
 ) -> Sample:
@@ -54,34 +57,24 @@ def make_sample(
     images, text, inputs = given
     config, family = module.config, anatomy.family
     if inputs is not None and (images is not None or text is not None):
-        raise InputError(
-            "Got inputs together with images or text; expected either. Write prepare(inputs=...) or "
-            "prepare(images=..., text=...)."
-        )
-    raw, rows, prompts, sizes = inputs, None, None, None
+        got = "Got inputs together with images or text; expected either"
+        raise InputError(f"{got}. Write prepare(inputs=...) or prepare(images=..., text=...).")
+    raw, rows, prompts = inputs, [], []
     if inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
-        sizes = [image.size for row in rows for image in row]
-    known = module.get_input_embeddings().weight.shape[0]
-    ids = (anatomy.image_token_id, getattr(config, "video_token_id", None))
-    ready = check_inputs(raw, known, *ids)
-    if inputs is not None:
-        made = getattr(processor, "model_input_names", None) or ()
-        wanted = {*PER_POSITION, *family.image_inputs, *made}
-        if strange := sorted(set(ready) - wanted):  # a filled cache, or how a pass is to run
-            raise InputError(
-                f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out. "
-                "Settings of decoding go to lvlm.generate(...)."
-            )
+    sizes = [image.size for row in rows for image in row] or None
+    known, video = module.get_input_embeddings().weight.shape[0], "video_token_id"
+    ready = check_inputs(raw, known, anatomy.image_token_id, getattr(config, video, None))
+    made = getattr(processor, "model_input_names", None) or ()
+    wanted = {*PER_POSITION, *family.image_inputs, *made}
+    strange = sorted(set(ready) - wanted)  # a filled cache, or how a pass is to run
+    if inputs is not None and strange:
+        got = f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out"
+        raise InputError(f"{got}. Settings of decoding go to lvlm.generate(...).")
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
-    tokenizer = getattr(processor, "tokenizer", None)
-    return Sample(
-        inputs=ready,
-        tokens=build_token_map(anatomy, config, ready, grids, tokenizer),
-        images=None if rows is None else tuple(map(tuple, rows)),
-        texts=None if prompts is None else tuple(prompts),
-        made_for=layout_of(anatomy),
-    )
+    tokens = build_token_map(anatomy, config, ready, grids, getattr(processor, "tokenizer", None))
+    shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
+    return Sample(ready, tokens, *shown, layout_of(anatomy))
 
 
 def process(
@@ -91,14 +84,10 @@ def process(
     rows, asked = as_rows(images, text)
     check_processor(processor, len(rows))
     if not isinstance(rendered, bool) or (rendered and not all(isinstance(a, str) for a in asked)):
-        raise InputError(
-            f"Got rendered={rendered!r} and {type(asked[0]).__name__} as text; expected True for "
-            "finished prompts, each a str, or False."
-        )
-    prompts = [
-        render(processor, len(row), one, rendered=rendered, row=i)
-        for i, (row, one) in enumerate(zip(rows, asked, strict=True))
-    ]
+        got = f"Got rendered={rendered!r} and {type(asked[0]).__name__} as text"
+        raise InputError(f"{got}; expected True for finished prompts, each a str, or False.")
+    pairs = enumerate(zip(rows, asked, strict=True))
+    prompts = [render(processor, len(r), one, rendered=rendered, row=i) for i, (r, one) in pairs]
     tokenizer = processor.tokenizer
     bos, side = getattr(tokenizer, "bos_token", None), tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -124,69 +113,58 @@ def process(
 def check_processor(processor: Any, rows: int) -> None:
     """Refuse a processor that lacks what a batch needs: a part, a setting or a pad token."""
     if processor is None:
-        raise InputError(
-            "Got images and text, but this LVLM has no processor; expected one. Write "
-            "ss.LVLM(model, processor), or lvlm.prepare(inputs=...) with inputs you made yourself."
-        )
+        got = "Got images and text, but this LVLM has no processor; expected one. Write"
+        raise InputError(f"{got} ss.LVLM(model, processor), or prepare(inputs=...) with your own.")
     name = type(processor).__name__
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
-            raise InputError(
-                f"Got a {name} as processor, which has no {part}; expected the model's whole processor. "
-                "Write ss.LVLM(model, transformers.AutoProcessor.from_pretrained(...))."
-            )
-    for setting in ("patch_size", "vision_feature_select_strategy"):
+            got = f"Got a {name} as processor, which has no {part}; expected the model's whole"
+            write = "ss.LVLM(model, transformers.AutoProcessor.from_pretrained(...))"
+            raise InputError(f"{got} processor. Write {write}.")
+    strategy = "vision_feature_select_strategy"
+    for setting, place in (("patch_size", "vision_config.patch_size"), (strategy, strategy)):
         if getattr(processor, setting, "") is None:
-            raise InputError(
-                f"Got a {name} without {setting}; expected the model's, or nobody knows how many tokens "
-                "an image has. Write processor.patch_size = model.config.vision_config.patch_size, "
-                "processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy, "
-                "and processor.num_additional_image_tokens = 1 if the vision tower has a CLS token."
-            )
+            got = f"Got a {name} without {setting}; expected the model's, to count image tokens"
+            write = f"Write processor.{setting} = model.config.{place}, and"
+            more = "processor.num_additional_image_tokens = 1 if the vision tower has a CLS token"
+            raise InputError(f"{got}. {write} {more}.")
     if rows > 1 and processor.tokenizer.pad_token is None:
-        raise InputError(
-            f"Got {rows} rows and a tokenizer without a pad token; expected one, or a single row. Write "
-            "processor.tokenizer.pad_token = processor.tokenizer.eos_token: padding is masked."
-        )
+        got = f"Got {rows} rows and a tokenizer without a pad token; expected one, or a single row"
+        write = "processor.tokenizer.pad_token = processor.tokenizer.eos_token"
+        raise InputError(f"{got}. Write {write}: padding is masked.")
 
 
-def check_inputs(
-    inputs: Any, vocab: int, image_token_id: int, video_token_id: int | None = None
-) -> dict[str, Any]:
-    """Check processor output and give it a mask; of ids ``vocab`` have embeddings, beside images."""
+def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -> dict[str, Any]:
+    """Check processor output and give it a mask; ``vocab`` ids have embeddings, and the image's may."""
     if not isinstance(inputs, Mapping):
-        raise InputError(
-            f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict. "
-            "Write lvlm.prepare(inputs=processor(images=..., text=..., return_tensors='pt'))."
-        )
+        got = f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict"
+        made = "processor(images=..., text=..., return_tensors='pt')"
+        raise InputError(f"{got}. Write lvlm.prepare(inputs={made}).")
     out = {name: value for name, value in inputs.items() if value is not None}
     ids, pixels, found = out.get("input_ids"), "pixel_values_videos" in out, 0
-    if video_token_id is not None and isinstance(ids, Tensor):
-        found = int((ids == video_token_id).sum())
+    if video_id is not None and isinstance(ids, Tensor):
+        found = int((ids == video_id).sum())
     if found or pixels:  # for videos the tower runs once more, and that is not read
-        raise InputError(
-            f"Got {found} video tokens (id {video_token_id}) and {'' if pixels else 'no '}"
-            "pixel_values_videos; expected still images. Write the frames as images=[frame, ...]."
-        )
-    if missing := [name for name in ("input_ids", "pixel_values") if name not in out]:
-        raise InputError(
-            f"Got inputs with {sorted(inputs)}; expected at least 'input_ids' and 'pixel_values', "
-            f"missing {missing}. Pass the processor's whole output."
-        )
-    for name in ("input_ids", "pixel_values", "attention_mask"):
+        got = f"Got {found} video tokens (id {video_id}) and {'' if pixels else 'no '}"
+        write = "Write the frames as images=[frame, ...]."
+        raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
+    needed = ("input_ids", "pixel_values")
+    if missing := [name for name in needed if name not in out]:
+        got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
+        raise InputError(f"{got}. Pass the processor's whole output.")
+    for name in (*needed, "attention_mask"):
         if name in out and not isinstance(out[name], Tensor):
             got = f"Got {name} of type {type(out[name]).__name__}"
             raise InputError(f"{got}; expected a tensor. Write return_tensors='pt'.")
     mask = out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
-    if problem := _wrong_ids(out["input_ids"], mask, vocab, image_token_id):
+    if problem := _wrong_ids(out["input_ids"], mask, vocab, image_id):
         raise InputError(f"Got {problem}")
     if not torch.isfinite(out["pixel_values"]).all():
         raise InputError("Got NaN or infinite pixel_values; expected finite pixels.")
     return out
 
 
-def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> str:
-    """What is wrong with ids and their mask, or ""."""
+def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_id: int) -> str:
     if ids.ndim != 2:
         shape = f"input_ids of shape {tuple(ids.shape)}"
         return f"{shape}; expected a tensor [batch pos]. Write input_ids[None] for a single row."
@@ -194,68 +172,138 @@ def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_token_id: int) -> st
         shapes = f"{tuple(mask.shape)} and input_ids of shape {tuple(ids.shape)}"
         return f"an attention_mask of shape {shapes}; expected the same shape."
     if len(other := mask[(mask != 0) & (mask != 1)].unique()):
-        return (
-            f"an attention_mask with the values {other[:3].tolist()}; expected 1 for tokens and 0 for "
-            "padding. Write one text per row."
-        )
+        got = f"an attention_mask with the values {other[:3].tolist()}"
+        return f"{got}; expected 1 for tokens and 0 for padding. Write one text per row."
     if empty := (~mask.bool()).all(dim=1).nonzero().flatten().tolist():
         return f"rows {empty} with nothing but padding; expected at least one token per row."
-    if len(strange := ids[(ids < 0) | (ids >= vocab) & (ids != image_token_id)]):
-        return (
-            f"the token id {int(strange[0])}; expected 0 to {vocab - 1}. These inputs were made "
-            "by another model's processor: use the one that belongs to this model."
-        )
+    if len(strange := ids[(ids < 0) | (ids >= vocab) & (ids != image_id)]):
+        got = f"the token id {int(strange[0])}; expected 0 to {vocab - 1}. These inputs were made"
+        return f"{got} by another model's processor: use the one that belongs to this model."
     return ""
 
 
-class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
-    """Leaves a forward pass where nothing more of it is wanted."""
+def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of every token of a row, special ones too, with its blanks; see `TokenMap.words`."""
+
+    def text(some: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return tokenizer.decode(list(some), **options)
+
+    def word(token: int) -> str:  # a blank that begins a text is dropped: then the piece is shown
+        piece = tokenizer.convert_ids_to_tokens(token)
+        return text([token]) or (piece or f"token {token}").replace("▁", " ")
+
+    known = {token: word(token) for token in set(ids)}
+    words = [known[token] for token in ids]
+    for at, size in itertools.product(range(len(words)), (2, 3, 4)):  # bytes of a character
+        if words[at].endswith(BROKEN) and at + size <= len(ids):
+            whole = text(ids[at : at + size]).strip(" ")
+            if BROKEN not in whole:
+                words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
+    return tuple(words)
 
 
-def decoder_inputs(lvlm: Any, inputs: Mapping[str, Any], features: Any = None) -> tuple[Given, Any]:
-    """The decoder's keyword arguments for a batch, and the image features, None if there are none.
+def build_token_map(
+    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], tokenizer: Any
+) -> TokenMap:
+    """What every position of the batch is."""
+    ids = inputs["input_ids"].cpu()
+    live = inputs["attention_mask"].cpu().bool()
+    visual = (ids == anatomy.image_token_id) & live
+    prefix, unit = anatomy.family.prefix(config), anatomy.merge**2
+    # What the projector sees of an image, merged: CLS too where it is not dropped.
+    counts = [(len(prefix) + g.rows * g.columns - anatomy.drops) // unit for g in grids]
+    batch_rows, image, index, rank = _place_images(visual, counts)
+    vision = _vision_map(anatomy, config, inputs, grids, batch_rows)
+    sources = rank[..., None] * unit + torch.arange(unit)
+    if anatomy.family.pooled:
+        for i, grid in enumerate(grids):
+            down, right = _blockwise(grid, anatomy.merge)
+            sources[index == i] = (down * grid.columns + right)[sources[index == i]]
+    sources = (sources + anatomy.drops).masked_fill(~visual[..., None], -1)
+    picked = (index.clamp(min=0)[..., None], sources.clamp(min=0))
+    box = vision.box[picked]
+    box = torch.cat([box[..., :2].amin(-2), box[..., 2:].amax(-2)], dim=-1)
+    firsts = (patch[picked][..., 0] for patch in (vision.row, vision.column))
+    row, column = (torch.where(visual & (x >= 0), x // anatomy.merge, -1) for x in firsts)
+    kind = torch.where(live, KINDS.index("text"), KINDS.index("pad"))
+    special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
+    kind[torch.isin(ids, special) & live] = KINDS.index("special")
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None:  # only at a row's first live position
+        first = torch.arange(live.shape[1]) == live.int().argmax(dim=1)[:, None]
+        kind[first & live & (ids == bos)] = KINDS.index("bos")
+    kind[visual] = KINDS.index("image")
+    words = () if tokenizer is None else (words_of(tokenizer, line) for line in ids.tolist())
+    return TokenMap(
+        ids=ids,
+        live=live,
+        kind=kind,
+        image=image,
+        image_index=index,
+        row=row,
+        column=column,
+        sources=sources,
+        box=box.masked_fill(~visual[..., None], float("nan")),
+        box_unit="original" if grids and grids[0].original else "input",
+        vision=vision,
+        words=tuple(words) or None,
+    )
 
-    ``features`` of the same images in the same order spare the vision tower. ModelError if the decoder
-    is called with something that cannot be cut into rows.
+
+def _place_images(visual: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """Batch row of every image, by filling rows' image positions in order; and where its tokens are.
+
+    Image of the row, image of the batch, and token of the image, int ``[batch pos]``, -1 elsewhere.
     """
-    module, base = lvlm.module, lvlm.module.base_model
-    calls: list[tuple[tuple, Given]] = []
-    seen: list[Any] = []
-
-    def stop(decoder: Any, args: tuple, given: Given) -> None:
-        calls.append((args, given))
-        raise Ended
-
-    def answer(*args: Any, **options: Any) -> Any:  # the model's own call for image features
-        seen.append(compute(*args, **options) if features is None else features)
-        return seen[-1]
-
-    compute: Any = getattr(base, "get_image_features", None)
-    loans = [] if compute is None else [(base, {"get_image_features": answer})]
-    with ExitStack() as stack:
-        hook = module.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
-        stack.callback(hook.remove)
-        stack.enter_context(suppress(Ended))
-        stack.enter_context(undisturbed(module))
-        stack.enter_context(lent(loans))
-        base(**on_device(inputs, lvlm.device), use_cache=False)
-    if not calls or calls[0][0]:
-        raise ModelError(
-            f"{type(module).__name__} called its decoder {len(calls)} times, or with positional "
-            "arguments; expected one call per pass, with keywords only. Please report this class."
+    images, sizes, found = torch.arange(len(counts)), torch.tensor(counts), visual.sum(1)
+    ends, stops, wanted = found.cumsum(0), sizes.cumsum(0), ""
+    rows = torch.searchsorted(ends, stops - sizes, right=True)
+    short = stops > ends[rows.clamp(max=len(ends) - 1)]
+    if short.any():
+        at = int(short.int().argmax())
+        wanted = f"the row of image {at} to hold {counts[at]} more. Was the prompt truncated?"
+    elif int(ends[-1]) > sum(counts):
+        wanted = "as many as the images have. Pass one image per group of image tokens."
+    if wanted:
+        raise InputError(
+            f"Got {found.tolist()} image tokens per row for {len(counts)} images of {counts} tokens; "
+            f"expected {wanted} Pass the whole output of the model's own processor for these images; "
+            "its patch_size and num_additional_image_tokens must be those of the vision tower."
         )
-    return checked(calls[0][1]), seen[-1] if seen else features
+    index = images.repeat_interleave(sizes)
+    order = images - torch.searchsorted(rows, rows)  # images of a row follow one another
+    rank = torch.cat([torch.arange(count) for count in counts])
+    empty = torch.full(visual.shape, -1)
+    return rows, *(empty.masked_scatter(visual, x) for x in (order[index], index, rank))
 
 
-def checked(given: Mapping[str, Any]) -> Given:
-    """The arguments without those of the cache; all others can be cut into rows."""
-    out = {k: v for k, v in given.items() if k not in DROPPED and v is not None}
-    known = ("inputs_embeds", "attention_mask", "position_ids")
-    plain = (type(None), bool, int, float, str)
-    strange = [k for k, v in out.items() if k not in known and not isinstance(v, plain)]
-    if strange or not isinstance(out.get("inputs_embeds"), Tensor):
-        raise ModelError(
-            f"The decoder is called with {sorted(out)}; expected inputs_embeds, attention_mask, "
-            f"position_ids and plain options; cannot cut {strange} into rows. Please report this class."
-        )
-    return out
+def _vision_map(
+    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], batch_row: Tensor
+) -> VisionMap:
+    prefix = anatomy.family.prefix(config)
+    counts = [g.rows * g.columns + len(prefix) for g in grids]
+    n, most, start = len(grids), max(counts), len(prefix)
+    kind = torch.zeros(n, most, dtype=torch.long)
+    row, column, layout = (torch.full((n, most), -1) for _ in range(3))
+    box = torch.full((n, most, 4), float("nan"))
+    kind[:, :start] = torch.tensor([VISION_KINDS.index(name) for name in prefix], dtype=torch.long)
+    for i, (grid, stop) in enumerate(zip(grids, counts, strict=True)):
+        kind[i, start:stop] = VISION_KINDS.index("patch")
+        cells = _blockwise(grid, 1 if anatomy.family.pooled else anatomy.merge)
+        row[i, start:stop], column[i, start:stop] = cells
+        box[i, start:stop] = grid.boxes()[cells].float()
+    if anatomy.vision.packed:
+        order, place = anatomy.family.order, torch.arange(sum(counts))
+        layout[kind > 0] = order(config, inputs["image_grid_thw"].cpu()) if order else place
+    shape = torch.tensor([[g.rows, g.columns] for g in grids])
+    packed = layout if anatomy.vision.packed else None
+    return VisionMap(kind, kind > 0, row, column, box, shape, packed, batch_row)
+
+
+def _blockwise(grid: PatchGrid, merge: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every patch in merge blocks, then inside each; raster order for merge 1."""
+    shape = (grid.rows // merge, grid.columns // merge, merge, merge)
+    patches = torch.arange(grid.rows * grid.columns)
+    block_row, block_column, inner_row, inner_column = torch.unravel_index(patches, shape)
+    return block_row * merge + inner_row, block_column * merge + inner_column

@@ -19,12 +19,9 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_flags
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.interventions import application
-from sinkscope.interventions.application import Edited, check_interventions
-from sinkscope.models import inputs as preparing
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
-from sinkscope.models.identity import layout_of
-from sinkscope.models.inputs import Sample
+from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
@@ -55,7 +52,7 @@ class LVLM:
         self.verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         self._open = OpenTrace(self._places.here, self._anatomy)
-        if verify and processor is not None and not self._places.weightless:
+        if verify and processor is not None and self.device.type != "meta":
             self._not_added = verify_anatomy(self)
             self._anatomy = self._anatomy.without(self._not_added)
             self.verified = True
@@ -79,8 +76,7 @@ class LVLM:
         CheckpointError if the checkpoint is missing, incomplete or corrupt, or an option is wrong.
 
         Args:
-            name: Repository id or folder.
-            revision: Branch, tag or commit.
+            name: Repository id or folder; ``revision`` is a branch, tag or commit of it.
             dtype: ``"auto"``, a torch dtype or its name.
             device_map: Passed to ``transformers``, such as ``"auto"``.
             attn_implementation: ``"sdpa"``, ``"eager"``, ... or None for the model's default.
@@ -88,14 +84,10 @@ class LVLM:
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
         """
         check_flags(verify=verify)  # before the weights are read
-        options = dict(
-            revision=revision,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            trust_remote_code=trust_remote_code,
-        )
+        options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
+        options["attn_implementation"] = attn_implementation
+        options["trust_remote_code"] = trust_remote_code
+        options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify and by_name is None)
         lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
@@ -156,7 +148,7 @@ class LVLM:
             rendered: Whether texts are finished prompts, with one image token per image.
         """
         parts = self._module, self._processor, self.anatomy
-        return preparing.make_sample(*parts, images, text, inputs, rendered=rendered)
+        return make_sample(*parts, images, text, inputs, rendered=rendered)
 
     def run(
         self,
@@ -174,11 +166,9 @@ class LVLM:
         Probes see what the model uses after all edits of a site. Edits apply in list order; those of
         one attention call in stages first: keys, logits, weights, values. ProbeError or InterventionError
         if one does not fit, NoEffectError if one touched nothing, NonFiniteError if live logits hold NaN.
+        ``run[probe]`` is a probe's result; what interventions did stands in ``run.effects``.
 
         Args:
-            sample: From `prepare`.
-            probes: The probes; their results are found by the probe object.
-            interventions: The interventions; what they did stands in ``run.effects``.
             logits: ``"all"`` or ``"last"``; None is ``"all"`` here and ``"last"`` on remote runs.
             remote: As in `from_pretrained`, whose value None stands for.
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
@@ -186,21 +176,20 @@ class LVLM:
             grad: Whether the logits keep their graph, on the model's device; runs here only.
         """
         check_flags(kl=kl, grad=grad)
-        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
+        asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
         check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
-        keep_all = (logits or ("last" if where else "all")) == "all"
-        context = Context(self.anatomy, sample.tokens)
+        every = logits == "all" or not (logits or where)
+        context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
         plan = checking.plan_of(asked, edits, context, self)
-        last = None if keep_all else sample.tokens.last
-        made = run_plan(*self._on(where, sample), plan, last, where, grad)
-        out = finish_run(made, asked, context, edits, keep_all=keep_all)
+        made = run_plan(*self._on(where, sample), plan, None if every else last, where, grad)
+        out = finish_run(made, asked, context, edits)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
         plain = self.run(sample, logits="last", remote=remote)
-        return application.with_kl(out, plain, sample.tokens.last)
+        return application.with_kl(out, plain, last)
 
     def generate(
         self,
@@ -216,27 +205,24 @@ class LVLM:
 
         The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
+        Interventions apply at the steps they name. For ``remote`` see `run`.
 
         Args:
-            sample: See `run`, also for ``remote``.
-            probes: Run at the prompt and at every step.
-            interventions: Applied at the steps they name.
             max_new_tokens: Upper bound on the answer's length, or None.
             options: Further settings of ``generate`` with one query per row, such as no beams. A
                 static cache is replaced by one that grows, which changes no number. InputError if they,
                 or the model's ``generation_config``, ask for what cannot be probed.
         """
-        asked, edits = checking.check_run(sample, layout_of(self.anatomy), probes, interventions)
+        asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
         defaults = getattr(self._module, "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        checking.check_generation(sample, options, defaults)
+        options |= checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
-        both = enumerate((asked, later))
         context = partial(Context, self.anatomy, sample.tokens)
-        plans = [checking.plan_of(p, edits, context(step), self) for step, p in both]
-        options |= checking.growing_cache(options, defaults)
+        first = checking.plan_of(asked, edits, context(0), self)
+        plans = [first, checking.plan_of(later, edits, context(1), self)]
         outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
@@ -248,9 +234,12 @@ class LVLM:
         text = decode and tuple(decode(sequences[:, prompt:], skip_special_tokens=True))
         return Generation(sequences, text, tuple(steps))
 
-    def edited(self, interventions: Sequence[Intervention]) -> AbstractContextManager[Edited]:
+    def edited(
+        self, interventions: Sequence[Intervention]
+    ) -> AbstractContextManager[application.Edited]:
         """The same model with interventions on, until the block ends: it has `run` and `generate`."""
-        return closing(Edited(self, check_interventions(interventions)))
+        checked = application.check_interventions(interventions)
+        return closing(application.Edited(self, checked))
 
     def trace(self, sample: Sample, *, grad: bool = False) -> Any:
         """Open nnsight's own trace of one forward pass here, on the sample's inputs.
@@ -259,7 +248,7 @@ class LVLM:
         value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
         check_flags(grad=grad)
-        checking.check_run(sample, layout_of(self.anatomy))
+        checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)
         model, inputs = self._on(False, sample)
@@ -291,7 +280,5 @@ class LVLM:
         return self._places.model(where, self.name), self._places.placed(sample.inputs)
 
     def __iter__(self) -> Iterator[Any]:
-        raise ModelError(
-            "Got iteration over an LVLM; expected a use of its parts. Write "
-            "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy."
-        )
+        write = "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy"
+        raise ModelError(f"Got iteration over an LVLM; expected a use of its parts. Write {write}.")

@@ -22,7 +22,6 @@ from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
-NOT_READABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError)  # PIL's errors
 PIXELS = "pixels:"
 """How the id of an image without one begins; digests of several are joined by ``|``."""
 T = TypeVar("T", bound=Any)
@@ -43,41 +42,36 @@ def open_image(image: Any) -> Image.Image:
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path") or image
-    if isinstance(image, Image.Image):
-        return _read(image, str(image))
+    kind = type(image).__name__
     if isinstance(image, (str, os.PathLike)):
         with _found(image) as file:
             return _read(file, repr(str(image)[:60]))
-    if isinstance(image, bytes) or hasattr(image, "read"):
-        return _read(BytesIO(image) if isinstance(image, bytes) else image, type(image).__name__)
+    if isinstance(image, bytes):
+        return _read(BytesIO(image), kind)
+    if isinstance(image, Image.Image) or hasattr(image, "read"):
+        return _read(image, kind)
     if getattr(image, "shape", None) is None or not hasattr(image, "__array__"):
-        raise InputError(
-            f"Got an image of type {type(image).__name__}; expected a PIL image, a path, a URL, bytes, "
-            "a numpy array or a tensor."
-        )
-    return _read(_from_array(image), type(image).__name__)
+        known = "a PIL image, a path, a URL, bytes, a numpy array or a tensor"
+        raise InputError(f"Got an image of type {kind}; expected {known}.")
+    return _read(_from_array(image), kind)
 
 
 def _found(place: str | os.PathLike[str]) -> IO[bytes]:
-    """The file at a path or a URL."""
     where = os.path.expanduser(os.fspath(place))
     if os.path.isfile(where):
         return open(where, "rb")
     if not where.startswith(ADDRESSES):
         what = "a folder" if os.path.isdir(where) else "neither an existing file nor a URL"
-        raise InputError(
-            f"Got the image {where[:60]!r}, which is {what}; expected the path or URL of a picture. "
-            f"Paths are relative to {os.getcwd()!r}; URLs begin with {', '.join(ADDRESSES)}."
-        )
+        got = f"Got the image {where[:60]!r}, which is {what}; expected the path or URL of one"
+        places = f"Paths are relative to {os.getcwd()!r}; URLs begin with {', '.join(ADDRESSES)}"
+        raise InputError(f"{got}. {places}.")
     request = Request(where, headers={"User-Agent": "sinkscope"})
     try:
         with urlopen(request, timeout=20) as answer:
             return BytesIO(answer.read())
     except (OSError, ValueError, HTTPException) as error:
-        raise InputError(
-            f"Got the image {str(place)[:60]!r}, which could not be fetched ({error}); expected a URL "
-            "that this machine reaches. Otherwise save it and write the path of the file."
-        ) from error
+        got = f"Got the image {str(place)[:60]!r}, which could not be fetched ({error})"
+        raise InputError(f"{got}; expected a URL within reach. Else save it as a file.") from error
 
 
 def _read(given: Any, shown: str) -> Image.Image:
@@ -93,7 +87,7 @@ def _read(given: Any, shown: str) -> Image.Image:
             return picture.convert("RGB")
     except InputError:
         raise
-    except NOT_READABLE as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         got = f"Got {shown}, which is no readable image ({error})"
         raise InputError(f"{got}; expected a PNG, JPEG or other file that PIL opens.") from error
 
@@ -106,18 +100,15 @@ def _from_array(values: Any) -> Image.Image:
     shape, wanted = array.shape, ""
     first, last = (array.ndim == 3 and shape[axis] in (1, 3, 4) for axis in (0, -1))
     if array.ndim == 4:
-        wanted = (
-            "one picture. For several write images=list(pictures), one entry per text, or "
-            "images=[list(pictures)] for one text."
-        )
+        wanted = "one picture. For several write images=list(pictures), one entry per text, or "
+        wanted += "images=[list(pictures)] for one text."
     elif array.dtype.kind not in "biuf" or 0 in shape or not (array.ndim == 2 or first or last):
         wanted = "numbers [height width], or with 1, 3 or 4 channels first or last."
     elif first and last:
         wanted = "1, 3 or 4 channels either first or last, not both. Write Image.fromarray(...)."
     if wanted:
-        raise InputError(
-            f"Got an image of shape {shape} and dtype {array.dtype}; expected {wanted}"
-        )
+        got = f"Got an image of shape {shape} and dtype {array.dtype}"
+        raise InputError(f"{got}; expected {wanted}")
     array = np.moveaxis(array, 0, -1) if first else array
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     return Image.fromarray(np.ascontiguousarray(_levels(array)))
@@ -135,10 +126,11 @@ def _levels(array: np.ndarray) -> np.ndarray:
     full = large if high > small or sixteen else small
     nearly = full == 255 and array.dtype.kind == "f" and high < 2
     if low < 0 or high > full or nearly:
-        raise InputError(
-            f"Got an image of dtype {array.dtype} with values from {low:g} to {high:g}; expected 0 to "
-            f"{small} or {large}. Scale it; normalised pixels go in as lvlm.prepare(inputs=...)."
+        got = f"Got an image of dtype {array.dtype} with values from {low:g} to {high:g}; expected"
+        write = (
+            "Scale it, or write array.clip(0, 1); normalised pixels go in as prepare(inputs=...)."
         )
+        raise InputError(f"{got} 0 to {small} or {large}. {write}")
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
 
 
@@ -156,10 +148,8 @@ def _text_of(image_id: Any) -> str | None:
         return None if image_id in ("nan", "None", "<NA>", "NaT") else str(image_id)
     if is_number(image_id) and float(image_id).is_integer():
         return str(int(image_id))
-    raise InputError(
-        f"Got image_id={image_id!r}; expected text or a whole number. Leave it out of all records to "
-        "tell images by their pixels."
-    )
+    got = f"Got image_id={image_id!r}; expected text or a whole number"
+    raise InputError(f"{got}. Leave it out of all records to tell images by their pixels.")
 
 
 class ImageIds:
@@ -186,28 +176,24 @@ class ImageIds:
         given = name is not None
         self._given = given if self._given is None else self._given
         if given != self._given:
-            raise InputError(
-                f"Record {record} has {'an' if given else 'no'} image_id, unlike record 0; expected it "
-                "in all records or in none, or one image would count as two."
-            )
+            got = f"Record {record} has {'an' if given else 'no'} image_id, unlike record 0; expected it"
+            raise InputError(f"{got} in all records or in none, or one image would count as two.")
         name = pixels if name is None else name
         first, seen = self._known.setdefault(name, (record, pixels))
         if seen != pixels:
-            raise InputError(
-                f"Records {first} and {record} have the image_id {name!r} and different pictures; "
-                "expected one picture per id. Give every picture its own, or leave image_id out."
-            )
+            got = f"Records {first} and {record} have the image_id {name!r} and different pictures"
+            write = "Give every picture its own, or leave image_id out."
+            raise InputError(f"{got}; expected one picture per id. {write}")
         return name, pixels
 
     def _digest(self, image: Any) -> str:
         """A digest of a picture's size and pixels; a file is read once."""
-        path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-        if path is not None and path in self._files:
-            return self._files[path]
-        opened = open_image(image)
-        pixels = repr(opened.size).encode() + opened.tobytes()
-        digest = hashlib.blake2b(pixels, digest_size=8).hexdigest()
-        return digest if path is None else self._files.setdefault(path, digest)
+        path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
+        if not path or path not in self._files:
+            opened = open_image(image)
+            pixels = repr(opened.size).encode() + opened.tobytes()
+            self._files[path] = hashlib.blake2b(pixels, digest_size=8).hexdigest()
+        return self._files[path]
 
 
 def identified(records: Sequence[T]) -> list[T]:
@@ -229,13 +215,10 @@ def clusters_of(image_ids: Iterable[Any]) -> list[str]:
     for place, image_id in enumerate(image_ids):
         name = _text_of(image_id)
         if name is None:
-            raise InputError(
-                f"Got image id {image_id!r} at place {place}; expected an id for every question. Leave "
-                "such lines out, or give them ids of their own."
-            )
-        first, *others = [name]
-        if name.startswith(PIXELS):
-            first, *others = [PIXELS + part for part in name[len(PIXELS) :].split("|")]
+            got = f"Got image id {image_id!r} at place {place}; expected an id for every question"
+            raise InputError(f"{got}. Leave such lines out, or give them ids of their own.")
+        many = name.removeprefix(PIXELS).split("|") if name.startswith(PIXELS) else ()
+        first, *others = [PIXELS + part for part in many] or [name]
         for other in others:
             root[find(other)] = find(first)
         firsts.append(first)

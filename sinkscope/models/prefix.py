@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the stem (system prompt, image) runs once, and serves every tail.
+"""Run the common beginning of prompts (system prompt, image) once: the stem, which serves every tail.
 
 A causal stem does not see its tails (question and answer, one row each, padded on the right). If an
 edit depends on the stem alone, so do the stem's keys and values, and they are reused exactly.
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sinkscope.models.decoder import Given
 from sinkscope.models.lvlm import LVLM
-from sinkscope.models.replay import Captured, Given, capture_given, map_tensors, resume, row_axis
+from sinkscope.models.replay import Captured, capture, map_tensors, resume, row_axis
+from sinkscope.models.wrapping import Inputs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,7 +32,6 @@ class _Past(DynamicLayer):
         self.new: Pair | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """The keys and values to attend to."""
         if self.before is None:
             self.new = (key_states, value_states)
             return self.new
@@ -41,14 +42,10 @@ class _Past(DynamicLayer):
         """How many positions stand before; the same in every block, also in those passed by."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All keys are kept, also where a window hides them."""
-        return self.length + query_length, 0
-
 
 @dataclass(frozen=True, eq=False)
 class KeyValues:
-    """What a stem leaves behind: its length, and by block ``[row kv_head pos d_head]`` or None."""
+    """Keys and values of a stem, by block ``[row kv_head pos d_head]`` or None, and its length."""
 
     length: int
     by_block: tuple[Pair | None, ...]
@@ -56,11 +53,11 @@ class KeyValues:
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
 
-        def chosen(key: Tensor, value: Tensor) -> Pair:
-            here = rows.to(key.device)
-            return key.index_select(0, here), value.index_select(0, here)
+        def chosen(states: Tensor) -> Tensor:
+            return states.index_select(0, rows.to(states.device))
 
-        return Cache(layers=[_Past(self.length, pair and chosen(*pair)) for pair in self.by_block])
+        pairs = (pair and (chosen(pair[0]), chosen(pair[1])) for pair in self.by_block)
+        return Cache(layers=[_Past(self.length, pair) for pair in pairs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,7 @@ class Branches:
     tails: Captured
 
 
-def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | None:
+def why_not_shared(givens: Sequence[Inputs], length: int) -> str | None:
     """Why decoder arguments of single rows cannot share their first ``length`` positions, or None."""
     if length < 1 or any(given["inputs_embeds"].shape[1] <= length for given in givens):
         return "nothing stands before or after the end of the last image"
@@ -92,7 +89,7 @@ def why_not_shared(givens: Sequence[Mapping[str, Any]], length: int) -> str | No
     return None
 
 
-def _leaves(given: Mapping[str, Any]) -> dict[tuple[str, Any], Any]:
+def _leaves(given: Inputs) -> dict[tuple[str, Any], Any]:
     """The arguments, those in a dict one by one; a missing mask too."""
     return {
         (name, key): part
@@ -102,26 +99,23 @@ def _leaves(given: Mapping[str, Any]) -> dict[tuple[str, Any], Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same, bit for bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     return type(a) is type(b) and a == b
 
 
-def _stem(given: Mapping[str, Any], length: int) -> Given:
-    """The arguments of the first positions."""
+def _stem(given: Inputs, length: int) -> Given:
 
     def cut(name: str, value: Tensor) -> Tensor:
         if name == "inputs_embeds":
             return value[:, :length]
-        if name == "attention_mask" and value.ndim == 4:
-            return value[:, :, :length, :length]
-        return value[..., :length]
+        whole = name == "attention_mask" and value.ndim == 4
+        return value[:, :, :length, :length] if whole else value[..., :length]
 
     return map_tensors(cut, given)
 
 
-def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
+def _tail(given: Inputs, length: int, longest: int) -> Given:
     """The arguments of the positions after the stem, padded on the right to ``longest``."""
     missing = longest - (given["inputs_embeds"].shape[1] - length)
 
@@ -143,14 +137,11 @@ def _tail(given: Mapping[str, Any], length: int, longest: int) -> Given:
 
 @torch.no_grad()
 def capture_branches(
-    lvlm: LVLM, givens: Sequence[Mapping[str, Any]], length: int, blocks: Any = None
+    lvlm: LVLM, givens: Sequence[Inputs], length: int, blocks: Any = None
 ) -> Branches:
-    """One pass over the common beginning and one over all endings, without edits.
-
-    ``givens`` and ``length`` as for `why_not_shared`; ``blocks`` are those that will be edited, None for all.
-    """
+    """Run the stem once and all tails once, without edits; ``blocks`` will be edited, None for all."""
     layers = [_Past() for _ in range(lvlm.anatomy.language.n_layers)]
-    stem = capture_given(lvlm, _stem(givens[0], length), blocks, Cache(layers=[*layers]))
+    stem = capture(lvlm, _stem(givens[0], length), blocks, cache=Cache(layers=[*layers]))
     past = KeyValues(length, tuple(layer.new for layer in layers))
     longest = max(given["inputs_embeds"].shape[1] for given in givens) - length
 
@@ -159,7 +150,7 @@ def capture_branches(
 
     tails = map_tensors(stack, *(_tail(given, length, longest) for given in givens))
     rows = torch.zeros(len(givens), dtype=torch.long)
-    return Branches(stem, past, capture_given(lvlm, tails, blocks, past.cache(rows)))
+    return Branches(stem, past, capture(lvlm, tails, blocks, cache=past.cache(rows)))
 
 
 def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
@@ -176,10 +167,10 @@ def resume_stem(branches: Branches, block: int, factors: Tensor) -> KeyValues:
 def resume_tails(
     branches: Branches, block: int, factors: Tensor, past: KeyValues, edits: Tensor, tails: Tensor
 ) -> Tensor:
-    """The endings under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
+    """The tails under edits of one block: hidden states after the final norm, ``[row pos d_model]``.
 
     ``factors`` ``[edit key]`` were given to `resume_stem`, which gave ``past``; ``edits`` and ``tails``,
-    int ``[row]``, say which edit and which ending each row has.
+    int ``[row]``, say which edit and which tail each row has.
     """
     longest = branches.tails.hidden.shape[1]
     scale = F.pad(factors.index_select(0, edits.to(factors.device)), (0, longest), value=1.0)

@@ -41,9 +41,8 @@ def check_words(text: str, marks: Marks, who: str) -> None:
         if mark in text:
             raise InputError(
                 f"{who} {mark!r} inside of {text[:60]!r}, which the model reads as an image or a video; "
-                "expected words. For the place of the image put it alone on the first or last line, or "
-                "write chat messages; for a finished prompt write prepare(..., rendered=True); for the "
-                f"letters themselves write {mark[0] + ' ' + mark[1:]!r}."
+                "expected words. For the image's place write it alone on the first or last line; for a "
+                f"finished prompt, rendered=True; for the letters write {mark[0] + ' ' + mark[1:]!r}."
             )
 
 
@@ -58,10 +57,8 @@ def question_of(text: str, marks: Marks, images: int | None = None, who: str = "
         while lines and mark.search(lines[end]) and not mark.sub("", lines[end]).strip():
             found += len(mark.findall(lines.pop(end)))
     if found and images not in (None, found):
-        raise InputError(
-            f"{who} {found} image marks and {images} images; expected as many. Write one {PLACE!r} per "
-            "image, or none: then they are put in front."
-        )
+        got = f"{who} {found} image marks and {images} images; expected as many"
+        raise InputError(f"{got}. Write one {PLACE!r} per image, or none: then they come first.")
     question = "\n".join(lines).strip() if found else text
     if found and not question:
         raise InputError(f"{who} no text beside {text.strip()!r}; expected a question.")
@@ -80,10 +77,6 @@ def check_questions(processor: Any, items: Iterable[Any]) -> None:
 
 def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]:
     """The images of every batch row, opened, and its text or its chat messages without images."""
-    if _is_chat(images) and text is None:
-        raise InputError(
-            "Got chat messages as images; expected them as text. Write lvlm.prepare(text=messages)."
-        )
     single = isinstance(text, str) or _is_chat(text)
     texts = [text] if single or not isinstance(text, Sequence) else list(text)
     rows, asked, opened = [], [], {}
@@ -101,7 +94,6 @@ def as_rows(images: Any, text: Any) -> tuple[list[list[Image.Image]], list[Any]]
 
 
 def _is_chat(given: Any) -> bool:
-    """Whether this is a list of chat messages."""
     many = isinstance(given, (list, tuple)) and len(given) > 0
     return many and all(isinstance(one, Mapping) and "bytes" not in one for one in given)
 
@@ -112,20 +104,17 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
     bare = images is None or (many and not images)
     wrong = [type(one).__name__ for one in texts if not isinstance(one, str) and not _is_chat(one)]
     message = ""
-    if bare and not (texts and all(map(_is_chat, texts))):
+    if _is_chat(images) and texts[0] is None:
+        message = "chat messages as images; expected text. Write lvlm.prepare(text=messages)."
+    elif bare and not (texts and all(map(_is_chat, texts))):
         message = "no image; expected at least one. Write lvlm.prepare(images=image, text='...')."
     elif not texts or texts[0] is None or texts == [""]:
         message = "no text; expected a question. Write prepare(images=image, text='What is it?')."
     elif wrong:
-        message = (
-            f"a text of type {wrong[0]}; expected a str or chat messages, or a list, one per row."
-        )
+        message = f"a text of type {wrong[0]}; expected a str or chat messages, or a list of them."
     elif many and images and not single and len(images) != len(texts):
-        message = (
-            f"{len(images)} image entries for {len(texts)} texts; expected one entry per row. Write "
-            "images=[a, b], text=['...', '...'], images=[[a, b], [c]] for several images in a row, or "
-            "images=a for one picture in all rows."
-        )
+        message = f"{len(images)} image entries for {len(texts)} texts; expected one each. Write "
+        message += "images=[[a, b], [c]] for several images in a row, images=a for one in all rows."
     if message:
         raise InputError(f"Got {message}")
     if bare or not many:
@@ -142,38 +131,30 @@ def _unfold(
     for message in messages:
         content = message.get("content")
         if "role" not in message or not isinstance(content, (str, list, tuple)):
-            raise InputError(
-                f"{who} a message with {sorted(message)}; expected role and content, a str or a list of "
-                "parts. Write {'role': 'user', 'content': [{'type': 'text', 'text': '...'}]}."
-            )
+            got = f"{who} a message with {sorted(message)}; expected role and content"
+            write = "{'role': 'user', 'content': [{'type': 'text', 'text': '...'}]}"
+            raise InputError(f"{got}, a str or a list of parts. Write {write}.")
         parts: list[Any] = []
         for part in () if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             if kind not in ("text", "image", "image_url"):
-                raise InputError(
-                    f"{who} a part of type {kind!r} in a message; expected 'text' or 'image': only "
-                    "still images are mapped to tokens. Write the frames of a video as images."
-                )
+                got = f"{who} a part of type {kind!r} in a message; expected 'text' or 'image'"
+                raise InputError(f"{got}. Write the frames of a video as images.")
             if kind != "text":
                 own = [_source(name, part[name]) for name in SOURCES if part.get(name) is not None]
                 if not own and not left:
-                    raise InputError(
-                        f"{who} more image parts than images; expected a picture for each. Write "
-                        "{'type': 'image', 'image': picture}."
-                    )
+                    got = f"{who} more image parts than images; expected a picture for each"
+                    raise InputError(got + ". Write {'type': 'image', 'image': picture}.")
                 pictures.append(own[0] if own else left.pop(0))
             parts.append(dict(part) if kind == "text" else {"type": "image"})
         bare.append({**message, "content": content if isinstance(content, str) else parts})
     if left:
-        raise InputError(
-            f"{who} {len(left)} images for which the messages have no part; expected a part for each. "
-            "Write {'type': 'image'} where it belongs."
-        )
+        got = f"{who} {len(left)} images for which the messages have no part; expected a part for each"
+        raise InputError(got + ". Write {'type': 'image'} where it belongs.")
     return pictures, bare
 
 
 def _source(name: str, value: Any) -> Any:
-    """The picture of a part, in a form that `open_image` knows."""
     if name == "base64" and not str(value).startswith("data:"):
         return f"data:image;base64,{value}"
     return value.get("url") if name == "image_url" and isinstance(value, Mapping) else value
@@ -184,10 +165,9 @@ def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int)
 
     ``asked`` is a question, chat messages without pictures, or a finished prompt if ``rendered``.
     """
-    marks, who = marks_of(processor), f"Row {row} has"
+    marks, who, prompt = marks_of(processor), f"Row {row} has", asked
     template = getattr(processor, "chat_template", None)
     template = template or getattr(processor.tokenizer, "chat_template", None)
-    prompt = asked
     if not rendered and isinstance(asked, str):
         asked = question_of(asked, marks, images, who)
         prompt = marks.image * images + "\n" + asked
@@ -195,31 +175,23 @@ def render(processor: Any, images: int, asked: Any, *, rendered: bool, row: int)
         asked = [{"role": "user", "content": parts}]
     elif not rendered:
         if not template:
-            raise InputError(
-                f"{who} chat messages, and the processor has no chat template; expected one. Write "
-                "processor.chat_template = '...', or a finished prompt with rendered=True."
-            )
+            got = f"{who} chat messages, and the processor has no chat template; expected one"
+            write = "processor.chat_template = '...', or a finished prompt with rendered=True"
+            raise InputError(f"{got}. Write {write}.")
         for content in (message["content"] for message in asked):
             for text in [content] if isinstance(content, str) else [p.get("text") for p in content]:
                 check_words(text or "", marks, who)
     if template and not rendered:
-        prompt = _chat(processor, template, asked)
+        opens = asked[-1]["role"] != "assistant"  # else its own turn goes on
+        options = dict(chat_template=template, add_generation_prompt=opens, tokenize=False)
+        try:
+            prompt = processor.apply_chat_template(list(asked), **options)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise InputError(
+                f"The model's chat template refuses messages of the roles {[m['role'] for m in asked]} "
+                f"({error}); expected what it was written for: often 'user' first, then in turns."
+            ) from error
     if (found := prompt.count(marks.image)) != images:
-        raise InputError(
-            f"Got {found} {marks.image!r} tokens and {images} images in row {row}; expected as many. "
-            "A finished prompt holds one per image, and so must what the chat template writes."
-        )
+        got = f"Got {found} {marks.image!r} tokens and {images} images in row {row}"
+        raise InputError(f"{got}; expected as many, in a finished prompt or from the template.")
     return prompt
-
-
-def _chat(processor: Any, template: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Messages through a template; where the last is not the assistant's, its turn begins."""
-    opens = messages[-1]["role"] != "assistant"
-    options = dict(chat_template=template, add_generation_prompt=opens, tokenize=False)
-    try:
-        return processor.apply_chat_template(list(messages), **options)
-    except (TemplateError, TypeError, KeyError) as error:
-        raise InputError(
-            f"The model's chat template refuses messages of the roles {[m['role'] for m in messages]} "
-            f"({error}); expected such as it was written for: often roles that alternate from 'user' on."
-        ) from error

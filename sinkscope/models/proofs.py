@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,24 +29,8 @@ from sinkscope.probes.attention import AttentionMass
 from sinkscope.protocols import Read
 from sinkscope.sites import Site, Tower
 
-SMALL = 1_000_000_000  # parameters of a model that is verified on one thread of the CPU
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
-TOKENS = 32  # how many tokens of a pass are looked at
-
-
-@dataclass(frozen=True, eq=False)
-class _States:
-    """Whole states at a few sites, as the model lays them out; used here only."""
-
-    sites: tuple[Site, ...]
-    tower: str = "vision"
-
-    def reads(self, context: Context) -> list[Read]:
-        return [Read(site, residual.keep) for site in self.sites]
-
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
-        return answers
 
 
 def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
@@ -64,8 +50,12 @@ def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
         sample = lvlm.prepare(images=image, text="a")
         with _not_by_chance(lvlm, sample):
             _check_picture(lvlm, sample)
-            words, sums = _words_only(sample), _sums(lvlm, "language")
-            run = lvlm.run(words, probes=sums, logits="last", remote=False)
+            tokens, words = sample.tokens, (sample.tokens.image < 0)[0]  # as text alone is taken
+            few = {n: x[:, words] for n, x in vars(tokens).items() if isinstance(x, Tensor)}
+            inputs = {n: sample.inputs[n][:, words] for n in ("input_ids", "attention_mask")}
+            alone = Sample(inputs, replace(tokens, **few, words=None), made_for=sample.made_for)
+            sums = _sums(lvlm, "language")
+            run = lvlm.run(alone, probes=sums, logits="last", remote=False)
     for probe in sums:
         _check_sum(lvlm, "language", run[probe].mass)
     return wrong
@@ -87,10 +77,9 @@ def _not_by_chance(lvlm: Any, sample: Sample) -> Iterator[None]:
             first, second = (lvlm.run(sample, logits="last", remote=False).logits for _ in "12")
             off = float((first - second).abs().max())
             if not off <= 1e-2 * float(first.abs().max()):
-                raise ModelError(
-                    f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode; "
-                    "expected equal ones. Give training=self.training to dropout, or verify=False."
-                )
+                got = f"Two passes differ by {off:.3g}: they draw random numbers in evaluation mode"
+                write = "Give training=self.training to dropout, or verify=False."
+                raise ModelError(f"{got}; expected equal ones. {write}")
 
 
 @contextmanager
@@ -98,7 +87,7 @@ def _few_threads(module: nn.Module) -> Iterator[None]:
     """One thread for the short passes of a small model, where several wait for one another."""
     with ONE_AT_A_TIME:  # the number of threads belongs to the process
         before = torch.get_num_threads()
-        if sum(p.numel() for p in module.parameters()) <= SMALL:
+        if sum(p.numel() for p in module.parameters()) <= 1_000_000_000:
             torch.set_num_threads(1)
         try:
             yield
@@ -113,21 +102,40 @@ def _sums(lvlm: Any, tower: Tower, most: int | None = None) -> list[AttentionMas
 
 
 def _check_picture(lvlm: Any, sample: Sample) -> None:
-    """Vision tower, projector and the way into the decoder, on a prompt with a picture."""
-    a, places = lvlm.anatomy, lvlm._places
-    feeds = tuple(Site("vision", "resid_post", layer) for layer in a.feeds)
-    ends = (Site("projector", "input"), Site("projector", "output"))
-    states = _States((*feeds, *ends, Site("language", "resid_pre", 0)))
+    """Vision tower, projector and the decoder's first states, on a prompt with a picture."""
+    a, module, places = lvlm.anatomy, lvlm.module, lvlm._places
+    feeds = [Site("vision", "resid_post", layer) for layer in a.feeds]
+    entry, exit_ = Site("projector", "input"), Site("projector", "output")
+    first = Site("language", "resid_pre", 0)
+    reads = [Read(site, residual.keep) for site in (*feeds, entry, exit_, first)]
+    states: Any = SimpleNamespace(reads=lambda context: reads)  # stands for a probe of whole states
     probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
     context = Context(a, sample.tokens)
     plan = plan_of(probes, (), context, lvlm)
     answers = run_until_read(places.here, places.placed(sample.inputs), plan)
     seen = answers[0]
-    if not torch.isfinite(seen[ends[1]]).all():
+    if not torch.isfinite(seen[exit_]).all():
         got = "The projector writes NaN or infinite states for a test image; expected finite ones."
         raise NonFiniteError(f"{got} Load the model in bfloat16 or float32 and check the weights.")
-    _check_feed(lvlm, [seen[site] for site in feeds], seen[ends[0]])
-    _check_projection(lvlm, sample, seen)
+    made, read = torch.cat([seen[site] for site in feeds], dim=-1), seen[entry]
+    if a.family.feed_norm:
+        norm: Any = module.get_submodule(a.family.feed_norm)
+        with torch.no_grad():
+            made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
+    made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
+    made, read = (rearrange(x, "... width -> (...) width") for x in (made, read))
+    if not torch.equal(made, read):
+        got = f"The projector reads a tensor {tuple(read.shape)} that differs from the output of vision"
+        wanted = f"blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}"
+        raise ModelError(f"{got} {wanted}. Please report it.")
+    read = seen[first][sample.tokens.image >= 0]
+    # The model brings what the projector writes into the decoder's dtype.
+    dtype = dtype_of(module.get_input_embeddings())
+    written = seen[exit_].reshape(-1, read.shape[-1]).to(dtype).float()
+    same = written.shape == read.shape
+    if not (same and torch.equal(written[torch.cdist(read, written).argmin(dim=1)], read)):
+        got = f"The projector writes {tuple(written.shape)}, but the decoder reads other states at"
+        raise ModelError(f"{got} its {tuple(read.shape)} image positions; expected equal vectors.")
     for slot, probe in enumerate(probes[1:], start=1):
         _check_sum(lvlm, probe.tower, probe.finish(answers[slot], context).mass)
 
@@ -139,50 +147,8 @@ def _check_sum(lvlm: Any, tower: Tower, mass: Tensor) -> None:
     tolerance = 2e-2 if half else 1e-3
     off = (mass - 1 if anatomy.learned_sink else (mass - 1).abs()).nan_to_num().amax()
     if off > tolerance:
-        raise ModelError(
-            f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within "
-            f"{tolerance}. The attention call found is not the one that attends."
-        )
-
-
-def _words_only(sample: Sample) -> Sample:
-    """The prompt of one row without its image positions, as the model takes text alone."""
-    words = (sample.tokens.image < 0)[0]
-    tensors = {n: x[:, words] for n, x in vars(sample.tokens).items() if isinstance(x, Tensor)}
-    inputs = {name: sample.inputs[name][:, words] for name in ("input_ids", "attention_mask")}
-    tokens = replace(sample.tokens, **tensors, words=None)
-    return Sample(inputs, tokens, made_for=sample.made_for)
-
-
-def _check_feed(lvlm: Any, feeds: list[Tensor], read: Tensor) -> None:
-    """The projector's input is the feeding blocks' output, normed if so, without dropped tokens."""
-    a = lvlm.anatomy
-    made = torch.cat(feeds, dim=-1)
-    if a.family.feed_norm:
-        norm: Any = lvlm.module.get_submodule(a.family.feed_norm)
-        with torch.no_grad():
-            made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
-    made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
-    made, read = (rearrange(x, "... width -> (...) width") for x in (made, read))
-    if not torch.equal(made, read):
-        raise ModelError(
-            f"The projector reads a tensor {tuple(read.shape)} that differs from the output of vision "
-            f"blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}. Please report it."
-        )
-
-
-def _check_projection(lvlm: Any, sample: Sample, seen: Mapping[Site, Tensor]) -> None:
-    """The projector's output reaches the image positions of the decoder's input."""
-    read = seen[Site("language", "resid_pre", 0)][sample.tokens.image >= 0]
-    # The model brings what the projector writes into the decoder's dtype.
-    dtype = dtype_of(lvlm.module.get_input_embeddings())
-    written = seen[Site("projector", "output")].reshape(-1, read.shape[-1]).to(dtype).float()
-    same = written.shape == read.shape
-    if not (same and torch.equal(written[torch.cdist(read, written).argmin(dim=1)], read)):
-        raise ModelError(
-            f"The projector writes {tuple(written.shape)}, but the decoder reads other states at "
-            f"its {tuple(read.shape)} image positions; expected the same vectors."
-        )
+        got = f"Attention over all {tower} tokens sums to 1 +- {off:.3g}; expected 1 within {tolerance}"
+        raise ModelError(f"{got}. The attention call found is not the one that attends.")
 
 
 @contextmanager
@@ -196,7 +162,7 @@ def watched_sums(module: nn.Module, anatomy: Anatomy) -> Iterator[dict[tuple[str
         for tower in (anatomy.vision, anatomy.language):
             for layer in tower.adding:
                 for handle in _watch(module, tower, layer, wrong):
-                    stack.callback(handle.remove)
+                    stack.enter_context(handle)
         yield wrong
 
 
@@ -210,12 +176,9 @@ def _watch(
     def begin(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         parts[:] = [args[0] if args else next(iter(kwargs.values()))]
 
-    def adder(factors: tuple[str, ...]) -> Any:
-        def note(part: nn.Module, args: Any, out: Any) -> None:
-            states = first_tensor(out)
-            parts.append(times(states, factors_at(module, factors, states.device)))
-
-        return note
+    def add(factors: tuple[str, ...], part: nn.Module, args: Any, out: Any) -> None:
+        states = first_tensor(out)
+        parts.append(times(states, factors_at(module, factors, states.device)))
 
     def end(block: nn.Module, args: Any, out: Any) -> None:
         why = "attention or MLP did not run once in a pass"
@@ -227,9 +190,8 @@ def _watch(
             wrong[tower.tower, layer] = no_branch(path, block, why)
 
     yield get(path).register_forward_pre_hook(begin, with_kwargs=True)
-    for site in ("attn_out", "mlp_out"):
-        branch = tower.branch(site, layer)
-        yield get(branch.path).register_forward_hook(adder(branch.factors))
+    for branch in (tower.branch("attn_out", layer), tower.branch("mlp_out", layer)):
+        yield get(branch.path).register_forward_hook(partial(add, branch.factors))
     yield get(path).register_forward_hook(end)
 
 
@@ -238,7 +200,7 @@ def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:
     every, width = (*parts, whole), whole.shape[-1]
     eps = max(torch.finfo(states.dtype).eps for states in every)
     exact = torch.promote_types(whole.dtype, torch.float32)
-    few = (states.detach().reshape(-1, width)[:TOKENS] for states in every)
+    few = (states.detach().reshape(-1, width)[:32] for states in every)  # some tokens will do
     pre, attention, mlp, post = (states.to(whole.device, exact) for states in few)
     size = (pre.abs() + attention.abs() + mlp.abs()) * eps
     off = (pre + attention + mlp - post).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)

@@ -18,13 +18,9 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.models.inputs import Ended, Given, decoder_inputs
-from sinkscope.models.keyhook import KeyEdit, scaled_keys
+from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
 from sinkscope.models.lvlm import LVLM
-from sinkscope.models.wrapping import lent, on_device, undisturbed
-
-Decide = Callable[[Tensor], Tensor]
-Inputs = Mapping[str, Any]
+from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +34,7 @@ class Captured:
 
     module: nn.Module
     anatomy: Anatomy
-    given: Mapping[str, Any]
+    given: Inputs
     states: Mapping[int, Tensor]
     end: Tensor | None
 
@@ -46,9 +42,8 @@ class Captured:
     def hidden(self) -> Tensor:
         """After the final norm, ``[row pos d_model]``; refused if the pass ended before."""
         if self.end is None:
-            raise ModelError(
-                "Got a pass that ended at a block; expected a whole one. Write capture(..., whole=True)."
-            )
+            got = "Got a pass that ended at a block; expected a whole one."
+            raise ModelError(f"{got} Write capture(..., whole=True).")
         return self.end
 
     def __len__(self) -> int:
@@ -57,31 +52,21 @@ class Captured:
     def state(self, block: int) -> Tensor:
         """What a captured block read, ``[row pos d_model]``."""
         if block not in self.states:
-            raise LayerError(
-                f"Got block {block!r}; expected one of {sorted(self.states)}, which were captured. "
-                f"Write capture(lvlm, inputs, [{block!r}])."
-            )
+            got = f"Got block {block!r}; expected one of {sorted(self.states)}, those captured."
+            raise LayerError(f"{got} Write capture(lvlm, inputs, [{block!r}]).")
         return self.states[block]
 
 
-def capture(
-    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, features: Any = None, whole: bool = True
-) -> Captured:
-    """One plain forward pass without gradient and LM head, with the states that blocks read.
-
-    ``blocks`` are those that will be edited, None for all; ``features`` see `decoder_inputs`; without
-    ``whole`` the pass ends at the last of the blocks.
-    """
-    with torch.no_grad():
-        given, _ = decoder_inputs(lvlm, inputs, features)
-    return capture_given(lvlm, given, blocks, whole=whole)
-
-
 @torch.no_grad()
-def capture_given(
-    lvlm: LVLM, given: Given, blocks: Any = None, cache: Any = None, *, whole: bool = True
+def capture(
+    lvlm: LVLM, inputs: Inputs, blocks: Any = None, *, cache: Any = None, whole: bool = True
 ) -> Captured:
-    """`capture` from the decoder's own arguments on, with a cache of what comes before, or None."""
+    """Run one plain forward pass without gradient and LM head, and keep the states that blocks read.
+
+    ``inputs`` are the model's, or what `decoder_inputs` gives; ``blocks`` those that will be edited, None
+    for all; ``cache`` holds what comes before. Without ``whole`` the pass ends at the last of the blocks.
+    """
+    given = dict(inputs) if "inputs_embeds" in inputs else decoder_inputs(lvlm, inputs)[0]
     wanted = lvlm.anatomy.language.layers(blocks)
     states: dict[int, Tensor] = {}
     final = None
@@ -103,14 +88,14 @@ def resume(
     *,
     rows: Sequence[int] | Tensor | None = None,
     cache: Any = None,
-    later: Mapping[int, Decide] | None = None,
+    later: Mapping[int, KeyEdit] | None = None,
 ) -> Tensor:
-    """The rest of a captured pass, with the keys of one block scaled; under the caller's grad mode.
+    """Run the rest of a captured pass with the keys of one block scaled; under the caller's grad mode.
 
-    LayerError if the block was not captured, InputError if rows or factors do not fit.
+    Gives hidden states after the final norm, ``[row pos d_model]``. LayerError if the block was not
+    captured, InputError if rows or factors do not fit.
 
     Args:
-        captured: The pass.
         block: The block whose keys are scaled; everything before it is reused.
         factors: ``[row key]``: what each key of each row is multiplied with, after RoPE and k-norm;
             1 for text and padding.
@@ -118,23 +103,17 @@ def resume(
         cache: Keys and values of what comes before, or None.
         later: Further blocks behind this one, with a function that gives their factors from what
             they read, ``[row pos d_model]``, after the edits before them; or None.
-
-    Returns:
-        Hidden states after the final norm, ``[row pos d_model]``.
     """
     state, n, deciding = captured.state(block), len(captured), later or {}
     index = torch.arange(n) if rows is None else torch.as_tensor(rows)
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
-        raise InputError(
-            f"Got rows={index.tolist()}; expected indices of captured rows, from 0 to {n - 1}."
-        )
+        wanted = f"expected indices of captured rows, from 0 to {n - 1}"
+        raise InputError(f"Got rows={index.tolist()}; {wanted}.")
     before = 0 if cache is None else cache.get_seq_length()
     expected = (len(index), before + state.shape[1])
     if tuple(factors.shape) != expected:
-        raise InputError(
-            f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}, one "
-            "factor per key and 1 where nothing is edited."
-        )
+        got = f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}"
+        raise InputError(f"{got}, one factor per key and 1 where nothing is edited.")
 
     def pick(name: str, value: Tensor) -> Tensor:
         axis = row_axis(name, value)
@@ -173,7 +152,7 @@ def _reading(
         for block in blocks:
             part = module.get_submodule(anatomy.language.blocks[block])
             made = part.register_forward_pre_hook(partial(hook, block), with_kwargs=True)
-            stack.callback(made.remove)
+            stack.enter_context(made)
         yield
 
 
@@ -182,8 +161,7 @@ def _scaling(factors: Mapping[int, Tensor], block: int) -> KeyEdit:
     return lambda key: (key * factors[block].to(key.device)[:, None, :, None]).to(key.dtype)
 
 
-def _decode(module: Any, given: Mapping[str, Any], cache: Any = None) -> Tensor:
-    """The decoder's last hidden state, ``[row pos d_model]``."""
+def _decode(module: Any, given: Inputs, cache: Any = None) -> Tensor:
     cached = {} if cache is None else {"past_key_values": cache}
     with undisturbed(module):
         out = module.get_decoder()(**given, **cached, use_cache=cache is not None)
@@ -220,10 +198,9 @@ def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
         limit = 1e-4 if seen.hidden.dtype == torch.float32 else 0.05
         limit *= max(1.0, float(theirs.abs().max()))
         if not error <= limit:
-            raise ModelError(
-                f"The replayed logits{where} differ from the model's own by {error:.2g}; expected at "
-                f"most {limit:.2g}. If a gate, or hooks of yours change it, take them off first."
-            )
+            got = f"The replayed logits{where} differ from the model's own by {error:.2g}; expected"
+            write = "If a gate, or hooks of yours change it, take them off first."
+            raise ModelError(f"{got} at most {limit:.2g}. {write}")
 
 
 def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -243,7 +220,7 @@ def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = Non
     return float(cap) * torch.tanh(logits / float(cap))
 
 
-def map_tensors(change: Callable[..., Tensor], *givens: Mapping[str, Any]) -> Given:
+def map_tensors(change: Callable[..., Tensor], *givens: Inputs) -> Given:
     """``change(name, tensor of the first, of the second, ...)`` for all tensors, masks in a dict too."""
 
     def one(name: str, values: Sequence[Any]) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
@@ -12,17 +13,17 @@ import pandas as pd
 import torch
 
 from sinkscope import interventions, probes
+from sinkscope.anatomy.attention_call import NoAttentionCall
+from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.errors import ModelError, nearest
 from sinkscope.interventions.base import needs_a_mask
-from sinkscope.models.identity import facts_of, missing
 from sinkscope.results import Result
 
 Status = Literal["exact", "approximate", "unavailable"]
-MASS_TOLERANCE = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
+HALF = MappingProxyType({torch.bfloat16: "6e-3", torch.float16: "1e-3"})
 """How far group masses in half precision lie from those in fp32."""
-GATE = ("LSG", "gates")  # an edit of a room above this one, and what it needs
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,9 @@ class Report(Result):
         """The verdict on a probe or an intervention, by its class's name; ModelError if unknown."""
         known = {(v.name, v.tower): v for v in (*self.probes, *self.edits)}
         if (name, tower) not in known:
-            raise ModelError(
-                f"Got {name!r} in the {tower!r} tower; expected the name of a probe or an intervention, "
-                "and 'vision' or 'language'. " + nearest(str(name), {one for one, _ in known})
-            )
+            got = f"Got {name!r} in the {tower!r} tower; expected the name of a probe or an intervention"
+            hint = nearest(str(name), {one for one, _ in known})
+            raise ModelError(f"{got}, and 'vision' or 'language'. {hint}")
         return known[name, tower]
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -65,111 +65,134 @@ class Report(Result):
         return pd.DataFrame([vars(verdict) for verdict in (*self.probes, *self.edits)])
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
-        """The tables as lines, the first of which is the heading."""
+        """The tables as lines, the first of which is the heading; a remark on both towers once."""
         tables: list = [[("part", ""), *self.facts, ("verified", self.verification)]]
         for kind, verdicts in (("probe", self.probes), ("edit", self.edits)):
-            names = dict.fromkeys(verdict.name for verdict in verdicts)
-            tables.append([(kind, "vision", "language", ""), *map(self._line, names)])
+            lines = [(kind, "vision", "language", "")]
+            for name in dict.fromkeys(verdict.name for verdict in verdicts):
+                both = self.verdict(name, "vision"), self.verdict(name)
+                why = both[0].why
+                if why != both[1].why:
+                    why = "; ".join(f"{v.tower}: {v.why}" for v in both if v.why)
+                lines.append((name, both[0].status, both[1].status, why))
+            tables.append(lines)
         return tables
 
-    def _line(self, name: str) -> tuple[str, ...]:
-        """One probe on both towers: the remark once if it holds for both."""
-        both = self.verdict(name, "vision"), self.verdict(name)
-        why = both[0].why
-        if why != both[1].why:
-            why = "; ".join(f"{v.tower}: {v.why}" for v in both if v.why)
-        return name, both[0].status, both[1].status, why
-
     def __str__(self) -> str:
+        parts = [self.name]
+        for table in self._tables():
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+            lines.insert(1, "  ".join("-" * max(width, 1) for width in widths))
+            parts.append("\n".join(lines))
         notes = "\n".join(f"- {note}" for note in self.notes)
-        return "\n\n".join([self.name, *map(_in_columns, self._tables()), *[notes] * bool(notes)])
+        return "\n\n".join([*parts, *[notes] * bool(notes)])
 
     def _repr_html_(self) -> str:
-        tables = "".join(map(_as_html, self._tables()))
+        def row(cells: Iterable[str], tag: str) -> str:
+            inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inside}</tr>"
+
+        page = f"<h3>{html.escape(self.name)}</h3>"
+        for head, *lines in self._tables():
+            body = "".join(row(line, "td") for line in lines)
+            page += f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return f"<h3>{html.escape(self.name)}</h3>{tables}<ul>{notes}</ul>"
-
-
-def _in_columns(lines: Sequence[tuple[str, ...]]) -> str:
-    """A table as text, its last column free."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    head, *body = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join([head, "  ".join("-" * max(width, 1) for width in widths), *body])
-
-
-def _as_html(lines: Sequence[tuple[str, ...]]) -> str:
-    """The same table as HTML."""
-
-    def row(cells: tuple[str, ...], tag: str) -> str:
-        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr>{inside}</tr>"
-
-    body = "".join(row(line, "td") for line in lines[1:])
-    return f"<table><thead>{row(lines[0], 'th')}</thead><tbody>{body}</tbody></table>"
+        return f"{page}<ul>{notes}</ul>"
 
 
 def make_report(lvlm: Any) -> Report:
     """Make the report of an `LVLM`; nothing runs."""
-    a, part = lvlm.anatomy, lvlm.module.get_submodule
-    pair = (a.vision, a.language)
-    towers = [Asked(tower, dtype_of(part(tower.blocks[0])), a.feed_layers) for tower in pair]
+    a, towers, here = lvlm.anatomy, [], lvlm.device.type != "meta"
+    for tower in (a.vision, a.language):
+        dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0]))
+        half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
+        flash = tower.kernel if "flash" in tower.kernel else ""
+        towers.append(Asked(tower, half, HALF.get(dtype, ""), flash, a.feed_layers))
 
-    def verdicts(room: ModuleType, *more: tuple[str, str]) -> tuple[Verdict, ...]:
-        kinds = [(name, getattr(room, name)) for name in room.__all__]
-        needs = [(name, kind.needs) for name, kind in kinds if getattr(kind, "needs", "")]
-        return tuple(
-            Verdict(name, asked.tower.tower, *judge(need, asked))
-            for name, need in (*needs, *more)
-            for asked in towers
-        )
+    def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
+        names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
+        needs = {name: getattr(getattr(room, name), "needs", "") for name in names} | more
+        pairs = [(name, asked) for name in needs if needs[name] for asked in towers]
+        return tuple(Verdict(n, one.tower.tower, *judge(needs[n], one)) for n, one in pairs)
 
-    facts, checks = tuple(facts_of(lvlm)), (verification_of(lvlm), tuple(notes_of(lvlm)))
-    return Report(lvlm.name, facts, *checks, verdicts(probes), verdicts(interventions, GATE))
-
-
-def verification_of(lvlm: Any) -> str:
-    """Whether a forward pass has proven the anatomy, and if not, why."""
+    proven = "no: loaded with verify=False"
     if lvlm.verified:
-        towers = (lvlm.anatomy.vision, lvlm.anatomy.language)
-        adds = all(len(tower.adding) == tower.n_layers for tower in towers)
+        adds = all(len(tower.adding) == tower.n_layers for tower in (a.vision, a.language))
         blocks = " blocks add attn_out and mlp_out," if adds else ""
-        return f"yes: attention sums to 1,{blocks} the projector reads and writes what it should"
-    if lvlm.device.type == "meta":
-        return "no: the weights are elsewhere"
-    if lvlm.processor is None:
-        return "no: there is no processor to make a test image with"
-    return "no: loaded with verify=False"
-
-
-def notes_of(lvlm: Any) -> list[str]:
-    """What to know before the first measurement."""
+        proven = f"yes: attention sums to 1,{blocks} the projector reads and writes what it should"
+    elif not here:
+        proven = "no: the weights are elsewhere"
+    elif lvlm.processor is None:
+        proven = "no: there is no processor to make a test image with"
     notes = []
     if lvlm.processor is None:
         notes.append("No processor: write lvlm.prepare(inputs=...) with inputs you made yourself.")
     elif getattr(lvlm.tokenizer, "bos_token_id", None) is None:
         notes.append("No BOS: the selection 'bos' is empty; 'first' is each row's first token.")
-    if lvlm.device.type == "meta":
+    if not here:
         notes.append("No weights here: runs go to the server, which keeps its own dtype.")
-    return notes
+    judged = verdicts(probes), verdicts(interventions, LSG="gates")  # LSG is of a room above
+    return Report(lvlm.name, facts_of(lvlm), proven, tuple(notes), *judged)
+
+
+def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
+    """What the model is made of."""
+    a, module = lvlm.anatomy, lvlm.module
+    count = sum(p.numel() for p in module.parameters())
+    sizes = ((" B", 10**9), (" M", 10**6), (" k", 10**3), ("", 1))
+    unit, size = next((pair for pair in sizes if count >= pair[1]), ("", 1))
+    dtype = str(module.dtype).removeprefix("torch.")
+    feeds = ", ".join(map(str, a.feeds)) + ", CLS dropped" * bool(a.drops)
+    merged = f"{a.merge} x {a.merge} patches" if a.merge > 1 else "one patch"
+    patch = getattr(getattr(module.config, "vision_config", None), "patch_size", "?")
+    prefix = " and ".join(kind.upper() for kind in a.family.prefix(module.config))
+    first = f"{prefix} first" if prefix else "no CLS"
+    blocks, kernels = zip(*map(_tower_facts, (a.vision, a.language)), strict=True)
+    return (
+        ("model", f"{type(module).__name__}, family {a.family.name}, model_type {a.model_type}"),
+        ("parameters", f"{count / size:.3g}{unit}, {dtype} on {lvlm.device}"),
+        ("vision", f"{blocks[0]}, patches of {patch} pixels, {first}"),
+        ("vision attention", kernels[0]),
+        ("projector", f"{a.projector}, reads vision block {feeds}"),
+        ("merge", f"{merged} to one language token"),
+        ("language", f"{blocks[1]}, {a.vocab} token ids"),
+        ("language attention", kernels[1]),
+        ("image token", f"id {a.image_token_id}"),
+        ("head", f"{a.head}, after {a.final_norm}"),
+    )
+
+
+def _tower_facts(tower: TowerAnatomy) -> tuple[str, str]:
+    """Blocks, width and heads; and kernel, packing and windows."""
+    shared = "" if tower.heads == tower.kv_heads else f" on {tower.kv_heads} key-value heads"
+    sizes = f"{tower.n_layers} blocks of width {tower.d_model}, {tower.heads} heads of"
+    sizes = f"{sizes} {tower.d_head}{shared}"
+    if not tower.attending:
+        return sizes, f"{tower.kernel}; {missing(tower.calls)}"
+    words = {
+        "all images packed into one sequence": tower.packed,
+        "one call per window": any(getattr(c, "fires", "") == "per window" for c in tower.calls),
+        "with a learned sink": tower.learned_sink,
+    }
+    return sizes, ", ".join([tower.kernel, *(word for word in words if words[word])])
+
+
+def missing(things: Iterable[Any]) -> str:
+    """Why a block's attention call or branches were not found, in a few words; "" if all were."""
+    reasons = (it.reason for it in things if isinstance(it, (NoAttentionCall, NoBranch)))
+    return next(reasons, "").partition(";")[0]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A tower, the dtype in which it computes, and the vision blocks that feed the projector."""
+    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash kernel."""
 
     tower: TowerAnatomy
-    dtype: torch.dtype
+    half: str
+    mass: str
+    flash: str
     feeds: tuple[int, ...]
-
-    @property
-    def half(self) -> str:
-        """The name of a dtype of half precision, else ""."""
-        return str(self.dtype).removeprefix("torch.") if self.dtype in MASS_TOLERANCE else ""
-
-    @property
-    def flash(self) -> str:
-        """The name of a flash kernel, else ""."""
-        return self.tower.kernel if "flash" in self.tower.kernel else ""
 
 
 Said = tuple[Status, str] | None
@@ -179,85 +202,60 @@ Condition = Callable[[Asked], Said]
 def judge(need: str, asked: Asked) -> tuple[Status, str]:
     """Whether what needs this works, and why: the first refusal, or all remarks."""
     found = [said for condition in RULES[need] if (said := condition(asked))]
-    for status, why in found:
-        if status == "unavailable":
-            return status, why
+    for said in found:
+        if said[0] == "unavailable":
+            return said
     approximate = any(status == "approximate" for status, _ in found)
     return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
 
 
+def when(status: Status, why: str, holds: Callable[[Asked], object] = bool) -> Condition:
+    """A verdict where something holds, else always; fields of `Asked` stand in it as ``{half}``."""
+    return lambda asked: (status, why.format(**vars(asked))) if holds(asked) else None
+
+
 def never_in(tower: str, why: str) -> Condition:
     """Refuse one tower."""
-    return lambda asked: ("unavailable", why) if asked.tower.tower == tower else None
+    return when("unavailable", why, lambda asked: asked.tower.tower == tower)
 
 
-def no_flash(why: str) -> Condition:
-    """Refuse flash kernels."""
-    return lambda asked: ("unavailable", f"{asked.flash} {why}") if asked.flash else None
-
-
-def note(why: str, holds: Callable[[Asked], object] = lambda asked: True) -> Condition:
-    """A remark where something holds."""
-    return lambda asked: ("exact", why) if holds(asked) else None
-
-
-def rounds(text: str) -> Condition:
-    """A remark on half precision, with the places ``{half}`` and ``{mass}``."""
-
-    def condition(asked: Asked) -> Said:
-        mass = MASS_TOLERANCE.get(asked.dtype)
-        return ("approximate", text.format(half=asked.half, mass=mass)) if mass else None
-
-    return condition
-
-
-def learned(what: str) -> Condition:
-    """A remark on learned sinks."""
-    text = f"a learned sink takes a share: {what} sum to less than 1"
-    return note(text, lambda asked: asked.tower.learned_sink)
-
-
-def sites(asked: Asked) -> Said:
-    """Sites within a block, where these exist; the others always do."""
+def _sites(asked: Asked) -> Said:
     tower, why = asked.tower, missing(asked.tower.branches)
     lacking = tower.n_layers - len(tower.adding)
     where = f" in {lacking} of {tower.n_layers} blocks" if tower.adding else ""
     return ("exact", f"without attn_out and mlp_out{where}: {why}") if why else None
 
 
-def call(asked: Asked) -> Said:
-    """The attention call, in some block at least."""
+def _call(asked: Asked) -> Said:
     tower, why = asked.tower, missing(asked.tower.calls)
-    if why and not tower.attending:
-        return "unavailable", why
-    where = f"on {len(tower.attending)} of {tower.n_layers} blocks"
-    return ("exact", f"{where}: {why}") if why else None
+    where = f"on {len(tower.attending)} of {tower.n_layers} blocks: "
+    said: Said = ("exact", where + why) if tower.attending else ("unavailable", why)
+    return said if why else None
 
 
-def values(asked: Asked) -> Said:
-    """As `call`, where states can be edited instead."""
-    status, why = call(asked) or ("exact", "")
+def _values(asked: Asked) -> Said:
+    """As `_call`, where states can be edited instead."""
+    status, why = _call(asked) or ("exact", "")
     unavailable = "unavailable: " if status == "unavailable" else ""
     return ("exact", f"values {unavailable}{why}") if why else None
 
 
-def writes(asked: Asked) -> Said:
+def _writes(asked: Asked) -> Said:
     """What lies between a head and the stream."""
     tower, why = asked.tower, missing(asked.tower.branches) or "no output projection was found"
-    lacking = len(tower.attending) - len(tower.writing)
-    if lacking and not tower.writing:
-        return "unavailable", why
-    return ("exact", f"not in {lacking} of {tower.n_layers} blocks: {why}") if lacking else None
+    lacking, where = len(tower.attending) - len(tower.writing), f"of {tower.n_layers} blocks"
+    some: Said = ("exact", f"not in {lacking} {where}: {why}") if lacking else None
+    return some if tower.writing or not lacking else ("unavailable", why)
 
 
-def shared_heads(asked: Asked) -> Said:
+def _shared_heads(asked: Asked) -> Said:
     """A gradient per head: as many value dimensions as heads that share them."""
     shared, d_head = asked.tower.heads // asked.tower.kv_heads, asked.tower.d_head
     why = f"{shared} heads share a key-value head of {d_head} dimensions"
     return ("unavailable", why) if shared > d_head else None
 
 
-def mask(asked: Asked) -> Said:
+def _mask(asked: Asked) -> Said:
     """A bias of logits, or an explicit mask in its place."""
     why = needs_a_mask(asked.tower)
     if why and asked.flash:
@@ -265,56 +263,63 @@ def mask(asked: Asked) -> Said:
     return ("exact", f"by an explicit mask: {why}") if why else None
 
 
-def registers(asked: Asked) -> Said:
-    """Room for one more token, and neurons to move."""
+def _room(asked: Asked) -> Said:
+    """Room for a register, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,
         "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
         f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
     }
-    return next((("unavailable", why) for why, bad in reasons.items() if bad), None)
+    return next((("unavailable", why) for why in reasons if reasons[why]), None)
 
 
-AGAIN = (call, learned("masses"), rounds("rounded to {half}, about {mass}"))
-WEIGHTS = (call, rounds("what is edited is rounded to {half}"))
+HALVED, FLASH, LEARNED = map(attrgetter, ("half", "flash", "tower.learned_sink"))
+LESS = "a learned sink takes a share: {} sum to less than 1"
+AGAIN = (
+    _call,
+    when("exact", LESS.format("masses"), LEARNED),
+    when("approximate", "rounded to {half}, about {mass}", HALVED),
+)
+WEIGHTS = (_call, when("approximate", "what is edited is rounded to {half}", HALVED))
 DECODER = (never_in("vision", "defined on the decoder only"), *WEIGHTS)
-FP32 = note("precision='float32' is exact", lambda asked: asked.half and not asked.flash)
-NORMS = note(
+FP32 = when("exact", "precision='float32' is exact", lambda asked: asked.half and not asked.flash)
+NORMS = when(
+    "exact",
     "norms are without what the norm after attention divides a query by",
     lambda asked: any(pair[0].norm for pair in asked.tower.branches if isinstance(pair, tuple)),
 )
-IN_VISION = note(
-    "select and 'after image' on the decoder only", lambda asked: asked.tower.tower == "vision"
-)
-PACKED = note("in a packed tower without 'mean' and 'resample'", lambda asked: asked.tower.packed)
+ON_DECODER = "select and 'after image' on the decoder only"
+IN_VISION = when("exact", ON_DECODER, lambda asked: asked.tower.tower == "vision")
+NO_MEAN = "in a packed tower without 'mean' and 'resample'"
+PACKED = when("exact", NO_MEAN, lambda asked: asked.tower.packed)
 
 RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
     {
-        "states": (sites,),
+        "states": (_sites,),
         "head": (never_in("vision", "the vision tower has no LM head"),),
-        "attention": (call,),
+        "attention": (_call,),
         "masses": (*AGAIN, FP32),
-        "contributions": (*AGAIN, writes),
-        "head_writes": (*AGAIN, writes, NORMS),
+        "contributions": (*AGAIN, _writes),
+        "head_writes": (*AGAIN, _writes, NORMS),
         "gradients": (
-            call,
-            no_flash("has no fp32 gradient: load with 'sdpa' or 'eager'"),
-            shared_heads,
-            learned("rows"),
+            _call,
+            when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),
+            _shared_heads,
+            when("exact", LESS.format("rows"), LEARNED),
         ),
         "weights": WEIGHTS,
-        "bias": (*WEIGHTS, mask),
-        "redistribution": (*WEIGHTS, mask, IN_VISION),
-        "gates": (*DECODER, note("its rules judge every token by itself")),
+        "bias": (*WEIGHTS, _mask),
+        "redistribution": (*WEIGHTS, _mask, IN_VISION),
+        "gates": (*DECODER, when("exact", "its rules judge every token by itself")),
         "eviction": (
             *DECODER,
-            no_flash("takes no mask that differs by query"),
-            note("by an explicit mask; positions keep their angle"),
+            when("unavailable", "{flash} takes no mask that differs by query", FLASH),
+            when("exact", "by an explicit mask; positions keep their angle"),
         ),
         "embeddings": (never_in("vision", "image tokens are edited where they enter the decoder"),),
         "packed_values": (*WEIGHTS, PACKED),
-        "patches": (values, sites),
-        "registers": (never_in("language", "a register is a token of the vision tower"), registers),
+        "patches": (_values, _sites),
+        "registers": (never_in("language", "a register is a token of the vision tower"), _room),
     }
 )
 """What must hold for every value of the class attribute ``needs`` of probes and edits."""

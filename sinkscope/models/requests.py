@@ -16,8 +16,8 @@ from sinkscope.checks import check_whole
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
-from sinkscope.models.inputs import Sample
-from sinkscope.protocols import Edit, Intervention, Probe, Read, as_list
+from sinkscope.models.inputs import Sample, layout_of
+from sinkscope.protocols import Edit, Intervention, Probe, as_list
 from sinkscope.sites import Site
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
@@ -50,29 +50,24 @@ Plan = list[dict[str, Any]]
 def plan_of(
     probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
 ) -> Plan:
-    """The plan of probes and interventions, which must be made for this model (an `LVLM`)."""
+    """Group reads and edits, each with its slot, by site in forward order, edits by stage.
+
+    The probes and interventions must be made for the ``model``, an `LVLM`.
+    """
     reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
-    edits = []
+    edits: list[tuple[int, Edit]] = []
     for slot, it in enumerate(interventions):
         getattr(it, "check_fits", lambda _: None)(model)
         mine = it.edits(context)
         check_reach(it, mine, context.anatomy.feed_layers)
         edits += [(slot, edit) for edit in mine]
-    return make_plan(context.anatomy, reads, edits)
-
-
-def make_plan(
-    anatomy: Anatomy, reads: Sequence[tuple[int, Read]], edits: Sequence[tuple[int, Edit]] = ()
-) -> Plan:
-    """Group reads and edits, each with its slot, by site in forward order, edits by stage."""
     steps: dict[Site, dict[str, Any]] = {}
-    staged = sorted(edits, key=lambda one: STAGES.index(one[1].stage))
-    for slot, one in (*reads, *staged):
+    for slot, one in (*reads, *sorted(edits, key=lambda edit: STAGES.index(edit[1].stage))):
         step = steps.setdefault(one.site, {"reads": [], "edits": [], "stages": []})
         question = (slot, one.kernel, dict(one.parameters))
         step["edits" if isinstance(one, Edit) else "reads"].append(question)
         step["stages"] += [one.stage] if isinstance(one, Edit) else []
-    return [step_at(anatomy, site, **steps[site]) for site in sorted(steps)]
+    return [step_at(context.anatomy, site, **steps[site]) for site in sorted(steps)]
 
 
 def step_at(
@@ -94,19 +89,15 @@ def step_at(
 
 
 def check_run(
-    sample: Any, layout: tuple[Any, ...], probes: Any = (), interventions: Any = ()
+    sample: Any, anatomy: Anatomy, probes: Any = (), interventions: Any = ()
 ) -> tuple[list[Probe], list[Intervention]]:
-    """The probes and interventions of a run as lists; ``layout`` is the model's (`layout_of`)."""
+    """The probes and interventions of a run, as lists; refuse a sample of another model."""
     if not isinstance(sample, Sample):
-        raise InputError(
-            f"Got {type(sample).__name__} as sample; expected what lvlm.prepare(...) returns. Write "
-            "lvlm.run(lvlm.prepare(images=image, text='...'))."
-        )
-    if sample.made_for is not None and sample.made_for != layout:
-        raise InputError(
-            f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made by "
-            "this LVLM. Write lvlm.prepare(...) with the same images and text."
-        )
+        got = f"Got {type(sample).__name__} as sample; expected what lvlm.prepare(...) returns"
+        raise InputError(f"{got}. Write lvlm.run(lvlm.prepare(images=image, text='...')).")
+    if sample.made_for not in (None, layout_of(anatomy)):
+        got = f"Got a sample of a {sample.made_for[0]!r} model of another layout; expected one made"
+        raise InputError(f"{got} by this LVLM. Write lvlm.prepare(...) with the same images, text.")
     such = "reads() and finish(), such as ss.AttentionMass({'image': 'image'})"
     asked = as_list(probes, Probe, ProbeError, "probes", such)
     edits = check_interventions(interventions)
@@ -122,56 +113,43 @@ def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:
     return getattr(defaults, name, None) if given is None else given
 
 
-def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> None:
-    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`."""
-    check_settings(options)
-    for name, allowed in ONE_QUERY_PER_ROW.items():
-        value = setting(name, options, defaults)
-        if value not in allowed:
-            raise InputError(
-                f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed with "
-                f"one query per row: write lvlm.generate(..., {name}={allowed[-1]!r})."
-            )
-    if setting("cache_implementation", options, defaults) == "paged":
-        got = "Got cache_implementation='paged'; expected a cache with the keys of each row."
-        raise InputError(f"{got} Write cache_implementation=None.")
-    stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
-    if len(sample) > 1 and stops:
-        raise InputError(
-            f"Got {stops!r} to stop {len(sample)} rows at; expected one row, or eos_token_id=...: else "
-            "a row that has ended cannot be told from one that goes on. Prepare the rows one by one."
-        )
-    if not bool(sample.tokens.live[:, -1].all()):
-        got = "Got a right-padded batch to generate from; expected padding on the left."
-        raise InputError(
-            f"{got} Write processor.tokenizer.padding_side = 'left' before making inputs."
-        )
+def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
+    """Refuse ways of generating whose steps cannot be probed one query at a time; see `setting`.
 
-
-def check_settings(options: Mapping[str, Any]) -> None:
-    """Refuse options that are no settings of decoding, or of a wrong type."""
+    Returns the option that replaces a cache of fixed length by one that grows, which changes no number.
+    """
     if strange := sorted(set(options) - SETTINGS):
         hint = nearest(strange[0], SETTINGS)
-        raise InputError(
-            f"Got {strange} as options of generate; expected settings of decoding: eos_token_id=2. "
-            f"{hint if hint.startswith('Did') else ''} Inputs stand in the sample, without a cache; "
-            "kl, logits and grad are for lvlm.run(...)."
-        )
+        got = f"Got {strange} as options of generate; expected settings of decoding: eos_token_id=2"
+        hint = f" {hint}" if hint.startswith("Did") else ""
+        where = "Inputs stand in the sample, without a cache; kl, logits and grad are for lvlm.run"
+        raise InputError(f"{got}.{hint} {where}(...).")
     if (many := options.get("max_new_tokens")) is not None:
         check_whole(1, max_new_tokens=many)
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
-        raise InputError(
-            f"Got a generation_config of type {type(config).__name__}; expected a "
-            "transformers.GenerationConfig. Write its fields as options: do_sample=True."
-        )
-
-
-def growing_cache(options: Mapping[str, Any], defaults: Any) -> dict[str, str]:
-    """The option that replaces a cache of fixed length by one that grows; it changes no number."""
-    kind = str(setting("cache_implementation", options, defaults)).removeprefix("offloaded_")
+        got = f"Got a generation_config of type {type(config).__name__}; expected a transformers."
+        raise InputError(f"{got}GenerationConfig. Write its fields as options: do_sample=True.")
+    for name, allowed in ONE_QUERY_PER_ROW.items():
+        value, write = setting(name, options, defaults), f"{name}={allowed[-1]!r}"
+        if value not in allowed:
+            got = f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed"
+            raise InputError(f"{got} with one query per row: write lvlm.generate(..., {write}).")
+    cache = setting("cache_implementation", options, defaults)
+    if cache == "paged":
+        got = "Got cache_implementation='paged'; expected a cache with the keys of each row."
+        raise InputError(f"{got} Write cache_implementation=None.")
+    stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
+    if len(sample) > 1 and stops:
+        got = f"Got {stops!r} to stop {len(sample)} rows at; expected one row, or eos_token_id=..."
+        raise InputError(f"{got}: no token says which row has ended. Prepare them one by one.")
+    if not bool(sample.tokens.live[:, -1].all()):
+        got = "Got a right-padded batch to generate from; expected padding on the left."
+        write = "processor.tokenizer.padding_side = 'left'"
+        raise InputError(f"{got} Write {write} before making inputs.")
     fixed = ("static", "sliding_window", "hybrid", "hybrid_chunked")
-    return {"cache_implementation": "dynamic"} if kind in fixed else {}
+    grows = str(cache).removeprefix("offloaded_") not in fixed
+    return {} if grows else {"cache_implementation": "dynamic"}
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:

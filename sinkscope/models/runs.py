@@ -19,22 +19,21 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
 from sinkscope.kernels.walk import last_logits, read_site, walk
 from sinkscope.models.requests import Plan, step_at
-from sinkscope.models.wrapping import ByName, Wrapped
+from sinkscope.models.wrapping import ByName, Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
 from sinkscope.sites import Site, Tower
 
-
-@dataclass(frozen=True)
-class TraceOutput:
-    """What one forward pass brought back: ``answers[slot][site] -> kernel result``, and logits."""
-
-    answers: dict[Any, dict[Site, Any]]
-    logits: Tensor
+Model = Wrapped | ByName
+Where = bool | str
+Answers = dict[Any, dict[Site, Any]]
+"""Slot of a probe or an edit -> site -> what the kernel gave."""
+Output = tuple[Answers, Tensor]
+"""What one forward pass brought back: answers and logits."""
 
 
 @contextmanager
-def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) -> Iterator[Any]:
+def ready_to_trace(model: Model, *plans: Plan, grad: bool = False) -> Iterator[Any]:
     """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
     nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
@@ -49,13 +48,8 @@ def ready_to_trace(model: Wrapped | ByName, *plans: Plan, grad: bool = False) ->
 
 
 def run_plan(
-    model: Wrapped | ByName,
-    inputs: Mapping[str, Any],
-    plan: Plan,
-    last: Tensor | None,
-    where: bool | str = False,
-    grad: bool = False,
-) -> TraceOutput:
+    model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, where: Where, grad: bool
+) -> Output:
     """Run one forward pass.
 
     ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
@@ -72,16 +66,13 @@ def run_plan(
         answers = save(go(traced, tracer, plan))
         logits = save(pick(traced.output.logits, last, grad))
     if logits is None:
-        raise errors.AttentionCallError(
-            "The forward pass ended while a probe still waited for attention windows; expected the "
-            "windows to cover the sequence. Please report this model: its anatomy is wrong."
-        )
-    return TraceOutput(sited(answers), logits)
+        got = "The forward pass ended while a probe still waited for attention windows"
+        wanted = "windows that cover the sequence. Please report this model: its anatomy is wrong"
+        raise errors.AttentionCallError(f"{got}; expected {wanted}.")
+    return sited(answers), logits
 
 
-def run_until_read(
-    model: Wrapped | ByName, inputs: Mapping[str, Any], plan: Plan
-) -> dict[Any, dict[Site, Any]]:
+def run_until_read(model: Model, inputs: Inputs, plan: Plan) -> Answers:
     """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
     save, go, answers = nnsight.save, walk, None
     with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
@@ -91,12 +82,8 @@ def run_until_read(
 
 
 def generate_plan(
-    model: Wrapped | ByName,
-    inputs: Mapping[str, Any],
-    plans: Sequence[Plan],
-    options: Mapping[str, Any],
-    where: bool | str = False,
-) -> tuple[list[TraceOutput], Tensor]:
+    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where
+) -> tuple[list[Output], Tensor]:
     """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
     save, go, pick = nnsight.save, walk, last_logits
     prompt_plan, step_plan = plans
@@ -116,17 +103,15 @@ def generate_plan(
                     steps.append((answers, pick(traced.output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
-    outputs = [TraceOutput(sited(answers), logits) for answers, logits in steps]
     made = sequences.shape[1] - inputs["input_ids"].shape[1]
-    if len(outputs) != made:
-        raise errors.AttentionCallError(
-            f"Read {len(outputs)} of {made} forward passes; expected all. A site was not reached at "
-            "every decode step: write lvlm.run(...), or leave out the probe of that site."
-        )
-    return outputs, sequences.detach().cpu()
+    if len(steps) != made:
+        got = f"Read {len(steps)} of {made} forward passes; expected all. A site was not reached at"
+        write = "write lvlm.run(...), or leave out the probe of that site."
+        raise errors.AttentionCallError(f"{got} every decode step: {write}")
+    return [(sited(answers), logits) for answers, logits in steps], sequences.detach().cpu()
 
 
-def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> dict[Any, dict[Site, Any]]:
+def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> Answers:
     """Answers keyed by `Site` instead of the plain tuples that travel."""
     return {s: {Site(*key): value for key, value in few.items()} for s, few in answers.items()}
 
@@ -138,12 +123,10 @@ class Effects(dict[Intervention, Effect]):
         equal = find(self, key)
         if len(equal) == 1:
             return equal[0]
-        what = type(key).__name__ if isinstance(key, Intervention) else repr(key)
-        which = f"which {len(equal)} of them equal" if equal else "which did nothing in this pass"
-        raise errors.InterventionError(
-            f"Got {what}, {which}; expected one of {[type(it).__name__ for it in self]}. Effects are "
-            "found by the object itself, or by the only one with equal parameters."
-        )
+        got = f"Got {type(key).__name__ if isinstance(key, Intervention) else repr(key)}, which "
+        got += f"{len(equal)} of them equal" if equal else "did nothing in this pass"
+        known = f"one of {[type(it).__name__ for it in self]}, the object or the only equal one"
+        raise errors.InterventionError(f"{got}; expected {known}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,24 +154,20 @@ class Run(Result):
 
     def __getitem__(self, probe: Probe | str) -> Any:
         """The result of a probe: the object itself, its name, or one with equal parameters."""
-        found = find(self.results, probe)
-        if found:
+        if found := find(self.results, probe):
             return found[0]
         what = type(probe).__name__ if isinstance(probe, Probe) else repr(probe)
-        raise errors.ProbeError(
-            f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by object, "
-            "name, or equal parameters. Probes of the vision tower do not run at decode steps."
-        )
+        got = f"Got {what}, which did not run; expected one of this run's, {list(self.names)}, by"
+        hint = "Probes of the vision tower do not run at decode steps."
+        raise errors.ProbeError(f"{got} object, name, or equal parameters. {hint}")
 
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
-    """What a generation brought back.
+    """What a generation brought back: ``sequences`` int ``[batch pos]``, prompt and answer.
 
-    Attributes:
-        sequences: Int ``[batch pos]``, prompt and answer.
-        text: The answers, decoded without special tokens; None without a tokenizer.
-        steps: One `Run` for the prompt and for every decode step; NaN in rows that have ended.
+    ``text`` has the answers without special tokens, None without a tokenizer; ``steps`` one `Run` for the
+    prompt and for every decode step, NaN in rows that have ended.
     """
 
     sequences: Tensor
@@ -197,31 +176,25 @@ class Generation(Result):
 
 
 def finish_run(
-    output: TraceOutput,
-    probes: Sequence[Probe],
-    context: Context,
-    interventions: Sequence[Intervention] = (),
-    *,
-    keep_all: bool = False,
+    output: Output, probes: Sequence[Probe], context: Context, interventions: Sequence[Intervention]
 ) -> Run:
-    """Typed results in the order of slots; ``keep_all``: the logits are those of all positions."""
+    """Typed results of answers and logits; NonFiniteError if a live position has bad logits."""
+    answers, logits = output
     live = context.live("language")
-    live = live if keep_all else live.any(dim=1, keepdim=True)
-    bad = ~torch.isfinite(output.logits.detach()).all(dim=-1).cpu() & live
+    live = live if logits.shape[1] == live.shape[1] else live.any(dim=1, keepdim=True)
+    bad = ~torch.isfinite(logits.detach()).all(dim=-1).cpu() & live
     if bad.any():
         raise errors.NonFiniteError(
             f"Got NaN or infinite logits at {int(bad.sum())} of {int(live.sum())} live positions (first "
             f"in row {int(bad.any(1).nonzero()[0])}); expected finite ones. Load in bfloat16 or float32."
         )
-    results = {p: p.finish(output.answers.get(i, {}), context) for i, p in enumerate(probes)}
+    results = {p: p.finish(answers.get(i, {}), context) for i, p in enumerate(probes)}
     # The prompt pass has no ended row, and its edits of the vision tower have rows of images.
     ended = context.ended if context.step else None
-    effects = Effects(
-        (it, effect_from(output.answers["edit", slot], context.step, ended))
-        for slot, it in enumerate(interventions)
-        if ("edit", slot) in output.answers
-    )
-    return Run(output.logits, results, effects, context.step)
+    slots = ((("edit", slot), it) for slot, it in enumerate(interventions))
+    told = {it: answers[slot] for slot, it in slots if slot in answers}
+    effects = {it: effect_from(told[it], context.step, ended) for it in told}
+    return Run(logits, results, effects, context.step)
 
 
 class OpenTrace:
@@ -242,10 +215,9 @@ class OpenTrace:
                 tracer.execute(tracer.info.code)
             for site, (value, version) in self._copies.items():
                 if value._version != version:
-                    raise errors.InterventionError(
-                        f"Got an edit in place of {site}, a copy that the model does not use; expected "
-                        f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)."
-                    )
+                    got = f"Got an edit in place of {site}, a copy that the model does not use"
+                    write = f"lvlm.set_site({site.tower!r}, {site.layer}, {site.name!r}, new)"
+                    raise errors.InterventionError(f"{got}; expected {write}.")
         finally:
             self._root = self._tracer = None
             self._copies = {}
@@ -254,14 +226,13 @@ class OpenTrace:
     def root(self) -> Any:
         """The nnsight model; ProbeError if the block has ended, or not begun."""
         if self._root is None:
-            raise errors.ProbeError(
-                "Got a site or nnsight's model outside of a trace; expected it inside the block. Write "
-                "with lvlm.trace(sample): states = lvlm.site('language', 0, 'resid_post').save()."
-            )
+            got = "Got a site or nnsight's model outside of a trace; expected it in the block"
+            write = "with lvlm.trace(sample): x = lvlm.site('language', 0, 'resid_post').save()"
+            raise errors.ProbeError(f"{got}. Write {write}.")
         return self._root
 
-    def _read(self, tower: Tower, layer: int, name: str, **asked: Any) -> tuple[Site, Any, bool]:
-        """A site that this model has, its value, and whether that is a copy; ``asked`` edits it."""
+    def site(self, tower: Tower, layer: int, name: str, **asked: Any) -> Any:
+        """The value at a site that this model has, see `LVLM.site`; ``asked`` edits it."""
         root, site = self.root, Site(tower, name, layer)
         if tower == "projector":
             check_choice((0,), error=errors.LayerError, layer=layer)
@@ -269,35 +240,29 @@ class OpenTrace:
             self._anatomy.tower(tower).layers(layer)
         step = step_at(self._anatomy, site, **asked)
         if not step["path"]:
-            what = f"Got {site}, but that MLP has no last linear map"
-            raise errors.ModelError(f"{what}; expected another site.")
+            got = f"Got {site}, but that MLP has no last linear map; expected another site."
+            raise errors.ModelError(got)
         if step["how"] == "output":
             self._outputs.add(step["path"])
-        return site, read_site(root, self._tracer, step, {}, {}), bool(step.get("factors"))
-
-    def site(self, tower: Tower, layer: int, name: str) -> Any:
-        """The value at a site: see `LVLM.site`."""
-        site, value, copied = self._read(tower, layer, name)
-        if copied:
+        value: Any = read_site(root, self._tracer, step, {}, {})
+        self._copies.pop(site, None)
+        if step.get("factors") and not asked:
             self._copies[site] = (value, value._version)
         return value
 
     def set_site(self, tower: Tower, layer: int, name: str, value: Any) -> None:
         """Replace the value at a site: see `LVLM.set_site`."""
         if name == "attention":
-            raise errors.InterventionError(
-                "Got set_site for the attention call, which is no tensor; expected an edit in place of "
-                "what lvlm.site gives, or an intervention such as ss.ScaleKeys."
-            )
+            got = "Got set_site for the attention call, which is no tensor"
+            wanted = "an edit in place of what lvlm.site gives, or one such as ss.ScaleKeys"
+            raise errors.InterventionError(f"{got}; expected {wanted}.")
 
         def replaced(old: Tensor, state: Any) -> tuple[Tensor, None]:
             given = getattr(value, "shape", None), getattr(value, "dtype", None)
             if not torch.is_tensor(value) or given != (old.shape, old.dtype):
-                raise errors.InterventionError(
-                    f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]} for {name!r}; "
-                    f"expected a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)."
-                )
+                got = f"Got {type(value).__name__} of shape {given[0]} and dtype {given[1]}"
+                wanted = f"a tensor {tuple(old.shape)} of {old.dtype}. Write new.to(old.dtype)"
+                raise errors.InterventionError(f"{got} for {name!r}; expected {wanted}.")
             return value.to(old.device), None
 
-        site, _, _ = self._read(tower, layer, name, edits=[(None, replaced, {})])
-        self._copies.pop(site, None)
+        self.site(tower, layer, name, edits=[(None, replaced, {})])

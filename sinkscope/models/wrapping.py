@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sinkscope.anatomy.discovery import device_of
 from sinkscope.errors import CheckpointError, InputError, ModelError
 
+Inputs = Mapping[str, Any]
+"""Arguments of a model or of its decoder, by name."""
 ABSENT = object()  # stands for an attribute that the instance does not have
 Loan = tuple[object, Mapping[str, Any]]
 """An object, such as a module, and what its instance attributes are to be."""
@@ -30,20 +32,16 @@ ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def lent(loans: Iterable[Loan]) -> Iterator[None]:
     """Set instance attributes until the block ends, past what a class does when they are set."""
-    before = []
 
     def put(own: dict[str, Any], attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
             own.pop(name, None) if value is ABSENT else own.update({name: value})
 
-    try:
+    with ExitStack() as stack:
         for thing, attributes in loans:
-            before.append((vars(thing), own_of(thing, attributes)))
+            stack.callback(put, vars(thing), own_of(thing, attributes))
             put(vars(thing), attributes)
         yield
-    finally:
-        for own, attributes in reversed(before):
-            put(own, attributes)
 
 
 def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
@@ -104,22 +102,21 @@ class Wrapped:
     def model(self) -> Any:
         """What nnsight made of the module as it is now; it is traced inside of `on`."""
         with ONE_AT_A_TIME:
-            still = (
-                vars(part).get("forward") is own
-                and type(part).forward == of_class
-                and part._modules == children
-                for part, own, of_class, children in self._seen
-            )
-            if not (self._seen and all(still)):
-                self._wrap()
+            parts = dict(self._module.named_modules())
+            seen = [
+                (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
+                for part in parts.values()
+            ]
+            if self._model is None or seen != self._seen:
+                with lent([(part, _without_nnsight(part)) for part in parts.values()]):
+                    self._model = self._make(self._module)
+                    self._loans = {at: (part, own_of(part, NAMES)) for at, part in parts.items()}
+                self._seen = seen
         return self._model
 
     @contextmanager
     def on(
-        self,
-        paths: Collection[str] | None = None,
-        outputs: Collection[str] = (),
-        grad: bool = False,
+        self, paths: Collection[str] | None, outputs: Collection[str], grad: bool
     ) -> Iterator[Any]:
         """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
 
@@ -130,10 +127,8 @@ class Wrapped:
             model = self.model
             wanted = self._loans if paths is None or self._make is not LocalModel else paths
             if gone := set(wanted) - self._loans.keys():
-                raise ModelError(
-                    f"The model has no {min(gone)!r} any more; expected the parts it was loaded with. "
-                    "Write ss.LVLM(model, processor) anew."
-                )
+                got = f"The model has no {min(gone)!r} any more; expected the parts it was loaded with"
+                raise ModelError(f"{got}. Write ss.LVLM(model, processor) anew.")
             parts = {path: self._loans[path] for path in wanted}
             with (
                 torch.inference_mode(mode=False),
@@ -144,58 +139,40 @@ class Wrapped:
             ):
                 yield model
 
-    def _wrap(self) -> None:
-        """Wrap the module, and take off what that has set."""
-        parts = dict(self._module.named_modules())
-        self._seen = [
-            (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
-            for part in parts.values()
-        ]
-        with lent([(part, unwrapped(part)) for part in parts.values()]):
-            self._model = self._make(self._module)
-            self._loans = {path: (part, own_of(part, NAMES)) for path, part in parts.items()}
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy wraps its own module."""
         return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
+
+
+def _without_nnsight(part: nn.Module) -> dict[str, Any]:
+    """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
+    own = vars(part)
+    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
+    return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
 @contextmanager
 def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator[None]:
     """Hooks on the parts raise where they replace one of the outputs, which is read before they run."""
 
-    def guard(path: str, hook: Any) -> Any:
-        def looking(module: Any, *given: Any) -> Any:
-            made = hook(module, *given)
-            if path in outputs and made is not None and made is not given[-1]:
-                raise ModelError(
-                    f"Got a forward hook on {path!r} that replaces its output, which is read before; "
-                    "expected hooks that only look. Remove it, or write ss.PatchActivations(...)."
-                )
-            return made
+    def guarded(path: str, hook: Any, module: Any, *given: Any) -> Any:
+        made = hook(module, *given)
+        if path in outputs and made is not None and made is not given[-1]:
+            got = f"Got a forward hook on {path!r} that replaces its output, which is read before;"
+            write = "Remove it, or write ss.PatchActivations(...)."
+            raise ModelError(f"{got} expected hooks that only look. {write}")
+        return made
 
-        return looking
+    def restore(hooks: dict[int, Any], key: int, hook: Any) -> None:
+        if key in hooks:
+            hooks[key] = hook
 
-    before = [
-        (part._forward_hooks, key, hook, path)
-        for path, part in parts.items()
-        for key, hook in part._forward_hooks.items()
-    ]
-    try:
-        for hooks, key, hook, path in before:
-            hooks[key] = guard(path, hook)
+    with ExitStack() as stack:
+        for path, part in parts.items():
+            for key, hook in list(part._forward_hooks.items()):
+                stack.callback(restore, part._forward_hooks, key, hook)
+                part._forward_hooks[key] = partial(guarded, path, hook)
         yield
-    finally:
-        for hooks, key, hook, _ in before:
-            if key in hooks:
-                hooks[key] = hook
-
-
-def unwrapped(part: nn.Module) -> dict[str, Any]:
-    """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
-    own = vars(part)
-    forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
-    return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
 
 
 class ByName:
@@ -220,10 +197,8 @@ def check_remote(remote: Any) -> bool | str:
     address = isinstance(remote, str) and remote.startswith(("http://", "https://"))
     if address or isinstance(remote, bool) or remote == "local":
         return remote
-    raise InputError(
-        f"Got remote={remote!r}; expected True for NDIF, 'local' for the same path without a server, "
-        "False, or the address of a server, 'https://...'."
-    )
+    known = "True for NDIF, 'local' for the same path without a server, False, or an 'https://...'"
+    raise InputError(f"Got remote={remote!r}; expected {known} address of a server.")
 
 
 class Places:
@@ -241,11 +216,6 @@ class Places:
         """Where the inputs go."""
         return device_of(self._module.get_input_embeddings())
 
-    @property
-    def weightless(self) -> bool:
-        """Whether only the architecture is here."""
-        return self.device.type == "meta"
-
     def choose(self, remote: bool | str | None, grad: bool = False) -> bool | str:
         """Where to run, None being the usual place; InputError if that has no graph or no weights."""
         where = check_remote(self._usual if remote is None else remote)
@@ -253,7 +223,7 @@ class Places:
         got, wrong = f"remote={where!r}", ""
         if grad and where:
             got, wrong = f"grad=True with {got}", "a run here, where the graph can be kept"
-        elif self.weightless and where in (False, "local"):
+        elif self.device.type == "meta" and where in (False, "local"):
             got += " for a model without weights"
             wrong = "remote=True, or weights: ss.LVLM.from_pretrained(name)"
         elif offloaded and where == "local":
@@ -271,24 +241,22 @@ class Places:
             if self._processor is None:
                 got = "Got remote=... for a model without a processor; expected one."
                 raise InputError(f"{got} Write ss.LVLM(model, processor).")
-            # nnsight sets padding on the tokenizer it is given.
-            own = copy.deepcopy(self._processor)
+            own = copy.deepcopy(self._processor)  # nnsight sets padding on the tokenizer
             self._there = Wrapped(self._module, partial(wrap_remote, processor=own))
         if where != "local":
             try:
                 self._there.model.to_model_key()
             except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-                raise CheckpointError(
-                    f"The hub gave no canonical name of {name!r} ({type(error).__name__}); expected a "
-                    "public repository and a network. For a model that is here write remote='local'."
-                ) from error
+                got = f"The hub gave no canonical name of {name!r} ({type(error).__name__})"
+                write = "a public repository and a network. For a model here write remote='local'"
+                raise CheckpointError(f"{got}; expected {write}.") from error
         return self._there
 
-    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def placed(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs on the model's device; where there are no weights they stay where they are."""
-        return dict(inputs) if self.weightless else on_device(inputs, self.device)
+        return dict(inputs) if self.device.type == "meta" else on_device(inputs, self.device)
 
 
-def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """The inputs with their tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

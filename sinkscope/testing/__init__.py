@@ -1,10 +1,9 @@
 """Models to test against: tiny random ones per family, and ones with sinks planted in them.
 
-Of the package it knows nothing but value checks and how
-processors are loaded (`sinkscope.models.processors`).
+Of the package it knows value checks and how processors are loaded (`sinkscope.models.loading`).
 """
 
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
+from sinkscope.models.loading import ImageQwen2_5_VLProcessor, load_processor
 from sinkscope.testing.circuits import Planted, Truth
 from sinkscope.testing.contracts import ContractError, check_intervention, check_probe
 from sinkscope.testing.planted import plant, random_plant, sink_free

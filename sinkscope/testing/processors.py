@@ -6,7 +6,7 @@ from typing import Any
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor
+from sinkscope.models.loading import ImageQwen2_5_VLProcessor
 
 SENTENCES = (
     "USER: How many red shapes are in the image? ASSISTANT: There are 3 red shapes.",

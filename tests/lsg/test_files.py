@@ -17,7 +17,7 @@ import sinkscope as ss
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import CheckpointError, InputError, InterventionError
 from sinkscope.lsg.config import BASES, canonical, differences
-from sinkscope.models.identity import sizes_of
+from sinkscope.models.loading import sizes_of
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 RULE = ss.detectors.Norm(1.0)

@@ -16,7 +16,7 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import held
-from sinkscope.models.identity import identity_of
+from sinkscope.models.loading import identity_of
 from sinkscope.testing import random_image, tiny_llava
 from sinkscope.training.loop import Loop
 from tests.lsg.test_train import RULE, Bad, records, same, train, weights

@@ -661,7 +661,7 @@ CHECKPOINTS = {
     ),
     "no tokenizer": (
         lambda w: w.load(lambda f: (f / "tokenizer.json").unlink()),
-        "The processor of .* could not be read .*tokenizer files",
+        "The processor of .* could not be loaded .*tokenizer files",
     ),
     "a broken tokenizer": (
         lambda w: w.load(lambda f: cut(f, "tokenizer.json")),
@@ -669,7 +669,7 @@ CHECKPOINTS = {
     ),
     "no processor": (
         lambda w: w.load(lambda f: (f / "processor_config.json").unlink()),
-        "The processor of .* could not be read",
+        "The processor of .* could not be loaded",
     ),
     "a broken processor": (
         lambda w: w.load(lambda f: cut(f, "processor_config.json")),

@@ -16,7 +16,7 @@ import sinkscope as ss
 from sinkscope.errors import ModelError
 from sinkscope.kernels import attention, residual, walk
 from sinkscope.models import Context
-from sinkscope.models.requests import make_plan
+from sinkscope.models.requests import plan_of
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image
 from tests.probes.everything import every_probe
@@ -399,7 +399,7 @@ def test_a_plan_in_a_trace_of_your_own():
     sample = lvlm.prepare(images=random_image(96, 96), text="what")
     probe = ss.AttentionMass({"patch": "patch"}, tower="vision")
     context = Context(lvlm.anatomy, sample.tokens)
-    plan = make_plan(lvlm.anatomy, [(0, read) for read in probe.reads(context)])
+    plan = plan_of([probe], (), context, lvlm)
     model = nnsight.NNsight(module)
     with torch.no_grad(), model.trace(**sample.inputs) as tracer:
         answers = nnsight.save(walk.walk(model, tracer, plan))

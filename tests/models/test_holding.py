@@ -20,7 +20,7 @@ from torch import nn
 
 import sinkscope as ss
 from sinkscope.errors import InputError, ModelError, SinkscopeError
-from sinkscope.models.identity import weights_digest
+from sinkscope.models.loading import weights_digest
 from sinkscope.testing import random_image, tiny_llava
 from tests.project.repository import ROOT
 

@@ -5,7 +5,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import AttentionCallError, LayerError
-from sinkscope.models.keyhook import scaled_keys
+from sinkscope.models.decoder import scaled_keys
 from sinkscope.testing import random_image, tiny_llava
 from tests.conftest import FAMILIES
 

@@ -13,8 +13,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import sinkscope as ss
 from sinkscope.cli.recipes import read_recipe
 from sinkscope.errors import CheckpointError
-from sinkscope.models import loading, processors
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor
+from sinkscope.models import loading
+from sinkscope.models.loading import ImageQwen2_5_VLProcessor
 from sinkscope.testing import TINY, random_image, write_checkpoint
 
 FAMILIES = tuple(TINY)
@@ -230,17 +230,19 @@ def test_a_missing_package_is_named(folders, monkeypatch):
     def needs_a_package(*args, **kwargs):
         raise ImportError("SomeProcessor requires the sausage library")
 
-    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", needs_a_package)
-    with pytest.raises(CheckpointError, match=r"could not be read .*requires the sausage library"):
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", needs_a_package)
+    with pytest.raises(
+        CheckpointError, match=r"could not be loaded .*requires the sausage library"
+    ):
         ss.LVLM.from_pretrained(folders["llava-clip-llama"])
 
 
 def test_a_tokenizer_is_no_processor(folders, monkeypatch):
     """AutoProcessor gives the tokenizer alone where it finds no processor; that is not enough."""
     tokenizer = TINY["llava-clip-llama"]()[1].tokenizer
-    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *a, **k: tokenizer)
     with pytest.raises(CheckpointError, match=r"without \['tokenizer', 'image_processor'\]"):
-        loading.load_processor(str(folders["llava-clip-llama"]), {})
+        loading.read_processor(str(folders["llava-clip-llama"]), {})
 
 
 def test_models_without_processor_are_not_verified_and_take_ready_inputs(tiny, batch):

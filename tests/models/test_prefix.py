@@ -5,8 +5,9 @@ import torch
 
 import sinkscope as ss
 from sinkscope.data.tokens import extend
+from sinkscope.models.decoder import decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
-from sinkscope.models.replay import decoder_inputs, logits_at
+from sinkscope.models.replay import logits_at
 from sinkscope.testing import random_image, tiny_llava
 from tests.conftest import FAMILIES
 

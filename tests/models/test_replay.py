@@ -8,8 +8,7 @@ import torch
 import sinkscope as ss
 from sinkscope.data.tokens import extend
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.models.inputs import checked, decoder_inputs
-from sinkscope.models.keyhook import scaled_keys
+from sinkscope.models.decoder import checked, decoder_inputs, scaled_keys
 from sinkscope.models.replay import capture, check_replay, logits_at, resume
 from sinkscope.testing import random_image, tiny_gemma3, tiny_llava
 from tests.conftest import FAMILIES
@@ -181,7 +180,7 @@ def test_known_features_spare_the_vision_tower(tiny):
         _, features = decoder_inputs(lvlm, first.inputs)
         ran = []
         hook = lvlm.module.model.visual.register_forward_hook(lambda m, a, o: ran.append(m))
-        seen = capture(lvlm, second.inputs, features=features)
+        seen = capture(lvlm, decoder_inputs(lvlm, second.inputs, features)[0])
         hook.remove()
     assert not ran
     assert torch.equal(logits_at(seen, seen.hidden), whole(lvlm, second))

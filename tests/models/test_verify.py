@@ -10,7 +10,7 @@ from sinkscope.anatomy import attention_call as source
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import ModelError, NonFiniteError
 from sinkscope.models import proofs as verify
-from sinkscope.testing import TINY, tiny_llava
+from sinkscope.testing import TINY, random_image, tiny_llava
 
 FAMILIES = tuple(TINY)
 
@@ -32,7 +32,7 @@ def test_only_words_go_through_the_whole_decoder(family):
     lvlm = ss.LVLM(module, processor)
     for handle in handles:
         handle.remove()
-    picture = lvlm.prepare(images=verify._test_image(), text="a")
+    picture = lvlm.prepare(images=random_image(64, 64), text="a")
     words = int((picture.tokens.image < 0).sum())
     assert lengths[blocks[0]] == [picture.tokens.ids.shape[1], words]
     assert lengths[blocks[-1]] == [words]

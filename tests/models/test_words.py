@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from sinkscope.models.token_map import words_of
+from sinkscope.models.inputs import words_of
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_tokenizer, qwen_tokenizer
 
