@@ -14,7 +14,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
 from sinkscope.interventions import base
-from sinkscope.kernels import states as kernels
+from sinkscope.kernels import residual as kernels
 from sinkscope.protocols import Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower

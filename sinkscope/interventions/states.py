@@ -14,7 +14,7 @@ from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base, values
 from sinkscope.interventions.base import BaseEdit, at_layer, selected_by
-from sinkscope.kernels import states as kernels
+from sinkscope.kernels import residual as kernels
 from sinkscope.probes.residual import check_dims, check_site
 from sinkscope.protocols import Edit, Model
 from sinkscope.sites import Site
