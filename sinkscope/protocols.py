@@ -60,12 +60,15 @@ class Probe(Protocol):
     @property
     def tower(self) -> str:
         """The tower whose steps matter: vision probes run on the prompt only."""
+        ...
 
     def reads(self, context: Context) -> Sequence[Read]:
         """What to read; raises if the parameters do not fit the model or the sample."""
+        ...
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Result:
         """From the kernels' small tensors to the typed result."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +99,16 @@ class Intervention(Protocol):
     @property
     def steps(self) -> str:
         """``"all"``, ``"prefill"`` or ``"decode"``."""
+        ...
 
     @property
     def allow_noop(self) -> bool:
         """Whether touching nothing is fine; else it raises."""
+        ...
 
     def edits(self, context: Context) -> Sequence[Edit]:
         """What to edit at this step; raises if the parameters do not fit the model or the sample."""
+        ...
 
 
 class BaseIntervention:
@@ -204,8 +210,9 @@ def effect_from(
     told = [answers[site] for site in sites]
     common = sorted(set.intersection(*map(set, told)))
     joined = {name: torch.stack([one[name] for one in told], dim=1) for name in common}
-    for name in ("count", "rows", "empty", "tokens") if ended is not None else ():
-        joined[name] = joined[name].masked_fill(ended[:, None], 0)
+    if ended is not None:
+        for name in ("count", "rows", "empty", "tokens"):
+            joined[name] = joined[name].masked_fill(ended[:, None], 0)
     count = joined["count"]
     for name in ("before", "after"):
         nothing = torch.full((len(count),), float("nan"))
