@@ -160,8 +160,7 @@ class AttentionTemperature(AttentionEdit, needs="weights"):
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         check_number(above=0.0, error=InterventionError, temperature=self.temperature)
-        heat = float(self.temperature)
-        base.check_neutral(self, heat)
+        base.check_neutral(self, heat := float(self.temperature))
         masks = {"keys": base.selected_by(self, context, "all")}
         return attention_edits(self, context, divide_queries, "keys", masks, temperature=heat)
 
@@ -254,8 +253,8 @@ class Redistribute(AttentionEdit, needs="redistribution"):
                 "disjoint sets. Write target & ~source."
             )
         masks = {"source": source & (recycle != 0), "target": target}
-        given, rule = dict[str, Any](recycle=recycle), self.select
-        it = self._checked_queries(context)
+        given: dict[str, Any] = {"recycle": recycle}
+        it, rule = self._checked_queries(context), self.select
         if rule is not None:
             sinks = base.selected(context, self.tower, rule.visual_sinks, "ImageCentric", True)
             if rule.needs_sink:

@@ -148,7 +148,17 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 "find_register_neurons(...)."
             )
         layers = unpacked(context).layers("vision", list(self.neurons))
-        last = self._feeding(context)
+        if len(feeding := context.anatomy.feed_layers) > 1:
+            raise ModelError(
+                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
+                "the earlier ones."
+            )
+        count, last = context.tower("vision").d_mlp, feeding[0]
+        if not count:
+            raise ModelError(
+                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
+                "neurons. Registers need neurons."
+            )
         if layers[-1] > last:
             raise InterventionError(
                 f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
@@ -156,27 +166,15 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
             )
         if context.step:
             return []
-        count, hint = context.tower("vision").d_mlp, "Write what find_register_neurons(...) gives."
         keep = {"live": context.live("vision"), "count": self.count}
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
         for at in layers:
-            name = f"neuron of vision block {at}"
+            name, hint = (
+                f"neuron of vision block {at}",
+                "Write what find_register_neurons(...) gives.",
+            )
             neurons = base.check_indices(self.neurons[at], count, name, hint)
             given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
         drop = {**keep, "count": -self.count}
         return [*out, Edit(Site("vision", "resid_post", last), kernels.append_tokens, drop)]
-
-    def _feeding(self, context: Context) -> int:
-        """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
-        if len(feeding := context.anatomy.feed_layers) > 1:
-            raise ModelError(
-                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
-                "the earlier ones."
-            )
-        if not context.tower("vision").d_mlp:
-            raise ModelError(
-                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
-                "neurons. Registers need neurons."
-            )
-        return feeding[0]

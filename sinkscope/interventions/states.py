@@ -42,35 +42,6 @@ class AblateActivations(BaseEdit, needs="states"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer; prompt tokens exist in the first pass only."""
-        how = self._how()
-        base.check_prompt_only(self.steps, "AblateActivations")
-        dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
-        mask = selected_by(self, context, self.tokens)
-        value = {"set": self.replacement, "clamp": self.value}.get(how)
-        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
-        for layer in () if context.step else layers:
-            at = at_layer(mask, layer)
-            if how == "mean":
-                value = values.others(context.live(self.tower), at, "AblateActivations")
-            given = {"mask": at, "dims": dims, "how": how, "value": value}
-            given["layout"] = context.layout(self.tower)
-            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
-        return out
-
-    def check_fits(self, lvlm: Model) -> None:
-        """Refuse a number that the model's dtype does not know."""
-        block = lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0])
-        dtype = dtype_of(block)
-        for name in ("replacement", "value"):
-            number, most = getattr(self, name), torch.finfo(dtype).max
-            if is_number(number) and abs(number) > most:
-                raise InterventionError(
-                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
-                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
-                )
-
-    def _how(self) -> str:
-        """The kind of replacement, unless it is unknown, or ``value`` is missing or means nothing."""
         how = self.replacement if isinstance(self.replacement, str) else "set"
         if how not in ("zero", "mean", "clamp") and not is_number(self.replacement):
             raise InterventionError(
@@ -89,7 +60,30 @@ class AblateActivations(BaseEdit, needs="states"):
             )
         if how == "clamp":
             base.check_factor("value", self.value, 0.0)
-        return how
+        base.check_prompt_only(self.steps, "AblateActivations")
+        dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
+        mask = selected_by(self, context, self.tokens)
+        value = {"set": self.replacement, "clamp": self.value}.get(how)
+        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
+        for layer in () if context.step else layers:
+            at = at_layer(mask, layer)
+            if how == "mean":
+                value = values.others(context.live(self.tower), at, "AblateActivations")
+            given = {"mask": at, "dims": dims, "how": how, "value": value}
+            given["layout"] = context.layout(self.tower)
+            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
+        return out
+
+    def check_fits(self, lvlm: Model) -> None:
+        """Refuse a number that the model's dtype does not know."""
+        dtype = dtype_of(lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0]))
+        for name in ("replacement", "value"):
+            number, most = getattr(self, name), torch.finfo(dtype).max
+            if is_number(number) and abs(number) > most:
+                raise InterventionError(
+                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
+                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +164,8 @@ class ScaleTokens(BaseEdit, needs="embeddings"):
 class SinkToFront(BaseEdit, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
-    The embeddings are reordered, and their order among themselves is kept. The LLM's positions stay: a moved
-    token takes the position, and so the RoPE angle, of its new place.
+    The embeddings are reordered, the moved tokens in their old order. The LLM's positions stay: a moved token
+    takes the position, and so the RoPE angle, of its new place.
     """
 
     tokens: Selection

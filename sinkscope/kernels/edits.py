@@ -134,9 +134,20 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
     # Flash kernels know no fp32; the others get it, because these masses become coefficients.
     exact = knows_float32(call)
     mass = weigh_values(call, torch.stack(masks, dim=-1).float(), float32=exact).float()
-    among, whole, wanted = of_target(call, masks[1], live, mass, exact)
-    budget = (recycle * mass[..., 0] / whole).transpose(1, 2)[..., None]
-    gate = gate & wanted
+    among, whole = None, mass[..., 1]
+    # A change of logits that leaves the target alone would not show in earlier edits of weights.
+    if not getattr(call[0], "recipe", {}).get("weights"):
+        bias = torch.zeros(keys.shape, device=keys.device).masked_fill(~masks[1], MASKED)
+        among, whole = bias_keys(bias), torch.ones_like(whole)
+        some, _ = reach(call, masks[1], live, None, None, False)
+        gate = gate & some
+        if learned_sink(call):
+            # The sink's logit competes with the target's here too, and takes a share that is no key's.
+            alone = with_change(call, {"stage": "logits"}, some, among)
+            whole = weigh_values(alone, masks[1][..., None].float(), float32=exact)[..., 0].float()
+    least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
+    gate = gate & (whole > least).transpose(1, 2)[..., None]
+    budget = (recycle * mass[..., 0] / whole.clamp(min=1e-30)).transpose(1, 2)[..., None]
     if "visual" in rule:
         # The released code adds 1e-6 to the weight of every image token.
         share = mass[..., 3] / (mass[..., 2] + 1e-6 * masks[2].sum(-1)[:, None, None])
@@ -150,26 +161,6 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))
-
-
-def of_target(call, target, live, mass, exact):
-    """How to ask for attention among the target keys: the change of logits that leaves them alone (None
-    beside earlier edits of weights, which would not show in it), what the answer's weights sum to
-    ``[batch head query]``, and the rows that see any ``[batch query head 1]``. ``mass`` is on source and
-    target.
-    """
-    least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
-    if getattr(call[0], "recipe", {}).get("weights"):
-        whole = mass[..., 1]
-        return None, whole.clamp(min=1e-30), (whole > least).transpose(1, 2)[..., None]
-    among = bias_keys(torch.zeros(target.shape, device=target.device).masked_fill(~target, MASKED))
-    some, _ = reach(call, target, live, None, None, False)
-    if not learned_sink(call):
-        return among, torch.ones_like(mass[..., 1]), some
-    # The sink's logit competes with the target's here too, and takes a share that is no key's.
-    alone = with_change(call, {"stage": "logits"}, some, among)
-    whole = weigh_values(alone, target[..., None].float(), float32=exact)[..., 0].float()
-    return among, whole.clamp(min=1e-30), some & (whole > least).transpose(1, 2)[..., None]
 
 
 def evict_keys(call, state, span, live, start, recent, measure=True):
