@@ -75,12 +75,13 @@ class Probe(Protocol):
 class Edit:
     """Make one edit at one site.
 
-    ``kernel`` is at an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``, best made
-    with `sinkscope.kernels.edited_call.with_change`, elsewhere ``kernel(states, state, **parameters) ->
-    (states, effect)``; never in place. For ``parameters`` see `Read`. ``stage`` says what is edited at an
-    attention site: ``"keys"``, ``"logits"``, ``"weights"`` or ``"values"``. The edits of one site apply in this
-    order, and in list order inside a stage: a mask also holds for what is redistributed. The kernel finds it
-    in ``state["stage"]``; InterventionError if it is none of them.
+    ``kernel`` is at an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``, best
+    made with `sinkscope.kernels.edited_call.with_change`, elsewhere
+    ``kernel(states, state, **parameters) -> (states, effect)``; never in place. For ``parameters`` see
+    `Read`. ``stage`` says what is edited at an attention site: ``"keys"``, ``"logits"``, ``"weights"`` or
+    ``"values"``. The edits of one site apply in this order, and in list order inside a stage: a mask also
+    holds for what is redistributed. The kernel finds it in ``state["stage"]``; InterventionError if it is
+    none of them.
     """
 
     site: Site
@@ -115,8 +116,8 @@ class BaseIntervention:
     """Hold what the runner reads of an `Intervention` if it is there, and what holds if it is not.
 
     ``needs`` is what it needs of a tower, a name that `LVLM.report` knows, also a keyword of the class;
-    ``changes_positions_of`` the tower to which it adds positions, if any. ``tower`` and ``layers`` are fields,
-    what it edits: ``"language"`` and all blocks (or None) for those that have them not.
+    ``changes_positions_of`` the tower to which it adds positions, if any. ``tower`` and ``layers`` are
+    fields, what it edits: ``"language"`` and all blocks (or None) for those that have them not.
     """
 
     needs: ClassVar[str] = ""
@@ -203,9 +204,7 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
 def effect_from(
     answers: Mapping[Site, Mapping[str, Tensor]], step: int, ended: Tensor | None = None
 ) -> Effect:
-    """An `Effect` from what the kernels told at every site of one intervention.
-    In rows whose answer has ``ended``, bool ``[batch]``, nothing was touched.
-    """
+    """An `Effect` from all answers of one intervention; nothing was touched in rows that have ``ended``."""
     sites = tuple(sorted(answers))
     told = [answers[site] for site in sites]
     common = sorted(set.intersection(*map(set, told)))

@@ -89,11 +89,11 @@ def check_merge(merge: str) -> None:
 class VisionMap:
     """Describe the ViT tokens of every image, in the order of the image processor.
 
-    ``kind`` is an index into `VISION_KINDS`; ``live`` is False where an image has fewer tokens than the largest;
-    ``row`` and ``column`` place a patch, -1 for CLS and registers; ``box`` is ``x0 y0 x1 y1`` in pixels of the
-    original image (see `TokenMap`); ``grid`` is patch rows and columns; ``layout`` is the index in the sequence
-    of a packed tower, -1 at padding, None for a tower with one row per image; ``batch_row`` is the batch row
-    each image belongs to.
+    ``kind`` is an index into `VISION_KINDS`; ``live`` is False where an image has fewer tokens than the
+    largest; ``row`` and ``column`` place a patch, -1 for CLS and registers; ``box`` is ``x0 y0 x1 y1`` in
+    pixels of the original image (see `TokenMap`); ``grid`` is patch rows and columns; ``layout`` is the index
+    in the sequence of a packed tower, -1 at padding, None for a tower with one row per image; ``batch_row``
+    is the batch row each image belongs to.
     """
 
     kind: Int[Tensor, "image pos"]
@@ -172,12 +172,12 @@ class TokenMap:
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
         """Turn a selection into a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
-        A selection is a name from `names`; other words, looked for in the text of every row as whole
-        words (all tokens of all places that hold them); a position, a list of positions or a slice,
-        counted as here, with padding; or a bool mask ``[batch pos]`` or, with ``n_layers`` of the tower,
+        A selection is a name from `names`; other words, looked for in the text of every row as whole words
+        (all tokens of all places that hold them); a position, a list of positions or a slice, counted as
+        here, with padding; or a bool mask ``[batch pos]`` or, with ``n_layers`` of the tower,
         ``[batch layer pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
-        tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there. SelectionError if a row
-        does not hold the words or the position, or the mask is of another batch.
+        tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there. SelectionError if a
+        row does not hold the words or the position, or the mask is of another batch.
         """
         if not isinstance(selection, str):
             mask = mask_of(selection, self.live, n_layers, "the language tower")
@@ -227,7 +227,7 @@ class TokenMap:
 
     def from_vision(self, scores: Float[Tensor, "image pos"], merge: str = "max") -> Tensor:
         """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
-        The ViT tokens of one position are joined by ``merge``: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``).
+        ``merge`` joins those of one position: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``).
         """
         check_merge(merge)
         if scores.shape != self.vision.live.shape:

@@ -41,9 +41,8 @@ def allowing_noop(it: Any) -> Any:
 
 
 def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -> None:
-    """Refuse edits of vision blocks behind the last one that the projector reads, of ``feeds``. With
-    ``layers=None`` such blocks are edited along with the others, for probes of the tower. NoEffectError if
-    one was named, or there are no others, and that was not allowed.
+    """Refuse edits of vision blocks behind the last of ``feeds``, which the projector reads: NoEffectError.
+    Allowed are ``allow_noop``, and ``layers=None``, which edits them with the others for probes of the tower.
     """
     vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
     behind = sorted(layer for layer in vision if layer > feeds[-1])
@@ -99,10 +98,7 @@ def require_effects(
 
 
 def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
-    """The `Run` ``edited`` with ``KL(unedited || edited)`` of the next token in every effect. ``plain`` is a
-    run without interventions and with ``logits="last"``; ``last`` int ``[batch]`` the last prompt position of
-    every row.
-    """
+    """Add ``KL(unedited || edited)`` of the next token, behind position ``last``, to all effects of a run."""
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]

@@ -39,9 +39,7 @@ class AttentionEdit(BaseEdit):
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
-    """Whether an intervention with these ``steps`` edits ``tower`` now; InterventionError if unknown.
-    The vision tower runs on the prompt only.
-    """
+    """Whether an intervention edits ``tower`` at this step; the vision tower runs on the prompt only."""
     check_choice(STEPS, error=InterventionError, steps=steps)
     now = "decode" if context.step else "prefill"
     return steps in ("all", now) and (now == "prefill" or tower == "language")
@@ -112,9 +110,9 @@ def attention_edits(
     each: Sequence[Mapping[str, Any]] | None = None,
     **shared: Any,
 ) -> list[Edit]:
-    """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`. The
-    kernel gets ``masks``, as `selected` gives them, what is ``shared`` by all layers, what ``each`` layer has
-    of its own, one mapping per layer, and ``live``, ``rows`` and ``heads``.
+    """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`. Kernels
+    get ``masks`` from `selected`, what is ``shared`` and what ``each`` layer has, and ``live``, ``rows``,
+    ``heads``.
     """
     tower, heads = it.tower, it.heads
     layers, now = context.layers(tower, it.layers), runs_now(it.steps, context, tower)

@@ -145,7 +145,8 @@ class EvictKeys(BaseEdit, needs="eviction"):
 
 @dataclass(frozen=True, eq=False)
 class AttentionTemperature(AttentionEdit, needs="weights"):
-    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``; below 1 sharpens, above 1 flattens.
+    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``; below 1 sharpens, above 1
+    flattens.
 
     Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
     before the cap that is divided, and the logit of a learned sink is not: its share changes with the

@@ -90,9 +90,9 @@ class AblateActivations(BaseEdit, needs="states"):
 class PatchActivations(BaseEdit, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
-    The donor's prompt must have the shape of this one's, such as the same question about another image of
-    the same size. With ``site="values"`` the attended tokens stay and what is read from them is the donor's;
-    the cache keeps the model's own values, so ``steps="prefill"`` edits the prompt's pass only. States stay in
+    The donor's prompt must have the shape of this one's, such as the same question about another image of the
+    same size. With ``site="values"`` the attended tokens stay and what is read from them is the donor's; the
+    cache keeps the model's own values, so ``steps="prefill"`` edits the prompt's pass only. States stay in
     the cache, so for them ``"all"`` and ``"prefill"`` are the same.
 
     Args:

@@ -31,9 +31,8 @@ def arguments(call):
 
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
-    """The model's own attention on other tensors, ``[batch query head d_head]``. ``query``, ``key`` and
-    ``value`` ``[batch head pos d_head]`` replace the model's, ``float32`` computes in fp32, and ``keep``
-    ``[batch key]`` weighs the values after edits of them.
+    """The model's own attention on other tensors ``[batch head pos d_head]``, ``[batch query head d_head]``.
+    ``float32`` computes in fp32; ``keep`` ``[batch key]`` weighs the values after edits of them.
     """
     named, rest = arguments(call)
     given = {"query": query, "key": key, "value": value}
@@ -83,9 +82,7 @@ def spans(calls):
 
 
 def fit_keys(x, n_keys, step=0, fill=0):
-    """``x`` ``[... pos any]`` of the prompt at a call's keys: ``fill`` at generated ones. A sliding cache
-    holds the last keys only.
-    """
+    """``x`` ``[... pos any]`` of the prompt at a call's last keys, with ``fill`` at generated ones."""
     missing = max(step, n_keys - x.shape[-2])
     return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)[..., -n_keys:, :]
 
@@ -93,11 +90,10 @@ def fit_keys(x, n_keys, step=0, fill=0):
 def by_call(calls, groups, state):
     """Every call with its span, and its part of ``groups`` ``[batch key group]``."""
     for call, span in zip(calls, spans(calls), strict=True):
-        one = len(calls) == 1
-        part = (
-            fit_keys(groups, span[3], state.get("step", 0)) if one else groups[:, slice(*span[2:])]
-        )
-        yield call, span, part
+        if len(calls) > 1:
+            yield call, span, groups[:, slice(*span[2:])]
+        else:
+            yield call, span, fit_keys(groups, span[3], state.get("step", 0))
 
 
 def one_head(call):
@@ -113,9 +109,7 @@ def one_head(call):
 
 
 def weigh_values(call, x, null=False, float32=False):
-    """``A @ x`` for every head: any ``[batch key column]`` as ``[batch head query column]``. With ``null`` it
-    is asked with ``q = 0``, so that ``A`` is uniform over the visible keys.
-    """
+    """``A @ x`` of any ``[batch key column]``, ``[batch head query column]``; with ``null`` at ``q = 0``."""
     call = attending(call, null)
     named, _ = arguments(call)
     value, out = named["value"], []
@@ -239,9 +233,7 @@ def value_norms(calls, state, layout=None):
 
 
 def values(calls, state, layout=None, norm=False):
-    """The value vectors, ``[batch kv_head key d_head]`` in fp32, or with ``norm`` their L2 norms. ValueError
-    if an edit has heads or queries read different ones.
-    """
+    """The value vectors, ``[batch kv_head key d_head]`` in fp32, or with ``norm`` their L2 norms."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         probe = "ValueNorms" if norm else "AttentionValues"
         raise ValueError(

@@ -1,9 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
-query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads; and
-``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the prompt.
-All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
+``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads;
+and ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the
+prompt. All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 
 
 def evict_keys(call, state, span, live, start, recent, measure=True):
-    """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453). The mask
-    differs by query, so it is explicit. The effect's tokens are keys that the last query has lost; the
-    attention is that of every row on the keys that it has lost. Packed towers have no cache.
+    """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
+    The effect's tokens are keys that the last query has lost; the attention is that of every row on the keys
+    that it has lost. The mask differs by query, so it is explicit. Packed towers have no cache.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -223,9 +223,7 @@ def edit_values(call, state, span, keys, live, how, given=None, rows=None, heads
 
 
 def from_donors(call, state, span, how, donors):
-    """Values made of the prompt's other values, ``[batch kv_head key d_head]``.
-    A sliding cache drops donors after the prompt, so what they gave is remembered; ValueError if not.
-    """
+    """Values made of other values of the prompt, remembered where a sliding cache drops them."""
     named, rest = arguments(state.get("unedited", call))
     value, n_key = named["value"], named["value"].shape[2]
     place, memory, step = state.get("edit"), state.get("memory", {}), state.get("step", 0)

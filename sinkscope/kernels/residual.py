@@ -47,9 +47,7 @@ def norms(states, state, layout=None):
 
 
 def dimension_scores(states, state, dims, rms=True, layout=None):
-    """Sink-dimension value ``max over dims of |h_d|``, ``[batch pos]``.
-    With ``rms`` it is divided by ``sqrt(mean_d h_d^2 + 1e-6)``, which bounds it by sqrt(D).
-    """
+    """Sink-dimension value ``max over dims of |h_d|``, with ``rms`` over ``sqrt(mean_d h_d^2 + 1e-6)``."""
     h = rows_of(states, layout).float()
     peak = h[..., dims].abs().amax(dim=-1)
     return peak / (h.pow(2).mean(dim=-1) + 1e-6).sqrt() if rms else peak
@@ -111,8 +109,7 @@ def peak_neurons(states, state, mask):
 
 def state_effect(mask, before=None, after=None):
     """The effect of an edit of states, which a kernel returns as its second value. ``mask`` ``[batch pos]``
-    bool are the tokens it was to edit; ``before`` and ``after`` are all states ``[batch pos d_model]``, or
-    None where those tokens surely change.
+    are the tokens to edit; ``before`` and ``after`` all states, or None where those tokens surely change.
     """
     changed = mask if before is None else mask & (before != after).any(dim=-1)
     count, tokens = changed.sum(1), mask.sum(1)

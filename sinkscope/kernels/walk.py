@@ -166,8 +166,7 @@ def detached(value):
 
 def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
-    ``number`` is 0 for the prompt, 1, 2, ... for decode steps; ``memory`` is what edits keep from one step of
-    a generation to the next.
+    ``number`` is that of the step, 0 for the prompt; ``memory`` is what edits keep from step to step.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
@@ -181,9 +180,7 @@ def walk(root, tracer, plan, number=0, memory=None):
 
 
 def last_logits(logits, last=None, graph=False):
-    """All logits ``[batch pos vocab]``, or those of one position per row, ``last`` ``[batch]``. Negative
-    positions count from the end; ``graph`` keeps the graph, and the device with it.
-    """
+    """Logits ``[batch pos vocab]`` of all positions, or of ``last``; ``graph`` keeps the graph."""
     if last is not None:
         rows = torch.arange(logits.shape[0], device=logits.device)
         logits = logits[rows, last.to(logits.device)][:, None]

@@ -31,9 +31,9 @@ def near(x, y, dtype):
 
 
 def measure(part, like):
-    """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
-    ``centred`` tells whether the mean over channels is taken away, ``norm`` whether each token is divided by
-    its size; ValueError if the part is neither a factor per channel nor a norm.
+    """One of the parts as a map per channel, from what the projection wrote, ``like`` ``[... d_model]``.
+    ``centred``: the mean over channels is taken away; ``norm``: each token is divided by its size. ValueError
+    if it is neither a factor per channel nor a norm.
     """
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
