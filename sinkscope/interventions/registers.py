@@ -148,12 +148,13 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 "find_register_neurons(...)."
             )
         layers = unpacked(context).layers("vision", list(self.neurons))
-        if len(feeding := context.anatomy.feed_layers) > 1:
+        *before, last = context.anatomy.feed_layers
+        if before:
             raise ModelError(
-                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
-                "the earlier ones."
+                f"The projector reads blocks {(*before, last)}; expected one. Registers would reach it "
+                "through the earlier ones."
             )
-        count, last = context.tower("vision").d_mlp, feeding[0]
+        count = context.tower("vision").d_mlp
         if not count:
             raise ModelError(
                 "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
