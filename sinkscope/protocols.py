@@ -1,7 +1,6 @@
 """The protocols of a probe and of an intervention: what they ask of a site, and what comes back.
 
-Both are frozen dataclasses of parameters that never hold a model: the runner asks them what to read or
-to edit, kernels do it inside the trace, and small tensors come back.
+Both are frozen dataclasses of parameters that never hold a model. Kernels do the work inside the trace.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from sinkscope.errors import InterventionError, SinkscopeError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
 from sinkscope.sites import Site
+
+COLUMNS = ("rows", "empty", "tokens", "mass_before", "mass_after")
 
 
 class Model(Protocol):
@@ -40,12 +41,11 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """One question to one site.
+    """Ask one question of one site.
 
-    Attributes:
-        kernel: ``kernel(value, state, **parameters)``, a pure function that imports torch only. At
-            an attention site ``value`` is the list of attention calls, elsewhere the states.
-        parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
+    ``kernel(value, state, **parameters)`` is a pure function that imports torch only. At an attention site
+    ``value`` is the list of attention calls, elsewhere the states. ``parameters`` are plain values and CPU
+    tensors; ``("@module", path)`` stands for a module.
     """
 
     site: Site
@@ -55,7 +55,7 @@ class Read:
 
 @runtime_checkable
 class Probe(Protocol):
-    """Anything the runner can run."""
+    """Ask questions of sites and make a result of the answers: what the runner needs of a probe."""
 
     @property
     def tower(self) -> str:
@@ -73,17 +73,15 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One edit at one site.
+    """Make one edit at one site.
 
-    Attributes:
-        kernel: At an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``,
-            best made with `sinkscope.kernels.edited_call.with_change`; elsewhere
-            ``kernel(states, state, **parameters) -> (states, effect)``. Never in place.
-        parameters: Plain values and CPU tensors; ``("@module", path)`` stands for a module.
-        stage: For an attention site, what is edited: ``"keys"``, ``"logits"``, ``"weights"`` or
-            ``"values"``. The edits of one site apply in this order, and in list order inside a
-            stage: a mask holds whatever is redistributed beside it. The kernel finds it in
-            ``state["stage"]``; InterventionError if it is none.
+    ``kernel`` is at an attention site ``kernel(call, state, span, **parameters) -> (call, effect)``, best
+    made with `sinkscope.kernels.edited_call.with_change`, elsewhere
+    ``kernel(states, state, **parameters) -> (states, effect)``; never in place. For ``parameters`` see
+    `Read`. ``stage`` says what is edited at an attention site: ``"keys"``, ``"logits"``, ``"weights"`` or
+    ``"values"``. The edits of one site apply in this order, and in list order inside a stage: a mask also
+    holds for what is redistributed. The kernel finds it in ``state["stage"]``; InterventionError if it is
+    none of them.
     """
 
     site: Site
@@ -97,7 +95,7 @@ class Edit:
 
 @runtime_checkable
 class Intervention(Protocol):
-    """Anything the runner can apply. It reads what `BaseIntervention` has too, if it is there."""
+    """Edit sites: what the runner needs of an intervention. It also reads what `BaseIntervention` has."""
 
     @property
     def steps(self) -> str:
@@ -115,13 +113,11 @@ class Intervention(Protocol):
 
 
 class BaseIntervention:
-    """What the runner reads of an `Intervention` besides, and what holds for those that have it not.
+    """Hold what the runner reads of an `Intervention` if it is there, and what holds if it is not.
 
-    Attributes:
-        needs: What it needs of a tower, a name that `LVLM.report` knows; also a keyword of the class.
-        changes_positions_of: The tower to which it adds positions, if there is one.
-        tower: The tower it edits, a field; ``"language"`` without.
-        layers: The blocks it edits, a field; all without, or if None.
+    ``needs`` is what it needs of a tower, a name that `LVLM.report` knows, also a keyword of the class;
+    ``changes_positions_of`` the tower to which it adds positions, if any. ``tower`` and ``layers`` are
+    fields, what it edits: ``"language"`` and all blocks (or None) for those that have them not.
     """
 
     needs: ClassVar[str] = ""
@@ -143,23 +139,19 @@ class BaseIntervention:
 
 @dataclass(frozen=True, eq=False)
 class Effect(Result):
-    """What one intervention did in one forward pass.
+    """Report what one intervention did in one forward pass, at the edited ``sites`` in forward order.
 
     Attributes:
-        sites: Every site that was edited, in forward order.
-        rows: Int ``[batch site]``: query rows touched in some head; for edits of states the tokens
-            whose state became another. In the vision tower the first axis counts images; a packed
-            tower has one row for all.
-        empty: Int ``[batch site]``: rows left as they were in some head, because the edit would
-            leave them no key to see.
+        rows: Int ``[batch site]``: query rows touched in some head; for edits of states the tokens whose
+            state changed. The first axis of the vision tower counts images, or is one row if packed.
+        empty: Int ``[batch site]``: rows left as they were in some head, because no key would be left.
         tokens: Int ``[batch site]``: edited keys (or tokens).
-        mass_before: Float ``[batch site]``: mean attention of the touched rows and heads on the
-            edited keys before; NaN where nothing was touched or masses do not change.
-        mass_after: The same after.
-        kl: Float ``[batch]``: KL(unedited || edited) of the next token, if it was asked for; all
-            interventions of the run together.
+        mass_before: Float ``[batch site]``: mean attention of the touched rows and heads on the edited
+            keys before; NaN where nothing was touched or masses do not change. ``mass_after`` likewise.
+        kl: Float ``[batch]``: KL(unedited || edited) of the next token under all interventions of the run,
+            if it was asked for.
         step: 0 for a prompt, 1, 2, ... for decode steps.
-        extra: What the kernel told besides, ``[batch site ...]``: a gate's ``"coefficients"``.
+        extra: What else the kernel reported, ``[batch site ...]``: a gate's ``"coefficients"``.
     """
 
     sites: tuple[Site, ...]
@@ -185,15 +177,10 @@ class Effect(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per batch row and site."""
-        many = len(self.rows)
-        table = {
-            "batch": [row for row in range(many) for _ in self.sites],
-            "site": [str(site) for site in self.sites] * many,
-            "layer": [site.layer for site in self.sites] * many,
-        }
-        for name in ("rows", "empty", "tokens", "mass_before", "mass_after"):
-            table[name] = getattr(self, name).flatten().tolist()
-        return pd.DataFrame(table)
+        batch = range(len(self.rows))
+        places = [(row, str(site), site.layer) for row in batch for site in self.sites]
+        table = pd.DataFrame(places, columns=["batch", "site", "layer"])
+        return table.assign(**{name: getattr(self, name).flatten().tolist() for name in COLUMNS})
 
 
 def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: str) -> list[Any]:
@@ -207,8 +194,8 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
     out = list(came)
     for it in out:
         if isinstance(it, type):
-            got = f"Got the class {it.__name__} among the {name}; expected an object of it."
-            raise error(f"{got} Write {it.__name__}(...).")
+            write = f"an object of it. Write {it.__name__}(...)"
+            raise error(f"Got the class {it.__name__} among the {name}; expected {write}.")
         if not isinstance(it, kind):
             raise error(f"Got {it!r} among the {name}; expected {such}.")
     return out
@@ -217,27 +204,19 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
 def effect_from(
     answers: Mapping[Site, Mapping[str, Tensor]], step: int, ended: Tensor | None = None
 ) -> Effect:
-    """An `Effect` from what the kernels told at every site of one intervention.
-
-    In rows whose answer has ``ended``, bool ``[batch]``, nothing was touched.
-    """
-    sites, nan = tuple(sorted(answers)), float("nan")
+    """An `Effect` from all answers of one intervention; nothing was touched in rows that have ``ended``."""
+    sites = tuple(sorted(answers))
     told = [answers[site] for site in sites]
-
-    def joined(name: str) -> Tensor:
-        return torch.stack([one[name] for one in told], dim=1)
-
-    def total(name: str) -> Tensor:
-        return joined(name) if ended is None else joined(name).masked_fill(ended[:, None], 0)
-
-    count = total("count")
-
-    def mean(name: str) -> Tensor:
-        nothing = torch.full((len(count),), nan)
+    common = sorted(set.intersection(*map(set, told)))
+    joined = {name: torch.stack([one[name] for one in told], dim=1) for name in common}
+    if ended is not None:
+        for name in ("count", "rows", "empty", "tokens"):
+            joined[name] = joined[name].masked_fill(ended[:, None], 0)
+    count = joined["count"]
+    for name in ("before", "after"):
+        nothing = torch.full((len(count),), float("nan"))
         sums = [one[name] / one["count"] if name in one else nothing for one in told]
-        return torch.stack(sums, dim=1).masked_fill(count == 0, nan)
-
-    known = {"rows", "empty", "tokens", "count", "before", "after"}
-    extra = {name: joined(name) for name in sorted(set.intersection(*map(set, told)) - known)}
-    rows, empty, tokens = (total(name) for name in ("rows", "empty", "tokens"))
-    return Effect(sites, rows, empty, tokens, mean("before"), mean("after"), None, step, extra)
+        joined[f"mass_{name}"] = torch.stack(sums, dim=1).masked_fill(count == 0, float("nan"))
+    own = {name: joined.pop(name) for name in COLUMNS}
+    extra = {name: x for name, x in joined.items() if name not in ("count", "before", "after")}
+    return Effect(sites, **own, step=step, extra=extra)

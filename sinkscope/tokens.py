@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.checks import is_whole
+from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import SelectionError, nearest
 
 KINDS = ("pad", "bos", "text", "image", "special")
@@ -82,24 +82,18 @@ def positions_of(given: Any, live: Tensor, what: str) -> list[int]:
 
 def check_merge(merge: str) -> None:
     """Refuse an unknown way to join ViT tokens: SelectionError."""
-    if merge not in (known := ("max", "mean", "any")):
-        close = nearest(str(merge), known)
-        raise SelectionError(f"Got merge={merge!r}; expected 'max', 'mean' or 'any'. {close}")
+    check_choice(("max", "mean", "any"), error=SelectionError, merge=merge)
 
 
 @dataclass(frozen=True, eq=False)
 class VisionMap:
-    """The ViT tokens of every image, in the order of the image processor.
+    """Describe the ViT tokens of every image, in the order of the image processor.
 
-    Attributes:
-        kind: Index into `VISION_KINDS`.
-        live: False where an image has fewer tokens than the largest.
-        row: Patch row, -1 for CLS and registers; ``column`` likewise.
-        box: ``x0 y0 x1 y1`` in pixels of the original image (see `TokenMap`).
-        grid: Patch rows and columns.
-        layout: Index in the packed sequence of a packed tower, -1 at padding; None for a tower with
-            one row per image.
-        batch_row: The batch row each image belongs to.
+    ``kind`` is an index into `VISION_KINDS`; ``live`` is False where an image has fewer tokens than the
+    largest; ``row`` and ``column`` place a patch, -1 for CLS and registers; ``box`` is ``x0 y0 x1 y1`` in
+    pixels of the original image (see `TokenMap`); ``grid`` is patch rows and columns; ``layout`` is the index
+    in the sequence of a packed tower, -1 at padding, None for a tower with one row per image; ``batch_row``
+    is the batch row each image belongs to.
     """
 
     kind: Int[Tensor, "image pos"]
@@ -119,24 +113,21 @@ class VisionMap:
         """
         if not isinstance(selection, str):
             return mask_of(selection, self.live, n_layers, "the vision tower")
-        if selection in VISION_KINDS[1:]:
-            return self.live & (self.kind == VISION_KINDS.index(selection))
-        if selection != "all":
+        if selection == "all":
+            return self.live
+        if selection not in VISION_KINDS[1:]:
             raise SelectionError(
                 f"Got the vision selection {selection!r}; expected one of 'all', 'cls', "
                 f"'register', 'patch', positions or a mask. {nearest(selection, VISION_KINDS[1:])}"
             )
-        return self.live
+        return self.live & (self.kind == VISION_KINDS.index(selection))
 
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """What every position of a sample is.
+    """Describe every position of a sample; ``live`` is False at padding, and ``kind`` an index into `KINDS`.
 
     Attributes:
-        ids: Token ids.
-        live: False at padding.
-        kind: Index into `KINDS`.
         image: Which image of its row a position shows, from 0; -1 elsewhere.
         image_index: The same counted over the whole batch: the row of `vision`.
         row: Row of the image token in its grid, -1 elsewhere; ``column`` likewise.
@@ -179,17 +170,14 @@ class TokenMap:
         return (*fixed, *(f"image:{i}" for i in range(images)))
 
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
-        """A selection as a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
+        """Turn a selection into a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
 
-        A selection is a name from `names`; other words, looked for in the text of every row as whole
-        words (all tokens of all places that hold them); a position, a list of positions or a slice,
-        counted as here, with padding; or a bool mask ``[batch pos]`` or, with ``n_layers`` of the tower,
+        A selection is a name from `names`; other words, looked for in the text of every row as whole words
+        (all tokens of all places that hold them); a position, a list of positions or a slice, counted as
+        here, with padding; or a bool mask ``[batch pos]`` or, with ``n_layers`` of the tower,
         ``[batch layer pos]``. ``"text"`` are all live positions that are neither image, BOS nor special
-        tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there.
-
-        Raises:
-            SelectionError: If a row does not hold the words or the position, or the mask is of
-                another batch.
+        tokens; ``"bos"`` is empty where the tokenizer adds no BOS: use ``"first"`` there. SelectionError if a
+        row does not hold the words or the position, or the mask is of another batch.
         """
         if not isinstance(selection, str):
             mask = mask_of(selection, self.live, n_layers, "the language tower")
@@ -207,16 +195,22 @@ class TokenMap:
 
     def _holding(self, text: str) -> Tensor:
         """The text tokens of every place that holds some words."""
-        mask, textual = torch.zeros_like(self.live), self.select("text")
+        mask, textual = torch.zeros_like(self.live), self.select("text").tolist()
         for row, words in enumerate(self.words or ()):
-            line, owners = _line_of(words, textual[row].tolist())
+            line, owners, at = "", [], 0  # what is no text interrupts the line with a zero
+            while at < len(words):
+                word = words[at] if textual[row][at] else "\0"
+                parts, many = re.fullmatch(r"(.+) 1/([2-9])", word, flags=re.DOTALL), 1
+                if parts and words[at + 1 : at + 2] == (f"{parts[1]} 2/{parts[2]}",):
+                    word, many = parts[1], int(parts[2])
+                line, owners = line + word, owners + [range(at, at + many)] * len(word)
+                at += many
             start = line.find(text) if text.strip() else -1
             while start >= 0:
                 stop = start + len(text)
                 if not (_inside_word(line, start) or _inside_word(line, stop)):
                     mask[row, sorted(set().union(*owners[start:stop]))] = True
                 start = line.find(text, start + 1)
-        lacking = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if not mask.any():
             why = "has no such whole words" if self.words else "is unknown without a tokenizer"
             raise SelectionError(
@@ -224,7 +218,7 @@ class TokenMap:
                 f"{nearest(text, self.names)} The text of the prompt {why}: write words as "
                 "sample.tokens.words shows them, or positions such as [0, 5]."
             )
-        if lacking:
+        if lacking := (~mask.any(dim=1)).nonzero().flatten().tolist():
             raise SelectionError(
                 f"Got the selection {text!r}, which the text of rows {lacking} does not hold; expected "
                 "words of every row. Prepare those rows apart, or write a mask."
@@ -233,9 +227,7 @@ class TokenMap:
 
     def from_vision(self, scores: Float[Tensor, "image pos"], merge: str = "max") -> Tensor:
         """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
-
-        ``merge`` is ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``) over the ViT tokens that
-        merge into one position.
+        ``merge`` joins those of one position: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``).
         """
         check_merge(merge)
         if scores.shape != self.vision.live.shape:
@@ -245,11 +237,10 @@ class TokenMap:
             )
         gone = self.sources < 0
         picked = scores[self.image_index.clamp(min=0)[..., None], self.sources.clamp(min=0)]
+        picked = (picked > 0).to(scores.dtype) if merge == "any" else picked
+        out = picked.masked_fill(gone, float("-inf")).amax(-1)
         if merge == "mean":
             out = picked.masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1).clamp(min=1)
-        else:
-            picked = (picked > 0).to(scores.dtype) if merge == "any" else picked
-            out = picked.masked_fill(gone, float("-inf")).amax(-1)
         return out.masked_fill(self.image_index < 0, float("nan"))
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -269,19 +260,3 @@ def _inside_word(line: str, at: int) -> bool:
     """Whether letters or digits stand on both sides of a place; scripts without blanks do not count."""
     pair = line[at - 1 : at + 1] if at else ""
     return len(pair) == 2 and all(c.isalnum() and east_asian_width(c) not in "WF" for c in pair)
-
-
-def _line_of(words: tuple[str, ...], textual: list[bool]) -> tuple[str, list[range]]:
-    """The text of a row, and of every character its tokens; other tokens interrupt it with a zero.
-
-    A character whose bytes lie in several tokens, ``中 1/2`` and ``中 2/2``, belongs to all of them.
-    """
-    line, owners, at = "", [], 0
-    while at < len(words):
-        word = words[at] if textual[at] else "\0"
-        parts, many = re.fullmatch(r"(.+) 1/([2-9])", word, flags=re.DOTALL), 1
-        if parts and words[at + 1 : at + 2] == (f"{parts[1]} 2/{parts[2]}",):
-            word, many = parts[1], int(parts[2])
-        line, owners = line + word, owners + [range(at, at + many)] * len(word)
-        at += many
-    return line, owners

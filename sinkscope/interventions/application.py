@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import InterventionError, NoEffectError
-from sinkscope.protocols import (
-    BaseIntervention,
-    Edit,
-    Effect,
-    Intervention,
-    Model,
-    Probe,
-    as_list,
-)
+from sinkscope.protocols import Edit, Effect, Intervention, Model, Probe, as_list
 from sinkscope.results import kl_of_next
 
 
@@ -49,10 +41,8 @@ def allowing_noop(it: Any) -> Any:
 
 
 def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -> None:
-    """Refuse edits of vision blocks behind the last one that the projector reads, of ``feeds``.
-
-    With ``layers=None`` such blocks are edited along with the others, for probes of the tower.
-    NoEffectError if one was named, or there are no others, and that was not allowed.
+    """Refuse edits of vision blocks behind the last of ``feeds``, which the projector reads: NoEffectError.
+    Allowed are ``allow_noop``, and ``layers=None``, which edits them with the others for probes of the tower.
     """
     vision = {edit.site.layer for edit in edits if edit.site.tower == "vision"}
     behind = sorted(layer for layer in vision if layer > feeds[-1])
@@ -68,10 +58,9 @@ def check_reach(it: Intervention, edits: Sequence[Edit], feeds: Sequence[int]) -
 def check_beside(interventions: Sequence[Intervention], probes: Sequence[Probe]) -> None:
     """Refuse probes and edits of a tower to which another edit adds positions."""
     for it in interventions:
-        tower = getattr(it, "changes_positions_of", BaseIntervention.changes_positions_of)
+        tower = getattr(it, "changes_positions_of", None)
         others = [other for other in (*probes, *interventions) if tower and other is not it]
-        clash = [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]
-        if clash:
+        if clash := [type(o).__name__ for o in others if getattr(o, "tower", None) == tower]:
             raise InterventionError(
                 f"Got {clash} of the {tower} tower beside {type(it).__name__}, which adds positions to "
                 "that tower; expected those of the other one only. Run them in a pass of their own."
@@ -86,37 +75,30 @@ def require_effects(
         mine = [effects[it] for effects in steps if it in effects]
         if it.allow_noop or any(bool(effect.touched.any()) for effect in mine):
             continue
-        empty = sum(int(effect.empty.sum()) for effect in mine)
+        why = (
+            f"touched no row in {len(mine)} forward passes; expected at least one. No selected query sees "
+            "the edited tokens: they come later, lie outside the window, are masked already, or were "
+            "given what they have."
+        )
         if not mine:
             why = (
-                f" never ran in {len(steps)} forward passes; expected at least one at "
-                f"steps={it.steps!r}. The first token of an answer comes from the prompt's pass, so a "
-                "decode-only edit needs max_new_tokens=2 or more."
+                f"never ran in {len(steps)} forward passes; expected at least one at steps={it.steps!r}. "
+                "The first token of an answer comes from the prompt's pass, so a decode-only edit needs "
+                "max_new_tokens=2 or more."
             )
         elif not any(site.name == "attention" for effect in mine for site in effect.sites):
-            why = " left every token as it was; expected at least one to change."
-        elif empty:
+            why = "left every token as it was; expected at least one to change."
+        elif empty := sum(int(effect.empty.sum()) for effect in mine):
             why = (
-                f" touched no row: the {empty} that see the edited keys see nothing else, and such a "
-                "row keeps its unedited output. Leave some key to attend to."
+                f"touched no row: the {empty} that see the edited keys see nothing else, and such a row "
+                "keeps its unedited output. Leave some key to attend to."
             )
-        else:
-            why = (
-                f" touched no row in {len(mine)} forward passes; expected at least one. No selected "
-                "query sees the edited tokens: they come later, lie outside the window, are masked "
-                "already, or were given what they have."
-            )
-        raise NoEffectError(
-            f"{type(it).__name__}{why} Write allow_noop=True if nothing may happen."
-        )
+        name = type(it).__name__
+        raise NoEffectError(f"{name} {why} Write allow_noop=True if nothing may happen.")
 
 
 def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
-    """The `Run` ``edited`` with ``KL(unedited || edited)`` of the next token in every effect.
-
-    ``plain`` is a run without interventions and with ``logits="last"``; ``last`` int ``[batch]`` the last
-    prompt position of every row.
-    """
+    """Add ``KL(unedited || edited)`` of the next token, behind position ``last``, to all effects of a run."""
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]
@@ -125,7 +107,7 @@ def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
 
 
 class Edited:
-    """What ``with lvlm.edited(interventions) as edited`` gives: `run` and `generate`, edited.
+    """Run and generate with edits on: what ``with lvlm.edited(interventions) as edited`` gives.
 
     The model's weights and the plain LVLM are untouched; masks among the ``interventions`` belong to
     samples of their own shape, names such as ``"image"`` to any.
@@ -152,8 +134,8 @@ class Edited:
         self, sample: Any, probes: Any = (), interventions: Any = (), **options: Any
     ) -> Any:
         """`LVLM.generate` with these interventions first, then further ones."""
-        both = (*self._interventions, *interventions)
-        return self._model().generate(sample, probes, both, **options)
+        every = (*self._interventions, *interventions)
+        return self._model().generate(sample, probes, every, **options)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """`LVLM.prepare`."""

@@ -39,10 +39,7 @@ class AttentionEdit(BaseEdit):
 
 
 def runs_now(steps: str, context: Context, tower: str) -> bool:
-    """Whether an intervention with these ``steps`` edits ``tower`` now; InterventionError if unknown.
-
-    The vision tower runs on the prompt only.
-    """
+    """Whether an intervention edits ``tower`` at this step; the vision tower runs on the prompt only."""
     check_choice(STEPS, error=InterventionError, steps=steps)
     now = "decode" if context.step else "prefill"
     return steps in ("all", now) and (now == "prefill" or tower == "language")
@@ -51,10 +48,9 @@ def runs_now(steps: str, context: Context, tower: str) -> bool:
 def selected(
     context: Context, tower: str, tokens: Selection, what: str, allow_empty: bool
 ) -> Tensor:
-    """A selection (see `TokenMap.select`) as bool ``[batch layer pos]``, False at padding.
-
-    There is one layer, or as many as the tower has if the selection differs by layer; see `at_layer`.
-    NoEffectError, with the name ``what``, if it is empty in every row, unless ``allow_empty``.
+    """A selection (see `TokenMap.select`) as bool ``[batch layer pos]``, False at padding. There is one
+    layer, or as many as the tower has if the selection differs by layer; see `at_layer`. NoEffectError, with
+    the name ``what``, if it is empty in every row, unless ``allow_empty``.
     """
     mask = context.select(tower, tokens)
     if not mask.any() and not allow_empty:
@@ -114,18 +110,16 @@ def attention_edits(
     each: Sequence[Mapping[str, Any]] | None = None,
     **shared: Any,
 ) -> list[Edit]:
-    """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`.
-
-    The kernel gets ``masks``, as `selected` gives them, what is ``shared`` by all layers, what ``each``
-    layer has of its own, one mapping per layer, and ``live``, ``rows`` and ``heads``.
+    """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`. Kernels
+    get ``masks`` from `selected`, what is ``shared`` and what ``each`` layer has, and ``live``, ``rows``,
+    ``heads``.
     """
     tower, heads = it.tower, it.heads
-    layers = context.layers(tower, it.layers)
+    layers, now = context.layers(tower, it.layers), runs_now(it.steps, context, tower)
     if heads is not None:
         hint = "Write query heads, of which several may share a key-value head, or None for all."
         heads = sorted(set(check_indices(heads, context.tower(tower).heads, "query head", hint)))
     rows = rows_at(context, tower, it.queries, type(it).__name__, it.allow_noop)
-    now = runs_now(it.steps, context, tower)
     if it.steps == "decode" and it.queries is not None:
         raise InterventionError(
             "Got queries together with steps='decode'; expected either. Queries are prompt "
@@ -140,10 +134,9 @@ def attention_edits(
     packed = {key: context.pack(tower, mask, dim=2).unbind(1) for key, mask in masks.items()}
     edits = []
     for layer, own in zip(layers, each or [{}] * len(layers), strict=True):
-        mine = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
-        edits.append(
-            Edit(Site(tower, "attention", layer), kernel, {**mine, **shared, **own}, stage)
-        )
+        given = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
+        given |= {**shared, **own}
+        edits.append(Edit(Site(tower, "attention", layer), kernel, given, stage))
     return edits
 
 
@@ -153,7 +146,7 @@ def check_prompt_only(steps: str, what: str) -> None:
     if steps == "decode":
         raise InterventionError(
             f"Got steps='decode' for {what}; expected 'prefill' or 'all', which mean the same here: it "
-            "edits states of prompt tokens, which exist in the first pass only and live on in the cache."
+            "edits states of prompt tokens, which exist in the first pass only and stay in the cache."
         )
 
 
@@ -183,17 +176,15 @@ def check_neutral(it: Any, factor: float, neutral: float = 1.0) -> None:
 
 def needs_a_mask(tower: TowerAnatomy) -> str:
     """Why a bias of logits cannot ride in extra head dimensions of a tower; "" if it can."""
-    if tower.softcap:
-        return "a soft-cap would bend a bias"
-    wide = tower.d_head + EXTRA > WIDEST
-    return f"heads of {tower.d_head} leave no room for a bias" if wide else ""
+    wide = f"heads of {tower.d_head} leave no room for a bias"
+    narrow = "" if tower.d_head + EXTRA <= WIDEST else wide
+    return "a soft-cap would bend a bias" if tower.softcap else narrow
 
 
 def check_maskable(it: Any, context: Context, reason: str | None = None) -> None:
     """Refuse an explicit mask under a flash kernel; a bias needs one as `needs_a_mask` says."""
     tower = context.tower(it.tower)
-    reason = needs_a_mask(tower) if reason is None else reason
-    if reason and "flash" in tower.kernel:
+    if "flash" in tower.kernel and (reason := reason or needs_a_mask(tower)):
         raise InterventionError(
             f"Got {type(it).__name__} in a tower that runs {tower.kernel!r}; expected 'sdpa' or 'eager', "
             f"which take an explicit mask: {reason}. Write attn_implementation='sdpa' where the model "

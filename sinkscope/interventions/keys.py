@@ -34,9 +34,9 @@ def key_edits(
 class MaskKeys(AttentionEdit, needs="bias"):
     """Make keys unreachable: their attention becomes 0 and the rest is renormalised.
 
-    A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is
-    counted in ``run.effects``; where the model has a learned sink, which takes attention too, it
-    reads nothing instead. The cache stays clean, and the mask holds at every decode step.
+    A row that sees masked keys only (row 0, if BOS is masked) keeps its unedited output and is counted in
+    ``run.effects``; where the model has a learned sink, it reads nothing instead. The cache stays clean, and
+    the mask holds at every decode step.
 
     Args:
         tokens: The keys.
@@ -61,13 +61,9 @@ class MaskKeys(AttentionEdit, needs="bias"):
 class ScaleKeys(AttentionEdit, needs="weights"):
     """Multiply keys: every *logit* to them is multiplied (LSG, Choi et al. 2604.03316).
 
-    Not a scaling of attention: a factor below 1 raises the weight of keys with a negative logit, and
-    0 gives logit 0, not absence; ``run.effects`` shows the sign. It comes after RoPE and after any
-    k-norm, and is repeated at every decode step on a clean cache.
-
-    Args:
-        factor: The multiplier.
-        layers: See `MaskKeys`, as for the rest.
+    Not a scaling of attention: a ``factor`` below 1 raises the weight of keys with a negative logit, and 0
+    gives logit 0, not absence; ``run.effects`` shows the sign. It comes after RoPE and any k-norm, and is
+    repeated at every decode step on a clean cache. The other fields are those of `MaskKeys`.
     """
 
     tokens: Selection
@@ -76,23 +72,18 @@ class ScaleKeys(AttentionEdit, needs="weights"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
-        factor = check_factor("factor", self.factor)
-        return key_edits(self, context, self.tokens, "keys", factor)
+        return key_edits(self, context, self.tokens, "keys", check_factor("factor", self.factor))
 
 
 @dataclass(frozen=True, eq=False)
 class ScaleAttention(AttentionEdit, needs="bias"):
-    """Multiply attention weights on tokens.
+    """Multiply attention weights on tokens by a ``factor``.
 
-    With ``renormalize=True`` the rows sum to one again (a logit bias of ``log factor``; factor 0 is
+    With ``renormalize`` the rows sum to one again (a logit bias of ``log factor``, at least 0; factor 0 is
     `MaskKeys`). Without, the rest of the row keeps its weights and the sum changes. The bias is exact
     to 16 bits in bf16; under a soft-cap or with heads of more than 248 dimensions it is rounded to
-    the model's dtype (in bf16 the factor is then good to 0.4 % of its logarithm).
-
-    Args:
-        factor: The multiplier, at least 0 if renormalised.
-        layers: See `MaskKeys`, as for the rest.
-        renormalize: Whether rows sum to one again.
+    the model's dtype (in bf16 the factor is then good to 0.4 % of its logarithm). The other fields are those
+    of `MaskKeys`.
     """
 
     tokens: Selection
@@ -111,9 +102,7 @@ class ScaleAttention(AttentionEdit, needs="bias"):
 class AttentionKnockout(BaseEdit, needs="bias"):
     """Cut attention from queries to keys in a window of layers (Geva et al. 2304.14767).
 
-    Args:
-        queries: Prompt positions that may no longer see the keys; ``"last"`` for the last one.
-        layers: See `MaskKeys`, as for the rest.
+    ``queries`` are prompt positions, ``"last"`` for the last one. The other fields are those of `MaskKeys`.
     """
 
     queries: Selection
@@ -130,14 +119,9 @@ class AttentionKnockout(BaseEdit, needs="bias"):
 class EvictKeys(BaseEdit, needs="eviction"):
     """Keep the first ``start`` keys and the ``recent`` last ones, as StreamingLLM does (2309.17453).
 
-    Dropping the first keys (``start=0``) is what breaks a model whose sink they are. Two differences
-    to a streaming cache: positions keep their angle instead of being renumbered inside the cache,
-    and the keys stay in memory, so this measures quality, not speed. The mask is explicit.
-
-    Args:
-        start: First live keys to keep; 4 in the paper.
-        recent: Recent keys to keep, the query's own among them.
-        layers: See `MaskKeys`, as for the rest.
+    Dropping the first keys (``start=0``; the paper keeps 4) breaks a model whose sink they are. ``recent``
+    includes the query's own key. Unlike in a streaming cache positions keep their angle, and the keys stay in
+    memory: this measures quality, not speed. The mask is explicit. The other fields are those of `MaskKeys`.
     """
 
     start: int = 4
@@ -151,27 +135,24 @@ class EvictKeys(BaseEdit, needs="eviction"):
         check_whole(0, error=InterventionError, start=self.start)
         check_whole(1, error=InterventionError, recent=self.recent)
         base.check_maskable(self, context, "what is evicted differs by query")
-        if not base.runs_now(self.steps, context, "language"):
-            return []
-        parameters = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
+        given = {"live": context.tokens.live, "start": self.start, "recent": self.recent}
+        runs = base.runs_now(self.steps, context, "language")
         return [
-            Edit(Site("language", "attention", layer), evict_keys, parameters, "logits")
-            for layer in context.layers("language", self.layers)
+            Edit(Site("language", "attention", layer), evict_keys, given, "logits")
+            for layer in (context.layers("language", self.layers) if runs else ())
         ]
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionTemperature(AttentionEdit, needs="weights"):
-    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``.
+    """Divide the logits of chosen rows by a temperature: ``softmax(z / T)``; below 1 sharpens, above 1
+    flattens.
 
     Queries are divided, and keys and the cache stay as they are. So under a soft-cap it is the logit
     before the cap that is divided, and the logit of a learned sink is not: its share changes with the
     others' sharpness. A bias of another edit (`MaskKeys`, `ScaleAttention`) is added behind it. The
-    effect's mass is that on all live keys: 1, unless there is a learned sink.
-
-    Args:
-        temperature: Above 0; below 1 sharpens, above 1 flattens.
-        layers: See `MaskKeys`, as for the rest.
+    effect's mass is that on all live keys: 1, unless there is a learned sink. The other fields are those of
+    `MaskKeys`.
     """
 
     temperature: float
@@ -180,8 +161,7 @@ class AttentionTemperature(AttentionEdit, needs="weights"):
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer."""
         check_number(above=0.0, error=InterventionError, temperature=self.temperature)
-        heat = float(self.temperature)
-        base.check_neutral(self, heat)
+        base.check_neutral(self, heat := float(self.temperature))
         masks = {"keys": base.selected_by(self, context, "all")}
         return attention_edits(self, context, divide_queries, "keys", masks, temperature=heat)
 
@@ -190,14 +170,12 @@ class AttentionTemperature(AttentionEdit, needs="weights"):
 class ImageCentric:
     """Select, as VAR does (Kang et al. 2503.03321), the rows and heads that look at the image.
 
-    At least ``least_visual`` of their attention lies on it, at most ``most_sink_share`` of that on
-    visual sinks.
+    At least ``least_visual`` of their attention lies on it (0.2 in paper and code), at most
+    ``most_sink_share`` of that on visual sinks.
 
     Args:
         visual_sinks: The visual sinks, ``[batch pos]`` or ``[batch layer pos]``.
-        least_visual: 0.2 in paper and code.
-        most_sink_share: ``rho`` of the code, 0.5; the paper's rho bounds the non-sink share from
-            below, so it is one minus this.
+        most_sink_share: ``rho`` of the code; one minus the paper's rho, which bounds the non-sink share.
         needs_sink: Whether a batch row without any visual sink in a layer is left alone there, as the
             code does; by the paper's formula text sinks give there too.
     """
@@ -221,7 +199,7 @@ class Redistribute(AttentionEdit, needs="redistribution"):
         target: Keys that receive; must not overlap the source.
         recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
             released code keeps ``p = 0.6`` and so takes 0.4.
-        layers: See `MaskKeys`, as for the rest.
+        layers: As for the rest see `MaskKeys`.
         select: Which rows and heads; None for all.
         queries: ``"after image"`` for prompt positions after the last image token (and every decode
             step), a selection of prompt positions, or None for all.
@@ -269,11 +247,8 @@ class Redistribute(AttentionEdit, needs="redistribution"):
             raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
         base.check_neutral(self, recycle, 0.0)
         base.check_maskable(self, context)
-        source, target = (
-            base.selected_by(self, context, one) for one in (self.source, self.target)
-        )
-        both = source & target
-        if both.any():
+        source, target = (base.selected_by(self, context, x) for x in (self.source, self.target))
+        if (both := source & target).any():
             raise InterventionError(
                 f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
                 "disjoint sets. Write target & ~source."

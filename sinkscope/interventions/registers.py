@@ -14,7 +14,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InterventionError, ModelError
 from sinkscope.interventions import base
-from sinkscope.kernels import states as kernels
+from sinkscope.kernels import residual as kernels
 from sinkscope.protocols import Edit, Model, Read
 from sinkscope.results import Result
 from sinkscope.sites import Site, Tower
@@ -23,12 +23,7 @@ from sinkscope.tokens import Selection
 
 @dataclass(frozen=True, eq=False)
 class NeuronResult(Result):
-    """Mean activity of neurons over chosen tokens.
-
-    Attributes:
-        activity: By layer, float ``[image neuron]``.
-        layers: The block indices, in order.
-    """
+    """Mean activity of neurons over chosen tokens: float ``[image neuron]`` by layer."""
 
     activity: Mapping[int, Tensor]
     layers: tuple[int, ...]
@@ -47,8 +42,7 @@ class NeuronResult(Result):
 class NeuronActivity:
     """Mean ``|activation|`` of every MLP neuron of the ViT over chosen tokens (2506.08010).
 
-    Args:
-        tokens: ViT tokens; usually the outliers, ``v_detection.at(layer)``.
+    ``tokens`` are ViT tokens; usually the outliers, ``v_detection.at(layer)``.
     """
 
     tokens: Selection
@@ -89,15 +83,11 @@ def find_register_neurons(
 ) -> dict[int, list[int]]:
     """Find the neurons that are most active on outlier tokens: candidates for register neurons.
 
-    A few ``samples`` with outliers do. Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
-
-    Args:
-        tokens: Per sample, the outliers: bool ``[image pos]`` over ViT tokens.
-        top_k: How many neurons in all; the paper uses 10 for CLIP-B and 45 for DINOv2-L.
-        max_layer: Last block to look at (outliers are made before they show), or None for all.
-
-    Returns:
-        Layer -> neuron indices.
+    A few ``samples`` with outliers do; ``tokens`` are the outliers of each, bool ``[image pos]`` over
+    ViT tokens. Score: mean over images and outlier positions of ``|activation|`` (2506.08010, section 3).
+    ``top_k`` is how many neurons in all (the paper uses 10 for CLIP-B and 45 for DINOv2-L), ``max_layer`` the
+    last block to look at (outliers are made before they show), or None for all. Returns layer -> neuron
+    indices.
     """
     if len(samples) != len(tokens):
         raise InterventionError(
@@ -113,8 +103,7 @@ def find_register_neurons(
     for sample, mask in zip(samples, tokens, strict=True):
         probe = NeuronActivity(mask, layers)
         found = lvlm.run(sample, probes=[probe], logits="last")[probe].activity
-        for layer in layers:
-            total[layer] = total[layer] + found[layer][mask.any(dim=1)].sum(0)
+        total = {at: total[at] + found[at][mask.any(dim=1)].sum(0) for at in layers}
     ranked = sorted((x, at, i) for at in layers for i, x in enumerate(total[at].tolist()))
     out: dict[int, list[int]] = {}
     for _, layer, neuron in ranked[::-1][:top_k]:
@@ -126,10 +115,10 @@ def find_register_neurons(
 class TestTimeRegister(base.BaseEdit, needs="registers"):
     """Add a register to a trained ViT: outliers move from patches to an extra token (2506.08010).
 
-    A zero token is appended before the first block; in the given blocks the register neurons fire
-    there instead of on the patches; behind the last block that feeds the projector the token is
-    dropped again, so the LLM never sees it. Other probes of the vision tower see one position more
-    per register and are refused beside it; probes of the decoder work.
+    A zero token is appended before the first block; in the given blocks the register neurons fire there
+    instead of on the patches; behind the last block that feeds the projector the token is dropped, so the LLM
+    never sees it. Other probes of the vision tower would see one position more per register and are refused
+    in the same pass; probes of the decoder work.
 
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
@@ -158,10 +147,19 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "
                 "find_register_neurons(...)."
             )
-        layers, last = (
-            unpacked(context).layers("vision", list(self.neurons)),
-            self._feeding(context),
-        )
+        layers = unpacked(context).layers("vision", list(self.neurons))
+        *before, last = context.anatomy.feed_layers
+        if before:
+            raise ModelError(
+                f"The projector reads blocks {(*before, last)}; expected one. Registers would reach it "
+                "through the earlier ones."
+            )
+        count = context.tower("vision").d_mlp
+        if not count:
+            raise ModelError(
+                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
+                "neurons. Registers need neurons."
+            )
         if layers[-1] > last:
             raise InterventionError(
                 f"Got register neurons in block {layers[-1]}; expected blocks up to {last}, the one "
@@ -169,29 +167,15 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
             )
         if context.step:
             return []
-        count, hint = context.tower("vision").d_mlp, "Write what find_register_neurons(...) gives."
         keep = {"live": context.live("vision"), "count": self.count}
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
         for at in layers:
-            name = f"neuron of vision block {at}"
+            name, hint = (
+                f"neuron of vision block {at}",
+                "Write what find_register_neurons(...) gives.",
+            )
             neurons = base.check_indices(self.neurons[at], count, name, hint)
             given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
         drop = {**keep, "count": -self.count}
         return [*out, Edit(Site("vision", "resid_post", last), kernels.append_tokens, drop)]
-
-    def _feeding(self, context: Context) -> int:
-        """The one block that feeds the projector, in a tower that has neurons; else ModelError."""
-        feeding = context.anatomy.feed_layers
-        *before, last = feeding
-        if before:
-            raise ModelError(
-                f"The projector reads blocks {feeding}; expected one. Registers would reach it through "
-                "the earlier ones."
-            )
-        if not context.tower("vision").d_mlp:
-            raise ModelError(
-                "The vision tower's MLPs end in no linear map; expected one, whose inputs are the "
-                "neurons. Registers need neurons."
-            )
-        return last

@@ -14,7 +14,7 @@ from sinkscope.checks import check_choice, is_number
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base, values
 from sinkscope.interventions.base import BaseEdit, at_layer, selected_by
-from sinkscope.kernels import states as kernels
+from sinkscope.kernels import residual as kernels
 from sinkscope.probes.residual import check_dims, check_site
 from sinkscope.protocols import Edit, Model
 from sinkscope.sites import Site
@@ -29,8 +29,7 @@ class AblateActivations(BaseEdit, needs="states"):
         dims: Channel indices.
         replacement: ``"zero"``; ``"mean"`` of the same channel over the row's other live tokens;
             ``"clamp"`` to at most ``value`` in magnitude; or a number.
-        layers: See `MaskKeys`, as for the rest.
-        value: The bound of ``"clamp"``.
+        layers: As for the rest see `MaskKeys`.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"`` or ``"resid_post"``.
     """
 
@@ -43,35 +42,6 @@ class AblateActivations(BaseEdit, needs="states"):
 
     def edits(self, context: Context) -> list[Edit]:
         """One edit per layer; prompt tokens exist in the first pass only."""
-        how = self._how()
-        base.check_prompt_only(self.steps, "AblateActivations")
-        dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
-        mask = selected_by(self, context, self.tokens)
-        value = {"set": self.replacement, "clamp": self.value}.get(how)
-        given = {"dims": dims, "how": how, "layout": context.layout(self.tower)}
-        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
-        for layer in () if context.step else layers:
-            at = at_layer(mask, layer)
-            if how == "mean":
-                value = values.others(context.live(self.tower), at, "AblateActivations")
-            mine = {**given, "mask": at, "value": value}
-            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, mine))
-        return out
-
-    def check_fits(self, lvlm: Model) -> None:
-        """Refuse a number that the model's dtype does not know."""
-        path = lvlm.anatomy.tower(self.tower).blocks[0]
-        dtype = dtype_of(lvlm.module.get_submodule(path))
-        most = torch.finfo(dtype).max
-        for name, number in (("replacement", self.replacement), ("value", self.value)):
-            if is_number(number) and abs(number) > most:
-                raise InterventionError(
-                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
-                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
-                )
-
-    def _how(self) -> str:
-        """The kind of replacement, unless it is unknown, or ``value`` is missing or means nothing."""
         how = self.replacement if isinstance(self.replacement, str) else "set"
         if how not in ("zero", "mean", "clamp") and not is_number(self.replacement):
             raise InterventionError(
@@ -90,17 +60,40 @@ class AblateActivations(BaseEdit, needs="states"):
             )
         if how == "clamp":
             base.check_factor("value", self.value, 0.0)
-        return how
+        base.check_prompt_only(self.steps, "AblateActivations")
+        dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
+        mask = selected_by(self, context, self.tokens)
+        value = {"set": self.replacement, "clamp": self.value}.get(how)
+        site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
+        for layer in () if context.step else layers:
+            at = at_layer(mask, layer)
+            if how == "mean":
+                value = values.others(context.live(self.tower), at, "AblateActivations")
+            given = {"mask": at, "dims": dims, "how": how, "value": value}
+            given["layout"] = context.layout(self.tower)
+            out.append(Edit(Site(self.tower, site, layer), kernels.edit_channels, given))
+        return out
+
+    def check_fits(self, lvlm: Model) -> None:
+        """Refuse a number that the model's dtype does not know."""
+        dtype = dtype_of(lvlm.module.get_submodule(lvlm.anatomy.tower(self.tower).blocks[0]))
+        for name in ("replacement", "value"):
+            number, most = getattr(self, name), torch.finfo(dtype).max
+            if is_number(number) and abs(number) > most:
+                raise InterventionError(
+                    f"Got {name}={number!r} for a model in {str(dtype).removeprefix('torch.')}; "
+                    f"expected at most {most:g} in magnitude, the largest number of that dtype."
+                )
 
 
 @dataclass(frozen=True, eq=False)
 class PatchActivations(BaseEdit, needs="patches"):
     """Put states or values of another run in place: the causal test of what tokens carry.
 
-    The donor's prompt must have the shape of this one's, such as the same question about another
-    image of the same size. With ``site="values"`` the attended tokens stay and what is read from
-    them is the donor's; the cache keeps the model's own values, so ``steps="prefill"`` edits the
-    prompt's pass only. States live on in the cache.
+    The donor's prompt must have the shape of this one's, such as the same question about another image of the
+    same size. With ``site="values"`` the attended tokens stay and what is read from them is the donor's; the
+    cache keeps the model's own values, so ``steps="prefill"`` edits the prompt's pass only. States stay in
+    the cache, so for them ``"all"`` and ``"prefill"`` are the same.
 
     Args:
         from_run: A run of the other prompt (or ``out.steps[0]`` of a generation) whose probes
@@ -109,9 +102,7 @@ class PatchActivations(BaseEdit, needs="patches"):
             values ``[batch layer kv_head pos d_head]``) of exactly the layers given here. A donor of
             one row serves all rows, if none is padded.
         site: ``"resid_pre"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_post"`` or ``"values"``.
-        layers: See `MaskKeys`, as for the rest.
-        steps: ``"all"`` or ``"prefill"``, which are the same for states; for values also
-            ``"decode"``.
+        layers: As for the rest see `MaskKeys`.
     """
 
     heads = queries = None  # values are patched for all of them
@@ -150,11 +141,8 @@ class PatchActivations(BaseEdit, needs="patches"):
 class ScaleTokens(BaseEdit, needs="embeddings"):
     """Multiply image tokens as they enter the LLM (the ReW weights of DIYSink, 2510.08510).
 
-    RMSNorm removes most of a token's scale inside the first block, so what changes is how much the
-    token weighs against what the blocks add to it.
-
-    Args:
-        tokens: Positions; usually ``trace.v_sinks`` or image tokens.
+    RMSNorm removes most of a token's scale inside the first block, so what changes is how much the token
+    weighs against what the blocks add to it. ``tokens`` are usually ``trace.v_sinks`` or image tokens.
     """
 
     tokens: Selection
@@ -176,11 +164,8 @@ class ScaleTokens(BaseEdit, needs="embeddings"):
 class SinkToFront(BaseEdit, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
-    The embeddings are reordered and the LLM's positions stay where they are: a moved token takes
-    the position, and so the RoPE angle, of its new place.
-
-    Args:
-        tokens: Image tokens to move; their order among themselves is kept.
+    The embeddings are reordered, the moved tokens in their old order. The LLM's positions stay: a moved token
+    takes the position, and so the RoPE angle, of its new place.
     """
 
     tokens: Selection

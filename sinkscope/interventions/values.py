@@ -27,9 +27,9 @@ PATCH_SITES = (*STATE_SITES, VALUES)
 class AblateValues(AttentionEdit, needs="packed_values"):
     """Replace the value vectors of tokens; what is attended stays, what is read from it changes.
 
-    Report several replacements side by side: zeroing alone can mislead (2604.14433). What a mean or a
-    resampled token takes are the model's own values, before any edit of the layer: of two edits of
-    different tokens neither sees the other.
+    Report several replacements side by side: zeroing alone can mislead (2604.14433). A mean or a resampled
+    token takes the model's own values, before any edit of the layer: of two edits of different tokens neither
+    sees the other. A packed vision tower knows no ``"mean"`` and no ``"resample"``.
 
     Args:
         replacement: ``"zero"``; ``"mean"`` of the row's other live prompt tokens; ``"resample"``: each
@@ -37,8 +37,7 @@ class AblateValues(AttentionEdit, needs="packed_values"):
             tensor that broadcasts to ``[batch kv_head pos d_head]``, the same in all layers, or to
             ``[batch layer kv_head pos d_head]``, one per layer given; or a run of a prompt of this
             shape that holds `AttentionValues`, or that result.
-        layers: See `MaskKeys`, as for the rest.
-        tower: ``"language"`` or ``"vision"``; a packed one knows no ``"mean"`` and no ``"resample"``.
+        layers: As for the rest see `MaskKeys`.
     """
 
     tokens: Selection
@@ -47,53 +46,43 @@ class AblateValues(AttentionEdit, needs="packed_values"):
     seed: int = field(default=0, kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
-        """One edit per layer."""
-        given, tower = self._kind(context), self.tower
-        mask = selected_by(self, context, self.tokens)
-        layers = context.layers(tower, self.layers)
-        if isinstance(given, str):
-            each = [{"donors": self._donors(context, at_layer(mask, at))} for at in layers]
-            masks = {"keys": mask}
-            return attention_edits(self, context, edit_values, VALUES, masks, each, how=given)
-        if isinstance(given, Tensor):
-            values = broadcast(given, context, tower, len(layers))
-        else:
-            values = donated(given, context, tower, VALUES, layers)
-        return value_edits(self, context, values, mask)
-
-    def _kind(self, context: Context) -> Any:
-        """The replacement, unless it is unknown, or the tower's layout does not allow it."""
-        given = self.replacement
-        if isinstance(given, Tensor | AttentionValueResult | Holder):
-            return given
-        if given not in REPLACEMENTS:
+        """One edit per layer; InterventionError for a replacement that the tower does not allow."""
+        given, tower = self.replacement, self.tower
+        made = isinstance(given, Tensor | AttentionValueResult | Holder)
+        if not made and given not in REPLACEMENTS:
             came = repr(given) if isinstance(given, str) else type(given).__name__
             raise InterventionError(
                 f"Got replacement={came}; expected one of {REPLACEMENTS} or a tensor, or a run that "
                 f"holds ss.probes.AttentionValues. {nearest(str(given), REPLACEMENTS)}"
             )
-        if context.layout(self.tower) is not None and given != "zero":
+        if not made and context.layout(tower) is not None and given != "zero":
             raise InterventionError(
                 f"Got replacement={given!r} in a packed vision tower; expected 'zero', a tensor or a run. "
                 "It attends window by window, and other tokens' values may lie in another window."
             )
-        return given
+        mask, layers = selected_by(self, context, self.tokens), context.layers(tower, self.layers)
+        if isinstance(given, Tensor):
+            return value_edits(self, context, broadcast(given, context, tower, len(layers)), mask)
+        if made:
+            return value_edits(self, context, donated(given, context, tower, VALUES, layers), mask)
+        each = [{"given": self._donors(context, at_layer(mask, at))} for at in layers]
+        masks = {"keys": mask}
+        return attention_edits(self, context, edit_values, VALUES, masks, each, how=given)
 
     def _donors(self, context: Context, mask: Tensor) -> Tensor | None:
         """Who the mean is over, or which token each takes its value from."""
         live = live_prompt(context, self.tower)
         if self.replacement == "mean":
             return others(live, mask, "AblateValues")
-        if self.replacement == "zero":
-            return None
         visual = context.tokens.image >= 0 if self.tower == "language" else live
-        return random_donors(mask, live, visual, self.seed)
+        kept = self.replacement == "zero"
+        return None if kept else random_donors(mask, live, visual, self.seed)
 
 
 def value_edits(it: Any, context: Context, values: Tensor, mask: Tensor) -> list[Edit]:
     """One edit per layer: values ``[batch layer kv_head pos d_head]`` at the tokens in ``mask``."""
     check_finite(values, mask, context.layers(it.tower, it.layers), 3)
-    each = [{"tensor": context.pack(it.tower, x.nan_to_num(), dim=2)} for x in values.unbind(1)]
+    each = [{"given": context.pack(it.tower, x.nan_to_num(), dim=2)} for x in values.unbind(1)]
     return attention_edits(it, context, edit_values, VALUES, {"keys": mask}, each, how="tensor")
 
 
@@ -120,8 +109,7 @@ def live_prompt(context: Context, tower: str) -> Tensor:
 def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
     """The live tokens that are not edited, of which every row needs some for a mean, ``[batch pos]``."""
     rest = live & ~mask
-    alone = (mask.any(dim=1) & ~rest.any(dim=1)).nonzero().flatten().tolist()
-    if alone:
+    if alone := (mask.any(dim=1) & ~rest.any(dim=1)).nonzero().flatten().tolist():
         raise InterventionError(
             f"Got a selection that holds every token of rows {alone} for the mean of {what}; "
             "expected some left to average over. Write replacement='zero'."
@@ -131,7 +119,6 @@ def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
 
 def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tensor:
     """For every position in ``mask`` a random live other one of its row; itself elsewhere, ``[batch pos]``.
-
     Image tokens, those in ``visual``, draw from image tokens, and the others from the rest.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -180,13 +167,14 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
     """The one result of a tower, a site and layers that a donor is or holds; else InterventionError."""
     probe = probe_for(tower, site, layers)
     if isinstance(given, StateResult | AttentionValueResult):
-        for name, came, wanted in zip(
-            ("tower", "site"), place_of(given), (tower, site), strict=True
-        ):
-            if came != wanted:
-                raise InterventionError(unlike(name, came, wanted, probe))
-        if not set(layers) <= set(given.layers):
-            raise InterventionError(unlike("layers", given.layers, layers, probe))
+        (of, at), fits = place_of(given), set(layers) <= set(given.layers)
+        came, wanted = (of, at, given.layers), (tower, site, given.layers if fits else layers)
+        for name, one, other in zip(("tower", "site", "layers"), came, wanted, strict=True):
+            if one != other:
+                raise InterventionError(
+                    f"Got a donor of {name} {one!r} to patch at {name} {other!r}; expected the same, or "
+                    f"more layers. Write {name}={one!r}, or read another with {probe}."
+                )
         return given
     if not isinstance(given, Holder):
         steps = hasattr(given, "sequences") and hasattr(given, "steps")
@@ -200,10 +188,9 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
             f"Got the run of decode step {given.step} to patch from; expected that of the prompt. "
             "Write from_run=out.steps[0]."
         )
-    kind = AttentionValueResult if site == VALUES else StateResult
+    kind, place = AttentionValueResult if site == VALUES else StateResult, (tower, site)
     held = [result for result in given.results.values() if isinstance(result, kind)]
-    place, wanted = (tower, site), set(layers)
-    fitting = [one for one in held if place_of(one) == place and wanted <= set(one.layers)]
+    fitting = [one for one in held if place_of(one) == place and {*layers} <= {*one.layers}]
     if len(fitting) > 1:
         raise InterventionError(
             f"Got a run with {len(fitting)} results that fit {probe}; expected one. Write "
@@ -218,14 +205,6 @@ def result_of(given: Any, tower: str, site: str, layers: tuple[int, ...]) -> Any
     return fitting[0]
 
 
-def unlike(name: str, came: Any, wanted: Any, probe: str) -> str:
-    """The message for a donor's result of another tower, site or layers."""
-    return (
-        f"Got a donor of {name} {came!r} to patch at {name} {wanted!r}; expected the same, or more "
-        f"layers. Write {name}={came!r}, or read another with {probe}."
-    )
-
-
 def place_of(result: Any) -> tuple[str, str]:
     """The tower and site of a donor's result."""
     return result.tower, VALUES if isinstance(result, AttentionValueResult) else result.site
@@ -234,9 +213,8 @@ def place_of(result: Any) -> tuple[str, str]:
 def probe_for(tower: str, site: str, layers: tuple[int, ...]) -> str:
     """The probe that reads a donor, as the user writes it."""
     options = f"layers={list(layers)}" + ("" if tower == "language" else f", tower={tower!r}")
-    if site == VALUES:
-        return f"ss.probes.AttentionValues({options})"
-    return f"ss.probes.ResidualStates({options}, site={site!r})"
+    states = f"ss.probes.ResidualStates({options}, site={site!r})"
+    return f"ss.probes.AttentionValues({options})" if site == VALUES else states
 
 
 def fitted(
@@ -247,8 +225,7 @@ def fitted(
     axes, last = "pos d_model", (length, anatomy.d_model)
     if site == VALUES:
         axes, last = "kv_head pos d_head", (anatomy.kv_heads, length, anatomy.d_head)
-    wanted = (rows, len(layers), *last)
-    shape = tuple(tensor.shape)
+    wanted, shape = (rows, len(layers), *last), tuple(tensor.shape)
     if shape[1:] != wanted[1:] or shape[:1] not in ((1,), (rows,)):
         raise InterventionError(
             f"Got a donor of shape {shape}; expected [batch layer {axes}] = {wanted}, or one row for "

@@ -8,12 +8,11 @@ ever returns ``A @ v``. Two identities are enough for everything here:
 * **weights**: ``w @ A`` is the gradient of ``sum(w * output)`` with respect to the values. Rows of
   ones give received attention; one-hot rows give attention patterns of chosen queries.
 
-The null of any of them is the same call with ``q = 0``: uniform attention under the model's own mask.
+The null of each is the same call with ``q = 0``: uniform attention under the model's own mask.
 
 An attention site is a list of ``calls``, one per window of a packed vision tower, which tile the
-sequence. A call is ``(function, positional arguments, keyword arguments)`` as in ``transformers``'
-attention interface. ``state`` is the run's scratch space, ``layout`` the ``[row pos]`` packed positions of
-a packed tower, or None.
+sequence. A call is ``(function, positional arguments, keyword arguments)`` as in ``transformers``.
+``state`` is the run's scratch space, ``layout`` the ``[row pos]`` of a packed tower, or None.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ def arguments(call):
 
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
-    """The model's own attention on other tensors, ``[batch query head d_head]``.
-
-    ``query``, ``key`` and ``value`` ``[batch head pos d_head]`` replace the model's, ``float32`` computes
-    in fp32, and ``keep`` ``[batch key]`` weighs the values, after edits of them: what chosen keys write.
+    """The model's own attention on other tensors ``[batch head pos d_head]``, ``[batch query head d_head]``.
+    ``float32`` computes in fp32; ``keep`` ``[batch key]`` weighs the values after edits of them.
     """
     named, rest = arguments(call)
     given = {"query": query, "key": key, "value": value}
@@ -45,11 +42,9 @@ def ask(call, query=None, key=None, value=None, float32=False, keep=None):
         rest = {**rest, "keep": keep}
     elif keep is not None:
         tensors[2] = tensors[2] * keep[:, None, :, None].to(named["value"].dtype)
-    if float32:
-        tensors = [t.float() for t in tensors]
-        if mask is not None and mask.is_floating_point():
-            mask = mask.float().clamp(min=torch.finfo(torch.float32).min)
+    tensors = [t.float() for t in tensors] if float32 else tensors
     if mask is not None and mask.is_floating_point():
+        mask = mask.float().clamp(min=torch.finfo(torch.float32).min) if float32 else mask
         mask = mask.to(tensors[0].dtype)
     # Autocast, which the model or a server may run under, would round what was asked for in fp32.
     device = tensors[0].device.type
@@ -87,10 +82,7 @@ def spans(calls):
 
 
 def fit_keys(x, n_keys, step=0, fill=0):
-    """``x`` ``[... pos any]`` of the prompt at a call's keys: ``fill`` at generated ones.
-
-    A sliding cache holds the last keys only.
-    """
+    """``x`` ``[... pos any]`` of the prompt at a call's last keys, with ``fill`` at generated ones."""
     missing = max(step, n_keys - x.shape[-2])
     return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)[..., -n_keys:, :]
 
@@ -117,10 +109,7 @@ def one_head(call):
 
 
 def weigh_values(call, x, null=False, float32=False):
-    """``A @ x`` for every head: any ``[batch key column]`` as ``[batch head query column]``.
-
-    With ``null`` it is asked with ``q = 0``, so that ``A`` is uniform over the visible keys.
-    """
+    """``A @ x`` of any ``[batch key column]``, ``[batch head query column]``; with ``null`` at ``q = 0``."""
     call = attending(call, null)
     named, _ = arguments(call)
     value, out = named["value"], []
@@ -140,8 +129,7 @@ def weights_on(call, start, stop, float32=False):
     """Attention weights on the keys from ``start`` to ``stop``, ``[batch head query key]``."""
     key = arguments(call)[0]["key"]
     every = torch.arange(key.shape[2], device=key.device)
-    columns = (every[:, None] == every[start:stop]).float()[None]
-    return weigh_values(call, columns, float32=float32)
+    return weigh_values(call, (every[:, None] == every[start:stop]).float()[None], float32=float32)
 
 
 def weigh_queries(call, weights, null=False):
@@ -182,33 +170,30 @@ def pick(x, rows, dim):
     return x.gather(dim, index).masked_fill(rows < 0, float("nan"))
 
 
-def shared_null(state, call, mark, make):
-    """What ``make(call)`` gives, once per run for calls whose queries see the same keys."""
+def shared_null(state, call, mark, make, *options):
+    """What ``make(call, *options)`` gives, once per run for calls whose queries see the same keys."""
     named, rest = arguments(call)
     mask, own = named["attention_mask"], id(named["module"]) if learned_sink(call) else None
     seen = (id(mask), rest.get("sliding_window"), is_causal(named, rest), own)
     key = (mark, seen, tuple(named["query"].shape))
     if key not in state:
         # The mask is kept so that its id cannot be given to another one.
-        state[key] = (make(one_head(call)), mask)
+        state[key] = (make(one_head(call), *options), mask)
     return state[key][0]
 
 
 def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout=None):
     """Attention mass on key groups: ``{"mass": [batch head query group], "null": [batch query group]}``.
-
-    ``groups`` ``[batch key group]`` are one-hot, or any weights; of the queries only ``rows`` ``[batch row]``
-    are kept, -1 where absent, if there are any.
+    ``groups`` ``[batch key group]`` are one-hot, or any weights; ``rows`` ``[batch row]`` are the queries to
+    keep, -1 where absent, or None for all.
     """
     masses, nulls = [], []
     for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
-
-        def flat(call, part=part):
-            return weigh_values(call, part, null=True, float32=float32)[:, 0].float()
-
         masses.append(weigh_values(call, part, float32=float32).float())
         if null:
-            nulls.append(shared_null(state, call, ("mass", id(groups), float32, k_at, k_to), flat))
+            mark = ("mass", id(groups), float32, k_at, k_to)
+            flat = shared_null(state, call, mark, weigh_values, part, True, float32)
+            nulls.append(flat[:, 0].float())
     out = {"mass": pick(unpack(torch.cat(masses, dim=2), layout, 2), rows, 2)}
     if null:
         out["null"] = pick(unpack(torch.cat(nulls, dim=1), layout, 1), rows, 1)
@@ -219,10 +204,11 @@ def patterns(calls, state, rows, layout=None):
     """Attention weights of chosen query rows, ``[batch head row key]``, without the other rows.
 
     ``rows`` ``[batch row]`` are positions in the model's layout, -1 where a row is absent; at a decode
-    step of one query they are that query. Absent rows are NaN, keys of another window are 0.
+    step of one query they are that query. Absent rows are NaN, keys of another window are 0. Those of a
+    packed tower are ``[image head row key]``, each row with the keys of its image.
     """
     located = spans(calls)
-    n_query = located[-1][1]
+    n_query, nan = located[-1][1], float("nan")
     if len(calls) == 1 and n_query == 1:
         rows = torch.where(rows >= 0, torch.zeros_like(rows), rows)[:, :1]
     onehot = (rows[..., None] == torch.arange(n_query, device=rows.device)).float()
@@ -230,17 +216,12 @@ def patterns(calls, state, rows, layout=None):
         weigh_queries(call, onehot[..., q_at:q_to])
         for call, (q_at, q_to, _, _) in zip(calls, located, strict=True)
     ]
-    pattern = torch.cat(parts, dim=-1)
-    pattern = pattern.masked_fill((rows < 0)[:, None, :, None], float("nan"))
-    return pattern if layout is None else by_image(pattern, rows, layout)
-
-
-def by_image(pattern, rows, layout):
-    """Patterns of a packed tower as ``[image head row key]``: each row beside its image's keys."""
-    out, nan = [], float("nan")
+    pattern = torch.cat(parts, dim=-1).masked_fill((rows < 0)[:, None, :, None], nan)
+    if layout is None:
+        return pattern
+    out = []
     for at in layout:
-        mine = torch.isin(rows[0], at[at >= 0])
-        part = pattern[0][:, mine][..., at.clamp(min=0)]
+        part = pattern[0][:, torch.isin(rows[0], at[at >= 0])][..., at.clamp(min=0)]
         out.append(part.masked_fill((at < 0)[None, None], nan))
     most, pad = max(1, *(part.shape[1] for part in out)), torch.nn.functional.pad
     return torch.stack([pad(part, (0, 0, 0, most - part.shape[1]), value=nan) for part in out])
@@ -248,23 +229,20 @@ def by_image(pattern, rows, layout):
 
 def value_norms(calls, state, layout=None):
     """L2 norm of the value vectors, ``[batch kv_head key]``; several query heads share a kv head."""
-    return unpack(read_values(calls, "ValueNorms").norm(dim=-1), layout, 2)
+    return values(calls, state, layout, norm=True)
 
 
-def values(calls, state, layout=None):
-    """The value vectors themselves, ``[batch kv_head key d_head]`` in fp32."""
-    return unpack(read_values(calls, "AttentionValues"), layout, 2)
-
-
-def read_values(calls, probe):
-    """The values of all calls in fp32; ValueError if an edit has heads or queries read different ones."""
+def values(calls, state, layout=None, norm=False):
+    """The value vectors, ``[batch kv_head key d_head]`` in fp32, or with ``norm`` their L2 norms."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
+        probe = "ValueNorms" if norm else "AttentionValues"
         raise ValueError(
             f"Got an edit of values for some heads or queries beside {probe}; expected edits for all of "
             "them, because here heads and queries of one key read different values. Read them in a run "
             "without that edit, or write heads=None and queries=None."
         )
-    return torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
+    found = torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
+    return unpack(found.norm(dim=-1) if norm else found, layout, 2)
 
 
 def unpack(x, layout, dim):

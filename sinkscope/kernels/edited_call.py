@@ -5,15 +5,13 @@
     keys ----> logits ----> weights ----> values
     scale      bias, mask   scale, move   replace
 
-A kernel of attention brings its masks to the call (`prepared`), finds the rows and heads in which the
-change holds (`reach`), puts it into the call at the stage of its `Edit` (`with_change`) and tells what it
-did (`effect_of`).
+A kernel of attention fits its masks to the call (`prepared`), finds the rows and heads in which the
+change holds (`reach`), puts it into the call (`with_change`) and reports what it did (`effect_of`).
 
-Every change has a gate ``[batch query head 1]``: where it is False the output is what it was without
-the change, bit for bit, because the same call is made and the results are joined by ``where``. The edited
-function stands where the model binds its own one, so the model and the probes of the pass call it. It has
-``plain``, the model's own function, of which nulls are asked; ``attends``, the same without value changes,
-of which attention is asked; and ``base`` and ``recipe`` (stage -> pairs of gate and change).
+Where the gate of a change, ``[batch query head 1]``, is False, the output is bit for bit what it was: the
+same call is made, and the results are joined by ``where``. The model and the probes of the pass call the
+edited function. It has ``plain``, the model's own function, for nulls; ``attends``, without value changes,
+for attention; and ``base`` and ``recipe`` (stage -> pairs of gate and change).
 """
 
 from __future__ import annotations
@@ -36,11 +34,11 @@ STAGES = tuple(TAKES)
 
 
 def prepared(call, state, span, keys, live, rows):
-    """``(keys, live, rows)`` of the prompt as they are for one call, plain or edited.
+    """Fit the masks of the prompt to one call, plain or edited: ``(keys, live, rows)``.
 
     ``state`` knows the step; ``span`` is the part of a packed sequence that the call covers, or None.
-    ``keys`` ``[batch key]`` bool get False at keys generated since; ``live`` and ``rows`` are ``[batch query]``
-    bool, and the query of a decode step is live; ``rows`` may be None.
+    ``keys`` ``[batch key]`` bool are False at generated keys; ``live`` and ``rows`` (or None) are
+    ``[batch query]`` bool, and the query of a decode step is live.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -59,18 +57,17 @@ def keys_of_call(x, span, n_keys, state, fill=0):
 
 
 def reach(call, keys, live, rows, heads, spare_empty):
-    """Which rows and heads an edit touches, those that see an edited key; and the empty rows.
-
-    ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None; with
-    ``spare_empty`` rows that see edited keys only are left as they are. Bool ``[batch query head 1]`` and
-    ``[batch query]``.
+    """Find the rows and heads that see an edited key, bool ``[batch query head 1]``, and the empty rows.
+    ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None. With
+    ``spare_empty`` rows that see edited keys only, ``[batch query]``, are left as they are.
     """
     # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
     columns = torch.stack([keys, ~keys], dim=-1).float()
     share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
-    share = share if share.shape[2] == arguments(call)[0]["query"].shape[1] else share[:, :, :1]
+    mask = head_mask(call, heads, live)
+    share = share if share.shape[2] == mask.shape[2] else share[:, :, :1]
     chosen = live if rows is None else live & rows
-    wanted = chosen[:, :, None, None] & share[..., :1] & head_mask(call, heads, chosen)
+    wanted = chosen[:, :, None, None] & share[..., :1] & mask
     if not spare_empty or learned_sink(call):
         return wanted, torch.zeros_like(wanted[:, :, 0, 0])
     empty = wanted & ~share[..., 1:]
@@ -78,32 +75,32 @@ def reach(call, keys, live, rows, heads, spare_empty):
 
 
 def with_change(call, state, gate, change):
-    """The call with one more change of its function, at the stage that its `Edit` names in ``state``.
+    """Add a change to the call's function, at the stage that ``state`` names; ValueError if it is of another.
 
-    Args:
-        call: The call, plain or edited.
-        state: The run's scratch space, which knows the stage.
-        gate: ``[batch query head 1]`` bool: where the change holds.
-        change: ``change(named, rest) -> (named, rest)`` for keys and logits,
-            ``change(ask, value, output) -> output`` for weights, where ``ask(value)`` is what is
-            attended so far, ``output = ask(value)``, and ``ask(value, among)`` is attention before
-            any change of weights with one more change of logits, ``among``; ``change(value) ->
-            value`` for values. ValueError if it takes something else than its stage gives.
+    ``gate`` ``[batch query head 1]`` bool tells where it holds. A change is ``change(named, rest) -> (named,
+    rest)`` for keys and logits, ``change(value) -> value`` for values, and for weights ``change(ask, value,
+    output) -> output``, where ``ask(value)`` is what is attended so far, ``output = ask(value)``, and
+    ``ask(value, among)`` attention before any change of weights with one more change of logits, ``among``.
     """
     function, stage = call[0], state["stage"]
-    check_change(stage, change)
-    recipe = getattr(function, "recipe", None) or dict.fromkeys(STAGES, ())
+    many = getattr(getattr(change, "__code__", None), "co_argcount", None)
+    if many not in (None, TAKES[stage].count(",") + 1):
+        raise ValueError(
+            f"Got an Edit with stage={stage!r} whose kernel makes a change of {many} arguments; expected "
+            f"change({TAKES[stage]}). Write the stage that the kernel changes, one of {STAGES}."
+        )
+    recipe = getattr(function, "recipe", dict.fromkeys(STAGES, ()))
     recipe = {**recipe, stage: (*recipe[stage], (gate, change))}
     return (attend(getattr(function, "base", function), recipe), *call[1:])
 
 
 def effect_of(before, after, gate, keys, empty, measure):
-    """What an edit did: rows touched, rows left empty, attention on the keys before and after.
+    """Report an edit: rows touched, rows left empty, attention on the keys before and after.
 
-    ``before`` is the call as it came and ``after`` the edited one; ``gate`` and ``empty`` come from `reach`;
-    ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. With ``measure`` both calls
-    are asked for the attention on the keys. ``[batch]`` each: ``"rows"``, ``"empty"``, ``"tokens"`` (of the
-    last row), ``"count"`` touched (row, head) pairs, and over them the sums ``"before"`` and ``"after"``.
+    ``before`` is the call as it came, ``after`` the edited one; ``gate`` and ``empty`` come from
+    `reach`; ``keys`` are ``[batch key]`` bool, or ``[batch query key]`` if rows differ. ``[batch]`` each:
+    ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` of touched (row, head) pairs, and
+    with ``measure`` the attention on the keys summed over those pairs, ``"before"`` and ``"after"``.
     """
     out = {
         "rows": gate.any(dim=2)[..., 0].sum(1),
@@ -115,8 +112,8 @@ def effect_of(before, after, gate, keys, empty, measure):
         if keys.ndim == 2:
             mass = weigh_values(call, keys[..., None].float())[..., 0].float()
         else:
-            parts = weights_by_key(call, False)
-            mass = sum((part * keys[:, None, :, at]).sum(-1) for at, part in parts)
+            each = weights_by_key(call, False)
+            mass = sum((part * keys[:, None, :, at]).sum(-1) for at, part in each)
         out[name] = torch.where(gate[..., 0], mass.transpose(1, 2), 0.0).sum(dim=(1, 2))
     return out
 
@@ -126,8 +123,7 @@ def uniform(call):
     recipe = getattr(call[0], "recipe", {})
     if any(recipe.get(stage) for stage in ("weights", "values")):
         call = (attend(call[0].base, {**recipe, "weights": (), "values": ()}), *call[1:])
-    call = call if hasattr(call[0], "recipe") else one_head(call)
-    named, rest = arguments(call)
+    named, rest = arguments(call if hasattr(call[0], "recipe") else one_head(call))
     return call[0], (), {**named, **rest, "query": torch.zeros_like(named["query"])}
 
 
@@ -148,26 +144,12 @@ def knows_float32(call):
 def weights_by_key(call, float32):
     """Attention weights, some keys at a time: ``(slice of keys, [batch head query key])``."""
     n_key, width = arguments(call)[0]["value"].shape[2:]
-    for first in range(0, n_key, width):
-        part = weights_on(call, first, first + width, float32=float32).float()
-        yield slice(first, first + width), part
-
-
-def check_change(stage, change):
-    """Refuse a change that takes something else than its stage gives it: another stage was meant."""
-    many = getattr(getattr(change, "__code__", None), "co_argcount", None)
-    if many not in (None, TAKES[stage].count(",") + 1):
-        raise ValueError(
-            f"Got an Edit with stage={stage!r} whose kernel makes a change of {many} arguments; expected "
-            f"change({TAKES[stage]}). Write the stage that the kernel changes, one of {STAGES}."
-        )
+    for at in range(0, n_key, width):
+        yield slice(at, at + width), weights_on(call, at, at + width, float32=float32).float()
 
 
 def attend(base, recipe):
-    """The function that a recipe makes of ``base``, which takes `ask`'s ``keep`` too.
-
-    It returns no attention weights, because the plain ones would lie.
-    """
+    """The function that a recipe makes of ``base``; it takes `ask`'s ``keep`` and returns no weights."""
 
     def edited(*args, **kwargs):
         keep = kwargs.pop("keep", None)

@@ -1,9 +1,9 @@
 """Edits of attention, exact under the model's kernel, mask, window and scaling.
 
-All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``, ``[batch
-query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads;
-``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the prompt.
-All return the edited call and its effect.
+All take ``span``, the part of a packed sequence that the call covers, or None; ``live`` and ``rows``,
+``[batch query]`` bool, the live and the selected queries (None for all); ``heads``, the selected query heads;
+and ``measure``, whether to measure the attention on the keys. Other masks are ``[batch key]`` bool of the
+prompt. All return the edited call and its effect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 
 from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
 from sinkscope.kernels.edited_call import (
-    check_change,
     column,
     effect_of,
     head_mask,
@@ -29,41 +28,36 @@ from sinkscope.kernels.edited_call import (
 
 MASKED = -1.0e4
 WIDEST = 256
-EXTRA = 8
+EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 
 
 def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, measure=True):
     """Multiply what the stage is about, at chosen keys, by a factor.
 
-    At the stage ``"keys"`` that is the logit, ``q (s k)`` (LSG, Choi et al. 2604.03316): a factor below
-    1 raises the weight of a key whose logit is negative, and 0 gives logit 0. There the factor may be
-    ``[batch key]``. At ``"logits"`` it is the weight, renormalised: a factor of 0 masks, and rows that
-    see nothing else stay as they are. At ``"weights"`` it is the weight alone.
+    At ``"keys"`` that is the logit, ``q (s k)`` (LSG, Choi et al. 2604.03316): below 1 the weight of a key
+    with a negative logit rises, and 0 gives logit 0. There the factor may be ``[batch key]``. At ``"logits"``
+    it is the weight, renormalised: 0 masks, and rows that see nothing else stay as they are. At
+    ``"weights"`` it is the weight alone.
     """
     stage = state["stage"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     masks = stage == "logits" and factor == 0
     gate, empty = reach(call, keys, live, rows, heads, masks)
-    if stage == "weights":
+    if torch.is_tensor(factor):
+        factor = keys_of_call(factor, span, keys.shape[1], state)
 
-        def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
-            return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+    def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
+        return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
 
-        change = weigh
+    def multiply(named, rest):
+        scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
+        scaled = named["key"] * scale[:, None, :, None]
+        return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
-    elif stage == "logits":
+    change = weigh if stage == "weights" else multiply
+    if stage == "logits":
         bias = torch.zeros(keys.shape, device=keys.device)
         change = bias_keys(bias.masked_fill(keys, MASKED if masks else math.log(factor)))
-    else:
-        if torch.is_tensor(factor):
-            factor = keys_of_call(factor, span, keys.shape[1], state)
-        scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
-
-        def multiply(named, rest):
-            scaled = named["key"] * scale[:, None, :, None]
-            return {**named, "key": scaled.to(named["key"].dtype)}, rest
-
-        change = multiply
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, measure)
 
@@ -72,25 +66,24 @@ def bias_keys(bias):
     """Logits plus ``bias`` ``[batch key]``: a mask if very negative, a factor ``s`` if ``log s``.
 
     The bias rides in extra head dimensions, so the call stays on its fused kernel; a high and a low part
-    keep bf16 exact to 16 bits. Under a soft-cap or beyond 256 dimensions it becomes an explicit mask
-    instead, rounded to the mask's dtype.
+    keep bf16 exact to 16 bits. Under a soft-cap or beyond 256 dimensions it is an explicit mask, rounded to
+    the mask's dtype.
     """
 
     def change(named, rest):
-        query, key, value = named["query"], named["key"], named["value"]
-        width, scaling = query.shape[-1], rest.get("scaling")
+        width, scaling = named["query"].shape[-1], rest.get("scaling")
         if rest.get("softcap") is not None or width + EXTRA > WIDEST:
             return {**named, "attention_mask": masked(named, rest, bias)}, rest
         scaling = width**-0.5 if scaling is None else scaling
         # A power of two, so that only the keys' side is rounded.
         size = 2.0 ** round(math.log2(max(1.0, float(bias.abs().max()) / scaling)) / 2)
-        wanted = bias / (size * scaling)
+        names, pad = ("query", "key", "value"), torch.nn.functional.pad
+        wider = {**named, **{name: pad(named[name], (0, EXTRA)) for name in names}}
+        key, wanted = wider["key"], bias / (size * scaling)
         high = wanted.to(key.dtype)
-        key, query, value = (torch.nn.functional.pad(x, (0, EXTRA)) for x in (key, query, value))
         key[..., width] = high[:, None]
         key[..., width + 1] = (wanted - high.float()).to(key.dtype)[:, None]
-        query[..., width : width + 2] = size
-        wider = {**named, "query": query, "key": key, "value": value}
+        wider["query"][..., width : width + 2] = size
         return wider, {**rest, "scaling": scaling}
 
     return change
@@ -131,10 +124,8 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 
     ``A v - r A 1_s v + r m_s A_t v``, where ``A_t`` is attention among the target keys alone. It is
     asked with all others masked: the quotient ``A 1_t v / A 1_t`` is 0 / 0 beside a real sink.
-
-    With the masks ``visual`` and ``visual_sinks`` the image-centric rule holds: rows and heads with less
-    mass than ``least_visual`` on the image, or more than ``most_sink_share`` of that on visual sinks,
-    are left alone. The attention on the keys is measured unless ``measure`` is False.
+    With the masks ``visual`` and ``visual_sinks`` rows and heads with less mass than ``least_visual`` on the
+    image, or more than ``most_sink_share`` of that on visual sinks, are left alone (the image-centric rule).
     """
     keys, live, rows = prepared(call, state, span, source, live, rows)
     gate, empty = reach(call, keys, live, rows, heads, False)
@@ -143,9 +134,20 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
     # Flash kernels know no fp32; the others get it, because these masses become coefficients.
     exact = knows_float32(call)
     mass = weigh_values(call, torch.stack(masks, dim=-1).float(), float32=exact).float()
-    among, whole, wanted = of_target(call, masks[1], live, mass, exact)
-    budget = (recycle * mass[..., 0] / whole).transpose(1, 2)[..., None]
-    gate = gate & wanted
+    among, whole = None, mass[..., 1]
+    # A change of logits that leaves the target alone would not show in earlier edits of weights.
+    if not getattr(call[0], "recipe", {}).get("weights"):
+        bias = torch.zeros(keys.shape, device=keys.device).masked_fill(~masks[1], MASKED)
+        among, whole = bias_keys(bias), torch.ones_like(whole)
+        some, _ = reach(call, masks[1], live, None, None, False)
+        gate = gate & some
+        if learned_sink(call):
+            # The sink's logit competes with the target's here too, and takes a share that is no key's.
+            alone = with_change(call, {"stage": "logits"}, some, among)
+            whole = weigh_values(alone, masks[1][..., None].float(), float32=exact)[..., 0].float()
+    least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
+    gate = gate & (whole > least).transpose(1, 2)[..., None]
+    budget = (recycle * mass[..., 0] / whole.clamp(min=1e-30)).transpose(1, 2)[..., None]
     if "visual" in rule:
         # The released code adds 1e-6 to the weight of every image token.
         share = mass[..., 3] / (mass[..., 2] + 1e-6 * masks[2].sum(-1)[:, None, None])
@@ -161,34 +163,10 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
     return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))
 
 
-def of_target(call, target, live, mass, exact):
-    """How to ask for attention among the target keys, and in which rows there is any.
-
-    The change of logits that leaves the target alone (None beside earlier edits of weights, which would
-    not show in it), what the answer's weights sum to ``[batch head query]``, and the rows with any ``[batch
-    query head 1]``. ``mass`` ``[batch head query 2 or more]`` is on source and target.
-    """
-    least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
-    if getattr(call[0], "recipe", {}).get("weights"):
-        whole = mass[..., 1]
-        return None, whole.clamp(min=1e-30), (whole > least).transpose(1, 2)[..., None]
-    among = bias_keys(torch.zeros(target.shape, device=target.device).masked_fill(~target, MASKED))
-    some, _ = reach(call, target, live, None, None, False)
-    whole = torch.ones_like(mass[..., 1])
-    if learned_sink(call):
-        # The sink's logit competes with the target's here too, and takes a share that is no key's.
-        alone = with_change(call, {"stage": "logits"}, some, among)
-        whole = weigh_values(alone, target[..., None].float(), float32=exact)[..., 0].float()
-        some = some & (whole > least).transpose(1, 2)[..., None]
-    return among, whole.clamp(min=1e-30), some
-
-
 def evict_keys(call, state, span, live, start, recent, measure=True):
     """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
-
-    The mask differs by query, so it is made explicit: ``query x key`` numbers per batch row. The effect's
-    tokens are keys that the last query has lost, and the attention is that of every row on the keys that
-    this row has lost. Packed towers have no cache: there is no ``span``.
+    The effect's tokens are keys that the last query has lost; the attention is that of every row on the keys
+    that it has lost. The mask differs by query, so it is explicit. Packed towers have no cache.
     """
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
@@ -210,51 +188,42 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
     return after, effect_of(call, after, gate, lost, torch.zeros_like(rows), measure)
 
 
-def edit_values(
-    call, state, span, keys, live, how, donors=None, tensor=None, rows=None, heads=None
-):
+def edit_values(call, state, span, keys, live, how, given=None, rows=None, heads=None):
     """Replace the values of chosen keys; attention weights stay.
 
-    Donors are the model's own values, whatever other edits of this layer have replaced: so edits of
-    different keys do not depend on their order. Batch rows in which no value changes are untouched.
-
-    ``how`` is ``"zero"``, ``"mean"`` (of the ``donors`` ``[batch key]`` bool), ``"resample"`` (a position each,
-    ``donors`` ``[batch key]`` int) or ``"tensor"`` ``[batch kv_head key d_head]`` of the prompt.
+    Donors are the model's own values, before any edit of this layer, so edits of different keys do not
+    depend on their order. Batch rows in which no value changes are untouched. ``how`` is ``"zero"``,
+    ``"mean"`` (of the keys ``given``, ``[batch key]`` bool), ``"resample"`` (from the position ``given`` for
+    each, ``[batch key]`` int) or ``"tensor"`` (``given``, ``[batch kv_head key d_head]`` of the prompt).
     """
     value = arguments(call)[0]["value"]
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)
     elif how != "tensor":
-        new = from_donors(call, state, span, how, donors)
+        new = from_donors(call, state, span, how, given)
     elif span is None:
-        new = fit_keys(tensor.to(value.dtype), value.shape[2], state.get("step", 0))
+        new = fit_keys(given.to(value.dtype), value.shape[2], state.get("step", 0))
     else:
-        new = tensor.to(value.dtype)[:, :, slice(*span)]
-    # Where every key of a row is given what it has, nothing is touched.
-    differ = keys & (new != value).any(dim=-1).any(dim=1)
+        new = given.to(value.dtype)[:, :, slice(*span)]
+    differ = keys & (new != value).any(dim=-1).any(dim=1)  # rows given what they have are untouched
     gate, empty = reach(call, keys & differ.any(dim=1, keepdim=True), live, rows, heads, False)
 
     def change(value):
         return torch.where(keys[:, None, :, None], new, value)
 
+    after = with_change(call, state, gate, change)
     if rows is None and heads is None and not getattr(call[0], "recipe", {}).get("values"):
-        check_change(state["stage"], change)
         function, args, kwargs = call
         if "value" in kwargs:
             after = function, args, {**kwargs, "value": change(value)}
         else:
             after = function, (*args[:3], change(value), *args[4:]), kwargs
-    else:
-        after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, False)
 
 
 def from_donors(call, state, span, how, donors):
-    """Values made of the prompt's other values, ``[batch kv_head key d_head]``.
-
-    A sliding cache drops donors after the prompt, so what they gave is remembered; ValueError if not.
-    """
+    """Values made of other values of the prompt, remembered where a sliding cache drops them."""
     named, rest = arguments(state.get("unedited", call))
     value, n_key = named["value"], named["value"].shape[2]
     place, memory, step = state.get("edit"), state.get("memory", {}), state.get("step", 0)
@@ -262,8 +231,8 @@ def from_donors(call, state, span, how, donors):
         if place not in memory:
             raise ValueError(
                 f"Got replacement={how!r} at a decode step of a layer with a sliding window, whose "
-                "cache no longer holds the donors; expected steps='all' or 'prefill', which "
-                "remembers them, or replacement='zero' or a tensor."
+                "cache no longer holds the donors; expected steps='all' or 'prefill', which remembers "
+                "them, or replacement='zero' or a tensor."
             )
         return fit_keys(memory[place], n_key, step)
     if how == "mean":

@@ -1,8 +1,8 @@
 """Layer-wise Sink Gating inside a trace: find the groups, read the signal, scale the keys.
 
-A gate looks at what feeds the projector (V-sinks), what the edited block reads (L-sinks) and what the block
+A gate reads what feeds the projector (V-sinks), what the edited block reads (L-sinks) and what the block
 before wrote (the signal), and edits the block's attention call. What it finds is kept in
-``state["memory"]`` under its ``slot``, for decode steps too; looks change nothing and report no effect.
+``state["memory"]`` under its ``slot``, for decode steps too; the reading kernels report no effect.
 
 A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
 "strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
@@ -45,10 +45,7 @@ def reaches(scores, limit, strict=False):
 
 
 def hashed(peaks, live, seed):
-    """The rank of every token by a hash of its position and the row's largest channels, ``peaks``.
-
-    As good as random, and the same whenever the row is seen again; what is not ``live`` comes last.
-    """
+    """The rank of every live token by a hash of its position and the row's largest channels, ``peaks``."""
     place = torch.arange(peaks.shape[1], device=peaks.device)[None]
     whole = (peaks * live).sum(1, keepdim=True)
     mixed = peaks * 40503 + place * 48271 + whole * 69621 + seed * 7919
@@ -58,15 +55,13 @@ def hashed(peaks, live, seed):
 
 
 def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):
-    """Remember which LLM positions are made of a ViT token that meets the rule.
-
-    ``live`` ``[image pos]`` are the ViT tokens to judge; ``image_index`` ``[batch pos]`` and ``sources``
-    ``[batch pos source]`` are those of `sinkscope.tokens.TokenMap`.
+    """Remember which LLM positions are made of a ViT token that meets the rule, among ``live``
+    ``[image pos]``. ``image_index`` ``[batch pos]`` and ``sources`` ``[batch pos source]`` are those of
+    `sinkscope.tokens.TokenMap`.
     """
-    found = flags(states, rule, live, layout)
+    found, kept = flags(states, rule, live, layout), memory_of(state, slot)
     picked = found[image_index.clamp(min=0)[..., None], sources.clamp(min=0)]
     carried = (picked & (sources >= 0)).any(-1) & (image_index >= 0)
-    kept = memory_of(state, slot)
     kept["V"] = kept["V"] | carried if "V" in kept else carried
     return states, None
 
@@ -78,10 +73,9 @@ def note_l_sinks(states, state, slot, rule, live):
 
 
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
-    """Remember the coefficients that the ``gate`` gives for what it reads here, see `coefficients`.
-
-    ``signal`` is ``"last"``, the position ``at`` ``[batch]`` (the newest one at a decode step), or
-    ``"mean"``, over ``tokens`` ``[batch pos]`` bool.
+    """Remember the `coefficients` that the ``gate`` gives for what it reads here: ``signal`` ``"last"``,
+    position ``at`` ``[batch]`` (the newest one at a decode step), or ``"mean"``, over ``tokens``
+    ``[batch pos]`` bool.
     """
     if signal == "mean":
         read = mean_over(states, tokens)[:, 0]
@@ -96,10 +90,8 @@ def note_coefficients(states, state, slot, signal, at, tokens, **gate):
 def coefficients(
     read, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, activation, scale
 ):
-    """``scale * softmax(W2 act(W1 LayerNorm(h)))``, ``[batch group]`` in fp32 (2604.03316).
-
-    ``read`` is ``[batch d_model]``, ``in_weight`` ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the
-    LayerNorm may have no weights. All are taken as fp32.
+    """``scale * softmax(W2 act(W1 LayerNorm(read)))``, ``[batch group]`` in fp32 (2604.03316). ``in_weight``
+    is ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the LayerNorm may have no weights.
     """
     norm, first, last = (
         [None if weight is None else weight.float() for weight in pair]
@@ -112,28 +104,19 @@ def coefficients(
 
 
 def factors_of(kept, visual, groups):
-    """One factor per prompt key, ``[batch pos]``; 1 at text.
-
-    ``kept`` holds what the looks found: ``"V"``, ``"L"`` ``[batch pos]``, ``"coefficients"``, in the order of
-    ``groups``, names among ``"V"``, ``"L"`` and ``"rest"``. V wins over L, also without a group of its own;
-    what has none is ``"rest"``.
+    """One factor per prompt key, ``[batch pos]``; 1 at text. ``kept`` has ``"V"``, ``"L"`` ``[batch pos]``
+    and ``"coefficients"`` in the order of ``groups``. V wins over L, also without a group of its own.
     """
-    c = kept["coefficients"]
-    out = torch.where(visual, c[:, groups.index("rest")][:, None], torch.ones_like(c[:, :1]))
-    for name in ("L", "V"):
-        if name in groups:
-            mine = kept[name] & visual
-            if name == "L" and "V" in kept:
-                mine = mine & ~kept["V"]
-            out = torch.where(mine, c[:, groups.index(name)][:, None], out)
-    return out
+    of = dict(zip(groups, kept["coefficients"][..., None].unbind(1), strict=True))
+    out = torch.where(visual, of["rest"], torch.ones_like(of["rest"]))
+    if "L" in of:
+        mine = kept["L"] & visual
+        out = torch.where(mine & ~kept["V"] if "V" in kept else mine, of["L"], out)
+    return torch.where(kept["V"] & visual, of["V"], out) if "V" in of else out
 
 
 def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
-    """Scale the keys of every group by its coefficient: ``softmax(q (s k)^T) v``; see `factors_of`.
-
-    ``visual`` is ``[batch pos]`` bool. The effect has the coefficients ``[batch group]``.
-    """
+    """Scale the keys of every group, among ``visual`` ones, by its coefficient: ``softmax(q (s k)^T) v``."""
     kept = memory_of(state, slot)
     factors = factors_of(kept, visual, groups)
     keys = visual & (factors != 1)

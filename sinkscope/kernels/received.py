@@ -23,18 +23,17 @@ from sinkscope.kernels.attention import (
     weigh_queries,
     weights_on,
 )
-
-EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
+from sinkscope.kernels.edits import EXTRA
 
 
 def received(calls, state, live, layout=None, null=True, others=False):
     """Mean attention each key receives from the live queries that can see it, and its null.
 
-    ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head. With
-    ``others`` also the mean over the queries of other tokens: the same sums without ``i = k``.
-    ``{"received": [batch head key], "null": [batch key]}``; NaN for keys no live query (``live`` ``[batch
-    query]``) sees. With ``others`` also ``"others"``, ``"others_null"`` and how many others see the key,
-    ``"seeing"`` ``[batch key]``.
+    ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head; NaN for
+    keys that no query in ``live`` ``[batch query]`` sees:
+    ``{"received": [batch head key], "null": [batch key]}``. With ``others`` also ``"others"``,
+    ``"others_null"``, the same without ``i = k``, and how many others see the key, ``"seeing"``
+    ``[batch key]``.
     """
     windows = []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
@@ -42,20 +41,16 @@ def received(calls, state, live, layout=None, null=True, others=False):
         count = visible_queries(call, rows)
         # Which keys are seen by their own token's live query.
         own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
-        total, own = column_sums(call, rows, others=others)
+        total, own = column_sums(call, rows, others)
         seeing, one = count - own_row, {"received": total / count[:, None]}
         if others:
             one |= {"others": mean(total - own, seeing[:, None]), "seeing": seeing}
         if null:
-
-            def flat(call, rows=rows):
-                return column_sums(call, rows, null=True, others=others)
-
             mark = ("received", id(live), others, k_at, k_to)
-            flat_total, flat_own = shared_null(state, call, mark, flat)
-            one["null"] = flat_total[:, 0] / count
+            total, own = shared_null(state, call, mark, column_sums, rows, others, True)
+            one["null"] = total[:, 0] / count
             if others:
-                one["others_null"] = mean(flat_total[:, 0] - flat_own[:, 0], seeing)
+                one["others_null"] = mean(total[:, 0] - own[:, 0], seeing)
         windows.append(one)
     joined = {name: torch.cat([one[name] for one in windows], dim=-1) for name in windows[0]}
     return {name: unpack(x, layout, x.ndim - 1) for name, x in joined.items()}
@@ -67,10 +62,9 @@ def visible_queries(call, live):
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
     mask, weights = named["attention_mask"], live.float()
     if mask is not None and mask.ndim == 4:
-        seen = mask[..., :n_key]
-        if seen.dtype != torch.bool:
-            seen = seen > torch.finfo(seen.dtype).min / 2
-        seen = seen[:, 0].expand(weights.shape[0], -1, -1)
+        seen = mask[:, 0, :, :n_key]
+        seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        seen = seen.expand(weights.shape[0], -1, -1)
         return torch.einsum("bq,bqk->bk", weights, seen.float())
     if not is_causal(named, rest) or n_query == 1:
         return weights.sum(1, keepdim=True).expand(-1, n_key)
@@ -86,7 +80,7 @@ def mean(total, count):
     return (total / count.clamp(min=1)).clamp(min=0).masked_fill(count == 0, float("nan"))
 
 
-def column_sums(call, rows, null=False, others=False):
+def column_sums(call, rows, others, null=False):
     """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it."""
     total = weigh_queries(call, rows[:, None].float(), null=null)[:, :, 0]
     if not others:
@@ -100,31 +94,22 @@ def own_weights(call, null=False):
     call = attending(call, null)
     named, rest = arguments(call)
     query, key = named["query"].detach(), named["key"].detach()
-    if null:
-        query = torch.zeros_like(query)
+    query = torch.zeros_like(query) if null else query
     mask, window = named["attention_mask"], rest.get("sliding_window")
     plain = not hasattr(call[0], "recipe") and query.shape[2] == key.shape[2]
     implied = mask is None and window is not None and window < query.shape[2]
     shaped = mask is None or (mask.ndim == 4 and mask.shape[2] == query.shape[2])
-    if query.shape[2] > 1 and plain and shaped and not implied:
-        return by_copy(call, query, key)
-    # From the weights on a few keys at a time, the last of which belong to the call's queries.
-    call = (call[0], (), {**rest, **named, "query": query})
-    n_query, step, out = query.shape[2], named["value"].shape[-1], []
-    first = key.shape[2] - n_query
-    for at in range(0, n_query, step):
-        answer = weights_on(call, first + at, first + at + step, float32=True)
-        out.append(answer[:, :, at : at + step].diagonal(dim1=2, dim2=3))
-    return torch.cat(out, dim=-1)
-
-
-def by_copy(call, query, key):
-    """``A_ii`` from one call with a copy of every token's own key; see the module."""
-    named, rest = arguments(call)
-    mask, width = named["attention_mask"], query.shape[-1]
-    first = mask is None and is_causal(named, rest)
-    share = query.shape[1] // key.shape[1]
-    query, key = query.float(), key.float()
+    if query.shape[2] == 1 or not plain or not shaped or implied:
+        # From the weights on a few keys at a time, the last of which belong to the call's queries.
+        call = (call[0], (), {**rest, **named, "query": query})
+        step, first, out = named["value"].shape[-1], key.shape[2] - query.shape[2], []
+        for at in range(0, query.shape[2], step):
+            answer = weights_on(call, first + at, first + at + step, float32=True)
+            out.append(answer[:, :, at : at + step].diagonal(dim1=2, dim2=3))
+        return torch.cat(out, dim=-1)
+    # From one call with a copy of every token's own key.
+    width, first = query.shape[-1], mask is None and is_causal(named, rest)
+    query, key, share = query.float(), key.float(), query.shape[1] // key.shape[1]
     own = (query * key.repeat_interleave(share, dim=1)).sum(dim=-1, keepdim=True)
     query = torch.cat([query, torch.nn.functional.pad(own, (0, EXTRA - 1))], dim=-1)
     copy = torch.zeros(*key.shape[:2], 1, width + EXTRA, device=key.device)
@@ -136,8 +121,7 @@ def by_copy(call, query, key):
     if mask is not None:
         mask = mask[..., : key.shape[2] - 1]
         mask = torch.cat([mask, mask.diagonal(dim1=2, dim2=3)[..., None]], dim=-1)
-    scaling = rest.get("scaling")
-    rest = {**rest, "scaling": width**-0.5 if scaling is None else scaling}
-    wider = {**named, "query": query, "key": key, "value": value, "attention_mask": mask}
-    taken = ask((call[0], (), {**wider, **rest}), float32=True)[..., 0].transpose(1, 2)
+    scaling = width**-0.5 if rest.get("scaling") is None else rest["scaling"]
+    wider = {**named, **rest, "attention_mask": mask, "scaling": scaling}
+    taken = ask((call[0], (), wider), query, key, value, float32=True)[..., 0].transpose(1, 2)
     return taken if first else taken / (1 - taken)

@@ -1,7 +1,9 @@
-"""Questions asked to the residual stream. Every function takes states ``[batch pos d_model]``.
+"""Questions to the residual stream, and edits of states: channels set, tokens overwritten, scaled, moved.
 
-Everything is computed in fp32: squared norms of large towers overflow fp16. ``state`` is the run's
-scratch space, ``layout`` the ``[row pos]`` packed positions of a packed tower, or None.
+All take states ``[batch pos d_model]``. Questions are answered in fp32, since squared norms of large towers
+overflow fp16; edits return the edited states and the effect. ``state`` is the run's scratch space,
+``layout`` the ``[row pos]`` packed positions of a packed tower, or None; ``mask`` and ``live`` are ``[batch
+pos]`` bool, the tokens to edit and the live ones.
 """
 
 from __future__ import annotations
@@ -11,9 +13,7 @@ import torch
 
 def rows_of(states, layout):
     """States of a packed tower, ``[packed d]`` or ``[1 packed d]``, as ``[image pos d]``."""
-    if layout is None:
-        return states
-    return states.reshape(-1, states.shape[-1])[layout.clamp(min=0)]
+    return states if layout is None else states.reshape(-1, states.shape[-1])[layout.clamp(min=0)]
 
 
 def live_at(live, states):
@@ -31,15 +31,13 @@ def mean_over(x, mask):
 
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
-
-    ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``; the median is over
-    the tokens in ``live`` ``[batch pos]``.
+    ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens.
     """
     h, medians = rows_of(states, layout).float(), []
     top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
     for row, alive in zip(h, live_at(live, h), strict=True):
-        mine = row[alive]
-        medians.append(mine.abs().median() if mine.numel() else h.new_tensor(float("nan")))
+        mine = row[alive].abs()
+        medians.append(mine.median() if mine.numel() else h.new_tensor(float("nan")))
     return {"values": h.gather(-1, top), "channels": top, "median": torch.stack(medians)}
 
 
@@ -49,10 +47,7 @@ def norms(states, state, layout=None):
 
 
 def dimension_scores(states, state, dims, rms=True, layout=None):
-    """Sink-dimension value ``max over dims of |h_d|``, ``[batch pos]``.
-
-    With ``rms`` it is divided by ``sqrt(mean_d h_d^2 + 1e-6)``, which bounds it by sqrt(D).
-    """
+    """Sink-dimension value ``max over dims of |h_d|``, with ``rms`` over ``sqrt(mean_d h_d^2 + 1e-6)``."""
     h = rows_of(states, layout).float()
     peak = h[..., dims].abs().amax(dim=-1)
     return peak / (h.pow(2).mean(dim=-1) + 1e-6).sqrt() if rms else peak
@@ -61,30 +56,29 @@ def dimension_scores(states, state, dims, rms=True, layout=None):
 def cosine_to(states, state, anchor, layout=None):
     """Absolute cosine of every token with the token at position ``anchor`` ``[batch]``."""
     h = rows_of(states, layout).float()
-    rows = torch.arange(h.shape[0], device=h.device)
-    reference = h[rows, anchor.clamp(max=h.shape[1] - 1)]
+    reference = h[torch.arange(h.shape[0], device=h.device), anchor.clamp(max=h.shape[1] - 1)]
     dot = torch.einsum("bpd,bd->bp", h, reference).abs()
     return dot / (h.norm(dim=-1) * reference.norm(dim=-1)[:, None]).clamp(min=1e-12)
 
 
 def lens(states, state, norm, head, positions=None, k=5, layout=None):
     """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states.
-
     ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept.
     ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1 where absent.
     """
-    gone = None
+    gone = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
     if positions is not None and states.shape[1] > 1:
         index = positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
         states, gone = states.gather(1, index), positions < 0
     logprobs = head(norm(states)).float().log_softmax(dim=-1)
-    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    if gone is not None:
-        values = values.masked_fill(gone[..., None], float("nan"))
-        tokens = tokens.masked_fill(gone[..., None], -1)
-        entropy = entropy.masked_fill(gone, float("nan"))
-    return {"tokens": tokens, "logprobs": values, "entropy": entropy}
+    values = values.masked_fill(gone[..., None], float("nan"))
+    return {
+        "tokens": tokens.masked_fill(gone[..., None], -1),
+        "logprobs": values,
+        "entropy": entropy,
+    }
 
 
 def channels(states, state, index, layout=None):
@@ -99,12 +93,85 @@ def keep(states, state, layout=None):
 
 def group_means(states, state, groups, layout=None):
     """The mean state of every token group ``[batch pos group]`` bool, and how many tokens it has.
-
     ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
     """
     h = rows_of(states, layout).float()
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
     count = groups.sum(dim=1)
-    total = torch.einsum("bpg,bpd->bgd", groups.float(), h)
-    means = total / count.clamp(min=1)[..., None]
+    means = torch.einsum("bpg,bpd->bgd", groups.float(), h) / count.clamp(min=1)[..., None]
     return {"means": means.masked_fill((count == 0)[..., None], float("nan")), "count": count}
+
+
+def peak_neurons(states, state, mask):
+    """Mean ``|activation|`` of every neuron over the chosen tokens, ``[image d_mlp]``."""
+    return mean_over(states[:, : mask.shape[1]].abs(), mask)[:, 0]
+
+
+def state_effect(mask, before=None, after=None):
+    """The effect of an edit of states, which a kernel returns as its second value. ``mask`` ``[batch pos]``
+    are the tokens to edit; ``before`` and ``after`` all states, or None where those tokens surely change.
+    """
+    changed = mask if before is None else mask & (before != after).any(dim=-1)
+    count, tokens = changed.sum(1), mask.sum(1)
+    return {"rows": count, "empty": torch.zeros_like(tokens), "tokens": tokens, "count": count}
+
+
+def put_back(states, rows, mask, layout):
+    """``states`` with chosen tokens of ``rows`` ``[image pos d_model]`` in their places."""
+    if layout is None:
+        return torch.where(mask[..., None], rows, states)
+    flat = states.reshape(-1, states.shape[-1]).clone()
+    flat[layout[mask]] = rows[mask]
+    return flat.reshape(states.shape)
+
+
+def edit_channels(states, state, mask, dims, how, value=None, layout=None):
+    """Set the channels ``dims`` of chosen tokens. ``how`` is ``"zero"``, ``"mean"`` (over the row's tokens in
+    the mask ``value``), ``"set"`` (to ``value``, a number) or ``"clamp"`` (magnitude at most ``value``).
+    """
+    rows = rows_of(states, layout)
+    part, edited = rows[..., dims], rows.clone()
+    if how == "mean":
+        edited[..., dims] = mean_over(part, value).to(part.dtype)
+    elif how == "clamp":
+        edited[..., dims] = part.clamp(min=-value, max=value)
+    else:
+        edited[..., dims] = 0.0 if how == "zero" else value
+    return put_back(states, edited, mask, layout), state_effect(mask, rows, edited)
+
+
+def edit_states(states, state, mask, donor, layout=None):
+    """Overwrite chosen tokens with donor states ``[batch pos d_model]``."""
+    donor = donor.to(states.dtype)
+    return put_back(states, donor, mask, layout), state_effect(mask, rows_of(states, layout), donor)
+
+
+def scale_states(states, state, mask, factor):
+    """Multiply chosen tokens by a factor (DIYSink's reweighting)."""
+    return edit_states(states, state, mask, states.float() * factor)
+
+
+def permute_states(states, state, order):
+    """Reorder tokens: position ``i`` gets the token at ``order[i]``, ``[batch pos]``."""
+    moved = order != torch.arange(order.shape[1], device=order.device)
+    return edit_states(states, state, moved, states.gather(1, order[..., None].expand_as(states)))
+
+
+def append_tokens(states, state, live, count):
+    """Append ``count`` zero tokens to ``[image pos d_model]``; a negative one removes the last again."""
+    return torch.nn.functional.pad(states, (0, 0, 0, count)), state_effect(live)
+
+
+def shift_neurons(states, state, live, neurons, count, scale, fill):
+    """Move register neurons' activity from the image tokens to the registers (2506.08010).
+
+    At the ``count`` registers, the last of ``[image pos d_mlp]``, each neuron gets ``scale`` times its
+    largest activation over the tokens (with its sign); at the others 0, their mean, or what it was
+    (``fill`` is ``"zero"``, ``"mean"`` or ``"keep"``).
+    """
+    tokens, out = states[:, :-count, neurons], states.clone()
+    peak = tokens.gather(1, tokens.abs().argmax(dim=1, keepdim=True)) * scale
+    out[:, -count:, neurons] = peak.expand(-1, count, -1)
+    if fill != "keep":
+        out[:, :-count, neurons] = 0.0 if fill == "zero" else tokens.mean(dim=1, keepdim=True)
+    return out, state_effect(live)

@@ -8,8 +8,7 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``factors``: paths of numbers or parameters by which the model multiplies the output; may be absent;
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
-* ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``. Edits come first, in the order in
-  which they stand there, so that reads see what the model really uses;
+* ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``; reads see what the edits, in order, left;
 * ``stages``: the stage of every edit of attention; its kernel finds it in ``state["stage"]``.
 """
 
@@ -35,42 +34,6 @@ def first_tensor(value):
     return value
 
 
-def attention_calls(root, tracer, step, state, out):
-    """The attention calls of one site after its edits; all windows of a packed tower, in order.
-
-    Edits replace the callee where the module binds it, so the model itself calls the edited function.
-    RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence.
-    """
-    here = locate(root, step["path"])
-    source, once = here.source, step["fires"] == "once"
-    length = None if once else first_tensor(here.input).shape[0]
-    function = getattr(source, step["bind"]).output
-    if not callable(function):
-        raise RuntimeError(
-            f"{step['path']}: {step['bind']} holds {type(function).__name__}; expected the "
-            "attention function. The model's source does not match its anatomy."
-        )
-    now = {"function": function}
-    if step["edits"]:
-        getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
-    if once:
-        call = (function, *getattr(source, step["call"]).inputs)
-        return [edit_call(source, step, call, None, now, state, out)]
-    calls, covered = [], 0
-    for _ in tracer.iter[:]:
-        call = (function, *getattr(source, step["call"]).inputs)
-        span = (covered, covered + query_of(call).shape[2])
-        calls.append(edit_call(source, step, call, span, now, state, out))
-        covered = span[1]
-        if covered >= length:
-            break
-    if covered != length:
-        raise RuntimeError(
-            f"The attention windows of {step['path']} cover {covered} tokens; expected {length}."
-        )
-    return calls
-
-
 def query_of(call):
     """The query of an attention call."""
     _, args, kwargs = call
@@ -85,22 +48,20 @@ def edit_call(source, step, call, span, now, state, out):
         state |= {"edit": place, "stage": stage, "unedited": before}
         call, effect = kernel(call, state, span, **resolve(None, parameters, device, state))
         note_effect(out, slot, step, effect)
-    if call is not before:
-        now["function"] = call[0]
-        if call[1] is not before[1] or call[2] is not before[2]:
-            getattr(source, step["call"]).inputs = (call[1], call[2])
+    now["function"] = call[0]
+    if call[1] is not before[1] or call[2] is not before[2]:
+        getattr(source, step["call"]).inputs = (call[1], call[2])
     return call
 
 
 def note_effect(out, slot, step, effect):
     """Add an effect to those of the same edit at the same site (one per window); a look has none."""
-    if effect is None:
-        return
-    key, effect = (step["tower"], step["name"], step["layer"]), detached(effect)
-    of_edit = out.setdefault(("edit", slot), {})
-    if key in of_edit:
-        effect = {name: of_edit[key][name] + value for name, value in effect.items()}
-    of_edit[key] = effect
+    if effect is not None:
+        key, effect = (step["tower"], step["name"], step["layer"]), detached(effect)
+        found = out.setdefault(("edit", slot), {})
+        if key in found:
+            effect = {name: found[key][name] + value for name, value in effect.items()}
+        found[key] = effect
 
 
 def factors_at(root, paths, device):
@@ -116,6 +77,44 @@ def times(value, factors):
     return value
 
 
+def read_site(root, tracer, step, state, out):
+    """The value at a site after its edits: states, or the attention calls, one per window, in order.
+    Edits replace the callee where the module binds it, so the model itself calls the edited function.
+    RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence.
+    """
+    here = locate(root, step["path"])
+    if step["how"] != "attention":
+        value = first_tensor(here.input if step["how"] == "input" else here.output)
+        factors = factors_at(root, step.get("factors", ()), value.device)
+        return edit_value(here, step, value, factors, state, out)
+    source, once = here.source, step["fires"] == "once"
+    length = None if once else first_tensor(here.input).shape[0]
+    function, calls, covered = getattr(source, step["bind"]).output, [], 0
+    if not callable(function):
+        raise RuntimeError(
+            f"{step['path']}: {step['bind']} holds {type(function).__name__}; expected the "
+            "attention function. The model's source does not match its anatomy."
+        )
+    now = {"function": function}
+    if step["edits"]:
+        getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
+    if once:
+        call = (function, *getattr(source, step["call"]).inputs)
+        return [edit_call(source, step, call, None, now, state, out)]
+    for _ in tracer.iter[:]:
+        call = (function, *getattr(source, step["call"]).inputs)
+        span = (covered, covered + query_of(call).shape[2])
+        calls.append(edit_call(source, step, call, span, now, state, out))
+        covered = span[1]
+        if covered >= length:
+            break
+    if covered != length:
+        raise RuntimeError(
+            f"The attention windows of {step['path']} cover {covered} tokens; expected {length}."
+        )
+    return calls
+
+
 def edit_value(here, step, value, factors, state, out):
     """Apply the site's edits to states, in the plan's order, and hand the result to the model."""
     # Where the model multiplies behind the site, the product is edited and handed over divided.
@@ -125,11 +124,10 @@ def edit_value(here, step, value, factors, state, out):
         note_effect(out, slot, step, effect)
     if new is old:
         return old
-    if factors:
-        same, divided = new == old, new
-        for factor in factors:
-            divided = divided / factor
-        new = torch.where(same, value, divided)
+    divided = new
+    for factor in factors:
+        divided = divided / factor
+    new = torch.where(new == old, value, divided) if factors else new
     if step["how"] == "input":
         here.input = new
         return new
@@ -138,19 +136,8 @@ def edit_value(here, step, value, factors, state, out):
     return times(new, factors)
 
 
-def read_site(root, tracer, step, state, out):
-    """The value at a site after its edits: states, or the list of attention calls."""
-    if step["how"] == "attention":
-        return attention_calls(root, tracer, step, state, out)
-    here = locate(root, step["path"])
-    value = first_tensor(here.input if step["how"] == "input" else here.output)
-    factors = factors_at(root, step.get("factors", ()), value.device)
-    return edit_value(here, step, value, factors, state, out)
-
-
 def resolve(root, parameters, device, state):
     """Parameters ready for a kernel: modules looked up, tensors on the site's device.
-
     ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
     parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
     """
@@ -179,15 +166,13 @@ def detached(value):
 
 def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
-
-    The ``plan`` has its steps in forward order; ``number`` is 0 for the prompt, 1, 2, ... for decode steps;
-    ``memory`` is what edits keep from one step of a generation to the next.
+    ``number`` is that of the step, 0 for the prompt; ``memory`` is what edits keep from step to step.
     """
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         key = (step["tower"], step["name"], step["layer"])
-        device = query_of(value[0]).device if isinstance(value, list) else value.device
+        device = (query_of(value[0]) if isinstance(value, list) else value).device
         for slot, kernel, parameters in step["reads"]:
             answer = kernel(value, state, **resolve(root, parameters, device, state))
             out.setdefault(slot, {})[key] = detached(answer)
@@ -195,10 +180,7 @@ def walk(root, tracer, plan, number=0, memory=None):
 
 
 def last_logits(logits, last=None, graph=False):
-    """All logits ``[batch pos vocab]``, or those of one position per row, ``last`` ``[batch]``.
-
-    Negative positions count from the end; ``graph`` keeps the graph, and the device with it.
-    """
+    """Logits ``[batch pos vocab]`` of all positions, or of ``last``; ``graph`` keeps the graph."""
     if last is not None:
         rows = torch.arange(logits.shape[0], device=logits.device)
         logits = logits[rows, last.to(logits.device)][:, None]

@@ -6,9 +6,9 @@ is a fixed map once its statistics are known::
 
     norm(t) = w * (t - mean t) / size(t) + b      so a part x of t adds   w * (x - mean x) / size(t)
 
-with no mean in an RMS norm. Parts add up to the whole; biases belong to no key. No weight is looked up:
-the modules are asked, because adapters, 8 bit, hooks and offload apply others than they show. What
-they answer is compared with what they write in the pass, and that with what the block adds.
+with no mean in an RMS norm. Parts add up to the whole; biases belong to no key. The modules are asked
+and no weight is looked up, because adapters, 8 bit, hooks and offload apply others than they show. The
+answers are compared with what the modules write in the pass, and that with what the block adds.
 
 ``projection`` is the output projection; ``parts`` what lies between it and the stream, in order: modules,
 numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all.
@@ -31,15 +31,14 @@ def near(x, y, dtype):
 
 
 def measure(part, like):
-    """One of the parts as a map per channel; ``like`` is what the projection wrote, ``[... d_model]``.
-
-    ``centred`` tells whether the mean over channels is taken away, ``norm`` whether each token is divided
-    by its size; ValueError if the part is neither a factor per channel nor a norm.
+    """One of the parts as a map per channel, from what the projection wrote, ``like`` ``[... d_model]``.
+    ``centred``: the mean over channels is taken away; ``norm``: each token is divided by its size. ValueError
+    if it is neither a factor per channel nor a norm.
     """
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
         weight = torch.as_tensor(part, device=like.device).float().flatten()
-        return {"weight": weight, "bias": 0.0, "centred": False, "norm": False, "part": part}
+        return {"weight": weight, "bias": 0.0, "centred": False, "norm": False}
 
     def answer(x):
         return part(x.to(dtype)[None, None]).float().flatten()
@@ -55,8 +54,7 @@ def measure(part, like):
     made = {"weight": weight, "bias": bias, "centred": centred, "norm": norm, "part": part}
     ramp = torch.linspace(-1, 2, width, device=like.device).to(dtype).float()
     got, want = answer(ramp) - bias, onward(ramp, made)
-    if norm:
-        want = want * (got.norm() / want.norm().clamp(min=1e-30))
+    want = want * (got.norm() / want.norm().clamp(min=1e-30)) if norm else want
     if not near(got, want, dtype):
         raise ValueError(
             "What lies between attention and the residual stream is neither a factor per channel nor "
@@ -67,7 +65,7 @@ def measure(part, like):
 
 
 def onward(x, *passed):
-    """The linear part of maps: ``[... d_model]`` without the division by a token's size."""
+    """The linear part of maps of ``[... d_model]``, without the division by a token's size."""
     for one in passed:
         x = (x - x.mean(dim=-1, keepdim=True) if one["centred"] else x) * one["weight"]
     return x
@@ -75,7 +73,6 @@ def onward(x, *passed):
 
 def answers(projection, rows):
     """What a module adds to its answer to zero, ``[row d_model]``, and that answer, its bias, in fp32.
-
     Each of ``rows`` ``[row width]`` is asked times a power of two that brings it near `SIZE`.
     """
     peak = rows.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -93,12 +90,12 @@ def name_of(module):
 
 def check_same(got, want, size, live, dtype, what):
     """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``."""
-    # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
-    rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     want = want.reshape(got.shape).float()
     off = (got - want).norm(dim=-1) / torch.maximum(size, want.norm(dim=-1)).clamp(min=1e-30)
     known = want.isfinite().all(dim=-1)
     off = off[known if live is None else known & live_at(live, got)]
+    # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
+    rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
     if not bool((off <= 4 * torch.finfo(rough).eps).all()):
         raise ValueError(
             f"{what}: off by up to {float(off.max()):.2g} of its size. Expected linear maps only, "
@@ -108,12 +105,12 @@ def check_same(got, want, size, live, dtype, what):
 
 
 def way(calls, state, projection, parts, live, asked=None):
-    """The way from heads to the stream, proven on attention's whole output, for `follow`.
+    """The maps from heads to the stream, proven on attention's whole output, for `follow`.
 
-    So many parts of attention's output will be ``asked`` for later; None for any number. `arrives` finds
-    in ``state`` what should arrive. ``written`` is ``[batch query head d_head]``, ``scale`` ``[batch query]``
-    by which norms multiply a query, ``matrix`` ``[head d_head d_model]`` in fp32 or None if fewer rows are
-    asked for than it has, so that heads are better pushed one by one.
+    So many parts of attention's output will be ``asked`` for later; None for any number. ``written`` is
+    ``[batch query head d_head]``, ``scale`` ``[batch query]`` by which norms multiply a query, ``matrix``
+    ``[head d_head d_model]`` in fp32 or None if fewer rows are asked for than it has, so that heads are
+    better pushed one by one. What should arrive in the stream is left in ``state`` for `arrives`.
     """
     x = torch.cat([ask(call) for call in calls], dim=1)
     heads, width = x.shape[2:]
@@ -124,19 +121,28 @@ def way(calls, state, projection, parts, live, asked=None):
         by_head, bias = pushed(x, projection)
         total = by_head.sum(2)
     else:
-        one_hot = torch.eye(heads * width, dtype=x.dtype, device=x.device)
-        columns, bias = answers(projection, one_hot)
+        columns, bias = answers(
+            projection, torch.eye(heads * width, dtype=x.dtype, device=x.device)
+        )
         total = x.flatten(2).float() @ columns
         made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
     what = f"{name_of(projection)} is not a linear map of attention's output"
     check_same(total + bias, wrote, size, live, x.dtype, what)
-    state["arrived"], made["scale"] = arriving(wrote, passed, x.dtype)
+    total, made["scale"] = wrote.float(), torch.ones_like(size)
+    for part, one in zip(parts, passed, strict=True):
+        mapped = onward(total, one)
+        if one["norm"]:
+            normed = part(total.to(x.dtype)).float() - one["bias"]
+            size = normed.norm(dim=-1) / mapped.norm(dim=-1).clamp(min=1e-30)
+            made["scale"], mapped = made["scale"] * size, mapped * size[..., None]
+        total = mapped + one["bias"]
+    state["arrived"] = total
     return made
 
 
 def pushed(written, projection):
-    """What every head writes, ``[batch query head d_model]`` in fp32, head by head; and the bias."""
+    """What every head writes, ``[batch query head d_model]`` in fp32, and the bias."""
     batch, queries, heads, width = written.shape
     alone = torch.eye(heads, dtype=written.dtype, device=written.device)[..., None]
     rows = (written[:, :, None] * alone).reshape(-1, heads * width)
@@ -156,22 +162,8 @@ def follow(written, made):
     return square.clamp(min=0).sqrt(), torch.einsum("bqhd,hdo->bqo", written, matrix)
 
 
-def arriving(total, passed, dtype):
-    """What the stream should get of what the projection wrote, and by what norms multiply a query."""
-    total = total.float()
-    scale = torch.ones_like(total[..., 0])
-    for one in passed:
-        made = onward(total, one)
-        if one["norm"]:
-            normed = one["part"](total.to(dtype)).float() - one["bias"]
-            size = normed.norm(dim=-1) / made.norm(dim=-1).clamp(min=1e-30)
-            scale, made = scale * size, made * size[..., None]
-        total = made + one["bias"]
-    return total, scale
-
-
 def arrives(states, state, live, attention, projection):
-    """Refuse a block that does not add what its heads write, as far as edits of it did not do it."""
+    """Refuse a block that does not add what its heads write, unless edits of it are the reason."""
     total = state.pop("arrived", None)
     if total is not None:
         what = f"What {name_of(attention)} adds to the stream is not what its heads write through "
@@ -184,9 +176,9 @@ def contribution_norms(calls, state, groups, projection, parts=(), live=None, la
     """How much each key group adds to the residual stream through attention.
 
     ``||D sum_h W_O^h (A_h 1_g v_h)||_2`` per query, and the same for each head alone (Kobayashi et al.
-    2020; used for sinks by Kang et al. 2503.03321). ``D`` is what lies between the output projection
-    and the stream, at this query. The vectors of all groups and the biases add up to what attention
-    adds. ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
+    2020; used for sinks by Kang et al. 2503.03321). ``D`` is what lies between the output projection and the
+    stream, at this query. The vectors of all groups and the biases add up to what attention adds.
+    ``{"norms": [batch query group], "per_head": [batch head query group]}``; ``groups`` are one-hot
     ``[batch key group]``.
     """
     made = way(calls, state, projection, parts, live, groups.shape[-1])
@@ -207,20 +199,18 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     """Per-head norm of every key's write, and the stable rank of every head's output.
 
     With ``u_j = D W_O^h v_j`` and ``U = S A u`` (Fesser et al. 2606.08105): ``||u_j||_2`` per key, and
-    ``||U||_F^2 / sigma_1^2`` over the live queries, which is 1 if the head writes one direction only.
-    ``D`` is what lies between the output projection and the stream. A norm there divides each query by
-    a size of its own, which is in ``S`` and not in ``u``.
-    ``{"norms": [batch head key], "stable_rank": [batch head]}``; in a packed tower it is taken over all
-    images together and repeated for each.
+    ``||U||_F^2 / sigma_1^2`` over the live queries, which is 1 if the head writes one direction only. ``D``
+    is as in `contribution_norms`; a norm there divides each query by a size, which is in ``S`` and not in
+    ``u``. ``{"norms": [batch head key], "stable_rank": [batch head]}``; that of a packed tower is over all
+    images.
     """
     made = way(calls, state, projection, parts, live)
     # Inner products of what the dimensions of a head write, [head d_head d_head].
     gram, norms = made["matrix"] @ made["matrix"].transpose(1, 2), []
     for call in calls:
         named, _ = arguments(call)
-        value = named["value"].float()
-        share = named["query"].shape[1] // value.shape[1]
-        value = value.repeat_interleave(share, dim=1)
+        share = named["query"].shape[1] // named["value"].shape[1]
+        value = named["value"].float().repeat_interleave(share, dim=1)
         square = torch.einsum("bhkd,hde,bhke->bhk", value, gram, value)
         norms.append(square.clamp(min=0).sqrt())
     scale = made["scale"] * live[:, -made["scale"].shape[1] :]

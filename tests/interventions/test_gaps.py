@@ -195,7 +195,7 @@ def test_patching_the_value_of_a_dominant_key(kernel, dtype, gap):
     tensors, scaling = planted(gap, dtype)
     given = torch.randn(2, KV_HEADS, N, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
     after, _ = edit_values(
-        call_of(kernel, tensors, scaling), VALUES, None, SINKS, LIVE, "tensor", tensor=given
+        call_of(kernel, tensors, scaling), VALUES, None, SINKS, LIVE, "tensor", given=given
     )
     got = after[0](*after[1], **after[2])[0].double()
     heads = given.double().repeat_interleave(HEADS // KV_HEADS, dim=1)

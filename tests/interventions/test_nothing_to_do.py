@@ -46,7 +46,7 @@ class Relabelled:
 
 
 LISTS = {
-    "one without a list": (lambda c: ss.MaskKeys(c.some), r"Got one MaskKeys; expected a list.*Write interventions=\[it\]"),
+    "one without a list": (lambda c: ss.MaskKeys(c.some), r"Got one MaskKeys; expected a list.*Write interventions=\[intervention\]"),
     "a class without a list": (
         lambda c: ss.MaskKeys, r"Got the class MaskKeys; expected a list.*Write interventions=\[MaskKeys\(...\)\]"
     ),

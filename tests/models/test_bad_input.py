@@ -479,7 +479,7 @@ SELECTIONS = {
     ),
     "unknown merge": (
         lambda w: w.sample.tokens.from_vision(torch.zeros(1, 17), merge="sum"),
-        "merge='sum'; expected 'max', 'mean' or 'any'",
+        "merge='sum'; expected one of",
     ),
     "scores of other images": (
         lambda w: w.sample.tokens.from_vision(torch.zeros(2, 17)),

@@ -403,7 +403,7 @@ def test_scores_of_vit_tokens_merge_by_hand(tiny):
         merged = tokens.from_vision(scores, merge=merge)
         assert merged[visual].tolist() == [first, other, other, other]
         assert merged[~visual].isnan().all()
-    with pytest.raises(SelectionError, match="'max', 'mean' or 'any'"):
+    with pytest.raises(SelectionError, match="merge='sum'; expected one of"):
         tokens.from_vision(scores, merge="sum")
 
 

@@ -10,7 +10,7 @@ import sinkscope as ss
 from sinkscope.interventions import Edit
 from sinkscope.interventions.base import at_layer, runs_now, selected
 from sinkscope.kernels.edits import edit_keys
-from sinkscope.kernels.states import state_effect
+from sinkscope.kernels.residual import state_effect
 from sinkscope.testing import ContractError, check_intervention, random_image
 
 IN_PLACE = "never writes in place"
