@@ -44,21 +44,18 @@ def field_of(it: Any) -> str:
 def layers_of(it: Any, trace: SinkTrace) -> list[int]:
     """The decoder layers that an intervention edits, ascending; all if it names none."""
     given, last = getattr(it, "layers", None), trace.n_layers - 1
-    if given is None:
-        return list(range(trace.n_layers))
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    wanted: list[Any] = list(given) if several else [given]
-    for layer in wanted:
+    given = range(trace.n_layers) if given is None else given
+    one = isinstance(given, str) or not isinstance(given, Iterable)
+    layers: list[Any] = [given] if one else [*given]
+    for layer in layers:
         if not is_whole(layer, 0, last):
             hint = f"Layers are never negative: write {last} for the last block."
             raise InterventionError(f"Got layer {layer!r}; expected 0 to {last}. {hint}")
-    return sorted({int(layer) for layer in wanted})
+    return sorted({int(layer) for layer in layers})
 
 
-def attention_under(
-    it: Any, trace: SinkTrace, lvlm: LVLM | None
-) -> Float[Tensor, "batch layer pos"]:
-    """What every token receives: the mean over the edited heads and the queries that can see it.
+def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> Tensor:
+    """What every token receives, ``[batch layer pos]``: the mean over edited heads and queries that see it.
 
     Or over the intervention's own ``queries``, in one unedited pass; those that cannot see it give 0.
     """
@@ -84,14 +81,11 @@ def attention_under(
 
 @dataclass(frozen=True, eq=False)
 class ControlResult(Result):
-    """A real edit beside the same edit on other tokens.
+    """The ``score`` of an edit (``real``), of the same edit on other tokens, and without any (``base``).
 
-    Attributes:
-        real: The ``score`` of the edit; ``controls`` of the controls, ``base`` without any edit.
-        match: What the controls share with the edit.
-        real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
-            and heads, averaged over layers. A sum over tokens of means over the queries that see each, so
-            it may exceed 1. ``mass``: the same of each control's tokens.
+    ``match`` is what the controls share with the edit. ``real_mass`` is the attention that the edited tokens
+    receive in the unedited run, in the edited layers and heads, averaged over layers, and ``mass`` that of
+    each control's tokens: a sum over tokens of means over the queries that see each, which may exceed 1.
     """
 
     real: Float[Tensor, " batch"]
@@ -178,12 +172,11 @@ class RandomControl:
                     "Got match='position' without a donor; expected the trace of another image, or "
                     "several. Write control.run(lvlm, trace, donor=other_trace)."
                 )
-            masks = [other_positions(mask, trace, one) for one in donors]
-        else:
-            generator, mass = torch.Generator().manual_seed(int(self.seed)), self.match == "mass"
-            received = attention_under(it, trace, lvlm) if mass else None
-            given = received, layers_of(it, trace) if mass else ()
-            masks = [random_like(mask, trace, generator, *given) for _ in range(self.n)]
+            return tuple(self._on(other_positions(mask, trace, one), trace) for one in donors)
+        generator, given = torch.Generator().manual_seed(int(self.seed)), ()
+        if self.match == "mass":
+            given = attention_under(it, trace, lvlm), layers_of(it, trace)
+        masks = (random_like(mask, trace, generator, *given) for _ in range(self.n))
         return tuple(self._on(tokens, trace) for tokens in masks)
 
     def run(
@@ -202,17 +195,19 @@ class RandomControl:
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain, name = lvlm.run(trace.sample, logits="last"), getattr(score, "__name__", "score")
         name = "KL of the next token from the unedited run (nats)" if score is None else name
-        base = scored(score, plain, plain)
-        runs = [lvlm.run(trace.sample, interventions=[it], logits="last") for it in edits]
-        real, *controls = [scored(score, run, plain) for run in runs]
         received = attention_under(self.intervention, trace, lvlm)
-        layers, taken = layers_of(self.intervention, trace), []
+        layers, scores, masses = layers_of(self.intervention, trace), [], []
         for it in edits:
-            mask = by_layer(self._tokens(it, trace))
-            mask = mask if mask.shape[1] == 1 else mask[:, layers]
-            taken.append((received * mask).sum(dim=2).mean(dim=1))
-        mass = torch.stack(taken[1:])
-        return ControlResult(real, torch.stack(controls), base, self.match, name, taken[0], mass)
+            run = lvlm.run(trace.sample, interventions=[it], logits="last")
+            scores.append(scored(score, run, plain))
+            mask = by_layer(self._tokens(it, trace)).expand(-1, trace.n_layers, -1)[:, layers]
+            masses.append((received * mask).sum(dim=2).mean(dim=1))
+        controls, mass, base = (
+            torch.stack(scores[1:]),
+            torch.stack(masses[1:]),
+            scored(score, plain, plain),
+        )
+        return ControlResult(scores[0], controls, base, self.match, name, masses[0], mass)
 
     def _tokens(self, it: Any, trace: SinkTrace) -> Tensor:
         """The tokens that an intervention edits, ``[batch pos]`` or ``[batch layer pos]``."""
@@ -233,15 +228,14 @@ def scored(score: Callable[[Run], Tensor] | None, run: Run, plain: Run) -> Float
     """The score of a run, one number per row; None is the next token's ``KL(plain || run)``, nats."""
     if score is None:
         return kl_of_next(plain.logits, run.logits)
-    out: Any = score(run)
-    rows = run.logits.shape[0]
-    if not isinstance(out, Tensor) or tuple(out.shape) != (rows,):
-        shape = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else ""
-        raise InterventionError(
-            f"Got a score that returns {shape or type(out).__name__}; expected a tensor [batch], here of "
-            f"shape ({rows},). Write lambda run: run.logits[:, -1, token]."
-        )
-    return out
+    out, rows = score(run), run.logits.shape[0]
+    if isinstance(out, Tensor) and tuple(out.shape) == (rows,):
+        return out
+    shape = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else ""
+    raise InterventionError(
+        f"Got a score that returns {shape or type(out).__name__}; expected a tensor [batch], here of "
+        f"shape ({rows},). Write lambda run: run.logits[:, -1, token]."
+    )
 
 
 def replacement_table(

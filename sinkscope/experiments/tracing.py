@@ -8,10 +8,11 @@ rule on what a layer's attention reads; V wins over L. Text sinks are listed bes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Bool, Float
@@ -20,10 +21,18 @@ from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
 from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
-from sinkscope.detectors.gap import DRAWS
+from sinkscope.detectors.gap import DRAWS, Gap, outcome_of
+from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
-from sinkscope.experiments.sink_records import SinkRecord, collect_records
+from sinkscope.experiments.measuring import (
+    NAN,
+    Candidate,
+    Measured,
+    SinkRecord,
+    carry,
+    collect_records,
+    named,
+)
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
@@ -34,12 +43,81 @@ from sinkscope.viz.tables import trace_html, trace_summary
 
 
 @dataclass(frozen=True, eq=False)
+class JudgedTower:
+    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
+
+    tower: Tower
+    sample: Sample
+    rule: Any
+    evidence: EvidenceResult
+    detection: Detection
+    layers: Sequence[int]
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Three tokens per row for their attention and three for their spike, the most attended first."""
+        tokens = self.sample.tokens
+        live = tokens.vision.live if self.tower == "vision" else tokens.live
+        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0)
+        attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        for row in range(len(large)):
+            both = (attention[row], large[row].amax(dim=0))
+            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
+            best = dict.fromkeys([*first, *second])
+            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
+                if bool(live[row, pos]):
+                    yield self._candidate(row, pos, large[row, :, pos])
+
+    def outcome(self, draws: float) -> str:
+        """What spikes and what attracts attention in a tower in which nothing is flagged."""
+        if isinstance(self.rule, NoSinks):
+            return self.rule.reason
+        rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
+        evidence = [self.evidence.at(self.layers)]
+        return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
+
+    def _candidate(self, row: int, pos: int, times: Tensor) -> Candidate:
+        excess = self.evidence.received.excess()[row, :, :, pos]
+        at = divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
+        at = None if bool(excess.isnan().all()) else at
+        drawn, layer = NAN if at is None else float(excess[at]), self.layers[int(times.argmax())]
+        spike = float(self.evidence.medians()[row, layer, pos]), float(times.max()), layer
+        flagged = bool(self.detection.mask[row, self.layers, pos].any())
+        reason = "flagged" if flagged else self._why_not(row, pos)
+        where = self.tower, row, pos, named(self, self.tower, row, pos)
+        return Candidate(*where, *spike, drawn, at, flagged, reason)
+
+    def _why_not(self, row: int, pos: int) -> str:
+        rule, evidence = self.rule, self.evidence
+        if isinstance(rule, NoSinks):
+            return "there is no rule for this tower"
+        if not isinstance(rule, Gap):
+            scores, limits = self.detection.scores[row, :, pos], self.detection.threshold[row]
+            layer = int((scores / limits).nan_to_num(-1.0).argmax())
+            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+        if not bool(evidence.judged[row, pos]):
+            return "no patch: a kind of its own, listed apart"
+        at = (row, self.layers, pos)
+        times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
+        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+        draws = bool(rule.draws_in(evidence)[at].any())
+        if not bool(large.any()):
+            said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
+            return said if draws else f"{said}; draws nothing"
+        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+            return "its spike came with the embeddings"
+        if draws:
+            return "spikes and draws attention, but never in the same layer"
+        if bool(known.isnan().all()):
+            return "spikes; fewer than 8 tokens see it"
+        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
+
+
+@dataclass(frozen=True, eq=False)
 class SinkTrace(Result):
     """The sinks of one sample.
 
     Attributes:
-        rules: The rules that decided, and where they are from.
-        v_detection: What the V rule flags in the vision tower, in every block.
+        v_detection: What the V rule of ``rules`` flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
         v_sinks: V-sinks at their LLM positions.
         attended: Image tokens to which the vision tower attends throughout and that are no V-sinks, at
@@ -80,7 +158,7 @@ class SinkTrace(Result):
 
     @property
     def null(self) -> Float[Tensor, "batch layer key"] | None:
-        """The same under uniform attention."""
+        """Attention received under uniform attention."""
         return self.language.received.null
 
     @property
@@ -119,14 +197,15 @@ class SinkTrace(Result):
 
     def _meeting(self, tokens: Tensor, layer: int | None, rule: bool = True) -> Tensor:
         """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not; shapes as in `l_sinks`."""
+        meets = self.l_detection.mask == rule
         if layer is None:
-            return tokens[:, None] & (self.l_detection.mask == rule)
+            return tokens[:, None] & meets
         if not is_whole(layer, 0, self.n_layers - 1):
             raise SelectionError(
                 f"Got layer {layer!r}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
                 "what block l reads."
             )
-        return tokens & (self.l_detection.mask[:, layer] == rule)
+        return tokens & meets[:, layer]
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
         """Visual tokens that meet the L rule on what ``layer`` reads, V-sinks removed, ``[batch pos]``.
@@ -163,16 +242,16 @@ class SinkTrace(Result):
 
     def overlap_table(self) -> pd.DataFrame:
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
-        groups, both = self.groups, self.overlap()
-        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": both}
+        groups = self.groups
+        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": self.overlap()}
         masks["text"] = groups["text sinks"]
         table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in masks.items()}
         return pd.DataFrame({"layer": list(self.l_detection.layers), **table})
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: the records."""
-        names = [one.name for one in fields(SinkRecord)]
-        return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
+        lines = [record.to_dict() for record in self.records]
+        return pd.DataFrame(lines, columns=list(SinkRecord.__dataclass_fields__))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The trace as JSON; written to ``path`` too."""
@@ -183,7 +262,7 @@ class SinkTrace(Result):
             "warnings": list(self.warnings),
             "overlap": self.overlap_table().to_dict(orient="list"),
             "sinks": [record.to_dict() for record in self.records],
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "candidates": [asdict(candidate) for candidate in self.candidates],
         }
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
@@ -195,7 +274,6 @@ class SinkTrace(Result):
         return trace_summary(self)
 
     def _repr_html_(self) -> str:
-        """The same table for a notebook."""
         return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
@@ -245,21 +323,17 @@ def trace_sinks(
         rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
-    m = measure(lvlm, sample, rules, draws, remote)
-    feeds = [m.v.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
+    m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
+    feeds = [m.v.layers.index(block) for block in blocks]
     v_sinks = carry(sample, m.v, feeds, merge)
     throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
     attended = throughout & ~v_sinks
-    records, said = collect_records(m, v_sinks, attended), _warnings(m, lvlm, feeds)
-    decided = sample, rules, m.v, m.low, v_sinks, attended, records
-    return SinkTrace(*decided, lvlm.anatomy.feed_layers, m.vision, m.language, draws, said)
-
-
-def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
-    """Warnings that concern what was decided: the feeding blocks, and every LLM layer."""
-    feeding = bool((m.v.fraction[:, feeds] > 0.2).any())
-    known, out = known_for(lvlm), (*(m.v.warnings if feeding else ()), *m.low.warnings)
-    if known is None or known.default:
-        return out
-    text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
-    return (*out, text + "used unasked.")
+    # What concerns the decision: the feeding blocks, and every LLM layer.
+    warnings = [*m.v.warnings] if bool((m.v.fraction[:, feeds] > 0.2).any()) else []
+    warnings, known = [*warnings, *m.low.warnings], known_for(lvlm)
+    if known is not None and not known.default:
+        text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
+        warnings.append(text + "used unasked.")
+    found = v_sinks, attended, collect_records(m, v_sinks, attended), blocks
+    measured = m.vision, m.language, draws
+    return SinkTrace(sample, rules, m.v, m.low, *found, *measured, tuple(warnings))
