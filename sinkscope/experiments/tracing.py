@@ -8,7 +8,7 @@ rule on what a layer's attention reads; V wins over L. Text sinks are listed bes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,76 +40,6 @@ from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
 from sinkscope.viz.layers import plot_trace
 from sinkscope.viz.tables import trace_html, trace_summary
-
-
-@dataclass(frozen=True, eq=False)
-class JudgedTower:
-    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
-
-    tower: Tower
-    sample: Sample
-    rule: Any
-    evidence: EvidenceResult
-    detection: Detection
-    layers: Sequence[int]
-
-    def candidates(self) -> Iterator[Candidate]:
-        """Three tokens per row for their attention and three for their spike, the most attended first."""
-        tokens = self.sample.tokens
-        live = tokens.vision.live if self.tower == "vision" else tokens.live
-        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0)
-        attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
-        for row in range(len(large)):
-            both = (attention[row], large[row].amax(dim=0))
-            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
-            best = dict.fromkeys([*first, *second])
-            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
-                if bool(live[row, pos]):
-                    yield self._candidate(row, pos, large[row, :, pos])
-
-    def outcome(self, draws: float) -> str:
-        """What spikes and what attracts attention in a tower in which nothing is flagged."""
-        if isinstance(self.rule, NoSinks):
-            return self.rule.reason
-        rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
-        evidence = [self.evidence.at(self.layers)]
-        return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
-
-    def _candidate(self, row: int, pos: int, times: Tensor) -> Candidate:
-        excess = self.evidence.received.excess()[row, :, :, pos]
-        at = divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
-        at = None if bool(excess.isnan().all()) else at
-        drawn, layer = NAN if at is None else float(excess[at]), self.layers[int(times.argmax())]
-        spike = float(self.evidence.medians()[row, layer, pos]), float(times.max()), layer
-        flagged = bool(self.detection.mask[row, self.layers, pos].any())
-        reason = "flagged" if flagged else self._why_not(row, pos)
-        where = self.tower, row, pos, named(self, self.tower, row, pos)
-        return Candidate(*where, *spike, drawn, at, flagged, reason)
-
-    def _why_not(self, row: int, pos: int) -> str:
-        rule, evidence = self.rule, self.evidence
-        if isinstance(rule, NoSinks):
-            return "there is no rule for this tower"
-        if not isinstance(rule, Gap):
-            scores, limits = self.detection.scores[row, :, pos], self.detection.threshold[row]
-            layer = int((scores / limits).nan_to_num(-1.0).argmax())
-            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
-        if not bool(evidence.judged[row, pos]):
-            return "no patch: a kind of its own, listed apart"
-        at = (row, self.layers, pos)
-        times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
-        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
-        draws = bool(rule.draws_in(evidence)[at].any())
-        if not bool(large.any()):
-            said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
-            return said if draws else f"{said}; draws nothing"
-        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
-            return "its spike came with the embeddings"
-        if draws:
-            return "spikes and draws attention, but never in the same layer"
-        if bool(known.isnan().all()):
-            return "spikes; fewer than 8 tokens see it"
-        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,21 +104,28 @@ class SinkTrace(Result):
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
-        return tuple(one for tower in self._towers() for one in tower.candidates())
+        return (*candidates_of(self, "vision"), *candidates_of(self, "language"))
 
     @cached_property
     def outcomes(self) -> dict[Tower, str]:
         """For a tower in which nothing is flagged: what spikes, what draws, in one sentence."""
-        found = {"vision": self.v_sinks, "language": self.l_detection.mask}
-        empty = [one for one in self._towers() if not bool(found[one.tower].any())]
-        return {one.tower: one.outcome(self.draws) for one in empty}
+        found: dict[Tower, Tensor] = {"vision": self.v_sinks, "language": self.l_detection.mask}
+        return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
-    def _towers(self) -> tuple[JudgedTower, JudgedTower]:
-        v, low, rules = self.v_detection, self.l_detection, self.rules
-        return (
-            JudgedTower("vision", self.sample, rules.v, self.vision, v, [*self.feeds]),
-            JudgedTower("language", self.sample, rules.l_rule, self.language, low, [*low.layers]),
+    def _outcome(self, tower: Tower) -> str:
+        rule, evidence, _, layers = self._judged(tower)
+        if isinstance(rule, NoSinks):
+            return rule.reason
+        rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
+        return outcome_of(
+            rule, [evidence.at(layers)], tower, lambda _, *at: named(self, tower, *at)
         )
+
+    def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
+        """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
+        if tower == "vision":
+            return self.rules.v, self.vision, self.v_detection, [*self.feeds]
+        return self.rules.l_rule, self.language, self.l_detection, [*self.l_detection.layers]
 
     @property
     def n_layers(self) -> int:
@@ -285,6 +222,56 @@ class SinkTrace(Result):
         words = {"V": "V-sinks", "L": "L-sinks", "text": "text sinks", "attention": attended}
         said = ", ".join(f"{kinds.count(kind)} {noun}" for kind, noun in words.items())
         return f"SinkTrace({said}; {self.chosen})"
+
+
+def candidates_of(trace: SinkTrace, tower: Tower) -> Iterator[Candidate]:
+    """Three tokens per row for their attention and three for their spike, the most attended first."""
+    _, evidence, detection, layers = trace._judged(tower)
+    tokens, excess = trace.sample.tokens, evidence.received.excess()
+    live = tokens.vision.live if tower == "vision" else tokens.live
+    large = evidence.prominence()[:, layers].nan_to_num(-1.0)
+    attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+    for row, drawing in enumerate(attention):
+        most = [x.topk(min(3, len(x))).indices.tolist() for x in (drawing, large[row].amax(dim=0))]
+        best = dict.fromkeys(pos for some in most for pos in some if bool(live[row, pos]))
+        for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
+            times, given = large[row, :, pos], excess[row, :, :, pos]
+            layer, at, drawn = layers[int(times.argmax())], None, NAN
+            if not bool(given.isnan().all()):
+                at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])
+                drawn = float(given[at])
+            flagged = bool(detection.mask[row, layers, pos].any())
+            reason = "flagged" if flagged else why_not(trace, tower, row, pos)
+            where = tower, row, pos, named(trace, tower, row, pos)
+            spike = float(evidence.medians()[row, layer, pos]), float(times.max()), layer
+            yield Candidate(*where, *spike, drawn, at, flagged, reason)
+
+
+def why_not(trace: SinkTrace, tower: Tower, row: int, pos: int) -> str:
+    """Why the rule of a tower flags a token in no layer."""
+    rule, evidence, detection, layers = trace._judged(tower)
+    if isinstance(rule, NoSinks):
+        return "there is no rule for this tower"
+    if not isinstance(rule, Gap):
+        scores, limits = detection.scores[row, :, pos], detection.threshold[row]
+        layer = int((scores / limits).nan_to_num(-1.0).argmax())
+        return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+    if not bool(evidence.judged[row, pos]):
+        return "no patch: a kind of its own, listed apart"
+    at = (row, layers, pos)
+    times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
+    large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+    draws = bool(rule.draws_in(evidence)[at].any())
+    if not bool(large.any()):
+        said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
+        return said if draws else f"{said}; draws nothing"
+    if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+        return "its spike came with the embeddings"
+    if draws:
+        return "spikes and draws attention, but never in the same layer"
+    if bool(known.isnan().all()):
+        return "spikes; fewer than 8 tokens see it"
+    return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
 
 
 def trace_sinks(
