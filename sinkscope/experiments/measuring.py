@@ -20,74 +20,6 @@ from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
 
-NAN = float("nan")
-
-
-class Measured:
-    """One forward pass that measures everything that a trace reads, and what the rules flag in it."""
-
-    def __init__(
-        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
-    ) -> None:
-        a = lvlm.anatomy
-        self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
-        self.last = a.feed_layers[-1]  # the last vision block that feeds the projector
-        vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
-        v, low = (  # the gap rule needs no probe of its own
-            own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
-            for own, rule in ((vision, rules.v), (language, rules.l_rule))
-        )
-        vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
-        llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
-        writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-        k, sites = min(16, a.vision.d_model, a.language.d_model), ("attn_out", "mlp_out")
-        of_halves = [
-            [probes.MassiveActivations(blocks, own.tower, k, site) for site in sites if blocks]
-            for own, blocks in ((vision, a.vision.adding), (language, a.language.adding))
-        ]
-        halves = [*of_halves[0], *of_halves[1]]
-        asked: list[Any] = [vision, language, vit_norms, llm_norms, *writes, v, low, *halves]
-        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
-        self.vision, self.language = run[vision], run[language]
-        self.v = decided(rules.v, run, v, lvlm, sample)
-        self.low = decided(rules.l_rule, run, low, lvlm, sample)
-        # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = ([run[half] for half in both] for both in of_halves)
-        self.vit_norms = run[vit_norms].norms  # [image layer pos]
-        self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
-        self.excess = self.language.received.excess()  # [batch layer head key]
-        # In the layers where what a head writes is known; the ratio is [batch layer head key].
-        self.writes = run[writes[0]] if writes else None
-        self.ratio = None if self.writes is None else self.writes.ratio()
-
-    def attended_throughout(self) -> Tensor:
-        """ViT tokens that attract attention in most blocks up to the last, bool ``[image pos]``.
-
-        In a block some head gives them ``draws`` beyond uniform attention and 5 times as much as
-        uniform attention (ACT, 2406.15765), which matters where there are few tokens.
-        """
-        uniform: Any = self.vision.received.others_null
-        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
-        return attended[:, : self.last + 1].float().mean(dim=1) > 0.5
-
-
-def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
-    """V-sinks at their LLM positions: the rule on every state that feeds the projector.
-
-    One of the ViT tokens that merge must be flagged, so that all of the rule holds for it. With
-    ``merge="mean"`` their mean score must pass the threshold too.
-    """
-    tokens = sample.tokens
-    flagged = torch.zeros_like(tokens.live)
-    for feed in feeds:
-        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
-        if merge == "mean":
-            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
-            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
-            passed &= score > limit if detection.strict else score >= limit
-        flagged |= passed
-    return flagged & (tokens.image >= 0)
-
 
 def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
     """Tell whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
@@ -168,130 +100,18 @@ class SinkRecord:
     received_max: tuple[float, ...]
     null: tuple[float, ...]
     head: tuple[int, int] | None = None
-    head_received: float = NAN
-    head_null: float = NAN
-    excess: float = NAN
-    contribution: float = NAN
-    value_ratio: float = NAN
-    stable_rank: float = NAN
+    head_received: float = float("nan")
+    head_null: float = float("nan")
+    excess: float = float("nan")
+    contribution: float = float("nan")
+    value_ratio: float = float("nan")
+    stable_rank: float = float("nan")
     verdict: str = "seen by few"
     overlap: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values."""
         return asdict(self)
-
-
-def collect_records(m: Measured, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
-    """One record per sink and per image token that is attended without one, in position order."""
-    tokens, rule, found = m.sample.tokens, m.low.any_layer(), []
-    for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
-        at, flagged = (batch, pos), bool(rule[batch, pos])
-        parts: Any = {name: int(getattr(tokens, name)[at]) for name in ("image", "row", "column")}
-        kind = "text" if parts["image"] < 0 else "L" if flagged else "attention"
-        kind, box = "V" if bool(v_sinks[at]) else kind, tokens.box[at]
-        parts["word"] = tokens.words[batch][pos] if tokens.words else None
-        parts["box"] = None if box.isnan().any() else tuple(box.tolist())
-        parts["vit_tokens"] = tuple(int(source) for source in tokens.sources[at] if source >= 0)
-        parts |= _in_vision(m, int(tokens.image_index[at]), parts["vit_tokens"])
-        parts |= _in_language(m, *at) | _attention(m, *at) | {"overlap": kind == "V" and flagged}
-        found.append(SinkRecord(kind=kind, batch=batch, pos=pos, **parts))
-    return tuple(found)
-
-
-def _in_vision(m: Measured, image: int, sources: tuple[int, ...]) -> dict[str, Any]:
-    if image < 0:
-        return {}
-    token = sources[int(m.v.scores[image, m.last, list(sources)].nan_to_num().argmax())]
-    channels = _channels(m.vision.massive, image, m.last, token)
-    # Unbroken up to the state that the projector reads; later blocks do not matter.
-    birth, half = birth_block(m.v.mask[image, : m.last + 1, token]), None
-    if birth is not None:
-        half = _writer(m.vit_halves, image, birth, token, channels[0][0])
-    return {
-        "vit_token": token,
-        "vit_kind": VISION_KINDS[int(m.sample.tokens.vision.kind[image, token])],
-        "vit_birth": birth,
-        "vit_writer": half,
-        "vit_norm": float(m.vit_norms[image, m.last, token]),
-        "vit_channels": channels,
-        "vit_drawn": tuple(m.vision.drawn()[image, :, token].tolist()),
-    }
-
-
-def birth_block(mask: Tensor) -> int | None:
-    """First index of the last unbroken stretch of True, or None if the last entry is False."""
-    off = [-1, *(~mask).nonzero().flatten().tolist()]
-    return off[-1] + 1 if off[-1] + 1 < len(mask) else None
-
-
-def _in_language(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    massive = m.language.massive
-    layers = tuple(m.low.mask[batch, :, pos].nonzero().flatten().tolist())
-    lives: list[tuple[int, int, str | None]] = []
-    for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
-        run = [layer for _, layer in stretch]
-        first, half = run[0], None  # layer l reads what block l - 1 wrote, layer 0 the embeddings
-        if first:
-            channel = int(massive.channels[batch, first, pos, 0])
-            half = _writer(m.llm_halves, batch, first - 1, pos, channel)
-        lives.append((first - 1, run[-1], half))
-    birth, _, writer = lives[0] if lives else (None, None, None)
-    peak = int(massive.values[batch, :, pos, 0].abs().argmax())
-    return {
-        "llm_norm": float(m.llm_norms[batch, pos]),
-        "llm_channels": _channels(massive, batch, 0, pos),
-        "llm_birth": birth,
-        "llm_writer": writer,
-        "llm_layers": layers,
-        "llm_lives": tuple(lives),
-        "peak_channels": _channels(massive, batch, peak, pos),
-    }
-
-
-def _channels(result: probes.MassiveResult, *at: int) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
-
-
-def _writer(halves: Sequence[Any], row: int, block: int, pos: int, channel: int) -> str | None:
-    """Which half of a block wrote more into a channel of a token; None where that is unknown."""
-    sizes = []
-    for result in halves:
-        if block not in result.layers:
-            return None
-        at = (row, result.layers.index(block), pos)
-        sizes.append(float(result.values[at].abs()[result.channels[at] == channel].sum()))
-    return ("attention" if sizes[0] > sizes[1] else "mlp") if sizes else None
-
-
-def _attention(m: Measured, batch: int, pos: int) -> dict[str, Any]:
-    got: Any = m.language.received  # a trace measures its nulls and the attention of others too
-    received, excess = got.received[batch, :, :, pos], m.excess[batch, :, :, pos]
-    by_layer = {"received": received.mean(dim=1), "received_max": received.amax(dim=1)}
-    by_layer["null"] = got.null[batch, :, pos]
-    parts: Any = {name: tuple(values.tolist()) for name, values in by_layer.items()}
-    if excess.isnan().all():
-        return parts
-    known = excess.nan_to_num(nan=-2.0)
-    drawn = (known.amax(dim=1) >= m.draws).nonzero().flatten().tolist()
-    layer, head = divmod(int(known.argmax()), excess.shape[1])
-    ratio = rank = norm = NAN
-    if m.writes is not None and m.ratio is not None and layer in m.writes.layers:
-        at = (batch, m.writes.layers.index(layer), head)
-        ratio, norm = float(m.ratio[at][pos]), float(m.writes.norms[at][pos])
-        rank = float(m.writes.stable_rank[at])
-    verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
-    return parts | {
-        "first_drawn": drawn[0] if drawn else None,
-        "head": (layer, head),
-        "head_received": float(got.others[batch, layer, head, pos]),
-        "head_null": float(got.others_null[batch, layer, pos]),
-        "excess": float(excess[layer, head]),
-        "contribution": float(received[layer, head]) * norm,
-        "value_ratio": ratio,
-        "stable_rank": rank,
-        "verdict": verdict if drawn else "draws nothing",
-    }
 
 
 @dataclass(frozen=True)
@@ -334,3 +154,174 @@ def named(of: Any, tower: Tower, row: int, pos: int) -> str:
     cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
     at = "" if cell == "-1,-1" else f" at {cell}"
     return f"{pos} image {int(tokens.image[row, pos])}{at}"
+
+
+def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
+    """V-sinks at their LLM positions: the rule on every state that feeds the projector."""
+    tokens = sample.tokens
+    flagged = torch.zeros_like(tokens.live)
+    for feed in feeds:
+        # One of the ViT tokens that merge must be flagged, so that all of the rule holds for it.
+        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
+        if merge == "mean":  # and their mean score must pass the threshold
+            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
+            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
+            passed &= score > limit if detection.strict else score >= limit
+        flagged |= passed
+    return flagged & (tokens.image >= 0)
+
+
+class Measured:
+    """One forward pass that measures everything that a trace reads, and what the rules flag in it."""
+
+    def __init__(
+        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
+    ) -> None:
+        a = lvlm.anatomy
+        self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
+        self.last = a.feed_layers[-1]  # the last vision block that feeds the projector
+        vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
+        v, low = (  # the gap rule needs no probe of its own
+            own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
+            for own, rule in ((vision, rules.v), (language, rules.l_rule))
+        )
+        vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
+        llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
+        writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+        k, sites = min(16, a.vision.d_model, a.language.d_model), ("attn_out", "mlp_out")
+        of_halves = [
+            [probes.MassiveActivations(blocks, own.tower, k, site) for site in sites if blocks]
+            for own, blocks in ((vision, a.vision.adding), (language, a.language.adding))
+        ]
+        halves = [*of_halves[0], *of_halves[1]]
+        asked: list[Any] = [vision, language, vit_norms, llm_norms, *writes, v, low, *halves]
+        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        self.vision, self.language = run[vision], run[language]
+        self.v = decided(rules.v, run, v, lvlm, sample)
+        self.low = decided(rules.l_rule, run, low, lvlm, sample)
+        # What attention and MLP add, in the blocks of which that is known.
+        self.vit_halves, self.llm_halves = ([run[half] for half in both] for both in of_halves)
+        self.vit_norms = run[vit_norms].norms  # [image layer pos]
+        self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
+        self.excess = self.language.received.excess()  # [batch layer head key]
+        # In the layers where what a head writes is known; the ratio is [batch layer head key].
+        self.writes = run[writes[0]] if writes else None
+        self.ratio = None if self.writes is None else self.writes.ratio()
+        # ViT tokens that attract attention in most blocks up to the last, [image pos]: some head gives them
+        # draws beyond uniform attention, and 5 times uniform attention (ACT, 2406.15765), for few tokens.
+        uniform: Any = self.vision.received.others_null
+        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=draws)
+        self.attended = attended[:, : self.last + 1].float().mean(dim=1) > 0.5
+
+    def records(self, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
+        """One record per sink and per image token that is attended without one, in position order."""
+        tokens, rule, found = self.sample.tokens, self.low.any_layer(), []
+        for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+            at, flagged = (batch, pos), bool(rule[batch, pos])
+            cell = ("image", "row", "column")
+            parts: Any = {name: int(getattr(tokens, name)[at]) for name in cell}
+            kind = "text" if parts["image"] < 0 else "L" if flagged else "attention"
+            kind, box = "V" if bool(v_sinks[at]) else kind, tokens.box[at]
+            parts["word"] = tokens.words[batch][pos] if tokens.words else None
+            parts["box"] = None if box.isnan().any() else tuple(box.tolist())
+            parts["vit_tokens"] = tuple(int(source) for source in tokens.sources[at] if source >= 0)
+            parts |= self._in_vision(int(tokens.image_index[at]), parts["vit_tokens"])
+            parts |= self._in_language(*at) | self._attention(*at)
+            both = kind == "V" and flagged
+            found.append(SinkRecord(kind=kind, batch=batch, pos=pos, overlap=both, **parts))
+        return tuple(found)
+
+    def _in_vision(self, image: int, sources: tuple[int, ...]) -> dict[str, Any]:
+        if image < 0:
+            return {}
+        token = sources[int(self.v.scores[image, self.last, list(sources)].nan_to_num().argmax())]
+        channels = _channels(self.vision.massive, image, self.last, token)
+        # Unbroken up to the state that the projector reads; later blocks do not matter.
+        birth, half = birth_block(self.v.mask[image, : self.last + 1, token]), None
+        if birth is not None:
+            half = _writer(self.vit_halves, image, birth, token, channels[0][0])
+        return {
+            "vit_token": token,
+            "vit_kind": VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])],
+            "vit_birth": birth,
+            "vit_writer": half,
+            "vit_norm": float(self.vit_norms[image, self.last, token]),
+            "vit_channels": channels,
+            "vit_drawn": tuple(self.vision.drawn()[image, :, token].tolist()),
+        }
+
+    def _in_language(self, batch: int, pos: int) -> dict[str, Any]:
+        massive = self.language.massive
+        layers = tuple(self.low.mask[batch, :, pos].nonzero().flatten().tolist())
+        lives: list[tuple[int, int, str | None]] = []
+        for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+            run = [layer for _, layer in stretch]
+            block, half = (
+                run[0] - 1,
+                None,
+            )  # layer l reads what block l - 1 wrote; -1: the embeddings
+            if block >= 0:
+                channel = int(massive.channels[batch, run[0], pos, 0])
+                half = _writer(self.llm_halves, batch, block, pos, channel)
+            lives.append((block, run[-1], half))
+        birth, _, writer = lives[0] if lives else (None, None, None)
+        peak = int(massive.values[batch, :, pos, 0].abs().argmax())
+        return {
+            "llm_norm": float(self.llm_norms[batch, pos]),
+            "llm_channels": _channels(massive, batch, 0, pos),
+            "llm_birth": birth,
+            "llm_writer": writer,
+            "llm_layers": layers,
+            "llm_lives": tuple(lives),
+            "peak_channels": _channels(massive, batch, peak, pos),
+        }
+
+    def _attention(self, batch: int, pos: int) -> dict[str, Any]:
+        got: Any = self.language.received  # with nulls and the attention of others
+        received, excess = got.received[batch, :, :, pos], self.excess[batch, :, :, pos]
+        by_layer = {"received": received.mean(dim=1), "received_max": received.amax(dim=1)}
+        by_layer["null"] = got.null[batch, :, pos]
+        parts: Any = {name: tuple(values.tolist()) for name, values in by_layer.items()}
+        if excess.isnan().all():
+            return parts
+        known = excess.nan_to_num(nan=-2.0)
+        drawn = (known.amax(dim=1) >= self.draws).nonzero().flatten().tolist()
+        layer, head = divmod(int(known.argmax()), excess.shape[1])
+        ratio = rank = norm = float("nan")
+        if self.writes is not None and self.ratio is not None and layer in self.writes.layers:
+            at = (batch, self.writes.layers.index(layer), head)
+            ratio, norm = float(self.ratio[at][pos]), float(self.writes.norms[at][pos])
+            rank = float(self.writes.stable_rank[at])
+        verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
+        return parts | {
+            "first_drawn": drawn[0] if drawn else None,
+            "head": (layer, head),
+            "head_received": float(got.others[batch, layer, head, pos]),
+            "head_null": float(got.others_null[batch, layer, pos]),
+            "excess": float(excess[layer, head]),
+            "contribution": float(received[layer, head]) * norm,
+            "value_ratio": ratio,
+            "stable_rank": rank,
+            "verdict": verdict if drawn else "draws nothing",
+        }
+
+
+def birth_block(mask: Tensor) -> int | None:
+    """First index of the last unbroken stretch of True, or None if the last entry is False."""
+    off = [-1, *(~mask).nonzero().flatten().tolist()]
+    return off[-1] + 1 if off[-1] + 1 < len(mask) else None
+
+
+def _channels(result: probes.MassiveResult, *at: int) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
+
+
+def _writer(halves: Sequence[Any], row: int, block: int, pos: int, channel: int) -> str | None:
+    """Which half of a block wrote more into a channel of a token; None where that is unknown."""
+    sizes = []
+    for result in halves:
+        if block not in result.layers:
+            return None
+        at = (row, result.layers.index(block), pos)
+        sizes.append(float(result.values[at].abs()[result.channels[at] == channel].sum()))
+    return ("attention" if sizes[0] > sizes[1] else "mlp") if sizes else None

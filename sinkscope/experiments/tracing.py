@@ -24,15 +24,7 @@ from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, kno
 from sinkscope.detectors.gap import DRAWS, Gap, outcome_of
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.measuring import (
-    NAN,
-    Candidate,
-    Measured,
-    SinkRecord,
-    carry,
-    collect_records,
-    named,
-)
+from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
@@ -104,7 +96,7 @@ class SinkTrace(Result):
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
-        return (*candidates_of(self, "vision"), *candidates_of(self, "language"))
+        return (*self._candidates("vision"), *self._candidates("language"))
 
     @cached_property
     def outcomes(self) -> dict[Tower, str]:
@@ -126,6 +118,56 @@ class SinkTrace(Result):
         if tower == "vision":
             return self.rules.v, self.vision, self.v_detection, [*self.feeds]
         return self.rules.l_rule, self.language, self.l_detection, [*self.l_detection.layers]
+
+    def _candidates(self, tower: Tower) -> Iterator[Candidate]:
+        """Three tokens per row for their attention and three for their spike, the most attended first."""
+        _, evidence, detection, layers = self._judged(tower)
+        tokens, excess = self.sample.tokens, evidence.received.excess()
+        live = tokens.vision.live if tower == "vision" else tokens.live
+        large = evidence.prominence()[:, layers].nan_to_num(-1.0)
+        attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        for row, drawing in enumerate(attention):
+            most = [
+                x.topk(min(3, len(x))).indices.tolist() for x in (drawing, large[row].amax(dim=0))
+            ]
+            best = dict.fromkeys(pos for some in most for pos in some if bool(live[row, pos]))
+            for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
+                times, given = large[row, :, pos], excess[row, :, :, pos]
+                layer, at, drawn = layers[int(times.argmax())], None, float("nan")
+                if not bool(given.isnan().all()):
+                    at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])
+                    drawn = float(given[at])
+                flagged = bool(detection.mask[row, layers, pos].any())
+                reason = "flagged" if flagged else self._why_not(tower, row, pos)
+                where = tower, row, pos, named(self, tower, row, pos)
+                spike = float(evidence.medians()[row, layer, pos]), float(times.max()), layer
+                yield Candidate(*where, *spike, drawn, at, flagged, reason)
+
+    def _why_not(self, tower: Tower, row: int, pos: int) -> str:
+        """Why the rule of a tower flags a token in no layer."""
+        rule, evidence, detection, layers = self._judged(tower)
+        if isinstance(rule, NoSinks):
+            return "there is no rule for this tower"
+        if not isinstance(rule, Gap):
+            scores, limits = detection.scores[row, :, pos], detection.threshold[row]
+            layer = int((scores / limits).nan_to_num(-1.0).argmax())
+            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+        if not bool(evidence.judged[row, pos]):
+            return "no patch: a kind of its own, listed apart"
+        at = (row, layers, pos)
+        times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
+        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+        draws = bool(rule.draws_in(evidence)[at].any())
+        if not bool(large.any()):
+            said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
+            return said if draws else f"{said}; draws nothing"
+        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+            return "its spike came with the embeddings"
+        if draws:
+            return "spikes and draws attention, but never in the same layer"
+        if bool(known.isnan().all()):
+            return "spikes; fewer than 8 tokens see it"
+        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
 
     @property
     def n_layers(self) -> int:
@@ -224,56 +266,6 @@ class SinkTrace(Result):
         return f"SinkTrace({said}; {self.chosen})"
 
 
-def candidates_of(trace: SinkTrace, tower: Tower) -> Iterator[Candidate]:
-    """Three tokens per row for their attention and three for their spike, the most attended first."""
-    _, evidence, detection, layers = trace._judged(tower)
-    tokens, excess = trace.sample.tokens, evidence.received.excess()
-    live = tokens.vision.live if tower == "vision" else tokens.live
-    large = evidence.prominence()[:, layers].nan_to_num(-1.0)
-    attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
-    for row, drawing in enumerate(attention):
-        most = [x.topk(min(3, len(x))).indices.tolist() for x in (drawing, large[row].amax(dim=0))]
-        best = dict.fromkeys(pos for some in most for pos in some if bool(live[row, pos]))
-        for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
-            times, given = large[row, :, pos], excess[row, :, :, pos]
-            layer, at, drawn = layers[int(times.argmax())], None, NAN
-            if not bool(given.isnan().all()):
-                at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])
-                drawn = float(given[at])
-            flagged = bool(detection.mask[row, layers, pos].any())
-            reason = "flagged" if flagged else why_not(trace, tower, row, pos)
-            where = tower, row, pos, named(trace, tower, row, pos)
-            spike = float(evidence.medians()[row, layer, pos]), float(times.max()), layer
-            yield Candidate(*where, *spike, drawn, at, flagged, reason)
-
-
-def why_not(trace: SinkTrace, tower: Tower, row: int, pos: int) -> str:
-    """Why the rule of a tower flags a token in no layer."""
-    rule, evidence, detection, layers = trace._judged(tower)
-    if isinstance(rule, NoSinks):
-        return "there is no rule for this tower"
-    if not isinstance(rule, Gap):
-        scores, limits = detection.scores[row, :, pos], detection.threshold[row]
-        layer = int((scores / limits).nan_to_num(-1.0).argmax())
-        return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
-    if not bool(evidence.judged[row, pos]):
-        return "no patch: a kind of its own, listed apart"
-    at = (row, layers, pos)
-    times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
-    large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
-    draws = bool(rule.draws_in(evidence)[at].any())
-    if not bool(large.any()):
-        said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
-        return said if draws else f"{said}; draws nothing"
-    if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
-        return "its spike came with the embeddings"
-    if draws:
-        return "spikes and draws attention, but never in the same layer"
-    if bool(known.isnan().all()):
-        return "spikes; fewer than 8 tokens see it"
-    return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
-
-
 def trace_sinks(
     lvlm: LVLM,
     sample: Sample,
@@ -313,7 +305,7 @@ def trace_sinks(
     m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
     feeds = [m.v.layers.index(block) for block in blocks]
     v_sinks = carry(sample, m.v, feeds, merge)
-    throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
+    throughout = sample.tokens.from_vision(m.attended.float()).nan_to_num() > 0
     attended = throughout & ~v_sinks
     # What concerns the decision: the feeding blocks, and every LLM layer.
     warnings = [*m.v.warnings] if bool((m.v.fraction[:, feeds] > 0.2).any()) else []
@@ -321,6 +313,6 @@ def trace_sinks(
     if known is not None and not known.default:
         text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
         warnings.append(text + "used unasked.")
-    found = v_sinks, attended, collect_records(m, v_sinks, attended), blocks
+    found = v_sinks, attended, m.records(v_sinks, attended), blocks
     measured = m.vision, m.language, draws
     return SinkTrace(sample, rules, m.v, m.low, *found, *measured, tuple(warnings))
