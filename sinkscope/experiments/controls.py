@@ -23,44 +23,42 @@ from sinkscope.results import Result, kl_of_next
 from sinkscope.viz.effects import plot_control
 
 FIELDS = ("tokens", "keys", "source")  # where an intervention says what it edits
+Donor = SinkTrace | Sequence[SinkTrace] | None
+Score = Callable[[Run], Tensor] | None
 
 
-def field_of(it: Any) -> str:
-    """The field that holds the edited tokens of the decoder."""
+def edited(it: Any, trace: SinkTrace) -> tuple[str, Tensor]:
+    """The field with the edited tokens of the decoder, and these, ``[batch pos]`` or ``[batch layer pos]``."""
     if isinstance(it, nn.Module):
         raise InterventionError(
             f"Got a {type(it).__name__}, which finds its tokens itself; expected an intervention that "
             "names them. For random tokens under a gate write ss.LSG.for_model(lvlm, ..., "
             "v_detector=ss.detectors.RandomTokens(4))."
         )
-    found = next((field for field in FIELDS if hasattr(it, field)), None)
-    if found is None or getattr(it, "tower", "language") != "language":
+    field = next((field for field in FIELDS if hasattr(it, field)), None)
+    if field is None or getattr(it, "tower", "language") != "language":
         came = (it if isinstance(it, type) else type(it)).__name__
         wanted = f"an intervention of the decoder with one of the fields {FIELDS}"
         raise InterventionError(f"Got {came}; expected {wanted}.")
-    return found
+    return field, trace.sample.tokens.select(getattr(it, field), trace.n_layers)
 
 
-def layers_of(it: Any, trace: SinkTrace) -> list[int]:
-    """The decoder layers that an intervention edits, ascending; all if it names none."""
+def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> tuple[Tensor, list[int]]:
+    """What every token receives in the edited layers, ``[batch layer pos]``, and these layers, ascending.
+
+    It is the mean over the edited heads and the queries that can see the token, or over the intervention's
+    own ``queries``, in one unedited pass; those that cannot see it give 0.
+    """
     given, last = getattr(it, "layers", None), trace.n_layers - 1
     given = range(trace.n_layers) if given is None else given
     one = isinstance(given, str) or not isinstance(given, Iterable)
-    layers: list[Any] = [given] if one else [*given]
-    for layer in layers:
+    wanted: list[Any] = [given] if one else [*given]
+    for layer in wanted:
         if not is_whole(layer, 0, last):
             hint = f"Layers are never negative: write {last} for the last block."
             raise InterventionError(f"Got layer {layer!r}; expected 0 to {last}. {hint}")
-    return sorted({int(layer) for layer in layers})
-
-
-def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> Tensor:
-    """What every token receives, ``[batch layer pos]``: the mean over edited heads and queries that see it.
-
-    Or over the intervention's own ``queries``, in one unedited pass; those that cannot see it give 0.
-    """
-    layers, heads = layers_of(it, trace), getattr(it, "heads", None)
-    queries = getattr(it, "queries", None)
+    layers = sorted({int(layer) for layer in wanted})
+    queries, heads = getattr(it, "queries", None), getattr(it, "heads", None)
     if queries is None:
         received = trace.received[:, layers].nan_to_num()
     elif lvlm is None:
@@ -72,11 +70,11 @@ def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> Tensor:
         probe = AttentionPatterns(queries, layers)
         result = lvlm.run(trace.sample, probes=[probe], logits="last")[probe]
         there = (result.rows >= 0)[:, None, None, :, None]
-        given = torch.where(there, result.patterns.nan_to_num(), 0.0)
-        received = given.sum(3) / there.sum(3).clamp(min=1)
+        patterns = torch.where(there, result.patterns.nan_to_num(), 0.0)
+        received = patterns.sum(3) / there.sum(3).clamp(min=1)
     if heads is not None:
         received = received[:, :, list(heads) if isinstance(heads, Iterable) else [heads]]
-    return received.mean(dim=2)
+    return received.mean(dim=2), layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,29 +140,22 @@ class RandomControl:
     seed: int = 0
 
     def draws(
-        self,
-        trace: SinkTrace,
-        donor: SinkTrace | Sequence[SinkTrace] | None = None,
-        *,
-        lvlm: LVLM | None = None,
+        self, trace: SinkTrace, donor: Donor = None, *, lvlm: LVLM | None = None
     ) -> tuple[Any, ...]:
         """The control interventions: ``n`` on other tokens, or one per donor.
 
         ``donor`` is for ``match="position"``: the trace of another image, or several; with ``k`` the p value
         of `ControlResult` cannot be below ``1 / (1 + k)``. ``lvlm`` is for ``match="mass"``, to measure what
-        ``queries`` give.
-
-        Raises:
-            InterventionError: If the intervention names no tokens; its child TooFewTokensError if too few
-                ordinary tokens are left, or they receive less together.
-            NoEffectError: If a donor leaves a row that is edited without a position.
+        ``queries`` give. InterventionError if the intervention names no tokens; its child TooFewTokensError
+        if too few ordinary tokens are left, or they receive less together; NoEffectError if a donor leaves
+        a row that is edited without a position.
         """
         check_choice(("count", "mass", "position"), error=InterventionError, match=self.match)
         check_whole(1, error=InterventionError, n=self.n)
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")
-        it, mask = self.intervention, self._tokens(self.intervention, trace)
+        it, (_, mask) = self.intervention, edited(self.intervention, trace)
         if self.match == "position":
             donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
             if not donors or donors == [None]:
@@ -173,19 +164,13 @@ class RandomControl:
                     "several. Write control.run(lvlm, trace, donor=other_trace)."
                 )
             return tuple(self._on(other_positions(mask, trace, one), trace) for one in donors)
-        generator, given = torch.Generator().manual_seed(int(self.seed)), ()
-        if self.match == "mass":
-            given = attention_under(it, trace, lvlm), layers_of(it, trace)
+        generator = torch.Generator().manual_seed(int(self.seed))
+        given = attention_under(it, trace, lvlm) if self.match == "mass" else (None, [])
         masks = (random_like(mask, trace, generator, *given) for _ in range(self.n))
         return tuple(self._on(tokens, trace) for tokens in masks)
 
     def run(
-        self,
-        lvlm: LVLM,
-        trace: SinkTrace,
-        score: Callable[[Run], Tensor] | None = None,
-        *,
-        donor: SinkTrace | Sequence[SinkTrace] | None = None,
+        self, lvlm: LVLM, trace: SinkTrace, score: Score = None, *, donor: Donor = None
     ) -> ControlResult:
         """Run the edit and its controls on the trace's sample; raises as `draws` does.
 
@@ -195,27 +180,19 @@ class RandomControl:
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain, name = lvlm.run(trace.sample, logits="last"), getattr(score, "__name__", "score")
         name = "KL of the next token from the unedited run (nats)" if score is None else name
-        received = attention_under(self.intervention, trace, lvlm)
-        layers, scores, masses = layers_of(self.intervention, trace), [], []
+        base, scores, masses = scored(score, plain, plain), [], []
+        received, layers = attention_under(self.intervention, trace, lvlm)
         for it in edits:
             run = lvlm.run(trace.sample, interventions=[it], logits="last")
             scores.append(scored(score, run, plain))
-            mask = by_layer(self._tokens(it, trace)).expand(-1, trace.n_layers, -1)[:, layers]
+            mask = by_layer(edited(it, trace)[1]).expand(-1, trace.n_layers, -1)[:, layers]
             masses.append((received * mask).sum(dim=2).mean(dim=1))
-        controls, mass, base = (
-            torch.stack(scores[1:]),
-            torch.stack(masses[1:]),
-            scored(score, plain, plain),
-        )
+        controls, mass = torch.stack(scores[1:]), torch.stack(masses[1:])
         return ControlResult(scores[0], controls, base, self.match, name, masses[0], mass)
-
-    def _tokens(self, it: Any, trace: SinkTrace) -> Tensor:
-        """The tokens that an intervention edits, ``[batch pos]`` or ``[batch layer pos]``."""
-        return trace.sample.tokens.select(getattr(it, field_of(it)), trace.n_layers)
 
     def _on(self, tokens: Tensor, trace: SinkTrace) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""
-        changes: dict[str, Any] = {field_of(self.intervention): tokens, "allow_noop": True}
+        changes: Any = {edited(self.intervention, trace)[0]: tokens, "allow_noop": True}
         if hasattr(self.intervention, "target"):
             target = trace.sample.tokens.select(self.intervention.target, trace.n_layers)
             if max(target.ndim, tokens.ndim) == 3:
@@ -224,7 +201,7 @@ class RandomControl:
         return replace(self.intervention, **changes)
 
 
-def scored(score: Callable[[Run], Tensor] | None, run: Run, plain: Run) -> Float[Tensor, " batch"]:
+def scored(score: Score, run: Run, plain: Run) -> Tensor:
     """The score of a run, one number per row; None is the next token's ``KL(plain || run)``, nats."""
     if score is None:
         return kl_of_next(plain.logits, run.logits)
@@ -247,8 +224,8 @@ def replacement_table(
     match: str = "count",
     n: int = 20,
     seed: int = 0,
-    score: Callable[[Run], Tensor] | None = None,
-    donor: SinkTrace | Sequence[SinkTrace] | None = None,
+    score: Score = None,
+    donor: Donor = None,
 ) -> pd.DataFrame:
     """Zero, mean and resampled values of the same tokens side by side, each beside random tokens.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -212,15 +212,15 @@ def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) ->
     return torch.cat(flags, dim=2)
 
 
-def attention_of(out: Generation, probe: ReceivedAttention) -> Iterator[Tensor]:
+def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Tensor, Tensor]:
     """The new query's attention at every step: largest and mean over heads, and null, NaN where unseen."""
     n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
     results = [step[probe] for step in out.steps]
     received = [one.received for one in results]
     each = [pad(one, (0, n_keys - one.shape[-1]), value=float("nan")) for one in received]
-    yield torch.stack([one.amax(dim=2) for one in each], dim=1)
-    yield torch.stack([one.mean(dim=2) for one in each], dim=1)
-    yield torch.stack([nan_max(one.null, dim=2) for one in results], dim=1)
+    largest = torch.stack([one.amax(dim=2) for one in each], dim=1)
+    mean = torch.stack([one.mean(dim=2) for one in each], dim=1)
+    return largest, mean, torch.stack([nan_max(one.null, dim=2) for one in results], dim=1)
 
 
 def nan_max(values: Tensor, dim: int) -> Tensor:
