@@ -11,7 +11,7 @@ import pandas as pd
 
 from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
+from sinkscope.experiments.sweep_grid import CELL, NOUNS, cell_of, coefficients_of, counted, wide
 
 POINTS = (" in points", 100.0)
 UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}  # and a factor
@@ -25,12 +25,12 @@ def best_of(
     acts, here = acting(part), half(images, seed)
     able = np.flatnonzero(acts[here].any(axis=0))
     if here.all() or not len(able):
-        names, numbers = cell_of(part), ("chosen_on", "delta", "low", "high")
         note = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
         if here.all():
             note = "images of one half only, so none is left to score what was chosen"
-        missing = dict.fromkeys((*names[3:], *numbers, "maximum", "t", "t_95", "p"), float("nan"))
-        return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
+        numbers = ("chosen_on", "delta", "low", "high", "maximum", "t", "t_95", "p")
+        missing = dict.fromkeys((*cell_of(part)[3:], *numbers), float("nan"))
+        return {**dict.fromkeys(CELL[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
     other, how = [*itertools.compress(images, ~here)], {"level": level, "draws": draws}
@@ -46,10 +46,9 @@ def best_of(
 
 
 def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
-    """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
+    """What splitting the rest adds on images not used to choose; None without such a pair of cells.
 
-    Gives ``split``, the best triple, and ``whole``, the best with s_L = s_rest, both with their ``delta``,
-    and ``difference``, its mean and interval; None where there is no such pair of cells.
+    ``split`` is the best triple, ``whole`` the best with s_L = s_rest; ``difference`` has mean and interval.
     """
     cells, changes, images = wide(part, "score")
     here = half(images, seed)
@@ -145,22 +144,18 @@ def _by_layer(whole: pd.DataFrame, noun: str) -> Iterator[str]:
 def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
     """3: do pairs that favour sinks do better than those that favour the rest?"""
     yield "3. Does raising or splitting off the sinks help?"
-    three, noun = len(sweep.groups) == 3, NOUNS[len(sweep.groups)]
+    noun = NOUNS[len(sweep.groups)]
     contrasts = [_of_group(sweep, group, noun, factor, seed) for group in sweep.groups[:-1]]
     yield from (line for line, _ in contrasts)
     if not any(told for _, told in contrasts):
         return
     if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
-        what, others, them = "s_V and s_rest", "other", "the two"
-        if three:
-            what, others, them = "the coefficients", "others", "them"
         yield (
-            f"   In every {noun} {what} add to 1: what raises one lowers the {others}, and which of "
-            f"{them} it was cannot be told apart."
+            f"   In every {noun} the coefficients add to 1: what raises one lowers the others, and which "
+            "of them it was cannot be told apart."
         )
-    if not three:
-        rest = "Whether the rest should be split further (L-sinks, ordinary tokens)"
-        yield f"   {rest} is not on this grid."
+    if len(sweep.groups) < 3:
+        yield "   Whether to split the rest further (L-sinks, ordinary tokens) is not on this grid."
         return
     yield "   Does splitting the rest into L-sinks and ordinary tokens add something?"
     for task, part in sweep.by_task(by):
@@ -188,24 +183,21 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
     share = (sweep.table.groupby("item")[count].max() > 0).mean()
     if not share:
         where = "image has a V-sink" if group == "V" else "image token is an L-sink at these layers"
-        rest = "all image tokens were scaled by s_rest alone"
-        rest = rest if noun == "pair" else "the other coefficients scaled all image tokens"
+        rest = "the other coefficients scaled all image tokens"
         return f"   This sweep cannot tell: no {where}, so {name} never applied and {rest}.", False
     part: Any = sweep.table[sweep.table[count] > 0]
     sign = np.sign(part[own] - part["s_rest"])
     if not {-1.0, 1.0} <= set(sign):
-        sides = f"both sides of {name} = s_rest"
-        return f"   This grid cannot tell: it has no {noun}s on {sides}.", False
+        said = f"it has no {noun}s on both sides of {name} = s_rest"
+        return f"   This grid cannot tell: {said}.", False
     change = part.assign(change=part["score"] - part["base_score"], sign=sign)
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink
     images = part.drop_duplicates("item").set_index("item")["image_id"]
-    found = []
-    for column in (*(table[layer] for layer in table), table.mean(axis=1)):
-        values = column.dropna()
-        names = images.loc[values.index].tolist()
-        found.append(cluster_intervals(values.to_numpy()[:, None], names, seed=seed)[:, 0])
-    mean, low, high = np.array(found).T * factor
+    table["mean"] = table.mean(axis=1)
+    columns = [table[name].dropna() for name in table]
+    named = [(one.to_numpy()[:, None], images.loc[one.index].tolist()) for one in columns]
+    mean, low, high = np.hstack([cluster_intervals(*one, seed=seed) for one in named]) * factor
     have = "are about images with V-sinks" if group == "V" else "have L-sinks at some layer"
     where = "all layers" if group == "V" else "those layers"
     return (
@@ -222,9 +214,9 @@ def _cell(row: Mapping[Any, Any]) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    """An interval in words; one image cannot be resampled."""
-    broken = np.isnan(low) or np.isnan(high)
-    return "(too few images for an interval)" if broken else f"[{low:+.2f}, {high:+.2f}]"
+    if np.isnan(low) or np.isnan(high):  # one image cannot be resampled
+        return "(too few images for an interval)"
+    return f"[{low:+.2f}, {high:+.2f}]"
 
 
 def _layer(layer: Any) -> str:

@@ -45,8 +45,8 @@ class SinkRecord:
         box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
         vit_tokens: The ViT tokens that feed the position; ``vit_token``: that with the highest score,
             -1 for text, and ``vit_kind``: ``"patch"``, ``"cls"`` or ``"register"``, None for text.
-        vit_birth: Vision block whose output first shows a V-sink, None if it is none there.
-        vit_writer: ``"attention"`` or ``"mlp"``: which half of that block wrote the top channel.
+        vit_birth: Vision block whose output first shows a V-sink, or None; ``vit_writer``: which half of
+            it wrote the top channel, ``"attention"`` or ``"mlp"``.
         vit_norm: Norm of that ViT token where the projector reads (the last feeding block), and
             ``vit_channels``: its largest channels there, as ``(channel, value)``.
         vit_drawn: By block what the head that gives it most gives beyond uniform attention, from
@@ -61,12 +61,11 @@ class SinkRecord:
         received: Mean over heads of the attention received, by layer; ``received_max``: highest head;
             ``null``: under uniform attention.
         head: ``(layer, head)`` where other tokens give it the most beyond uniform attention.
-        head_received: What they give there, 0 to 1, and ``head_null`` under uniform attention.
-        excess: The difference of the two, by which sinks are ranked.
+        head_received: What they give there, 0 to 1, ``head_null`` under uniform attention; ``excess``: the
+            difference, by which sinks are ranked.
         contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
             v_s||_2``, D being what lies between head and stream.
-        value_ratio: ``ratio_out`` there: its write over the mean write of the other tokens.
-        stable_rank: Of that head's output.
+        value_ratio: Its write there over the mean write of the other tokens; ``stable_rank``: of that head.
         verdict: See `nop_or_broadcast`; ``"draws nothing"`` without a head that gives ``draws`` beyond
             uniform attention; ``"writes unknown"`` where ``D`` is not known; ``"seen by few"``.
         overlap: A V-sink that also meets the L rule in some layer.
@@ -119,8 +118,7 @@ class Candidate:
     """A token that spikes or attracts attention more than the others of its tower.
 
     Attributes:
-        row: Row of the batch, or image of the batch in the vision tower.
-        pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
+        row: Row of the batch, or image of the batch in the vision tower; ``pos``: position or ViT token.
         medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``;
             ``prominence`` in multiples of the layer's upper quartile.
         drawn: The most that some head, ``drawn_at`` as ``(layer, head)``, gives it beyond uniform
@@ -308,8 +306,8 @@ class Measured:
 
 def birth_block(mask: Tensor) -> int | None:
     """First index of the last unbroken stretch of True, or None if the last entry is False."""
-    off = [-1, *(~mask).nonzero().flatten().tolist()]
-    return off[-1] + 1 if off[-1] + 1 < len(mask) else None
+    first = max((~mask).nonzero().flatten().tolist(), default=-1) + 1
+    return first if first < len(mask) else None
 
 
 def _channels(result: probes.MassiveResult, *at: int) -> tuple[tuple[int, float], ...]:

@@ -18,7 +18,7 @@ from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.models.inputs import Sample
 
 KINDS = ("V-sinks", "L-sinks", "text sinks")
-TOP, VISUAL = "top attended", "visual sinks"
+TOP = "top attended"
 EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
     "mask": lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True),
     "halve": lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True),
@@ -46,7 +46,7 @@ def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
 
 def split(trace: SinkTrace, kind: str) -> tuple[Tensor, Tensor]:
     """Visual sinks of a kind, at any layer, and all other image tokens, bool ``[batch pos]``."""
-    chosen = ("V-sinks", "L-sinks") if kind == VISUAL else (kind,)
+    chosen = ("V-sinks", "L-sinks") if kind == "visual sinks" else (kind,)
     masks = [sinks_of(trace, one) for one in chosen]
     mask = torch.stack([mask if mask.ndim == 2 else mask.any(1) for mask in masks]).any(dim=0)
     return mask, (trace.sample.tokens.image >= 0) & ~mask
@@ -61,16 +61,15 @@ def content_seed(sample: Sample, seed: int) -> int:
 
 
 def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
-    """The trace with every visual sink in the place of a random ordinary image token, by `content_seed`.
+    """The trace with every visual sink in the place of a random ordinary image token; measurements stay.
 
-    ``v_sinks`` and ``l_detection`` move together, measurements stay. A row with fewer ordinary tokens
-    than sinks is left without any.
+    A row with fewer ordinary tokens than sinks is left without any.
     """
     generator = torch.Generator().manual_seed(content_seed(trace.sample, seed))
     v, rule = trace.v_sinks.clone(), trace.l_detection.mask.clone()
     visual, ordinary = trace.sample.tokens.image >= 0, trace.ordinary()
     for b in range(len(v)):
-        old, pool = ((visual & ~ordinary)[b].nonzero().flatten(), ordinary[b].nonzero().flatten())
+        old, pool = (mask[b].nonzero().flatten() for mask in (visual & ~ordinary, ordinary))
         new = pool[torch.randperm(len(pool), generator=generator)][: len(old)]
         for mask in (v[b], rule[b]):  # [pos] and [layer pos]
             moved = mask[..., old[: len(new)]].clone()
@@ -106,44 +105,33 @@ def random_like(
     attention: in each layer of a mask by layer, else by their mean; None to match numbers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
+    said = "to draw from" if received is None else "that receive {:.3g} of attention together"
     if received is None or mask.ndim == 2:
         layers = range(edited.shape[1])
-    if received is not None and mask.ndim == 2:
-        received = [row.mean(0)[None] for row in received]
+    if received is None:
+        received = torch.ones(edited.shape)  # a number is an attention of 1 each
+    elif mask.ndim == 2:
+        received = received.mean(dim=1, keepdim=True)
     for kind, (all_of_kind, ordinary) in kinds(trace).items():
         mine, pool = edited & all_of_kind[:, None], ordinary & ~edited.any(dim=1)
         for b in range(len(mask) if mine.any() else 0):
             candidates = pool[b].nonzero().flatten()
             order = candidates[torch.randperm(len(candidates), generator=generator)]
             for at, layer in enumerate(layers):
-                given = None if received is None else received[b][at]
-                where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''} has"
-                out[b, layer, first_like(mine[b, layer], order, given, where, kind)] = True
+                if not mine[b, layer].any():
+                    continue
+                given, wanted = received[b, at, order], float(received[b, at, mine[b, layer]].sum())
+                if float(given.sum()) < wanted or not len(order):
+                    where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''}"
+                    raise TooFewTokensError(
+                        f"{where} has {len(order)} ordinary {kind} tokens {said.format(given.sum())}; "
+                        f"expected at least {wanted:.3g}, as the edited tokens. Edit fewer tokens, or "
+                        "write match='count' for match='mass', or the reverse."
+                    )
+                chosen = given.cumsum(0) - given < wanted
+                chosen[0] = True
+                out[b, layer, order[chosen]] = True
     return out if mask.ndim == 3 else out[:, 0]
-
-
-def first_like(
-    mask: Tensor, order: Tensor, received: Tensor | None, where: str, kind: str
-) -> Tensor:
-    """The first tokens of an order: as many as the mask ``[pos]`` has, or as much attended together."""
-    if received is None:
-        if (wanted := int(mask.sum())) <= len(order):
-            return order[:wanted]
-        raise TooFewTokensError(
-            f"{where} {len(order)} ordinary {kind} tokens to draw from; expected at least {wanted}, "
-            "as many as are edited. Edit fewer tokens or match by mass."
-        )
-    if not mask.any():
-        return order[:0]
-    most, there = float(received[mask].sum()), float(received[order].sum())
-    if there < most or not len(order):
-        raise TooFewTokensError(
-            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention together; "
-            f"expected at least {most:.3g}, as the edited tokens. Write match='count', or edit fewer."
-        )
-    chosen = received[order].cumsum(0) - received[order] < most
-    chosen[0] = True
-    return order[chosen]
 
 
 def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:

@@ -1,9 +1,4 @@
-"""trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do.
-
-The order is rules, one pass that measures, what the rules flag, records. V-sinks are decided on the
-states that feed the projector and carried to LLM positions. L-sinks are visual tokens that meet the L
-rule on what a layer's attention reads; V wins over L. Text sinks are listed beside them.
-"""
+"""trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do."""
 
 from __future__ import annotations
 
@@ -38,12 +33,14 @@ from sinkscope.viz.tables import trace_html, trace_summary
 class SinkTrace(Result):
     """The sinks of one sample.
 
+    V-sinks are decided on the states that feed the projector. L-sinks are visual tokens that meet the L rule
+    on what a layer's attention reads and are no V-sinks. Text sinks are listed with them.
+
     Attributes:
         v_detection: What the V rule of ``rules`` flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
-        v_sinks: V-sinks at their LLM positions.
-        attended: Image tokens to which the vision tower attends throughout and that are no V-sinks, at
-            their LLM positions: attention without a spike.
+        attended: Image tokens to which the vision tower attends throughout and that are no V-sinks: attention
+            without a spike. They are at their LLM positions, as ``v_sinks``.
         records: One `SinkRecord` per sink, and per token of ``attended`` that is no L-sink.
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
         vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
@@ -175,7 +172,7 @@ class SinkTrace(Result):
         return len(self.l_detection.layers)
 
     def _meeting(self, tokens: Tensor, layer: int | None, rule: bool = True) -> Tensor:
-        """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not; shapes as in `l_sinks`."""
+        """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not."""
         meets = self.l_detection.mask == rule
         if layer is None:
             return tokens[:, None] & meets
@@ -187,10 +184,7 @@ class SinkTrace(Result):
         return tokens & meets[:, layer]
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that meet the L rule on what ``layer`` reads, V-sinks removed, ``[batch pos]``.
-
-        None is all layers, ``[batch layer pos]``.
-        """
+        """L-sinks on what ``layer`` reads, ``[batch pos]``, or on what every layer reads, ``[batch layer pos]``."""
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
     def overlap(self, layer: int | None = None) -> Tensor:
@@ -221,9 +215,8 @@ class SinkTrace(Result):
 
     def overlap_table(self) -> pd.DataFrame:
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
-        groups = self.groups
-        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": self.overlap()}
-        masks["text"] = groups["text sinks"]
+        v, low, _, text, _ = self.groups.values()
+        masks = {"V": v, "L": low, "V and L rule": self.overlap(), "text": text}
         table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in masks.items()}
         return pd.DataFrame({"layer": list(self.l_detection.layers), **table})
 
@@ -279,6 +272,8 @@ def trace_sinks(
 ) -> SinkTrace:
     """Trace the sinks of a sample from the ViT through the projector into the LLM, in one pass.
 
+    DetectorError if a detector cannot work on this model, or ``draws`` is no share.
+
     Args:
         lvlm: The model.
         sample: From ``lvlm.prepare``; ``remote`` is as in `LVLM.run`.
@@ -291,28 +286,23 @@ def trace_sinks(
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to count as attended: a share between 0 and 1.
-
-    Raises:
-        DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
-    given = (v_detector, l_detector)
     if calibration is None:
-        rules = SinkRules.on_sample(lvlm, sample, *given, draws)
+        rules = SinkRules.on_sample(lvlm, sample, v_detector, l_detector, draws)
     else:
+        given = (v_detector, l_detector)
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
     m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
     feeds = [m.v.layers.index(block) for block in blocks]
     v_sinks = carry(sample, m.v, feeds, merge)
-    throughout = sample.tokens.from_vision(m.attended.float()).nan_to_num() > 0
-    attended = throughout & ~v_sinks
+    attended = (sample.tokens.from_vision(m.attended.float()).nan_to_num() > 0) & ~v_sinks
     # What concerns the decision: the feeding blocks, and every LLM layer.
-    warnings = [*m.v.warnings] if bool((m.v.fraction[:, feeds] > 0.2).any()) else []
-    warnings, known = [*warnings, *m.low.warnings], known_for(lvlm)
+    saturated, known = bool((m.v.fraction[:, feeds] > 0.2).any()), known_for(lvlm)
+    warnings = (*(m.v.warnings if saturated else ()), *m.low.warnings)
     if known is not None and not known.default:
         text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
-        warnings.append(text + "used unasked.")
+        warnings = (*warnings, text + "used unasked.")
     found = v_sinks, attended, m.records(v_sinks, attended), blocks
-    measured = m.vision, m.language, draws
-    return SinkTrace(sample, rules, m.v, m.low, *found, *measured, tuple(warnings))
+    return SinkTrace(sample, rules, m.v, m.low, *found, m.vision, m.language, draws, warnings)
