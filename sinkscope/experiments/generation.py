@@ -115,6 +115,30 @@ class GenerationTrace(Result):
         own = keys == first + torch.arange(self.n_steps)[:, None]
         return self.mass_max.masked_fill(own[:, None], float("nan"))
 
+    def _lives(self, v_sinks: Tensor) -> tuple[SinkLife, ...]:
+        """One record per token that meets the L rule in some layer or is a V-sink, by batch and position."""
+        shares, prompt = self._by_others(), v_sinks.shape[1]
+        over = nan_max(shares - self.null[..., None], dim=2)  # [batch step key]
+        found, lives = self.flags.any(dim=1), []
+        found[:, :prompt] |= v_sinks
+        for batch, pos in found.nonzero().tolist():
+            kind, share, extra = "generated", shares[batch, :, :, pos], over[batch, :, pos]
+            if pos < prompt:
+                visual = int(self.sample.tokens.image[batch, pos]) >= 0
+                kind = "V" if bool(v_sinks[batch, pos]) else "L" if visual else "text"
+            drawn = (extra >= self.draws).nonzero().flatten().tolist()
+            seen = (~extra.isnan()).nonzero().flatten().tolist()
+            at, most, null = None, float("nan"), float("nan")
+            if seen:
+                at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1])
+                most, null = float(share[at]), float(self.null[batch][at])
+            last, until = (steps[-1] if steps else None for steps in (drawn, seen))
+            layers = tuple(self.flags[batch, :, pos].nonzero().flatten().tolist())
+            word, born = self.words[batch][pos] if self.words else None, max(0, pos - prompt + 1)
+            told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
+            lives.append(SinkLife(*told, layers, most, at, null))
+        return tuple(lives)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: every field of its record, and its fate."""
         names = [*SinkLife.__dataclass_fields__, "fate"]
@@ -150,7 +174,8 @@ def trace_generation(
     A token *draws* at a step if some head of the new query, in any layer, gives it at least ``draws``
     more than uniform attention under the same mask would; what a token gives to itself does not count. A
     sink *lives* as long as it draws, and *dies* with the last step at which it does. A generated token is
-    *born* a sink at the step whose pass computes its state, if it meets the L rule there.
+    *born* a sink at the step whose pass computes its state, if it meets the L rule there. InputError if
+    ``trace`` is of another sample; DetectorError if the rule does not judge a token by its own state alone.
 
     Args:
         lvlm: The model, whose `LVLM.generate` documents ``max_new_tokens``, ``remote`` and ``options``.
@@ -161,10 +186,6 @@ def trace_generation(
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet
             the L rule count as L-sinks, and other V-sinks are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).
-
-    Raises:
-        InputError: If ``trace`` is of another sample.
-        DetectorError: If the rule does not judge a token by its own state alone.
     """
     check_number(above=0, below=1, hint="It is a share, such as 0.2.", draws=draws)
     if trace is not None and not torch.equal(trace.sample.tokens.ids, sample.tokens.ids):
@@ -186,26 +207,26 @@ def trace_generation(
     options |= {"max_new_tokens": max_new_tokens, "remote": remote}
     out = lvlm.generate(sample, [states, attention], **options)
     flags = judge(rule, [step[states] for step in out.steps], lvlm, sample)
-    masses, words, layers = attention_of(out, attention), None, lvlm.anatomy.language.layers(None)
-    if lvlm.tokenizer is not None:
-        words = tuple(words_of(lvlm.tokenizer, row) for row in out.sequences.tolist())
+    masses, layers = attention_of(out, attention), lvlm.anatomy.language.layers(None)
+    reader, rows = lvlm.tokenizer, out.sequences.tolist()
+    words = None if reader is None else tuple(words_of(reader, row) for row in rows)
     told, how = (sample, out.sequences, out.text, words), (draws, repr(rule), rules.l_source)
     found = GenerationTrace(*told, layers, *masses, flags, (), *how)
     v_sinks = torch.zeros_like(sample.tokens.live) if trace is None else trace.v_sinks
-    return replace(found, lives=collect_lives(found, v_sinks))
+    return replace(found, lives=found._lives(v_sinks))
 
 
 def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) -> Tensor:
     """Which tokens meet the rule by its probe at every step, each when it appears: ``[batch layer key]``."""
-    visual, live, seen, flags = sample.tokens.image >= 0, sample.tokens.live, results[0], []
+    visual, live, seen = sample.tokens.image >= 0, sample.tokens.live, results[0]
+    flags, grown = [], {}
     for step, result in enumerate(results):
-        if (
-            step
-        ):  # the new token's states behind the others; what has no positions stays the prompt's
-            axes = {n: 2 for n, x in vars(seen).items() if torch.is_tensor(x) and x.ndim >= 3}
-            axes |= {"positions": 1} if hasattr(seen, "positions") else {}
-            both = {n: [getattr(one, n) for one in (seen, result)] for n in axes}
-            seen = replace(seen, **{n: torch.cat(x, dim=axes[n]) for n, x in both.items()})
+        if step:  # the new token's states stand behind the others; the rest stays the prompt's
+            for name, old in vars(seen).items():
+                axis = 1 if name == "positions" else 2
+                if axis == 1 or (torch.is_tensor(old) and old.ndim > 2):
+                    grown[name] = torch.cat([old, getattr(result, name)], dim=axis)
+            seen = replace(seen, **grown)
             visual, live = pad(visual, (0, 1)), pad(live, (0, 1), value=True)
         mask = decide(rule, seen, visual, live, "language", lvlm.anatomy.language).mask
         flags.append(mask[..., -1:] if step else mask)
@@ -227,28 +248,3 @@ def nan_max(values: Tensor, dim: int) -> Tensor:
     """The largest value that is not NaN; NaN where there is none. Values are at least -1."""
     out = values.nan_to_num(-2.0).amax(dim=dim)
     return out.masked_fill(out < -1, float("nan"))
-
-
-def collect_lives(t: GenerationTrace, v_sinks: Tensor) -> tuple[SinkLife, ...]:
-    """One record per token that meets the L rule in some layer or is a V-sink, by batch and position."""
-    shares, prompt = t._by_others(), v_sinks.shape[1]
-    over = nan_max(shares - t.null[..., None], dim=2)  # [batch step key]
-    found, lives = t.flags.any(dim=1), []
-    found[:, :prompt] |= v_sinks
-    for batch, pos in found.nonzero().tolist():
-        kind, share, extra = "generated", shares[batch, :, :, pos], over[batch, :, pos]
-        if pos < prompt:
-            visual = int(t.sample.tokens.image[batch, pos]) >= 0
-            kind = "V" if bool(v_sinks[batch, pos]) else "L" if visual else "text"
-        drawn = (extra >= t.draws).nonzero().flatten().tolist()
-        seen = (~extra.isnan()).nonzero().flatten().tolist()
-        at, most, null = None, float("nan"), float("nan")
-        if seen:
-            at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1])
-            most, null = float(share[at]), float(t.null[batch][at])
-        last, until = (steps[-1] if steps else None for steps in (drawn, seen))
-        layers = tuple(t.flags[batch, :, pos].nonzero().flatten().tolist())
-        word, born = t.words[batch][pos] if t.words else None, max(0, pos - prompt + 1)
-        told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
-        lives.append(SinkLife(*told, layers, most, at, null))
-    return tuple(lives)

@@ -216,10 +216,10 @@ class Measured:
         tokens, rule, found = self.sample.tokens, self.low.any_layer(), []
         for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
             at, flagged = (batch, pos), bool(rule[batch, pos])
-            cell = ("image", "row", "column")
+            cell, box = ("image", "row", "column"), tokens.box[at]
             parts: Any = {name: int(getattr(tokens, name)[at]) for name in cell}
             kind = "text" if parts["image"] < 0 else "L" if flagged else "attention"
-            kind, box = "V" if bool(v_sinks[at]) else kind, tokens.box[at]
+            kind = "V" if bool(v_sinks[at]) else kind
             parts["word"] = tokens.words[batch][pos] if tokens.words else None
             parts["box"] = None if box.isnan().any() else tuple(box.tolist())
             parts["vit_tokens"] = tuple(int(source) for source in tokens.sources[at] if source >= 0)
@@ -238,15 +238,11 @@ class Measured:
         birth, half = birth_block(self.v.mask[image, : self.last + 1, token]), None
         if birth is not None:
             half = _writer(self.vit_halves, image, birth, token, channels[0][0])
-        return {
-            "vit_token": token,
-            "vit_kind": VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])],
-            "vit_birth": birth,
-            "vit_writer": half,
-            "vit_norm": float(self.vit_norms[image, self.last, token]),
-            "vit_channels": channels,
-            "vit_drawn": tuple(self.vision.drawn()[image, :, token].tolist()),
-        }
+        parts: dict[str, Any] = {"vit_token": token, "vit_birth": birth, "vit_writer": half}
+        parts["vit_kind"] = VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])]
+        parts["vit_norm"] = float(self.vit_norms[image, self.last, token])
+        parts["vit_drawn"] = tuple(self.vision.drawn()[image, :, token].tolist())
+        return parts | {"vit_channels": channels}
 
     def _in_language(self, batch: int, pos: int) -> dict[str, Any]:
         massive = self.language.massive
@@ -263,16 +259,11 @@ class Measured:
                 half = _writer(self.llm_halves, batch, block, pos, channel)
             lives.append((block, run[-1], half))
         birth, _, writer = lives[0] if lives else (None, None, None)
+        parts = {"llm_birth": birth, "llm_writer": writer, "llm_layers": layers}
         peak = int(massive.values[batch, :, pos, 0].abs().argmax())
-        return {
-            "llm_norm": float(self.llm_norms[batch, pos]),
-            "llm_channels": _channels(massive, batch, 0, pos),
-            "llm_birth": birth,
-            "llm_writer": writer,
-            "llm_layers": layers,
-            "llm_lives": tuple(lives),
-            "peak_channels": _channels(massive, batch, peak, pos),
-        }
+        parts |= {"peak_channels": _channels(massive, batch, peak, pos), "llm_lives": tuple(lives)}
+        parts |= {"llm_channels": _channels(massive, batch, 0, pos)}
+        return parts | {"llm_norm": float(self.llm_norms[batch, pos])}
 
     def _attention(self, batch: int, pos: int) -> dict[str, Any]:
         got: Any = self.language.received  # with nulls and the attention of others
@@ -291,17 +282,12 @@ class Measured:
             ratio, norm = float(self.ratio[at][pos]), float(self.writes.norms[at][pos])
             rank = float(self.writes.stable_rank[at])
         verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
-        return parts | {
-            "first_drawn": drawn[0] if drawn else None,
-            "head": (layer, head),
-            "head_received": float(got.others[batch, layer, head, pos]),
-            "head_null": float(got.others_null[batch, layer, pos]),
-            "excess": float(excess[layer, head]),
-            "contribution": float(received[layer, head]) * norm,
-            "value_ratio": ratio,
-            "stable_rank": rank,
-            "verdict": verdict if drawn else "draws nothing",
-        }
+        parts |= {"first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
+        parts["head_received"] = float(got.others[batch, layer, head, pos])
+        parts["head_null"] = float(got.others_null[batch, layer, pos])
+        parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}
+        parts["contribution"] = float(received[layer, head]) * norm
+        return parts | {"verdict": verdict if drawn else "draws nothing"}
 
 
 def birth_block(mask: Tensor) -> int | None:
