@@ -88,12 +88,20 @@ def observe(sweep: Any, by: str, seed: int) -> str:
     unit, factor = UNITS.get(sweep.score, ("", 1.0))
     numbers = ["chosen_on", "delta", "low", "high", "maximum"]
     whole[numbers[1:4]], best[numbers] = whole[numbers[1:4]] * factor, best[numbers] * factor
-    lines = [
-        f"{sweep!r}, change of {sweep.score_name} against the base{unit}.",
-        *_by_task(whole, best.to_dict("records")),
-        *_by_layer(whole, NOUNS[len(sweep.groups)]),
-        *_by_sinks(sweep, by, factor, seed),
-    ]
+    lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
+    lines += [*_by_task(whole, best.to_dict("records")), "2. Does it depend on the layer?"]
+    noun = NOUNS[len(sweep.groups)]
+    for task, part in whole.groupby("task", sort=False):
+        table = part.pivot(index="layer", columns="pair", values="delta")
+        means, spread = table.mean(axis=1), (table.max(axis=0) - table.min(axis=0)).max()
+        gains, harms = part["layer"][part["low"] > 0], part["layer"][part["high"] < 0]
+        lines.append(
+            f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
+            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
+            f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
+            f"in {_layers(harms)}."
+        )
+    lines += _by_sinks(sweep, by, noun, factor, seed)
     return "\n".join([*lines, *(f"Note: {note}." for note in sweep.notes)])
 
 
@@ -116,35 +124,18 @@ def _by_task(whole: pd.DataFrame, best: Sequence[Mapping[Any, Any]]) -> Iterator
         )
     tasks = [row for row in best if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
-    cells = {(row["layer"], row["pair"]) for row in gained}
+    different = counted(len({(row["layer"], row["pair"]) for row in gained}), "different cell")
     if len(tasks) < 2:
         yield "   One task only: this sweep cannot tell."
     elif not gained:
         yield "   No task gains on images that were not used to choose: nothing to compare."
     else:
-        different = counted(len(cells), "different cell")
         yield f"   {len(gained)} of {len(tasks)} tasks gain on held-out images, in {different}."
 
 
-def _by_layer(whole: pd.DataFrame, noun: str) -> Iterator[str]:
-    """2: does the same pair do something else in other layers?"""
-    yield "2. Does it depend on the layer?"
-    for task, part in whole.groupby("task", sort=False):
-        table = part.pivot(index="layer", columns="pair", values="delta")
-        means, spread = table.mean(axis=1), (table.max(axis=0) - table.min(axis=0)).max()
-        gains, harms = part["layer"][part["low"] > 0], part["layer"][part["high"] < 0]
-        yield (
-            f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
-            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
-            f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
-            f"in {_layers(harms)}."
-        )
-
-
-def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
+def _by_sinks(sweep: Any, by: str, noun: str, factor: float, seed: int) -> Iterator[str]:
     """3: do pairs that favour sinks do better than those that favour the rest?"""
     yield "3. Does raising or splitting off the sinks help?"
-    noun = NOUNS[len(sweep.groups)]
     contrasts = [_of_group(sweep, group, noun, factor, seed) for group in sweep.groups[:-1]]
     yield from (line for line, _ in contrasts)
     if not any(told for _, told in contrasts):

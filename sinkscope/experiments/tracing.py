@@ -102,13 +102,11 @@ class SinkTrace(Result):
         return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
     def _outcome(self, tower: Tower) -> str:
-        rule, evidence, _, layers = self._judged(tower)
+        rule, seen, _, layers = self._judged(tower)
         if isinstance(rule, NoSinks):
             return rule.reason
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
-        return outcome_of(
-            rule, [evidence.at(layers)], tower, lambda _, *at: named(self, tower, *at)
-        )
+        return outcome_of(rule, [seen.at(layers)], tower, lambda _, *at: named(self, tower, *at))
 
     def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
         """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
@@ -119,15 +117,14 @@ class SinkTrace(Result):
     def _candidates(self, tower: Tower) -> Iterator[Candidate]:
         """Three tokens per row for their attention and three for their spike, the most attended first."""
         _, evidence, detection, layers = self._judged(tower)
-        tokens, excess = self.sample.tokens, evidence.received.excess()
+        excess, tokens = evidence.received.excess(), self.sample.tokens
         live = tokens.vision.live if tower == "vision" else tokens.live
         large = evidence.prominence()[:, layers].nan_to_num(-1.0)
         attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
         for row, drawing in enumerate(attention):
-            most = [
-                x.topk(min(3, len(x))).indices.tolist() for x in (drawing, large[row].amax(dim=0))
-            ]
-            best = dict.fromkeys(pos for some in most for pos in some if bool(live[row, pos]))
+            few, size = min(3, len(drawing)), large[row].amax(dim=0)
+            most = [*drawing.topk(few).indices.tolist(), *size.topk(few).indices.tolist()]
+            best = dict.fromkeys(pos for pos in most if bool(live[row, pos]))
             for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
                 times, given = large[row, :, pos], excess[row, :, :, pos]
                 layer, at, drawn = layers[int(times.argmax())], None, float("nan")
@@ -176,12 +173,10 @@ class SinkTrace(Result):
         meets = self.l_detection.mask == rule
         if layer is None:
             return tokens[:, None] & meets
-        if not is_whole(layer, 0, self.n_layers - 1):
-            raise SelectionError(
-                f"Got layer {layer!r}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
-                "what block l reads."
-            )
-        return tokens & meets[:, layer]
+        if is_whole(layer, 0, self.n_layers - 1):
+            return tokens & meets[:, layer]
+        wanted = f"0 to {self.n_layers - 1}: l_sinks(l) is decided on what block l reads"
+        raise SelectionError(f"Got layer {layer!r}; expected {wanted}.")
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
         """L-sinks on what ``layer`` reads, ``[batch pos]``, or on what every layer reads, ``[batch layer pos]``."""
@@ -228,14 +223,11 @@ class SinkTrace(Result):
     def to_json(self, path: str | Path | None = None) -> str:
         """The trace as JSON; written to ``path`` too."""
         v, low = self.v_detection.detector, self.l_detection.detector
-        body = {
-            "detectors": {"V": v, "L": low, "chosen": self.chosen},
-            "outcomes": self.outcomes,
-            "warnings": list(self.warnings),
-            "overlap": self.overlap_table().to_dict(orient="list"),
-            "sinks": [record.to_dict() for record in self.records],
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-        }
+        rules = {"V": v, "L": low, "chosen": self.chosen}
+        body: Any = {"detectors": rules, "outcomes": self.outcomes, "warnings": self.warnings}
+        body |= {"overlap": self.overlap_table().to_dict(orient="list")}
+        body |= {"sinks": [record.to_dict() for record in self.records]}
+        body |= {"candidates": [asdict(candidate) for candidate in self.candidates]}
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
             Path(path).write_text(text)
