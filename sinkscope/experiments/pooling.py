@@ -207,44 +207,23 @@ def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -
     return out
 
 
+@threadpool_limits.wrap(limits=1)  # many small fits: threads would wait for one another
 def judge(
     cell: Cell, targets: Sequence[Target], train: np.ndarray, images: np.ndarray, options: Options
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All probes of a cell: one line per target and metric, and how right every test record is."""
-    there = cell.count > 0
-    train, test = there & train, there & ~train
-    counts = {"n_train": train, "n_test": test, "missing": ~there}
-    seen: dict[str, Any] = {name: int(part.sum()) for name, part in counts.items()}
-    seen["tokens"] = float(cell.count[there].mean()) if there.any() else float("nan")
-    n_train, n_test = (len(set(images[part])) for part in (train, test))
-    few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
-    lines, rows = [], []
-    for target in targets:
-        at = {"layer": cell.layer, "group": cell.group, "target": target.name}
-        if few or len(np.unique(target.labels[train], axis=0)) < 2:
-            note = "too few images" if there.any() else NONE
-            blank = {**BLANK, "converged": True, **seen, "note": note}
-            metrics = ("label accuracy", "exact set") if target.multi else ("accuracy",)
-            lines += [{**at, "metric": metric, **blank} for metric in metrics]
-            continue
-        with threadpool_limits(1):  # many small fits: threads would wait for one another
-            parts = _judged(cell, target.labels, (train, test), images, options)
-        where = {"record": np.flatnonzero(test), "image_id": images[test]}
-        for metric, (numbers, right) in parts.items():
-            lines.append({**at, "metric": metric, **numbers, **seen, "note": ""})
-            rows.append({**at, "metric": metric, **where, "correct": right})
-    return lines, rows
-
-
-def _judged(
-    cell: Cell, labels: np.ndarray, parts: Sequence[np.ndarray], images: Any, options: Options
-) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
-    """Metric -> accuracy with its interval, null and majority class; and how right every test row is.
+    """All probes of a cell: one line per target and metric, and how right every test record is.
 
     One value of the null is the mean over draws with one shuffle, of test images too: states and labels are
     tested for independence, and two clear clusters are not named right by luck.
     """
-    train, test = parts
+    there = cell.count > 0
+    train, test = there & train, there & ~train
+    seen: dict[str, Any] = {"n_train": int(train.sum()), "n_test": int(test.sum())}
+    seen["missing"] = int((~there).sum())
+    seen["tokens"] = float(cell.count[there].mean()) if there.any() else np.nan
+    n_train, n_test = (len(set(images[part])) for part in (train, test))
+    few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
+    how = {"level": options.level, "draws": options.draws, "seed": options.seed}
 
     def learn(labels: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
         fitted = [predict(x[train], labels[train], x[test], options.c) for x in cell.states]
@@ -252,19 +231,30 @@ def _judged(
         right = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
         return right, all(done for _, done in fitted)
 
-    found, converged = learn(labels)
-    common, there, nulls = majority(labels[train], labels[test]), train | test, []
-    for i in range(options.permutations):
-        dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
-        dealt[there] = shuffled(labels[there], images[there], rng)
-        nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
-    out, how = {}, {"level": options.level, "draws": options.draws, "seed": options.seed}
-    for metric, each in found.items():
-        right = each.mean(axis=0)
-        mean, low, high = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
-        null = [one[metric] for one in nulls] or [np.nan]
-        std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
-        chance, most = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
-        numbers = (mean, std, low, high, chance, most, common[metric])
-        out[metric] = dict(zip(BLANK, numbers, strict=True)) | {"converged": converged}, right
-    return out
+    lines, rows = [], []
+    for target in targets:
+        at: dict[str, Any] = {"layer": cell.layer, "group": cell.group, "target": target.name}
+        labels = target.labels
+        if few or len(np.unique(labels[train], axis=0)) < 2:
+            note = "too few images" if there.any() else NONE
+            metrics = ("label accuracy", "exact set") if target.multi else ("accuracy",)
+            blank = {**BLANK, "converged": True, **seen, "note": note}
+            lines += [{**at, "metric": metric, **blank} for metric in metrics]
+            continue
+        (found, converged), nulls = learn(labels), []
+        for i in range(options.permutations):
+            dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
+            dealt[there] = shuffled(labels[there], images[there], rng)
+            nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
+        for metric, each in found.items():
+            right, null = each.mean(axis=0), [one[metric] for one in nulls] or [np.nan]
+            mean, *interval = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
+            std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
+            chance = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
+            common = majority(labels[train], labels[test])[metric]
+            numbers = dict(zip(BLANK, (mean, std, *interval, *chance, common), strict=True))
+            numbers |= {"converged": converged, **seen, "note": ""}
+            lines.append({**at, "metric": metric, **numbers})
+            where = {"record": np.flatnonzero(test), "image_id": images[test]}
+            rows.append({**at, "metric": metric, **where, "correct": right})
+    return lines, rows
