@@ -187,7 +187,15 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         if count is None:
             wanted = "how many random tokens count as sinks. Write count=4"
             raise InputError(f"Got gates without a count; expected {wanted}.")
-        return [_with_random_rules(gate, count, seed) for gate in condition]
+        seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
+        rules = {kind: describe(RandomTokens(count, own)) for kind, own in seeds.items()}
+        gates = []
+        for gate in condition:
+            own = {f"{kind.lower()}_detector": rules[kind] for kind in rules if kind in gate.groups}
+            gates.append(LSG(replace(gate.config, **own), allow_noop=gate.allow_noop))
+            gates[-1].load_state_dict(gate.state_dict())
+            gates[-1].to(next(gate.parameters()).device)
+        return gates
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
             f"Got {condition!r}; expected a function of a trace, whose sinks can be others, or a list "
@@ -198,15 +206,3 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         raise InputError(f"{came}; expected none: as many as there are sinks.")
     options, made = {"condition": condition, "seed": seed}, cast("Callable[..., Any]", condition)
     return Method("random tokens", lambda t: made(with_random_sinks(t, seed)), options)
-
-
-def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
-    """A gate of the same weights whose sinks are random tokens, in every group that it has."""
-    seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
-    own = {
-        kind: describe(RandomTokens(count, seeds[kind])) for kind in seeds if kind in gate.groups
-    }
-    rules = {f"{kind.lower()}_detector": rule for kind, rule in own.items()}
-    out = LSG(replace(gate.config, **rules), allow_noop=gate.allow_noop)
-    out.load_state_dict(gate.state_dict())
-    return out.to(next(gate.parameters()).device)

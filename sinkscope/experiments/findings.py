@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,7 @@ def best_of(
     part: pd.DataFrame, column: str, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
-    cells, changes, images = wide(part, column)
-    acts, here = acting(part), half(images, seed)
+    cells, changes, images, acts, here = halved(part, column, seed)
     able = np.flatnonzero(acts[here].any(axis=0))
     if here.all() or not len(able):
         note = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
@@ -50,10 +49,8 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
 
     ``split`` is the best triple, ``whole`` the best with s_L = s_rest; ``difference`` has mean and interval.
     """
-    cells, changes, images = wide(part, "score")
-    here = half(images, seed)
-    able = acting(part)[here].any(axis=0)
-    alike = np.isclose(cells["s_l"], cells["s_rest"])
+    cells, changes, images, acts, here = halved(part, "score", seed)
+    able, alike = acts[here].any(axis=0), np.isclose(cells["s_l"], cells["s_rest"])
     if here.all() or not (able & alike).any():
         return None
     means = changes[here].mean(axis=0)
@@ -67,19 +64,21 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     return {**found, "difference": difference}
 
 
-def half(images: list[str], seed: int) -> np.ndarray:
-    """Which questions are about the half of the images on which a cell is chosen."""
-    names = np.unique(images)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return np.isin(images, names[order[: (len(names) + 1) // 2]])
+def halved(part: pd.DataFrame, column: str, seed: int) -> tuple[Any, Any, list[str], Any, Any]:
+    """Cells, changes and images of `wide`; whether a cell scales a key ``[question cell]``; who chooses.
 
-
-def acting(part: pd.DataFrame) -> np.ndarray:
-    """Whether a cell scales a key of a question's image at all, bool ``[question cell]``."""
+    The cell is chosen on the questions about one half of the images, bool ``[question]``.
+    """
+    cells, changes, images = wide(part, column)
     groups = [name[2:] for name in ("s_v", "s_l", "s_rest") if name in part]
     acts = np.any([(part[f"s_{g}"] != 1) & (part[f"n_{g}"] > 0) for g in groups], axis=0)
-    table = part.assign(acts=acts).pivot(index="item", columns=["layer", "pair"], values="acts")
-    return cast("pd.DataFrame", table).sort_index(axis=1).to_numpy(dtype=bool)
+    table: Any = part.assign(acts=acts).pivot(
+        index="item", columns=["layer", "pair"], values="acts"
+    )
+    names = np.unique(images)
+    order = np.random.default_rng(seed).permutation(len(names))
+    here = np.isin(images, names[order[: (len(names) + 1) // 2]])
+    return cells, changes, images, table.sort_index(axis=1).to_numpy(dtype=bool), here
 
 
 def observe(sweep: Any, by: str, seed: int) -> str:

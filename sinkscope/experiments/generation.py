@@ -18,7 +18,7 @@ from sinkscope.detectors.choice import SinkRules
 from sinkscope.detectors.rules import Detector, NoSinks, decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
-from sinkscope.models import LVLM, Generation, Sample
+from sinkscope.models import LVLM, Sample
 from sinkscope.models.token_map import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
@@ -207,11 +207,18 @@ def trace_generation(
     options |= {"max_new_tokens": max_new_tokens, "remote": remote}
     out = lvlm.generate(sample, [states, attention], **options)
     flags = judge(rule, [step[states] for step in out.steps], lvlm, sample)
-    masses, layers = attention_of(out, attention), lvlm.anatomy.language.layers(None)
+    given = [step[attention] for step in out.steps]
+    n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
+    received = [one.received for one in given]
+    each = [pad(one, (0, n_keys - one.shape[-1]), value=float("nan")) for one in received]
+    over_heads = [one.amax(dim=2) for one in each], [one.mean(dim=2) for one in each]
+    nulls = [nan_max(one.null, dim=2) for one in given]  # NaN where unseen
     reader, rows = lvlm.tokenizer, out.sequences.tolist()
     words = None if reader is None else tuple(words_of(reader, row) for row in rows)
-    told, how = (sample, out.sequences, out.text, words), (draws, repr(rule), rules.l_source)
-    found = GenerationTrace(*told, layers, *masses, flags, (), *how)
+    told = sample, out.sequences, out.text, words, lvlm.anatomy.language.layers(None)
+    largest, mean, null = (torch.stack(part, dim=1) for part in (*over_heads, nulls))
+    how = draws, repr(rule), rules.l_source
+    found = GenerationTrace(*told, largest, mean, null, flags, (), *how)
     v_sinks = torch.zeros_like(sample.tokens.live) if trace is None else trace.v_sinks
     return replace(found, lives=found._lives(v_sinks))
 
@@ -231,17 +238,6 @@ def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) ->
         mask = decide(rule, seen, visual, live, "language", lvlm.anatomy.language).mask
         flags.append(mask[..., -1:] if step else mask)
     return torch.cat(flags, dim=2)
-
-
-def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """The new query's attention at every step: largest and mean over heads, and null, NaN where unseen."""
-    n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
-    results = [step[probe] for step in out.steps]
-    received = [one.received for one in results]
-    each = [pad(one, (0, n_keys - one.shape[-1]), value=float("nan")) for one in received]
-    largest = torch.stack([one.amax(dim=2) for one in each], dim=1)
-    mean = torch.stack([one.mean(dim=2) for one in each], dim=1)
-    return largest, mean, torch.stack([nan_max(one.null, dim=2) for one in results], dim=1)
 
 
 def nan_max(values: Tensor, dim: int) -> Tensor:
