@@ -126,11 +126,10 @@ class RandomControl:
 
     Args:
         intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
-        match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they
-            receive at least as much attention in the edited layers and heads; a selection by layer is
-            matched in each of its layers. What a token receives is the mean over the queries that can
-            see it, or over the intervention's ``queries``. ``"position"``: the sink positions of other
-            images, which are as many as they are.
+        match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they receive
+            at least as much attention in the edited layers and heads (a selection by layer: in each layer), as
+            a mean over the queries that see them, or over the intervention's ``queries``. ``"position"``: the
+            sink positions of other images, which are as many as they are.
         n: How many draws, by ``seed``; ``"position"`` gives one per donor instead.
     """
 

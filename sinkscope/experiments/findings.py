@@ -32,10 +32,10 @@ def best_of(
         return {**dict.fromkeys(CELL[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other, how = [*itertools.compress(images, ~here)], {"level": level, "draws": draws}
-    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how, seed=seed)[:, 0]
+    other, how = [*itertools.compress(images, ~here)], {"draws": draws, "seed": seed}
+    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, level=level, **how)[:, 0]
     edited = changes[:, acts.any(axis=0)]
-    largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
+    largest, null = sign_flip_maximum(edited, images, **how)
     p = float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null)))
     line = {"chosen_on": means[at], "n": len(other), "images": len(set(other))}
     line |= {"delta": delta, "low": low, "high": high, "maximum": edited.mean(axis=0).max()}
@@ -65,10 +65,7 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
 
 
 def halved(part: pd.DataFrame, column: str, seed: int) -> tuple[Any, Any, list[str], Any, Any]:
-    """Cells, changes and images of `wide`; whether a cell scales a key ``[question cell]``; who chooses.
-
-    The cell is chosen on the questions about one half of the images, bool ``[question]``.
-    """
+    """`wide`, whether a cell scales a key ``[question cell]``, and the questions about half of the images."""
     cells, changes, images = wide(part, column)
     groups = [name[2:] for name in ("s_v", "s_l", "s_rest") if name in part]
     acts = np.any([(part[f"s_{g}"] != 1) & (part[f"n_{g}"] > 0) for g in groups], axis=0)

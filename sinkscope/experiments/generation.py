@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkscope.checks import check_number
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.rules import Detector, NoSinks, decide
+from sinkscope.detectors import Detector, NoSinks, SinkRules
+from sinkscope.detectors.detection import decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.models import LVLM, Sample

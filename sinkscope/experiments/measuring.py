@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sinkscope import probes
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.detection import Detection, decided
-from sinkscope.detectors.gap import Gap
+from sinkscope.detectors import Detection, Gap, SinkRules
+from sinkscope.detectors.detection import decided
 from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.models import LVLM, Sample
 from sinkscope.sites import Tower
@@ -117,13 +116,10 @@ class SinkRecord:
 class Candidate:
     """A token that spikes or attracts attention more than the others of its tower.
 
-    Attributes:
-        row: Row of the batch, or image of the batch in the vision tower; ``pos``: position or ViT token.
-        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``;
-            ``prominence`` in multiples of the layer's upper quartile.
-        drawn: The most that some head, ``drawn_at`` as ``(layer, head)``, gives it beyond uniform
-            attention, from other tokens; NaN and None where fewer than 8 see it.
-        flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
+    ``medians`` is its largest ``|h|`` in medians of ``spike_layer``, where it stands out most, ``prominence``
+    in upper quartiles. ``drawn`` is the most that some head, ``drawn_at`` as ``(layer, head)``, gives it
+    beyond uniform attention, from other tokens: NaN and None where fewer than 8 see it. ``row`` and ``pos``
+    are image and ViT token in the vision tower; ``reason`` says why it is not ``flagged``.
     """
 
     tower: Tower

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
-from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
-from sinkscope.detectors.gap import DRAWS, Gap, outcome_of
-from sinkscope.detectors.rules import NoSinks
+from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
+from sinkscope.detectors.gap import DRAWS, outcome_of
 from sinkscope.errors import DetectorError, SelectionError
 from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
 from sinkscope.models import LVLM, Sample
@@ -237,8 +236,7 @@ class SinkTrace(Result):
         """The trace in a few lines, for a terminal."""
         return trace_summary(self)
 
-    def _repr_html_(self) -> str:
-        return trace_html(self)
+    _repr_html_ = trace_html
 
     def plot(self, row: int = 0) -> Figure:
         """Sinks of a row over the image, attention by layer and kind, and spike sizes in both towers."""
