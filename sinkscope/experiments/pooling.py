@@ -207,7 +207,6 @@ def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -
     return out
 
 
-@threadpool_limits.wrap(limits=1)  # many small fits: threads would wait for one another
 def judge(
     cell: Cell, targets: Sequence[Target], train: np.ndarray, images: np.ndarray, options: Options
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -241,20 +240,21 @@ def judge(
             blank = {**BLANK, "converged": True, **seen, "note": note}
             lines += [{**at, "metric": metric, **blank} for metric in metrics]
             continue
-        (found, converged), nulls = learn(labels), []
-        for i in range(options.permutations):
-            dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
-            dealt[there] = shuffled(labels[there], images[there], rng)
-            nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
-        for metric, each in found.items():
-            right, null = each.mean(axis=0), [one[metric] for one in nulls] or [np.nan]
-            mean, *interval = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
-            std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
-            chance = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
-            common = majority(labels[train], labels[test])[metric]
-            numbers = dict(zip(BLANK, (mean, std, *interval, *chance, common), strict=True))
-            numbers |= {"converged": converged, **seen, "note": ""}
-            lines.append({**at, "metric": metric, **numbers})
-            where = {"record": np.flatnonzero(test), "image_id": images[test]}
-            rows.append({**at, "metric": metric, **where, "correct": right})
+        with threadpool_limits(1):  # many small fits: threads would wait for one another
+            (found, converged), nulls = learn(labels), []
+            for i in range(options.permutations):
+                dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
+                dealt[there] = shuffled(labels[there], images[there], rng)
+                nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
+            for metric, each in found.items():
+                right, null = each.mean(axis=0), [one[metric] for one in nulls] or [np.nan]
+                mean, *interval = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
+                std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
+                chance = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
+                common = majority(labels[train], labels[test])[metric]
+                numbers = dict(zip(BLANK, (mean, std, *interval, *chance, common), strict=True))
+                numbers |= {"converged": converged, **seen, "note": ""}
+                lines.append({**at, "metric": metric, **numbers})
+                where = {"record": np.flatnonzero(test), "image_id": images[test]}
+                rows.append({**at, "metric": metric, **where, "correct": right})
     return lines, rows
