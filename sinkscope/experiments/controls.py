@@ -28,7 +28,7 @@ Score = Callable[[Run], Tensor] | None
 
 
 def edited(it: Any, trace: SinkTrace) -> tuple[str, Tensor]:
-    """The field with the edited tokens of the decoder, and these, ``[batch pos]`` or ``[batch layer pos]``."""
+    """The field with the edited tokens of the decoder, and these, ``[batch pos]`` or by layer."""
     if isinstance(it, nn.Module):
         raise InterventionError(
             f"Got a {type(it).__name__}, which finds its tokens itself; expected an intervention that "
@@ -126,10 +126,10 @@ class RandomControl:
 
     Args:
         intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
-        match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they receive
-            at least as much attention in the edited layers and heads (a selection by layer: in each layer), as
-            a mean over the queries that see them, or over the intervention's ``queries``. ``"position"``: the
-            sink positions of other images, which are as many as they are.
+        match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they
+            receive at least as much attention in the edited layers and heads (a selection by layer: in each
+            layer), as a mean over the queries that see them, or over the intervention's ``queries``.
+            ``"position"``: the sink positions of other images, which are as many as they are.
         n: How many draws, by ``seed``; ``"position"`` gives one per donor instead.
     """
 

@@ -169,12 +169,11 @@ def check_trace(trace: Any, what: str) -> None:
 class EditSinks:
     """Edit one kind of sink, or as many random ordinary tokens: a condition.
 
-    Args:
-        kind: ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``: ``k`` per row.
-        edit: ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or
-            ``"resample value"``, in the blocks ``layers``, None for all.
-        control: Whether to edit random tokens of the same number instead, drawn by ``seed`` and the images
-            and texts of the batch. A row with too few is left unedited and counted; see `uncontrolled`.
+    ``kind`` is ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``: ``k`` per row. ``edit``
+    is ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or ``"resample
+    value"``, in the blocks ``layers``, None for all. ``control`` edits random tokens of the same number
+    instead, drawn by ``seed`` and the images and texts of the batch. A row with too few is left unedited
+    and counted; see `uncontrolled`.
     """
 
     kind: str

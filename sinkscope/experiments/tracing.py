@@ -178,7 +178,7 @@ class SinkTrace(Result):
         raise SelectionError(f"Got layer {layer!r}; expected {wanted}.")
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
-        """L-sinks on what ``layer`` reads, ``[batch pos]``, or on what every layer reads, ``[batch layer pos]``."""
+        """L-sinks on what ``layer`` reads, ``[batch pos]``; None: of every layer, ``[batch layer pos]``."""
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
     def overlap(self, layer: int | None = None) -> Tensor:
@@ -236,7 +236,8 @@ class SinkTrace(Result):
         """The trace in a few lines, for a terminal."""
         return trace_summary(self)
 
-    _repr_html_ = trace_html
+    def _repr_html_(self) -> str:
+        return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
         """Sinks of a row over the image, attention by layer and kind, and spike sizes in both towers."""
@@ -279,10 +280,10 @@ def trace_sinks(
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
+    given = (v_detector, l_detector)
     if calibration is None:
-        rules = SinkRules.on_sample(lvlm, sample, v_detector, l_detector, draws)
+        rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
-        given = (v_detector, l_detector)
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
     m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
     feeds = [m.v.layers.index(block) for block in blocks]
