@@ -105,11 +105,12 @@ def random_like(
     attention: in each layer of a mask by layer, else by their mean; None to match numbers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
-    said = "to draw from" if received is None else "that receive {:.3g} of attention together"
+    said, other = "that receive {:.4g} of attention together", "count"
     if received is None or mask.ndim == 2:
         layers = range(edited.shape[1])
     if received is None:
         received = torch.ones(edited.shape)  # a number is an attention of 1 each
+        said, other = "to draw from", "mass"
     elif mask.ndim == 2:
         received = received.mean(dim=1, keepdim=True)
     for kind, (all_of_kind, ordinary) in kinds(trace).items():
@@ -125,8 +126,8 @@ def random_like(
                     where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''}"
                     raise TooFewTokensError(
                         f"{where} has {len(order)} ordinary {kind} tokens {said.format(given.sum())}; "
-                        f"expected at least {wanted:.3g}, as the edited tokens. Edit fewer tokens, or "
-                        "write match='count' for match='mass', or the reverse."
+                        f"expected at least {wanted:.4g}, as the edited tokens. Edit fewer tokens, or "
+                        f"write match={other!r}."
                     )
                 chosen = given.cumsum(0) - given < wanted
                 chosen[0] = True
