@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number
 from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
-from sinkscope.experiments import sink_edits
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.lora import LoRA, lora
-from sinkscope.experiments.sink_edits import EDITS, EditSinks, split
+from sinkscope.experiments.sink_edits import EDITS, KINDS, TOP, EditSinks, split, with_random_sinks
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
@@ -42,7 +42,7 @@ def effect_conditions(
     controls: bool = True,
     seed: int = 0,
 ) -> dict[str, Condition]:
-    """Conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
+    """Make conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
     ``edits`` and ``layers`` are those of `EditSinks`; the three replacements of values are best reported
     side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
@@ -52,15 +52,14 @@ def effect_conditions(
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
     check_flags(controls=controls)
     check_whole(0, hint="Write 0 for none.", top=top)
-    named = [(kind, kind, f"as many as {kind}", 1) for kind in sink_edits.KINDS]
-    if top:
-        named.append((sink_edits.TOP, f"the top {top} attended", f"as many as the top {top}", top))
+    named = [(kind, kind, kind, 1) for kind in KINDS]
+    named += [(TOP, f"the top {top} attended", f"the top {top}", top)] if top else []
     out: dict[str, Condition] = {BASE: []}
-    for kind, name, number, k in named:
-        for edit in edits:
-            out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k)
-            if controls:
-                out[f"{edit} random, {number}"] = EditSinks(kind, edit, layers, True, k, seed)
+    for (kind, name, number, k), edit in product(named, edits):
+        out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k)
+        if controls:
+            control = EditSinks(kind, edit, layers, True, k, seed)
+            out[f"{edit} random, as many as {number}"] = control
     return out
 
 
@@ -79,8 +78,8 @@ def effect_table(
     The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.summary()`` is the
     table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
     """
-    made = effect_conditions(**options)
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
+    made = effect_conditions(**options)
     return compare(lvlm, dataset, made, **rules, batch=batch, progress=progress)
 
 
@@ -100,7 +99,7 @@ class Method:
 def var(
     preset: str = "paper", *, layers: Any = None, p: float = 0.6, rho: float | None = None
 ) -> Method:
-    """VAR: move attention from sinks to the other image tokens (Kang et al. 2503.03321).
+    """Move attention from sinks to the other image tokens: VAR (Kang et al. 2503.03321).
 
     `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too, in
     ``layers``, None for all from 2 on, as published. ``"paper"`` recycles ``p`` and asks for a non-sink
@@ -118,14 +117,14 @@ def var(
 
 
 def sink_to_front(sinks: str = "V-sinks") -> Method:
-    """Sink-to-the-front: move sinks to the start of their image block (2510.08510).
+    """Move sinks to the start of their image block: sink-to-the-front (2510.08510).
 
     Their embeddings move and the positions of the LLM stay, see `SinkToFront`. ``sinks`` is
     ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
     """
     _check_groups(sinks)
-    front = "sink to the front"
-    return Method(front, lambda t: [SinkToFront(split(t, sinks)[0])], {"sinks": sinks})
+    options = {"sinks": sinks}
+    return Method("sink to the front", lambda t: [SinkToFront(split(t, sinks)[0])], options)
 
 
 def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks") -> Method:
@@ -142,7 +141,7 @@ def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks
 def fixed_coefficients(
     layer: int | str, s_v: float, s_rest: float, *, sinks: str = "V-sinks"
 ) -> Method:
-    """A gate that does not read: one cell of the paper's map of layers and pairs (2604.03316).
+    """Scale keys as a gate with constant coefficients: one cell of the map of a sweep (2604.03316).
 
     ``layer`` is as for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``, and
     a LayerError comes when it is used. Keys of ``sinks`` (see `sink_to_front`) are multiplied by ``s_v``,
@@ -166,7 +165,7 @@ def _scaled(trace: SinkTrace, sinks: str, factors: Sequence[float], edit: Any, *
 
 
 def _check_groups(sinks: str, **factors: Any) -> None:
-    check_choice(("V-sinks", "L-sinks", sink_edits.VISUAL), sinks=sinks)
+    check_choice(("V-sinks", "L-sinks", "visual sinks"), sinks=sinks)
     check_number(error=InterventionError, **factors)
     if factors and set(factors.values()) == {1.0}:
         said = " and ".join(f"{name}={factor}" for name, factor in factors.items())
@@ -174,7 +173,7 @@ def _check_groups(sinks: str, **factors: Any) -> None:
 
 
 def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) -> Any:
-    """The control: the same condition, with random ordinary tokens in the place of the sinks.
+    """Make the control of a condition: random ordinary tokens in the place of the sinks.
 
     For gates the rule of every group of sinks is replaced by ``RandomTokens(count)``, with other tokens for
     V than for L (V wins), and the weights stay: ``count`` tokens of every image are V-sinks, and of every
@@ -188,7 +187,15 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
         if count is None:
             wanted = "how many random tokens count as sinks. Write count=4"
             raise InputError(f"Got gates without a count; expected {wanted}.")
-        return [_with_random_rules(gate, count, seed) for gate in condition]
+        seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
+        rules = {kind: describe(RandomTokens(count, own)) for kind, own in seeds.items()}
+        gates = []
+        for gate in condition:
+            own = {f"{kind.lower()}_detector": rules[kind] for kind in rules if kind in gate.groups}
+            gates.append(LSG(replace(gate.config, **own), allow_noop=gate.allow_noop))
+            gates[-1].load_state_dict(gate.state_dict())
+            gates[-1].to(next(gate.parameters()).device)
+        return gates
     if isinstance(condition, (list, tuple, LSG, LoRA)) or not callable(condition):
         raise InputError(
             f"Got {condition!r}; expected a function of a trace, whose sinks can be others, or a list "
@@ -197,21 +204,5 @@ def random_tokens(condition: Any, *, count: int | None = None, seed: int = 0) ->
     if count is not None:
         came = f"Got count={count} for a function of a trace"
         raise InputError(f"{came}; expected none: as many as there are sinks.")
-    function: Any = condition
-    options = {"condition": condition, "seed": seed}
-    return Method(
-        "random tokens", lambda t: function(sink_edits.with_random_sinks(t, seed)), options
-    )
-
-
-def _with_random_rules(gate: LSG, count: int, seed: int) -> LSG:
-    """A gate of the same weights whose sinks are random tokens, in every group that it has."""
-    seeds = {"V": seed, "L": seed + 1_000_003}  # other tokens for L, also with the next seeds
-    rules = {
-        f"{kind.lower()}_detector": describe(RandomTokens(count, own))
-        for kind, own in seeds.items()
-        if kind in gate.groups
-    }
-    out = LSG(replace(gate.config, **rules), allow_noop=gate.allow_noop)
-    out.load_state_dict(gate.state_dict())
-    return out.to(next(gate.parameters()).device)
+    options, made = {"condition": condition, "seed": seed}, cast("Callable[..., Any]", condition)
+    return Method("random tokens", lambda t: made(with_random_sinks(t, seed)), options)

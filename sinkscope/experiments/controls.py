@@ -23,47 +23,42 @@ from sinkscope.results import Result, kl_of_next
 from sinkscope.viz.effects import plot_control
 
 FIELDS = ("tokens", "keys", "source")  # where an intervention says what it edits
+Donor = SinkTrace | Sequence[SinkTrace] | None
+Score = Callable[[Run], Tensor] | None
 
 
-def field_of(it: Any) -> str:
-    """The field that holds the edited tokens of the decoder."""
+def edited(it: Any, trace: SinkTrace) -> tuple[str, Tensor]:
+    """The field with the edited tokens of the decoder, and these, ``[batch pos]`` or by layer."""
     if isinstance(it, nn.Module):
         raise InterventionError(
             f"Got a {type(it).__name__}, which finds its tokens itself; expected an intervention that "
             "names them. For random tokens under a gate write ss.LSG.for_model(lvlm, ..., "
             "v_detector=ss.detectors.RandomTokens(4))."
         )
-    found = next((field for field in FIELDS if hasattr(it, field)), None)
-    if found is None or getattr(it, "tower", "language") != "language":
+    field = next((field for field in FIELDS if hasattr(it, field)), None)
+    if field is None or getattr(it, "tower", "language") != "language":
         came = (it if isinstance(it, type) else type(it)).__name__
         wanted = f"an intervention of the decoder with one of the fields {FIELDS}"
         raise InterventionError(f"Got {came}; expected {wanted}.")
-    return found
+    return field, trace.sample.tokens.select(getattr(it, field), trace.n_layers)
 
 
-def layers_of(it: Any, trace: SinkTrace) -> list[int]:
-    """The decoder layers that an intervention edits, ascending; all if it names none."""
+def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> tuple[Tensor, list[int]]:
+    """What every token receives in the edited layers, ``[batch layer pos]``, and these layers, ascending.
+
+    It is the mean over the edited heads and the queries that can see the token, or over the intervention's
+    own ``queries``, in one unedited pass; those that cannot see it give 0.
+    """
     given, last = getattr(it, "layers", None), trace.n_layers - 1
-    if given is None:
-        return list(range(trace.n_layers))
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    wanted: list[Any] = list(given) if several else [given]
+    given = range(trace.n_layers) if given is None else given
+    one = isinstance(given, str) or not isinstance(given, Iterable)
+    wanted: list[Any] = [given] if one else [*given]
     for layer in wanted:
         if not is_whole(layer, 0, last):
             hint = f"Layers are never negative: write {last} for the last block."
             raise InterventionError(f"Got layer {layer!r}; expected 0 to {last}. {hint}")
-    return sorted({int(layer) for layer in wanted})
-
-
-def attention_under(
-    it: Any, trace: SinkTrace, lvlm: LVLM | None
-) -> Float[Tensor, "batch layer pos"]:
-    """What every token receives: the mean over the edited heads and the queries that can see it.
-
-    Or over the intervention's own ``queries``, in one unedited pass; those that cannot see it give 0.
-    """
-    layers, heads = layers_of(it, trace), getattr(it, "heads", None)
-    queries = getattr(it, "queries", None)
+    layers = sorted({int(layer) for layer in wanted})
+    queries, heads = getattr(it, "queries", None), getattr(it, "heads", None)
     if queries is None:
         received = trace.received[:, layers].nan_to_num()
     elif lvlm is None:
@@ -75,23 +70,20 @@ def attention_under(
         probe = AttentionPatterns(queries, layers)
         result = lvlm.run(trace.sample, probes=[probe], logits="last")[probe]
         there = (result.rows >= 0)[:, None, None, :, None]
-        given = torch.where(there, result.patterns.nan_to_num(), 0.0)
-        received = given.sum(3) / there.sum(3).clamp(min=1)
+        patterns = torch.where(there, result.patterns.nan_to_num(), 0.0)
+        received = patterns.sum(3) / there.sum(3).clamp(min=1)
     if heads is not None:
         received = received[:, :, list(heads) if isinstance(heads, Iterable) else [heads]]
-    return received.mean(dim=2)
+    return received.mean(dim=2), layers
 
 
 @dataclass(frozen=True, eq=False)
 class ControlResult(Result):
-    """A real edit beside the same edit on other tokens.
+    """The ``score`` of an edit (``real``), of the same edit on other tokens, and without any (``base``).
 
-    Attributes:
-        real: The ``score`` of the edit; ``controls`` of the controls, ``base`` without any edit.
-        match: What the controls share with the edit.
-        real_mass: The attention that the edited tokens receive in the unedited run, in the edited layers
-            and heads, averaged over layers. A sum over tokens of means over the queries that see each, so
-            it may exceed 1. ``mass``: the same of each control's tokens.
+    ``match`` is what the controls share with the edit. ``real_mass`` is the attention that the edited tokens
+    receive in the unedited run, in the edited layers and heads, averaged over layers, and ``mass`` that of
+    each control's tokens: a sum over tokens of means over the queries that see each, which may exceed 1.
     """
 
     real: Float[Tensor, " batch"]
@@ -135,10 +127,9 @@ class RandomControl:
     Args:
         intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
         match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they
-            receive at least as much attention in the edited layers and heads; a selection by layer is
-            matched in each of its layers. What a token receives is the mean over the queries that can
-            see it, or over the intervention's ``queries``. ``"position"``: the sink positions of other
-            images, which are as many as they are.
+            receive at least as much attention in the edited layers and heads (a selection by layer: in each
+            layer), as a mean over the queries that see them, or over the intervention's ``queries``.
+            ``"position"``: the sink positions of other images, which are as many as they are.
         n: How many draws, by ``seed``; ``"position"`` gives one per donor instead.
     """
 
@@ -148,29 +139,22 @@ class RandomControl:
     seed: int = 0
 
     def draws(
-        self,
-        trace: SinkTrace,
-        donor: SinkTrace | Sequence[SinkTrace] | None = None,
-        *,
-        lvlm: LVLM | None = None,
+        self, trace: SinkTrace, donor: Donor = None, *, lvlm: LVLM | None = None
     ) -> tuple[Any, ...]:
         """The control interventions: ``n`` on other tokens, or one per donor.
 
         ``donor`` is for ``match="position"``: the trace of another image, or several; with ``k`` the p value
         of `ControlResult` cannot be below ``1 / (1 + k)``. ``lvlm`` is for ``match="mass"``, to measure what
-        ``queries`` give.
-
-        Raises:
-            InterventionError: If the intervention names no tokens; its child TooFewTokensError if too few
-                ordinary tokens are left, or they receive less together.
-            NoEffectError: If a donor leaves a row that is edited without a position.
+        ``queries`` give. InterventionError if the intervention names no tokens; its child TooFewTokensError
+        if too few ordinary tokens are left, or they receive less together; NoEffectError if a donor leaves
+        a row that is edited without a position.
         """
         check_choice(("count", "mass", "position"), error=InterventionError, match=self.match)
         check_whole(1, error=InterventionError, n=self.n)
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")
-        it, mask = self.intervention, self._tokens(self.intervention, trace)
+        it, (_, mask) = self.intervention, edited(self.intervention, trace)
         if self.match == "position":
             donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
             if not donors or donors == [None]:
@@ -178,21 +162,14 @@ class RandomControl:
                     "Got match='position' without a donor; expected the trace of another image, or "
                     "several. Write control.run(lvlm, trace, donor=other_trace)."
                 )
-            masks = [other_positions(mask, trace, one) for one in donors]
-        else:
-            generator, mass = torch.Generator().manual_seed(int(self.seed)), self.match == "mass"
-            received = attention_under(it, trace, lvlm) if mass else None
-            given = received, layers_of(it, trace) if mass else ()
-            masks = [random_like(mask, trace, generator, *given) for _ in range(self.n)]
+            return tuple(self._on(other_positions(mask, trace, one), trace) for one in donors)
+        generator = torch.Generator().manual_seed(int(self.seed))
+        given = attention_under(it, trace, lvlm) if self.match == "mass" else (None, [])
+        masks = (random_like(mask, trace, generator, *given) for _ in range(self.n))
         return tuple(self._on(tokens, trace) for tokens in masks)
 
     def run(
-        self,
-        lvlm: LVLM,
-        trace: SinkTrace,
-        score: Callable[[Run], Tensor] | None = None,
-        *,
-        donor: SinkTrace | Sequence[SinkTrace] | None = None,
+        self, lvlm: LVLM, trace: SinkTrace, score: Score = None, *, donor: Donor = None
     ) -> ControlResult:
         """Run the edit and its controls on the trace's sample; raises as `draws` does.
 
@@ -202,25 +179,19 @@ class RandomControl:
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain, name = lvlm.run(trace.sample, logits="last"), getattr(score, "__name__", "score")
         name = "KL of the next token from the unedited run (nats)" if score is None else name
-        base = scored(score, plain, plain)
-        runs = [lvlm.run(trace.sample, interventions=[it], logits="last") for it in edits]
-        real, *controls = [scored(score, run, plain) for run in runs]
-        received = attention_under(self.intervention, trace, lvlm)
-        layers, taken = layers_of(self.intervention, trace), []
+        base, scores, masses = scored(score, plain, plain), [], []
+        received, layers = attention_under(self.intervention, trace, lvlm)
         for it in edits:
-            mask = by_layer(self._tokens(it, trace))
-            mask = mask if mask.shape[1] == 1 else mask[:, layers]
-            taken.append((received * mask).sum(dim=2).mean(dim=1))
-        mass = torch.stack(taken[1:])
-        return ControlResult(real, torch.stack(controls), base, self.match, name, taken[0], mass)
-
-    def _tokens(self, it: Any, trace: SinkTrace) -> Tensor:
-        """The tokens that an intervention edits, ``[batch pos]`` or ``[batch layer pos]``."""
-        return trace.sample.tokens.select(getattr(it, field_of(it)), trace.n_layers)
+            run = lvlm.run(trace.sample, interventions=[it], logits="last")
+            scores.append(scored(score, run, plain))
+            mask = by_layer(edited(it, trace)[1]).expand(-1, trace.n_layers, -1)[:, layers]
+            masses.append((received * mask).sum(dim=2).mean(dim=1))
+        controls, mass = torch.stack(scores[1:]), torch.stack(masses[1:])
+        return ControlResult(scores[0], controls, base, self.match, name, masses[0], mass)
 
     def _on(self, tokens: Tensor, trace: SinkTrace) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""
-        changes: dict[str, Any] = {field_of(self.intervention): tokens, "allow_noop": True}
+        changes: Any = {edited(self.intervention, trace)[0]: tokens, "allow_noop": True}
         if hasattr(self.intervention, "target"):
             target = trace.sample.tokens.select(self.intervention.target, trace.n_layers)
             if max(target.ndim, tokens.ndim) == 3:
@@ -229,19 +200,18 @@ class RandomControl:
         return replace(self.intervention, **changes)
 
 
-def scored(score: Callable[[Run], Tensor] | None, run: Run, plain: Run) -> Float[Tensor, " batch"]:
+def scored(score: Score, run: Run, plain: Run) -> Tensor:
     """The score of a run, one number per row; None is the next token's ``KL(plain || run)``, nats."""
     if score is None:
         return kl_of_next(plain.logits, run.logits)
-    out: Any = score(run)
-    rows = run.logits.shape[0]
-    if not isinstance(out, Tensor) or tuple(out.shape) != (rows,):
-        shape = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else ""
-        raise InterventionError(
-            f"Got a score that returns {shape or type(out).__name__}; expected a tensor [batch], here of "
-            f"shape ({rows},). Write lambda run: run.logits[:, -1, token]."
-        )
-    return out
+    out, rows = score(run), run.logits.shape[0]
+    if isinstance(out, Tensor) and tuple(out.shape) == (rows,):
+        return out
+    shape = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else ""
+    raise InterventionError(
+        f"Got a score that returns {shape or type(out).__name__}; expected a tensor [batch], here of "
+        f"shape ({rows},). Write lambda run: run.logits[:, -1, token]."
+    )
 
 
 def replacement_table(
@@ -253,8 +223,8 @@ def replacement_table(
     match: str = "count",
     n: int = 20,
     seed: int = 0,
-    score: Callable[[Run], Tensor] | None = None,
-    donor: SinkTrace | Sequence[SinkTrace] | None = None,
+    score: Score = None,
+    donor: Donor = None,
 ) -> pd.DataFrame:
     """Zero, mean and resampled values of the same tokens side by side, each beside random tokens.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sinkscope.data.items import ALL
 from sinkscope.experiments.statistics import cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_grid import NOUNS, cell_of, coefficients_of, counted, wide
+from sinkscope.experiments.sweep_grid import CELL, NOUNS, cell_of, coefficients_of, counted, wide
 
 POINTS = (" in points", 100.0)
 UNITS = {"exact": POINTS, "choice": POINTS, "logprob": (" in nats", 1.0)}  # and a factor
@@ -21,22 +21,21 @@ def best_of(
     part: pd.DataFrame, column: str, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """One line of `Sweep.best` for the questions of one task."""
-    cells, changes, images = wide(part, column)
-    acts, here = acting(part), half(images, seed)
+    cells, changes, images, acts, here = halved(part, column, seed)
     able = np.flatnonzero(acts[here].any(axis=0))
     if here.all() or not len(able):
-        names, numbers = cell_of(part), ("chosen_on", "delta", "low", "high")
         note = "no cell scales a key here, such as (0, 1) where no image has a V-sink"
         if here.all():
             note = "images of one half only, so none is left to score what was chosen"
-        missing = dict.fromkeys((*names[3:], *numbers, "maximum", "t", "t_95", "p"), float("nan"))
-        return {**dict.fromkeys(names[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
+        numbers = ("chosen_on", "delta", "low", "high", "maximum", "t", "t_95", "p")
+        missing = dict.fromkeys((*cell_of(part)[3:], *numbers), float("nan"))
+        return {**dict.fromkeys(CELL[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other, how = [*itertools.compress(images, ~here)], {"level": level, "draws": draws}
-    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, **how, seed=seed)[:, 0]
+    other, how = [*itertools.compress(images, ~here)], {"draws": draws, "seed": seed}
+    delta, low, high = cluster_intervals(changes[~here][:, [at]], other, level=level, **how)[:, 0]
     edited = changes[:, acts.any(axis=0)]
-    largest, null = sign_flip_maximum(edited, images, draws=draws, seed=seed)
+    largest, null = sign_flip_maximum(edited, images, **how)
     p = float((1 + (null >= largest - 1e-9).sum()) / (1 + len(null)))
     line = {"chosen_on": means[at], "n": len(other), "images": len(set(other))}
     line |= {"delta": delta, "low": low, "high": high, "maximum": edited.mean(axis=0).max()}
@@ -46,15 +45,12 @@ def best_of(
 
 
 def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
-    """What splitting the rest into L-sinks and ordinary tokens adds, on images not used to choose.
+    """What splitting the rest adds on images not used to choose; None without such a pair of cells.
 
-    Gives ``split``, the best triple, and ``whole``, the best with s_L = s_rest, both with their ``delta``,
-    and ``difference``, its mean and interval; None where there is no such pair of cells.
+    ``split`` is the best triple, ``whole`` the best with s_L = s_rest; ``difference`` has mean and interval.
     """
-    cells, changes, images = wide(part, "score")
-    here = half(images, seed)
-    able = acting(part)[here].any(axis=0)
-    alike = np.isclose(cells["s_l"], cells["s_rest"])
+    cells, changes, images, acts, here = halved(part, "score", seed)
+    able, alike = acts[here].any(axis=0), np.isclose(cells["s_l"], cells["s_rest"])
     if here.all() or not (able & alike).any():
         return None
     means = changes[here].mean(axis=0)
@@ -68,19 +64,18 @@ def split_of(part: pd.DataFrame, *, seed: int) -> dict[str, Any] | None:
     return {**found, "difference": difference}
 
 
-def half(images: list[str], seed: int) -> np.ndarray:
-    """Which questions are about the half of the images on which a cell is chosen."""
-    names = np.unique(images)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return np.isin(images, names[order[: (len(names) + 1) // 2]])
-
-
-def acting(part: pd.DataFrame) -> np.ndarray:
-    """Whether a cell scales a key of a question's image at all, bool ``[question cell]``."""
+def halved(part: pd.DataFrame, column: str, seed: int) -> tuple[Any, Any, list[str], Any, Any]:
+    """`wide`, whether a cell scales a key ``[question cell]``, and the questions about half of the images."""
+    cells, changes, images = wide(part, column)
     groups = [name[2:] for name in ("s_v", "s_l", "s_rest") if name in part]
     acts = np.any([(part[f"s_{g}"] != 1) & (part[f"n_{g}"] > 0) for g in groups], axis=0)
-    table = part.assign(acts=acts).pivot(index="item", columns=["layer", "pair"], values="acts")
-    return cast("pd.DataFrame", table).sort_index(axis=1).to_numpy(dtype=bool)
+    table: Any = part.assign(acts=acts).pivot(
+        index="item", columns=["layer", "pair"], values="acts"
+    )
+    names = np.unique(images)
+    order = np.random.default_rng(seed).permutation(len(names))
+    here = np.isin(images, names[order[: (len(names) + 1) // 2]])
+    return cells, changes, images, table.sort_index(axis=1).to_numpy(dtype=bool), here
 
 
 def observe(sweep: Any, by: str, seed: int) -> str:
@@ -89,12 +84,20 @@ def observe(sweep: Any, by: str, seed: int) -> str:
     unit, factor = UNITS.get(sweep.score, ("", 1.0))
     numbers = ["chosen_on", "delta", "low", "high", "maximum"]
     whole[numbers[1:4]], best[numbers] = whole[numbers[1:4]] * factor, best[numbers] * factor
-    lines = [
-        f"{sweep!r}, change of {sweep.score_name} against the base{unit}.",
-        *_by_task(whole, best.to_dict("records")),
-        *_by_layer(whole, NOUNS[len(sweep.groups)]),
-        *_by_sinks(sweep, by, factor, seed),
-    ]
+    lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
+    lines += [*_by_task(whole, best.to_dict("records")), "2. Does it depend on the layer?"]
+    noun = NOUNS[len(sweep.groups)]
+    for task, part in whole.groupby("task", sort=False):
+        table = part.pivot(index="layer", columns="pair", values="delta")
+        means, spread = table.mean(axis=1), (table.max(axis=0) - table.min(axis=0)).max()
+        gains, harms = part["layer"][part["low"] > 0], part["layer"][part["high"] < 0]
+        lines.append(
+            f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
+            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
+            f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
+            f"in {_layers(harms)}."
+        )
+    lines += _by_sinks(sweep, by, noun, factor, seed)
     return "\n".join([*lines, *(f"Note: {note}." for note in sweep.notes)])
 
 
@@ -117,50 +120,29 @@ def _by_task(whole: pd.DataFrame, best: Sequence[Mapping[Any, Any]]) -> Iterator
         )
     tasks = [row for row in best if row["task"] != ALL or len(best) == 1]
     gained = [row for row in tasks if row["low"] > 0 and row["p"] <= 0.05]
-    cells = {(row["layer"], row["pair"]) for row in gained}
+    different = counted(len({(row["layer"], row["pair"]) for row in gained}), "different cell")
     if len(tasks) < 2:
         yield "   One task only: this sweep cannot tell."
     elif not gained:
         yield "   No task gains on images that were not used to choose: nothing to compare."
     else:
-        different = counted(len(cells), "different cell")
         yield f"   {len(gained)} of {len(tasks)} tasks gain on held-out images, in {different}."
 
 
-def _by_layer(whole: pd.DataFrame, noun: str) -> Iterator[str]:
-    """2: does the same pair do something else in other layers?"""
-    yield "2. Does it depend on the layer?"
-    for task, part in whole.groupby("task", sort=False):
-        table = part.pivot(index="layer", columns="pair", values="delta")
-        means, spread = table.mean(axis=1), (table.max(axis=0) - table.min(axis=0)).max()
-        gains, harms = part["layer"][part["low"] > 0], part["layer"][part["high"] < 0]
-        yield (
-            f"   {task}: mean over {noun}s from {means.min():+.2f} (layer {_layer(means.idxmin())}) to "
-            f"{means.max():+.2f} (layer {_layer(means.idxmax())}); one {noun} differs by up to "
-            f"{spread:.2f} between layers. Some cell clearly gains in {_layers(gains)}, clearly loses "
-            f"in {_layers(harms)}."
-        )
-
-
-def _by_sinks(sweep: Any, by: str, factor: float, seed: int) -> Iterator[str]:
+def _by_sinks(sweep: Any, by: str, noun: str, factor: float, seed: int) -> Iterator[str]:
     """3: do pairs that favour sinks do better than those that favour the rest?"""
     yield "3. Does raising or splitting off the sinks help?"
-    three, noun = len(sweep.groups) == 3, NOUNS[len(sweep.groups)]
     contrasts = [_of_group(sweep, group, noun, factor, seed) for group in sweep.groups[:-1]]
     yield from (line for line, _ in contrasts)
     if not any(told for _, told in contrasts):
         return
     if all(np.isclose(sum(pair), 1.0) for pair in sweep.pairs):
-        what, others, them = "s_V and s_rest", "other", "the two"
-        if three:
-            what, others, them = "the coefficients", "others", "them"
         yield (
-            f"   In every {noun} {what} add to 1: what raises one lowers the {others}, and which of "
-            f"{them} it was cannot be told apart."
+            f"   In every {noun} the coefficients add to 1: what raises one lowers the others, and which "
+            "of them it was cannot be told apart."
         )
-    if not three:
-        rest = "Whether the rest should be split further (L-sinks, ordinary tokens)"
-        yield f"   {rest} is not on this grid."
+    if len(sweep.groups) < 3:
+        yield "   Whether to split the rest further (L-sinks, ordinary tokens) is not on this grid."
         return
     yield "   Does splitting the rest into L-sinks and ordinary tokens add something?"
     for task, part in sweep.by_task(by):
@@ -188,24 +170,21 @@ def _of_group(sweep: Any, group: str, noun: str, factor: float, seed: int) -> tu
     share = (sweep.table.groupby("item")[count].max() > 0).mean()
     if not share:
         where = "image has a V-sink" if group == "V" else "image token is an L-sink at these layers"
-        rest = "all image tokens were scaled by s_rest alone"
-        rest = rest if noun == "pair" else "the other coefficients scaled all image tokens"
+        rest = "the other coefficients scaled all image tokens"
         return f"   This sweep cannot tell: no {where}, so {name} never applied and {rest}.", False
     part: Any = sweep.table[sweep.table[count] > 0]
     sign = np.sign(part[own] - part["s_rest"])
     if not {-1.0, 1.0} <= set(sign):
-        sides = f"both sides of {name} = s_rest"
-        return f"   This grid cannot tell: it has no {noun}s on {sides}.", False
+        said = f"it has no {noun}s on both sides of {name} = s_rest"
+        return f"   This grid cannot tell: {said}.", False
     change = part.assign(change=part["score"] - part["base_score"], sign=sign)
     means = change.groupby(["item", "layer", "sign"])["change"].mean().unstack("sign")
     table = (means[1.0] - means[-1.0]).unstack("layer")  # NaN where the question has no such sink
     images = part.drop_duplicates("item").set_index("item")["image_id"]
-    found = []
-    for column in (*(table[layer] for layer in table), table.mean(axis=1)):
-        values = column.dropna()
-        names = images.loc[values.index].tolist()
-        found.append(cluster_intervals(values.to_numpy()[:, None], names, seed=seed)[:, 0])
-    mean, low, high = np.array(found).T * factor
+    table["mean"] = table.mean(axis=1)
+    columns = [table[name].dropna() for name in table]
+    named = [(one.to_numpy()[:, None], images.loc[one.index].tolist()) for one in columns]
+    mean, low, high = np.hstack([cluster_intervals(*one, seed=seed) for one in named]) * factor
     have = "are about images with V-sinks" if group == "V" else "have L-sinks at some layer"
     where = "all layers" if group == "V" else "those layers"
     return (
@@ -222,9 +201,9 @@ def _cell(row: Mapping[Any, Any]) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    """An interval in words; one image cannot be resampled."""
-    broken = np.isnan(low) or np.isnan(high)
-    return "(too few images for an interval)" if broken else f"[{low:+.2f}, {high:+.2f}]"
+    if np.isnan(low) or np.isnan(high):  # one image cannot be resampled
+        return "(too few images for an interval)"
+    return f"[{low:+.2f}, {high:+.2f}]"
 
 
 def _layer(layer: Any) -> str:

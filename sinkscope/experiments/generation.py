@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkscope.checks import check_number
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.rules import Detector, NoSinks, decide
+from sinkscope.detectors import Detector, NoSinks, SinkRules
+from sinkscope.detectors.detection import decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
-from sinkscope.models import LVLM, Generation, Sample
+from sinkscope.models import LVLM, Sample
 from sinkscope.models.inputs import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
@@ -81,10 +81,9 @@ class GenerationTrace(Result):
         text: The answers, or None without a tokenizer, as for ``words``: every token's text.
         mass_max: In [0, 1]: the most that a head gives to every key; NaN where the query does not see
             the key, at padding and after the answer's end. ``mass_mean``: the mean over heads.
-        null: What uniform attention gives to each key that the query sees.
-        flags: Bool: the L rule on what each layer reads, at the token's own step.
-        draws: How much more than ``null`` a head must give for a token to draw.
-        detector: The L rule; ``chosen`` says how it came about.
+        null: What uniform attention gives to each key that the query sees; ``draws``: how much more
+            than that a head must give for a token to draw.
+        flags: The L rule, ``detector``, on what each layer reads, at the token's own step.
     """
 
     sample: Sample
@@ -108,7 +107,37 @@ class GenerationTrace(Result):
 
     def by_step(self) -> Float[Tensor, "batch step key"]:
         """The largest share that a head of any layer gives to every key, a token's own left out."""
-        return nan_max(by_others(self.mass_max, self.sample.tokens.ids.shape[1]), dim=2)
+        return nan_max(self._by_others(), dim=2)
+
+    def _by_others(self) -> Tensor:
+        """``mass_max``, NaN where the key is the query's own."""
+        keys, first = torch.arange(self.mass_max.shape[3]), self.sample.tokens.ids.shape[1] - 1
+        own = keys == first + torch.arange(self.n_steps)[:, None]
+        return self.mass_max.masked_fill(own[:, None], float("nan"))
+
+    def _lives(self, v_sinks: Tensor) -> tuple[SinkLife, ...]:
+        """One record per token that meets the L rule in some layer or is a V-sink, by batch and position."""
+        shares, prompt = self._by_others(), v_sinks.shape[1]
+        over = nan_max(shares - self.null[..., None], dim=2)  # [batch step key]
+        found, lives = self.flags.any(dim=1), []
+        found[:, :prompt] |= v_sinks
+        for batch, pos in found.nonzero().tolist():
+            kind, share, extra = "generated", shares[batch, :, :, pos], over[batch, :, pos]
+            if pos < prompt:
+                visual = int(self.sample.tokens.image[batch, pos]) >= 0
+                kind = "V" if bool(v_sinks[batch, pos]) else "L" if visual else "text"
+            drawn = (extra >= self.draws).nonzero().flatten().tolist()
+            seen = (~extra.isnan()).nonzero().flatten().tolist()
+            at, most, null = None, float("nan"), float("nan")
+            if seen:
+                at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1])
+                most, null = float(share[at]), float(self.null[batch][at])
+            last, until = (steps[-1] if steps else None for steps in (drawn, seen))
+            layers = tuple(self.flags[batch, :, pos].nonzero().flatten().tolist())
+            word, born = self.words[batch][pos] if self.words else None, max(0, pos - prompt + 1)
+            told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
+            lives.append(SinkLife(*told, layers, most, at, null))
+        return tuple(lives)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: every field of its record, and its fate."""
@@ -145,7 +174,8 @@ def trace_generation(
     A token *draws* at a step if some head of the new query, in any layer, gives it at least ``draws``
     more than uniform attention under the same mask would; what a token gives to itself does not count. A
     sink *lives* as long as it draws, and *dies* with the last step at which it does. A generated token is
-    *born* a sink at the step whose pass computes its state, if it meets the L rule there.
+    *born* a sink at the step whose pass computes its state, if it meets the L rule there. InputError if
+    ``trace`` is of another sample; DetectorError if the rule does not judge a token by its own state alone.
 
     Args:
         lvlm: The model, whose `LVLM.generate` documents ``max_new_tokens``, ``remote`` and ``options``.
@@ -156,10 +186,6 @@ def trace_generation(
         trace: A trace of the same sample, to tell V-sinks from L-sinks; without it, image tokens that meet
             the L rule count as L-sinks, and other V-sinks are not listed.
         draws: How much more than uniform attention a head must give, in (0, 1).
-
-    Raises:
-        InputError: If ``trace`` is of another sample.
-        DetectorError: If the rule does not judge a token by its own state alone.
     """
     check_number(above=0, below=1, hint="It is a share, such as 0.2.", draws=draws)
     if trace is not None and not torch.equal(trace.sample.tokens.ids, sample.tokens.ids):
@@ -167,113 +193,54 @@ def trace_generation(
             "Got a trace of another sample; expected one of this sample. Write "
             "ss.trace_generation(lvlm, trace.sample, trace=trace)."
         )
-    rule, chosen = choose_rule(lvlm, sample, l_detector, remote)
+    rules = SinkRules.on_others(
+        lvlm, lambda: [sample], NoSinks(), l_detector, what="the prompt", remote=remote
+    )
+    rule, attention = rules.l_rule, ReceivedAttention(queries="last")
     states = rule.probe("language", None, lvlm.anatomy.language)
-    attention = ReceivedAttention(queries="last")
+    if isinstance(states, (ReceivedAttention, CosineToFirst, SinkEvidence)):
+        raise DetectorError(
+            f"Got {rule!r}, which does not judge a token by its own state; expected a rule that does, "
+            "because a decode step has one token. Write ss.detectors.SinkDimensions(...) or "
+            "ss.detectors.Massive(...)."
+        )
     options |= {"max_new_tokens": max_new_tokens, "remote": remote}
     out = lvlm.generate(sample, [states, attention], **options)
     flags = judge(rule, [step[states] for step in out.steps], lvlm, sample)
-    largest, mean, null = attention_of(out, attention)
-    words = None
-    if lvlm.tokenizer is not None:
-        words = tuple(words_of(lvlm.tokenizer, row) for row in out.sequences.tolist())
+    given = [step[attention] for step in out.steps]
+    n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
+    received = [one.received for one in given]
+    each = [pad(one, (0, n_keys - one.shape[-1]), value=float("nan")) for one in received]
+    over_heads = [one.amax(dim=2) for one in each], [one.mean(dim=2) for one in each]
+    nulls = [nan_max(one.null, dim=2) for one in given]  # NaN where unseen
+    reader, rows = lvlm.tokenizer, out.sequences.tolist()
+    words = None if reader is None else tuple(words_of(reader, row) for row in rows)
+    told = sample, out.sequences, out.text, words, lvlm.anatomy.language.layers(None)
+    largest, mean, null = (torch.stack(part, dim=1) for part in (*over_heads, nulls))
+    how = draws, repr(rule), rules.l_source
+    found = GenerationTrace(*told, largest, mean, null, flags, (), *how)
     v_sinks = torch.zeros_like(sample.tokens.live) if trace is None else trace.v_sinks
-    lives = collect_lives(sample, words, flags, v_sinks, largest, null, draws)
-    said = sample, out.sequences, out.text, words, lvlm.anatomy.language.layers(None)
-    return GenerationTrace(*said, largest, mean, null, flags, lives, draws, repr(rule), chosen)
-
-
-def choose_rule(
-    lvlm: LVLM, sample: Sample, l_detector: Detector | None, remote: Any
-) -> tuple[Detector, str]:
-    """The L rule and how it came about: given, published, or calibrated on the prompt."""
-    found = SinkRules.on_others(
-        lvlm, lambda: [sample], NoSinks(), l_detector, what="the prompt", remote=remote
-    )
-    probe = found.l_rule.probe("language", None, lvlm.anatomy.language)
-    if isinstance(probe, (ReceivedAttention, CosineToFirst, SinkEvidence)):
-        raise DetectorError(
-            f"Got {found.l_rule!r}, which does not judge a token by its own state; expected a rule that "
-            "does, because a decode step has one token. Write ss.detectors.SinkDimensions(...) or "
-            "ss.detectors.Massive(...)."
-        )
-    return found.l_rule, found.l_source
+    return replace(found, lives=found._lives(v_sinks))
 
 
 def judge(rule: Detector, results: Sequence[Any], lvlm: LVLM, sample: Sample) -> Tensor:
     """Which tokens meet the rule by its probe at every step, each when it appears: ``[batch layer key]``."""
-    visual, live, seen, flags = sample.tokens.image >= 0, sample.tokens.live, results[0], []
+    visual, live, seen = sample.tokens.image >= 0, sample.tokens.live, results[0]
+    flags, grown = [], {}
     for step, result in enumerate(results):
-        if step:
-            seen = _appended(seen, result)
+        if step:  # the new token's states stand behind the others; the rest stays the prompt's
+            for name, old in vars(seen).items():
+                axis = 1 if name == "positions" else 2
+                if axis == 1 or (torch.is_tensor(old) and old.ndim > 2):
+                    grown[name] = torch.cat([old, getattr(result, name)], dim=axis)
+            seen = replace(seen, **grown)
             visual, live = pad(visual, (0, 1)), pad(live, (0, 1), value=True)
         mask = decide(rule, seen, visual, live, "language", lvlm.anatomy.language).mask
         flags.append(mask[..., -1:] if step else mask)
     return torch.cat(flags, dim=2)
 
 
-def _appended(seen: Any, new: Any) -> Any:
-    """A result of states with the new token's behind it; what has no positions stays the prompt's."""
-    grown = {}
-    for name, old in vars(seen).items():
-        if name == "positions" or (torch.is_tensor(old) and old.ndim >= 3):
-            grown[name] = torch.cat([old, getattr(new, name)], dim=1 if name == "positions" else 2)
-    return replace(seen, **grown)
-
-
-def attention_of(out: Generation, probe: ReceivedAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """The new query's attention at every step: largest and mean over heads, and null, NaN where unseen."""
-    n_keys = out.sequences.shape[1] - 1  # the last token is written, and never read
-    results, nan = [step[probe] for step in out.steps], float("nan")
-    received = [one.received for one in results]
-    each = [pad(given, (0, n_keys - given.shape[-1]), value=nan) for given in received]
-    nulls = [nan_max(one.null, dim=2) for one in results]
-    parts = [one.amax(dim=2) for one in each], [one.mean(dim=2) for one in each], nulls
-    largest, mean, null = (torch.stack(part, dim=1) for part in parts)
-    return largest, mean, null
-
-
-def by_others(mass: Tensor, prompt: int) -> Tensor:
-    """Attention ``[batch step layer key]`` behind a prompt, NaN where the key is the query's own."""
-    steps, keys = torch.arange(mass.shape[1]), torch.arange(mass.shape[3])
-    return mass.masked_fill((keys == prompt - 1 + steps[:, None])[:, None], float("nan"))
-
-
 def nan_max(values: Tensor, dim: int) -> Tensor:
     """The largest value that is not NaN; NaN where there is none. Values are at least -1."""
     out = values.nan_to_num(-2.0).amax(dim=dim)
     return out.masked_fill(out < -1, float("nan"))
-
-
-def collect_lives(
-    sample: Sample,
-    words: Words | None,
-    flags: Tensor,
-    v_sinks: Tensor,
-    mass_max: Tensor,
-    null: Tensor,
-    draws: float,
-) -> tuple[SinkLife, ...]:
-    """One record per token that meets the L rule in some layer or is a V-sink, by batch and position."""
-    prompt = sample.tokens.ids.shape[1]
-    shares = by_others(mass_max, prompt)
-    over = nan_max(shares - null[..., None], dim=2)  # [batch step key]
-    found, lives = flags.any(dim=1), []
-    found[:, :prompt] |= v_sinks
-    for batch, pos in found.nonzero().tolist():
-        kind, share, extra = "generated", shares[batch, :, :, pos], over[batch, :, pos]
-        if pos < prompt:
-            visual = int(sample.tokens.image[batch, pos]) >= 0
-            kind = "V" if bool(v_sinks[batch, pos]) else "L" if visual else "text"
-        drawn = (extra >= draws).nonzero().flatten().tolist()
-        seen = (~extra.isnan()).nonzero().flatten().tolist()
-        at = divmod(int(share.nan_to_num(-1.0).argmax()), share.shape[1]) if seen else None
-        most, expected = (
-            float("nan") if at is None else float(x[at]) for x in (share, null[batch])
-        )
-        last, until = (steps[-1] if steps else None for steps in (drawn, seen))
-        layers = tuple(flags[batch, :, pos].nonzero().flatten().tolist())
-        word, born = words[batch][pos] if words else None, max(0, pos - prompt + 1)
-        told = kind, batch, pos, word, born, last, until, len(drawn), len(seen)
-        lives.append(SinkLife(*told, layers, most, at, expected))
-    return tuple(lives)

@@ -1,125 +1,125 @@
-"""One pass that measures what a trace reads, what the rules flag in it, and what came close."""
+"""One pass that measures what a trace reads, what the rules flag in it, and a record of every sink."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkscope import probes
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.detection import Detection, decided
-from sinkscope.detectors.gap import Gap, outcome_of
-from sinkscope.detectors.rules import STATE_SITE, NoSinks
+from sinkscope.detectors import Detection, Gap, SinkRules
+from sinkscope.detectors.detection import decided
+from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.models import LVLM, Sample
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What one pass of a trace measured, and what the rules flag."""
+def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
+    """Tell whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
 
-    sample: Sample
-    vision: probes.EvidenceResult
-    language: probes.EvidenceResult
-    v: Detection
-    low: Detection
-    # What attention and MLP add, by site, in the blocks of which that is known.
-    vit_attn_and_mlp: Mapping[str, probes.MassiveResult]
-    llm_attn_and_mlp: Mapping[str, probes.MassiveResult]
-    vit_norms: Tensor  # [image layer pos]
-    llm_norms: Tensor  # [batch pos], in the embeddings of the LLM
-    writes: probes.WriteResult | None  # in the layers where what a head writes is known
-    last: int  # the last vision block that feeds the projector
-    draws: float  # the least attention beyond uniform
-
-    @cached_property
-    def excess(self) -> Tensor:
-        """``[batch layer head key]`` in the LLM, see `ReceivedResult.excess`."""
-        return self.language.received.excess()
-
-    @cached_property
-    def ratio(self) -> Tensor | None:
-        """``[batch layer head key]``, every key's write over the mean of the others."""
-        return None if self.writes is None else self.writes.ratio()
-
-    def attended_throughout(self) -> Tensor:
-        """ViT tokens that attract attention in most blocks up to the last, bool ``[image pos]``.
-
-        In a block some head gives them ``draws`` beyond uniform attention and 5 times as much as
-        uniform attention (ACT, 2406.15765), which matters where there are few tokens.
-        """
-        uniform: Any = self.vision.received.others_null
-        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=self.draws)
-        return attended[:, : self.last + 1].float().mean(dim=1) > 0.5
-
-
-def measure(lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any) -> Measured:
-    """Measure everything that a trace reads in one forward pass, and what the rules flag in it."""
-    a = lvlm.anatomy
-    towers: tuple[Tower, Tower] = ("vision", "language")
-    k = min(16, a.vision.d_model, a.language.d_model)
-    vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
-    # The gap rule needs no probe of its own.
-    v, low = (
-        own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
-        for own, rule in ((vision, rules.v), (language, rules.l_rule))
-    )
-    vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
-    llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
-    writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-    halves: dict[Any, dict[str, probes.MassiveActivations]] = {
-        tower: {s: probes.MassiveActivations(blocks, tower, k, s) for s in ("attn_out", "mlp_out")}
-        for tower in towers
-        if (blocks := a.tower(tower).adding)
-    }
-    asked: Any = [vision, language, vit_norms, llm_norms, *writes, v, low]
-    asked += [probe for of_tower in halves.values() for probe in of_tower.values()]
-    run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
-    vit, llm = ({site: run[p] for site, p in halves.get(tower, {}).items()} for tower in towers)
-    v_found = decided(rules.v, run, v, lvlm, sample)
-    l_found = decided(rules.l_rule, run, low, lvlm, sample)
-    found = sample, run[vision], run[language], v_found, l_found, vit, llm
-    norms = run[vit_norms].norms, run[llm_norms].norms[:, 0]
-    return Measured(*found, *norms, run[writes[0]] if writes else None, a.feed_layers[-1], draws)
-
-
-def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
-    """V-sinks at their LLM positions: the rule on every state that feeds the projector.
-
-    One of the ViT tokens that merge must be flagged, so that all of the rule holds for it. With
-    ``merge="mean"`` their mean score must pass the threshold too.
+    ``"NOP"``: a norm of its write of at most 0.2 times the mean of the other tokens' (``ratio_out``).
+    ``"broadcast"``: at least 0.5, and a stable rank of the head's output of at most 1.5. Else ``"mixed"``.
     """
-    tokens = sample.tokens
-    flagged = torch.zeros_like(tokens.live)
-    for feed in feeds:
-        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
-        if merge == "mean":
-            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
-            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
-            passed &= score > limit if detection.strict else score >= limit
-        flagged |= passed
-    return flagged & (tokens.image >= 0)
+    if ratio <= 0.2:
+        return "NOP"
+    return "broadcast" if ratio >= 0.5 and stable_rank <= 1.5 else "mixed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkRecord:
+    """One sink; ``head`` and what follows it are None or NaN where too few other tokens see the sink.
+
+    Attributes:
+        kind: ``"V"`` (born in the vision tower), ``"L"`` (a visual token that became one in the LLM),
+            ``"text"``, or ``"attention"``: an image token to which the vision tower attends throughout
+            and which the V rule does not flag (a kept CLS, for instance).
+        batch: Row of the batch, and ``pos`` the LLM position of ``word``.
+        image: Image of the row, with the token's grid ``row`` and ``column``; all -1 for text.
+        box: ``(x0, y0, x1, y1)`` in pixels (see `TokenMap.box_unit`), None for text.
+        vit_tokens: The ViT tokens that feed the position; ``vit_token``: that with the highest score,
+            -1 for text, and ``vit_kind``: ``"patch"``, ``"cls"`` or ``"register"``, None for text.
+        vit_birth: Vision block whose output first shows a V-sink, or None; ``vit_writer``: which half of
+            it wrote the top channel, ``"attention"`` or ``"mlp"``.
+        vit_norm: Norm of that ViT token where the projector reads (the last feeding block), and
+            ``vit_channels``: its largest channels there, as ``(channel, value)``.
+        vit_drawn: By block what the head that gives it most gives beyond uniform attention, from
+            other tokens; empty for text.
+        llm_norm: Norm after the projector, in the embeddings of the LLM; ``llm_channels`` as above.
+        llm_birth: LLM block whose output first meets the L rule; -1: the embeddings; None: never.
+        llm_layers: LLM layers on whose input the L rule holds; ``llm_lives``: its unbroken stretches,
+            ``(block that wrote it, last layer, writer)``.
+        peak_channels: Largest channels on the layer with the largest activation.
+        first_drawn: First LLM layer where some head gives it at least ``draws`` beyond uniform
+            attention, from other tokens (see `ReceivedResult.excess`).
+        received: Mean over heads of the attention received, by layer; ``received_max``: highest head;
+            ``null``: under uniform attention.
+        head: ``(layer, head)`` where other tokens give it the most beyond uniform attention.
+        head_received: What they give there, 0 to 1, ``head_null`` under uniform attention; ``excess``: the
+            difference, by which sinks are ranked.
+        contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
+            v_s||_2``, D being what lies between head and stream.
+        value_ratio: Its write there over the mean write of the other tokens; ``stable_rank``: of that head.
+        verdict: See `nop_or_broadcast`; ``"draws nothing"`` without a head that gives ``draws`` beyond
+            uniform attention; ``"writes unknown"`` where ``D`` is not known; ``"seen by few"``.
+        overlap: A V-sink that also meets the L rule in some layer.
+    """
+
+    kind: str
+    batch: int
+    pos: int
+    word: str | None
+    image: int
+    row: int
+    column: int
+    box: tuple[float, float, float, float] | None
+    vit_tokens: tuple[int, ...]
+    vit_token: int = -1
+    vit_kind: str | None = None
+    vit_birth: int | None = None
+    vit_writer: str | None = None
+    vit_norm: float | None = None
+    vit_channels: tuple[tuple[int, float], ...] = ()
+    vit_drawn: tuple[float, ...] = ()
+    llm_norm: float
+    llm_channels: tuple[tuple[int, float], ...]
+    llm_birth: int | None = None
+    llm_writer: str | None = None
+    llm_layers: tuple[int, ...]
+    llm_lives: tuple[tuple[int, int, str | None], ...]
+    peak_channels: tuple[tuple[int, float], ...]
+    first_drawn: int | None = None
+    received: tuple[float, ...]
+    received_max: tuple[float, ...]
+    null: tuple[float, ...]
+    head: tuple[int, int] | None = None
+    head_received: float = float("nan")
+    head_null: float = float("nan")
+    excess: float = float("nan")
+    contribution: float = float("nan")
+    value_ratio: float = float("nan")
+    stable_rank: float = float("nan")
+    verdict: str = "seen by few"
+    overlap: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-ready values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A token that spikes or attracts attention more than the others of its tower.
 
-    Attributes:
-        row: Row of the batch, or image of the batch in the vision tower.
-        pos: Position in the prompt, or ViT token; ``token`` is its word, or what ViT token it is.
-        medians: Its largest ``|h|`` in medians of the layer where it stands out most, ``spike_layer``;
-            ``prominence`` in multiples of the layer's upper quartile.
-        drawn: The most that some head, ``drawn_at`` as ``(layer, head)``, gives it beyond uniform
-            attention, from other tokens; NaN and None where fewer than 8 see it.
-        flagged: Whether the tower's rule flags it in some layer; ``reason`` says why not.
+    ``medians`` is its largest ``|h|`` in medians of ``spike_layer``, where it stands out most, ``prominence``
+    in upper quartiles. ``drawn`` is the most that some head, ``drawn_at`` as ``(layer, head)``, gives it
+    beyond uniform attention, from other tokens: NaN and None where fewer than 8 see it. ``row`` and ``pos``
+    are image and ViT token in the vision tower; ``reason`` says why it is not ``flagged``.
     """
 
     tower: Tower
@@ -134,95 +134,174 @@ class Candidate:
     flagged: bool
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The candidate as JSON-ready values."""
-        return asdict(self)
-
 
 def named(of: Any, tower: Tower, row: int, pos: int) -> str:
     """A token's position with its word, or what ViT token it is; ``of`` has a ``sample``."""
-    tokens = of.sample.tokens
+    tokens, vision = of.sample.tokens, of.sample.tokens.vision
     if tower == "vision":
-        vision = tokens.vision
         kind = VISION_KINDS[int(vision.kind[row, pos])]
-        if kind != "patch":
-            return "CLS" if kind == "cls" else f"{kind} {pos}"
-        return f"patch {int(vision.row[row, pos])},{int(vision.column[row, pos])}"
-    if int(tokens.image[row, pos]) >= 0:
-        cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
-        at = "" if cell == "-1,-1" else f" at {cell}"
-        return f"{pos} image {int(tokens.image[row, pos])}{at}"
-    return f"{pos} {readable(tokens.words[row][pos] if tokens.words else None)}"
+        if kind == "patch":
+            return f"patch {int(vision.row[row, pos])},{int(vision.column[row, pos])}"
+        return "CLS" if kind == "cls" else f"{kind} {pos}"
+    if int(tokens.image[row, pos]) < 0:
+        return f"{pos} {readable(tokens.words[row][pos] if tokens.words else None)}"
+    cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
+    at = "" if cell == "-1,-1" else f" at {cell}"
+    return f"{pos} image {int(tokens.image[row, pos])}{at}"
 
 
-@dataclass(frozen=True, eq=False)
-class JudgedTower:
-    """What was measured in one tower, the rule, what it flags, and the layers where that counts."""
+def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
+    """V-sinks at their LLM positions: the rule on every state that feeds the projector."""
+    tokens = sample.tokens
+    flagged = torch.zeros_like(tokens.live)
+    for feed in feeds:
+        # One of the ViT tokens that merge must be flagged, so that all of the rule holds for it.
+        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
+        if merge == "mean":  # and their mean score must pass the threshold
+            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
+            limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
+            passed &= score > limit if detection.strict else score >= limit
+        flagged |= passed
+    return flagged & (tokens.image >= 0)
 
-    tower: Tower
-    sample: Sample
-    rule: Any
-    evidence: probes.EvidenceResult
-    detection: Detection
-    layers: Sequence[int]
 
-    def candidates(self) -> list[Candidate]:
-        """Three tokens per row for their spike and three for their attention, the latter in order."""
-        tokens, out = self.sample.tokens, []
-        live = tokens.vision.live if self.tower == "vision" else tokens.live
-        large = self.evidence.prominence()[:, self.layers].nan_to_num(-1.0)
-        attention = self.evidence.drawn().nan_to_num(-2.0).amax(dim=1)
-        for row in range(len(large)):
-            both = (attention[row], large[row].amax(dim=0))
-            first, second = (x.topk(min(3, len(x))).indices.tolist() for x in both)
-            best = dict.fromkeys([*first, *second])
-            for pos in sorted(best, key=lambda p, row=row: -float(attention[row, p])):
-                if bool(live[row, pos]):
-                    out.append(self._candidate(row, pos, large[row, :, pos]))
-        return out
+class Measured:
+    """One forward pass that measures everything that a trace reads, and what the rules flag in it."""
 
-    def outcome(self, draws: float) -> str:
-        """What spikes and what attracts attention in a tower in which nothing is flagged."""
-        if isinstance(self.rule, NoSinks):
-            return self.rule.reason
-        rule = self.rule if isinstance(self.rule, Gap) else Gap(draws=draws)
-        evidence = [self.evidence.at(self.layers)]
-        return outcome_of(rule, evidence, self.tower, lambda _, *at: named(self, self.tower, *at))
+    def __init__(
+        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
+    ) -> None:
+        a = lvlm.anatomy
+        self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
+        self.last = a.feed_layers[-1]  # the last vision block that feeds the projector
+        vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
+        v, low = (  # the gap rule needs no probe of its own
+            own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
+            for own, rule in ((vision, rules.v), (language, rules.l_rule))
+        )
+        vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
+        llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
+        writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+        k, sites = min(16, a.vision.d_model, a.language.d_model), ("attn_out", "mlp_out")
+        of_halves = [
+            [probes.MassiveActivations(blocks, own.tower, k, site) for site in sites if blocks]
+            for own, blocks in ((vision, a.vision.adding), (language, a.language.adding))
+        ]
+        halves = [*of_halves[0], *of_halves[1]]
+        asked: list[Any] = [vision, language, vit_norms, llm_norms, *writes, v, low, *halves]
+        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        self.vision, self.language = run[vision], run[language]
+        self.v = decided(rules.v, run, v, lvlm, sample)
+        self.low = decided(rules.l_rule, run, low, lvlm, sample)
+        # What attention and MLP add, in the blocks of which that is known.
+        self.vit_halves, self.llm_halves = ([run[half] for half in both] for both in of_halves)
+        self.vit_norms = run[vit_norms].norms  # [image layer pos]
+        self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
+        self.excess = self.language.received.excess()  # [batch layer head key]
+        # In the layers where what a head writes is known; the ratio is [batch layer head key].
+        self.writes = run[writes[0]] if writes else None
+        self.ratio = None if self.writes is None else self.writes.ratio()
+        # ViT tokens that attract attention in most blocks up to the last, [image pos]: some head gives them
+        # draws beyond uniform attention, and 5 times uniform attention (ACT, 2406.15765), for few tokens.
+        uniform: Any = self.vision.received.others_null
+        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=draws)
+        self.attended = attended[:, : self.last + 1].float().mean(dim=1) > 0.5
 
-    def _candidate(self, row: int, pos: int, times: Tensor) -> Candidate:
-        layer = self.layers[int(times.argmax())]
-        excess = self.evidence.received.excess()[row, :, :, pos]
-        unknown = bool(excess.isnan().all())
-        at = None if unknown else divmod(int(excess.nan_to_num(-2.0).argmax()), excess.shape[1])
-        drawn = float("nan") if at is None else float(excess[at])
-        flagged = bool(self.detection.mask[row, self.layers, pos].any())
-        reason = "flagged" if flagged else self._why_not(row, pos)
-        where = self.tower, row, pos, named(self, self.tower, row, pos)
-        spike = float(self.evidence.medians()[row, layer, pos]), float(times.max()), layer
-        return Candidate(*where, *spike, drawn, at, flagged, reason)
+    def records(self, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
+        """One record per sink and per image token that is attended without one, in position order."""
+        tokens, rule, found = self.sample.tokens, self.low.any_layer(), []
+        for batch, pos in ((v_sinks | rule | attended) & tokens.live).nonzero().tolist():
+            at, flagged = (batch, pos), bool(rule[batch, pos])
+            cell, box = ("image", "row", "column"), tokens.box[at]
+            parts: Any = {name: int(getattr(tokens, name)[at]) for name in cell}
+            kind = "text" if parts["image"] < 0 else "L" if flagged else "attention"
+            kind = "V" if bool(v_sinks[at]) else kind
+            parts["word"] = tokens.words[batch][pos] if tokens.words else None
+            parts["box"] = None if box.isnan().any() else tuple(box.tolist())
+            parts["vit_tokens"] = tuple(int(source) for source in tokens.sources[at] if source >= 0)
+            parts |= self._in_vision(int(tokens.image_index[at]), parts["vit_tokens"])
+            parts |= self._in_language(*at) | self._attention(*at)
+            both = kind == "V" and flagged
+            found.append(SinkRecord(kind=kind, batch=batch, pos=pos, overlap=both, **parts))
+        return tuple(found)
 
-    def _why_not(self, row: int, pos: int) -> str:
-        rule, evidence = self.rule, self.evidence
-        if isinstance(rule, NoSinks):
-            return "there is no rule for this tower"
-        if not isinstance(rule, Gap):
-            scores, limits = self.detection.scores[row, :, pos], self.detection.threshold[row]
-            layer = int((scores / limits).nan_to_num(-1.0).argmax())
-            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
-        if not bool(evidence.judged[row, pos]):
-            return "no patch: a kind of its own, listed apart"
-        at = (row, self.layers, pos)
-        times = evidence.prominence()[at]
-        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
-        draws = bool(rule.draws_in(evidence)[at].any())
-        if not bool(large.any()):
-            most = f"{float(times.nan_to_num(-1.0).max()):.1f} of {rule.gap:g} upper quartiles"
-            return f"no spike: {most}" + ("" if draws else "; draws nothing")
-        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
-            return "its spike came with the embeddings"
-        if draws:
-            return "spikes and draws attention, but never in the same layer"
-        known = evidence.drawn()[at]
-        if bool(known.isnan().all()):
-            return "spikes; fewer than 8 tokens see it"
-        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
+    def _in_vision(self, image: int, sources: tuple[int, ...]) -> dict[str, Any]:
+        if image < 0:
+            return {}
+        token = sources[int(self.v.scores[image, self.last, list(sources)].nan_to_num().argmax())]
+        channels = _channels(self.vision.massive, image, self.last, token)
+        # Unbroken up to the state that the projector reads; later blocks do not matter.
+        birth, half = birth_block(self.v.mask[image, : self.last + 1, token]), None
+        if birth is not None:
+            half = _writer(self.vit_halves, image, birth, token, channels[0][0])
+        parts: dict[str, Any] = {"vit_token": token, "vit_birth": birth, "vit_writer": half}
+        parts["vit_kind"] = VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])]
+        parts["vit_norm"] = float(self.vit_norms[image, self.last, token])
+        parts["vit_drawn"] = tuple(self.vision.drawn()[image, :, token].tolist())
+        return parts | {"vit_channels": channels}
+
+    def _in_language(self, batch: int, pos: int) -> dict[str, Any]:
+        massive = self.language.massive
+        layers = tuple(self.low.mask[batch, :, pos].nonzero().flatten().tolist())
+        lives: list[tuple[int, int, str | None]] = []
+        for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+            run = [layer for _, layer in stretch]
+            block, half = (
+                run[0] - 1,
+                None,
+            )  # layer l reads what block l - 1 wrote; -1: the embeddings
+            if block >= 0:
+                channel = int(massive.channels[batch, run[0], pos, 0])
+                half = _writer(self.llm_halves, batch, block, pos, channel)
+            lives.append((block, run[-1], half))
+        birth, _, writer = lives[0] if lives else (None, None, None)
+        parts = {"llm_birth": birth, "llm_writer": writer, "llm_layers": layers}
+        peak = int(massive.values[batch, :, pos, 0].abs().argmax())
+        parts |= {"peak_channels": _channels(massive, batch, peak, pos), "llm_lives": tuple(lives)}
+        parts |= {"llm_channels": _channels(massive, batch, 0, pos)}
+        return parts | {"llm_norm": float(self.llm_norms[batch, pos])}
+
+    def _attention(self, batch: int, pos: int) -> dict[str, Any]:
+        got: Any = self.language.received  # with nulls and the attention of others
+        received, excess = got.received[batch, :, :, pos], self.excess[batch, :, :, pos]
+        by_layer = {"received": received.mean(dim=1), "received_max": received.amax(dim=1)}
+        by_layer["null"] = got.null[batch, :, pos]
+        parts: Any = {name: tuple(values.tolist()) for name, values in by_layer.items()}
+        if excess.isnan().all():
+            return parts
+        known = excess.nan_to_num(nan=-2.0)
+        drawn = (known.amax(dim=1) >= self.draws).nonzero().flatten().tolist()
+        layer, head = divmod(int(known.argmax()), excess.shape[1])
+        ratio = rank = norm = float("nan")
+        if self.writes is not None and self.ratio is not None and layer in self.writes.layers:
+            at = (batch, self.writes.layers.index(layer), head)
+            ratio, norm = float(self.ratio[at][pos]), float(self.writes.norms[at][pos])
+            rank = float(self.writes.stable_rank[at])
+        verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
+        parts |= {"first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
+        parts["head_received"] = float(got.others[batch, layer, head, pos])
+        parts["head_null"] = float(got.others_null[batch, layer, pos])
+        parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}
+        parts["contribution"] = float(received[layer, head]) * norm
+        return parts | {"verdict": verdict if drawn else "draws nothing"}
+
+
+def birth_block(mask: Tensor) -> int | None:
+    """First index of the last unbroken stretch of True, or None if the last entry is False."""
+    first = max((~mask).nonzero().flatten().tolist(), default=-1) + 1
+    return first if first < len(mask) else None
+
+
+def _channels(result: probes.MassiveResult, *at: int) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
+
+
+def _writer(halves: Sequence[Any], row: int, block: int, pos: int, channel: int) -> str | None:
+    """Which half of a block wrote more into a channel of a token; None where that is unknown."""
+    sizes = []
+    for result in halves:
+        if block not in result.layers:
+            return None
+        at = (row, result.layers.index(block), pos)
+        sizes.append(float(result.values[at].abs()[result.channels[at] == channel].sum()))
+    return ("attention" if sizes[0] > sizes[1] else "mlp") if sizes else None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
-from sinkscope.models import LVLM, Sample
+from sinkscope.models import LVLM
 from sinkscope.probes import GroupMeans
 
 FEWEST_TRAINING, FEWEST_TEST = 10, 2  # images that a probe needs in either part
@@ -80,20 +80,22 @@ def check_groups(groups: Any) -> dict[str, Group]:
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
+class Cell:
+    """One group at one layer."""
+
+    layer: int
+    group: str
+    states: Sequence[np.ndarray]  # float64 [record d_model] of every draw; NaN where it is empty
+    count: np.ndarray  # int [record], how many tokens the group has
+
+
+class Features(NamedTuple):
     """Mean states of every record."""
 
-    layers: tuple[int, ...]
-    columns: Sequence[str]  # the group of every column: one per draw of random tokens, else one
-    means: Sequence[Tensor]  # per batch, fp32 [batch layer column d_model], NaN where it is empty
-    counts: np.ndarray  # int [record layer column], how many tokens
-
-    def cell(self, layer: int, group: str) -> Cell:
-        """One group at one layer."""
-        at = self.layers.index(layer)
-        own = [i for i, name in enumerate(self.columns) if name == group]
-        states = [torch.cat([m[:, at, i] for m in self.means]).double().numpy() for i in own]
-        return Cell(layer, group, states, self.counts[:, at, own[0]])
+    counts: (
+        np.ndarray
+    )  # int [record layer column]; a column is one draw of random tokens, or a group
+    cell: Callable[[int, str], Cell]
 
 
 def pool(
@@ -110,45 +112,37 @@ def pool(
     hidden: bool,
 ) -> Features:
     """Mean states of every group, layer and record: a pass per batch, and one more to find sinks."""
-    means, counts = [], []
-    with tqdm(total=len(items), desc="reading", unit="record", disable=hidden) as bar:
-        for start in range(0, len(items), batch):
-            part = items[start : start + batch]
-            images, texts = [item.image for item in part], [item.question for item in part]
-            sample = lvlm.prepare(images=images, text=texts)
-            trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
-            seeds = [(seed, start + i) for i in range(len(part))]
-            masks = _masks(sample, trace, groups, lvlm.anatomy.language.n_layers, seeds)
-            probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
-            result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
-            means.append(result.means)
-            counts.append(result.count)
-            bar.update(len(part))
+    means, counts, n_layers = [], [], lvlm.anatomy.language.n_layers
+    for start in tqdm(range(0, len(items), batch), desc="reading", unit="batch", disable=hidden):
+        part, masks = items[start : start + batch], []
+        sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
+        trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
+        for name, group in groups.items():
+            chosen: Any = getattr(group, "among", group)
+            try:
+                mask = sample.tokens.select(chosen(trace) if callable(chosen) else chosen, n_layers)
+            except SelectionError as error:
+                raise InputError(f"The group {name!r}: {error}") from error
+            if isinstance(group, RandomGroup) and mask.ndim != 2:
+                raise InputError(
+                    f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected the "
+                    "same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the function."
+                )
+            seeds = [(seed, start + row) for row in range(len(part))]
+            masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
+        probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
+        result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
+        means.append(result.means)  # fp32 [batch layer column d_model], NaN where a group is empty
+        counts.append(result.count)
+    count = torch.cat(counts).numpy()
     columns = [name for name in groups for _ in range(getattr(groups[name], "repeats", 1))]
-    return Features(layers, columns, means, torch.cat(counts).numpy())
 
+    def cell(layer: int, group: str) -> Cell:
+        at, own = layers.index(layer), [i for i, name in enumerate(columns) if name == group]
+        states = [torch.cat([part[:, at, i] for part in means]).double().numpy() for i in own]
+        return Cell(layer, group, states, count[:, at, own[0]])
 
-def _masks(
-    sample: Sample,
-    trace: SinkTrace | None,
-    groups: Mapping[str, Group],
-    n_layers: int,
-    seeds: Sequence[Sequence[int]],
-) -> list[Tensor]:
-    out: list[Tensor] = []
-    for name, group in groups.items():
-        chosen: Any = getattr(group, "among", group)
-        try:
-            mask = sample.tokens.select(chosen(trace) if callable(chosen) else chosen, n_layers)
-        except SelectionError as error:
-            raise InputError(f"The group {name!r}: {error}") from error
-        if isinstance(group, RandomGroup) and mask.ndim != 2:
-            raise InputError(
-                f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected the "
-                "same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the function."
-            )
-        out += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
-    return out
+    return Features(count, cell)
 
 
 @dataclass(frozen=True)
@@ -160,16 +154,6 @@ class Options:
     level: float
     draws: int
     seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One group at one layer."""
-
-    layer: int
-    group: str
-    states: Sequence[np.ndarray]  # float64 [record d_model] of every draw; NaN where it is empty
-    count: np.ndarray  # int [record], how many tokens the group has
 
 
 def predict(
@@ -226,41 +210,19 @@ def shuffled(labels: np.ndarray, images: np.ndarray, rng: np.random.Generator) -
 def judge(
     cell: Cell, targets: Sequence[Target], train: np.ndarray, images: np.ndarray, options: Options
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All probes of a cell: one line per target and metric, and how right every test record is."""
-    there = cell.count > 0
-    train, test = there & train, there & ~train
-    counts = {"n_train": train, "n_test": test, "missing": ~there}
-    seen: dict[str, Any] = {name: int(part.sum()) for name, part in counts.items()}
-    seen["tokens"] = float(cell.count[there].mean()) if there.any() else float("nan")
-    n_train, n_test = (len(set(images[part])) for part in (train, test))
-    few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
-    lines, rows = [], []
-    for target in targets:
-        at = {"layer": cell.layer, "group": cell.group, "target": target.name}
-        if few or len(np.unique(target.labels[train], axis=0)) < 2:
-            note = "too few images" if there.any() else NONE
-            blank = {**BLANK, "converged": True, **seen, "note": note}
-            metrics = ("label accuracy", "exact set") if target.multi else ("accuracy",)
-            lines += [{**at, "metric": metric, **blank} for metric in metrics]
-            continue
-        with threadpool_limits(1):  # many small fits: threads would wait for one another
-            parts = _judged(cell, target.labels, (train, test), images, options)
-        where = {"record": np.flatnonzero(test), "image_id": images[test]}
-        for metric, (numbers, right) in parts.items():
-            lines.append({**at, "metric": metric, **numbers, **seen, "note": ""})
-            rows.append({**at, "metric": metric, **where, "correct": right})
-    return lines, rows
-
-
-def _judged(
-    cell: Cell, labels: np.ndarray, parts: Sequence[np.ndarray], images: Any, options: Options
-) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
-    """Metric -> accuracy with its interval, null and majority class; and how right every test row is.
+    """All probes of a cell: one line per target and metric, and how right every test record is.
 
     One value of the null is the mean over draws with one shuffle, of test images too: states and labels are
     tested for independence, and two clear clusters are not named right by luck.
     """
-    train, test = parts
+    there = cell.count > 0
+    train, test = there & train, there & ~train
+    seen: dict[str, Any] = {"n_train": int(train.sum()), "n_test": int(test.sum())}
+    seen["missing"] = int((~there).sum())
+    seen["tokens"] = float(cell.count[there].mean()) if there.any() else np.nan
+    n_train, n_test = (len(set(images[part])) for part in (train, test))
+    few = n_train < FEWEST_TRAINING or n_test < FEWEST_TEST
+    how = {"level": options.level, "draws": options.draws, "seed": options.seed}
 
     def learn(labels: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
         fitted = [predict(x[train], labels[train], x[test], options.c) for x in cell.states]
@@ -268,21 +230,31 @@ def _judged(
         right = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
         return right, all(done for _, done in fitted)
 
-    found, converged = learn(labels)
-    common, there, nulls = majority(labels[train], labels[test]), train | test, []
-    for i in range(options.permutations):
-        dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
-        dealt[there] = shuffled(labels[there], images[there], rng)
-        nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
-    out, how = {}, {"level": options.level, "draws": options.draws, "seed": options.seed}
-    for metric, each in found.items():
-        right = each.mean(axis=0)
-        mean, low, high = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
-        null = [one[metric] for one in nulls]
-        std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
-        chance = most = np.nan
-        if null:
-            chance, most = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
-        numbers = (mean, std, low, high, chance, most, common[metric])
-        out[metric] = dict(zip(BLANK, numbers, strict=True)) | {"converged": converged}, right
-    return out
+    lines, rows = [], []
+    for target in targets:
+        at: dict[str, Any] = {"layer": cell.layer, "group": cell.group, "target": target.name}
+        labels = target.labels
+        if few or len(np.unique(labels[train], axis=0)) < 2:
+            note = "too few images" if there.any() else NONE
+            metrics = ("label accuracy", "exact set") if target.multi else ("accuracy",)
+            blank = {**BLANK, "converged": True, **seen, "note": note}
+            lines += [{**at, "metric": metric, **blank} for metric in metrics]
+            continue
+        with threadpool_limits(1):  # many small fits: threads would wait for one another
+            (found, converged), nulls = learn(labels), []
+            for i in range(options.permutations):
+                dealt, rng = labels.copy(), np.random.default_rng([options.seed, i])
+                dealt[there] = shuffled(labels[there], images[there], rng)
+                nulls.append({name: float(each.mean()) for name, each in learn(dealt)[0].items()})
+            for metric, each in found.items():
+                right, null = each.mean(axis=0), [one[metric] for one in nulls] or [np.nan]
+                mean, *interval = cluster_bootstrap(right.tolist(), images[test].tolist(), **how)
+                std = float(each.mean(axis=1).std(ddof=1)) if len(each) > 1 else np.nan
+                chance = float(np.mean(null)), float(np.quantile(null, 0.95, method="higher"))
+                common = majority(labels[train], labels[test])[metric]
+                numbers = dict(zip(BLANK, (mean, std, *interval, *chance, common), strict=True))
+                numbers |= {"converged": converged, **seen, "note": ""}
+                lines.append({**at, "metric": metric, **numbers})
+                where = {"record": np.flatnonzero(test), "image_id": images[test]}
+                rows.append({**at, "metric": metric, **where, "correct": right})
+    return lines, rows

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from sinkscope.checks import check_choice, check_flags, check_whole
@@ -19,7 +18,7 @@ from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.models.inputs import Sample
 
 KINDS = ("V-sinks", "L-sinks", "text sinks")
-TOP, VISUAL = "top attended", "visual sinks"
+TOP = "top attended"
 EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
     "mask": lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True),
     "halve": lambda tokens, layers: ScaleAttention(tokens, 0.5, layers, allow_noop=True),
@@ -34,9 +33,8 @@ def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
     """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``."""
     visual = trace.sample.tokens.image >= 0
     received = trace.received.nan_to_num().mean(dim=(1, 2)).masked_fill(~visual, -1.0)
-    out = torch.zeros_like(visual)
-    out.scatter_(1, received.topk(min(k, received.shape[1]), dim=1).indices, True)
-    return out & visual
+    most = received.topk(min(k, received.shape[1]), dim=1).indices
+    return torch.zeros_like(visual).scatter(1, most, True) & visual
 
 
 def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
@@ -48,7 +46,7 @@ def sinks_of(trace: SinkTrace, kind: str, k: int = 1) -> Tensor:
 
 def split(trace: SinkTrace, kind: str) -> tuple[Tensor, Tensor]:
     """Visual sinks of a kind, at any layer, and all other image tokens, bool ``[batch pos]``."""
-    chosen = ("V-sinks", "L-sinks") if kind == VISUAL else (kind,)
+    chosen = ("V-sinks", "L-sinks") if kind == "visual sinks" else (kind,)
     masks = [sinks_of(trace, one) for one in chosen]
     mask = torch.stack([mask if mask.ndim == 2 else mask.any(1) for mask in masks]).any(dim=0)
     return mask, (trace.sample.tokens.image >= 0) & ~mask
@@ -63,17 +61,15 @@ def content_seed(sample: Sample, seed: int) -> int:
 
 
 def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
-    """The trace with every visual sink in the place of a random ordinary image token, by `content_seed`.
+    """The trace with every visual sink in the place of a random ordinary image token; measurements stay.
 
-    ``v_sinks`` and ``l_detection`` move together, measurements stay. A row with fewer ordinary tokens
-    than sinks is left without any.
+    A row with fewer ordinary tokens than sinks is left without any.
     """
     generator = torch.Generator().manual_seed(content_seed(trace.sample, seed))
     v, rule = trace.v_sinks.clone(), trace.l_detection.mask.clone()
     visual, ordinary = trace.sample.tokens.image >= 0, trace.ordinary()
     for b in range(len(v)):
-        old = (visual[b] & ~ordinary[b]).nonzero().flatten()
-        pool = ordinary[b].nonzero().flatten()
+        old, pool = (mask[b].nonzero().flatten() for mask in (visual & ~ordinary, ordinary))
         new = pool[torch.randperm(len(pool), generator=generator)][: len(old)]
         for mask in (v[b], rule[b]):  # [pos] and [layer pos]
             moved = mask[..., old[: len(new)]].clone()
@@ -90,19 +86,9 @@ def by_layer(mask: Tensor) -> Tensor:
 
 def kinds(trace: SinkTrace) -> dict[str, tuple[Tensor, Tensor]]:
     """Image and text: all tokens of the kind, and those that are sinks at no layer."""
-    visual = trace.sample.tokens.image >= 0
-    text = trace.sample.tokens.live & ~visual
-    ordinary = text & ~trace.text_sinks().any(dim=1)
-    return {"image": (visual, trace.ordinary()), "text": (text, ordinary)}
-
-
-def drawable(mask: Tensor, trace: SinkTrace) -> Bool[Tensor, " batch"]:
-    """The rows with as many ordinary tokens of each kind as are edited, in every layer."""
-    layers, out = by_layer(mask), torch.ones(len(mask), dtype=torch.bool)
-    for all_of_kind, ordinary in kinds(trace).values():
-        pool = (ordinary & ~layers.any(dim=1)).sum(dim=1, keepdim=True)
-        out &= ((layers & all_of_kind[:, None]).sum(dim=2) <= pool).all(dim=1)
-    return out
+    visual, live = trace.sample.tokens.image >= 0, trace.sample.tokens.live
+    text, sinks = live & ~visual, trace.text_sinks().any(dim=1)
+    return {"image": (visual, trace.ordinary()), "text": (text, text & ~sinks)}
 
 
 def random_like(
@@ -119,45 +105,34 @@ def random_like(
     attention: in each layer of a mask by layer, else by their mean; None to match numbers.
     """
     edited, out = by_layer(mask), torch.zeros_like(by_layer(mask))
+    said, other = "that receive {:.4g} of attention together", "count"
     if received is None or mask.ndim == 2:
         layers = range(edited.shape[1])
-    if received is not None and mask.ndim == 2:
-        received = [row.mean(0)[None] for row in received]
+    if received is None:
+        received = torch.ones(edited.shape)  # a number is an attention of 1 each
+        said, other = "to draw from", "mass"
+    elif mask.ndim == 2:
+        received = received.mean(dim=1, keepdim=True)
     for kind, (all_of_kind, ordinary) in kinds(trace).items():
         mine, pool = edited & all_of_kind[:, None], ordinary & ~edited.any(dim=1)
         for b in range(len(mask) if mine.any() else 0):
             candidates = pool[b].nonzero().flatten()
             order = candidates[torch.randperm(len(candidates), generator=generator)]
             for at, layer in enumerate(layers):
-                given = None if received is None else received[b][at]
-                where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''} has"
-                out[b, layer, first_like(mine[b, layer], order, given, where, kind)] = True
+                if not mine[b, layer].any():
+                    continue
+                given, wanted = received[b, at, order], float(received[b, at, mine[b, layer]].sum())
+                if float(given.sum()) < wanted or not len(order):
+                    where = f"Row {b}{f', layer {layer},' if mask.ndim == 3 else ''}"
+                    raise TooFewTokensError(
+                        f"{where} has {len(order)} ordinary {kind} tokens {said.format(given.sum())}; "
+                        f"expected at least {wanted:.4g}, as the edited tokens. Edit fewer tokens, or "
+                        f"write match={other!r}."
+                    )
+                chosen = given.cumsum(0) - given < wanted
+                chosen[0] = True
+                out[b, layer, order[chosen]] = True
     return out if mask.ndim == 3 else out[:, 0]
-
-
-def first_like(
-    mask: Tensor, order: Tensor, received: Tensor | None, where: str, kind: str
-) -> Tensor:
-    """The first tokens of an order: as many as the mask ``[pos]`` has, or as much attended together."""
-    if received is None:
-        wanted = int(mask.sum())
-        if wanted > len(order):
-            raise TooFewTokensError(
-                f"{where} {len(order)} ordinary {kind} tokens to draw from; expected at least {wanted}, "
-                "as many as are edited. Edit fewer tokens or match by mass."
-            )
-        return order[:wanted]
-    if not mask.any():
-        return order[:0]
-    most, there = float(received[mask].sum()), float(received[order].sum())
-    if there < most or not len(order):
-        raise TooFewTokensError(
-            f"{where} {len(order)} ordinary {kind} tokens that receive {there:.3g} of attention together; "
-            f"expected at least {most:.3g}, as the edited tokens. Write match='count', or edit fewer."
-        )
-    chosen = received[order].cumsum(0) - received[order] < most
-    chosen[0] = True
-    return order[chosen]
 
 
 def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
@@ -168,7 +143,7 @@ def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
             f"Got a donor with a prompt of shape {tuple(donor.v_sinks.shape)}; expected "
             f"{tuple(trace.v_sinks.shape)}. Use the same question on another image."
         )
-    there = donor.v_sinks | donor.l_sinks().any(dim=1) | donor.text_sinks().any(dim=1)
+    there = donor.v_sinks | (donor.l_sinks() | donor.text_sinks()).any(dim=1)
     flat = by_layer(mask).any(dim=1)
     out = torch.zeros_like(flat)
     for kind, (all_of_kind, ordinary) in kinds(trace).items():
@@ -187,20 +162,19 @@ def other_positions(mask: Tensor, trace: SinkTrace, donor: SinkTrace) -> Tensor:
 def check_trace(trace: Any, what: str) -> None:
     """Refuse what is no trace."""
     if not hasattr(trace, "v_sinks"):
-        wanted = "expected a trace. Write ss.trace_sinks(lvlm, sample)"
-        raise InterventionError(f"Got {type(trace).__name__} as {what}; {wanted}.")
+        came = f"Got {type(trace).__name__} as {what}"
+        raise InterventionError(f"{came}; expected a trace. Write ss.trace_sinks(lvlm, sample).")
 
 
 @dataclass(frozen=True)
 class EditSinks:
-    """A condition: one edit of one kind of sink, or of as many random ordinary tokens.
+    """Edit one kind of sink, or as many random ordinary tokens: a condition.
 
-    Args:
-        kind: ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``: ``k`` per row.
-        edit: ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or
-            ``"resample value"``, in the blocks ``layers``, None for all.
-        control: Whether to edit random tokens of the same number instead, drawn by ``seed`` and the images
-            and texts of the batch. A row with too few is left unedited and counted; see `uncontrolled`.
+    ``kind`` is ``"V-sinks"``, ``"L-sinks"``, ``"text sinks"`` or ``"top attended"``: ``k`` per row. ``edit``
+    is ``"mask"``, ``"halve"`` (the attention weights), ``"zero value"``, ``"mean value"`` or ``"resample
+    value"``, in the blocks ``layers``, None for all. ``control`` edits random tokens of the same number
+    instead, drawn by ``seed`` and the images and texts of the batch. A row with too few is left unedited
+    and counted; see `uncontrolled`.
     """
 
     kind: str
@@ -219,17 +193,18 @@ class EditSinks:
 
     def __call__(self, trace: SinkTrace) -> Sequence[Any]:
         """The interventions for the trace of a batch; none if it has no such token."""
-        mask = sinks_of(trace, self.kind, self.k)
-        left = ~self.uncontrolled(trace)
-        mask = mask & (left[:, None] if mask.ndim == 2 else left[:, None, None])
-        if not mask.any():
-            return []
-        if self.control:
+        mask = sinks_of(trace, self.kind, self.k).clone()
+        mask[self.uncontrolled(trace)] = False
+        if mask.any() and self.control:
             generator = torch.Generator().manual_seed(content_seed(trace.sample, self.seed))
             mask = random_like(mask, trace, generator)
-        return [EDITS[self.edit](mask, self.layers)]
+        return [EDITS[self.edit](mask, self.layers)] if mask.any() else []
 
     def uncontrolled(self, trace: SinkTrace) -> Tensor:
         """Bool ``[batch]``: rows with such tokens, for which no control could be drawn."""
-        mask = sinks_of(trace, self.kind, self.k)
-        return mask.flatten(1).any(dim=1) & ~drawable(mask, trace) & self.control
+        mask = by_layer(sinks_of(trace, self.kind, self.k))
+        short = torch.zeros(len(mask), dtype=torch.bool)
+        for all_of_kind, ordinary in kinds(trace).values():
+            pool = (ordinary & ~mask.any(dim=1)).sum(dim=1, keepdim=True)
+            short |= ((mask & all_of_kind[:, None]).sum(dim=2) > pool).any(dim=1)
+        return mask.flatten(1).any(dim=1) & short & self.control

@@ -1,17 +1,13 @@
-"""trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do.
-
-The order is rules, one pass that measures, what the rules flag, records. V-sinks are decided on the
-states that feed the projector and carried to LLM positions. L-sinks are visual tokens that meet the L
-rule on what a layer's attention reads; V wins over L. Text sinks are listed beside them.
-"""
+"""trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Bool, Float
@@ -19,11 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_number, is_whole
-from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
-from sinkscope.detectors.gap import DRAWS
+from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
+from sinkscope.detectors.gap import DRAWS, outcome_of
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.measuring import Candidate, JudgedTower, Measured, carry, measure
-from sinkscope.experiments.sink_records import SinkRecord, collect_records
+from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
@@ -37,13 +32,14 @@ from sinkscope.viz.tables import trace_html, trace_summary
 class SinkTrace(Result):
     """The sinks of one sample.
 
+    V-sinks are decided on the states that feed the projector. L-sinks are visual tokens that meet the L rule
+    on what a layer's attention reads and are no V-sinks. Text sinks are listed with them.
+
     Attributes:
-        rules: The rules that decided, and where they are from.
-        v_detection: What the V rule flags in the vision tower, in every block.
+        v_detection: What the V rule of ``rules`` flags in the vision tower, in every block.
         l_detection: What the L rule flags in the LLM, in every layer (all tokens).
-        v_sinks: V-sinks at their LLM positions.
-        attended: Image tokens to which the vision tower attends throughout and that are no V-sinks, at
-            their LLM positions: attention without a spike.
+        attended: Image tokens to which the vision tower attends throughout and that are no V-sinks: attention
+            without a spike. They are at their LLM positions, as ``v_sinks``.
         records: One `SinkRecord` per sink, and per token of ``attended`` that is no L-sink.
         feeds: Vision blocks whose output feeds the projector, ascending: where the V rule counts.
         vision: Spikes and attention of every ViT token; ``language``: of every token of the prompt.
@@ -80,7 +76,7 @@ class SinkTrace(Result):
 
     @property
     def null(self) -> Float[Tensor, "batch layer key"] | None:
-        """The same under uniform attention."""
+        """Attention received under uniform attention."""
         return self.language.received.null
 
     @property
@@ -96,21 +92,75 @@ class SinkTrace(Result):
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
-        return tuple(one for tower in self._towers() for one in tower.candidates())
+        return (*self._candidates("vision"), *self._candidates("language"))
 
     @cached_property
     def outcomes(self) -> dict[Tower, str]:
         """For a tower in which nothing is flagged: what spikes, what draws, in one sentence."""
-        found = {"vision": self.v_sinks, "language": self.l_detection.mask}
-        empty = [one for one in self._towers() if not bool(found[one.tower].any())]
-        return {one.tower: one.outcome(self.draws) for one in empty}
+        found: dict[Tower, Tensor] = {"vision": self.v_sinks, "language": self.l_detection.mask}
+        return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
-    def _towers(self) -> tuple[JudgedTower, JudgedTower]:
-        v, low, rules = self.v_detection, self.l_detection, self.rules
-        return (
-            JudgedTower("vision", self.sample, rules.v, self.vision, v, [*self.feeds]),
-            JudgedTower("language", self.sample, rules.l_rule, self.language, low, [*low.layers]),
-        )
+    def _outcome(self, tower: Tower) -> str:
+        rule, seen, _, layers = self._judged(tower)
+        if isinstance(rule, NoSinks):
+            return rule.reason
+        rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
+        return outcome_of(rule, [seen.at(layers)], tower, lambda _, *at: named(self, tower, *at))
+
+    def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
+        """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
+        if tower == "vision":
+            return self.rules.v, self.vision, self.v_detection, [*self.feeds]
+        return self.rules.l_rule, self.language, self.l_detection, [*self.l_detection.layers]
+
+    def _candidates(self, tower: Tower) -> Iterator[Candidate]:
+        """Three tokens per row for their attention and three for their spike, the most attended first."""
+        _, evidence, detection, layers = self._judged(tower)
+        excess, tokens = evidence.received.excess(), self.sample.tokens
+        live = tokens.vision.live if tower == "vision" else tokens.live
+        large = evidence.prominence()[:, layers].nan_to_num(-1.0)
+        attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        for row, drawing in enumerate(attention):
+            few, size = min(3, len(drawing)), large[row].amax(dim=0)
+            most = [*drawing.topk(few).indices.tolist(), *size.topk(few).indices.tolist()]
+            best = dict.fromkeys(pos for pos in most if bool(live[row, pos]))
+            for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
+                times, given = large[row, :, pos], excess[row, :, :, pos]
+                layer, at, drawn = layers[int(times.argmax())], None, float("nan")
+                if not bool(given.isnan().all()):
+                    at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])
+                    drawn = float(given[at])
+                flagged = bool(detection.mask[row, layers, pos].any())
+                reason = "flagged" if flagged else self._why_not(tower, row, pos)
+                where = tower, row, pos, named(self, tower, row, pos)
+                spike = float(evidence.medians()[row, layer, pos]), float(times.max()), layer
+                yield Candidate(*where, *spike, drawn, at, flagged, reason)
+
+    def _why_not(self, tower: Tower, row: int, pos: int) -> str:
+        """Why the rule of a tower flags a token in no layer."""
+        rule, evidence, detection, layers = self._judged(tower)
+        if isinstance(rule, NoSinks):
+            return "there is no rule for this tower"
+        if not isinstance(rule, Gap):
+            scores, limits = detection.scores[row, :, pos], detection.threshold[row]
+            layer = int((scores / limits).nan_to_num(-1.0).argmax())
+            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
+        if not bool(evidence.judged[row, pos]):
+            return "no patch: a kind of its own, listed apart"
+        at = (row, layers, pos)
+        times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
+        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
+        draws = bool(rule.draws_in(evidence)[at].any())
+        if not bool(large.any()):
+            said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
+            return said if draws else f"{said}; draws nothing"
+        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
+            return "its spike came with the embeddings"
+        if draws:
+            return "spikes and draws attention, but never in the same layer"
+        if bool(known.isnan().all()):
+            return "spikes; fewer than 8 tokens see it"
+        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
 
     @property
     def n_layers(self) -> int:
@@ -118,21 +168,17 @@ class SinkTrace(Result):
         return len(self.l_detection.layers)
 
     def _meeting(self, tokens: Tensor, layer: int | None, rule: bool = True) -> Tensor:
-        """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not; shapes as in `l_sinks`."""
+        """Those of ``tokens`` ``[batch pos]`` that meet the L rule, or do not."""
+        meets = self.l_detection.mask == rule
         if layer is None:
-            return tokens[:, None] & (self.l_detection.mask == rule)
-        if not is_whole(layer, 0, self.n_layers - 1):
-            raise SelectionError(
-                f"Got layer {layer!r}; expected 0 to {self.n_layers - 1}: l_sinks(l) is decided on "
-                "what block l reads."
-            )
-        return tokens & (self.l_detection.mask[:, layer] == rule)
+            return tokens[:, None] & meets
+        if is_whole(layer, 0, self.n_layers - 1):
+            return tokens & meets[:, layer]
+        wanted = f"0 to {self.n_layers - 1}: l_sinks(l) is decided on what block l reads"
+        raise SelectionError(f"Got layer {layer!r}; expected {wanted}.")
 
     def l_sinks(self, layer: int | None = None) -> Tensor:
-        """Visual tokens that meet the L rule on what ``layer`` reads, V-sinks removed, ``[batch pos]``.
-
-        None is all layers, ``[batch layer pos]``.
-        """
+        """L-sinks on what ``layer`` reads, ``[batch pos]``; None: of every layer, ``[batch layer pos]``."""
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
 
     def overlap(self, layer: int | None = None) -> Tensor:
@@ -163,28 +209,24 @@ class SinkTrace(Result):
 
     def overlap_table(self) -> pd.DataFrame:
         """Per layer: V-sinks, L-sinks, V-sinks that meet the L rule too, text sinks; summed over rows."""
-        groups, both = self.groups, self.overlap()
-        masks = {"V": groups["V-sinks"], "L": groups["L-sinks"], "V and L rule": both}
-        masks["text"] = groups["text sinks"]
+        v, low, _, text, _ = self.groups.values()
+        masks = {"V": v, "L": low, "V and L rule": self.overlap(), "text": text}
         table = {name: mask.sum(dim=(0, 2)).tolist() for name, mask in masks.items()}
         return pd.DataFrame({"layer": list(self.l_detection.layers), **table})
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per sink: the records."""
-        names = [one.name for one in fields(SinkRecord)]
-        return pd.DataFrame([record.to_dict() for record in self.records], columns=names)
+        lines = [record.to_dict() for record in self.records]
+        return pd.DataFrame(lines, columns=list(SinkRecord.__dataclass_fields__))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The trace as JSON; written to ``path`` too."""
         v, low = self.v_detection.detector, self.l_detection.detector
-        body = {
-            "detectors": {"V": v, "L": low, "chosen": self.chosen},
-            "outcomes": self.outcomes,
-            "warnings": list(self.warnings),
-            "overlap": self.overlap_table().to_dict(orient="list"),
-            "sinks": [record.to_dict() for record in self.records],
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-        }
+        rules = {"V": v, "L": low, "chosen": self.chosen}
+        body: Any = {"detectors": rules, "outcomes": self.outcomes, "warnings": self.warnings}
+        body |= {"overlap": self.overlap_table().to_dict(orient="list")}
+        body |= {"sinks": [record.to_dict() for record in self.records]}
+        body |= {"candidates": [asdict(candidate) for candidate in self.candidates]}
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
             Path(path).write_text(text)
@@ -195,7 +237,6 @@ class SinkTrace(Result):
         return trace_summary(self)
 
     def _repr_html_(self) -> str:
-        """The same table for a notebook."""
         return trace_html(self)
 
     def plot(self, row: int = 0) -> Figure:
@@ -222,6 +263,8 @@ def trace_sinks(
 ) -> SinkTrace:
     """Trace the sinks of a sample from the ViT through the projector into the LLM, in one pass.
 
+    DetectorError if a detector cannot work on this model, or ``draws`` is no share.
+
     Args:
         lvlm: The model.
         sample: From ``lvlm.prepare``; ``remote`` is as in `LVLM.run`.
@@ -234,9 +277,6 @@ def trace_sinks(
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to count as attended: a share between 0 and 1.
-
-    Raises:
-        DetectorError: If a detector cannot work on this model, or ``draws`` is no share.
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
@@ -245,21 +285,15 @@ def trace_sinks(
         rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
-    m = measure(lvlm, sample, rules, draws, remote)
-    feeds = [m.v.layers.index(layer) for layer in lvlm.anatomy.feed_layers]
+    m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
+    feeds = [m.v.layers.index(block) for block in blocks]
     v_sinks = carry(sample, m.v, feeds, merge)
-    throughout = sample.tokens.from_vision(m.attended_throughout().float()).nan_to_num() > 0
-    attended = throughout & ~v_sinks
-    records, said = collect_records(m, v_sinks, attended), _warnings(m, lvlm, feeds)
-    decided = sample, rules, m.v, m.low, v_sinks, attended, records
-    return SinkTrace(*decided, lvlm.anatomy.feed_layers, m.vision, m.language, draws, said)
-
-
-def _warnings(m: Measured, lvlm: LVLM, feeds: Sequence[int]) -> tuple[str, ...]:
-    """Warnings that concern what was decided: the feeding blocks, and every LLM layer."""
-    feeding = bool((m.v.fraction[:, feeds] > 0.2).any())
-    known, out = known_for(lvlm), (*(m.v.warnings if feeding else ()), *m.low.warnings)
-    if known is None or known.default:
-        return out
-    text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
-    return (*out, text + "used unasked.")
+    attended = (sample.tokens.from_vision(m.attended.float()).nan_to_num() > 0) & ~v_sinks
+    # What concerns the decision: the feeding blocks, and every LLM layer.
+    saturated, known = bool((m.v.fraction[:, feeds] > 0.2).any()), known_for(lvlm)
+    warnings = (*(m.v.warnings if saturated else ()), *m.low.warnings)
+    if known is not None and not known.default:
+        text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
+        warnings = (*warnings, text + "used unasked.")
+    found = v_sinks, attended, m.records(v_sinks, attended), blocks
+    return SinkTrace(sample, rules, m.v, m.low, *found, m.vision, m.language, draws, warnings)

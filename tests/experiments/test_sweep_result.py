@@ -235,7 +235,7 @@ def test_observations_tell_what_was_planted():
     assert "1 of 2 tasks gain on held-out images, in 1 different cell." in said
     assert "clearly gains in layer 1," in said
     assert "clearly above 0 in 1 and clearly below 0 in 0 of 3 layers" in said
-    assert "which of the two it was cannot be told apart" in said
+    assert "which of them it was cannot be told apart" in said
     assert "Note: a note." in said
 
 

@@ -10,8 +10,7 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import DetectorError, SelectionError
-from sinkscope.experiments.measuring import carry
-from sinkscope.experiments.sink_records import birth_block
+from sinkscope.experiments.measuring import birth_block, carry
 from sinkscope.testing import plant, random_image, sink_free
 
 GIVEN = (detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0))
