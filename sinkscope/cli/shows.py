@@ -108,7 +108,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
     print(f"\n{describe(scene)}\n\n{as_text(tables)}")
     if effects:
         asked = [{**q, "task": q["scope"]} for q in scene_questions(effects, 6)]
-        summary = effect_table(lvlm, asked).summary()
+        summary = effect_table(lvlm, asked).estimates()
         print(f"\n{EFFECTS}:\n{effects_text(summary)}")
         tables[EFFECTS] = effects_frame(summary)
     hint = "\nFor models that have sinks: sinkscope demo, sinkscope demo --planted"

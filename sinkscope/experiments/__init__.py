@@ -14,8 +14,7 @@ from sinkscope.experiments.probing import LinearProbes, linear_probes
 from sinkscope.experiments.sink_edits import EditSinks, top_received
 from sinkscope.experiments.sink_records import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.statistics import cluster_bootstrap, cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_cost import SweepCost
-from sinkscope.experiments.sweep_grid import lsg_grid
+from sinkscope.experiments.sweep_grid import SweepCost, lsg_grid
 from sinkscope.experiments.sweep_result import Sweep
 from sinkscope.experiments.sweeping import sweep
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks

@@ -76,8 +76,8 @@ def effect_table(
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.summary()`` is the
-    table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
+    The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.estimates()`` is the
+    table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.estimates())`` the lines for a terminal.
     """
     made = effect_conditions(**options)
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_flags, check_number, check_whole
-from sinkscope.data.answers import Answers, answer_batch
+from sinkscope.data.answers import answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError
@@ -47,27 +47,26 @@ class Comparison(Result):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of `summary`, ``"all"`` last."""
+        """The tasks of `estimates`, ``"all"`` last."""
         return (*(task for task in self.table["task"].unique() if task != ALL), ALL)
 
     @property
     def comparisons(self) -> int:
-        """How many differences to the base `summary` reports; ``level=1 - 0.05 / it`` is Bonferroni's."""
-        return self.summary(draws=1).attrs["comparisons"]
+        """How many differences `estimates` reports; ``level=1 - 0.05 / it`` is Bonferroni's."""
+        return self.estimates(draws=1).attrs["comparisons"]
 
-    def summary(
+    def estimates(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
     ) -> pd.DataFrame:
-        """Accuracy and paired difference to the base, per task, with intervals of coverage ``level``.
+        """Estimate accuracy and paired difference to the base, per task, with intervals of ``level``.
 
         Intervals resample images with all their questions, and seeds (see `cluster_bootstrap`).
         ``touched_only`` judges each condition on the questions it touched only.
 
-        Returns:
-            Columns task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),
-            accuracy, low, high, delta, delta_low, delta_high, changed (share of answers that turned
-            right or wrong), seed_sd (of the accuracy over seeds; NaN for one). Task ``"all"`` holds
-            every question; ``attrs["comparisons"]`` is how many differences there are.
+        Columns are task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),
+        accuracy, low, high, delta, delta_low, delta_high, changed (share of answers that turned right or
+        wrong) and seed_sd (of the accuracy over seeds; NaN for one). Task ``"all"`` holds every question;
+        ``attrs["comparisons"]`` is how many differences there are.
         """
         check_number(above=0, below=1, hint="Write 0.95.", level=level)
         check_whole(1, hint="Write 2000.", draws=draws)
@@ -87,21 +86,28 @@ class Comparison(Result):
         out.attrs |= {"comparisons": effects.count_comparisons(out, self.base), "level": level}
         return out
 
+    def summary(self, **options: Any) -> str:
+        """Write `estimates` as text for a terminal, with the options of `estimates`."""
+        table = self.estimates(**options)
+        if not self.conditions:
+            return table.to_string(index=False, float_format="%.3f")
+        return effects.effects_text(table, base=self.base)
+
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of `table`."""
         return self.table.copy()
 
     def to_markdown(self, **options: Any) -> str:
-        """The summary as a Markdown table, conditions down and tasks across; options of `summary`."""
-        return effects.comparison_markdown(self.summary(**options), base=self.base)
+        """Write `estimates` as a Markdown table, conditions down and tasks across."""
+        return effects.comparison_markdown(self.estimates(**options), base=self.base)
 
     def to_latex(self, **options: Any) -> str:
-        """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it."""
-        return effects.comparison_latex(self.summary(**options), base=self.base)
+        """Write the same as a LaTeX ``tabular``, with a note about the number of comparisons."""
+        return effects.comparison_latex(self.estimates(**options), base=self.base)
 
     def plot(self, **options: Any) -> Figure:
-        """The change of accuracy per task and condition, with intervals; options of `summary`."""
-        return effects.plot_effects(self.summary(**options), base=self.base)
+        """Draw the change of accuracy per task and condition, with intervals."""
+        return effects.plot_effects(self.estimates(**options), base=self.base)
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +130,7 @@ class Applied(Protocol):
     """A condition that holds inside a ``with`` block, such as weights with an adapter in them."""
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
-        """The block."""
-        ...
+        """Enter the condition, and leave it when the block ends."""
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
@@ -154,21 +159,14 @@ class Variant:
     condition: Any
 
     @property
+    def whole(self) -> bool:
+        """Whether it holds for the whole model, in a block."""
+        return isinstance(self.condition, Applied)
+
+    @property
     def needs_trace(self) -> bool:
         """Whether it is a function of a trace."""
-        return not isinstance(self.condition, Applied) and callable(self.condition)
-
-    def edits(self, trace: Any) -> Sequence[Any]:
-        """Its interventions for a batch; none for what is applied as a whole."""
-        if isinstance(self.condition, Applied):
-            return []
-        edits = self.condition(trace) if self.needs_trace else self.condition
-        if edits is None:
-            raise InputError(
-                f"The condition {self.name!r} gave None for a batch; expected a list of interventions. "
-                "Does its function end without a return? Write [] for no edit."
-            )
-        return edits
+        return not self.whole and callable(self.condition)
 
 
 def as_variants(conditions: Any) -> list[Variant]:
@@ -218,7 +216,6 @@ def compare(
     `sweep` with ``score="exact"``, or it begins with the same text after stripping and lower case.
 
     Args:
-        lvlm: The model, with its processor.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
             ``image_id`` and ``choices``: dicts or `Item`. Questions about one image stand together.
         conditions: Name -> condition; the first is the base, usually ``[]``. A condition is a list of
@@ -254,35 +251,37 @@ def _answer(
     lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
-    items = [*part.values()]
+    items, trace, plain = [*part.values()], None, None
     sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
-    trace: Any = None
     if any(variant.needs_trace for variant in variants):
         trace = trace_sinks(lvlm, sample, **rules)
-    plain: Answers | None = None
     for variant in variants:
-        edits, whole = variant.edits(trace), isinstance(variant.condition, Applied)
-        answers = None if whole or edits else plain  # without an edit the answers stay the same
+        condition, edits = variant.condition, []
+        sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
+        if variant.needs_trace and trace is not None:
+            edits = condition(trace)
+            sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
+            if isinstance(condition, EditSinks):
+                uncontrolled = condition.uncontrolled(trace).tolist()
+        elif not variant.whole:
+            edits = condition
+        if edits is None:
+            raise InputError(
+                f"The condition {variant.name!r} gave None for a batch; expected a list of interventions. "
+                "Does its function end without a return? Write [] for no edit."
+            )
+        answers = None if variant.whole or edits else plain  # the same without an edit
         if answers is None:
-            with variant.condition.apply(lvlm) if whole else nullcontext():
+            with condition.apply(lvlm) if variant.whole else nullcontext():
                 answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
-        if whole:
+        if variant.whole:
             answers = replace(answers, touched=(True,) * len(items))
         elif not edits:
             plain = answers
-        yield from _lines(part, variant, answers, trace if variant.needs_trace else None)
-
-
-def _lines(
-    part: Mapping[int, Item], variant: Variant, answers: Answers, trace: SinkTrace | None
-) -> Iterator[dict[str, Any]]:
-    sinks, uncontrolled = [float("nan")] * len(part), [False] * len(part)
-    if trace is not None:
-        sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
-        if isinstance(variant.condition, EditSinks):
-            uncontrolled = variant.condition.uncontrolled(trace).tolist()
-    for row, (index, item) in enumerate(part.items()):
-        asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
-        told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
-        line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
-        yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}
+        for row, (index, item) in enumerate(part.items()):
+            asked = {
+                name: getattr(item, name) for name in ("image_id", "task", "question", "answer")
+            }
+            told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
+            line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
+            yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}

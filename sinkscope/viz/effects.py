@@ -87,7 +87,7 @@ def checked(
     summary: pd.DataFrame, tasks: Sequence[str] | None = None, base: str | None = None
 ) -> Effects:
     """The summary with the tasks to show, the base and the others, after a look at it."""
-    theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
+    theme.check_table(summary, COLUMNS, "what Comparison.estimates() returns")
     known = list(dict.fromkeys(summary["task"]))
     conditions: list[str] = list(dict.fromkeys(summary["condition"]))
     shown = sorted(known, key=lambda task: task != "all") if tasks is None else list(tasks)
@@ -216,7 +216,7 @@ def plot_effects(
     "none found": there is no such token, so no row was touched; controls of such conditions are left
     out. "too few to draw from": the same of a control. Above a panel is the accuracy of the base.
 
-    The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order, None for all;
+    The ``summary`` is that of ``Comparison.estimates()``; ``tasks`` are shown in their order, None for all;
     ``base`` is the condition to compare with, None for the first.
     """
     effects = checked(summary, tasks, base)

@@ -248,7 +248,7 @@ def test_the_record_is_plain_and_whole(lvlm):
     assert text.startswith("1 gate of")
     assert "<table" in html
     assert "best_loss" in html
-    assert result.summary()["base_loss"].tolist() == [record["base"]["loss"]]
+    assert result.estimates()["base_loss"].tolist() == [record["base"]["loss"]]
 
 
 def test_the_base_loss_is_transformers_own(lvlm):
