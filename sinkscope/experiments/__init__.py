@@ -5,9 +5,9 @@ from sinkscope.data.items import Item, LabelledImage
 from sinkscope.data.questions import Questions
 from sinkscope.experiments import baselines
 from sinkscope.experiments.baselines import effect_conditions, effect_table
-from sinkscope.experiments.coefficients import GateCoefficients, gate_coefficients
 from sinkscope.experiments.comparing import Comparison, PerSeed, compare, per_seed
 from sinkscope.experiments.controls import ControlResult, RandomControl, replacement_table
+from sinkscope.experiments.gating import GateCoefficients, gate_coefficients
 from sinkscope.experiments.generation import GenerationTrace, SinkLife, trace_generation
 from sinkscope.experiments.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing import LinearProbes, linear_probes

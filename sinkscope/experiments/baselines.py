@@ -11,7 +11,7 @@ from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments import sink_edits
 from sinkscope.experiments.comparing import Comparison, Condition, compare
-from sinkscope.experiments.lora import LoRA, lora
+from sinkscope.experiments.gating import LoRA, lora
 from sinkscope.experiments.sink_edits import EDITS, EditSinks, split
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront

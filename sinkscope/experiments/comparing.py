@@ -131,6 +131,7 @@ class Applied(Protocol):
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
         """Enter the condition, and leave it when the block ends."""
+        ...
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
@@ -151,7 +152,7 @@ def per_seed(*conditions: Condition) -> PerSeed:
 
 
 @dataclass(frozen=True)
-class Variant:
+class _Variant:
     """One condition of one seed: 0, 1, ... among those of that name."""
 
     name: str
@@ -159,17 +160,15 @@ class Variant:
     condition: Any
 
     @property
-    def whole(self) -> bool:
-        """Whether it holds for the whole model, in a block."""
+    def whole(self) -> bool:  # holds in a block, for the whole model
         return isinstance(self.condition, Applied)
 
     @property
     def needs_trace(self) -> bool:
-        """Whether it is a function of a trace."""
         return not self.whole and callable(self.condition)
 
 
-def as_variants(conditions: Any) -> list[Variant]:
+def _variants(conditions: Any) -> list[_Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
         wanted = "a dict such as {'base': [], 'masked': lambda trace: [ss.MaskKeys(trace.v_sinks)]}"
@@ -179,7 +178,7 @@ def as_variants(conditions: Any) -> list[Variant]:
         several = given.seeds if isinstance(given, PerSeed) else (given,)
         if not out and len(several) > 1:
             raise InputError("Got several seeds for the base; expected one: {'base': []} first.")
-        out += [Variant(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
+        out += [_Variant(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
     return out
 
 
@@ -231,7 +230,7 @@ def compare(
     check_whole(1, batch=batch)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    variants, items = as_variants(conditions), as_items(dataset)
+    variants, items = _variants(conditions), as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
@@ -248,7 +247,7 @@ def compare(
 
 
 def _answer(
-    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
+    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[_Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
     items, trace, plain = [*part.values()], None, None
@@ -256,13 +255,14 @@ def _answer(
     if any(variant.needs_trace for variant in variants):
         trace = trace_sinks(lvlm, sample, **rules)
     for variant in variants:
-        condition, edits = variant.condition, []
+        condition: Any = variant.condition
+        edits: Any = []
         sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
         if variant.needs_trace and trace is not None:
             edits = condition(trace)
             sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
-            if isinstance(condition, EditSinks):
-                uncontrolled = condition.uncontrolled(trace).tolist()
+            if isinstance(variant.condition, EditSinks):
+                uncontrolled = variant.condition.uncontrolled(trace).tolist()
         elif not variant.whole:
             edits = condition
         if edits is None:

@@ -19,16 +19,14 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from sinkscope.checks import check_choice
-from sinkscope.data.items import ALL
 from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
-from sinkscope.experiments.statistics import cluster_intervals
+from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
 from sinkscope.files import claim, read_json, write_whole
 from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
-BY = ("task", ALL)
 
 
 def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
@@ -222,9 +220,4 @@ class Sweep:
 
     def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
         """The table by task, and whole at the end if there are several."""
-        by = self.by if by is None else by
-        check_choice(BY, by=by)
-        if by == "task" and self.table["task"].nunique() > 1:
-            for name, part in self.table.groupby("task", sort=True):
-                yield str(name), part
-        yield ALL, self.table
+        return by_task(self.table, self.by if by is None else by)

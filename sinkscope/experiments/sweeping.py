@@ -25,9 +25,10 @@ from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
 from sinkscope.detectors.detection import check_detector
 from sinkscope.errors import InputError
 from sinkscope.experiments import sweep_grid
+from sinkscope.experiments.statistics import BY
 from sinkscope.experiments.sweep_grid import Cells, Groups, Pair, SweepCost
 from sinkscope.experiments.sweep_images import Batch, Line, Rules, sweep_image
-from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
+from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place, held
 from sinkscope.models.identity import identity_of
 from sinkscope.models.lvlm import LVLM
@@ -257,7 +258,7 @@ class ContentHasher(NumpyHasher):
         if isinstance(value, Tensor):
             return value.detach().cpu().double().numpy()
         if isinstance(value, (set, frozenset)):
-            return sorted(ContentHasher(self.root).hash(each) for each in value)
+            return sorted(str(ContentHasher(self.root).hash(each)) for each in value)
         if isinstance(value, CodeType):  # where its lines stood does not matter
             names = ("code", "names", "varnames", "freevars", "argcount", "consts")
             return [getattr(value, f"co_{name}") for name in names]
