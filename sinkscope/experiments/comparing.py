@@ -46,11 +46,6 @@ class Comparison(Result):
         return tuple(c for c in self.table["condition"].unique() if c != self.base)
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks of `estimates`, ``"all"`` last."""
-        return (*(task for task in self.table["task"].unique() if task != ALL), ALL)
-
-    @property
     def comparisons(self) -> int:
         """How many differences `estimates` reports; ``level=1 - 0.05 / it`` is Bonferroni's."""
         return self.estimates(draws=1).attrs["comparisons"]
@@ -73,7 +68,7 @@ class Comparison(Result):
         given = {"seed": 0, "uncontrolled": False}
         table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
-        parts = [named] if len(self.tasks) > 2 else []
+        parts = [named] if named["task"].nunique() > 1 else []
         whole = pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
         options, lines = {"level": level, "draws": draws, "seed": seed}, []
         for names, part in whole.groupby(["task", "condition"], sort=False):

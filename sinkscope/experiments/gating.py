@@ -58,14 +58,13 @@ class GateCoefficients(Result):
         """
         tables = []
         for task, part in by_task(self.table, self.by if by is None else by):
-            wide: Any = part.pivot(index="item", columns=CELL, values="coefficient")
+            wide = part.pivot(index="item", columns=CELL, values="coefficient")
             images = part.drop_duplicates("item").set_index("item")["image_id"].loc[wide.index]
             means = cluster_intervals(wide.to_numpy(dtype=float), images.tolist(), **intervals)
             cells = pd.DataFrame(list(wide.columns), columns=CELL)
             numbers = dict(zip(("coefficient", "low", "high"), means, strict=True))
             made = cells.assign(n=len(wide), images=images.nunique(), **numbers)
-            means_of: Any = part.groupby(CELL)[["untrained", "tokens"]].mean()
-            made = made.join(means_of, on=CELL)
+            made = made.join(part.groupby(CELL)[["untrained", "tokens"]].mean(), on=CELL)
             made.insert(0, "task", task)
             tables.append(made)
         return pd.concat(tables, ignore_index=True)

@@ -15,7 +15,7 @@ from sinkscope.models.pictures import clusters_of
 BY = ("task", ALL)
 
 
-def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, pd.DataFrame]]:
+def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, Any]]:
     """The table by task, and whole at the end if there are several; ``"all"`` whole only."""
     check_choice(BY, by=by)
     if by == "task" and table["task"].nunique() > 1:

@@ -58,8 +58,8 @@ def check_grid(grid: Any) -> list[Pair]:
     for pair in grid:
         numbers = list(pair) if isinstance(pair, Iterable) and not isinstance(pair, str) else []
         if len(numbers) not in GROUPS or not all(map(is_number, numbers)):
-            wanted = "two finite numbers, or three"
-            raise InputError(f"Got {pair!r} in the grid; expected {wanted}. {hint}")
+            came = f"Got {pair!r} in the grid"
+            raise InputError(f"{came}; expected two finite numbers, or three. {hint}")
         pairs[tuple(map(float, numbers))] = None
     if len({len(pair) for pair in pairs}) > 1:
         raise InputError(
@@ -74,8 +74,8 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
-    several = isinstance(layers, Iterable) and not isinstance(layers, str)
-    given: list[Any] = list(layers) if several else [layers]
+    alone = isinstance(layers, str) or not isinstance(layers, Iterable)
+    given: list[Any] = [layers] if alone else list(layers)
     for layer in given:
         if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
             raise LayerError(
@@ -236,17 +236,12 @@ class Work:
 class SweepCost:
     """What a sweep would do. Print it.
 
-    Attributes:
-        images: How many image ids there are.
-        pairs: Coefficient pairs, or triples (``groups`` is 3), the base apart.
-        forwards: Full forward passes of the plain loop: one per question, layer and pair, and one per
-            question for the base.
-        blocks_plain: Decoder blocks times rows that the plain loop runs.
-        blocks: The same of the sweep at most, a common beginning and each of its endings counted as
-            rows of their own. What finds the sinks is not counted.
-        bound: Multiplications of the plain loop over those of the sweep, an estimate of how many times
-            cheaper the sweep is. That pairs which do the same are run once is not counted.
-        looked_at: Questions whose lengths were looked at; the rest is taken to be like them.
+    ``forwards`` are full forward passes of the plain loop: one per question, layer and pair (or triple, with
+    3 ``groups``), and one per question for the base. ``blocks_plain`` are decoder blocks times rows of the
+    plain loop, ``blocks`` those of the sweep at most: a common beginning and each of its endings are rows of
+    their own, and what finds the sinks is not counted. ``bound`` is an estimate of how many times cheaper the
+    sweep is: multiplications of the plain loop over those of the sweep, not counting that pairs which do the
+    same are run once. It is from the lengths of ``looked_at`` questions.
     """
 
     questions: int

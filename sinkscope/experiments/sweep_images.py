@@ -39,14 +39,11 @@ class Batch:
         self.size = int(size) if self.fixed else most
 
     def chunks(self, n: int, work: Callable[[int, int], list[T]]) -> list[T]:
-        """What ``work(start, stop)`` gives for all of ``0 .. n``, in order."""
+        """What ``work(start, stop)``, a list of ``stop - start``, gives for all of ``0 .. n``, in order."""
         done: list[T] = []
-        start = 0
-        while start < n:
+        while len(done) < n:
             try:
-                stop = min(n, start + self.size)
-                done += work(start, stop)
-                start = stop
+                done += work(len(done), min(n, len(done) + self.size))
             except torch.OutOfMemoryError:
                 if self.fixed or self.size == 1:
                     raise

@@ -148,7 +148,7 @@ class Sweep:
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            most: Any = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
+            most = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
             line = {"task": name, "n": len(once), "images": once["image_id"].nunique()}
             line |= {column: once[f"base_{column}"].mean() for column in ("score", "logprob")}
             lines.append(line | (most > 0).mean().rename(lambda n: f"with_{n[2:]}").to_dict())
@@ -218,6 +218,6 @@ class Sweep:
         pairs = counted(len(self.pairs), NOUNS[len(self.groups)])
         return f"Sweep({said} x {pairs}, score={self.score!r})"
 
-    def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    def by_task(self, by: str | None) -> Iterator[tuple[str, Any]]:
         """The table by task, and whole at the end if there are several."""
         return by_task(self.table, self.by if by is None else by)

@@ -44,6 +44,7 @@ def test_summary_of_several_seeds_by_hand():
     assert only["accuracy"] == pytest.approx((2 + 1 + 3) / 9)
     assert only["delta"] == pytest.approx((1 + 0 + 2) / 9)
     assert comparison.comparisons == comparison.estimates().attrs["comparisons"] == 1
+    assert "gate" in comparison.summary(draws=20)
     assert comparison.conditions == ("gate",)
 
 
@@ -459,7 +460,9 @@ def test_one_picture_without_an_id_is_one_image(wordy, tmp_path):
     data = [{"image": p, "question": "what is it", "answer": "red"} for p in pictures]
     ids = [item.image_id for item in as_items(data)]
     assert [ids.index(name) for name in ids] == [0, 0, 2, 3, 3, 5]
-    assert ss.compare(wordy, data[:3], {"base": []}).estimates(draws=10)["images"].tolist() == [2]
+    alone = ss.compare(wordy, data[:3], {"base": []})
+    assert alone.estimates(draws=10)["images"].tolist() == [2]
+    assert "base" in alone.summary(draws=10)
     swept = ss.sweep(wordy, data[:3], [0], [(0.5, 0.5)], v_detector=detectors.NoSinks())
     assert swept.base()["images"].tolist() == [2]
     named = [{**record, "image_id": i} for i, record in enumerate(data)]

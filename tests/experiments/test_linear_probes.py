@@ -146,6 +146,7 @@ def test_l_sinks_are_decided_on_what_each_layer_reads(planted) -> None:
             assert np.isnan(line["accuracy"])
         else:
             assert (line["note"], line["missing"], line["tokens"]) == ("", 0, 1)
+    assert "ordinary" in result.summary(draws=20)
     summary = result.estimates(draws=20).set_index("group")
     assert summary.loc["L-sinks", "layers"] == 4
     assert summary.loc["L-sinks", "missing"] == pytest.approx(2 / 6)
