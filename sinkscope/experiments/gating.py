@@ -92,14 +92,14 @@ def gate_coefficients(
 ) -> GateCoefficients:
     """Measure the coefficients that gates give for questions (Choi et al. 2604.03316).
 
-    Every gate is asked **alone**, on one pass of the plain model. In a stack a gate reads what those
-    below it left, and may answer otherwise: see ``run.effects[gate]``. The coefficients are those of
-    the prompt, also for a gate with ``decode="refresh"``.
+    Every gate is asked **alone**, on one pass of the plain model. In a stack a gate reads what those below it
+    left, and may answer otherwise: see ``run.effects[gate]``. The coefficients are those of the prompt, also
+    for a gate with ``decode="refresh"``.
 
-    The gates are of different layers, such as ``result.gates.values()``, and were made for this model
-    (else InterventionError). ``dataset`` holds records as for `sweep`; use others than those trained on.
-    Means are split ``by`` ``"task"``, or ``"all"``. ``batch`` is questions per forward pass;
-    ``progress=None`` shows a bar from 50 questions on.
+    The gates are of different layers, such as ``result.gates.values()``, and were made for this model (else
+    InterventionError). ``dataset`` holds records as for `sweep`, not those trained on. Means are split ``by``
+    ``"task"``, or ``"all"``. ``batch`` is questions per forward pass; ``progress=None`` shows a bar from 50
+    questions on.
     """
     given = check_gates(gates)
     check_choice(BY, by=by)
@@ -172,7 +172,8 @@ class LoRA:
 
     ``factors`` are module path -> ``(B, A)``, float ``[d_out rank]`` and ``[rank d_in]`` in fp32;
     ``parameters`` is how many numbers were trained, ``wanted`` how many the gate has whose size it takes
-    (None if the rank was given); ``history`` has a line per step and split, the loss in nats per answer token.
+    (None if the rank was given); ``history`` has a line per step and split, with the loss in nats per answer
+    token.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -228,8 +229,8 @@ def lora(
     """Train a LoRA on one block of the decoder, of the size of a gate (2106.09685).
 
     The table of 2604.03316 has r = 8 "at L10" and names no matrices; on the four projections of attention
-    of width 4096, the default, that is 262,144 parameters, the size of a gate. The model's weights are frozen,
-    and bitwise the same afterwards.
+    of width 4096, the default, that is 262,144 parameters, the size of a gate. The model's weights are
+    frozen, and bitwise the same afterwards.
 
     Args:
         dataset: Records with image, question and answer, as for a gate.

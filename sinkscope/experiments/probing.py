@@ -32,10 +32,11 @@ class LinearProbes(Result):
 
     ``table`` has one line per layer, group, target and metric: accuracy (for random tokens the mean over
     draws, with ``std`` over them), its interval ``low`` to ``high``, ``null`` (mean with labels shuffled over
-    images), ``null_high`` (its 95 % quantile), ``majority``, converged, n_train, n_test and missing (records),
-    tokens (mean size of the group), note. ``rows`` has how right each test record is, in [0, 1]: record,
-    image_id, layer, group, target, metric, correct. ``detectors`` says how the sinks were decided, empty if
-    no group asked for sinks. ``intervals`` are ``level``, ``draws`` and ``seed`` of `cluster_bootstrap`.
+    images), ``null_high`` (its 95 % quantile), ``majority``, converged, n_train, n_test and missing
+    (records), tokens (mean size of the group), note. ``rows`` has how right each test record is, in [0, 1]:
+    record, image_id, layer, group, target, metric, correct. ``detectors`` says how the sinks were decided,
+    empty if no group asked for sinks. ``intervals`` are ``level``, ``draws`` and ``seed`` of
+    `cluster_bootstrap`.
     """
 
     table: pd.DataFrame
@@ -143,12 +144,9 @@ def linear_probes(
 ) -> LinearProbes:
     """Train linear classifiers on mean states of token groups, per layer, group and target.
 
-    The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
-    be read from V-sinks and L-sinks, and better than from ordinary tokens? What they did not publish is
-    chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
-    split by image, accuracy.
-
-    It costs two forward passes per batch, per layer, group and target ``draws of the group x (1 +
+    The experiment of Choi et al. (2604.03316), section on CLEVR. What they did not publish is chosen here:
+    ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a split by image,
+    accuracy. It costs two forward passes per batch; per layer, group and target ``draws of the group x (1 +
     permutations)`` fits, times the labels of a target with several; and records x layers x draws of the
     groups x d_model x 4 bytes of memory.
 

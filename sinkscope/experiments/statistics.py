@@ -106,11 +106,12 @@ def sign_flip_maximum(
 ) -> tuple[float, np.ndarray]:
     """Find the largest studentised column sum T, and its null when no column has an effect.
 
-    From changes ``[observation column]`` gives T, and ``[draw]`` largest T under the null. T is the sum of the clusters' sums over the root of the sum of their squares. Each draw flips the
-    signs of random clusters, the same for all columns, which keeps their correlation, and takes the
-    largest T again: an exact null of the maximum, which needs no correction for the number of columns. T
-    orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most
-    ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
+    From changes ``[observation column]`` gives T, and ``[draw]`` largest T under the null. T is the sum of
+    the clusters' sums over the root of the sum of their squares. Each draw flips the signs of random
+    clusters, the same for all columns, which keeps their correlation, and takes the largest T again: an
+    exact null of the maximum, which needs no correction for the number of columns. T orders as Student's t
+    of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most ``sqrt(n)``, about
+    standard normal under the null, and 0 for a column without any change.
     """
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))

@@ -48,7 +48,7 @@ def as_table(lines: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) ->
 
 def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
-    whole = pa.concat_tables(tables) if tables else as_table([], manifest)
+    whole = pa.concat_tables([as_table([], manifest), *tables])
     return whole.sort_by([(name, "ascending") for name in ("item", "layer", "pair")]).to_pandas()
 
 
@@ -179,14 +179,11 @@ class Sweep:
     ) -> pd.DataFrame:
         """Choose the best cell per task on one half of its images, and score it on the other.
 
-        The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
-        not choose. A test over all images and cells is added, see `sign_flip_maximum`; its cell need not be
-        the chosen one. Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out.
-
-        Columns are as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images, delta,
-        low, high (on the other half), maximum (the largest change on all images), t (the largest change in
-        units of its own spread over images), t_95 (the 95 % point of t where nothing has an effect), p (how
-        often chance makes one as large), and note: why a task has no best cell.
+        Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out. Columns are as in
+        `map` up to s_rest, then chosen_on (change where it was chosen), n, images, delta, low, high (on the
+        other half), and note (why a task has no best cell). On all images and cells, see `sign_flip_maximum`:
+        maximum (the largest change), t (the same in units of its own spread over images), t_95 (the 95 %
+        point of t where nothing has an effect), p (how often chance makes a t as large).
         """
         check_choice(("score", "logprob"), column=column)
         tasks = self.by_task(by)

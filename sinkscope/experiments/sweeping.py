@@ -58,15 +58,12 @@ def sweep(
 ) -> Sweep | SweepCost:
     """Score every question with the keys of image tokens scaled, layer by layer and pair by pair.
 
-    In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and
-    those of all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al.
-    2604.03316: a gate that reads layer l edits block l + 1). The base, (1, 1), is run once per question.
-    Triples ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L",
-    "rest")``: image tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks.
-
-    Nothing is approximated. The vision tower runs once per image (and once more to look for V-sinks),
-    blocks before the edited one once per question, pairs as rows of one pass, and the prompt up to the
-    end of the image once for all questions that share it (with triples: and have the same L-sinks).
+    In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and those of
+    all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al. 2604.03316: a gate
+    that reads layer l edits block l + 1). The base, (1, 1), is run once per question. Triples
+    ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L", "rest")``: image
+    tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks. Nothing is approximated;
+    what an edit cannot change is computed once.
 
     Args:
         dataset: Records as for `compare`.
@@ -78,8 +75,8 @@ def sweep(
             always kept too), or a function of an item and an `Answered`, known by its code and the values
             it refers to. None is ``"choice"`` if items have choices, else ``"exact"``.
         v_detector: The rule for V-sinks; ``l_detector`` for L-sinks, with triples only. Or give a
-            ``calibration``. Calibrate on other images. Without any of them published constants of this model
-            are used, else the first images of the dataset calibrate, which the result notes.
+            ``calibration``, on other images. With none of them, published constants of this model are used,
+            else the first images of the dataset calibrate, which the result notes.
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
@@ -204,10 +201,9 @@ def _check_rules(rules: Mapping[str, Any], calibration: Any, with_l: bool) -> No
     """Require one rule of a kind at most, and none for L-sinks where they have no coefficient."""
     for name, rule in rules.items():
         if rule is not None and calibration is not None:
-            raise InputError(
-                f"Got {name} and calibration; expected one of them. Write only one, or "
-                "v_detector=... and l_detector=calibration.l_detector."
-            )
+            wanted = "expected one of them. Write only one, or"
+            own = "v_detector=... and l_detector=calibration.l_detector"
+            raise InputError(f"Got {name} and calibration; {wanted} {own}.")
         if rule is not None:
             check_detector(rule)
     if (low := rules["l_detector"]) is not None and not with_l:
