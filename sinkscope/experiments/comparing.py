@@ -130,6 +130,7 @@ class Applied(Protocol):
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
+Variant = tuple[str, int, Any]  # name, number of the seed among those of that name, condition
 
 
 @dataclass(frozen=True)
@@ -146,24 +147,7 @@ def per_seed(*conditions: Condition) -> PerSeed:
     return PerSeed(conditions)
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """One condition of one seed: 0, 1, ... among those of that name."""
-
-    name: str
-    seed: int
-    condition: Any
-
-    @property
-    def whole(self) -> bool:  # holds in a block, for the whole model
-        return isinstance(self.condition, Applied)
-
-    @property
-    def needs_trace(self) -> bool:
-        return not self.whole and callable(self.condition)
-
-
-def _variants(conditions: Any) -> list[_Variant]:
+def _variants(conditions: Any) -> list[Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
         wanted = "a dict such as {'base': [], 'masked': lambda trace: [ss.MaskKeys(trace.v_sinks)]}"
@@ -173,7 +157,7 @@ def _variants(conditions: Any) -> list[_Variant]:
         several = given.seeds if isinstance(given, PerSeed) else (given,)
         if not out and len(several) > 1:
             raise InputError("Got several seeds for the base; expected one: {'base': []} first.")
-        out += [_Variant(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
+        out += [(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
     return out
 
 
@@ -238,45 +222,43 @@ def compare(
                 part = {i: items[i] for i in numbers[start : start + batch]}
                 lines.extend(_answer(lvlm, part, variants, rules, length_normalized))
                 bar.update(len(part))
-    return Comparison(pd.DataFrame(lines), variants[0].name)
+    return Comparison(pd.DataFrame(lines), variants[0][0])
 
 
 def _answer(
-    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[_Variant], rules: Any, normalized: bool
+    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
-    items, trace, plain = [*part.values()], None, None
+    items, plain = [*part.values()], None
     sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
-    if any(variant.needs_trace for variant in variants):
+    trace: Any = None
+    if any(callable(one) and not isinstance(one, Applied) for _, _, one in variants):
         trace = trace_sinks(lvlm, sample, **rules)
-    for variant in variants:
-        condition: Any = variant.condition
-        edits: Any = []
+    for name, seed, condition in variants:
+        edits, whole = condition, isinstance(condition, Applied)
         sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
-        if variant.needs_trace and trace is not None:
+        if whole:
+            edits = []
+        elif callable(condition):
             edits = condition(trace)
             sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
-            if isinstance(variant.condition, EditSinks):
-                uncontrolled = variant.condition.uncontrolled(trace).tolist()
-        elif not variant.whole:
-            edits = condition
+            if isinstance(condition, EditSinks):
+                uncontrolled = condition.uncontrolled(trace).tolist()
         if edits is None:
             raise InputError(
-                f"The condition {variant.name!r} gave None for a batch; expected a list of interventions. "
+                f"The condition {name!r} gave None for a batch; expected a list of interventions. "
                 "Does its function end without a return? Write [] for no edit."
             )
-        answers = None if variant.whole or edits else plain  # the same without an edit
+        answers = None if whole or edits else plain  # the same without an edit
         if answers is None:
-            with condition.apply(lvlm) if variant.whole else nullcontext():
+            with condition.apply(lvlm) if whole else nullcontext():
                 answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
-        if variant.whole:
+        if whole:
             answers = replace(answers, touched=(True,) * len(items))
         elif not edits:
             plain = answers
         for row, (index, item) in enumerate(part.items()):
-            asked = {
-                name: getattr(item, name) for name in ("image_id", "task", "question", "answer")
-            }
-            told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
-            line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
+            asked = {x: getattr(item, x) for x in ("image_id", "task", "question", "answer")}
+            told = {x: getattr(answers, x)[row] for x in ("given", "correct", "touched")}
+            line = {"item": index, **asked, "condition": name, "seed": seed, **told}
             yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}
