@@ -235,10 +235,11 @@ def _answer(
     if any(callable(one) and not isinstance(one, Applied) for _, _, one in variants):
         trace = trace_sinks(lvlm, sample, **rules)
     for name, seed, condition in variants:
-        edits, whole = condition, isinstance(condition, Applied)
+        edits: Any = condition
+        block: Any = nullcontext()
         sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
-        if whole:
-            edits = []
+        if whole := isinstance(condition, Applied):
+            edits, block = [], condition.apply(lvlm)
         elif callable(condition):
             edits = condition(trace)
             sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
@@ -251,7 +252,7 @@ def _answer(
             )
         answers = None if whole or edits else plain  # the same without an edit
         if answers is None:
-            with condition.apply(lvlm) if whole else nullcontext():
+            with block:
                 answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
         if whole:
             answers = replace(answers, touched=(True,) * len(items))
