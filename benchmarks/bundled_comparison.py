@@ -285,7 +285,7 @@ def save(out, kind, got, chosen, args):
             name: str(value) for name, value in vars(args).items() if name not in ("out", "render")
         },
         "chosen": chosen,
-        "rows": json.loads(got.summary().to_json(orient="records")),
+        "rows": json.loads(got.estimates().to_json(orient="records")),
         "seconds": round(time.monotonic() - START),
     }
     path.write_text(json.dumps(body, indent=1, default=str))

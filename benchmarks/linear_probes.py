@@ -138,7 +138,7 @@ def main():
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}: {seconds:.0f} CPU seconds."
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(result.summary(), differences, conditions)
+    text = markdown(result.estimates(), differences, conditions)
     print(text)
     (args.out / f"{NAME}.md").write_text(text)
     result.table.round(6).to_csv(args.out / f"{NAME}.csv", index=False)

@@ -46,8 +46,7 @@ from transformers.utils import logging as transformers_logging
 
 import sinkscope as ss
 from sinkscope.data.answers import answer_ids
-from sinkscope.experiments.sweep_cost import shape_of, work_of
-from sinkscope.experiments.sweep_grid import Cells, check_layers
+from sinkscope.experiments.sweep_grid import Cells, Shape, Work, check_layers, shape_of
 from sinkscope.experiments.sweep_images import v_sinks
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
@@ -207,9 +206,8 @@ def measure(
             worst = max(worst, abs(float(line["logprob"].iloc[place]) - value))
         loop = statistics.mean(seconds) * (runs + questions)
         rounds.append({"plain": loop, "sweep": ours, "ratio": loop / ours})
-    samples = [lvlm.prepare(images=i["image"], text=i["question"]) for i in items]
-    shape = shape_of(lvlm, samples, [ss.experiments.Item(**item) for item in items])
-    work = work_of(lvlm)
+    shape = shape_of(lvlm, [ss.experiments.Item(**item) for item in items])
+    work = Work.of(lvlm)
     ratios = [one["ratio"] for one in rounds]
     return {
         "questions": questions,
@@ -264,8 +262,6 @@ def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
 
 def paper_bound(layers: int = 32, pairs: int = 11, tokens: int = 616) -> float:
     """The bound for LLaVA-1.5-7B: 576 image tokens and 40 of text, one question per image."""
-    from sinkscope.experiments.sweep_cost import Shape, Work
-
     language = 4 * 4096**2 + 3 * 4096 * 11008
     vision = 4 * 1024**2 + 2 * 1024 * 4096
     work = Work((vision,) * 24, (language,) * layers, (1024, 4096))

@@ -68,7 +68,7 @@ def main():
         edits=("mask", "halve", "mean value"),
         top=args.top,
     )
-    summary = result.summary()
+    summary = result.estimates()
     found = (
         f"Calibrated on eight validation scenes. Vision tower: {calibration.vision.reason}. "
         f"Language model: {calibration.language.reason}."

@@ -129,8 +129,8 @@ def by_scope(table):
 def render(args):
     kept = Kept(args.keep / NAME).check("machine")
     table, body = kept.rows(), {**kept.read("settings"), **kept.read("machine")}
-    whole, scopes = Comparison(table, BASE).summary(), by_scope(table).summary()
-    first = by_scope(table.assign(correct=table["first"])).summary()
+    whole, scopes = Comparison(table, BASE).estimates(), by_scope(table).estimates()
+    first = by_scope(table.assign(correct=table["first"])).estimates()
     v = table.loc[table["condition"] == "mask CLS"]
     flagged = {
         "visual sinks per prompt": [v["sinks"].min(), v["sinks"].max()],

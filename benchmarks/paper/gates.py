@@ -253,7 +253,7 @@ def render(args):
     settings = {name: part.read("settings") for name, part in zip(names, parts, strict=True)}
     machines = {name: part.read("machine") for name, part in zip(names, parts, strict=True)}
     chosen = {name: part.read("chosen") for name, part in zip(names, parts, strict=True)}
-    summary, table = comparison.summary(), comparison.table
+    summary, table = comparison.estimates(), comparison.table
     differences = paired(comparison)
     one = settings[names[0]]
     images = table["image_id"].nunique()

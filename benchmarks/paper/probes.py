@@ -115,7 +115,7 @@ def render(args):
         f"tokens are drawn {body['repeats']} times; the null is the mean of {body['permutations']} shuffles. "
         f"CLS by the V rule `{body['v_rule']}`. {told(body)}"
     )
-    body |= {"summary": records_of(found.summary()), "cells": columns_of(found.table)}
+    body |= {"summary": records_of(found.estimates()), "cells": columns_of(found.table)}
     body |= {f"{one} minus {other}": records_of(table) for (one, other), table in pairs.items()}
-    text = markdown(found.summary(), pairs, conditions)
+    text = markdown(found.estimates(), pairs, conditions)
     write(args.out, NAME, body, text, {NAME: found.plot(groups=SHOWN)})

@@ -195,7 +195,7 @@ def compare(
     rules, bar = recipe.detectors(lvlm), sys.stderr.isatty()
     found = run(lvlm, recipe.data, made, **recipe.options, **rules, progress=bar)
     print(found.to_markdown())
-    tables = {"answers": found.to_dataframe(), "summary": found.summary()}
+    tables = {"answers": found.to_dataframe(), "summary": found.estimates()}
     print(f"\nAnswers, table and figure: {write_report(out, tables, 'comparison', found)}")
     return 0
 

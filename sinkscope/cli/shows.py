@@ -92,7 +92,7 @@ def show_toy(scene: Scene, questions: Sequence[Question], effects: int, out: str
     print(f"\n{describe(scene)}\n\n{as_text(tables)}")
     if effects:
         asked = [{**q, "task": q["scope"]} for q in scene_questions(effects, 6)]
-        summary = effect_table(lvlm, asked).summary()
+        summary = effect_table(lvlm, asked).estimates()
         head = "What editing sinks, and as many random tokens, does to answers on other scenes"
         print(f"\n{head}:\n{effects_text(summary)}")
         tables[head] = effects_frame(summary)

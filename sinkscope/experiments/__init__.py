@@ -5,17 +5,16 @@ from sinkscope.data.items import Item, LabelledImage
 from sinkscope.data.questions import Questions
 from sinkscope.experiments import baselines
 from sinkscope.experiments.baselines import effect_conditions, effect_table
-from sinkscope.experiments.coefficients import GateCoefficients, gate_coefficients
 from sinkscope.experiments.comparing import Comparison, PerSeed, compare, per_seed
 from sinkscope.experiments.controls import ControlResult, RandomControl, replacement_table
+from sinkscope.experiments.gating import GateCoefficients, gate_coefficients
 from sinkscope.experiments.generation import GenerationTrace, SinkLife, trace_generation
 from sinkscope.experiments.measuring import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing import LinearProbes, linear_probes
 from sinkscope.experiments.sink_edits import EditSinks, top_received
 from sinkscope.experiments.statistics import cluster_bootstrap, cluster_intervals, sign_flip_maximum
-from sinkscope.experiments.sweep_cost import SweepCost
-from sinkscope.experiments.sweep_grid import lsg_grid
+from sinkscope.experiments.sweep_grid import SweepCost, lsg_grid
 from sinkscope.experiments.sweep_result import Sweep
 from sinkscope.experiments.sweeping import sweep
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks

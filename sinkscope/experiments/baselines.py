@@ -11,7 +11,7 @@ from sinkscope.checks import check_choice, check_flags, check_number, check_whol
 from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.comparing import Comparison, Condition, compare
-from sinkscope.experiments.lora import LoRA, lora
+from sinkscope.experiments.gating import LoRA, lora
 from sinkscope.experiments.sink_edits import EDITS, KINDS, TOP, EditSinks, split, with_random_sinks
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
@@ -75,8 +75,8 @@ def effect_table(
 ) -> Comparison:
     """Compare masked and scaled sinks, and as many random tokens, by a model's answers.
 
-    The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.summary()`` is the
-    table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.summary())`` the lines for a terminal.
+    The arguments are those of `compare`, ``options`` those of `effect_conditions`. ``.estimates()`` is the
+    table, ``.plot()`` the figure, ``sinkscope.viz.effects_text(table.estimates())`` the lines for a terminal.
     """
     rules: Any = {"v_detector": v_detector, "l_detector": l_detector}
     made = effect_conditions(**options)

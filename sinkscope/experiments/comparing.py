@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_flags, check_number, check_whole
-from sinkscope.data.answers import Answers, answer_batch
+from sinkscope.data.answers import answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError
@@ -46,35 +46,29 @@ class Comparison(Result):
         return tuple(c for c in self.table["condition"].unique() if c != self.base)
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks of `summary`, ``"all"`` last."""
-        return (*(task for task in self.table["task"].unique() if task != ALL), ALL)
-
-    @property
     def comparisons(self) -> int:
-        """How many differences to the base `summary` reports; ``level=1 - 0.05 / it`` is Bonferroni's."""
-        return self.summary(draws=1).attrs["comparisons"]
+        """How many differences `estimates` reports; ``level=1 - 0.05 / it`` is Bonferroni's."""
+        return self.estimates(draws=1).attrs["comparisons"]
 
-    def summary(
+    def estimates(
         self, *, level: float = 0.95, draws: int = 2000, seed: int = 0, touched_only: bool = False
     ) -> pd.DataFrame:
-        """Accuracy and paired difference to the base, per task, with intervals of coverage ``level``.
+        """Estimate accuracy and paired difference to the base, per task, with intervals of ``level``.
 
         Intervals resample images with all their questions, and seeds (see `cluster_bootstrap`).
         ``touched_only`` judges each condition on the questions it touched only.
 
-        Returns:
-            Columns task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),
-            accuracy, low, high, delta, delta_low, delta_high, changed (share of answers that turned
-            right or wrong), seed_sd (of the accuracy over seeds; NaN for one). Task ``"all"`` holds
-            every question; ``attrs["comparisons"]`` is how many differences there are.
+        Columns are task, condition, n, images, seeds, touched, uncontrolled (shares of the questions),
+        accuracy, low, high, delta, delta_low, delta_high, changed (share of answers that turned right or
+        wrong) and seed_sd (of the accuracy over seeds; NaN for one). Task ``"all"`` holds every question;
+        ``attrs["comparisons"]`` is how many differences there are.
         """
         check_number(above=0, below=1, hint="Write 0.95.", level=level)
         check_whole(1, hint="Write 2000.", draws=draws)
         given = {"seed": 0, "uncontrolled": False}
         table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
-        parts = [named] if len(self.tasks) > 2 else []
+        parts = [named] if named["task"].nunique() > 1 else []
         whole = pd.concat([*parts, table.assign(task=ALL)], ignore_index=True)
         options, lines = {"level": level, "draws": draws, "seed": seed}, []
         for names, part in whole.groupby(["task", "condition"], sort=False):
@@ -87,21 +81,28 @@ class Comparison(Result):
         out.attrs |= {"comparisons": effects.count_comparisons(out, self.base), "level": level}
         return out
 
+    def summary(self, **options: Any) -> str:
+        """Write `estimates` as text for a terminal, with the options of `estimates`."""
+        table = self.estimates(**options)
+        if not self.conditions:
+            return table.to_string(index=False, float_format="%.3f")
+        return effects.effects_text(table, base=self.base)
+
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of `table`."""
         return self.table.copy()
 
     def to_markdown(self, **options: Any) -> str:
-        """The summary as a Markdown table, conditions down and tasks across; options of `summary`."""
-        return effects.comparison_markdown(self.summary(**options), base=self.base)
+        """Write `estimates` as a Markdown table, conditions down and tasks across."""
+        return effects.comparison_markdown(self.estimates(**options), base=self.base)
 
     def to_latex(self, **options: Any) -> str:
-        """The same as a LaTeX ``tabular``, with a note about the number of comparisons under it."""
-        return effects.comparison_latex(self.summary(**options), base=self.base)
+        """Write the same as a LaTeX ``tabular``, with a note about the number of comparisons."""
+        return effects.comparison_latex(self.estimates(**options), base=self.base)
 
     def plot(self, **options: Any) -> Figure:
-        """The change of accuracy per task and condition, with intervals; options of `summary`."""
-        return effects.plot_effects(self.summary(**options), base=self.base)
+        """Draw the change of accuracy per task and condition, with intervals."""
+        return effects.plot_effects(self.estimates(**options), base=self.base)
 
 
 def _line(part: pd.DataFrame, of_base: pd.DataFrame, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,11 +125,12 @@ class Applied(Protocol):
     """A condition that holds inside a ``with`` block, such as weights with an adapter in them."""
 
     def apply(self, lvlm: LVLM) -> AbstractContextManager[Any]:
-        """The block."""
+        """Enter the condition, and leave it when the block ends."""
         ...
 
 
 Condition = Sequence[Any] | Callable[[SinkTrace], Sequence[Any]] | Applied
+Variant = tuple[str, int, Any]  # name, number of the seed among those of that name, condition
 
 
 @dataclass(frozen=True)
@@ -145,33 +147,7 @@ def per_seed(*conditions: Condition) -> PerSeed:
     return PerSeed(conditions)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One condition of one seed: 0, 1, ... among those of that name."""
-
-    name: str
-    seed: int
-    condition: Any
-
-    @property
-    def needs_trace(self) -> bool:
-        """Whether it is a function of a trace."""
-        return not isinstance(self.condition, Applied) and callable(self.condition)
-
-    def edits(self, trace: Any) -> Sequence[Any]:
-        """Its interventions for a batch; none for what is applied as a whole."""
-        if isinstance(self.condition, Applied):
-            return []
-        edits = self.condition(trace) if self.needs_trace else self.condition
-        if edits is None:
-            raise InputError(
-                f"The condition {self.name!r} gave None for a batch; expected a list of interventions. "
-                "Does its function end without a return? Write [] for no edit."
-            )
-        return edits
-
-
-def as_variants(conditions: Any) -> list[Variant]:
+def _variants(conditions: Any) -> list[Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
         wanted = "a dict such as {'base': [], 'masked': lambda trace: [ss.MaskKeys(trace.v_sinks)]}"
@@ -181,7 +157,7 @@ def as_variants(conditions: Any) -> list[Variant]:
         several = given.seeds if isinstance(given, PerSeed) else (given,)
         if not out and len(several) > 1:
             raise InputError("Got several seeds for the base; expected one: {'base': []} first.")
-        out += [Variant(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
+        out += [(str(name), i, _checked(str(name), one)) for i, one in enumerate(several)]
     return out
 
 
@@ -218,7 +194,6 @@ def compare(
     `sweep` with ``score="exact"``, or it begins with the same text after stripping and lower case.
 
     Args:
-        lvlm: The model, with its processor.
         dataset: Records with ``image``, ``question``, ``answer`` and, if you like, ``task``,
             ``image_id`` and ``choices``: dicts or `Item`. Questions about one image stand together.
         conditions: Name -> condition; the first is the base, usually ``[]``. A condition is a list of
@@ -234,7 +209,7 @@ def compare(
     check_whole(1, batch=batch)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    variants, items = as_variants(conditions), as_items(dataset)
+    variants, items = _variants(conditions), as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
@@ -247,42 +222,44 @@ def compare(
                 part = {i: items[i] for i in numbers[start : start + batch]}
                 lines.extend(_answer(lvlm, part, variants, rules, length_normalized))
                 bar.update(len(part))
-    return Comparison(pd.DataFrame(lines), variants[0].name)
+    return Comparison(pd.DataFrame(lines), variants[0][0])
 
 
 def _answer(
     lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
-    items = [*part.values()]
+    items, plain = [*part.values()], None
     sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
     trace: Any = None
-    if any(variant.needs_trace for variant in variants):
+    if any(callable(one) and not isinstance(one, Applied) for _, _, one in variants):
         trace = trace_sinks(lvlm, sample, **rules)
-    plain: Answers | None = None
-    for variant in variants:
-        edits, whole = variant.edits(trace), isinstance(variant.condition, Applied)
-        answers = None if whole or edits else plain  # without an edit the answers stay the same
+    for name, seed, condition in variants:
+        edits: Any = condition
+        block: Any = nullcontext()
+        sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
+        if whole := isinstance(condition, Applied):
+            edits, block = [], condition.apply(lvlm)
+        elif callable(condition):
+            edits = condition(trace)
+            sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
+            if isinstance(condition, EditSinks):
+                uncontrolled = condition.uncontrolled(trace).tolist()
+        if edits is None:
+            raise InputError(
+                f"The condition {name!r} gave None for a batch; expected a list of interventions. "
+                "Does its function end without a return? Write [] for no edit."
+            )
+        answers = None if whole or edits else plain  # the same without an edit
         if answers is None:
-            with variant.condition.apply(lvlm) if whole else nullcontext():
+            with block:
                 answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
         if whole:
             answers = replace(answers, touched=(True,) * len(items))
         elif not edits:
             plain = answers
-        yield from _lines(part, variant, answers, trace if variant.needs_trace else None)
-
-
-def _lines(
-    part: Mapping[int, Item], variant: Variant, answers: Answers, trace: SinkTrace | None
-) -> Iterator[dict[str, Any]]:
-    sinks, uncontrolled = [float("nan")] * len(part), [False] * len(part)
-    if trace is not None:
-        sinks = [float(n) for n in (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1)]
-        if isinstance(variant.condition, EditSinks):
-            uncontrolled = variant.condition.uncontrolled(trace).tolist()
-    for row, (index, item) in enumerate(part.items()):
-        asked = {name: getattr(item, name) for name in ("image_id", "task", "question", "answer")}
-        told = {name: getattr(answers, name)[row] for name in ("given", "correct", "touched")}
-        line = {"item": index, **asked, "condition": variant.name, "seed": variant.seed, **told}
-        yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}
+        for row, (index, item) in enumerate(part.items()):
+            asked = {x: getattr(item, x) for x in ("image_id", "task", "question", "answer")}
+            told = {x: getattr(answers, x)[row] for x in ("given", "correct", "touched")}
+            line = {"item": index, **asked, "condition": name, "seed": seed, **told}
+            yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}

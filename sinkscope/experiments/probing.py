@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_number, check_whole, is_number, plain
+from sinkscope.checks import check_number, check_whole, plain
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
 from sinkscope.detectors import Detector, SinkRules
 from sinkscope.errors import InputError
@@ -30,25 +30,21 @@ from sinkscope.viz.probes import plot_probes
 class LinearProbes(Result):
     """How well attributes can be read from the states of token groups, layer by layer.
 
-    ``intervals`` of its methods are ``level``, ``draws`` and ``seed`` of `cluster_bootstrap`, over images.
-
-    Attributes:
-        table: One line per layer, group, target and metric: accuracy (for random tokens the mean
-            over draws, with ``std`` over them), its interval ``low`` to ``high``, ``null`` (mean
-            with labels shuffled over images), ``null_high`` (its 95 % quantile), ``majority``,
-            converged, n_train, n_test and missing (records), tokens (mean size of the group), note.
-        rows: How right each test record is, in [0, 1]: record, image_id, layer, group, target,
-            metric, correct.
-        classes: Target -> its classes.
-        images: Ids of the images that trained the probes, and of those that tested them.
-        site: Which states were read.
-        detectors: How the sinks were decided; empty if no group asked for sinks.
+    ``table`` has one line per layer, group, target and metric: accuracy (for random tokens the mean over
+    draws, with ``std`` over them), its interval ``low`` to ``high``, ``null`` (mean with labels shuffled over
+    images), ``null_high`` (its 95 % quantile), ``majority``, converged, n_train, n_test and missing
+    (records), tokens (mean size of the group), note. ``rows`` has how right each test record is, in [0, 1]:
+    record, image_id, layer, group, target, metric, correct. ``detectors`` says how the sinks were decided,
+    empty if no group asked for sinks. ``intervals`` are ``level``, ``draws`` and ``seed`` of
+    `cluster_bootstrap`.
     """
 
     table: pd.DataFrame
     rows: pd.DataFrame
-    classes: Mapping[str, tuple[Any, ...]]
-    images: tuple[tuple[str, ...], tuple[str, ...]]
+    classes: Mapping[str, tuple[Any, ...]]  # of every target
+    images: tuple[
+        tuple[str, ...], tuple[str, ...]
+    ]  # ids that trained the probes, and that tested them
     site: str
     detectors: str
 
@@ -56,42 +52,41 @@ class LinearProbes(Result):
         """The table."""
         return self.table
 
-    def summary(self, **intervals: Any) -> pd.DataFrame:
-        """Every group's mean over layers and test records, with an interval that resamples images.
+    def estimates(self, **intervals: Any) -> pd.DataFrame:
+        """Average every group over layers and test records, with an interval that resamples images.
 
-        Returns:
-            Columns target, metric, group, layers (how many have probes), accuracy, low, high, worst
-            and best (layer), majority, null, above_null (layers whose accuracy exceeds
-            ``null_high``; by chance about 1 in 20), missing (share of records and layers without
-            such a token), note.
+        Columns are target, metric, group, layers (how many have probes), accuracy, low, high, worst and best
+        (layer), majority, null, above_null (layers whose accuracy exceeds ``null_high``; by chance about 1 in
+        20), missing (share of records and layers without such a token), note.
         """
         keys = ["target", "metric", "group"]
         tables: Any = (dict(iter(table.groupby(keys))) for table in (self.rows, self.table))
         right, parts = tables
-        order = [list(dict.fromkeys(self.table[key])) for key in keys]
-        lines = []
+        order, lines = [list(dict.fromkeys(self.table[key])) for key in keys], []
         for names in (names for names in product(*order) if names in parts):
             part, own = parts[names], right.get(names, self.rows.head(0))
-            there = part[part["accuracy"].notna()]
-            images = own["image_id"].tolist()
+            there, images = part[part["accuracy"].notna()], own["image_id"].tolist()
             mean = cluster_bootstrap(own["correct"].tolist(), images, **intervals)
-            above = there["accuracy"] > there["null_high"]
-            records = part["missing"] + part["n_train"] + part["n_test"]
+            above = (there["accuracy"] > there["null_high"]).sum()
             line = dict(zip(keys, names, strict=True)) | {"layers": len(there)}
             line |= zip(("accuracy", "low", "high"), mean, strict=True)
             line |= {"worst": there["accuracy"].min(), "best": there["accuracy"].max()}
             line |= {name: there[name].mean() for name in ("majority", "null")}
-            line["above_null"] = above.sum() if there["null_high"].notna().any() else None
-            line["missing"] = part["missing"].sum() / records.sum()
+            line["above_null"] = above if there["null_high"].notna().any() else None
+            sizes = part[["missing", "n_train", "n_test"]].sum()
+            line["missing"] = sizes["missing"] / sizes.sum()
             lines.append(line | {"note": "" if len(there) else part["note"].iloc[0]})
         return pd.DataFrame(lines)
 
-    def difference(self, base: str = "ordinary", **intervals: Any) -> pd.DataFrame:
-        """Every group minus a base group with probes, paired on the test records that have both.
+    def summary(self, **intervals: Any) -> str:
+        """Write `estimates` as text."""
+        return self.estimates(**intervals).to_string(index=False, float_format="%.3f")
 
-        Returns:
-            Columns layer, group, target, metric, n (records), delta, low, high. Intervals are not
-            corrected for the number of comparisons.
+    def difference(self, base: str = "ordinary", **intervals: Any) -> pd.DataFrame:
+        """Subtract a base group with probes from every group, paired on the test records that have both.
+
+        Columns are layer, group, target, metric, n (records), delta, low, high. Intervals are not corrected
+        for the number of comparisons.
         """
         known = list(dict.fromkeys(self.rows["group"]))
         if base not in known:
@@ -149,30 +144,23 @@ def linear_probes(
 ) -> LinearProbes:
     """Train linear classifiers on mean states of token groups, per layer, group and target.
 
-    The experiment of Choi et al. (2604.03316), section on CLEVR: can count, size, colours and shapes
-    be read from V-sinks and L-sinks, and better than from ordinary tokens? What they did not publish is
-    chosen here: ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a
-    split by image, accuracy.
-
-    It costs two forward passes per batch, per layer, group and target ``draws of the group x (1 +
+    The experiment of Choi et al. (2604.03316), section on CLEVR. What they did not publish is chosen here:
+    ``StandardScaler`` and ``LogisticRegression`` (one per label, where several can hold), a split by image,
+    accuracy. It costs two forward passes per batch; per layer, group and target ``draws of the group x (1 +
     permutations)`` fits, times the labels of a target with several; and records x layers x draws of the
     groups x d_model x 4 bytes of memory.
 
     Args:
-        lvlm: The model, with its processor.
-        dataset: Records with ``image``, ``attributes`` and, if you like, ``question`` and
-            ``image_id``: dicts or `LabelledImage`. An attribute is an int or a str, or a set or list
-            of them where several hold at once.
+        dataset: Records with ``image``, ``attributes`` and, if you like, ``question`` and ``image_id``: dicts
+            or `LabelledImage`. An attribute is an int or a str, or a set or list of them where several hold.
         groups: Name -> a name of the `TokenMap`, a function that gets the `SinkTrace` of a batch and
             gives a mask ``[batch pos]`` or ``[batch layer pos]``, or `RandomGroup`; None for
             `sink_groups`. L-sinks of layer l are decided on what block l reads.
         targets: Which attributes, or None for all of the first record.
-        layers: Block indices of the LLM.
         site: ``"resid_pre"``, what block l reads (layer 0 are the embeddings), or ``"resid_post"``,
             ``"attn_out"``, ``"mlp_out"``.
-        v_detector: For V-sinks, best calibrated on other images; None for published constants of
-            this model, else one calibration on the first 8 records, which looks at no label.
-            ``l_detector``: for L-sinks, likewise.
+        v_detector: For V-sinks, as ``l_detector`` for L-sinks, best calibrated on other images; None for
+            published constants of this model, else one calibration on the first 8 records, without labels.
         test_size: Share of the images that test.
         c: scikit-learn's inverse strength of the L2 penalty, on standardised features.
         permutations: How often labels are shuffled over all images, for the null; 0 for none.
@@ -197,8 +185,8 @@ def linear_probes(
     chosen = pooling.check_groups(pooling.sink_groups() if groups is None else groups)
     wanted, site = lvlm.anatomy.language.layers(layers), check_site(site)
     if lvlm.processor is None:
-        wanted = "expected one, to prepare the images. Write ss.LVLM(model, processor)"
-        raise InputError(f"Got an LVLM without a processor; {wanted}.")
+        hint = "expected one, to prepare the images. Write ss.LVLM(model, processor)"
+        raise InputError(f"Got an LVLM without a processor; {hint}.")
     items = as_labelled(dataset)
     check_questions(lvlm.processor, items)
     goals = as_targets(items, targets)
@@ -243,8 +231,7 @@ def split_images(
     """Which records train, by scikit-learn's ``GroupShuffleSplit``, and the image of every record."""
     from sklearn.model_selection import GroupShuffleSplit
 
-    if not is_number(test_size, above=0, below=1):
-        raise InputError(f"Got test_size={test_size!r}; expected a share between 0 and 1.")
+    check_number(above=0, below=1, hint="It is a share.", test_size=test_size)
     images = image_groups(items)
     n = len(set(images))
     tested = int(np.ceil(test_size * n))

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from sinkscope.checks import check_choice
+from sinkscope.data.items import ALL
 from sinkscope.models.pictures import clusters_of
+
+BY = ("task", ALL)
+
+
+def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, Any]]:
+    """The table by task, and whole at the end if there are several; ``"all"`` whole only."""
+    check_choice(BY, by=by)
+    if by == "task" and table["task"].nunique() > 1:
+        for name, part in table.groupby("task", sort=True):
+            yield str(name), part
+    yield ALL, table
 
 
 def cluster_bootstrap(
@@ -19,26 +33,25 @@ def cluster_bootstrap(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean and percentile interval, resampling whole clusters, and whole seeds, with replacement.
+    """Estimate a mean and its percentile interval, resampling whole clusters, and whole seeds.
 
-    Images and seeds are drawn independently; an observation counts as often as both of its own were
-    (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
+    Images and seeds are drawn independently with replacement; an observation counts as often as both of its
+    own were (the pigeonhole bootstrap, Owen 2007). Of ``S`` seeds it sees a share ``(S - 1) / S`` of their
     variance, and the interaction of images and seeds counts a little too much.
 
     ``values`` has one number per observation, NaN are left out; ``clusters`` are image ids. Gives mean, low
     and high: NaN without a value, the interval also with one cluster.
     """
-    numbers = np.asarray(values, dtype=float)
+    numbers, nan = np.asarray(values, dtype=float), float("nan")
     keep = ~np.isnan(numbers)
     numbers = numbers[keep]
     if not len(numbers):
-        return float("nan"), float("nan"), float("nan")
-    mean = float(numbers.mean())
+        return nan, nan, nan
     names = clusters_of(clusters), [0] * len(keep) if seeds is None else seeds
     image, run = (np.unique(np.array([*map(str, x)])[keep], return_inverse=True)[1] for x in names)
     images, runs = int(image.max()) + 1, int(run.max()) + 1
     if images < 2:
-        return mean, float("nan"), float("nan")
+        return float(numbers.mean()), nan, nan
     totals, counts = np.zeros((2, runs, images))
     np.add.at(totals, (run, image), numbers)
     np.add.at(counts, (run, image), 1.0)
@@ -46,11 +59,11 @@ def cluster_bootstrap(
     times = _times(rng, images, draws), _times(rng, runs, draws)
     drawn, sums = (np.einsum("di,dr,ri->d", *times, x, optimize=True) for x in (counts, totals))
     low, high = _central(sums[drawn > 0] / drawn[drawn > 0], level)
-    return mean, float(low), float(high)
+    return float(numbers.mean()), float(low), float(high)
 
 
 def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
-    """How often each of ``n`` is drawn when ``n`` are drawn with replacement, ``[draws n]``."""
+    """How often each of ``n`` is drawn with replacement, ``[draws n]``."""
     picks = rng.integers(0, n, size=(draws, n))
     return np.stack([np.bincount(pick, minlength=n) for pick in picks]).astype(float)
 
@@ -68,7 +81,7 @@ def cluster_intervals(
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """`cluster_bootstrap` of columns ``[observation column]`` without NaN, with the same draws for all.
+    """Do `cluster_bootstrap` for columns ``[observation column]`` without NaN, with the same draws for all.
 
     Gives ``[3 column]``: mean, low and high.
     """
@@ -91,15 +104,14 @@ def cluster_sums(values: np.ndarray, clusters: Sequence[object]) -> tuple[np.nda
 def sign_flip_maximum(
     values: np.ndarray, clusters: Sequence[object], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, np.ndarray]:
-    """The largest studentised column sum, and its null when no column has an effect.
+    """Find the largest studentised column sum T, and its null when no column has an effect.
 
-    ``T`` is the sum of the clusters' sums over the root of the sum of their squares. Each draw flips the
-    signs of random clusters, the same for all columns, which keeps their correlation, and takes the
-    largest T again: an exact null of the maximum, which needs no correction for the number of columns. T
-    orders as Student's t of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most
-    ``sqrt(n)``, about standard normal under the null, and 0 for a column without any change.
-
-    From changes ``[observation column]`` the largest T, and ``[draw]`` largest T under the null.
+    From changes ``[observation column]`` gives T, and ``[draw]`` largest T under the null. T is the sum of
+    the clusters' sums over the root of the sum of their squares. Each draw flips the signs of random
+    clusters, the same for all columns, which keeps their correlation, and takes the largest T again: an
+    exact null of the maximum, which needs no correction for the number of columns. T orders as Student's t
+    of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most ``sqrt(n)``, about
+    standard normal under the null, and 0 for a column without any change.
     """
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))

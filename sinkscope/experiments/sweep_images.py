@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,44 +14,61 @@ from torch.nn.functional import pad
 from sinkscope.anatomy.context import Context
 from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
-from sinkscope.data.items import Item
 from sinkscope.data.tokens import extend
-from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions
+from sinkscope.detectors import Detector, NoSinks
 from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import STATE_SITE, decide
 from sinkscope.experiments.measuring import carry
-from sinkscope.experiments.sweep_grid import Batch, Cells, Edits, factors_of, words_of
+from sinkscope.experiments.sweep_grid import Cells, Numbered, Pair, end_of_image, words_of
 from sinkscope.kernels.walk import detached, resolve
 from sinkscope.models import LVLM, Sample
 from sinkscope.models.decoder import Given, decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import capture, logits_at, resume
 
-Numbered = tuple[int, Item]
-Groups = Sequence[Sequence[Numbered]]  # all questions, by image
+T = TypeVar("T")
 Line = dict[str, Any]
 Read = tuple[Tensor, Tensor]  # log-probabilities and greedy tokens of one row
 TAILS_PER_EDIT = 4  # that many take about the memory of one whole prompt: endings are short
 
 
-def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
-    """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
-    if isinstance(detector, NoSinks):
-        return torch.zeros_like(sample.tokens.live[0])
-    feeds = lvlm.anatomy.feed_layers
-    found = detect(lvlm, sample, detector, tower="vision", layers=feeds)
-    return carry(sample, found, list(range(len(feeds))), merge)[0]
+class Batch:
+    """How many edits run as rows of one pass; ``"auto"``: ``most``, halved when memory runs out."""
+
+    def __init__(self, size: int | str, most: int) -> None:
+        self.fixed = size != "auto"
+        self.size = int(size) if self.fixed else most
+
+    def chunks(self, n: int, work: Callable[[int, int], list[T]]) -> list[T]:
+        """What ``work(start, stop)``, a list of ``stop - start``, gives for all of ``0 .. n``, in order."""
+        done: list[T] = []
+        while len(done) < n:
+            try:
+                done += work(len(done), min(n, len(done) + self.size))
+            except torch.OutOfMemoryError:
+                if self.fixed or self.size == 1:
+                    raise
+                self.size //= 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return done
 
 
-def by_token(detector: Detector) -> bool:
-    """Whether a rule for L-sinks surely judges an image token without the text behind it."""
-    fixed = type(detector) is Norm and not isinstance(detector.tau, str)
-    return fixed or type(detector) in (SinkDimensions, CosineToBOS, NoSinks)
+def edits_of(
+    sinks: Tensor, visual: Tensor, pairs: Sequence[Pair], low: Tensor | None = None
+) -> tuple[Tensor, list[int]]:
+    """Different factors of keys, float ``[edit pos]``, and the edit of every pair, -1 where all are 1.
 
-
-def end_of_image(sample: Sample) -> int:
-    """The first position behind the last image token."""
-    return int((sample.tokens.image[0] >= 0).nonzero().max()) + 1
+    Masks are bool ``[pos]``; ``low`` are L-sinks that are no V-sinks, with triples only.
+    """
+    values = torch.tensor(pairs)
+    image = torch.where(sinks, values[:, :1], values[:, -1:])
+    if low is not None:
+        image = torch.where(low, values[:, 1:2], image)
+    factors = torch.where(visual, image, 1.0)
+    keys = [row.numpy().tobytes() if (row != 1).any() else b"" for row in factors]
+    known = [key for key in dict.fromkeys(keys) if key]
+    return factors[list(map(keys.index, known))], [known.index(key) if key else -1 for key in keys]
 
 
 @dataclass(frozen=True)
@@ -88,9 +105,9 @@ class Prompted:
             return self
         blocks, anatomy = sorted(states), lvlm.anatomy.language
         visual, live = visual_tokens(self.sample, "language")
+        context, told = Context(lvlm.anatomy, self.sample.tokens), {}
         probe = rule.probe("language", blocks, anatomy)
-        context = Context(lvlm.anatomy, self.sample.tokens)
-        reads, told = probe.reads(context), {}
+        reads = probe.reads(context)
         own = {("language", STATE_SITE["language"], block) for block in blocks}
         if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
             for read in reads:
@@ -115,6 +132,15 @@ class Prompted:
         return int(self.sample.tokens.ids.shape[1]) - 1
 
 
+def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tensor:
+    """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
+    if isinstance(detector, NoSinks):
+        return torch.zeros_like(sample.tokens.live[0])
+    feeds = lvlm.anatomy.feed_layers
+    found = detect(lvlm, sample, detector, tower="vision", layers=feeds)
+    return carry(sample, found, list(range(len(feeds))), merge)[0]
+
+
 @torch.no_grad()
 def sweep_image(
     lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
@@ -135,18 +161,25 @@ def sweep_image(
         own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
         own = pad(own, (0, sample.tokens.ids.shape[1] - len(own)))
         prompts.append(Prompted(index, asked, sample, own))
-    reason = why_not_shared(givens, end) if len(givens) > 1 else ""
+    reason, notes = why_not_shared(givens, end) if len(givens) > 1 else "", []
     if reason is None:
-        found, notes = _shared(lvlm, prompts, givens, end, rules), []
+        found = _shared(lvlm, prompts, givens, end, rules)
     else:
         found = _alone(lvlm, prompts, givens, rules)
+    if reason:
         about = group[0][1].image_id
-        notes = [f"nothing was shared by the questions about {about!r}: {reason}"] if reason else []
+        notes = [f"nothing was shared by the questions about {about!r}: {reason}"]
     lines = []
     for line in found:
         lines.append(line)
         tick(1)
     return lines, notes
+
+
+def _read(captured: Any, reading: Any, hidden: Tensor, rows: Tensor) -> list[Read]:
+    """Log-probabilities and greedy tokens of the rows of ``hidden``, the feeds ``rows`` of a reading."""
+    found = reading.of(logits_at(captured, hidden, reading.positions[rows]), rows)
+    return list(zip(*(part.split(1) for part in found), strict=True))
 
 
 def _alone(
@@ -159,18 +192,17 @@ def _alone(
         reading = answers.reading_of([prompt.asked], [prompt.last] * len(seen))
         prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
 
-        def read(row: int, hidden: Tensor, seen: Any = seen, reading: Any = reading) -> list[Read]:
-            rows = torch.full((len(hidden),), row)
-            return _split(*reading.of(logits_at(seen[row], hidden, reading.positions[rows]), rows))
-
-        def run(block: int, factors: Tensor, seen: Any = seen, read: Any = read) -> Any:
+        def run(block: int, factors: Tensor, seen: Any = seen, reading: Any = reading) -> Any:
             by_row = []
             for row, captured in enumerate(seen):
                 scale = pad(factors, (0, captured.hidden.shape[1] - factors.shape[1]), value=1.0)
-                by_row.append(read(row, resume(captured, block, scale, rows=[0] * len(factors))))
+                hidden = resume(captured, block, scale, rows=[0] * len(factors))
+                rows = torch.full((len(hidden),), row)
+                by_row.append(_read(captured, reading, hidden, rows))
             return list(zip(*by_row, strict=True))
 
-        base = _answers([prompt], [read(row, one.hidden)[0] for row, one in enumerate(seen)])
+        plain = [_read(x, reading, x.hidden, torch.tensor([i]))[0] for i, x in enumerate(seen)]
+        base = _answers([prompt], plain)
         for block in rules.cells.blocks:
             yield from _cells([prompt], base, block, rules, run)
 
@@ -184,29 +216,23 @@ def _shared(
     seen = capture_branches(lvlm, givens, end, rules.cells.blocks)
     every = torch.arange(len(givens))
     rows = every.split([len(prompt.asked.feeds) for prompt in prompts])
-    ends = seen.tails.states
-
-    def states(row: Tensor) -> dict[int, Tensor]:  # padding of the ending included
-        return {at: torch.cat([x, ends[at][row]], dim=1) for at, x in seen.stem.states.items()}
-
     if (low := rules.l_detector) is not None:
-        both = zip(prompts, rows, strict=True)
-        prompts = [prompt.with_l_sinks(lvlm, low, states(own[:1])) for prompt, own in both]
-
-    def read(hidden: Tensor, rows: Tensor) -> list[Read]:
-        return _split(*reading.of(logits_at(seen.tails, hidden, reading.positions[rows]), rows))
+        stems, ends, found = seen.stem.states, seen.tails.states, []
+        for prompt, own in zip(prompts, rows, strict=True):  # padding of the ending included
+            states = {at: torch.cat([x, ends[at][own[:1]]], dim=1) for at, x in stems.items()}
+            found.append(prompt.with_l_sinks(lvlm, low, states))
+        prompts = found
 
     def run(block: int, factors: Tensor, own: Tensor) -> list[list[Read]]:
         past = resume_stem(seen, block, factors)
         edits = torch.arange(len(factors)).repeat_interleave(len(own))
-        tails = own.repeat(len(factors))
-        step = TAILS_PER_EDIT * rules.batch.size
-        parts: list[Read] = []
-        for some in zip(edits.split(step), tails.split(step), strict=True):
-            parts += read(resume_tails(seen, block, factors, past, *some), some[1])
+        step, parts = TAILS_PER_EDIT * rules.batch.size, []
+        for some in zip(edits.split(step), own.repeat(len(factors)).split(step), strict=True):
+            hidden = resume_tails(seen, block, factors, past, *some)
+            parts += _read(seen.tails, reading, hidden, some[1])
         return [parts[i : i + len(own)] for i in range(0, len(parts), len(own))]
 
-    base = _answers(prompts, read(seen.tails.hidden, every))
+    base = _answers(prompts, _read(seen.tails, reading, seen.tails.hidden, every))
     for block in rules.cells.blocks:
         alike: dict[tuple[int, ...], list[int]] = {}  # prompts by their L-sinks at this block
         for i, prompt in enumerate(prompts):
@@ -216,10 +242,6 @@ def _shared(
             some, plain = [prompts[i] for i in group], [base[i] for i in group]
             work = partial(run, own=torch.cat([rows[i] for i in group]))
             yield from _cells(some, plain, block, rules, work, end)
-
-
-def _split(logs: Tensor, greedy: Tensor) -> list[Read]:
-    return list(zip(logs.split(1), greedy.split(1), strict=True))
 
 
 def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answered]:
@@ -241,27 +263,27 @@ def _cells(
 ) -> Iterator[Line]:
     """One line per question and pair; ``run`` gives the readings of all rows by edit of the first."""
     first, pairs = prompts[0], rules.cells.pairs
-    factors = factors_of(first.sinks, first.visual, pairs, first.low.get(block))
-    edits = Edits.of(factors[:, :end])
+    edits, edit_of = edits_of(first.sinks, first.visual, pairs, first.low.get(block))
 
     def work(start: int, stop: int) -> list[list[Answered]]:
-        return [_answers(prompts, reads) for reads in run(block, edits.factors[start:stop])]
+        return [_answers(prompts, reads) for reads in run(block, edits[start:stop, :end])]
 
-    edited = rules.batch.chunks(len(edits.factors), work)
-    layer = "embed" if block == 0 else block - 1
+    edited = rules.batch.chunks(len(edits), work)
+    layer, unedited = "embed" if block == 0 else block - 1, "the base, without an edit"
     for i, prompt in enumerate(prompts):
-        item, plain, unedited = prompt.asked.item, base[i], "the base, without an edit"
+        item, plain = prompt.asked.item, base[i]
         answers.check_finite(item, plain, unedited, edited=False)
         n_v, n_l = int(prompt.sinks.sum()), int(prompt.low[block].sum()) if prompt.low else 0
-        for place, (pair, edit) in enumerate(zip(pairs, edits.of_pair, strict=True)):
+        sizes = {"n_v": n_v, "n_l": n_l, "n_rest": int(prompt.visual.sum()) - n_v - n_l}
+        asked = {"item": prompt.index, "image_id": item.image_id, "task": item.task}
+        asked |= {"layer": block - 1, "edited": block, **sizes}
+        for place, (pair, edit) in enumerate(zip(pairs, edit_of, strict=True)):
             after = plain if edit < 0 else edited[edit][i]
             where = f"layer {layer}, {words_of(pair)}"
             answers.check_finite(item, after, where, edited=True)
-            line = {"item": prompt.index, "image_id": item.image_id, "task": item.task}
-            line |= {"layer": block - 1, "edited": block, "pair": place}
-            line |= {"s_v": pair[0], "s_l": pair[1] if prompt.low else None, "s_rest": pair[-1]}
+            s_l = pair[1] if prompt.low else None
+            line = asked | {"pair": place, "s_v": pair[0], "s_l": s_l, "s_rest": pair[-1]}
             for name, one, told in (("", after, where), ("base_", plain, unedited)):
                 line[f"{name}score"] = answers.scored(rules.score, item, one, told)
                 line[f"{name}logprob"] = one.logprob
-            n_rest = int(prompt.visual.sum()) - n_v - n_l
-            yield line | {"n_v": n_v, "n_l": n_l, "n_rest": n_rest}
+            yield line

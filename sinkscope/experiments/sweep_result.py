@@ -1,15 +1,8 @@
 """A sweep: its table, its map with intervals, its best cell; in memory, and on disk part by part.
 
-::
-
-    out/
-      manifest.json        what was run; another run is refused here
-      .lock                held by the process that writes; a second one is refused
-      part-000000.parquet  all cells of the questions about the first image
-      part-000001.parquet  ...
-
-A part is written whole or not at all, so that a process may be killed at any moment; the next run makes
-the parts that are missing.
+A folder holds ``manifest.json`` (what was run; another run is refused), ``.lock`` (held by the process that
+writes; a second one is refused) and ``part-000000.parquet``, ...: all cells of the questions about one image.
+A part is written whole or not at all. The next run makes the parts that are missing.
 """
 
 from __future__ import annotations
@@ -26,16 +19,14 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from sinkscope.checks import check_choice
-from sinkscope.data.items import ALL
 from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
-from sinkscope.experiments.statistics import cluster_intervals
+from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
 from sinkscope.files import claim, read_json, write_whole
 from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
-BY = ("task", ALL)
 
 
 def schema_of(manifest: Mapping[str, Any]) -> pa.Schema:
@@ -57,7 +48,7 @@ def as_table(lines: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) ->
 
 def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Parts as one data frame: sorted by question, layer and pair, always of the same dtypes."""
-    whole = pa.concat_tables(tables) if tables else as_table([], manifest)
+    whole = pa.concat_tables([as_table([], manifest), *tables])
     return whole.sort_by([(name, "ascending") for name in ("item", "layer", "pair")]).to_pandas()
 
 
@@ -81,19 +72,15 @@ class Folder:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Every question under every cell.
+    """Every question under every cell; ``settings`` say what was run, ``notes`` what a reader must know.
 
-    Where a method takes ``by``, it is ``"task"``, ``"all"``, or None for what the sweep was made with;
-    ``column`` is ``"score"`` or ``"logprob"``; ``intervals`` are ``level``, ``draws`` and ``seed`` of
-    `cluster_intervals`.
+    ``table`` has one line per question, layer and pair: item, image_id, task, layer (-1 is ``"embed"``),
+    edited (the block, layer + 1), pair (its number), s_v, s_rest, score and logprob (of the right answer, in
+    nats), base_score and base_logprob without an edit, n_v and n_rest (V-sinks and other image tokens); with
+    triples s_l and n_l too (L-sinks of what the edited block reads).
 
-    Attributes:
-        table: One line per question, layer and pair: item, image_id, task, layer (-1 is ``"embed"``),
-            edited (the block, layer + 1), pair (its number), s_v, s_rest, score and logprob (of the right
-            answer, in nats), base_score and base_logprob without an edit, n_v and n_rest (V-sinks and other
-            image tokens); with triples s_l and n_l too (L-sinks of what the edited block reads).
-        settings: What was run, as plain values: the manifest.
-        notes: What a reader must know: how V-sinks were found, what could not be shared.
+    The methods take ``by``: ``"task"``, ``"all"``, or None for what the sweep was made with; ``column``:
+    ``"score"`` or ``"logprob"``; ``intervals``: ``level``, ``draws`` and ``seed`` of `cluster_intervals`.
     """
 
     table: pd.DataFrame
@@ -103,11 +90,7 @@ class Sweep:
 
     @classmethod
     def load(cls, folder: str | Path, by: str = "task") -> Sweep:
-        """Read a sweep, finished or not, from what was given as ``out``.
-
-        Raises:
-            CheckpointError: If the folder holds none, or a part cannot be read.
-        """
+        """Read a sweep, finished or not, from what was given as ``out``; CheckpointError if it holds none."""
         check_choice(BY, by=by)
         path = Path(folder).expanduser()
         found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
@@ -157,16 +140,15 @@ class Sweep:
         return self.table.copy()
 
     def base(self, by: str | None = None) -> pd.DataFrame:
-        """What the model scores without an edit.
+        """Average what the model scores without an edit: task, n, images, score, logprob, with_v.
 
-        Returns:
-            Columns task, n, images, score, logprob and with_v (the share of the questions whose
-            image has a V-sink); with triples with_l too (an L-sink at some layer of the sweep).
+        ``with_v`` is the share of the questions whose image has a V-sink; triples have ``with_l`` too (an
+        L-sink at some layer of the sweep).
         """
         lines = []
         for name, part in self.by_task(by):
             once = part.drop_duplicates("item")
-            most: Any = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
+            most = part.groupby("item")[[n for n in ("n_v", "n_l") if n in part]].max()
             line = {"task": name, "n": len(once), "images": once["image_id"].nunique()}
             line |= {column: once[f"base_{column}"].mean() for column in ("score", "logprob")}
             lines.append(line | (most > 0).mean().rename(lambda n: f"with_{n[2:]}").to_dict())
@@ -175,11 +157,10 @@ class Sweep:
     def map(
         self, by: str | None = None, *, column: str = "score", **intervals: Any
     ) -> pd.DataFrame:
-        """The layer x coefficient map: change against the base in every cell, with intervals.
+        """Average the change against the base in every cell, layer x coefficients, with intervals.
 
-        Returns:
-            Columns task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n,
-            images, base, value, delta, low, high and clear (whether the interval excludes 0).
+        Columns are task, layer, edited, pair, s_v, s_rest (and s_l between them with triples), n, images,
+        base, value, delta, low, high and clear (whether the interval excludes 0).
         """
         check_choice(("score", "logprob"), column=column)
         tables = []
@@ -189,26 +170,20 @@ class Sweep:
             base = part.drop_duplicates("item")[f"base_{column}"].mean()
             cells.insert(0, "task", name)
             cells = cells.assign(n=len(changes), images=len(set(images)), base=base)
-            clear = (low > 0) | (high < 0)
-            cells = cells.assign(value=base + mean, delta=mean, low=low, high=high, clear=clear)
-            tables.append(cells)
+            numbers = {"value": base + mean, "delta": mean, "low": low, "high": high}
+            tables.append(cells.assign(**numbers, clear=(low > 0) | (high < 0)))
         return pd.concat(tables, ignore_index=True)
 
     def best(
         self, by: str | None = None, *, column: str = "score", **intervals: Any
     ) -> pd.DataFrame:
-        """The best cell per task: chosen on one half of its images, scored on the other.
+        """Choose the best cell per task on one half of its images, and score it on the other.
 
-        The largest of hundreds of changes is large by chance, so ``delta`` is measured on images that did
-        not choose. Beside it stands a test over all images and cells: ``t`` is the largest change, each in
-        units of its own spread over images, and ``p`` how often chance makes one as large (see
-        `sign_flip_maximum`). Its cell need not be the chosen one, which has the largest mean. Cells that
-        scale no key, such as (0, 1) where no image has a V-sink, are left out.
-
-        Returns:
-            Columns as in `map` up to s_rest, then chosen_on (change where it was chosen), n, images,
-            delta, low, high (on the other half), maximum (the largest change on all images), t, t_95 (the
-            95 % point of t where nothing has an effect), p, and note: why a task has no best cell.
+        Cells that scale no key, such as (0, 1) where no image has a V-sink, are left out. Columns are as in
+        `map` up to s_rest, then chosen_on (change where it was chosen), n, images, delta, low, high (on the
+        other half), and note (why a task has no best cell). On all images and cells, see `sign_flip_maximum`:
+        maximum (the largest change), t (the same in units of its own spread over images), t_95 (the 95 %
+        point of t where nothing has an effect), p (how often chance makes a t as large).
         """
         check_choice(("score", "logprob"), column=column)
         tasks = self.by_task(by)
@@ -220,7 +195,7 @@ class Sweep:
         return plot_sweep(self.map(by, column=column, seed=seed), score=self.score_text(column))
 
     def observations(self, by: str | None = None, *, seed: int = 0) -> str:
-        """The three observations of Choi et al. (2604.03316), as lines of text.
+        """Write the three observations of Choi et al. (2604.03316) as lines of text.
 
         Whether the best setting depends on task or layer, and whether raising or splitting off sinks helps.
         """
@@ -240,11 +215,6 @@ class Sweep:
         pairs = counted(len(self.pairs), NOUNS[len(self.groups)])
         return f"Sweep({said} x {pairs}, score={self.score!r})"
 
-    def by_task(self, by: str | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    def by_task(self, by: str | None) -> Iterator[tuple[str, Any]]:
         """The table by task, and whole at the end if there are several."""
-        by = self.by if by is None else by
-        check_choice(BY, by=by)
-        if by == "task" and self.table["task"].nunique() > 1:
-            for name, part in self.table.groupby("task", sort=True):
-                yield str(name), part
-        yield ALL, self.table
+        return by_task(self.table, self.by if by is None else by)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import re
+import pickle
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-import joblib
 import numpy as np
+from joblib.hashing import NumpyHasher
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,10 +24,11 @@ from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
 from sinkscope.detectors.detection import check_detector
 from sinkscope.errors import InputError
-from sinkscope.experiments.sweep_cost import SweepCost, estimate
-from sinkscope.experiments.sweep_grid import Batch, Cells, Pair, check_grid, check_layers, lsg_grid
-from sinkscope.experiments.sweep_images import Groups, Line, Numbered, Rules, sweep_image
-from sinkscope.experiments.sweep_result import BY, MANIFEST, Folder, Sweep, as_frame, as_table
+from sinkscope.experiments import sweep_grid
+from sinkscope.experiments.statistics import BY
+from sinkscope.experiments.sweep_grid import Cells, Groups, Pair, SweepCost
+from sinkscope.experiments.sweep_images import Batch, Line, Rules, sweep_image
+from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place, held
 from sinkscope.models.loading import identity_of
 from sinkscope.models.lvlm import LVLM
@@ -59,18 +58,14 @@ def sweep(
 ) -> Sweep | SweepCost:
     """Score every question with the keys of image tokens scaled, layer by layer and pair by pair.
 
-    In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and
-    those of all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al.
-    2604.03316: a gate that reads layer l edits block l + 1). The base, (1, 1), is run once per question.
-    Triples ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L",
-    "rest")``: image tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks.
-
-    Nothing is approximated. The vision tower runs once per image (and once more to look for V-sinks),
-    blocks before the edited one once per question, pairs as rows of one pass, and the prompt up to the
-    end of the image once for all questions that share it (with triples: and have the same L-sinks).
+    In the cell of layer l and pair ``(s_V, s_rest)`` the keys of V-sinks are multiplied by s_V and those of
+    all other image tokens by s_rest, in block l + 1, after RoPE and k-norm (Choi et al. 2604.03316: a gate
+    that reads layer l edits block l + 1). The base, (1, 1), is run once per question. Triples
+    ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L", "rest")``: image
+    tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks. Nothing is approximated;
+    what an edit cannot change is computed once.
 
     Args:
-        lvlm: The model, with its processor and weights.
         dataset: Records as for `compare`.
         layers: Layers l from 0, ``"embed"`` to edit block 0, or None for all of both.
         grid: Pairs ``(s_V, s_rest)`` or triples ``(s_V, s_L, s_rest)``; None for `lsg_grid`.
@@ -79,16 +74,15 @@ def sweep(
             ``"exact"`` (greedy decoding begins with the answer), ``"logprob"`` (of the answer, in nats,
             always kept too), or a function of an item and an `Answered`, known by its code and the values
             it refers to. None is ``"choice"`` if items have choices, else ``"exact"``.
-        v_detector: The rule for V-sinks, best calibrated on other images; ``l_detector``: for L-sinks
-            likewise, with triples only.
-        calibration: Of `calibrate`; its rules are taken. Without rules, published constants of this
-            model are used, else the first images of the dataset calibrate, which the result notes.
+        v_detector: The rule for V-sinks; ``l_detector`` for L-sinks, with triples only. Or give a
+            ``calibration``, on other images. With none of them, published constants of this model are used,
+            else the first images of the dataset calibrate, which the result notes.
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
         progress: None shows a bar from 50 questions on.
-        dry_run: Whether to return what it would cost, a `SweepCost` to print: every option is checked,
-            nothing is run or left on disk, and no weights are needed (``remote=True`` will do).
+        dry_run: Check all options and return the cost, a `SweepCost` to print. Nothing is run or left on
+            disk, and no weights are needed (``remote=True`` will do).
 
     Raises:
         InputError: If an option is malformed, another sweep is or runs in ``out``, or a log-probability
@@ -98,8 +92,9 @@ def sweep(
     """
     check_flags(dry_run=dry_run)
     check_choice(BY, by=by)
-    pairs = check_grid(lsg_grid() if grid is None else grid)
-    cells = Cells(check_layers(layers, lvlm.anatomy.language.n_layers), tuple(pairs))
+    pairs = sweep_grid.check_grid(grid)
+    chosen = sweep_grid.check_layers(layers, lvlm.anatomy.language.n_layers)
+    cells = Cells(chosen, tuple(pairs))
     if batch != "auto":
         check_whole(1, batch=batch, hint="Or write batch='auto'.")
     check_merge(merge)
@@ -117,21 +112,22 @@ def sweep(
     check_questions(lvlm.processor, items)
     name, scoring = choose_score(score, items)
     code = digest_function(scoring) if out is not None and callable(score) else None
-    groups = by_image(items)
+    groups = sweep_grid.by_image(items)
     if dry_run:
         if out is not None:
             check_place(Path(out).expanduser(), MANIFEST, "sweep")
-        return estimate(lvlm, groups, cells, getattr(calibration, "l_detector", l_detector))
+        low = getattr(calibration, "l_detector", l_detector)
+        return sweep_grid.estimate(lvlm, groups, cells, low)
     wanted = {name[0]: rule for name, rule in given.items() if name[0] == "v" or cells.with_l}
-    detectors, said, notes = _choose_rules(lvlm, groups, wanted, calibration)
+    found, said, notes = _choose_rules(lvlm, groups, wanted, calibration)
     settings: dict[str, Any] = {"format": len(pairs[0]), "model": identity_of(lvlm)}
     settings |= {"dataset": _digest_of(items), "groups": len(groups)}
     settings |= {"grid": [list(pair) for pair in pairs], "layers": list(cells.layers)}
     settings |= {"score": name, "score_code": code, **said, "merge": merge, "notes": notes}
     settings["versions"] = {p: version(p) for p in ("sinkscope", "torch", "transformers")}
     folder = None if out is None else Folder(out, settings)
-    batches = Batch(batch, len(pairs))
-    rules = Rules(cells, scoring, detectors["v"], merge, batches, detectors.get("l"))
+    low = found.l_rule if cells.with_l else None
+    rules = Rules(cells, scoring, found.v, merge, Batch(batch, len(pairs)), low)
     hidden = len(items) < 50 if progress is None else not progress
     with nullcontext() if folder is None else held(folder.path, "sweep"), evaluated(lvlm.module):
         made, heard = _run(lvlm, groups, rules, folder, hidden)
@@ -145,11 +141,11 @@ def _run(
     lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, hidden: bool
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
-    each, lines, notes = len(rules.cells.layers) * len(rules.cells.pairs), [], []
+    lines, notes, each = [], [], len(rules.cells.layers) * len(rules.cells.pairs)
     missing = [i for i in range(len(groups)) if folder is None or not folder.part(i).exists()]
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
-    start = total - left
-    with tqdm(total=total, initial=start, desc="sweeping", unit="cell", disable=hidden) as bar:
+    bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
+    with bar:
         if missing:
             first = groups[missing[0]][0][1]
             sample = lvlm.prepare(images=first.image, text=first.question)
@@ -164,18 +160,10 @@ def _run(
     return lines, notes
 
 
-def by_image(items: Sequence[Item]) -> list[list[Numbered]]:
-    """Numbered questions in groups of one image id, in the order in which ids appear."""
-    groups: dict[str, list[Numbered]] = {}
-    for numbered in enumerate(items):
-        groups.setdefault(numbered[1].image_id, []).append(numbered)
-    return list(groups.values())
-
-
 def _choose_rules(
     lvlm: LVLM, groups: Groups, given: Mapping[str, Any], calibration: Calibration | None
-) -> tuple[dict[str, Detector], dict[str, str], list[str]]:
-    """The rules by the names of ``given`` (``"v"``, and ``"l"`` for triples), in words, and notes."""
+) -> tuple[SinkRules, dict[str, str], list[str]]:
+    """The rules, those named in ``given`` (``"v"``, and ``"l"`` for triples) in words, and notes."""
     first = [group[0][1] for group in groups[:6]]
     what = f"the first {len(first)} images of the dataset"
     found = SinkRules.on_others(
@@ -185,18 +173,19 @@ def _choose_rules(
         what=what,
         calibration=calibration,
     )
-    rules: dict[str, Detector] = {"v": found.v, **({"l": found.l_rule} if "l" in given else {})}
-    sources, said, notes = {"v": found.v_source, "l": found.l_source}, {}, []
-    for name, rule in rules.items():
-        named = given[name] is not None or calibration is not None
-        said[f"{name}_rule"] = repr(rule) if named else sources[name]
-        if (made := found.calibration) is not None and not named and what in sources[name]:
+    made, said, notes = found.calibration, {}, []
+    rules = {"v": (found.v, found.v_source), "l": (found.l_rule, found.l_source)}
+    for name, own in given.items():
+        rule, source = rules[name]
+        named = own is not None or calibration is not None
+        said[f"{name}_rule"] = repr(rule) if named else source
+        if made is not None and not named and what in source:
             notes.append(
                 f"{name.upper()}-sinks by a rule calibrated on {what}, which are scored too "
                 f"({(made.vision if name == 'v' else made.language).reason}). Write "
                 "calibration=ss.calibrate(lvlm, samples of other images)"
             )
-    return rules, said, notes
+    return found, said, notes
 
 
 def _digest_of(items: Sequence[Item]) -> str:
@@ -212,10 +201,9 @@ def _check_rules(rules: Mapping[str, Any], calibration: Any, with_l: bool) -> No
     """Require one rule of a kind at most, and none for L-sinks where they have no coefficient."""
     for name, rule in rules.items():
         if rule is not None and calibration is not None:
-            raise InputError(
-                f"Got {name} and calibration; expected one of them. Write only one, or "
-                "v_detector=... and l_detector=calibration.l_detector."
-            )
+            wanted = "expected one of them. Write only one, or"
+            own = "v_detector=... and l_detector=calibration.l_detector"
+            raise InputError(f"Got {name} and calibration; {wanted} {own}.")
         if rule is not None:
             check_detector(rule)
     if (low := rules["l_detector"]) is not None and not with_l:
@@ -234,81 +222,68 @@ def digest_function(function: Callable[..., Any]) -> str:
     Functions and classes among those values count in the same way; of modules and installed libraries
     the name is taken. Python's own version stands in front: others compile to other bytecode.
     """
-    return f"{sys.implementation.cache_tag} {joblib.hash(_content(function, 'the score function', ()))}"
+    return f"{sys.implementation.cache_tag} {ContentHasher(function).hash(function)}"
 
 
-def _content(value: Any, where: str, above: tuple[int, ...]) -> Any:
-    """The content of a value as plain lists and numbers; ``above`` are the values around it."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...))):
-        return [type(value).__name__, repr(value)]
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value)
-    if id(value) in above:  # a function that calls itself
-        return "again"
-    inside = (*above, id(value))
-    if isinstance(value, (set, frozenset)):
-        return sorted(str(joblib.hash(_content(each, where, inside))) for each in value)
-    if above and _of_a_library(value):
-        name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
-        return f"{getattr(value, '__module__', '')} {name}"
-    parts = _parts(value, where).items()
-    found = [[name, _content(inner, f"{name} of {where}", inside)] for name, inner in parts]
-    return [type(value).__qualname__, found]
+class ContentHasher(NumpyHasher):
+    """Hashes functions and classes by content, where pickle, which is below it, would take their names."""
+
+    def __init__(self, root: Any) -> None:
+        super().__init__()
+        self.root, self.names = root, {}
+
+    def save(self, obj: Any) -> None:
+        """Refuse what cannot be read."""
+        try:
+            super().save(obj)
+        except (TypeError, pickle.PicklingError) as error:
+            raise InputError(
+                f"Got {self.names.get(id(obj), 'a value')} of the score function, of type "
+                f"{type(obj).__name__}, whose content cannot be read; expected numbers, texts, tensors, "
+                "lists of these or functions, so that out= can tell when a sweep is continued with another "
+                "score. Let the function use such values only, or write out=None."
+            ) from error
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Give what pickle writes instead of a value."""
+        content = None if obj is object else self._content(obj)
+        return NotImplemented if content is None else (object, (type(obj).__name__,), content)
+
+    def _content(self, value: Any) -> Any:
+        own = getattr(value, "__dict__", {})
+        if isinstance(value, Tensor):
+            return value.detach().cpu().double().numpy()
+        if isinstance(value, (set, frozenset)):
+            return sorted(str(ContentHasher(self.root).hash(each)) for each in value)
+        if isinstance(value, CodeType):  # where its lines stood does not matter
+            names = ("code", "names", "varnames", "freevars", "argcount", "consts")
+            return [getattr(value, f"co_{name}") for name in names]
+        if value is not self.root and _of_a_library(value):
+            name = getattr(value, "__qualname__", value.__name__)
+            return f"{getattr(value, '__module__', '')} {name}"
+        if isinstance(value, FunctionType):
+            code, known = value.__code__, value.__globals__
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            found = dict(zip(code.co_freevars, cells, strict=True))
+            found |= {name: known[name] for name in _names(code) & known.keys()}
+            self.names |= {id(each): name for name, each in found.items()}
+            return [code, value.__defaults__, value.__kwdefaults__, found]
+        if isinstance(value, type):
+            made = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
+            kept = (n for n, m in made.items() if isinstance(m, FunctionType) or n[:2] != "__")
+            return [value.__bases__, {name: made[name] for name in kept}]
+        return own.get("__wrapped__")  # of a cache, say
 
 
 def _of_a_library(value: Any) -> bool:
     """Whether a name says it all: modules, and functions and classes of what is installed."""
-    if isinstance(value, BuiltinFunctionType):
-        return value.__self__ is None or isinstance(value.__self__, (ModuleType, type))
     if not isinstance(value, (FunctionType, type)):
         return isinstance(value, (ModuleType, np.ufunc))
-    if value.__module__.partition(".")[0] in ("sinkscope", *sys.builtin_module_names):
+    if str(value.__module__).partition(".")[0] in ("sinkscope", *sys.builtin_module_names):
         return True
     file = getattr(sys.modules.get(value.__module__), "__file__", None) or "."
     places = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     return not places.isdisjoint(map(str, Path(file).parents))
-
-
-def _parts(value: Any, where: str) -> dict[str, Any]:
-    own = getattr(value, "__dict__", {})
-    match value:
-        case CodeType():  # where its lines stood does not matter
-            names = ("code", "names", "varnames", "freevars", "argcount", "consts")
-            return {f"co_{name}": getattr(value, f"co_{name}") for name in names}
-        case FunctionType():
-            code, known = value.__code__, value.__globals__
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            parts = {"code": code, "defaults": (value.__defaults__, value.__kwdefaults__)}
-            parts |= zip(code.co_freevars, cells, strict=True)
-            return parts | {name: known[name] for name in sorted(_names(code) & known.keys())}
-        case tuple() | list():
-            return {str(i): each for i, each in enumerate(value)}
-        case Mapping():
-            return {repr(key): each for key, each in value.items()}
-        case type():
-            made = {n: getattr(m, "__func__", getattr(m, "fget", m)) for n, m in own.items()}
-            kept = (n for n, m in made.items() if isinstance(m, FunctionType) or n[:2] != "__")
-            return {"bases": value.__bases__, **{n: made[n] for n in sorted(kept)}}
-        case BuiltinFunctionType():
-            return {"name": value.__name__, "object": value.__self__}
-        case MethodType():
-            of = value.__self__
-            return {"function": value.__func__, "class": type(of), **getattr(of, "__dict__", {})}
-        case functools.partial():
-            return {"function": value.func, "args": value.args, "keywords": value.keywords}
-        case re.Pattern():
-            return {"pattern": value.pattern, "flags": int(value.flags)}
-        case Enum():
-            return {"member": value.name, "value": value.value}
-    if isinstance(getattr(value, "__wrapped__", None), FunctionType):
-        return {"function": value.__wrapped__}
-    if callable(value) and not _of_a_library(type(value)):
-        return {"class": type(value), **dict(sorted(own.items()))}
-    raise InputError(
-        f"Got {where}, of type {type(value).__name__}, whose content cannot be read; expected numbers, "
-        "texts, tensors, lists of these or functions, so that out= can tell when a sweep is continued with "
-        "another score. Let the function use such values only, or write out=None."
-    )
 
 
 def _names(code: CodeType) -> set[str]:

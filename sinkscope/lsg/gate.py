@@ -17,8 +17,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
 from sinkscope.detectors.calibration import Limits
-from sinkscope.detectors.choice import SinkRules
-from sinkscope.detectors.choice import check_kept, describe
+from sinkscope.detectors.choice import SinkRules, check_kept, describe
 from sinkscope.detectors.rules import NoSinks
 from sinkscope.errors import InputError, InterventionError, ModelError, NoEffectError
 from sinkscope.interventions.application import Edited

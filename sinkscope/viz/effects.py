@@ -31,7 +31,7 @@ class Effects:
     """A checked summary: the tasks to show, the base and the other conditions, and what cells say."""
 
     def __init__(self, summary: pd.DataFrame, tasks: Tasks = None, base: str | None = None) -> None:
-        theme.check_table(summary, COLUMNS, "what Comparison.summary() returns")
+        theme.check_table(summary, COLUMNS, "what Comparison.estimates() returns")
         known = list(dict.fromkeys(summary["task"]))
         conditions: list[str] = list(dict.fromkeys(summary["condition"]))
         self.tasks = sorted(known, key=lambda t: t != "all") if tasks is None else list(tasks)
@@ -160,7 +160,7 @@ def plot_effects(summary: pd.DataFrame, *, tasks: Tasks = None, base: str | None
     A filled point has an interval that excludes zero; a stroke at zero says that no answer turned
     right or wrong. Conditions with "random" in their name (controls) are squares. "none found": there is
     no such token, so no row was touched, and its control is left out. "too few to draw from": the same
-    of a control. The ``summary`` is that of ``Comparison.summary()``; ``tasks`` are shown in their order,
+    of a control. The ``summary`` is that of ``Comparison.estimates()``; ``tasks`` are shown in their order,
     None for all; ``base`` is the condition to compare with, None for the first.
     """
     effects = Effects(summary, tasks, base)

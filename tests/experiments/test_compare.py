@@ -34,16 +34,17 @@ def test_summary_of_several_seeds_by_hand():
                 }
             )
     comparison = Comparison(pd.DataFrame(lines), "base")
-    line = comparison.summary().set_index("condition").loc["gate"]
+    line = comparison.estimates().set_index("condition").loc["gate"]
     assert (line["n"], line["images"], line["seeds"]) == (4, 2, 3)
     assert line["accuracy"] == 0.75
     assert line["delta"] == 0.25
     assert line["seed_sd"] == pytest.approx(np.std([0.75, 0.5, 1.0], ddof=1))
-    only = comparison.summary(touched_only=True).set_index("condition").loc["gate"]
+    only = comparison.estimates(touched_only=True).set_index("condition").loc["gate"]
     assert only["n"] == 3
     assert only["accuracy"] == pytest.approx((2 + 1 + 3) / 9)
     assert only["delta"] == pytest.approx((1 + 0 + 2) / 9)
-    assert comparison.comparisons == comparison.summary().attrs["comparisons"] == 1
+    assert comparison.comparisons == comparison.estimates().attrs["comparisons"] == 1
+    assert "gate" in comparison.summary(draws=20)
     assert comparison.conditions == ("gate",)
 
 
@@ -93,7 +94,7 @@ def test_conditions_are_answered_on_the_same_questions(planted):
     length = size_of(lvlm, "red")
     alone = lvlm.generate(sample, max_new_tokens=length).text[0]
     assert by.loc[0, "base"] == alone
-    summary = got.summary(draws=50)
+    summary = got.estimates(draws=50)
     assert set(summary["task"]) == {"count", "colour", "all"}
 
 
@@ -247,7 +248,7 @@ def test_questions_without_a_task_are_one_group(planted):
     lvlm, _ = planted
     data = [{k: v for k, v in record.items() if k != "task"} for record in dataset(2)]
     got = ss.compare(lvlm, data, {"base": [], "again": []})
-    summary = got.summary(draws=20)
+    summary = got.estimates(draws=20)
     assert summary["task"].tolist() == ["all", "all"]
     assert summary["n"].tolist() == [4, 4]
     with pytest.raises(ss.SinkscopeError, match="no task 'all' beside others"):
@@ -440,8 +441,8 @@ def test_impossible_intervals_are_refused(options):
     names = ["item", "image_id", "task", "condition", "correct", "touched"]
     comparison = Comparison(pd.DataFrame(rows, columns=names), "base")
     with pytest.raises(ss.SinkscopeError, match="expected"):
-        comparison.summary(**options)
-    assert len(comparison.summary(level=0.5, draws=1)) == 2
+        comparison.estimates(**options)
+    assert len(comparison.estimates(level=0.5, draws=1)) == 2
 
 
 def test_one_picture_without_an_id_is_one_image(wordy, tmp_path):
@@ -459,7 +460,9 @@ def test_one_picture_without_an_id_is_one_image(wordy, tmp_path):
     data = [{"image": p, "question": "what is it", "answer": "red"} for p in pictures]
     ids = [item.image_id for item in as_items(data)]
     assert [ids.index(name) for name in ids] == [0, 0, 2, 3, 3, 5]
-    assert ss.compare(wordy, data[:3], {"base": []}).summary(draws=10)["images"].tolist() == [2]
+    alone = ss.compare(wordy, data[:3], {"base": []})
+    assert alone.estimates(draws=10)["images"].tolist() == [2]
+    assert "base" in alone.summary(draws=10)
     swept = ss.sweep(wordy, data[:3], [0], [(0.5, 0.5)], v_detector=detectors.NoSinks())
     assert swept.base()["images"].tolist() == [2]
     named = [{**record, "image_id": i} for i, record in enumerate(data)]
@@ -475,6 +478,6 @@ def test_a_table_made_by_hand_counts_questions_without_a_task_once():
         for i, (task, ok) in enumerate(zip(tasks, right, strict=True))
         for name in ("base", "x")
     ]  # fmt: skip
-    summary = Comparison(pd.DataFrame(lines), "base").summary(draws=20)
+    summary = Comparison(pd.DataFrame(lines), "base").estimates(draws=20)
     line = summary[(summary["task"] == "all") & (summary["condition"] == "x")].iloc[0]
     assert (line["n"], line["images"], line["accuracy"], line["delta"]) == (4, 4, 0.5, 0.5)

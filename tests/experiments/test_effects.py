@@ -76,7 +76,7 @@ def test_the_table_of_a_planted_model(planted) -> None:
     lvlm, rules = planted
     table = effect_table(lvlm, dataset(), **rules, layers=[2, 3], top=2, progress=False)
     assert table.base == "base"
-    whole = table.summary(draws=50)
+    whole = table.estimates(draws=50)
     touched = whole[whole["task"] == "all"].set_index("condition")["touched"]
     assert touched["base"] == 0
     assert (touched.drop("base") == 1).all()
@@ -88,7 +88,7 @@ def test_replacements_of_values_side_by_side(planted) -> None:
     lvlm, rules = planted
     edits = ["zero value", "mean value", "resample value"]
     table = effect_table(lvlm, dataset(), **rules, edits=edits, top=0, progress=False)
-    whole = table.summary(draws=50)
+    whole = table.estimates(draws=50)
     touched = whole[whole["task"] == "all"].set_index("condition")["touched"]
     wanted = [f"{edit} V-sinks" for edit in edits]
     wanted += [f"{edit} random, as many as V-sinks" for edit in edits]
@@ -161,7 +161,7 @@ def test_the_summary_tells_that_a_control_was_not_drawn(planted) -> None:
         "mask random": EditSinks("V-sinks", control=True),
     }
     table = ss.compare(lvlm, dataset(1), conditions, progress=False, **rules)
-    summary = table.summary().set_index("condition")
+    summary = table.estimates().set_index("condition")
     assert summary.loc[summary["task"] == "all", "uncontrolled"].to_dict() == {
         "base": 0.0,
         "mask most": 0.0,
@@ -169,7 +169,7 @@ def test_the_summary_tells_that_a_control_was_not_drawn(planted) -> None:
         "mask random": 0.0,
     }
     assert "too few to draw from" in table.to_markdown()
-    assert "too few to draw from" in ss.viz.effects_text(table.summary())
+    assert "too few to draw from" in ss.viz.effects_text(table.estimates())
     texts = [text.get_text() for ax in table.plot().axes for text in ax.texts]
     assert any("too few to draw from" in text for text in texts)
 

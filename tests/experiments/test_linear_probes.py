@@ -146,7 +146,8 @@ def test_l_sinks_are_decided_on_what_each_layer_reads(planted) -> None:
             assert np.isnan(line["accuracy"])
         else:
             assert (line["note"], line["missing"], line["tokens"]) == ("", 0, 1)
-    summary = result.summary(draws=20).set_index("group")
+    assert "ordinary" in result.summary(draws=20)
+    summary = result.estimates(draws=20).set_index("group")
     assert summary.loc["L-sinks", "layers"] == 4
     assert summary.loc["L-sinks", "missing"] == pytest.approx(2 / 6)
     assert result.detectors == "given"
@@ -217,7 +218,7 @@ def test_the_bundled_model_has_no_sinks_to_probe_and_says_so(bundled, scenes) ->
     assert "none found: V-sinks, L-sinks" in repr(result)
     assert result.detectors.startswith("calibrated on the first 8 records")
     assert (cell(result, group="top 5")["tokens"], result.site) == (5, "resid_pre")
-    summary = result.summary(draws=20).set_index("group")
+    summary = result.estimates(draws=20).set_index("group")
     assert summary.loc["V-sinks", "note"] == "none found"
     assert summary["above_null"].isna().all()  # no null was asked for
     only = {name: groups[name] for name in ("V-sinks", "L-sinks")}

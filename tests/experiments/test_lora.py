@@ -10,7 +10,7 @@ import sinkscope as ss
 from sinkscope import baselines, detectors
 from sinkscope.bundled import TRAIN_SEEDS, scene_questions
 from sinkscope.errors import InputError, LayerError, ModelError
-from sinkscope.experiments.lora import choose_rank, target_paths
+from sinkscope.experiments.gating import choose_rank, target_paths
 
 QUESTIONS = list(scene_questions(6, 4, seeds=TRAIN_SEEDS))
 

@@ -20,7 +20,7 @@ from sinkscope.errors import (
 from sinkscope.experiments import Answered, Item, SweepCost
 from sinkscope.experiments import sweep as sweep_function
 from sinkscope.experiments import sweep_images as images
-from sinkscope.experiments.sweep_grid import Batch, Edits, factors_of
+from sinkscope.experiments.sweep_images import Batch, edits_of
 from sinkscope.models import replay
 from sinkscope.testing import plant, random_image, tiny_llava, write_checkpoint
 from tests.conftest import FAMILIES
@@ -145,11 +145,11 @@ def test_equals_scale_keys_and_compare_on_the_bundled_model():
 def test_all_pairs_of_an_image_without_v_sinks_that_do_the_same_are_one_edit():
     visual = torch.tensor([False, True, True, False])
     pairs = [(0.0, 1.0), (0.5, 0.5), (0.1, 0.5), (2.0, 1.0)]
-    edits = Edits.of(factors_of(torch.zeros(4, dtype=torch.bool), visual, pairs))
-    assert edits.of_pair == (-1, 0, 0, -1)
-    assert edits.factors.tolist() == [[1.0, 0.5, 0.5, 1.0]]
+    edits, of_pair = edits_of(torch.zeros(4, dtype=torch.bool), visual, pairs)
+    assert of_pair == [-1, 0, 0, -1]
+    assert edits.tolist() == [[1.0, 0.5, 0.5, 1.0]]
     sinks = torch.tensor([False, True, False, False])
-    assert Edits.of(factors_of(sinks, visual, pairs)).of_pair == (0, 1, 2, 3)
+    assert edits_of(sinks, visual, pairs)[1] == [0, 1, 2, 3]
 
 
 def test_choices_equal_every_option_scored_alone(tiny):

@@ -8,8 +8,8 @@ import torch
 import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import CheckpointError, DetectorError, InputError
-from sinkscope.experiments.sweep_grid import Edits, factors_of
-from sinkscope.experiments.sweep_images import by_token
+from sinkscope.experiments.sweep_grid import by_token
+from sinkscope.experiments.sweep_images import edits_of
 from sinkscope.experiments.sweep_result import MANIFEST
 from sinkscope.testing import plant
 from tests.conftest import FAMILIES
@@ -253,9 +253,9 @@ def test_triples_that_do_the_same_are_one_edit():
     nothing = torch.zeros(4, dtype=torch.bool)
     low = torch.tensor([False, False, True, False])
     triples = [(0.2, 0.5, 0.5), (0.5, 0.5, 0.5), (0.9, 0.5, 1.0), (0.1, 1.0, 1.0)]
-    edits = Edits.of(factors_of(nothing, visual, triples, low))
-    assert edits.of_pair == (0, 0, 1, -1)
-    assert edits.factors.tolist() == [[1.0, 0.5, 0.5, 0.5], [1.0, 1.0, 0.5, 1.0]]
+    edits, of_pair = edits_of(nothing, visual, triples, low)
+    assert of_pair == [0, 0, 1, -1]
+    assert edits.tolist() == [[1.0, 0.5, 0.5, 0.5], [1.0, 1.0, 0.5, 1.0]]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sinkscope.data.questions import Questions
 from sinkscope.errors import InputError
 from sinkscope.experiments.probing import split_images
 from sinkscope.experiments.statistics import cluster_bootstrap, cluster_intervals
-from sinkscope.experiments.sweeping import by_image
+from sinkscope.experiments.sweep_grid import by_image
 from sinkscope.testing import random_image
 
 PICTURES = [random_image(8, 8, i) for i in range(24)]
@@ -152,7 +152,7 @@ def test_intervals_of_a_table_with_missing_ids_are_those_of_its_images(tiny):
     ]
     conditions = {"base": [], "mask": [ss.MaskKeys("image")]}
     named = [{**record, "image_id": i // 2} for i, record in enumerate(given)]
-    got, want = (ss.compare(lvlm, data, conditions).summary(draws=50) for data in (given, named))
+    got, want = (ss.compare(lvlm, data, conditions).estimates(draws=50) for data in (given, named))
     assert got["images"].tolist() == [6, 6]
     pd.testing.assert_frame_equal(got, want)
 

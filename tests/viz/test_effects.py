@@ -34,7 +34,7 @@ def comparison(images=30, tasks=("count", "colour")):
 
 @pytest.fixture(scope="module")
 def summary():
-    return comparison().summary()
+    return comparison().estimates()
 
 
 def points(ax):
@@ -75,7 +75,7 @@ def test_points_and_intervals_are_those_of_the_summary(summary) -> None:
 def test_controls_of_what_was_not_found_are_left_out() -> None:
     made = comparison()
     made.table.loc[made.table["condition"].str.contains("random"), "touched"] = False
-    summary = Comparison(made.table, "base").summary(draws=50)
+    summary = Comparison(made.table, "base").estimates(draws=50)
     names = texts(plot_effects(summary).axes[0].get_yticklabels())
     assert names == ["mask V-sinks", "mask L-sinks"]
     assert "random" not in effects_text(summary)
@@ -84,7 +84,7 @@ def test_controls_of_what_was_not_found_are_left_out() -> None:
 def test_tasks_and_base_can_be_chosen(summary) -> None:
     figure = plot_effects(summary, tasks=["colour"], base="base")
     assert len([ax for ax in figure.axes if ax.get_visible()]) == 1
-    many = comparison(tasks=tuple("abcdefgh")).summary(draws=50)
+    many = comparison(tasks=tuple("abcdefgh")).estimates(draws=50)
     assert len([ax for ax in plot_effects(many).axes if ax.get_visible()]) == 9
     for given in ({"tasks": ["shape"]}, {"base": "nothing"}, {"tasks": []}):
         for show in (plot_effects, effects_text):
@@ -103,7 +103,7 @@ def test_other_tables_are_refused(show, summary) -> None:
 
 
 def test_one_image_has_no_interval() -> None:
-    one = comparison(images=1).summary()
+    one = comparison(images=1).estimates()
     assert np.isnan(one["delta_low"]).all()
     plot_effects(one).canvas.draw()
     text = effects_text(one)
@@ -127,7 +127,7 @@ def test_text_has_every_number(summary) -> None:
 @pytest.mark.parametrize(("many", "width"), [(9, 110), (3, 70)])
 def test_text_of_many_tasks_is_cut_into_blocks(many, width) -> None:
     tasks = tuple(f"a name of task {i}" for i in range(many))
-    text = effects_text(comparison(tasks=tasks).summary(draws=50), width=width)
+    text = effects_text(comparison(tasks=tasks).estimates(draws=50), width=width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert text.count("\nbase") > 1
     assert all(task in text for task in tasks)
@@ -139,7 +139,7 @@ def test_a_task_without_such_tokens_says_so() -> None:
     table.loc[table["task"] == "count", "touched"] = False
     masked = next(
         line
-        for line in effects_text(Comparison(table, "base").summary()).splitlines()
+        for line in effects_text(Comparison(table, "base").estimates()).splitlines()
         if line.startswith("mask V-sinks")
     )
     assert masked.count("none found") == 1
@@ -186,12 +186,12 @@ def test_control_result_knows_its_score(traces) -> None:
 
 def test_seeds_and_the_number_of_changes_are_stated() -> None:
     made = comparison()
-    summary = made.summary(draws=50)
+    summary = made.estimates(draws=50)
     assert "over images. " in plot_effects(summary).get_suptitle()
     assert "None of the 6 changes" in one_line(plot_effects(summary).get_suptitle())
     several = pd.concat([made.table.assign(seed=seed) for seed in range(3)])
     several = several[(several["condition"] != "base") | (several["seed"] == 0)]
-    summary = Comparison(several, "base").summary(draws=50)
+    summary = Comparison(several, "base").estimates(draws=50)
     assert "images and seeds" in one_line(plot_effects(summary).get_suptitle())
     assert "resample images and seeds" in one_line(effects_text(summary))
     assert set(summary["seeds"]) == {1, 3}
@@ -210,7 +210,7 @@ def with_twins():
 def test_every_place_counts_the_changes_that_are_there() -> None:
     """4 of "mask V-sinks", 2 of "halve V-sinks"; nothing of what was not found, nor of its twin."""
     made = with_twins()
-    summary = made.summary(draws=50)
+    summary = made.estimates(draws=50)
     title = one_line(plot_effects(summary).get_suptitle())
     places = {
         "terminal": one_line(effects_text(summary)),
@@ -230,7 +230,7 @@ def test_every_place_counts_the_changes_that_are_there() -> None:
 
 def test_counting_survives_a_file(tmp_path) -> None:
     """A summary that was written and read again has no attrs."""
-    with_twins().summary(draws=50).to_csv(tmp_path / "s.csv", index=False)
+    with_twins().estimates(draws=50).to_csv(tmp_path / "s.csv", index=False)
     assert "6 changes" in effects_text(pd.read_csv(tmp_path / "s.csv")).replace("\n", " ")
 
 
@@ -240,7 +240,7 @@ def test_answers_that_did_not_change_have_no_interval_of_no_width() -> None:
     right = table[table["condition"] == "base"].set_index("item")["correct"]
     random = table["condition"] == "mask random, as many"
     table.loc[random, "correct"] = table.loc[random, "item"].map(right)
-    summary = made.summary(draws=50)
+    summary = made.estimates(draws=50)
     text, page = one_line(effects_text(summary)), made.to_markdown(draws=50)
     for shown in (text, page):
         assert "[+0" not in shown
@@ -263,7 +263,7 @@ def test_answers_that_cancel_are_not_called_unchanged() -> None:
     table = made.table[made.table["condition"].isin(["base", "mask V-sinks"])].copy()
     first = table["item"] % 2 == 0
     table["correct"] = (table["condition"] == "base") == first
-    text = effects_text(Comparison(table, "base").summary(draws=50), tasks=["all"])
+    text = effects_text(Comparison(table, "base").estimates(draws=50), tasks=["all"])
     assert "none changed" not in text
     assert "+0 [+0, +0]" in text
 
@@ -272,7 +272,7 @@ def test_small_changes_of_many_questions_are_not_rounded_away() -> None:
     made = comparison(images=100)
     table = made.table[made.table["condition"].isin(["base", "mask V-sinks"])].copy()
     table["correct"] = (table["condition"] == "base") | (table["item"] > 0)
-    text = effects_text(Comparison(table, "base").summary(), tasks=["all"])
+    text = effects_text(Comparison(table, "base").estimates(), tasks=["all"])
     assert "-0.5 [-1.5, +0.0]" in text
 
 
@@ -283,7 +283,7 @@ def test_labels_of_many_conditions_do_not_touch() -> None:
     one = made.table[made.table["condition"] == "mask V-sinks"]
     tables = [one.assign(condition=name) for name in names]
     table = pd.concat([made.table[made.table["condition"] == "base"], *tables])
-    figure = plot_effects(Comparison(table, "base").summary(draws=20))
+    figure = plot_effects(Comparison(table, "base").estimates(draws=20))
     FigureCanvasAgg(figure).draw()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert len(boxes) == 11

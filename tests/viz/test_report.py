@@ -117,7 +117,7 @@ def test_the_page_says_what_the_trace_says(traces, folders, name) -> None:
 
 def test_effects_on_the_page_are_those_of_the_terminal() -> None:
     """Tasks as columns, what found nothing in one sentence, points with intervals, no raw numbers."""
-    summary = comparison().summary(draws=50)
+    summary = comparison().estimates(draws=50)
     html = render("frame.html", frame=effects_frame(summary))
     head, *rows = Page(html).rows
     assert head[1:] == ["all (n = 60)", "count (n = 30)", "colour (n = 30)"]
