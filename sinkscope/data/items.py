@@ -13,10 +13,8 @@ import numpy as np
 from sinkscope.errors import InputError, nearest
 from sinkscope.models.pictures import clusters_of, identified
 
-ALL = "all"
-"""The task of all questions together, and of a question without one."""
-FEWEST_IMAGES = 20
-"""Fewer images than this cannot be split into a training and a test part that mean anything."""
+ALL = "all"  # the task of all questions together, and of a question without one
+FEWEST_IMAGES = 20  # in a training and a test part together
 ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 
@@ -109,11 +107,6 @@ def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
             )
 
 
-def folded(text: str) -> str:
-    """A text as answers are compared: stripped, in lower case."""
-    return text.strip().lower()
-
-
 def as_items(dataset: Iterable[Any]) -> list[Item]:
     """Questions as `Item` records; InputError if one is malformed, or its image unreadable or of another id."""
     items = []
@@ -124,7 +117,7 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
         check_texts(i, texts, blank=True)
         options: Any = () if item.choices is None else item.choices
         listed = isinstance(options, Sequence) and not isinstance(options, str)
-        if not listed or not all(isinstance(option, str) for option in options):
+        if not (listed and all(isinstance(option, str) for option in options)):
             raise InputError(f"Record {i} has choices={options!r}; expected a list of str.")
         if options and item.answer not in options:
             raise InputError(
@@ -192,14 +185,13 @@ def _target(name: str, items: Sequence[LabelledImage]) -> Target:
                 f"record. {nearest(name, map(str, item.attributes))}"
             )
     values = [item.attributes[name] for item in items]
-    several = [isinstance(value, (Set, list, tuple)) for value in values]
-    multi = all(several)
-    if any(several) != multi:
-        one, many = values[several.index(False)], values[several.index(True)]
+    several = {isinstance(value, (Set, list, tuple)): value for value in values}
+    if len(several) > 1:
         raise InputError(
-            f"Attribute {name!r} is {one!r} in one record and {many!r} in another; expected one class "
-            "in all records, or a set of classes in all. Write {'red'} for a set of one."
+            f"Attribute {name!r} is {several[False]!r} in one record and {several[True]!r} in another; "
+            "expected one class in all records, or a set in all. Write {'red'} for a set of one."
         )
+    multi = True in several
     classes = _classes(name, [c for value in values for c in value] if multi else values)
     if multi:
         labels = np.array([[c in set(value) for c in classes] for value in values], dtype=bool)
@@ -217,16 +209,13 @@ def _target(name: str, items: Sequence[LabelledImage]) -> Target:
 
 def _classes(name: str, values: Sequence[Any]) -> list[Any]:
     """The different values, sorted; all are truth values, whole numbers or names."""
-    types: dict[str, Any] = {"bool": (bool, np.bool_), "int": Integral, "str": str}
-    kinds = {}
-    for value in values:
-        kind = next((kind for kind, of in types.items() if isinstance(value, of)), None)
-        if kind is None:
-            raise InputError(
-                f"Attribute {name!r} holds {value!r} of type {type(value).__name__}; expected an int "
-                "or a str per class. Sort continuous values into bins first."
-            )
-        kinds[kind] = value
+    types: Any = ((bool, np.bool_), Integral, str)
+    kinds = {next((kind for kind in types if isinstance(v, kind)), None): v for v in values}
+    if None in kinds:
+        raise InputError(
+            f"Attribute {name!r} holds {kinds[None]!r} of type {type(kinds[None]).__name__}; expected "
+            "an int or a str per class. Sort continuous values into bins first."
+        )
     if len(kinds) > 1:
         raise InputError(
             f"Attribute {name!r} holds {', '.join(map(repr, kinds.values()))}; expected classes of one "

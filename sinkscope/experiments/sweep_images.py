@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from sinkscope.anatomy.context import Context
 from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
+from sinkscope.data.batches import extend
 from sinkscope.data.items import Item
-from sinkscope.data.tokens import extend
 from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions
 from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import STATE_SITE, decide

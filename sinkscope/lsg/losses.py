@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkscope.data.batches import AnswerBatch, AnswerData, batches_of, make_batch
-from sinkscope.data.tokens import TokenScores
+from sinkscope.data.batches import AnswerBatch, AnswerData, TokenScores, batches_of, make_batch
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.gate import LSG

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.data.tokens import extend
+from sinkscope.data.batches import extend
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import decoder_inputs, logits_at
 from sinkscope.testing import random_image, tiny_llava

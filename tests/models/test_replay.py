@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.data.tokens import extend
+from sinkscope.data.batches import extend
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.inputs import checked, decoder_inputs
 from sinkscope.models.keyhook import scaled_keys
