@@ -7,7 +7,7 @@ nothing about its attention was planted. Its card, `bundled_path() / "README.md"
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinkscope.bundled.scenes import (
     TASKS,
@@ -72,6 +72,7 @@ def load_bundled_hf(
     """Load it as a plain transformers model and its processor; ``"eager"`` can return attention patterns."""
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    path, how = bundled_path(), {"dtype": dtype, "attn_implementation": attn_implementation}
+    path = bundled_path()
+    how: Any = {"dtype": dtype, "attn_implementation": attn_implementation}
     model = LlavaForConditionalGeneration.from_pretrained(path, local_files_only=True, **how)
     return model.eval(), LlavaProcessor.from_pretrained(path, local_files_only=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +147,8 @@ SCORES: dict[str, Score] = {
 def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
     """The score and its name; None is ``"choice"`` where items have options, else ``"exact"``."""
     if callable(score):
-        return f"{score.__module__}.{getattr(score, '__qualname__', repr(score))}", score
+        name = f"{score.__module__}.{getattr(score, '__qualname__', repr(score))}"
+        return name, cast("Score", score)
     with_options = sum(bool(item.choices) for item in items)
     name = ("choice" if with_options else "exact") if score is None else score
     check_choice(SCORES, score=name)

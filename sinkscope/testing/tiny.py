@@ -214,7 +214,7 @@ def tiny_gemma3(
     tokens = (image_size // patch_size // pool) ** 2
     processor = processors.gemma3_processor(image_size, tokens)
     kinds = ["full" if block in full_attention_layers else "sliding" for block in range(layers)]
-    text = text_settings(processor, layers, heads, kv_heads) | {"head_dim": HEAD_DIM}
+    text: Any = text_settings(processor, layers, heads, kv_heads) | {"head_dim": HEAD_DIM}
     text |= {"query_pre_attn_scalar": 4 * HEAD_DIM, "sliding_window": sliding_window}
     text["layer_types"] = [f"{kind}_attention" for kind in kinds]
     tokenizer: Any = processor.tokenizer
