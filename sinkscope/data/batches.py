@@ -180,9 +180,6 @@ class AnswerBatch:
     tokens: TokenMap  # only the prompt is ``live``, so ``tokens.last`` is its end
     rows: Ids  # the records' indices in the dataset
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @property
     def answer_tokens(self) -> int:
         """How many labels there are."""
@@ -197,7 +194,7 @@ class AnswerBatch:
     def positions(self) -> Tensor:
         """Int ``[row n]``: the positions that predict `targets`."""
         end, longest = self.labels.shape[1], self.targets.shape[1]
-        return torch.arange(end - longest - 1, end - 1).expand(len(self), longest)
+        return torch.arange(end - longest - 1, end - 1).expand(len(self.rows), longest)
 
 
 def read_dataset(

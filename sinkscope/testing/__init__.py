@@ -1,8 +1,4 @@
-"""Models to test against: tiny random ones per family, and ones with sinks planted in them.
-
-Of the package it knows nothing but value checks and how
-processors are loaded (`sinkscope.models.processors`).
-"""
+"""Models to test against: tiny random ones per family, and ones with sinks planted in them."""
 
 from sinkscope.models.processors import ImageQwen2_5_VLProcessor, load_processor
 from sinkscope.testing.circuits import Planted, Truth

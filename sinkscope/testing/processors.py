@@ -6,8 +6,6 @@ from typing import Any
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor
-
 # What the merges are trained on. Other text falls back to bytes, so no text is unknown.
 SENTENCES = (
     "USER: How many red shapes are in the image? ASSISTANT: There are 3 red shapes.",
@@ -21,7 +19,6 @@ LLAVA_CHAT, QWEN_CHAT, GEMMA_CHAT = (
     Path(__file__).with_name("templates").joinpath(f"{name}.jinja").read_text("utf-8")
     for name in ("llava", "qwen", "gemma")
 )
-QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
 WITH_CLS = ("clip", "dinov2")
 
 
@@ -80,30 +77,9 @@ def llava_processor(
     drops the first ViT token, ``"full"`` keeps all, None drops CLS only.
     """
     has_cls, square = tower in WITH_CLS, {"height": image_size, "width": image_size}
+    images: Any = hf.SiglipImageProcessorPil(size=square)
     if has_cls:
         images = hf.CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
-    else:
-        images = hf.SiglipImageProcessorPil(size=square)
-    return hf.LlavaProcessor(
-        image_processor=images,
-        tokenizer=llava_tokenizer(),
-        patch_size=patch_size,
-        vision_feature_select_strategy=strategy or ("default" if has_cls else "full"),
-        num_additional_image_tokens=int(has_cls),
-        chat_template=LLAVA_CHAT,
-    )
-
-
-def qwen2_5_vl_processor(min_pixels: int, max_pixels: int) -> ImageQwen2_5_VLProcessor:
-    """Qwen2.5-VL processor for images: sides rounded to 28 pixels, area kept in the given range."""
-    sizes: Any = {"patch_size": QWEN_PATCH, "merge_size": QWEN_MERGE}
-    sizes |= {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
-    images = hf.Qwen2VLImageProcessorPil(temporal_patch_size=QWEN_TEMPORAL, **sizes)
-    return ImageQwen2_5_VLProcessor(images, qwen_tokenizer(), chat_template=QWEN_CHAT)
-
-
-def gemma3_processor(image_size: int, tokens: int) -> hf.Gemma3Processor:
-    """``Gemma3Processor``: images squeezed to a square, ``tokens`` soft tokens each, no pan and scan."""
-    images = hf.Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
-    how: Any = {"chat_template": GEMMA_CHAT, "image_seq_length": tokens}
-    return hf.Gemma3Processor(images, gemma_tokenizer(), **how)
+    how: Any = {"patch_size": patch_size, "num_additional_image_tokens": int(has_cls)}
+    how["vision_feature_select_strategy"] = strategy or ("default" if has_cls else "full")
+    return hf.LlavaProcessor(images, llava_tokenizer(), chat_template=LLAVA_CHAT, **how)

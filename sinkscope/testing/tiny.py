@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InputError
+from sinkscope.models.processors import ImageQwen2_5_VLProcessor
 from sinkscope.testing import processors
-from sinkscope.testing.processors import QWEN_MERGE, QWEN_PATCH, QWEN_TEMPORAL, WITH_CLS
+from sinkscope.testing.processors import WITH_CLS
 
 ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 HEAD_DIM = 16
@@ -169,7 +170,7 @@ def tiny_llava(
         how: ``attn_implementation="sdpa"``; ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``,
             the standard deviation of the random weight matrices.
 
-    InputError for an unknown tower, llm or strategy, and head counts or sizes that do not divide.
+    InputError for an unknown tower, llm or strategy, and counts, sizes or block indices that do not fit.
     """
     check_choice(("clip", "siglip", "dinov2"), tower=tower)
     check_choice(LLMS, llm=llm)
@@ -205,14 +206,15 @@ def tiny_gemma3(
     6 x 6 patches become 9 tokens. In the LLM queries and keys are normed, the logits' scale is not
     ``1 / sqrt(head_dim)``, tokens of one image see each other in both directions, and all layers but
     ``full_attention_layers`` see the last ``sliding_window`` positions only. ``pool * patch_size`` must
-    divide ``image_size``; the other arguments are those of `tiny_llava`. InputError for head counts, sizes
-    or block indices that do not fit.
+    divide ``image_size``; the other arguments are those of `tiny_llava`, and so are the errors.
     """
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
     for block in full_attention_layers:
         check_whole(0, layers - 1, full_attention_layers=block)
     tokens = (image_size // patch_size // pool) ** 2
-    processor = processors.gemma3_processor(image_size, tokens)
+    images = hf.Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
+    settings: Any = {"chat_template": processors.GEMMA_CHAT, "image_seq_length": tokens}
+    processor = hf.Gemma3Processor(images, processors.gemma_tokenizer(), **settings)
     kinds = ["full" if block in full_attention_layers else "sliding" for block in range(layers)]
     text: Any = text_settings(processor, layers, heads, kv_heads) | {"head_dim": HEAD_DIM}
     text |= {"query_pre_attn_scalar": 4 * HEAD_DIM, "sliding_window": sliding_window}
@@ -247,20 +249,20 @@ def tiny_qwen2_5_vl(
     ViT: at the default ``window_size`` (in pixels, a multiple of 28) a window holds 4 x 4 patches, that
     is 2 x 2 LLM tokens, and a 112 x 112 image has four windows; ``full_attention_blocks`` attend over
     the whole image. Images keep their shape, so grids are ragged over a batch, and are scaled to an
-    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`. InputError for
-    head counts, a window size or block indices that do not fit.
+    area from ``min_pixels`` to ``max_pixels``. Other arguments and errors are those of `tiny_llava`.
     """
-    check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
+    check_divides("2 * 14", 2 * 14, "window_size", window_size)
     for block in full_attention_blocks:
         check_whole(0, vision_layers - 1, full_attention_blocks=block)
-    processor = processors.qwen2_5_vl_processor(min_pixels, max_pixels)
-    tokenizer: Any = processor.tokenizer
+    tokenizer: Any = processors.qwen_tokenizer()
+    area: Any = {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+    images = hf.Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, **area)
+    processor = ImageQwen2_5_VLProcessor(images, tokenizer, chat_template=processors.QWEN_CHAT)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     vision: Any = {"depth": vision_layers, "num_heads": 4, "hidden_size": 64}
     vision |= {"intermediate_size": 96, "out_hidden_size": HEAD_DIM * heads}
-    vision |= {"patch_size": QWEN_PATCH, "spatial_merge_size": QWEN_MERGE}
-    vision |= {"temporal_patch_size": QWEN_TEMPORAL, "window_size": window_size}
-    vision["fullatt_block_indexes"] = list(full_attention_blocks)
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"window_size": window_size, "fullatt_block_indexes": list(full_attention_blocks)}
     config = hf.Qwen2_5_VLConfig(
         vision_config=vision,
         text_config=text_settings(processor, layers, heads, kv_heads) | {"rope_parameters": rope},
