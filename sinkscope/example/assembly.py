@@ -76,9 +76,7 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     from onnx import numpy_helper
 
     values = {i.name: torch.tensor(numpy_helper.to_array(i)) for i in graph.initializer}
-    for name, value in values.items():
-        if name.startswith(PREFIX):
-            yield name.removeprefix(PREFIX), value
+    yield from ((n.removeprefix(PREFIX), v) for n, v in values.items() if n.startswith(PREFIX))
     sums = [node.input for node in graph.node if node.op_type == "Add"]
     biases = {side: bias for sides in sums for bias in sides if bias in values for side in sides}
     for node in graph.node:
@@ -153,11 +151,8 @@ def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[s
     words = language.get_input_embeddings().weight.data
     words[-1] = words[:-1].mean(dim=0)  # as an answer, <image> is never above all others
     language.config._name_or_path = HUB_LANGUAGE
-    how: Any = {
-        "vision_feature_layer": layout.VISION_LAYER,
-        "vision_feature_select_strategy": "full",
-    }
-    how |= {"image_seq_length": layout.IMAGE_TOKENS, "projector_hidden_act": "gelu"}
+    how: Any = {"vision_feature_layer": layout.VISION_LAYER, "projector_hidden_act": "gelu"}
+    how |= {"image_seq_length": layout.IMAGE_TOKENS, "vision_feature_select_strategy": "full"}
     how |= {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
     how |= {"vision_config": vision.config, "text_config": language.config}
     config = transformers.LlavaConfig(**how, tie_word_embeddings=True)
@@ -170,25 +165,17 @@ def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[s
     settings = model.generation_config
     settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = start, end, end
     step(f"writing 632 MB to {folder.parent}")
-    for part in (model, make_processor(tokenizer)):
-        part.save_pretrained(folder)
-    record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
-    (folder / RECORD).write_text(record, encoding="utf-8")
-
-
-def make_processor(tokenizer: Any) -> LlavaProcessor:
-    """Make the processor, whose images go through PIL, without torchvision."""
+    model.save_pretrained(folder)
     done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    how: Any = {
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": 3,
-    }
+    how = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
     how |= {"crop_size": {"height": layout.SIZE, "width": layout.SIZE}, **dict.fromkeys(done, True)}
     images = transformers.BitImageProcessorPil(size={"shortest_edge": layout.SIZE}, **how)
     counts: Any = {"patch_size": layout.PATCH, "num_additional_image_tokens": 1}
     counts |= {"vision_feature_select_strategy": "full", "image_token": "<image>"}
-    return LlavaProcessor(images, tokenizer, chat_template=layout.TEMPLATE, **counts)
+    processor = LlavaProcessor(images, tokenizer, chat_template=layout.TEMPLATE, **counts)
+    processor.save_pretrained(folder)
+    record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
+    (folder / RECORD).write_text(record, encoding="utf-8")
 
 
 @contextmanager
