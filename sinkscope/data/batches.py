@@ -270,8 +270,8 @@ def read_parts(
     Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
     from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
-    how: dict[str, Any] = {"marks": marks_of(lvlm.processor)}
-    how |= {"max_answer_tokens": max_answer_tokens, "image_token": lvlm.anatomy.image_token_id}
+    how: Any = {"marks": marks_of(lvlm.processor), "image_token": lvlm.anatomy.image_token_id}
+    how["max_answer_tokens"] = max_answer_tokens
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress

@@ -14,7 +14,6 @@ from sinkscope.errors import InputError, nearest
 from sinkscope.models.pictures import clusters_of, identified
 
 ALL = "all"  # the task of all questions together, and of a question without one
-FEWEST_IMAGES = 20  # in a training and a test part together
 ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 
@@ -80,10 +79,9 @@ class Lazy(Sequence[Any]):
 def read_record(
     record: Any, number: int, kind: type = Item, where: str = "", advice: str = ADVICE
 ) -> dict[str, Any]:
-    """The fields that a record has: a dict, or an object with such attributes.
+    """Read the fields of an `Item` or `LabelledImage` that a record has, a dict or an object.
 
-    ``kind`` is `Item` or `LabelledImage`; fields without a default must be there and not None. A message
-    begins with the number and ``where``, and ends with ``advice``.
+    Fields without a default must be there. Messages begin with number and ``where``, and end with ``advice``.
     """
     get = record.get if isinstance(record, Mapping) else partial(getattr, record)
     found = {field.name: get(field.name, MISSING) for field in fields(kind)}
@@ -157,17 +155,13 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
 def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
     """The image of every record, as one name for all records that share one; see `clusters_of`."""
     groups = np.array(clusters_of(item.image_id for item in identified(items)))
-    n = len(set(groups))
-    if n < FEWEST_IMAGES:
-        raise InputError(f"Got {n} images to split; expected at least {FEWEST_IMAGES}.")
+    if (n := len(set(groups))) < 20:  # too few for a training and a test part
+        raise InputError(f"Got {n} images to split; expected at least 20.")
     return groups
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
-    """The attributes of all records as targets: those wanted, or those of the first record.
-
-    An attribute that a record lacks, of mixed kinds or with one value only is an InputError.
-    """
+    """Make targets of the attributes wanted, or those of the first record; all records must have them."""
     known = list(items[0].attributes)
     names = known if wanted is None else wanted
     if isinstance(names, str) or not names:
