@@ -118,7 +118,7 @@ def check_place(folder: Path, name: str, what: str) -> None:
 
 
 def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Note what runs in a folder, JSON-ready, or refuse one of another run with every difference."""
+    """Write a JSON-ready manifest to the folder of its run; refuse another run, with every difference."""
     ours, noted = json.loads(json.dumps(manifest)), folder / name
     with _writable(folder):
         _make(folder, name, what)

@@ -204,12 +204,15 @@ def _target(name: str, items: Sequence[LabelledImage]) -> Target:
 def _classes(name: str, values: Sequence[Any]) -> list[Any]:
     """The different values, sorted; all are truth values, whole numbers or names."""
     types: Any = ((bool, np.bool_), Integral, str)
-    kinds = {next((kind for kind in types if isinstance(v, kind)), None): v for v in values}
-    if None in kinds:
-        raise InputError(
-            f"Attribute {name!r} holds {kinds[None]!r} of type {type(kinds[None]).__name__}; expected "
-            "an int or a str per class. Sort continuous values into bins first."
-        )
+    kinds: dict[Any, Any] = {}
+    for value in values:
+        kind = next((kind for kind in types if isinstance(value, kind)), None)
+        if kind is None:
+            raise InputError(
+                f"Attribute {name!r} holds {value!r} of type {type(value).__name__}; expected an int "
+                "or a str per class. Sort continuous values into bins first."
+            )
+        kinds[kind] = value
     if len(kinds) > 1:
         raise InputError(
             f"Attribute {name!r} holds {', '.join(map(repr, kinds.values()))}; expected classes of one "
