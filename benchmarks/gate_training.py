@@ -170,7 +170,7 @@ def ours(lvlm: ss.LVLM, gates: list[ss.LSG], batch: AnswerBatch) -> Callable[[],
     """One step of the loop of `train_lsg`."""
     by_name = {str(gate.layer): copy.deepcopy(gate) for gate in gates}
     trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-    settings = TrainingSettings(epochs=10_000, batch=len(batch), lr=LR, schedule="constant")
+    settings = TrainingSettings(epochs=10_000, batch=len(batch.rows), lr=LR, schedule="constant")
     loop = Loop(trainees, Ready(lvlm, by_name, batch), batch.rows, [], settings, progress=False)
     bar = tqdm(disable=True)
     return lambda: loop._one_step(bar)

@@ -226,7 +226,7 @@ def measure(
 
 def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
     """The largest difference of logits, replayed against the plain loop, over random cells."""
-    from sinkscope.data.tokens import extend
+    from sinkscope.data.batches import extend
     from sinkscope.models.decoder import decoder_inputs
     from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails
     from sinkscope.models.replay import logits_at

@@ -1,7 +1,5 @@
 """Checks of single values, each said once: whole numbers, real numbers, switches and choices."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real

@@ -4,8 +4,6 @@ All of them derive from `SinkscopeError`, so one ``except`` catches them all, an
 builtin, so code that knows nothing of sinkscope still catches them sensibly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 

@@ -1,7 +1,5 @@
 """Folders that long runs write to: files appear whole or not at all, and say what runs there."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -35,9 +33,8 @@ def folder_whole(path: Path) -> Iterator[Path]:
     If another process was first, its folder stays. What dead processes left half-written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*{WRITING}"):
-        if _abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in filter(_abandoned, path.parent.glob(f"{path.name}.*{WRITING}")):
+        shutil.rmtree(left, ignore_errors=True)
     made = path.with_name(f"{path.name}.{uuid4().hex[:8]}.{os.getpid()}{WRITING}")
     made.mkdir()
     try:
@@ -79,9 +76,9 @@ def _abandoned(file: Path) -> bool:
 
 @contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from running in a folder; the system lets go of it if this one is killed.
+    """Lock a folder against other processes until this one ends; ``what`` names a run in messages.
 
-    Without locks (Windows, some file systems) nobody is kept out. ``what`` names a run in messages.
+    Without locks (Windows, some file systems) nobody is kept out.
     """
     with _writable(folder):
         file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -92,10 +89,9 @@ def held(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            process = file.read().strip() or "unknown"
             raise InputError(
-                f"Got out={str(folder)!r}, where another {what} runs now (process {process}); wait until "
-                "it ends, or write out='another folder'."
+                f"Got out={str(folder)!r}, where another {what} runs now (process "
+                f"{file.read().strip() or 'unknown'}); wait until it ends, or write out='another folder'."
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
@@ -108,7 +104,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
 def check_place(folder: Path, name: str, what: str) -> None:
     """Refuse a folder that is a file, holds other files, or cannot be written; nothing is left behind.
 
-    ``name`` is the file that tells a run, ``what`` what a run is called, such as ``"sweep"``.
+    ``name`` is the file that notes what runs, ``what`` what a run is called, such as ``"sweep"``.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with _writable(folder):
@@ -120,25 +116,20 @@ def check_place(folder: Path, name: str, what: str) -> None:
 
 
 def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Note what runs in a folder, or refuse one that holds another run, with every difference.
-
-    ``manifest`` is what is run, as JSON-ready values; see `check_place`.
-    """
+    """Write a JSON-ready manifest to the folder of its run; refuse another run, with every difference."""
     ours, noted = json.loads(json.dumps(manifest)), folder / name
     with _writable(folder):
         _make(folder, name, what)
-        for left in folder.glob(f"*{WRITING}"):
-            if _abandoned(left):
-                left.unlink(missing_ok=True)
+        for left in filter(_abandoned, folder.glob(f"*{WRITING}")):
+            left.unlink(missing_ok=True)
         if not noted.exists():
             write_whole(noted, json.dumps(ours, indent=1) + "\n")
             return
-    lines = _differing(read_json(noted, f"Remove {str(folder)!r} to start again."), ours)
-    if lines:
-        listed = "\n  ".join(lines)
+    before = read_json(noted, f"Remove {str(folder)!r} to start again.")
+    if lines := "\n  ".join(_differing(before, ours)):
         raise InputError(
             f"Got out={str(folder)!r}, which holds another {what}; expected the same settings, data "
-            f"and model to continue it.\n  {listed}\nWrite out='another folder', or remove this one."
+            f"and model to continue it.\n  {lines}\nWrite out='another folder', or remove this one."
         )
 
 
@@ -148,8 +139,8 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"Got out={str(folder)!r}, which cannot be written ({error})"
-        raise CheckpointError(f"{what}; expected a folder.") from error
+        what = f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
+        raise CheckpointError(what) from error
 
 
 def _make(folder: Path, name: str, what: str) -> None:
@@ -168,11 +159,9 @@ def _make(folder: Path, name: str, what: str) -> None:
 def _differing(before: Any, now: Any, name: str = "") -> list[str]:
     """One line per value that differs between two trees of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
-        named = {key: f"{name}.{key}" if name else str(key) for key in sorted({*before, *now})}
-        both = ((before.get(key), now.get(key), under) for key, under in named.items())
-        return [line for each in both for line in _differing(*each)]
-    if before == now:
-        return []
+        keys = sorted({*before, *now})
+        each = (_differing(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        return [line for lines in each for line in lines]
     texts = (json.dumps(value) for value in (before, now))
     there, here = (text if len(text) <= 120 else text[:117] + "..." for text in texts)
-    return [f"{name}: there {there}, here {here}"]
+    return [] if before == now else [f"{name}: there {there}, here {here}"]

@@ -3,8 +3,6 @@
 Both are frozen dataclasses of parameters that never hold a model. Kernels do the work inside the trace.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable

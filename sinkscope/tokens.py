@@ -10,8 +10,6 @@
     box        -      x0 y0 x1 y1 in pixels   -                 -
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

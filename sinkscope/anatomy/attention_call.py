@@ -1,8 +1,6 @@
 """Find the attention call in a module's ``forward`` by what it is: ``transformers`` looks the function up,
 binds it to a variable and calls it, and nnsight numbers the operations on that variable in source order."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import textwrap

@@ -1,8 +1,6 @@
 """What a block adds to the residual stream: attention and MLP with their factors. The source of ``forward``
 is followed with sums of terms in the place of tensors, without modules that change nothing in evaluation."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import inspect

@@ -1,7 +1,5 @@
 """What a probe may know about the model and the sample: numbers, masks and paths, never modules."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

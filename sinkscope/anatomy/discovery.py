@@ -1,7 +1,5 @@
 """Read a model's anatomy from its module tree: decoder, the other list of blocks, and projector."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """What the module tree of a model does not say: one row of data per family, and how patches lie. Boxes are
 ``x0 y0 x1 y1`` with the origin at the top left."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

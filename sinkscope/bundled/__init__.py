@@ -7,7 +7,7 @@ nothing about its attention was planted. Its card, `bundled_path() / "README.md"
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinkscope.bundled.scenes import (
     TASKS,
@@ -55,10 +55,9 @@ def bundled_path() -> Path:
 
 
 def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa") -> LVLM:
-    """The small trained LVLM inside the package, in evaluation mode on the CPU; no network is used.
+    """Load the small trained LVLM of the package, in evaluation mode on the CPU; no network is used.
 
-    ``attn_implementation`` is ``"sdpa"`` or ``"eager"``. The model card, ``bundled_path() / "README.md"``,
-    says what the model can do and which sinks it has.
+    ``attn_implementation`` is ``"sdpa"`` or ``"eager"``. The model card is ``bundled_path() / "README.md"``.
     """
     from sinkscope.models.lvlm import LVLM
 
@@ -70,14 +69,10 @@ def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str 
 def load_bundled_hf(
     dtype: torch.dtype | str = "float32", attn_implementation: str = "sdpa"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model of `load_bundled` as a plain transformers model, and its processor.
-
-    ``attn_implementation="eager"`` is the one that returns attention patterns.
-    """
+    """Load it as a plain transformers model and its processor; ``"eager"`` can return attention patterns."""
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     path = bundled_path()
-    model = LlavaForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
-    )
+    how: Any = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model = LlavaForConditionalGeneration.from_pretrained(path, local_files_only=True, **how)
     return model.eval(), LlavaProcessor.from_pretrained(path, local_files_only=True)

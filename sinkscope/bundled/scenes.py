@@ -4,8 +4,6 @@ A scene is a 64x64 image: one to six shapes on a 3x3 grid of places ("top left" 
 plain, slightly noisy background. Everything follows from one seed, so a data split is a range of seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,29 +18,17 @@ GRID = 3  # places per side
 MAX_OBJECTS = 6
 SUPERSAMPLING = 4
 NOISE = 5.0  # standard deviation of a pixel's channel, in grey levels
-MIDDLE = 127.5  # the grey level that contrast leaves alone
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 13, "large": 18}  # side of the bounding box in pixels, before jitter
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 80, 220),
-    "yellow": (235, 205, 40),
-    "purple": (150, 60, 180),
-}
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
+COLOURS |= {"yellow": (235, 205, 40), "purple": (150, 60, 180)}
 BACKGROUNDS = {"black": (16, 16, 16), "grey": (120, 120, 120)}
 BACKGROUNDS |= {"white": (238, 238, 238), "brown": (110, 70, 40)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
-
-TASKS = {  # task -> scope
-    "count": "global",
-    "colour_count": "global",
-    "background": "global",
-    "colour": "local",
-    "shape": "local",
-}
-
+# task -> scope
+TASKS = {"count": "global", "colour_count": "global", "background": "global"}
+TASKS |= {"colour": "local", "shape": "local"}
 TRAIN_SEEDS = range(10_000_000)
 VALIDATION_SEEDS = range(10_000_000, 11_000_000)
 TEST_SEEDS = range(11_000_000, 12_000_000)
@@ -118,22 +104,25 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
     if seed < 0:
         raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
     if not noise >= 0 or not 0 <= contrast <= 1:
-        raise InputError(
-            f"Got noise={noise} and contrast={contrast}; expected noise of 0 or more grey levels and "
-            "a contrast from 0 to 1."
-        )
+        wanted = "noise of 0 or more grey levels and a contrast from 0 to 1"
+        raise InputError(f"Got noise={noise} and contrast={contrast}; expected {wanted}.")
     rng = np.random.default_rng(seed)
     background = str(rng.choice(list(BACKGROUNDS)))
     count = int(rng.integers(1, MAX_OBJECTS + 1))
     palette = rng.permutation(list(COLOURS))[: int(rng.integers(1, 5))]
     sizes = ["small"] if rng.random() < 0.5 else list(SIZES)
-    places = sorted(int(place) for place in rng.permutation(GRID * GRID)[:count])
-    objects = tuple(
-        _place_object(rng, divmod(place, GRID), str(rng.choice(palette)), str(rng.choice(sizes)))
-        for place in places
-    )
+    objects, pitch = [], IMAGE_SIZE / GRID
+    for place in sorted(int(place) for place in rng.permutation(GRID * GRID)[:count]):
+        row, column = divmod(place, GRID)
+        colour, size = str(rng.choice(palette)), str(rng.choice(sizes))
+        side = SIZES[size] + int(rng.integers(-1, 2))
+        slack = min(2.0, (pitch - side) / 2 - 0.5)  # the box is jittered by up to two pixels
+        centre = (np.array([column, row]) + 0.5) * pitch + rng.uniform(-slack, slack, size=2)
+        left, top = (int(edge) for edge in np.floor(centre - side / 2 + 0.5))
+        shape, box = str(rng.choice(SHAPES)), (left, top, left + side, top + side)
+        objects.append(SceneObject(shape, colour, size, row, column, box))
     image = _render(rng, objects, background, noise, contrast)
-    return Scene(image, objects, background, seed)
+    return Scene(image, tuple(objects), background, seed)
 
 
 def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
@@ -141,7 +130,7 @@ def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
     pool: dict[str, list[Question]] = {}
     for question in all_questions(scene):
         pool.setdefault(question.task, []).append(question)
-    available = sum(len(questions) for questions in pool.values())
+    available = sum(map(len, pool.values()))
     if not 1 <= n <= available:
         raise InputError(f"Scene {scene.seed} has 1 to {available} questions to ask, got n={n}.")
     rng = np.random.default_rng([scene.seed, seed])
@@ -169,23 +158,9 @@ def all_questions(scene: Scene) -> list[Question]:
     return [Question(text, answer, task, TASKS[task]) for task, text, answer in asked]
 
 
-def _place_object(
-    rng: np.random.Generator, place: tuple[int, int], colour: str, size: str
-) -> SceneObject:
-    """Choose a shape and a box inside the place; the box is jittered by up to two pixels."""
-    row, column = place
-    side = SIZES[size] + int(rng.integers(-1, 2))
-    pitch = IMAGE_SIZE / GRID
-    slack = min(2.0, (pitch - side) / 2 - 0.5)
-    centre = (np.array([column, row]) + 0.5) * pitch + rng.uniform(-slack, slack, size=2)
-    left, top = (int(edge) for edge in np.floor(centre - side / 2 + 0.5))
-    shape = str(rng.choice(SHAPES))
-    return SceneObject(shape, colour, size, row, column, (left, top, left + side, top + side))
-
-
 def _render(
     rng: np.random.Generator,
-    objects: tuple[SceneObject, ...],
+    objects: Sequence[SceneObject],
     background: str,
     noise: float,
     contrast: float,
@@ -206,7 +181,7 @@ def _render(
             pen.polygon(corners, fill=fill)
     small = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     if contrast != 1.0:
-        small = MIDDLE + contrast * (small - MIDDLE)
+        small = 127.5 + contrast * (small - 127.5)  # the middle grey level stays
     noisy = small + noise * rng.standard_normal(small.shape, dtype=np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
@@ -239,30 +214,28 @@ def scene_questions(
     """
     for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed, noise=noise, contrast=contrast)
-        for question in ask(scene, seed, per_image):
-            fields = {"question": question.text, "answer": question.answer, "task": question.task}
-            yield {"image": scene.image, **fields, "scope": question.scope, "image_id": seed}
+        for one in ask(scene, seed, per_image):
+            fields = {"answer": one.answer, "task": one.task, "scope": one.scope, "image_id": seed}
+            yield {"image": scene.image, "question": one.text, **fields}
 
 
 def scene_attributes(
     n_images: int, *, seeds: Sequence[int] = TEST_SEEDS, start: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Scenes of a split with what is true about them, as `sinkscope.linear_probes` takes it.
+    """Draw scenes of a split with what is true about them, for `sinkscope.linear_probes`.
 
     The arguments are those of `scene_questions`; the bundled model was trained on `TRAIN_SEEDS` only.
 
     Yields:
-        Dicts with image, question (how many shapes there are), attributes and image_id (the scene's
-        seed). Attributes are ``"count"`` (1 to 6), ``"largest size"``, and two sets: ``"colours"``
-        and ``"shapes"``.
+        Dicts with image, question (how many shapes there are), attributes and image_id (the scene's seed).
+        Attributes are ``"count"`` (1 to 6), ``"largest size"``, and the sets ``"colours"`` and ``"shapes"``.
     """
     for seed in _part(n_images, seeds, start):
         scene = draw_scene(seed)
-        attributes: dict[str, Any] = {"count": scene.count, "largest size": scene.largest_size}
-        attributes["colours"] = set(scene.colours_present)
-        attributes["shapes"] = set(scene.shapes_present)
-        fields = {"question": all_questions(scene)[0].text, "attributes": attributes}
-        yield {"image": scene.image, **fields, "image_id": seed}
+        truth: dict[str, Any] = {"count": scene.count, "largest size": scene.largest_size}
+        truth |= {"colours": set(scene.colours_present), "shapes": set(scene.shapes_present)}
+        question = all_questions(scene)[0].text
+        yield {"image": scene.image, "question": question, "attributes": truth, "image_id": seed}
 
 
 def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:

@@ -1,7 +1,5 @@
 """What a model answers: freely or among options, under edits; and the scores of what it answered."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sinkscope.checks import check_choice
-from sinkscope.data.items import Item, folded
-from sinkscope.data.tokens import IGNORED, Ids, TokenScores, answer_ids, padded
+from sinkscope.data.batches import IGNORED, Ids, TokenScores, answer_ids, padded
+from sinkscope.data.items import Item
 from sinkscope.errors import InputError
 from sinkscope.interventions.application import allowing_noop, check_interventions
 from sinkscope.models.inputs import Sample
@@ -60,10 +58,10 @@ def answer_batch(
     for row, ids, item in zip(said, wanted, items, strict=True):
         starts = [row[:size] for size in range(1, len(ids) + 1)]
         texts = lvlm.tokenizer.batch_decode(starts, skip_special_tokens=True)
-        read = [text for text in texts if folded(text) == folded(item.answer)]
+        same = [text for text in texts if text.strip().lower() == item.answer.strip().lower()]
         right = tuple(starts[-1]) == ids
-        given.append(texts[-1] if right or not read else read[-1])
-        correct.append(right or bool(read))
+        given.append(texts[-1] if right or not same else same[-1])
+        correct.append(right or bool(same))
     return Answers(tuple(given), tuple(correct), _touched(out.steps, sizes))
 
 
@@ -146,11 +144,11 @@ SCORES: dict[str, Score] = {
 
 def choose_score(score: Any, items: Sequence[Item]) -> tuple[str, Score]:
     """The score and its name; None is ``"choice"`` where items have options, else ``"exact"``."""
+    if callable(score):
+        name = f"{score.__module__}.{getattr(score, '__qualname__', repr(score))}"
+        return name, cast("Score", score)
     with_options = sum(bool(item.choices) for item in items)
     name = ("choice" if with_options else "exact") if score is None else score
-    if callable(name):
-        own = cast("Score", name)
-        return f"{own.__module__}.{getattr(own, '__qualname__', repr(own))}", own
     check_choice(SCORES, score=name)
     if name == "choice" and with_options < len(items):
         raise InputError(
@@ -220,7 +218,7 @@ class Reading:
 
 
 def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
-    """What to read of the feeds of several questions; ``first`` are the last positions of their prompts."""
+    """What to read of the feeds of several questions, whose prompts end at the positions ``first``."""
     rows = [(one, row, feed) for one in asked for row, feed in enumerate(one.feeds)]
     n = max(len(feed) for _, _, feed in rows) + 1
     positions = torch.zeros(len(rows), n, dtype=torch.long)
@@ -235,10 +233,8 @@ def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
 
 def answered(one: Asked, logs: Sequence[Any], greedy: Sequence[Any]) -> Answered:
     """What the model answered: log-probabilities ``[n option]`` and greedy tokens ``[n]`` by feed."""
-    each = [
-        tuple(logs[row][p][j] for p in range(len(ids)))
-        for j, (ids, row) in enumerate(zip(one.options, one.row_of, strict=True))
-    ]
+    options = enumerate(zip(one.options, one.row_of, strict=True))
+    each = [tuple(logs[row][p][j] for p in range(len(ids))) for j, (ids, row) in options]
     own, said = one.options[0], greedy[one.row_of[0]]
     means = tuple(sum(values) / len(values) for values in each[1:])
     right = one.item.choices.index(one.item.answer) if one.item.choices else -1

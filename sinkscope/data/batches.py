@@ -1,19 +1,20 @@
-"""Datasets of questions with answers: read once, checked, and looked up again as padded batches."""
+"""Datasets of questions with answers, as padded batches, and how well a model predicts the answers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole, is_number
 from sinkscope.data.items import Lazy, check_texts, read_record
-from sinkscope.data.tokens import IGNORED, answer_ids, with_answers
 from sinkscope.errors import InputError
 from sinkscope.models.inputs import process
 from sinkscope.models.lvlm import LVLM
@@ -21,10 +22,116 @@ from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
 from sinkscope.tokens import TokenMap
 
+IGNORED = -100  # the label of positions whose prediction does not count, as in PyTorch
+# Inputs with one entry per position, and the entry of a text token after the prompt.
+EXTENDED = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+Ids = tuple[int, ...]
+
+
+def answer_ids(tokenizer: Any, prompt: str, answer: str) -> Ids:
+    """The tokens of an answer behind a rendered prompt, which is how generation continues it.
+
+    A prompt that ends in a word gets a space between, as ``ASSISTANT: circle``, unless the answer begins
+    with one; a prompt that ends in a new line does not. The prompt's tokens must stay as they are.
+    """
+    if not answer.strip():
+        raise InputError(f"Got the answer {answer!r}, which has no token; expected some text.")
+    between = "" if not prompt or prompt[-1].isspace() or answer[0].isspace() else " "
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    both = tokenizer(prompt + between + answer, add_special_tokens=False)["input_ids"]
+    if both[: len(before)] != before or len(both) == len(before):
+        raise InputError(
+            f"Got the answer {answer[:40]!r} behind a prompt that ends in {prompt[-12:]!r}, whose tokens "
+            "change with it; expected them to stay. Let the chat template end without a space."
+        )
+    return tuple(both[len(before) :])
+
+
+def with_answers(
+    inputs: Mapping[str, Any], tails: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[dict[str, Any], Tensor]:
+    """Append answers' tokens ``tails`` (or none) to processor output, padded on the left with ``pad`` again.
+
+    Also returns labels ``[row pos]``: the answers' tokens, and `IGNORED` elsewhere.
+    """
+    ids, live = inputs["input_ids"], inputs["attention_mask"].bool()
+    if len(ids) != len(tails):
+        raise InputError(f"Got {len(ids)} rows and {len(tails)} answers; expected one per row.")
+    out = dict(inputs)
+    for name, value in inputs.items():
+        if name == "input_ids" or name in EXTENDED:
+            more = [tail if name == "input_ids" else [EXTENDED[name]] * len(tail) for tail in tails]
+            parts = zip(value, live, more, strict=True)
+            rows = [torch.cat([old[mask], value.new_tensor(list(end))]) for old, mask, end in parts]
+            out[name] = padded(rows, pad if name == "input_ids" else 0, "left")
+        elif (
+            isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
+        ):
+            raise InputError(
+                f"Got the input {name!r} with one entry per position; expected input_ids and "
+                f"{sorted(EXTENDED)}: what an answer's tokens have there is not known."
+            )
+    width = out["input_ids"].shape[1]
+    ends = [torch.tensor([IGNORED] * (width - len(tail)) + list(tail)) for tail in tails]
+    return out, torch.stack(ends)
+
+
+def extend(inputs: Mapping[str, Any], continuation: Sequence[int]) -> dict[str, Any]:
+    """`with_answers` of one row; the tokens may be none."""
+    return with_answers(inputs, [continuation])[0]
+
+
+def padded(rows: Sequence[Tensor], value: int, side: str) -> Tensor:
+    """Rows of unequal lengths as one tensor ``[row n]``."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """How well a model that reads an answer (teacher forcing) predicts each of its tokens."""
+
+    logs: Tensor  # float ``[row n vocab]``: log-probabilities at the positions that predict the tokens
+    greedy: Tensor  # int ``[row n]``: the likeliest token
+    tokens: Tensor  # int ``[row n]``, or several ``[row n option]``; `IGNORED` where there is none
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor) -> TokenScores:
+        """The scores of ``tokens`` under ``logits`` ``[row n vocab]``."""
+        logs = logits.float().log_softmax(dim=-1)
+        return cls(logs, logits.detach().argmax(dim=-1), tokens.to(logits.device))
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Log-probability of every token in nats, of the shape of ``tokens``; 0 where there is none."""
+        index = self.tokens.clamp(min=0).reshape(*self.greedy.shape, -1)
+        picked = self.logs.gather(2, index).reshape(self.tokens.shape)
+        return picked.masked_fill(self.tokens == IGNORED, 0.0)
+
+    @property
+    def sums(self) -> Tensor:
+        """Log-probability of every answer, ``[row]``."""
+        return sum(self.logprobs.unbind(1), torch.zeros(()))
+
+    @property
+    def means(self) -> Tensor:
+        """The same per token."""
+        return self.sums / (self.tokens != IGNORED).sum(dim=1)
+
+    @property
+    def exact(self) -> Tensor:
+        """Bool ``[row]``: whether every token is the likeliest, so that greedy decoding writes it."""
+        return ((self.greedy == self.tokens) | (self.tokens == IGNORED)).all(dim=1)
+
+    @property
+    def loss(self) -> Tensor:
+        """The next-token loss of all tokens, summed: PyTorch's cross-entropy to the bit."""
+        logs, tokens = self.logs.flatten(0, 1), self.tokens.flatten()
+        return nll_loss(logs, tokens, ignore_index=IGNORED, reduction="sum")
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerData:
-    """A dataset that was read once and found whole."""
+    """A dataset whose records were all read once and checked."""
 
     records: Any  # what gives a record by its index: dicts, or objects with such attributes
     images: tuple[str, ...]  # the image id of each record; see `sinkscope.models.pictures`
@@ -37,7 +144,7 @@ class AnswerData:
     def joined(self, other: AnswerData) -> AnswerData:
         """This dataset and then another one."""
         n, images = len(self), self.images + other.images
-        records = Lazy(lambda i: self.records[i] if i < n else other.records[i - n], n + len(other))
+        records = Lazy(lambda i: self.records[i] if i < n else other.records[i - n], len(images))
         both = f"{self.fingerprint} {other.fingerprint}"
         return AnswerData(records, images, tuple(clusters_of(images)), both)
 
@@ -60,10 +167,8 @@ class AnswerData:
         many = min(max(1, round(share * len(names))), len(names) - 1)
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
         held = {names[i] for i in order[:many]}
-        parts: tuple[list[int], list[int]] = ([], [])
-        for index, name in enumerate(self.groups):
-            parts[name in held].append(index)
-        return parts
+        first = [index for index, name in enumerate(self.groups) if name not in held]
+        return first, [index for index, name in enumerate(self.groups) if name in held]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +178,7 @@ class AnswerBatch:
     inputs: Mapping[str, Any]  # what the model is called with
     labels: Tensor  # int ``[row pos]``: the answer's tokens, `IGNORED` elsewhere
     tokens: TokenMap  # only the prompt is ``live``, so ``tokens.last`` is its end
-    rows: tuple[int, ...]  # the records' indices in the dataset
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    rows: Ids  # the records' indices in the dataset
 
     @property
     def answer_tokens(self) -> int:
@@ -86,14 +188,13 @@ class AnswerBatch:
     @property
     def targets(self) -> Tensor:
         """The labels of the last columns, as many as the longest answer has, ``[row n]``."""
-        longest = int((self.labels != IGNORED).sum(dim=1).max())
-        return self.labels[:, -longest:]
+        return self.labels[:, -int((self.labels != IGNORED).sum(dim=1).max()) :]
 
     @property
     def positions(self) -> Tensor:
         """Int ``[row n]``: the positions that predict `targets`."""
         end, longest = self.labels.shape[1], self.targets.shape[1]
-        return torch.arange(end - longest - 1, end - 1).expand(len(self), longest)
+        return torch.arange(end - longest - 1, end - 1).expand(len(self.rows), longest)
 
 
 def read_dataset(
@@ -111,7 +212,7 @@ def read_dataset(
         dataset: Records with image, question, answer and, if you like, image_id: dicts, or objects
             with such attributes. Something with a length and an index (a list, ``datasets.Dataset``, a
             torch dataset) is read again whenever a batch is made; else a list of its records is kept.
-        tokenizer: To count the answers' tokens, or None.
+        tokenizer: What counts the answers' tokens, or None.
         image_token: The id that stands for an image in prompts, which no answer may hold.
         marks: The texts that stand for images, which no question may hold inside of words, or None.
     """
@@ -144,8 +245,7 @@ def read_dataset(
         image = ids.add(index, record["image"], record.get("image_id"))
         names.append(image[0])
         digest.update("\x1f".join((question, answer, *image, "\x1e")).encode())
-    groups = tuple(clusters_of(names))
-    return AnswerData(records, tuple(names), groups, digest.hexdigest())
+    return AnswerData(records, tuple(names), tuple(clusters_of(names)), digest.hexdigest())
 
 
 def _texts(record: Any, index: int) -> dict[str, Any]:
@@ -170,8 +270,8 @@ def read_parts(
     Without ``validation_data`` this share of the dataset's images is held out. ``progress`` None shows bars
     from 50 records on. Returns the data, and indices of the training and of the validation part.
     """
-    how: dict[str, Any] = {"marks": marks_of(lvlm.processor)}
-    how |= {"max_answer_tokens": max_answer_tokens, "image_token": lvlm.anatomy.image_token_id}
+    how: Any = {"marks": marks_of(lvlm.processor), "image_token": lvlm.anatomy.image_token_id}
+    how["max_answer_tokens"] = max_answer_tokens
 
     def read(part: Iterable[Any]) -> AnswerData:
         shown = len(part) >= 50 if progress is None and isinstance(part, Sized) else progress
@@ -187,10 +287,9 @@ def read_parts(
     return data, rows, held
 
 
-def batches_of(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+def batches_of(rows: Sequence[int], size: int) -> list[Ids]:
     """Rows in groups of a size; the last may be smaller."""
-    for start in range(0, len(rows), size):
-        yield tuple(rows[start : start + size])
+    return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def make_batch(
@@ -201,13 +300,13 @@ def make_batch(
     images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
     images = [list(one) if isinstance(one, (list, tuple)) else [one] for one in images]
     inputs, _, prompts = process(lvlm.processor, images, questions)
-    end, both = end_token(lvlm) if append_end else None, zip(prompts, answers, strict=True)
-    last = () if end is None else (end,)
+    end = end_token(lvlm) if append_end else None
+    last, both = () if end is None else (end,), zip(prompts, answers, strict=True)
     tails = [answer_ids(lvlm.tokenizer, prompt, answer) + last for prompt, answer in both]
     ready, labels = with_answers(inputs, tails, lvlm.tokenizer.pad_token_id or 0)
     tokens = lvlm.prepare(inputs=ready).tokens
     sees = (tokens.image >= 0).any(dim=1)
-    if blind := [row for i, row in enumerate(rows) if not sees[i]]:
+    if blind := [row for row, image in zip(rows, sees, strict=True) if not image]:
         raise InputError(
             f"Records {blind} have no image token in their prompt; expected some, or there is nothing "
             "for a gate to scale. Check the processor's image_token and chat template."
@@ -223,8 +322,8 @@ def make_batch(
     computed = callable(getattr(module.base_model, "get_rope_index", None))
     if not computed and not bool(ready["attention_mask"].all()):
         ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    prompt = tokens.live & (labels == IGNORED)
-    return AnswerBatch(ready, labels, replace(tokens, live=prompt), tuple(rows))
+    prompt = replace(tokens, live=tokens.live & (labels == IGNORED))
+    return AnswerBatch(ready, labels, prompt, tuple(rows))
 
 
 def end_token(lvlm: LVLM) -> int | None:

@@ -1,7 +1,5 @@
 """Records of questions and of labelled images: one way to read them, and one check."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
@@ -13,10 +11,7 @@ import numpy as np
 from sinkscope.errors import InputError, nearest
 from sinkscope.models.pictures import clusters_of, identified
 
-ALL = "all"
-"""The task of all questions together, and of a question without one."""
-FEWEST_IMAGES = 20
-"""Fewer images than this cannot be split into a training and a test part that mean anything."""
+ALL = "all"  # the task of all questions together, and of a question without one
 ADVICE = "Write dataset.rename_column(...), or leave such records out."
 
 
@@ -82,10 +77,9 @@ class Lazy(Sequence[Any]):
 def read_record(
     record: Any, number: int, kind: type = Item, where: str = "", advice: str = ADVICE
 ) -> dict[str, Any]:
-    """The fields that a record has: a dict, or an object with such attributes.
+    """Read the fields of an `Item` or `LabelledImage` that a record has, a dict or an object.
 
-    ``kind`` is `Item` or `LabelledImage`; fields without a default must be there and not None. A message
-    begins with the number and ``where``, and ends with ``advice``.
+    Fields without a default must be there. Messages begin with number and ``where``, and end with ``advice``.
     """
     get = record.get if isinstance(record, Mapping) else partial(getattr, record)
     found = {field.name: get(field.name, MISSING) for field in fields(kind)}
@@ -109,11 +103,6 @@ def check_texts(number: int, texts: Mapping[str, Any], *, blank: bool) -> None:
             )
 
 
-def folded(text: str) -> str:
-    """A text as answers are compared: stripped, in lower case."""
-    return text.strip().lower()
-
-
 def as_items(dataset: Iterable[Any]) -> list[Item]:
     """Questions as `Item` records; InputError if one is malformed, or its image unreadable or of another id."""
     items = []
@@ -124,7 +113,7 @@ def as_items(dataset: Iterable[Any]) -> list[Item]:
         check_texts(i, texts, blank=True)
         options: Any = () if item.choices is None else item.choices
         listed = isinstance(options, Sequence) and not isinstance(options, str)
-        if not listed or not all(isinstance(option, str) for option in options):
+        if not (listed and all(isinstance(option, str) for option in options)):
             raise InputError(f"Record {i} has choices={options!r}; expected a list of str.")
         if options and item.answer not in options:
             raise InputError(
@@ -164,17 +153,13 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
 def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
     """The image of every record, as one name for all records that share one; see `clusters_of`."""
     groups = np.array(clusters_of(item.image_id for item in identified(items)))
-    n = len(set(groups))
-    if n < FEWEST_IMAGES:
-        raise InputError(f"Got {n} images to split; expected at least {FEWEST_IMAGES}.")
+    if (n := len(set(groups))) < 20:  # too few for a training and a test part
+        raise InputError(f"Got {n} images to split; expected at least 20.")
     return groups
 
 
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
-    """The attributes of all records as targets: those wanted, or those of the first record.
-
-    An attribute that a record lacks, of mixed kinds or with one value only is an InputError.
-    """
+    """Make targets of the attributes wanted, or those of the first record; all records must have them."""
     known = list(items[0].attributes)
     names = known if wanted is None else wanted
     if isinstance(names, str) or not names:
@@ -192,14 +177,13 @@ def _target(name: str, items: Sequence[LabelledImage]) -> Target:
                 f"record. {nearest(name, map(str, item.attributes))}"
             )
     values = [item.attributes[name] for item in items]
-    several = [isinstance(value, (Set, list, tuple)) for value in values]
-    multi = all(several)
-    if any(several) != multi:
-        one, many = values[several.index(False)], values[several.index(True)]
+    several = {isinstance(value, (Set, list, tuple)): value for value in values}
+    if len(several) > 1:
         raise InputError(
-            f"Attribute {name!r} is {one!r} in one record and {many!r} in another; expected one class "
-            "in all records, or a set of classes in all. Write {'red'} for a set of one."
+            f"Attribute {name!r} is {several[False]!r} in one record and {several[True]!r} in another; "
+            "expected one class in all records, or a set in all. Write {'red'} for a set of one."
         )
+    multi = True in several
     classes = _classes(name, [c for value in values for c in value] if multi else values)
     if multi:
         labels = np.array([[c in set(value) for c in classes] for value in values], dtype=bool)
@@ -217,10 +201,10 @@ def _target(name: str, items: Sequence[LabelledImage]) -> Target:
 
 def _classes(name: str, values: Sequence[Any]) -> list[Any]:
     """The different values, sorted; all are truth values, whole numbers or names."""
-    types: dict[str, Any] = {"bool": (bool, np.bool_), "int": Integral, "str": str}
-    kinds = {}
+    types: Any = ((bool, np.bool_), Integral, str)
+    kinds: dict[Any, Any] = {}
     for value in values:
-        kind = next((kind for kind, of in types.items() if isinstance(value, of)), None)
+        kind = next((kind for kind in types if isinstance(value, kind)), None)
         if kind is None:
             raise InputError(
                 f"Attribute {name!r} holds {value!r} of type {type(value).__name__}; expected an int "

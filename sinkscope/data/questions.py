@@ -1,7 +1,5 @@
 """Questions from drawn scenes, files, or the ``datasets`` library, as plain records."""
 
-from __future__ import annotations
-
 import csv
 import json
 import string
@@ -22,11 +20,9 @@ from sinkscope.models.pictures import ADDRESSES, is_missing
 FIELDS = ("image", "question", "answer", "task", "image_id", "choices")
 SCENES = "scenes"
 READERS = (".jsonl", ".json", ".csv", ".parquet")
-WORD = (str, type(None))
+WORDS = ("source", "split", "suffix", "letters", "subset")
 WANTED: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("source", "split", "suffix", "letters", "subset"), (WORD, "a word")),
-    **dict.fromkeys(("start", "per_image"), (int, "a whole number")),
-    "limit": ((int, type(None)), "a whole number"),
+    **dict.fromkeys(WORDS, ((str, type(None)), "a word")),
     "columns": (Mapping, "fields and the names of their columns"),
     "choices": ((list, tuple, type(None)), "a list"),
 }
@@ -92,21 +88,17 @@ class Questions:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.source == SCENES:
-            return self._scenes()
+            limit = 100 * self.per_image if self.limit is None else self.limit
+            skipped, first = divmod(self.start, self.per_image)
+            images = -(-(first + limit) // self.per_image)
+            seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
+            made = scenes.scene_questions(images, self.per_image, seeds=seeds, start=skipped)
+            asked = islice(made, first, first + limit)
+            return (one | {"question": one["question"] + self.suffix} for one in asked)
         path = Path(self.source).expanduser()
         raw = read_file(path) if path.suffix in READERS else self._load()
         stop = None if self.limit is None else self.start + self.limit
         return (self._record(record, i) for i, record in islice(enumerate(raw), self.start, stop))
-
-    def _scenes(self) -> Iterator[dict[str, Any]]:
-        seeds = getattr(scenes, f"{self.split.upper()}_SEEDS")
-        limit = 100 * self.per_image if self.limit is None else self.limit
-        skipped, first = divmod(self.start, self.per_image)
-        images = -(-(first + limit) // self.per_image)
-        made = scenes.scene_questions(images, self.per_image, seeds=seeds, start=skipped)
-        for record in islice(made, first, first + limit):
-            record["question"] += self.suffix
-            yield record
 
     def _load(self) -> Any:
         try:
@@ -119,9 +111,10 @@ class Questions:
         try:
             return load_dataset(self.source, self.subset, split=self.split)
         except (OSError, ValueError, RuntimeError) as error:
-            what = f"The data set {self.source!r} (split {self.split!r}) could not be loaded"
-            why = f"expected what datasets.load_dataset knows. {type(error).__name__}: {error}"
-            raise InputError(f"{what}; {why}") from error
+            raise InputError(
+                f"The data set {self.source!r} (split {self.split!r}) could not be loaded; expected "
+                f"what datasets.load_dataset knows. {type(error).__name__}: {error}"
+            ) from error
 
     def _record(self, raw: Mapping[str, Any], i: int) -> dict[str, Any]:
         """One record with the fields of an item; empty columns are missing."""

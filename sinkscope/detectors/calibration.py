@@ -1,7 +1,5 @@
 """Calibration: thresholds and sink channels of one model, from what spikes and draws in samples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

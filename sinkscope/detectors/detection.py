@@ -1,7 +1,5 @@
 """What a detector is and returns, and how detectors are run and compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable

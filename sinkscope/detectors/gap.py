@@ -1,7 +1,5 @@
 """Rules by layer: a gap to the other tokens of the layer, or a limit for each layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

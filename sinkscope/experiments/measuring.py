@@ -1,7 +1,5 @@
 """One pass that measures what a trace reads, what the rules flag in it, and a record of every sink."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Token groups, their mean states, and linear classifiers on them with nulls and majority classes."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

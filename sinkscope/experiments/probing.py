@@ -1,7 +1,5 @@
 """linear_probes: what linear classifiers read from token groups, layer by layer; table and figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

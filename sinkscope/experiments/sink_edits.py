@@ -1,7 +1,5 @@
 """EditSinks: edits of the sinks of a trace, of its most attended tokens, or of others in their place."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Intervals and tests for questions that share images, and for runs that share seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

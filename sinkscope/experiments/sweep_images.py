@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from sinkscope.anatomy.context import Context
 from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
-from sinkscope.data.tokens import extend
+from sinkscope.data.batches import extend
 from sinkscope.detectors import Detector, NoSinks
 from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import STATE_SITE, decide

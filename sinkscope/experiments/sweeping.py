@@ -1,7 +1,5 @@
 """sweep: the layer x coefficient map of key gating, exact, resumable, and with everything reused."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """What the runner asks of a list of interventions before and after a pass."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What interventions share: steps, selections, heads, numbers, and one edit of attention per layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

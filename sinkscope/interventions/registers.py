@@ -1,7 +1,5 @@
 """TestTimeRegister: an extra ViT token that takes over what register neurons do to patches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

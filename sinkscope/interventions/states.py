@@ -1,7 +1,5 @@
 """Interventions on states: set channels, patch, scale and move tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

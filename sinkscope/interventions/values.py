@@ -1,7 +1,5 @@
 """AblateValues, and where new values and states come from: donors in the row, other runs, tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 

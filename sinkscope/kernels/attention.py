@@ -15,8 +15,6 @@ sequence. A call is ``(function, positional arguments, keyword arguments)`` as i
 ``state`` is the run's scratch space, ``layout`` the ``[row pos]`` of a packed tower, or None.
 """
 
-from __future__ import annotations
-
 import torch
 
 NAMES = ("module", "query", "key", "value", "attention_mask")

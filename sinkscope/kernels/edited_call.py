@@ -14,8 +14,6 @@ edited function. It has ``plain``, the model's own function, for nulls; ``attend
 for attention; and ``base`` and ``recipe`` (stage -> pairs of gate and change).
 """
 
-from __future__ import annotations
-
 import torch
 
 from sinkscope.kernels.attention import (

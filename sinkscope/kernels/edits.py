@@ -6,8 +6,6 @@ and ``measure``, whether to measure the attention on the keys. Other masks are `
 prompt. All return the edited call and its effect.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

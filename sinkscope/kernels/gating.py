@@ -9,8 +9,6 @@ A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"h
 "seed"}``, ``{"how": "all"}`` (every token that is to be judged) or ``{"how": "none"}``.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sinkscope.kernels.edits import edit_keys

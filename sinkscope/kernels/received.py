@@ -8,8 +8,6 @@ one, so its logit is that of the token's own key. ::
     else              new key last:   query i sees  k_0 ... k_{n-1} new   so it takes p = A_ii / (1 + A_ii)
 """
 
-from __future__ import annotations
-
 import torch
 
 from sinkscope.kernels.attention import (

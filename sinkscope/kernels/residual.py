@@ -6,8 +6,6 @@ overflow fp16; edits return the edited states and the effect. ``state`` is the r
 pos]`` bool, the tokens to edit and the live ones.
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -12,8 +12,6 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``stages``: the stage of every edit of attention; its kernel finds it in ``state["stage"]``.
 """
 
-from __future__ import annotations
-
 import torch
 
 

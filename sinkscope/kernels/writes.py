@@ -14,8 +14,6 @@ answers are compared with what the modules write in the pass, and that with what
 numbers and parameters; ``live`` ``[batch query]`` bool in the model's layout, or None for all.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sinkscope.kernels.attention import arguments, ask, by_call, unpack

@@ -1,7 +1,5 @@
 """Import gates of another tool: tensors are named, or found by shape where only one reading fits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Gates read from folders and hub repositories; no code that lies there is run."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.data.batches import IGNORED, AnswerBatch, AnswerData, batches_of, make_batch
-from sinkscope.data.tokens import TokenScores
+from sinkscope.data.batches import (
+    IGNORED,
+    AnswerBatch,
+    AnswerData,
+    TokenScores,
+    batches_of,
+    make_batch,
+)
 from sinkscope.detectors.choice import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError
 from sinkscope.kernels import gating as kernels

@@ -1,7 +1,5 @@
 """The results of training: gates, history and record; and stacks of gates that were trained alone."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

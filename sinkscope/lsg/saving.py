@@ -3,8 +3,6 @@
 PyTorchModelHubMixin is not used: it compares no sizes first, and writes over files of others.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import math

@@ -1,7 +1,5 @@
 """Train gates: next-token loss on answers, the model frozen, all layers in one pass over the data."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ function it looks up: that edits the keys after RoPE and k-norm, and calls the m
 cache keeps clean keys, and head dimensions that a trace adds for a bias of the logits stay as they are.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping

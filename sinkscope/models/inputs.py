@@ -1,7 +1,5 @@
 """From images and text to model inputs, and to the map of what every position of a batch is."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

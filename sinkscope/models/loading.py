@@ -1,7 +1,5 @@
 """Load a model and its processor by name, and tell by sizes and digests which model one is."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

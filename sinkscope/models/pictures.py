@@ -1,7 +1,5 @@
 """Open and convert pictures, and tell which records are about one picture."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A causal stem does not see its tails (question and answer, one row each, padded 
 edit depends on the stem alone, so do the stem's keys and values, and they are reused exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

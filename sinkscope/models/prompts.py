@@ -1,7 +1,5 @@
 """From a question, chat messages or a finished prompt to the prompt of a row and its pictures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Prove the anatomy on the model itself: a part of a forward pass with a picture, and one of words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace

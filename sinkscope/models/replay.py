@@ -4,8 +4,6 @@ An edit of the keys of block b changes nothing before block b. `resume` calls th
 again, with the arguments it had; blocks before b pass on the state that was captured, at no cost.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress

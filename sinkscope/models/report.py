@@ -1,7 +1,5 @@
 """What a model is made of and what can be measured on it: exact, approximate or unavailable, and why."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What is asked of a run: checked before anything runs, and made a plan of reads and edits by site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any

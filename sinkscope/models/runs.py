@@ -1,7 +1,5 @@
 """Run a plan on a model through nnsight: one trace for any number of probes and interventions."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Where a model runs, and nnsight's model of it, which is lent its modules for one pass only."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

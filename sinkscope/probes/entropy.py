@@ -1,7 +1,5 @@
 """AttentionEntropy: how spread out attention is, over token groups or over single keys."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

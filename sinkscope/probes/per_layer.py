@@ -1,7 +1,5 @@
 """The base of probes that ask one site of every layer one question."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Probes of states: activations, norms, sink dimensions, cosines, channels, group means, the lens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

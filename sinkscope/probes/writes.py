@@ -1,7 +1,5 @@
 """What heads write: per key through the output projection, and in how many directions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Results: frozen records with named axes, their tables, what is printed of them, and their files."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping, Sequence

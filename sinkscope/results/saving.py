@@ -1,7 +1,5 @@
 """Files of results: safetensors with the rest as JSON in the metadata. Nothing is unpickled."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

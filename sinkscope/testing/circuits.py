@@ -9,8 +9,7 @@ How a sink is made (M = a marker channel, S and S' = sink channels, C = a consta
          later blocks, head 0:  q reads C,  k reads S'                     -> nearly all queries attend
          all blocks,  head 2:   q reads C,  k reads the arrival channels   -> V-sinks draw attention too
 
-An attention decoy is a marker that keys read and nothing amplifies; a spike decoy is a spike in a
-channel that no key reads.
+An attention decoy is a marker that keys read and nothing amplifies; no key reads a spike decoy's channel.
 """
 
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ GRID, PATCH = 8, 8  # patches along each side of the image, and pixels of a patc
 PROMPT = "USER: <image>\nHow many red shapes are there? ASSISTANT:"
 PATCH_KINDS = ("v_sinks", "l_sinks", "overlap", "spike_decoys", "attention_decoys")
 SIDE = 0.4  # the second and later sink channels relative to the first
-RAMP = (20.0, 1.3)  # slope and threshold of the ViT's steps
+RAMP = (20.0, 1.3)  # slope and threshold of the ViT's steps: its markers are 2 or more, else near 0
 V_HEAD, DECOY_HEAD, WRITER_HEAD = 0, 1, 2  # the last may write the spike
 L_HEAD, BOS_HEAD, ARRIVAL_HEAD, LLM_DECOY_HEAD = 0, 1, 2, 3  # `L_HEAD` attends to BOS too
 
@@ -152,9 +151,8 @@ class Planted:
     def vision_tokens(self, kind: str) -> Bool[Tensor, " vision_pos"]:
         """Which ViT tokens are of `kind`, a patch kind of `Truth`; CLIP's CLS is token 0."""
         first = self.truth.cls_tokens
-        mask = torch.zeros(first + GRID**2, dtype=torch.bool)
-        mask[[first + patch for patch in self.truth.patches(kind)]] = True
-        return mask
+        wanted = torch.tensor([first + patch for patch in self.truth.patches(kind)])
+        return torch.isin(torch.arange(first + GRID**2), wanted)
 
 
 def reserved(channels: VisionChannels | LanguageChannels) -> list[int]:
@@ -209,8 +207,7 @@ def write_step(
 ) -> None:
     """Make units `unit` and the next of two layers add exactly `height` in `dims` where `mark` is set.
 
-    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it. In
-    the ViT a marker is 2 or more after the LayerNorm where set, else near 0, for which `RAMP` is made.
+    Two ramps (slope, threshold), one shifted by 10, subtract to a step for any marker well above it.
     """
     slope, threshold = ramp
     for row, shift, sign in ((unit, 0.0, 1.0), (unit + 1, 10.0, -1.0)):
@@ -222,9 +219,9 @@ def write_step(
 def write_by_attention(attention: Any, channels: VisionChannels, spike: Sink, level: float) -> None:
     """Make head `WRITER_HEAD` add about `spike` in the sink channels where the V marker is set.
 
-    Marked tokens attend to marked tokens only (logit 20 or more, also where the marker is half of
-    `level`, its usual size after the LayerNorm) and copy the marker; the others have -20 or less for
-    them. Key and value read the marker less `blank`, which cancels the mean that the LayerNorm took.
+    Marked tokens attend to marked tokens only (logit 20 or more, also at half of the marker's usual size
+    `level`) and copy the marker; other tokens have logits of -20 or less for them. Key and value read the
+    marker less `blank`, which cancels the mean that the LayerNorm took.
     """
     row, mark, blank = WRITER_HEAD * attention.head_dim, channels.v_mark, channels.blank
     scale = (40.0 * attention.head_dim**0.5) ** 0.5
@@ -262,8 +259,7 @@ def write_gated(
 ) -> None:
     """Make SwiGLU neuron `neuron` add about `spike` in `dims` where the first of `marks` is set.
 
-    `marks` are the marker and the constant channel; `rms` are the root mean squares of the marked and of
-    the other tokens entering the block, which fix what the norm makes of a marker.
+    `marks` are the marker and the constant channel, `rms` those of marked and other tokens before the block.
     """
     level, gate = constant_level(mlp.gate_proj.in_features), 12.0
     (mark, constant), (marked, ordinary) = marks, rms
@@ -278,9 +274,8 @@ def attend_language(
 ) -> None:
     """Give query head `head` a constant query and its KV head a key that reads `direction` in `dims`.
 
-    The attention logit of a token is ``direction @ x[dims]`` for ordinary queries, of root mean square `rms`,
-    x being its RMSNorm output. Query heads of one KV head use different channels of the key, all among the
-    slowest rotating pairs, so the distance between query and key hardly matters.
+    A token's logit is ``direction @ x[dims]`` for queries of root mean square `rms`, x being its RMSNorm
+    output. Query heads of one KV head use different key channels, all of them of slowly rotating pairs.
     """
     width, groups = attention.head_dim, attention.num_key_value_groups
     kv_head, member = divmod(head, groups)

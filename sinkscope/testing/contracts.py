@@ -1,8 +1,9 @@
-"""What every probe and every intervention must keep: run these on your own before you trust it."""
+"""Checks of what every probe and every intervention must keep, for those of the library and your own."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -49,12 +50,11 @@ def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> N
     """Run a probe through the promises that hold for all of them; a broken one is a `ContractError`.
 
     It is a frozen record; its result is one too, has tensors and a tidy table; it changes no bit of the
-    logits; it gives the same twice, beside itself, and with ``remote`` (which needs a processor) through the
-    remote path; probes of the language tower also work at decode steps. A padded batch is the better sample.
+    logits; it gives the same twice, next to its equal, and with ``remote`` (which needs a processor) through
+    the remote path; probes of the language tower also work at decode steps. Prefer a padded batch.
     """
     require(is_frozen(probe), "a probe is a frozen dataclass: parameters only, no state")
-    twin = replace(probe)
-    plain = lvlm.run(sample)
+    twin, plain = replace(probe), lvlm.run(sample)
     run = lvlm.run(sample, probes=[probe, twin])
     result = run[probe]
     require(is_frozen(result), "a result is a frozen dataclass")
@@ -62,8 +62,8 @@ def check_probe(probe: Any, lvlm: Any, sample: Any, *, remote: bool = True) -> N
     require(len(result.to_dataframe()) > 0, "a result has a table with at least one line")
     require(same(run.logits, plain.logits), "a probe changes no bit of the logits")
     require(same_results(result, run[twin]), "two equal probes of one run give the same")
-    again = lvlm.run(sample, probes=[probe])
-    require(same_results(result, again[probe]), "the same run gives the same result")
+    again = lvlm.run(sample, probes=[probe])[probe]
+    require(same_results(result, again), "the same run gives the same result")
     if remote:
         there = lvlm.run(sample, probes=[probe], remote="local", logits="all")
         require(same_results(result, there[probe]), "the remote path gives the same result")
@@ -83,32 +83,28 @@ def check_intervention(
 ) -> None:
     """Run an intervention through the promises that hold for all of them; a broken one is a `ContractError`.
 
-    - It is a frozen record, or a module if it learns.
-    - Its kernels never write in place, neither into what they are given nor into their parameters.
-    - It changes the logits and says so in ``run.effects``: no more rows or tokens differ than it told,
-      and batch rows in which nothing was touched stay bitwise.
+    - It is a frozen record, or a module if it learns. Its kernels never write in place.
+    - It changes the logits. ``run.effects`` counts all rows and tokens that differ; others stay bitwise.
     - What its fields ``tokens`` (at sites of states), ``queries`` and ``heads`` (at attention) do not
       select stays bitwise, at every site; so does what an earlier edit of an attention site did.
     - The plain model is bitwise itself afterwards, also after an exception in the middle of a pass;
-      the same edit gives the same twice, and through the remote path.
+      the same edit gives the same twice, and with ``remote`` (which needs a processor) there too.
     - An edit of attention with ``steps="all"`` and no ``queries`` gives the same in ``generate`` with
       the cache as in one pass over prompt and answer.
     - At its neutral setting, which ``neutral`` builds if there is one, it changes no bit.
 
-    ``make`` builds the intervention. Use a sample with a row that the selection leaves empty. ``remote``
-    runs the remote path too (it needs a processor).
+    ``make`` builds the intervention. Use a sample with a row that the selection leaves empty.
     """
     it = make()
     kinds = "an intervention is a frozen dataclass (parameters only) or a module that learns"
     require(is_frozen(it) or isinstance(it, nn.Module), kinds)
-    plain = lvlm.run(sample).logits
-    run = lvlm.run(sample, interventions=[it])
+    plain, run = lvlm.run(sample).logits, lvlm.run(sample, interventions=[it])
     again, sites = check_kernels(make(), lvlm, sample)
     require(not same(run.logits, plain), "an intervention changes the logits")
     require(it in run.effects, "run.effects tells what an intervention did")
     touched = run.effects[it].touched
     require(bool(touched.any()), "the effect names the rows that were touched")
-    if touched.shape[0] == plain.shape[0]:
+    if len(touched) == len(plain):
         kept = same(run.logits[~touched], plain[~touched])
         require(kept, "rows that were not touched stay bitwise")
     require(same(lvlm.run(sample).logits, plain), "the next plain run is bitwise the original")
@@ -137,9 +133,8 @@ def check_kernels(it: Any, lvlm: Any, sample: Any) -> tuple[Tensor, set[Any]]:
         "beyond_tokens": "tokens and queries that were not selected keep every bit",
         "more": "no more rows or tokens change than the kernel tells",
     }
-    for one in seen:
-        for name, promise in promises.items():
-            require(not getattr(one, name), f"{promise} ({one.site})")
+    for one, (name, promise) in product(seen, promises.items()):
+        require(not getattr(one, name), f"{promise} ({one.site})")
     return logits, {one.site for one in seen}
 
 
@@ -169,15 +164,12 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
     inputs["input_ids"] = out.sequences[:, : prompt + more]
     grown, it = lvlm.prepare(inputs=inputs), make()
 
-    def told(kernel: Any) -> Any:
-        def later(call: Any, state: Any, span: Any, /, **parameters: Any) -> Any:
-            return kernel(call, {**state, "step": more}, span, **parameters)
-
-        return later
+    def later(kernel: Any, call: Any, state: Any, span: Any, /, **parameters: Any) -> Any:
+        return kernel(call, {**state, "step": more}, span, **parameters)
 
     def edits(context: Any) -> list[Any]:
         asked = it.edits(replace(context, tokens=sample.tokens))
-        return [replace(edit, kernel=told(edit.kernel)) for edit in asked]
+        return [replace(edit, kernel=partial(later, edit.kernel)) for edit in asked]
 
     once = lvlm.run(grown, interventions=[Wrapped(edits)])
     want = once.logits[:, prompt - 1 :].float()
@@ -188,30 +180,29 @@ def check_cache(make: Callable[[], Any], lvlm: Any, sample: Any) -> None:
     require(close, f"{promise} (logits are {off:.2g} of the largest one away)")
 
 
-class _MidwayError(Exception):
-    """Thrown on purpose."""
-
-
 def check_clean_after_error(it: Any, lvlm: Any, sample: Any, plain: Tensor) -> None:
     """An exception after the first edit of a pass leaves the model as it was."""
 
+    class MidwayError(Exception):
+        pass
+
     def throw(*args: Any, **kwargs: Any) -> Any:
-        raise _MidwayError
+        raise MidwayError
 
     def edits(context: Any) -> list[Any]:
-        asked = list(it.edits(context))
-        return [*asked[:-1], replace(asked[-1], kernel=throw)]
+        *first, last = it.edits(context)
+        return [*first, replace(last, kernel=throw)]
 
     try:
         lvlm.run(sample, interventions=[Wrapped(edits)])
         raise ContractError("an exception inside a kernel reaches the user with its own type")
-    except _MidwayError:
+    except MidwayError:
         promise = "the plain run after an exception in the middle of a pass is bitwise the original"
         require(same(lvlm.run(sample).logits, plain), promise)
 
 
 def is_frozen(record: Any) -> bool:
-    """Whether something is an object of a frozen dataclass."""
+    """Whether it is an object of a frozen dataclass."""
     return getattr(getattr(type(record), "__dataclass_params__", None), "frozen", False)
 
 
@@ -222,8 +213,7 @@ def tensors_of(result: Any) -> dict[str, Tensor]:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Bitwise equality in which NaN equals NaN."""
-    alike = one.shape == other.shape and one.dtype == other.dtype
-    return alike and not differs(one, other).any()
+    return one.shape == other.shape and one.dtype == other.dtype and not differs(one, other).any()
 
 
 def same_results(one: Any, other: Any) -> bool:
@@ -266,11 +256,10 @@ def attention_differs(
     other = differs(before, after).any(-1)
     if live.shape == other.shape[:2]:
         other = other & live[..., None]
-    rows, heads = other.any(-1), getattr(inner, "heads", None)
-    queries = getattr(inner, "queries", None)
-    kept = torch.ones(other.shape[2], dtype=torch.bool)
-    kept[list(range(other.shape[2]) if heads is None else heads)] = False
-    beyond = False
+    heads, queries = getattr(inner, "heads", None), getattr(inner, "queries", None)
+    kept = torch.full((other.shape[2],), heads is not None)
+    kept[list(heads or ())] = False
+    rows, beyond = other.any(-1), False
     if queries is not None and context.step == 0:
         chosen = context.pack(site.tower, context.select(site.tower, queries), dim=1)[:, part]
         beyond = bool((rows & ~chosen).any())

@@ -19,7 +19,6 @@ from sinkscope.testing.surgery import operate
 from sinkscope.testing.tiny import llava_config, text_settings, vision_config
 
 VISION_WIDTH = 128
-N_ARRIVAL = 6
 WRITERS = ("mlp", "attention")
 
 
@@ -91,16 +90,13 @@ def plant(
     generator = torch.Generator().manual_seed(seed)
     vision = circuits.VisionChannels(v_dims, *_free(v_dims, VISION_WIDTH, generator)[:7])
     free = _free(l_dims, d_model, generator)
-    language = circuits.LanguageChannels(
-        l_dims, tuple(free[:N_ARRIVAL]), *free[N_ARRIVAL : N_ARRIVAL + 7]
-    )
+    language = circuits.LanguageChannels(l_dims, tuple(free[:6]), *free[6:13])
     l_only, overlap = {*l_sinks} - {*v_sinks}, {*l_sinks} & {*v_sinks}
     patches = (v_sinks, l_only, overlap, spike_decoys, attention_decoys)
-    kinds: Any = {kind: tuple(sorted(p)) for kind, p in zip(PATCH_KINDS, patches, strict=True)}
-    kinds |= {"text_sinks": text_sinks, "v_written_by": v_written_by, "l_written_by": "mlp"}
-    kinds |= {"v_layer": v_layer, "l_layer": l_layer, "v_dims": v_dims, "l_dims": l_dims}
-    decoys = {"v_decoy_dim": vision.decoy, "l_decoy_dim": language.decoy}
-    truth = Truth(layout, **kinds, **decoys, arrival_dims=language.arrival, strength=strength)
+    facts: Any = {kind: tuple(sorted(p)) for kind, p in zip(PATCH_KINDS, patches, strict=True)}
+    facts |= {"text_sinks": text_sinks, "v_written_by": v_written_by, "l_written_by": "mlp"}
+    facts |= {"v_layer": v_layer, "l_layer": l_layer, "v_dims": v_dims, "l_dims": l_dims}
+    facts |= {"v_decoy_dim": vision.decoy, "l_decoy_dim": language.decoy, "strength": strength}
     processor = llava_processor(layout, GRID * PATCH, PATCH)
     text = text_settings(processor, layers, 4, 2, head_dim=d_model // 4)
     text |= {"intermediate_size": 256, "max_position_embeddings": 4096, "head_dim": d_model // 4}
@@ -110,7 +106,7 @@ def plant(
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         model = hf.LlavaForConditionalGeneration(config).eval()
-    planted = Planted(model, processor, truth)
+    planted = Planted(model, processor, Truth(layout, arrival_dims=language.arrival, **facts))
     operate(planted, vision, language, generator)
     return planted
 
@@ -130,8 +126,7 @@ def random_plant(
     """`plant` with positions, layers, dimensions and writer drawn from `seed`.
 
     ``n_v`` V-sinks have no LLM spike, ``n_l`` L-sinks are no V-sinks, and ``n_overlap`` patches are both.
-    ``how`` is text_sinks, strength and attn_implementation, see `plant`. InputError for
-    more patches than the 64 there are, and what `plant` refuses.
+    ``how`` is text_sinks, strength and attn_implementation of `plant`. InputError for more than 64 patches.
     """
     counts = (n_v, n_l, n_overlap, n_spike_decoys, n_attention_decoys)
     if min(counts) < 0 or sum(counts) > GRID**2:
@@ -151,7 +146,7 @@ def random_plant(
 def sink_free(
     layout: str = "clip", seed: int = 0, *, d_model: int = 128, attn_implementation: str = "sdpa"
 ) -> Planted:
-    """The same kind of model with nothing planted: no spike, and no token draws attention."""
+    """Build the same kind of model with nothing planted: no spike, and no token draws attention."""
     how: dict[str, Any] = {"d_model": d_model, "attn_implementation": attn_implementation}
     return plant(layout, v_sinks=(), l_sinks=(), text_sinks=False, seed=seed, **how)
 

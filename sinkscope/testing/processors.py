@@ -1,4 +1,4 @@
-"""Small real tokenizers: byte-level BPE trained on a few sentences, with the families' own special tokens."""
+"""Processors with small real tokenizers: byte-level BPE trained on a few sentences, and special tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sinkscope.models.loading import ImageQwen2_5_VLProcessor
-
+# What the merges are trained on. Other text falls back to bytes, so no text is unknown.
 SENTENCES = (
     "USER: How many red shapes are in the image? ASSISTANT: There are 3 red shapes.",
     "What color is the large circle to the left of the small blue square?",
@@ -16,20 +15,15 @@ SENTENCES = (
     "system user assistant You are a helpful assistant.",
     "The image shows two squares, a circle and nothing else: 0 1 2 3 4 5 6 7 8 9.",
 )
-"""What the merges are trained on; text outside of it falls back to bytes, so no text is unknown."""
-TEMPLATES = Path(__file__).parent / "templates"
 LLAVA_CHAT, QWEN_CHAT, GEMMA_CHAT = (
-    (TEMPLATES / f"{name}.jinja").read_text("utf-8") for name in ("llava", "qwen", "gemma")
+    Path(__file__).with_name("templates").joinpath(f"{name}.jinja").read_text("utf-8")
+    for name in ("llava", "qwen", "gemma")
 )
-QWEN_PATCH, QWEN_MERGE, QWEN_TEMPORAL = 14, 2, 2
 WITH_CLS = ("clip", "dinov2")
 
 
 def llava_tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Tokenizer that begins each text with ``<s>`` and pads on the left, as LLaVA-1.5's does.
-
-    Special ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, ``<pad>`` 3, ``<image>`` 4.
-    """
+    """Tokenizer that begins each text with ``<s>`` and pads on the left, as LLaVA-1.5's does."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return _tokenizer(special, ends, {"image_token": "<image>"}, LLAVA_CHAT)
@@ -61,21 +55,17 @@ def _tokenizer(
     core, bos = Tokenizer(models.BPE()), ends.get("bos_token")
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=448,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=1,
-        show_progress=False,
-    )
-    core.train_from_iterator(SENTENCES, trainer)
+    tokens = [AddedToken(token, special=True, normalized=False) for token in special]
+    how: dict[str, Any] = {"vocab_size": 448, "min_frequency": 1, "show_progress": False}
+    how |= {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": tokens}
+    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(**how))
     if bos is not None:
         single, known = f"{bos} $A", [(bos, core.token_to_id(bos))]
         core.post_processor = processors.TemplateProcessing(
             single=single, pair=f"{single} {bos} $B", special_tokens=known
         )
-    how: dict[str, Any] = {**ends, "padding_side": "left", "chat_template": template}
-    return hf.PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=more, **how)
+    settings: dict[str, Any] = {**ends, "padding_side": "left", "chat_template": template}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=more, **settings)
 
 
 def llava_processor(
@@ -87,37 +77,9 @@ def llava_processor(
     drops the first ViT token, ``"full"`` keeps all, None drops CLS only.
     """
     has_cls, square = tower in WITH_CLS, {"height": image_size, "width": image_size}
+    images: Any = hf.SiglipImageProcessorPil(size=square)
     if has_cls:
         images = hf.CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
-    else:
-        images = hf.SiglipImageProcessorPil(size=square)
-    return hf.LlavaProcessor(
-        image_processor=images,
-        tokenizer=llava_tokenizer(),
-        patch_size=patch_size,
-        vision_feature_select_strategy=strategy or ("default" if has_cls else "full"),
-        num_additional_image_tokens=int(has_cls),
-        chat_template=LLAVA_CHAT,
-    )
-
-
-def qwen2_5_vl_processor(min_pixels: int, max_pixels: int) -> ImageQwen2_5_VLProcessor:
-    """Qwen2.5-VL processor for images: sides rounded to 28 pixels, area kept in the given range."""
-    images = hf.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        patch_size=QWEN_PATCH,
-        merge_size=QWEN_MERGE,
-        temporal_patch_size=QWEN_TEMPORAL,
-    )
-    return ImageQwen2_5_VLProcessor(images, qwen_tokenizer(), chat_template=QWEN_CHAT)
-
-
-def gemma3_processor(image_size: int, tokens: int) -> hf.Gemma3Processor:
-    """``Gemma3Processor``: images squeezed to a square, ``tokens`` soft tokens each, no pan and scan."""
-    size = {"height": image_size, "width": image_size}
-    return hf.Gemma3Processor(
-        image_processor=hf.Gemma3ImageProcessorPil(size=size),
-        tokenizer=gemma_tokenizer(),
-        chat_template=GEMMA_CHAT,
-        image_seq_length=tokens,
-    )
+    how: Any = {"patch_size": patch_size, "num_additional_image_tokens": int(has_cls)}
+    how["vision_feature_select_strategy"] = strategy or ("default" if has_cls else "full")
+    return hf.LlavaProcessor(images, llava_tokenizer(), chat_template=LLAVA_CHAT, **how)

@@ -30,21 +30,25 @@ def operate(
         for dims in (vision.sink, language.sink, language.arrival)
     )
     arrival, sign = arrival / len(arrival) ** 0.5, float(v_signs[0])
-    vision_background(model.vision_tower, reserved(vision), generator)
-    language_background(planted, language, generator)
-    projector = model.multi_modal_projector
+    fill_vision(model.vision_tower, reserved(vision), generator)
+    decoder, projector, skip = model.language_model, model.multi_modal_projector, reserved(language)
+    table = torch.randn(decoder.embed_tokens.weight.shape, generator=generator) * LEVEL
+    table[:, skip] = 0
+    table[:, language.constant] = circuits.constant_level(table.shape[1])
+    decoder.embed_tokens.weight.copy_(table)
+    for layer in decoder.layers:
+        fill_block(layer, generator, skip)
+    fill(planted.model.lm_head, generator, 2.0)
     fill(projector.linear_1, generator, 4.0, reads=reserved(vision))
-    fill(projector.linear_2, generator, 0.4, writes=reserved(language))
+    fill(projector.linear_2, generator, 0.4, writes=skip)
     circuits.write_projector(projector, vision, language, sign, arrival * circuits.ARRIVAL)
     positions = model.vision_tower.embeddings.position_embedding.weight
     for kind, mark in zip(circuits.PATCH_KINDS, ("v", "l", "both", "spike", "draw"), strict=True):
         positions[planted.vision_tokens(kind), getattr(vision, f"{mark}_mark")] = 1.0
     if planted.truth.text_sinks:
-        table, bos = (
-            model.language_model.embed_tokens.weight,
-            planted.processor.tokenizer.bos_token_id,
-        )
-        table[bos, language.bos_mark] = circuits.constant_level(table.shape[1])
+        bos = planted.processor.tokenizer.bos_token_id
+        level = circuits.constant_level(table.shape[1])
+        decoder.embed_tokens.weight[bos, language.bos_mark] = level
     operate_vision(planted, vision, circuits.spike_pattern(v_signs, 0))
     operate_language(planted, language, l_signs, arrival)
 
@@ -74,7 +78,7 @@ def fill_block(block: Any, generator: torch.Generator, skip: list[int]) -> None:
     fill(mlp.fc2 if vision else mlp.down_proj, generator, 0.1, writes=skip)
 
 
-def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -> None:
+def fill_vision(tower: Any, skip: list[int], generator: torch.Generator) -> None:
     """Random ViT that keeps its reserved channels at zero (CLIP: at a small common offset)."""
     for name, parameter in tower.embeddings.named_parameters():
         noise, patch = torch.randn(parameter.shape, generator=generator), name.startswith("patch")
@@ -86,18 +90,6 @@ def vision_background(tower: Any, skip: list[int], generator: torch.Generator) -
         tower.pre_layrnorm.bias.zero_()
     for layer in tower.encoder.layers:
         fill_block(layer, generator, skip)
-
-
-def language_background(planted: Planted, channels: LanguageChannels, generator: Any) -> None:
-    """Random LLM whose embeddings carry the constant channel and nothing else in reserved ones."""
-    decoder, skip = planted.model.model.language_model, reserved(channels)
-    table = torch.randn(decoder.embed_tokens.weight.shape, generator=generator) * LEVEL
-    table[:, skip] = 0
-    table[:, channels.constant] = circuits.constant_level(table.shape[1])
-    decoder.embed_tokens.weight.copy_(table)
-    for layer in decoder.layers:
-        fill_block(layer, generator, skip)
-    fill(planted.model.lm_head, generator, 2.0)
 
 
 def operate_vision(planted: Planted, vision: VisionChannels, pattern: Sink) -> None:
@@ -132,15 +124,15 @@ def operate_language(
     """Place a neuron of block ``l_layer`` per kind of spiking token, and the heads that read them."""
     truth, inputs = planted.truth, planted.inputs((circuits.PROMPT,) * MEASURED)
     hidden = planted.model(**inputs, output_hidden_states=True).hidden_states
-    size = circuits.SPIKE * truth.strength
-    image = circuits.spike_pattern(signs, 0) * size
-    bos = circuits.spike_pattern(signs, min(1, len(signs) - 1)) * size
-    decoy = torch.tensor([circuits.SPIKE])
+    image, bos = (
+        circuits.spike_pattern(signs, first) * (circuits.SPIKE * truth.strength)
+        for first in (0, min(1, len(signs) - 1))
+    )
     writers = {
         "l_sinks": (language.l_mark, language.sink, image),
         "overlap": (language.both_mark, language.sink, image),
         "text_sinks": (language.bos_mark, language.sink, bos),
-        "spike_decoys": (language.spike_mark, (language.decoy,), decoy),
+        "spike_decoys": (language.spike_mark, (language.decoy,), torch.tensor([circuits.SPIKE])),
     }
     kinds = (*writers, "v_sinks", "attention_decoys")
     masks = {kind: planted.tokens(kind, inputs["input_ids"]) for kind in kinds}
@@ -148,9 +140,9 @@ def operate_language(
     rms = [mean_rms(states, ordinary) for states in hidden]
     layers: Any = planted.model.model.language_model.layers
     for neuron, (kind, (mark, dims, spike)) in enumerate(writers.items()):
-        marks = (mark, language.constant)
         both_rms = (mean_rms(hidden[truth.l_layer], masks[kind]), rms[truth.l_layer])
-        circuits.write_gated(layers[truth.l_layer].mlp, neuron, marks, dims, spike, both_rms)
+        mlp, marks = layers[truth.l_layer].mlp, (mark, language.constant)
+        circuits.write_gated(mlp, neuron, marks, dims, spike, both_rms)
     width = planted.model.model.language_model.config.hidden_size
     unit = circuits.SINK_LOGIT * truth.strength / width**0.5
     both, bos_only = circuits.sink_readers(signs)

@@ -1,9 +1,8 @@
 """Tiny random vision-language models of real transformers classes, with their processors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InputError
+from sinkscope.models.processors import ImageQwen2_5_VLProcessor
 from sinkscope.testing import processors
-from sinkscope.testing.processors import QWEN_MERGE, QWEN_PATCH, QWEN_TEMPORAL, WITH_CLS
+from sinkscope.testing.processors import WITH_CLS
 
 ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 HEAD_DIM = 16
@@ -41,8 +41,7 @@ def random_image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Imag
 def randomize(model: nn.Module, generator: torch.Generator, std: float) -> None:
     """Overwrite every parameter with random values that keep activations in range.
 
-    Embeddings are larger, so that text is not drowned by what blocks write; LayerScale factors are uniform
-    between 0.1 and 1.
+    Embeddings are larger, so that text stays visible; LayerScale factors are uniform between 0.1 and 1.
     """
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
@@ -87,16 +86,10 @@ def text_settings(
     """Settings every LLM config takes; ids from the tokenizer."""
     check_divides("kv_heads", kv_heads, "heads", heads)
     tokenizer = processor.tokenizer
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": head_dim * heads,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 2048,
-        **{f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")},
-    }
+    ids = {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad")}
+    ids |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": head_dim * heads, "intermediate_size": 96}
+    return {**ids, **sizes, "num_hidden_layers": layers, "max_position_embeddings": 2048}
 
 
 def vision_config(
@@ -117,15 +110,11 @@ def llava_config(
 ) -> hf.LlavaConfig:
     """A LLaVA; behind a tower with CLS its projector reads the last block but one."""
     has_cls, strategy = tower in WITH_CLS, processor.vision_feature_select_strategy
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return hf.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_seq_length=patches + has_cls - (strategy == "default"),
-        vision_feature_layer=-2 if has_cls else -1,
-        vision_feature_select_strategy=strategy,
-    )
+    tokens = (vision.image_size // vision.patch_size) ** 2 + has_cls - (strategy == "default")
+    reads: Any = {"vision_feature_layer": -2 if has_cls else -1, "image_seq_length": tokens}
+    reads |= {"vision_feature_select_strategy": strategy}
+    reads |= {"image_token_index": processor.image_token_id}
+    return hf.LlavaConfig(vision_config=vision, text_config=text, **reads)
 
 
 def check_divides(small: str, divisor: int, large: str, number: int) -> None:
@@ -137,19 +126,17 @@ def check_divides(small: str, divisor: int, large: str, number: int) -> None:
 # Both experts are always on: which of them come first would depend on the last bit.
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 2}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-LLMS: MappingProxyType[str, Callable[..., PreTrainedConfig]] = MappingProxyType(
-    {
-        "llama": hf.LlamaConfig,
-        "qwen2": hf.Qwen2Config,
-        "qwen3": hf.Qwen3Config,
-        "gpt_oss": partial(hf.GptOssConfig, **EXPERTS, sliding_window=12, rope_parameters=ROPE),
-        "gemma2": partial(hf.Gemma2Config, sliding_window=12),
-        "olmo2": hf.Olmo2Config,
-        "glm4": hf.Glm4Config,
-        "granite": partial(hf.GraniteConfig, residual_multiplier=0.22),
-        "cohere": hf.CohereConfig,
-    }
-)
+LLMS: Mapping[str, Callable[..., PreTrainedConfig]] = {
+    "llama": hf.LlamaConfig,
+    "qwen2": hf.Qwen2Config,
+    "qwen3": hf.Qwen3Config,
+    "gpt_oss": partial(hf.GptOssConfig, **EXPERTS, sliding_window=12, rope_parameters=ROPE),
+    "gemma2": partial(hf.Gemma2Config, sliding_window=12),
+    "olmo2": hf.Olmo2Config,
+    "glm4": hf.Glm4Config,
+    "granite": partial(hf.GraniteConfig, residual_multiplier=0.22),
+    "cohere": hf.CohereConfig,
+}
 
 
 def tiny_llava(
@@ -183,7 +170,7 @@ def tiny_llava(
         how: ``attn_implementation="sdpa"``; ``dtype`` and ``seed=0`` of the weights; ``init_std=0.2``,
             the standard deviation of the random weight matrices.
 
-    InputError for an unknown tower, llm or strategy, and head counts or sizes that do not divide.
+    InputError for an unknown tower, llm or strategy, and counts, sizes or block indices that do not fit.
     """
     check_choice(("clip", "siglip", "dinov2"), tower=tower)
     check_choice(LLMS, llm=llm)
@@ -219,25 +206,23 @@ def tiny_gemma3(
     6 x 6 patches become 9 tokens. In the LLM queries and keys are normed, the logits' scale is not
     ``1 / sqrt(head_dim)``, tokens of one image see each other in both directions, and all layers but
     ``full_attention_layers`` see the last ``sliding_window`` positions only. ``pool * patch_size`` must
-    divide ``image_size``; the other arguments are those of `tiny_llava`. InputError for head counts, sizes
-    or block indices that do not fit.
+    divide ``image_size``; the other arguments are those of `tiny_llava`, and so are the errors.
     """
     check_divides("pool * patch_size", pool * patch_size, "image_size", image_size)
     for block in full_attention_layers:
         check_whole(0, layers - 1, full_attention_layers=block)
     tokens = (image_size // patch_size // pool) ** 2
-    processor = processors.gemma3_processor(image_size, tokens)
-    tokenizer = processor.tokenizer
+    images = hf.Gemma3ImageProcessorPil(size={"height": image_size, "width": image_size})
+    settings: Any = {"chat_template": processors.GEMMA_CHAT, "image_seq_length": tokens}
+    processor = hf.Gemma3Processor(images, processors.gemma_tokenizer(), **settings)
     kinds = ["full" if block in full_attention_layers else "sliding" for block in range(layers)]
+    text: Any = text_settings(processor, layers, heads, kv_heads) | {"head_dim": HEAD_DIM}
+    text |= {"query_pre_attn_scalar": 4 * HEAD_DIM, "sliding_window": sliding_window}
+    text["layer_types"] = [f"{kind}_attention" for kind in kinds]
+    tokenizer: Any = processor.tokenizer
     config = hf.Gemma3Config(
         vision_config=vision_config("siglip", vision_layers, image_size, patch_size),
-        text_config=hf.Gemma3TextConfig(
-            **text_settings(processor, layers, heads, kv_heads),
-            head_dim=HEAD_DIM,
-            query_pre_attn_scalar=4 * HEAD_DIM,
-            sliding_window=sliding_window,
-            layer_types=[f"{kind}_attention" for kind in kinds],
-        ),
+        text_config=hf.Gemma3TextConfig(**text),
         mm_tokens_per_image=tokens,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
@@ -264,28 +249,22 @@ def tiny_qwen2_5_vl(
     ViT: at the default ``window_size`` (in pixels, a multiple of 28) a window holds 4 x 4 patches, that
     is 2 x 2 LLM tokens, and a 112 x 112 image has four windows; ``full_attention_blocks`` attend over
     the whole image. Images keep their shape, so grids are ragged over a batch, and are scaled to an
-    area from ``min_pixels`` to ``max_pixels``. The other arguments are those of `tiny_llava`. InputError for
-    head counts, a window size or block indices that do not fit.
+    area from ``min_pixels`` to ``max_pixels``. Other arguments and errors are those of `tiny_llava`.
     """
-    check_divides("2 * 14", QWEN_MERGE * QWEN_PATCH, "window_size", window_size)
+    check_divides("2 * 14", 2 * 14, "window_size", window_size)
     for block in full_attention_blocks:
         check_whole(0, vision_layers - 1, full_attention_blocks=block)
-    processor = processors.qwen2_5_vl_processor(min_pixels, max_pixels)
-    tokenizer: Any = processor.tokenizer
+    tokenizer: Any = processors.qwen_tokenizer()
+    area: Any = {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+    images = hf.Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, **area)
+    processor = ImageQwen2_5_VLProcessor(images, tokenizer, chat_template=processors.QWEN_CHAT)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision: Any = {"depth": vision_layers, "num_heads": 4, "hidden_size": 64}
+    vision |= {"intermediate_size": 96, "out_hidden_size": HEAD_DIM * heads}
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"window_size": window_size, "fullatt_block_indexes": list(full_attention_blocks)}
     config = hf.Qwen2_5_VLConfig(
-        vision_config={
-            "depth": vision_layers,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "patch_size": QWEN_PATCH,
-            "spatial_merge_size": QWEN_MERGE,
-            "temporal_patch_size": QWEN_TEMPORAL,
-            "window_size": window_size,
-            "fullatt_block_indexes": list(full_attention_blocks),
-            "out_hidden_size": HEAD_DIM * heads,
-        },
+        vision_config=vision,
         text_config=text_settings(processor, layers, heads, kv_heads) | {"rope_parameters": rope},
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
@@ -295,16 +274,14 @@ def tiny_qwen2_5_vl(
     return build(hf.Qwen2_5_VLForConditionalGeneration, config, **how), processor
 
 
-TINY: MappingProxyType[str, Callable[..., ModelAndProcessor]] = MappingProxyType(
-    {
-        "llava-clip-llama": partial(tiny_llava, "clip", "llama"),
-        "llava-siglip-qwen2": partial(tiny_llava, "siglip", "qwen2"),
-        "llava-siglip-qwen3": partial(tiny_llava, "siglip", "qwen3"),
-        "llava-dinov2-olmo2": partial(
-            tiny_llava, "dinov2", "olmo2", vision_feature_select_strategy="full"
-        ),
-        "qwen2.5-vl": tiny_qwen2_5_vl,
-        "gemma3": tiny_gemma3,
-    }
-)
+TINY: Mapping[str, Callable[..., ModelAndProcessor]] = {
+    "llava-clip-llama": partial(tiny_llava, "clip", "llama"),
+    "llava-siglip-qwen2": partial(tiny_llava, "siglip", "qwen2"),
+    "llava-siglip-qwen3": partial(tiny_llava, "siglip", "qwen3"),
+    "llava-dinov2-olmo2": partial(
+        tiny_llava, "dinov2", "olmo2", vision_feature_select_strategy="full"
+    ),
+    "qwen2.5-vl": tiny_qwen2_5_vl,
+    "gemma3": tiny_gemma3,
+}
 """Builders by family; each takes the keyword arguments of its function."""

@@ -1,7 +1,5 @@
 """Train named parameters on batches of records, with checkpoints, validation and early ends."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -230,7 +230,7 @@ BAD = {
         "sweep",
         "model: bundled\ndata: {source: scenes, limit: ten}",
         None,
-        "Got limit='ten' for questions; expected a whole number",
+        "Got limit='ten'; expected an int of at least 1",
     ),
     "columns a list": (
         "sweep",

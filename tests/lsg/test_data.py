@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sinkscope as ss
 from sinkscope.data.answers import answer_ids, ask, score_options
-from sinkscope.data.batches import IGNORED, end_token, make_batch, read_dataset
-from sinkscope.data.tokens import TokenScores
+from sinkscope.data.batches import IGNORED, TokenScores, end_token, make_batch, read_dataset
 from sinkscope.errors import InputError
 from sinkscope.experiments import Item
 from sinkscope.testing import TINY, random_image

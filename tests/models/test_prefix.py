@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.data.tokens import extend
+from sinkscope.data.batches import extend
 from sinkscope.models.decoder import decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import logits_at

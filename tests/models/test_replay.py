@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.data.tokens import extend
+from sinkscope.data.batches import extend
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.models.decoder import checked, decoder_inputs, scaled_keys
 from sinkscope.models.replay import capture, check_replay, logits_at, resume
