@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sinkscope.checks import check_choice, check_whole
 from sinkscope.errors import InputError
-from sinkscope.models.processors import ImageQwen2_5_VLProcessor
+from sinkscope.models.loading import ImageQwen2_5_VLProcessor
 from sinkscope.testing import processors
 from sinkscope.testing.processors import WITH_CLS
 
