@@ -89,8 +89,10 @@ def lines_of(text: str, tree: ast.Module) -> Counter:
     return kinds
 
 
-def public_names(path: Path) -> int:
-    """How many names the top level exports."""
+def public_names(package: Path) -> int:
+    """How many names the top level exports, by its stub or, in older checkouts, by ``_public.py``."""
+    stub = package / "__init__.pyi"
+    path = stub if stub.exists() else package / "_public.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             return len(ast.literal_eval(node.value))
@@ -121,7 +123,7 @@ def count(root: Path) -> dict[str, object]:
         "largest file": f"{largest} ({sizes[largest]})",
         "over 350 lines": sorted(name for name, size in sizes.items() if size > 350),
         "circles": circles(graph),
-        "public names": public_names(root / "sinkscope" / "_public.py"),
+        "public names": public_names(root / "sinkscope"),
         "test lines": sum(len(text.splitlines()) for text in tests),
         "test functions": sum(text.count("\ndef test_") for text in tests),
         "rooms": {room: dict(kinds) for room, kinds in sorted(rooms.items())},

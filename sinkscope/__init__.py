@@ -8,30 +8,33 @@ The usual way in::
     sample = lvlm.prepare(images=image, text="How many shapes are there?")
     trace = ss.trace_sinks(lvlm, sample)
     print(trace.summary())
+
+The stub beside this file lists the public names. Each is imported when it is asked for, so that the command
+line starts at once.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+import lazy_loader
 
 __version__ = "0.1.0"
+_find, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-if TYPE_CHECKING:
-    from sinkscope._public import *  # noqa: F403
-    from sinkscope._public import __all__ as __all__
-else:
 
-    def __getattr__(name):
-        """Import all public names when the first is asked for: the command line needs none to start."""
-        if name.startswith("__") and name != "__all__":
-            raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
-        public = import_module("sinkscope._public")
-        if name == "__all__" or name in public.__all__:
-            return getattr(public, name)
-        if name in globals():  # a submodule that came with them
-            return globals()[name]
-        rooms = [room for room in public.ROOMS if name in getattr(public, room).__all__]
-        where = f"; write sinkscope.{rooms[0]}.{name}" if rooms else ""
-        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}{where}")
-
-    def __dir__():
-        return sorted({*globals(), *import_module("sinkscope._public").__all__})
+def __getattr__(name):
+    """Import a public name; of one that lives in a room say which."""
+    try:
+        return _find(name)
+    except AttributeError as error:
+        rooms = (
+            "probes",
+            "interventions",
+            "detectors",
+            "experiments",
+            "lsg",
+            "models",
+            "viz",
+            "testing",
+        )
+        known = () if name.startswith("_") else rooms
+        where = [f"sinkscope.{room}.{name}" for room in known if name in _find(room).__all__]
+        hint = f"; write {where[0]}" if where else ""
+        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}{hint}") from error

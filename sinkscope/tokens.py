@@ -225,8 +225,7 @@ class TokenMap:
 
     def from_vision(self, scores: Float[Tensor, "image pos"], merge: str = "max") -> Tensor:
         """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
-        ``merge`` joins those of one position: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``).
-        """
+        ``merge`` joins those of one position: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``)."""
         check_merge(merge)
         if scores.shape != self.vision.live.shape:
             raise SelectionError(

@@ -82,7 +82,8 @@ def observe(sweep: Any, by: str, seed: int) -> str:
     unit, factor = UNITS.get(sweep.score, ("", 1.0))
     numbers = ["chosen_on", "delta", "low", "high", "maximum"]
     whole[numbers[1:4]], best[numbers] = whole[numbers[1:4]] * factor, best[numbers] * factor
-    lines = [f"{sweep!r}, change of {sweep.score_name} against the base{unit}."]
+    name = sweep.score.rpartition(".")[2]
+    lines = [f"{sweep!r}, change of {name} against the base{unit}."]
     lines += [*_by_task(whole, best.to_dict("records")), "2. Does it depend on the layer?"]
     noun = NOUNS[len(sweep.groups)]
     for task, part in whole.groupby("task", sort=False):

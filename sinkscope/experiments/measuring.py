@@ -244,10 +244,7 @@ class Measured:
         lives: list[tuple[int, int, str | None]] = []
         for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
             run = [layer for _, layer in stretch]
-            block, half = (
-                run[0] - 1,
-                None,
-            )  # layer l reads what block l - 1 wrote; -1: the embeddings
+            block, half = run[0] - 1, None  # layer l reads what block l - 1 wrote; -1: embeddings
             if block >= 0:
                 channel = int(massive.channels[batch, run[0], pos, 0])
                 half = _writer(self.llm_halves, batch, block, pos, channel)

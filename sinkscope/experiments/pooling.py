@@ -88,11 +88,9 @@ class Cell:
 
 
 class Features(NamedTuple):
-    """Mean states of every record."""
+    """Mean states of every record; a column of ``counts`` is a group, or one draw of random tokens."""
 
-    counts: (
-        np.ndarray
-    )  # int [record layer column]; a column is one draw of random tokens, or a group
+    counts: np.ndarray  # int [record layer column]
     cell: Callable[[int, str], Cell]
 
 

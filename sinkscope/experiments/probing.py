@@ -40,9 +40,7 @@ class LinearProbes(Result):
     table: pd.DataFrame
     rows: pd.DataFrame
     classes: Mapping[str, tuple[Any, ...]]  # of every target
-    images: tuple[
-        tuple[str, ...], tuple[str, ...]
-    ]  # ids that trained the probes, and that tested them
+    images: tuple[tuple[str, ...], tuple[str, ...]]  # ids of the training and the test part
     site: str
     detectors: str
 

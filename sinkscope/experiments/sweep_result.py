@@ -117,13 +117,8 @@ class Sweep:
 
     @property
     def score(self) -> str:
-        """The name of the score."""
+        """The name of the score: a word, or a function's module and name."""
         return str(self.settings["score"])
-
-    @property
-    def score_name(self) -> str:
-        """The score in words and figures: of a function its own name, without its module."""
-        return self.score.rpartition(".")[2]
 
     @property
     def pairs(self) -> list[tuple[float, ...]]:
@@ -207,7 +202,7 @@ class Sweep:
         """What a column is, with its unit."""
         named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
         named["logprob"] = "log-probability of the answer (nats)"
-        return named.get("logprob" if column == "logprob" else self.score, self.score_name)
+        return named.get("logprob" if column == "logprob" else self.score, self.score.rpartition(".")[2])
 
     def __repr__(self) -> str:
         counts = {"item": "question", "image_id": "image", "layer": "layer"}

@@ -48,8 +48,7 @@ def selected(
 ) -> Tensor:
     """A selection (see `TokenMap.select`) as bool ``[batch layer pos]``, False at padding. There is one
     layer, or as many as the tower has if the selection differs by layer; see `at_layer`. NoEffectError, with
-    the name ``what``, if it is empty in every row, unless ``allow_empty``.
-    """
+    the name ``what``, if it is empty in every row, unless ``allow_empty``."""
     mask = context.select(tower, tokens)
     if not mask.any() and not allow_empty:
         name = f"the selection {tokens!r}" if isinstance(tokens, str) else "a selection"
@@ -110,8 +109,7 @@ def attention_edits(
 ) -> list[Edit]:
     """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`. Kernels
     get ``masks`` from `selected`, what is ``shared`` and what ``each`` layer has, and ``live``, ``rows``,
-    ``heads``.
-    """
+    ``heads``."""
     tower, heads = it.tower, it.heads
     layers, now = context.layers(tower, it.layers), runs_now(it.steps, context, tower)
     if heads is not None:

@@ -168,10 +168,7 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
         keep = {"live": context.live("vision"), "count": self.count}
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
         for at in layers:
-            name, hint = (
-                f"neuron of vision block {at}",
-                "Write what find_register_neurons(...) gives.",
-            )
+            name, hint = f"neuron of vision block {at}", "Write what find_register_neurons gives."
             neurons = base.check_indices(self.neurons[at], count, name, hint)
             given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))

@@ -30,8 +30,7 @@ def arguments(call):
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     """The model's own attention on other tensors ``[batch head pos d_head]``, ``[batch query head d_head]``.
-    ``float32`` computes in fp32; ``keep`` ``[batch key]`` weighs the values after edits of them.
-    """
+    ``float32`` computes in fp32; ``keep`` ``[batch key]`` weighs the values after edits of them."""
     named, rest = arguments(call)
     given = {"query": query, "key": key, "value": value}
     tensors = [named[name] if x is None else x for name, x in given.items()]
@@ -183,8 +182,7 @@ def shared_null(state, call, mark, make, *options):
 def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout=None):
     """Attention mass on key groups: ``{"mass": [batch head query group], "null": [batch query group]}``.
     ``groups`` ``[batch key group]`` are one-hot, or any weights; ``rows`` ``[batch row]`` are the queries to
-    keep, -1 where absent, or None for all.
-    """
+    keep, -1 where absent, or None for all."""
     masses, nulls = [], []
     for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
         masses.append(weigh_values(call, part, float32=float32).float())

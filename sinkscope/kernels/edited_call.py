@@ -57,8 +57,7 @@ def keys_of_call(x, span, n_keys, state, fill=0):
 def reach(call, keys, live, rows, heads, spare_empty):
     """Find the rows and heads that see an edited key, bool ``[batch query head 1]``, and the empty rows.
     ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None. With
-    ``spare_empty`` rows that see edited keys only, ``[batch query]``, are left as they are.
-    """
+    ``spare_empty`` rows that see edited keys only, ``[batch query]``, are left as they are."""
     # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
     columns = torch.stack([keys, ~keys], dim=-1).float()
     share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0

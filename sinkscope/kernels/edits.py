@@ -164,8 +164,7 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 def evict_keys(call, state, span, live, start, recent, measure=True):
     """Attention to the first ``start`` live keys and the last ``recent`` ones only (2309.17453).
     The effect's tokens are keys that the last query has lost; the attention is that of every row on the keys
-    that it has lost. The mask differs by query, so it is explicit. Packed towers have no cache.
-    """
+    that it has lost. The mask differs by query, so it is explicit. Packed towers have no cache."""
     named, _ = arguments(call)
     n_query, n_key = named["query"].shape[2], named["key"].shape[2]
     # Ranks are counted over the whole sequence and cut afterwards: a sliding cache holds the last keys.

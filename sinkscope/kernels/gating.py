@@ -55,8 +55,7 @@ def hashed(peaks, live, seed):
 def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):
     """Remember which LLM positions are made of a ViT token that meets the rule, among ``live``
     ``[image pos]``. ``image_index`` ``[batch pos]`` and ``sources`` ``[batch pos source]`` are those of
-    `sinkscope.tokens.TokenMap`.
-    """
+    `sinkscope.tokens.TokenMap`."""
     found, kept = flags(states, rule, live, layout), memory_of(state, slot)
     picked = found[image_index.clamp(min=0)[..., None], sources.clamp(min=0)]
     carried = (picked & (sources >= 0)).any(-1) & (image_index >= 0)
@@ -73,8 +72,7 @@ def note_l_sinks(states, state, slot, rule, live):
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
     """Remember the `coefficients` that the ``gate`` gives for what it reads here: ``signal`` ``"last"``,
     position ``at`` ``[batch]`` (the newest one at a decode step), or ``"mean"``, over ``tokens``
-    ``[batch pos]`` bool.
-    """
+    ``[batch pos]`` bool."""
     if signal == "mean":
         read = mean_over(states, tokens)[:, 0]
     elif state.get("step", 0):
@@ -89,8 +87,7 @@ def coefficients(
     read, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, activation, scale
 ):
     """``scale * softmax(W2 act(W1 LayerNorm(read)))``, ``[batch group]`` in fp32 (2604.03316). ``in_weight``
-    is ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the LayerNorm may have no weights.
-    """
+    is ``[hidden d_model]``, ``out_weight`` ``[group hidden]``; the LayerNorm may have no weights."""
     norm, first, last = (
         [None if weight is None else weight.float() for weight in pair]
         for pair in ((norm_weight, norm_bias), (in_weight, in_bias), (out_weight, out_bias))
@@ -103,8 +100,7 @@ def coefficients(
 
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text. ``kept`` has ``"V"``, ``"L"`` ``[batch pos]``
-    and ``"coefficients"`` in the order of ``groups``. V wins over L, also without a group of its own.
-    """
+    and ``"coefficients"`` in the order of ``groups``. V wins over L, also without a group of its own."""
     of = dict(zip(groups, kept["coefficients"][..., None].unbind(1), strict=True))
     out = torch.where(visual, of["rest"], torch.ones_like(of["rest"]))
     if "L" in of:

@@ -29,8 +29,7 @@ def mean_over(x, mask):
 
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
-    ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens.
-    """
+    ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens."""
     h, medians = rows_of(states, layout).float(), []
     top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
     for row, alive in zip(h, live_at(live, h), strict=True):
@@ -91,8 +90,7 @@ def keep(states, state, layout=None):
 
 def group_means(states, state, groups, layout=None):
     """The mean state of every token group ``[batch pos group]`` bool, and how many tokens it has.
-    ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``.
-    """
+    ``{"means": [batch group d_model] fp32, NaN for an empty group; "count": [batch group]}``."""
     h = rows_of(states, layout).float()
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
     count = groups.sum(dim=1)
@@ -107,8 +105,7 @@ def peak_neurons(states, state, mask):
 
 def state_effect(mask, before=None, after=None):
     """The effect of an edit of states, which a kernel returns as its second value. ``mask`` ``[batch pos]``
-    are the tokens to edit; ``before`` and ``after`` all states, or None where those tokens surely change.
-    """
+    are the tokens to edit; ``before`` and ``after`` all states, or None where those tokens surely change."""
     changed = mask if before is None else mask & (before != after).any(dim=-1)
     count, tokens = changed.sum(1), mask.sum(1)
     return {"rows": count, "empty": torch.zeros_like(tokens), "tokens": tokens, "count": count}
@@ -125,8 +122,7 @@ def put_back(states, rows, mask, layout):
 
 def edit_channels(states, state, mask, dims, how, value=None, layout=None):
     """Set the channels ``dims`` of chosen tokens. ``how`` is ``"zero"``, ``"mean"`` (over the row's tokens in
-    the mask ``value``), ``"set"`` (to ``value``, a number) or ``"clamp"`` (magnitude at most ``value``).
-    """
+    the mask ``value``), ``"set"`` (to ``value``, a number) or ``"clamp"`` (magnitude at most ``value``)."""
     rows = rows_of(states, layout)
     part, edited = rows[..., dims], rows.clone()
     if how == "mean":

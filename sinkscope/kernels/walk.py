@@ -78,8 +78,7 @@ def times(value, factors):
 def read_site(root, tracer, step, state, out):
     """The value at a site after its edits: states, or the attention calls, one per window, in order.
     Edits replace the callee where the module binds it, so the model itself calls the edited function.
-    RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence.
-    """
+    RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence."""
     here = locate(root, step["path"])
     if step["how"] != "attention":
         value = first_tensor(here.input if step["how"] == "input" else here.output)
@@ -137,8 +136,7 @@ def edit_value(here, step, value, factors, state, out):
 def resolve(root, parameters, device, state):
     """Parameters ready for a kernel: modules looked up, tensors on the site's device.
     ``("@module", path)`` stands for the module at that path, ``("@modules", paths)`` for several, or for
-    parameters and numbers. A tensor is moved once per run: kernels may compare it by identity.
-    """
+    parameters and numbers. A tensor is moved once per run: kernels may compare it by identity."""
     placed, out = state.setdefault("placed", {}), {}
     for name, value in parameters.items():
         mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
@@ -164,8 +162,7 @@ def detached(value):
 
 def walk(root, tracer, plan, number=0, memory=None):
     """Run a plan in a trace: ``{slot: {(tower, name, layer): answer}}``, effects under ``("edit", slot)``.
-    ``number`` is that of the step, 0 for the prompt; ``memory`` is what edits keep from step to step.
-    """
+    ``number`` is that of the step, 0 for the prompt; ``memory`` is what edits keep from step to step."""
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)

@@ -31,8 +31,7 @@ def near(x, y, dtype):
 def measure(part, like):
     """One of the parts as a map per channel, from what the projection wrote, ``like`` ``[... d_model]``.
     ``centred``: the mean over channels is taken away; ``norm``: each token is divided by its size. ValueError
-    if it is neither a factor per channel nor a norm.
-    """
+    if it is neither a factor per channel nor a norm."""
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
         weight = torch.as_tensor(part, device=like.device).float().flatten()
@@ -71,8 +70,7 @@ def onward(x, *passed):
 
 def answers(projection, rows):
     """What a module adds to its answer to zero, ``[row d_model]``, and that answer, its bias, in fp32.
-    Each of ``rows`` ``[row width]`` is asked times a power of two that brings it near `SIZE`.
-    """
+    Each of ``rows`` ``[row width]`` is asked times a power of two that brings it near `SIZE`."""
     peak = rows.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     times = (SIZE / peak).log2().floor().exp2()
     asked = (rows.float() * times).to(rows.dtype)

@@ -100,10 +100,8 @@ class LSG(nn.Module):
         if l_detector is not None and "L" not in made["groups"]:
             what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
             raise InterventionError(f"{what} Write groups=('V', 'L', 'rest').")
-        low, others = (
-            l_detector if "L" in made["groups"] else NoSinks(),
-            partial(drawn, lvlm, samples),
-        )
+        others, low = partial(drawn, lvlm, samples), l_detector
+        low = low if "L" in made["groups"] else NoSinks()
         rules = SinkRules.on_others(lvlm, others, v_detector, low, progress=None)
         l_rule: Any = rules.l_rule
         if isinstance(l_rule, Limits):

@@ -129,7 +129,8 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "record":
         name, parts = inner
         if name not in KNOWN:
-            importlib.import_module("sinkscope._public")  # every class of this library
+            for room in ("detectors", "experiments", "interventions", "lsg", "probes"):
+                importlib.import_module(f"sinkscope.{room}")  # every result of this library
         if name not in KNOWN:
             raise CheckpointError(
                 f"Got a file with a {name!r}, which is not known here; expected results of sinkscope. "

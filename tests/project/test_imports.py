@@ -37,7 +37,7 @@ ROOMS = [
     "experiments",
     "cli",
 ]
-ENTRIES = {"__init__", "__main__", "_public"}
+ENTRIES = {"__init__", "__main__"}
 
 
 def room_of(module: str) -> str:

@@ -1,6 +1,6 @@
-"""Every public name, imported from where it lives."""
+"""Every public name, and where it lives: type checkers read this file, and so does `sinkscope` when a name is asked for."""
 
-from sinkscope import (
+from . import (
     bundled,
     detectors,
     errors,
@@ -13,11 +13,11 @@ from sinkscope import (
     testing,
     viz,
 )
-from sinkscope.bundled import load_bundled
-from sinkscope.detectors import calibrate, detect
-from sinkscope.errors import SinkscopeError
-from sinkscope.example.load import load_example
-from sinkscope.experiments import (
+from .bundled import load_bundled
+from .detectors import calibrate, detect
+from .errors import SinkscopeError
+from .example.load import load_example
+from .experiments import (
     RandomControl,
     baselines,
     compare,
@@ -28,7 +28,7 @@ from sinkscope.experiments import (
     trace_generation,
     trace_sinks,
 )
-from sinkscope.interventions import (
+from .interventions import (
     AblateActivations,
     AblateValues,
     AttentionKnockout,
@@ -39,9 +39,9 @@ from sinkscope.interventions import (
     ScaleKeys,
     TestTimeRegister,
 )
-from sinkscope.lsg import LSG, train_lsg
-from sinkscope.models import LVLM
-from sinkscope.probes import (
+from .lsg import LSG, train_lsg
+from .models import LVLM
+from .probes import (
     AttentionMass,
     AttentionPatterns,
     ContributionNorms,
@@ -53,11 +53,10 @@ from sinkscope.probes import (
     TokenNorms,
     ValueNorms,
 )
-from sinkscope.results import load_run
-from sinkscope.sites import Site
+from .results import load_run
+from .sites import Site
 
-ROOMS = ("probes", "interventions", "detectors", "experiments", "lsg", "models", "viz", "testing")
-"""Where a name may be that is not at the top level."""
+__version__: str
 
 __all__ = [
     "LSG",
