@@ -30,23 +30,9 @@ if TYPE_CHECKING:
 
     from sinkscope.models.lvlm import LVLM
 
-__all__ = [
-    "TASKS",
-    "TEST_SEEDS",
-    "TRAIN_SEEDS",
-    "VALIDATION_SEEDS",
-    "Question",
-    "Scene",
-    "SceneObject",
-    "all_questions",
-    "ask",
-    "bundled_path",
-    "draw_scene",
-    "load_bundled",
-    "load_bundled_hf",
-    "scene_attributes",
-    "scene_questions",
-]
+__all__ = ["TASKS", "TEST_SEEDS", "TRAIN_SEEDS", "VALIDATION_SEEDS", "Question", "Scene"]
+__all__ += ["SceneObject", "all_questions", "ask", "bundled_path", "draw_scene", "load_bundled"]
+__all__ += ["load_bundled_hf", "scene_attributes", "scene_questions"]
 
 
 def bundled_path() -> Path:

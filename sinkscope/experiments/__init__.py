@@ -19,41 +19,10 @@ from sinkscope.experiments.sweep_result import Sweep
 from sinkscope.experiments.sweeping import sweep
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 
-__all__ = [
-    "Answered",
-    "Comparison",
-    "ControlResult",
-    "EditSinks",
-    "GateCoefficients",
-    "GenerationTrace",
-    "Item",
-    "LabelledImage",
-    "LinearProbes",
-    "PerSeed",
-    "Questions",
-    "RandomControl",
-    "RandomGroup",
-    "SinkLife",
-    "SinkRecord",
-    "SinkTrace",
-    "Sweep",
-    "SweepCost",
-    "baselines",
-    "cluster_bootstrap",
-    "cluster_intervals",
-    "compare",
-    "effect_conditions",
-    "effect_table",
-    "gate_coefficients",
-    "linear_probes",
-    "lsg_grid",
-    "nop_or_broadcast",
-    "per_seed",
-    "replacement_table",
-    "sign_flip_maximum",
-    "sink_groups",
-    "sweep",
-    "top_received",
-    "trace_generation",
-    "trace_sinks",
-]
+__all__ = ["Answered", "Comparison", "ControlResult", "EditSinks", "GateCoefficients"]
+__all__ += ["GenerationTrace", "Item", "LabelledImage", "LinearProbes", "PerSeed", "Questions"]
+__all__ += ["RandomControl", "RandomGroup", "SinkLife", "SinkRecord", "SinkTrace", "Sweep"]
+__all__ += ["SweepCost", "baselines", "cluster_bootstrap", "cluster_intervals", "compare"]
+__all__ += ["effect_conditions", "effect_table", "gate_coefficients", "linear_probes", "lsg_grid"]
+__all__ += ["nop_or_broadcast", "per_seed", "replacement_table", "sign_flip_maximum", "sink_groups"]
+__all__ += ["sweep", "top_received", "trace_generation", "trace_sinks"]

@@ -202,7 +202,9 @@ class Sweep:
         """What a column is, with its unit."""
         named = {"exact": "exact answers (points)", "choice": "choice accuracy (points)"}
         named["logprob"] = "log-probability of the answer (nats)"
-        return named.get("logprob" if column == "logprob" else self.score, self.score.rpartition(".")[2])
+        return named.get(
+            "logprob" if column == "logprob" else self.score, self.score.rpartition(".")[2]
+        )
 
     def __repr__(self) -> str:
         counts = {"item": "question", "image_id": "image", "layer": "layer"}

@@ -26,27 +26,8 @@ from sinkscope.interventions.states import (
 from sinkscope.interventions.values import AblateValues
 from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 
-__all__ = [
-    "AblateActivations",
-    "AblateValues",
-    "AttentionKnockout",
-    "AttentionTemperature",
-    "BaseIntervention",
-    "Edit",
-    "Edited",
-    "Effect",
-    "EvictKeys",
-    "ImageCentric",
-    "Intervention",
-    "MaskKeys",
-    "NeuronActivity",
-    "NeuronResult",
-    "PatchActivations",
-    "Redistribute",
-    "ScaleAttention",
-    "ScaleKeys",
-    "ScaleTokens",
-    "SinkToFront",
-    "TestTimeRegister",
-    "find_register_neurons",
-]
+__all__ = ["AblateActivations", "AblateValues", "AttentionKnockout", "AttentionTemperature"]
+__all__ += ["BaseIntervention", "Edit", "Edited", "Effect", "EvictKeys", "ImageCentric"]
+__all__ += ["Intervention", "MaskKeys", "NeuronActivity", "NeuronResult", "PatchActivations"]
+__all__ += ["Redistribute", "ScaleAttention", "ScaleKeys", "ScaleTokens", "SinkToFront"]
+__all__ += ["TestTimeRegister", "find_register_neurons"]

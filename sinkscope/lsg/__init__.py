@@ -9,18 +9,6 @@ from sinkscope.lsg.result import GateStack, TrainResult, greedy_stack
 from sinkscope.lsg.train import TrainingCost, train_lsg
 from sinkscope.training import TrainingSettings
 
-__all__ = [
-    "LSG",
-    "Attachment",
-    "GateConfig",
-    "GateStack",
-    "ImportedGates",
-    "TrainResult",
-    "TrainingCost",
-    "TrainingSettings",
-    "describe",
-    "detector_of",
-    "greedy_stack",
-    "import_gates",
-    "train_lsg",
-]
+__all__ = ["LSG", "Attachment", "GateConfig", "GateStack", "ImportedGates", "TrainResult"]
+__all__ += ["TrainingCost", "TrainingSettings", "describe", "detector_of", "greedy_stack"]
+__all__ += ["import_gates", "train_lsg"]

@@ -7,16 +7,5 @@ from sinkscope.models.lvlm import LVLM, Generation, Run
 from sinkscope.models.report import Report, Verdict
 from sinkscope.tokens import TokenMap, VisionMap
 
-__all__ = [
-    "LVLM",
-    "Anatomy",
-    "Context",
-    "Generation",
-    "Report",
-    "Run",
-    "Sample",
-    "TokenMap",
-    "TowerAnatomy",
-    "Verdict",
-    "VisionMap",
-]
+__all__ = ["LVLM", "Anatomy", "Context", "Generation", "Report", "Run", "Sample", "TokenMap"]
+__all__ += ["TowerAnatomy", "Verdict", "VisionMap"]

@@ -16,21 +16,7 @@ from sinkscope.testing.tiny import (
     write_checkpoint,
 )
 
-__all__ = [
-    "TINY",
-    "ContractError",
-    "ImageQwen2_5_VLProcessor",
-    "Planted",
-    "Truth",
-    "check_intervention",
-    "check_probe",
-    "load_processor",
-    "plant",
-    "random_image",
-    "random_plant",
-    "sink_free",
-    "tiny_gemma3",
-    "tiny_llava",
-    "tiny_qwen2_5_vl",
-    "write_checkpoint",
-]
+__all__ = ["TINY", "ContractError", "ImageQwen2_5_VLProcessor", "Planted", "Truth"]
+__all__ += ["check_intervention", "check_probe", "load_processor", "plant", "random_image"]
+__all__ += ["random_plant", "sink_free", "tiny_gemma3", "tiny_llava", "tiny_qwen2_5_vl"]
+__all__ += ["write_checkpoint"]

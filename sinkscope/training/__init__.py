@@ -16,19 +16,30 @@ class TrainingSettings:
     """The numbers of a training run; an InputError if one is impossible.
 
     The paper (2604.03316) publishes two epochs and no other number; the other defaults are ours.
+
+    Attributes:
+        batch: Rows per forward pass, of every process.
+        accumulate: Forward passes per step, which count as one batch of all their rows.
+        lr: The highest learning rate of AdamW.
+        schedule: ``"cosine"`` falls to 0 at the last step, ``"constant"`` stays.
+        warmup: The share of all steps during which the rate rises to ``lr``.
+        clip: The largest Euclidean norm of a step's gradient; 0 for no limit.
+        evaluate_every: Steps between two validations; 0 validates after every epoch.
+        patience: Validations without a lower loss that end a run; 0 for no early end.
+        seed: Of the order of the records and of the split.
     """
 
     epochs: int = 2
-    batch: int = 8  # rows per forward pass, of every process
-    accumulate: int = 1  # forward passes per step, which count as one batch of all their rows
-    lr: float = 1e-3  # the highest learning rate of AdamW
+    batch: int = 8
+    accumulate: int = 1
+    lr: float = 1e-3
     weight_decay: float = 0.01
-    schedule: str = "cosine"  # falls to 0 at the last step; "constant" stays
-    warmup: float = 0.03  # the share of all steps during which the rate rises to ``lr``
-    clip: float = 1.0  # the largest Euclidean norm of a step's gradient; 0 for no limit
-    evaluate_every: int = 0  # steps between two validations; 0 validates after every epoch
-    patience: int = 0  # validations without a lower loss that end a run; 0 for no early end
-    seed: int = 0  # of the order of the records and of the split
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    clip: float = 1.0
+    evaluate_every: int = 0
+    patience: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_whole(1, epochs=self.epochs, batch=self.batch, accumulate=self.accumulate)

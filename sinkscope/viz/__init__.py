@@ -21,28 +21,9 @@ from sinkscope.viz.probes import plot_coefficients, plot_probes, plot_training
 from sinkscope.viz.tables import trace_html, trace_summary
 from sinkscope.viz.tokens import generation_text, plot_generation, plot_tokens, tokens_html
 
-__all__ = [
-    "effects_text",
-    "generation_text",
-    "plot_coefficients",
-    "plot_control",
-    "plot_detections",
-    "plot_effects",
-    "plot_generation",
-    "plot_heads",
-    "plot_mass_by_layer",
-    "plot_probes",
-    "plot_received_by_layer",
-    "plot_received_heads",
-    "plot_received_map",
-    "plot_sinks_on_image",
-    "plot_spikes",
-    "plot_sweep",
-    "plot_tokens",
-    "plot_trace",
-    "plot_training",
-    "tokens_html",
-    "trace_html",
-    "trace_summary",
-    "write_report",
-]
+__all__ = ["effects_text", "generation_text", "plot_coefficients", "plot_control"]
+__all__ += ["plot_detections", "plot_effects", "plot_generation", "plot_heads"]
+__all__ += ["plot_mass_by_layer", "plot_probes", "plot_received_by_layer", "plot_received_heads"]
+__all__ += ["plot_received_map", "plot_sinks_on_image", "plot_spikes", "plot_sweep", "plot_tokens"]
+__all__ += ["plot_trace", "plot_training", "tokens_html", "trace_html", "trace_summary"]
+__all__ += ["write_report"]
