@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from scripts.count_code import circles, imports_of, names_of
-from tests.project.repository import PACKAGE, imports, tree_of
+from tests.project.repository import PACKAGE, ROOT, imports, tree_of
 
 MODULES = names_of(PACKAGE)
 KERNELS = sorted((PACKAGE / "kernels").rglob("*.py"))
@@ -98,3 +101,15 @@ def test_a_circle_is_found() -> None:
 def roots(path: Path) -> set[str]:
     """The top-level packages that a file imports."""
     return {name.partition(".")[0] for name in imports(path)}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every package that some module imports is a dependency, or part of an extra."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    declared = {re.split(r"[\[<>=! ]", one)[0].lower().replace("-", "_") for one in listed}
+    named = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml"}
+    found = set().union(*(roots(path) for path in MODULES.values()))
+    others = found - set(sys.stdlib_module_names) - {"sinkscope"}
+    assert {named.get(name, name) for name in others} <= declared
