@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -104,6 +106,20 @@ def _defined_in(value: object, module: ModuleType) -> bool:
 
 def test_public_names_are_listed_once() -> None:
     assert len(sinkscope.__all__) == len(set(sinkscope.__all__))
+
+
+def test_a_name_of_a_room_says_where_it_is() -> None:
+    with pytest.raises(AttributeError, match=r"write sinkscope\.lsg\.GateConfig$"):
+        getattr(sinkscope, "GateConfig")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"has no attribute 'nowhere'$"):
+        getattr(sinkscope, "nowhere")  # noqa: B009
+
+
+def test_importing_the_package_imports_no_model_library() -> None:
+    heavy = "{'torch', 'transformers', 'nnsight', 'pandas', 'matplotlib'}"
+    code = f"import sys, sinkscope; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("shown", SHOWN)
