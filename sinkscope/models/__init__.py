@@ -1,4 +1,4 @@
-"""Models: anatomy, inputs, and the runner. The only room that knows nnsight and transformers."""
+"""Models: anatomy, samples and runs. Only this part uses nnsight."""
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
