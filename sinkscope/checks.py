@@ -1,13 +1,29 @@
 """Checks of single values, each said once: whole numbers, real numbers, switches and choices."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from numbers import Integral, Number, Real
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    TypeGuard,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sinkscope.errors import InputError, SinkscopeError, nearest
 
 Refusal = type[SinkscopeError]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_whole(value: Any, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
@@ -92,3 +108,84 @@ def check_choice(
         if not any(value is option or value == option for option in known):
             close = hint or nearest(str(value), [str(option) for option in known])
             raise error(f"Got {name}={value!r}; expected one of {known}. {close}".rstrip())
+
+
+ADVICE = {  # class that was expected -> what to write
+    "LVLM": "Write lvlm = ss.LVLM(model, processor).",
+    "Model": "Write lvlm = ss.LVLM(model, processor).",
+    "Sample": "Write sample = lvlm.prepare(images=image, text='...').",
+    "SinkTrace": "Write trace = ss.trace_sinks(lvlm, sample).",
+    "Detection": "Write ss.detect(lvlm, sample, detector).",
+    "Detector": "Write a rule such as ss.detectors.Norm(100.0).",
+    "Calibration": "Write ss.calibrate(lvlm, samples).",
+    "LSG": "Write gate = ss.LSG.for_model(lvlm, layer=10).",
+    "Path": "Write the path of a file or folder.",
+}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; of collections the kind alone is looked at."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, (str, TypeVar)) or getattr(hint, "array_type", None):
+        return True  # shapes have checks of their own
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(value is part or (isinstance(value, str) and value == part) for part in parts)
+    kind = type(None) if hint is None else origin or hint
+    if not isinstance(kind, type):
+        return True
+    if isinstance(value, str) and kind in (Sequence, Iterable):
+        return False
+    return isinstance(value, (kind, Number) if kind in (int, float) else kind)
+
+
+def refuse_type(name: str, value: Any, hint: Any, error: Refusal) -> NoReturn:
+    """Say what came, what was expected and what to write."""
+    parts = [hint] if get_origin(hint) not in (Union, UnionType) else [*get_args(hint)]
+    kinds = [get_origin(part) or part for part in parts]
+    names = [getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in kinds]
+    came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    write = next((ADVICE[one] for one in names if one in ADVICE), "")
+    raise error(f"Got {name} of type {came}; expected {' or '.join(names)}. {write}".rstrip())
+
+
+def check_fields(record: Any, error: Refusal = InputError) -> None:
+    """Refuse a field of a dataclass that is not of its annotated kind; see `fits`."""
+    hints = hints_of(type(record))
+    for field in fields(record):
+        value, hint = plain(getattr(record, field.name)), hints.get(field.name, Any)
+        if not fits(value, hint):
+            refuse_type(field.name, value, hint, error)
+
+
+def typed(function: F) -> F:
+    """Refuse arguments of the wrong kind with an InputError, before any work is done; see `fits`.
+
+    A plain model where an `LVLM` is expected, or a text where there should be a list, would else fail deep
+    inside. Numbers, choices and shapes have checks of their own.
+    """
+    known = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given, hints = known.bind(*args, **kwargs).arguments, hints_of(function)
+        for name, value in given.items():
+            collected = known.parameters[name].kind in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            )
+            if not collected and name in hints and not fits(plain(value), hints[name]):
+                refuse_type(name, value, hints[name], InputError)
+        return function(*args, **kwargs)
+
+    return cast("F", call)
+
+
+@functools.cache
+def hints_of(what: Any) -> dict[str, Any]:
+    """The annotations of a function or class; none where one cannot be resolved."""
+    try:
+        return get_type_hints(what)
+    except (NameError, TypeError):
+        return {}

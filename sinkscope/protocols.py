@@ -4,7 +4,7 @@ Both are frozen dataclasses of parameters that never hold a model. Kernels do th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
-from sinkscope.checks import check_choice
+from sinkscope.checks import check_choice, check_fields
 from sinkscope.errors import InterventionError, SinkscopeError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
@@ -196,6 +196,8 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
             raise error(f"Got the class {it.__name__} among the {name}; expected {write}.")
         if not isinstance(it, kind):
             raise error(f"Got {it!r} among the {name}; expected {such}.")
+        if is_dataclass(it) and type(it).__module__.startswith("sinkscope."):
+            check_fields(it, error)
     return out
 
 

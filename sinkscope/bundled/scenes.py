@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sinkscope.checks import typed
 from sinkscope.errors import InputError
 
 IMAGE_SIZE = 64  # pixels, both sides
@@ -91,6 +92,7 @@ class Question:
     scope: str
 
 
+@typed
 def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Scene:
     """Draw the scene of this seed; the same seed gives the same pixels.
 
@@ -125,6 +127,7 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
     return Scene(image, tuple(objects), background, seed)
 
 
+@typed
 def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
     """Draw `n` different questions about the scene, every task being equally likely at each draw."""
     pool: dict[str, list[Question]] = {}
@@ -192,6 +195,7 @@ def _tinted(rng: np.random.Generator, colour: tuple[int, int, int], spread: int)
     return tuple(int(channel) for channel in shifted.clip(0, 255))
 
 
+@typed
 def scene_questions(
     n_images: int,
     per_image: int = 8,
@@ -219,6 +223,7 @@ def scene_questions(
             yield {"image": scene.image, "question": one.text, **fields}
 
 
+@typed
 def scene_attributes(
     n_images: int, *, seeds: Sequence[int] = TEST_SEEDS, start: int = 0
 ) -> Iterator[dict[str, Any]]:

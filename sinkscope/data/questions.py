@@ -110,7 +110,7 @@ class Questions:
             ) from error
         try:
             return load_dataset(self.source, self.subset, split=self.split)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise InputError(
                 f"The data set {self.source!r} (split {self.split!r}) could not be loaded; expected "
                 f"what datasets.load_dataset knows. {type(error).__name__}: {error}"

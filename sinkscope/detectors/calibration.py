@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import is_whole
+from sinkscope.checks import is_whole, typed
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
@@ -105,6 +105,7 @@ class _Look:
         return self.scores[..., order].amax(dim=-1)
 
 
+@typed
 def calibrate(
     lvlm: LVLM,
     samples: Sequence[Sample],

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import is_whole
+from sinkscope.checks import is_whole, typed
 from sinkscope.errors import DetectorError, LayerError
 from sinkscope.kernels.gating import reaches
 from sinkscope.models.inputs import Sample
@@ -140,6 +140,7 @@ def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample)
     return decide(detector, run[probe], *masks, tower, lvlm.anatomy.tower(tower))
 
 
+@typed
 def detect(
     lvlm: LVLM,
     sample: Sample,
@@ -158,6 +159,7 @@ def detect(
     return found["it"]
 
 
+@typed
 def detect_all(
     lvlm: LVLM,
     sample: Sample,
@@ -174,6 +176,7 @@ def detect_all(
     return {name: decided(detectors[name], run, p, lvlm, sample) for name, p in probes.items()}
 
 
+@typed
 def jaccard(one: Detection, other: Detection) -> float:
     """Share of the (layer, token) pairs flagged by either that both flag; 1 if both are empty. DetectorError
     if they looked at other tokens or layers."""
@@ -185,6 +188,7 @@ def jaccard(one: Detection, other: Detection) -> float:
     return 1.0 if union == 0 else (one.mask & other.mask).sum().item() / union
 
 
+@typed
 def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.DataFrame:
     """A square table of `jaccard` of detections of the same sample, tower and layers, by name or listed.
     DetectorError if they looked at other tokens or layers, or two of a list have the same name."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinkscope import probes
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import check_choice, check_number, is_whole
+from sinkscope.checks import check_choice, check_fields, check_number, is_whole
 from sinkscope.detectors.detection import Detector as Detector
 from sinkscope.detectors.detection import decide as decide
 from sinkscope.detectors.detection import expected_peak
@@ -37,6 +37,7 @@ class Rule(Record):
     choices: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __post_init__(self) -> None:
+        check_fields(self, DetectorError)
         for name, wanted in self.ranges.items():
             check_number(**wanted, **{name: getattr(self, name)}, error=DetectorError)
         for name, options in self.choices.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, cast
 
-from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number
+from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number, typed
 from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.comparing import Comparison, Condition, compare
@@ -32,6 +32,7 @@ __all__ = [
 BASE = "base"
 
 
+@typed
 def effect_conditions(
     *,
     edits: Sequence[str] = ("mask", "halve"),
@@ -61,6 +62,7 @@ def effect_conditions(
     return out
 
 
+@typed
 def effect_table(
     lvlm: LVLM,
     dataset: Iterable[Any],

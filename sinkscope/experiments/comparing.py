@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_flags, check_number, check_whole
+from sinkscope.checks import check_flags, check_whole, typed
 from sinkscope.data.answers import answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.detectors.rules import Detector
@@ -61,8 +61,6 @@ class Comparison(Result):
         wrong) and seed_sd (of the accuracy over seeds; NaN for one). Task ``"all"`` holds every question;
         ``attrs["comparisons"]`` is how many differences there are.
         """
-        check_number(above=0, below=1, hint="Write 0.95.", level=level)
-        check_whole(1, hint="Write 2000.", draws=draws)
         given = {"seed": 0, "uncontrolled": False}
         table = self.table.assign(**{k: v for k, v in given.items() if k not in self.table})
         named = table.loc[table["task"] != ALL]  # those without a task are in "all" alone
@@ -138,6 +136,7 @@ class PerSeed:
     seeds: tuple[Condition, ...]
 
 
+@typed
 def per_seed(*conditions: Condition) -> PerSeed:
     """Report conditions that differ in nothing but their seed as one: ``per_seed([gate_0], [gate_1])``."""
     if not conditions:
@@ -175,6 +174,7 @@ def _checked(name: str, condition: Any) -> Any:
     )
 
 
+@typed
 def compare(
     lvlm: LVLM,
     dataset: Iterable[Any],

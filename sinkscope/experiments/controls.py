@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from sinkscope.checks import check_choice, check_whole, is_whole
+from sinkscope.checks import check_choice, check_whole, is_whole, typed
 from sinkscope.errors import InterventionError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
 from sinkscope.experiments.tracing import SinkTrace
@@ -136,6 +136,7 @@ class RandomControl:
     n: int = 20
     seed: int = 0
 
+    @typed
     def draws(
         self, trace: SinkTrace, donor: Donor = None, *, lvlm: LVLM | None = None
     ) -> tuple[Any, ...]:
@@ -166,6 +167,7 @@ class RandomControl:
         masks = (random_like(mask, trace, generator, *given) for _ in range(self.n))
         return tuple(self._on(tokens, trace) for tokens in masks)
 
+    @typed
     def run(
         self, lvlm: LVLM, trace: SinkTrace, score: Score = None, *, donor: Donor = None
     ) -> ControlResult:
@@ -212,6 +214,7 @@ def scored(score: Score, run: Run, plain: Run) -> Tensor:
     )
 
 
+@typed
 def replacement_table(
     lvlm: LVLM,
     trace: SinkTrace,

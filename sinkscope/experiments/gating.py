@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_choice, check_whole
+from sinkscope.checks import check_choice, check_whole, typed
 from sinkscope.data.batches import AnswerBatch, AnswerData, TokenScores, make_batch, read_dataset
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
@@ -79,6 +79,7 @@ class GateCoefficients(Result):
 
 
 @torch.no_grad()
+@typed
 def gate_coefficients(
     lvlm: LVLM,
     gates: LSG | Sequence[LSG],
@@ -211,6 +212,7 @@ class LoRA:
         return f"LoRA(rank={self.rank}, {len(self.factors)} matrices, {self.parameters} parameters{size})"
 
 
+@typed
 def lora(
     lvlm: LVLM,
     dataset: Iterable[Any],

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sinkscope.checks import check_number
+from sinkscope.checks import check_number, typed
 from sinkscope.detectors import Detector, NoSinks, SinkRules
 from sinkscope.detectors.detection import decide
 from sinkscope.errors import DetectorError, InputError
@@ -156,6 +156,7 @@ class GenerationTrace(Result):
         return f"GenerationTrace({self.n_steps} steps; sinks: {said}; rule {self.chosen})"
 
 
+@typed
 def trace_generation(
     lvlm: LVLM,
     sample: Sample,

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_number, check_whole, plain
+from sinkscope.checks import check_number, check_whole, plain, typed
 from sinkscope.data.items import LabelledImage, Target, as_labelled, as_targets, image_groups
 from sinkscope.detectors import Detector, SinkRules
 from sinkscope.errors import InputError
@@ -117,6 +117,7 @@ class LinearProbes(Result):
         )
 
 
+@typed
 def linear_probes(
     lvlm: LVLM,
     dataset: Iterable[Any],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice, check_flags, check_whole
+from sinkscope.checks import check_choice, check_flags, check_whole, typed
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import AblateValues, MaskKeys, ScaleAttention
@@ -27,6 +27,7 @@ EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@typed
 def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
     """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``."""
     visual = trace.sample.tokens.image >= 0

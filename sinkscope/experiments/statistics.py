@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.checks import check_choice
+from sinkscope.checks import check_choice, check_number, check_whole, typed
 from sinkscope.data.items import ALL
 from sinkscope.models.pictures import clusters_of
 
@@ -22,6 +22,7 @@ def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, Any]]:
     yield ALL, table
 
 
+@typed
 def cluster_bootstrap(
     values: Sequence[float],
     clusters: Sequence[object],
@@ -40,6 +41,7 @@ def cluster_bootstrap(
     ``values`` has one number per observation, NaN are left out; ``clusters`` are image ids. Gives mean, low
     and high: NaN without a value, the interval also with one cluster.
     """
+    _check(level, draws, seed)
     numbers, nan = np.asarray(values, dtype=float), float("nan")
     keep = ~np.isnan(numbers)
     numbers = numbers[keep]
@@ -60,6 +62,12 @@ def cluster_bootstrap(
     return float(numbers.mean()), float(low), float(high)
 
 
+def _check(level: float, draws: int, seed: int) -> None:
+    check_number(above=0, below=1, hint="Write 0.95.", level=level)
+    check_whole(1, hint="Write 2000.", draws=draws)
+    check_whole(0, seed=seed)
+
+
 def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
     """How often each of ``n`` is drawn with replacement, ``[draws n]``."""
     picks = rng.integers(0, n, size=(draws, n))
@@ -71,6 +79,7 @@ def _central(means: np.ndarray, level: float) -> Any:
     return np.quantile(means, [tail, 1 - tail], axis=0)
 
 
+@typed
 def cluster_intervals(
     values: np.ndarray,
     clusters: Sequence[object],
@@ -83,6 +92,7 @@ def cluster_intervals(
 
     Gives ``[3 column]``: mean, low and high.
     """
+    _check(level, draws, seed)
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
     if len(counts) < 2:
@@ -99,6 +109,7 @@ def cluster_sums(values: np.ndarray, clusters: Sequence[object]) -> tuple[np.nda
     return totals, np.bincount(index).astype(float)
 
 
+@typed
 def sign_flip_maximum(
     values: np.ndarray, clusters: Sequence[object], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, np.ndarray]:
@@ -111,6 +122,7 @@ def sign_flip_maximum(
     of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most ``sqrt(n)``, about
     standard normal under the null, and 0 for a column without any change.
     """
+    _check(0.95, draws, seed)
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))
     unit = np.divide(totals, size, out=np.zeros_like(totals), where=size > 0)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from sinkscope.checks import check_choice
+from sinkscope.checks import check_choice, typed
 from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
@@ -89,6 +89,7 @@ class Sweep:
     by: str = "task"
 
     @classmethod
+    @typed
     def load(cls, folder: str | Path, by: str = "task") -> Sweep:
         """Read a sweep, finished or not, from what was given as ``out``; CheckpointError if it holds none."""
         check_choice(BY, by=by)

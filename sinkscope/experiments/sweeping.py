@@ -16,7 +16,7 @@ from joblib.hashing import NumpyHasher
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_choice, check_flags, check_whole
+from sinkscope.checks import check_choice, check_flags, check_whole, typed
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
@@ -37,6 +37,7 @@ from sinkscope.models.wrapping import evaluated
 from sinkscope.tokens import check_merge
 
 
+@typed
 def sweep(
     lvlm: LVLM,
     dataset: Iterable[Any],

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sinkscope.checks import check_number, is_whole
+from sinkscope.checks import check_number, is_whole, typed
 from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
 from sinkscope.detectors.gap import DRAWS, outcome_of
-from sinkscope.errors import DetectorError, SelectionError
+from sinkscope.errors import CheckpointError, DetectorError, SelectionError
 from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
@@ -175,6 +175,7 @@ class SinkTrace(Result):
         wanted = f"0 to {self.n_layers - 1}: l_sinks(l) is decided on what block l reads"
         raise SelectionError(f"Got layer {layer!r}; expected {wanted}.")
 
+    @typed
     def l_sinks(self, layer: int | None = None) -> Tensor:
         """L-sinks on what ``layer`` reads, ``[batch pos]``; None: of every layer, ``[batch layer pos]``."""
         return self._meeting((self.sample.tokens.image >= 0) & ~self.v_sinks, layer)
@@ -217,6 +218,7 @@ class SinkTrace(Result):
         lines = [record.to_dict() for record in self.records]
         return pd.DataFrame(lines, columns=list(SinkRecord.__dataclass_fields__))
 
+    @typed
     def to_json(self, path: str | Path | None = None) -> str:
         """The trace as JSON; written to ``path`` too."""
         v, low = self.v_detection.detector, self.l_detection.detector
@@ -227,7 +229,11 @@ class SinkTrace(Result):
         body |= {"candidates": [asdict(candidate) for candidate in self.candidates]}
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
-            Path(path).write_text(text)
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except (OSError, ValueError) as error:  # the last: a name that no file can have
+                what = f"Got path={str(path)[:200]!r}, which cannot be written ({error})"
+                raise CheckpointError(f"{what}; expected the name of a file.") from error
         return text
 
     def summary(self) -> str:
@@ -248,6 +254,7 @@ class SinkTrace(Result):
         return f"SinkTrace({said}; {self.chosen})"
 
 
+@typed
 def trace_sinks(
     lvlm: LVLM,
     sample: Sample,

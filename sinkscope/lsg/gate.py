@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.bundled.scenes import VALIDATION_SEEDS, draw_scene
+from sinkscope.checks import typed
 from sinkscope.detectors.calibration import Limits
 from sinkscope.detectors.choice import SinkRules, check_kept, describe
 from sinkscope.detectors.rules import NoSinks
@@ -70,6 +71,7 @@ class LSG(nn.Module):
                 tensor.zero_()
 
     @classmethod
+    @typed
     def for_model(
         cls,
         lvlm: LVLM,
@@ -218,6 +220,7 @@ class LSG(nn.Module):
         for one in mine:
             one.detach()
 
+    @typed
     def save_pretrained(
         self, folder: str | Path, *, record: Mapping[str, Any] | None = None
     ) -> None:
@@ -229,6 +232,7 @@ class LSG(nn.Module):
         saving.write_folder(folder, saving.files_of(saved(self, record)), loading.FORMAT)
 
     @staticmethod
+    @typed
     def from_pretrained(
         path_or_repo: str | Path,
         *,
@@ -245,6 +249,7 @@ class LSG(nn.Module):
         source = loading.source_of(path_or_repo, revision, subfolder)
         return loaded(loading.read_gate(source), lvlm, allow_noop)
 
+    @typed
     def push_to_hub(
         self,
         repo: str,
@@ -262,6 +267,7 @@ class LSG(nn.Module):
         return saving.push_gate(repo, saved(self, record), private, revision, token)
 
     @staticmethod
+    @typed
     def save_stack(
         gates: Sequence[LSG], folder: str | Path, *, record: Mapping[str, Any] | None = None
     ) -> None:
@@ -272,6 +278,7 @@ class LSG(nn.Module):
         saving.save_stack(folder, [saved(gate) for gate in check_gates(gates)], record)
 
     @staticmethod
+    @typed
     def load_stack(
         path_or_repo: str | Path,
         *,

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice
+from sinkscope.checks import check_choice, typed
 from sinkscope.errors import CheckpointError, InterventionError
 from sinkscope.files import read_json
 from sinkscope.lsg.config import BASES, GROUPS, check_layer, differences
@@ -48,6 +48,7 @@ class ImportedGates:
         return "\n".join("\n  ".join([name, *(what or ["nothing"])]) for name, what in parts)
 
 
+@typed
 def import_gates(
     path_or_repo: str | Path,
     lvlm: LVLM,

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from sinkscope.checks import check_choice, check_flags, check_whole
+from sinkscope.checks import check_choice, check_flags, check_whole, typed
 from sinkscope.data.batches import read_dataset
 from sinkscope.errors import InputError
 from sinkscope.lsg.gate import LSG, check_gates
@@ -176,6 +176,7 @@ class GateStack(Result):
         return f"{self.score} without a gate: {self.base:.4f}\n{table}"
 
 
+@typed
 def greedy_stack(
     lvlm: LVLM,
     gates: Sequence[LSG],

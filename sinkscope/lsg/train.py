@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sinkscope.checks import check_flags, check_whole, plain
+from sinkscope.checks import check_flags, check_whole, plain, typed
 from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.choice import detector_of
 from sinkscope.errors import InputError, ModelError
@@ -148,6 +148,7 @@ def wanted_layers(
     return wanted
 
 
+@typed
 def train_lsg(
     lvlm: LVLM,
     dataset: Iterable[Any],

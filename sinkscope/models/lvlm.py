@@ -16,7 +16,7 @@ from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_choice, check_flags
+from sinkscope.checks import check_choice, check_flags, typed
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
@@ -128,6 +128,7 @@ class LVLM:
         sizes = (f"{t.tower} {t.n_layers} x {t.d_model}" for t in (a.vision, a.language))
         return f"LVLM({self.name!r}, {a.family.name}: {', '.join(sizes)})"
 
+    @typed
     def prepare(
         self,
         images: Any = None,
@@ -150,6 +151,7 @@ class LVLM:
         parts = self._module, self._processor, self.anatomy
         return make_sample(*parts, images, text, inputs, rendered=rendered)
 
+    @typed
     def run(
         self,
         sample: Sample,
@@ -191,6 +193,7 @@ class LVLM:
         plain = self.run(sample, logits="last", remote=remote)
         return application.with_kl(out, plain, last)
 
+    @typed
     def generate(
         self,
         sample: Sample,
@@ -234,6 +237,7 @@ class LVLM:
         text = decode and tuple(decode(sequences[:, prompt:], skip_special_tokens=True))
         return Generation(sequences, text, tuple(steps))
 
+    @typed
     def edited(
         self, interventions: Sequence[Intervention]
     ) -> AbstractContextManager[application.Edited]:
@@ -241,6 +245,7 @@ class LVLM:
         checked = application.check_interventions(interventions)
         return closing(application.Edited(self, checked))
 
+    @typed
     def trace(self, sample: Sample, *, grad: bool = False) -> Any:
         """Open nnsight's own trace of one forward pass here, on the sample's inputs.
 
@@ -259,6 +264,7 @@ class LVLM:
         """The nnsight model of `module`, inside the block of `trace`."""
         return self._open.root
 
+    @typed
     def site(self, tower: Tower, layer: int, name: str) -> Any:
         """The value at a site of `sinkscope.sites` inside the block of `trace`, else ProbeError.
 

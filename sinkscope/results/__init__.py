@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sinkscope.checks import typed
 from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
 from sinkscope.sites import Site
 
@@ -41,6 +42,7 @@ class Result(Record):
         """One line per entry that is not NaN; a result without axes has one line per part."""
         return self._table()
 
+    @typed
     def save(self, path: str | Path) -> Path:
         """Write the result to one file, which `sinkscope.results.load` reads, and give its path.
 

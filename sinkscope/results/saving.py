@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sinkscope.checks import plain
+from sinkscope.checks import plain, typed
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError
 from sinkscope.files import write_whole
 from sinkscope.sites import Site
@@ -172,6 +172,7 @@ def write(value: Any, path: Path) -> Path:
     return path
 
 
+@typed
 def load(path: str | Path) -> Any:
     """Read what ``result.save(path)`` wrote, bit for bit; nothing is unpickled. CheckpointError if the file
     is missing, damaged, of something else or of a newer sinkscope, or holds a class not known here."""
@@ -202,6 +203,7 @@ def load(path: str | Path) -> Any:
         raise refuse(why, "a file of this version: make it again, or update sinkscope") from error
 
 
+@typed
 def load_run(path: str | Path) -> Any:
     """Read a run or a generation that was saved; CheckpointError as `load`, and for another result. Its
     results are found by the probe's name, ``run["AttentionMass"]``, or by an equal probe."""

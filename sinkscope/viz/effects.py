@@ -34,6 +34,8 @@ class Effects:
         theme.check_table(summary, COLUMNS, "what Comparison.estimates() returns")
         known = list(dict.fromkeys(summary["task"]))
         conditions: list[str] = list(dict.fromkeys(summary["condition"]))
+        if tasks is not None and (isinstance(tasks, str) or not isinstance(tasks, Sequence)):
+            raise SelectionError(f"Got tasks={tasks!r}; expected a list of some of {known}.")
         self.tasks = sorted(known, key=lambda t: t != "all") if tasks is None else list(tasks)
         self.base = conditions[0] if base is None else base
         for kind, asked, there in (("task", self.tasks, known), ("base", [self.base], conditions)):

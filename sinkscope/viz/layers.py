@@ -56,6 +56,9 @@ def plot_mass_by_layer(result: Any, row: int | None = None, *, ax: Axes | None =
     ``AttentionMass(trace.groups)``. Over groups that split all keys, the masses of a layer sum to 1,
     unless the model has learned sink logits.
     """
+    theme.check_has(
+        result, "result", "mass", "lvlm.run(sample, [probe])[probe] of an AttentionMass"
+    )
     if row is not None:
         theme.check_place(len(result.mass), ", or None for all rows", row=row)
     chosen = slice(None) if row is None else [row]

@@ -46,6 +46,9 @@ def plot_heads(
     ``result`` is such as that of ``AttentionMass(trace.groups)``, and ``group`` one of its groups; ``query``
     is the position of one query. Without ``row`` or ``query`` it is the mean.
     """
+    theme.check_has(
+        result, "result", "mass", "lvlm.run(sample, [probe])[probe] of an AttentionMass"
+    )
     values, null = heads_of(result, group, row, query)
     over = "mean over queries" if query is None else f"query at position {query}"
     title = f"Attention mass on {group}"
@@ -61,6 +64,9 @@ def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None 
     The mean over the queries that can see the token at ``pos``, itself among them, of the ``result`` of
     ``ReceivedAttention()``.
     """
+    theme.check_has(
+        result, "result", "received", "lvlm.run(sample, [probe])[probe] of a ReceivedAttention"
+    )
     theme.check_place(len(result.received), row=row)
     live = (~result.received[row].isnan().all(dim=0).all(dim=0)).nonzero().flatten().tolist()
     if pos not in live:

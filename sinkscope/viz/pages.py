@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sinkscope.checks import typed
 from sinkscope.errors import InputError
 from sinkscope.viz import layers, maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
@@ -108,6 +109,7 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
+@typed
 def write_report(
     folder: str | Path,
     trace: Trace,

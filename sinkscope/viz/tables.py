@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from sinkscope.checks import check_whole
 from sinkscope.tokens import VISION_KINDS, TokenMap
+from sinkscope.viz import theme
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
 
 WIDTH = 110  # letters of a line in a terminal
@@ -221,11 +223,15 @@ def trace_summary(trace: Trace, *, limit: int = 10) -> str:
     Kinds of which there are none say "none found"; of each at most ``limit`` are listed, those that draw
     most first.
     """
+    theme.check_has(trace, "trace", "records", "ss.trace_sinks(lvlm, sample)")
+    check_whole(1, limit=limit)
     return render("summary.txt", trace=trace, limit=limit)
 
 
 def trace_html(trace: Trace, *, limit: int = 10) -> str:
     """Write `trace_summary` as a ``<div>`` for a notebook."""
+    theme.check_has(trace, "trace", "records", "ss.trace_sinks(lvlm, sample)")
+    check_whole(1, limit=limit)
     return render("notebook.html", trace=trace, limit=limit)
 
 

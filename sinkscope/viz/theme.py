@@ -33,8 +33,15 @@ def check_place(
             raise error(f"Got {name} {value!r}; expected 0 to {count - 1}{hint}.")
 
 
+def check_has(what: Any, name: str, field: str, write: str) -> None:
+    """Refuse a trace or result of another kind, which has no such field."""
+    if isinstance(what, type) or not hasattr(what, field):
+        raise InputError(f"Got {name} of type {type(what).__name__}; expected what {write} gives.")
+
+
 def layers_of(trace: Trace, layer: int | None) -> list[int]:
-    """The given LLM layer, or all; refuses one that is not there."""
+    """The given LLM layer, or all; refuses one that is not there, and what is no trace."""
+    check_has(trace, "trace", "l_detection", "ss.trace_sinks(lvlm, sample)")
     count = len(trace.l_detection.layers)
     if layer is None:
         return list(range(count))
@@ -43,7 +50,8 @@ def layers_of(trace: Trace, layer: int | None) -> list[int]:
 
 
 def images_of(trace: Trace, row: int) -> list[int]:
-    """The images of a row, counted over the whole batch; refuses a row that is not there."""
+    """The images of a row, counted over the whole batch; refuses another row, and what is no trace."""
+    check_has(trace, "trace", "l_detection", "ss.trace_sinks(lvlm, sample)")
     check_place(len(trace.sample), ", a row of the prepared batch", row=row)
     return (trace.sample.tokens.vision.batch_row == row).nonzero().flatten().tolist()
 
