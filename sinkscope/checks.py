@@ -3,9 +3,9 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from numbers import Integral, Number, Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from types import UnionType
 from typing import (
     Any,
@@ -23,6 +23,7 @@ from typing import (
 from sinkscope.errors import InputError, SinkscopeError, nearest
 
 Refusal = type[SinkscopeError]
+LARGEST = 3.4e38  # of a float32, which the states of most models are
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -45,7 +46,7 @@ def is_number(
         number = float(value)
     except OverflowError:  # a whole number beyond any float
         return False
-    return math.isfinite(number) and number >= least and above < number < below
+    return abs(number) <= LARGEST and number >= least and above < number < below
 
 
 def plain(value: Any) -> Any:
@@ -99,17 +100,35 @@ def check_number(
             raise error(f"{text}. {hint}".rstrip())
 
 
+def among(value: Any, options: Iterable[Any]) -> bool:
+    """Whether it is one of the options; an array or a table is none, and compares with none."""
+    single = isinstance(value := plain(value), (str, Real, tuple))
+    return any(value is option or (single and value == option) for option in options)
+
+
 def check_choice(
     options: Iterable[Any], *, error: Refusal = InputError, hint: str = "", **given: Any
 ) -> None:
     """Refuse what is none of ``options``, and name the nearest; see `check_whole`."""
     known = tuple(options)
     for name, value in given.items():
-        if not any(value is option or value == option for option in known):
+        if not among(value, known):
             close = hint or nearest(str(value), [str(option) for option in known])
             raise error(f"Got {name}={value!r}; expected one of {known}. {close}".rstrip())
 
 
+WORDS: dict[Any, str] = {
+    type(None): "None",
+    bool: "True or False",
+    str: "a text",
+    int: "an int",
+    float: "a number",
+    Mapping: "a dict",
+    Sequence: "a list",
+    Iterable: "a list",
+    Callable: "a function",
+}
+RAW = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError, OSError)
 ADVICE = {  # class that was expected -> what to write
     "LVLM": "Write lvlm = ss.LVLM(model, processor).",
     "Model": "Write lvlm = ss.LVLM(model, processor).",
@@ -133,21 +152,33 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value is part or (isinstance(value, str) and value == part) for part in parts)
     kind = type(None) if hint is None else origin or hint
-    if not isinstance(kind, type):
-        return True
-    if isinstance(value, str) and kind in (Sequence, Iterable):
-        return False
-    return isinstance(value, (kind, Number) if kind in (int, float) else kind)
+    if kind is int:
+        return is_whole(value)
+    if kind in (Sequence, Iterable):  # an array or the values of a dict will do
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return not isinstance(kind, type) or isinstance(value, (Real, bool) if kind is float else kind)
+
+
+def kinds_of(hint: Any) -> list[str]:
+    """The kinds that an annotation allows, in the words of an error."""
+    if get_origin(hint) in (Union, UnionType):
+        return [word for part in get_args(hint) for word in kinds_of(part)]
+    if get_origin(hint) is Literal:
+        return [repr(option) for option in get_args(hint)]
+    kind = get_origin(hint) or hint
+    return [WORDS.get(kind, getattr(kind, "__name__", str(kind)))]
 
 
 def refuse_type(name: str, value: Any, hint: Any, error: Refusal) -> NoReturn:
     """Say what came, what was expected and what to write."""
-    parts = [hint] if get_origin(hint) not in (Union, UnionType) else [*get_args(hint)]
-    kinds = [get_origin(part) or part for part in parts]
-    names = [getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in kinds]
-    came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-    write = next((ADVICE[one] for one in names if one in ADVICE), "")
-    raise error(f"Got {name} of type {came}; expected {' or '.join(names)}. {write}".rstrip())
+    kinds = list(dict.fromkeys(kinds_of(hint)))
+    came = f" of type {type(value).__name__}"
+    if isinstance(value, (str, int, float, type(None))):
+        came = f"={repr(value)[:60]}"
+    elif isinstance(value, type):
+        came = f"={value.__name__}, a class"
+    write = next((ADVICE[one] for one in kinds if one in ADVICE), "")
+    raise error(f"Got {name}{came}; expected {' or '.join(kinds)}. {write}".rstrip())
 
 
 def check_fields(record: Any, error: Refusal = InputError) -> None:
@@ -159,27 +190,51 @@ def check_fields(record: Any, error: Refusal = InputError) -> None:
             refuse_type(field.name, value, hint, error)
 
 
-def typed(function: F) -> F:
-    """Refuse arguments of the wrong kind with an InputError, before any work is done; see `fits`.
+def check_switches(
+    given: Mapping[str, Any], hints: Mapping[str, Any], error: Refusal = InputError
+) -> None:
+    """Refuse what is not True or False where an annotation says bool; Python takes any text for true."""
+    for name, value in given.items():
+        if hints.get(name) in (bool, bool | None) and not fits(plain(value), hints[name]):
+            refuse_type(name, value, hints[name], error)
 
-    A plain model where an `LVLM` is expected, or a text where there should be a list, would else fail deep
-    inside. Numbers, choices and shapes have checks of their own.
+
+def typed(function: F) -> F:
+    """Name the argument of the wrong kind where a call fails for it, as an InputError; see `fits`.
+
+    A plain model where an `LVLM` is expected, or None for a data set, fails deep inside, in words of another
+    library. Arguments that have checks of their own are refused by them, and what works is left alone.
+    Switches are looked at before the call.
     """
     known = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given, hints = known.bind(*args, **kwargs).arguments, hints_of(function)
-        for name, value in given.items():
-            collected = known.parameters[name].kind in (
-                inspect.Parameter.VAR_POSITIONAL,
-                inspect.Parameter.VAR_KEYWORD,
-            )
-            if not collected and name in hints and not fits(plain(value), hints[name]):
-                refuse_type(name, value, hints[name], InputError)
-        return function(*args, **kwargs)
+        given = known.bind(*args, **kwargs).arguments
+        check_switches(given, hints_of(function))
+        try:
+            return function(*args, **kwargs)
+        except SinkscopeError:
+            raise
+        except RAW as error:
+            explain(given, hints_of(function), error)
+            raise
 
     return cast("F", call)
+
+
+def explain(given: Mapping[str, Any], hints: Mapping[str, Any], error: Exception) -> None:
+    """Refuse, because of an error of Python, the first argument or field that is not of its kind, if any."""
+    for name, value in given.items():
+        if name in hints and not fits(plain(value), hints[name]):
+            try:
+                refuse_type(name, value, hints[name], InputError)
+            except InputError as refusal:
+                raise refusal from error
+    for value in given.values():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if is_dataclass(one) and not isinstance(one, type):  # such as one of the probes
+                explain(vars(one), hints_of(type(one)), error)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ Both are frozen dataclasses of parameters that never hold a model. Kernels do th
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
-from sinkscope.checks import check_choice, check_fields
+from sinkscope.checks import check_choice, check_switches, hints_of
 from sinkscope.errors import InterventionError, SinkscopeError
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.results import Result
@@ -187,8 +187,8 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
     if isinstance(came, (type, kind)):
         what, write = ("the class", f"{own}(...)") if isinstance(came, type) else ("one", name[:-1])
         raise error(f"Got {what} {own}; expected a list of {name}. Write {name}=[{write}].")
-    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)):
-        raise error(f"Got {name}={came!r}; expected a list of {such}.")
+    if not isinstance(came, Iterable) or isinstance(came, (str, Mapping)) or hasattr(came, "shape"):
+        raise error(f"Got {name}={repr(came)[:60]}; expected a list of {such}.")
     out = list(came)
     for it in out:
         if isinstance(it, type):
@@ -196,8 +196,7 @@ def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: s
             raise error(f"Got the class {it.__name__} among the {name}; expected {write}.")
         if not isinstance(it, kind):
             raise error(f"Got {it!r} among the {name}; expected {such}.")
-        if is_dataclass(it) and type(it).__module__.startswith("sinkscope."):
-            check_fields(it, error)
+        check_switches(getattr(it, "__dict__", {}), hints_of(type(it)), error)
     return out
 
 

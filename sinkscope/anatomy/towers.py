@@ -9,7 +9,7 @@ from typing import Any
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.anatomy.families import Family
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import check_choice, is_whole, plain
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
 
@@ -91,6 +91,7 @@ class TowerAnatomy:
         index is negative, no integer, or beyond the last block."""
         if layers is None:
             return tuple(range(self.n_layers))
+        layers = plain(layers)  # of a tensor of one number
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
         wanted: list[Any] = list(layers) if several else [layers]
         last = self.n_layers - 1

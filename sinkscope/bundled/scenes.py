@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sinkscope.checks import typed
+from sinkscope.checks import check_whole, is_number, is_whole, typed
 from sinkscope.errors import InputError
 
 IMAGE_SIZE = 64  # pixels, both sides
@@ -103,11 +103,10 @@ def draw_scene(seed: int, *, noise: float = NOISE, contrast: float = 1.0) -> Sce
     ``noise`` is the standard deviation of the pixel noise, in grey levels of 0 to 255. ``contrast``, 0 to 1,
     multiplies the distance of every grey level from the middle, before the noise.
     """
-    if seed < 0:
-        raise InputError(f"A scene's seed must be 0 or larger, got {seed}; use the split ranges.")
-    if not noise >= 0 or not 0 <= contrast <= 1:
+    check_whole(0, seed=seed, hint="Write one of TEST_SEEDS.")
+    if not (is_number(noise, 0) and is_number(contrast, 0) and contrast <= 1):
         wanted = "noise of 0 or more grey levels and a contrast from 0 to 1"
-        raise InputError(f"Got noise={noise} and contrast={contrast}; expected {wanted}.")
+        raise InputError(f"Got noise={noise!r} and contrast={contrast!r}; expected {wanted}.")
     rng = np.random.default_rng(seed)
     background = str(rng.choice(list(BACKGROUNDS)))
     count = int(rng.integers(1, MAX_OBJECTS + 1))
@@ -134,8 +133,8 @@ def ask(scene: Scene, seed: int, n: int = 1) -> list[Question]:
     for question in all_questions(scene):
         pool.setdefault(question.task, []).append(question)
     available = sum(map(len, pool.values()))
-    if not 1 <= n <= available:
-        raise InputError(f"Scene {scene.seed} has 1 to {available} questions to ask, got n={n}.")
+    if not is_whole(n, 1, available):
+        raise InputError(f"Got n={n!r} questions of scene {scene.seed}; expected 1 to {available}.")
     rng = np.random.default_rng([scene.seed, seed])
     chosen: list[Question] = []
     for _ in range(n):
@@ -245,8 +244,8 @@ def scene_attributes(
 
 def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:
     """The seeds of some scenes of a split, which may not hold fewer."""
-    if n_images < 1 or start < 0 or start + n_images > len(seeds):
+    if not (is_whole(n_images, 1) and is_whole(start, 0)) or start + n_images > len(seeds):
         raise InputError(
-            f"Got n_images={n_images} from scene {start}; expected 1 to {len(seeds) - start}."
+            f"Got n_images={n_images!r} from scene {start!r}; expected whole numbers, together 1 to {len(seeds)}."
         )
     return seeds[start : start + n_images]

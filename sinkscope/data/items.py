@@ -147,6 +147,8 @@ def as_labelled(dataset: Iterable[Any]) -> list[LabelledImage]:
             wanted = "a dict of names and classes, such as {'count': 3, 'colours': {'red', 'blue'}}"
             raise InputError(f"Record {i} has attributes={item.attributes!r}; expected {wanted}.")
         items.append(item)
+    if not items:
+        raise InputError("Got a data set without a record; expected images with their attributes.")
     return items
 
 
@@ -161,11 +163,11 @@ def image_groups(items: Sequence[LabelledImage]) -> np.ndarray:
 def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> list[Target]:
     """Make targets of the attributes wanted, or those of the first record; all records must have them."""
     known = list(items[0].attributes)
-    names = known if wanted is None else wanted
-    if isinstance(names, str) or not names:
+    names = known if wanted is None or isinstance(wanted, str) else list(wanted)
+    if isinstance(wanted, str) or not names:
         raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
-    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
-        raise InputError(f"Got targets={list(names)}; expected every one once, not {twice} again.")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise InputError(f"Got targets={names}; expected every one once, not {twice} again.")
     return [_target(name, items) for name in names]
 
 

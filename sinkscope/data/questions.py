@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sinkscope.bundled import scenes
-from sinkscope.checks import check_choice, check_whole
+from sinkscope.checks import check_choice, check_fields, check_whole
 from sinkscope.data.items import Lazy, read_record
 from sinkscope.errors import InputError
 from sinkscope.models.pictures import ADDRESSES, is_missing
@@ -63,7 +63,7 @@ class Questions:
         for name, (kind, what) in WANTED.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InputError(f"Got {name}={value!r} for questions; expected {what}.")
-        check_whole(1, per_image=self.per_image)
+        check_whole(1, 20, per_image=self.per_image)
         check_whole(0, start=self.start)
         if self.limit is not None:
             check_whole(1, limit=self.limit, hint="Write None for all questions.")
@@ -71,6 +71,7 @@ class Questions:
             check_choice(FIELDS, columns=name)
         if self.letters is not None and "A" not in self.letters:
             raise InputError(f"Got letters={self.letters!r}; expected how an A looks, as '(A)'.")
+        check_fields(self)
         if self.source == SCENES:
             check_choice(("train", "validation", "test"), split=self.split)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import is_whole, typed
+from sinkscope.checks import among, is_whole, typed
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
@@ -135,7 +135,7 @@ def calibrate(
         )
     if not is_whole(max_dims, 1):
         raise CalibrationError(f"Got max_dims={max_dims!r}; expected a whole number from 1 on.")
-    if not towers or not set(towers) <= set(TOWERS):
+    if not isinstance(towers, Sequence) or not towers or not all(among(x, TOWERS) for x in towers):
         raise CalibrationError(
             f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
         )

@@ -127,6 +127,13 @@ def check_detector(detector: Any) -> Detector:
     return detector
 
 
+def check_rules(*rules: Any) -> None:
+    """Refuse what is neither a detector nor None, before any work: DetectorError."""
+    for rule in rules:
+        if rule is not None:
+            check_detector(rule)
+
+
 def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
     """Image tokens and live tokens of a tower, bool ``[batch pos]``."""
     if tower == "vision":
@@ -171,6 +178,8 @@ def detect_all(
 ) -> dict[str, Detection]:
     """Run several detectors, given by name, in one forward pass; for the rest see `detect`."""
     anatomy = lvlm.anatomy.tower(tower)
+    if not isinstance(detectors, Mapping) or not detectors:
+        raise DetectorError("Got no dict of detectors; expected name -> detector. See ss.detect.")
     probes = {n: check_detector(d).probe(tower, layers, anatomy) for n, d in detectors.items()}
     run = lvlm.run(sample, list(probes.values()), logits="last", remote=remote)
     return {name: decided(detectors[name], run, p, lvlm, sample) for name, p in probes.items()}
@@ -194,6 +203,8 @@ def agreement(detections: Mapping[str, Detection] | Sequence[Detection]) -> pd.D
     DetectorError if they looked at other tokens or layers, or two of a list have the same name."""
     named = isinstance(detections, Mapping)
     listed = [*detections.values()] if named else [*detections]
+    if not listed:
+        raise DetectorError("Got no detections; expected some. Write ss.detect(...).")
     for one in listed:
         if not isinstance(one, Detection):
             raise DetectorError(f"Got {type(one).__name__}; expected what ss.detect(...) returns.")

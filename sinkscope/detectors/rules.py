@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from sinkscope import probes
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import check_choice, check_fields, check_number, is_whole
+from sinkscope.checks import among, check_choice, check_fields, check_number, fits, is_whole
 from sinkscope.detectors.detection import Detector as Detector
 from sinkscope.detectors.detection import decide as decide
 from sinkscope.detectors.detection import expected_peak
@@ -37,14 +36,11 @@ class Rule(Record):
     choices: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __post_init__(self) -> None:
-        check_fields(self, DetectorError)
         for name, wanted in self.ranges.items():
             check_number(**wanted, **{name: getattr(self, name)}, error=DetectorError)
         for name, options in self.choices.items():
             check_choice(options, **{name: getattr(self, name)}, error=DetectorError)
-        strict = getattr(self, "strict", False)
-        if not isinstance(strict, bool):
-            raise DetectorError(f"Got strict={strict!r}; expected True or False.")
+        check_fields(self, DetectorError)
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What to measure."""
@@ -84,7 +80,7 @@ class SinkDimensions(Rule):
     strict: bool = True
 
     def __post_init__(self) -> None:
-        dims = () if isinstance(self.dims, (str, Real)) else tuple(self.dims)
+        dims = tuple(self.dims) if fits(self.dims, Sequence) else ()
         if not dims or not all(is_whole(dim, 0) for dim in dims):
             raise DetectorError(f"Got dims={self.dims!r}; expected channels, such as [1415, 2533].")
         super().__post_init__()
@@ -163,7 +159,7 @@ class Norm(NormRule):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.tau not in ("valley", "3sigma"):
+        if not among(self.tau, ("valley", "3sigma")):
             hint = "Or write 'valley' or '3sigma'."
             check_number(above=0, tau=self.tau, error=DetectorError, hint=hint)
         super().__post_init__()

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, cast
 
-from sinkscope.checks import check_choice, check_flags, check_number, check_whole, is_number, typed
+from sinkscope.checks import (
+    among,
+    check_choice,
+    check_flags,
+    check_number,
+    check_whole,
+    is_number,
+    typed,
+)
 from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.comparing import Comparison, Condition, compare
@@ -47,7 +55,8 @@ def effect_conditions(
     side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
     adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
     """
-    if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
+    edits = edits if isinstance(edits, str) else [*edits]
+    if isinstance(edits, str) or not edits or not all(among(one, EDITS) for one in edits):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
     check_flags(controls=controls)
     check_whole(0, hint="Write 0 for none.", top=top)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_flags, check_whole, typed
 from sinkscope.data.answers import answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
-from sinkscope.detectors.rules import Detector
+from sinkscope.detectors.detection import Detector, check_rules
 from sinkscope.errors import InputError
 from sinkscope.experiments.sink_edits import EditSinks
 from sinkscope.experiments.statistics import cluster_bootstrap
@@ -210,6 +210,7 @@ def compare(
     variants, items = _variants(conditions), as_items(dataset)
     check_tasks(items)
     check_questions(lvlm.processor, items)
+    check_rules(v_detector, l_detector)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
     hidden, lines = len(items) < 50 if progress is None else not progress, []
     # Questions about one image, free and multiple-choice ones apart.

@@ -149,7 +149,7 @@ class RandomControl:
         a row that is edited without a position.
         """
         check_choice(("count", "mass", "position"), error=InterventionError, match=self.match)
-        check_whole(1, error=InterventionError, n=self.n)
+        check_whole(1, 10**5, error=InterventionError, n=self.n)
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")

@@ -1,6 +1,6 @@
 """Intervals and tests for questions that share images, and for runs that share seeds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import pandas as pd
 
 from sinkscope.checks import check_choice, check_number, check_whole, typed
 from sinkscope.data.items import ALL
+from sinkscope.errors import InputError
 from sinkscope.models.pictures import clusters_of
 
 BY = ("task", ALL)
@@ -41,7 +42,7 @@ def cluster_bootstrap(
     ``values`` has one number per observation, NaN are left out; ``clusters`` are image ids. Gives mean, low
     and high: NaN without a value, the interval also with one cluster.
     """
-    _check(level, draws, seed)
+    _check(level, draws, seed, values, clusters)
     numbers, nan = np.asarray(values, dtype=float), float("nan")
     keep = ~np.isnan(numbers)
     numbers = numbers[keep]
@@ -62,9 +63,20 @@ def cluster_bootstrap(
     return float(numbers.mean()), float(low), float(high)
 
 
-def _check(level: float, draws: int, seed: int) -> None:
+def _check(level: float, draws: int, seed: int, values: Any, clusters: Any) -> None:
+    for name, given in {"values": values, "clusters": clusters}.items():
+        if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__"):
+            raise InputError(
+                f"Got {name} of type {type(given).__name__}; expected a list or array."
+            )
+    if any(isinstance(value, str) for value in values):
+        raise InputError(f"Got values={repr(values)[:60]}; expected numbers, one per observation.")
+    if len(values) != len(clusters):
+        raise InputError(
+            f"Got {len(values)} values and {len(clusters)} clusters; expected one cluster per observation."
+        )
     check_number(above=0, below=1, hint="Write 0.95.", level=level)
-    check_whole(1, hint="Write 2000.", draws=draws)
+    check_whole(1, 10**6, hint="Write 2000.", draws=draws)
     check_whole(0, seed=seed)
 
 
@@ -92,7 +104,7 @@ def cluster_intervals(
 
     Gives ``[3 column]``: mean, low and high.
     """
-    _check(level, draws, seed)
+    _check(level, draws, seed, values, clusters)
     totals, counts = cluster_sums(values, clusters)
     mean = values.mean(axis=0)
     if len(counts) < 2:
@@ -122,7 +134,9 @@ def sign_flip_maximum(
     of the ``n`` clusters' sums, ``t = T sqrt((n - 1) / (n - T^2))``; it is at most ``sqrt(n)``, about
     standard normal under the null, and 0 for a column without any change.
     """
-    _check(0.95, draws, seed)
+    _check(0.95, draws, seed, values, clusters)
+    if not np.size(values):
+        raise InputError("Got no values; expected at least one column [observation column].")
     totals, counts = cluster_sums(values, clusters)
     size = np.sqrt((totals**2).sum(axis=0))
     unit = np.divide(totals, size, out=np.zeros_like(totals), where=size > 0)

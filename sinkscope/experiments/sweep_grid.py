@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.checks import check_whole, is_number, is_whole
+from sinkscope.checks import among, check_whole, is_number, is_whole, plain
 from sinkscope.data.answers import ask
 from sinkscope.data.items import Item
 from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions, known_for
@@ -33,7 +33,7 @@ def lsg_grid(steps: int = 11, groups: int = 2) -> list[Pair]:
     ``(s_V, s_rest)`` from ``(0.0, 1.0)`` to ``(1.0, 0.0)``; with 3 all points ``(s_V, s_L, s_rest)`` of
     the simplex, ``steps * (steps + 1) / 2``. The base, every coefficient 1, is not among them.
     """
-    check_whole(2, steps=steps, hint="Write ss.lsg_grid(steps=11).")
+    check_whole(2, 1001, steps=steps, hint="Write ss.lsg_grid(steps=11).")
     if not is_whole(groups, 2, 3):
         raise InputError(
             f"Got groups={groups!r}; expected 2 (V-sinks and the rest) or 3 (V-sinks, L-sinks and "
@@ -74,10 +74,11 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
+    layers = plain(layers)
     alone = isinstance(layers, str) or not isinstance(layers, Iterable)
     given: list[Any] = [layers] if alone else list(layers)
     for layer in given:
-        if layer != "embed" and not is_whole(layer, 0, n_layers - 2):
+        if not among(layer, ("embed",)) and not is_whole(layer, 0, n_layers - 2):
             raise LayerError(
                 f"Got layer {layer!r}; expected 'embed' or 0 to {n_layers - 2}. A gate at layer l "
                 f"edits block l + 1, and block {n_layers - 1} is the last. Write layers='embed' to "

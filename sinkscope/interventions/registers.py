@@ -139,7 +139,8 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
         base.check_prompt_only(self.steps, "TestTimeRegister")
         scale = base.check_factor("scale", self.scale)
         check_choice(("zero", "mean", "keep"), error=InterventionError, fill=self.fill)
-        check_whole(1, error=InterventionError, count=self.count)
+        most = context.live("vision").shape[1]  # more would be no registers any longer
+        check_whole(1, most, error=InterventionError, count=self.count)
         if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
             raise InterventionError(
                 f"Got neurons={self.neurons!r}; expected a dict of layers and neuron indices, from "

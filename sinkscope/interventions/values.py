@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
+from sinkscope.checks import among
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import AttentionEdit, at_layer, attention_edits, selected_by
 from sinkscope.kernels.edits import edit_values
@@ -47,7 +48,7 @@ class AblateValues(AttentionEdit, needs="packed_values"):
         """One edit per layer; InterventionError for a replacement that the tower does not allow."""
         given, tower = self.replacement, self.tower
         made = isinstance(given, Tensor | AttentionValueResult | Holder)
-        if not made and given not in REPLACEMENTS:
+        if not made and not among(given, REPLACEMENTS):
             came = repr(given) if isinstance(given, str) else type(given).__name__
             raise InterventionError(
                 f"Got replacement={came}; expected one of {REPLACEMENTS} or a tensor, or a run that "

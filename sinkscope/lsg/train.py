@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from sinkscope.checks import check_flags, check_whole, plain, typed
 from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.choice import detector_of
+from sinkscope.detectors.detection import check_rules
 from sinkscope.errors import InputError, ModelError
 from sinkscope.files import claim, held
 from sinkscope.lsg.config import check_layer
@@ -213,6 +214,7 @@ def train_lsg(
     check_whole(1, checkpoint_every=checkpoint_every)
     if not dry_run:
         check_place(lvlm, accelerator)
+    check_rules(v_detector, l_detector)
     rules = {"v_detector": v_detector, "l_detector": l_detector, "samples": samples}
     wanted = wanted_layers(lvlm, layers, gates, {"choices": choices, **rules})
     if settings.patience and not validation and validation_data is None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLPr
 
 from sinkscope.anatomy.families import family_of
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_flags
+from sinkscope.checks import among, check_flags
 from sinkscope.errors import CheckpointError, ModelError
 from sinkscope.models.inputs import layout_of
 from sinkscope.models.wrapping import check_remote, wrap_remote
@@ -106,7 +106,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             write = f"Write {key}: '...' in quotes in a recipe."
             raise CheckpointError(f"Got {key}={value!r}; expected text. {write}")
     dtype = options.get("dtype")
-    named = dtype in (None, "auto") or isinstance(dtype, torch.dtype)
+    named = among(dtype, (None, "auto")) or isinstance(dtype, torch.dtype)
     if not named and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         known = "'auto', a torch dtype, or its name such as 'bfloat16'"
         raise CheckpointError(f"Got dtype={dtype!r}; expected {known}.")

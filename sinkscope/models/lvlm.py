@@ -17,7 +17,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_flags, typed
-from sinkscope.errors import ModelError, ProbeError
+from sinkscope.errors import InputError, ModelError, ProbeError
 from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
@@ -44,6 +44,11 @@ class LVLM:
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
         check_flags(verify=verify)
+        if processor is not None and not callable(processor):
+            raise InputError(
+                f"Got a processor of type {type(processor).__name__}; expected that of the model, or None "
+                "for ready inputs only. Write AutoProcessor.from_pretrained(...) of the same checkpoint."
+            )
         self._anatomy = read_anatomy(module)
         self._module: Any = module
         self._processor = processor

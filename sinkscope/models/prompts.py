@@ -106,7 +106,7 @@ def _paired(images: Any, texts: Sequence[Any], single: bool) -> list[Any]:
         message = "chat messages as images; expected text. Write lvlm.prepare(text=messages)."
     elif bare and not (texts and all(map(_is_chat, texts))):
         message = "no image; expected at least one. Write lvlm.prepare(images=image, text='...')."
-    elif not texts or texts[0] is None or texts == [""]:
+    elif not texts or texts[0] is None or (isinstance(texts[0], str) and texts == [""]):
         message = "no text; expected a question. Write prepare(images=image, text='What is it?')."
     elif wrong:
         message = f"a text of type {wrong[0]}; expected a str or chat messages, or a list of them."

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_whole
+from sinkscope.checks import among, check_whole
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
@@ -130,7 +130,7 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
         raise InputError(f"{got}GenerationConfig. Write its fields as options: do_sample=True.")
     for name, allowed in ONE_QUERY_PER_ROW.items():
         value, write = setting(name, options, defaults), f"{name}={allowed[-1]!r}"
-        if value not in allowed:
+        if not among(value, allowed):
             got = f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed"
             raise InputError(f"{got} with one query per row: write lvlm.generate(..., {write}).")
     cache = setting("cache_implementation", options, defaults)

@@ -1,6 +1,6 @@
 """The base of probes that ask one site of every layer one question."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -57,6 +57,8 @@ class LayerProbe(Record):
     def reads(self, context: Context) -> list[Read]:
         """One read per layer and site."""
         sites, layout, reads = getattr(self, "sites", (self.site,)), context.layout(self.tower), []
+        if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
+            raise ProbeError(f"Got sites={sites!r:.60}; expected a list of {list(self.at_sites)}.")
         for site in sites:
             check_choice(self.at_sites, site=site, error=ProbeError)
         parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})

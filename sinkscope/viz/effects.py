@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sinkscope.checks import among
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import WIDTH, aligned, render
@@ -39,7 +40,7 @@ class Effects:
         self.tasks = sorted(known, key=lambda t: t != "all") if tasks is None else list(tasks)
         self.base = conditions[0] if base is None else base
         for kind, asked, there in (("task", self.tasks, known), ("base", [self.base], conditions)):
-            wrong = [name for name in asked if name not in there]
+            wrong = [name for name in asked if not among(name, there)]
             if wrong or not asked:
                 raise SelectionError(f"Got {kind} {wrong or asked}; expected some of {there}.")
         self.others = [condition for condition in conditions if condition != self.base]

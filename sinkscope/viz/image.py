@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from sinkscope.checks import check_choice
-from sinkscope.errors import SelectionError
+from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import MARKS, readable
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES, TITLE, Trace
@@ -59,6 +59,9 @@ def plot_sinks_on_image(
         legend |= _mark(ax, boxes, name, len(both), 0.72 * side, SQUARE, **key)
     if placed := [r for r in attended if r.box is not None]:
         legend |= _draw_kind(ax, "attended", placed, side)
+    named = decoys is None or isinstance(decoys, Mapping)
+    if not (named and all(torch.is_tensor(mask) for mask in dict(decoys or {}).values())):
+        raise InputError(f"Got decoys={decoys!r:.60}; expected a dict of name -> mask [batch pos].")
     for name, mask in (decoys or {}).items():
         boxes = tokens.box[row][mask[row] & (tokens.image[row] == image)].tolist()
         look = {"marker": "x" if name.startswith("spike") else "+", **CROSS}

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from sinkscope.checks import is_whole
 from sinkscope.errors import SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import share
@@ -69,7 +70,7 @@ def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None 
     )
     theme.check_place(len(result.received), row=row)
     live = (~result.received[row].isnan().all(dim=0).all(dim=0)).nonzero().flatten().tolist()
-    if pos not in live:
+    if not is_whole(pos) or pos not in live:
         raise SelectionError(
             f"Got position {pos} of row {row}; expected {live[0]} to {live[-1]}: the tokens of that "
             "row that are no padding."
@@ -91,7 +92,8 @@ def heads_of(
         keep &= (torch.arange(len(keep)) == row)[:, None]
     places = result.queries.expand_as(keep)
     known = sorted(set(places[keep].tolist()))
-    keep = keep if query is None else keep & (places == query)
+    asked = is_whole(query) and places == query
+    keep = keep if query is None else keep & asked
     if not bool(keep.any()):
         there = f"{known[0]} to {known[-1]}" if known else "none, because its answer has ended"
         raise SelectionError(

@@ -225,7 +225,7 @@ def test_what_is_wrong_is_said_in_one_message(
         (["trace", "example", "--image", "{here}", "--prompt", "y"], "which is a folder"),
         (["demo", "--questions", "0"], "Got --questions 0; expected 1 to"),
         (["demo", "--questions", "999"], "Got --questions 999; expected 1 to"),
-        (["demo", "--seed", "-1"], "seed must be 0 or larger"),
+        (["demo", "--seed", "-1"], "Got seed=-1; expected an int of at least 0"),
     ],
 )
 def test_other_commands_explain_too(words, message, tmp_path, monkeypatch, capsys) -> None:

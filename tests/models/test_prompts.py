@@ -158,7 +158,10 @@ REFUSED = {
         lambda p: p(text=[asked("w", A)], rendered=True),
         "rendered=True and list",
     ),
-    "rendered of another type": (lambda p: p(A, "what", rendered="no"), "rendered='no' and str"),
+    "rendered of another type": (
+        lambda p: p(A, "what", rendered="no"),
+        "rendered='no'; expected True or False",
+    ),
 }
 
 
