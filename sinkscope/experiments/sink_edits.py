@@ -77,7 +77,8 @@ def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
             mask[..., old] = False
             if len(new) == len(old):
                 mask[..., new] = moved
-    return replace(trace, v_sinks=v, l_detection=replace(trace.l_detection, mask=rule))
+    low = replace(trace.l_detection, mask=rule, detector="random tokens in the place of sinks")
+    return replace(trace, v_sinks=v, l_detection=low)
 
 
 def by_layer(mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.errors import InterventionError
-from sinkscope.kernels.gating import edit_flagged, note_flags, reaches
+from sinkscope.kernels.gating import edit_flagged, note_flags
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
 from sinkscope.tokens import Selection
@@ -48,16 +48,16 @@ class LiveRule:
     def of_trace(cls, trace: Any, among: Tensor) -> LiveRule:
         """The L rule of a `SinkTrace`, among tokens ``[batch pos]``, compared with its decision.
 
-        InterventionError if the masks of the trace are not what its rule flags, as in a random control.
+        InterventionError if the masks of the trace are not its rule's, as those of a random control.
         """
-        found = trace.l_detection
-        if (found.mask & ~reaches(found.scores, found.threshold[..., None], found.strict)).any():
+        found, rule = trace.l_detection, trace.rules.l_rule
+        if found.detector != repr(rule):
             raise InterventionError(
-                "Got a trace with tokens in the place of its sinks that its L rule does not flag, for "
-                "rule='live'; expected the trace of ss.trace_sinks(...), because the rule is asked again "
-                "in the edited pass. Write rule='frozen' for a random control."
+                f"Got a trace whose masks are of {found.detector}, for rule='live'; expected those of its "
+                f"rule {rule!r}, which is asked again in the edited pass. Write rule='frozen' for a random "
+                "control."
             )
-        return cls(trace.rules.l_rule, among, found.mask)
+        return cls(rule, among, found.mask)
 
     def mask(self, context: Context, tower: str) -> Tensor:
         """The tokens that may be selected, bool ``[batch pos]`` or ``[batch layer pos]``."""
