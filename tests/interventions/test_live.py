@@ -53,15 +53,17 @@ class Released:
     attention function of the model's file moves weight in rows behind the image, or in the decode step's row.
     """
 
-    def __init__(self, model, image, last=True):
+    def __init__(self, model, image, last=True, dims=DIMS, tau=TAU):
         self.decoder, self.image, self.sinks = model.get_decoder(), image, {}
+        self.dims, self.tau = list(dims), tau
         self.stop = len(self.decoder.layers) - (not last)
 
     def find(self, layer, args, kwargs):
         states = (args[0] if args else kwargs["hidden_states"]).float()[0]
         if len(states) > 1:
             normed = states * (states.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-            self.sinks[layer] = (normed[:, list(DIMS)].abs().amax(-1) > TAU).nonzero().flatten()
+            peaks = normed[:, self.dims].abs().amax(-1)
+            self.sinks[layer] = (peaks > self.tau).nonzero().flatten()
 
     def attend(self, module, query, key, value, attention_mask=None, scaling=None, **_):
         share, layer = query.shape[1] // key.shape[1], module.layer_idx
