@@ -118,8 +118,9 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
     never sees it. Other probes of the vision tower would see one position more per register and are refused
     in the same pass; probes of the decoder work.
 
-    Paper and released code (nickjiang2378/test-time-registers) differ in two points, ``cls`` and ``peak``;
-    the defaults are the paper's, ``TestTimeRegister(neurons, cls="keep", peak="layer")`` is the code's.
+    Paper and released code (nickjiang2378/test-time-registers) differ in ``cls`` and ``peak``: the defaults are
+    the paper's, ``TestTimeRegister(neurons, cls="keep", peak="layer")`` is the code's. In CLIP the code puts the
+    zero token before the norm in front of the blocks; here it comes behind that.
 
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
