@@ -84,7 +84,7 @@ def require_effects(
                 "The first token of an answer comes from the prompt's pass, so a decode-only edit needs "
                 "max_new_tokens=2 or more."
             )
-        elif not any(effect.extra.get("live", effect.tokens).any() for effect in mine):
+        elif not any(effect.extra.get("live", torch.ones(1)).any() for effect in mine):
             why = (
                 "flagged no token in the edited pass, in none of its layers; expected at least one. A live "
                 "rule is asked about the edited states: an earlier edit may have removed the sinks."
