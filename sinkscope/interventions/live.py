@@ -74,16 +74,17 @@ class LiveRule:
 
     def looks(self, context: Context, layers: Sequence[int]) -> list[Edit]:
         """One look per layer: an edit that changes nothing and notes what the rule flags."""
-        ask = getattr(self.detector, "in_pass", lambda layer: None)
-        rules = {layer: ask(layer) for layer in layers if not isinstance(self.detector, type)}
-        if None in rules.values() or not rules:
+        rules: dict[int, Any] = dict.fromkeys(layers)
+        if hasattr(self.detector, "in_pass") and not isinstance(self.detector, type):
+            self.detector.probe("language", layers, context.tower("language")).reads(context)
+            rules = {layer: self.detector.in_pass(layer) for layer in layers}
+        if None in rules.values():
             raise InterventionError(
                 f"Got {self.detector!r} to be judged live; expected a rule that judges every token by its "
                 f"state, because it runs inside the pass: {INSIDE}. The gap rule and rules on attention need "
                 "the whole pass. Write ss.trace_sinks(lvlm, sample, l_detector=ss.calibrate(lvlm, "
                 "samples).l_detector), or rule='frozen'."
             )
-        self.detector.probe("language", tuple(layers), context.tower("language")).reads(context)
         return [
             Edit(
                 Site("language", "resid_pre", layer),

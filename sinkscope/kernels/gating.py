@@ -72,7 +72,7 @@ def note_l_sinks(states, state, slot, rule, live):
 
 def note_flags(states, state, slot, rule, live):
     """Remember which prompt tokens meet a rule on what a block reads, for `edit_flagged`."""
-    memory_of(state, slot)["flags"] = flags(states, rule, live_at(live, states))
+    memory_of(state, slot)["flags"] = flags(states, rule, live)
     return states, None
 
 

@@ -245,6 +245,18 @@ def test_limits_judge_each_layer_by_its_own_number(lvlm, sample):
     assert set(run.effects[edit].extra) == {"live"}
 
 
+@pytest.mark.parametrize("preset", ["var_paper", "var_code"])
+def test_a_live_preset_is_the_frozen_one_with_the_masks_of_its_pass(lvlm, sample, trace, preset):
+    make, visual = getattr(ss.Redistribute, preset), (sample.tokens.image >= 0)[:, None]
+    live, frozen = (make(trace, p=0.8, rho=0.4, rule=rule) for rule in ("live", "frozen"))
+    run = lvlm.run(sample, [SCORES], [live])
+    mask = flagged(run, sample.tokens, sample.tokens.live)
+    select = replace(frozen.select, visual_sinks=mask & visual)
+    fixed = replace(frozen, source=mask, target=visual & ~mask, select=select)
+    assert torch.equal(run.logits, lvlm.run(sample, [], [fixed]).logits)
+    assert not torch.equal(run.logits, lvlm.run(sample, [], [frozen]).logits)
+
+
 # ------------------------------------------------------------------------------- kinds, refusals, reports
 
 
@@ -310,6 +322,13 @@ def test_what_cannot_be_judged_live_says_so(lvlm, sample, trace):
     for make, said in cases:
         with pytest.raises(InterventionError, match=said):
             make()
+    narrow = detectors.Limits("channels", [1.5] * 5, DIMS)
+    for rule in (narrow, detectors.VisionTokens("cls"), detectors.SinkDimensions((3, 64), 1.3)):
+        with pytest.raises(ss.errors.SinkscopeError, match=r"5 limits|no such tokens|Got .*64"):
+            lvlm.run(sample, [], [ss.MaskKeys(LiveRule(rule))])
+    every = LiveRule(detectors.SinkDimensions(DIMS, 1e-9, strict=False))
+    with pytest.raises(NoEffectError, match="touched no row"):  # no token is left for a mean
+        lvlm.run(sample, [], [ss.AblateValues(every, "mean")])
     for make in (
         lambda: ss.Redistribute.var_code(trace, rule="lively"),
         lambda: baselines.var(rule="lively"),
