@@ -79,7 +79,8 @@ class Edit:
     `Read`. ``stage`` says what is edited at an attention site: ``"keys"``, ``"logits"``, ``"weights"`` or
     ``"values"``. The edits of one site apply in this order, and in list order inside a stage: a mask also
     holds for what is redistributed. The kernel finds it in ``state["stage"]``; InterventionError if it is
-    none of them. ``look`` is for a kernel of states that changes nothing: it comes after all edits of its site.
+    none of them. ``look`` is for a kernel of states that changes nothing: it comes after all edits of its
+    site.
     """
 
     site: Site

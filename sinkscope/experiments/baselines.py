@@ -53,8 +53,9 @@ def effect_conditions(
 ) -> dict[str, Condition]:
     """Make conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    ``edits``, ``layers`` and ``rule`` are those of `EditSinks`, ``rule`` for L-sinks and text sinks; the three
-    replacements of values are best reported side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
+    ``edits``, ``layers`` and ``rule`` are those of `EditSinks`, ``rule`` for L-sinks and text sinks; the
+    three replacements of values are best reported side by side. ``top`` of the image tokens that receive
+    the most attention are edited too. ``controls``
     adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
     """
     if isinstance(edits, str) or not edits or not set(edits) <= set(EDITS):
@@ -151,7 +152,7 @@ def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks
     """Multiply the embeddings of image tokens by group, as DIYSink's ReW does (2510.08510).
 
     ReW learns both weights from the question; these are constants: of ``sinks`` (see
-    `sink_to_front`) and of all other image tokens; they too are set before any layer. InputError if both are 1.
+    `sink_to_front`) and of all other image tokens; set before any layer too. InputError if both are 1.
     """
     options: Any = {"sink": sink, "rest": rest, "sinks": sinks}
     _check_groups(**options)

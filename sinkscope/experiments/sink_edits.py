@@ -178,9 +178,9 @@ class EditSinks:
     instead, drawn by ``seed`` and the images and texts of the batch. A row with too few is left unedited
     and counted; see `uncontrolled`.
 
-    ``rule="frozen"`` edits the sinks of the trace, an unedited pass; ``"live"`` asks the trace's L rule anew in
-    every layer of the edited pass (see `LiveRule`), for L-sinks without the trace's V-sinks. It is for L-sinks
-    and text sinks, which a state decides, and not for ``"resample value"`` or a control, drawn beforehand.
+    ``rule="frozen"`` edits the sinks of the trace, an unedited pass; ``"live"`` asks the trace's L rule anew
+    in every layer of the edited pass (see `LiveRule`); the trace's V-sinks are no L-sinks there either. It is
+    for L-sinks and text sinks, and not for ``"resample value"`` or a control, which are drawn beforehand.
     """
 
     kind: str
@@ -215,9 +215,7 @@ class EditSinks:
         if mask.any() and self.control:
             generator = torch.Generator().manual_seed(content_seed(trace.sample, self.seed))
             mask = random_like(mask, trace, generator)
-        if (
-            not mask.any()
-        ):  # then a live rule flags nothing either: the first edited layer reads the same
+        if not mask.any():  # then a live rule would flag nothing either
             return []
         return [EDITS[self.edit](self._live(trace) if self.rule == "live" else mask, self.layers)]
 

@@ -253,20 +253,20 @@ class Redistribute(AttentionEdit, needs="redistribution"):
     ) -> Redistribute:
         """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
         check_choice(RULES, error=InterventionError, rule=rule)
-        found, visual = trace.l_detection.mask, trace.sample.tokens.image >= 0
-        sinks = found & visual[:, None]
-        given: Any = (found, visual[:, None] & ~found, sinks)
+        source, visual = trace.l_detection.mask, (trace.sample.tokens.image >= 0)[:, None]
+        target, sinks = visual & ~source, source & visual
+        without = not bool(sinks.any())
         if rule == "live":
-            one = LiveRule.of_trace(trace, trace.sample.tokens.live)
-            given = (one, visual, replace(one, among=visual))
+            source, target = LiveRule.of_trace(trace, trace.sample.tokens.live), visual[:, 0]
+            sinks = replace(source, among=target)
         return cls(
-            source=given[0],
-            target=given[1],
+            source=source,
+            target=target,
             recycle=recycle,
             layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
-            select=ImageCentric(given[2], 0.2, *rule_of_rows),
+            select=ImageCentric(sinks, 0.2, *rule_of_rows),
             queries=AFTER_IMAGE,
-            allow_noop=not bool(sinks.any()),
+            allow_noop=without,
         )
 
     def edits(self, context: Context) -> list[Edit]:

@@ -118,18 +118,18 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
     never sees it. Other probes of the vision tower would see one position more per register and are refused
     in the same pass; probes of the decoder work.
 
-    Paper and released code (nickjiang2378/test-time-registers) differ in ``cls`` and ``peak``: the defaults are
-    the paper's, ``TestTimeRegister(neurons, cls="keep", peak="layer")`` is the code's. In CLIP the code puts the
-    zero token before the norm in front of the blocks; here it comes behind that.
+    Paper and released code (nickjiang2378/test-time-registers) differ in ``cls`` and ``peak``: the defaults
+    are the paper's, ``TestTimeRegister(neurons, cls="keep", peak="layer")`` is the code's. In CLIP the code
+    puts the zero token before the norm in front of the blocks; here it comes behind that.
 
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
         scale: Factor on the largest activation.
         fill: What the neurons do on the other tokens: ``"zero"``, ``"mean"`` (over these tokens) or
             ``"keep"``, what they did.
-        cls: Whether CLS is one of these tokens. ``"zero"``: yes, as the paper writes it; CLS gets what a patch
-            gets by ``fill``. ``"keep"``: no, as in the code; its neurons stay, and a mean is over the others.
-            Without CLS in the tower both are the same.
+        cls: Whether CLS is one of these tokens. ``"zero"``: yes, as the paper writes it; CLS gets what a
+            patch gets by ``fill``. ``"keep"``: no, as in the code; its neurons stay, and a mean is over the
+            others. Without CLS in the tower both are the same.
         peak: Which activation is the largest. ``"neuron"``: each neuron's own, over all tokens but the
             registers, CLS included. ``"layer"``: one for all given neurons of a block, over all tokens and
             registers, as in the code.

@@ -12,7 +12,7 @@ from sinkscope import baselines, detectors
 from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.experiments import EditSinks, RandomControl, effect_conditions
 from sinkscope.interventions import ImageCentric, LiveRule
-from sinkscope.testing import random_image, tiny_llava
+from sinkscope.testing import check_intervention, random_image, tiny_llava
 from tests.interventions.test_exact import off
 
 DIMS, TAU, P, RHO, SUMM = (3, 17), 1.3, 0.6, 0.5, 0.2
@@ -233,6 +233,11 @@ def test_other_models_and_half_precision(tiny, batch, family, kernel):
             assert torch.equal(run.logits, fixed.logits)
             there = lvlm.run(sample, interventions=[live], remote="local", logits="all")
             assert torch.equal(there.logits, run.logits)
+
+
+@pytest.mark.parametrize("make", [ss.MaskKeys, ss.AblateValues])
+def test_an_edit_with_a_live_rule_keeps_its_contract(lvlm, sample, make):
+    check_intervention(lambda: make(LiveRule(RULE, "image"), layers=[1, 2, 4]), lvlm, sample)
 
 
 def test_limits_judge_each_layer_by_its_own_number(lvlm, sample):
