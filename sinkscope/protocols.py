@@ -79,13 +79,15 @@ class Edit:
     `Read`. ``stage`` says what is edited at an attention site: ``"keys"``, ``"logits"``, ``"weights"`` or
     ``"values"``. The edits of one site apply in this order, and in list order inside a stage: a mask also
     holds for what is redistributed. The kernel finds it in ``state["stage"]``; InterventionError if it is
-    none of them.
+    none of them. ``look`` is for a kernel of states that changes nothing: it comes after all edits of its
+    site.
     """
 
     site: Site
     kernel: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     stage: str = "values"
+    look: bool = False
 
     def __post_init__(self) -> None:
         check_choice(STAGES, error=InterventionError, stage=self.stage)
@@ -149,7 +151,8 @@ class Effect(Result):
         kl: Float ``[batch]``: KL(unedited || edited) of the next token under all interventions of the run,
             if it was asked for.
         step: 0 for a prompt, 1, 2, ... for decode steps.
-        extra: What else the kernel reported, ``[batch site ...]``: a gate's ``"coefficients"``.
+        extra: What else the kernel reported, ``[batch site ...]``: a gate's ``"coefficients"``, and how many
+            tokens a live rule flagged (see `sinkscope.interventions.LiveRule`).
     """
 
     sites: tuple[Site, ...]
@@ -174,11 +177,13 @@ class Effect(Result):
         return self.rows.sum(1) > 0
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per batch row and site."""
+        """One line per batch row and site, with what is in `extra` ``[batch site]``."""
         batch = range(len(self.rows))
         places = [(row, str(site), site.layer) for row in batch for site in self.sites]
         table = pd.DataFrame(places, columns=["batch", "site", "layer"])
-        return table.assign(**{name: getattr(self, name).flatten().tolist() for name in COLUMNS})
+        told = {name: getattr(self, name) for name in COLUMNS}
+        told |= {name: x for name, x in self.extra.items() if x.ndim == 2}
+        return table.assign(**{name: x.flatten().tolist() for name, x in told.items()})
 
 
 def as_list(came: Any, kind: Any, error: type[SinkscopeError], name: str, has: str) -> list[Any]:

@@ -128,6 +128,11 @@ class Limits(Rule):
         limit = float(self.limits[layer])
         return NoSinks("no sink in this layer") if limit == float("inf") else self._like(limit)
 
+    def in_pass(self, layer: int) -> dict[str, Any] | None:
+        """That of the layer's one number; see `at`."""
+        rule: Any = self.at(layer)
+        return rule.in_pass(layer)
+
     def _like(self, limit: float) -> Detector:
         return one_number(self.score, tuple(self.dims), limit, strict=False)
 

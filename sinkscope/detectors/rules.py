@@ -54,6 +54,11 @@ class Rule(Record):
         """The threshold of every row and layer, ``[batch layer]``."""
         return torch.full(scores.shape[:2], self._limit())
 
+    def in_pass(self, layer: int) -> dict[str, Any] | None:
+        """The rule of a decoder layer as plain data for `sinkscope.kernels.gating`, which asks it inside a
+        pass; None if it does not judge every token by its state alone."""
+        return self._plain()
+
     def _limit(self) -> float:
         return float(getattr(self, self.limit_field))
 

@@ -18,10 +18,19 @@ from sinkscope.detectors import Detector, RandomTokens
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.experiments.comparing import Comparison, Condition, compare
 from sinkscope.experiments.gating import LoRA, lora
-from sinkscope.experiments.sink_edits import EDITS, KINDS, TOP, EditSinks, split, with_random_sinks
+from sinkscope.experiments.sink_edits import (
+    EDITS,
+    KINDS,
+    LIVE_KINDS,
+    TOP,
+    EditSinks,
+    split,
+    with_random_sinks,
+)
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import Redistribute, ScaleKeys, ScaleTokens, SinkToFront
 from sinkscope.interventions.application import allowing_noop
+from sinkscope.interventions.live import RULES
 from sinkscope.lsg import LSG, describe
 from sinkscope.lsg.config import check_layer
 from sinkscope.models.lvlm import LVLM
@@ -48,23 +57,27 @@ def effect_conditions(
     top: int = 4,
     controls: bool = True,
     seed: int = 0,
+    rule: str = "frozen",
 ) -> dict[str, Condition]:
     """Make conditions for `compare`: every edit of every kind of sink, and of as many random tokens.
 
-    ``edits`` and ``layers`` are those of `EditSinks`; the three replacements of values are best reported
-    side by side. ``top`` of the image tokens that receive the most attention are edited too. ``controls``
+    ``edits``, ``layers`` and ``rule`` are those of `EditSinks`, ``rule`` for L-sinks and text sinks; the
+    three replacements of values are best reported side by side. ``top`` of the image tokens that receive
+    the most attention are edited too. ``controls``
     adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
     """
     edits = edits if isinstance(edits, str) else [*edits]
     if isinstance(edits, str) or not edits or not all(among(one, EDITS) for one in edits):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
     check_flags(controls=controls)
+    check_choice(RULES, rule=rule)
     check_whole(0, hint="Write 0 for none.", top=top)
     named = [(kind, kind, kind, 1) for kind in KINDS]
     named += [(TOP, f"the top {top} attended", f"the top {top}", top)] if top else []
     out: dict[str, Condition] = {BASE: []}
     for (kind, name, number, k), edit in product(named, edits):
-        out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k)
+        how = rule if kind in LIVE_KINDS else "frozen"
+        out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k, rule=how)
         if controls:
             control = EditSinks(kind, edit, layers, True, k, seed)
             out[f"{edit} random, as many as {number}"] = control
@@ -106,30 +119,38 @@ class Method:
 
 
 def var(
-    preset: str = "paper", *, layers: Any = None, p: float = 0.6, rho: float | None = None
+    preset: str = "paper",
+    *,
+    layers: Any = None,
+    p: float = 0.6,
+    rho: float | None = None,
+    rule: str = "frozen",
 ) -> Method:
     """Move attention from sinks to the other image tokens: VAR (Kang et al. 2503.03321).
 
     `Redistribute` with the L rule of the trace, which flags V-sinks only where they meet it too, in
     ``layers``, None for all from 2 on, as published. ``"paper"`` recycles ``p`` and asks for a non-sink
     share of at least ``rho``, 0.8 (general tasks) if None; ``"code"``, the released one, keeps ``p`` and
-    asks for a sink share of at most ``rho``, 0.5 if None. ``p`` is 0.6 in both.
+    asks for a sink share of at most ``rho``, 0.5 if None. ``p`` is 0.6 in both. ``rule="frozen"`` takes the
+    sinks of the trace; ``"live"``, as the released code, asks its L rule in every layer of the edited pass.
     """
     check_choice(("paper", "code"), preset=preset)
+    check_choice(RULES, rule=rule)
     share = (0.8 if preset == "paper" else 0.5) if rho is None else rho
     for name, value in (("p", p), ("rho", share)):
         if not is_number(value, 0.0) or value > 1:
             raise InputError(f"Got {name}={value!r}; expected a share from 0 to 1.")
     build = Redistribute.var_paper if preset == "paper" else Redistribute.var_code
-    options = {"preset": preset, "layers": layers, "p": p, "rho": share}
-    return Method("VAR", lambda trace: [build(trace, layers, p=p, rho=share)], options)
+    options = {"preset": preset, "layers": layers, "p": p, "rho": share, "rule": rule}
+    return Method("VAR", lambda trace: [build(trace, layers, p=p, rho=share, rule=rule)], options)
 
 
 def sink_to_front(sinks: str = "V-sinks") -> Method:
     """Move sinks to the start of their image block: sink-to-the-front (2510.08510).
 
     Their embeddings move and the positions of the LLM stay, see `SinkToFront`. ``sinks`` is
-    ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both.
+    ``"V-sinks"`` as in the paper, ``"L-sinks"`` (at any layer) or ``"visual sinks"``, both. They are those of
+    the trace: the embeddings move before any layer could judge them live.
     """
     _check_groups(sinks)
     options = {"sinks": sinks}
@@ -140,7 +161,7 @@ def token_weights(sink: float = 1.0, rest: float = 1.0, *, sinks: str = "V-sinks
     """Multiply the embeddings of image tokens by group, as DIYSink's ReW does (2510.08510).
 
     ReW learns both weights from the question; these are constants: of ``sinks`` (see
-    `sink_to_front`) and of all other image tokens. InputError if both are 1.
+    `sink_to_front`) and of all other image tokens; set before any layer too. InputError if both are 1.
     """
     options: Any = {"sink": sink, "rest": rest, "sinks": sinks}
     _check_groups(**options)
@@ -154,7 +175,8 @@ def fixed_coefficients(
 
     ``layer`` is as for a gate: keys are scaled in block ``layer + 1``, or in block 0 for ``"embed"``, and
     a LayerError comes when it is used. Keys of ``sinks`` (see `sink_to_front`) are multiplied by ``s_v``,
-    those of all other image tokens by ``s_rest``; InputError if both are 1, which is the base.
+    those of all other image tokens by ``s_rest``; InputError if both are 1, which is the base. The sinks are
+    those of the trace: nothing is edited before the one block, so a live rule would flag the same there.
     """
     _check_groups(sinks, s_v=s_v, s_rest=s_rest)
 

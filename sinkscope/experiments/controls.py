@@ -14,6 +14,7 @@ from sinkscope.checks import check_choice, check_whole, is_whole, typed
 from sinkscope.errors import InterventionError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
 from sinkscope.experiments.tracing import SinkTrace
+from sinkscope.interventions import LiveRule
 from sinkscope.interventions.values import REPLACEMENTS, AblateValues
 from sinkscope.models import LVLM, Run
 from sinkscope.probes import AttentionPatterns
@@ -34,6 +35,11 @@ def edited(it: Any, trace: SinkTrace) -> tuple[str, Tensor]:
             "v_detector=ss.detectors.RandomTokens(4))."
         )
     field = next((field for field in FIELDS if hasattr(it, field)), None)
+    if isinstance(getattr(it, field or "", None), LiveRule):
+        raise InterventionError(
+            f"Got a {type(it).__name__} with a LiveRule, which finds its tokens inside the pass; expected "
+            "tokens that are known before, to draw as many others. Write rule='frozen', or a mask."
+        )
     if field is None or getattr(it, "tower", "language") != "language":
         came = (it if isinstance(it, type) else type(it)).__name__
         wanted = f"an intervention of the decoder with one of the fields {FIELDS}"

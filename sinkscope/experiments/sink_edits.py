@@ -11,11 +11,13 @@ from torch import Tensor
 from sinkscope.checks import check_choice, check_flags, check_whole, typed
 from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
 from sinkscope.experiments.tracing import SinkTrace
-from sinkscope.interventions import AblateValues, MaskKeys, ScaleAttention
+from sinkscope.interventions import AblateValues, LiveRule, MaskKeys, ScaleAttention
+from sinkscope.interventions.live import RULES
 from sinkscope.interventions.values import REPLACEMENTS
 from sinkscope.models.inputs import Sample
 
 KINDS = ("V-sinks", "L-sinks", "text sinks")
+LIVE_KINDS = KINDS[1:]
 TOP = "top attended"
 EDITS: Mapping[str, Callable[[Any, Any], Any]] = {
     "mask": lambda tokens, layers: MaskKeys(tokens, layers, allow_noop=True),
@@ -75,7 +77,8 @@ def with_random_sinks(trace: SinkTrace, seed: int = 0) -> SinkTrace:
             mask[..., old] = False
             if len(new) == len(old):
                 mask[..., new] = moved
-    return replace(trace, v_sinks=v, l_detection=replace(trace.l_detection, mask=rule))
+    low = replace(trace.l_detection, mask=rule, detector="random tokens in the place of sinks")
+    return replace(trace, v_sinks=v, l_detection=low)
 
 
 def by_layer(mask: Tensor) -> Tensor:
@@ -174,6 +177,10 @@ class EditSinks:
     value"``, in the blocks ``layers``, None for all. ``control`` edits random tokens of the same number
     instead, drawn by ``seed`` and the images and texts of the batch. A row with too few is left unedited
     and counted; see `uncontrolled`.
+
+    ``rule="frozen"`` edits the sinks of the trace, an unedited pass; ``"live"`` asks the trace's L rule anew
+    in every layer of the edited pass (see `LiveRule`); the trace's V-sinks are no L-sinks there either. It is
+    for L-sinks and text sinks, and not for ``"resample value"`` or a control, which are drawn beforehand.
     """
 
     kind: str
@@ -182,13 +189,24 @@ class EditSinks:
     control: bool = False
     k: int = 1
     seed: int = 0
+    rule: str = "frozen"
 
     def __post_init__(self) -> None:
         check_choice((*KINDS, TOP), kind=self.kind)
+        check_choice(RULES, rule=self.rule)
         check_choice(EDITS, edit=self.edit)
         check_flags(control=self.control)
         check_whole(1, k=self.k)
         check_whole(0, seed=self.seed)
+        fixed = {"kind": self.kind} if self.kind not in LIVE_KINDS else {}
+        fixed |= {"edit": self.edit} if self.edit == "resample value" else {}
+        fixed |= {"control": True} if self.control else {}
+        if fixed and self.rule == "live":
+            said = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+            raise InterventionError(
+                f"Got rule='live' with {said}; expected rule='frozen': that is settled before the decoder "
+                f"runs, or drawn before the pass. A live rule judges {LIVE_KINDS}."
+            )
 
     def __call__(self, trace: SinkTrace) -> Sequence[Any]:
         """The interventions for the trace of a batch; none if it has no such token."""
@@ -197,7 +215,15 @@ class EditSinks:
         if mask.any() and self.control:
             generator = torch.Generator().manual_seed(content_seed(trace.sample, self.seed))
             mask = random_like(mask, trace, generator)
-        return [EDITS[self.edit](mask, self.layers)] if mask.any() else []
+        if not mask.any():  # then a live rule would flag nothing either
+            return []
+        return [EDITS[self.edit](self._live(trace) if self.rule == "live" else mask, self.layers)]
+
+    def _live(self, trace: SinkTrace) -> LiveRule:
+        """The L rule among the tokens of the kind."""
+        visual, live = trace.sample.tokens.image >= 0, trace.sample.tokens.live
+        among = visual & ~trace.v_sinks if self.kind == "L-sinks" else live & ~visual
+        return LiveRule.of_trace(trace, among)
 
     def uncontrolled(self, trace: SinkTrace) -> Tensor:
         """Bool ``[batch]``: rows with such tokens, for which no control could be drawn."""

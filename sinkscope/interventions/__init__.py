@@ -11,6 +11,7 @@ from sinkscope.interventions.keys import (
     ScaleAttention,
     ScaleKeys,
 )
+from sinkscope.interventions.live import LiveRule
 from sinkscope.interventions.registers import (
     NeuronActivity,
     NeuronResult,
@@ -28,6 +29,6 @@ from sinkscope.protocols import BaseIntervention, Edit, Effect, Intervention
 
 __all__ = ["AblateActivations", "AblateValues", "AttentionKnockout", "AttentionTemperature"]
 __all__ += ["BaseIntervention", "Edit", "Edited", "Effect", "EvictKeys", "ImageCentric"]
-__all__ += ["Intervention", "MaskKeys", "NeuronActivity", "NeuronResult", "PatchActivations"]
-__all__ += ["Redistribute", "ScaleAttention", "ScaleKeys", "ScaleTokens", "SinkToFront"]
-__all__ += ["TestTimeRegister", "find_register_neurons"]
+__all__ += ["Intervention", "LiveRule", "MaskKeys", "NeuronActivity", "NeuronResult"]
+__all__ += ["PatchActivations", "Redistribute", "ScaleAttention", "ScaleKeys", "ScaleTokens"]
+__all__ += ["SinkToFront", "TestTimeRegister", "find_register_neurons"]

@@ -84,6 +84,11 @@ def require_effects(
                 "The first token of an answer comes from the prompt's pass, so a decode-only edit needs "
                 "max_new_tokens=2 or more."
             )
+        elif not any(effect.extra.get("live", torch.ones(1)).any() for effect in mine):
+            why = (
+                "flagged no token in the edited pass, in none of its layers; expected at least one. A live "
+                "rule is asked about the edited states: an earlier edit may have removed the sinks."
+            )
         elif not any(site.name == "attention" for effect in mine for site in effect.sites):
             why = "left every token as it was; expected at least one to change."
         elif empty := sum(int(effect.empty.sum()) for effect in mine):

@@ -10,6 +10,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError
+from sinkscope.interventions.live import LiveRule, judged
 from sinkscope.kernels.edits import EXTRA, WIDEST
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
@@ -49,6 +50,11 @@ def selected(
     """A selection (see `TokenMap.select`) as bool ``[batch layer pos]``, False at padding. There is one
     layer, or as many as the tower has if the selection differs by layer; see `at_layer`. NoEffectError, with
     the name ``what``, if it is empty in every row, unless ``allow_empty``."""
+    if isinstance(tokens, LiveRule):
+        raise InterventionError(
+            f"Got a LiveRule for {what}; expected tokens that are known before the pass, such as a mask. "
+            "Edits of attention judge inside it. Write trace.l_sinks() or trace.v_sinks."
+        )
     mask = context.select(tower, tokens)
     if not mask.any() and not allow_empty:
         name = f"the selection {tokens!r}" if isinstance(tokens, str) else "a selection"
@@ -93,8 +99,11 @@ def rows_at(
     return context.pack(tower, mask, dim=1)
 
 
-def selected_by(it: Any, context: Context, tokens: Selection) -> Tensor:
-    """What `selected` gives for one of the selections of an intervention."""
+def selected_by(it: Any, context: Context, tokens: Selection, live: bool = False) -> Tensor:
+    """What `selected` gives for one of the selections of an intervention; if ``live``, also for a `LiveRule`,
+    whose mask holds all tokens that it may flag."""
+    if live and isinstance(tokens, LiveRule):
+        tokens = tokens.mask(context, it.tower)
     return selected(context, it.tower, tokens, type(it).__name__, it.allow_noop)
 
 
@@ -105,11 +114,13 @@ def attention_edits(
     stage: str,
     masks: Mapping[str, Tensor],
     each: Sequence[Mapping[str, Any]] | None = None,
+    of: Mapping[str, Selection] | None = None,
     **shared: Any,
 ) -> list[Edit]:
     """One edit per layer of an `AttentionEdit`, if it runs at this step; ``stage`` is that of `Edit`. Kernels
     get ``masks`` from `selected`, what is ``shared`` and what ``each`` layer has, and ``live``, ``rows``,
-    ``heads``."""
+    ``heads``. ``of`` are the selections that masks are of, where one may be a `LiveRule`; it looks at the
+    prompt also for an edit of decode steps."""
     tower, heads = it.tower, it.heads
     layers, now = context.layers(tower, it.layers), runs_now(it.steps, context, tower)
     if heads is not None:
@@ -121,9 +132,12 @@ def attention_edits(
             "Got queries together with steps='decode'; expected either. Queries are prompt "
             "positions and a decode step has one query, the newest token: write queries=None."
         )
+    rules = {name: one for name, one in (of or {}).items() if isinstance(one, LiveRule)}
+    asked = {} if context.step else {id(rule.detector): rule for rule in rules.values()}
+    looks = [look for rule in asked.values() for look in rule.looks(context, layers)]
     # Queries are prompt positions: none of them is the query of a decode step.
     if not now or (context.step and rows is not None):
-        return []
+        return looks
     shared |= {"heads": heads, "rows": rows}
     shared["live"] = context.pack(tower, context.live(tower), dim=1)
     # What is the same in all layers stays one tensor, so that it is moved to the device once.
@@ -133,7 +147,7 @@ def attention_edits(
         given = {key: parts[layer if len(parts) > 1 else 0] for key, parts in packed.items()}
         given |= {**shared, **own}
         edits.append(Edit(Site(tower, "attention", layer), kernel, given, stage))
-    return edits
+    return [*looks, *(judged(edits, rules, context) if rules else edits)]
 
 
 def check_prompt_only(steps: str, what: str) -> None:

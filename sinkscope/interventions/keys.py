@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkscope.anatomy.context import Context
-from sinkscope.checks import check_number, check_whole
+from sinkscope.checks import check_choice, check_number, check_whole
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base
 from sinkscope.interventions.base import AttentionEdit, BaseEdit, attention_edits, check_factor
+from sinkscope.interventions.live import RULES, LiveRule
 from sinkscope.kernels.edits import divide_queries, edit_keys, edit_mass, evict_keys
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
@@ -26,8 +27,8 @@ def key_edits(
     base.check_neutral(it, factor)
     if stage == "logits":
         base.check_maskable(it, context)
-    mask = base.selected_by(it, context, tokens) & (factor != 1.0)
-    return attention_edits(it, context, edit_keys, stage, {"keys": mask}, factor=factor)
+    mask, of = base.selected_by(it, context, tokens, live=True) & (factor != 1.0), {"keys": tokens}
+    return attention_edits(it, context, edit_keys, stage, {"keys": mask}, of=of, factor=factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class MaskKeys(AttentionEdit, needs="bias"):
     the mask holds at every decode step.
 
     Args:
-        tokens: The keys.
+        tokens: The keys; also a `LiveRule`, which finds them in the edited pass, layer by layer.
         layers: Block indices, or None for all.
         heads: Query heads, or None for all.
         queries: Prompt positions whose attention is edited, or None for all; decode steps are
@@ -196,7 +197,8 @@ class Redistribute(AttentionEdit, needs="redistribution"):
 
     Args:
         source: Keys that give.
-        target: Keys that receive; must not overlap the source.
+        target: Keys that receive; must not overlap the source. Where one is a `LiveRule`, what gives does
+            not receive.
         recycle: Share taken from the source, 0 to 1. The paper's formula takes ``p = 0.6``; the
             released code keeps ``p = 0.6`` and so takes 0.4.
         layers: As for the rest see `MaskKeys`.
@@ -213,31 +215,58 @@ class Redistribute(AttentionEdit, needs="redistribution"):
 
     @classmethod
     def var_paper(
-        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.8
+        cls,
+        trace: Any,
+        layers: Any = None,
+        *,
+        p: float = 0.6,
+        rho: float = 0.8,
+        rule: str = "frozen",
     ) -> Redistribute:
-        """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``."""
-        return cls._var(trace, layers, p, 1 - rho, False)
+        """VAR of a `SinkTrace` as its paper writes it: recycle ``p``, non-sink share at least ``rho``.
+
+        ``layers`` None are all from 2 on. ``rule="frozen"`` takes the sinks of the trace, an unedited pass;
+        ``"live"`` asks the trace's L rule anew in every layer of the edited pass, see `LiveRule`.
+        """
+        return cls._var(trace, layers, rule, p, 1 - rho, False)
 
     @classmethod
     def var_code(
-        cls, trace: Any, layers: Any = None, *, p: float = 0.6, rho: float = 0.5
+        cls,
+        trace: Any,
+        layers: Any = None,
+        *,
+        p: float = 0.6,
+        rho: float = 0.5,
+        rule: str = "frozen",
     ) -> Redistribute:
-        """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``."""
-        return cls._var(trace, layers, 1 - p, rho, True)
+        """VAR of a `SinkTrace` as its code does it: keep ``p``, sink share at most ``rho``.
+
+        ``layers`` and ``rule`` are those of `var_paper`. The released code decides the sinks as ``"live"``
+        does, and edits the last layer too: its option to leave that out has no effect.
+        """
+        return cls._var(trace, layers, rule, 1 - p, rho, True)
 
     @classmethod
-    def _var(cls, trace: Any, layers: Any, recycle: float, *rule_of_rows: Any) -> Redistribute:
+    def _var(
+        cls, trace: Any, layers: Any, rule: str, recycle: float, *rule_of_rows: Any
+    ) -> Redistribute:
         """All sinks give, visual non-sinks receive; from layer 2 on, as published."""
-        rule = trace.l_detection.mask
-        visual = (trace.sample.tokens.image >= 0)[:, None]
+        check_choice(RULES, error=InterventionError, rule=rule)
+        source, visual = trace.l_detection.mask, (trace.sample.tokens.image >= 0)[:, None]
+        target, sinks = visual & ~source, source & visual
+        without = not bool(sinks.any())
+        if rule == "live":
+            source, target = LiveRule.of_trace(trace, trace.sample.tokens.live), visual[:, 0]
+            sinks = replace(source, among=target)
         return cls(
-            source=rule,
-            target=visual & ~rule,
+            source=source,
+            target=target,
             recycle=recycle,
             layers=tuple(range(2, trace.n_layers)) if layers is None else layers,
-            select=ImageCentric(rule & visual, 0.2, *rule_of_rows),
+            select=ImageCentric(sinks, 0.2, *rule_of_rows),
             queries=AFTER_IMAGE,
-            allow_noop=not bool((rule & visual).any()),
+            allow_noop=without,
         )
 
     def edits(self, context: Context) -> list[Edit]:
@@ -247,8 +276,10 @@ class Redistribute(AttentionEdit, needs="redistribution"):
             raise InterventionError(f"Got recycle={recycle}; expected a share from 0 to 1.")
         base.check_neutral(self, recycle, 0.0)
         base.check_maskable(self, context)
-        source, target = (base.selected_by(self, context, x) for x in (self.source, self.target))
-        if (both := source & target).any():
+        of: dict[str, Any] = {"source": self.source, "target": self.target}
+        source, target = (base.selected_by(self, context, x, live=True) for x in of.values())
+        live = any(isinstance(x, LiveRule) for x in of.values())
+        if (both := source & target).any() and not live:
             raise InterventionError(
                 f"Got {int(both.any(dim=1).sum())} tokens in both source and target; expected "
                 "disjoint sets. Write target & ~source."
@@ -257,13 +288,13 @@ class Redistribute(AttentionEdit, needs="redistribution"):
         given: dict[str, Any] = {"recycle": recycle}
         it, rule = self._checked_queries(context), self.select
         if rule is not None:
-            sinks = base.selected(context, self.tower, rule.visual_sinks, "ImageCentric", True)
-            if rule.needs_sink:
-                masks["source"] = masks["source"] & sinks.any(dim=2, keepdim=True)
+            of["visual_sinks"], given["needs_sink"] = rule.visual_sinks, rule.needs_sink
+            lax = replace(self, allow_noop=True)
+            masks["visual_sinks"] = base.selected_by(lax, context, rule.visual_sinks, live=True)
             for name in ("least_visual", "most_sink_share"):
                 given[name] = check_factor(name, getattr(rule, name))
-            given["visual"], masks["visual_sinks"] = context.tokens.image >= 0, sinks
-        return attention_edits(it, context, edit_mass, "weights", masks, **given)
+            given["visual"] = context.tokens.image >= 0
+        return attention_edits(it, context, edit_mass, "weights", masks, of=of, **given)
 
     def _checked_queries(self, context: Context) -> Redistribute:
         """The same with a mask of queries instead of ``"after image"``; every decode step is after it."""

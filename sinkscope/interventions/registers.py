@@ -118,10 +118,21 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
     never sees it. Other probes of the vision tower would see one position more per register and are refused
     in the same pass; probes of the decoder work.
 
+    Paper and released code (nickjiang2378/test-time-registers) differ in ``cls`` and ``peak``: the defaults
+    are the paper's, ``TestTimeRegister(neurons, cls="keep", peak="layer")`` is the code's. In CLIP the code
+    puts the zero token before the norm in front of the blocks; here it comes behind that.
+
     Args:
         neurons: Layer -> register neurons, from `find_register_neurons`.
         scale: Factor on the largest activation.
-        fill: What the neurons do on the patches: ``"zero"``, ``"mean"`` or ``"keep"``.
+        fill: What the neurons do on the other tokens: ``"zero"``, ``"mean"`` (over these tokens) or
+            ``"keep"``, what they did.
+        cls: Whether CLS is one of these tokens. ``"zero"``: yes, as the paper writes it; CLS gets what a
+            patch gets by ``fill``. ``"keep"``: no, as in the code; its neurons stay, and a mean is over the
+            others. Without CLS in the tower both are the same.
+        peak: Which activation is the largest. ``"neuron"``: each neuron's own, over all tokens but the
+            registers, CLS included. ``"layer"``: one for all given neurons of a block, over all tokens and
+            registers, as in the code.
     """
 
     __test__ = False
@@ -131,6 +142,8 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
     count: int = 1
     scale: float = 1.0
     fill: str = "zero"
+    cls: str = field(default="zero", kw_only=True)
+    peak: str = field(default="neuron", kw_only=True)
     tower: Tower = field(default="vision", kw_only=True)
 
     def edits(self, context: Context) -> list[Edit]:
@@ -139,6 +152,8 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
         base.check_prompt_only(self.steps, "TestTimeRegister")
         scale = base.check_factor("scale", self.scale)
         check_choice(("zero", "mean", "keep"), error=InterventionError, fill=self.fill)
+        check_choice(("zero", "keep"), error=InterventionError, cls=self.cls)
+        check_choice(("neuron", "layer"), error=InterventionError, peak=self.peak)
         most = context.live("vision").shape[1]  # more would be no registers any longer
         check_whole(1, most, error=InterventionError, count=self.count)
         if not isinstance(self.neurons, Mapping) or not any(self.neurons.values()):
@@ -168,10 +183,14 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
             return []
         keep = {"live": context.live("vision"), "count": self.count}
         out = [Edit(Site("vision", "resid_pre", 0), kernels.append_tokens, keep)]
+        shift: dict[str, Any] = {**keep, "scale": scale, "fill": self.fill}
+        shift["shared"] = self.peak == "layer"
+        if self.cls == "keep":
+            shift["live"] = keep["live"] & ~context.select("vision", "cls")
         for at in layers:
             name, hint = f"neuron of vision block {at}", "Write what find_register_neurons gives."
             neurons = base.check_indices(self.neurons[at], count, name, hint)
-            given = {**keep, "neurons": neurons, "scale": scale, "fill": self.fill}
+            given = {**shift, "neurons": neurons}
             out.append(Edit(Site("vision", "mlp_hidden", at), kernels.shift_neurons, given))
         drop = {**keep, "count": -self.count}
         return [*out, Edit(Site("vision", "resid_post", last), kernels.append_tokens, drop)]

@@ -163,7 +163,8 @@ class SinkToFront(BaseEdit, needs="embeddings"):
     """Move image tokens to the start of their image block (sink-to-the-front, DIYSink 2510.08510).
 
     The embeddings are reordered, the moved tokens in their old order. The LLM's positions stay: a moved token
-    takes the position, and so the RoPE angle, of its new place.
+    takes the position, and so the RoPE angle, of its new place. There is no live rule here: tokens move
+    before the first block, so which ones must be known before the pass.
     """
 
     tokens: Selection

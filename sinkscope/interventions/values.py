@@ -10,6 +10,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import among
 from sinkscope.errors import InterventionError, nearest
 from sinkscope.interventions.base import AttentionEdit, at_layer, attention_edits, selected_by
+from sinkscope.interventions.live import LiveRule
 from sinkscope.kernels.edits import edit_values
 from sinkscope.probes.residual import StateResult
 from sinkscope.probes.writes import AttentionValueResult
@@ -59,20 +60,28 @@ class AblateValues(AttentionEdit, needs="packed_values"):
                 f"Got replacement={given!r} in a packed vision tower; expected 'zero', a tensor or a run. "
                 "It attends window by window, and other tokens' values may lie in another window."
             )
-        mask, layers = selected_by(self, context, self.tokens), context.layers(tower, self.layers)
+        live = isinstance(self.tokens, LiveRule)
+        if live and not made and given == "resample":
+            raise InterventionError(
+                "Got replacement='resample' for a LiveRule; expected 'zero', 'mean', a tensor or a run: "
+                "donors are drawn before the pass, among tokens that are not edited. Write a mask."
+            )
+        mask = selected_by(self, context, self.tokens, live=True)
+        layers = context.layers(tower, self.layers)
         if isinstance(given, Tensor):
             return value_edits(self, context, broadcast(given, context, tower, len(layers)), mask)
         if made:
             return value_edits(self, context, donated(given, context, tower, VALUES, layers), mask)
         each = [{"given": self._donors(context, at_layer(mask, at))} for at in layers]
-        masks = {"keys": mask}
-        return attention_edits(self, context, edit_values, VALUES, masks, each, how=given)
+        masks, of = {"keys": mask}, {"keys": self.tokens}
+        return attention_edits(self, context, edit_values, VALUES, masks, each, of, how=given)
 
     def _donors(self, context: Context, mask: Tensor) -> Tensor | None:
         """Who the mean is over, or which token each takes its value from."""
         live = live_prompt(context, self.tower)
         if self.replacement == "mean":
-            return others(live, mask, "AblateValues")
+            judged = isinstance(self.tokens, LiveRule)  # what it flags is left out in the pass
+            return live if judged else others(live, mask, "AblateValues")
         visual = context.tokens.image >= 0 if self.tower == "language" else live
         kept = self.replacement == "zero"
         return None if kept else random_donors(mask, live, visual, self.seed)
@@ -82,7 +91,8 @@ def value_edits(it: Any, context: Context, values: Tensor, mask: Tensor) -> list
     """One edit per layer: values ``[batch layer kv_head pos d_head]`` at the tokens in ``mask``."""
     check_finite(values, mask, context.layers(it.tower, it.layers), 3)
     each = [{"given": context.pack(it.tower, x.nan_to_num(), dim=2)} for x in values.unbind(1)]
-    return attention_edits(it, context, edit_values, VALUES, {"keys": mask}, each, how="tensor")
+    masks, of = {"keys": mask}, {"keys": it.tokens}
+    return attention_edits(it, context, edit_values, VALUES, masks, each, of, how="tensor")
 
 
 def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:

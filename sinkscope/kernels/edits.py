@@ -123,8 +123,12 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
     ``A v - r A 1_s v + r m_s A_t v``, where ``A_t`` is attention among the target keys alone. It is
     asked with all others masked: the quotient ``A 1_t v / A 1_t`` is 0 / 0 beside a real sink.
     With the masks ``visual`` and ``visual_sinks`` rows and heads with less mass than ``least_visual`` on the
-    image, or more than ``most_sink_share`` of that on visual sinks, are left alone (the image-centric rule).
+    image, or more than ``most_sink_share`` of that on visual sinks, are left alone (the image-centric rule),
+    and with ``needs_sink`` batch rows without any visual sink. What gives does not receive.
     """
+    if rule.get("needs_sink"):
+        source = source & rule["visual_sinks"].any(dim=1, keepdim=True)
+    target = target & ~source
     keys, live, rows = prepared(call, state, span, source, live, rows)
     gate, empty = reach(call, keys, live, rows, heads, False)
     masks = [target, *(rule[name] for name in ("visual", "visual_sinks") if name in rule)]
@@ -194,6 +198,9 @@ def edit_values(call, state, span, keys, live, how, given=None, rows=None, heads
     each, ``[batch key]`` int) or ``"tensor"`` (``given``, ``[batch kv_head key d_head]`` of the prompt).
     """
     value = arguments(call)[0]["value"]
+    if how == "mean":  # a live rule leaves open what it flags; of no others there is no mean
+        given = given & ~keys
+        keys = keys & given.any(dim=1, keepdim=True)
     keys, live, rows = prepared(call, state, span, keys, live, rows)
     if how == "zero":
         new = torch.zeros_like(value)

@@ -2,7 +2,8 @@
 
 A gate reads what feeds the projector (V-sinks), what the edited block reads (L-sinks) and what the block
 before wrote (the signal), and edits the block's attention call. What it finds is kept in
-``state["memory"]`` under its ``slot``, for decode steps too; the reading kernels report no effect.
+``state["memory"]`` under its ``slot``, for decode steps too; the reading kernels report no effect. Edits
+of attention with a live rule (`sinkscope.interventions.LiveRule`) find their tokens in the same way.
 
 A rule is plain data: ``{"how": "dims", "dims", "tau", "rms", "strict"}``, ``{"how": "norm", "tau",
 "strict"}``, ``{"how": "massive", "absolute", "ratio", "strict"}``, ``{"how": "random", "count",
@@ -69,6 +70,32 @@ def note_l_sinks(states, state, slot, rule, live):
     return states, None
 
 
+def note_flags(states, state, slot, rule, live):
+    """Remember which prompt tokens meet a rule on what a block reads, for `edit_flagged`."""
+    memory_of(state, slot)["flags"] = flags(states, rule, live)
+    return states, None
+
+
+def edit_flagged(call, state, span, kernel, slots, frozen=None, **given):
+    """Run an edit of attention with masks that hold only where a rule flagged a token in this pass.
+
+    ``slots`` is the name of a mask -> the slot of `note_flags`. Of the first mask the effect has the number
+    of tokens, ``"live"``, and beside ``frozen`` ``[batch key]`` bool, an earlier decision, its number,
+    ``"frozen"``, and what differs, ``"entered"`` and ``"left"``.
+    """
+    counted = {}
+    for name, slot in slots.items():
+        among, noted = given[name], memory_of(state, slot)["flags"]
+        given[name] = found = among & noted.to(among.device)
+        if not counted:
+            counted["live"] = found
+            if frozen is not None:
+                frozen = frozen & among
+                counted |= {"frozen": frozen, "entered": found & ~frozen, "left": frozen & ~found}
+    after, effect = kernel(call, state, span, **given)
+    return after, {**effect, **{name: mask.sum(1) for name, mask in counted.items()}}
+
+
 def note_coefficients(states, state, slot, signal, at, tokens, **gate):
     """Remember the `coefficients` that the ``gate`` gives for what it reads here: ``signal`` ``"last"``,
     position ``at`` ``[batch]`` (the newest one at a decode step), or ``"mean"``, over ``tokens``
@@ -119,5 +146,5 @@ def gate_keys(call, state, span, slot, visual, live, groups, measure=True):
 
 
 def memory_of(state, slot):
-    """What one gate remembers during one generation."""
+    """What one gate, or one live rule in one layer, remembers during one generation."""
     return state["memory"].setdefault(("gate", slot), {})

@@ -157,16 +157,21 @@ def append_tokens(states, state, live, count):
     return (grown if count > 0 else states[:, :count]), state_effect(live)
 
 
-def shift_neurons(states, state, live, neurons, count, scale, fill):
-    """Move register neurons' activity from the image tokens to the registers (2506.08010).
+def shift_neurons(states, state, live, neurons, count, scale, fill, shared=False):
+    """Move register neurons' activity from the tokens ``live`` to the registers (2506.08010).
 
     At the ``count`` registers, the last of ``[image pos d_mlp]``, each neuron gets ``scale`` times its
-    largest activation over the tokens (with its sign); at the others 0, their mean, or what it was
-    (``fill`` is ``"zero"``, ``"mean"`` or ``"keep"``).
+    largest activation over all other tokens (with its sign), or if ``shared`` the largest of all neurons
+    over all tokens and registers; at ``live`` ones 0, their mean, or what it was (``fill`` is ``"zero"``,
+    ``"mean"`` or ``"keep"``).
     """
     tokens, out = states[:, :-count, neurons], states.clone()
-    peak = tokens.gather(1, tokens.abs().argmax(dim=1, keepdim=True)) * scale
-    out[:, -count:, neurons] = peak.expand(-1, count, -1)
+    each = states[..., neurons].flatten(1)[..., None] if shared else tokens
+    peak = each.gather(1, each.abs().argmax(dim=1, keepdim=True)) * scale
+    out[:, -count:, neurons] = peak.expand(-1, count, len(neurons))
     if fill != "keep":
-        out[:, :-count, neurons] = 0.0 if fill == "zero" else tokens.mean(dim=1, keepdim=True)
+        new = (
+            mean_over(tokens, live).to(tokens.dtype) if fill == "mean" else torch.zeros_like(tokens)
+        )
+        out[:, :-count, neurons] = torch.where(live[..., None], new, tokens)
     return out, state_effect(live)

@@ -48,7 +48,7 @@ Plan = list[dict[str, Any]]
 def plan_of(
     probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
 ) -> Plan:
-    """Group reads and edits, each with its slot, by site in forward order, edits by stage.
+    """Group reads and edits, each with its slot, by site in forward order, edits by stage, looks last.
 
     The probes and interventions must be made for the ``model``, an `LVLM`.
     """
@@ -60,7 +60,8 @@ def plan_of(
         check_reach(it, mine, context.anatomy.feed_layers)
         edits += [(slot, edit) for edit in mine]
     steps: dict[Site, dict[str, Any]] = {}
-    for slot, one in (*reads, *sorted(edits, key=lambda edit: STAGES.index(edit[1].stage))):
+    edits.sort(key=lambda edit: (STAGES.index(edit[1].stage), edit[1].look))
+    for slot, one in (*reads, *edits):
         step = steps.setdefault(one.site, {"reads": [], "edits": [], "stages": []})
         question = (slot, one.kernel, dict(one.parameters))
         step["edits" if isinstance(one, Edit) else "reads"].append(question)

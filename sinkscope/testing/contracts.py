@@ -240,7 +240,8 @@ def watched(inner: Any, seen: list[Seen], beside: bool = False) -> Wrapped:
         wrote = any(differs(one, other).any() for one, other in zip(given, copies, strict=True))
         told = torch.zeros(len(before)) if effect is None else effect["rows"]
         look = attention_differs if edit.site.name == "attention" else states_differ
-        beyond = look(before, result, inner, context, edit.site, span, told)
+        whose = None if edit.look else inner  # a look changes nothing, whatever was selected
+        beyond = look(before, result, whose, context, edit.site, span, told)
         seen.append(Seen(edit.site, bool(wrote), *beyond, not result.any()))
         return after, effect
 

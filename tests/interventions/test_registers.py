@@ -140,6 +140,43 @@ def test_every_setting_of_a_register_equals_hooks(tiny, batch, family, count, sc
         assert off(usual, want) > 1e-4
 
 
+@pytest.mark.parametrize("fill", ["zero", "mean", "keep"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_register_of_the_released_code_leaves_cls_alone(tower, strategy, fill):
+    """shared/hook_fn.py of nickjiang2378/test-time-registers, at 860df43: one peak, tokens from 1 on."""
+    lvlm = ss.LVLM(*tiny_llava(tower, vision_feature_select_strategy=strategy, heads=2, kv_heads=1))
+    sample = lvlm.prepare(
+        images=[random_image(48, 48, 0), random_image(30, 48, 1)], text=["what is it", "how many"]
+    )
+    neurons, cls = {0: [1, 5, 40], 1: [3]}, int(tower == "clip")
+    got = {}
+    for peak in ("neuron", "layer"):
+        for kept in (0, cls):
+            how = {"cls": "keep" if kept else "zero", "peak": peak, "fill": fill, "count": 2}
+            run = lvlm.run(sample, interventions=[ss.TestTimeRegister(neurons, **how)])
+            options = {"count": 2, "fill": fill, "kept": kept, "shared": peak == "layer"}
+            want = register_by_hand(lvlm, sample.inputs, neurons, **options)
+            live = sample.tokens.live
+            assert off(run.logits[live], want[live]) <= 1e-5
+            got[peak, kept] = run.logits[live]
+    both = ss.TestTimeRegister(neurons, cls="keep", fill=fill, count=2)
+    same = lvlm.run(sample, interventions=[both]).logits[sample.tokens.live]
+    assert torch.equal(same, got["neuron", cls])
+    assert off(got["neuron", 0], got["layer", 0]) > 1e-4
+    assert (off(got["neuron", 0], same) > 1e-4) == (cls == 1 and fill != "keep")
+    (effect,) = lvlm.run(sample, interventions=[both]).effects.values()
+    shifted = [i for i, site in enumerate(effect.sites) if site.name == "mlp_hidden"]
+    assert (effect.tokens[:, shifted] == sample.tokens.vision.live.sum(1)[:, None] - cls).all()
+
+
+def test_wrong_words_for_a_register_are_refused(tiny, batch):
+    lvlm = tiny("llava-clip-llama")
+    for wrong in ({"cls": "kept"}, {"peak": "token"}):
+        with pytest.raises(ss.errors.InterventionError, match=f"{next(iter(wrong))}="):
+            lvlm.run(batch(lvlm), interventions=[ss.TestTimeRegister({0: [1]}, **wrong)])
+
+
 @pytest.mark.parametrize("how", HELD)
 def test_neurons_are_what_the_last_map_of_an_mlp_reads_however_it_is_held(how):
     """Found, measured and moved: an adapter's own maps, of rank 4, are no neurons."""
@@ -170,8 +207,8 @@ def test_neurons_are_what_the_last_map_of_an_mlp_reads_however_it_is_held(how):
 
 
 @torch.no_grad()
-def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
-    """The same with plain torch hooks: append, shift, drop."""
+def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero", kept=0, shared=False):
+    """The same with plain torch hooks: append, shift, drop. The first ``kept`` tokens stay."""
     a, root = lvlm.anatomy, lvlm.module
     module = dict(root.named_modules())
     hooks = []
@@ -189,15 +226,17 @@ def register_by_hand(lvlm, inputs, neurons, count=1, scale=1.0, fill="zero"):
 
         def shift(m, args, chosen=chosen):
             out = args[0].clone()
+            every = args[0][..., chosen].flatten(1)
             for n in chosen:
-                column = args[0][:, :-count, n]
-                peak = column[torch.arange(len(column)), column.abs().argmax(1)] * scale
+                column = args[0][:, kept:-count, n]
+                whole = every if shared else args[0][:, :-count, n]
+                peak = whole[torch.arange(len(whole)), whole.abs().argmax(1)] * scale
                 rest = {
                     "zero": 0 * column,
                     "mean": 0 * column + column.mean(1)[:, None],
                     "keep": column,
                 }
-                out[:, :-count, n], out[:, -count:, n] = rest[fill], peak[:, None]
+                out[:, kept:-count, n], out[:, -count:, n] = rest[fill], peak[:, None]
             return (out,)
 
         last = module[f"{a.vision.blocks[layer]}.mlp.fc2"]

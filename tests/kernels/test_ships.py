@@ -172,6 +172,7 @@ EDITS = [
     ss.AttentionKnockout("last", "image", [1]),
     ss.AblateValues("image", "zero", [1]),
     ss.AblateActivations([1, 2], "image", "zero", [1]),
+    ss.ScaleKeys(ss.interventions.LiveRule(ss.detectors.SinkDimensions((3, 17), 1.3)), 0.5),
 ]
 
 
