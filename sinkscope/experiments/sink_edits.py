@@ -1,15 +1,15 @@
 """EditSinks: edits of the sinks of a trace, of its most attended tokens, or of others in their place."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice, check_flags, check_whole, typed
-from sinkscope.errors import InterventionError, NoEffectError, TooFewTokensError
+from sinkscope.checks import check_choice, check_flags, check_whole, is_whole, typed
+from sinkscope.errors import InterventionError, LayerError, NoEffectError, TooFewTokensError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import AblateValues, LiveRule, MaskKeys, ScaleAttention
 from sinkscope.interventions.live import RULES
@@ -198,6 +198,10 @@ class EditSinks:
         check_flags(control=self.control)
         check_whole(1, k=self.k)
         check_whole(0, seed=self.seed)
+        several = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
+        wanted: Any = self.layers if several else [0 if self.layers is None else self.layers]
+        if not all(is_whole(layer, 0) for layer in wanted):
+            raise LayerError(f"Got layers={self.layers!r}; expected block indices, or None for all.")
         fixed = {"kind": self.kind} if self.kind not in LIVE_KINDS else {}
         fixed |= {"edit": self.edit} if self.edit == "resample value" else {}
         fixed |= {"control": True} if self.control else {}

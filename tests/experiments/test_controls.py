@@ -143,7 +143,7 @@ def test_replacements_stand_side_by_side_with_their_controls(traced):
     ("control", "message"),
     [
         (dict(match="size"), "expected one of"),
-        (dict(n=0), "Got n=0; expected an int of at least 1"),
+        (dict(n=0), "Got n=0; expected an int from 1"),
         (dict(intervention=ss.interventions.EvictKeys()), "one of the fields"),
         (dict(intervention=ss.MaskKeys("all")), "0 ordinary image tokens to draw from"),
         (dict(intervention=ss.MaskKeys("all", tower="vision")), "intervention of the decoder"),
