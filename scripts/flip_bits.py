@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,8 @@ from sinkscope.results.saving import same
 from sinkscope.testing import random_image, tiny_llava
 from sinkscope.training.loop import Loop
 
-ADVICE = re.compile(r"Delete|Remove|Write|again")
+ADVICE = re.compile(r"\b(delete|remove|write|again|download)\b", re.IGNORECASE)
+OUTCOMES = ("refused", "harmless", "healed", "SILENT", "RAW")
 EDGE = 400  # bytes at both ends of a file, where headers are, that get half of the flips
 SWEEPING = sys.modules[ss.sweep.__module__]
 RULE = ss.detectors.Norm("3sigma")
@@ -86,8 +87,24 @@ def records(many: int) -> list[dict[str, Any]]:
     return [{**one, "question": "what is it", "image_id": i // 2} for i, one in enumerate(each)]
 
 
-def kinds(lvlm: ss.LVLM, measured: list[int]) -> Mapping[str, Kind]:
-    """Every kind; ``measured`` counts the images that sweeps measure."""
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """Count the images that sweeps measure."""
+    real, measured = SWEEPING.sweep_image, [0]
+
+    def counted(*args: Any) -> Any:
+        measured[0] += 1
+        return real(*args)
+
+    SWEEPING.sweep_image = counted  # type: ignore[attr-defined]
+    try:
+        yield measured
+    finally:
+        SWEEPING.sweep_image = real  # type: ignore[attr-defined]
+
+
+def kinds(lvlm: ss.LVLM) -> Mapping[str, Kind]:
+    """Every kind; sweep and training have one image and one step left."""
     sample = lvlm.prepare(images=random_image(32, 32, 0), text="what is it")
 
     def sweep(out: Path) -> Any:
@@ -99,10 +116,9 @@ def kinds(lvlm: ss.LVLM, measured: list[int]) -> Mapping[str, Kind]:
             sweep(out)
 
     def read_sweep(out: Path) -> Any:
-        found = []
-        for made in (Sweep.load(out), sweep(out)):
-            found += [made.table.to_dict("list"), made.settings, made.notes]
-        return found
+        made = [Sweep.load(out)] if (out / "manifest.json").exists() else []
+        made.append(sweep(out))
+        return [(one.table.to_dict("list"), one.settings, one.notes) for one in made]
 
     def train(out: Path) -> Any:
         options: dict[str, Any] = {"batch": 2, "validation": 0.25, "lr": 0.02, "progress": False}
@@ -139,13 +155,6 @@ def kinds(lvlm: ss.LVLM, measured: list[int]) -> Mapping[str, Kind]:
         made = lvlm.generate(sample, [ss.probes.TokenNorms()], max_new_tokens=3)
         made.save(out / "generation.safetensors")
 
-    real = SWEEPING.sweep_image
-
-    def counted(*args: Any) -> Any:
-        measured[0] += 1
-        return real(*args)
-
-    SWEEPING.sweep_image = counted  # type: ignore[attr-defined]
     return {
         "sweep": Kind(half_a_sweep, read_sweep),
         "training": Kind(half_a_training, train),
@@ -167,20 +176,18 @@ def place_of(folder: Path, drawn: random.Random) -> tuple[Path, int]:
     return file, 8 * byte + drawn.randrange(8)
 
 
-def flipped(folder: Path, place: tuple[Path, int], into: Path) -> Path:
-    """A copy of a folder with one bit flipped."""
+def flipped(folder: Path, place: tuple[Path, int], into: Path) -> None:
+    """Copy a folder with one bit flipped."""
     copy, (file, bit) = shutil.copytree(folder, into), place
     content = bytearray(file.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     (copy / file.relative_to(folder)).write_bytes(content)
-    return copy
 
 
-def sort(read: Callable[[], Any], expected: Any, measured: list[int]) -> tuple[str, str]:
-    """What happens when files are read, and in what words."""
-    before, more = measured[0], measured[1]
+def sort(read: Callable[[], Any], expected: Any) -> tuple[str, str]:
+    """What happens when files are read, and in what words; ``expected`` has the images measured, too."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), counting() as measured:
             warnings.simplefilter("ignore")
             found = read()
     except SinkscopeError as error:
@@ -189,58 +196,59 @@ def sort(read: Callable[[], Any], expected: Any, measured: list[int]) -> tuple[s
         ), f"{type(error).__name__}: {error}"
     except Exception as error:  # noqa: BLE001  sorting all of them is the point
         return "RAW", f"{type(error).__name__}: {error}"
-    if not same(found, expected):
+    if not same(found, expected[0]):
         return "SILENT", "another result"
-    return ("healed" if measured[0] - before > more else "harmless"), "the same result"
+    return ("healed" if measured[0] > expected[1] else "harmless"), "the same result"
 
 
-def main() -> int:
+def whole(kind: Kind, folder: Path, copy: Path) -> tuple[Any, int]:
+    """Write a folder; what is read in a copy of it, and how many images that measures."""
+    folder.mkdir()
+    kind.write(folder)
+    with counting() as measured:
+        found = kind.read(shutil.copytree(folder, copy))
+    shutil.rmtree(copy)
+    return found, measured[0]
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """Flip, read, sort, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds, with commas between")
     parser.add_argument("--verbose", action="store_true", help="print every flip")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    measured, drawn, started = [0, 0], random.Random(asked.seed), time.monotonic()
-    every = kinds(ss.LVLM(*tiny_llava(), verify=False), measured)
+    asked = parser.parse_args(words)
+    drawn, started = random.Random(asked.seed), time.monotonic()
+    every = kinds(ss.LVLM(*tiny_llava(), verify=False))
     chosen = [name for name in every if not asked.only or name in asked.only.split(",")]
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as made:
-        work, whole = Path(made), dict[str, Any]()
-        for name in chosen:
-            (work / name).mkdir()
-            every[name].write(work / name)
-            before = measured[0]
-            whole[name] = every[name].read(shutil.copytree(work / name, work / "copy"))
-            shutil.rmtree(work / "copy")
-            whole[name] = (whole[name], measured[0] - before)
+        work, copy = Path(made), Path(made, "copy")
+        expected = {name: whole(every[name], work / name, copy) for name in chosen}
         for turn in range(asked.flips):
             name = chosen[turn % len(chosen)]
             file, bit = place = place_of(work / name, drawn)
-            copy = flipped(work / name, place, work / "copy")
-            expected, measured[1] = whole[name]
-            how, said = sort(lambda n=name, c=copy: every[n].read(c), expected, measured)
+            flipped(work / name, place, copy)
+            how, said = sort(lambda n=name: every[n].read(copy), expected[name])
             shutil.rmtree(copy, ignore_errors=True)
             line = f"{how:8} {file.relative_to(work)} byte {bit // 8} bit {bit % 8}: {said}"
             if asked.verbose:
                 print(line.replace("\n", " ")[:400])
-            if how in ("SILENT", "RAW"):
-                wrong.append(line)
+            wrong += [line] if how in ("SILENT", "RAW") else []
             label = re.sub(r"\d{6,}", "N", file.name)
             counts.setdefault((name, label), collections.Counter())[how] += 1
-    outcomes = ("refused", "harmless", "healed", "SILENT", "RAW")
     print(f"seed {asked.seed}, {asked.flips} flips, {time.monotonic() - started:.0f} s")
-    print(f"{'kind':12}{'file':24}" + "".join(f"{one:>10}" for one in outcomes))
+    print(f"{'kind':12}{'file':24}" + "".join(f"{one:>10}" for one in OUTCOMES))
     total = sum(counts.values(), collections.Counter[str]())
     for (name, label), found in [*sorted(counts.items()), (("all", ""), total)]:
-        print(f"{name:12}{label:24}" + "".join(f"{found[one]:>10}" for one in outcomes))
+        print(f"{name:12}{label:24}" + "".join(f"{found[one]:>10}" for one in OUTCOMES))
     print("\n".join(wrong))
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     raise SystemExit(main())

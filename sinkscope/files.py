@@ -21,6 +21,7 @@ from sinkscope.errors import CheckpointError, InputError
 
 WRITING = ".writing"  # ends the name of a file that is not whole yet, behind its process
 LOCK = ".lock"  # what a running process holds; the file stays behind, and nobody holds it then
+AGAIN = "Delete this file and start the same again: what is done is read, not done anew."
 SEAL = "sha256"  # the key under which data hold the digest of all that is loaded with them
 DONE = re.compile(r"part-\d{6,}\.parquet|checkpoint-\d{6,}|report")  # what runs leave; it is sealed
 
@@ -187,19 +188,16 @@ def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> di
         if not noted.exists():
             write_whole(noted, json.dumps(seal(ours), indent=1) + "\n")
             return ours
-    again = (
-        f"Delete this file and run the same {what} again: what it has done is read, not done again."
-    )
-    found = read_json(noted, again)
+    found = read_json(noted, AGAIN)
     before = {k: v for k, v in found.items() if k != SEAL} if isinstance(found, dict) else None
     lines = [] if before is None else _differing(before, ours)
-    if lines and found in (before, seal(before or {})):  # whole, or by a version without seals
+    if before and lines and found in (before, seal(before)):  # whole, or by a version without seals
         listed = "\n  ".join(lines)
         raise InputError(
             f"Got out={str(folder)!r}, which holds another {what}; expected the same settings, data "
             f"and model to continue it.\n  {listed}\nWrite out='another folder', or remove this one."
         )
-    return unseal(found, noted, again)
+    return unseal(found, noted, AGAIN)
 
 
 @contextmanager

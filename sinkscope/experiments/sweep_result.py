@@ -25,7 +25,7 @@ from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
-from sinkscope.files import SEAL, claim, digest_of, read_json, unseal, writable, write_whole
+from sinkscope.files import AGAIN, SEAL, claim, digest_of, read_json, unseal, writable, write_whole
 from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
@@ -139,17 +139,15 @@ class Sweep:
         """Read a sweep, finished or not, from what was given as ``out``; CheckpointError if it holds none."""
         check_choice(BY, by=by)
         path = Path(folder).expanduser()
-        found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
-        if isinstance(found, dict) and found.get("format") not in list(GROUPS):
+        named = f"Name the folder that ss.sweep(..., out=folder) wrote. If it is that: {AGAIN}"
+        found = read_json(path / MANIFEST, named)
+        if isinstance(found, dict) and found.get("format", 2) not in list(GROUPS):
             raise CheckpointError(
-                f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
+                f"Got {str(path)!r} with a sweep of format {found['format']!r}, by another version of "
                 f"sinkscope; expected one of "
                 f"{list(GROUPS)}. Read it with that version, or run the sweep again into another folder."
             )
-        again = (
-            "Delete this file and start the same sweep again: what is done is read, not made again."
-        )
-        found = unseal(found, path / MANIFEST, again)
+        found = unseal(found, path / MANIFEST, AGAIN)
         tables, notes = [], list(found["notes"])
         for table, said in parts_of(path, found):
             tables.append(table)

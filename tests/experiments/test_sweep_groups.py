@@ -1,5 +1,7 @@
 """Sweeps with three groups against `ScaleKeys` on the sinks of `trace_sinks`, and against a gate."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
