@@ -42,7 +42,7 @@ from sinkscope.results.saving import same
 from sinkscope.testing import random_image, tiny_llava
 from sinkscope.training.loop import Loop
 
-ADVICE = re.compile(r"\b(delete|remove|write|again|download)\b", re.IGNORECASE)
+ADVICE = re.compile(r"\b(delete|remove|write|again|convert|upgrade)\b", re.IGNORECASE)
 OUTCOMES = ("refused", "harmless", "healed", "SILENT", "RAW")
 EDGE = 400  # bytes at both ends of a file, where headers are, that get half of the flips
 SWEEPING = sys.modules[ss.sweep.__module__]

@@ -66,19 +66,21 @@ def parts_of(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[pa.Table
     groups = {part_name(group): group for group in range(manifest["groups"])}
     for file in sorted(path.glob("part-*.parquet")):
         try:
+            if file.name not in groups:
+                raise ValueError(f"its {len(groups)} parts have other names")
             found = pq.ParquetFile(
                 pa.BufferReader(file.read_bytes()), page_checksum_verification=True
             )
             table, said = found.read(), found.schema_arrow.metadata or {}
-            notes = json.loads(said[b"notes"])
+            notes = json.loads(said.get(b"notes", b""))
             if not table.schema.equals(schema_of(manifest)):
                 raise ValueError("it has other columns")
-            if said[SEAL.encode()].decode() != seal_of(manifest, groups[file.name], table, notes):
+            expected = seal_of(manifest, groups[file.name], table, notes)
+            if said.get(SEAL.encode()) != expected.encode():
                 raise ValueError("it was damaged, or is of another image, sweep or version")
-        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-            why = f"it has no {error}" if isinstance(error, LookupError) else error
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise CheckpointError(
-                f"Got {str(file)!r}, which is no part of this sweep ({why}); expected it as it was "
+                f"Got {str(file)!r}, which is no part of this sweep ({error}); expected it as it was "
                 "written. Delete this file and run the sweep again: only its image is computed."
             ) from error
         yield table, notes

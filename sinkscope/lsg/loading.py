@@ -178,7 +178,7 @@ def read_head(source: Source, kind: str) -> Mapping[str, Any]:
     if wanted != set(known) - {SEAL}:
         strange, missing = sorted(set(known) - wanted - {SEAL}), sorted(wanted - set(known))
         what = f"Got {got} with unknown fields {strange} and without {missing}"
-        raise CheckpointError(f"{what}; expected {sorted(wanted)}.")
+        raise CheckpointError(f"{what}; expected {sorted(wanted)}. {AGAIN}")
     return known
 
 
@@ -201,7 +201,7 @@ def read_config(data: Any, source: Source) -> GateConfig:
         width = model["language_width"]
         require(config.d_model == width, "d_model", config.d_model, f"the model's width, {width}")
     except (InterventionError, DetectorError, LayerError) as error:
-        raise CheckpointError(f"{CONFIG} of {source} is impossible: {error}") from error
+        raise CheckpointError(f"{CONFIG} of {source} is impossible: {error} {AGAIN}") from error
     return config
 
 

@@ -9,13 +9,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import flip_bits
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
 import sinkscope as ss
+from scripts import flip_bits
 from sinkscope import files
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.experiments import Sweep
@@ -264,18 +264,28 @@ def test_a_stack_with_other_names_is_refused(kinds, tmp_path):
 # Disks
 
 
+def full(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_costs_nothing_that_was_there(begun, monkeypatch):
     before = content(begun.write)
     with monkeypatch.context() as patched:
-
-        def full(handle):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
         patched.setattr(os, "fsync", full)
         with refused(r"which cannot be written \(\[Errno 28\] No space left.* is still there"):
             go_on(begun)
     assert content(begun.write) == before
     begun.read(begun.write)
+
+
+@pytest.mark.parametrize("kind", ["gate", "run", "generation"])
+def test_a_full_disk_leaves_the_file_before(kinds, tmp_path, monkeypatch, kind):
+    kinds[kind].write(tmp_path)
+    before = content(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with refused("could not be written|cannot be written"):
+        kinds[kind].write(tmp_path)
+    assert content(tmp_path) == before
 
 
 def go_on(begun):
