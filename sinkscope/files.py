@@ -1,11 +1,18 @@
-"""Folders that long runs write to: files appear whole or not at all, and say what runs there."""
+"""Folders that long runs write to: files appear whole or not at all, and say what runs there.
 
+What is read again is sealed: a SHA-256 of all that is loaded tells whether it is as it was written. Nothing
+is written through a link.
+"""
+
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EEXIST
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,16 +21,29 @@ from sinkscope.errors import CheckpointError, InputError
 
 WRITING = ".writing"  # ends the name of a file that is not whole yet, behind its process
 LOCK = ".lock"  # what a running process holds; the file stays behind, and nobody holds it then
+AGAIN = "Delete this file and start the same again: what is done is read, not done anew."
+SEAL = "sha256"  # the key under which data hold the digest of all that is loaded with them
+DONE = re.compile(r"part-\d{6,}\.parquet|checkpoint-\d{6,}|report")  # what runs leave; it is sealed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all, also after a loss of power."""
-    made = path.with_name(f"{path.name}.{os.getpid()}{WRITING}")
-    with made.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    made.replace(path)
+    """Write a file that is there whole or not at all, also after a loss of power.
+
+    OSError if it cannot be written; what was there is then still there, and nothing else is. A link, a
+    folder or a device in its place is one too: nothing is written through it.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(EEXIST, "A link, folder or device is there; remove it first", str(path))
+    made = path.with_name(_new_name(path))
+    try:
+        with made.open("xb") as file:  # x: a new file, never one behind a link
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+    finally:
+        with suppress(OSError):
+            made.unlink()
 
 
 @contextmanager
@@ -35,7 +55,7 @@ def folder_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in filter(_abandoned, path.parent.glob(f"{path.name}.*{WRITING}")):
         shutil.rmtree(left, ignore_errors=True)
-    made = path.with_name(f"{path.name}.{uuid4().hex[:8]}.{os.getpid()}{WRITING}")
+    made = path.with_name(_new_name(path))
     made.mkdir()
     try:
         yield made
@@ -47,8 +67,19 @@ def folder_whole(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
+        with suppress(OSError):  # the new name is on the disk too; Windows opens no folders
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _new_name(path: Path) -> str:
+    """A name that no file has, for what is not whole yet."""
+    return f"{path.name[:50]}.{uuid4().hex[:8]}.{os.getpid()}{WRITING}"
 
 
 def read_json(path: Path, advice: str) -> Any:
@@ -62,11 +93,35 @@ def read_json(path: Path, advice: str) -> Any:
         ) from error
 
 
+def digest_of(data: Any, *parts: Any) -> str:
+    """The SHA-256 of JSON-ready data and of the bytes of ``parts``."""
+    out = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+    for part in parts:
+        out.update(part)
+    return out.hexdigest()
+
+
+def seal(data: Mapping[str, Any], *parts: Any) -> dict[str, Any]:
+    """JSON-ready data with a digest of them and of what is loaded with them, under `SEAL`."""
+    return {**data, SEAL: digest_of(data, *parts)}
+
+
+def unseal(found: Any, path: Path, advice: str, *parts: Any) -> dict[str, Any]:
+    """The data that `seal` was given; CheckpointError, which ``advice`` ends, if anything is different."""
+    data = dict(found) if isinstance(found, dict) else {}
+    if data.pop(SEAL, None) != digest_of(data, *parts):
+        raise CheckpointError(
+            f"Got {str(path)!r}, which does not fit its digest (damaged, changed, of another run, or by an "
+            f"earlier sinkscope); expected it as it was written. {advice}"
+        )
+    return data
+
+
 def _abandoned(file: Path) -> bool:
     """Whether the process that wrote a half-written file is gone; on Windows asking would end it."""
     pid = file.name.removesuffix(WRITING).rpartition(".")[2]
     if not pid.isdecimal() or sys.platform == "win32":
-        return not pid.isdecimal()
+        return False
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, PermissionError, OverflowError) as error:
@@ -80,24 +135,28 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
     Without locks (Windows, some file systems) nobody is kept out.
     """
-    with _writable(folder):
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    with writable(folder):
+        file = open(folder / LOCK, "rb+", buffering=0, opener=opened)  # noqa: SIM115
     with file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
+            known = file.read(20).decode(errors="replace").strip()
             raise InputError(
                 f"Got out={str(folder)!r}, where another {what} runs now (process "
-                f"{file.read().strip() or 'unknown'}); wait until it ends, or write out='another folder'."
+                f"{known or 'unknown'}); wait until it ends, or write out='another folder'."
             ) from error
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with writable(folder):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
         yield
 
 
@@ -107,7 +166,7 @@ def check_place(folder: Path, name: str, what: str) -> None:
     ``name`` is the file that notes what runs, ``what`` what a run is called, such as ``"sweep"``.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    with _writable(folder):
+    with writable(folder):
         _make(folder, name, what)
         for place in missing:
             place.rmdir()
@@ -115,41 +174,54 @@ def check_place(folder: Path, name: str, what: str) -> None:
             raise PermissionError(f"no permission to write to {str(folder)!r}")
 
 
-def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> None:
-    """Write a JSON-ready manifest to the folder of its run; refuse another run, with every difference."""
+def claim(folder: Path, name: str, manifest: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Write a JSON-ready manifest to the folder of its run; refuse another run, with every difference.
+
+    Returns the manifest as it is read again. Nothing is written if it is there.
+    """
     ours, noted = json.loads(json.dumps(manifest)), folder / name
-    with _writable(folder):
+    with writable(folder):
         _make(folder, name, what)
         for left in filter(_abandoned, folder.glob(f"*{WRITING}")):
-            left.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that is read only it may stay
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not noted.exists():
-            write_whole(noted, json.dumps(ours, indent=1) + "\n")
-            return
-    before = read_json(noted, f"Remove {str(folder)!r} to start again.")
-    if lines := "\n  ".join(_differing(before, ours)):
+            write_whole(noted, json.dumps(seal(ours), indent=1) + "\n")
+            return ours
+    found = read_json(noted, AGAIN)
+    before = {k: v for k, v in found.items() if k != SEAL} if isinstance(found, dict) else None
+    lines = [] if before is None else _differing(before, ours)
+    if before and lines and found in (before, seal(before)):  # whole, or by a version without seals
+        listed = "\n  ".join(lines)
         raise InputError(
             f"Got out={str(folder)!r}, which holds another {what}; expected the same settings, data "
-            f"and model to continue it.\n  {lines}\nWrite out='another folder', or remove this one."
+            f"and model to continue it.\n  {listed}\nWrite out='another folder', or remove this one."
         )
+    return unseal(found, noted, AGAIN)
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Say which folder could not be written."""
+def writable(folder: Path) -> Iterator[None]:
+    """Turn an OSError of a block that writes to a folder into a CheckpointError that names it."""
     try:
         yield
+    except CheckpointError:
+        raise
     except OSError as error:
-        what = f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder."
-        raise CheckpointError(what) from error
+        raise CheckpointError(
+            f"Got out={str(folder)!r}, which cannot be written ({error}); expected a folder with room "
+            "and permission to write, and no links in it. What was there before is still there."
+        ) from error
 
 
 def _make(folder: Path, name: str, what: str) -> None:
     """Make a folder, unless it is a file or holds other files and no manifest."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Got out={str(folder)!r}, which is a file; expected a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    others = [f for f in folder.iterdir() if f.name != LOCK and not f.name.endswith(WRITING)]
-    if others and not (folder / name).exists():
+    if not folder.is_dir():  # a disk that is read only refuses even one that is there
+        folder.mkdir(parents=True, exist_ok=True)
+    names = (f.name for f in folder.iterdir() if f.name != LOCK and not f.name.endswith(WRITING))
+    if not (folder / name).exists() and not all(map(DONE.fullmatch, names)):
         raise InputError(
             f"Got out={str(folder)!r}, a folder with other files and no {name}; expected a new "
             f"folder, or one of a {what} that is to be continued."

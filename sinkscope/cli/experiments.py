@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 from sinkscope.checks import is_whole
 from sinkscope.cli import recipes
 from sinkscope.errors import InputError
-from sinkscope.files import check_place
+from sinkscope.files import check_place, writable, write_whole
 
 if TYPE_CHECKING:
     from sinkscope.models import LVLM
@@ -119,7 +120,8 @@ def sweep(
     print("\nBest cell per task, chosen on one half of the images and scored on the other:")
     print(best.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     folder = write_report(out, {"map": made.map(), "best": best}, "map", made)
-    (folder / "observations.txt").write_text(made.observations() + "\n", encoding="utf-8")
+    with writable(folder):
+        write_whole(folder / "observations.txt", made.observations() + "\n")
     print(f"\nMap and tables: {folder}; every answer: {out}")
     return 0
 
@@ -219,10 +221,14 @@ def grid_of(asked: Any) -> list[tuple[Any, ...]]:
 def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -> Path:
     """Write tables and the result's figure to ``report/`` beside the raw results."""
     folder = out / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, table in tables.items():
-        table.to_csv(folder / f"{file}.csv", index=False)
-    result.plot().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    result.plot().savefig(drawn := BytesIO(), format="png", dpi=150, bbox_inches="tight")
+    with writable(folder):
+        if folder.is_symlink():
+            raise OSError(f"{str(folder)!r} is a link; remove it first")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, table in tables.items():
+            write_whole(folder / f"{file}.csv", table.to_csv(index=False))
+        write_whole(folder / f"{name}.png", drawn.getvalue())
     return folder
 
 

@@ -2,7 +2,8 @@
 
 A folder holds ``manifest.json`` (what was run; another run is refused), ``.lock`` (held by the process that
 writes; a second one is refused) and ``part-000000.parquet``, ...: all cells of the questions about one image.
-A part is written whole or not at all. The next run makes the parts that are missing.
+A part is written whole or not at all. The next run makes the parts that are missing. Manifest and parts are
+sealed: one that was damaged, or that is of another sweep or image, is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +25,7 @@ from sinkscope.errors import CheckpointError
 from sinkscope.experiments.findings import best_of, observe
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
 from sinkscope.experiments.sweep_grid import CELL, GROUPS, NOUNS, counted, wide
-from sinkscope.files import claim, read_json, write_whole
+from sinkscope.files import AGAIN, SEAL, claim, digest_of, read_json, unseal, writable, write_whole
 from sinkscope.viz import plot_sweep
 
 MANIFEST = "manifest.json"
@@ -52,22 +54,67 @@ def as_frame(tables: Sequence[pa.Table], manifest: Mapping[str, Any]) -> pd.Data
     return whole.sort_by([(name, "ascending") for name in ("item", "layer", "pair")]).to_pandas()
 
 
+def seal_of(manifest: Mapping[str, Any], group: int, table: pa.Table, notes: list[str]) -> str:
+    """The digest of a part: of its sweep, its place there, its notes and all its cells."""
+    texts = [column.to_pylist() for column in table.columns if column.type == pa.string()]
+    numbers = [column.to_numpy() for column in table.columns if column.type != pa.string()]
+    return digest_of([manifest, group, notes, texts], *map(np.ascontiguousarray, numbers))
+
+
+def parts_of(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[pa.Table, list[str]]]:
+    """Read the parts that are there, cells and notes; CheckpointError for one that is not this sweep's."""
+    groups = {part_name(group): group for group in range(manifest["groups"])}
+    for file in sorted(path.glob("part-*.parquet")):
+        try:
+            if file.name not in groups:
+                raise ValueError(f"its {len(groups)} parts have other names")
+            found = pq.ParquetFile(
+                pa.BufferReader(file.read_bytes()), page_checksum_verification=True
+            )
+            table, said = found.read(), found.schema_arrow.metadata or {}
+            notes = json.loads(said.get(b"notes", b""))
+            if not table.schema.equals(schema_of(manifest)):
+                raise ValueError("it has other columns")
+            expected = seal_of(manifest, groups[file.name], table, notes)
+            if said.get(SEAL.encode()) != expected.encode():
+                raise ValueError("it was damaged, or is of another image, sweep or version")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"Got {str(file)!r}, which is no part of this sweep ({error}); expected it as it was "
+                "written. Delete this file and run the sweep again: only its image is computed."
+            ) from error
+        yield table, notes
+
+
+def part_name(group: int) -> str:
+    """The name of the part of an image group."""
+    return f"part-{group:06d}.parquet"
+
+
 class Folder:
-    """The folder of one sweep, made if it does not exist; another sweep or other files are refused."""
+    """The folder of one sweep, made if it does not exist.
+
+    Another sweep, other files and parts that were damaged are refused.
+    """
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
-        self.path, self.manifest = Path(path).expanduser(), manifest
-        claim(self.path, MANIFEST, manifest, "sweep")
+        self.path = Path(path).expanduser()
+        self.manifest = claim(self.path, MANIFEST, manifest, "sweep")
+        for _ in parts_of(self.path, self.manifest):
+            pass
 
-    def part(self, group: int) -> Path:
-        """The part of an image group; it is there once the group is done."""
-        return self.path / f"part-{group:06d}.parquet"
+    def missing(self) -> list[int]:
+        """The image groups that are not done."""
+        groups = range(self.manifest["groups"])
+        return [group for group in groups if not (self.path / part_name(group)).exists()]
 
     def write(self, group: int, lines: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         """Write a group's cells and notes, whole or not at all."""
         table, sink = as_table(lines, self.manifest), pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata({"notes": json.dumps(list(notes))}), sink)
-        write_whole(self.part(group), sink.getvalue().to_pybytes())
+        said = {SEAL: seal_of(self.manifest, group, table, list(notes)), "notes": json.dumps(notes)}
+        pq.write_table(table.replace_schema_metadata(said), sink, write_page_checksum=True)
+        with writable(self.path):
+            write_whole(self.path / part_name(group), sink.getvalue().to_pybytes())
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,24 +141,19 @@ class Sweep:
         """Read a sweep, finished or not, from what was given as ``out``; CheckpointError if it holds none."""
         check_choice(BY, by=by)
         path = Path(folder).expanduser()
-        found = read_json(path / MANIFEST, "Name the folder that ss.sweep(..., out=folder) wrote.")
-        if found.get("format") not in list(GROUPS):
+        named = f"Name the folder that ss.sweep(..., out=folder) wrote. If it is that: {AGAIN}"
+        found = read_json(path / MANIFEST, named)
+        if isinstance(found, dict) and found.get("format", 2) not in list(GROUPS):
             raise CheckpointError(
-                f"Got {str(path)!r} with a sweep of format {found.get('format')!r}, by another version of "
-                f"sinkscope {found.get('versions', {}).get('sinkscope', '')}; expected one of "
+                f"Got {str(path)!r} with a sweep of format {found['format']!r}, by another version of "
+                f"sinkscope; expected one of "
                 f"{list(GROUPS)}. Read it with that version, or run the sweep again into another folder."
             )
+        found = unseal(found, path / MANIFEST, AGAIN)
         tables, notes = [], list(found["notes"])
-        for file in sorted(path.glob("part-*.parquet")):
-            try:
-                tables.append(pq.read_table(file, schema=schema_of(found)))
-                said = pq.read_schema(file).metadata or {}
-            except (OSError, pa.ArrowException) as error:
-                raise CheckpointError(
-                    f"Could not read {str(file)!r} ({error}); expected a part of a sweep. Delete this "
-                    "file and run the sweep again: only its image is computed."
-                ) from error
-            notes += json.loads(said.get(b"notes", b"[]"))
+        for table, said in parts_of(path, found):
+            tables.append(table)
+            notes += said
         if len(tables) < found["groups"]:
             notes.append(f"not finished: {len(tables)} of {found['groups']} images")
         return cls(as_frame(tables, found), found, tuple(dict.fromkeys(notes)), by)

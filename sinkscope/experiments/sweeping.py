@@ -86,7 +86,8 @@ def sweep(
     Raises:
         InputError: If an option is malformed, another sweep is or runs in ``out``, or a log-probability
             or score is not finite; nothing of that image is then written.
-        CheckpointError: If ``out`` cannot be written or read.
+        CheckpointError: If ``out`` cannot be written or read, or a file in it was damaged or is of another
+            sweep. What was done before stays.
         ModelError: If a resumed pass would not be the model's own.
     """
     check_flags(dry_run=dry_run)
@@ -128,7 +129,8 @@ def sweep(
     low = found.l_rule if cells.with_l else None
     rules = Rules(cells, scoring, found.v, merge, Batch(batch, len(pairs)), low)
     hidden = len(items) < 50 if progress is None else not progress
-    with nullcontext() if folder is None else held(folder.path, "sweep"), evaluated(lvlm.module):
+    busy = folder is not None and folder.missing()  # a finished one is only read
+    with held(folder.path, "sweep") if folder and busy else nullcontext(), evaluated(lvlm.module):
         made, heard = _run(lvlm, groups, rules, folder, hidden)
     if out is not None:
         return Sweep.load(out, by)
@@ -141,7 +143,7 @@ def _run(
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     lines, notes, each = [], [], len(rules.cells.layers) * len(rules.cells.pairs)
-    missing = [i for i in range(len(groups)) if folder is None or not folder.part(i).exists()]
+    missing = list(range(len(groups))) if folder is None else folder.missing()
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
     bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
     with bar:

@@ -17,6 +17,7 @@ from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, 
 from sinkscope.detectors.gap import DRAWS, outcome_of
 from sinkscope.errors import CheckpointError, DetectorError, SelectionError
 from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
+from sinkscope.files import write_whole
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
 from sinkscope.results import Result
@@ -230,7 +231,7 @@ class SinkTrace(Result):
         text = json.dumps(body, indent=2, default=str)
         if path is not None:
             try:
-                Path(path).write_text(text, encoding="utf-8")
+                write_whole(Path(path), text)
             except (OSError, ValueError) as error:  # the last: a name that no file can have
                 what = f"Got path={str(path)[:200]!r}, which cannot be written ({error})"
                 raise CheckpointError(f"{what}; expected the name of a file.") from error

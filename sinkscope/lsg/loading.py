@@ -1,5 +1,6 @@
 """Gates read from folders and hub repositories; no code that lies there is run."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,9 @@ from torch import Tensor
 from sinkscope import __version__
 from sinkscope.checks import is_whole
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
-from sinkscope.files import read_json
+from sinkscope.files import SEAL, read_json, unseal
 from sinkscope.lsg.config import BASES, WHOLE, GateConfig, canonical, check_layer, require
+from sinkscope.results.saving import digest
 
 FORMAT, STACK, VERSION = "sinkscope-lsg", "sinkscope-lsg-stack", 1
 CONFIG, TENSORS, RECORD = "config.json", "model.safetensors", "training.json"
@@ -89,7 +91,8 @@ def source_of(name: Any, revision: str | None = None, subfolder: str = "") -> So
 
 def read_stack(source: Source) -> list[SavedGate]:
     """The gates of a stack, in its order."""
-    names = read_head(source, STACK)
+    head = read_head(source, STACK)
+    names = head[HELD[STACK]]
     if not (
         isinstance(names, list)
         and all(isinstance(x, str) and re.fullmatch(r"[^./][^/]*", x, re.DOTALL) for x in names)
@@ -97,13 +100,15 @@ def read_stack(source: Source) -> list[SavedGate]:
     ):
         what = f"Got gates={names!r} in {CONFIG} of {source}"
         raise CheckpointError(f"{what}; expected names of folders beside it.")
+    check_seal(source, head, None, {})
     within = f"{source.subfolder}/" if source.subfolder else ""
     return [read_gate(replace(source, subfolder=within + name)) for name in names]
 
 
 def read_gate(source: Source) -> SavedGate:
     """The gate that lies there; its choices are checked first, then its tensors against them."""
-    config = read_config(read_head(source, FORMAT), source)
+    head = read_head(source, FORMAT)
+    config = read_config(head[HELD[FORMAT]], source)
     path = source.find(TENSORS) or source.find("pytorch_model.bin")
     if path is None:
         raise CheckpointError(f"Got {source} without {TENSORS}; expected it beside {CONFIG}.")
@@ -128,11 +133,27 @@ def read_gate(source: Source) -> SavedGate:
     if told is not None and not isinstance(record, Mapping):
         what = f"Got {str(told)!r}, which holds a {type(record).__name__}"
         raise CheckpointError(f"{what}; expected a training record, values by name. {AGAIN}")
+    check_seal(source, head, record, tensors)
     return SavedGate(config, tensors, record)
 
 
-def read_head(source: Source, kind: str) -> Any:
-    """What `CONFIG` holds of a gate or a stack; refused if it is missing, of another kind, or newer."""
+def digest_beside(record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> bytes:
+    """The digest of what is loaded with `CONFIG`."""
+    return digest(json.dumps(record, sort_keys=True), tensors).encode()
+
+
+def check_seal(
+    source: Source, head: Mapping[str, Any], record: Any, tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse what was damaged or changed; gates of before have no digest, and pass."""
+    if SEAL in head:
+        again = f"{AGAIN} If you changed it, delete {SEAL!r} in {CONFIG}: then nothing is compared."
+        where = Path(source.name, source.subfolder)
+        unseal(head, where, again, digest_beside(record, tensors))
+
+
+def read_head(source: Source, kind: str) -> Mapping[str, Any]:
+    """`CONFIG` of a gate or a stack; refused if it is missing, of another kind, or newer."""
     path = source.find(CONFIG)
     head = None if path is None else read_json(path, AGAIN)
     known = head if isinstance(head, Mapping) else {}
@@ -154,11 +175,11 @@ def read_head(source: Source, kind: str) -> Any:
             f"and versions by name. Upgrade sinkscope ({__version__} is here) if the file is newer."
         )
     wanted = {"format", "format_version", "versions", HELD[kind]}
-    if wanted != set(known):
-        strange, missing = sorted(set(known) - wanted), sorted(wanted - set(known))
+    if wanted != set(known) - {SEAL}:
+        strange, missing = sorted(set(known) - wanted - {SEAL}), sorted(wanted - set(known))
         what = f"Got {got} with unknown fields {strange} and without {missing}"
-        raise CheckpointError(f"{what}; expected {sorted(wanted)}.")
-    return known[HELD[kind]]
+        raise CheckpointError(f"{what}; expected {sorted(wanted)}. {AGAIN}")
+    return known
 
 
 def read_config(data: Any, source: Source) -> GateConfig:
@@ -180,7 +201,7 @@ def read_config(data: Any, source: Source) -> GateConfig:
         width = model["language_width"]
         require(config.d_model == width, "d_model", config.d_model, f"the model's width, {width}")
     except (InterventionError, DetectorError, LayerError) as error:
-        raise CheckpointError(f"{CONFIG} of {source} is impossible: {error}") from error
+        raise CheckpointError(f"{CONFIG} of {source} is impossible: {error} {AGAIN}") from error
     return config
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from sinkscope import __version__
 from sinkscope.errors import CheckpointError, InputError
-from sinkscope.files import read_json, write_whole
+from sinkscope.files import read_json, seal, write_whole
 from sinkscope.lsg import loading
 from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
 
@@ -75,18 +75,26 @@ def files_of(gate: SavedGate) -> dict[str, bytes]:
     if broken:
         what = f"Got a gate with NaN or infinite numbers in {broken}; expected finite ones."
         raise CheckpointError(f"{what} Lower the learning rate, or save an earlier state.")
-    beside = files_beside(FORMAT, gate.config.to_dict(), gate_card(gate, record), record)
+    beside = files_beside(FORMAT, gate.config.to_dict(), gate_card(gate, record), record, tensors)
     return {TENSORS: save(tensors), **beside}
 
 
 def files_beside(
-    kind: str, held: Any, card: bytes, record: Mapping[str, Any] | None
+    kind: str,
+    held: Any,
+    card: bytes,
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, bytes]:
-    """The files beside the tensors: strict JSON, for people to read, and the card."""
+    """The files beside the tensors: strict JSON, for people to read, and the card.
+
+    `CONFIG` has a digest of all that is loaded: itself, and of a gate its record and tensors.
+    """
     versions = {"sinkscope": __version__, "torch": str(torch.__version__)}
     versions["transformers"] = transformers.__version__
     head = {"format": kind, "format_version": loading.VERSION}
     head |= {loading.HELD[kind]: held, "versions": versions}
+    head = seal(head, loading.digest_beside(record if kind == FORMAT else None, tensors or {}))
     datas = {CONFIG: head} if record is None else {CONFIG: head, RECORD: record}
     how: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
     return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}
@@ -97,9 +105,10 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
     target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Got {str(target)!r}, which is a file; expected a folder.")
-    refuse_foreign(f"the folder {str(target)!r}", foreign(target, kind) if target.exists() else [])
     made = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     try:
+        there = foreign(target, kind) if target.exists() else []
+        refuse_foreign(f"the folder {str(target)!r}", there)
         for name, content in files.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(made / name, content)
@@ -118,6 +127,8 @@ def write_folder(folder: Any, files: Mapping[str, bytes], kind: str) -> None:
                 undo.callback(there.rename, here)
             undo.pop_all()
         shutil.rmtree(old)
+    except CheckpointError:  # an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({scrub(error)}); expected a folder you may write "

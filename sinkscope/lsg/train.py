@@ -189,7 +189,8 @@ def train_lsg(
     ``seed`` are fields of `TrainingSettings`, written here instead of ``settings``. The result has the gates
     with the weights of the lowest validation loss, the history and a record.
 
-    InputError if the data, a setting or the folder does not fit. A gate whose loss or gradient is NaN or
+    InputError if the data, a setting or the folder does not fit; CheckpointError if the folder cannot be
+    written or its checkpoint was damaged. A gate whose loss or gradient is NaN or
     infinite ends with a warning, and the others continue; NonFiniteError if none is left.
 
     Args:
@@ -245,18 +246,19 @@ def train_lsg(
     facts["steps"] = {"rows": settings.batch * settings.accumulate * count, "all": cost.steps}
     shown = len(data) >= 50 if progress is None else progress
     folder = None if out is None else Path(out)
+    trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
+    how = (settings, folder, checkpoint_every, shown, accelerator, facts)
+    loop = Loop(trainees, objective, rows, tested, *how)
     with ExitStack() as stack:
         if folder is not None and (accelerator is None or accelerator.is_main_process):
             claim(folder, "run.json", facts, "run")
-            stack.enter_context(held(folder, "run"))
+            if not loop.resume():  # a finished run is only read
+                stack.enter_context(held(folder, "run"))
         if accelerator is not None:
             accelerator.wait_for_everyone()
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
         base = objective.means([[]], tested, settings.batch)[0] if tested else None
-        trainees = [Trainee(name, dict(gate.named_parameters())) for name, gate in by_name.items()]
-        how = (settings, folder, checkpoint_every, shown, accelerator)
-        loop = Loop(trainees, objective, rows, tested, *how)
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)
     for layer, gate in made.items():

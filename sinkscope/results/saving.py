@@ -166,7 +166,7 @@ def write(value: Any, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, metadata))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the last: a name that no file can have
         got = f"Got {str(path)!r}, which cannot be written ({error})"
         raise CheckpointError(f"{got}; expected the path of a file.") from error
     return path
@@ -178,7 +178,7 @@ def load(path: str | Path) -> Any:
     is missing, damaged, of something else or of a newer sinkscope, or holds a class not known here."""
 
     def refuse(why: str, expected: str = "") -> CheckpointError:
-        expected = expected or "the file as result.save(path) wrote it"
+        expected = expected or "the file as result.save(path) wrote it. Copy or make it again"
         return CheckpointError(f"Got {str(path)!r}, {why}; expected {expected}.")
 
     try:

@@ -1,7 +1,6 @@
 """Train named parameters on batches of records, with checkpoints, validation and early ends."""
 
 import json
-import os
 import re
 import shutil
 import time
@@ -21,7 +20,8 @@ from tqdm.auto import tqdm
 
 from sinkscope.data.batches import batches_of
 from sinkscope.errors import CheckpointError, NonFiniteError
-from sinkscope.files import read_json, write_whole
+from sinkscope.files import folder_whole, read_json, seal, unseal, writable
+from sinkscope.results.saving import digest
 from sinkscope.training import TrainingSettings
 
 
@@ -129,6 +129,7 @@ class Loop:
     checkpoint_every: int = 100
     progress: bool = True
     accelerator: Accelerator | None = None  # processes to share the rows with
+    facts: Any = None  # JSON-ready: what a run must have been started with to be continued
     history: list[dict[str, Any]] = field(default_factory=list)  # by trainee, step and split
     step: int = 0  # steps done
     seconds: float = 0.0  # wall time, that before a kill included
@@ -152,17 +153,7 @@ class Loop:
         A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until then,
         and the others continue. NonFiniteError if none is left, or if rows are shared by processes.
         """
-        for newest in self._checkpoints[-1:]:
-            again = f"Remove {str(newest)!r} to start again."
-            try:
-                tensors = load_file(newest / "state.safetensors")
-            except (OSError, SafetensorError) as error:
-                what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
-                raise CheckpointError(f"{what}; expected a whole file. {again}") from error
-            data = read_json(newest / "state.json", again)
-            for trainee in self.trainees:
-                trainee.restore(tensors, data["runners"][trainee.name])
-            self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
+        self.resume()
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
@@ -183,6 +174,29 @@ class Loop:
             for key, parameter in trainee.parameters.items():
                 parameter.data.copy_(trainee.best[key])
                 parameter.grad = None
+
+    def resume(self) -> bool:
+        """Take the newest checkpoint, if there is one, and say whether nothing is left to train.
+
+        CheckpointError if it was damaged, or is of another run.
+        """
+        for newest in self._checkpoints[-1:]:
+            again = f"Remove {str(newest)!r} to start again."
+            try:
+                tensors = load_file(newest / "state.safetensors")
+            except (OSError, SafetensorError) as error:
+                what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
+                raise CheckpointError(f"{what}; expected a whole file. {again}") from error
+            data = read_json(newest / "state.json", again)
+            data = unseal(data, newest, again, self._digest(tensors))
+            for trainee in self.trainees:
+                trainee.restore(tensors, data["runners"][trainee.name])
+            self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
+        return self.step >= self.steps or not self._active
+
+    def _digest(self, tensors: Mapping[str, Tensor]) -> bytes:
+        """The digest of what lies beside ``state.json``, and of the run it is of."""
+        return digest(json.dumps(self.facts, sort_keys=True), tensors).encode()
 
     @property
     def _active(self) -> list[Trainee]:
@@ -278,21 +292,20 @@ class Loop:
         seconds = time.monotonic() - self._since
         data = {"step": self.step, "seconds": seconds, "runners": numbers, "history": self.history}
         tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
-        made = self.folder / f"checkpoint-{self.step:06d}.tmp"
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        write_whole(made / "state.safetensors", save(tensors))
-        write_whole(made / "state.json", json.dumps(data, allow_nan=False))
-        made.rename(made.with_suffix(""))
-        handle = os.open(self.folder, os.O_RDONLY)
-        os.fsync(handle)  # the new name is on the disk before the old one goes
-        os.close(handle)
-        for path in self._checkpoints[:-1]:
-            shutil.rmtree(path)
+        state = json.dumps(seal(data, self._digest(tensors)), allow_nan=False)
+        with writable(self.folder):
+            with folder_whole(self.folder / f"checkpoint-{self.step:06d}") as made:
+                (made / "state.safetensors").write_bytes(save(tensors))
+                (made / "state.json").write_text(state, encoding="utf-8")
+            for path in self._checkpoints[:-1]:
+                shutil.rmtree(path)
 
     @property
     def _checkpoints(self) -> list[Path]:
         """Finished states, the newest last."""
-        paths = [] if self.folder is None else self.folder.iterdir()
+        if self.folder is None:
+            return []
+        with writable(self.folder):
+            paths = list(self.folder.iterdir())
         found = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

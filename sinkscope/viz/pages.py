@@ -4,6 +4,7 @@ import json
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.checks import typed
 from sinkscope.errors import InputError
+from sinkscope.files import write_whole
 from sinkscope.viz import layers, maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.tables import counts, of_kind, render, share, short, templates
@@ -139,22 +141,24 @@ def write_report(
     pictures = list(pictures_of(trace, mass, decoys))
     hidden = None if progress is None else not progress
     try:
+        if (folder / "figures").is_symlink():
+            raise OSError(f"{str(folder / 'figures')!r} is a link; remove it first")
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         sinks = trace.to_dataframe()
         for name in sinks.columns:  # lists are written as JSON
             if sinks[name].map(lambda value: isinstance(value, tuple)).any():
                 sinks[name] = sinks[name].map(lambda value: json.dumps(value) if value else "")
-        sinks.to_csv(folder / "sinks.csv", index=False)
-        _tokens_table(trace).to_csv(folder / "tokens.csv", index=False)
+        write_whole(folder / "sinks.csv", sinks.to_csv(index=False))
+        write_whole(folder / "tokens.csv", _tokens_table(trace).to_csv(index=False))
         trace.to_json(folder / "trace.json")
         for picture in tqdm(pictures, "drawing", disable=hidden, leave=False):
-            path = folder / "figures" / f"{picture.name}.png"
-            picture.draw().savefig(path, dpi=130, facecolor="white")
-            shown.append((picture, b64encode(path.read_bytes()).decode()))
+            picture.draw().savefig(drawn := BytesIO(), format="png", dpi=130, facecolor="white")
+            write_whole(folder / "figures" / f"{picture.name}.png", drawn.getvalue())
+            shown.append((picture, b64encode(drawn.getvalue()).decode()))
         strips = [strip_of(trace, row) for row in range(len(trace.sample))]
         given = {"shown": shown, "strips": strips, "tables": tables or {}, "written": WRITTEN}
         text = render("page.html", trace=trace, title=title, **given)
-        (folder / "index.html").write_text(text, encoding="utf-8")
+        write_whole(folder / "index.html", text)
     except OSError as error:
         raise InputError(
             f"Got the report folder {str(folder)!r}, which cannot be written ({error}); expected a "

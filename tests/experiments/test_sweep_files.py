@@ -18,7 +18,7 @@ import torch
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.experiments import sweep_result as store
-from sinkscope.files import LOCK, WRITING
+from sinkscope.files import LOCK, WRITING, seal, unseal
 from tests.experiments.sweep_job import questions, run
 
 ROOT = Path(__file__).parents[2]
@@ -232,16 +232,20 @@ def test_leftovers_of_a_killed_process_are_removed_and_no_others(small, living):
     """A second process deleted what the first was writing, which then ended with an error."""
     small()
     left = small.folder / f"part-000001.parquet.{living.pid}{WRITING}"
-    odd = small.folder / f"notes{WRITING}"
-    for file in (left, odd):
+    folder = small.folder / f"checkpoint-000002.aa.{living.pid}{WRITING}"
+    odd = small.folder / f"notes{WRITING}"  # of no process: not ours
+    folder.mkdir()
+    for file in (left, odd, folder / "state.json"):
         file.write_bytes(b"half")
     small()
     assert left.exists()
-    assert not odd.exists()
+    assert folder.exists()
     living.kill()
     living.wait()
     small()
     assert not left.exists()
+    assert not folder.exists()
+    assert odd.exists()
 
 
 HOLD = """
@@ -282,7 +286,7 @@ def test_a_lock_alone_does_not_make_a_folder_strange(small):
 def test_manifest_is_plain(small):
     made = small()
     found = json.loads((small.folder / store.MANIFEST).read_text())
-    assert found == made.settings
+    assert found == seal(made.settings)
     assert found["versions"]["torch"] == torch.__version__
     assert found["groups"] == 3
 
@@ -309,12 +313,15 @@ def test_a_folder_of_an_earlier_commit_is_read_and_continued(tmp_path):
         return ss.sweep(lvlm, questions()[:4], [0], grid, **RULES, score="logprob", **options)
 
     noted = json.loads((out / store.MANIFEST).read_text())
-    noted["versions"]["torch"] = "1.0"
-    (out / store.MANIFEST).write_text(json.dumps(noted))
+    part = next(store.parts_of(out, unseal(noted, out, "")))
+    noted = kept.settings | {"versions": {**kept.settings["versions"], "torch": "1.0"}}
+    (out / store.MANIFEST).write_text(json.dumps(seal(noted)))
     with pytest.raises(InputError, match=r'versions.torch: there "1.0".*\n.*Write out=.another'):
         go(out=out)
     noted["versions"] = go().settings["versions"]  # those of this machine
-    (out / store.MANIFEST).write_text(json.dumps(noted))
+    (out / store.MANIFEST).write_text(json.dumps(seal(noted)))
+    (out / store.part_name(0)).unlink()
+    store.Folder(out, noted).write(0, part[0].to_pylist(), part[1])
     made = go(out=out)
     assert not made.notes
     assert made.settings == noted

@@ -12,11 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError
-from sinkscope.files import held
+from sinkscope.files import held, seal, unseal
 from sinkscope.models.loading import identity_of
+from sinkscope.results.saving import digest
 from sinkscope.testing import random_image, tiny_llava
 from sinkscope.training.loop import Loop
 from tests.lsg.test_train import RULE, Bad, records, same, train, weights
@@ -114,9 +116,13 @@ def test_an_early_end_is_the_same_after_a_break(lvlm, tmp_path):
 def test_a_run_of_the_version_before_goes_on(lvlm, tmp_path):
     """Half a run that the loop before this one wrote: four of six steps, and a validation at two of them."""
     shutil.copytree(SAVED, tmp_path, dirs_exist_ok=True)
-    noted = json.loads((tmp_path / "run.json").read_text())
+    facts, last = tmp_path / "run.json", tmp_path / "checkpoint-000004"
+    tensors = load_file(last / "state.safetensors")
+    noted = unseal(json.loads(facts.read_text()), facts, "")
+    data = unseal(json.loads((last / "state.json").read_text()), last, "", sealed(noted, tensors))
     noted["model"]["weights"] = identity_of(lvlm)["weights"]  # random weights may differ by machine
-    (tmp_path / "run.json").write_text(json.dumps(noted))
+    facts.write_text(json.dumps(seal(noted)))
+    (last / "state.json").write_text(json.dumps(seal(data, sealed(noted, tensors))))
     options = {"layers": [1], "choices": {"hidden": 2}, "evaluate_every": 2, "patience": 3}
     expected = train(lvlm, **options)
     steps, step = [], Loop._one_step
@@ -172,10 +178,18 @@ def test_pixels_that_changed_are_another_run(lvlm, tmp_path, named):
 
 
 def test_a_second_run_of_the_same_folder_is_refused_while_the_first_goes_on(lvlm, tmp_path):
-    train(lvlm, out=tmp_path)
+    done = train(lvlm, out=tmp_path)
+    with held(tmp_path, "run"):
+        assert same(weights(train(lvlm, out=tmp_path)), weights(done))  # what is done is only read
+    shutil.rmtree(*tmp_path.glob("checkpoint-*"))
     with held(tmp_path, "run"), pytest.raises(InputError, match="where another run runs now"):
         train(lvlm, out=tmp_path)
     train(lvlm, out=tmp_path)
+
+
+def sealed(facts, tensors):
+    """The digest of what a checkpoint's ``state.json`` belongs to."""
+    return digest(json.dumps(facts, sort_keys=True), tensors).encode()
 
 
 def test_files_that_cannot_be_read_are_named(lvlm, tmp_path):
