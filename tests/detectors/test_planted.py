@@ -133,7 +133,9 @@ def test_records_tell_birth_writer_and_place(layout):
     for r in records:
         if r.kind == "attention":
             continue
-        assert r.verdict == "NOP"
+        assert r.value_ratio <= 0.2
+        # Sinks share the attention of their heads, so of most no head has an event.
+        assert r.verdict == ("NOP" if r.event else "no event")
         if r.kind == "V":
             assert r.vit_birth == truth.v_layer
             assert r.vit_writer == truth.v_written_by
