@@ -238,10 +238,10 @@ class RegisterNeurons(Result):
     version: str
 
     def edit(self, count: int = 1, scale: float = 1.0) -> TestTimeRegister:
-        """The extra token. The paper's text sets the neurons to zero on all image tokens and CLS; its code
-        leaves them as they are on CLS."""
-        cls: Any = {"cls": "zero" if self.version == "paper" else "keep"}
-        return TestTimeRegister(self.neurons, count, scale, "zero", **cls)
+        """The extra token. The paper's text sets the neurons to zero on all other tokens and gives each its own
+        largest activation; the code leaves CLS as it is and gives all neurons of a block the largest one."""
+        code: Any = {"cls": "keep", "peak": "layer"} if self.version == "code" else {}
+        return TestTimeRegister(self.neurons, count, scale, "zero", **code)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns layer and neuron."""

@@ -95,65 +95,70 @@ def value_edits(
 ) -> dict[str, Intervention]:
     """Make the paper's five edits of the value of a head's sink, and its control (Fesser et al. 2606.08105).
 
-    Rows with a sink event in this head are edited. ``"zero"``; ``"mean"``: of the sinks' values in all rows of
-    ``held_out`` with an event there; ``"donor sink"``: the first of these; ``"donor other"``: a random other
-    value of the same donor; ``"redirect"``: the sink's column is zeroed and rows are renormalised;
-    ``"control"``: a random other value of the row itself is set to zero. InterventionError without an event.
+    Rows with a sink event in this head are edited. ``"zero"``; ``"mean"``: of the sinks' values in the rows of
+    ``held_out`` that have an event there; ``"donor sink"``: the value of the donor's dominant key; ``"donor
+    other"``: of a random other patch of the donor; ``"redirect"``: the sink's column is zeroed and rows are
+    renormalised; ``"control"``: the value of a random other patch is zeroed. In the decoder it is any live
+    token. Donors are the rows of ``held_out`` in turn; in their code it is the next image of the batch.
+    InterventionError without an event in the sample, or in ``held_out``.
     """
     anatomy = lvlm.anatomy.tower(tower)
     check_whole(0, anatomy.n_layers - 1, layer=layer)
     check_whole(0, anatomy.heads - 1, head=head)
-    random, where = torch.Generator().manual_seed(seed), f"head {head} of {tower} layer {layer}"
-    own = head // (anatomy.heads // anatomy.kv_heads)
-    sinks, controls = _places(lvlm, sample, tower, layer, head, random)[:2]
-    given, others = [], []
-    for one in held_out:
-        places = _places(lvlm, one, tower, layer, head, random)
-        values = places[2][:, 0, own]  # [row pos d_head]
-        given += [*values[places[0]]]
-        others += [*values[places[1]]]
-    for name, found in (("sample", bool(sinks.any())), ("held_out", bool(given))):
-        if not found:
+    at = (tower, layer, head, torch.Generator().manual_seed(seed))
+    events, sinks, others, _ = _places(lvlm, sample, *at)
+    held = [_places(lvlm, one, *at) for one in held_out]
+    for name, found in (("sample", [events]), ("held_out", [one[0] for one in held])):
+        if not any(bool(one.any()) for one in found):
             raise InterventionError(
-                f"Got no sink event of {where} in any row of {name}; expected one, in which 90 % of the "
-                "queries give the sink at least 0.5. Choose a head with events from "
-                "published.nop_broadcast(lvlm, sample).to_dataframe()."
+                f"Got no sink event of head {head} of {tower} layer {layer} in any row of {name}; expected "
+                "one, in which 90 % of the queries give the sink at least 0.5. Choose a head with events "
+                "from published.nop_broadcast(lvlm, sample).to_dataframe()."
             )
+    given, plain = (torch.cat([x[3][x[i]] for x in held])[:, None, None] for i in (1, 2))
+    mean = given[torch.cat([one[0] for one in held])].mean(dim=0)
+    donor = torch.arange(len(events)) % len(given)
+    new = {"zero": "zero", "mean": mean, "donor sink": given[donor], "donor other": plain[donor]}
     fixed: Any = {"layers": [layer], "heads": [head], "tower": tower}
-    replaced = {"zero": "zero", "mean": torch.stack(given).mean(dim=0)}
-    replaced |= {"donor sink": given[0], "donor other": others[0]}
-    made: dict[str, Intervention] = {
-        n: AblateValues(sinks, new, **fixed) for n, new in replaced.items()
-    }
+    sinks, others = sinks & events[:, None], others & events[:, None]
+    made: dict[str, Intervention] = {n: AblateValues(sinks, x, **fixed) for n, x in new.items()}
     made["redirect"] = MaskKeys(sinks, **fixed)
-    return made | {"control": AblateValues(controls, "zero", **fixed)}
+    return made | {"control": AblateValues(others, "zero", **fixed)}
 
 
 def _places(
     lvlm: LVLM, sample: Sample, tower: Tower, layer: int, head: int, random: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sinks of a head with events, and as many random other live tokens, bool ``[row pos]``; values."""
-    probe = probes.AttentionValues([layer], tower=tower)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one head: rows with an event, every row's dominant key and a random other one as masks ``[row pos]``,
+    and the values ``[row pos d_head]``."""
+    probe, anatomy = probes.AttentionValues([layer], tower=tower), lvlm.anatomy.tower(tower)
     found, run = _measured(lvlm, sample, tower, [layer], probe)
-    live = (sample.tokens.vision if tower == "vision" else sample.tokens).live
-    rows = found.event[:, 0, head].nonzero().flatten().tolist()
-    sinks, others = torch.zeros_like(live), torch.zeros_like(live)
-    for row in rows:
-        sinks[row, found.sink[row, 0, head]] = True
-        rest = (live[row] & ~sinks[row]).nonzero().flatten()
-        others[row, rest[torch.randint(len(rest), (1,), generator=random)]] = True
-    return sinks, others, run[probe].values
+    sink = found.sink[:, 0, head]
+    pool = _judged(sample, tower).clone().scatter_(1, sink[:, None], False)
+    chance = torch.rand(pool.shape, generator=random).masked_fill(~pool, -1.0)
+    sinks, others = (torch.zeros_like(pool) for _ in range(2))
+    sinks.scatter_(1, sink[:, None], True)
+    others.scatter_(1, chance.argmax(dim=1, keepdim=True), True)
+    own = head // (anatomy.heads // anatomy.kv_heads)
+    return found.event[:, 0, head], sinks, others, run[probe].values[:, 0, own]
+
+
+def _judged(sample: Sample, tower: Tower) -> Tensor:
+    """Patches of the vision tower, live tokens of the decoder, bool ``[row pos]``."""
+    return sample.tokens.vision.select("patch") if tower == "vision" else sample.tokens.live
 
 
 @dataclass(frozen=True, eq=False)
-class ValueEffects(Result, columns={"change": "change"}):
-    """By how much each edit moves the tower's final tokens, the sink left out, in rows with an event; else NaN.
+class ValueEffects(Result, columns={"change": "change", "shared": "shared"}):
+    """What each edit does to the tower's final patches, the sink left out; NaN in rows without an event.
 
-    ``change`` is the root mean square of the difference over that of the unedited states.
+    ``change`` is the root mean square of the difference over that of the unedited states, ``shared`` the share
+    of the difference's energy that lies in its mean over patches.
     """
 
     source: ClassVar[str] = NopBroadcast.source
     change: Float[Tensor, "batch edit"]
+    shared: Float[Tensor, "batch edit"]
     edits: tuple[str, ...]
     layer: int
     head: int
@@ -171,23 +176,27 @@ def value_effects(
     tower: Tower = "vision",
     seed: int = 0,
 ) -> ValueEffects:
-    """Measure what `value_edits` change, as relative RMS change of the last block's output (2606.08105).
+    """Measure what `value_edits` change in the last block's output, over patches (2606.08105).
 
-    It is taken over patches in the vision tower, over all live tokens in the decoder.
+    Their code reads the same states behind the tower's final norm. In the decoder all live tokens count.
     """
     edits = value_edits(lvlm, sample, held_out, layer=layer, head=head, tower=tower, seed=seed)
-    last, tokens = lvlm.anatomy.tower(tower).n_layers - 1, sample.tokens
-    states = probes.ResidualStates("all", [last], tower)
-    zero: Any = edits["zero"]
-    kept = tokens.vision.select("patch") if tower == "vision" else tokens.live
-    kept = kept & ~zero.tokens
+    states = probes.ResidualStates("all", [lvlm.anatomy.tower(tower).n_layers - 1], tower)
+    sinks: Tensor = edits["zero"].tokens  # type: ignore[attr-defined]
+    kept = (_judged(sample, tower) & ~sinks)[..., None]
 
     def final(*which: Intervention) -> Tensor:
         found = lvlm.run(sample, [states], which, logits="last")[states].states[:, 0]
-        return found.masked_fill(~kept[..., None], 0.0)
+        return found.masked_fill(~kept, 0.0)
 
-    plain, changes = final(), []
+    plain, none = final(), ~sinks.any(dim=1)
+    changes, shares = [], []
     for name in EDITS:
-        moved = (final(edits[name]) - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
-        changes.append(moved.masked_fill(~zero.tokens.any(dim=1), float("nan")))
-    return ValueEffects(torch.stack(changes, dim=1), EDITS, layer, head, tower)
+        moved = final(edits[name]) - plain
+        energy, mean = moved.square().sum(dim=(1, 2)), moved.sum(dim=1) / kept.sum(dim=1)
+        changes.append(
+            (energy / plain.square().sum(dim=(1, 2))).sqrt().masked_fill(none, float("nan"))
+        )
+        shares.append(mean.square().sum(dim=1) * kept.sum(dim=(1, 2)) / energy)
+    shared = torch.stack(shares, dim=1).masked_fill(none[:, None], float("nan"))
+    return ValueEffects(torch.stack(changes, dim=1), shared, EDITS, layer, head, tower)
