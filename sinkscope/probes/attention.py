@@ -117,7 +117,8 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``: ``Sink_k^eps`` of Gu et
-        al. (2410.10781) by layer. It depends on the length of the prompt."""
+        al. (2410.10781) by layer. It depends on the length of the prompt; theirs is of 64 tokens
+        (`sinkscope.published.sink_rate`)."""
         above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
         return above.nanmean(dim=(0, 2))
 
