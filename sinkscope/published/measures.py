@@ -268,6 +268,8 @@ def test_time_registers(
     10, and 150 (at the last block but one), 17 and 50 in the code.
     """
     check_choice(VERSIONS, version=version)
+    check_whole(1, top_k=top_k)
+    check_whole(0, lvlm.anatomy.vision.n_layers - 1, max_layer=max_layer)
     seen = [outlier_tokens(lvlm, sample, tau=norm, layer=layer).outliers for sample in samples]
     found = find_register_neurons(lvlm, samples, seen, top_k=top_k, max_layer=max_layer)
     count = sum(int(mask.sum()) for mask in seen)

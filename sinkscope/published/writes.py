@@ -102,6 +102,7 @@ def value_edits(
     token. Donors are the rows of ``held_out`` in turn; in their code it is the next image of the batch.
     InterventionError without an event in the sample, or in ``held_out``.
     """
+    check_choice(("vision", "language"), tower=tower)
     anatomy = lvlm.anatomy.tower(tower)
     check_whole(0, anatomy.n_layers - 1, layer=layer)
     check_whole(0, anatomy.heads - 1, head=head)

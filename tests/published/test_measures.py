@@ -257,3 +257,38 @@ def test_results_are_saved_and_name_their_source(lvlm, sample, tmp_path):
         assert again.to_dataframe().equals(one.to_dataframe())
         assert "arXiv:2" in one.source
     assert "arXiv:2503.03321" in published.var(lvlm, sample, DIMS, tau=1.4).source
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, s: published.sink_rate(m, s, eps=0), "Got eps=0; expected"),
+        (lambda m, s: published.sink_rate(m, s, length=1.5), "Got length"),
+        (lambda m, s: published.sink_rate(m.module, s), "expected LVLM"),
+        (lambda m, s: published.massive_activations(m, s, tower="text"), "Got tower='text'"),
+        (lambda m, s: published.massive_activations(m, s, ratio=float("nan")), "Got ratio=nan"),
+        (lambda m, s: published.outlier_tokens(m, s, tau="valley"), "Got tau"),
+        (lambda m, s: published.var(m, s, DIMS, tau=1.4, version="both"), "Got version"),
+        (lambda m, s: published.var(m, s, [64], tau=1.4), "Got dimension 64"),
+        (lambda m, s: published.nop_broadcast(m, s, layers=[7]), "7"),
+        (
+            lambda m, s: published.value_edits(m, s, [s], layer=1, head=4),
+            "expected an int from 0 to 3",
+        ),
+        (
+            lambda m, s: published.value_edits(m, s, s, layer=1, head=2),
+            "Got held_out of type Sample",
+        ),
+        (
+            lambda m, s: published.test_time_registers(m, [s], norm=3, max_layer=3, top_k=1),
+            "Got max_layer=3",
+        ),
+        (
+            lambda m, s: published.test_time_registers(m, [s], norm=900, max_layer=1, top_k=1),
+            "Got no outlier token",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(lvlm, sample, call, said):
+    with pytest.raises(ss.SinkscopeError, match=said):
+        call(lvlm, sample)
