@@ -89,7 +89,7 @@ class Calibration(Result):
     def __repr__(self) -> str:
         least = min((self.vision, self.language), key=lambda tower: tower.confidence)
         return (
-            f"Calibration(V {self.v_detector!s:.70}, L {self.l_detector!s:.70}; {self.n_samples} "
+            f"Calibration(V {self.v_detector!s:.60}, L {self.l_detector!s:.60}; {self.n_samples} "
             f"samples, confidence {self.confidence:.2f} on them, from {instances(least.instances)})"
         )
 
