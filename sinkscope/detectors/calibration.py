@@ -33,7 +33,8 @@ class TowerCalibration(Record):
     ``score`` separates best: with the sink channels ``dims``, strongest first, if it is ``"channels"``, and
     with one threshold ``tau``, None if that differs by layer (see ``detector.limits``). In the layer with the
     narrowest gap 95 % of the sinks reach ``lowest_sink`` and (nearly) no other token ``highest_other``;
-    ``confidence`` is ``1 - highest_other / lowest_sink``, in [0, 1]. ``instances`` counts the (sample, layer,
+    ``confidence`` is ``1 - highest_other / lowest_sink``, in [0, 1], on the samples that the limits are from:
+    other samples may be worse, and from one instance it is one ratio of two tokens. ``instances`` counts the (sample, layer,
     token) that spiked and drew; ``layers`` are those in which the score separates them. ``gaps`` is score ->
     narrowest gap over the layers with sinks; below 1.5 it does not separate there.
     """
@@ -78,7 +79,7 @@ class Calibration(Result):
 
     @property
     def confidence(self) -> float:
-        """The lower of the two towers' confidences."""
+        """The lower of the two towers' confidences; see `TowerCalibration` for what it does not say."""
         return min(self.vision.confidence, self.language.confidence)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -86,10 +87,16 @@ class Calibration(Result):
         return pd.DataFrame([vars(self.vision), vars(self.language)]).drop(columns="detector")
 
     def __repr__(self) -> str:
+        least = min((self.vision, self.language), key=lambda tower: tower.confidence)
         return (
-            f"Calibration(V {self.v_detector!s:.70}, L {self.l_detector!s:.70}; {self.n_samples} "
-            f"samples, confidence {self.confidence:.2f})"
+            f"Calibration(V {self.v_detector!s:.60}, L {self.l_detector!s:.60}; {self.n_samples} "
+            f"samples, confidence {self.confidence:.2f} on them, from {instances(least.instances)})"
         )
+
+
+def instances(count: int) -> str:
+    """``1 instance``, ``7 instances``."""
+    return f"{count} instance{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +127,7 @@ def calibrate(
     """Find this model's thresholds, and its sink channels where channels separate best.
 
     Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
-    of different kinds; six to eight are customary. ``draws`` is that of `detectors.Gap` and ``spike`` its
+    of different kinds; six to eight are customary. Trace others: on these the rule finds what it was made of. ``draws`` is that of `detectors.Gap` and ``spike`` its
     ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
     then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
 
@@ -246,7 +253,7 @@ def _conclude(
     if not best.clear:
         listed = ", ".join(f"{one} by {gap:.2f}" for one, gap in gaps.items())
         text = (
-            f"{count} instances spike and draw attention, but no score separates them from the other "
+            f"{instances(count)} with a spike and attention, but no score separates them from the other "
             f"tokens by a factor of {DISTINCT}: {listed}"
         )
         return TowerCalibration(tower, NoSinks(text), instances=count, gaps=gaps, reason=text)
@@ -255,9 +262,10 @@ def _conclude(
     detector, tau = _rule(score, dims, best, anatomy.n_layers)
     low, high = best.low[at], best.high[at]
     reason = (
-        f"{count} instances spike and draw attention; {score} separate them in {len(best.clear)} of "
+        f"{instances(count)} with a spike and attention; {score} separate them in {len(best.clear)} of "
         f"{len(best.low)} layers, by a factor of {low / high:.2f} in the narrowest (layer {at}): the "
-        f"lowest scores {low:.2f}, the highest other token {high:.2f}"
+        f"lowest scores {low:.2f}, the highest other token {high:.2f}. These are the samples that the limits "
+        "are from; check the rule on others"
     )
     measured = (score, dims, tau, low, high, max(0.0, 1 - high / low))
     return TowerCalibration(tower, detector, *measured, count, best.clear, gaps, reason)

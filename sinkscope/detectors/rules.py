@@ -218,6 +218,7 @@ class Received(Rule):
 
     ``eps`` is the least received attention, own query included; Gu et al. (2410.10781) use 0.3 per head. It
     depends on the prompt's length: under uniform causal attention key 0 of T already receives about ln(T)/T.
+    Their measure is the share of heads above it at T = 64, `sinkscope.published.sink_rate`, and flags no token.
     ``times_null`` is instead a multiple of each token's own null (5 in ACT, 2406.15765), counting what other
     tokens give, where at least 8 of them see it. ``heads`` is ``"max"`` (some head sinks here) or ``"mean"``.
     """

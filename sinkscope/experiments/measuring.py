@@ -18,12 +18,15 @@ from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
 
 
-def nop_or_broadcast(ratio: float, stable_rank: float) -> str:
-    """Tell whether a sink writes anything, by the definitions of Fesser et al. (2606.08105).
+def nop_or_broadcast(ratio: float, stable_rank: float, event: bool) -> str:
+    """Tell whether a head's sink writes anything, by the definitions of Fesser et al. (2606.08105).
 
-    ``"NOP"``: a norm of its write of at most 0.2 times the mean of the other tokens' (``ratio_out``).
+    ``"no event"``: without a sink event (see `ReceivedResult.event`) the paper labels nothing. ``"NOP"``: the
+    norm of the sink's write is at most 0.2 times the mean of the other tokens' (``ratio_out``).
     ``"broadcast"``: at least 0.5, and a stable rank of the head's output of at most 1.5. Else ``"mixed"``.
     """
+    if not event:
+        return "no event"
     if ratio <= 0.2:
         return "NOP"
     return "broadcast" if ratio >= 0.5 and stable_rank <= 1.5 else "mixed"
@@ -60,11 +63,13 @@ class SinkRecord:
         head: ``(layer, head)`` where other tokens give it the most beyond uniform attention.
         head_received: What they give there, 0 to 1, ``head_null`` under uniform attention; ``excess``: the
             difference, by which sinks are ranked.
+        routed: Share of the queries that see it which give it at least half of their attention there; NaN if
+            another token is that head's dominant key. ``event``: at least 0.9 (`ReceivedResult.event`).
         contribution: What it writes there, the mean over the queries that see it of ``||A_qs D W_O^h
             v_s||_2``, D being what lies between head and stream.
         value_ratio: Its write there over the mean write of the other tokens; ``stable_rank``: of that head.
-        verdict: See `nop_or_broadcast`; ``"draws nothing"`` without a head that gives ``draws`` beyond
-            uniform attention; ``"writes unknown"`` where ``D`` is not known; ``"seen by few"``.
+        verdict: See `nop_or_broadcast`, of ``head``; ``"draws nothing"`` without a head that gives ``draws``
+            beyond uniform attention; ``"writes unknown"`` where ``D`` is not known; ``"seen by few"``.
         overlap: A V-sink that also meets the L rule in some layer.
     """
 
@@ -99,6 +104,8 @@ class SinkRecord:
     head_received: float = float("nan")
     head_null: float = float("nan")
     excess: float = float("nan")
+    routed: float = float("nan")
+    event: bool = False
     contribution: float = float("nan")
     value_ratio: float = float("nan")
     stable_rank: float = float("nan")
@@ -272,8 +279,11 @@ class Measured:
             at = (batch, self.writes.layers.index(layer), head)
             ratio, norm = float(self.ratio[at][pos]), float(self.writes.norms[at][pos])
             rank = float(self.writes.stable_rank[at])
-        verdict = nop_or_broadcast(ratio, rank) if ratio == ratio else "writes unknown"
-        parts |= {"first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
+        own = int(got.sink[batch, layer, head]) == pos  # the head's dominant key is this one
+        event = own and bool(got.event()[batch, layer, head])
+        parts["routed"] = float(got.routed[batch, layer, head]) if own else float("nan")
+        verdict = "writes unknown" if ratio != ratio else nop_or_broadcast(ratio, rank, event)
+        parts |= {"event": event, "first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
         parts["head_received"] = float(got.others[batch, layer, head, pos])
         parts["head_null"] = float(got.others_null[batch, layer, pos])
         parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}

@@ -19,21 +19,24 @@ from sinkscope.kernels.attention import (
     spans,
     unpack,
     weigh_queries,
+    weigh_values,
     weights_on,
 )
 from sinkscope.kernels.edits import EXTRA
 
+HALF = 0.5  # the weight with which a query routes to a key (Fesser et al., 2606.08105)
 
-def received(calls, state, live, layout=None, null=True, others=False):
+
+def received(calls, state, live, layout=None, null=True, others=False, events=False):
     """Mean attention each key receives from the live queries that can see it, and its null.
 
     ``r_k = sum_i A_ik / #{i live : i sees k}`` (Gu et al., 2410.10781, section 3), per head; NaN for
     keys that no query in ``live`` ``[batch query]`` sees:
     ``{"received": [batch head key], "null": [batch key]}``. With ``others`` also ``"others"``,
     ``"others_null"``, the same without ``i = k``, and how many others see the key, ``"seeing"``
-    ``[batch key]``.
+    ``[batch key]``; with ``events`` also what `dominant` gives.
     """
-    windows = []
+    windows, columns = [], []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
         rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
         count = visible_queries(call, rows)
@@ -41,6 +44,7 @@ def received(calls, state, live, layout=None, null=True, others=False):
         own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
         total, own = column_sums(call, rows, others)
         seeing, one = count - own_row, {"received": total / count[:, None]}
+        columns.append((total, count[:, None]))
         if others:
             one |= {"others": mean(total - own, seeing[:, None]), "seeing": seeing}
         if null:
@@ -51,7 +55,31 @@ def received(calls, state, live, layout=None, null=True, others=False):
                 one["others_null"] = mean(total[:, 0] - own[:, 0], seeing)
         windows.append(one)
     joined = {name: torch.cat([one[name] for one in windows], dim=-1) for name in windows[0]}
-    return {name: unpack(x, layout, x.ndim - 1) for name, x in joined.items()}
+    out = {name: unpack(x, layout, x.ndim - 1) for name, x in joined.items()}
+    return {**out, **dominant(calls, columns, live, layout)} if events else out
+
+
+def dominant(calls, columns, live, layout=None):
+    """The key that takes most attention in every head, and what share of its queries route to it.
+
+    ``s = argmax_j sum_i A_ij`` over live queries; over those that see ``s``, ``"sink_mass"`` is the mean of
+    ``A_is`` and ``"routed"`` the share with ``A_is >= 0.5`` (Fesser et al. 2606.08105); with ``"sink"``
+    all ``[batch head]``. ``columns`` are sums and counts of queries, ``[batch head|1 key]``, by window.
+    """
+    total, count = (unpack(torch.cat(x, dim=-1), layout, 2) for x in zip(*columns, strict=True))
+    most, sink = total.nan_to_num(-1.0).max(dim=-1)
+    seeing = count.expand_as(total).gather(-1, sink[..., None])[..., 0].clamp(min=1)
+    # In a packed tower every head of every image asks for a column of one sequence.
+    at = sink if layout is None else layout.gather(1, sink).flatten()[None]
+    routed = torch.zeros(at.shape, device=at.device)
+    for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
+        keys = torch.arange(k_at, k_to, device=at.device)[:, None]
+        weights = weigh_values(call, (at[:, None] == keys).float(), float32=True)
+        own = weights.unflatten(-1, (-1, sink.shape[1])).diagonal(dim1=1, dim2=4).flatten(2)
+        rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -own.shape[1] :]
+        routed += ((own >= HALF) & rows[..., None]).sum(1)
+    routed = routed.view(sink.shape) / seeing
+    return {"sink": sink, "sink_mass": most / seeing, "routed": routed}
 
 
 def visible_queries(call, live):

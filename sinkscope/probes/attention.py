@@ -25,6 +25,7 @@ from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 from sinkscope.viz import plot_heads
 
+ROUTED = 0.9  # the share of queries that must route to a key in a sink event (2606.08105)
 LEAST_SEEING = 8  # other queries that must see a key for their mean to be worth comparing
 # Where states are judged: what attention reads in the LLM, what the projector may read in the ViT.
 STATE_SITE = {"language": "resid_pre", "vision": "resid_post"}
@@ -96,7 +97,9 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
 
     ``received`` is the published measure: the token's own query counts, so the last token of a prompt
     receives what it gives itself. ``others`` is the mean over the queries of other tokens, if asked for;
-    NaN where fewer than 8 of them see the key.
+    NaN where fewer than 8 of them see the key. With ``events``, ``sink`` is the key that takes most
+    attention in a head, ``sink_mass`` the mean weight on it and ``routed`` the share of queries that give it
+    at least half of theirs, both over the live queries that see it.
     """
 
     received: Float[Tensor, "batch layer head key"]
@@ -104,6 +107,9 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
     layers: tuple[int, ...]
     others: Float[Tensor, "batch layer head key"] | None = None
     others_null: Float[Tensor, "batch layer key"] | None = None
+    sink: Int[Tensor, "batch layer head"] | None = None
+    sink_mass: Float[Tensor, "batch layer head"] | None = None
+    routed: Float[Tensor, "batch layer head"] | None = None
 
     def at(self, layers: Sequence[int]) -> ReceivedResult:
         """The same in some of its layers."""
@@ -111,9 +117,20 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
 
     def sink_rate(self, epsilon: float = 0.3) -> Float[Tensor, "layer key"]:
         """The share of rows and heads in which a key receives more than ``epsilon``: ``Sink_k^eps`` of Gu et
-        al. (2410.10781) by layer. It depends on the length of the prompt."""
+        al. (2410.10781) by layer. It depends on the length of the prompt; theirs is of 64 tokens
+        (`sinkscope.published.sink_rate`)."""
         above = (self.received > epsilon).float().masked_fill(self.received.isnan(), float("nan"))
         return above.nanmean(dim=(0, 2))
+
+    def event(self, least: float = ROUTED) -> Bool[Tensor, "batch layer head"]:
+        """Whether a head has a sink event: at least 90 % of the queries that see its dominant key give it at
+        least 0.5 (Fesser et al., 2606.08105). ProbeError if it was not asked for."""
+        if self.routed is None:
+            raise ProbeError(
+                "Got a result without sink events; expected them. Write ReceivedAttention(events=True); "
+                "decode steps have one query and no events."
+            )
+        return self.routed >= least
 
     def excess(self) -> Float[Tensor, "batch layer head key"]:
         """What other tokens give beyond uniform attention, in [-1, 1]; ProbeError if it was not asked for.
@@ -144,7 +161,8 @@ class ReceivedAttention(
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
     computed in fp32 as the gradient of the model's own attention with respect to its values. ``queries``
     is a selection, or None for all live ones. ``others`` asks for the mean over other tokens' queries too,
-    for `ReceivedResult.excess`: one more attention call per layer. It needs ``null``.
+    for `ReceivedResult.excess`: one more attention call per layer. It needs ``null``. ``events`` asks for the
+    dominant key of every head and how many queries route to it, for `ReceivedResult.event`: one call more.
     """
 
     layers: Any = None
@@ -152,6 +170,7 @@ class ReceivedAttention(
     tower: Tower = "language"
     null: bool = True
     others: bool = False
+    events: bool = False
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         self._refuse_flash(context)
@@ -161,7 +180,8 @@ class ReceivedAttention(
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
         live = context.pack(self.tower, live, dim=1)
-        return {"live": live, "null": self.null, "others": self.others}
+        asked = {"null": self.null, "others": self.others}
+        return {"live": live, **asked, "events": self.events and not context.step}
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
         """Stack the layers and mask the padding, and keys that fewer than 8 other tokens see."""
@@ -282,7 +302,8 @@ class SinkEvidence(Record):
         k = min(16, context.tower(self.tower).d_model)  # enough to find a spike in the first state
         read, attended = (layers, None) if vision else (sorted({0, *layers}), layers)
         massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
-        return massive, ReceivedAttention(attended, tower=self.tower, others=True)
+        events = {"others": True, "events": not vision}
+        return massive, ReceivedAttention(attended, tower=self.tower, **events)
 
     def reads(self, context: Context) -> list[Read]:
         """States and attention of every layer."""

@@ -95,7 +95,8 @@ class NormResult(Result, columns={"norm": "norms"}):
 
 @dataclass(frozen=True, eq=False)
 class TokenNorms(LayerProbe, kernel=kernels.norms, result=NormResult):
-    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it)."""
+    """L2 norm of every token (Darcet et al. 2309.16588 find ViT registers by it). ``resid_post`` of the last
+    block is before the final norm, Hugging Face's ``hidden_states[-1]`` of a decoder behind it."""
 
     layers: Any = None
     tower: Tower = "language"
@@ -167,8 +168,11 @@ class StateResult(Result, columns={"value": "states"}):
 
 @dataclass(frozen=True, eq=False)
 class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
-    """The states themselves, for patching into another run or training probes on them. A large result;
-    ``tokens`` selects which to keep."""
+    """The states themselves, for patching into another run or training probes on them.
+
+    A large result; ``tokens`` selects which to keep. ``resid_post`` of the last block is before the final norm;
+    Hugging Face's ``hidden_states[-1]`` of a decoder is behind it, and the others are `resid_pre`.
+    """
 
     tokens: Selection = "all"
     layers: Any = None

@@ -129,8 +129,9 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "record":
         name, parts = inner
         if name not in KNOWN:
-            for room in ("detectors", "experiments", "interventions", "lsg", "probes"):
-                importlib.import_module(f"sinkscope.{room}")  # every result of this library
+            rooms = ("detectors", "experiments", "interventions", "lsg", "probes", "published")
+            for room in rooms:  # every result of this library
+                importlib.import_module(f"sinkscope.{room}")
         if name not in KNOWN:
             raise CheckpointError(
                 f"Got a file with a {name!r}, which is not known here; expected results of sinkscope. "

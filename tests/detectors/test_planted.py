@@ -1,5 +1,7 @@
 """Detectors and the trace against sinks that were planted, calibrated on other seeds."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -116,6 +118,21 @@ def test_calibration_finds_each_models_own_channels(layout):
         assert set(found.vision.dims) == set(planted.truth.v_dims), seed
         assert set(found.language.dims) == set(planted.truth.l_dims), seed
         assert found.confidence > 0.8
+        assert "These are the samples that the limits are from" in found.language.reason
+
+
+def test_a_confidence_says_from_how_many_instances_it_is():
+    planted = random_plant(0, "clip")
+    lvlm = ss.LVLM(planted.model, planted.processor, verify=False)
+    found = ss.calibrate(lvlm, [lvlm.prepare(inputs=planted.inputs())], towers=["language"])
+    count = found.language.instances
+    assert count > 1
+    assert found.language.reason.startswith(f"{count} instances with a spike and attention; ")
+    alone = dataclasses.replace(
+        found, vision=dataclasses.replace(found.language, instances=1, confidence=0.6)
+    )
+    assert repr(alone).endswith("1 samples, confidence 0.60 on them, from 1 instance)")
+    assert f"from {count} instances)" in repr(dataclasses.replace(found, vision=found.language))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -133,7 +150,9 @@ def test_records_tell_birth_writer_and_place(layout):
     for r in records:
         if r.kind == "attention":
             continue
-        assert r.verdict == "NOP"
+        assert r.value_ratio <= 0.2
+        # Sinks share the attention of their heads, so of most no head has an event.
+        assert r.verdict == ("NOP" if r.event else "no event")
         if r.kind == "V":
             assert r.vit_birth == truth.v_layer
             assert r.vit_writer == truth.v_written_by

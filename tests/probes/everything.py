@@ -27,6 +27,7 @@ def of_tower(tower, chosen, rows):
         ss.MassiveActivations(tower=tower): "pos rank value channel",
         ss.ReceivedAttention(tower=tower): "head key received null",
         ss.ReceivedAttention(others=True, tower=tower): "head key received null",
+        ss.ReceivedAttention(events=True, tower=tower): "head key received null",
         probes.ResidualStates(tokens=chosen, tower=tower): "pos channel value",
         ss.SinkDimensionScores([1, 2], tower=tower): "pos score",
         probes.SinkEvidence(tower=tower): "pos medians prominence",

@@ -202,3 +202,22 @@ def test_one_image_more_changes_no_number_of_the_first(tiny):
         alone = lvlm.run(one, [probe])[probe].norms[0]
         beside = lvlm.run(two, [probe])[probe].norms[0, :, : alone.shape[1]]
         assert torch.allclose(alone, beside, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_faces_last_hidden_state_is_behind_the_final_norm(tiny, family):
+    """Ours is before it, in TokenNorms too; users compare the two."""
+    lvlm = tiny(family)
+    sample = lvlm.prepare(images=random_image(64, 64, 1), text="what is it")
+    last = lvlm.anatomy.language.n_layers - 1
+    states, norms = ss.probes.ResidualStates(), ss.TokenNorms()
+    run = lvlm.run(sample, [states, norms])
+    with torch.no_grad():
+        theirs = lvlm.module(**sample.inputs, output_hidden_states=True).hidden_states
+        normed = lvlm.module.get_submodule(lvlm.anatomy.final_norm)(run[states].states[:, last])
+    assert len(theirs) == last + 2
+    for layer in range(last):
+        close(run[states].states[:, layer], theirs[layer + 1])
+    close(normed, theirs[-1])
+    assert not torch.allclose(run[states].states[:, last], theirs[-1], rtol=0.1)
+    assert torch.equal(run[norms].norms[:, last], run[states].states[:, last].norm(dim=-1))

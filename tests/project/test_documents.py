@@ -60,7 +60,14 @@ def test_python_blocks_parse() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/quickstart.md", "docs/detectors.md", "docs/api/results.md"]
+    "name",
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/detectors.md",
+        "docs/published.md",
+        "docs/api/results.md",
+    ],
 )
 def test_python_blocks_run(name: str, monkeypatch, tmp_path) -> None:
     """In order, in one namespace, on models that need no hub; nothing may be left undefined."""

@@ -38,6 +38,7 @@ ROOMS = [
     "training",
     "lsg",
     "experiments",
+    "published",
     "cli",
 ]
 ENTRIES = {"__init__", "__main__"}
