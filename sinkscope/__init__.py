@@ -31,6 +31,7 @@ def __getattr__(name):
             "experiments",
             "lsg",
             "models",
+            "published",
             "viz",
             "testing",
         )

@@ -10,6 +10,7 @@ from . import (
     lsg,
     models,
     probes,
+    published,
     testing,
     viz,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "lsg_grid",
     "models",
     "probes",
+    "published",
     "sweep",
     "testing",
     "trace_generation",

@@ -201,7 +201,9 @@ class EditSinks:
         several = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
         wanted: Any = self.layers if several else [0 if self.layers is None else self.layers]
         if not all(is_whole(layer, 0) for layer in wanted):
-            raise LayerError(f"Got layers={self.layers!r}; expected block indices, or None for all.")
+            raise LayerError(
+                f"Got layers={self.layers!r}; expected block indices, or None for all."
+            )
         fixed = {"kind": self.kind} if self.kind not in LIVE_KINDS else {}
         fixed |= {"edit": self.edit} if self.edit == "resample value" else {}
         fixed |= {"control": True} if self.control else {}
