@@ -3,9 +3,11 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Number, Real
+from pathlib import Path
 from types import UnionType
 from typing import (
     Any,
@@ -20,7 +22,7 @@ from typing import (
     get_type_hints,
 )
 
-from sinkscope.errors import InputError, SinkscopeError, nearest
+from sinkscope.errors import CheckpointError, InputError, SinkscopeError, nearest
 
 Refusal = type[SinkscopeError]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,6 +112,28 @@ def check_choice(
             raise error(f"Got {name}={value!r}; expected one of {known}. {close}".rstrip())
 
 
+def check_path(**given: Any) -> None:
+    """Refuse with a CheckpointError a path that no file can have: empty, with a NUL, or too long."""
+    for name, path in given.items():
+        if not isinstance(path, (str, os.PathLike)):
+            continue
+        problem = "" if os.fspath(path) else "it is empty"
+        try:
+            os.lstat(os.path.expanduser(path))
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # it may be made, or whoever reads it says so
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+        if problem:
+            got = f"Got {name}={os.fspath(path)[:60]!r}, which no file can be called ({problem})"
+            raise CheckpointError(f"{got}; expected a path, such as 'folder/name'.")
+
+
+def check_paths(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Check the arguments that an annotation calls a path; see `check_path`."""
+    check_path(**{name: path for name, path in given.items() if Path in get_args(hints.get(name))})
+
+
 ADVICE = {  # class that was expected -> what to write
     "LVLM": "Write lvlm = ss.LVLM(model, processor).",
     "Model": "Write lvlm = ss.LVLM(model, processor).",
@@ -177,6 +201,7 @@ def typed(function: F) -> F:
             )
             if not collected and name in hints and not fits(plain(value), hints[name]):
                 refuse_type(name, value, hints[name], InputError)
+        check_paths(given, hints)
         return function(*args, **kwargs)
 
     return cast("F", call)

@@ -218,10 +218,12 @@ def grid_of(asked: Any) -> list[tuple[Any, ...]]:
 
 def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -> Path:
     """Write tables and the result's figure to ``report/`` beside the raw results."""
+    from sinkscope.viz.tables import write_csv
+
     folder = out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for file, table in tables.items():
-        table.to_csv(folder / f"{file}.csv", index=False)
+        write_csv(table, folder / f"{file}.csv")
     result.plot().savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     return folder
 

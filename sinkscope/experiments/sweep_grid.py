@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.checks import check_whole, is_number, is_whole
+from sinkscope.checks import check_whole, is_number, is_whole, plain
 from sinkscope.data.answers import ask
 from sinkscope.data.items import Item
 from sinkscope.detectors import CosineToBOS, Detector, Norm, NoSinks, SinkDimensions, known_for
@@ -74,7 +74,8 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     """Layers in the convention of LSG, a gate at layer l edits block l + 1: None, ``"embed"``, indices."""
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
-    alone = isinstance(layers, str) or not isinstance(layers, Iterable)
+    layers = plain(layers)
+    alone = isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)
     given: list[Any] = [layers] if alone else list(layers)
     for layer in given:
         if layer != "embed" and not is_whole(layer, 0, n_layers - 2):

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import WIDTH, aligned, render
+from sinkscope.viz.tables import WIDTH, aligned, markdown_cell, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
 Tasks: TypeAlias = Sequence[str] | None
@@ -131,16 +131,19 @@ def effects_frame(
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write accuracy of the base and changes, a line per condition, a column per task, and a note."""
     lines, note = _cells(summary, base, "**{}**")
+    lines = [[*map(markdown_cell, lines[0])], *([markdown_cell(c), *x] for c, *x in lines[1:])]
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
 
 
 def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write `comparison_markdown` as a ``tabular`` for booktabs, the note as a comment under it."""
-    (head, *body), note = _cells(summary, base, "<<{}>>")
+    (head, *body), note = _cells(summary, base, "\x02{}\x03")
     align = "l" + "r" * (len(head) - 1)
     table = pd.DataFrame(body, columns=head).to_latex(index=False, escape=True, column_format=align)
-    return f"{table.replace('<<', chr(92) + 'textbf{').replace('>>', '}')}% {note}\n"
+    for mark, code in (("\x02", "\\textbf{"), ("\x03", "}")):  # no name holds such letters
+        table = table.replace(mark, code)
+    return f"{table}% {note}\n"
 
 
 def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:
