@@ -65,10 +65,10 @@ def ready_to_trace(
     homes = {"sinkscope", *(kernel.__module__ for kernel in kernels)} & sys.modules.keys()
     paths = {"", *(step["path"] for step in steps)}
     outputs = {step["path"] for step in steps if step["how"] == "output"}
-    with (
-        travelling(homes - {"__main__"} if where else ()),
-        model.on(paths, outputs, grad) as traced,
-    ):
+    if where:
+        nnsight.ndif.pull_env()  # what nnsight registers itself, once per process, is not ours
+    homes = homes - {"__main__"} if where else set()
+    with travelling(homes), model.on(paths, outputs, grad) as traced:
         yield traced
 
 

@@ -70,7 +70,7 @@ def test_paths_that_no_file_can_have_are_refused(one, name, tmp_path, monkeypatc
 
 
 def test_a_path_without_a_name_is_no_file(one):
-    with pytest.raises(CheckpointError, match="Got '.', which cannot be written"):
+    with pytest.raises(CheckpointError, match=r"Got '\.', which cannot be written"):
         one.norms.save(".")
 
 
