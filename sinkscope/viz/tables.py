@@ -1,5 +1,6 @@
 """Words and tables of a trace, the same in terminal, notebook, page and figures."""
 
+import csv
 import html
 import re
 import textwrap
@@ -254,9 +255,13 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
     out = table.copy()
-    for name in out.select_dtypes(exclude=["number", "bool"]):
+    for name in (names := list(out.select_dtypes(exclude=["number", "bool"]))):
         out[name] = out[name].map(safe)
-    out.rename(columns=safe).to_csv(path, index=False)
+    returns = out[names].astype(str).apply(lambda column: column.str.contains("\r")).any(axis=None)
+    how = (
+        csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    )  # which leaves a \r bare: a new line
+    out.rename(columns=safe).to_csv(path, index=False, quoting=how)
 
 
 def render(template: str, **given: Any) -> str:
