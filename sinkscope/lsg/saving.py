@@ -27,7 +27,7 @@ from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import read_json, write_whole
 from sinkscope.lsg import loading
 from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
-from sinkscope.viz.tables import markdown_cell
+from sinkscope.viz.tables import as_cell
 
 CARD = "README.md"
 OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
@@ -167,9 +167,7 @@ def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
         f"coefficients for the groups {', '.join(gate.config.groups)}. The model itself is unchanged "
         f"and not included. {sum(x.numel() for x in gate.tensors.values()):,} parameters."
     )
-    title = (
-        f"A sink gate that reads {where} of a {markdown_cell(model.get('model_type', ''))} model"
-    )
+    title = f"A sink gate that reads {where} of a {as_cell(model.get('model_type', ''))} model"
     sections = {"Training": training, "Choices": table(config), "Made for": table(model)}
     return card_of(record, title, about, ("gate = ss.LSG.from_pretrained", "[gate]"), sections)
 
@@ -209,9 +207,7 @@ def card_of(
 
 def table(data: Mapping[str, Any]) -> str:
     """Plain data as a table, nested names dotted."""
-    lines = [
-        f"| {markdown_cell(name)} | {markdown_cell(shown(value))} |" for name, value in leaves(data)
-    ]
+    lines = [f"| {as_cell(name)} | {as_cell(shown(value))} |" for name, value in leaves(data)]
     return "\n".join(["| what | value |", "|---|---|", *lines])
 
 

@@ -145,8 +145,8 @@ def not_scaled(pixels: Tensor, processor: Any) -> str:
 
     Such pixels are never negative, and larger than twice what the brightest white becomes.
     """
-    highest = 255.0 * getattr(processor, "rescale_factor", 1 / 255)
-    highest = highest if getattr(processor, "do_rescale", True) else 255.0
+    scaled = getattr(processor, "do_rescale", True)
+    highest = 255.0 * (getattr(processor, "rescale_factor", None) or 1 / 255) if scaled else 255.0
     mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
     if getattr(processor, "do_normalize", False) and mean is not None and std is not None:
         highest = float(((highest - np.asarray(mean)) / np.asarray(std)).max())

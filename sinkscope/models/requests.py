@@ -1,6 +1,6 @@
 """What is asked of a run: checked before anything runs, and made a plan of reads and edits by site."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -29,14 +29,6 @@ ONE_QUERY_PER_ROW: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     | dict.fromkeys(("force_words_ids", "prefill_chunk_size"), (None,))
 )
 NEVER_NONE = ("num_beams", "num_return_sequences", "use_cache")  # given so, None is no default
-CALLED: Mapping[str, Callable[[Any], bool]] = (
-    MappingProxyType(  # what generate calls, and how it must be
-        {"prefix_allowed_tokens_fn": callable, "streamer": lambda given: hasattr(given, "put")}
-        | dict.fromkeys(
-            ("logits_processor", "stopping_criteria"), lambda given: isinstance(given, list)
-        )
-    )
-)
 CHECKED = ("early_stopping", "compile_config", "cache_implementation", "watermarking_config")
 CHECKED += ("assistant_ensemble_weight",)  # which a GenerationConfig checks when it is made
 GREEDY: Mapping[str, Any] = MappingProxyType(
@@ -170,10 +162,12 @@ def _check_values(options: Mapping[str, Any]) -> None:
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         for one in ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else ():
             check_whole(0, **{name: plain(one)})
-    for name, fits in CALLED.items():
+    lists = ("logits_processor", "stopping_criteria")
+    for name in (*lists, "prefix_allowed_tokens_fn", "streamer"):
         value = options.get(name)
-        parts = value if isinstance(value, list) else ()
-        if value is not None and not (fits(value) and all(map(callable, parts))):
+        one = getattr(value, "put", None) if name == "streamer" else value
+        called = value if name in lists else [one]
+        if value is not None and not (isinstance(called, list) and all(map(callable, called))):
             got = f"Got {name}={value!r}; expected what the generate of transformers takes there"
             raise InputError(f"{got}. Write {name}=None.")
     given = {name: options[name] for name in CHECKED if name in options}

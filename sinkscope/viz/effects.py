@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import WIDTH, aligned, markdown_cell, render
+from sinkscope.viz.tables import WIDTH, aligned, as_cell, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
 Tasks: TypeAlias = Sequence[str] | None
@@ -131,7 +131,7 @@ def effects_frame(
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write accuracy of the base and changes, a line per condition, a column per task, and a note."""
     lines, note = _cells(summary, base, "**{}**")
-    lines = [[*map(markdown_cell, lines[0])], *([markdown_cell(c), *x] for c, *x in lines[1:])]
+    lines = [[*map(as_cell, lines[0])], *([as_cell(c), *x] for c, *x in lines[1:])]
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
 
@@ -141,8 +141,7 @@ def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
     (head, *body), note = _cells(summary, base, "\x02{}\x03")
     align = "l" + "r" * (len(head) - 1)
     table = pd.DataFrame(body, columns=head).to_latex(index=False, escape=True, column_format=align)
-    for mark, code in (("\x02", "\\textbf{"), ("\x03", "}")):  # no name holds such letters
-        table = table.replace(mark, code)
+    table = table.replace("\x02", "\\textbf{").replace("\x03", "}")  # in no name
     return f"{table}% {note}\n"
 
 

@@ -239,7 +239,7 @@ def trace_html(trace: Trace, *, limit: int = 10) -> str:
     return render("notebook.html", trace=trace, limit=limit)
 
 
-def markdown_cell(value: object) -> str:
+def as_cell(value: object) -> str:
     """A value as a cell of a Markdown table, or a part of a line: as it reads, without markup, HTML or links."""
     line = html.escape(" ".join(str(value).split()), quote=False)
     return MARKUP.sub(r"\\\g<0>", line)
@@ -255,12 +255,11 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
     out = table.copy()
-    for name in (names := list(out.select_dtypes(exclude=["number", "bool"]))):
+    texts = list(out.select_dtypes(exclude=["number", "bool"]))
+    for name in texts:
         out[name] = out[name].map(safe)
-    returns = out[names].astype(str).apply(lambda column: column.str.contains("\r")).any(axis=None)
-    how = (
-        csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
-    )  # which leaves a \r bare: a new line
+    bare = "\r" in out[texts].to_csv(index=False)  # unquoted, it would begin a line
+    how = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
     out.rename(columns=safe).to_csv(path, index=False, quoting=how)
 
 

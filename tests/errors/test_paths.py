@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 import sinkscope as ss
-from sinkscope import results
-from sinkscope.checks import check_path
+from sinkscope import checks, results
 from sinkscope.data.questions import Questions
 from sinkscope.errors import CheckpointError
 from sinkscope.testing import random_image
@@ -77,5 +76,5 @@ def test_a_path_without_a_name_is_no_file(one):
 def test_names_to_the_limit_and_paths_not_there_yet_are_left_to_the_system(tmp_path):
     (tmp_path / "file").touch()
     for path in ("x" * 255, "a/b/c", "file/below", "~", "user/gate", "."):
-        check_path(path=tmp_path / path)
-    check_path(path=None, other=3)
+        checks.check_path(path=tmp_path / path)
+    checks.check_path(path=None, other=3)

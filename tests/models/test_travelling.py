@@ -1,6 +1,7 @@
 """Modules travel to servers by their source while a run lasts, and for no longer; a user's own stay."""
 
 import threading
+from collections import Counter
 
 import cloudpickle
 import nnsight
@@ -42,7 +43,7 @@ class Looking:
 def one(tiny, monkeypatch):
     """A model and a sample, with nothing registered yet."""
     monkeypatch.setattr(cloudpickle.cloudpickle, "_PICKLE_BY_VALUE_MODULES", set())
-    monkeypatch.setattr(runs, "TRAVELLING", runs.Counter())
+    monkeypatch.setattr(runs, "TRAVELLING", Counter(), raising=False)
     monkeypatch.setattr(nnsight.ndif, "pull_env", lambda: None)
     SEEN.clear()
     lvlm = tiny("llava-clip-llama")

@@ -12,8 +12,8 @@ from markdown_it import MarkdownIt
 
 from sinkscope.cli.experiments import write_report as write_tables
 from sinkscope.experiments import Comparison
+from sinkscope.viz import tables as writers
 from sinkscope.viz import write_report
-from sinkscope.viz.tables import markdown_cell, write_csv
 from tests.viz.conftest import Page
 from tests.viz.test_effects import comparison
 
@@ -43,7 +43,7 @@ def rendered(text):
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_cell_of_markdown_reads_as_the_text(text):
-    page = rendered(f"| a | b |\n|---|---|\n| {markdown_cell(text)} | end |\n")
+    page = rendered(f"| a | b |\n|---|---|\n| {writers.as_cell(text)} | end |\n")
     assert page.rows == [["a", "b"], [" ".join(text.split()), "end"]]
     assert {tag for tag, _ in page.attributes} == {"table", "thead", "tbody", "tr", "th", "td"}
 
@@ -100,7 +100,7 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path):
     table["list"] = [[-1, 2]] * len(words)
     table["missing"] = pd.array([None, *[-1] * (len(words) - 1)], dtype="Int64")
     before = table.copy()
-    write_csv(table, tmp_path / "t.csv")
+    writers.write_csv(table, tmp_path / "t.csv")
     head, *lines = read_back(tmp_path / "t.csv")
     assert head == ["'=head", "kind", "value", "list", "missing"]
     wanted = [f"'{word}" for word in FORMULAS] + list(KEPT)
@@ -114,7 +114,7 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path):
 def test_numbers_of_a_table_are_written_as_before(tmp_path):
     """Byte by byte what pandas writes, for a table with nothing to guard."""
     table = comparison(images=4).estimates(draws=20)
-    write_csv(table, tmp_path / "t.csv")
+    writers.write_csv(table, tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == table.to_csv(index=False)
 
 
