@@ -1,5 +1,6 @@
 """Numbers and layers that a user can give: what is none, or impossible, is refused by name."""
 
+import inspect
 from dataclasses import fields
 from typing import Any
 
@@ -103,7 +104,7 @@ def takes(tiny):
         "a gate": lambda one: ss.LSG.for_model(lvlm, one, v_detector=d.Norm(3.0)),
         "a probe": lambda one: lvlm.run(sample, [ss.TokenNorms(layers=[one])]),
         "an edit": lambda one: lvlm.run(sample, [], [ss.MaskKeys("image", layers=[one])]),
-        "a result": lambda one: in_layers(read, [one]),
+        "a result": lambda one: inspect.unwrap(in_layers)(read, [one]),  # types unchecked
         "a detection": lambda one: ss.detect(lvlm, sample, d.Norm(3.0), layers=[one]),
     }
 
