@@ -72,7 +72,7 @@ def make_sample(
         got = f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out"
         raise InputError(f"{got}. Settings of decoding go to lvlm.generate(...).")
     if inputs is not None:
-        masked = raw.get("attention_mask") is not None
+        masked = inputs.get("attention_mask") is not None
         _check_given(ready, masked, processor, family.types, anatomy.image_token_id)
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokens = build_token_map(anatomy, config, ready, grids, getattr(processor, "tokenizer", None))

@@ -134,7 +134,7 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
     at = [result.layers.index(layer) for layer in layers]
     stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
     some = {n: getattr(result, n)[:, at] for n in stacked if getattr(result, n) is not None}
-    return replace(result, layers=tuple(layers), **some)
+    return replace(result, layers=tuple(map(int, layers)), **some)
 
 
 def stack_layers(
