@@ -3,9 +3,11 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import (
     Any,
@@ -20,7 +22,7 @@ from typing import (
     get_type_hints,
 )
 
-from sinkscope.errors import InputError, SinkscopeError, nearest
+from sinkscope.errors import CheckpointError, InputError, SinkscopeError, nearest
 
 Refusal = type[SinkscopeError]
 LARGEST = 3.4e38  # of a float32, which the states of most models are
@@ -129,6 +131,30 @@ WORDS: dict[Any, str] = {
     Callable: "a function",
 }
 RAW = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError, OSError)
+
+
+def check_path(**given: Any) -> None:
+    """Refuse with a CheckpointError a path that no file can have: empty, with a NUL, or too long."""
+    for name, path in given.items():
+        if not isinstance(path, (str, os.PathLike)):
+            continue
+        problem = "" if os.fspath(path) else "it is empty"
+        try:
+            os.lstat(os.path.expanduser(path))
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # it may be made, or whoever reads it says so
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+        if problem:
+            got = f"Got {name}={os.fspath(path)[:60]!r}, which no file can be called ({problem})"
+            raise CheckpointError(f"{got}; expected a path, such as 'folder/name'.")
+
+
+def check_paths(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Check the arguments that an annotation calls a path; see `check_path`."""
+    check_path(**{name: path for name, path in given.items() if Path in get_args(hints.get(name))})
+
+
 ADVICE = {  # class that was expected -> what to write
     "LVLM": "Write lvlm = ss.LVLM(model, processor).",
     "Model": "Write lvlm = ss.LVLM(model, processor).",
@@ -210,14 +236,15 @@ def typed(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = known.bind(*args, **kwargs).arguments
-        check_switches(given, hints_of(function))
+        given, hints = known.bind(*args, **kwargs).arguments, hints_of(function)
+        check_switches(given, hints)
+        check_paths(given, hints)
         try:
             return function(*args, **kwargs)
         except SinkscopeError:
             raise
         except RAW as error:
-            explain(given, hints_of(function), error)
+            explain(given, hints, error)
             raise
 
     return cast("F", call)

@@ -86,7 +86,14 @@ def smart_resized(
     if "image_grid_thw" not in inputs:
         got = "Got pixel_values without image_grid_thw; expected all that the processor makes"
         raise InputError(f"{got}. Write lvlm.prepare(inputs=processor(...)).")
-    patch, sides = config.vision_config.patch_size, inputs["image_grid_thw"].tolist()
+    vision, grid, pixels = config.vision_config, inputs["image_grid_thw"], inputs["pixel_values"]
+    patch, size = vision.patch_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+    fits = grid.shape[1:] == (3,) and not bool((grid < 1).any())
+    if not fits or pixels.numel() != size * int(grid.prod(dim=1).sum()):
+        got = f"Got image_grid_thw {grid.tolist()} and pixel_values of shape {tuple(pixels.shape)}"
+        wanted = f"[time, rows, columns] of every image, and {size} numbers per patch"
+        raise InputError(f"{got}; expected {wanted}. Write lvlm.prepare(inputs=processor(...)).")
+    sides = grid.tolist()
     grids = [PatchGrid(rows, columns, patch) for _, rows, columns in sides]
     if sizes is None:
         return grids
@@ -116,6 +123,7 @@ class Family:
     # Whether patches stay in raster order and the projector pools merge x merge neighbours; else the
     # tower's order is block by block, as Qwen's processor makes it.
     pooled: bool = False
+    types: str = ""  # the input that is 1 at image tokens: attention or positions follow it
     feed_norm: str = ""  # path of the norm between the feeding block and the projector
 
 
@@ -166,9 +174,14 @@ QWEN2_5_VL = Family(
     packed=True,
     order=_qwen_order,
     image_inputs=("pixel_values", "image_grid_thw"),
+    types="mm_token_type_ids",
 )
 GEMMA3 = Family(
-    name="gemma3", merge=_gemma_pool, pooled=True, feed_norm="model.vision_tower.post_layernorm"
+    name="gemma3",
+    merge=_gemma_pool,
+    pooled=True,
+    types="token_type_ids",
+    feed_norm="model.vision_tower.post_layernorm",
 )
 FAMILIES: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3": GEMMA3}
 

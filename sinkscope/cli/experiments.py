@@ -220,6 +220,8 @@ def grid_of(asked: Any) -> list[tuple[Any, ...]]:
 
 def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -> Path:
     """Write tables and the result's figure to ``report/`` beside the raw results."""
+    from sinkscope.viz.tables import write_csv
+
     folder = out / "report"
     result.plot().savefig(drawn := BytesIO(), format="png", dpi=150, bbox_inches="tight")
     with writable(folder):
@@ -227,7 +229,7 @@ def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -
             raise OSError(f"{str(folder)!r} is a link; remove it first")
         folder.mkdir(parents=True, exist_ok=True)
         for file, table in tables.items():
-            write_whole(folder / f"{file}.csv", table.to_csv(index=False))
+            write_csv(table, folder / f"{file}.csv")
         write_whole(folder / f"{name}.png", drawn.getvalue())
     return folder
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sinkscope.bundled import scenes
-from sinkscope.checks import check_choice, check_fields, check_whole
+from sinkscope.checks import check_choice, check_fields, check_path, check_whole
 from sinkscope.data.items import Lazy, read_record
 from sinkscope.errors import InputError
 from sinkscope.models.pictures import ADDRESSES, is_missing
@@ -145,6 +145,7 @@ class Questions:
 
 def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     """The records of a file, one by one."""
+    check_path(source=path)
     if not path.is_file():
         raise InputError(f"Got the file {str(path)!r}, which does not exist.")
     if path.suffix == ".parquet":

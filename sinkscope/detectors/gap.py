@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import is_number
+from sinkscope.checks import is_number, is_whole
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
@@ -93,7 +93,9 @@ class Limits(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         dims, limits, said = tuple(self.dims), tuple(self.limits), ""
-        if (self.score == "channels") != bool(dims):
+        if not all(is_whole(dim, 0) for dim in dims):
+            said = f"dims={dims}; expected channels, such as (1415, 2533)"
+        elif (self.score == "channels") != bool(dims):
             said = f"score={self.score!r} with dims={dims}; expected channels for 'channels' only"
         elif not all(limit == float("inf") or is_number(limit, above=0) for limit in limits):
             said = f"limits={limits}; expected a positive one per block, infinity where no sink is"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkscope.checks import check_path
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.example import sources as layout
 from sinkscope.example.sources import HUB_LANGUAGE, HUB_VISION, WHEELS, missing
@@ -33,7 +34,9 @@ ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
 def cache_folder(cache: str | Path | None = None) -> Path:
     """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope").expanduser()
+    chosen = cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope"
+    check_path(cache=chosen)
+    return Path(chosen).expanduser()
 
 
 def wheel_folder(cache: Path) -> Path:
@@ -50,6 +53,7 @@ def model_folder(cache: Path, *, hub: bool = False) -> Path:
 def given_wheels(source: str | Path | None) -> Path | None:
     """The folder with both wheels that the call or SINKSCOPE_WHEELS names; None if neither does."""
     given = source or os.environ.get("SINKSCOPE_WHEELS")
+    check_path(source=given)
     folder = Path(given).expanduser() if given else None
     if folder is None or folder.is_dir():
         return folder

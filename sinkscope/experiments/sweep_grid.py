@@ -75,7 +75,7 @@ def check_layers(layers: Any, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(EMBED, n_layers - 1))
     layers = plain(layers)
-    alone = isinstance(layers, str) or not isinstance(layers, Iterable)
+    alone = isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)
     given: list[Any] = [layers] if alone else list(layers)
     for layer in given:
         if not among(layer, ("embed",)) and not is_whole(layer, 0, n_layers - 2):

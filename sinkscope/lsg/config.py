@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import align_module_device
 from torch import nn
 
-from sinkscope.checks import check_choice, is_number, is_whole
+from sinkscope.checks import check_choice, is_number, is_whole, plain
 from sinkscope.detectors.choice import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, LayerError
@@ -54,6 +54,7 @@ def require(good: bool, name: str, value: Any, expected: str) -> None:
 
 def check_layer(layer: Any, n_layers: int) -> int | str:
     """The block a gate reads: ``"embed"`` or an index with a block behind it; else a LayerError."""
+    layer = plain(layer)
     if layer != "embed" and not (isinstance(layer, int) and is_whole(layer, 0, n_layers - 2)):
         raise LayerError(
             f"Got layer={layer!r} for a gate in a decoder of {n_layers} blocks; expected 'embed' or "

@@ -3,7 +3,6 @@
 PyTorchModelHubMixin is not used: it compares no sizes first, and writes over files of others.
 """
 
-import html
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import read_json, seal, write_whole
 from sinkscope.lsg import loading
 from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
+from sinkscope.viz.tables import as_cell
 
 CARD = "README.md"
 OURS = {FORMAT: {CONFIG, TENSORS, CARD, RECORD}, STACK: {CONFIG, CARD, RECORD}}
@@ -178,7 +178,7 @@ def gate_card(gate: SavedGate, record: Mapping[str, Any] | None) -> bytes:
         f"coefficients for the groups {', '.join(gate.config.groups)}. The model itself is unchanged "
         f"and not included. {sum(x.numel() for x in gate.tensors.values()):,} parameters."
     )
-    title = f"A sink gate that reads {where} of a {escaped(model.get('model_type', ''))} model"
+    title = f"A sink gate that reads {where} of a {as_cell(model.get('model_type', ''))} model"
     sections = {"Training": training, "Choices": table(config), "Made for": table(model)}
     return card_of(record, title, about, ("gate = ss.LSG.from_pretrained", "[gate]"), sections)
 
@@ -218,7 +218,7 @@ def card_of(
 
 def table(data: Mapping[str, Any]) -> str:
     """Plain data as a table, nested names dotted."""
-    lines = [f"| {escaped(name)} | {escaped(shown(value))} |" for name, value in leaves(data)]
+    lines = [f"| {as_cell(name)} | {as_cell(shown(value))} |" for name, value in leaves(data)]
     return "\n".join(["| what | value |", "|---|---|", *lines])
 
 
@@ -236,11 +236,6 @@ def shown(value: Any) -> str:
         first, last, least, most = map(shown, (value[0], value[-1], min(value), max(value)))
         return f"{len(value)} values: first {first}, last {last}, smallest {least}, largest {most}"
     return f"{len(value)} entries, the last: {shown(value[-1])}"
-
-
-def escaped(text: str) -> str:
-    """Text that cannot break out of a table cell."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
 
 
 def plain(value: Any, name: str = "record") -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sinkscope.checks import check_flags, check_whole, plain, typed
+from sinkscope.checks import check_flags, check_whole, typed
 from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.choice import detector_of
 from sinkscope.detectors.detection import check_rules
@@ -133,7 +133,7 @@ def wanted_layers(
         raise InputError(f"Got layers={layers!r}; expected a list. Write layers=[{layers!r}].")
     many = lvlm.anatomy.language.n_layers
     every = () if gates else ("embed", *range(many - 1))
-    wanted = [check_layer(plain(one), many) for one in (every if layers is None else layers)]
+    wanted = [check_layer(one, many) for one in (every if layers is None else layers)]
     if bool(wanted) == bool(gates):
         what = f"Got layers={wanted} and {len(gates)} gates; expected either."
         raise InputError(f"{what} Write layers=[10] for a new gate, or gates=[gate] to train on.")

@@ -12,12 +12,14 @@ from torch import Tensor
 from sinkscope.anatomy.families import PatchGrid
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
+from sinkscope.models.pictures import not_scaled
 from sinkscope.models.prompts import as_rows, render
 from sinkscope.models.wrapping import Inputs
 from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
 PER_POSITION = ("input_ids", "attention_mask", "position_ids", *TYPES)
+WHOLE = ("input_ids", "position_ids", *TYPES, "image_grid_thw")
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 
 
@@ -69,6 +71,9 @@ def make_sample(
     if inputs is not None and strange:
         got = f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out"
         raise InputError(f"{got}. Settings of decoding go to lvlm.generate(...).")
+    if inputs is not None:
+        masked = inputs.get("attention_mask") is not None
+        _check_given(ready, masked, processor, family.types, anatomy.image_token_id)
     grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
     tokens = build_token_map(anatomy, config, ready, grids, getattr(processor, "tokenizer", None))
     shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
@@ -150,10 +155,17 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
     if missing := [name for name in needed if name not in out]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
         raise InputError(f"{got}. Pass the processor's whole output.")
-    for name in (*needed, "attention_mask"):
-        if name in out and not isinstance(out[name], Tensor):
+    for name in {*PER_POSITION, *WHOLE, *needed} & out.keys():
+        if not isinstance(out[name], Tensor):
             got = f"Got {name} of type {type(out[name]).__name__}"
             raise InputError(f"{got}; expected a tensor. Write return_tensors='pt'.")
+        dtype, wanted = out[name].dtype, ""
+        if name in WHOLE and dtype not in (torch.int64, torch.int32):
+            wanted = f"int64. Write {name}.long()"
+        elif name == "pixel_values" and not dtype.is_floating_point:
+            wanted = "floats, normalised as by this model's image processor"
+        if wanted or dtype.is_complex:
+            raise InputError(f"Got {name} of {dtype}; expected {wanted or '0 and 1'}.")
     mask = out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if problem := _wrong_ids(out["input_ids"], mask, vocab, image_id):
         raise InputError(f"Got {problem}")
@@ -162,10 +174,39 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
     return out
 
 
+def _check_given(ready: Any, masked: bool, processor: Any, types: str, image_id: int) -> None:
+    """Refuse inputs that run and give wrong logits; ``types`` is `Family.types`."""
+    ids, pixels, got = ready["input_ids"], ready["pixel_values"], ""
+    marks, position = ready.get(types), ready.get("position_ids", ids)
+    if span := not_scaled(pixels, getattr(processor, "image_processor", None)):
+        got = f"pixel_values from {span}, as before normalising; expected normalised ones"
+    elif pixels.ndim == 4 and pixels.shape[1] > 4 > pixels.shape[3]:
+        got = "channels last; expected them in front. Write pixel_values.permute(0, 3, 1, 2)"
+    elif types and (marks is None or not torch.equal(marks == 1, ids == image_id)):
+        got = f"{types} that are {'missing' if marks is None else 'not 1 at image tokens alone'}"
+        got += "; expected 1 there and 0 elsewhere, or images are read as text"
+    elif position.shape[-2:] != ids.shape or position.shape[:-2] not in ((), (3,), (4,)):
+        got = f"position_ids of shape {tuple(position.shape)}; expected that of input_ids"
+    elif not masked and _padded(ids, getattr(processor, "tokenizer", None)):
+        got = "padding in input_ids and no attention_mask; expected 1 for tokens, 0 for padding"
+    if got:
+        raise InputError(f"Got {got}. Pass all that this model's processor makes.")
+
+
+def _padded(ids: Tensor, tokenizer: Any) -> bool:
+    """Whether a row begins or ends with padding; of a token with another use, with two."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    pad, bos, eos = (getattr(tokenizer, name, None) for name in names)
+    edges = ids[:, : 1 + (pad == bos)], ids[:, -1 - (pad == eos) :]
+    return pad is not None and any(bool((e == pad).all(dim=1).any()) for e in edges)
+
+
 def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_id: int) -> str:
     if ids.ndim != 2:
         shape = f"input_ids of shape {tuple(ids.shape)}"
         return f"{shape}; expected a tensor [batch pos]. Write input_ids[None] for a single row."
+    if not ids.numel():
+        return f"input_ids of shape {tuple(ids.shape)}; expected a row and a token at least."
     if mask.shape != ids.shape:
         shapes = f"{tuple(mask.shape)} and input_ids of shape {tuple(ids.shape)}"
         return f"an attention_mask of shape {shapes}; expected the same shape."

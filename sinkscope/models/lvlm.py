@@ -16,7 +16,7 @@ from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_choice, check_flags, typed
+from sinkscope.checks import check_choice, check_flags, check_path, typed
 from sinkscope.errors import InputError, ModelError, ProbeError
 from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
@@ -89,6 +89,7 @@ class LVLM:
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
         """
         check_flags(verify=verify)  # before the weights are read
+        check_path(name=name)
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
         options["attn_implementation"] = attn_implementation
         options["trust_remote_code"] = trust_remote_code

@@ -20,6 +20,8 @@ from sinkscope.checks import is_number
 from sinkscope.errors import InputError
 
 ADDRESSES = ("http://", "https://", "data:", "file://")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "HEIF", "JPEG2000", "PPM")
+"""Files that are read. PIL knows more, and starts other programs for some: Ghostscript for EPS."""
 PIXELS = "pixels:"
 """How the id of an image without one begins; digests of several are joined by ``|``."""
 T = TypeVar("T", bound=Any)
@@ -36,7 +38,7 @@ def open_image(image: Any) -> Image.Image:
         image: PIL image, path, URL (``http``, ``https``, ``file``, ``data``), the bytes of a file, an
             open file, a dict with bytes or path as ``datasets`` gives it, or a numpy array or tensor:
             ``[height width]``, or with 1, 3 or 4 channels first or last; bool, integers to 255 or
-            65535, floats to 1 or 255. InputError if it is none of these, or cannot be read.
+            65535, floats to 1 or 255. InputError if it is none of these, or no file of `FORMATS`.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path") or image
@@ -74,9 +76,14 @@ def _found(place: str | os.PathLike[str]) -> IO[bytes]:
 
 def _read(given: Any, shown: str) -> Image.Image:
     """A PIL image or a file as people see it: upright, with 8 bits, on white."""
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # HEIF is a plugin
     try:
-        with nullcontext(given) if isinstance(given, Image.Image) else Image.open(given) as picture:
+        opened = isinstance(given, Image.Image)
+        with nullcontext(given) if opened else Image.open(given, formats=known) as picture:
             picture = ImageOps.exif_transpose(picture)
+            if 0 in picture.size:
+                raise InputError(f"Got an image of {picture.size} pixels; expected at least 1 x 1.")
             if picture.mode.startswith(("I", "F")):
                 picture = Image.fromarray(_levels(np.asarray(picture)))
             if "A" in picture.getbands() or picture.info.get("transparency") is not None:
@@ -87,7 +94,8 @@ def _read(given: Any, shown: str) -> Image.Image:
         raise
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         got = f"Got {shown}, which is no readable image ({error})"
-        raise InputError(f"{got}; expected a PNG, JPEG or other file that PIL opens.") from error
+        write = "For another format write Image.open(path).convert('RGB')"
+        raise InputError(f"{got}; expected one of {', '.join(FORMATS)}. {write}.") from error
 
 
 def _from_array(values: Any) -> Image.Image:
@@ -130,6 +138,24 @@ def _levels(array: np.ndarray) -> np.ndarray:
         )
         raise InputError(f"{got} 0 to {small} or {large}. {write}")
     return np.rint(array.astype(np.float64) * (255 / full)).astype(np.uint8)
+
+
+def not_scaled(pixels: Tensor, processor: Any) -> str:
+    """Say how model inputs differ from what an image processor makes, if nobody normalised them.
+
+    Such pixels are never negative, and larger than twice what the brightest white becomes.
+    """
+    scaled = getattr(processor, "do_rescale", True)
+    highest = 255.0 * (getattr(processor, "rescale_factor", None) or 1 / 255) if scaled else 255.0
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    if getattr(processor, "do_normalize", False) and mean is not None and std is not None:
+        highest = float(((highest - np.asarray(mean)) / np.asarray(std)).max())
+    if processor is None or not pixels.numel():
+        return ""
+    low, high = pixels.flatten(1).amin(dim=1), pixels.flatten(1).amax(dim=1)
+    strange = (low >= 0) & (high > 2 * highest)
+    where = int(strange.int().argmax())
+    return f"{float(low[where]):g} to {float(high[where]):g}" if bool(strange.any()) else ""
 
 
 def is_missing(value: Any) -> bool:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import among, check_whole
+from sinkscope.checks import among, check_whole, plain
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
@@ -22,12 +22,15 @@ from sinkscope.sites import Site
 ONE_QUERY_PER_ROW: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     dict.fromkeys(("num_beams", "num_return_sequences", "guidance_scale"), (None, 1))
     | {"use_cache": (None, True)}
-    | dict.fromkeys(("return_dict_in_generate", "use_mtp"), (None, False))
+    | dict.fromkeys(("return_dict_in_generate", "use_mtp", "synced_gpus"), (None, False))
     | dict.fromkeys(("is_assistant", "token_healing"), (None, False))
     | dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit"), (None,))
     | dict.fromkeys(("penalty_alpha", "dola_layers", "constraints"), (None,))
     | dict.fromkeys(("force_words_ids", "prefill_chunk_size"), (None,))
 )
+NEVER_NONE = ("num_beams", "num_return_sequences", "use_cache")  # given so, None is no default
+CHECKED = ("early_stopping", "compile_config", "cache_implementation", "watermarking_config")
+CHECKED += ("assistant_ensemble_weight",)  # which a GenerationConfig checks when it is made
 GREEDY: Mapping[str, Any] = MappingProxyType(
     {name: allowed[-1] for name, allowed in ONE_QUERY_PER_ROW.items()}
     | {"do_sample": False}
@@ -129,14 +132,16 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
     if config is not None and not isinstance(config, GenerationConfig):
         got = f"Got a generation_config of type {type(config).__name__}; expected a transformers."
         raise InputError(f"{got}GenerationConfig. Write its fields as options: do_sample=True.")
+    _check_values(options)
     for name, allowed in ONE_QUERY_PER_ROW.items():
         value, write = setting(name, options, defaults), f"{name}={allowed[-1]!r}"
-        if not among(value, allowed):
+        if not among(value, allowed) or (name in NEVER_NONE and options.get(name, "") is None):
             got = f"Got {name}={value!r}; expected {allowed[-1]!r}. Every decode step is probed"
             raise InputError(f"{got} with one query per row: write lvlm.generate(..., {write}).")
     cache = setting("cache_implementation", options, defaults)
-    if cache == "paged":
-        got = "Got cache_implementation='paged'; expected a cache with the keys of each row."
+    if cache == "paged" or (cache == "offloaded" and not torch.accelerator.is_available()):
+        wanted = "the keys of each row" if cache == "paged" else "keys in memory: no GPU is here"
+        got = f"Got cache_implementation={cache!r}; expected a cache with {wanted}."
         raise InputError(f"{got} Write cache_implementation=None.")
     stops = setting("stop_strings", options, defaults) or options.get("stopping_criteria")
     if len(sample) > 1 and stops:
@@ -149,6 +154,29 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
     fixed = ("static", "sliding_window", "hybrid", "hybrid_chunked")
     grows = str(cache).removeprefix("offloaded_") not in fixed
     return {} if grows else {"cache_implementation": "dynamic"}
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """Refuse values that ``generate`` stumbles over, or takes for others: ``eos_token_id=1.5`` for 1."""
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = options.get(name)
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        for one in ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else ():
+            check_whole(0, **{name: plain(one)})
+    lists = ("logits_processor", "stopping_criteria")
+    for name in (*lists, "prefix_allowed_tokens_fn", "streamer"):
+        value = options.get(name)
+        one = getattr(value, "put", None) if name == "streamer" else value
+        called = value if name in lists else [one]
+        if value is not None and not (isinstance(called, list) and all(map(callable, called))):
+            got = f"Got {name}={value!r}; expected what the generate of transformers takes there"
+            raise InputError(f"{got}. Write {name}=None.")
+    given = {name: options[name] for name in CHECKED if name in options}
+    try:
+        GenerationConfig(**given)
+    except (ValueError, TypeError, AttributeError) as error:
+        got = f"Got {given}, which transformers refuses ({error})"
+        raise InputError(f"{got}; expected settings of a GenerationConfig.") from error
 
 
 def ended_rows(sequences: Tensor, prompt: int, step: int, ends: Any) -> Tensor:

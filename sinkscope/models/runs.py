@@ -1,14 +1,18 @@
 """Run a plan on a model through nnsight: one trace for any number of probes and interventions."""
 
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import nnsight
 import torch
+from cloudpickle import list_registry_pickle_by_value, unregister_pickle_by_value
 from torch import Tensor
 
 from sinkscope import errors
@@ -28,20 +32,43 @@ Answers = dict[Any, dict[Site, Any]]
 """Slot of a probe or an edit -> site -> what the kernel gave."""
 Output = tuple[Answers, Tensor]
 """What one forward pass brought back: answers and logits."""
+TRAVELLING: Counter[str] = Counter()  # how many runs need a module that they have registered
+REGISTERING = threading.Lock()
 
 
 @contextmanager
-def ready_to_trace(model: Model, *plans: Plan, grad: bool = False) -> Iterator[Any]:
+def travelling(names: Iterable[str]) -> Iterator[None]:
+    """Send modules to servers by their source until the block ends; what the user registered stays so."""
+    with REGISTERING:
+        known = list_registry_pickle_by_value()
+        ours = [name for name in names if TRAVELLING[name] or name not in known]
+        TRAVELLING.update(ours)
+        for name in ours:
+            nnsight.register(name)
+    try:
+        yield
+    finally:
+        with REGISTERING:
+            TRAVELLING.subtract(ours)
+            for name in list_registry_pickle_by_value().intersection(ours):
+                if not TRAVELLING[name]:
+                    unregister_pickle_by_value(ModuleType(name))  # the name alone is read
+
+
+@contextmanager
+def ready_to_trace(
+    model: Model, *plans: Plan, grad: bool = False, where: Where = False
+) -> Iterator[Any]:
     """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
-    nnsight.register(sys.modules["sinkscope"])
     steps = [step for plan in plans for step in plan]
-    for _, kernel, _ in (one for step in steps for one in (*step["reads"], *step["edits"])):
-        home = sys.modules.get(kernel.__module__)
-        if home is not None and kernel.__module__ != "__main__":
-            nnsight.register(home)
+    kernels = [one[1] for step in steps for one in (*step["reads"], *step["edits"])]
+    homes = {"sinkscope", *(kernel.__module__ for kernel in kernels)} & sys.modules.keys()
     paths = {"", *(step["path"] for step in steps)}
     outputs = {step["path"] for step in steps if step["how"] == "output"}
-    with model.on(paths, outputs, grad) as traced:
+    if where:
+        nnsight.ndif.pull_env()  # what nnsight registers itself, once per process, is not ours
+    homes = homes - {"__main__"} if where else set()
+    with travelling(homes), model.on(paths, outputs, grad) as traced:
         yield traced
 
 
@@ -58,7 +85,7 @@ def run_plan(
     logits: Any = None
     remote: dict[str, Any] = {"remote": where} if where else {}
     with (
-        ready_to_trace(model, plan, grad=grad) as traced,
+        ready_to_trace(model, plan, grad=grad, where=where) as traced,
         traced.trace(**inputs, **remote) as tracer,
     ):
         answers = save(go(traced, tracer, plan))
@@ -89,7 +116,7 @@ def generate_plan(
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
     given: dict[str, Any] = {**options, "disable_compile": True}
     given |= {"remote": where} if where else {"fn": "generate"}
-    with ready_to_trace(model, *plans) as traced, warnings.catch_warnings():
+    with ready_to_trace(model, *plans, where=where) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with (traced.generate if where else traced.trace)(**given) as tracer:

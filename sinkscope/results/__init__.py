@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sinkscope.checks import typed
+from sinkscope.checks import is_whole, typed
+from sinkscope.errors import LayerError
 from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
 from sinkscope.sites import Site
 
@@ -126,10 +127,14 @@ def short(value: Any) -> str:
 
 def in_layers(result: Any, layers: Sequence[int]) -> Any:
     """The same result in some of its layers."""
+    if wrong := [x for x in layers if not is_whole(x) or x not in result.layers]:
+        raise LayerError(
+            f"Got layer {wrong[0]!r}; expected some of {result.layers}, which were read."
+        )
     at = [result.layers.index(layer) for layer in layers]
     stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
     some = {n: getattr(result, n)[:, at] for n in stacked if getattr(result, n) is not None}
-    return replace(result, layers=tuple(layers), **some)
+    return replace(result, layers=tuple(map(int, layers)), **some)
 
 
 def stack_layers(

@@ -167,7 +167,7 @@ def write(value: Any, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save(tensors, metadata))
-    except (OSError, ValueError) as error:  # the last: a name that no file can have
+    except (OSError, ValueError) as error:  # the last: a path without a name, such as '.'
         got = f"Got {str(path)!r}, which cannot be written ({error})"
         raise CheckpointError(f"{got}; expected the path of a file.") from error
     return path

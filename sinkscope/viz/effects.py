@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sinkscope.checks import among
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
-from sinkscope.viz.tables import WIDTH, aligned, render
+from sinkscope.viz.tables import WIDTH, aligned, as_cell, render
 from sinkscope.viz.theme import LABEL, QUIET, SMALL, STYLES
 
 Tasks: TypeAlias = Sequence[str] | None
@@ -132,16 +132,18 @@ def effects_frame(
 def comparison_markdown(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write accuracy of the base and changes, a line per condition, a column per task, and a note."""
     lines, note = _cells(summary, base, "**{}**")
+    lines = [[*map(as_cell, lines[0])], *([as_cell(c), *x] for c, *x in lines[1:])]
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *body, "", note, ""])
 
 
 def comparison_latex(summary: pd.DataFrame, *, base: str | None = None) -> str:
     """Write `comparison_markdown` as a ``tabular`` for booktabs, the note as a comment under it."""
-    (head, *body), note = _cells(summary, base, "<<{}>>")
+    (head, *body), note = _cells(summary, base, "\x02{}\x03")
     align = "l" + "r" * (len(head) - 1)
     table = pd.DataFrame(body, columns=head).to_latex(index=False, escape=True, column_format=align)
-    return f"{table.replace('<<', chr(92) + 'textbf{').replace('>>', '}')}% {note}\n"
+    table = table.replace("\x02", "\\textbf{").replace("\x03", "}")  # in no name
+    return f"{table}% {note}\n"
 
 
 def _cells(summary: pd.DataFrame, base: str | None, strong: str) -> tuple[list[list[str]], str]:

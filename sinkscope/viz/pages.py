@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import typed
+from sinkscope.checks import check_path, typed
 from sinkscope.errors import InputError
 from sinkscope.files import write_whole
 from sinkscope.viz import layers, maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
-from sinkscope.viz.tables import counts, of_kind, render, share, short, templates
+from sinkscope.viz.tables import counts, of_kind, render, share, short, templates, write_csv
 from sinkscope.viz.theme import Trace, images_of
 from sinkscope.viz.tokens import chips_of, strip_of
 
@@ -95,6 +95,7 @@ def most_attended(trace: Trace, row: int) -> int:
 
 def check_folder(folder: str | Path) -> Path:
     """Refuse a file, and a folder where a report would replace files that no report wrote."""
+    check_path(folder=folder)
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Got {str(folder)!r}, which is a file; expected a folder for the report.")
@@ -148,8 +149,8 @@ def write_report(
         for name in sinks.columns:  # lists are written as JSON
             if sinks[name].map(lambda value: isinstance(value, tuple)).any():
                 sinks[name] = sinks[name].map(lambda value: json.dumps(value) if value else "")
-        write_whole(folder / "sinks.csv", sinks.to_csv(index=False))
-        write_whole(folder / "tokens.csv", _tokens_table(trace).to_csv(index=False))
+        write_csv(sinks, folder / "sinks.csv")
+        write_csv(_tokens_table(trace), folder / "tokens.csv")
         trace.to_json(folder / "trace.json")
         for picture in tqdm(pictures, "drawing", disable=hidden, leave=False):
             picture.draw().savefig(drawn := BytesIO(), format="png", dpi=130, facecolor="white")

@@ -1,5 +1,7 @@
 """Words and tables of a trace, the same in terminal, notebook, page and figures."""
 
+import csv
+import html
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from sinkscope.checks import check_whole
+from sinkscope.files import write_whole
 from sinkscope.tokens import VISION_KINDS, TokenMap
 from sinkscope.viz import theme
 from sinkscope.viz.theme import GROUP_OF, STYLES, TICKS, Trace, colour_of, ink_on
@@ -21,6 +24,8 @@ MARKS = {"V": "●", "L": "■", "text": "▲", "attention": "⬢"}
 SINKS = {"V": "V-sink", "L": "L-sink", "text": "text sink"}
 KINDS = SINKS | {"attention": "attended token"}
 TOWERS = {"vision": "ViT", "language": "LLM"}
+MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # within words _ is a letter
+FORMULA = re.compile(r"(?![+-][\d.]+(e[+-]?\d+)?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def readable(word: str | None) -> str:
@@ -233,6 +238,30 @@ def trace_html(trace: Trace, *, limit: int = 10) -> str:
     theme.check_has(trace, "trace", "records", "ss.trace_sinks(lvlm, sample)")
     check_whole(1, limit=limit)
     return render("notebook.html", trace=trace, limit=limit)
+
+
+def as_cell(value: object) -> str:
+    """A value as a cell of a Markdown table, or a part of a line: as it reads, without markup, HTML or links."""
+    line = html.escape(" ".join(str(value).split()), quote=False)
+    return MARKUP.sub(r"\\\g<0>", line)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV. Texts that a spreadsheet would run as a formula get an apostrophe in front.
+
+    OWASP advises it for ``=``, ``+``, ``-``, ``@``, tabs and line breaks; ``"-0.5"`` stays a number.
+    """
+
+    def safe(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+    out = table.copy()
+    texts = list(out.select_dtypes(exclude=["number", "bool"]))
+    for name in texts:
+        out[name] = out[name].map(safe)
+    bare = "\r" in out[texts].to_csv(index=False)  # unquoted, it would begin a line
+    how = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
+    write_whole(path, out.rename(columns=safe).to_csv(index=False, quoting=how))
 
 
 def render(template: str, **given: Any) -> str:

@@ -1,8 +1,10 @@
 """A gate that was saved is the gate; whatever else lies in a folder is refused, and none of it is run."""
 
+import html
 import json
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 import sinkscope as ss
@@ -735,6 +738,29 @@ def test_the_card_tells_the_record_and_it_stays_with_the_gate(gate, folder, tmp_
     assert loaded.record["losses"] == record["losses"]
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == card
+
+
+def test_nothing_in_a_card_runs_or_leads_elsewhere(gate, folder):
+    """A record and its names are shown as they are; only the card's own link and its base model are links."""
+    bad = "[paper](javascript:alert(1)) <a href=javascript:e()>x</a> ![p](https://a.b/c) `x`"
+    record = {
+        "base_model": bad,
+        "note": bad,
+        bad: 1,
+        "gates": [bad, bad],
+        "link": "https://a.b/c_d",
+    }
+    gate.save_pretrained(folder, record=record)
+    card = (folder / "README.md").read_text()
+    head, body = card.split("---", 2)[1:]
+    assert "base_model" not in yaml.safe_load(head)
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    reader.validateLink = lambda url: True
+    page = reader.render(body)
+    assert re.findall(r'href="([^"]*)"', page) == ["https://arxiv.org/abs/2604.03316"]
+    assert "<img" not in page
+    assert page.count(html.escape(bad)) == 5, "two values, a name, and two of a list"
+    assert "<td>https://a.b/c_d</td>" in page
 
 
 @pytest.mark.parametrize(

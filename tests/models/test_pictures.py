@@ -232,3 +232,66 @@ def test_addresses_are_fetched(tmp_path, monkeypatch):
         {"path": tmp_path / "a b.png"},
     ):
         assert np.array_equal(open_image(given), picture)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_file_starts_another_program(tiny, tmp_path, monkeypatch):
+    """PIL hands EPS to Ghostscript, whatever the file is called; by no route is it asked to."""
+    started = []
+
+    def ghostscript(*given, **options):
+        started.append(given)
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
+    Image.open(BytesIO(EPS)).load()
+    assert len(started) == 1, "PIL would"
+    path, lvlm = tmp_path / "photo.jpg", tiny("llava-clip-llama")
+    path.write_bytes(EPS)
+    inside = base64.b64encode(EPS).decode()
+    part = {"type": "image", "base64": inside}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "what"}]}]
+    opened = [EPS, BytesIO(EPS), path, str(path), path.as_uri(), f"data:image/png;base64,{inside}"]
+    for one in (*opened, {"bytes": EPS}, {"path": str(path)}):
+        with pytest.raises(InputError, match=r"expected one of JPEG, PNG, WEBP.* write Image.open"):
+            open_image(one)
+    for prepare in (lambda: lvlm.prepare(path, "what"), lambda: lvlm.prepare(text=chat)):
+        with pytest.raises(InputError, match="expected one of JPEG"):
+            prepare()
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    "form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "PPM"]
+)
+def test_the_usual_formats_are_read(form):
+    more = (
+        {"save_all": True, "append_images": [Image.new("RGB", (44, 30))]} if form == "MPO" else {}
+    )
+    colours = Image.fromarray(np.full((30, 44, 3), 90, np.uint8))
+    read = np.asarray(open_image(saved(colours, form, **more)), dtype=int)
+    assert read.shape == (30, 44, 3)
+    assert abs(read - 90).max() <= 2
+
+
+def test_a_format_of_a_plugin_is_read_once_it_is_there(monkeypatch):
+    """What phones write needs a plugin: with it HEIF is read, without it refused by name."""
+    magic = b"heif" + bytes(20)
+    with pytest.raises(InputError, match=r"expected one of .*HEIF"):
+        open_image(magic)
+
+    def read(file, name):
+        return Image.new("RGB", (3, 2), "red")
+
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "HEIF", (read, lambda prefix: prefix.startswith(b"heif")))
+    assert open_image(magic).size == (3, 2)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_refused(tiny, size):
+    for family in FAMILIES:
+        with pytest.raises(InputError, match=r"an image of \(\d, \d\) pixels; expected at least 1"):
+            tiny(family).prepare(Image.new("RGB", size), "what")

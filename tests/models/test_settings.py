@@ -2,9 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 import sinkscope as ss
 from sinkscope.errors import InputError
@@ -138,6 +144,7 @@ SETTINGS = {
     "num_return_sequences": (2, "1"),
     "use_cache": (False, "True"),
     "return_dict_in_generate": (True, "False"),
+    "synced_gpus": (True, "False"),
     "prompt_lookup_num_tokens": (2, "None"),
     "assistant_early_exit": (1, "None"),
     "use_mtp": (True, "False"),
@@ -169,6 +176,63 @@ def test_settings_whose_steps_cannot_be_probed_are_refused(model, batch, name, w
         setattr(config if where == "config" else model.module.generation_config, name, value)
     with pytest.raises(InputError, match=rf"{value!r}.*; expected {expected}".replace("[", r"\[")):
         model.generate(batch(model), generation_config=config, **options)
+
+
+@pytest.mark.parametrize("name", ["use_cache", "num_beams", "num_return_sequences"])
+def test_none_is_no_default_for_some_settings(model, batch, name):
+    """``generate`` takes a None of its own for "no cache": a step then has every token as a query again,
+    and an edit of the newest one meets them all."""
+    sample = batch(model)
+    with pytest.raises(InputError, match=f"Got {name}=None; expected (True|1)"):
+        model.generate(sample, max_new_tokens=2, **{name: None})
+    setattr(model.module.generation_config, name, None)  # there None stands for the default
+    want, got = both(model, sample, max_new_tokens=3, generation_config=GenerationConfig())
+    assert torch.equal(got.sequences, want)
+    assert got.steps[1].logits.shape[1] == 1
+
+
+VALUES = {
+    "eos_token_id": (1.5, [1, 2.5], True, "</s>", -1),
+    "pad_token_id": ("x", 0.5),
+    "logits_processor": (3, [3], "greedy"),
+    "stopping_criteria": (3, [None]),
+    "prefix_allowed_tokens_fn": (3,),
+    "streamer": (3, print),
+    "compile_config": (1,),
+    "cache_implementation": ("nonsense", 3),
+    "early_stopping": ("maybe", []),
+    "assistant_ensemble_weight": (1.0,),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_generate_stumbles_over_are_refused(model, batch, name):
+    """Before a pass: the first was taken for 1, the others failed in the words of ``transformers``."""
+    for value in VALUES[name]:
+        with pytest.raises(InputError, match=name):
+            model.generate(batch(model), max_new_tokens=2, **{name: value})
+
+
+def test_values_of_the_right_kind_are_taken(model, batch):
+    sample = batch(model)
+    ends = {"eos_token_id": torch.tensor([182]), "pad_token_id": np.int64(0)}
+    assert len(model.generate(sample, max_new_tokens=2, **ends).steps) <= 2
+    seen = []
+
+    class Streamer:
+        put, end = staticmethod(seen.append), staticmethod(lambda: None)
+
+    only = {"prefix_allowed_tokens_fn": lambda row, ids: [7], "streamer": Streamer()}
+    lists = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
+    out = model.generate(sample, max_new_tokens=2, **only, **lists)
+    assert out.sequences[:, -2:].unique().tolist() == [7]
+    assert len(seen) == 3
+
+
+def test_an_offloaded_cache_needs_a_place_to_come_from(model, batch, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"cache_implementation='offloaded'.* no GPU is here"):
+        model.generate(batch(model), max_new_tokens=2, cache_implementation="offloaded")
 
 
 def test_a_row_alone_may_end_at_a_string(model):
