@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import among, check_whole, plain
+from sinkscope.checks import among, check_flags, check_whole, plain
 from sinkscope.errors import InputError, ProbeError, nearest
 from sinkscope.interventions.application import check_beside, check_interventions, check_reach
 from sinkscope.kernels.edited_call import STAGES
@@ -158,6 +158,8 @@ def check_generation(sample: Sample, options: Mapping[str, Any], defaults: Any) 
 
 def _check_values(options: Mapping[str, Any]) -> None:
     """Refuse values that ``generate`` stumbles over, or takes for others: ``eos_token_id=1.5`` for 1."""
+    flags = ("do_sample", "renormalize_logits", "remove_invalid_values", "disable_compile")
+    check_flags(**{name: options[name] for name in flags if options.get(name) is not None})
     for name in ("eos_token_id", "pad_token_id"):
         ids = options.get(name)
         ids = ids.tolist() if isinstance(ids, Tensor) else ids

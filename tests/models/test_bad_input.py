@@ -214,7 +214,7 @@ INPUTS = {
     ),
     "a file that is no image": (
         lambda w: w.prepare(write(w.folder, "notes.png", "no pixels here")),
-        "no readable image .*PNG, JPEG",
+        "no readable image .*JPEG, PNG",
     ),
     "a truncated image": (
         lambda w: (
