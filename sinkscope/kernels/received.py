@@ -80,7 +80,7 @@ def mean(total, count):
 
 def column_sums(call, rows, others, null=False):
     """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it."""
-    total = weigh_queries(call, rows[:, None].float(), null=null)[:, :, 0]
+    total = weigh_queries(call, rows[:, None], null=null)[:, :, 0]
     if not others:
         return total, None
     own = own_weights(call, null=null).masked_fill(~rows[:, None], 0.0)

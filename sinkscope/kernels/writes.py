@@ -51,7 +51,7 @@ def measure(part, like):
     made = {"weight": weight, "bias": bias, "centred": centred, "norm": norm, "part": part}
     ramp = torch.linspace(-1, 2, width, device=like.device).to(dtype).float()
     got, want = answer(ramp) - bias, onward(ramp, made)
-    want = want * (got.norm() / want.norm().clamp(min=1e-30)) if norm else want
+    want = want * (got.norm() / want.norm()) if norm else want
     if not near(got, want, dtype):
         raise ValueError(
             "What lies between attention and the residual stream is neither a factor per channel nor "

@@ -394,7 +394,7 @@ def test_donors_that_a_window_has_dropped_are_remembered(how):
     tensor = torch.randn(2, KV_HEADS, N, WIDTH, generator=torch.Generator().manual_seed(9))
     given = {"mean": DONORS, "resample": at, "tensor": tensor}[how]
     state = {"stage": "values", "memory": {}, "edit": "here", "step": 0}
-    first, _ = edits.edit_values(prompt, state, None, KEYS, LIVE, how, given)
+    edits.edit_values(prompt, state, None, KEYS, LIVE, how, given)
     state |= {"step": 2}
     made, effect = edits.edit_values(later, state, None, KEYS, LIVE, how, given)
     new = run_values(prompt, how, given)
