@@ -34,11 +34,11 @@ def measure(part, like):
     if it is neither a factor per channel nor a norm."""
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
-        weight = torch.as_tensor(part, device=like.device).float().flatten()
+        weight = torch.as_tensor(part, device=like.device).float()
         return {"weight": weight, "bias": 0.0, "centred": False, "norm": False}
 
     def answer(x):
-        return part(x.to(dtype)[None, None]).float().flatten()
+        return part(x.to(dtype)[None, None]).float()
 
     unit = torch.ones(width, device=like.device)
     # A norm that takes the mean away leaves nothing of ones.
@@ -49,7 +49,7 @@ def measure(part, like):
     weight, bias = (up - down) / 2 * unit, (up + down) / 2
     norm = not near(answer(2 * unit) - bias, 2 * (up - bias), dtype)
     made = {"weight": weight, "bias": bias, "centred": centred, "norm": norm, "part": part}
-    ramp = torch.linspace(-1, 2, width, device=like.device).to(dtype).float()
+    ramp = torch.linspace(-1, 2, width, device=like.device)
     got, want = answer(ramp) - bias, onward(ramp, made)
     want = want * (got.norm() / want.norm()) if norm else want
     if not near(got, want, dtype):
@@ -210,13 +210,13 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
         square = torch.einsum("bhkd,hde,bhke->bhk", value, gram, value)
         norms.append(square.clamp(min=0).sqrt())
     scale = made["scale"] * live[:, -made["scale"].shape[1] :]
-    written = made["written"].float() * scale[:, :, None, None]
+    written = made["written"] * scale[:, :, None, None]
     # U U^T and G^1/2 Y^T Y G^1/2 share their nonzero eigenvalues; the latter is d_head x d_head.
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]
     inner = torch.einsum("bqhd,bqhe->bhde", written, written)
     inner = torch.einsum("hdi,bhde,hej->bhij", root, inner, root)
-    spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
+    spectrum = torch.linalg.eigvalsh(inner)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
     rank = rank if layout is None else rank.expand(layout.shape[0], -1)
     return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "stable_rank": rank}

@@ -17,12 +17,12 @@ class Module(nn.Module):
 def logits_of(module, query, key, mask, scaling=None, sliding_window=None, softcap=None):
     """Logits in fp64, ``-inf`` at what is hidden."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scaling = WIDTH**-0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = query.double() @ key.double().transpose(2, 3) * scaling
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     n_query, n_key = logits.shape[2:]
     if mask is None:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool)
+        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device)
         if module.is_causal and n_query > 1:
             mask = mask.tril()
             mask = mask if sliding_window is None else mask & ~mask.tril(-sliding_window)
@@ -45,6 +45,10 @@ def plain_attention(
     module, query, key, value, attention_mask, scaling=None, s_aux=None, dropout=0.0, **options
 ):
     """A model's kernel: grouped heads, window, soft cap and learned sink."""
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise RuntimeError("fused kernels take one size of batch")
+    if key.shape[-1] != value.shape[-1]:
+        raise RuntimeError("fused kernels take one head dimension")
     logits = logits_of(module, query, key, attention_mask, scaling, **options)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     out = softmax(logits, s_aux).to(value.dtype) @ value

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from sinkscope.kernels import attention, edited_call, edits, received, walk, writes
+from sinkscope.kernels import (
+    attention,
+    edited_call,
+    edits,
+    gating,
+    received,
+    residual,
+    walk,
+    writes,
+)
 from tests.kernels.by_hand import (
     HEADS,
     WIDTH,
@@ -148,6 +157,9 @@ def test_one_step_with_a_cache(kind, dtype):
     close(got["mass"], torch.einsum("bhqk,bkg->bhqg", whole, later), near)
     flat = (call[0], (call[1][0], torch.zeros_like(call[1][1]), *call[1][2:]), call[2])
     close(got["null"], torch.einsum("bqk,bkg->bqg", weights(flat)[:, 0], later), near)
+    # The rows of the prompt do not choose among queries of a step, which has one.
+    kept = attention.group_mass([call], state, groups, torch.tensor([[4, 3], [-1, 2]]))
+    assert all(torch.equal(kept[name], got[name]) for name in ("mass", "null"))
 
     live = bools("111111", "011111")
     got = received.received([call], state, live, others=True)
@@ -272,6 +284,43 @@ def test_nulls_are_not_shared_by_layers_with_sinks_of_their_own():
     assert counted["others_null"][:, 4:].isnan().all()
 
 
+def test_questions_hold_no_graph_of_the_model():
+    """Gradients with respect to values are asked of tensors cut from the model's graph."""
+    asked = []
+
+    def watched(module, query, key, *rest, **options):
+        asked.append(query.requires_grad or key.requires_grad)
+        return plain_attention(module, query, key, *rest, **options)
+
+    call = make(watched)
+    _, (module, *tensors), options = call
+    call = (watched, (module, *(x.requires_grad_() for x in tensors)), options)
+    live = torch.ones(2, N).bool()
+    got = received.received([call], {}, live, others=True)
+    pattern = attention.patterns([call], {}, torch.tensor([[1], [2]]))
+    assert not any(asked)
+    assert not any(x.requires_grad for x in (*got.values(), pattern))
+
+
+def test_more_keys_than_dimensions():
+    call = make(n_query=11, n_key=11)
+    got = attention.weigh_values(call, torch.eye(11)[None])
+    close(got, weights(call))
+    close(attention.weigh_queries(call, torch.eye(11)[None].expand(2, -1, -1)), weights(call), 1e-5)
+    edited, _ = edits.edit_keys(
+        call, {"stage": "keys"}, None, torch.ones(2, 11).bool(), torch.ones(2, 11).bool(), 0.5
+    )
+    close(attention.values([edited], {}), call[1][3])
+
+
+def test_as_many_heads_may_share_a_key_as_it_has_dimensions():
+    call = make()
+    wide = torch.randn(2, 16, N, WIDTH, generator=torch.Generator().manual_seed(6))
+    call = (call[0], (call[1][0], wide, *call[1][2:]), call[2])
+    got = attention.weigh_queries(call, torch.eye(N)[None].expand(2, -1, -1))
+    close(got, weights(call), 1e-5)
+
+
 def test_arguments_by_place_and_by_name():
     function, (module, query, key, value), options = make()
     by_name = (
@@ -329,8 +378,9 @@ def test_probes_of_edited_calls(stage, second):
     state, column = {"stage": stage}, keys[:, None, None].double()
     seen, value = (logits(call) > -1e30).double(), call[1][3].double()
     if stage == "values":
-        made, _ = edits.edit_values(call, state, None, keys, live, "zero", None, None, [0, 2])
-        attended, factor = weights(call), 1 - column
+        own = call[1][3] * 3
+        made, _ = edits.edit_values(call, state, None, keys, live, "tensor", own, None, [0, 2])
+        attended, factor = weights(call), 1 + 2 * column
         mixed = torch.tensor([True, False, True, False])[None, :, None, None]
         factor = torch.where(mixed, factor, 1.0)
     else:
@@ -696,3 +746,16 @@ def test_a_plan_is_walked():
     assert here.output is states
     walk.walk(root, None, plan[1:])
     assert torch.equal(here.output, states * 3)
+
+
+def test_lists_of_unequal_length_are_refused():
+    """An edit without a stage, groups without coefficients, rows without live tokens."""
+    calls = windows(sizes=(2,))
+    root, step, _ = site(calls, 2, fires="once", edits=[(0, None, {})], stages=[])
+    with pytest.raises(ValueError, match="shorter"):
+        walk.read_site(root, None, step, {}, {})
+    kept = {"coefficients": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        gating.factors_of(kept, bools("1"), ("V", "L", "rest"))
+    with pytest.raises(ValueError, match="shorter"):
+        residual.massive(torch.ones(2, 3, 4), {}, bools("111"))

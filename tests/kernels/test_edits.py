@@ -16,6 +16,7 @@ from tests.kernels.by_hand import (
     logits,
     make,
     output,
+    plain_attention,
     run,
     weights,
 )
@@ -63,7 +64,9 @@ MASKS = {
     "soft cap": {"softcap": 2.0, "sliding_window": 4},
     "sink": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "no scaling": {"scaling": None},
+    "by head": {"mask": torch.ones(2, HEADS, N, N, dtype=torch.bool).tril()},
 }
+MASKS["by head"]["mask"][:, 2, :, 1:3] = False  # this head sees no edited key of the first row
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -157,6 +160,17 @@ def test_flash_kernels_are_asked_in_half_precision(stage, dtype):
     assert run(made[0]).dtype == dtype
     near = 20 * torch.finfo(dtype).eps
     check(call, made, gate_of(call, KEYS), output(call, attended), KEYS, attended, near)
+
+
+@pytest.mark.parametrize("stage", ["weights", "values"])
+def test_a_key_whose_weight_or_value_was_taken_is_still_seen(stage):
+    call, state = make(), {"stage": stage}
+    if stage == "weights":
+        made, _ = edits.edit_keys(call, state, None, KEYS, LIVE, 0.0)
+    else:
+        made, _ = edits.edit_values(call, state, None, KEYS, LIVE, "zero", rows=LIVE)
+    _, effect = edits.edit_keys(made, {"stage": "keys"}, None, KEYS, LIVE, 2.0)
+    assert effect["count"].tolist() == gate_of(call, KEYS).sum((1, 2)).tolist()
 
 
 def test_a_key_that_was_made_light_is_still_seen_in_fp16():
@@ -303,15 +317,16 @@ def test_the_image_centric_rule_at_its_limits(least, most):
     assert torch.allclose(run(made).double(), output(call, moved.double().expand(2, 4, 4, 4)))
 
 
-@pytest.mark.parametrize("mask", ["implied", "window", "bool", "all see all", "half"])
+@pytest.mark.parametrize("mask", ["implied", "window", "bool", "all see all", "half", "flash"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_evicted_keys(mask, step):
     """The first live key and the last two: of keys before them nothing is left, the empty row is spared."""
-    dtype = torch.bfloat16 if mask == "half" else torch.float32
+    dtype = torch.bfloat16 if mask in ("half", "flash") else torch.float32
     options = MASKS.get(mask, {})
     if step:
         options = {} if mask == "bool" else options
-    call = make(n_query=1 if step else N, n_key=N, dtype=dtype, **options)
+    kernel = flash_attention if mask == "flash" else plain_attention
+    call = make(kernel, n_query=1 if step else N, n_key=N, dtype=dtype, **options)
     # With two tokens since the prompt the cache holds the last six of eight.
     alive = torch.cat([LIVE, torch.ones(2, step, dtype=torch.bool)], dim=1)
     rank = alive.cumsum(1) - 1

@@ -71,6 +71,7 @@ def test_states_that_are_nothing_much():
     out = residual.massive(states, {}, bools("000"), k=9)
     assert out["median"].isnan().all()
     assert out["values"].shape[-1] == 4
+    assert residual.massive(torch.ones(1, 2, 9), {}, bools("11"))["values"].shape[-1] == 4
     assert residual.massive(states[:, 1:2], {}, bools("000"))["median"].tolist() == [
         pytest.approx(1e-3)
     ]
@@ -178,24 +179,25 @@ def test_states_that_are_put_scaled_and_moved():
     assert torch.equal(got, torch.cat([states, torch.zeros(2, 2, 6)], dim=1))
     assert effect["count"].tolist() == [2, 1]
     assert torch.equal(residual.append_tokens(got, {}, MASK, -2)[0], states)
+    assert torch.equal(residual.append_tokens(states, {}, MASK, 0)[0], states)
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "keep"])
 def test_neurons_shifted_to_registers(fill):
     """Two registers at the end get twice the largest activation, with its sign."""
-    states = states_of()
+    states, mask = states_of(torch.float32, 2, 5, 6), bools("11100", "10000")
     states[0, 1, 2] = -30.0
-    got, effect = residual.shift_neurons(states, {}, MASK, [2, 5], 2, 2.0, fill)
+    got, effect = residual.shift_neurons(states, {}, mask, [2, 5], 2, 2.0, fill)
     want = states.clone()
     for row in range(2):
         for neuron in (2, 5):
-            tokens = states[row, :2, neuron]
-            want[row, 2:, neuron] = 2 * max(tokens.tolist(), key=abs)
+            tokens = states[row, :3, neuron]
+            want[row, 3:, neuron] = 2 * max(tokens.tolist(), key=abs)
             if fill != "keep":
-                want[row, :2, neuron] = 0.0 if fill == "zero" else tokens.mean()
+                want[row, :3, neuron] = 0.0 if fill == "zero" else tokens.mean()
     assert torch.equal(got, want)
-    assert got[0, 2, 2] == -60
-    assert effect["count"].tolist() == [2, 1]
+    assert got[0, 3:, 2].tolist() == [-60, -60]
+    assert effect["count"].tolist() == [3, 1]
 
 
 def test_the_rank_of_a_token_by_its_hash():
