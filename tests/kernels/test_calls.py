@@ -18,6 +18,7 @@ from sinkscope.kernels import (
 )
 from tests.kernels.by_hand import (
     HEADS,
+    KV_HEADS,
     WIDTH,
     N,
     bools,
@@ -313,6 +314,52 @@ def test_more_keys_than_dimensions():
     close(attention.values([edited], {}), call[1][3])
 
 
+@pytest.mark.parametrize("size", [6, 11])
+def test_weights_on_ones_own_key_and_how_many_calls_they_take(size):
+    """One call where a copy of the keys will do, else one for every eight keys."""
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(1)
+        return plain_attention(*args, **options)
+
+    live, portions = torch.ones(2, size).bool(), -(-size // WIDTH)
+    mask = torch.ones(2, 1, size, size, dtype=torch.bool).tril()
+    more = make(counted, n_query=3, n_key=size, is_causal=False)  # a chunk with a cache
+    edited, _ = edits.edit_keys(make(counted, n_query=size, n_key=size), {"stage": "keys"}, None, live,
+                                live, 0.5)  # fmt: skip
+    for call, count, first in (
+        (make(counted, n_query=size, n_key=size), 1, 0),
+        (make(counted, n_query=size, n_key=size, is_causal=False), 1, 0),
+        (make(counted, n_query=size, n_key=size, sliding_window=size), 1, 0),
+        (make(counted, n_query=size, n_key=size, scaling=None), 1, 0),
+        (make(counted, n_query=size, n_key=size, mask=mask), 1, 0),
+        (make(counted, n_query=size, n_key=size, mask=mask[:, :, :1]), portions, 0),
+        (make(counted, n_query=size, n_key=size, sliding_window=2), portions, 0),
+        (make(counted, n_query=1, n_key=size), 1, size - 1),
+        (more, 1, size - 3),
+    ):
+        asked.clear()
+        got = received.own_weights(call)
+        assert len(asked) == count
+        close(got, weights(call).diagonal(first, 2, 3), 1e-5)
+    asked.clear()
+    got = received.own_weights(edited)
+    assert len(asked) == 2 * portions  # with and without the edit
+    halved = weights(make(n_query=size, n_key=size), lambda x: x / 2)
+    close(got, halved.diagonal(dim1=2, dim2=3), 1e-5)
+
+
+def test_nulls_where_heads_differ_are_those_of_the_first():
+    call, live = make(s_aux=SINK), torch.ones(2, N).bool()
+    flat = (call[0], (call[1][0], torch.zeros_like(call[1][1]), *call[1][2:]), call[2])
+    got, first = received.received([call], {}, live, others=True), weights(flat)[:, 0]
+    count = torch.arange(N, 0, -1)
+    close(got["null"], first.sum(1) / count)
+    off = (first * (1 - torch.eye(N))).sum(1) / (count - 1)
+    close(got["others_null"], off.masked_fill(count == 1, NAN))
+
+
 def test_as_many_heads_may_share_a_key_as_it_has_dimensions():
     call = make()
     wide = torch.randn(2, 16, N, WIDTH, generator=torch.Generator().manual_seed(6))
@@ -558,9 +605,115 @@ def test_parts_whose_sum_is_not_the_whole():
     # The size that counts is the larger one, and what is not finite is not known.
     broken = want.clone()
     broken[0, 0, 1] = torch.inf
+    bent = want.clone()
+    bent[0, 1] = 2
+    with pytest.raises(ValueError, match="off by up to"):
+        writes.check_same(bent, broken, size, None, torch.float32, "")
     writes.check_same(want, broken, size, None, torch.float32, "")
     writes.check_same(want * 0, want * 0, size * 0, None, torch.float32, "")
     writes.check_same(want * 1000 + 1, want * 1000, size, None, torch.float32, "")
+
+
+class Affine(nn.Module):
+    """A factor and a bias per channel: no norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = torch.linspace(-2, 2, 10), torch.linspace(1, 0, 10)
+
+    def forward(self, x):
+        return x * self.weight + self.bias
+
+
+@pytest.mark.parametrize(
+    "kind", ["number", "parameter", "affine", "layer norm", "bare norm", "RMS"]
+)
+def test_what_a_part_does(kind):
+    torch.manual_seed(5)
+    norm = nn.LayerNorm(10)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias)
+    weight = torch.rand(10) + 0.5
+    part, factor, bias, centred, is_norm = {
+        "number": (0.5, torch.tensor(0.5), 0.0, False, False),
+        "parameter": (nn.Parameter(weight), weight, 0.0, False, False),
+        "affine": (Affine(), Affine().weight, Affine().bias, False, False),
+        "layer norm": (norm, norm.weight, norm.bias, True, True),
+        "bare norm": (nn.LayerNorm(10), torch.ones(10), torch.zeros(10), True, True),
+        "RMS": (nn.RMSNorm(10), torch.ones(10), torch.zeros(10), False, True),
+    }[kind]
+    made = writes.measure(part, torch.zeros(2, 3, 10))
+    assert (made["centred"], made["norm"]) == (centred, is_norm)
+    assert torch.allclose(made["weight"], factor.detach(), atol=1e-4)
+    assert torch.allclose(torch.as_tensor(made["bias"]), torch.as_tensor(bias), atol=1e-5)
+    assert ("part" in made) == callable(part)
+    x = torch.randn(2, 3, 10)
+    want = (x - x.mean(-1, keepdim=True) if centred else x) * factor
+    assert torch.allclose(writes.onward(x, made), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", [nn.GELU(), nn.Linear(10, 10), nn.Softmax(-1), lambda x: x.abs()])
+def test_what_is_no_such_part(part):
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match="neither a factor per channel nor a norm"):
+        writes.measure(part, torch.zeros(2, 3, 10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_that_takes_nearly_all_of_it_is_rounded_by_its_own_size(dtype):
+    torch.manual_seed(6)
+    function, (module, query, key, value), options = make(dtype=dtype)
+    value = torch.ones_like(value)
+    projection = nn.Linear(HEADS * WIDTH, 10).to(dtype)
+    with torch.no_grad():
+        projection.bias.copy_(-projection.weight.sum(1))
+    call, state = (function, (module, query, key, value), options), {}
+    got = writes.contribution_norms([call], state, torch.ones(2, N, 1), projection)["norms"]
+    want = projection.weight.double().sum(1).norm()
+    assert torch.allclose(got.double(), want, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_what_arrives_in_the_stream(dtype, size):
+    """It is compared in fp32: the norm of large fp16 states can be infinite, and beside that all is alike."""
+    torch.manual_seed(7)
+    call, projection = make(dtype=dtype), nn.Linear(HEADS * WIDTH, 400, bias=False).to(dtype)
+    with torch.no_grad():
+        projection.weight.mul_(size)
+    wrote, live = projection(run(call).flatten(2)).detach(), torch.ones(2, N).bool()
+    for factor in (1.0, 1.2):
+        state = {"unedited": wrote * factor}
+        writes.contribution_norms([call], state, torch.ones(2, N, 1), projection)
+        assert state["arrived"].dtype == torch.float32
+        names = SimpleNamespace(path="model.0.attn"), SimpleNamespace(path="model.0.attn.o")
+        if factor == 1.0:
+            assert writes.arrives(wrote, state, live, *names) == {}
+            assert "arrived" not in state
+            assert writes.arrives(wrote, state, live, *names) == {}  # nothing is known
+        else:
+            said = r"What 0.attn \(SimpleNamespace\) adds to the stream is not what .* 0.attn.o"
+            with pytest.raises(ValueError, match=said):
+                writes.arrives(wrote, state, live, *names)
+
+
+@pytest.mark.parametrize("groups", [1, 9])
+def test_heads_that_write_nothing_have_no_nan(groups):
+    """Squares of rounding errors may be below zero; no live query has no direction."""
+    torch.manual_seed(8)
+    call, projection = make(), nn.Linear(HEADS * WIDTH, 10, bias=False)
+    with torch.no_grad():  # every head writes one direction only, and none of values that are alike
+        weight = torch.randn(10, HEADS, 1) * (torch.eye(WIDTH)[0] - torch.eye(WIDTH)[1])
+        projection.weight.copy_(weight.flatten(1))
+    value = torch.randn(2, KV_HEADS, N, 1).expand(-1, -1, -1, WIDTH) * 1.1
+    call = (call[0], (*call[1][:3], value), call[2])
+    out = writes.contribution_norms([call], {}, torch.rand(2, N, groups), projection)
+    assert out["per_head"].isfinite().all()
+    assert out["norms"].max() < 1e-3
+    out = writes.head_writes([call], {}, projection, bools("000000", "111111"))
+    assert out["norms"].isfinite().all()
+    assert out["stable_rank"].isfinite().all()
+    assert out["stable_rank"][0].tolist() == [0.0] * HEADS
 
 
 def test_names_of_modules():
@@ -586,6 +739,10 @@ def test_places_in_a_model():
     assert walk.query_of((None, (1,), {"query": 3})) == 3
     nested = walk.detached({"a": {"b": torch.ones(1, requires_grad=True)}})
     assert not nested["a"]["b"].requires_grad
+    # On whatever device it was, what leaves the trace lies on the CPU.
+    far = SimpleNamespace(detach=lambda: SimpleNamespace(cpu=lambda: "here"))
+    assert walk.detached({"a": far}) == {"a": "here"}
+    assert walk.last_logits(far) == "here"
 
 
 def test_parameters_of_kernels():
@@ -739,6 +896,11 @@ def test_a_plan_is_walked():
     assert here.output[1] == "weights"
     walk.walk(root, None, plan[:1])
     assert seen[-1] == (0, {})
+    inside, step, _ = site(
+        [make()], 0, fires="once", reads=[(0, lambda calls, state: calls[0][1][1], {})]
+    )
+    out = walk.walk(inside, None, [step])
+    assert torch.equal(out[0][("vision", "attention", 3)], make()[1][1])
     # A kernel that gives back what it got writes nothing, and a bare output stays bare.
     here.output = states
     same = {**plan[1], "edits": [(5, lambda x, state: (x, None), {})]}

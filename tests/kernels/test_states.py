@@ -261,9 +261,13 @@ def test_rules_at_their_limits():
     assert gating.flags(states, massive, bools("111")).tolist() == [[True, False, False]]
     massive |= {"ratio": 4.001}
     assert not gating.flags(states, massive, bools("111")).any()
-    massive |= {"absolute": 1.0, "ratio": 1.0}
+    massive |= {"absolute": 1.0, "ratio": 5.0}
     # Alone, the first token has the median 0, and no ratio to it is too small.
     assert gating.flags(states, massive, bools("100")).tolist() == [[True, False, False]]
+    # 10 / 3 is more than 3.33, which half precision would round it to or below.
+    half = torch.tensor([[[10.0, 3, 3, 3]]], dtype=torch.bfloat16)
+    massive |= {"ratio": 3.33}
+    assert gating.flags(half, massive, bools("1")).tolist() == [[True]]
     assert gating.reaches(torch.tensor([1.0, 2.0]), 2.0).tolist() == [False, True]
 
 
