@@ -206,7 +206,7 @@ def patterns(calls, state, rows, layout=None):
     located = spans(calls)
     n_query, nan = located[-1][1], float("nan")
     if len(calls) == 1 and n_query == 1:
-        rows = torch.where(rows >= 0, torch.zeros_like(rows), rows)[:, :1]
+        rows = rows.clamp(max=0)[:, :1]
     onehot = (rows[..., None] == torch.arange(n_query, device=rows.device)).float()
     parts = [
         weigh_queries(call, onehot[..., q_at:q_to])

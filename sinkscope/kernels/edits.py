@@ -45,7 +45,7 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
         factor = keys_of_call(factor, span, keys.shape[1], state)
 
     def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
-        return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+        return output + (factor - 1) * ask(value * column(keys, value)).float()
 
     def multiply(named, rest):
         scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
@@ -153,8 +153,8 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 
     def change(ask, value, output):
         taken = ask(value * column(keys, value)).float()
-        given = ask(value * column(masks[1], value), among).float()
-        return output.float() - recycle * taken + budget * given
+        given = ask(value * column(masks[1], value), among)
+        return output - recycle * taken + budget * given
 
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))

@@ -48,8 +48,8 @@ def hashed(peaks, live, seed):
     whole = (peaks * live).sum(1, keepdim=True)
     mixed = peaks * 40503 + place * 48271 + whole * 69621 + seed * 7919
     mixed = (mixed % 65521) * 52361 % 65519
-    order = mixed.masked_fill(~live, -1).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+    order = mixed.masked_fill(~live, -1).argsort(descending=True, stable=True)
+    return order.argsort()
 
 
 def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):

@@ -94,8 +94,8 @@ def group_means(states, state, groups, layout=None):
     h = rows_of(states, layout).float()
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
     count = groups.sum(dim=1)
-    means = torch.einsum("bpg,bpd->bgd", groups.float(), h) / count[..., None]
-    return {"means": means.masked_fill((count == 0)[..., None], float("nan")), "count": count}
+    means = torch.einsum("bpg,bpd->bgd", groups.float(), h) / count[..., None]  # 0 / 0 is NaN
+    return {"means": means, "count": count}
 
 
 def peak_neurons(states, state, mask):

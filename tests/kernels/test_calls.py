@@ -281,6 +281,14 @@ def test_nulls_are_not_shared_by_layers_with_sinks_of_their_own():
     close(shared[:, 4:], groups[:, 4:].mean(1, keepdim=True).expand(-1, 4, -1))
     got = received.received(pair, {}, bools("11110011"))["null"]
     close(got, torch.full((1, 8), 0.25))
+    got = received.received(pair, {}, bools("11000111"))["received"]
+    lit = bools("11000111")[0].double()
+    want = torch.einsum("bhqk,q->bhk", blocks(pair), lit) / torch.tensor([2.0] * 4 + [3.0] * 4)
+    close(got, want, 1e-5)
+    assert received.mean(torch.tensor([-1e-9, 2, 0]), torch.tensor([1, 4, 0])).tolist()[:2] == [
+        0,
+        0.5,
+    ]
     counted = received.received(pair, {}, bools("11110000"), others=True)
     assert counted["others_null"][:, 4:].isnan().all()
 
@@ -652,7 +660,7 @@ def test_what_a_part_does(kind):
     assert torch.allclose(writes.onward(x, made), want, atol=1e-3)
 
 
-@pytest.mark.parametrize("part", [nn.GELU(), nn.Linear(10, 10), nn.Softmax(-1), lambda x: x.abs()])
+@pytest.mark.parametrize("part", [nn.GELU(), nn.Linear(10, 10), nn.Softmax(-1), nn.Hardshrink(0.5)])
 def test_what_is_no_such_part(part):
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="neither a factor per channel nor a norm"):
@@ -675,6 +683,7 @@ def test_a_bias_that_takes_nearly_all_of_it_is_rounded_by_its_own_size(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1.0, 300.0])
+@torch.no_grad()
 def test_what_arrives_in_the_stream(dtype, size):
     """It is compared in fp32: the norm of large fp16 states can be infinite, and beside that all is alike."""
     torch.manual_seed(7)
@@ -714,6 +723,27 @@ def test_heads_that_write_nothing_have_no_nan(groups):
     assert out["norms"].isfinite().all()
     assert out["stable_rank"].isfinite().all()
     assert out["stable_rank"][0].tolist() == [0.0] * HEADS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [-100.0, 0.01])
+def test_what_is_near(size, dtype):
+    """Up to 16 roundings of the largest number."""
+    x, step = torch.tensor([size, 0.0]).double(), 16 * torch.finfo(dtype).eps * abs(size)
+    assert writes.near(x, x + 0.9 * step, dtype)
+    assert not writes.near(x, x + 1.1 * step, dtype)
+    assert not writes.near(x, x - torch.tensor([0, 1.1 * step]), dtype)
+    assert writes.near(x * 0, x * 0, dtype)
+    made = writes.measure(nn.LayerNorm(10).to(dtype), torch.zeros(1, 1, 10, dtype=dtype))
+    assert made["weight"].dtype == made["bias"].dtype == torch.float32
+
+
+def test_a_large_whole_in_fp16_is_compared_in_fp32():
+    want = torch.full((6, 400), 4000.0, dtype=torch.float16)  # its norm is beyond fp16
+    got, none = want.float().reshape(2, 3, 400), torch.zeros(2, 3)
+    writes.check_same(got, want, none, None, torch.float16, "")
+    with pytest.raises(ValueError, match="off by up to"):
+        writes.check_same(got * 1.2, want, none, None, torch.float16, "")
 
 
 def test_names_of_modules():

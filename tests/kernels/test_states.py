@@ -108,6 +108,9 @@ def test_the_lens_by_hand(dtype):
             )
     assert residual.lens(states, {}, nn.Identity(), head)["tokens"].shape == (2, 4, 5)
     assert residual.lens(states, {}, nn.Identity(), head, k=99)["tokens"].shape == (2, 4, 7)
+    two = residual.lens(states[:, :2], {}, nn.Identity(), head, torch.tensor([[1], [0]]))
+    every = residual.lens(states, {}, nn.Identity(), head)
+    assert torch.equal(two["entropy"][:, 0], every["entropy"][[0, 1], [1, 0]])
     step = residual.lens(states[:, :1], {}, nn.Identity(), head, positions)  # its one token is read
     assert step["entropy"].shape == (2, 1)
     assert step["entropy"].isfinite().all()
