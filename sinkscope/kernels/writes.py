@@ -215,7 +215,7 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     root = vectors * values.clamp(min=0).sqrt()[:, None]
     inner = torch.einsum("bqhd,bqhe->bhde", written, written)
     inner = torch.einsum("hdi,bhde,hej->bhij", root, inner, root)
-    spectrum = torch.linalg.eigvalsh(inner)
+    spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
     rank = rank if layout is None else rank.expand(layout.shape[0], -1)
     return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "stable_rank": rank}

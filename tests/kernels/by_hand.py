@@ -4,6 +4,10 @@ import torch
 from torch import nn
 
 HEADS, KV_HEADS, WIDTH, N = 4, 2, 8, 6
+NAN = float("nan")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SINK = torch.tensor([0.5, -1.0, 2.0, 0.0])
+LAYOUT = torch.tensor([[0, 1, 2, 3, -1], [4, 5, 6, 7, 8]])  # two images in a packed row of nine
 
 
 class Module(nn.Module):
@@ -104,3 +108,35 @@ def run(call):
 def bools(*rows):
     """Rows of zeros and ones, as bool."""
     return torch.tensor([[bool(int(x)) for x in row] for row in rows])
+
+
+def close(got, want, atol=2e-6):
+    assert got.dtype == torch.float32
+    assert got.shape == want.shape
+    assert torch.allclose(got.double(), want.double(), atol=atol, equal_nan=True)
+
+
+def windows(dtype=torch.float32, sizes=(2, 4, 3), **options):
+    """Windows of a packed tower: calls that tile one row, each with other tensors."""
+    made = []
+    for at, size in enumerate(sizes):
+        call = make(batch=1, n_query=size, n_key=size, dtype=dtype, is_causal=False, **options)
+        made.append((call[0], (call[1][0], *(x + at / 7 for x in call[1][1:])), call[2]))
+    return made
+
+
+def blocks(calls):
+    """Their weights by hand as one matrix, 0 between windows."""
+    size = sum(call[1][1].shape[2] for call in calls)
+    out, at = torch.zeros(1, HEADS, size, size).double(), 0
+    for call in calls:
+        to = at + call[1][1].shape[2]
+        out[..., at:to, at:to], at = weights(call), to
+    return out
+
+
+def as_images(x, dim):
+    """``[1 ... packed ...]`` as ``[image ... pos ...]``, NaN at padding."""
+    out = torch.stack([x[0].index_select(dim - 1, at.clamp(min=0)) for at in LAYOUT])
+    out.select(dim, 4)[0] = NAN
+    return out
