@@ -153,7 +153,8 @@ def permute_states(states, state, order):
 
 def append_tokens(states, state, live, count):
     """Append ``count`` zero tokens to ``[image pos d_model]``; a negative one removes the last again."""
-    return torch.nn.functional.pad(states, (0, 0, 0, count)), state_effect(live)
+    grown = torch.nn.functional.pad(states, (0, 0, 0, max(count, 0)))
+    return (grown if count >= 0 else states[:, :count]), state_effect(live)
 
 
 def shift_neurons(states, state, live, neurons, count, scale, fill):
