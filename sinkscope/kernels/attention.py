@@ -55,7 +55,7 @@ def is_causal(named, rest):
     return getattr(named["module"], "is_causal", True) if causal is None else causal
 
 
-def attending(call, null=False):
+def attending(call, null):
     """The call without edits of values, which leave attention as it is; without any for a null."""
     function = getattr(call[0], "plain", call[0]) if null else call[0]
     return (getattr(function, "attends", function), *call[1:])
@@ -126,7 +126,7 @@ def weights_on(call, start, stop, float32=False):
     """Attention weights on the keys from ``start`` to ``stop``, ``[batch head query key]``."""
     key = arguments(call)[0]["key"]
     every = torch.arange(key.shape[2], device=key.device)
-    return weigh_values(call, (every[:, None] == every[start:stop]).float()[None], float32=float32)
+    return weigh_values(call, (every[:, None] == every[start:stop])[None], float32=float32)
 
 
 def weigh_queries(call, weights, null=False):
@@ -142,7 +142,7 @@ def weigh_queries(call, weights, null=False):
             f"{width}, because each head is told apart by one dimension."
         )
     query, key, out = torch.zeros_like(query) if null else query, named["key"].detach(), []
-    for part in weights.float().split(width // share, dim=1):
+    for part in weights.split(width // share, dim=1):
         rows = part.shape[1]
         with torch.enable_grad():
             probe = torch.zeros(value.shape, device=value.device, requires_grad=True)
@@ -206,7 +206,7 @@ def patterns(calls, state, rows, layout=None):
     located = spans(calls)
     n_query, nan = located[-1][1], float("nan")
     if len(calls) == 1 and n_query == 1:
-        rows = torch.where(rows >= 0, torch.zeros_like(rows), rows)[:, :1]
+        rows = rows.clamp(max=0)[:, :1]
     onehot = (rows[..., None] == torch.arange(n_query, device=rows.device)).float()
     parts = [
         weigh_queries(call, onehot[..., q_at:q_to])
@@ -217,7 +217,7 @@ def patterns(calls, state, rows, layout=None):
         return pattern
     out = []
     for at in layout:
-        part = pattern[0][:, torch.isin(rows[0], at[at >= 0])][..., at.clamp(min=0)]
+        part = pattern[0][:, torch.isin(rows[0], at[at >= 0])][..., at]
         out.append(part.masked_fill((at < 0)[None, None], nan))
     most, pad = max(1, *(part.shape[1] for part in out)), torch.nn.functional.pad
     return torch.stack([pad(part, (0, 0, 0, most - part.shape[1]), value=nan) for part in out])

@@ -59,7 +59,7 @@ def reach(call, keys, live, rows, heads, spare_empty):
     ``keys``, ``live`` and ``rows`` are those of `prepared`, ``heads`` the selected query heads, or None. With
     ``spare_empty`` rows that see edited keys only, ``[batch query]``, are left as they are."""
     # In fp32 where the kernel knows it: in fp16 a key that an earlier edit made light weighs nothing.
-    columns = torch.stack([keys, ~keys], dim=-1).float()
+    columns = torch.stack([keys, ~keys], dim=-1)
     share = weigh_values(uniform(call), columns, float32=knows_float32(call)).transpose(1, 2) > 0
     mask = head_mask(call, heads, live)
     share = share if share.shape[2] == mask.shape[2] else share[:, :, :1]
@@ -107,7 +107,7 @@ def effect_of(before, after, gate, keys, empty, measure):
     }
     for name, call in (("before", before), ("after", after)) if measure else ():
         if keys.ndim == 2:
-            mass = weigh_values(call, keys[..., None].float())[..., 0].float()
+            mass = weigh_values(call, keys[..., None])[..., 0].float()
         else:
             each = weights_by_key(call, False)
             mass = sum((part * keys[:, None, :, at]).sum(-1) for at, part in each)

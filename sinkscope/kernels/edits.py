@@ -45,7 +45,7 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
         factor = keys_of_call(factor, span, keys.shape[1], state)
 
     def weigh(ask, value, output):  # A v + (s - 1) A (1_g v)
-        return output.float() + (factor - 1) * ask(value * column(keys, value)).float()
+        return output + (factor - 1) * ask(value * column(keys, value)).float()
 
     def multiply(named, rest):
         scale = torch.where(keys, torch.as_tensor(factor, device=keys.device), 1.0)
@@ -80,7 +80,7 @@ def bias_keys(bias):
         key, wanted = wider["key"], bias / (size * scaling)
         high = wanted.to(key.dtype)
         key[..., width] = high[:, None]
-        key[..., width + 1] = (wanted - high.float()).to(key.dtype)[:, None]
+        key[..., width + 1] = (wanted - high).to(key.dtype)[:, None]
         wider["query"][..., width : width + 2] = size
         return wider, {**rest, "scaling": scaling}
 
@@ -106,12 +106,11 @@ def divide_queries(call, state, span, keys, live, temperature, rows=None, heads=
     """Divide the queries of chosen rows; ``keys`` ``[batch key]`` are the live keys of the prompt."""
     _, live, rows = prepared(call, state, span, keys, live, rows)
     n_key = arguments(call)[0]["key"].shape[2]
-    keys = keys_of_call(keys, span, n_key, state, fill=1) & (temperature != 1.0)
+    keys = keys_of_call(keys, span, n_key, state, fill=True) & (temperature != 1.0)
     gate, empty = reach(call, keys, live, rows, heads, spare_empty=False)
 
     def change(named, rest):
-        query = named["query"]
-        return {**named, "query": (query.float() / temperature).to(query.dtype)}, rest
+        return {**named, "query": named["query"] / temperature}, rest
 
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, measure=True)
@@ -135,7 +134,7 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
     masks = [keys, *(keys_of_call(x, span, keys.shape[1], state) for x in masks)]
     # Flash kernels know no fp32; the others get it, because these masses become coefficients.
     exact = knows_float32(call)
-    mass = weigh_values(call, torch.stack(masks, dim=-1).float(), float32=exact).float()
+    mass = weigh_values(call, torch.stack(masks, dim=-1), float32=exact).float()
     among, whole = None, mass[..., 1]
     # A change of logits that leaves the target alone would not show in earlier edits of weights.
     if not getattr(call[0], "recipe", {}).get("weights"):
@@ -146,7 +145,7 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
         if learned_sink(call):
             # The sink's logit competes with the target's here too, and takes a share that is no key's.
             alone = with_change(call, {"stage": "logits"}, some, among)
-            whole = weigh_values(alone, masks[1][..., None].float(), float32=exact)[..., 0].float()
+            whole = weigh_values(alone, masks[1][..., None], float32=exact)[..., 0].float()
     least = max(torch.finfo(arguments(call)[0]["value"].dtype).smallest_normal, 1e-30)
     gate = gate & (whole > least).transpose(1, 2)[..., None]
     budget = (recycle * mass[..., 0] / whole.clamp(min=1e-30)).transpose(1, 2)[..., None]
@@ -158,8 +157,8 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
 
     def change(ask, value, output):
         taken = ask(value * column(keys, value)).float()
-        given = ask(value * column(masks[1], value), among).float()
-        return output.float() - recycle * taken + budget * given
+        given = ask(value * column(masks[1], value), among)
+        return output - recycle * taken + budget * given
 
     after = with_change(call, state, gate, change)
     return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))
@@ -240,7 +239,7 @@ def from_donors(call, state, span, how, donors):
             )
         return fit_keys(memory[place], n_key, step)
     if how == "mean":
-        weight = keys_of_call(donors, span, n_key, state)[:, None, :, None].float()
+        weight = keys_of_call(donors, span, n_key, state)[:, None, :, None]
         total = (value.float() * weight).sum(2, keepdim=True)
         new = (total / weight.sum(2, keepdim=True).clamp(min=1)).to(value.dtype).expand_as(value)
     else:

@@ -20,19 +20,19 @@ ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 def flags(states, rule, live, layout=None):
     """Tokens that meet a rule, among those to judge, ``live``; both ``[batch pos]`` bool."""
-    how, h = rule["how"], rows_of(states, layout)
+    how, h = rule["how"], rows_of(states, layout).float()
     if how in ("all", "none"):
         return live if how == "all" else torch.zeros_like(live)
     if how == "random":
-        return (hashed(h.float().abs().argmax(dim=-1), live, rule["seed"]) < rule["count"]) & live
+        return (hashed(h.abs().argmax(dim=-1), live, rule["seed"]) < rule["count"]) & live
     if how == "dims":
         scores = dimension_scores(h, None, rule["dims"], rule["rms"])
     else:
-        scores = norms(h, None) if how == "norm" else h.float().abs().amax(dim=-1)
+        scores = norms(h, None) if how == "norm" else h.abs().amax(dim=-1)
     tau = rule["absolute"] if how == "massive" else rule["tau"]
     above = reaches(scores, tau, rule["strict"])
     if how == "massive":
-        size = h.float().abs().masked_fill(~live[..., None], float("nan"))
+        size = h.abs().masked_fill(~live[..., None], float("nan"))
         medians = size.flatten(1).nanmedian(dim=1).values
         above = above & reaches(scores / medians[:, None], rule["ratio"])
     return above & live
@@ -49,8 +49,8 @@ def hashed(peaks, live, seed):
     whole = (peaks * live).sum(1, keepdim=True)
     mixed = peaks * 40503 + place * 48271 + whole * 69621 + seed * 7919
     mixed = (mixed % 65521) * 52361 % 65519
-    order = mixed.masked_fill(~live, -1).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+    order = mixed.masked_fill(~live, -1).argsort(descending=True, stable=True)
+    return order.argsort()
 
 
 def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=None):
@@ -58,7 +58,7 @@ def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=N
     ``[image pos]``. ``image_index`` ``[batch pos]`` and ``sources`` ``[batch pos source]`` are those of
     `sinkscope.tokens.TokenMap`."""
     found, kept = flags(states, rule, live, layout), memory_of(state, slot)
-    picked = found[image_index.clamp(min=0)[..., None], sources.clamp(min=0)]
+    picked = found[image_index[..., None], sources]
     carried = (picked & (sources >= 0)).any(-1) & (image_index >= 0)
     kept["V"] = kept["V"] | carried if "V" in kept else carried
     return states, None
@@ -103,9 +103,9 @@ def note_coefficients(states, state, slot, signal, at, tokens, **gate):
     if signal == "mean":
         read = mean_over(states, tokens)[:, 0]
     elif state.get("step", 0):
-        read = states[:, -1].float()
+        read = states[:, -1]
     else:
-        read = states[torch.arange(states.shape[0], device=states.device), at].float()
+        read = states[torch.arange(states.shape[0], device=states.device), at]
     memory_of(state, slot)["coefficients"] = coefficients(read, **gate)
     return states, None
 

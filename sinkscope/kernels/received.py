@@ -90,7 +90,6 @@ def visible_queries(call, live):
     if mask is not None and mask.ndim == 4:
         seen = mask[:, 0, :, :n_key]
         seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        seen = seen.expand(weights.shape[0], -1, -1)
         return torch.einsum("bq,bqk->bk", weights, seen.float())
     if not is_causal(named, rest) or n_query == 1:
         return weights.sum(1, keepdim=True).expand(-1, n_key)
@@ -108,7 +107,7 @@ def mean(total, count):
 
 def column_sums(call, rows, others, null=False):
     """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it."""
-    total = weigh_queries(call, rows[:, None].float(), null=null)[:, :, 0]
+    total = weigh_queries(call, rows[:, None], null=null)[:, :, 0]
     if not others:
         return total, None
     own = own_weights(call, null=null).masked_fill(~rows[:, None], 0.0)
@@ -135,7 +134,7 @@ def own_weights(call, null=False):
         return torch.cat(out, dim=-1)
     # From one call with a copy of every token's own key.
     width, first = query.shape[-1], mask is None and is_causal(named, rest)
-    query, key, share = query.float(), key.float(), query.shape[1] // key.shape[1]
+    key, share = key.float(), query.shape[1] // key.shape[1]
     own = (query * key.repeat_interleave(share, dim=1)).sum(dim=-1, keepdim=True)
     query = torch.cat([query, torch.nn.functional.pad(own, (0, EXTRA - 1))], dim=-1)
     copy = torch.zeros(*key.shape[:2], 1, width + EXTRA, device=key.device)

@@ -24,14 +24,14 @@ def live_at(live, states):
 def mean_over(x, mask):
     """The mean of ``x`` ``[batch pos any]`` over the positions in ``mask``, ``[batch 1 any]`` in fp32."""
     total = torch.where(mask[..., None], x.float(), 0.0).sum(1, keepdim=True)
-    return total / mask.sum(1)[:, None, None].float().clamp(min=1)
+    return total / mask.sum(1)[:, None, None].clamp(min=1)
 
 
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
     ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens."""
     h, medians = rows_of(states, layout).float(), []
-    top = h.abs().topk(min(k, h.shape[-1]), dim=-1).indices
+    top = h.abs().topk(min(k, h.shape[-1])).indices
     for row, alive in zip(h, live_at(live, h), strict=True):
         mine = row[alive].abs()
         medians.append(mine.median() if mine.numel() else h.new_tensor(float("nan")))
@@ -69,7 +69,7 @@ def lens(states, state, norm, head, positions=None, k=5, layout=None):
         states, gone = states.gather(1, index), positions < 0
     logprobs = head(norm(states)).float().log_softmax(dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
-    values, tokens = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
+    values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))
     return {
         "tokens": tokens.masked_fill(gone[..., None], -1),
@@ -94,8 +94,8 @@ def group_means(states, state, groups, layout=None):
     h = rows_of(states, layout).float()
     h = h.masked_fill(~groups.any(dim=-1, keepdim=True), 0.0)  # padding may hold anything
     count = groups.sum(dim=1)
-    means = torch.einsum("bpg,bpd->bgd", groups.float(), h) / count.clamp(min=1)[..., None]
-    return {"means": means.masked_fill((count == 0)[..., None], float("nan")), "count": count}
+    means = torch.einsum("bpg,bpd->bgd", groups.float(), h) / count[..., None]  # 0 / 0 is NaN
+    return {"means": means, "count": count}
 
 
 def peak_neurons(states, state, mask):
@@ -142,7 +142,7 @@ def edit_states(states, state, mask, donor, layout=None):
 
 def scale_states(states, state, mask, factor):
     """Multiply chosen tokens by a factor (DIYSink's reweighting)."""
-    return edit_states(states, state, mask, states.float() * factor)
+    return edit_states(states, state, mask, states * factor)
 
 
 def permute_states(states, state, order):
@@ -154,7 +154,7 @@ def permute_states(states, state, order):
 def append_tokens(states, state, live, count):
     """Append ``count`` zero tokens to ``[image pos d_model]``; a negative one removes the last again."""
     grown = torch.nn.functional.pad(states, (0, 0, 0, max(count, 0)))
-    return (grown if count > 0 else states[:, :count]), state_effect(live)
+    return (grown if count >= 0 else states[:, :count]), state_effect(live)
 
 
 def shift_neurons(states, state, live, neurons, count, scale, fill, shared=False):
@@ -168,7 +168,7 @@ def shift_neurons(states, state, live, neurons, count, scale, fill, shared=False
     tokens, out = states[:, :-count, neurons], states.clone()
     each = states[..., neurons].flatten(1)[..., None] if shared else tokens
     peak = each.gather(1, each.abs().argmax(dim=1, keepdim=True)) * scale
-    out[:, -count:, neurons] = peak.expand(-1, count, len(neurons))
+    out[:, -count:, neurons] = peak
     if fill != "keep":
         new = (
             mean_over(tokens, live).to(tokens.dtype) if fill == "mean" else torch.zeros_like(tokens)

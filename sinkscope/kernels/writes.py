@@ -24,8 +24,7 @@ SIZE = 256.0  # the largest number in a question to a projection: beside it a bi
 
 def near(x, y, dtype):
     """Whether two vectors are the same up to rounding in ``dtype``."""
-    size = torch.maximum(x.abs().max(), y.abs().max())
-    return bool((x - y).abs().max() <= 16 * torch.finfo(dtype).eps * size)
+    return bool((x - y).abs().max() <= 16 * torch.finfo(dtype).eps * x.abs().max())
 
 
 def measure(part, like):
@@ -34,11 +33,11 @@ def measure(part, like):
     if it is neither a factor per channel nor a norm."""
     width, dtype = like.shape[-1], like.dtype
     if not callable(part):
-        weight = torch.as_tensor(part, device=like.device).float().flatten()
+        weight = torch.as_tensor(part, device=like.device).float()
         return {"weight": weight, "bias": 0.0, "centred": False, "norm": False}
 
     def answer(x):
-        return part(x.to(dtype)[None, None]).float().flatten()
+        return part(x.to(dtype)[None, None]).float()
 
     unit = torch.ones(width, device=like.device)
     # A norm that takes the mean away leaves nothing of ones.
@@ -49,9 +48,9 @@ def measure(part, like):
     weight, bias = (up - down) / 2 * unit, (up + down) / 2
     norm = not near(answer(2 * unit) - bias, 2 * (up - bias), dtype)
     made = {"weight": weight, "bias": bias, "centred": centred, "norm": norm, "part": part}
-    ramp = torch.linspace(-1, 2, width, device=like.device).to(dtype).float()
+    ramp = torch.linspace(-1, 2, width, device=like.device)
     got, want = answer(ramp) - bias, onward(ramp, made)
-    want = want * (got.norm() / want.norm().clamp(min=1e-30)) if norm else want
+    want = want * (got.norm() / want.norm()) if norm else want
     if not near(got, want, dtype):
         raise ValueError(
             "What lies between attention and the residual stream is neither a factor per channel nor "
@@ -129,7 +128,7 @@ def way(calls, state, projection, parts, live, asked=None):
     for part, one in zip(parts, passed, strict=True):
         mapped = onward(total, one)
         if one["norm"]:
-            normed = part(total.to(x.dtype)).float() - one["bias"]
+            normed = part(total.to(x.dtype)) - one["bias"]
             size = normed.norm(dim=-1) / mapped.norm(dim=-1).clamp(min=1e-30)
             made["scale"], mapped = made["scale"] * size, mapped * size[..., None]
         total = mapped + one["bias"]
@@ -210,7 +209,7 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
         square = torch.einsum("bhkd,hde,bhke->bhk", value, gram, value)
         norms.append(square.clamp(min=0).sqrt())
     scale = made["scale"] * live[:, -made["scale"].shape[1] :]
-    written = made["written"].float() * scale[:, :, None, None]
+    written = made["written"] * scale[:, :, None, None]
     # U U^T and G^1/2 Y^T Y G^1/2 share their nonzero eigenvalues; the latter is d_head x d_head.
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt()[:, None]

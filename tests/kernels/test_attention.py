@@ -69,6 +69,8 @@ def test_own_weights_by_hand(kind, sharp):
     assert torch.allclose(received.own_weights(call), want, atol=2e-6)
     edited = edited_call.attend(function, dict.fromkeys(edited_call.STAGES, ()))
     assert torch.allclose(received.own_weights((edited, *call[1:])), want, atol=2e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(received.own_weights(call), want, atol=2e-6)
     uniform = (1 / visible(kind).sum(dim=1)).expand_as(want)
     assert torch.allclose(received.own_weights(call, null=True), uniform, atol=1e-6)
     newest = (
