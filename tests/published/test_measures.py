@@ -265,7 +265,10 @@ def test_results_are_saved_and_name_their_source(lvlm, sample, tmp_path):
         (lambda m, s: published.sink_rate(m, s, eps=0), "Got eps=0; expected"),
         (lambda m, s: published.sink_rate(m, s, length=1.5), "Got length"),
         (lambda m, s: published.massive_activations(m.module, s), "expected LVLM"),
-        (lambda m, s: published.massive_activations(m, s, tower="text"), "Got tower=.text.; expected one of"),
+        (
+            lambda m, s: published.massive_activations(m, s, tower="text"),
+            "Got tower=.text.; expected one of",
+        ),
         (lambda m, s: published.massive_activations(m, s, ratio=float("nan")), "Got ratio=nan"),
         (lambda m, s: published.outlier_tokens(m, s, tau="valley"), "Got tau"),
         (lambda m, s: published.var(m, s, DIMS, tau=1.4, version="both"), "Got version"),
