@@ -25,7 +25,6 @@ from typing import (
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError, nearest
 
 Refusal = type[SinkscopeError]
-LARGEST = 3.4e38  # of a float32, which the states of most models are
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,7 +47,7 @@ def is_number(
         number = float(value)
     except OverflowError:  # a whole number beyond any float
         return False
-    return abs(number) <= LARGEST and number >= least and above < number < below
+    return math.isfinite(number) and number >= least and above < number < below
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from sinkscope import probes
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import among, check_choice, check_fields, check_number, fits, is_whole
+from sinkscope.checks import (
+    among,
+    check_choice,
+    check_fields,
+    check_number,
+    fits,
+    is_number,
+    is_whole,
+)
 from sinkscope.detectors.detection import Detector as Detector
 from sinkscope.detectors.detection import decide as decide
 from sinkscope.detectors.detection import expected_peak
@@ -20,6 +28,8 @@ from sinkscope.probes.attention import STATE_SITE
 from sinkscope.protocols import Probe
 from sinkscope.results import Record
 from sinkscope.sites import Tower
+
+LARGEST = 3.4e38
 
 
 class Rule(Record):
@@ -41,6 +51,10 @@ class Rule(Record):
         for name, options in self.choices.items():
             check_choice(options, **{name: getattr(self, name)}, error=DetectorError)
         check_fields(self, DetectorError)
+        for name, value in vars(self).items():
+            if is_number(value) and abs(value) > LARGEST:
+                what = f"at most {LARGEST:g}, the largest number of a float32"
+                raise DetectorError(f"Got {name}={value!r}; expected {what}.")
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
         """What to measure."""

@@ -363,7 +363,7 @@ def test_evicted_keys(mask, step):
     assert torch.allclose(effect["after"], torch.zeros(2), atol=1e-6)
 
 
-DONORS = bools("100101", "000100")  # the second row has one donor: its mean is that value
+DONORS = bools("100101", "100100")  # a key that is replaced is no donor, whatever was asked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -375,15 +375,18 @@ def test_replaced_values(how, choice, dtype):
     value, sure = call[1][3], torch.full((1, 1, 1, 1), 2.0)
     at = torch.tensor([[5, 4, 3, 2, 1, 0], [0, 1, 2, 2, 2, 5]])
     given = {"zero": None, "mean": DONORS, "resample": at, "tensor": sure.expand_as(value)}[how]
-    weight = DONORS[:, None, :, None].double()
-    mean = (value.double() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
-    new = {
-        "zero": torch.zeros_like(value),
-        "mean": mean.to(dtype).expand_as(value),
-        "resample": torch.stack([row[:, to] for row, to in zip(value, at, strict=True)]),
-        "tensor": sure.to(dtype).expand_as(value),
-    }[how]
-    mixed = torch.where(KEYS[:, None, :, None], new, value)
+
+    def new(keys):
+        weight = (DONORS & ~keys)[:, None, :, None].double()
+        mean = (value.double() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+        return {
+            "zero": torch.zeros_like(value),
+            "mean": mean.to(dtype).expand_as(value),
+            "resample": torch.stack([row[:, to] for row, to in zip(value, at, strict=True)]),
+            "tensor": sure.to(dtype).expand_as(value),
+        }[how]
+
+    mixed = torch.where(KEYS[:, None, :, None], new(KEYS), value)
     gate = gate_of(call, KEYS & (mixed != value).any(-1).any(1).any(1, True), LIVE, rows, heads)
     want, near = output(call, weights(call), mixed), 2e-6 if dtype == torch.float32 else 5e-3
     state = {"stage": "values", "unedited": call, "memory": {}, "edit": "here"}
@@ -403,8 +406,8 @@ def test_replaced_values(how, choice, dtype):
         check(call, made, gate, want, KEYS, atol=near)
     other = bools("000001", "010000")
     twice, _ = edits.edit_values(made[0], state, None, other, LIVE, how, given)
-    both = torch.where(other[:, None, :, None], new, mixed)
-    first = torch.where(other[:, None, :, None], new, value)
+    both = torch.where(other[:, None, :, None], new(other), mixed)
+    first = torch.where(other[:, None, :, None], new(other), value)
     want = output(call, weights(call), both)
     if choice == "some":
         want = torch.where(
@@ -467,11 +470,12 @@ def test_resampled_values_at_a_step_whose_cache_is_whole():
     assert torch.allclose(mean[1][3], torch.where(keys[:, None, :, None], new, later[1][3]))
 
 
-def test_a_row_without_donors_gets_zeros():
+def test_a_row_without_donors_keeps_its_values():
     call = make()
-    donors = bools("100000", "000000")
-    made, _ = edits.edit_values(call, {"stage": "values"}, None, KEYS, LIVE, "mean", donors)
-    assert torch.equal(made[1][3][1][:, KEYS[1]], torch.zeros(KV_HEADS, 2, WIDTH))
+    donors = bools("100000", "000000") | (KEYS & bools("000000", "111111"))
+    made, effect = edits.edit_values(call, {"stage": "values"}, None, KEYS, LIVE, "mean", donors)
+    assert torch.equal(made[1][3][1], call[1][3][1])
+    assert effect["rows"].tolist()[1] == 0 < effect["rows"].tolist()[0]
 
 
 @pytest.mark.parametrize("kernel", [plain_attention, flash_attention])
@@ -508,18 +512,19 @@ def test_parts_of_attention_are_added_in_fp32(dtype, kernel):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_target_that_holds_the_source(turned):
-    """Row 0 sees nothing else; what it gives away it gets back. Or the source holds the target."""
+    """What gives does not receive: rows that see nothing else of the target are left alone."""
     call, source, target = make(), bools("100000", "001000"), bools("110000", "001100")
     source, target = (target, source) if turned else (source, target)
     live = torch.ones(2, N).bool()
+    asked, target = target, target & ~source
     first = weights(call)
     among = logits(call).masked_fill(~target[:, None, None], -math.inf).softmax(-1).nan_to_num()
     taken = first * source[:, None, None]
     attended = first - 0.6 * taken + 0.6 * taken.sum(-1, keepdim=True) * among
-    gate = gate_of(call, source, live)
-    made = edits.edit_mass(call, {"stage": "weights"}, None, source, target, live, 0.6)
+    gate = gate_of(call, source, live) & gate_of(call, target, live)
+    made = edits.edit_mass(call, {"stage": "weights"}, None, source, asked, live, 0.6)
     check(call, made, gate, output(call, attended), source, attended)
-    assert made[1]["rows"].tolist() == [6, 4]
+    assert made[1]["rows"].tolist() == ([0, 0] if turned else [5, 3])
 
 
 def test_weight_moves_to_keys_that_an_edit_of_weights_made_light():
@@ -544,7 +549,7 @@ def test_weight_moves_to_keys_that_an_edit_of_weights_made_light():
 def test_values_of_a_packed_tower_take_donors_of_their_window():
     call = make(batch=1, n_query=4, n_key=4, is_causal=False)
     keys, donors, live = bools("110100110"), bools("000011100"), torch.ones(1, 9).bool()
-    new = call[1][3][:, :, 1:4].mean(2, keepdim=True)
+    new = call[1][3][:, :, 1:3].mean(2, keepdim=True)  # 4 and 5: the key 6 is replaced itself
     state = {"stage": "values"}
     made, _ = edits.edit_values(call, state, (3, 7), keys, live, "mean", donors)
     want = torch.where(keys[:, None, 3:7, None], new, call[1][3])
