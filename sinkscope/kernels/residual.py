@@ -170,8 +170,6 @@ def shift_neurons(states, state, live, neurons, count, scale, fill, shared=False
     peak = each.gather(1, each.abs().argmax(dim=1, keepdim=True)) * scale
     out[:, -count:, neurons] = peak
     if fill != "keep":
-        new = (
-            mean_over(tokens, live).to(tokens.dtype) if fill == "mean" else torch.zeros_like(tokens)
-        )
+        new = mean_over(tokens, live) if fill == "mean" else torch.zeros_like(tokens)
         out[:, :-count, neurons] = torch.where(live[..., None], new, tokens)
     return out, state_effect(live)
