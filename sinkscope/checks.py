@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -169,7 +169,7 @@ ADVICE = {  # class that was expected -> what to write
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation says; of collections the kind alone is looked at."""
-    origin, parts = get_origin(hint), get_args(hint)
+    origin, parts, value = get_origin(hint), get_args(hint), plain(value)
     if hint is Any or isinstance(hint, (str, TypeVar)) or getattr(hint, "array_type", None):
         return True  # shapes have checks of their own
     if origin in (Union, UnionType):
@@ -180,7 +180,8 @@ def fits(value: Any, hint: Any) -> bool:
     if kind is int:
         return is_whole(value)
     if kind in (Sequence, Iterable):  # an array or the values of a dict will do
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+        once = kind is Sequence and isinstance(value, Iterator)
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not once
     return not isinstance(kind, type) or isinstance(value, (Real, bool) if kind is float else kind)
 
 
@@ -220,7 +221,7 @@ def check_switches(
 ) -> None:
     """Refuse what is not True or False where an annotation says bool; Python takes any text for true."""
     for name, value in given.items():
-        if hints.get(name) in (bool, bool | None) and not fits(plain(value), hints[name]):
+        if hints.get(name) in (bool, bool | None) and not fits(value, hints[name]):
             refuse_type(name, value, hints[name], error)
 
 
@@ -252,7 +253,7 @@ def typed(function: F) -> F:
 def explain(given: Mapping[str, Any], hints: Mapping[str, Any], error: Exception) -> None:
     """Refuse, because of an error of Python, the first argument or field that is not of its kind, if any."""
     for name, value in given.items():
-        if name in hints and not fits(plain(value), hints[name]):
+        if name in hints and not fits(value, hints[name]):
             try:
                 refuse_type(name, value, hints[name], InputError)
             except InputError as refusal:

@@ -166,6 +166,8 @@ def as_targets(items: Sequence[LabelledImage], wanted: Sequence[str] | None) -> 
     names = known if wanted is None or isinstance(wanted, str) else list(wanted)
     if isinstance(wanted, str) or not names:
         raise InputError(f"Got targets={wanted!r}; expected some of {known}, as a list.")
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"Got targets={names!r:.60}; expected some of {known}, as a list.")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise InputError(f"Got targets={names}; expected every one once, not {twice} again.")
     return [_target(name, items) for name in names]

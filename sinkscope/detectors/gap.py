@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.towers import TowerAnatomy
-from sinkscope.checks import is_number, is_whole
+from sinkscope.checks import among, is_number, is_whole
 from sinkscope.detectors.detection import Detector, expected_peak
 from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
@@ -97,7 +97,7 @@ class Limits(Rule):
             said = f"dims={dims}; expected channels, such as (1415, 2533)"
         elif (self.score == "channels") != bool(dims):
             said = f"score={self.score!r} with dims={dims}; expected channels for 'channels' only"
-        elif not all(limit == float("inf") or is_number(limit, above=0) for limit in limits):
+        elif not all(among(x, (float("inf"),)) or is_number(x, above=0) for x in limits):
             said = f"limits={limits}; expected a positive one per block, infinity where no sink is"
         if said:
             raise DetectorError(f"Got {said}. Limits come from ss.calibrate(lvlm, samples).")

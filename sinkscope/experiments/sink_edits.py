@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkscope.checks import check_choice, check_flags, check_whole, is_whole, typed
+from sinkscope.checks import check_choice, check_flags, check_whole, is_whole, plain, typed
 from sinkscope.errors import InterventionError, LayerError, NoEffectError, TooFewTokensError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import AblateValues, LiveRule, MaskKeys, ScaleAttention
@@ -198,8 +198,9 @@ class EditSinks:
         check_flags(control=self.control)
         check_whole(1, k=self.k)
         check_whole(0, seed=self.seed)
-        several = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
-        wanted: Any = self.layers if several else [0 if self.layers is None else self.layers]
+        layers = plain(self.layers)
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        wanted: Any = layers if several else [0 if layers is None else layers]
         if not all(is_whole(layer, 0) for layer in wanted):
             raise LayerError(
                 f"Got layers={self.layers!r}; expected block indices, or None for all."

@@ -8,7 +8,7 @@ import torch
 
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import dtype_of
-from sinkscope.checks import check_choice, is_number
+from sinkscope.checks import check_choice, is_number, plain
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base, values
 from sinkscope.interventions.base import BaseEdit, at_layer, selected_by
@@ -61,7 +61,7 @@ class AblateActivations(BaseEdit, needs="states"):
         base.check_prompt_only(self.steps, "AblateActivations")
         dims = check_dims(self.dims, context.tower(self.tower).d_model, self.tower)
         mask = selected_by(self, context, self.tokens)
-        value = {"set": self.replacement, "clamp": self.value}.get(how)
+        value = plain({"set": self.replacement, "clamp": self.value}.get(how))
         site, layers, out = check_site(self.site), context.layers(self.tower, self.layers), []
         for layer in () if context.step else layers:
             at = at_layer(mask, layer)

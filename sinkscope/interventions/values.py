@@ -97,6 +97,10 @@ def value_edits(it: Any, context: Context, values: Tensor, mask: Tensor) -> list
 
 def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:
     """Given values as ``[batch layer kv_head pos d_head]``; InterventionError if they do not fit."""
+    if given.dtype == torch.bool:
+        raise InterventionError(
+            "Got a mask of True and False as replacement; expected values. Give the mask as tokens."
+        )
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
     of_all = (rows, anatomy.kv_heads, length, anatomy.d_head)
     wanted, given = (rows, n_layers, *of_all[1:]), given.detach().cpu()

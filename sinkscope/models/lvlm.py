@@ -44,7 +44,7 @@ class LVLM:
 
     def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
         check_flags(verify=verify)
-        if processor is not None and not callable(processor):
+        if isinstance(processor, type) or (processor is not None and not callable(processor)):
             raise InputError(
                 f"Got a processor of type {type(processor).__name__}; expected that of the model, or None "
                 "for ready inputs only. Write AutoProcessor.from_pretrained(...) of the same checkpoint."

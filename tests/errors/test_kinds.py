@@ -76,6 +76,38 @@ def test_a_plain_model_or_no_data_is_no_raw_error(lvlm, call, said) -> None:
 
 
 @pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: ss.detectors.Limits("ratio", iter([1.0])), "Got limits of type list_iterator"),
+        (lambda: ss.detectors.Limits("ratio", torch.ones(1, 9)), "Got limits="),
+        (lambda: ss.detectors.SinkDimensions(torch.tensor(True), 2.0), "Got dims=tensor"),
+        (lambda: ss.detectors.Norm(1e39), "Got tau=1e\\+39; expected at most 3.4e\\+38"),
+        (lambda: ss.detectors.Norm(2.0, strict="no"), "Got strict='no'; expected True or False"),
+        (lambda: experiments.EditSinks("L-sinks", layers=["x"]), "Got layers=\\['x'\\]"),
+        (lambda: experiments.EditSinks("L-sinks", layers=torch.tensor(True)), "Got layers=tensor"),
+        (lambda: experiments.effect_conditions(edits=np.zeros((0, 0))), "Got edits="),
+        (lambda: ss.lsg_grid(10**9), "Got steps=1000000000"),
+        (lambda: ss.bundled.draw_scene(3, noise=torch.tensor(float("nan"))), "Got noise="),
+        (lambda: experiments.Questions("scenes", suffix=None), "Got suffix=None; expected a text"),
+        (lambda: ss.LVLM(ss.testing.tiny_llava()[0], -0.5), "Got a processor of type float"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_where_they_are_given(call, said) -> None:
+    with pytest.raises(SinkscopeError, match=said):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers(lvlm) -> None:
+    sample = lvlm.prepare(images=ss.testing.random_image(), text="What is there?")
+    runs = [
+        lvlm.run(sample, interventions=[ss.AblateActivations([1], "image", number, layers=[1])])
+        for number in (0.5, np.float32(0.5), torch.tensor(0.5))
+    ]
+    assert torch.equal(runs[0].logits, runs[1].logits)
+    assert torch.equal(runs[0].logits, runs[2].logits)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"level": -1}, "Got level=-1; expected a finite number above 0 and below 1"),

@@ -170,6 +170,9 @@ RUN = {
     "a factor that is a word": (
         lambda c: ss.ScaleKeys(c.some, "half"), InterventionError, "Got factor='half'; expected a finite number",
     ),
+    "a mask as values": (
+        lambda c: ss.AblateValues(c.some, torch.tensor(True)), InterventionError, "Got a mask of True and False",
+    ),
     "a factor that is a truth": (
         lambda c: ss.ScaleKeys(c.some, True), InterventionError, "Got factor=True; expected a finite number",
     ),
