@@ -47,7 +47,7 @@ ALLOWED: dict[tuple[str, str], str] = {
 }
 
 
-HOST: Any = None  # a Hugging Face model, where an LVLM is expected
+HOSTS: list[Any] = []  # a Hugging Face model and its processor, where others are expected
 
 
 def junk() -> list[Any]:
@@ -69,7 +69,7 @@ def junk() -> list[Any]:
         ),
         *(torch.zeros(0), torch.ones(2, 3), torch.tensor(True), torch.full((1, 9), math.nan)),
         *(np.zeros((0, 0)), np.int64(3), np.float32(0.5), np.array(["x"]), pd.DataFrame(), pd.NA),
-        *(HOST,) * (HOST is not None),
+        *HOSTS,
         *(
             Image.new("RGB", (1, 1)),
             torch.nn.Linear(2, 2),
@@ -87,7 +87,8 @@ class Bench:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         os.chdir(self.folder)  # where files of wrong names may be written
-        self.lvlm = ss.LVLM(*ss.testing.tiny_llava())
+        HOSTS[:] = ss.testing.tiny_llava()
+        self.lvlm = ss.LVLM(*HOSTS)
         self.image = ss.testing.random_image()
         self.sample = self.lvlm.prepare(images=self.image, text="What is there?")
         self.batch = self.lvlm.prepare(
