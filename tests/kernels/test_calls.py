@@ -463,3 +463,12 @@ def test_attention_moves_to_a_target_that_weighs_nothing_beside_a_sink(softer):
     attended = weights(call)
     want = output(call, attended * (1 - 0.5 * source[:, None, None].double()) + 0.5 * among)
     assert torch.allclose(run(made).double(), want, atol=1e-5)
+
+
+def test_the_pattern_of_a_decode_step_is_that_of_its_one_query():
+    """Rows are positions of the prompt; a step has the newest token alone, and no row asked for is none."""
+    call = make(n_query=1)
+    got = attention.patterns([call], {"step": 3}, torch.tensor([[5, 2], [-1, -1]]))
+    assert got.shape[2] == 1
+    close(got[0, :, 0], weights(call)[0, :, 0])
+    assert not bool(got[1].nan_to_num().any())

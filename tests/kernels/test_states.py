@@ -343,7 +343,7 @@ def test_coefficients_by_hand(activation, dtype, bare):
         return 3 * (act(h) @ weights[4].double().T + weights[5].double()).softmax(-1)
 
     def noted(signal, step=0):
-        state, at = {"memory": {}, "step": step}, torch.tensor([2, 1])
+        state, at = {"memory": {}} | ({"step": step} if step else {}), torch.tensor([2, 1])
         tokens = bools("0110", "1000")
         assert gating.note_coefficients(read, state, "g", signal, at, tokens, **gate) == (
             read,
