@@ -376,6 +376,11 @@ def main():
             ]
             flips = sum(always[0][at] != always[1][at] for at in own)
             worst = max(abs(bare[at]["ratio_out"] / own[at]["ratio_out"] - 1) for at in own)
+            probe = ss.ReceivedAttention(tower=tower)
+            seen = lvlm.run(one, [probe], logits="last")[probe]
+            drawn = int((seen.received > 3 * seen.null[:, :, None]).any(dim=-1).sum())
+            print(f"{name}: {drawn} of {len(own)} heads give some key three times uniform attention, "
+                  f"{events[1]:.0f} have a sink event.")  # fmt: skip
             print(f"{name}: of {len(own)} heads {flips} words differ without LayerScale, events ignored; "
                   f"ratio_out is off by up to {worst:.0%}.")  # fmt: skip
 

@@ -540,6 +540,14 @@ def targets(b: Bench) -> Iterator[tuple[str, Target]]:
     yield "to_json", (b.trace.to_json, {"path": b.folder / "trace.json"})
     yield "select", (lambda **given: b.sample.tokens.select(*given.values()), {"tokens": "image"})
     v = ss.viz
+    yield (
+        "write_report",
+        (
+            v.write_report,
+            {"folder": b.place(), "trace": b.trace, "mass": None, "tables": None, "decoys": None}
+            | {"title": "Sinks", "progress": False},
+        ),
+    )
     for plot, given in (
         (
             v.plot_sinks_on_image,

@@ -182,7 +182,9 @@ def fits(value: Any, hint: Any) -> bool:
     if kind in (Sequence, Iterable):  # an array or the values of a dict will do
         once = kind is Sequence and isinstance(value, Iterator)
         return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not once
-    return not isinstance(kind, type) or isinstance(value, (Real, bool) if kind is float else kind)
+    if not isinstance(kind, type) or getattr(kind, "_is_runtime_protocol", True) is False:
+        return True  # a protocol that nothing can be asked for
+    return isinstance(value, (Real, bool) if kind is float else kind)
 
 
 def kinds_of(hint: Any) -> list[str]:

@@ -246,6 +246,7 @@ def _part(n_images: int, seeds: Sequence[int], start: int) -> Sequence[int]:
     """The seeds of some scenes of a split, which may not hold fewer."""
     if not (is_whole(n_images, 1) and is_whole(start, 0)) or start + n_images > len(seeds):
         raise InputError(
-            f"Got n_images={n_images!r} from scene {start!r}; expected whole numbers, together 1 to {len(seeds)}."
+            f"Got n_images={n_images!r} from scene {start!r}; expected whole numbers, together 1 to "
+            f"{len(seeds)}."
         )
     return seeds[start : start + n_images]

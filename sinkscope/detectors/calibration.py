@@ -34,9 +34,9 @@ class TowerCalibration(Record):
     with one threshold ``tau``, None if that differs by layer (see ``detector.limits``). In the layer with the
     narrowest gap 95 % of the sinks reach ``lowest_sink`` and (nearly) no other token ``highest_other``;
     ``confidence`` is ``1 - highest_other / lowest_sink``, in [0, 1], on the samples that the limits are from:
-    other samples may be worse, and from one instance it is one ratio of two tokens. ``instances`` counts the (sample, layer,
-    token) that spiked and drew; ``layers`` are those in which the score separates them. ``gaps`` is score ->
-    narrowest gap over the layers with sinks; below 1.5 it does not separate there.
+    other samples may be worse, and from one instance it is one ratio of two tokens. ``instances`` counts the
+    (sample, layer, token) that spiked and drew; ``layers`` are those in which the score separates them.
+    ``gaps`` is score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
     """
 
     tower: str
@@ -127,8 +127,8 @@ def calibrate(
     """Find this model's thresholds, and its sink channels where channels separate best.
 
     Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
-    of different kinds; six to eight are customary. Trace others: on these the rule finds what it was made of. ``draws`` is that of `detectors.Gap` and ``spike`` its
-    ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
+    of different kinds; six to eight are customary. Trace others: on these the rule finds what it was made of.
+    ``draws`` is that of `detectors.Gap` and ``spike`` its ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
     then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
 
     CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;

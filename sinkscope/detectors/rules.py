@@ -29,7 +29,7 @@ from sinkscope.protocols import Probe
 from sinkscope.results import Record
 from sinkscope.sites import Tower
 
-LARGEST = 3.4e38
+LARGEST = 3.4e38  # of a float32, in which scores are compared
 
 
 class Rule(Record):

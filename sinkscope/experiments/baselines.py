@@ -8,7 +8,6 @@ from typing import Any, cast
 from sinkscope.checks import (
     among,
     check_choice,
-    check_flags,
     check_number,
     check_whole,
     is_number,
@@ -63,19 +62,18 @@ def effect_conditions(
 
     ``edits``, ``layers`` and ``rule`` are those of `EditSinks`, ``rule`` for L-sinks and text sinks; the
     three replacements of values are best reported side by side. ``top`` of the image tokens that receive
-    the most attention are edited too. ``controls``
-    adds the same edits of random tokens that are no sinks. Gives name -> condition, ``"base"`` first.
+    the most attention are edited too. ``controls`` adds the same edits of random tokens that are no sinks.
+    Gives name -> condition, ``"base"`` first.
     """
-    edits = edits if isinstance(edits, str) else [*edits]
-    if isinstance(edits, str) or not edits or not all(among(one, EDITS) for one in edits):
+    listed = [] if isinstance(edits, str) else [*edits]
+    if not listed or not all(among(one, EDITS) for one in listed):
         raise InputError(f"Got edits={edits!r}; expected some of {list(EDITS)}, as a list.")
-    check_flags(controls=controls)
     check_choice(RULES, rule=rule)
     check_whole(0, hint="Write 0 for none.", top=top)
     named = [(kind, kind, kind, 1) for kind in KINDS]
     named += [(TOP, f"the top {top} attended", f"the top {top}", top)] if top else []
     out: dict[str, Condition] = {BASE: []}
-    for (kind, name, number, k), edit in product(named, edits):
+    for (kind, name, number, k), edit in product(named, listed):
         how = rule if kind in LIVE_KINDS else "frozen"
         out[f"{edit} {name}"] = EditSinks(kind, edit, layers, k=k, rule=how)
         if controls:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_flags, check_whole, typed
+from sinkscope.checks import check_whole, typed
 from sinkscope.data.answers import answer_batch
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.detectors.detection import Detector, check_rules
@@ -203,7 +203,6 @@ def compare(
         length_normalized: Whether an option's log-probability is the mean over its tokens or the sum.
         progress: None shows a bar from 50 questions on.
     """
-    check_flags(length_normalized=length_normalized)
     check_whole(1, batch=batch)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")

@@ -16,7 +16,7 @@ from joblib.hashing import NumpyHasher
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sinkscope.checks import check_choice, check_flags, check_whole, typed
+from sinkscope.checks import check_choice, check_whole, typed
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
@@ -90,7 +90,6 @@ def sweep(
             sweep. What was done before stays.
         ModelError: If a resumed pass would not be the model's own.
     """
-    check_flags(dry_run=dry_run)
     check_choice(BY, by=by)
     pairs = sweep_grid.check_grid(grid)
     chosen = sweep_grid.check_layers(layers, lvlm.anatomy.language.n_layers)

@@ -1,6 +1,5 @@
 """Gates read from folders and hub repositories; no code that lies there is run."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from sinkscope.checks import is_whole
 from sinkscope.errors import CheckpointError, DetectorError, InterventionError, LayerError
 from sinkscope.files import SEAL, read_json, unseal
 from sinkscope.lsg.config import BASES, WHOLE, GateConfig, canonical, check_layer, require
-from sinkscope.results.saving import digest
+from sinkscope.results.saving import digest_beside
 
 FORMAT, STACK, VERSION = "sinkscope-lsg", "sinkscope-lsg-stack", 1
 CONFIG, TENSORS, RECORD = "config.json", "model.safetensors", "training.json"
@@ -135,11 +134,6 @@ def read_gate(source: Source) -> SavedGate:
         raise CheckpointError(f"{what}; expected a training record, values by name. {AGAIN}")
     check_seal(source, head, record, tensors)
     return SavedGate(config, tensors, record)
-
-
-def digest_beside(record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> bytes:
-    """The digest of what is loaded with `CONFIG`."""
-    return digest(json.dumps(record, sort_keys=True), tensors).encode()
 
 
 def check_seal(

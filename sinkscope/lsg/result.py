@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from sinkscope.checks import check_choice, check_flags, check_whole, typed
+from sinkscope.checks import check_choice, check_whole, typed
 from sinkscope.data.batches import read_dataset
 from sinkscope.errors import InputError
 from sinkscope.lsg.gate import LSG, check_gates
@@ -205,7 +205,6 @@ def greedy_stack(
     given = check_gates(gates)
     check_choice(("loss", "accuracy"), score=score)
     check_whole(1, batch=batch)
-    check_flags(append_end=append_end)
     layers = [gate.layer for gate in given]
     if len(set(layers)) != len(layers):
         raise InputError(f"Got gates of the layers {layers}; expected every layer once.")

@@ -27,6 +27,7 @@ from sinkscope.errors import CheckpointError, InputError
 from sinkscope.files import read_json, seal, write_whole
 from sinkscope.lsg import loading
 from sinkscope.lsg.loading import CONFIG, FORMAT, RECORD, STACK, TENSORS, SavedGate, leaves, scrub
+from sinkscope.results.saving import digest_beside
 from sinkscope.viz.tables import as_cell
 
 CARD = "README.md"
@@ -94,7 +95,7 @@ def files_beside(
     versions["transformers"] = transformers.__version__
     head = {"format": kind, "format_version": loading.VERSION}
     head |= {loading.HELD[kind]: held, "versions": versions}
-    head = seal(head, loading.digest_beside(record if kind == FORMAT else None, tensors or {}))
+    head = seal(head, digest_beside(record if kind == FORMAT else None, tensors or {}))
     datas = {CONFIG: head} if record is None else {CONFIG: head, RECORD: record}
     how: dict[str, Any] = {"indent": 2, "ensure_ascii": False, "allow_nan": False}
     return {CARD: card} | {k: f"{json.dumps(v, **how)}\n".encode() for k, v in datas.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sinkscope.checks import check_flags, check_whole, typed
+from sinkscope.checks import check_whole, typed
 from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.choice import detector_of
 from sinkscope.detectors.detection import check_rules
@@ -211,7 +211,6 @@ def train_lsg(
         dry_run: Whether to return a `TrainingCost` instead; the model does not run.
     """
     settings = TrainingSettings.of(settings, locals())
-    check_flags(append_end=append_end, dry_run=dry_run)
     check_whole(1, checkpoint_every=checkpoint_every)
     if not dry_run:
         check_place(lvlm, accelerator)

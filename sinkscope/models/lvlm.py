@@ -183,7 +183,6 @@ class LVLM:
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
         """
-        check_flags(kl=kl, grad=grad)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
@@ -258,7 +257,6 @@ class LVLM:
         The block runs while the model does, reads each `site` in forward order, and ``.save()`` keeps a
         value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
-        check_flags(grad=grad)
         checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)

@@ -159,6 +159,11 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return out.hexdigest()
 
 
+def digest_beside(data: Any, tensors: Mapping[str, Tensor]) -> bytes:
+    """The digest of JSON-ready data and tensors, for `sinkscope.files.seal` of what is loaded with them."""
+    return digest(json.dumps(data, sort_keys=True), tensors).encode()
+
+
 def write(value: Any, path: Path) -> Path:
     """Write a record to a file that is there whole or not at all; see `Result.save`."""
     tensors: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sinkscope.data.batches import batches_of
 from sinkscope.errors import CheckpointError, NonFiniteError
 from sinkscope.files import folder_whole, read_json, seal, unseal, writable
-from sinkscope.results.saving import digest
+from sinkscope.results.saving import digest_beside
 from sinkscope.training import TrainingSettings
 
 
@@ -153,7 +153,8 @@ class Loop:
         A trainee whose loss, gradient or weights are NaN or infinite ends with its best weights until then,
         and the others continue. NonFiniteError if none is left, or if rows are shared by processes.
         """
-        self.resume()
+        if not self.step:  # else the caller has resumed it
+            self.resume()
         self._since = time.monotonic() - self.seconds
         if self.step == 0 and not self.history:
             self._validate()
@@ -188,15 +189,11 @@ class Loop:
                 what = f"Got {str(newest)!r}, whose state.safetensors cannot be read ({error})"
                 raise CheckpointError(f"{what}; expected a whole file. {again}") from error
             data = read_json(newest / "state.json", again)
-            data = unseal(data, newest, again, self._digest(tensors))
+            data = unseal(data, newest, again, digest_beside(self.facts, tensors))
             for trainee in self.trainees:
                 trainee.restore(tensors, data["runners"][trainee.name])
             self.step, self.history, self.seconds = data["step"], data["history"], data["seconds"]
         return self.step >= self.steps or not self._active
-
-    def _digest(self, tensors: Mapping[str, Tensor]) -> bytes:
-        """The digest of what lies beside ``state.json``, and of the run it is of."""
-        return digest(json.dumps(self.facts, sort_keys=True), tensors).encode()
 
     @property
     def _active(self) -> list[Trainee]:
@@ -292,7 +289,7 @@ class Loop:
         seconds = time.monotonic() - self._since
         data = {"step": self.step, "seconds": seconds, "runners": numbers, "history": self.history}
         tensors = {k: v for trainee in self.trainees for k, v in trainee.tensors.items()}
-        state = json.dumps(seal(data, self._digest(tensors)), allow_nan=False)
+        state = json.dumps(seal(data, digest_beside(self.facts, tensors)), allow_nan=False)
         with writable(self.folder):
             with folder_whole(self.folder / f"checkpoint-{self.step:06d}") as made:
                 (made / "state.safetensors").write_bytes(save(tensors))

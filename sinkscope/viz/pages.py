@@ -19,7 +19,7 @@ from sinkscope.files import write_whole
 from sinkscope.viz import layers, maps
 from sinkscope.viz.image import plot_received_map, plot_sinks_on_image
 from sinkscope.viz.tables import counts, of_kind, render, share, short, templates, write_csv
-from sinkscope.viz.theme import Trace, images_of
+from sinkscope.viz.theme import Trace, check_has, images_of
 from sinkscope.viz.tokens import chips_of, strip_of
 
 WRITTEN = "Written by sinkscope."  # how a page of ours is known
@@ -138,6 +138,14 @@ def write_report(
     heading -> table, stand before the figures. For ``decoys`` see `plot_sinks_on_image`. ``progress`` None
     shows a bar in a terminal.
     """
+    check_has(trace, "trace", "records", "ss.trace_sinks(lvlm, sample)")
+    if mass is not None:
+        check_has(mass, "mass", "groups", "lvlm.run(sample, [probe])[probe] of an AttentionMass")
+    named = tables is None or isinstance(tables, Mapping)
+    if not (named and all(isinstance(x, pd.DataFrame) for x in dict(tables or {}).values())):
+        raise InputError(
+            f"Got tables={repr(tables)[:60]}; expected a dict of heading -> DataFrame."
+        )
     folder, shown = check_folder(folder), []
     pictures = list(pictures_of(trace, mass, decoys))
     hidden = None if progress is None else not progress

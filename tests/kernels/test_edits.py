@@ -75,15 +75,20 @@ MASKS["by head"]["mask"][:, 2, :, 1:3] = False  # this head sees no edited key o
 def test_scaled_keys(mask, stage, choice):
     call, factor, (rows, heads) = make(**MASKS[mask]), FACTORS[stage], CHOICES[choice]
     by_key = torch.where(KEYS, factor, 1.0).double()[:, None, None]
-    attended = {
-        "keys": lambda: weights(scaled_keys(call, by_key[:, 0])),
-        "logits": lambda: weights(call, lambda x: x + by_key.log()),
-        "weights": lambda: weights(call) * by_key,
-    }[stage]()
+    attended = scaled(call, by_key, stage)
     gate = gate_of(call, KEYS, LIVE, rows, heads)
     made = edits.edit_keys(call, {"stage": stage}, None, KEYS, LIVE, factor, rows, heads)
     check(call, made, gate, output(call, attended), KEYS, attended)
     assert made[1]["empty"].tolist() == [0, 0]
+
+
+def scaled(call, by_key, stage):
+    """The weights by hand, with ``[batch 1 1 key]`` factors of keys, of exp(logits) or of weights."""
+    if stage == "keys":
+        return weights(scaled_keys(call, by_key[:, 0]))
+    return (
+        weights(call) * by_key if stage == "weights" else weights(call, lambda x: x + by_key.log())
+    )
 
 
 def scaled_keys(call, factor):
@@ -106,11 +111,7 @@ def test_at_a_decode_step_only_keys_of_the_prompt_are_scaled(stage):
     call, factor = make(n_query=1, n_key=N), FACTORS[stage]
     kept = torch.cat([KEYS[:, 2:], bools("00", "00")], dim=1)
     by_key = torch.where(kept, factor, 1.0).double()[:, None, None]
-    attended = {
-        "keys": lambda: weights(scaled_keys(call, by_key[:, 0])),
-        "logits": lambda: weights(call, lambda x: x + by_key.log()),
-        "weights": lambda: weights(call) * by_key,
-    }[stage]()
+    attended = scaled(call, by_key, stage)
     state = {"stage": stage, "step": 2}
     made = edits.edit_keys(call, state, None, KEYS, LIVE, factor)
     gate = gate_of(call, kept, bools("1", "1"))
@@ -123,11 +124,7 @@ def test_a_window_of_a_packed_tower_has_its_part_of_every_mask(stage):
     keys, live, rows = bools("110100110"), bools("111111011"), bools("111011111")
     part = slice(3, 7)
     by_key = torch.where(keys[:, part], factor, 1.0).double()[:, None, None]
-    attended = {
-        "keys": lambda: weights(scaled_keys(call, by_key[:, 0])),
-        "logits": lambda: weights(call, lambda x: x + by_key.log()),
-        "weights": lambda: weights(call) * by_key,
-    }[stage]()
+    attended = scaled(call, by_key, stage)
     gate = gate_of(call, keys[:, part], live[:, part], rows[:, part])
     made = edits.edit_keys(call, {"stage": stage}, (3, 7), keys, live, factor, rows)
     check(call, made, gate, output(call, attended), keys[:, part], attended)
@@ -151,11 +148,7 @@ def test_masked_keys_and_rows_that_see_nothing_else(mask):
 def test_flash_kernels_are_asked_in_half_precision(stage, dtype):
     call, factor = make(flash_attention, dtype=dtype), FACTORS[stage]
     by_key = torch.where(KEYS, factor, 1.0).double()[:, None, None]
-    attended = {
-        "keys": lambda: weights(scaled_keys(call, by_key[:, 0])),
-        "logits": lambda: weights(call, lambda x: x + by_key.log()),
-        "weights": lambda: weights(call) * by_key,
-    }[stage]()
+    attended = scaled(call, by_key, stage)
     made = edits.edit_keys(call, {"stage": stage}, None, KEYS, LIVE, factor)
     assert run(made[0]).dtype == dtype
     near = 20 * torch.finfo(dtype).eps
