@@ -531,6 +531,61 @@ def targets(b: Bench) -> Iterator[tuple[str, Target]]:
             },
         ),
     )
+    m, base = ss.published, ss.baselines
+    tower = {"tower": "language"}
+    for kind, given in (
+        (m.sink_rate, {"eps": 0.3, "length": 20}),
+        (m.massive_activations, {**tower, "layers": [1], "absolute": 1.0, "ratio": 2.0}),
+        (m.outlier_tokens, {"tau": 20.0, "layer": 1}),
+        (m.var, {"dims": [1, 5], "version": "paper", "tau": 1.5, "p": 0.6, "rho": 0.8}),
+        (m.nop_broadcast, {**tower, "layers": [1]}),
+    ):
+        yield f"published.{kind.__name__}", (kind, {"lvlm": lvlm, "sample": sample, **given})
+    given = {"norm": 20.0, "max_layer": 1, "top_k": 2, "layer": 1, "version": "code"}
+    yield (
+        "published.test_time_registers",
+        (m.test_time_registers, {"lvlm": lvlm, "samples": [sample], **given}),
+    )
+    outliers = lvlm.run(sample, [p.TokenNorms(tower="vision")])["TokenNorms"].norms[:, -1] > 25.0
+    yield (
+        "find_register_neurons",
+        (
+            i.find_register_neurons,
+            {"lvlm": lvlm, "samples": [sample], "tokens": [outliers], "top_k": 2, "max_layer": 1},
+        ),
+    )
+    for kind, given in (
+        (base.var, {"preset": "code", "layers": [2], "p": 0.6, "rho": 0.5, "rule": "live"}),
+        (base.token_weights, {"sink": 0.5, "rest": 1.0, "sinks": "L-sinks"}),
+        (base.sink_to_front, {"sinks": "L-sinks"}),
+        (base.fixed_coefficients, {"layer": 0, "s_v": 0.5, "s_rest": 0.7}),
+        (base.random_tokens, {"condition": e.EditSinks("L-sinks"), "count": None, "seed": 0}),
+    ):
+        yield f"baselines.{kind.__name__}", (kind, given)
+    yield (
+        "LiveRule",
+        (
+            lambda **x: lvlm.run(batch, [], [ss.MaskKeys(i.LiveRule(**x), allow_noop=True)]),
+            {"detector": d.Norm(5.0), "among": "image", "frozen": None},
+        ),
+    )
+    yield "scene_attributes", (lambda **x: list(ss.bundled.scene_attributes(**x)), {"n_images": 1})
+    yield (
+        "nop_or_broadcast",
+        (e.nop_or_broadcast, {"ratio": 0.1, "stable_rank": 1.0, "event": True}),
+    )
+    yield (
+        "cluster_intervals",
+        (e.cluster_intervals, {"values": np.ones((3, 2)), "clusters": [1, 1, 2], "level": 0.9}),
+    )
+    yield (
+        "replacement_table",
+        (
+            e.replacement_table,
+            {"lvlm": lvlm, "trace": b.trace, "tokens": alone, "n": 2, "seed": 0},
+        ),
+    )
+    yield "top_received", (e.top_received, {"trace": b.trace, "k": 2})
     yield "load_run", (ss.load_run, {"path": b.kept})
     yield "save", (lambda **given: b.run.save(**given), {"path": b.place()})
     yield (
@@ -565,6 +620,11 @@ def targets(b: Bench) -> Iterator[tuple[str, Target]]:
         (v.plot_effects, {"summary": b.compared.estimates(draws=50), "tasks": None, "base": None}),
         (v.tokens_html, {"trace": b.trace, "row": 0, "layer": None}),
         (v.trace_summary, {"trace": b.trace, "limit": 3}),
+        (v.trace_html, {"trace": b.trace, "limit": 3}),
+        (v.plot_received_by_layer, {"trace": b.trace, "row": 0, "heads": "max"}),
+        (v.plot_detections, {"trace": b.trace, "row": 0}),
+        (v.plot_trace, {"trace": b.trace, "row": 0, "mass": b.run[b.mass]}),
+        (v.effects_text, {"summary": b.compared.estimates(draws=50), "width": 100}),
     ):
         yield plot.__name__, (plot, given)
 

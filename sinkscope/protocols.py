@@ -21,6 +21,7 @@ from sinkscope.sites import Site
 COLUMNS = ("rows", "empty", "tokens", "mass_before", "mass_after")
 
 
+@runtime_checkable
 class Model(Protocol):
     """What probes and interventions use of an `LVLM`."""
 

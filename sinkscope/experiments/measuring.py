@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinkscope import probes
+from sinkscope.checks import typed
 from sinkscope.detectors import Detection, Gap, SinkRules
 from sinkscope.detectors.detection import decided
 from sinkscope.detectors.rules import STATE_SITE
@@ -18,6 +19,7 @@ from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
 
 
+@typed
 def nop_or_broadcast(ratio: float, stable_rank: float, event: bool) -> str:
     """Tell whether a head's sink writes anything, by the definitions of Fesser et al. (2606.08105).
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
-from sinkscope.checks import check_choice, check_whole
+from sinkscope.checks import check_choice, check_whole, typed
 from sinkscope.errors import InterventionError, ModelError
 from sinkscope.interventions import base
 from sinkscope.kernels import residual as kernels
@@ -71,6 +71,7 @@ def unpacked(context: Context) -> Context:
     return context
 
 
+@typed
 def find_register_neurons(
     lvlm: Model,
     samples: Sequence[Any],
@@ -87,16 +88,24 @@ def find_register_neurons(
     last block to look at (outliers are made before they show), or None for all. Returns layer -> neuron
     indices.
     """
+    check_whole(1, error=InterventionError, top_k=top_k)
+    last = lvlm.anatomy.vision.n_layers - 1
+    if max_layer is not None:
+        check_whole(0, last, error=InterventionError, max_layer=max_layer)
     if len(samples) != len(tokens):
         raise InterventionError(
             f"Got {len(samples)} samples and {len(tokens)} masks; expected one mask of ViT tokens each."
+        )
+    if not all(isinstance(mask, Tensor) for mask in tokens):
+        raise InterventionError(
+            f"Got tokens={repr(tokens)[:60]}; expected a list of masks, bool [image pos]."
         )
     if not any(bool(mask.any()) for mask in tokens):
         raise InterventionError(
             "Got no outlier token in any sample; expected some. Detect them first, for instance "
             "with ss.detect(lvlm, sample, ss.detectors.Norm('valley'), tower='vision')."
         )
-    layers = list(range(lvlm.anatomy.vision.n_layers if max_layer is None else max_layer + 1))
+    layers = list(range(1 + (last if max_layer is None else max_layer)))
     total: dict[int, Tensor] = dict.fromkeys(layers, torch.zeros(1))
     for sample, mask in zip(samples, tokens, strict=True):
         probe = NeuronActivity(mask, layers)

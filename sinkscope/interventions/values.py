@@ -133,7 +133,7 @@ def others(live: Tensor, mask: Tensor, what: str) -> Tensor:
 def random_donors(mask: Tensor, live: Tensor, visual: Tensor, seed: int) -> Tensor:
     """For every position in ``mask`` a random live other one of its row; itself elsewhere, ``[batch pos]``.
     Image tokens, those in ``visual``, draw from image tokens, and the others from the rest."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     out = torch.arange(mask.shape[1]).repeat(mask.shape[0], 1)
     for b, row in enumerate(mask):
         for kind in (visual[b] & live[b], ~visual[b] & live[b]):

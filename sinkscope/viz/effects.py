@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sinkscope.checks import among
+from sinkscope.checks import among, check_whole
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.viz import theme
 from sinkscope.viz.tables import WIDTH, aligned, as_cell, render
@@ -101,6 +101,7 @@ def effects_text(
 
     The change in percentage points has its interval, with a star where that excludes zero.
     """
+    check_whole(20, width=width)
     table = effects_frame(summary, tasks=tasks, base=base)
     lines = [list(table.columns), *table.to_numpy().tolist()]
     widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]

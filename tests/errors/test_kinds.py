@@ -11,6 +11,7 @@ from sinkscope import experiments
 from sinkscope.checks import among, fits, is_number, typed
 from sinkscope.detectors import Detector
 from sinkscope.errors import InputError, SinkscopeError
+from sinkscope.lsg.passes import Gate
 from sinkscope.models import LVLM
 from sinkscope.protocols import Model
 
@@ -130,8 +131,9 @@ def test_statistics_refuse_what_gives_no_interval(options, said) -> None:
 
 def test_kinds_and_numbers_by_hand() -> None:
     assert [fits(x, int) for x in (1, np.int64(2), True, 1.0, "1")] == [True, True, *[False] * 3]
-    assert fits(3, Model)  # a protocol that cannot be asked says nothing
+    assert fits(3, Gate)  # a protocol that cannot be asked says nothing
     assert not fits(3, Detector)
+    assert not fits(3, Model)
     assert [fits(x, list[int] | None) for x in ([], None, (), "x")] == [True, True, False, False]
     assert [is_number(x) for x in (3e38, float("inf"), float("nan"), True)] == [True, *[False] * 3]
     options = ("a", 1, None)
