@@ -112,6 +112,7 @@ class Folder:
         """Write a group's cells and notes, whole or not at all."""
         table, sink = as_table(lines, self.manifest), pa.BufferOutputStream()
         said = {SEAL: seal_of(self.manifest, group, table, list(notes)), "notes": json.dumps(notes)}
+        # A damaged page is refused before it is decoded, which could do anything; the digest is of its cells.
         pq.write_table(table.replace_schema_metadata(said), sink, write_page_checksum=True)
         with writable(self.path):
             write_whole(self.path / part_name(group), sink.getvalue().to_pybytes())

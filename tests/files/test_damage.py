@@ -81,6 +81,19 @@ def other_cells(folder, name):
     shutil.copy(folder.parent / "other" / name, folder / name)
 
 
+def test_a_damaged_page_is_refused_before_it_is_decoded(made, tmp_path):
+    folder = shutil.copytree(made["sweep", "done"][0], tmp_path / "out")
+    file, said = folder / store.part_name(0), []
+    whole = file.read_bytes()
+    for at in range(len(whole) // 4, len(whole) // 2, 20):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            Sweep.load(folder)  # where the bit is of no use, as in the statistics of a page
+        except CheckpointError as error:
+            said.append(str(error))
+    assert any("CRC checksum" in one for one in said)
+
+
 def rewritten(change):
     def write(folder, name):
         table = pq.ParquetFile(folder / name).read()

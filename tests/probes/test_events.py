@@ -1,5 +1,7 @@
 """Sink events (2606.08105) against eager attention: dominant keys, what they take, who routes to them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +64,13 @@ def test_a_learned_sink_is_no_key():
         want = by_hand(weights[0, layer], seen[0, layer], sample.tokens.live[0])
         assert torch.equal(got.sink[0, layer], want[0])
         assert torch.allclose(got.sink_mass[0, layer], want[1], atol=1e-5)
+
+
+def test_an_event_needs_ninety_of_a_hundred_queries(tiny, batch):
+    lvlm, probe = tiny("llava-clip-llama"), ss.ReceivedAttention([0], events=True)
+    got = lvlm.run(batch(lvlm), [probe])[probe]
+    shares = torch.tensor([0.0, 0.89, 0.9, 1.0]).expand(2, 1, 4)
+    assert replace(got, routed=shares).event()[0, 0].tolist() == [False, False, True, True]
 
 
 def test_events_must_be_asked_for_and_a_decode_step_has_none(tiny, batch):
