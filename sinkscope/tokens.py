@@ -10,7 +10,9 @@
     box        -      x0 y0 x1 y1 in pixels   -                 -
 """
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import east_asian_width
@@ -25,6 +27,8 @@ from sinkscope.errors import SelectionError, nearest
 
 KINDS = ("pad", "bos", "text", "image", "special")
 VISION_KINDS = ("pad", "cls", "register", "patch")
+PARTS = ("patch", "cls", "newline", "thumbnail")
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 Selection = Any
 """A name, words of the prompt, positions, or a mask ``[batch pos]`` or ``[batch layer pos]``."""
 
@@ -133,6 +137,9 @@ class TokenMap:
         box: ``x0 y0 x1 y1`` that the token's patches cover, NaN elsewhere.
         box_unit: ``"original"`` pixels of the image given to ``prepare``, or ``"input"`` pixels as
             the model sees them, if only processor output was given.
+        part: What an image token is, an index into `PARTS`, -1 elsewhere: of patches, of CLS, a newline that
+            the tower's output does not fill, or of a small copy of the whole image.
+        unmapped: Why no image token has ``sources``, or "".
         words: The text of every token, or None without a tokenizer. A character whose bytes lie in several
             tokens is written with each of them, as ``中 1/2`` and ``中 2/2``.
     """
@@ -149,6 +156,8 @@ class TokenMap:
     box_unit: str
     vision: VisionMap
     words: tuple[tuple[str, ...], ...] | None = None
+    part: Int[Tensor, "batch pos"] | None = None
+    unmapped: str = ""
 
     @property
     def last(self) -> Int[Tensor, " batch"]:
@@ -165,7 +174,10 @@ class TokenMap:
         """The names that `select` knows for this sample."""
         images = int(self.image.max().item()) + 1 if self.image.numel() else 0
         fixed = ("all", "bos", "first", "text", "special", "image", "last")
-        return (*fixed, *(f"image:{i}" for i in range(images)))
+        parts = (
+            () if self.part is None else [n for i, n in enumerate(PARTS) if (self.part == i).any()]
+        )
+        return (*fixed, *(f"image:{i}" for i in range(images)), *parts)
 
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
         """Turn a selection into a mask, bool ``[batch pos]`` or ``[batch layer pos]``, False at padding.
@@ -189,6 +201,8 @@ class TokenMap:
             return self.live & (torch.arange(self.live.shape[1]) == at[:, None])
         if selection.startswith("image:"):
             return self.image == int(selection.removeprefix("image:"))
+        if self.part is not None and selection in PARTS:
+            return self.part == PARTS.index(selection)
         return self.live & (self.kind == KINDS.index(selection))
 
     def _holding(self, text: str) -> Tensor:
@@ -227,6 +241,9 @@ class TokenMap:
         """Carry scores of ViT tokens to the LLM positions they feed, NaN where no image token is.
         ``merge`` joins those of one position: ``"max"``, ``"mean"`` or ``"any"`` (max of ``score > 0``)."""
         check_merge(merge)
+        if self.unmapped:
+            got = f"Got scores of ViT tokens for a sample in which {self.unmapped}; expected image tokens"
+            raise SelectionError(f"{got} with sources. Write a rule for tokens of the decoder.")
         if scores.shape != self.vision.live.shape:
             raise SelectionError(
                 f"Got scores of shape {tuple(scores.shape)}; expected "
@@ -238,7 +255,7 @@ class TokenMap:
         out = picked.masked_fill(gone, float("-inf")).amax(-1)
         if merge == "mean":
             out = picked.masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1).clamp(min=1)
-        return out.masked_fill(self.image_index < 0, float("nan"))
+        return out.masked_fill((self.image_index < 0) | gone.all(dim=-1), float("nan"))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One line per live position: kind, image, grid cell, ViT tokens, pixel box, word."""
@@ -257,3 +274,24 @@ def _inside_word(line: str, at: int) -> bool:
     """Whether letters or digits stand on both sides of a place; scripts without blanks do not count."""
     pair = line[at - 1 : at + 1] if at else ""
     return len(pair) == 2 and all(c.isalnum() and east_asian_width(c) not in "WF" for c in pair)
+
+
+def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of every token of a row, special ones too, with its blanks; see `TokenMap.words`."""
+
+    def text(some: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return tokenizer.decode(list(some), **options)
+
+    def word(token: int) -> str:  # a blank that begins a text is dropped: then the piece is shown
+        piece = tokenizer.convert_ids_to_tokens(token)
+        return text([token]) or (piece or f"token {token}").replace("▁", " ")
+
+    known = {token: word(token) for token in set(ids)}
+    words = [known[token] for token in ids]
+    for at, size in itertools.product(range(len(words)), (2, 3, 4)):  # bytes of a character
+        if words[at].endswith(BROKEN) and at + size <= len(ids):
+            whole = text(ids[at : at + size]).strip(" ")
+            if BROKEN not in whole:
+                words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
+    return tuple(words)

@@ -1,66 +1,143 @@
 """Read a model's anatomy from its module tree: decoder, the other list of blocks, and projector."""
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from sinkscope.anatomy.attention_call import calls_attention, kernel_of, read_attention_call
-from sinkscope.anatomy.block_sum import read_branches
-from sinkscope.anatomy.families import family_of
+from sinkscope.anatomy.attention_call import (
+    AttentionCall,
+    NoAttentionCall,
+    calls_attention,
+    kernel_of,
+    read_attention_call,
+)
+from sinkscope.anatomy.block_sum import no_branch, read_branches
+from sinkscope.anatomy.families import HINTS, Family
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
-from sinkscope.errors import ModelError
+from sinkscope.errors import ModelError, nearest
 
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo", "c_proj", "fc_out", "Wo")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "attention_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "d_head", "d_kv")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "layer_norm")
+SEEING = ("vision", "visual", "image", "vit")
+ENDS = ("cu_seqlens",)
 LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
 def read_anatomy(model: Any) -> Anatomy:
-    """Find the anatomy of an image-text-to-text model of ``transformers``; meta tensors suffice. ModelError
-    if there is no vision tower, decoder or known projector, or a kernel is not supported."""
+    """Find the anatomy of a model of ``transformers`` with a decoder; meta tensors suffice. What the towers
+    exchange is as the config declares it. ModelError if there is no decoder, or a kernel is not supported.
+    """
     if wrong := _wrong_with(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
-    config = model.config
+    config, hint = model.config, HINTS.get(model.config.model_type, Family())
     check_kernels(config)
-    family, text = family_of(config.model_type), config.get_text_config()
     paths = {id(module): path for path, module in model.named_modules()}
-    decoder: nn.Module = model.get_decoder()
-    kind = type(model).__name__
-    blocks = f"blocks in {kind}; expected a list of blocks that each hold an attention module"
-    language = found(find_blocks(decoder), f"decoder {blocks}")
-    vision = found(find_blocks(model, {id(m) for m in decoder.modules()}), f"vision {blocks}")
-    eye = read_tower("vision", vision, paths, config.vision_config, family.packed)
-    norms = [paths[id(child)] for name, child in decoder.named_children() if "norm" in name]
-    projectors = [path for path in family.projector if path in paths.values()]
-    names = ("image_token_id", "image_token_index")  # the latter in old configs
-    ids = [value for name in names if (value := getattr(config, name, None)) is not None]
-    expected = f"module at {family.projector} in {kind}; expected the projector of {family.name}"
+    for name in ("vision_tower", "projector", "decoder"):
+        if (path := getattr(hint, name)) not in ("", *paths.values()):
+            got = f"Got the hint {name}={path!r} for {config.model_type!r}; expected the path of a module"
+            raise ModelError(f"{got}. {nearest(path, list(paths.values()))}")
+    decoder: nn.Module = model.get_submodule(hint.decoder) if hint.decoder else model.get_decoder()
+    eye, ids = find_tower(model, decoder, hint.vision_tower), {id(m) for m in decoder.modules()}
+    own = {id(m) for m in eye.modules()} if eye else set()
+    blocks = find_blocks(decoder, own) or _longest(decoder, config.get_text_config(), own)
+    language = read_tower("language", blocks, paths, config.get_text_config())
+    if not language.blocks:
+        kind = type(model).__name__
+        raise ModelError(
+            f"Found no list of blocks in the decoder of {kind}. Please report this class."
+        )
+    inside = ids - own if eye and id(eye) in ids else ids
+    seen = find_blocks(eye, inside) if eye else []
+    vision = read_tower("vision", seen, paths, getattr(config, "vision_config", None))
+    names = ("image_token_id", "image_token_index", "image_patch_id", "video_token_index")
+    known = [value for name in names if isinstance(value := getattr(config, name, None), int)]
     return Anatomy(
         model_type=config.model_type,
-        family=family,
-        vision=eye,
-        language=read_tower("language", language, paths, text, packed=False),
-        projector=found(projectors, expected)[0],
-        feeds=family.feed_layers(config, eye.n_layers),
-        drops=family.drops(config),
-        merge=family.merge(config),
-        final_norm=found(norms, "final norm in the decoder; expected a child named after one")[-1],
-        head=paths[id(model.get_output_embeddings())],
-        image_token_id=int(found(ids, "image_token_id in the config; expected one")[0]),
-        vocab=int(text.vocab_size),
+        vision=replace(vision, missing="" if seen else _why_blind(model, eye)),
+        language=language,
+        decoder=paths[id(decoder)],
+        projector=hint.projector,
+        feeds=_declared_feeds(config, vision.n_layers),
+        final_norm=_final_norm(model, language.blocks[0]),
+        head=paths[id(_head(model))],
+        image_token_id=[*known, -1][0] if hint.image_token_id is None else hint.image_token_id,
+        vocab=int(config.get_text_config().vocab_size),
     )
 
 
-def found(things: list[Any], what: str) -> list[Any]:
-    """The things, of which there is one at least; else ModelError."""
-    if not things:
-        raise ModelError(f"Found no {what}. Please report this class.")
-    return things
+def find_tower(model: Any, decoder: nn.Module, hint: str) -> nn.Module | None:
+    """The module that holds the vision blocks, or None: as hinted, as transformers names it, or by name."""
+    if hint:
+        return model.get_submodule(hint)
+    named = getattr(model, "get_encoder", lambda **_: None)(modality="image")
+    if named is not None and named not in (model, model.base_model, decoder):
+        return named
+    for path, part in model.named_modules():
+        leaf = path.rpartition(".")[2].lower()
+        if any(word in leaf for word in SEEING) and find_blocks(part):
+            return part
+    return None
+
+
+def _why_blind(model: Any, eye: nn.Module | None) -> str:
+    """Why a model has no vision blocks."""
+    if eye is not None:
+        return f"{type(eye).__name__} has no list of blocks that hold attention"
+    has = getattr(model.config, "vision_config", None) is not None or "vq" in str(model.config)
+    return "no vision tower was found" if has else "there is no vision tower"
+
+
+def _longest(root: nn.Module, config: Any, skip: set[int]) -> list[nn.Module]:
+    """The blocks of a decoder in which none holds attention: the longest list, or none."""
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and id(m) not in skip]
+    right = [m for m in lists if len(m) == getattr(config, "num_hidden_layers", None)]
+    return list(max(right or lists, key=len, default=nn.ModuleList()))
+
+
+def _declared_feeds(config: Any, n_layers: int) -> tuple[int, ...]:
+    """The vision blocks that feed the projector as a config has it: ``vision_feature_layer`` counts hidden
+    states, so that -1 is the last block's output; several are concatenated in order."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    chosen = -1 if chosen is None else chosen
+    indices = [chosen] if isinstance(chosen, int) else list(chosen)
+    blocks = tuple((i if i >= 0 else n_layers + 1 + i) - 1 for i in indices)
+    if n_layers and (not blocks or min(blocks) < 0 or max(blocks) >= n_layers):
+        raise ModelError(
+            f"Got vision_feature_layer={chosen!r} with {n_layers} vision blocks; expected hidden "
+            f"states from 1 to {n_layers}, or -1 to -{n_layers}."
+        )
+    return blocks if n_layers else ()
+
+
+def _final_norm(model: Any, first: str) -> str:
+    """The path of the norm behind the blocks, beside the list of which the path of the first is given."""
+    around = first.rpartition(".")[0].rpartition(".")[0]
+    children = dict(model.get_submodule(around).named_children())
+    norms = [n for n, child in children.items() if "norm" in type(child).__name__.lower()]
+    usual = [name for name in FINAL_NORMS if name in norms]
+    last = (usual or norms[::-1] or [""])[0]
+    return f"{around}.{last}" if around and last else last
+
+
+def _head(model: Any) -> nn.Module | None:
+    """The LM head of a model or of the language model inside, or None."""
+    for part in (model, getattr(model, "get_decoder", lambda: None)()):
+        head = getattr(part, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            return head
+    return next((m for path, m in model.named_modules() if path.endswith("lm_head")), None)
 
 
 def check_kernels(config: Any) -> None:
     """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others."""
-    for tower, part in (("vision", config.vision_config), ("language", config.get_text_config())):
+    seen = getattr(config, "vision_config", None)
+    for tower, part in (("vision", seen), ("language", config.get_text_config())):
         if "flex" in kernel_of(part):
             raise ModelError(
                 f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
@@ -96,26 +173,26 @@ def _wrong_with(model: Any) -> str:
     if config is None or not hasattr(model, "get_decoder"):
         needs = "a transformers image-text-to-text model with a config and get_decoder()"
         return f"; expected {needs}. {write}"
-    if getattr(config, "vision_config", None) is None:
+    if getattr(config, "is_encoder_decoder", False):
         return (
-            f" (model_type {config.model_type!r}) without a vision tower; expected a vision-language "
-            "model. For a text-only model use TransformerLens or nnsight directly."
+            ", whose encoder reads the prompt and whose decoder reads the encoder; expected a decoder that "
+            "reads prompt and image states in one sequence, as LLaVA's does."
         )
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)
     lacks = f" without an LM head; expected the ...ForConditionalGeneration class. {write}"
-    return lacks if head() is None else ""
+    return lacks if _head(model) is None else ""
 
 
 def find_blocks(root: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> list[nn.Module]:
-    """The longest list outside ``skip`` (ids) whose every entry holds attention, best with calls."""
-    found: dict[tuple[bool, int], list[nn.Module]] = {(False, 0): []}
+    """The list outside ``skip`` (ids) most of whose entries hold attention, best with calls; else []."""
+    best: tuple[int, ...] = (0, 0, 0)
+    chosen: list[nn.Module] = []
     for module in root.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) not in skip:
+        if isinstance(module, nn.ModuleList) and id(module) not in skip:
             inner = [child for block in module if (child := attention_child(block)) is not None]
-            if len(inner) == len(module):
-                readable = any(calls_attention(child) for child in inner)
-                found.setdefault((readable, len(module)), list(module))
-    return found[max(found)]
+            size = (sum(bool(_calling(child)) for child in inner), len(inner), len(module))
+            if inner and size > best:
+                best, chosen = size, list(module)
+    return chosen
 
 
 def attention_child(block: nn.Module) -> nn.Module | None:
@@ -124,6 +201,12 @@ def attention_child(block: nn.Module) -> nn.Module | None:
     named = [n for n in children if ("attn" in n or "attention" in n) and "norm" not in n]
     calling = [child for child in children.values() if calls_attention(child)]
     return next(iter([*calling, *map(children.get, named)]), None)
+
+
+def _calling(attention: nn.Module) -> nn.Module | None:
+    """The module that calls attention: the block's child, or the only one inside."""
+    inside = [part for part in attention.modules() if calls_attention(part)]
+    return inside[0] if len(inside) == 1 or (inside and inside[0] is attention) else None
 
 
 def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
@@ -146,50 +229,100 @@ def neuron_map(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None:
     return mlp.get_submodule(path), neurons
 
 
+def _parts(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """What mixes the tokens of a block, attention where there is one, and its MLP: of the children that are
+    no norms the one of most parameters besides."""
+    children = [c for n, c in block.named_children() if "norm" not in n.lower()]
+    mixer = attention_child(block)
+    others = [child for child in children if child is not mixer]
+    weights = [sum(x.numel() for x in (*m.parameters(), *m.buffers())) for m in others]
+    mlp = others[weights.index(max(weights))] if any(weights) else None  # in 8 bit as buffers
+    if mixer is None:
+        mixer = next((child for child in others if child is not mlp), None)
+        mixer, mlp = (mlp, None) if mixer is None else (mixer, mlp)
+    return mixer, mlp
+
+
+def width_of(block: nn.Module, config: Any) -> int:
+    """The width of the residual stream: that of the block's norms, or what the config says."""
+    norms = [c for c in block.children() if "norm" in type(c).__name__.lower()]
+    sizes = [
+        w.shape[0] for n in norms if (w := getattr(n, "weight", None)) is not None and w.ndim == 1
+    ]
+    names = ("hidden_size", "d_model", "embed_dim", "n_embd")
+    said = [value for name in names if isinstance(value := getattr(config, name, None), int)]
+    return [*sizes, *said, 0][0]
+
+
+def _number(names: tuple[str, ...], *things: Any) -> int | None:
+    """The first whole number under one of the names in a module or config."""
+    found = (getattr(thing, name, None) for thing in things for name in names)
+    return next((int(n) for n in found if isinstance(n, int) and n > 0), None)
+
+
+def _heads(attention: nn.Module, config: Any, width: int) -> tuple[int, int, int]:
+    """Query heads, key-value heads and their width, of one attention module."""
+    own = getattr(attention, "config", config)
+    heads = _number(HEADS, attention, own, config) or 1
+    out = getattr(getattr(attention, "q_proj", None), "out_features", None)
+    size = _number(HEAD_SIZES, attention) or (out or width) // heads
+    keys = getattr(getattr(attention, "k_proj", None), "out_features", None)
+    kv_heads = keys // size if keys else _number(KV_HEADS, attention, own, config) or heads
+    return heads, kv_heads, size
+
+
 def read_tower(
-    tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any, packed: bool
+    tower: str, blocks: list[nn.Module], paths: dict[int, str], config: Any
 ) -> TowerAnatomy:
-    """Read one tower. A block's MLP is the child of most parameters that is no attention and no norm."""
-    where, width = [paths[id(block)] for block in blocks], config.hidden_size
-    attentions = [child for block in blocks if (child := attention_child(block)) is not None]
-    mlps: list[nn.Module] = []
-    for block, attention, path in zip(blocks, attentions, where, strict=True):
-        children = [child for name, child in block.named_children() if "norm" not in name.lower()]
-        what = f"MLP in {path} ({type(block).__name__}); expected one besides attention and norms"
-        others = found([child for child in children if child is not attention], what)
-        weights = [sum(x.numel() for x in (*m.parameters(), *m.buffers())) for m in others]
-        mlps.append(others[weights.index(max(weights))])  # weights in 8 bit are buffers
-    neurons = [neuron_map(mlp, width) for mlp in mlps]
-    heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    names = [name for child in attentions for name, _ in child.named_parameters()]
-
-    def path_of(module: nn.Module) -> str:
-        return paths[id(module)]
-
-    def projection(attention: nn.Module) -> str:
-        children = (getattr(attention, name, None) for name in OUTPUT_PROJECTIONS)
-        return next((path_of(one) for one in children if isinstance(one, nn.Module)), "")
-
-    parts = zip(where, blocks, attentions, mlps, strict=True)
+    """Read one tower, whose blocks may differ; without blocks it is empty."""
+    where = [paths[id(block)] for block in blocks]
+    width = width_of(blocks[0], config) if blocks else 0
+    mixers, mlps = zip(*map(_parts, blocks), strict=True) if blocks else ((), ())
+    attentions = [one and (_calling(one) or one) for one in mixers]
+    neurons = [None if mlp is None else neuron_map(mlp, width) for mlp in mlps]
+    calls, projections, branches = [], [], []
+    for path, block, mixer, own, mlp in zip(where, blocks, mixers, attentions, mlps, strict=True):
+        if own is None:
+            calls.append(
+                NoAttentionCall(f"{path} has no attention; expected a module that attends")
+            )
+        else:
+            calls.append(read_attention_call(own, paths[id(own)]))
+        names = [getattr(part, name, None) for part in (own, mixer) for name in OUTPUT_PROJECTIONS]
+        last = next((one for one in names if isinstance(one, nn.Module)), None)
+        projections.append("" if last is None else paths[id(last)])
+        if mixer is None or mlp is None:
+            branches.append(no_branch(path, block, "it has not both attention and an MLP"))
+        else:
+            branches.append(read_branches(path, block, mixer, mlp, width))
+    attending = [m for m, c in zip(attentions, calls, strict=True) if isinstance(c, AttentionCall)]
+    first = next(iter([*attending, *attentions]), None)
+    heads, kv_heads, size = (0, 0, 0) if first is None else _heads(first, config, width)
+    names = [name for child in attentions if child for name, _ in child.named_parameters()]
     return TowerAnatomy(
         tower=tower,
         blocks=tuple(where),
-        attention=tuple(map(path_of, attentions)),
-        mlp=tuple(map(path_of, mlps)),
-        branches=tuple(read_branches(*part, width) for part in parts),
-        neurons=tuple("" if last is None else path_of(last[0]) for last in neurons),
-        projection=tuple(map(projection, attentions)),
-        calls=tuple(read_attention_call(child, path_of(child)) for child in attentions),
+        attention=tuple("" if one is None else paths[id(one)] for one in attentions),
+        mlp=tuple("" if mlp is None else paths[id(mlp)] for mlp in mlps),
+        branches=tuple(branches),
+        neurons=tuple("" if last is None else paths[id(last[0])] for last in neurons),
+        projection=tuple(projections),
+        calls=tuple(calls),
         d_model=width,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        d_head=getattr(config, "head_dim", None) or width // heads,
-        packed=packed,
-        kernel=kernel_of(config),
+        kv_heads=kv_heads,
+        d_head=size,
+        packed=any(map(_is_packed, blocks[:1])),
+        kernel=kernel_of(getattr(first, "config", config)),
         learned_sink=any(name.rpartition(".")[2] in LEARNED_SINKS for name in names),
         softcap=any(getattr(c, "attn_logit_softcapping", None) is not None for c in attentions),
-        d_mlp=min(0 if last is None else last[1] for last in neurons),
+        d_mlp=min((0 if last is None else last[1] for last in neurons), default=0),
     )
+
+
+def _is_packed(block: nn.Module) -> bool:
+    """Whether all images share one sequence: the block is told where they end."""
+    return any(name in inspect.signature(type(block).forward).parameters for name in ENDS)
 
 
 def device_of(part: nn.Module) -> torch.device:

@@ -8,9 +8,13 @@ from typing import Any
 
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
 from sinkscope.anatomy.block_sum import Branch, NoBranch
-from sinkscope.anatomy.families import Family
 from sinkscope.checks import check_choice, is_whole, plain
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
+
+EXPECTED = (
+    "expected a list of blocks that hold attention. What the language tower can do works. If this model "
+    "has such a tower, name it: ss.register_family(model_type, vision_tower='path')."
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class TowerAnatomy:
     stream, and where attention is called, or why that could not be read. ``heads`` are query heads;
     ``packed`` is whether all images share one sequence without a batch axis, ``kernel`` the attention
     implementation, such as ``"sdpa"``, and ``d_mlp`` the neurons of every MLP, 0 where none were found. A
-    ``learned_sink`` takes a share of attention that no token gets.
+    ``learned_sink`` takes a share of attention that no token gets. A tower without blocks says why they are
+    ``missing``.
     """
 
     tower: str
@@ -42,6 +47,7 @@ class TowerAnatomy:
     learned_sink: bool = False
     softcap: bool = False
     d_mlp: int = 0
+    missing: str = ""
 
     @property
     def n_layers(self) -> int:
@@ -116,23 +122,29 @@ def _others(layers: tuple[int, ...]) -> str:
 class Anatomy:
     """What sinkscope knows about a model's layout: both towers, the paths of other parts, and numbers.
 
-    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them. It
-    does not see the leading ``drops`` ViT tokens (CLS), and makes one LLM token of ``merge`` x ``merge``
-    patches. ``vocab`` is the number of token ids.
+    ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them;
+    ``enters`` are pairs of a decoder layer above 0 and a vision block whose states are added to its input
+    (DeepStack). ViT tokens begin with those of the kinds ``prefix``, of which the projector does not see the
+    first ``drops``; it makes one LLM token of ``merge`` x ``merge`` patches. These are ``measured`` on inputs
+    with a picture, or else declared by the config. ``decoder`` and ``projector`` are paths, "" for none;
+    ``image_token_id`` is -1 where the config names none; ``vocab`` is the number of token ids.
     """
 
     model_type: str
-    family: Family
     vision: TowerAnatomy
     language: TowerAnatomy
+    decoder: str
     projector: str
     feeds: tuple[int, ...]
-    drops: int
-    merge: int
     final_norm: str
     head: str
     image_token_id: int
     vocab: int
+    enters: tuple[tuple[int, int], ...] = ()
+    prefix: tuple[str, ...] = ()
+    drops: int = 0
+    merge: int = 1
+    measured: bool = False
 
     def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
         """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
@@ -143,6 +155,12 @@ class Anatomy:
 
         return replace(self, vision=kept(self.vision), language=kept(self.language))
 
+    def again(self, read: Anatomy) -> Anatomy:
+        """What was read anew, with what is measured here."""
+        names = ("projector", "feeds", "enters", "prefix", "drops", "merge", "measured")
+        vision = replace(read.vision, packed=self.vision.packed)
+        return replace(read, vision=vision, **{name: getattr(self, name) for name in names})
+
     @property
     def feed_layers(self) -> tuple[int, ...]:
         """The blocks of `feeds`, ascending and without repeats."""
@@ -152,4 +170,9 @@ class Anatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         hint = "Write tower='vision' for a ViT."
         check_choice(("vision", "language"), tower=name, error=ProbeError, hint=hint)
-        return self.vision if name == "vision" else self.language
+        found = self.vision if name == "vision" else self.language
+        if not found.blocks:
+            raise ModelError(
+                f"Got the {name} tower of a model in which {found.missing}; {EXPECTED}"
+            )
+        return found

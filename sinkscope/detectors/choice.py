@@ -222,7 +222,7 @@ def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
 def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
     """Refuse a `VisionTokens` for a model whose projector passes on no such token."""
     if isinstance(detector, VisionTokens):
-        prefix, kind = anatomy.family.prefix(config), detector.kind
+        prefix, kind = anatomy.prefix, detector.kind
         _refuse_dropped(kind, kind in prefix, kind in prefix[anatomy.drops :])
 
 

@@ -17,9 +17,9 @@ from sinkscope.detectors.detection import decide
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.models import LVLM, Sample
-from sinkscope.models.inputs import words_of
 from sinkscope.probes import CosineToFirst, ReceivedAttention, SinkEvidence
 from sinkscope.results import Result
+from sinkscope.tokens import words_of
 from sinkscope.viz.tokens import generation_text, plot_generation
 
 Words = tuple[tuple[str, ...], ...]

@@ -1,7 +1,7 @@
 """From images and text to model inputs, and to the map of what every position of a batch is."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +9,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sinkscope.anatomy.families import PatchGrid
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.models.pictures import not_scaled
 from sinkscope.models.prompts import as_rows, render
+from sinkscope.models.token_map import build_token_map, original_boxes, see, vision_map
 from sinkscope.models.wrapping import Inputs
-from sinkscope.tokens import KINDS, VISION_KINDS, TokenMap, VisionMap
+from sinkscope.tokens import TokenMap
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
 PER_POSITION = ("input_ids", "attention_mask", "position_ids", *TYPES)
 WHOLE = ("input_ids", "position_ids", *TYPES, "image_grid_thw")
-BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
+SETTINGS = {
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
+SETTINGS |= {"output_attentions", "output_hidden_states", "cache_position", "output_router_logits"}
+SETTINGS |= {
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "encoder_outputs",
+    "rope_deltas",
+}
+"""What a forward takes beside inputs: sorted out, because it fills a cache or changes the pass."""
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
+"""What models of transformers raise on inputs that do not fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +67,10 @@ def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
     return (anatomy.model_type, *ids, *towers)
 
 
-def make_sample(
-    module: Any, processor: Any, anatomy: Anatomy, *given: Any, rendered: Any = False
-) -> Sample:
+def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
     """Inputs and their TokenMap, of ``given`` images, text and inputs; see `LVLM.prepare`."""
     images, text, inputs = given
-    config, family = module.config, anatomy.family
+    module, processor = lvlm.module, lvlm.processor
     if inputs is not None and (images is not None or text is not None):
         got = "Got inputs together with images or text; expected either"
         raise InputError(f"{got}. Write prepare(inputs=...) or prepare(images=..., text=...).")
@@ -63,21 +78,76 @@ def make_sample(
     if inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
     sizes = [image.size for row in rows for image in row] or None
-    known, video = module.get_input_embeddings().weight.shape[0], "video_token_id"
-    ready = check_inputs(raw, known, anatomy.image_token_id, getattr(config, video, None))
+    known, image_id = module.get_input_embeddings().weight.shape[0], lvlm.anatomy.image_token_id
+    ready = check_inputs(raw, known, image_id, getattr(module.config, "video_token_id", None))
+    if inputs is not None:
+        _check_names(ready, module, processor)
+        masked = inputs.get("attention_mask") is not None
+        _check_given(ready, masked, processor, types_of(module), image_id)
+    shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
+    tokens = token_map(lvlm, ready, sizes)
+    return Sample(ready, tokens, *shown, layout_of(lvlm.anatomy))
+
+
+def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
+    """What every position of checked inputs is; where ViT tokens go is measured, once per shape."""
+    ids, live = ready["input_ids"].cpu(), ready["attention_mask"].cpu().bool()
+    visual = (ids == lvlm.anatomy.image_token_id) & live
+    processor, found, seen, packed = lvlm.processor, None, [], False
+    try:
+        found = lvlm._mapped(ready, visual)
+    except REFUSALS as error:
+        first = str(error).strip().partition("\n")[0][:300]
+        raise InputError(
+            f"The model does not take these inputs ({type(error).__name__}: {first}); expected all that its "
+            "own processor makes of these images and this text, with as many image tokens. Was the prompt "
+            "truncated? Write lvlm.prepare(inputs=processor(...))."
+        ) from error
+    vision = getattr(lvlm.module.config, "vision_config", None)
+    side = getattr(vision, "patch_size", 1) if vision else 1
+    if found is not None:
+        seen, packed = see(found, ready, side[0] if isinstance(side, (list, tuple)) else side)
+    settings = getattr(processor, "image_processor", None)
+    grids = original_boxes(seen, packed, settings, ready, sizes)
+    own = bool(grids) and grids[0].original
+    return build_token_map(
+        (ids, live, visual),
+        found,
+        vision_map(found, seen, packed, grids, lvlm.anatomy.prefix),
+        seen,
+        _groups(ready, len(seen), sizes),
+        "original" if own else "input",
+        getattr(processor, "tokenizer", processor),
+        lvlm.anatomy.vision.missing,
+    )
+
+
+def _groups(ready: Inputs, many: int, sizes: Any) -> list[int]:
+    """The image of every picture of the tower: tiles of one image stand in one row of the pixels."""
+    images = [len(sizes)] if sizes else [len(x) for n, x in ready.items() if n == "image_sizes"]
+    if images and many % images[0] == 0 and many > images[0]:
+        five = [x.shape for x in ready.values() if isinstance(x, Tensor) and x.ndim == 5]
+        if five and five[0][0] == images[0]:
+            return [i // (many // images[0]) for i in range(many)]
+    return list(range(many))
+
+
+def types_of(module: Any) -> str:
+    """The input that is 1 at image tokens, which attention or positions follow; "" for none."""
+    if module.config.model_type in ("gemma3", "shieldgemma2"):
+        return "token_type_ids"
+    takes = inspect.signature(type(module).forward).parameters
+    return "mm_token_type_ids" if "mm_token_type_ids" in takes else ""
+
+
+def _check_names(ready: Inputs, module: Any, processor: Any) -> None:
+    """Refuse inputs that the model does not take, and those that are no inputs."""
     made = getattr(processor, "model_input_names", None) or ()
-    wanted = {*PER_POSITION, *family.image_inputs, *made}
-    strange = sorted(set(ready) - wanted)  # a filled cache, or how a pass is to run
-    if inputs is not None and strange:
+    takes = set(inspect.signature(type(module).forward).parameters) - {"self", "kwargs"}
+    wanted = {*PER_POSITION, *made, *takes} - SETTINGS
+    if strange := sorted(set(ready) - wanted):  # a filled cache, or how a pass is to run
         got = f"Got the inputs {strange}; expected some of {sorted(wanted)}: leave the others out"
         raise InputError(f"{got}. Settings of decoding go to lvlm.generate(...).")
-    if inputs is not None:
-        masked = inputs.get("attention_mask") is not None
-        _check_given(ready, masked, processor, family.types, anatomy.image_token_id)
-    grids = family.grids(config, getattr(processor, "image_processor", None), ready, sizes)
-    tokens = build_token_map(anatomy, config, ready, grids, getattr(processor, "tokenizer", None))
-    shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
-    return Sample(ready, tokens, *shown, layout_of(anatomy))
 
 
 def process(
@@ -151,8 +221,9 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
         got = f"Got {found} video tokens (id {video_id}) and {'' if pixels else 'no '}"
         write = "Write the frames as images=[frame, ...]."
         raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
-    needed = ("input_ids", "pixel_values")
-    if missing := [name for name in needed if name not in out]:
+    needed = ("input_ids", *["pixel_values"] * (image_id is not None))
+    planes = [name for name in out if any(word in name for word in ("pixel_values", "patches"))]
+    if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes))]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
         raise InputError(f"{got}. Pass the processor's whole output.")
     for name in {*PER_POSITION, *WHOLE, *needed} & out.keys():
@@ -169,14 +240,15 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
     mask = out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if problem := _wrong_ids(out["input_ids"], mask, vocab, image_id):
         raise InputError(f"Got {problem}")
-    if not torch.isfinite(out["pixel_values"]).all():
-        raise InputError("Got NaN or infinite pixel_values; expected finite pixels.")
+    for name in planes:
+        if isinstance(out[name], Tensor) and not torch.isfinite(out[name]).all():
+            raise InputError(f"Got NaN or infinite {name}; expected finite pixels.")
     return out
 
 
 def _check_given(ready: Any, masked: bool, processor: Any, types: str, image_id: int) -> None:
     """Refuse inputs that run and give wrong logits; ``types`` is `Family.types`."""
-    ids, pixels, got = ready["input_ids"], ready["pixel_values"], ""
+    ids, pixels, got = ready["input_ids"], ready.get("pixel_values", torch.zeros(0)), ""
     marks, position = ready.get(types), ready.get("position_ids", ids)
     if span := not_scaled(pixels, getattr(processor, "image_processor", None)):
         got = f"pixel_values from {span}, as before normalising; expected normalised ones"
@@ -219,130 +291,3 @@ def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_id: int) -> str:
         got = f"the token id {int(strange[0])}; expected 0 to {vocab - 1}. These inputs were made"
         return f"{got} by another model's processor: use the one that belongs to this model."
     return ""
-
-
-def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of every token of a row, special ones too, with its blanks; see `TokenMap.words`."""
-
-    def text(some: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(list(some), **options)
-
-    def word(token: int) -> str:  # a blank that begins a text is dropped: then the piece is shown
-        piece = tokenizer.convert_ids_to_tokens(token)
-        return text([token]) or (piece or f"token {token}").replace("▁", " ")
-
-    known = {token: word(token) for token in set(ids)}
-    words = [known[token] for token in ids]
-    for at, size in itertools.product(range(len(words)), (2, 3, 4)):  # bytes of a character
-        if words[at].endswith(BROKEN) and at + size <= len(ids):
-            whole = text(ids[at : at + size]).strip(" ")
-            if BROKEN not in whole:
-                words[at : at + size] = [f"{whole} {i + 1}/{size}" for i in range(size)]
-    return tuple(words)
-
-
-def build_token_map(
-    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], tokenizer: Any
-) -> TokenMap:
-    """What every position of the batch is."""
-    ids = inputs["input_ids"].cpu()
-    live = inputs["attention_mask"].cpu().bool()
-    visual = (ids == anatomy.image_token_id) & live
-    prefix, unit = anatomy.family.prefix(config), anatomy.merge**2
-    # What the projector sees of an image, merged: CLS too where it is not dropped.
-    counts = [(len(prefix) + g.rows * g.columns - anatomy.drops) // unit for g in grids]
-    batch_rows, image, index, rank = _place_images(visual, counts)
-    vision = _vision_map(anatomy, config, inputs, grids, batch_rows)
-    sources = rank[..., None] * unit + torch.arange(unit)
-    if anatomy.family.pooled:
-        for i, grid in enumerate(grids):
-            down, right = _blockwise(grid, anatomy.merge)
-            sources[index == i] = (down * grid.columns + right)[sources[index == i]]
-    sources = (sources + anatomy.drops).masked_fill(~visual[..., None], -1)
-    picked = (index.clamp(min=0)[..., None], sources.clamp(min=0))
-    box = vision.box[picked]
-    box = torch.cat([box[..., :2].amin(-2), box[..., 2:].amax(-2)], dim=-1)
-    firsts = (patch[picked][..., 0] for patch in (vision.row, vision.column))
-    row, column = (torch.where(visual & (x >= 0), x // anatomy.merge, -1) for x in firsts)
-    kind = torch.where(live, KINDS.index("text"), KINDS.index("pad"))
-    special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
-    kind[torch.isin(ids, special) & live] = KINDS.index("special")
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None:  # only at a row's first live position
-        first = torch.arange(live.shape[1]) == live.int().argmax(dim=1)[:, None]
-        kind[first & live & (ids == bos)] = KINDS.index("bos")
-    kind[visual] = KINDS.index("image")
-    words = () if tokenizer is None else (words_of(tokenizer, line) for line in ids.tolist())
-    return TokenMap(
-        ids=ids,
-        live=live,
-        kind=kind,
-        image=image,
-        image_index=index,
-        row=row,
-        column=column,
-        sources=sources,
-        box=box.masked_fill(~visual[..., None], float("nan")),
-        box_unit="original" if grids and grids[0].original else "input",
-        vision=vision,
-        words=tuple(words) or None,
-    )
-
-
-def _place_images(visual: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    """Batch row of every image, by filling rows' image positions in order; and where its tokens are.
-
-    Image of the row, image of the batch, and token of the image, int ``[batch pos]``, -1 elsewhere.
-    """
-    images, sizes, found = torch.arange(len(counts)), torch.tensor(counts), visual.sum(1)
-    ends, stops, wanted = found.cumsum(0), sizes.cumsum(0), ""
-    rows = torch.searchsorted(ends, stops - sizes, right=True)
-    short = stops > ends[rows.clamp(max=len(ends) - 1)]
-    if short.any():
-        at = int(short.int().argmax())
-        wanted = f"the row of image {at} to hold {counts[at]} more. Was the prompt truncated?"
-    elif int(ends[-1]) > sum(counts):
-        wanted = "as many as the images have. Pass one image per group of image tokens."
-    if wanted:
-        raise InputError(
-            f"Got {found.tolist()} image tokens per row for {len(counts)} images of {counts} tokens; "
-            f"expected {wanted} Pass the whole output of the model's own processor for these images; "
-            "its patch_size and num_additional_image_tokens must be those of the vision tower."
-        )
-    index = images.repeat_interleave(sizes)
-    order = images - torch.searchsorted(rows, rows)  # images of a row follow one another
-    rank = torch.cat([torch.arange(count) for count in counts])
-    empty = torch.full(visual.shape, -1)
-    return rows, *(empty.masked_scatter(visual, x) for x in (order[index], index, rank))
-
-
-def _vision_map(
-    anatomy: Anatomy, config: Any, inputs: Inputs, grids: Sequence[PatchGrid], batch_row: Tensor
-) -> VisionMap:
-    prefix = anatomy.family.prefix(config)
-    counts = [g.rows * g.columns + len(prefix) for g in grids]
-    n, most, start = len(grids), max(counts), len(prefix)
-    kind = torch.zeros(n, most, dtype=torch.long)
-    row, column, layout = (torch.full((n, most), -1) for _ in range(3))
-    box = torch.full((n, most, 4), float("nan"))
-    kind[:, :start] = torch.tensor([VISION_KINDS.index(name) for name in prefix], dtype=torch.long)
-    for i, (grid, stop) in enumerate(zip(grids, counts, strict=True)):
-        kind[i, start:stop] = VISION_KINDS.index("patch")
-        cells = _blockwise(grid, 1 if anatomy.family.pooled else anatomy.merge)
-        row[i, start:stop], column[i, start:stop] = cells
-        box[i, start:stop] = grid.boxes()[cells].float()
-    if anatomy.vision.packed:
-        order, place = anatomy.family.order, torch.arange(sum(counts))
-        layout[kind > 0] = order(config, inputs["image_grid_thw"].cpu()) if order else place
-    shape = torch.tensor([[g.rows, g.columns] for g in grids])
-    packed = layout if anatomy.vision.packed else None
-    return VisionMap(kind, kind > 0, row, column, box, shape, packed, batch_row)
-
-
-def _blockwise(grid: PatchGrid, merge: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch in merge blocks, then inside each; raster order for merge 1."""
-    shape = (grid.rows // merge, grid.columns // merge, merge, merge)
-    patches = torch.arange(grid.rows * grid.columns)
-    block_row, block_column, inner_row, inner_column = torch.unravel_index(patches, shape)
-    return block_row * merge + inner_row, block_column * merge + inner_column

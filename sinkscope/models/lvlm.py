@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import kernel_of
@@ -22,6 +23,8 @@ from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample
+from sinkscope.models.made_inputs import made_inputs
+from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
@@ -57,8 +60,10 @@ class LVLM:
         self.verified = False
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         self._open = OpenTrace(self._places.here, self._anatomy)
-        if verify and processor is not None and self.device.type != "meta":
-            self._not_added = verify_anatomy(self)
+        self._maps = PatchMaps(module)
+        first = None if self.device.type == "meta" else self._first_sample()
+        if verify and first is not None:
+            self._not_added = verify_anatomy(self, first)
             self._anatomy = self._anatomy.without(self._not_added)
             self.verified = True
 
@@ -103,10 +108,14 @@ class LVLM:
     @property
     def anatomy(self) -> Anatomy:
         """Where the model keeps its parts, under its present attention kernel."""
-        config, known = self._module.config, self._anatomy
-        kernels = kernel_of(config.vision_config), kernel_of(config.get_text_config())
-        if kernels != (known.vision.kernel, known.language.kernel):
-            self._anatomy = read_anatomy(self._module).without(self._not_added)
+        known, get = self._anatomy, self._module.get_submodule
+        towers = [tower for tower in (known.vision, known.language) if tower.blocks]
+        firsts = [get(next(filter(None, tower.attention), tower.blocks[0])) for tower in towers]
+        if any(
+            kernel_of(getattr(first, "config", None)) != tower.kernel
+            for first, tower in zip(firsts, towers, strict=True)
+        ):
+            self._anatomy = known.again(read_anatomy(self._module)).without(self._not_added)
         return self._anatomy
 
     @property
@@ -131,8 +140,10 @@ class LVLM:
 
     def __repr__(self) -> str:
         a = self._anatomy
-        sizes = (f"{t.tower} {t.n_layers} x {t.d_model}" for t in (a.vision, a.language))
-        return f"LVLM({self.name!r}, {a.family.name}: {', '.join(sizes)})"
+        sizes = (
+            f"{t.tower} {t.n_layers} x {t.d_model}" for t in (a.vision, a.language) if t.blocks
+        )
+        return f"LVLM({self.name!r}, {a.model_type}: {', '.join(sizes)})"
 
     @typed
     def prepare(
@@ -154,8 +165,27 @@ class LVLM:
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
         """
-        parts = self._module, self._processor, self.anatomy
-        return make_sample(*parts, images, text, inputs, rendered=rendered)
+        return make_sample(self, images, text, inputs, rendered=rendered)
+
+    def _first_sample(self) -> Sample | None:
+        """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""
+        if self._processor is not None and self._anatomy.vision.blocks:
+            noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+            image = Image.fromarray(
+                noise.to(torch.uint8).numpy()
+            )  # no two of its patches are alike
+            return self.prepare(images=image, text="a")
+        made = made_inputs(self)
+        return None if made is None else self.prepare(inputs=made)
+
+    def _mapped(self, ready: Mapping[str, Any], visual: Tensor) -> PatchMap | None:
+        """Where ViT tokens go in inputs with some image tokens; None without a vision tower or images."""
+        if not self._anatomy.vision.blocks or not visual.any():
+            return None
+        placed = self._places.placed(ready)
+        if not self._anatomy.measured:
+            self._anatomy = self._maps.settle(self.anatomy, placed, visual)
+        return self._maps.of(self.anatomy, placed, visual)
 
     @typed
     def run(

@@ -2,60 +2,43 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
 from sinkscope.anatomy.block_sum import NoBranch, no_branch
-from sinkscope.anatomy.context import Context
-from sinkscope.anatomy.discovery import device_of, dtype_of
+from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
-from sinkscope.errors import ModelError, NonFiniteError
-from sinkscope.kernels import residual
+from sinkscope.errors import ModelError
 from sinkscope.kernels.walk import factors_at, first_tensor, times
 from sinkscope.models.inputs import Sample
-from sinkscope.models.requests import plan_of
-from sinkscope.models.runs import run_until_read
 from sinkscope.models.wrapping import ONE_AT_A_TIME
 from sinkscope.probes.attention import AttentionMass
-from sinkscope.protocols import Read
-from sinkscope.sites import Site, Tower
+from sinkscope.sites import Tower
 
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
 
 
-def verify_anatomy(lvlm: Any) -> dict[tuple[str, int], NoBranch]:
+def verify_anatomy(lvlm: Any, sample: Sample) -> dict[tuple[str, int], NoBranch]:
     """Check that the sites of an `LVLM` are what they are called; ModelError if not, with the numbers.
 
     * attention mass over all live tokens sums to one in every block whose attention call was found;
-    * what the projector reads is made of the vision blocks said to feed it, CLS dropped as said;
-    * what the projector writes is found at the image positions of the decoder's input;
     * two passes compute the same, if a pass draws random numbers, and nothing is NaN.
 
-    To save time the pass with a picture ends in the decoder's first block, and words alone go through.
     Returns ``(tower, layer) -> reason`` of the blocks that do not add just attn_out and mlp_out.
     """
+    towers: list[Any] = ["vision", "language"] if lvlm.anatomy.vision.blocks else ["language"]
     with _few_threads(lvlm.module), watched_sums(lvlm.module, lvlm.anatomy) as wrong:
-        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
-        image = Image.fromarray(noise.to(torch.uint8).numpy())  # no two of its patches are alike
-        sample = lvlm.prepare(images=image, text="a")
         with _not_by_chance(lvlm, sample):
-            _check_picture(lvlm, sample)
-            tokens, words = sample.tokens, (sample.tokens.image < 0)[0]  # as text alone is taken
-            few = {n: x[:, words] for n, x in vars(tokens).items() if isinstance(x, Tensor)}
-            inputs = {n: sample.inputs[n][:, words] for n in ("input_ids", "attention_mask")}
-            alone = Sample(inputs, replace(tokens, **few, words=None), made_for=sample.made_for)
-            sums = _sums(lvlm, "language")
-            run = lvlm.run(alone, probes=sums, logits="last", remote=False)
-    for probe in sums:
-        _check_sum(lvlm, "language", run[probe].mass)
+            probes = {tower: _sums(lvlm, tower) for tower in towers}
+            every = [probe for few in probes.values() for probe in few]
+            run = lvlm.run(sample, probes=every, logits="last", remote=False)
+    for tower, few in probes.items():
+        for probe in few:
+            _check_sum(lvlm, tower, run[probe].mass)
     return wrong
 
 
@@ -97,45 +80,6 @@ def _sums(lvlm: Any, tower: Tower, most: int | None = None) -> list[AttentionMas
     """The mass on all tokens, in the first blocks whose attention call was found, or in all of them."""
     found = lvlm.anatomy.tower(tower).attending[:most]
     return [AttentionMass({"all": "all"}, found, tower=tower, null=False)] if found else []
-
-
-def _check_picture(lvlm: Any, sample: Sample) -> None:
-    """Vision tower, projector and the decoder's first states, on a prompt with a picture."""
-    a, module, places = lvlm.anatomy, lvlm.module, lvlm._places
-    feeds = [Site("vision", "resid_post", layer) for layer in a.feeds]
-    entry, exit_ = Site("projector", "input"), Site("projector", "output")
-    first = Site("language", "resid_pre", 0)
-    reads = [Read(site, residual.keep) for site in (*feeds, entry, exit_, first)]
-    states: Any = SimpleNamespace(reads=lambda context: reads)  # stands for a probe of whole states
-    probes = [states, *_sums(lvlm, "vision"), *_sums(lvlm, "language", most=1)]
-    context = Context(a, sample.tokens)
-    plan = plan_of(probes, (), context, lvlm)
-    answers = run_until_read(places.here, places.placed(sample.inputs), plan)
-    seen = answers[0]
-    if not torch.isfinite(seen[exit_]).all():
-        got = "The projector writes NaN or infinite states for a test image; expected finite ones."
-        raise NonFiniteError(f"{got} Load the model in bfloat16 or float32 and check the weights.")
-    made, read = torch.cat([seen[site] for site in feeds], dim=-1), seen[entry]
-    if a.family.feed_norm:
-        norm: Any = module.get_submodule(a.family.feed_norm)
-        with torch.no_grad():
-            made = norm(made.to(device_of(norm), norm.weight.dtype)).float().cpu()
-    made = made[:, a.drops :] if made.ndim == 3 and not a.vision.packed else made
-    made, read = (rearrange(x, "... width -> (...) width") for x in (made, read))
-    if not torch.equal(made, read):
-        got = f"The projector reads a tensor {tuple(read.shape)} that differs from the output of vision"
-        wanted = f"blocks {a.feeds} without {a.drops} leading tokens {tuple(made.shape)}"
-        raise ModelError(f"{got} {wanted}. Please report it.")
-    read = seen[first][sample.tokens.image >= 0]
-    # The model brings what the projector writes into the decoder's dtype.
-    dtype = dtype_of(module.get_input_embeddings())
-    written = seen[exit_].reshape(-1, read.shape[-1]).to(dtype).float()
-    same = written.shape == read.shape
-    if not (same and torch.equal(written[torch.cdist(read, written).argmin(dim=1)], read)):
-        got = f"The projector writes {tuple(written.shape)}, but the decoder reads other states at"
-        raise ModelError(f"{got} its {tuple(read.shape)} image positions; expected equal vectors.")
-    for slot, probe in enumerate(probes[1:], start=1):
-        _check_sum(lvlm, probe.tower, probe.finish(answers[slot], context).mass)
 
 
 def _check_sum(lvlm: Any, tower: Tower, mass: Tensor) -> None:

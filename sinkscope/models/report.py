@@ -144,11 +144,11 @@ def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
     feeds = ", ".join(map(str, a.feeds)) + ", CLS dropped" * bool(a.drops)
     merged = f"{a.merge} x {a.merge} patches" if a.merge > 1 else "one patch"
     patch = getattr(getattr(module.config, "vision_config", None), "patch_size", "?")
-    prefix = " and ".join(kind.upper() for kind in a.family.prefix(module.config))
+    prefix = " and ".join(kind.upper() for kind in a.prefix)
     first = f"{prefix} first" if prefix else "no CLS"
     blocks, kernels = zip(*map(_tower_facts, (a.vision, a.language)), strict=True)
     return (
-        ("model", f"{type(module).__name__}, family {a.family.name}, model_type {a.model_type}"),
+        ("model", f"{type(module).__name__}, family {a.model_type}, model_type {a.model_type}"),
         ("parameters", f"{count / size:.3g}{unit}, {dtype} on {lvlm.device}"),
         ("vision", f"{blocks[0]}, patches of {patch} pixels, {first}"),
         ("vision attention", kernels[0]),

@@ -97,15 +97,6 @@ def run_plan(
     return sited(answers), logits
 
 
-def run_until_read(model: Model, inputs: Inputs, plan: Plan) -> Answers:
-    """The answers of a forward pass here that ends where the plan's last site is read: no logits."""
-    save, go, answers = nnsight.save, walk, None
-    with ready_to_trace(model, plan) as traced, traced.trace(**inputs) as tracer:
-        answers = save(go(traced, tracer, plan))
-        tracer.stop()
-    return sited(answers)
-
-
 def generate_plan(
     model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where
 ) -> tuple[list[Output], Tensor]:

@@ -1,0 +1,358 @@
+"""Measure what feeds the decoder: which vision blocks, and which ViT tokens every image token is made of.
+
+The gradient of an image token with respect to the states that feed the projector is zero at all ViT tokens
+but its sources. Image tokens are told apart by the binary digits of their number, so that a map of N tokens
+takes about 2 log2 N gradients through the projector. Blocks do not run for it: states pass through them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.anatomy.towers import Anatomy
+from sinkscope.kernels.walk import first_tensor
+from sinkscope.models.wrapping import ONE_AT_A_TIME, lent, undisturbed
+
+MANY = 4096  # image tokens whose sources are told apart one by one, where ViT tokens feed several
+CROSS = "image states are not placed among the prompt's tokens"
+MIXED = "every image token is made of all ViT tokens"
+
+
+class _Reached(Exception):  # noqa: N818  it is no error: the pass has come as far as is needed
+    """Ends a pass."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the towers are connected.
+
+    ``feeds`` are the vision blocks that make image tokens; ``enters`` are pairs of a decoder layer above 0 and
+    a vision block whose states are added there (DeepStack); ``projector`` is the path of what lies between,
+    "" if it was not found; ``lengths`` are the ViT tokens in every vision block.
+    """
+
+    feeds: tuple[int, ...]
+    enters: tuple[tuple[int, int], ...] = ()
+    projector: str = ""
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PatchMap:
+    """What was measured of inputs of one shape.
+
+    Attributes:
+        shape: Of the states that feed the projector, ``(row, pos)``, ``(row, y, x)`` or ``(packed,)``.
+        fills: Whether the tower's output fills an image token, bool ``[image token]`` over the batch.
+        sources: ViT tokens that an image token is made of, int ``[image token, source]``: indices into the
+            flattened states, -1 padded.
+        pixels: What a ViT token reads, int ``[ViT token, 5]``: index of a picture or patch, and ``y0 x0 y1
+            x1`` in it; -1 where it reads no pixel.
+        why: Why there are no sources, or "".
+    """
+
+    shape: tuple[int, ...]
+    fills: Tensor
+    sources: Tensor
+    pixels: Tensor
+    why: str = ""
+
+
+@dataclass(eq=False)
+class PatchMaps:
+    """Measures the wiring and the patch maps of a model, and keeps the maps by the shape of the inputs.
+    ``tuples`` are the towers whose blocks return a tuple."""
+
+    module: Any
+    tuples: dict[str, bool] = field(default_factory=dict)
+    known: dict[Any, PatchMap] = field(default_factory=dict)
+
+    def wire(self, anatomy: Anatomy, inputs: Mapping[str, Any]) -> Wiring:
+        """Run the model once on inputs with a picture, and see what feeds what."""
+        leaves: dict[int, Tensor] = {}
+        entries: dict[int, list[Tensor]] = {}
+
+        def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                out = real(*args, **kwargs)
+            self.tuples["vision"] = isinstance(out, tuple)
+            leaves[layer] = first_tensor(out).detach().requires_grad_()
+            return (leaves[layer], *out[1:]) if isinstance(out, tuple) else leaves[layer]
+
+        def enter(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            entries[layer] = [x for x in (*args, *kwargs.values()) if _has_graph(x)]
+            if layer == anatomy.language.n_layers - 1:
+                raise _Reached
+            with torch.no_grad():
+                return real(*args, **kwargs)
+
+        between: list[str] = []
+        hooks = list(_watched(self.module, anatomy, between))
+        try:
+            self._pass(anatomy, inputs, tap, enter)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        reads = {layer: _read(found, leaves) for layer, found in entries.items()}
+        enters = tuple((layer, feed) for layer in sorted(reads) if layer for feed in reads[layer])
+        feeds = reads.get(0, ()) or tuple(sorted({feed for _, feed in enters}))
+        lengths = tuple(leaf.shape[:-1].numel() for _, leaf in sorted(leaves.items()))
+        return Wiring(feeds, enters, between[-1] if between else "", lengths)
+
+    def settle(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> Anatomy:
+        """The anatomy with what was declared of the towers' connection replaced by what was measured."""
+        wiring = self.wire(anatomy, inputs)
+        same = sorted(set(anatomy.feeds)) == list(wiring.feeds)
+        feeds = anatomy.feeds if same or not wiring.feeds else wiring.feeds
+        projector = anatomy.projector or wiring.projector
+        known = replace(
+            anatomy, feeds=feeds, enters=wiring.enters, projector=projector, measured=True
+        )
+        found = self.of(known, inputs, visual)
+        row = found.pixels[
+            : len(found.pixels) // (found.shape[0] if len(found.shape) > 1 else 1), 0
+        ]
+        first = int((row >= 0).int().argmax()) if (row >= 0).any() else 0
+        fed = torch.isin(torch.arange(first), found.sources)
+        drops = int(fed.int().argmax()) if fed.any() else first
+        inner = (f"{anatomy.decoder}.", *(f"{path}." for path in anatomy.vision.blocks))
+        names = [n for n, _ in self.module.named_parameters() if not n.startswith(inner)]
+        has_cls = any("cls" in name or "class" in name for name in names)
+        prefix = (["cls"] * has_cls + ["register"] * first)[:first]
+        merge = round(found.sources.shape[1] ** 0.5)
+        return replace(known, prefix=tuple(prefix), drops=drops, merge=merge)
+
+    def of(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
+        """The map of inputs whose image tokens are ``visual``, bool ``[batch pos]``."""
+        key = _signature(inputs, visual)
+        if key not in self.known:
+            self.known[key] = self.measure(anatomy, inputs, visual)
+        return self.known[key]
+
+    def measure(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
+        """The same, measured anew."""
+        generator = torch.Generator().manual_seed(0)
+        (states, leaves), (others, _) = (self._enter(anatomy, inputs, generator) for _ in "12")
+        pixels, shape = self._pixels(anatomy, inputs), tuple(leaves[0].shape[:-1])
+        count, visual = int(visual.sum()), visual.to(states.device)
+        nothing = torch.full((count, 1), -1)
+        if states.shape[:-1] != visual.shape:
+            got = (
+                f"the decoder reads states {tuple(states.shape[:-1])} for ids {tuple(visual.shape)}"
+            )
+            return PatchMap(shape, torch.zeros(count, dtype=torch.bool), nothing, pixels, got)
+        fills = (states != others).any(dim=-1)[visual]
+        if not fills.any():
+            return PatchMap(shape, fills.cpu(), nothing, pixels, CROSS)
+        sources = torch.full((count, 1), -1)
+        found, why = _sources(states[visual][fills], leaves)
+        sources = sources.expand(-1, found.shape[1]).clone()
+        sources[fills.cpu()] = found
+        return PatchMap(shape, fills.cpu(), sources, pixels, why)
+
+    def _enter(
+        self, anatomy: Anatomy, inputs: Mapping[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The decoder's first states, and those of the feeding blocks: random numbers with a graph."""
+        leaves: dict[int, Tensor] = {}
+        found: list[Tensor] = []
+
+        def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            states = _states(args, kwargs)
+            made = torch.randn(states.shape, generator=generator).to(states)
+            leaves[layer] = made.requires_grad_()
+            return self._alike("vision", leaves[layer])
+
+        def enter(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            found.append(_states(args, kwargs))
+            raise _Reached
+
+        self._pass(anatomy, inputs, tap, enter)
+        return found[0], [leaves[layer] for layer in anatomy.feed_layers]
+
+    def _pixels(self, anatomy: Anatomy, inputs: Mapping[str, Any]) -> Tensor:
+        """What every ViT token of the last feeding block reads; see `PatchMap`."""
+        found: list[Tensor] = []
+
+        def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if layer == anatomy.feed_layers[-1]:
+                found.append(_states(args, kwargs))
+                raise _Reached
+            return self._alike("vision", _states(args, kwargs))
+
+        leaves, given = [], dict(inputs)
+        for name, x in inputs.items():
+            if torch.is_tensor(x) and x.is_floating_point():  # channels last, to be summed over
+                planes = x.ndim > 3
+                leaf = (x.movedim(-3, -1) if planes else x).detach().clone().requires_grad_()
+                given[name] = leaf.movedim(-1, -3) if planes else leaf
+                leaves.append(leaf)
+        self._pass(anatomy, given, tap, None)
+        states = found[0].reshape(-1, found[0].shape[-1])
+        pixels = torch.full((len(states), 5), -1)
+        if states.requires_grad:
+            for leaf, at in zip(leaves, destinations(states, leaves), strict=True):
+                _boxes(at.cpu() if leaf.ndim > 3 else at.cpu().reshape(-1, 1, 1), pixels)
+        return pixels
+
+    def _alike(self, tower: str, states: Tensor) -> Any:
+        """States as a block of the tower returns them."""
+        return (states,) if self.tuples.get(tower) else states
+
+    def _pass(
+        self,
+        anatomy: Anatomy,
+        inputs: Mapping[str, Any],
+        vision: Callable[..., Any],
+        language: Callable[..., Any] | None,
+    ) -> None:
+        """Run the model with its blocks taken over until one of them ends the pass."""
+        loans = []
+        for tower, take in ((anatomy.vision, vision), (anatomy.language, language)):
+            for layer, path in enumerate(tower.blocks if take else ()):
+                block = self.module.get_submodule(path)
+                loans.append((block, {"forward": partial(take, layer, block.forward)}))
+        with (
+            ONE_AT_A_TIME,
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            undisturbed(self.module),
+            lent(loans),
+            suppress(_Reached),
+        ):
+            self.module(**inputs)
+
+
+def destinations(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Which output, of ``[output d]``, every row of the inputs ``[... d]`` reaches: -1 none, -2 several."""
+    count, weights = len(outputs), _weights(outputs)
+    number = torch.arange(count, device=outputs.device)
+    found = [torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device) for x in inputs]
+    several = [torch.zeros_like(one, dtype=torch.bool) for one in found]
+    reached = [~one for one in several]
+    for bit in range(max(1, (count - 1).bit_length())):
+        on = (number >> bit) & 1
+        hits = (_reached(outputs, weights * (on == side)[:, None], inputs) for side in (0, 1))
+        for i, (zero, one) in enumerate(zip(*hits, strict=True)):
+            several[i] |= zero & one
+            reached[i] &= zero | one
+            found[i] += one.long() << bit
+    return [
+        at.masked_fill(~some, -1).masked_fill(many, -2)
+        for at, some, many in zip(found, reached, several, strict=True)
+    ]
+
+
+def _weights(outputs: Tensor) -> Tensor:
+    """Random numbers by channel, so that no gradient cancels."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(outputs.shape[-1], generator=generator).to(outputs).expand_as(outputs)
+
+
+def _reached(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of every input that have a gradient, bool."""
+    grads = torch.autograd.grad(
+        outputs, list(inputs), weights, retain_graph=True, allow_unused=True
+    )
+    nothing = (torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device) for x in inputs)
+    pairs = zip(grads, nothing, strict=True)
+    return [none if grad is None else (grad != 0).any(dim=-1) for grad, none in pairs]
+
+
+def _sources(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, str]:
+    """The ViT tokens of every image token, int ``[image token, source]``; and why there are none."""
+    count = len(states)
+    at = torch.stack([one.flatten() for one in destinations(states, leaves)]).cpu()
+    if (at == -2).any():
+        if count > MANY:
+            return torch.full((count, 1), -1), f"ViT tokens feed several of {count} image tokens"
+        weights = _weights(states)
+        lines = []
+        for one in range(count):
+            hits = _reached(states[one : one + 1], weights[one : one + 1], leaves)
+            lines.append(torch.stack([hit.flatten() for hit in hits]).any(dim=0).cpu())
+        reads = torch.stack(lines)
+        if (reads == reads[:1]).all() and count > 1:
+            return torch.full((count, 1), -1), MIXED
+    else:
+        reads = torch.zeros(count, at.shape[1], dtype=torch.bool)
+        token = torch.arange(at.shape[1]).expand_as(at)
+        reads[at[at >= 0], token[at >= 0]] = True
+    few = [line.nonzero().flatten() for line in reads]
+    return nn.utils.rnn.pad_sequence(few, batch_first=True, padding_value=-1), ""
+
+
+def _boxes(token: Tensor, pixels: Tensor) -> None:
+    """Note the smallest box of every ViT token, from the token of every pixel ``[... y x]``."""
+    token = token.reshape(-1, *token.shape[-2:])
+    picture, y, x = (token >= 0).nonzero(as_tuple=True)
+    at = token[picture, y, x]
+    for column, value, how in ((0, picture, "amin"), (1, y, "amin"), (2, x, "amin")):
+        pixels[:, column] = _reduced(pixels[:, column], at, value, how)
+    for column, value in ((3, y + 1), (4, x + 1)):
+        pixels[:, column] = _reduced(pixels[:, column], at, value, "amax")
+
+
+def _reduced(start: Tensor, at: Tensor, value: Tensor, how: str) -> Tensor:
+    """The least or largest value of every token, and what stood there for the others."""
+    out = start.scatter_reduce(0, at, value, how, include_self=False)
+    seen = torch.zeros_like(start, dtype=torch.bool).index_fill(0, at, value=True)
+    return torch.where(seen, out, start)
+
+
+def _states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The states that a block was given."""
+    return next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+
+
+def _has_graph(value: Any) -> bool:
+    return torch.is_tensor(value) and value.requires_grad
+
+
+def _read(entries: Iterable[Tensor], leaves: Mapping[int, Tensor]) -> tuple[int, ...]:
+    """The vision blocks whose states some tensors depend on."""
+    found: set[int] = set()
+    for value in entries:
+        flat = value.reshape(-1, value.shape[-1])
+        hits = _reached(flat, _weights(flat), list(leaves.values()))
+        found |= {layer for layer, hit in zip(leaves, hits, strict=True) if hit.any()}
+    return tuple(sorted(found))
+
+
+def _watched(module: nn.Module, anatomy: Anatomy, found: list[str]) -> Iterable[Any]:
+    """Hooks on outermost modules between blocks and decoder: their paths, as they are reached."""
+    blocks = (*anatomy.vision.blocks, *anatomy.language.blocks)
+    inner = tuple(f"{path}." for path in (*blocks, anatomy.decoder))
+
+    def note(path: str, part: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if any(map(_has_graph, (*args, *kwargs.values()))) and _has_graph(first_tensor(out)):
+            found[:] = [p for p in found if not p.startswith(f"{path}.")] + [path]
+
+    for path, part in module.named_modules():
+        holds = not path or any(at.startswith(f"{path}.") for at in (*blocks, anatomy.decoder))
+        if (
+            not holds
+            and path not in blocks
+            and not path.startswith(inner)
+            and path != anatomy.decoder
+        ):
+            yield part.register_forward_hook(partial(note, path), with_kwargs=True)
+
+
+def _signature(inputs: Mapping[str, Any], visual: Tensor) -> tuple[Any, ...]:
+    """What a map depends on: shapes, small whole numbers such as grids, and image tokens by row."""
+    parts: list[Any] = [tuple(visual.sum(dim=1).tolist())]
+    per_token = tuple(visual.shape)
+    for name in sorted(inputs):
+        x = inputs[name]
+        if torch.is_tensor(x) and tuple(x.shape[-2:]) != per_token:
+            whole = not x.is_floating_point() and x.numel() <= 1 << 20
+            parts.append(
+                (name, tuple(x.shape), str(x.dtype), x.cpu().numpy().tobytes() if whole else b"")
+            )
+    return tuple(parts)
