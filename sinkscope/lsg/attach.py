@@ -6,7 +6,7 @@ What a gate found in a prompt is kept with the cache that it filled, and passed 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NoReturn
@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 import torch
 from torch import Tensor, nn
 
-from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
@@ -23,6 +22,8 @@ from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg import passes
 from sinkscope.lsg.passes import ByIdentity, Gate, Pass
 from sinkscope.models.decoder import share_keys
+from sinkscope.models.lvlm import LVLM
+from sinkscope.models.patch_map import MEASURING
 from sinkscope.sites import Site
 
 CARRIED = "sinkscope_passes"
@@ -30,12 +31,22 @@ CARRIED = "sinkscope_passes"
 ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
 
 
+def unless_measuring(model: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which does nothing in passes that only measure a model, given by its id."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return None if model in MEASURING else hook(*args, **kwargs)
+
+    return run
+
+
 class Attachment(AbstractContextManager["Attachment"]):
     """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
     def __init__(self, gate: Gate, model: nn.Module) -> None:
         self.gate, self.model = gate, model
-        self.anatomy = read_anatomy(model)
+        self._held = LVLM(model, verify=False)
+        self.anatomy = self._held.anatomy
         gate.check_model(self.anatomy)
         gate.check_weights(model, self.anatomy)
         self._seen: tuple[dict[str, Tensor], dict[int, Tensor]] | None = None  # by the vision tower
@@ -44,24 +55,24 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._now: Pass | None = None
         self._last: Pass | None = None
         self._stack = ExitStack()
-        config, part = gate.config, model.get_submodule
+        config, part, asked = gate.config, model.get_submodule, partial(unless_measuring, id(model))
         language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
         tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
         handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-            part(tower).register_forward_pre_hook(self._begin_vision, with_kwargs=True),
-            part(decoder).register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_pre_hook(asked(self._begin), with_kwargs=True),
+            model.register_forward_hook(asked(self._end), always_call=True),
+            part(tower).register_forward_pre_hook(asked(self._begin_vision), with_kwargs=True),
+            part(decoder).register_forward_pre_hook(asked(self._enter), with_kwargs=True),
         ]
         for layer in config.model["feed_layers"]:
-            hook = partial(self._after_vision, layer)
+            hook = asked(partial(self._after_vision, layer))
             handles.append(part(vision[layer]).register_forward_hook(hook))
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
-            handles.append(read.register_forward_hook(self._around, with_kwargs=True))
+            handles.append(read.register_forward_hook(asked(self._around), with_kwargs=True))
         if isinstance(config.layer, str) or config.l_detector is not None:
             edited = part(language[config.edited])
-            handles.append(edited.register_forward_pre_hook(self._around, with_kwargs=True))
+            handles.append(edited.register_forward_pre_hook(asked(self._around), with_kwargs=True))
         for handle in handles:
             self._stack.callback(handle.remove)
         scale: Any = WeakMethod(self._scale)  # the function that asks for it outlives the model
@@ -108,7 +119,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         pixels, encoded = passes.images_of(given)
         if encoded is None:
             self._seen = None  # and a text prompt has nothing to scale
-            return Pass() if pixels is None else passes.started(self.model, self.anatomy, given, {})
+            return Pass() if pixels is None else passes.started(self._held, given, {})
         if self._used.get(encoded) or self._seen is None:
             raise InputError(
                 "Got images that were encoded before the gate was attached, or for an earlier pass, as by "
@@ -120,7 +131,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             what = f"Got a prompt with {kept - 1} guessed tokens behind it; expected it alone."
             raise InputError(f"{what} Leave out prompt_lookup_num_tokens or assistant_model.")
         self._used.put(encoded, value=True)
-        return passes.started(self.model, self.anatomy, given, self._seen[0])
+        return passes.started(self._held, given, self._seen[0])
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a pass, also one that failed: its cache is known."""
@@ -206,6 +217,8 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _scale(self, key: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The keys ``[batch kv_head key d_head]`` of the edited block, scaled."""
+        if id(self.model) in MEASURING:
+            return key
         now = self._pass(given)
         step = now.state["step"]
         if now.tokens is None or (step and self.gate.config.decode == "off"):

@@ -161,13 +161,11 @@ def no_cache(found: Any) -> InputError:
     )
 
 
-def started(
-    module: nn.Module, anatomy: Anatomy, given: Mapping[str, Any], images: Mapping[str, Tensor]
-) -> Pass:
+def started(lvlm: Any, given: Mapping[str, Any], images: Mapping[str, Tensor]) -> Pass:
     """The pass of a prompt with images; ``images`` are those that ``generate()`` encodes before it."""
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and k not in NO_INPUTS}
     try:
-        tokens = make_sample(module, None, anatomy, None, None, inputs | dict(images)).tokens
+        tokens = make_sample(lvlm, None, None, inputs | dict(images)).tokens
     except InputError as error:
         if not images:
             raise

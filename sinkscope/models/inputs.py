@@ -36,7 +36,8 @@ SETTINGS |= {
     "rope_deltas",
 }
 """What a forward takes beside inputs: sorted out, because it fills a cache or changes the pass."""
-REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError)
+REFUSALS += (AttributeError, ImportError, AssertionError)
 """What models of transformers raise on inputs that do not fit."""
 
 
@@ -75,15 +76,19 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
         got = "Got inputs together with images or text; expected either"
         raise InputError(f"{got}. Write prepare(inputs=...) or prepare(images=..., text=...).")
     raw, rows, prompts = inputs, [], []
-    if inputs is None:
+    if inputs is None and reads_words_only(module):
+        raw, prompts = process_words(processor, images, text, rendered=rendered)
+    elif inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
     sizes = [image.size for row in rows for image in row] or None
     known, image_id = module.get_input_embeddings().weight.shape[0], lvlm.anatomy.image_token_id
-    ready = check_inputs(raw, known, image_id, getattr(module.config, "video_token_id", None))
+    video = getattr(module.config, "video_token_id", None)
+    ready = check_inputs(raw, known, image_id, video, images=not reads_words_only(module))
     if inputs is not None:
         _check_names(ready, module, processor)
         masked = inputs.get("attention_mask") is not None
-        _check_given(ready, masked, processor, types_of(module), image_id)
+        gridded = "image_grid_thw" in inspect.signature(type(module).forward).parameters
+        _check_given(ready, masked, processor, types_of(module), image_id, gridded=gridded)
     shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
     tokens = token_map(lvlm, ready, sizes)
     return Sample(ready, tokens, *shown, layout_of(lvlm.anatomy))
@@ -98,10 +103,12 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
         found = lvlm._mapped(ready, visual)
     except REFUSALS as error:
         first = str(error).strip().partition("\n")[0][:300]
+        got = [int(row.sum()) for row in visual]
         raise InputError(
-            f"The model does not take these inputs ({type(error).__name__}: {first}); expected all that its "
-            "own processor makes of these images and this text, with as many image tokens. Was the prompt "
-            "truncated? Write lvlm.prepare(inputs=processor(...))."
+            f"Got {got} image tokens per row, and the model does not take these inputs "
+            f"({type(error).__name__}: {first}); expected all that its own processor makes of these images and "
+            "this text, its patch_size and num_additional_image_tokens being those of the vision tower. Was the "
+            "prompt truncated? Write lvlm.prepare(inputs=processor(...))."
         ) from error
     vision = getattr(lvlm.module.config, "vision_config", None)
     side = getattr(vision, "patch_size", 1) if vision else 1
@@ -110,7 +117,7 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
     settings = getattr(processor, "image_processor", None)
     grids = original_boxes(seen, packed, settings, ready, sizes)
     own = bool(grids) and grids[0].original
-    return build_token_map(
+    tokens = build_token_map(
         (ids, live, visual),
         found,
         vision_map(found, seen, packed, grids, lvlm.anatomy.prefix),
@@ -120,6 +127,13 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
         getattr(processor, "tokenizer", processor),
         lvlm.anatomy.vision.missing,
     )
+    for one in tokens.image_index[tokens.image_index >= 0].unique():
+        rows = (tokens.image_index == one).any(dim=1).nonzero().flatten().tolist()
+        if len(rows) > 1:
+            got = f"Got {[int(row.sum()) for row in visual]} image tokens per row, so that those of image"
+            wanted = "the tokens of an image in one row. Was a prompt truncated?"
+            raise InputError(f"{got} {int(one)} are in the rows {rows}; expected {wanted}")
+    return tokens
 
 
 def _groups(ready: Inputs, many: int, sizes: Any) -> list[int]:
@@ -183,6 +197,46 @@ def process(
     return dict(encoded), rows, prompts
 
 
+def reads_words_only(module: Any) -> bool:
+    """Whether a model's forward takes no pixels at all."""
+    takes = inspect.signature(type(module).forward).parameters
+    return not any("pixel" in name or "image" in name for name in takes)
+
+
+def process_words(
+    tokenizer: Any, images: Any, text: Any, *, rendered: Any = False
+) -> tuple[dict, list[str]]:
+    """Inputs of a text-only model, left-padded, and the prompts; see `LVLM.prepare`."""
+    if images is not None or text is None:
+        got = "Got images for a text-only model" if images is not None else "Got no text"
+        raise InputError(f"{got}; expected text alone. Write lvlm.prepare(text='...').")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if tokenizer is None:
+        got = "Got text, but this LVLM has no tokenizer; expected one. Write"
+        raise InputError(f"{got} ss.LVLM(model, tokenizer), or prepare(inputs=...) with your own.")
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts or not all(isinstance(one, str) and one for one in texts):
+        raise InputError(f"Got text={text!r}; expected a question, or a list of them, not empty.")
+    if len(texts) > 1 and tokenizer.pad_token is None:
+        got = f"Got {len(texts)} rows and a tokenizer without a pad token; expected one"
+        raise InputError(f"{got}. Write tokenizer.pad_token = tokenizer.eos_token.")
+    if not rendered and tokenizer.chat_template:
+        turns = ([{"role": "user", "content": one}] for one in texts)
+        options = dict(add_generation_prompt=True, tokenize=False)
+        texts = [str(tokenizer.apply_chat_template(turn, **options)) for turn in turns]
+    bos = tokenizer.bos_token
+    return dict(
+        tokenizer(
+            texts,
+            padding=len(texts) > 1,
+            padding_side="left",
+            return_tensors="pt",
+            return_token_type_ids=False,
+            add_special_tokens=not (bos and all(one.startswith(bos) for one in texts)),
+        )
+    ), texts
+
+
 def check_processor(processor: Any, rows: int) -> None:
     """Refuse a processor that lacks what a batch needs: a part, a setting or a pad token."""
     if processor is None:
@@ -207,8 +261,11 @@ def check_processor(processor: Any, rows: int) -> None:
         raise InputError(f"{got}. Write {write}: padding is masked.")
 
 
-def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -> dict[str, Any]:
-    """Check processor output and give it a mask; ``vocab`` ids have embeddings, and the image's may."""
+def check_inputs(
+    inputs: Any, vocab: int, image_id: int, video_id: int | None, *, images: bool = True
+) -> dict[str, Any]:
+    """Check processor output and give it a mask; ``vocab`` ids have embeddings, and the image's may.
+    ``images`` is whether the model takes any."""
     if not isinstance(inputs, Mapping):
         got = f"Got inputs of type {type(inputs).__name__}; expected the processor's output, a dict"
         made = "processor(images=..., text=..., return_tensors='pt')"
@@ -221,7 +278,7 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
         got = f"Got {found} video tokens (id {video_id}) and {'' if pixels else 'no '}"
         write = "Write the frames as images=[frame, ...]."
         raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
-    needed = ("input_ids", *["pixel_values"] * (image_id is not None))
+    needed = ("input_ids", "pixel_values")[: 1 + images]
     planes = [name for name in out if any(word in name for word in ("pixel_values", "patches"))]
     if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes))]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
@@ -246,14 +303,19 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
     return out
 
 
-def _check_given(ready: Any, masked: bool, processor: Any, types: str, image_id: int) -> None:
-    """Refuse inputs that run and give wrong logits; ``types`` is `Family.types`."""
+def _check_given(
+    ready: Any, masked: bool, processor: Any, types: str, image_id: int, *, gridded: bool
+) -> None:
+    """Refuse inputs that run and give wrong logits; ``types`` is what `types_of` says, and ``gridded``
+    whether the model takes a grid of patches for every image."""
     ids, pixels, got = ready["input_ids"], ready.get("pixel_values", torch.zeros(0)), ""
     marks, position = ready.get(types), ready.get("position_ids", ids)
     if span := not_scaled(pixels, getattr(processor, "image_processor", None)):
         got = f"pixel_values from {span}, as before normalising; expected normalised ones"
     elif pixels.ndim == 4 and pixels.shape[1] > 4 > pixels.shape[3]:
         got = "channels last; expected them in front. Write pixel_values.permute(0, 3, 1, 2)"
+    elif wrong := _wrong_grid(ready, pixels, needed=gridded):
+        got = wrong
     elif types and (marks is None or not torch.equal(marks == 1, ids == image_id)):
         got = f"{types} that are {'missing' if marks is None else 'not 1 at image tokens alone'}"
         got += "; expected 1 there and 0 elsewhere, or images are read as text"
@@ -263,6 +325,23 @@ def _check_given(ready: Any, masked: bool, processor: Any, types: str, image_id:
         got = "padding in input_ids and no attention_mask; expected 1 for tokens, 0 for padding"
     if got:
         raise InputError(f"Got {got}. Pass all that this model's processor makes.")
+
+
+def _wrong_grid(ready: Any, pixels: Tensor, *, needed: bool) -> str:
+    """What is wrong with the grids of packed patches, or ""; ``needed`` is whether the model takes them."""
+    grid = ready.get("image_grid_thw")
+    if grid is None:
+        bare = needed and pixels.numel()
+        return (
+            "pixel_values without image_grid_thw; expected the grid of every image" if bare else ""
+        )
+    if pixels.ndim not in (2, 4):
+        return ""
+    fits = grid.ndim == 2 and grid.shape[1] == 3 and not bool((grid < 1).any())
+    if fits and len(pixels) == int(grid.prod(dim=1).sum()):
+        return ""
+    got = f"image_grid_thw {grid.tolist()} and pixel_values of shape {tuple(pixels.shape)}"
+    return f"{got}; expected [time, rows, columns] of every image, and a line of pixels per patch"
 
 
 def _padded(ids: Tensor, tokenizer: Any) -> bool:

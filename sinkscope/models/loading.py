@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import among, check_flags
@@ -23,6 +24,7 @@ from sinkscope.errors import CheckpointError
 from sinkscope.models.inputs import layout_of
 from sinkscope.models.wrapping import check_remote, wrap_remote
 
+IMAGE_TEXT = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 # What transformers, the hub client, safetensors and the JSON reader raise on files that are missing,
 # cut off, of another model, or ask for a package that is not there.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -58,10 +60,12 @@ def open_checkpoint(
 
 def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """A model with weights, in evaluation mode, and its processor."""
-    loader: Any = transformers.AutoModelForImageTextToText
+    config = load_config(name, options)
+    kind = "AutoModelForImageTextToText" if sees(config) else "AutoModelForCausalLM"
+    loader: Any = getattr(transformers, kind)
     rest = {k: v for k, v in options.items() if v is not None}
-    rest |= {"config": load_config(name, options), "output_loading_info": True}
-    processor = read_processor(name, options)
+    rest |= {"config": config, "output_loading_info": True}
+    processor = read_processor(name, options, images=sees(config))
     with _explained(repr(name)):
         model, info = loader.from_pretrained(name, **rest)
     if missing := sorted(key for key in info.get("missing_keys", ()) if "rotary" not in key):
@@ -85,6 +89,12 @@ def load_config(name: str, options: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(name, **_source(options))
 
 
+def sees(config: Any) -> bool:
+    """Whether a config is of a model that reads images."""
+    own = getattr(config, "auto_map", None) or {}
+    return config.model_type in IMAGE_TEXT or "AutoModelForImageTextToText" in own
+
+
 def _source(options: Mapping[str, Any]) -> dict[str, Any]:
     trust = options.get("trust_remote_code", False)
     return {"revision": options.get("revision"), "trust_remote_code": trust}
@@ -105,8 +115,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise CheckpointError(f"Got dtype={dtype!r}; expected {known}.")
 
 
-def read_processor(name: str, options: dict[str, Any]) -> Any:
-    """The processor, with a tokenizer and an image processor."""
+def read_processor(name: str, options: dict[str, Any], *, images: bool = True) -> Any:
+    """The processor, with a tokenizer and, if the model reads ``images``, an image processor."""
+    if not images:
+        with _explained(f"The tokenizer of {name!r}"):
+            return transformers.AutoTokenizer.from_pretrained(name, **_source(options))
     files = "processor_config.json or preprocessor_config.json, and tokenizer files"
     with _explained(f"The processor of {name!r}", f"expected {files}, beside the weights."):
         made, parts = load_processor(name, **_source(options)), ("tokenizer", "image_processor")

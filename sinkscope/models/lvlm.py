@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,11 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_flags, check_path, typed
-from sinkscope.errors import InputError, ModelError, ProbeError
+from sinkscope.errors import InputError, ModelError, ProbeError, SinkscopeError
 from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
-from sinkscope.models.inputs import Sample, make_sample
+from sinkscope.models.inputs import Sample, make_sample, reads_words_only
 from sinkscope.models.made_inputs import made_inputs
 from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.proofs import verify_anatomy
@@ -61,8 +61,8 @@ class LVLM:
         self._not_added: Mapping[tuple[str, int], NoBranch] = {}
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module)
-        first = None if self.device.type == "meta" else self._first_sample()
-        if verify and first is not None:
+        self._asked = self.device.type == "meta"
+        if verify and (first := self._first_sample()) is not None:
             self._not_added = verify_anatomy(self, first)
             self._anatomy = self._anatomy.without(self._not_added)
             self.verified = True
@@ -107,7 +107,10 @@ class LVLM:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Where the model keeps its parts, under its present attention kernel."""
+        """Where the model keeps its parts, under its present attention kernel; measured when first asked."""
+        if not self._asked:
+            with suppress(SinkscopeError):  # then it stays as declared, until a sample comes
+                self._first_sample()
         known, get = self._anatomy, self._module.get_submodule
         towers = [tower for tower in (known.vision, known.language) if tower.blocks]
         firsts = [get(next(filter(None, tower.attention), tower.blocks[0])) for tower in towers]
@@ -169,6 +172,11 @@ class LVLM:
 
     def _first_sample(self) -> Sample | None:
         """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""
+        if self._asked:
+            return None
+        self._asked = True
+        if self._processor is not None and reads_words_only(self._module):
+            return self.prepare(text="a few words of no meaning")
         if self._processor is not None and self._anatomy.vision.blocks:
             noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
             image = Image.fromarray(

@@ -5,8 +5,8 @@ but its sources. Image tokens are told apart by the binary digits of their numbe
 takes about 2 log2 N gradients through the projector. Blocks do not run for it: states pass through them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
+from sinkscope.errors import NonFiniteError
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.models.wrapping import ONE_AT_A_TIME, lent, undisturbed
 
 MANY = 4096  # image tokens whose sources are told apart one by one, where ViT tokens feed several
 CROSS = "image states are not placed among the prompt's tokens"
 MIXED = "every image token is made of all ViT tokens"
+
+
+MEASURING: set[int] = set()
+"""The modules, by id, of which a pass runs to measure something: hooks of gates let it go."""
 
 
 class _Reached(Exception):  # noqa: N818  it is no error: the pass has come as far as is needed
@@ -98,6 +103,11 @@ class PatchMaps:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not all(bool(torch.isfinite(x).all()) for x in entries.get(0, ())):
+            got = "The projector writes NaN or infinite states for a test image; expected finite ones."
+            raise NonFiniteError(
+                f"{got} Load the model in bfloat16 or float32 and check the weights."
+            )
         reads = {layer: _read(found, leaves) for layer, found in entries.items()}
         enters = tuple((layer, feed) for layer in sorted(reads) if layer for feed in reads[layer])
         feeds = reads.get(0, ()) or tuple(sorted({feed for _, feed in enters}))
@@ -106,7 +116,8 @@ class PatchMaps:
 
     def settle(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> Anatomy:
         """The anatomy with what was declared of the towers' connection replaced by what was measured."""
-        wiring = self.wire(anatomy, inputs)
+        with gradients():
+            wiring = self.wire(anatomy, inputs)
         same = sorted(set(anatomy.feeds)) == list(wiring.feeds)
         feeds = anatomy.feeds if same or not wiring.feeds else wiring.feeds
         projector = anatomy.projector or wiring.projector
@@ -118,7 +129,7 @@ class PatchMaps:
             : len(found.pixels) // (found.shape[0] if len(found.shape) > 1 else 1), 0
         ]
         first = int((row >= 0).int().argmax()) if (row >= 0).any() else 0
-        fed = torch.isin(torch.arange(first), found.sources)
+        fed = torch.isin(torch.arange(len(row)), found.sources)
         drops = int(fed.int().argmax()) if fed.any() else first
         inner = (f"{anatomy.decoder}.", *(f"{path}." for path in anatomy.vision.blocks))
         names = [n for n, _ in self.module.named_parameters() if not n.startswith(inner)]
@@ -131,7 +142,8 @@ class PatchMaps:
         """The map of inputs whose image tokens are ``visual``, bool ``[batch pos]``."""
         key = _signature(inputs, visual)
         if key not in self.known:
-            self.known[key] = self.measure(anatomy, inputs, visual)
+            with gradients():
+                self.known[key] = self.measure(anatomy, inputs, visual)
         return self.known[key]
 
     def measure(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
@@ -219,13 +231,29 @@ class PatchMaps:
                 loans.append((block, {"forward": partial(take, layer, block.forward)}))
         with (
             ONE_AT_A_TIME,
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
+            _measuring(self.module),
             undisturbed(self.module),
             lent(loans),
             suppress(_Reached),
         ):
-            self.module(**inputs)
+            self.module(**{name: _with_versions(x) for name, x in inputs.items()})
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Keep graphs until the block ends, whatever the caller has switched off."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _measuring(module: nn.Module) -> Iterator[None]:
+    """Say that the passes of a module are for measuring until the block ends."""
+    MEASURING.add(id(module))
+    try:
+        yield
+    finally:
+        MEASURING.discard(id(module))
 
 
 def destinations(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -303,6 +331,11 @@ def _reduced(start: Tensor, at: Tensor, value: Tensor, how: str) -> Tensor:
     out = start.scatter_reduce(0, at, value, how, include_self=False)
     seen = torch.zeros_like(start, dtype=torch.bool).index_fill(0, at, value=True)
     return torch.where(seen, out, start)
+
+
+def _with_versions(value: Any) -> Any:
+    """A tensor that a graph may keep: those made in inference mode are copied."""
+    return value.clone() if torch.is_tensor(value) and value.is_inference() else value
 
 
 def _states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

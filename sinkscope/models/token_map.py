@@ -105,7 +105,7 @@ def _padded(found: PatchMap, inputs: Mapping[str, Any]) -> bool:
 def _strip(found: PatchMap) -> bool:
     """Whether the pictures are strips of patches."""
     reads = found.pixels[found.pixels[:, 0] >= 0]
-    return bool(len(reads)) and bool((reads[:, 1] == 0).all()) and len(reads) > 1
+    return len(reads) > 1 and not reads[:, :2].any() and len(reads[:, 2].unique()) == len(reads)
 
 
 def _grids(inputs: Mapping[str, Any], patches: int | None) -> list[tuple[int, int]]:
@@ -170,11 +170,10 @@ def _unmasked(live: Tensor, reads: Tensor, pixels: Tensor, inputs: Mapping[str, 
     """Without the patches whose pixels a mask hides; tokens behind the last patch are padding too."""
     for x in inputs.values():
         if torch.is_tensor(x) and not x.is_floating_point() and x.ndim > 2 and reads.any():
-            planes, (_, y, x0, *_) = x.reshape(-1, *x.shape[-2:]).cpu(), pixels[reads].unbind(-1)
-            picture = pixels[reads, 0]
-            if int(picture.max()) < len(planes) and int(y.max()) < planes.shape[1]:
-                if int(x0.max()) < planes.shape[2] and planes.shape[1] > 2:
-                    live[reads] &= planes[picture, y, x0].bool()
+            planes, (picture, y, left, *_) = x.flatten(0, -3).cpu(), pixels[reads].unbind(-1)
+            tops = (picture.max() + 1, y.max() + 1, left.max() + 1)
+            if all(int(top) <= size for top, size in zip(tops, planes.shape, strict=True)):
+                live[reads] &= planes[picture, y, left].bool()
     return live
 
 
@@ -274,7 +273,7 @@ def vision_map(
         box[i, :stop][placed] = grid.boxes()[one.row[placed], one.column[placed]].float()
     live = kind > 0
     layout = layout.masked_fill(~live, -1)
-    shape = torch.tensor([[g.rows, g.columns] for g in grids]).reshape(-1, 2)
+    shape = torch.tensor([[g.rows, g.columns] for g in grids], dtype=torch.long).reshape(-1, 2)
     none = torch.zeros(many, dtype=torch.long)
     return VisionMap(kind, live, row, column, box, shape, layout if packed else None, none)
 

@@ -18,6 +18,7 @@ from sinkscope.anatomy.attention_call import (
     forward_tree,
     read_attention_call,
 )
+from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.errors import AttentionCallError, ModelError, ProbeError
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image, tiny_llava, tiny_qwen2_5_vl
@@ -307,21 +308,17 @@ def test_feature_layers_that_do_not_exist_are_refused(layer):
         ss.LVLM(module)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"feed_layers": lambda config, n: (0,)}, "differs from the output of vision blocks .0,."),
-        ({"drops": lambda config: 0}, "expected the row of image 0 to hold 17 more"),
-        ({"projector": ("model.nowhere",)}, "Found no module at .'model.nowhere'"),
-    ],
-)
-def test_a_wrong_row_of_the_family_is_noticed_at_load(monkeypatch, wrong, says):
-    from sinkscope.anatomy import families
-
-    row = dataclasses.replace(families.LLAVA, **wrong)
-    monkeypatch.setitem(families.FAMILIES, "llava", row)
-    with pytest.raises(ss.SinkscopeError, match=says):
-        ss.LVLM(*tiny_llava())
+def test_a_wrong_config_does_not_mislead(tiny):
+    """What feeds the projector is measured: the config is not asked."""
+    module, processor = tiny_llava()
+    right = ss.LVLM(module, processor).anatomy
+    before = type(module.config).vision_feature_layer
+    module.config.vision_feature_layer = -1
+    module.model.config.vision_feature_layer = -1
+    read = read_anatomy(module)
+    assert (read.feeds, read.measured) == ((right.vision.n_layers - 1,), False)
+    module.model.config.vision_feature_layer = module.config.vision_feature_layer = before
+    assert ss.LVLM(module, processor).anatomy == right
 
 
 def test_a_switched_kernel_is_noticed(tiny):

@@ -24,6 +24,7 @@ from sinkscope.errors import (
     SelectionError,
     SinkscopeError,
 )
+from sinkscope.models.patch_map import MEASURING
 from sinkscope.testing import random_image, tiny_llava, write_checkpoint
 
 IMAGE = random_image(40, 40, 0)
@@ -74,7 +75,9 @@ def passes(tiny):
     """How many forward passes a test made."""
     made = []
     hooks = [
-        tiny(family).module.register_forward_pre_hook(lambda *_: made.append(1))
+        tiny(family).module.register_forward_pre_hook(
+            lambda module, _: None if id(module) in MEASURING else made.append(1)
+        )
         for family in ("llava-clip-llama", "qwen2.5-vl")
     ]
     yield made
@@ -234,7 +237,7 @@ INPUTS = {
         "inputs together with images or text",
     ),
     "images without a processor": (
-        lambda w: ss.LVLM(w.lvlm.module).prepare(IMAGE, "what"),
+        lambda w: ss.LVLM(w.lvlm.module, verify=False).prepare(IMAGE, "what"),
         "no processor; expected one",
     ),
     "a tokenizer for a processor": (
@@ -253,7 +256,7 @@ INPUTS = {
     ),
     "a processor of another tower": (
         lambda w: ss.LVLM(w.lvlm.module, changed(w.lvlm.processor, num_additional_image_tokens=0)),
-        "its patch_size and num_additional_image_tokens must be",
+        r"Got \[15\] image tokens per row, .* its patch_size and num_additional_image_tokens",
     ),
     "rows without a pad token": (
         lambda w: ss.LVLM(w.lvlm.module, without_pad(w.lvlm.processor), verify=False).prepare(
@@ -324,7 +327,7 @@ INPUTS = {
             input_ids=w.sample.inputs["input_ids"][:, :9],
             attention_mask=w.sample.inputs["attention_mask"][:, :9],
         ),
-        r"expected the row of image 0 to hold 16 more. Was the prompt truncated",
+        r"Got \[5\] image tokens per row, .*do not match.* Was the prompt truncated",
     ),
     "pixels of fewer images": (
         lambda w: w.lvlm.prepare(
@@ -333,7 +336,7 @@ INPUTS = {
                 "pixel_values": w.sample.inputs["pixel_values"],
             }
         ),
-        r"Got \[32\] image tokens per row for 1 images of \[16\] tokens",
+        r"Got \[32\] image tokens per row, .*expected all that its own processor makes",
     ),
     "NaN pixels": (
         lambda w: w.inputs(pixel_values=w.sample.inputs["pixel_values"] * float("nan")),
@@ -355,7 +358,7 @@ INPUTS = {
     ),
     "pixels of another rank": (
         lambda w: w.inputs(pixel_values=torch.zeros(4, 4)),
-        r"pixel_values of shape \(4, 4\); expected \[image channel height width\]",
+        r"does not take these inputs .*expected all that its own processor makes",
     ),
 }
 RUNS = {
@@ -387,7 +390,7 @@ RUNS = {
         "remote='ndif'; expected True for NDIF",
     ),
     "remote without a processor": (
-        lambda w: ss.LVLM(w.lvlm.module).run(w.sample, remote="local"),
+        lambda w: ss.LVLM(w.lvlm.module, verify=False).run(w.sample, remote="local"),
         "remote=... for a model without a processor",
     ),
     "no new tokens": (
@@ -575,10 +578,6 @@ MODELS = {
         lambda w: ss.LVLM(torch.nn.Linear(2, 2)),
         "Got a Linear; expected a transformers image-text-to-text model",
     ),
-    "a text-only model": (
-        lambda w: ss.LVLM(text_only()),
-        "LlamaForCausalLM .*without a vision tower",
-    ),
     "a model without head": (
         lambda w: ss.LVLM(w.lvlm.module.model),
         "LlavaModel without an LM head; expected the ...ForConditionalGeneration class",
@@ -621,15 +620,9 @@ CHECKPOINTS = {
         lambda w: w.load(lambda f: edit_config(f, model_type="llawa")),
         "model type `llawa`",
     ),
-    "a family without a row": (
+    "the config of another family": (
         lambda w: w.load(lambda f: edit_config(f, model_type="llava_next_video")),
-        ModelError,
-        "model_type 'llava_next_video'; expected one of .*contributing page",
-    ),
-    "a text-only checkpoint": (
-        lambda w: w.load(lambda f: text_only().save_pretrained(f)),
-        ModelError,
-        "a 'llama' model without a vision tower",
+        "lacks 1 weights, such as .*image_newline",
     ),
     "truncated weights": (
         lambda w: w.load(lambda f: cut(f, "model.safetensors")),

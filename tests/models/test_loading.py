@@ -245,11 +245,12 @@ def test_a_tokenizer_is_no_processor(folders, monkeypatch):
         loading.read_processor(str(folders["llava-clip-llama"]), {})
 
 
-def test_models_without_processor_are_not_verified_and_take_ready_inputs(tiny, batch):
+def test_models_without_processor_are_verified_on_made_inputs_and_take_ready_ones(tiny, batch):
     """The prepared inputs of another LVLM of the same layout work."""
     full = tiny("llava-clip-llama")
     bare = ss.LVLM(full.module)
-    assert not bare.verified
+    assert bare.verified
+    assert bare.anatomy == full.anatomy
     sample = batch(full)
     ready = bare.prepare(inputs=sample.inputs)
     assert torch.equal(bare.run(ready).logits, full.run(sample).logits)

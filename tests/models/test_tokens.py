@@ -226,7 +226,9 @@ def test_selections_by_name(tiny):
         "last",
         "image:0",
         "image:1",
+        "patch",
     )
+    assert torch.equal(tokens.select("patch"), tokens.select("image"))
     bos = lvlm.tokenizer.bos_token_id
     assert torch.equal(tokens.select("bos"), (tokens.ids == bos) & tokens.live)
     assert torch.equal(tokens.select("first"), tokens.select("bos"))

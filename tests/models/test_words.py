@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from sinkscope.models.inputs import words_of
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_tokenizer, qwen_tokenizer
+from sinkscope.tokens import words_of
 
 
 @pytest.fixture(scope="module")
