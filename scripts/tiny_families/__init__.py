@@ -10,20 +10,39 @@ not run here, the reason. `variant` puts another text decoder or vision tower in
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
 from tiny_families.configs import CHANGES
 from tiny_families.inputs import inputs_of
+from tiny_families.making import made
 from tiny_families.pictures import MAKERS
 from tiny_families.sizes import small_config
-from tiny_families.weights import randomize
+from tiny_families.variants import (
+    DECODERS,
+    TOWERS,
+    VARIANTS_NOT_RUN,
+    variant,
+    variant_inputs,
+)
 
-__all__ = ["NOT_RUN", "TYPES", "build", "inputs_of"]
+__all__ = [
+    "DECODERS",
+    "NEED_TIMM",
+    "NOT_RUN",
+    "TOWERS",
+    "TYPES",
+    "VARIANTS_NOT_RUN",
+    "build",
+    "inputs_of",
+    "variant",
+    "variant_inputs",
+]
 
 NOT_RUN = {
     "evolla": "reads proteins, no images",
@@ -33,13 +52,35 @@ NOT_RUN = {
     "udop": "an encoder-decoder: the decoder reads no image tokens",
     "vision-encoder-decoder": "an encoder-decoder: the decoder reads no image tokens",
 }
+NEED_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 TYPES: dict[str, str | None] = {
-    name: NOT_RUN.get(name) for name in sorted({*MAKERS, *NOT_RUN})
+    name: NOT_RUN.get(name) for name in sorted({*MAKERS, *NOT_RUN}) if "+" not in name
 }
 # types whose decoder or tower knows no other attention
 _ATTENTION = dict.fromkeys(
     ("blip", "git", "got_ocr2", "pp_chart2table", "inkling2", "inkling_mm_model"), "eager"
 )
+
+
+def _load_timm() -> bool:
+    """Import the library that some towers come from, if it is installed, before `transformers` looks for it.
+
+    It imports torchvision, of which these towers use nothing. Where torchvision is built for another torch, its
+    operators are missing; a declaration of two of them lets it be imported all the same.
+    """
+    if importlib.util.find_spec("timm") is None:
+        return False
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        _DECLARED.define("nms(Tensor boxes, Tensor scores, float limit) -> Tensor")
+        _DECLARED.define("qnms(Tensor boxes, Tensor scores, float limit) -> Tensor")
+    importlib.import_module("timm")
+    return True
+
+
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+_TIMM = _load_timm()
 
 
 def build(model_type: str, attn: str = "sdpa") -> Any:
@@ -52,15 +93,10 @@ def build(model_type: str, attn: str = "sdpa") -> Any:
     reason = TYPES[model_type]
     if reason is not None:
         raise ValueError(f"{model_type} is not built here: {reason}")
+    if model_type in NEED_TIMM and not _TIMM:
+        raise ModuleNotFoundError(f"{model_type} has a tower of timm: pip install timm")
     config = small_config(CONFIG_MAPPING[model_type], CHANGES.get(model_type, {}))
-    name = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    name = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[
+        model_type
+    ]
     return made(getattr(transformers, name), config, _ATTENTION.get(model_type, attn))
-
-
-def made(kind: type[nn.Module], config: PreTrainedConfig, attn: str) -> Any:
-    """Make a model of a class and give it random weights."""
-    config._attn_implementation = attn
-    torch.manual_seed(0)
-    model = kind(config)
-    randomize(model)
-    return model.eval()

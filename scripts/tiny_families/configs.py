@@ -24,6 +24,12 @@ _qwen3_5 = {
         "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
     }
 }
+_omni_tokens = {
+    "vision_start_token_id": 12,
+    "vision_end_token_id": 13,
+    "audio_start_token_id": 14,
+    "audio_end_token_id": 15,
+}
 _internvl = {
     "vision_config": {"image_size": [48, 48], "patch_size": [8, 8]},
     "image_seq_length": 9,
@@ -99,10 +105,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "opt", "word_embed_proj_dim": 64},
     },
     "chameleon": {
-        "num_hidden_layers": 3,
         "vocabulary_map": {
             "<image>": IMAGE_TOKEN,
-            **{f"IMGIMGA{chr(65 + code)}Z": 100 + code for code in range(16)},
+            # a code's digits are written in letters: A is 0
+            **{
+                f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z": 100 + code
+                for code in range(16)
+            },
         },
         "vq_config": {
             "num_embeddings": 16,
@@ -129,10 +138,31 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64}},
-    "diffusion_gemma": {},
+    "diffusion_gemma": {
+        "vision_config": {"pooling_kernel_size": 2, "position_embedding_size": 64},
+        "text_config": {"head_dim": 16, "global_head_dim": 32, "layer_types": SLIDING_TWICE},
+        "canvas_length": 6,
+    },
     "dots3_note": {
-        "text_config": {"num_key_value_heads": 4, "per_layer_config": {}},
-        "audio_config": {"num_key_value_heads": 4},
+        "vision_config": {
+            "mlp_layer_types": ["dense", "sparse", "dense"],
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+        },
+        "text_config": {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            # heads of local layers have sizes of their own
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_q_lora_rank": 24,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 32,
+            "swa_qk_nope_head_dim": 24,
+            "swa_v_head_dim": 16,
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "emu3": {
         "vocabulary_map": {
@@ -160,6 +190,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "exaone4_5": {
         "text_config": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     },
+    "fast_vlm": {  # stages of convolutions and, at the end, two blocks of attention
+        "vision_config": {
+            "architecture": "fastvit_sa12",
+            "model_args": {"layers": [1, 1, 1, 2], "embed_dims": [64, 64, 64, 64]},
+            "hidden_size": 128,
+        }
+    },
     "florence2": {
         "vision_config": {
             "depths": [1, 1],
@@ -183,6 +220,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
     },
     "gemma3": _gemma3,
+    "gemma3n": {  # a small convolutional network stands for the published one, which has no other size
+        "vision_soft_tokens_per_image": 4,
+        "vision_config": {
+            "architecture": "mobilenetv3_small_050",
+            "model_args": {},
+            "hidden_size": 288,
+            "vocab_size": 8,
+            "vocab_offset": 180,
+        },
+        "audio_config": {"conf_num_hidden_layers": 1},
+        "text_config": GEMMA3N_TEXT,
+    },
     "gemma4": {
         "vision_config": {"pooling_kernel_size": 2, "position_embedding_size": 64},
         "audio_config": None,
@@ -326,7 +375,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "molmo2": {
         "image_patch_id": IMAGE_TOKEN,
         "vision_config": {"image_size": [48, 48], "num_position_embeddings": 36},
-        "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": 64, "hidden_size": 64},
+        "adapter_config": {
+            "vision_feature_layer": [-1, -2],
+            "text_hidden_size": 64,
+            "hidden_size": 64,
+        },
         "text_config": {"vocab_size": VOCABULARY},
     },
     "muse_glimmer": _muse,
@@ -361,12 +414,25 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "vision_config": {"projection_dim": 64},
     },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {
+                "depth": 3,
+                "embed_dim": 64,
+                "num_heads": 4,
+                "img_size": [48, 48],
+                "patch_size": 8,
+                "global_pool": "",
+            },
+        },
+        "projector_pooling_ratio": 2,
+    },
     "pp_chart2table": _got,
     "qianfan_ocr": _internvl,
     "qwen2_5_omni_thinker": {
         **_mrope,
-        "vision_start_token_id": 12,
-        "vision_end_token_id": 13,
+        **_omni_tokens,
         "spatial_merge_size": 2,
         "audio_config": {"encoder_layers": 2},
     },
@@ -376,8 +442,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _qwen3_5,
     "qwen3_omni_moe_thinker": {
         **_mrope,
-        "vision_start_token_id": 12,
-        "vision_end_token_id": 13,
+        **_omni_tokens,
         "audio_config": {"downsample_hidden_size": 32, "encoder_layers": 2},
     },
     "qwen3_vl": _mrope,

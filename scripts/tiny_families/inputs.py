@@ -60,8 +60,12 @@ def _tokens(model: nn.Module, pictures: Pictures) -> tuple[int, ...]:
     given = {name: value for name, value in pictures.tensors.items() if name in known}
     with torch.no_grad():
         out = inner.get_image_features(**given)
-    features = out if isinstance(out, Tensor | list | tuple) else out.pooler_output
-    parts = list(features)
+    if getattr(out, "pooler_output", None) is not None:
+        parts = list(out.pooler_output)
+    elif getattr(out, "deepstack_features", None) is not None:
+        _, parts = out.deepstack_features[0]  # a decoder layer and its features of each image
+    else:
+        parts = list(out.last_hidden_state)
     counts = tuple(part.numel() // part.shape[-1] for part in parts)
     if len(counts) == pictures.runs:
         return counts
@@ -73,7 +77,9 @@ def _tokens(model: nn.Module, pictures: Pictures) -> tuple[int, ...]:
 def _row(runs: tuple[int, ...], image: int, *around: int) -> Tensor:
     """One row of ids: three tokens, the runs of image tokens with a token of text between them, the other tokens."""
     before, after = around or (None, None)
-    text = torch.randint(30, 90, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    text = torch.randint(
+        30, 90, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     row = [1, *text[:3]]
     for place, count in enumerate(runs):
         row += [before] * bool(around) + [image] * count + [after] * bool(around) + [90 + place]

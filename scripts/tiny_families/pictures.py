@@ -19,7 +19,11 @@ from torch import Tensor
 
 SIDE = 48  # pixels of a fixed image or of a tile
 PATCH = 8
-GRIDS = ([(4, 6)], [(8, 4)], [(4, 6), (6, 8)])  # rows and columns of patches of each image, per shape
+GRIDS = (
+    [(4, 6)],
+    [(8, 4)],
+    [(4, 6), (6, 8)],
+)  # rows and columns of patches of each image, per shape
 SIZES = ([(40, 90)], [(90, 40)], [(40, 90), (90, 90)])  # pixels before tiling: 2, 2, 2 and 4 tiles
 
 
@@ -50,7 +54,9 @@ def noise(*shape: int) -> Tensor:
 # images of one size
 
 
-def fixed(name: str = "pixel_values", side: int = SIDE, tiles: bool = False, several: bool = True) -> Maker:
+def fixed(
+    name: str = "pixel_values", side: int = SIDE, tiles: bool = False, several: bool = True
+) -> Maker:
     """Square images of one size; shape 1 is an image cut into three tiles, if the type has tiles."""
 
     def make(config: Any, shape: int) -> Pictures | None:
@@ -65,7 +71,11 @@ def blip(tokens: int, several: bool = True) -> Maker:
 
     def make(config: Any, shape: int) -> Pictures | None:
         count = (1, 0, 2 if several else 0)[shape]
-        return Pictures({"pixel_values": noise(count, 3, SIDE, SIDE)}, count, (tokens,) * count) if count else None
+        return (
+            Pictures({"pixel_values": noise(count, 3, SIDE, SIDE)}, count, (tokens,) * count)
+            if count
+            else None
+        )
 
     return make
 
@@ -83,7 +93,11 @@ def hybrid(config: Any, shape: int) -> Pictures | None:
 def frames(config: Any, shape: int) -> Pictures | None:
     """A video of two or three frames; each gives one set of queries."""
     count = (2, 3, 0)[shape]
-    return Pictures({"pixel_values": noise(1, count, 3, SIDE, SIDE)}, 1, (5 * count,)) if count else None
+    return (
+        Pictures({"pixel_values": noise(1, count, 3, SIDE, SIDE)}, 1, (5 * count,))
+        if count
+        else None
+    )
 
 
 def latent(config: Any, shape: int) -> Pictures | None:
@@ -92,7 +106,9 @@ def latent(config: Any, shape: int) -> Pictures | None:
         return None
     rows, columns = GRIDS[shape][0]
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
-    patches = torch.cat([places, noise(rows * columns, config.vision_config.patch_embed_hidden_size)], -1)[None]
+    patches = torch.cat(
+        [places, noise(rows * columns, config.vision_config.patch_embed_hidden_size)], -1
+    )[None]
     return Pictures({"flattened_patches": patches}, 1, (config.latent_query_num,))
 
 
@@ -142,7 +158,11 @@ def crossed(config: Any, shape: int) -> Pictures:
 def gated(config: Any, shape: int) -> Pictures | None:
     """Images for gated cross-attention; the text has one token for an image."""
     count = (1, 0, 2)[shape]
-    return Pictures({"pixel_values": noise(1, count, 3, SIDE, SIDE)}, count, (1,) * count) if count else None
+    return (
+        Pictures({"pixel_values": noise(1, count, 3, SIDE, SIDE)}, count, (1,) * count)
+        if count
+        else None
+    )
 
 
 def local_views(side: int, grid: bool = False) -> Maker:
@@ -178,7 +198,9 @@ def packed(*, channels_first: bool = False, frames: int | None = None, **more: l
         count = sum(rows * columns for rows, columns in grids)
         depth = frames or getattr(vision, "temporal_patch_size", None) or 1
         size = vision.patch_size
-        pixels = noise(count, 3, size, size) if channels_first else noise(count, 3 * depth * size * size)
+        pixels = (
+            noise(count, 3, size, size) if channels_first else noise(count, 3 * depth * size * size)
+        )
         tensors = {
             "pixel_values": pixels,
             "image_grid_thw": torch.tensor([(1, rows, columns) for rows, columns in grids]),
@@ -229,7 +251,9 @@ def strips(config: Any, shape: int) -> Pictures:
 def padded_pixels(config: Any, shape: int) -> Pictures:
     """Images of any shape up to 48 x 48 pixels, padded to the largest."""
     sizes = ([(32, 48)], [(48, 16)], [(32, 48), (48, 16)])[shape]
-    pixels = torch.zeros(len(sizes), 3, max(size[0] for size in sizes), max(size[1] for size in sizes))
+    pixels = torch.zeros(
+        len(sizes), 3, max(size[0] for size in sizes), max(size[1] for size in sizes)
+    )
     for image, (height, width) in enumerate(sizes):
         pixels[image, :, :height, :width] = noise(3, height, width)
     return Pictures({"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, runs=len(sizes))
@@ -240,7 +264,9 @@ def padded_patches(config: Any, shape: int) -> Pictures:
     grids = GRIDS[shape]
     counts = [rows * columns for rows, columns in grids]
     there = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-    pixels = noise(len(grids), max(counts), 3 * config.vision_config.patch_size**2) * there[..., None]
+    pixels = (
+        noise(len(grids), max(counts), 3 * config.vision_config.patch_size**2) * there[..., None]
+    )
     tensors = {
         "pixel_values": pixels,
         "spatial_shapes": torch.tensor(grids),
@@ -260,7 +286,9 @@ def placed_patches(size: int = PATCH, pool: int = 2) -> Maker:
         pixels = noise(len(grids), most, 3 * size * size).abs().clamp(0, 1)
         for image, (rows, columns) in enumerate(grids):
             count = rows * columns
-            places[image, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+            places[image, :count] = torch.cartesian_prod(
+                torch.arange(rows), torch.arange(columns)
+            ).flip(-1)
             pixels[image, count:] = 0
         counts = tuple(rows * columns // pool**2 for rows, columns in grids)
         return Pictures({"pixel_values": pixels, "image_position_ids": places}, len(grids), counts)
@@ -323,8 +351,8 @@ def none(config: Any, shape: int) -> Pictures | None:
 
 
 _NAMES: dict[Maker, str] = {
-    fixed(): """blip-2 deepseek_vl fast_vlm gemma3n janus llava ovis2 paligemma vipllava
-        t5gemma2 aria""",
+    fixed(): "aria blip-2 deepseek_vl janus llava ovis2 paligemma t5gemma2 vipllava",
+    fixed(side=64): "fast_vlm gemma3n",
     fixed(tiles=True): "aya_vision cohere2_vision gemma3 shieldgemma2 internvl qianfan_ocr llama4",
     fixed(side=64, tiles=True): "got_ocr2 pp_chart2table",
     fixed("pixel_values_images"): "video_llava",
@@ -354,7 +382,7 @@ _NAMES: dict[Maker, str] = {
     patch_grids: "nemotron_h_omni",
     each_patch: "inkling_mm_model",
     strips: "minicpmv4_6 minicpmv4_7 minicpm_ocr",
-    padded_pixels: "mistral3 lighton_ocr mistral_large4",
+    padded_pixels: "mistral3 lighton_ocr mistral_large4 llava+pixtral",
     padded_patches: "lfm2_vl",
     placed_patches(): "gemma4 diffusion_gemma",
     placed_patches(size=2 * PATCH, pool=1): "gemma4_unified",
@@ -363,4 +391,6 @@ _NAMES: dict[Maker, str] = {
     pooled_crops: "molmo2",
     none: "mistral4",
 }
-MAKERS: dict[str, Maker] = {name: maker for maker, names in _NAMES.items() for name in names.split()}
+MAKERS: dict[str, Maker] = {
+    name: maker for maker, names in _NAMES.items() for name in names.split()
+}

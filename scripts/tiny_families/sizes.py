@@ -14,7 +14,9 @@ FIRST_OTHER_TOKEN = 10  # the ids of a config's other special tokens count from 
 _SHARED = {
     # widths; every tower has the same width, so that a projector may have any direction
     **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "moe_hidden_size"), 64),
-    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim", "d_ff", "mlp_dim"), 96),
+    **dict.fromkeys(
+        ("intermediate_size", "intermediate_size_mlp", "ffn_dim", "d_ff", "mlp_dim"), 96
+    ),
     **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("head_dim", "d_kv"), 16),
     # no dropout, whatever its name
@@ -50,7 +52,13 @@ _SHARED = {
         32,
     ),
     **dict.fromkeys(
-        ("moe_num_shared_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"),
+        (
+            "moe_num_shared_experts",
+            "n_shared_experts",
+            "n_group",
+            "topk_group",
+            "first_k_dense_replace",
+        ),
         1,
     ),
     "dense_intermediate_size": 96,
@@ -106,7 +114,14 @@ VISION = {
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0, 1],
     **dict.fromkeys(
-        ("out_hidden_size", "text_hidden_size", "vision_output_dim", "projection_dim", "output_dim"), 64
+        (
+            "out_hidden_size",
+            "text_hidden_size",
+            "vision_output_dim",
+            "projection_dim",
+            "output_dim",
+        ),
+        64,
     ),
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 96,
@@ -158,4 +173,6 @@ def _special_tokens(names: list[str]) -> dict[str, int]:
 
 
 def _is_text(name: str) -> bool:
-    return "text" in name or name == "encoder_config" or ("decoder" in name and "vision" not in name)
+    return (
+        "text" in name or name == "encoder_config" or ("decoder" in name and "vision" not in name)
+    )

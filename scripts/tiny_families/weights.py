@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
 
+_GATE = re.compile(r"(.*_)?gate|alpha_.*|.*_alpha")
 _WIDTHS_LAST = ("experts", "embed", "position", "latent", "quer")  # stacks of matrices or rows
 
 
@@ -26,12 +28,11 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         kind = name.rsplit(".", 1)[-1]
         if kind == "sinks":
             parameter.copy_(noise)
+        elif _GATE.fullmatch(kind):
+            parameter.copy_(0.7 + 0.2 * noise)
         elif parameter.ndim < 2:
-            if "gate" in kind or "alpha" in kind:
-                parameter.copy_(0.7 + 0.2 * noise)
-            else:
-                start = torch.where(parameter.isfinite(), parameter, 0.0)
-                parameter.copy_(start + 0.1 * noise)
+            start = torch.where(parameter.isfinite(), parameter, 0.0)
+            parameter.copy_(start + 0.1 * noise)
         elif parameter.ndim == 2 and "embed" in name:
             parameter.copy_(noise)
         else:
