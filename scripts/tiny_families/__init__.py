@@ -20,16 +20,10 @@ from transformers import CONFIG_MAPPING
 
 from tiny_families.configs import CHANGES
 from tiny_families.inputs import inputs_of
+from tiny_families.makers import MAKERS
 from tiny_families.making import made
-from tiny_families.pictures import MAKERS
 from tiny_families.sizes import small_config
-from tiny_families.variants import (
-    DECODERS,
-    TOWERS,
-    VARIANTS_NOT_RUN,
-    variant,
-    variant_inputs,
-)
+from tiny_families.variants import DECODERS, TOWERS, VARIANTS_NOT_RUN, variant, variant_inputs
 
 __all__ = [
     "DECODERS",

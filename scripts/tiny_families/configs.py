@@ -8,92 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiny_families.parts import (
+    AXES,
+    CHAMELEON_CODES,
+    DAVIT,
+    DOTS3_TEXT,
+    EMU3_CODES,
+    GEMMA3,
+    GEMMA3N_TEXT,
+    GEMMA4_TEXT,
+    GOT,
+    INTERNVL,
+    JANUS_CODES,
+    LINEAR_FIRST,
+    LLAVA_NEXT,
+    MINICPM,
+    MROPE,
+    MUSE,
+    NEMOTRON_H,
+    OMNI_TOKENS,
+    PINPOINTS,
+    QWEN3_5,
+    SAM,
+    SLIDING_TWICE,
+)
 from tiny_families.sizes import IMAGE_TOKEN, VOCABULARY
-
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-LINEAR_FIRST = ["linear_attention", "full_attention", "full_attention"]
-SLIDING_TWICE = ["sliding_attention", "sliding_attention", "full_attention"]
-PINPOINTS = [[48, 48], [48, 96], [96, 48], [96, 96]]  # image sizes that tiles of 48 x 48 make up
-SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
-_mrope = {"text_config": {"rope_parameters": MROPE}}
-_gemma3 = {"mm_tokens_per_image": 9, "vision_config": SIGLIP}
-_llava_next = {"image_grid_pinpoints": PINPOINTS, "image_seq_length": 36}
-_qwen3_5 = {
-    "text_config": {
-        "layer_types": LINEAR_FIRST,
-        "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
-    }
-}
-_omni_tokens = {
-    "vision_start_token_id": 12,
-    "vision_end_token_id": 13,
-    "audio_start_token_id": 14,
-    "audio_end_token_id": 15,
-}
-_internvl = {
-    "vision_config": {"image_size": [48, 48], "patch_size": [8, 8]},
-    "image_seq_length": 9,
-}
-# the two positions that feed the merger of windows and, before it, one inserted attention layer
-_minicpm = {
-    "insert_layer_id": 1,
-    "image_size": 48,
-    "vision_config": {"insert_layer_id": 1},
-    "text_config": {"layer_types": LINEAR_FIRST},
-}
-_muse = {
-    "out_hidden_size": 64 * 4,  # four merged patches side by side
-    "projector_hidden_size": 64,
-    "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "merge_size": 2},
-}
-_sam = {  # windows of 4 x 4 patches, then one layer that sees all; two convolutions halve the grid twice
-    "downsample_channels": [64, 64],
-    "output_channels": 32,
-    "window_size": 4,
-    "global_attn_indexes": [1],
-}
-_got = {
-    "vision_config": {
-        "output_channels": 32,
-        "window_size": 4,
-        "global_attn_indexes": [1],
-        "image_size": 64,  # 8 x 8 patches, halved twice: 4 tokens
-    }
-}
-# heads of 16 in local layers and of 32 in global ones, as in the published models (256 and 512)
-GEMMA4_TEXT = {
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "num_global_key_value_heads": 2,
-    "layer_types": SLIDING_TWICE,
-    "num_kv_shared_layers": 0,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-    "final_logit_softcapping": 5.0,
-    # dense
-    "enable_moe_block": False,
-    "num_experts": None,
-    "top_k_experts": None,
-    "moe_intermediate_size": None,
-}
-GEMMA3N_TEXT = {
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-    "num_kv_shared_layers": 0,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,  # two residual lanes
-    "layer_types": SLIDING_TWICE,
-    "activation_sparsity_pattern": [0.0, 0.0, 0.0],
-    "intermediate_size": [96, 96, 96],
-}
-NEMOTRON_H = {
-    "layers_block_type": ["mamba", "attention", "mlp"],  # a block is one of the three
-    "num_hidden_layers": ...,  # follows from the types
-    "ssm_state_size": 8,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "n_groups": 1,
-}
 
 CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 9}},
@@ -113,15 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {
                 for code in range(16)
             },
         },
-        "vq_config": {
-            "num_embeddings": 16,
-            "embed_dim": 16,
-            "latent_channels": 16,
-            "base_channels": 32,
-            "channel_multiplier": [1, 2],
-            "num_res_blocks": 1,
-            "resolution": 16,
-        },
+        "vq_config": CHAMELEON_CODES,
     },
     "cohere2_vision": {"alignment_intermediate_size": 64, "text_config": {"logit_scale": 0.0625}},
     "cohere_compass": {
@@ -131,10 +62,10 @@ CHANGES: dict[str, dict[str, Any]] = {
             "logit_scale": 0.0625,
         }
     },
-    "cosmos3_edge": {"projector_hidden_size": 64, "vision_config": {"num_patches": 36}, **_mrope},
-    "cosmos3_omni": _mrope,
+    "cosmos3_edge": {"projector_hidden_size": 64, "vision_config": {"num_patches": 36}, **AXES},
+    "cosmos3_omni": AXES,
     "deepseek_ocr2": {
-        "vision_config": {"sam_config": _sam},
+        "vision_config": {"sam_config": SAM},
         "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64}},
@@ -149,19 +80,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "adapter_in_dim": 64,
             "adapter_out_dim": 64,
         },
-        "text_config": {
-            "num_key_value_heads": 4,
-            "head_dim": 16,
-            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
-            # heads of local layers have sizes of their own
-            "swa_num_attention_heads": 2,
-            "swa_num_key_value_heads": 2,
-            "swa_q_lora_rank": 24,
-            "swa_kv_lora_rank": 16,
-            "swa_head_dim": 32,
-            "swa_qk_nope_head_dim": 24,
-            "swa_v_head_dim": 16,
-        },
+        "text_config": DOTS3_TEXT,
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "emu3": {
@@ -170,15 +89,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "<|extra_200|>": 50,  # the end of a row of codes
             **{f"<|visual token {code:06d}|>": 100 + code for code in range(16)},
         },
-        "vq_config": {
-            "codebook_size": 16,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-            "hidden_size": 32,
-            "attn_resolutions": [4],
-            "temporal_downsample_factor": 2,
-        },
+        "vq_config": EMU3_CODES,
     },
     "ernie4_5_vl_moe": {
         "text_config": {
@@ -198,28 +109,14 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "florence2": {
-        "vision_config": {
-            "depths": [1, 1],
-            "patch_size": [7, 3],
-            "patch_stride": [4, 2],
-            "patch_padding": [3, 1],
-            "patch_prenorm": [False, True],
-            "embed_dim": [32, 64],
-            "num_heads": [2, 4],
-            "num_groups": [2, 4],
-            "window_size": 4,
-            "projection_dim": 64,
-            "max_temporal_embeddings": 4,
-            "max_position_embeddings": 10,
-            "drop_path_rate": 0.0,
-        },
+        "vision_config": DAVIT,
         "text_config": {
             "model_type": "bart",
             "decoder_start_token_id": 2,
             "forced_eos_token_id": 2,
         },
     },
-    "gemma3": _gemma3,
+    "gemma3": GEMMA3,
     "gemma3n": {  # a small convolutional network stands for the published one, which has no other size
         "vision_soft_tokens_per_image": 4,
         "vision_config": {
@@ -247,8 +144,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"head_dim": 16, "global_head_dim": 32, "layer_types": SLIDING_TWICE},
     },
     "git": {"vision_config": {"model_type": "git_vision_model"}},
-    "glm46v": _mrope,
-    "glm4v": _mrope,
+    "glm46v": AXES,
+    "glm4v": AXES,
     "glm4v_moe": {
         "text_config": {
             # half of 16 dimensions turn
@@ -266,9 +163,9 @@ CHANGES: dict[str, dict[str, Any]] = {
             "indexer_types": None,
         }
     },
-    "glm_ocr": _mrope,
-    "glmga": _mrope,
-    "got_ocr2": _got,
+    "glm_ocr": AXES,
+    "glmga": AXES,
+    "got_ocr2": GOT,
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-2, 0]],
@@ -315,18 +212,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "qformer_config": {"encoder_hidden_size": 64},
         "text_config": {"model_type": "llama"},
     },
-    "internvl": _internvl,
+    "internvl": INTERNVL,
     "janus": {
-        "vq_config": {
-            "embed_dim": 8,
-            "num_embeddings": 16,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-            "projection_dim": 64,
-            "image_token_embed_dim": 64,
-            "latent_channels": 16,
-        },
+        "vq_config": JANUS_CODES,
         "vision_config": {"depth": 2, "mlp_ratio": 2, "num_image_tokens": 36},
     },
     "kimi_k25": {
@@ -352,12 +240,12 @@ CHANGES: dict[str, dict[str, Any]] = {
             "intermediate_size": 256,  # four merged patches side by side
         }
     },
-    "llava_next": _llava_next,
-    "llava_next_video": _llava_next,
+    "llava_next": LLAVA_NEXT,
+    "llava_next_video": LLAVA_NEXT,
     "llava_onevision": {"image_grid_pinpoints": PINPOINTS},
-    "minicpm_ocr": {name: value for name, value in _minicpm.items() if name != "image_size"},
-    "minicpmv4_6": _minicpm,
-    "minicpmv4_7": _minicpm,
+    "minicpm_ocr": {name: value for name, value in MINICPM.items() if name != "image_size"},
+    "minicpmv4_6": MINICPM,
+    "minicpmv4_7": MINICPM,
     "minimax_m3_vl": {
         "projector_hidden_size": 64,
         "text_config": {"index_block_size": 8, "index_topk_blocks": 2},
@@ -382,9 +270,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
         "text_config": {"vocab_size": VOCABULARY},
     },
-    "muse_glimmer": _muse,
+    "muse_glimmer": MUSE,
     "muse_spark": {
-        **_muse,
+        **MUSE,
         "audio_config": {
             "patch_sizes": [2, 2],
             "hidden_sizes": [16, 32],
@@ -407,7 +295,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "visual_indicator_token_ids": [20, 21, 22, 23, 24],
         "vision_config": {"vocab_size": 80},
     },
-    "paddleocr_vl": _mrope,
+    "paddleocr_vl": AXES,
     "paligemma": {
         "projection_dim": 64,
         "hidden_size": 64,
@@ -428,25 +316,25 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
         "projector_pooling_ratio": 2,
     },
-    "pp_chart2table": _got,
-    "qianfan_ocr": _internvl,
+    "pp_chart2table": GOT,
+    "qianfan_ocr": INTERNVL,
     "qwen2_5_omni_thinker": {
-        **_mrope,
-        **_omni_tokens,
+        **AXES,
+        **OMNI_TOKENS,
         "spatial_merge_size": 2,
         "audio_config": {"encoder_layers": 2},
     },
-    "qwen2_5_vl": _mrope,
-    "qwen2_vl": {**_mrope, "vision_config": {"mlp_ratio": 2}},
-    "qwen3_5": _qwen3_5,
-    "qwen3_5_moe": _qwen3_5,
+    "qwen2_5_vl": AXES,
+    "qwen2_vl": {**AXES, "vision_config": {"mlp_ratio": 2}},
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
     "qwen3_omni_moe_thinker": {
-        **_mrope,
-        **_omni_tokens,
+        **AXES,
+        **OMNI_TOKENS,
         "audio_config": {"downsample_hidden_size": 32, "encoder_layers": 2},
     },
-    "qwen3_vl": _mrope,
-    "qwen3_vl_moe": _mrope,
+    "qwen3_vl": AXES,
+    "qwen3_vl_moe": AXES,
     "qwen4_exp": {
         "text_config": {
             "layer_types": LINEAR_FIRST,
@@ -460,20 +348,17 @@ CHANGES: dict[str, dict[str, Any]] = {
             "ple_layer_ids": [],
         }
     },
-    "shieldgemma2": _gemma3,
+    "shieldgemma2": GEMMA3,
     "t5gemma2": {
         "encoder": {
-            **_gemma3,
+            **GEMMA3,
             "image_token_index": IMAGE_TOKEN,
             "boi_token_index": 10,
             "eoi_token_index": 11,
         }
     },
     "unlimited_ocr": {
-        "vision_config": {
-            "sam_config": _sam,
-            "encoder_config": {"image_size": 48, "patch_size": 8},
-        }
+        "vision_config": {"sam_config": SAM, "encoder_config": {"image_size": 48, "patch_size": 8}}
     },
     "video_llava": {"text_config": {"model_type": "llama"}},
     "vipllava": {"vision_feature_layer": [-2, -3]},

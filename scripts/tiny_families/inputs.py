@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_families.pictures import MAKERS, Pictures
+from tiny_families.makers import MAKERS
+from tiny_families.pictures import Pictures
 from tiny_families.sizes import IMAGE_TOKEN
 
 TEXT_TOKENS = 12
 _ENCODER_DECODERS = ("florence2", "t5gemma2")
 _CANVAS = 6  # tokens that a diffusion model refines at once
 # tokens that stand before and after each run, where the model's positions or embeddings depend on them
-_AROUND = {
-    "ovis2": (20, 21),
-    "qwen2_5_omni_thinker": (12, 13),
-    "qwen3_omni_moe_thinker": (12, 13),
-}
+_AROUND = {"ovis2": (20, 21), "qwen2_5_omni_thinker": (12, 13), "qwen3_omni_moe_thinker": (12, 13)}
 
 
 def inputs_of(model_type: str, model: nn.Module, shape: int = 0) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -36,10 +37,7 @@ _SHARED = {
         0.0,
     ),
     # mixtures of experts
-    **dict.fromkeys(
-        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-        4,
-    ),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(
         (
@@ -139,6 +137,7 @@ def small_config(kind: type[PreTrainedConfig], changes: dict[str, Any], role: st
             class; or None, which leaves the sub-config at its default. A value of `...` leaves a field at its default.
         role: `"top"`, `"text"` or `"vision"`: which sizes apply.
     """
+    changes = copy.deepcopy(changes)  # configs change the dictionaries that they are given
     names = [field.name for field in dataclasses.fields(kind)]
     parts = getattr(kind, "sub_configs", None) or {}
     values: dict[str, Any] = {}

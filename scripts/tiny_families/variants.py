@@ -7,10 +7,10 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING
 
-from tiny_families.configs import GEMMA3N_TEXT, GEMMA4_TEXT, LINEAR_FIRST, NEMOTRON_H
 from tiny_families.inputs import inputs_of
+from tiny_families.makers import MAKERS
 from tiny_families.making import made
-from tiny_families.pictures import MAKERS
+from tiny_families.parts import GEMMA3N_TEXT, GEMMA4_TEXT, LINEAR_FIRST, NEMOTRON_H
 from tiny_families.sizes import small_config
 
 _MAMBA_THEN_ATTENTION = ["mamba", "attention", "attention"]
@@ -26,13 +26,18 @@ _GRANITE = {
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 _HALF_ROTARY = {"partial_rotary_factor": 0.5}
 
+
+def _plain(names: str) -> dict[str, dict[str, Any]]:
+    """Parts that the small sizes alone describe."""
+    return {name: {} for name in names.split()}
+
+
 DECODERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
+    **_plain(
         """apertus arcee biogpt cohere cohere2 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma
         gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss helium hunyuan_v1_dense jetmoe llama llama4_text
         minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi3 phimoe qwen2 qwen2_moe
-        qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 starcoder2 vaultgemma bitnet""".split(),
-        {},
+        qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 starcoder2 vaultgemma bitnet"""
     ),
     "bamba": {"attn_layer_indices": [1], **_SSM},
     "bloom": {**_UNTIED, "n_layer": 3, "n_head": 4},
@@ -103,10 +108,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
 }
 TOWERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
+    **_plain(
         """aimv2_vision_model beit chinese_clip_vision_model clip_vision_model data2vec-vision deit
-        ijepa mlcd_vision_model pixtral vit vit_msn""".split(),
-        {},
+        ijepa mlcd_vision_model pixtral vit vit_msn"""
     ),
     "convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
     "dinov2": {"layerscale_value": 0.3},
@@ -148,10 +152,8 @@ _NO_CLS = (
     "siglip_vision_model",
     "swin",
 )
-_ATTENTION = dict.fromkeys(  # gemma2: for its soft-caps; the others know no other
-    "bloom codegen convnext gemma2 gpt_oss gptj hiera mamba2 mpt rwkv swin vaultgemma".split(),
-    "eager",
-)
+# gemma2 for its soft-caps; the others know no other
+_EAGER = ("bloom", "codegen", "gemma2", "gpt_oss", "gptj", "hiera", "mpt", "swin", "vaultgemma")
 
 
 def variant(kind: str, name: str, attn: str = "sdpa") -> Any:
@@ -178,7 +180,9 @@ def variant(kind: str, name: str, attn: str = "sdpa") -> Any:
         "vision_feature_select_strategy": "full" if whole else "default",
     }
     config = small_config(CONFIG_MAPPING["llava"], changes)
-    return made(transformers.LlavaForConditionalGeneration, config, _ATTENTION.get(name, attn))
+    return made(
+        transformers.LlavaForConditionalGeneration, config, "eager" if name in _EAGER else attn
+    )
 
 
 def variant_inputs(name: str, model: Any, shape: int = 0) -> dict[str, Any] | None:
