@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 
 from tiny_families.configs import CHANGES
 from tiny_families.inputs import inputs_of
@@ -41,19 +42,17 @@ __all__ = [
 NOT_RUN = {
     "evolla": "reads proteins, no images",
     "pi0": "a robot's policy: its output is motion, not text",
-    "pix2struct": "an encoder-decoder: the decoder reads no image tokens",
-    "pp_formulanet": "an encoder-decoder: the decoder reads no image tokens",
-    "udop": "an encoder-decoder: the decoder reads no image tokens",
-    "vision-encoder-decoder": "an encoder-decoder: the decoder reads no image tokens",
+    "pix2struct": "an encoder-decoder: no image tokens stand in the text",
+    "pp_formulanet": "an encoder-decoder: no image tokens stand in the text",
+    "udop": "an encoder-decoder: no image tokens stand in the text",
+    "vision-encoder-decoder": "an encoder-decoder: no image tokens stand in the text",
 }
 NEED_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 TYPES: dict[str, str | None] = {
     name: NOT_RUN.get(name) for name in sorted({*MAKERS, *NOT_RUN}) if "+" not in name
 }
 # types whose decoder or tower knows no other attention
-_ATTENTION = dict.fromkeys(
-    ("blip", "git", "got_ocr2", "pp_chart2table", "inkling2", "inkling_mm_model"), "eager"
-)
+_EAGER = ("blip", "git", "got_ocr2", "inkling2", "inkling_mm_model", "pp_chart2table")
 
 
 def _load_timm() -> bool:
@@ -87,10 +86,12 @@ def build(model_type: str, attn: str = "sdpa") -> Any:
     reason = TYPES[model_type]
     if reason is not None:
         raise ValueError(f"{model_type} is not built here: {reason}")
+    names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if model_type not in names:
+        raise ValueError(f"transformers {transformers.__version__} has no type {model_type}")
     if model_type in NEED_TIMM and not _TIMM:
         raise ModuleNotFoundError(f"{model_type} has a tower of timm: pip install timm")
     config = small_config(CONFIG_MAPPING[model_type], CHANGES.get(model_type, {}))
-    name = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[
-        model_type
-    ]
-    return made(getattr(transformers, name), config, _ATTENTION.get(model_type, attn))
+    return made(
+        getattr(transformers, names[model_type]), config, "eager" if model_type in _EAGER else attn
+    )

@@ -1,8 +1,7 @@
 """What each model type needs beyond the small sizes, as data: the changes that `small_config` takes.
 
 Every text decoder has 3 layers of width 64 with 4 heads, every tower 2 or 3 such layers on images of 48 x 48 pixels in
-patches of 8. Only what differs, or must be told because a default is too large, stands here.
-"""
+patches of 8. Only what differs, or must be told because a default is too large, stands here."""
 
 from __future__ import annotations
 
@@ -25,6 +24,7 @@ from tiny_families.parts import (
     MINICPM,
     MROPE,
     MUSE,
+    MUSE_AUDIO,
     NEMOTRON_H,
     OMNI_TOKENS,
     PINPOINTS,
@@ -36,7 +36,7 @@ from tiny_families.sizes import IMAGE_TOKEN, VOCABULARY
 
 CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {36: 9}},
-    "blip": {"vision_config": {}, "text_config": {"encoder_hidden_size": 64}},
+    "blip": {"text_config": {"encoder_hidden_size": 64}},
     "blip-2": {
         "image_token_index": IMAGE_TOKEN,
         "num_query_tokens": 5,
@@ -181,16 +181,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "im_end_id": 21,
         "im_newline_id": 22,
     },
-    "idefics": {
-        "num_hidden_layers": 3,
-        "hidden_size": 64,
-        "vocab_size": VOCABULARY,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "pad_token_id": 0,
-        "use_resampler": False,
-        "vision_config": {"image_size": 48, "patch_size": 8},
-    },
+    "idefics": {"use_resampler": False},
     "idefics2": {
         "perceiver_config": {
             "resampler_n_latents": 5,
@@ -273,13 +264,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muse_glimmer": MUSE,
     "muse_spark": {
         **MUSE,
-        "audio_config": {
-            "patch_sizes": [2, 2],
-            "hidden_sizes": [16, 32],
-            "depths": [1, 1],
-            "num_hidden_layers": 2,
-            "out_hidden_size": 64,
-        },
+        "audio_config": MUSE_AUDIO,
     },
     "nemotron_h_omni": {
         "audio_config": None,

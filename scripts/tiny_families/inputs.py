@@ -98,12 +98,11 @@ def _more(model_type: str, model: nn.Module, image: Tensor, pictures: Pictures) 
         more["qformer_attention_mask"] = torch.ones(images, 3, dtype=torch.long)
     if "image_embeds_position_mask" in known:
         more["image_embeds_position_mask"] = image.long()
-    length = image.shape[1]
     if "cross_attention_mask" in known:
-        _, images, tiles = pictures.tensors["aspect_ratio_mask"].shape
-        more["cross_attention_mask"] = torch.ones(1, length, images, tiles, dtype=torch.long)
+        tiles = pictures.tensors["aspect_ratio_mask"].shape[-1]
+        more["cross_attention_mask"] = _latest(image)[..., None].repeat(1, 1, 1, tiles)
     if "image_attention_mask" in known:
-        more["image_attention_mask"] = torch.ones(1, length, pictures.runs, dtype=torch.long)
+        more["image_attention_mask"] = _latest(image)
     if model_type in _ENCODER_DECODERS:
         more["decoder_input_ids"] = torch.tensor([[2, 40, 41, 42]])
     if model_type == "diffusion_gemma":
@@ -111,3 +110,9 @@ def _more(model_type: str, model: nn.Module, image: Tensor, pictures: Pictures) 
     if model_type == "fuyu":
         more["image_patches_indices"] = torch.where(image, image.cumsum(1) - 1, -1)
     return more
+
+
+def _latest(image: Tensor) -> Tensor:
+    """The latest image before each position as 0 or 1, `[1 pos image]`, where an image is one token of text."""
+    count = image.cumsum(1)
+    return (count[..., None] == torch.arange(1, int(count.max()) + 1)).long()

@@ -37,6 +37,13 @@ MUSE = {
     "projector_hidden_size": 64,
     "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8, "merge_size": 2},
 }
+MUSE_AUDIO = {
+    "patch_sizes": [2, 2],
+    "hidden_sizes": [16, 32],
+    "depths": [1, 1],
+    "num_hidden_layers": 2,
+    "out_hidden_size": 64,
+}
 SAM = {  # windows of 4 x 4 patches, then one layer that sees all; two convolutions halve the grid twice
     "downsample_channels": [64, 64],
     "output_channels": 32,
