@@ -52,7 +52,7 @@ TYPES: dict[str, str | None] = {
     name: NOT_RUN.get(name) for name in sorted({*MAKERS, *NOT_RUN}) if "+" not in name
 }
 # types whose decoder or tower knows no other attention
-_EAGER = ("blip", "git", "got_ocr2", "inkling2", "inkling_mm_model", "pp_chart2table")
+_EAGER = ("blip", "git", "got_ocr2", "inkling2", "pp_chart2table")
 
 
 def _load_timm() -> bool:
