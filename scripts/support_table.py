@@ -13,11 +13,12 @@ timm, which is no dependency: without `pip install timm` they are not run. The e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "support.jsonl"
 WEIGHTS = ROOT / "docs" / "real_weights.json"
 PAGE = ROOT / "docs" / "support.md"
 MEMORY, TIME = 8 << 30, 150  # bytes and seconds for one model
+KINDS = ("type", "decoder", "tower")
+SERVER = multiprocessing.get_context("forkserver")  # imports once what every study needs
 SHAPES = ("", "with an image of another shape or several tiles: ", "with two images: ")
 
 
@@ -57,13 +60,13 @@ def main() -> int:
     parser.add_argument(
         "--update", action="store_true", help="keep the measurements of other models"
     )
-    parser.add_argument("--study", nargs=2, metavar=("KIND", "NAME"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.study:
-        study(*asked.study, asked.out)
-        return 0
     known = {(row["kind"], row["name"]): row for row in read(asked.results)} if asked.update else {}
-    start = time.monotonic()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        sys.path
+    )  # for the process that the others start from
+    SERVER.set_forkserver_preload(["tiny_families", "sinkscope.models", "sinkscope.testing"])
     with ThreadPoolExecutor(asked.jobs) as pool:
         for row in pool.map(lambda one: alone(*one), chosen(asked)):
             known[row["kind"], row["name"]] = row
@@ -73,8 +76,8 @@ def main() -> int:
     facts = {
         "Date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         **{name: version(name) for name in ("transformers", "torch", "nnsight")},
-        "run time": f"{(time.monotonic() - start) / 60:.0f} minutes for {len(rows)} models, "
-        f"{asked.jobs} at a time, on {os.cpu_count()} cores ({platform.machine()})",
+        "run time": f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core "
+        f"({platform.machine()}) for {len(rows)} models",
     }
     text = page(rows, json.loads(WEIGHTS.read_text(encoding="utf-8")), facts)
     out = asked.out or (PAGE if kept else None)
@@ -85,9 +88,6 @@ def main() -> int:
     else:
         out.write_text(text, encoding="utf-8")
     return int(any(check["status"] == "wrong" for row in rows for check in row["checks"]))
-
-
-KINDS = ("type", "decoder", "tower")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -132,21 +132,20 @@ def alone(kind: str, name: str) -> dict[str, Any]:
     """Study a model in a process of its own; one that dies or hangs is a wrong answer."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--study", kind, name, "--out", str(path)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(
-                command, env=env, capture_output=True, text=True, timeout=TIME, check=False
+        process = SERVER.Process(target=study, args=(kind, name, folder), daemon=True)
+        process.start()
+        process.join(TIME)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            row = failed(f"it took more than {TIME} seconds")
+        elif (path := Path(folder) / "row.json").exists():
+            row = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            said = (Path(folder) / "log.txt").read_text(encoding="utf-8", errors="replace")
+            row = failed(
+                f"the process ended with {process.exitcode}: {' '.join(said.split())[-200:]}"
             )
-            why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
-        except subprocess.TimeoutExpired:
-            why = f"it took more than {TIME} seconds"
-        row = (
-            json.loads(path.read_text(encoding="utf-8"))
-            if path.exists()
-            else failed(" ".join(why.split()))
-        )
     return {"kind": kind, "name": name, **row, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -160,8 +159,11 @@ def one(name: str, status: str, why: str = "") -> dict[str, Any]:
     return {"name": name, "tower": "language", "status": status, "why": why, "error": None}
 
 
-def study(kind: str, name: str, out: Path) -> None:
-    """Study a model in this process and write its measurement to a file."""
+def study(kind: str, name: str, folder: str) -> None:
+    """Study a model in this process and write its measurement to a folder, and what is printed to a log there."""
+    with (Path(folder) / "log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.filterwarnings("ignore")
     import torch
@@ -169,13 +171,10 @@ def study(kind: str, name: str, out: Path) -> None:
 
     torch.set_num_threads(1)
     reason = NOT_RUN.get(name) if kind == "type" else VARIANTS_NOT_RUN.get(name)
-    if reason is None and kind == "type" and name in NEED_TIMM:
-        try:
-            import timm  # noqa: F401
-        except ImportError:
-            reason = "its tower is of timm, which is not installed"
+    if kind == "type" and name in NEED_TIMM and importlib.util.find_spec("timm") is None:
+        reason = "its tower is of timm, which is not installed"
     row = {"not_run": reason, "checks": []} if reason else measured(kind, name)
-    out.write_text(json.dumps(row), encoding="utf-8")
+    (Path(folder) / "row.json").write_text(json.dumps(row), encoding="utf-8")
 
 
 def measured(kind: str, name: str) -> dict[str, Any]:

@@ -169,6 +169,8 @@ def _cell(record: Record, tower: str, names: tuple[str, ...]) -> str:
     shown = worst(found)
     if shown is None:
         return "–"
+    if shown["name"] == "load" and shown["status"] == "exact":
+        return "yes"
     partly = RANK[shown["status"]] < 2 and any("not in layers" in check["why"] for check in found)
     return SHORT[shown["status"]] + " †" * partly
 
