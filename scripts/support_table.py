@@ -168,11 +168,14 @@ def study(kind: str, name: str, folder: str) -> None:
     warnings.filterwarnings("ignore")
     import torch
     from tiny_families import NEED_TIMM, NOT_RUN, VARIANTS_NOT_RUN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     torch.set_num_threads(1)
     reason = NOT_RUN.get(name) if kind == "type" else VARIANTS_NOT_RUN.get(name)
     if kind == "type" and name in NEED_TIMM and importlib.util.find_spec("timm") is None:
         reason = "its tower is of timm, which is not installed"
+    if kind == "type" and name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        reason = f"transformers {version('transformers')} does not have it"
     row = {"not_run": reason, "checks": []} if reason else measured(kind, name)
     (Path(folder) / "row.json").write_text(json.dumps(row), encoding="utf-8")
 
@@ -188,7 +191,7 @@ def measured(kind: str, name: str) -> dict[str, Any]:
     try:
         lvlm = ss.LVLM(model, None)
     except ss.SinkscopeError as error:
-        return failed(" ".join(str(error).split()), "no")
+        return failed(refusal(error), "no")
     except Exception as error:  # noqa: BLE001  what it is belongs in the table
         return failed(raw(error))
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -222,10 +225,15 @@ def checked(ss: Any, lvlm: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         sample = lvlm.prepare(inputs=inputs)
     except ss.SinkscopeError as error:
-        return [one("load", "no", " ".join(str(error).split()))]
+        return [one("load", "no", refusal(error))]
     except Exception as error:  # noqa: BLE001  what it is belongs in the table
         return [one("load", "wrong", raw(error))]
     return [one("load", "exact"), *(vars(check) | {} for check in check_model(lvlm, sample).checks)]
+
+
+def refusal(error: Exception) -> str:
+    """The first sentence of an error of ours."""
+    return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
 
 
 def raw(error: Exception) -> str:

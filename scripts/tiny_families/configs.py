@@ -241,6 +241,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "projector_hidden_size": 64,
         "text_config": {"index_block_size": 8, "index_topk_blocks": 2},
     },
+    "mistral4": {"num_key_value_heads": 4},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4, "index_n_heads": 4}},
     "mllama": {
         "text_config": {"cross_attention_layers": [1]},
@@ -262,10 +263,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"vocab_size": VOCABULARY},
     },
     "muse_glimmer": MUSE,
-    "muse_spark": {
-        **MUSE,
-        "audio_config": MUSE_AUDIO,
-    },
+    "muse_spark": {**MUSE, "audio_config": MUSE_AUDIO},
     "nemotron_h_omni": {
         "audio_config": None,
         "image_token_id": IMAGE_TOKEN,
@@ -343,7 +341,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "unlimited_ocr": {
-        "vision_config": {"sam_config": SAM, "encoder_config": {"image_size": 48, "patch_size": 8}}
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"sam_config": SAM, "encoder_config": {"image_size": 48, "patch_size": 8}},
     },
     "video_llava": {"text_config": {"model_type": "llama"}},
     "vipllava": {"vision_feature_layer": [-2, -3]},

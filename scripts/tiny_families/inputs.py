@@ -107,8 +107,6 @@ def _more(model_type: str, model: nn.Module, image: Tensor, pictures: Pictures) 
         more["decoder_input_ids"] = torch.tensor([[2, 40, 41, 42]])
     if model_type == "diffusion_gemma":
         more["decoder_input_ids"] = torch.arange(40, 40 + _CANVAS)[None]
-    if model_type == "fuyu":
-        more["image_patches_indices"] = torch.where(image, image.cumsum(1) - 1, -1)
     return more
 
 

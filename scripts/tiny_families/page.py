@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -128,6 +129,16 @@ def counts(records: list[Record]) -> list[str]:
     return lines
 
 
+def outcome(records: list[Record]) -> str:
+    """How many models are right in everything, refuse something, or are wrong somewhere."""
+    ran = [record for record in records if not record["not_run"]]
+    bad = [max(map(rank, record["checks"]), default=-1) for record in ran]
+    return (
+        f"{len(ran)} of {len(records)} are run: {sum(one < 2 for one in bad)} are right in everything, "
+        f"{bad.count(2)} refuse something with a reason, {bad.count(3)} are wrong somewhere."
+    )
+
+
 def all_right(record: Record, names: tuple[str, ...]) -> bool:
     """Whether all of some checks of the language tower are exact or approximate."""
     known = {
@@ -184,34 +195,42 @@ def reasons(records: list[Record], title: str) -> list[str]:
                 record["name"]
             )
         for check in record["checks"]:
-            why = check["why"]
-            if RANK[check["status"]] >= 2:
-                if check["error"] is not None:
-                    why = f"off by {check['error']:.2g}{'; ' * bool(why)}{why}"
-            elif "not in layers" in why:
-                why = why[why.index("not in layers") :]
-            else:
-                continue
-            capability = f"{check['name']}{' (vision)' * (check['tower'] == 'vision')}"
-            capability += ", WRONG" * (check["status"] == "wrong")
-            grouped.setdefault(why or "no reason given", {}).setdefault(capability, []).append(
-                record["name"]
-            )
+            why = _reason(check, record["name"])
+            if why is not None:
+                what = f"{check['name']}{' (vision)' * (check['tower'] == 'vision')}"
+                what = "WRONG " * (check["status"] == "wrong") + what
+                grouped.setdefault(why, {}).setdefault(what, []).append(record["name"])
     lines = [f"### Why not: {title[0].lower()}{title[1:]}", ""] if grouped else []
-    for why, capabilities in sorted(
-        grouped.items(), key=lambda item: -sum(map(len, item[1].values()))
-    ):
-        told = "; ".join(f"{name}: {', '.join(models)}" for name, models in _joined(capabilities))
-        lines.append(f"- *{_plain(why)}*<br>{told}")
+    for why, whats in sorted(grouped.items(), key=lambda item: -sum(map(len, item[1].values()))):
+        lines.append(f"- *{_plain(why)}*<br>{_told(whats)}")
     return lines
 
 
-def _joined(capabilities: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """Capabilities that fail on the same models, as one."""
-    joined: dict[tuple[str, ...], list[str]] = {}
-    for name, models in capabilities.items():
-        joined.setdefault(tuple(models), []).append(name)
-    return [(", ".join(names), list(models)) for models, names in joined.items()]
+def _reason(check: Record, model: str) -> str | None:
+    """Why a check is not right in all layers, without what differs from model to model; None if it is."""
+    why = check["why"]
+    if RANK[check["status"]] < 2:
+        if "not in layers" not in why:
+            return None
+        why = why[why.index("not in layers") :]
+        why = f"not in all layers: {why.partition(': ')[2] or 'the others have no attention'}"
+    elif check["error"] is not None:
+        return f"off by {check['error']:.2g}{'; ' * bool(why)}{why}"
+    why = re.sub(r"(\w+\.)+\w+ \(\w+\)", "A module of it", why.replace(f"'{model}'", "'…'"))
+    return why.replace(": A module", ": a module") or "no reason given"
+
+
+def _told(whats: dict[str, list[str]]) -> str:
+    """Which models a reason stops from what; those that fail in the same, together."""
+    joined: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for what, models in whats.items():
+        joined.setdefault((what.startswith("WRONG "), tuple(models)), []).append(
+            what.removeprefix("WRONG ")
+        )
+    return "; ".join(
+        f"{'WRONG ' * wrong}{', '.join(names)}: {', '.join(models)}"
+        for (wrong, models), names in joined.items()
+    )
 
 
 def _plain(text: str) -> str:

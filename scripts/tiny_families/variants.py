@@ -80,7 +80,10 @@ DECODERS: dict[str, dict[str, Any]] = {
         "mamba_expand": 2,
         "mamba_dt_rank": 4,
     },
-    "kimi_linear": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "kimi_linear": {
+        "num_key_value_heads": 4,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "longcat_flash": {
         "num_layers": 2,
