@@ -37,6 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "support.jsonl"
 WEIGHTS = ROOT / "docs" / "real_weights.json"
 PAGE = ROOT / "docs" / "support.md"
 MEMORY, TIME = 8 << 30, 150  # bytes and seconds for one model
+DEFAULT = {"why": "", "error": None}
 KINDS = ("type", "decoder", "tower")
 SERVER = multiprocessing.get_context("forkserver")  # imports once what every study needs
 SHAPES = ("", "with an image of another shape or several tiles: ", "with two images: ")
@@ -82,7 +83,7 @@ def main() -> int:
     text = page(rows, json.loads(WEIGHTS.read_text(encoding="utf-8")), facts)
     out = asked.out or (PAGE if kept else None)
     if kept:
-        asked.results.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        write(asked.results, rows)
     if out is None:
         print(text)
     else:
@@ -94,7 +95,26 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The measurements of an earlier run; none without the file."""
     if not path.exists():
         return []
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["checks"] = [{**DEFAULT, **check} for check in row["checks"]]
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Keep the measurements, without what is empty and how far exact numbers are off, which changes from run to run."""
+    lines = []
+    for row in rows:
+        checks = [
+            {
+                name: value
+                for name, value in check.items()
+                if value not in ("", None) and (name != "error" or check["status"] != "exact")
+            }
+            for check in row["checks"]
+        ]
+        lines.append(json.dumps({**row, "checks": checks}, separators=(",", ":")) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def chosen(asked: argparse.Namespace) -> list[tuple[str, str]]:

@@ -42,6 +42,7 @@ LEGEND = {
     "trace_sinks": "V-sinks and L-sinks, and which follow from which",
 }
 SHORT = {"exact": "exact", "approximate": "approx.", "no": "no", "wrong": "WRONG"}
+_MODULE = re.compile(r"\bmodel(\.\w+)+( \(\w+\))?|\b(\w+\.)+\w+ \(\w+\)")
 RANK = {"exact": 0, "approximate": 1, "no": 2, "wrong": 3}
 LANGUAGE = ("logits", "mass", "received", "states", *EDITS, "generation")
 AIMS = {
@@ -191,9 +192,8 @@ def reasons(records: list[Record], title: str) -> list[str]:
     grouped: dict[str, dict[str, list[str]]] = {}
     for record in records:
         if record["not_run"]:
-            grouped.setdefault(record["not_run"], {}).setdefault("not run", []).append(
-                record["name"]
-            )
+            why = record["not_run"][:1].upper() + record["not_run"][1:]
+            grouped.setdefault(why, {}).setdefault("not run", []).append(record["name"])
         for check in record["checks"]:
             why = _reason(check, record["name"])
             if why is not None:
@@ -216,8 +216,8 @@ def _reason(check: Record, model: str) -> str | None:
         why = f"not in all layers: {why.partition(': ')[2] or 'the others have no attention'}"
     elif check["error"] is not None:
         return f"off by {check['error']:.2g}{'; ' * bool(why)}{why}"
-    why = re.sub(r"(\w+\.)+\w+ \(\w+\)", "A module of it", why.replace(f"'{model}'", "'…'"))
-    return why.replace(": A module", ": a module") or "no reason given"
+    why = _MODULE.sub("a module of it", why.replace(f"'{model}'", "'…'"))
+    return why[:1].upper() + why[1:] or "No reason given"
 
 
 def _told(whats: dict[str, list[str]]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
+from support_table import PAGE, RESULTS, WEIGHTS, read, write
 from tiny_families import DECODERS, TOWERS, TYPES
 from tiny_families.page import KINDS, LANGUAGE, page, worst
-
-from tests.project.repository import ROOT
 
 FACTS = {"Date": "2026-11-27"}
 
@@ -28,6 +27,10 @@ def rows_of(text):
         for cells in lines
         if len(cells) == len(titles)
     }
+
+
+def undated(text):
+    return [line for line in text.splitlines() if not line.startswith("Date: ")]
 
 
 def test_a_cell_shows_the_worst_of_its_checks() -> None:
@@ -62,7 +65,7 @@ def test_reasons_that_are_equal_stand_once() -> None:
     shown = page(
         [record("one", lens), record("two", lens, check("map", "wrong", "x", error=2.0))], {}, FACTS
     )
-    assert shown.count("it has no final norm") == 1
+    assert shown.count("It has no final norm") == 1
     assert "<br>lens: one, two" in shown
     assert "off by 2; x" in shown
     assert "WRONG map: two" in shown
@@ -96,18 +99,22 @@ def test_what_could_not_be_compared_counts_least() -> None:
     assert worst([good, bad, unsure]) == bad
 
 
+def test_measurements_are_read_as_they_were_written(tmp_path) -> None:
+    rows = [
+        record("one", check("map", why="9 image tokens"), check("lens", "wrong", error=0.5)),
+        record("two", not_run="x"),
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    assert read(tmp_path / "rows.jsonl") == rows
+    assert read(tmp_path / "none.jsonl") == []
+
+
 def test_the_page_is_what_the_measurements_say() -> None:
-    lines = (
-        (ROOT / "benchmarks" / "results" / "support.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    records = [json.loads(line) for line in lines]
-    weights = json.loads((ROOT / "docs" / "real_weights.json").read_text(encoding="utf-8"))
+    records = read(RESULTS)
+    weights = json.loads(WEIGHTS.read_text(encoding="utf-8"))
     known = {"type": TYPES, "decoder": DECODERS, "tower": TOWERS}
     for kind in KINDS:
         assert [row["name"] for row in records if row["kind"] == kind] == sorted(known[kind])
         assert {*weights[kind]} <= {*known[kind]}
-    text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
-    told, made = text.splitlines(), page(records, weights, FACTS).splitlines()
-    assert [line for line in told if not line.startswith("Date: ")] == [
-        line for line in made if not line.startswith("Date: ")
-    ]
+    told, made = PAGE.read_text(encoding="utf-8"), page(records, weights, FACTS)
+    assert undated(told) == undated(made)
