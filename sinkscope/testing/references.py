@@ -40,7 +40,8 @@ def put(stack: ExitStack, settings: dict[str, Any], name: str, value: Any) -> No
 @contextmanager
 def passes(model: nn.Module, wraps: Mapping[str, Wrap], kernel: str = "") -> Iterator[None]:
     """Run plain passes in evaluation mode, without a graph, and under a ``kernel`` of attention if one is given.
-    ``wraps[path](forward, *args, **kwargs)`` takes the place of the ``forward`` of a module."""
+    ``wraps[path](forward, *args, **kwargs)`` takes the place of the ``forward`` of a module. UncheckedError if
+    a pass fails."""
     configs: dict[int, Any] = {}
     waiting: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     while waiting:
@@ -56,7 +57,18 @@ def passes(model: nn.Module, wraps: Mapping[str, Wrap], kernel: str = "") -> Ite
         for path, wrap in wraps.items():
             module = model.get_submodule(path)
             put(stack, vars(module), "forward", partial(wrap, module.forward))
-        yield
+        try:
+            yield
+        except UncheckedError:
+            raise
+        except Exception as error:
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UncheckedError(f"a plain pass fails ({got})") from error
+
+
+def placed(inputs: Inputs, device: torch.device) -> dict[str, Any]:
+    """Inputs on a device."""
+    return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
 
 
 def plain_logits(model: Any, inputs: Inputs) -> Tensor:
@@ -75,7 +87,7 @@ def first_tensor(value: Any) -> Tensor:
 
 def states_in(args: Sequence[Any], kwargs: Inputs) -> Tensor:
     """The states that a block is called with."""
-    named = kwargs.get("hidden_states")
+    named = kwargs.get("inputs_embeds", kwargs.get("hidden_states"))
     return named if isinstance(named, Tensor) else first_tensor((*args, *kwargs.values()))
 
 
@@ -93,7 +105,7 @@ def eager(
         for module in model.get_submodule(path).modules():
             home = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
             owners[id(module)] = path
-            homes |= {id(home): home} if EAGER in home else {}
+            homes |= {(id(home), name): home for name in home if name.endswith(EAGER)}
 
     def watched(plain: Wrap, module: Any, q: Any, k: Any, v: Any, *args: Any, **more: Any) -> Any:
         args = (more.pop("attention_mask"), *args) if "attention_mask" in more else args or (None,)
@@ -106,8 +118,8 @@ def eager(
         return out
 
     with passes(model, {}, "eager"), ExitStack() as stack:
-        for home in homes.values():
-            put(stack, home, EAGER, partial(watched, home[EAGER]))
+        for (_, name), home in homes.items():
+            put(stack, home, name, partial(watched, home[name]))
         yield
 
 
@@ -169,7 +181,7 @@ class Reduced:
         return torch.cat([both[part] for both in found], dim)
 
 
-def changed(how: str, keys: Tensor, factor: float) -> Wrap:
+def changed(how: str, keys: Tensor, factor: float = 0.0) -> Wrap:
     """A ``change`` for `eager` at ``keys``, bool ``[row pos]``: ``"mask"`` hides them from queries that see
     another key, ``"keys"`` and ``"values"`` multiply the vectors by a factor."""
     places = Places(keys.shape)
@@ -188,6 +200,22 @@ def changed(how: str, keys: Tensor, factor: float) -> Wrap:
         return key, value, mask.masked_fill(gone, low)
 
     return change
+
+
+def generated(model: Any, inputs: Inputs, options: Inputs, paths: Sequence[str] = ()) -> Any:
+    """The sequences that a model generates, and with ``paths``, under eager attention, the weights of every
+    module at the first decode step, ``[row head 1 key]``."""
+    seen: dict[str, Tensor] = {}
+
+    def note(path: str, weights: Tensor, mask: Any) -> None:
+        if weights.shape[-2] == 1:
+            seen.setdefault(path, weights.float().cpu())
+
+    with eager(model, paths, note) if paths else passes(model, {}):
+        sequences = model.generate(**inputs, **options).cpu()
+    if lacking := [path for path in paths if path not in seen]:
+        raise UncheckedError(f"no eager attention of a decode step was seen in {lacking}")
+    return sequences, seen
 
 
 def block_states(model: Any, inputs: Inputs, paths: Sequence[str]) -> dict[str, list[Tensor]]:
@@ -243,14 +271,22 @@ def attention_adds(model: Any, inputs: Inputs, parts: Sequence[Sequence[str]]) -
 
 
 class Feeding:
-    """How the decoder's states before the block ``first`` depend on what a vision ``block`` puts out."""
+    """How what the decoder reads depends on what a vision ``block`` puts out.
 
-    def __init__(self, model: Any, inputs: Inputs, block: str, first: str) -> None:
+    That are the embeddings it is called with, or else what its block ``first`` is: ``shape`` is their
+    ``[batch pos]``.
+    """
+
+    def __init__(
+        self, model: Any, inputs: Inputs, block: str, first: str, shape: Sequence[int]
+    ) -> None:
         self.model, self.inputs, self.block, self.first = model, inputs, block, first
         self.states, self.leaves = self._pass(lambda x: x.detach().requires_grad_(True))
+        if self.states.shape[:2] != shape:
+            raise UncheckedError(f"the decoder's states are {[*self.states.shape]}")
 
     def _pass(self, other: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The decoder's states, and what was put in place of the block's output."""
+        """What the decoder reads, and what was put in place of the block's output."""
         seen: list[Tensor] = []
         given: list[Tensor] = []
 
@@ -260,10 +296,18 @@ class Feeding:
             return new if states is out else type(out)(new if x is states else x for x in out)
 
         def stop(forward: Wrap, *args: Any, **kwargs: Any) -> Any:
+            if forward == decoder and not isinstance(kwargs.get("inputs_embeds"), Tensor):
+                return forward(*args, **kwargs)
             seen.append(states_in(args, kwargs))
             raise _StoppedError
 
-        with passes(self.model, {self.block: give, self.first: stop}), torch.enable_grad():
+        decoder = getattr(self.model, "get_decoder", lambda: self.model)()
+        paths = [path for path, module in self.model.named_modules() if module is decoder]
+        decoder, wraps = (
+            decoder.forward,
+            {self.block: give, **dict.fromkeys(paths, stop), self.first: stop},
+        )
+        with passes(self.model, wraps), torch.enable_grad():
             try:
                 self.model(**self.inputs)
             except _StoppedError:
