@@ -59,7 +59,8 @@ class ModelCheck(Result):
         return pd.DataFrame([vars(check) for check in self.checks])
 
     def __str__(self) -> str:
-        table, told = {"check": dict(zip(BOTH, BOTH, strict=True))}, list(self.facts)
+        table: dict[str, dict[str, str]] = {"check": dict(zip(BOTH, BOTH, strict=True))}
+        told = list(self.facts)
         for check in self.checks:
             table.setdefault(check.name, {})[check.tower] = check.status
             off = "" if check.error is None else f"off by {check.error:.2g}"

@@ -327,7 +327,7 @@ class Feeding:
             raise UncheckedError(f"no gradient reaches the output of {self.block}, token by token")
         state = self.states[row, pos].flatten()
         mixed = torch.randn(len(state), generator=torch.Generator().manual_seed(3)).to(state)
-        some = {"retain_graph": True, "materialize_grads": True}
+        some: Any = {"retain_graph": True, "materialize_grads": True}
         grads = torch.autograd.grad((state * mixed).sum(), self.leaves, **some)
         size = torch.cat(grads).float().norm(dim=-1)
         return [tuple(at) for at in (size > 1e-7 * size.max()).nonzero().tolist()]
