@@ -154,11 +154,11 @@ def test_doctor_checks_the_numbers_and_says_if_one_is_wrong(planted, capsys, mon
     out = capsys.readouterr().out
     assert "```text" in out
     assert str(planted) not in out.partition("```text")[2]
-    finish = ss.AttentionMass.finish
-    wrong = lambda *given: replace(it := finish(*given), mass=2 * it.mass)  # noqa: E731
-    monkeypatch.setattr(ss.AttentionMass, "finish", wrong)
+    finish = ss.LogitLens.finish
+    wrong = lambda *given: replace(it := finish(*given), logprobs=2 * it.logprobs)  # noqa: E731
+    monkeypatch.setattr(ss.LogitLens, "finish", wrong)
     assert main(["doctor", str(planted / "model"), "--check"]) == 1
-    assert "mass           language  wrong" in capsys.readouterr().out
+    assert "lens           language  wrong" in capsys.readouterr().out
 
 
 def test_models_lists_families_and_constants(capsys) -> None:
