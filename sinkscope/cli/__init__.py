@@ -35,7 +35,7 @@ app = App(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, of the words after ``sinkscope`` or of the process; returns the exit status.
 
-    It is 0, 2 after an error that was explained, and 130 if interrupted.
+    It is 0, 1 if ``doctor --check`` finds a wrong number, 2 after an error that was explained, and 130 if interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in given if word != "--debug"]
@@ -156,12 +156,27 @@ for command in (experiments.sweep, experiments.train_lsg, experiments.compare):
 
 
 @app.command
-def doctor(model: Annotated[str, WHICH], /, *, loading: Loading = Loading()) -> int:
+def doctor(
+    model: Annotated[str, WHICH],
+    /,
+    *,
+    check: Annotated[
+        bool, says("Compare every number with plain passes; 1 if one is wrong.")
+    ] = False,
+    loading: Loading = Loading(),
+) -> int:
     """What can be measured on a model, and how exactly."""
-    with stages(1, "loading the model"):
+    with stages(1 + check, "loading the model") as step:
         lvlm = load_model(model, **asdict(loading))
-    print(lvlm.report())
-    return 0
+        if not check:
+            print(lvlm.report())
+            return 0
+        from sinkscope.testing import check_model
+
+        step("checking")
+        found = check_model(lvlm)
+    print(f"{lvlm.report()}\n\n{found}")
+    return int(bool(found.wrong))
 
 
 @app.command

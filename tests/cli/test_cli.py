@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -146,6 +147,18 @@ def test_effects_in_the_demo_are_the_same_on_the_page(tmp_path, capsys) -> None:
 def test_doctor_prints_the_report(planted, capsys) -> None:
     assert main(["doctor", str(planted / "model")]) == 0
     assert "vision" in capsys.readouterr().out.lower()
+
+
+def test_doctor_checks_the_numbers_and_says_if_one_is_wrong(planted, capsys, monkeypatch) -> None:
+    assert main(["doctor", str(planted / "model"), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "```text" in out
+    assert str(planted) not in out.partition("```text")[2]
+    finish = ss.LogitLens.finish
+    wrong = lambda *given: replace(it := finish(*given), logprobs=2 * it.logprobs)  # noqa: E731
+    monkeypatch.setattr(ss.LogitLens, "finish", wrong)
+    assert main(["doctor", str(planted / "model"), "--check"]) == 1
+    assert "lens           language  wrong" in capsys.readouterr().out
 
 
 def test_models_lists_families_and_constants(capsys) -> None:
