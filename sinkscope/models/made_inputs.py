@@ -105,7 +105,8 @@ def _count(module: Any, pixels: Inputs) -> int:
 
 def _around(module: Any, anatomy: Anatomy, count: int) -> dict[str, Tensor]:
     """Ids of words around image tokens, and what is made of them."""
-    known = (n for n in range(5, anatomy.vocab) if n != anatomy.image_token_id)
+    taken = {n for name, n in vars(module.config).items() if name.endswith(("_id", "_index"))}
+    known = (n for n in range(5, anatomy.vocab) if n not in taken)
     words = [next(known) for _ in range(WORDS)]
     ids = torch.tensor([[*words[:2], *[anatomy.image_token_id] * count, *words[2:]]])
     types, inputs = types_of(module), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
