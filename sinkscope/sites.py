@@ -6,10 +6,13 @@
     resid_pre -> attention -> attn_out -> mlp_hidden -> mlp_out -> resid_post   (in every block)
                                    input -> output                              (the projector)
 
-``resid_pre(l)`` is what block ``l`` reads and ``resid_post(l)`` what it writes, so
-``resid_post(l) == resid_pre(l + 1)``; ``resid_pre(0)`` of the language tower are the embeddings.
+``resid_pre(l)`` is what block ``l`` reads and ``resid_post(l)`` what it writes. They are equal,
+``resid_post(l) == resid_pre(l + 1)``, unless the model adds something between two blocks: DeepStack adds
+vision states there. The report names such blocks, and what enters. ``resid_pre(0)`` of the language tower are
+the embeddings, behind what the model does to them before its first block.
 ``attn_out(l)`` and ``mlp_out(l)`` are what is added, behind a LayerScale, a norm or a factor where a
-block has one: ``resid_pre + attn_out + mlp_out == resid_post``.
+block has one: ``resid_pre + attn_out + mlp_out == resid_post``. A site that a pass does not show to be so is
+refused by name.
 ``mlp_hidden(l)`` are the MLP's neurons after the nonlinearity: what its last projection reads.
 """
 

@@ -92,6 +92,11 @@ def calls_attention(module: nn.Module) -> bool:
     return _read(inspect.unwrap(type(module).forward)) is not None
 
 
+def registry_of(module: nn.Module) -> Any:
+    """The registry in which a module's ``forward`` looks its attention function up, or None."""
+    return inspect.unwrap(type(module).forward).__globals__.get("ALL_ATTENTION_FUNCTIONS")
+
+
 def kernel_of(config: Any) -> str:
     """The attention implementation that a config asks for, such as ``"sdpa"``."""
     return str(getattr(config, "_attn_implementation", None) or "eager")

@@ -102,7 +102,7 @@ class Context:
         if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]
-        packed = torch.empty_like(flat)
+        packed = flat.new_zeros(int(layout.max()) + 1, *flat.shape[1:])  # the model may pad between
         packed[layout[layout >= 0]] = flat
         return packed[None].movedim(1, dim)
 

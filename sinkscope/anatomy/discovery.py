@@ -16,10 +16,11 @@ from sinkscope.anatomy.attention_call import (
 )
 from sinkscope.anatomy.block_sum import no_branch, read_branches
 from sinkscope.anatomy.families import HINTS, Family
-from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
+from sinkscope.anatomy.towers import Anatomy, HeadProof, TowerAnatomy
 from sinkscope.errors import ModelError, nearest
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo", "c_proj", "fc_out", "Wo")
+OUTPUT_PROJECTIONS += ("projection", "projection_layer")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "attention_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "d_head", "d_kv")
@@ -64,7 +65,7 @@ def read_anatomy(model: Any) -> Anatomy:
         decoder=paths[id(decoder)],
         projector=hint.projector,
         feeds=_declared_feeds(config, vision.n_layers),
-        final_norm=_final_norm(model, language.blocks[0]),
+        lens=_declared_head(model, _final_norm(model, language.blocks[0])),
         head=paths[id(_head(model))],
         image_token_id=[*known, -1][0] if hint.image_token_id is None else hint.image_token_id,
         vocab=int(config.get_text_config().vocab_size),
@@ -123,6 +124,17 @@ def _final_norm(model: Any, first: str) -> str:
     usual = [name for name in FINAL_NORMS if name in norms]
     last = (usual or norms[::-1] or [""])[0]
     return f"{around}.{last}" if around and last else last
+
+
+def _declared_head(model: Any, norm: str) -> HeadProof:
+    """How logits are made as a config has it, of the numbers that the model's own source names."""
+    source, config = inspect.getsource(inspect.unwrap(type(model).forward)), model.config
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    said = [name in source and getattr(config.get_text_config(), name, None) for name in names]
+    cap, scale, divisor = (float(value or 0.0) for value in said)
+    return HeadProof(
+        norm, (scale or 1.0) / (divisor or 1.0), cap, "" if norm else "no final norm was found"
+    )
 
 
 def _head(model: Any) -> nn.Module | None:
@@ -238,8 +250,8 @@ def _parts(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     weights = [sum(x.numel() for x in (*m.parameters(), *m.buffers())) for m in others]
     mlp = others[weights.index(max(weights))] if any(weights) else None  # in 8 bit as buffers
     if mixer is None:
-        mixer = next((child for child in others if child is not mlp), None)
-        mixer, mlp = (mlp, None) if mixer is None else (mixer, mlp)
+        heavy = [child for child, size in zip(others, weights, strict=True) if size]
+        mixer, mlp = [*heavy[:1], None][0], [*heavy[1:], None][0]  # in the order of the block
     return mixer, mlp
 
 

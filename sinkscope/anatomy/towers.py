@@ -18,6 +18,39 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
+class BlockProof:
+    """What a pass has shown of one block: why a capability is not there, "" where it is.
+
+    ``states`` are the residual stream at its input and output, ``attention`` its call, ``added`` what its
+    branches add, ``writes`` what the output projection reads of its heads. ``sizes`` are query heads,
+    key-value heads and the width of a value vector, as they were called, or None. ``follows`` is whether the
+    next block reads what this one writes; ``spatial`` whether states are ``[image row column d_model]``.
+    """
+
+    states: str = ""
+    attention: str = ""
+    added: str = ""
+    writes: str = ""
+    sizes: tuple[int, int, int] | None = None
+    follows: bool = True
+    spatial: bool = False
+
+
+@dataclass(frozen=True)
+class HeadProof:
+    """How a model makes logits of the last block's output: ``cap * tanh(scale * head(norm(x)) / cap)``, without
+    the soft-cap where ``cap`` is 0; ``why`` not, or "". ``norm`` is the path of the final norm."""
+
+    norm: str
+    scale: float = 1.0
+    cap: float = 0.0
+    why: str = ""
+
+
+SIZES = ("heads", "kv_heads", "d_head")
+
+
+@dataclass(frozen=True)
 class TowerAnatomy:
     """One tower, ``"vision"`` or ``"language"``; tuples have an entry per block, paths are dotted.
 
@@ -27,7 +60,8 @@ class TowerAnatomy:
     ``packed`` is whether all images share one sequence without a batch axis, ``kernel`` the attention
     implementation, such as ``"sdpa"``, and ``d_mlp`` the neurons of every MLP, 0 where none were found. A
     ``learned_sink`` takes a share of attention that no token gets. A tower without blocks says why they are
-    ``missing``.
+    ``missing``. ``proofs`` are what a pass has shown of every block, empty before one; where sizes differ by
+    block, ``heads``, ``kv_heads`` and ``d_head`` are those of the first that attends: see `size`.
     """
 
     tower: str
@@ -48,6 +82,7 @@ class TowerAnatomy:
     softcap: bool = False
     d_mlp: int = 0
     missing: str = ""
+    proofs: tuple[BlockProof, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -67,7 +102,54 @@ class TowerAnatomy:
     @property
     def writing(self) -> tuple[int, ...]:
         """Blocks of which is known what every key writes into the stream through attention."""
-        return tuple(i for i in self.attending if i in self.adding and self.projection[i])
+        known = (i for i in self.attending if i in self.adding and self.projection[i])
+        return tuple(i for i in known if not self.proof(i).writes)
+
+    @property
+    def stating(self) -> tuple[int, ...]:
+        """Blocks whose residual stream is one state of width ``d_model`` per token."""
+        return tuple(i for i in range(self.n_layers) if not self.proof(i).states)
+
+    def proof(self, layer: int) -> BlockProof:
+        """What a pass has shown of a block; nothing before one."""
+        return self.proofs[layer] if self.proofs else BlockProof()
+
+    def proven(self, proofs: tuple[BlockProof, ...]) -> TowerAnatomy:
+        """The same without what a pass has not shown, with the sizes that it has."""
+        if not proofs:
+            return self
+        calls = [
+            NoAttentionCall(p.attention) if p.attention else c
+            for p, c in zip(proofs, self.calls, strict=True)
+        ]
+        adds = [
+            NoBranch(p.added) if p.added else b for p, b in zip(proofs, self.branches, strict=True)
+        ]
+        found = replace(self, proofs=proofs, calls=tuple(calls), branches=tuple(adds))
+        sizes = next((proofs[i].sizes for i in found.attending if proofs[i].sizes), None)
+        return found if sizes is None else replace(found, **dict(zip(SIZES, sizes, strict=True)))
+
+    def size(self, name: str, layers: Iterable[int]) -> int:
+        """The ``"heads"``, ``"kv_heads"`` or ``"d_head"`` of some blocks; ModelError if they differ."""
+        at = SIZES.index(name)
+        found: dict[int, list[int]] = {}
+        for layer in layers:
+            sizes = self.proof(layer).sizes
+            found.setdefault(getattr(self, name) if sizes is None else sizes[at], []).append(layer)
+        if len(found) > 1:
+            each = ", ".join(f"{number} in {blocks}" for number, blocks in found.items())
+            got = f"Got blocks of the {self.tower} tower whose {name} differ: {each}; expected one number"
+            raise ModelError(
+                f"{got} in what is stacked. Write layers={next(iter(found.values()))}."
+            )
+        return next(iter(found), getattr(self, name))
+
+    def states(self, site: str, layer: int) -> None:
+        """Refuse a site of states that does not hold one state per token; ModelError with the reason."""
+        if why := self.proof(layer).states:
+            raise ModelError(
+                f"{self.blocks[layer]} has no site {site}: {why}.{_others(self.stating)}"
+            )
 
     def call(self, layer: int) -> AttentionCall:
         """The attention call of a block; AttentionCallError if it was not found in the source."""
@@ -85,6 +167,8 @@ class TowerAnatomy:
     def write(self, layer: int) -> tuple[str, tuple[str, ...]]:
         """The paths of the output projection of heads, and of what follows it; ModelError if unknown."""
         through = self.branch("attn_out", layer).through
+        if why := self.proof(layer).writes:
+            raise ModelError(why + _others(self.writing))
         if not self.projection[layer]:
             raise ModelError(
                 f"{self.attention[layer]} has no output projection that was found; expected a linear "
@@ -127,7 +211,8 @@ class Anatomy:
     (DeepStack). ViT tokens begin with those of the kinds ``prefix``, of which the projector does not see the
     first ``drops``; it makes one LLM token of ``merge`` x ``merge`` patches. These are ``measured`` on inputs
     with a picture, or else declared by the config. ``decoder`` and ``projector`` are paths, "" for none;
-    ``image_token_id`` is -1 where the config names none; ``vocab`` is the number of token ids.
+    ``image_token_id`` is -1 where the config names none; ``vocab`` is the number of token ids. ``lens`` is how
+    logits are made of the last block's output.
     """
 
     model_type: str
@@ -136,7 +221,7 @@ class Anatomy:
     decoder: str
     projector: str
     feeds: tuple[int, ...]
-    final_norm: str
+    lens: HeadProof
     head: str
     image_token_id: int
     vocab: int
@@ -146,14 +231,17 @@ class Anatomy:
     merge: int = 1
     measured: bool = False
 
-    def without(self, missing: Mapping[tuple[str, int], NoBranch]) -> Anatomy:
-        """The same with the branches of some blocks, ``(tower, layer)``, given up for a reason."""
+    def proven(
+        self, proofs: Mapping[str, tuple[BlockProof, ...]], lens: HeadProof | None
+    ) -> Anatomy:
+        """The same without what a pass has not shown of the blocks of each tower, and how it made logits."""
+        vision, language = (t.proven(proofs.get(t.tower, ())) for t in (self.vision, self.language))
+        return replace(self, vision=vision, language=language, lens=lens or self.lens)
 
-        def kept(tower: TowerAnatomy) -> TowerAnatomy:
-            found = (missing.get((tower.tower, i), it) for i, it in enumerate(tower.branches))
-            return replace(tower, branches=tuple(found))
-
-        return replace(self, vision=kept(self.vision), language=kept(self.language))
+    @property
+    def final_norm(self) -> str:
+        """The path of the norm between the last block and the head, "" if none was found."""
+        return self.lens.norm
 
     def again(self, read: Anatomy) -> Anatomy:
         """What was read anew, with what is measured here."""

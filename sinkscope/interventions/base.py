@@ -125,7 +125,8 @@ def attention_edits(
     layers, now = context.layers(tower, it.layers), runs_now(it.steps, context, tower)
     if heads is not None:
         hint = "Write query heads, of which several may share a key-value head, or None for all."
-        heads = sorted(set(check_indices(heads, context.tower(tower).heads, "query head", hint)))
+        many = context.tower(tower).size("heads", layers)
+        heads = sorted(set(check_indices(heads, many, "query head", hint)))
     rows = rows_at(context, tower, it.queries, type(it).__name__, it.allow_noop)
     if it.steps == "decode" and it.queries is not None:
         raise InterventionError(
@@ -186,8 +187,8 @@ def check_neutral(it: Any, factor: float, neutral: float = 1.0) -> None:
 
 def needs_a_mask(tower: TowerAnatomy) -> str:
     """Why a bias of logits cannot ride in extra head dimensions of a tower; "" if it can."""
-    wide = f"heads of {tower.d_head} leave no room for a bias"
-    narrow = "" if tower.d_head + EXTRA <= WIDEST else wide
+    widest = max([tower.d_head, *(proof.sizes[2] for proof in tower.proofs if proof.sizes)])
+    narrow = "" if widest + EXTRA <= WIDEST else f"heads of {widest} leave no room for a bias"
     return "a soft-cap would bend a bias" if tower.softcap else narrow
 
 

@@ -69,7 +69,7 @@ class AblateValues(AttentionEdit, needs="packed_values"):
         mask = selected_by(self, context, self.tokens, live=True)
         layers = context.layers(tower, self.layers)
         if isinstance(given, Tensor):
-            return value_edits(self, context, broadcast(given, context, tower, len(layers)), mask)
+            return value_edits(self, context, broadcast(given, context, tower, layers), mask)
         if made:
             return value_edits(self, context, donated(given, context, tower, VALUES, layers), mask)
         each = [{"given": self._donors(context, at_layer(mask, at))} for at in layers]
@@ -95,15 +95,16 @@ def value_edits(it: Any, context: Context, values: Tensor, mask: Tensor) -> list
     return attention_edits(it, context, edit_values, VALUES, masks, each, of, how="tensor")
 
 
-def broadcast(given: Tensor, context: Context, tower: str, n_layers: int) -> Tensor:
+def broadcast(given: Tensor, context: Context, tower: str, layers: tuple[int, ...]) -> Tensor:
     """Given values as ``[batch layer kv_head pos d_head]``; InterventionError if they do not fit."""
     if given.dtype == torch.bool:
         raise InterventionError(
             "Got a mask of True and False as replacement; expected values. Give the mask as tokens."
         )
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
-    of_all = (rows, anatomy.kv_heads, length, anatomy.d_head)
-    wanted, given = (rows, n_layers, *of_all[1:]), given.detach().cpu()
+    kv_heads, d_head = (anatomy.size(name, layers) for name in ("kv_heads", "d_head"))
+    of_all = (rows, kv_heads, length, d_head)
+    wanted, given = (rows, len(layers), *of_all[1:]), given.detach().cpu()
     try:
         return (given.expand(of_all)[:, None] if given.ndim <= 4 else given).expand(wanted)
     except RuntimeError as error:
@@ -236,7 +237,8 @@ def fitted(
     (rows, length), anatomy = live_prompt(context, tower).shape, context.tower(tower)
     axes, last = "pos d_model", (length, anatomy.d_model)
     if site == VALUES:
-        axes, last = "kv_head pos d_head", (anatomy.kv_heads, length, anatomy.d_head)
+        kv_heads, d_head = (anatomy.size(name, layers) for name in ("kv_heads", "d_head"))
+        axes, last = "kv_head pos d_head", (kv_heads, length, d_head)
     wanted, shape = (rows, len(layers), *last), tuple(tensor.shape)
     if shape[1:] != wanted[1:] or shape[:1] not in ((1,), (rows,)):
         raise InterventionError(

@@ -58,8 +58,15 @@ def cosine_to(states, state, anchor, layout=None):
     return dot / (h.norm(dim=-1) * reference.norm(dim=-1)[:, None]).clamp(min=1e-12)
 
 
-def lens(states, state, norm, head, positions=None, k=5, layout=None):
-    """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states.
+def logits_of(out, scale=1.0, cap=0.0):
+    """What a model makes of what its LM head puts out: times a number, and soft-capped unless it is 0."""
+    out = out if scale == 1.0 else out * scale
+    return torch.tanh(out / cap) * cap if cap else out
+
+
+def lens(states, state, norm, head, positions=None, k=5, scale=1.0, cap=0.0, layout=None):
+    """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states, with the
+    ``scale`` and ``cap`` of `logits_of`.
     ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept.
     ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1 where absent.
     """
@@ -67,7 +74,7 @@ def lens(states, state, norm, head, positions=None, k=5, layout=None):
     if positions is not None and states.shape[1] > 1:
         index = positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
         states, gone = states.gather(1, index), positions < 0
-    logprobs = head(norm(states)).float().log_softmax(dim=-1)
+    logprobs = logits_of(head(norm(states)), scale, cap).float().log_softmax(dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))

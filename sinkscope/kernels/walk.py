@@ -5,6 +5,7 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``tower``, ``name``, ``layer``: the site;
 * ``path``: the module whose input or output is read (``model.language_model.layers.3``);
 * ``how``: ``"input"``, ``"output"`` or ``"attention"``;
+* ``spatial``: whether states are ``[image row column d]``, read as ``[image pos d]``; may be absent;
 * ``factors``: paths of numbers or parameters by which the model multiplies the output; may be absent;
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
@@ -82,10 +83,12 @@ def read_site(root, tracer, step, state, out):
     here = locate(root, step["path"])
     if step["how"] != "attention":
         value = first_tensor(here.input if step["how"] == "input" else here.output)
+        if step.get("spatial"):
+            value = value.flatten(1, 2)
         factors = factors_at(root, step.get("factors", ()), value.device)
         return edit_value(here, step, value, factors, state, out)
     source, once = here.source, step["fires"] == "once"
-    length = None if once else first_tensor(here.input).shape[0]
+    length = None if once else first_tensor(here.input).shape[:-1].numel()
     function, calls, covered = getattr(source, step["bind"]).output, [], 0
     if not callable(function):
         raise RuntimeError(
@@ -126,10 +129,11 @@ def edit_value(here, step, value, factors, state, out):
         divided = divided / factor
     new = torch.where(new == old, value, divided) if factors else new
     if step["how"] == "input":
-        here.input = new
+        here.input = new.reshape(first_tensor(here.input).shape) if step.get("spatial") else new
         return new
     whole = here.output
-    here.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
+    given = new.reshape(first_tensor(whole).shape) if step.get("spatial") else new
+    here.output = (given, *whole[1:]) if isinstance(whole, tuple) else given
     return times(new, factors)
 
 

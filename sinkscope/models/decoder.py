@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from torch import Tensor, nn
 
+from sinkscope.anatomy.attention_call import registry_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError
@@ -129,8 +130,8 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
     """Lead a block's attention to the edited function; the result gives its old config back."""
     anatomy.language.call(block)
     attention: Any = model.get_submodule(anatomy.language.attention[block])
-    names = inspect.unwrap(type(attention).forward).__globals__
-    registry, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
+    registry, names = registry_of(attention), inspect.unwrap(type(attention).forward).__globals__
+    eager = names.get("eager_attention_forward")
     if registry is None:
         got = f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention"
         raise AttentionCallError(f"{got} module of transformers 5. Please report this class.")

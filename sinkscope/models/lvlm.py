@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import kernel_of
-from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
@@ -58,14 +57,13 @@ class LVLM:
         self._places = wrapping.Places(module, processor)
         self.name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self.verified = False
-        self._not_added: Mapping[tuple[str, int], NoBranch] = {}
+        self._proofs: tuple[Any, Any] = ({}, None)
+        self._unproven = verify and self.device.type != "meta"
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module)
         self._asked = self.device.type == "meta"
         if verify and (first := self._first_sample()) is not None:
-            self._not_added = verify_anatomy(self, first)
-            self._anatomy = self._anatomy.without(self._not_added)
-            self.verified = True
+            self._prove(first)
 
     @classmethod
     def from_pretrained(
@@ -118,7 +116,7 @@ class LVLM:
             kernel_of(getattr(first, "config", None)) != tower.kernel
             for first, tower in zip(firsts, towers, strict=True)
         ):
-            self._anatomy = known.again(read_anatomy(self._module)).without(self._not_added)
+            self._anatomy = known.again(read_anatomy(self._module)).proven(*self._proofs)
         return self._anatomy
 
     @property
@@ -168,7 +166,18 @@ class LVLM:
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
         """
-        return make_sample(self, images, text, inputs, rendered=rendered)
+        sample = make_sample(self, images, text, inputs, rendered=rendered)
+        if not self._anatomy.vision.blocks or bool((sample.tokens.image >= 0).any()):
+            self._prove(sample)
+        return sample
+
+    def _prove(self, sample: Sample) -> None:
+        """Prove the anatomy, if that was asked for and no sample before this one could do it."""
+        if self._unproven:
+            self._unproven = False
+            self._proofs = verify_anatomy(self, sample)
+            self._anatomy = self._anatomy.proven(*self._proofs)
+            self.verified = True
 
     def _first_sample(self) -> Sample | None:
         """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""

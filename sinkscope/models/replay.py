@@ -4,7 +4,6 @@ An edit of the keys of block b changes nothing before block b. `resume` calls th
 again, with the arguments it had; blocks before b pass on the state that was captured, at no cost.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
+from sinkscope.kernels.residual import logits_of
 from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
@@ -210,12 +210,9 @@ def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = Non
         index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, index)
     module: Any = captured.module
+    lens = captured.anatomy.lens
     logits = module.get_submodule(captured.anatomy.head)(hidden)
-    name = "final_logit_softcapping"
-    cap = getattr(module.config.get_text_config(), name, None)
-    if cap is None or name not in inspect.getsource(inspect.unwrap(type(module).forward)):
-        return logits  # some models have the cap in their config and do not apply it
-    return float(cap) * torch.tanh(logits / float(cap))
+    return logits_of(logits, lens.scale, lens.cap)
 
 
 def map_tensors(change: Callable[..., Tensor], *givens: Inputs) -> Given:

@@ -1,7 +1,7 @@
 """What a model is made of and what can be measured on it: exact, approximate or unavailable, and why."""
 
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType, ModuleType
@@ -17,6 +17,7 @@ from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.errors import ModelError, nearest
 from sinkscope.interventions.base import needs_a_mask
+from sinkscope.models.proofs import blocks_of, differences, told
 from sinkscope.results import Result
 
 Status = Literal["exact", "approximate", "unavailable"]
@@ -103,10 +104,10 @@ def make_report(lvlm: Any) -> Report:
     """Make the report of an `LVLM`; nothing runs."""
     a, towers, here = lvlm.anatomy, [], lvlm.device.type != "meta"
     for tower in (a.vision, a.language):
-        dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0]))
+        dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0])) if tower.blocks else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
         flash = tower.kernel if "flash" in tower.kernel else ""
-        towers.append(Asked(tower, half, HALF.get(dtype, ""), flash, a.feed_layers))
+        towers.append(Asked(tower, half, HALF.get(dtype, ""), flash, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
@@ -114,16 +115,7 @@ def make_report(lvlm: Any) -> Report:
         pairs = [(name, asked) for name in needs if needs[name] for asked in towers]
         return tuple(Verdict(n, one.tower.tower, *judge(needs[n], one)) for n, one in pairs)
 
-    proven = "no: loaded with verify=False"
-    if lvlm.verified:
-        adds = all(len(tower.adding) == tower.n_layers for tower in (a.vision, a.language))
-        blocks = " blocks add attn_out and mlp_out," if adds else ""
-        proven = f"yes: attention sums to 1,{blocks} the projector reads and writes what it should"
-    elif not here:
-        proven = "no: the weights are elsewhere"
-    elif lvlm.processor is None:
-        proven = "no: there is no processor to make a test image with"
-    notes = []
+    notes = [note for tower in (a.vision, a.language) for note in differences(tower)]
     if lvlm.processor is None:
         notes.append("No processor: write lvlm.prepare(inputs=...) with inputs you made yourself.")
     elif getattr(lvlm.tokenizer, "bos_token_id", None) is None:
@@ -131,7 +123,7 @@ def make_report(lvlm: Any) -> Report:
     if not here:
         notes.append("No weights here: runs go to the server, which keeps its own dtype.")
     judged = verdicts(probes), verdicts(interventions, LSG="gates")  # LSG is of a room above
-    return Report(lvlm.name, facts_of(lvlm), proven, tuple(notes), *judged)
+    return Report(lvlm.name, facts_of(lvlm), told(lvlm), tuple(notes), *judged)
 
 
 def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
@@ -147,17 +139,25 @@ def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
     prefix = " and ".join(kind.upper() for kind in a.prefix)
     first = f"{prefix} first" if prefix else "no CLS"
     blocks, kernels = zip(*map(_tower_facts, (a.vision, a.language)), strict=True)
+    each = (f"{feed} before decoder block {layer}" for layer, feed in a.enters)
+    enters = (("also enters", f"vision block {', '.join(each)}"),) if a.enters else ()
+    scale = f", times {a.lens.scale:.6g}" if a.lens.scale != 1 else ""
+    cap = f", soft-capped at {a.lens.cap:.6g}" if a.lens.cap else ""
+    seen = (
+        ("vision", f"{blocks[0]}, patches of {patch} pixels, {first}"),
+        ("vision attention", kernels[0]),
+        ("projector", f"{a.projector or 'none was found'}, reads vision block {feeds or 'none'}"),
+        *enters,
+        ("merge", f"{merged} to one language token"),
+    )
     return (
         ("model", f"{type(module).__name__}, family {a.model_type}, model_type {a.model_type}"),
         ("parameters", f"{count / size:.3g}{unit}, {dtype} on {lvlm.device}"),
-        ("vision", f"{blocks[0]}, patches of {patch} pixels, {first}"),
-        ("vision attention", kernels[0]),
-        ("projector", f"{a.projector}, reads vision block {feeds}"),
-        ("merge", f"{merged} to one language token"),
+        *(seen if a.vision.blocks else (("vision", a.vision.missing),)),
         ("language", f"{blocks[1]}, {a.vocab} token ids"),
         ("language attention", kernels[1]),
         ("image token", f"id {a.image_token_id}"),
-        ("head", f"{a.head}, after {a.final_norm}"),
+        ("head", f"{a.head}, after {a.final_norm or 'no norm'}{scale}{cap}"),
     )
 
 
@@ -191,6 +191,7 @@ class Asked:
     mass: str
     flash: str
     feeds: tuple[int, ...]
+    lens: str
 
 
 Said = tuple[Status, str] | None
@@ -199,6 +200,8 @@ Condition = Callable[[Asked], Said]
 
 def judge(need: str, asked: Asked) -> tuple[Status, str]:
     """Whether what needs this works, and why: the first refusal, or all remarks."""
+    if not asked.tower.blocks:
+        return "unavailable", asked.tower.missing
     found = [said for condition in RULES[need] if (said := condition(asked))]
     for said in found:
         if said[0] == "unavailable":
@@ -219,16 +222,15 @@ def never_in(tower: str, why: str) -> Condition:
 
 def _sites(asked: Asked) -> Said:
     tower, why = asked.tower, missing(asked.tower.branches)
-    lacking = tower.n_layers - len(tower.adding)
-    where = f" in {lacking} of {tower.n_layers} blocks" if tower.adding else ""
-    return ("exact", f"without attn_out and mlp_out{where}: {why}") if why else None
+    if (states := _partly(tower, tower.stating, [p.states for p in tower.proofs])) or not why:
+        return states
+    lacking = [i for i in range(tower.n_layers) if i not in tower.adding]
+    where = f" in {blocks_of(lacking)}" if tower.adding else ""
+    return ("exact", f"without attn_out and mlp_out{where}: {why}")
 
 
 def _call(asked: Asked) -> Said:
-    tower, why = asked.tower, missing(asked.tower.calls)
-    where = f"on {len(tower.attending)} of {tower.n_layers} blocks: "
-    said: Said = ("exact", where + why) if tower.attending else ("unavailable", why)
-    return said if why else None
+    return _partly(asked.tower, asked.tower.attending, [missing(asked.tower.calls)])
 
 
 def _values(asked: Asked) -> Said:
@@ -240,17 +242,36 @@ def _values(asked: Asked) -> Said:
 
 def _writes(asked: Asked) -> Said:
     """What lies between a head and the stream."""
-    tower, why = asked.tower, missing(asked.tower.branches) or "no output projection was found"
-    lacking, where = len(tower.attending) - len(tower.writing), f"of {tower.n_layers} blocks"
-    some: Said = ("exact", f"not in {lacking} {where}: {why}") if lacking else None
+    tower, found = asked.tower, [p.writes for p in asked.tower.proofs]
+    reasons = [missing(tower.branches), *found, "no output projection was found"]
+    lacking = [i for i in tower.attending if i not in tower.writing]
+    why = next(filter(None, reasons)).partition(";")[0]
+    some: Said = ("exact", f"not in {blocks_of(lacking)}: {why}") if lacking else None
     return some if tower.writing or not lacking else ("unavailable", why)
+
+
+def _partly(tower: TowerAnatomy, works: Sequence[int], reasons: Iterable[str]) -> Said:
+    """In which blocks something works, and the first reason why not in others."""
+    if len(works) == tower.n_layers:
+        return None
+    why = next(filter(None, reasons), "").partition(";")[0]
+    return (
+        ("exact", f"on {blocks_of(works)} of {tower.n_layers}: {why}")
+        if works
+        else ("unavailable", why)
+    )
 
 
 def _shared_heads(asked: Asked) -> Said:
     """A gradient per head: as many value dimensions as heads that share them."""
-    shared, d_head = asked.tower.heads // asked.tower.kv_heads, asked.tower.d_head
-    why = f"{shared} heads share a key-value head of {d_head} dimensions"
-    return ("unavailable", why) if shared > d_head else None
+    tower = asked.tower
+    own = tower.heads, tower.kv_heads, tower.d_head
+    each = [tower.proof(i).sizes or own for i in tower.attending]
+    over = [i for i, (h, kv, d) in zip(tower.attending, each, strict=True) if h // kv > d]
+    heads, kv_heads, d_head = each[tower.attending.index(over[0])] if over else own
+    why = f"{heads // kv_heads} heads share a key-value head of {d_head} dimensions"
+    where = f"not in {blocks_of(over)}: " if len(over) < len(each) else ""
+    return ("exact" if where else "unavailable", where + why) if over else None
 
 
 def _mask(asked: Asked) -> Said:
@@ -294,7 +315,11 @@ PACKED = when("exact", NO_MEAN, lambda asked: asked.tower.packed)
 RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
     {
         "states": (_sites,),
-        "head": (never_in("vision", "the vision tower has no LM head"),),
+        "head": (
+            never_in("vision", "the vision tower has no LM head"),
+            _sites,
+            when("unavailable", "{lens}", attrgetter("lens")),
+        ),
         "attention": (_call,),
         "masses": (*AGAIN, FP32),
         "contributions": (*AGAIN, _writes),

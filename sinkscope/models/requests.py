@@ -83,6 +83,8 @@ def step_at(
     if site.name == "attention":
         call = tower.call(layer)
         return step | vars(call) | {"path": tower.attention[layer], "how": "attention"}
+    tower.states(site.name, layer)
+    step |= {"spatial": True} if tower.proof(layer).spatial else {}
     if site.name in ("attn_out", "mlp_out"):
         branch = tower.branch(site.name, layer)
         return step | {"path": branch.path, "how": "output", "factors": branch.factors}

@@ -121,6 +121,15 @@ class AttentionProbe(LayerProbe, needs="attention"):
     at_sites: ClassVar[tuple[str, ...]] = ("attention",)
     site: str = "attention"
 
+    def reads(self, context: Context) -> list[Read]:
+        """One read per layer, whose sizes are the same in what is stacked."""
+        tower, layers = context.tower(self.tower), context.layers(self.tower, self.layers)
+        axes = {axis for names in axes_of(self.result).values() for axis in names}
+        for axis, size in (("head", "heads"), ("kv_head", "kv_heads"), ("d_head", "d_head")):
+            if axis in axes:
+                tower.size(size, [layer for layer in layers if layer in tower.attending])
+        return super().reads(context)
+
     def _refuse_flash(self, context: Context, what: str = "") -> None:
         """Refuse a flash kernel for what needs attention in fp32."""
         if "flash" in (kernel := context.tower(self.tower).kernel):

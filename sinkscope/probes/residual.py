@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, is_whole
-from sinkscope.errors import ProbeError
+from sinkscope.errors import ModelError, ProbeError
 from sinkscope.kernels import residual as kernels
 from sinkscope.probes.per_layer import ByLayer, LayerProbe
 from sinkscope.results import Result
@@ -280,8 +280,16 @@ class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head"
     def _parameters(self, context: Context) -> dict[str, Any]:
         hint = "The vision tower has no LM head: follow its tokens to the LLM with ss.trace_sinks."
         check_choice(("language",), tower=self.tower, error=ProbeError, hint=hint)
+        lens = context.anatomy.lens
+        if lens.why:
+            got = f"Got LogitLens on this model, but {lens.why}; expected the model's own logits"
+            raise ModelError(
+                f"{got} there. Write lvlm.run(sample).logits for those of the last block."
+            )
         return {
-            "norm": ("@module", context.anatomy.final_norm),
+            "scale": lens.scale,
+            "cap": lens.cap,
+            "norm": ("@module", lens.norm),
             "head": ("@module", context.anatomy.head),
             "positions": self._rows(context, self.positions),
             "k": check_count(self.k, context.anatomy.vocab, "tokens"),

@@ -105,7 +105,7 @@ def value_edits(
     check_choice(("vision", "language"), tower=tower)
     anatomy = lvlm.anatomy.tower(tower)
     check_whole(0, anatomy.n_layers - 1, layer=layer)
-    check_whole(0, anatomy.heads - 1, head=head)
+    check_whole(0, anatomy.size("heads", [layer]) - 1, head=head)
     at = (tower, layer, head, torch.Generator().manual_seed(seed))
     events, sinks, others, _ = _places(lvlm, sample, *at)
     held = [_places(lvlm, one, *at) for one in held_out]
@@ -140,7 +140,7 @@ def _places(
     sinks, others = (torch.zeros_like(pool) for _ in range(2))
     sinks.scatter_(1, sink[:, None], True)
     others.scatter_(1, chance.argmax(dim=1, keepdim=True), True)
-    own = head // (anatomy.heads // anatomy.kv_heads)
+    own = head // (anatomy.size("heads", [layer]) // anatomy.size("kv_heads", [layer]))
     return found.event[:, 0, head], sinks, others, run[probe].values[:, 0, own]
 
 

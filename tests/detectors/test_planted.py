@@ -1,6 +1,7 @@
 """Detectors and the trace against sinks that were planted, calibrated on other seeds."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from benchmarks.planted_detectors import (
     truth_of,
 )
 from sinkscope import detectors
-from sinkscope.anatomy.block_sum import NoBranch
 from sinkscope.errors import SelectionError
 from sinkscope.testing import random_plant, sink_free
 
@@ -192,8 +192,10 @@ def test_a_trace_goes_on_where_it_is_not_known_what_a_block_adds(missing):
     lvlm = ss.LVLM(planted.model, planted.processor)
     sample = lvlm.prepare(inputs=planted.inputs())
     want = ss.trace_sinks(lvlm, sample).records
-    reason = NoBranch("it adds something else; expected a sum")
-    lvlm._anatomy = lvlm.anatomy.without({("language", layer): reason for layer in missing})
+    reason = "it adds something else; expected a sum"
+    proofs = lvlm.anatomy.language.proofs
+    lost = (replace(one, added=reason * (i in missing)) for i, one in enumerate(proofs))
+    lvlm._anatomy = lvlm.anatomy.proven({"language": tuple(lost)}, None)
     got = ss.trace_sinks(lvlm, sample).records
     assert [(r.kind, r.pos, r.llm_layers) for r in got] == [
         (r.kind, r.pos, r.llm_layers) for r in want

@@ -9,6 +9,7 @@ from torch import nn
 import sinkscope as ss
 from sinkscope.anatomy import discovery as reading
 from sinkscope.anatomy.block_sum import Branch, NoBranch, read_branches
+from sinkscope.anatomy.towers import BlockProof
 from sinkscope.errors import ModelError
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.interventions.reference import hook_on
@@ -381,28 +382,23 @@ def test_the_report_says_what_cannot_be_read(misread):
         assert said.why.startswith("without attn_out and mlp_out: ")
         assert report.verdict(name).why == ""
     assert report.verdict("AttentionMass", "vision").why == ""
-    assert (
-        report.verification
-        == "yes: attention sums to 1, the projector reads and writes what it should"
-    )
+    assert "blocks add" not in report.verification
+    assert report.verification.endswith("; what is not proven is unavailable below")
 
 
 def test_one_block_that_cannot_be_read_leaves_the_others():
     lvlm = ss.LVLM(*tiny_llava("dinov2", "llama"))
     assert "blocks add attn_out and mlp_out" in lvlm.report().verification
-    lvlm._anatomy = lvlm.anatomy.without(
-        {("vision", 1): NoBranch("blocks.1 (X) adds more; expected")}
-    )
+    lost = [BlockProof(), BlockProof(added="blocks.1 (X) adds more; expected"), BlockProof()]
+    lvlm._anatomy = lvlm.anatomy.proven({"vision": tuple(lost)}, None)
     sample = lvlm.prepare(images=random_image(), text="what")
     probe = ss.HeadWrites(tower="vision")
     with pytest.raises(ModelError, match=r"blocks.1 .X. adds more; expected Write layers=\[0, 2\]"):
         lvlm.run(sample, [probe])
     lvlm.run(sample, [ss.HeadWrites(layers=[0, 2], tower="vision")])
     report = lvlm.report()
-    assert (
-        report.verdict("HeadWrites", "vision").why == "not in 1 of 3 blocks: blocks.1 (X) adds more"
-    )
-    remark = "without attn_out and mlp_out in 1 of 3 blocks: blocks.1 (X) adds more"
+    assert report.verdict("HeadWrites", "vision").why == "not in block 1: blocks.1 (X) adds more"
+    remark = "without attn_out and mlp_out in block 1: blocks.1 (X) adds more"
     assert report.verdict("TokenNorms", "vision").why == remark
 
 
@@ -430,5 +426,5 @@ def test_heads_without_an_output_projection_are_refused():
     said = lvlm.report().verdict("ContributionNorms", "vision")
     assert (said.status, said.why) == (
         "exact",
-        "not in 1 of 3 blocks: no output projection was found",
+        "not in block 0: no output projection was found",
     )

@@ -168,7 +168,7 @@ def test_learned_sinks_are_found(tiny):
 
 
 def test_too_many_shared_heads_are_reported():
-    said = changed(heads=40, kv_heads=1).verdict("ReceivedAttention")
+    said = changed(heads=40, kv_heads=1, proofs=()).verdict("ReceivedAttention")
     assert (said.status, said.why) == (
         "unavailable",
         "40 heads share a key-value head of 16 dimensions",
@@ -183,7 +183,7 @@ def test_some_blocks_without_attention_are_reported():
     lvlm._anatomy = dataclasses.replace(lvlm.anatomy, vision=vision)
     said = lvlm.report().verdict("AttentionMass", "vision")
     assert said.status == "exact"
-    assert said.why.startswith("on 2 of 3 blocks: ")
+    assert said.why.startswith("on blocks 1-2 of 3: ")
     sample = lvlm.prepare(images=random_image(), text="what")
     with pytest.raises(SinkscopeError, match=r"Write layers=\[1, 2\] for the rest"):
         lvlm.run(sample, [ss.ValueNorms(tower="vision")])

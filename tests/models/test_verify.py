@@ -8,7 +8,7 @@ import torch
 import sinkscope as ss
 from sinkscope.anatomy import attention_call as source
 from sinkscope.anatomy.discovery import read_anatomy
-from sinkscope.errors import ModelError, NonFiniteError
+from sinkscope.errors import AttentionCallError, ModelError, NonFiniteError
 from sinkscope.models import proofs as verify
 from sinkscope.testing import TINY, random_image, tiny_llava
 
@@ -61,7 +61,7 @@ def test_the_source_of_a_class_is_read_once(monkeypatch):
 @pytest.mark.parametrize("tower", ["vision", "language"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_attention_that_does_not_sum_to_one_is_refused(monkeypatch, tower, layer):
-    """In whichever block it is: the mass of one block is doubled where it is measured."""
+    """In whichever block it is: the mass of one block is doubled where it is measured; others go on."""
     real = verify.AttentionMass.finish
 
     def finish(self, answers, context):
@@ -73,8 +73,15 @@ def test_attention_that_does_not_sum_to_one_is_refused(monkeypatch, tower, layer
 
     at = (tower, layer)
     monkeypatch.setattr(verify.AttentionMass, "finish", finish)
-    with pytest.raises(ModelError, match=rf"over all {tower} tokens sums to 1 \+- 1; expected"):
-        ss.LVLM(*tiny_llava())
+    lvlm = ss.LVLM(*tiny_llava())
+    said = rf"over all {tower} tokens sums to 1 \+- 1; expected.* Write layers=\[. ?,?.*\] for the rest"
+    sample = lvlm.prepare(images=random_image(), text="what")
+    with pytest.raises(AttentionCallError, match=said):
+        lvlm.run(sample, [ss.AttentionMass({"all": "all"}, tower=tower)])
+    rest = [other for other in range(3) if other != layer]
+    assert list(lvlm.anatomy.tower(tower).attending) == rest
+    lvlm.run(sample, [ss.ValueNorms(layers=rest, tower=tower), ss.TokenNorms(tower=tower)])
+    assert lvlm.verified and "attention sums to 1" not in lvlm.report().verification
 
 
 def test_nan_in_the_vision_tower_is_named():
