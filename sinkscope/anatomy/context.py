@@ -113,7 +113,8 @@ class Context:
         if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]
-        packed = torch.empty_like(flat)
+        length = max(self.tokens.vision.length, len(flat))  # tokens of no image stand for nothing
+        packed = flat.new_zeros(length, *flat.shape[1:])
         packed[layout[layout >= 0]] = flat
         return packed[None].movedim(1, dim)
 

@@ -76,6 +76,7 @@ def plan_of(
         if tower not in ("projector", *moved) and context.layout(tower) is None:
             step["tokens"] = tuple(context.live(tower).shape)  # of decode steps the keys may be any
             step["keys"] = not context.step
+        step["moved"] = tower in moved
     return plan
 
 

@@ -59,16 +59,22 @@ def travelling(names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Errors of this library in the place of those that a kernel raises inside a pass."""
+def explained(*, moved: bool) -> Iterator[None]:
+    """Errors of this library in the place of those that a kernel raises inside a pass, and, where edits have
+    ``moved`` tokens, the model itself."""
     try:
         yield
     except (ValueError, RuntimeError, IndexError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if f"{os.sep}sinkscope{os.sep}" in frame.filename]
-        if isinstance(error, errors.SinkscopeError) or not ours or "kernels" not in ours[-1].filename:
+        said, known = str(error).strip(), (errors.SinkscopeError, torch.OutOfMemoryError)
+        inside = bool(ours) and "kernels" in ours[-1].filename
+        if isinstance(error, known) or not (inside or moved):
             raise
-        said = str(error).strip()
+        if not inside:
+            got = f"The model fails on tokens that an edit has put in ({type(error).__name__}: {said})"
+            wanted = "a tower whose masks and positions follow the number of tokens"
+            raise errors.InterventionError(f"{got}; expected {wanted}.") from error
         if not str(frames[-1].line).startswith("raise"):
             got = f"{ours[-1].name} failed on what this model gives it ({type(error).__name__}: {said})"
             raise errors.ModelError(f"{got}; expected what its anatomy says. Please report this class.") from error
@@ -102,7 +108,8 @@ def ready_to_trace(
     if where:
         nnsight.ndif.pull_env()  # what nnsight registers itself, once per process, is not ours
     homes = homes - {"__main__"} if where else set()
-    with explained(), travelling(homes), model.on(paths, outputs, grad) as traced:
+    moved = any(step.get("moved") for step in steps)
+    with explained(moved=moved), travelling(homes), model.on(paths, outputs, grad) as traced:
         yield traced
 
 

@@ -161,6 +161,10 @@ def stack_layers(
     for i, value in enumerate(values):
         if more := longest - value.shape[axis]:  # a sliding cache holds the last keys only
             values[i] = nn.functional.pad(value, (*after, more, 0), value=float("nan"))
+    shapes = {tuple(value.shape): site.layer for site, value in zip(sorted(answers), values, strict=True)}
+    if len(shapes) > 1:
+        got = f"Got layers that give tensors of different shapes, {[*shapes]}; expected one shape to stack"
+        raise LayerError(f"{got}. Write layers={[*shapes.values()][:1]}, and ask the other kinds apart.")
     return torch.stack(values, dim=1)
 
 
