@@ -94,8 +94,8 @@ class VisionMap:
     ``kind`` is an index into `VISION_KINDS`; ``live`` is False where an image has fewer tokens than the
     largest; ``row`` and ``column`` place a patch, -1 for CLS and registers; ``box`` is ``x0 y0 x1 y1`` in
     pixels of the original image (see `TokenMap`); ``grid`` is patch rows and columns; ``layout`` is the index
-    in the sequence of a packed tower, -1 at padding, None for a tower with one row per image; ``batch_row``
-    is the batch row each image belongs to.
+    in the sequence of a packed tower, -1 at padding, None for a tower with one row per image; ``length`` is
+    how long that sequence is, 0 for as many as are live; ``batch_row`` is the batch row each image belongs to.
     """
 
     kind: Int[Tensor, "image pos"]
@@ -106,6 +106,7 @@ class VisionMap:
     grid: Int[Tensor, "image 2"]
     layout: Int[Tensor, "image pos"] | None
     batch_row: Int[Tensor, " image"]
+    length: int = 0
 
     def select(self, selection: Selection, n_layers: int = 0) -> Tensor:
         """A selection of ViT tokens as a bool mask; SelectionError if it does not fit.

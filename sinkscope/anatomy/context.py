@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.errors import ProbeError, SelectionError
-from sinkscope.tokens import Selection, TokenMap
+from sinkscope.tokens import Selection, TokenMap, VisionMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +30,27 @@ class Context:
         """Checked, ascending layers of a tower."""
         return self.tower(tower).layers(layers)
 
+    @property
+    def vision(self) -> VisionMap:
+        """The ViT tokens; ModelError without a vision tower, SelectionError for a sample without images."""
+        self.tower("vision")
+        if not len(self.tokens.vision.live):
+            raise SelectionError(
+                "Got the vision tower for a sample in which no token is known to show an image, so that its "
+                "ViT tokens have no place; expected image tokens. Probes of the language tower work here."
+            )
+        return self.tokens.vision
+
     def live(self, tower: str) -> Tensor:
         """Live query positions, bool ``[row pos]``; one position per row at a decode step."""
         if tower == "vision":
-            return self.tokens.vision.live
+            return self.vision.live
         return self._going[:, None] if self.step else self.tokens.live
 
     def live_keys(self, tower: str) -> Tensor:
         """Live key positions, bool ``[row key]``, with the tokens generated so far."""
         if tower == "vision":
-            return self.tokens.vision.live
+            return self.vision.live
         grown = torch.ones(self.tokens.live.shape[0], self.step, dtype=torch.bool)
         return torch.cat([self.tokens.live, grown], dim=1) & self._going[:, None]
 
@@ -58,11 +69,11 @@ class Context:
 
     def layout(self, tower: str) -> Tensor | None:
         """The packed layout of the vision tower, or None."""
-        return self.tokens.vision.layout if tower == "vision" else None
+        return self.vision.layout if tower == "vision" else None
 
     def select(self, tower: str, selection: Selection) -> Tensor:
         """A selection as a bool mask ``[row pos]`` or ``[row layer pos]``."""
-        chosen = self.tokens.vision if tower == "vision" else self.tokens
+        chosen = self.vision if tower == "vision" else self.tokens
         return chosen.select(selection, self.tower(tower).n_layers)
 
     def flat(self, tower: str, selection: Selection) -> Tensor:
@@ -102,7 +113,8 @@ class Context:
         if (layout := self.layout(tower)) is None:
             return x
         flat = x.movedim(dim, 1)[layout >= 0]
-        packed = flat.new_zeros(int(layout.max()) + 1, *flat.shape[1:])  # the model may pad between
+        length = max(self.tokens.vision.length, len(flat))  # tokens of no image stand for nothing
+        packed = flat.new_zeros(length, *flat.shape[1:])
         packed[layout[layout >= 0]] = flat
         return packed[None].movedim(1, dim)
 

@@ -254,6 +254,11 @@ class Anatomy:
         """The blocks of `feeds`, ascending and without repeats."""
         return tuple(sorted(set(self.feeds)))
 
+    @property
+    def reaching(self) -> tuple[int, ...]:
+        """The vision blocks whose output reaches the decoder, ascending: `feeds`, and those that enter above."""
+        return tuple(sorted({*self.feeds, *(block for _, block in self.enters)}))
+
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         hint = "Write tower='vision' for a ViT."

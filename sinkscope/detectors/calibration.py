@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import among, is_whole, typed
-from sinkscope.detectors.detection import Detector, expected_peak
+from sinkscope.detectors.detection import Detector, expected_peak, unseen
 from sinkscope.detectors.gap import DRAWS, MEDIANS, Gap, Limits, one_number, outcome_of
 from sinkscope.detectors.rules import STATE_SITE, NoSinks
 from sinkscope.errors import CalibrationError
@@ -146,9 +146,16 @@ def calibrate(
         raise CalibrationError(
             f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
         )
-    rule, unseen = Gap(draws=draws, medians=spike), NoSinks("this tower was not looked at")
+    rule, skipped = Gap(draws=draws, medians=spike), NoSinks("this tower was not looked at")
     hidden = len(samples) < 4 if progress is None else not progress
-    found = {tower: TowerCalibration(tower, unseen, reason=unseen.reason) for tower in TOWERS}
+    found = {tower: TowerCalibration(tower, skipped, reason=skipped.reason) for tower in TOWERS}
+    for anatomy in (lvlm.anatomy.vision, lvlm.anatomy.language):
+        why = unseen(anatomy, samples) or (
+            "" if anatomy.attending else "none of its blocks attends"
+        )
+        if why and anatomy.tower in towers:
+            found[anatomy.tower] = TowerCalibration(anatomy.tower, NoSinks(why), reason=why)
+            towers = [tower for tower in towers if tower != anatomy.tower]
     for tower, (looks, channels) in _look(lvlm, samples, rule, towers, remote, hidden).items():
         found[tower] = _conclude(lvlm.anatomy.tower(tower), rule, channels, looks, max_dims)
     return Calibration(**found, n_samples=len(samples))
@@ -164,7 +171,7 @@ def _look(
         bar = tqdm(samples, desc=f"calibrating: {what}", disable=hidden, leave=False)
         return (lvlm.run(sample, probes, logits="last", remote=remote) for sample in bar)
 
-    layers = {"vision": lvlm.anatomy.feed_layers, "language": None}
+    layers = {"vision": lvlm.anatomy.reaching, "language": None}
     evidence = {tower: SinkEvidence(layers[tower], tower) for tower in towers}
     looks: dict[Any, list[_Look]] = {tower: [] for tower in towers}
     for run in passes([*evidence.values()], "spikes and attention"):

@@ -16,9 +16,9 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy, TowerAnatomy
 from sinkscope.checks import is_whole, plain
 from sinkscope.detectors.calibration import Calibration, calibrate
-from sinkscope.detectors.detection import Detector, check_detector
+from sinkscope.detectors.detection import Detector, check_detector, unseen
 from sinkscope.detectors.gap import DRAWS, Gap
-from sinkscope.detectors.rules import Massive, Norm, Rule, SinkDimensions
+from sinkscope.detectors.rules import Massive, NoSinks, Norm, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.models.inputs import Sample
@@ -130,10 +130,15 @@ class SinkRules(Record):
     ) -> SinkRules:
         """Rules for one sample, which judges itself where nothing is given (``v``, ``l_rule``) or published.
         ``draws`` is that of `Gap`; DetectorError if a rule is none."""
-        last: tuple[Detector, str] = Gap(draws=draws), "the gap rule on this sample"
-        if int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING:
-            last = Massive(), "the generic definition (massive: |h| > 100 and 1000 medians)"
-        return cls._in_order(lvlm, (v, l_rule), (last, last))
+        short = int(sample.tokens.live.sum(dim=1).max()) <= LEAST_SEEING
+        last: list[tuple[Detector, str]] = []
+        for tower in (lvlm.anatomy.vision, lvlm.anatomy.language):
+            last.append((Gap(draws=draws), "the gap rule on this sample"))
+            if why := unseen(tower, [sample]):
+                last[-1] = NoSinks(why), "nothing to judge"
+            elif short or not tower.attending:
+                last[-1] = Massive(), "the generic definition (massive: |h| > 100 and 1000 medians)"
+        return cls._in_order(lvlm, (v, l_rule), last)
 
     @classmethod
     def on_others(

@@ -141,6 +141,17 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
     return sample.tokens.image >= 0, sample.tokens.live
 
 
+def unseen(anatomy: TowerAnatomy, samples: Sequence[Sample]) -> str:
+    """Why nothing can be measured in a tower, or ""."""
+    if (
+        anatomy.tower == "vision"
+        and anatomy.blocks
+        and not any(len(s.tokens.vision.live) for s in samples)
+    ):
+        return "no token of the prompt is known to show an image"
+    return "" if anatomy.blocks else anatomy.missing
+
+
 def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
     """The detection of a probe that already ran."""
     tower, masks = probe.tower, visual_tokens(sample, probe.tower)

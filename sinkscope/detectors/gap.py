@@ -42,7 +42,9 @@ class Gap(Rule):
     strict: bool = False
 
     def probe(self, tower: Tower, layers: Any, anatomy: TowerAnatomy) -> Probe:
-        """Spikes and attention."""
+        """Spikes and attention; AttentionCallError if no block attends."""
+        if not anatomy.attending:
+            anatomy.call(0)
         return SinkEvidence(layers, tower)
 
     def scores(self, result: EvidenceResult) -> Tensor:
@@ -185,7 +187,9 @@ def outcome_of(
             f"no {one} spikes: the largest |h| is {size:.0f} medians and {times:.1f} times the upper "
             f"quartile of its layer{came}, where a spike has {rule.medians:g} and {rule.gap:g}"
         )
-    if not draws:
+    if not draws and all(bool(seen.drawn().isnan().all()) for seen in evidence):
+        draws = f"what attention gives a {one} is unknown"
+    elif not draws:
         most = max(float(_judged(seen, seen.drawn()).max()) for seen in evidence)
         draws = (
             f"no {one} draws: the most that a head gives one beyond uniform attention is "

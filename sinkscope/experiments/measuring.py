@@ -11,9 +11,10 @@ from torch import Tensor
 from sinkscope import probes
 from sinkscope.checks import typed
 from sinkscope.detectors import Detection, Gap, SinkRules
-from sinkscope.detectors.detection import decided
+from sinkscope.detectors.detection import decided, unseen
 from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.models import LVLM, Sample
+from sinkscope.results import over_layers
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
@@ -163,13 +164,32 @@ def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str
     flagged = torch.zeros_like(tokens.live)
     for feed in feeds:
         # One of the ViT tokens that merge must be flagged, so that all of the rule holds for it.
-        passed = tokens.from_vision(detection.mask[:, feed].float()).nan_to_num() > 0
+        passed = placed(sample, detection.mask[:, feed].float()) > 0
         if merge == "mean":  # and their mean score must pass the threshold
-            score = tokens.from_vision(detection.scores[:, feed].nan_to_num(), "mean")
+            score = placed(sample, detection.scores[:, feed].nan_to_num(), "mean")
             limit = detection.threshold[:, feed][tokens.image_index.clamp(min=0)]
             passed &= score > limit if detection.strict else score >= limit
         flagged |= passed
     return flagged & (tokens.image >= 0)
+
+
+def placed(sample: Sample, scores: Tensor, merge: str = "max") -> Tensor:
+    """Scores of ViT tokens at the LLM positions that they feed; 0 elsewhere, and where no place is known."""
+    tokens = sample.tokens
+    if tokens.unmapped or not len(scores):
+        return torch.zeros(tokens.live.shape)
+    return tokens.from_vision(scores, merge).nan_to_num()
+
+
+def nothing_seen(rule: Any) -> tuple[Detection, probes.EvidenceResult]:
+    """What is measured where there are no ViT tokens: results of no image and no block."""
+    line, head = torch.zeros(0, 0, 1), torch.zeros(0, 0, 1, 1)
+    judged, line_of = torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, 0)
+    found = (line.bool(), line, line_of, float("nan"), judged)
+    massive = probes.MassiveResult(head, head.long(), line_of, (), STATE_SITE["vision"])
+    received = probes.ReceivedResult(head, line, (), head, line)
+    evidence = probes.EvidenceResult(massive, received, None, judged, ())
+    return Detection(repr(rule), "vision", (), *found), evidence
 
 
 class Measured:
@@ -180,39 +200,51 @@ class Measured:
     ) -> None:
         a = lvlm.anatomy
         self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
-        self.last = a.feed_layers[-1]  # the last vision block that feeds the projector
-        vision, language = probes.SinkEvidence(tower="vision"), probes.SinkEvidence()
-        v, low = (  # the gap rule needs no probe of its own
-            own if isinstance(rule, Gap) else rule.probe(own.tower, None, a.tower(own.tower))
-            for own, rule in ((vision, rules.v), (language, rules.l_rule))
-        )
+        sees = not unseen(a.vision, [sample])
+        self.feeds = a.reaching if sees else ()  # vision blocks whose output reaches the decoder
+        towers, k = (a.vision, a.language) if sees else (a.language,), min(16, a.language.d_model)
+        own: dict[str, Any] = {of.tower: probes.SinkEvidence(tower=of.tower) for of in towers}
+        judged, halves = {}, {"vision": [], "language": []}
+        for of in towers:
+            rule = rules.v if of is a.vision else rules.l_rule
+            judged[of.tower] = rule.probe(of.tower, None, of)
+            if isinstance(rule, Gap):  # it needs no probe of its own
+                judged[of.tower] = own[of.tower]
+            for site in ("attn_out", "mlp_out") if of.adding else ():
+                parts = of.adding, of.tower, min(k, of.d_model), site
+                halves[of.tower].append(probes.MassiveActivations(*parts))
         vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
         llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
         writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-        k, sites = min(16, a.vision.d_model, a.language.d_model), ("attn_out", "mlp_out")
-        of_halves = [
-            [probes.MassiveActivations(blocks, own.tower, k, site) for site in sites if blocks]
-            for own, blocks in ((vision, a.vision.adding), (language, a.language.adding))
-        ]
-        halves = [*of_halves[0], *of_halves[1]]
-        asked: list[Any] = [vision, language, vit_norms, llm_norms, *writes, v, low, *halves]
+        asked = [*own.values(), *[vit_norms] * sees, llm_norms, *writes, *judged.values()]
+        asked += [*halves["vision"], *halves["language"]]
         run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
-        self.vision, self.language = run[vision], run[language]
-        self.v = decided(rules.v, run, v, lvlm, sample)
-        self.low = decided(rules.l_rule, run, low, lvlm, sample)
         # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = ([run[half] for half in both] for both in of_halves)
-        self.vit_norms = run[vit_norms].norms  # [image layer pos]
+        self.vit_halves, self.llm_halves = (
+            [run[half] for half in both] for both in halves.values()
+        )
+        self.language = run[own["language"]]
+        found = decided(rules.l_rule, run, judged["language"], lvlm, sample)
+        self.low = over_layers(found, self.language.layers)
+        self.v, self.vision = nothing_seen(rules.v)
+        if sees:
+            found = decided(rules.v, run, judged["vision"], lvlm, sample)
+            self.vision, self.vit_norms = (
+                run[own["vision"]],
+                run[vit_norms].norms,
+            )  # [image layer pos]
+            self.v = over_layers(found, self.vision.layers)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
         self.excess = self.language.received.excess()  # [batch layer head key]
         # In the layers where what a head writes is known; the ratio is [batch layer head key].
         self.writes = run[writes[0]] if writes else None
         self.ratio = None if self.writes is None else self.writes.ratio()
-        # ViT tokens that attract attention in most blocks up to the last, [image pos]: some head gives them
-        # draws beyond uniform attention, and 5 times uniform attention (ACT, 2406.15765), for few tokens.
+        # ViT tokens that attract attention in most blocks up to the last feed that attend, [image pos]: some
+        # head gives them draws beyond uniform attention, and 5 times uniform (ACT, 2406.15765), for few tokens.
         uniform: Any = self.vision.received.others_null
         attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=draws)
-        self.attended = attended[:, : self.last + 1].float().mean(dim=1) > 0.5
+        blocks = [i for i in a.vision.attending if self.feeds and i <= self.feeds[-1]]
+        self.attended = attended[:, blocks].float().mean(dim=1).nan_to_num() > 0.5
 
     def records(self, v_sinks: Tensor, attended: Tensor) -> tuple[SinkRecord, ...]:
         """One record per sink and per image token that is attended without one, in position order."""
@@ -233,17 +265,18 @@ class Measured:
         return tuple(found)
 
     def _in_vision(self, image: int, sources: tuple[int, ...]) -> dict[str, Any]:
-        if image < 0:
+        if image < 0 or not sources:  # such as a newline, which the tower does not fill
             return {}
-        token = sources[int(self.v.scores[image, self.last, list(sources)].nan_to_num().argmax())]
-        channels = _channels(self.vision.massive, image, self.last, token)
+        last = self.feeds[-1]
+        token = sources[int(self.v.scores[image, last, list(sources)].nan_to_num().argmax())]
+        channels = _channels(self.vision.massive, image, last, token)
         # Unbroken up to the state that the projector reads; later blocks do not matter.
-        birth, half = birth_block(self.v.mask[image, : self.last + 1, token]), None
+        birth, half = birth_block(self.v.mask[image, : last + 1, token]), None
         if birth is not None:
             half = _writer(self.vit_halves, image, birth, token, channels[0][0])
         parts: dict[str, Any] = {"vit_token": token, "vit_birth": birth, "vit_writer": half}
         parts["vit_kind"] = VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])]
-        parts["vit_norm"] = float(self.vit_norms[image, self.last, token])
+        parts["vit_norm"] = float(self.vit_norms[image, last, token])
         parts["vit_drawn"] = tuple(self.vision.drawn()[image, :, token].tolist())
         return parts | {"vit_channels": channels}
 

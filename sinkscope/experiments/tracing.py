@@ -16,7 +16,7 @@ from sinkscope.checks import check_number, is_whole, typed
 from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
 from sinkscope.detectors.gap import DRAWS, outcome_of
 from sinkscope.errors import CheckpointError, DetectorError, SelectionError
-from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named
+from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named, placed
 from sinkscope.files import write_whole
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
@@ -99,8 +99,29 @@ class SinkTrace(Result):
         found: dict[Tower, Tensor] = {"vision": self.v_sinks, "language": self.l_detection.mask}
         return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the model or the sample could not be looked at, and what follows."""
+        tokens, notes = self.sample.tokens, []
+        if why := tokens.unmapped or ("" if self.feeds else "no token is known to show an image"):
+            notes.append(f"{why}: no token of the LLM is known to be a V-sink.")
+        for tower, seen in (("vision tower", self.vision), ("LLM", self.language)):
+            unread = seen.received.received.isnan().all(dim=3).all(dim=2).all(dim=0)
+            if blocks := unread.nonzero().flatten().tolist():
+                notes.append(
+                    f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN."
+                )
+        return tuple(notes)
+
     def _outcome(self, tower: Tower) -> str:
-        rule, seen, _, layers = self._judged(tower)
+        rule, seen, found, layers = self._judged(tower)
+        if tower == "vision" and (self.sample.tokens.unmapped or not layers):
+            many = int(found.mask[:, layers].any(dim=1).sum())
+            told = (
+                f"; the rule flags {many} ViT tokens, whose places in the LLM are unknown"
+                * bool(many)
+            )
+            return self.notes[0].partition(": ")[0] + told
         if isinstance(rule, NoSinks):
             return rule.reason
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
@@ -115,6 +136,8 @@ class SinkTrace(Result):
     def _candidates(self, tower: Tower) -> Iterator[Candidate]:
         """Three tokens per row for their attention and three for their spike, the most attended first."""
         _, evidence, detection, layers = self._judged(tower)
+        if not layers:
+            return
         excess, tokens = evidence.received.excess(), self.sample.tokens
         live = tokens.vision.live if tower == "vision" else tokens.live
         large = evidence.prominence()[:, layers].nan_to_num(-1.0)
@@ -291,15 +314,14 @@ def trace_sinks(
         rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
-    m, blocks = Measured(lvlm, sample, rules, draws, remote), lvlm.anatomy.feed_layers
-    feeds = [m.v.layers.index(block) for block in blocks]
-    v_sinks = carry(sample, m.v, feeds, merge)
-    attended = (sample.tokens.from_vision(m.attended.float()).nan_to_num() > 0) & ~v_sinks
+    m = Measured(lvlm, sample, rules, draws, remote)
+    v_sinks = carry(sample, m.v, m.feeds, merge)
+    attended = (placed(sample, m.attended.float()) > 0) & ~v_sinks
     # What concerns the decision: the feeding blocks, and every LLM layer.
-    saturated, known = bool((m.v.fraction[:, feeds] > 0.2).any()), known_for(lvlm)
+    saturated, known = bool((m.v.fraction[:, m.feeds] > 0.2).any()), known_for(lvlm)
     warnings = (*(m.v.warnings if saturated else ()), *m.low.warnings)
     if known is not None and not known.default:
         text = f"Channels {known.l_dims} were reported for {known.name} ({known.source}); they are not "
         warnings = (*warnings, text + "used unasked.")
-    found = v_sinks, attended, m.records(v_sinks, attended), blocks
+    found = v_sinks, attended, m.records(v_sinks, attended), m.feeds
     return SinkTrace(sample, rules, m.v, m.low, *found, m.vision, m.language, draws, warnings)

@@ -10,6 +10,7 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``call``, ``bind``: labels of the attention call and of the callee's binding, for attention;
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
 * ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``; reads see what the edits, in order, left;
+* ``tokens``: rows and tokens of the sample, which states must have, and ``keys``, whether keys must; may be absent;
 * ``stages``: the stage of every edit of attention; its kernel finds it in ``state["stage"]``.
 """
 
@@ -17,9 +18,9 @@ import torch
 
 
 def locate(root, path):
-    """The module or envoy at a dotted path, or the number or parameter; digits index lists."""
+    """The module or envoy at a dotted path, "" for the root, or the number or parameter; digits index lists."""
     owner = here = root
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         owner, here = here, here[int(part)] if part.isdigit() else getattr(here, part)
     if getattr(here, "is_meta", False) is True:  # offloaded by accelerate between two passes
         return owner._hf_hook.weights_map[path.rpartition(".")[2]]
@@ -31,6 +32,22 @@ def first_tensor(value):
     while isinstance(value, (tuple, list)):
         value = value[0]
     return value
+
+
+def check_tokens(step, what, shape, found):
+    """RuntimeError if what is found at a site is not one row per batch row and one entry per token."""
+    if "tokens" in step and tuple(found) != step["tokens"]:
+        where = f"{step['path']}, where {step['name']} is read, has {what} {tuple(shape)}"
+        raise RuntimeError(
+            f"{where}; expected {step['tokens']} rows and tokens, as the sample has them. This site of this "
+            "model cannot be read."
+        )
+
+
+def key_of(call):
+    """The key of an attention call."""
+    _, args, kwargs = call
+    return args[2] if len(args) > 2 else kwargs["key"]
 
 
 def query_of(call):
@@ -85,6 +102,8 @@ def read_site(root, tracer, step, state, out):
         value = first_tensor(here.input if step["how"] == "input" else here.output)
         if step.get("spatial"):
             value = value.flatten(1, 2)
+        if step["name"] != "mlp_hidden":
+            check_tokens(step, "states of the shape", value.shape, value.shape[:-1])
         factors = factors_at(root, step.get("factors", ()), value.device)
         return edit_value(here, step, value, factors, state, out)
     source, once = here.source, step["fires"] == "once"
@@ -100,6 +119,9 @@ def read_site(root, tracer, step, state, out):
         getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
     if once:
         call = (function, *getattr(source, step["call"]).inputs)
+        if step.get("keys"):
+            shape = key_of(call).shape
+            check_tokens(step, "keys of the shape", shape, (shape[0], shape[2]))
         return [edit_call(source, step, call, None, now, state, out)]
     for _ in tracer.iter[:]:
         call = (function, *getattr(source, step["call"]).inputs)

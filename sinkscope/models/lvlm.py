@@ -26,7 +26,15 @@ from sinkscope.models.made_inputs import made_inputs
 from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
-from sinkscope.models.runs import Generation, OpenTrace, Run, finish_run, generate_plan, run_plan
+from sinkscope.models.runs import (
+    Generation,
+    OpenTrace,
+    Run,
+    finish_run,
+    generate_plan,
+    generator_of,
+    run_plan,
+)
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -270,7 +278,8 @@ class LVLM:
         """
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
-        defaults = getattr(self._module, "generation_config", None)
+        at = generator_of(self._module)
+        defaults = getattr(self._module.get_submodule(at), "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         options |= checking.check_generation(sample, options, defaults)
@@ -278,7 +287,7 @@ class LVLM:
         context = partial(Context, self.anatomy, sample.tokens)
         first = checking.plan_of(asked, edits, context(0), self)
         plans = [first, checking.plan_of(later, edits, context(1), self)]
-        outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where)
+        outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where, at)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):

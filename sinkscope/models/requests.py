@@ -60,7 +60,7 @@ def plan_of(
     for slot, it in enumerate(interventions):
         getattr(it, "check_fits", lambda _: None)(model)
         mine = it.edits(context)
-        check_reach(it, mine, context.anatomy.feed_layers)
+        check_reach(it, mine, context.anatomy.reaching)
         edits += [(slot, edit) for edit in mine]
     steps: dict[Site, dict[str, Any]] = {}
     edits.sort(key=lambda edit: (STAGES.index(edit[1].stage), edit[1].look))
@@ -69,7 +69,15 @@ def plan_of(
         question = (slot, one.kernel, dict(one.parameters))
         step["edits" if isinstance(one, Edit) else "reads"].append(question)
         step["stages"] += [one.stage] if isinstance(one, Edit) else []
-    return [step_at(context.anatomy, site, **steps[site]) for site in sorted(steps)]
+    plan = [step_at(context.anatomy, site, **steps[site]) for site in sorted(steps)]
+    moved = {getattr(it, "changes_positions_of", None) for it in interventions}
+    for step in plan:
+        tower = step["tower"]
+        if tower not in ("projector", *moved) and context.layout(tower) is None:
+            step["tokens"] = tuple(context.live(tower).shape)  # of decode steps the keys may be any
+            step["keys"] = not context.step
+        step["moved"] = tower in moved
+    return plan
 
 
 def step_at(

@@ -1,7 +1,9 @@
 """Run a plan on a model through nnsight: one trace for any number of probes and interventions."""
 
+import os
 import sys
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +16,13 @@ import nnsight
 import torch
 from cloudpickle import list_registry_pickle_by_value, unregister_pickle_by_value
 from torch import Tensor
+from transformers import GenerationMixin
 
 from sinkscope import errors
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
-from sinkscope.kernels.walk import last_logits, read_site, walk
+from sinkscope.kernels.walk import last_logits, locate, read_site, walk
 from sinkscope.models.requests import Plan, step_at
 from sinkscope.models.wrapping import ByName, Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
@@ -56,19 +59,61 @@ def travelling(names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
+def explained(*, moved: bool) -> Iterator[None]:
+    """Errors of this library in the place of those that a kernel raises inside a pass, and, where edits have
+    ``moved`` tokens, the model itself."""
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if f"{os.sep}sinkscope{os.sep}" in frame.filename]
+        said, known = str(error).strip(), (errors.SinkscopeError, torch.OutOfMemoryError)
+        inside = bool(ours) and "kernels" in ours[-1].filename
+        if isinstance(error, known) or not (inside or moved):
+            raise
+        if not inside:
+            got = f"The model fails on tokens that an edit has put in ({type(error).__name__}: {said})"
+            wanted = "a tower whose masks and positions follow the number of tokens"
+            raise errors.InterventionError(f"{got}; expected {wanted}.") from error
+        if not str(frames[-1].line).startswith("raise"):
+            got = f"{ours[-1].name} failed on what this model gives it ({type(error).__name__}: {said})"
+            raise errors.ModelError(
+                f"{got}; expected what its anatomy says. Please report this class."
+            ) from error
+        kind = errors.AttentionCallError if isinstance(error, RuntimeError) else errors.ProbeError
+        raise kind(said) from error
+
+
+def generator_of(module: Any) -> str:
+    """The path of the part whose passes ``generate`` makes, "" for the model itself: some models embed the
+    prompt and call ``generate`` of the language model inside. ModelError if there is none."""
+    own = getattr(type(module), "generate", None)
+    parts = [(p, m) for p, m in module.named_modules() if isinstance(m, GenerationMixin)]
+    if own is None or not parts:
+        got = f"Got a {type(module).__name__}, which has no generate of transformers"
+        raise errors.ModelError(
+            f"{got}; expected one. Write lvlm.run(sample, ...) for single passes."
+        )
+    inner = [path for path, _ in parts if path]
+    return inner[0] if inner and own is not GenerationMixin.generate else ""
+
+
+@contextmanager
 def ready_to_trace(
-    model: Model, *plans: Plan, grad: bool = False, where: Where = False
+    model: Model, *plans: Plan, grad: bool = False, where: Where = False, at: str = ""
 ) -> Iterator[Any]:
-    """Lend nnsight what some plans look at; kernels travel to servers with their own module only."""
+    """Lend nnsight what some plans look at, and the part ``at`` a path; kernels travel to servers with their
+    own module only."""
     steps = [step for plan in plans for step in plan]
     kernels = [one[1] for step in steps for one in (*step["reads"], *step["edits"])]
     homes = {"sinkscope", *(kernel.__module__ for kernel in kernels)} & sys.modules.keys()
-    paths = {"", *(step["path"] for step in steps)}
+    paths = {"", at, *(step["path"] for step in steps)}
     outputs = {step["path"] for step in steps if step["how"] == "output"}
     if where:
         nnsight.ndif.pull_env()  # what nnsight registers itself, once per process, is not ours
     homes = homes - {"__main__"} if where else set()
-    with travelling(homes), model.on(paths, outputs, grad) as traced:
+    moved = any(step.get("moved") for step in steps)
+    with explained(moved=moved), travelling(homes), model.on(paths, outputs, grad) as traced:
         yield traced
 
 
@@ -98,16 +143,17 @@ def run_plan(
 
 
 def generate_plan(
-    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where
+    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where, at: str = ""
 ) -> tuple[list[Output], Tensor]:
-    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step."""
-    save, go, pick = nnsight.save, walk, last_logits
+    """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step, of the
+    part ``at`` a path that `generator_of` gives."""
+    save, go, pick, part = nnsight.save, walk, last_logits, locate
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
     given: dict[str, Any] = {**options, "disable_compile": True}
     given |= {"remote": where} if where else {"fn": "generate"}
-    with ready_to_trace(model, *plans, where=where) as traced, warnings.catch_warnings():
+    with ready_to_trace(model, *plans, where=where, at=at) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
         with (traced.generate if where else traced.trace)(**given) as tracer:
@@ -116,15 +162,19 @@ def generate_plan(
                 for step in tracer.iter[:]:
                     plan = step_plan if step else prompt_plan
                     answers = go(traced, tracer, plan, step, memory)
-                    steps.append((answers, pick(traced.output.logits, newest)))
+                    steps.append((answers, pick(part(traced, at).output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
-    made = sequences.shape[1] - inputs["input_ids"].shape[1]
+    prompt, sequences = inputs["input_ids"].cpu(), sequences.detach().cpu()
+    if not torch.equal(sequences[:, : prompt.shape[1]], prompt):
+        got = "The model's generate changes the prompt that it is given; expected sequences that begin with it"
+        raise errors.ModelError(f"{got}. Write lvlm.run(sample, ...) for single passes.")
+    made = sequences.shape[1] - prompt.shape[1]
     if len(steps) != made:
         got = f"Read {len(steps)} of {made} forward passes; expected all. A site was not reached at"
         write = "write lvlm.run(...), or leave out the probe of that site."
         raise errors.AttentionCallError(f"{got} every decode step: {write}")
-    return [(sited(answers), logits) for answers, logits in steps], sequences.detach().cpu()
+    return [(sited(answers), logits) for answers, logits in steps], sequences
 
 
 def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> Answers:

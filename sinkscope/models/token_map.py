@@ -275,7 +275,8 @@ def vision_map(
     layout = layout.masked_fill(~live, -1)
     shape = torch.tensor([[g.rows, g.columns] for g in grids], dtype=torch.long).reshape(-1, 2)
     none = torch.zeros(many, dtype=torch.long)
-    return VisionMap(kind, live, row, column, box, shape, layout if packed else None, none)
+    length = len(pixels) if packed else 0
+    return VisionMap(kind, live, row, column, box, shape, layout if packed else None, none, length)
 
 
 def build_token_map(

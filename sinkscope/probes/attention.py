@@ -20,7 +20,7 @@ from sinkscope.kernels.received import received
 from sinkscope.probes.per_layer import AttentionProbe
 from sinkscope.probes.residual import MassiveActivations, MassiveResult
 from sinkscope.protocols import Read
-from sinkscope.results import Record, Result, in_layers, stack_layers, tidy
+from sinkscope.results import Record, Result, in_layers, over_layers, stack_layers, tidy
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 from sinkscope.viz import plot_heads
@@ -290,7 +290,7 @@ class SinkEvidence(Record):
     """What tells a sink: how large its state is, and how much attention other tokens give it.
 
     Spikes are read at ``resid_pre`` in the LLM (what a block's attention reads) and at ``resid_post`` in the
-    vision tower (what the projector may read).
+    vision tower (what the projector may read). Attention is NaN in layers that have none.
     """
 
     needs: ClassVar[str] = "gradients"
@@ -298,24 +298,44 @@ class SinkEvidence(Record):
     tower: Tower = "language"
 
     def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
-        layers, vision = context.layers(self.tower, self.layers), self.tower == "vision"
-        k = min(16, context.tower(self.tower).d_model)  # enough to find a spike in the first state
-        read, attended = (layers, None) if vision else (sorted({0, *layers}), layers)
+        layers, tower = context.layers(self.tower, self.layers), context.tower(self.tower)
+        k, vision = (
+            min(16, tower.d_model),
+            self.tower == "vision",
+        )  # k finds a spike in the first state
+        read = layers if vision else sorted({0, *layers})
+        attended = [i for i in tower.attending if vision or i in layers]
         massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
         events = {"others": True, "events": not vision}
         return massive, ReceivedAttention(attended, tower=self.tower, **events)
 
     def reads(self, context: Context) -> list[Read]:
         """States and attention of every layer."""
-        return [read for part in self._parts(context) for read in part.reads(context)]
+        parts = (part for part in self._parts(context) if part.layers)
+        return [read for part in parts for read in part.reads(context)]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
         """Both results, and the embeddings' channels apart."""
         massive, received = self._parts(context)
         attention = {site: answers[site] for site in answers if site.name == "attention"}
-        states, drawn = massive.finish(answers, context), received.finish(attention, context)
-        layers = context.layers(self.tower, self.layers)
+        layers, states = context.layers(self.tower, self.layers), massive.finish(answers, context)
+        drawn = (
+            received.finish(attention, context) if received.layers else _unread(self.tower, context)
+        )
+        drawn = over_layers(
+            drawn, context.layers("vision", None) if self.tower == "vision" else layers
+        )
         first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
         if self.tower == "vision":
             first, judged = None, context.tokens.vision.select("patch")
         return EvidenceResult(in_layers(states, layers), drawn, first, judged, layers)
+
+
+def _unread(tower: Tower, context: Context) -> ReceivedResult:
+    """What is received where no layer attends: a result without a layer."""
+    rows, keys = context.live_keys(tower).shape
+    heads = max(1, context.tower(tower).heads)
+    by_head, by_key = torch.zeros(rows, 0, heads, keys), torch.zeros(rows, 0, keys)
+    event = torch.zeros(rows, 0, heads) if tower == "language" and not context.step else None
+    sink = None if event is None else event.long()
+    return ReceivedResult(by_head, by_key, (), by_head, by_key, sink, event, event)

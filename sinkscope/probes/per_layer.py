@@ -62,7 +62,7 @@ class LayerProbe(Record):
         for site in sites:
             check_choice(self.at_sites, site=site, error=ProbeError)
         parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})
-        for layer in context.layers(self.tower, self.layers):
+        for layer in self._layers(context):
             own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
             reads += [Read(Site(self.tower, site, layer), self.kernel, own) for site in sites]
         return reads
@@ -73,7 +73,7 @@ class LayerProbe(Record):
         axes, made = axes_of(self.result), {}
         for name in (f.name for f in fields(self.result)):
             if name == "layers":
-                made[name] = context.layers(self.tower, self.layers)
+                made[name] = self._layers(context)
             elif axes.get(name, ())[:2] == ("batch", "layer"):
                 made[name] = self._stacked(answers, name, axes[name], context)
             elif name in axes:
@@ -82,6 +82,10 @@ class LayerProbe(Record):
                 value = getattr(self, name)
                 made[name] = value if isinstance(value, (str, float)) else tuple(value)
         return self.result(**made)
+
+    def _layers(self, context: Context) -> tuple[int, ...]:
+        """The layers that are asked, ascending."""
+        return context.layers(self.tower, self.layers)
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         """Parameters of the kernel; raises if those of the probe fit neither model nor sample."""
@@ -116,19 +120,27 @@ class LayerProbe(Record):
 
 
 class AttentionProbe(LayerProbe, needs="attention"):
-    """A probe of attention calls."""
+    """A probe of attention calls. ``layers=None`` are those that attend: a layer of linear attention, a
+    convolution or Mamba has no weights."""
 
     at_sites: ClassVar[tuple[str, ...]] = ("attention",)
     site: str = "attention"
 
     def reads(self, context: Context) -> list[Read]:
         """One read per layer, whose sizes are the same in what is stacked."""
-        tower, layers = context.tower(self.tower), context.layers(self.tower, self.layers)
+        tower, layers = context.tower(self.tower), self._layers(context)
         axes = {axis for names in axes_of(self.result).values() for axis in names}
         for axis, size in (("head", "heads"), ("kv_head", "kv_heads"), ("d_head", "d_head")):
             if axis in axes:
                 tower.size(size, [layer for layer in layers if layer in tower.attending])
         return super().reads(context)
+
+    def _layers(self, context: Context) -> tuple[int, ...]:
+        """The layers asked for, or all that attend; AttentionCallError with a reason if none does."""
+        tower = context.tower(self.tower)
+        if self.layers is None and not tower.attending:
+            tower.call(0)
+        return tower.layers(tower.attending if self.layers is None else self.layers)
 
     def _refuse_flash(self, context: Context, what: str = "") -> None:
         """Refuse a flash kernel for what needs attention in fp32."""

@@ -216,7 +216,7 @@ class ChannelValues(LayerProbe, kernel=kernels.channels, result=ChannelResult):
     def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
         """Stack layers and sites and mask the padding."""
         by_layer = {}
-        for layer in context.layers(self.tower, self.layers):
+        for layer in self._layers(context):
             values = [answers[Site(self.tower, site, layer)] for site in self.sites]
             by_layer[Site(self.tower, self.site, layer)] = torch.stack(values, dim=1)
         return super().finish(by_layer, context)

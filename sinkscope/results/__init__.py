@@ -137,6 +137,25 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
     return replace(result, layers=tuple(map(int, layers)), **some)
 
 
+def over_layers(result: Any, layers: Sequence[int]) -> Any:
+    """The same result in all of some layers: NaN, -1 or False in those that it lacks."""
+    if result.layers == tuple(layers):
+        return result
+    at, made = [tuple(layers).index(layer) for layer in result.layers], {}
+    for name, axes in axes_of(type(result)).items():
+        if axes[1:2] == ("layer",) and (old := getattr(result, name)) is not None:
+            fill = (
+                float("nan")
+                if old.is_floating_point()
+                else False
+                if old.dtype == torch.bool
+                else -1
+            )
+            made[name] = old.new_full((len(old), len(layers), *old.shape[2:]), fill)
+            made[name][:, at] = old
+    return replace(result, layers=tuple(layers), **made)
+
+
 def stack_layers(
     answers: Mapping[Site, Any], part: str | None = None, axis: int = -1, keys: int = 0
 ) -> Tensor:
@@ -148,6 +167,14 @@ def stack_layers(
     for i, value in enumerate(values):
         if more := longest - value.shape[axis]:  # a sliding cache holds the last keys only
             values[i] = nn.functional.pad(value, (*after, more, 0), value=float("nan"))
+    shapes = {
+        tuple(value.shape): site.layer for site, value in zip(sorted(answers), values, strict=True)
+    }
+    if len(shapes) > 1:
+        got = f"Got layers that give tensors of different shapes, {[*shapes]}; expected one shape to stack"
+        raise LayerError(
+            f"{got}. Write layers={[*shapes.values()][:1]}, and ask the other kinds apart."
+        )
     return torch.stack(values, dim=1)
 
 

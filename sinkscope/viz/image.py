@@ -129,9 +129,15 @@ def shown_records(trace: Trace, row: int, layer: int | None) -> list[Any]:
 
 def draw_picture(ax: Axes, trace: Trace, row: int, image: int, *, grey: bool = False) -> float:
     """Draw the image, if there is one, under the grid of patches; returns the points that a token is wide."""
-    own = theme.images_of(trace, row)
+    own, tokens = theme.images_of(trace, row), trace.sample.tokens
+    if not own or not bool((tokens.row[row] >= 0).any()):
+        why = tokens.unmapped or "no token is known to show an image"
+        raise SelectionError(
+            f"Got row {row} of a sample in which {why}; expected image tokens with a place in a picture. Write "
+            "trace.plot() for the figures that need none."
+        )
     theme.check_place(len(own), f", counted within row {row}", image=image)
-    box = trace.sample.tokens.vision.box[own[image]]
+    box = tokens.vision.box[own[image]]
     boxes = box[~box.isnan().any(dim=-1)]
     x0, y0, x1, y1 = (*boxes[:, :2].amin(dim=0).tolist(), *boxes[:, 2:].amax(dim=0).tolist())
     images = trace.sample.images

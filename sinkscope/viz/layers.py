@@ -42,9 +42,12 @@ def plot_received_by_layer(
     _draw_curves(ax, curves, trace.l_detection.layers)
     every = torch.stack([part for curve in curves.values() for part in curve])
     every = every[every > 0]
-    ax.set_yscale("log")
-    ax.set_ylim(float(every.min()) / 1.6, min(1.2, 2.5 * float(every.max())))
-    theme.plain_log(ax.yaxis)
+    if len(every):
+        ax.set_yscale("log")
+        ax.set_ylim(float(every.min()) / 1.6, min(1.2, 2.5 * float(every.max())))
+        theme.plain_log(ax.yaxis)
+    else:
+        theme.say(ax, "no layer attends", 0.5, fontsize=LABEL)
     title = f"Attention per token, {'mean' if heads == 'mean' else 'largest'} of heads"
     return theme.finish(ax, title, "LLM layer", "attention received, 0 to 1")
 
@@ -116,7 +119,7 @@ def plot_detections(trace: Trace, row: int = 0, *, ax: Axes | None = None) -> Fi
     ax = theme.new_axes(ax, (5.6, 4.2))
     vision, language = trace.v_detection.fraction[images], trace.l_detection.fraction[row]
     _draw_towers(ax, vision, language, ("V rule, ViT", "L rule, LLM"))
-    top = max(float(vision.max()), float(language.max()))
+    top = max([*vision.flatten().tolist(), float(language.max())])
     ax.set_ylim(-0.01, max(0.26, min(1.05, 1.15 * top)))
     ax.axhline(0.2, **LIMIT, label="saturated above 20 %")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -154,8 +157,8 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
     A row with several images shows each with its sinks, and below them the masses or, without them, the
     attention by layer. ``mass`` is the result of ``AttentionMass(trace.groups)``.
     """
-    many = len(theme.images_of(trace, row))
-    tall = 4.2 * -(-many // 3)
+    many, placed = len(theme.images_of(trace, row)), bool((trace.sample.tokens.row[row] >= 0).any())
+    tall = 4.2 * max(1, -(-many // 3))
     figure = theme.new_figure((13.5, tall + 4.6))
     halves: Any = figure.subfigures(2, 1, height_ratios=[tall, 4.4])
     below = [partial(plot, trace, row) for plot in (plot_spikes, plot_detections)]
@@ -165,9 +168,11 @@ def plot_trace(trace: Trace, row: int = 0, *, mass: Any = None) -> Figure:
         below.insert(0, partial(plot_received_by_layer, trace, row))
     above: list[Any] = [plot_sinks_on_image, plot_received_map, plot_received_by_layer]
     sizes: dict[str, Any] = {"width_ratios": (1.0, 1.15, 1.12)}
-    if many > 1:
+    if not many or not placed:  # there is no picture, or its tokens have no place in it
+        above, sizes = [plot_received_by_layer], {}
+    if many > 1 and placed:
         above, sizes = [partial(plot_sinks_on_image, image=i) for i in range(many)], {}
-    parts = halves[0].subfigures(-(-many // 3), min(3, len(above)), squeeze=False, **sizes)
+    parts = halves[0].subfigures(-(-len(above) // 3), min(3, len(above)), squeeze=False, **sizes)
     for plot, part in zip(above, parts.flatten(), strict=False):
         plot(trace, row, ax=part.subplots())
     for plot, ax in zip(below, halves[1].subplots(1, len(below)), strict=True):

@@ -42,8 +42,11 @@ def token_name(tokens: TokenMap, row: int, pos: int, words: Any) -> tuple[str, b
     if pos >= tokens.ids.shape[1] or int(tokens.image[row, pos]) < 0:
         return readable(words[row][pos] if words else None), False
     image, index = int(tokens.image[row, pos]), int(tokens.image_index[row, pos])
-    kind = VISION_KINDS[int(tokens.vision.kind[index, int(tokens.sources[row, pos, 0])])]
-    if kind in ("cls", "register"):
+    first = int(tokens.sources[row, pos, 0])  # -1 for a newline, and where no source is known
+    kind = VISION_KINDS[int(tokens.vision.kind[index, first])] if first >= 0 else "newline"
+    if first < 0 and (tokens.part is None or tokens.unmapped or int(tokens.row[row, pos]) >= 0):
+        kind = "token"
+    if kind in ("cls", "register", "newline", "token"):
         return f"image {image} {'CLS' if kind == 'cls' else kind}", False
     return f"image {image} {int(tokens.row[row, pos])},{int(tokens.column[row, pos])}", True
 
@@ -168,7 +171,7 @@ def listed(trace: Trace, limit: int | None) -> list[tuple[list[Any], str]]:
     for kind, noun in KINDS.items():
         found, remark = of_kind(trace, kind), ""
         if not found and kind in SINKS:
-            remark = f"{noun}s: none found"
+            remark = f"{noun}s: {'unknown' if kind == 'V' and not placing(trace) else 'none found'}"
         elif limit is not None and len(found) > limit:
             remark = f"{noun}s: {len(found) - limit} more, that draw less, are not listed"
         out.append((sorted(found[:limit], key=lambda r: r.batch), remark))
@@ -178,7 +181,13 @@ def listed(trace: Trace, limit: int | None) -> list[tuple[list[Any], str]]:
 def counts(trace: Trace, row: int | None = None) -> str:
     """``2 V-sinks, no L-sinks, 1 text sink``."""
     found = {kind: len(of_kind(trace, kind, row)) for kind in KINDS}
-    return ", ".join(plural(n, KINDS[kind]) for kind, n in found.items() if kind in SINKS or n)
+    said = {kind: plural(n, KINDS[kind]) for kind, n in found.items() if kind in SINKS or n}
+    return ", ".join((said if placing(trace) else said | {"V": "V-sinks unknown"}).values())
+
+
+def placing(trace: Trace) -> bool:
+    """Whether it is known where ViT tokens go in the LLM."""
+    return bool(trace.feeds) and not trace.sample.tokens.unmapped
 
 
 def rules(trace: Trace) -> list[tuple[str, str, str]]:
@@ -193,6 +202,7 @@ def rules(trace: Trace) -> list[tuple[str, str, str]]:
         ("V", neat(trace.v_detection.detector), f"flags {v:.1%} of the image tokens"),
         ("L", neat(trace.l_detection.detector), f"flags at most {low:.1%} of them in a layer"),
         ("Overlap", "", met),
+        *(("Note", "", note) for note in trace.notes),
     ]
 
 
