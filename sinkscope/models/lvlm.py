@@ -22,7 +22,6 @@ from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample, reads_words_only
-from sinkscope.models.made_inputs import made_inputs
 from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
@@ -35,6 +34,7 @@ from sinkscope.models.runs import (
     generator_of,
     run_plan,
 )
+from sinkscope.models.stand_ins import made_inputs, stand_in
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -68,8 +68,8 @@ class LVLM:
         self._proofs: tuple[Any, Any] = ({}, None)
         self._unproven = verify and self.device.type != "meta"
         self._open = OpenTrace(self._places.here, self._anatomy)
-        self._maps = PatchMaps(module)
-        self._asked = self.device.type == "meta"
+        self._maps = PatchMaps(module, stand_in)
+        self._asked = False
         if verify and (first := self._first_sample()) is not None:
             self._prove(first)
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import NonFiniteError
 from sinkscope.kernels.walk import first_tensor
+from sinkscope.models.gradients import destinations, note_boxes, reached, sources_of, weights_of
 from sinkscope.models.wrapping import ONE_AT_A_TIME, lent, undisturbed
 
-MANY = 4096  # image tokens whose sources are told apart one by one, where ViT tokens feed several
 CROSS = "image states are not placed among the prompt's tokens"
-MIXED = "every image token is made of all ViT tokens"
 
 
 MEASURING: set[int] = set()
@@ -71,11 +70,21 @@ class PatchMap:
 @dataclass(eq=False)
 class PatchMaps:
     """Measures the wiring and the patch maps of a model, and keeps the maps by the shape of the inputs.
-    ``tuples`` are the towers whose blocks return a tuple."""
+    ``tuples`` are the towers whose blocks return a tuple; ``stand_in`` makes what stands for a model without
+    weights."""
 
     module: Any
+    stand_in: Any = None
     tuples: dict[str, bool] = field(default_factory=dict)
     known: dict[Any, PatchMap] = field(default_factory=dict)
+
+    def runs(self, anatomy: Anatomy) -> Any:
+        """The model whose passes are measured: the module, or what stands for one without weights."""
+        if self.module.get_input_embeddings().weight.device.type != "meta":
+            return self.module
+        if not isinstance(self.stand_in, nn.Module):
+            self.stand_in = self.stand_in(self.module, anatomy)
+        return self.stand_in
 
     def wire(self, anatomy: Anatomy, inputs: Mapping[str, Any]) -> Wiring:
         """Run the model once on inputs with a picture, and see what feeds what."""
@@ -97,7 +106,7 @@ class PatchMaps:
                 return real(*args, **kwargs)
 
         between: list[str] = []
-        hooks = list(_watched(self.module, anatomy, between))
+        hooks = list(_watched(self.runs(anatomy), anatomy, between))
         try:
             self._pass(anatomy, inputs, tap, enter)
         finally:
@@ -162,7 +171,7 @@ class PatchMaps:
         if not fills.any():
             return PatchMap(shape, fills.cpu(), nothing, pixels, CROSS)
         sources = torch.full((count, 1), -1)
-        found, why = _sources(states[visual][fills], leaves)
+        found, why = sources_of(states[visual][fills], leaves)
         sources = sources.expand(-1, found.shape[1]).clone()
         sources[fills.cpu()] = found
         return PatchMap(shape, fills.cpu(), sources, pixels, why)
@@ -209,7 +218,7 @@ class PatchMaps:
         pixels = torch.full((len(states), 5), -1)
         if states.requires_grad:
             for leaf, at in zip(leaves, destinations(states, leaves), strict=True):
-                _boxes(at.cpu() if leaf.ndim > 3 else at.cpu().reshape(-1, 1, 1), pixels)
+                note_boxes(at.cpu() if leaf.ndim > 3 else at.cpu().reshape(-1, 1, 1), pixels)
         return pixels
 
     def _alike(self, tower: str, states: Tensor) -> Any:
@@ -224,19 +233,19 @@ class PatchMaps:
         language: Callable[..., Any] | None,
     ) -> None:
         """Run the model with its blocks taken over until one of them ends the pass."""
-        loans = []
+        loans, runs = [], self.runs(anatomy)
         for tower, take in ((anatomy.vision, vision), (anatomy.language, language)):
             for layer, path in enumerate(tower.blocks if take else ()):
-                block = self.module.get_submodule(path)
+                block = runs.get_submodule(path)
                 loans.append((block, {"forward": partial(take, layer, block.forward)}))
         with (
             ONE_AT_A_TIME,
             _measuring(self.module),
-            undisturbed(self.module),
+            undisturbed(runs),
             lent(loans),
             suppress(_Reached),
         ):
-            self.module(**{name: _with_versions(x) for name, x in inputs.items()})
+            runs(**{name: _with_versions(x) for name, x in inputs.items()})
 
 
 @contextmanager
@@ -254,83 +263,6 @@ def _measuring(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         MEASURING.discard(id(module))
-
-
-def destinations(outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Which output, of ``[output d]``, every row of the inputs ``[... d]`` reaches: -1 none, -2 several."""
-    count, weights = len(outputs), _weights(outputs)
-    number = torch.arange(count, device=outputs.device)
-    found = [torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device) for x in inputs]
-    several = [torch.zeros_like(one, dtype=torch.bool) for one in found]
-    reached = [~one for one in several]
-    for bit in range(max(1, (count - 1).bit_length())):
-        on = (number >> bit) & 1
-        hits = (_reached(outputs, weights * (on == side)[:, None], inputs) for side in (0, 1))
-        for i, (zero, one) in enumerate(zip(*hits, strict=True)):
-            several[i] |= zero & one
-            reached[i] &= zero | one
-            found[i] += one.long() << bit
-    return [
-        at.masked_fill(~some, -1).masked_fill(many, -2)
-        for at, some, many in zip(found, reached, several, strict=True)
-    ]
-
-
-def _weights(outputs: Tensor) -> Tensor:
-    """Random numbers by channel, so that no gradient cancels."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(outputs.shape[-1], generator=generator).to(outputs).expand_as(outputs)
-
-
-def _reached(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of every input that have a gradient, bool."""
-    grads = torch.autograd.grad(
-        outputs, list(inputs), weights, retain_graph=True, allow_unused=True
-    )
-    nothing = (torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device) for x in inputs)
-    pairs = zip(grads, nothing, strict=True)
-    return [none if grad is None else (grad != 0).any(dim=-1) for grad, none in pairs]
-
-
-def _sources(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, str]:
-    """The ViT tokens of every image token, int ``[image token, source]``; and why there are none."""
-    count = len(states)
-    at = torch.stack([one.flatten() for one in destinations(states, leaves)]).cpu()
-    if (at == -2).any():
-        if count > MANY:
-            return torch.full((count, 1), -1), f"ViT tokens feed several of {count} image tokens"
-        weights = _weights(states)
-        lines = []
-        for one in range(count):
-            hits = _reached(states[one : one + 1], weights[one : one + 1], leaves)
-            lines.append(torch.stack([hit.flatten() for hit in hits]).any(dim=0).cpu())
-        reads = torch.stack(lines)
-        if (reads == reads[:1]).all() and count > 1:
-            return torch.full((count, 1), -1), MIXED
-    else:
-        reads = torch.zeros(count, at.shape[1], dtype=torch.bool)
-        token = torch.arange(at.shape[1]).expand_as(at)
-        reads[at[at >= 0], token[at >= 0]] = True
-    few = [line.nonzero().flatten() for line in reads]
-    return nn.utils.rnn.pad_sequence(few, batch_first=True, padding_value=-1), ""
-
-
-def _boxes(token: Tensor, pixels: Tensor) -> None:
-    """Note the smallest box of every ViT token, from the token of every pixel ``[... y x]``."""
-    token = token.reshape(-1, *token.shape[-2:])
-    picture, y, x = (token >= 0).nonzero(as_tuple=True)
-    at = token[picture, y, x]
-    for column, value, how in ((0, picture, "amin"), (1, y, "amin"), (2, x, "amin")):
-        pixels[:, column] = _reduced(pixels[:, column], at, value, how)
-    for column, value in ((3, y + 1), (4, x + 1)):
-        pixels[:, column] = _reduced(pixels[:, column], at, value, "amax")
-
-
-def _reduced(start: Tensor, at: Tensor, value: Tensor, how: str) -> Tensor:
-    """The least or largest value of every token, and what stood there for the others."""
-    out = start.scatter_reduce(0, at, value, how, include_self=False)
-    seen = torch.zeros_like(start, dtype=torch.bool).index_fill(0, at, value=True)
-    return torch.where(seen, out, start)
 
 
 def _with_versions(value: Any) -> Any:
@@ -352,7 +284,7 @@ def _read(entries: Iterable[Tensor], leaves: Mapping[int, Tensor]) -> tuple[int,
     found: set[int] = set()
     for value in entries:
         flat = value.reshape(-1, value.shape[-1])
-        hits = _reached(flat, _weights(flat), list(leaves.values()))
+        hits = reached(flat, weights_of(flat), list(leaves.values()))
         found |= {layer for layer, hit in zip(leaves, hits, strict=True) if hit.any()}
     return tuple(sorted(found))
 

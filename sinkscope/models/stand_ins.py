@@ -1,28 +1,80 @@
-"""Make inputs for a model without a processor, from its config: a picture of noise between a few words."""
+"""Stand-ins: inputs for a model without a processor, and weights for what lies between pixels and decoder."""
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.inputs import REFUSALS, token_map, types_of
-from sinkscope.models.wrapping import Inputs, on_device, undisturbed
+from sinkscope.models.wrapping import Inputs, undisturbed
 
 WORDS = 6
 
 
+class Through(nn.Module):
+    """Stands for a block: it returns the states that it is given, in a tuple if the block does."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        made = str(inspect.signature(type(block).forward).return_annotation)
+        self.tuple = "tuple" in made.lower() and "None" not in made
+        self.attention_type = getattr(block, "attention_type", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+        return (states,) if self.tuple else states
+
+
+class Words(nn.Embedding):
+    """Stands for the embeddings of a large vocabulary: all are zero, and take no memory."""
+
+    def __init__(self, embedding: Any) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.padding_idx = None
+        self.weight = nn.Parameter(torch.zeros(1, self.embedding_dim), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.zeros(*input.shape, self.embedding_dim)
+
+
+@torch.no_grad()
+def stand_in(module: Any, anatomy: Anatomy) -> Any:
+    """A copy of a model without weights, on the CPU: blocks pass states on, the rest has random weights.
+
+    What feeds what, and which ViT tokens make an image token, is a matter of the code and the config, so
+    that it can be measured on the copy.
+    """
+    get, embedding = module.get_submodule, module.get_input_embeddings()
+    blocks = [get(path) for path in (*anatomy.vision.blocks, *anatomy.language.blocks)]
+    memo: dict[int, Any] = {id(block): Through(block) for block in blocks}
+    memo |= {id(get(anatomy.head)): nn.Identity(), id(embedding): Words(embedding)}
+    made = copy.deepcopy(module, memo).to_empty(device="cpu").float()
+    for part in made.modules():
+        vars(part).pop("_is_hf_initialized", None)
+        if isinstance(part, Words):
+            part.weight.zero_()
+    made.initialize_weights()  # which also fills buffers that no checkpoint has
+    generator = torch.Generator().manual_seed(0)
+    for weight in made.parameters():
+        if weight.is_floating_point() and weight.shape[0] > 1:
+            weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+    return made.eval()
+
+
 def made_inputs(lvlm: Any) -> dict[str, Tensor] | None:
     """Inputs of an `LVLM` that its model takes, or None where no way that is known here works."""
-    module, anatomy = lvlm.module, lvlm.anatomy
+    module, anatomy = lvlm._maps.runs(lvlm.anatomy), lvlm.anatomy
     if not anatomy.vision.blocks:
         return _around(module, anatomy, 0)
     for pixels in _pictures(module.config, _takes(module)):
         try:
-            count = _count(module, on_device(pixels, lvlm.device))
+            count = _count(module, lvlm._places.placed(pixels))
             inputs = _around(module, anatomy, count) | pixels
             token_map(lvlm, inputs)
         except (*REFUSALS, SinkscopeError):
@@ -44,7 +96,7 @@ def _takes(module: Any) -> set[str]:
 
 def _pictures(config: Any, takes: set[str]) -> Iterator[dict[str, Tensor]]:
     """Pixels in the ways that models take them, likely ones first."""
-    vision = config.vision_config
+    vision = getattr(config, "vision_config", None) or config
 
     def number(*names: str, default: int) -> int:
         found = (getattr(one, name, None) for one in (vision, config) for name in names)
