@@ -129,12 +129,13 @@ class Case:
 
     @cached_property
     def feeding(self) -> references.Feeding:
-        """How the decoder's first states depend on the last vision block that feeds them."""
+        """How what the decoder reads depends on the vision blocks that feed it."""
         vision, language = self.tower("vision"), self.tower("language")
         if not (feeds := self.lvlm.anatomy.feed_layers):
             raise UncheckedError("no vision block is known to feed the decoder")
-        paths = vision.blocks[feeds[-1]], language.blocks[0]
-        return references.Feeding(self.model, self.inputs, *paths, self.tokens.ids.shape)
+        after = vision.blocks[feeds[0] :], [vision.blocks[feed] for feed in feeds]
+        shape = self.tokens.ids.shape
+        return references.Feeding(self.model, self.inputs, *after, language.blocks[0], shape)
 
     @cached_property
     def truth(self) -> dict[tuple[int, int], list[tuple[int, ...]]]:
@@ -144,12 +145,15 @@ class Case:
         places = (self.tokens.image >= 0).nonzero()
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.seed))
         some = places[order[:MOST]].tolist()
-        return {(row, pos): self.feeding.sources(row, pos) for row, pos in some}
+        found = {(row, pos): self.feeding.sources(row, pos) for row, pos in some}
+        if not any(found.values()):
+            raise UncheckedError("no embedding of an image token depends on the vision states")
+        return found
 
     def place(self, image: int, token: int) -> tuple[int, ...]:
         """A ViT token as an address of `truth`."""
         at = (image, token) if self.layout is None else (0, int(self.layout[image, token]))
-        return at[1:] if self.feeding.leaves[0].ndim == 2 else at
+        return at[1:] if self.feeding.ndim == 2 else at
 
     def logits(self, name: str) -> Found:
         """A pass with probes is the plain pass."""
@@ -159,7 +163,7 @@ class Case:
             self.lvlm.run(self.sample, probes=[mass])
             asked.append(mass)
         got = self.lvlm.run(self.sample, probes=asked).logits
-        return float((got.float() - self.plain.float())[self.live[name]].abs().max()), ""
+        return float((got.float() - self.plain.float()).nan_to_num().abs().max()), ""
 
     def image_tokens(self, name: str) -> Found:
         """Image tokens are what the vision tower fills, and the other ones of its id (newlines)."""
@@ -179,10 +183,11 @@ class Case:
 
     def attention(self, name: str, field: str) -> Found:
         """The mass on a random half of the tokens, or what each token receives, is eager attention's."""
+        layers = self.attending(name)
         make: Any = partial(probes.ReceivedAttention, null=False)
         if field == "mass":
             make = partial(probes.AttentionMass, {"half": self.random_half(name)}, null=False)
-        found, why = self.layered(name, make, self.attending(name), field)
+        found, why = self.layered(name, make, layers, field)
         off = 0.0
         for layer, got in found.items():
             path = self.tower(name).attention[layer]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 EAGER, KERNEL = "eager_attention_forward", "_attn_implementation_internal"
 CACHES = ("past_key_values", "past_key_value", "cache_params")
 Inputs = Mapping[str, Any]
+Paths = Sequence[str]
 Wrap = Callable[..., Any]
 
 
@@ -271,63 +272,77 @@ def attention_adds(model: Any, inputs: Inputs, parts: Sequence[Sequence[str]]) -
 
 
 class Feeding:
-    """How what the decoder reads depends on what a vision ``block`` puts out.
+    """How what the decoder reads depends on what some vision blocks put out.
 
-    That are the embeddings it is called with, or else what its block ``first`` is: ``shape`` is their
-    ``[batch pos]``.
+    Only what goes directly from a block of ``feeds`` to the projector counts: the ``blocks``, from the first
+    that feeds on, take their input without a gradient. The decoder reads the embeddings it is called with, or
+    else the input of its block ``first``; ``shape`` is their ``[batch pos]``.
     """
 
     def __init__(
-        self, model: Any, inputs: Inputs, block: str, first: str, shape: Sequence[int]
+        self, model: Any, inputs: Inputs, blocks: Paths, feeds: Paths, first: str, shape: Any
     ) -> None:
-        self.model, self.inputs, self.block, self.first = model, inputs, block, first
+        self.model, self.inputs, self.blocks, self.feeds = model, inputs, blocks, feeds
+        self.first = first
         self.states, self.leaves = self._pass(lambda x: x.detach().requires_grad_(True))
+        self.ndim = next(iter(self.leaves.values()))[0].ndim
         if self.states.shape[:2] != shape:
             raise UncheckedError(f"the decoder's states are {[*self.states.shape]}")
 
-    def _pass(self, other: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What the decoder reads, and what was put in place of the block's output."""
+    def _pass(self, other: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What the decoder reads, and by block what was put in place of its output."""
         seen: list[Tensor] = []
-        given: list[Tensor] = []
+        given: dict[str, list[Tensor]] = {}
 
-        def give(forward: Wrap, *args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            given.append(new := other(states := first_tensor(out)))
+        def give(path: str, forward: Wrap, *args: Any, **kwargs: Any) -> Any:
+            cut = [x.detach() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+            named = dict(zip(kwargs, cut[len(args) :], strict=True))
+            out = forward(*cut[: len(args)], **named)
+            if path not in self.feeds:
+                return out
+            new = other(states := first_tensor(out))
+            given.setdefault(path, []).append(new)
             return new if states is out else type(out)(new if x is states else x for x in out)
 
         def stop(forward: Wrap, *args: Any, **kwargs: Any) -> Any:
-            if forward == decoder and not isinstance(kwargs.get("inputs_embeds"), Tensor):
+            if forward == whole and not isinstance(kwargs.get("inputs_embeds"), Tensor):
                 return forward(*args, **kwargs)
             seen.append(states_in(args, kwargs))
             raise _StoppedError
 
         decoder = getattr(self.model, "get_decoder", lambda: self.model)()
         paths = [path for path, module in self.model.named_modules() if module is decoder]
-        decoder, wraps = (
-            decoder.forward,
-            {self.block: give, **dict.fromkeys(paths, stop), self.first: stop},
-        )
-        with passes(self.model, wraps), torch.enable_grad():
+        whole: Any = decoder.forward
+        wraps: dict[str, Wrap] = {path: partial(give, path) for path in self.blocks}
+        with passes(self.model, wraps | dict.fromkeys([*paths, self.first], stop)):
             try:
-                self.model(**self.inputs)
+                with torch.enable_grad():
+                    self.model(**self.inputs)
             except _StoppedError:
-                return seen[0], given
-        raise UncheckedError(f"a plain pass does not run {self.first}")
+                if given:
+                    return seen[0], given
+        raise UncheckedError(f"a plain pass does not run {self.first} after {[*self.feeds]}")
 
     def filled(self) -> Tensor:
-        """Positions that depend on the block's output, bool ``[batch pos]``: another output moves them."""
+        """Positions that depend on what the blocks put out, bool ``[batch pos]``: another output moves them."""
         noise = torch.Generator().manual_seed(0)
-        noisy = lambda x: (x + torch.randn(x.shape, generator=noise).to(x) * x.std()).detach()  # noqa: E731
-        return (self._pass(noisy)[0] != self.states).flatten(2).any(-1).cpu()
+
+        def noisy(x: Tensor) -> Tensor:
+            return (x + torch.randn(x.shape, generator=noise).to(x) * x.std()).detach()
+
+        states, _ = self._pass(noisy)
+        return (states != self.states).flatten(2).any(-1).cpu()
 
     def sources(self, row: int, pos: int) -> list[tuple[int, ...]]:
-        """Addresses in the block's output on which a position depends, by gradient: ``(pos,)`` if that has one
+        """Addresses in the blocks' output on which a position depends, by gradient: ``(pos,)`` if that has one
         sequence without a batch axis, else ``(row, pos)``."""
-        if not self.states.requires_grad or self.leaves[0].ndim not in (2, 3):
-            raise UncheckedError(f"no gradient reaches the output of {self.block}, token by token")
-        state = self.states[row, pos].flatten()
+        if not self.states.requires_grad or self.ndim not in (2, 3):
+            raise UncheckedError("no gradient reaches the vision states, token by token")
+        state, found = self.states[row, pos].flatten(), set()
         mixed = torch.randn(len(state), generator=torch.Generator().manual_seed(3)).to(state)
         some: Any = {"retain_graph": True, "materialize_grads": True}
-        grads = torch.autograd.grad((state * mixed).sum(), self.leaves, **some)
-        size = torch.cat(grads).float().norm(dim=-1)
-        return [tuple(at) for at in (size > 1e-7 * size.max()).nonzero().tolist()]
+        for leaves in self.leaves.values():
+            grads = torch.autograd.grad((state * mixed).sum(), leaves, **some)
+            size = torch.cat(grads).float().norm(dim=-1)
+            found |= {tuple(at) for at in (size > 1e-7 * size.max()).nonzero().tolist()}
+        return sorted(found)
