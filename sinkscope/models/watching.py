@@ -100,6 +100,7 @@ class Watch:
 
         def add(site: str, factors: tuple[str, ...], part: nn.Module, args: Any, out: Any) -> None:
             states = first_tensor(out)
+            site = f"{site} again" if site in seen.parts else site
             seen.parts[site] = times(states, factors_at(self.module, factors, states.device))
 
         def end(block: nn.Module, args: Any, out: Any) -> None:
