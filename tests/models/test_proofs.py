@@ -228,7 +228,7 @@ def test_sizes_of_heads_that_differ_by_block():
     assert torch.equal(*pair)
     with pytest.raises(ModelError, match="d_head differ"):
         lvlm.run(sample, interventions=[ss.AblateValues("image", given, layers=[0, 2])])
-    assert any("differ in wide values" in note for note in lvlm.report().notes)
+    assert any("differ in d_head" in note for note in lvlm.report().notes)
 
 
 def test_parts_of_another_shape_than_the_stream_are_refused():
