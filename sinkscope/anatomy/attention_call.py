@@ -51,6 +51,12 @@ def forward_tree(forward: Callable[..., Any]) -> ast.AST | None:
         return None
 
 
+def source_of(forward: Callable[..., Any]) -> str:
+    """The source of a ``forward``, "" where there is none."""
+    tree = forward_tree(inspect.unwrap(forward))
+    return "" if tree is None else ast.unparse(tree)
+
+
 def _targets(node: ast.AST) -> list[ast.expr]:
     """What an assignment binds; nothing if it is none."""
     if isinstance(node, ast.Assign):

@@ -13,6 +13,7 @@ from sinkscope.anatomy.attention_call import (
     calls_attention,
     kernel_of,
     read_attention_call,
+    source_of,
 )
 from sinkscope.anatomy.block_sum import no_branch, read_branches
 from sinkscope.anatomy.families import HINTS, Family
@@ -128,7 +129,7 @@ def _final_norm(model: Any, first: str) -> str:
 
 def _declared_head(model: Any, norm: str) -> HeadProof:
     """How logits are made as a config has it, of the numbers that the model's own source names."""
-    source, config = inspect.getsource(inspect.unwrap(type(model).forward)), model.config
+    source, config = source_of(type(model).forward), model.config
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     said = [name in source and getattr(config.get_text_config(), name, None) for name in names]
     cap, scale, divisor = (float(value or 0.0) for value in said)

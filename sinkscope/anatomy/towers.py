@@ -129,19 +129,22 @@ class TowerAnatomy:
         sizes = next((proofs[i].sizes for i in found.attending if proofs[i].sizes), None)
         return found if sizes is None else replace(found, **dict(zip(SIZES, sizes, strict=True)))
 
-    def size(self, name: str, layers: Iterable[int]) -> int:
-        """The ``"heads"``, ``"kv_heads"`` or ``"d_head"`` of some blocks; ModelError if they differ."""
-        at = SIZES.index(name)
+    def by_size(self, name: str, layers: Iterable[int]) -> dict[int, list[int]]:
+        """Some blocks by their ``"heads"``, ``"kv_heads"`` or ``"d_head"``."""
         found: dict[int, list[int]] = {}
         for layer in layers:
             sizes = self.proof(layer).sizes
-            found.setdefault(getattr(self, name) if sizes is None else sizes[at], []).append(layer)
+            number = getattr(self, name) if sizes is None else sizes[SIZES.index(name)]
+            found.setdefault(number, []).append(layer)
+        return found
+
+    def size(self, name: str, layers: Iterable[int]) -> int:
+        """One of these numbers for some blocks; ModelError if they differ."""
+        found = self.by_size(name, layers)
         if len(found) > 1:
             each = ", ".join(f"{number} in {blocks}" for number, blocks in found.items())
             got = f"Got blocks of the {self.tower} tower whose {name} differ: {each}; expected one number"
-            raise ModelError(
-                f"{got} in what is stacked. Write layers={next(iter(found.values()))}."
-            )
+            raise ModelError(f"{got}. Write layers={next(iter(found.values()))}.")
         return next(iter(found), getattr(self, name))
 
     def states(self, site: str, layer: int) -> None:

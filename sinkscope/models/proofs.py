@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sinkscope.anatomy.attention_call import AttentionCall
 from sinkscope.anatomy.block_sum import no_branch
 from sinkscope.anatomy.discovery import dtype_of
-from sinkscope.anatomy.towers import BlockProof, HeadProof, TowerAnatomy
+from sinkscope.anatomy.towers import SIZES, BlockProof, HeadProof, TowerAnatomy
 from sinkscope.errors import ModelError
 from sinkscope.kernels.residual import logits_of
 from sinkscope.models.inputs import Sample
@@ -32,7 +32,7 @@ def verify_anatomy(lvlm: Any, sample: Sample) -> Proofs:
     """
     anatomy, module = lvlm.anatomy, lvlm.module
     with _few_threads(module), _not_by_chance(lvlm, sample):
-        watch = Watch(module, anatomy)
+        watch = Watch(module, anatomy, packed=sample.tokens.vision.layout is not None)
         with watch.on(), torch.no_grad(), undisturbed(module):
             logits = module(**on_device(sample.inputs, lvlm.device)).logits
         towers = (anatomy.vision, anatomy.language)
@@ -40,13 +40,11 @@ def verify_anatomy(lvlm: Any, sample: Sample) -> Proofs:
         with torch.no_grad(), undisturbed(module):
             lens = _lens(watch, logits, proofs["language"][-1].states)
         proven = anatomy.proven(proofs, lens)
-        every = {
-            (tower.tower, layer): AttentionMass(
-                {"all": "all"}, layer, tower=tower.tower, null=False
-            )
-            for tower in (proven.vision, proven.language)
-            for layer in tower.attending
-        }
+        every: dict[tuple[str, int], AttentionMass] = {}
+        for tower in (proven.vision, proven.language):
+            for layer in tower.attending:
+                probe = AttentionMass({"all": "all"}, layer, tower=tower.tower, null=False)
+                every[tower.tower, layer] = probe
         run = lvlm.run(sample, probes=list(every.values()), logits="last", remote=False)
     rows, length = _tokens(watch, "vision", sample)
     padded = int(sample.tokens.vision.live.sum()) < rows * length
@@ -121,7 +119,7 @@ def _tokens(watch: Watch, tower: str, sample: Sample) -> tuple[int, int]:
 def _judged(watch: Watch, tower: TowerAnatomy, sample: Sample) -> tuple[BlockProof, ...]:
     """What a pass has shown of every block of a tower."""
     shape, out, latest = _tokens(watch, tower.tower, sample), [], 0
-    packed = tower.tower == "vision" and sample.tokens.vision.layout is not None
+    packed = tower.tower == "vision" and watch.packed
     padding = shape[1] - int(sample.tokens.vision.live.sum()) if packed else 0
     for layer, name in enumerate(tower.blocks):
         seen, block = watch.seen[tower.tower, layer], watch.module.get_submodule(name)
@@ -142,7 +140,7 @@ def _judged(watch: Watch, tower: TowerAnatomy, sample: Sample) -> tuple[BlockPro
             if padding and not attention:
                 got = f"{name} attends to {padding} tokens of padding in one sequence of images"
                 attention = f"{got}; expected live tokens only. {WORKS}"
-        if layer in tower.adding and (off := states or seen.off or ("" if packed else seen.shapes)):
+        if layer in tower.adding and (off := states or seen.off):
             added = no_branch(name, block, off.partition(";")[0]).reason
         if tower.projection[layer] and seen.calls and not attention and not seen.reads:
             writes = _other_writes(tower.projection[layer], seen.reads)
@@ -181,9 +179,7 @@ def _calls(seen: Seen, shape: tuple[int, int], path: str) -> str:
 
 def _other_writes(path: str, reads: bool | None) -> str:
     """Why what heads write cannot be followed."""
-    lies = (
-        "between attention and it lies more than a reshape (a gate, a norm, a difference of heads)"
-    )
+    lies = "between attention and it lies more than a reshape (a gate, a norm, another map)"
     lies = "it does not read attention's output in a pass" if reads is None else lies
     return (
         f"What heads write through {path} cannot be followed: {lies}; expected a projection of the heads "
@@ -199,29 +195,35 @@ def _lens(watch: Watch, logits: Tensor, states: str) -> HeadProof:
         why = f"the last block's output is no state: {states}".partition(";")[0]
         why = why if states else "no final norm reads what the last block writes"
         return HeadProof(watch.anatomy.final_norm, why=why)
-    normed, theirs = get(norm)(made[:, -1:]), logits[:, -1:]
-    if watch.read[-1:] == normed.shape[-1:]:
-        ours, config = get(watch.anatomy.head)(normed), watch.module.config.get_text_config()
-        if ours.shape == theirs.shape and (fitting := _fit(ours, theirs, config)):
+    normed, head = get(norm)(made[:, -1:]), get(watch.anatomy.head)
+    if getattr(head, "in_features", normed.shape[-1]) == normed.shape[-1]:
+        declared, config = watch.anatomy.lens, watch.module.config.get_text_config()
+        if fitting := _fit(head(normed), logits[:, -1:], declared, config):
             return HeadProof(norm, *fitting)
     why = f"the head on {norm} of the last block's output does not give the model's logits"
     return HeadProof(norm, why=why)
 
 
-def _fit(ours: Tensor, theirs: Tensor, config: Any) -> tuple[float, float] | None:
-    """The scale and the soft-cap by which logits of the head are those of the model, or None."""
+def _fit(
+    ours: Tensor, theirs: Tensor, declared: HeadProof, config: Any
+) -> tuple[float, float] | None:
+    """The scale and the soft-cap by which logits of the head are those of the model, the declared ones if
+    they fit; or None."""
     limit = 1e-4 if theirs.dtype == ours.dtype == torch.float32 else 2e-2
     ours, theirs = ours.double(), theirs.to(ours.device).double()
     numbers = [float(n) for n in vars(config).values() if isinstance(n, (int, float)) and n > 0]
-    for cap in (0.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)):
+    if ours.shape != theirs.shape:
+        return None
+    tries = [(declared.scale, declared.cap)]
+    for cap in (0.0, *(n for name, n in vars(config).items() if "logit_softcap" in name and n)):
         straight = cap * (theirs / cap).clamp(-1 + 1e-9, 1 - 1e-9).atanh() if cap else theirs
         fitted = float((straight * ours).sum() / ours.square().sum())
         known = [n for one in numbers for n in (one, 1 / one) if abs(n / fitted - 1) < 1e-3]
-        for scale in (1.0, *known, fitted):
-            off = (logits_of(ours, scale, cap) - theirs).abs().max()
-            if off <= limit * theirs.abs().max():
-                return scale, cap
-    return None
+        tries += [(scale, cap) for scale in (*known, fitted)]
+    fits = (
+        (logits_of(ours, *one) - theirs).abs().max() <= limit * theirs.abs().max() for one in tries
+    )
+    return next((one for one, fit in zip(tries, fits, strict=True) if fit), None)
 
 
 def told(lvlm: Any) -> str:
@@ -254,14 +256,10 @@ def differences(tower: TowerAnatomy) -> Iterator[str]:
             f"In the {tower.tower} tower something is added or changed between blocks: resid_post is not the "
             f"next block's resid_pre behind {blocks_of(breaks)}."
         )
-    for at, size in enumerate(("query heads", "key-value heads", "wide values")):
-        found: dict[int, list[int]] = {}
-        for i in tower.attending:
-            if sizes := tower.proof(i).sizes:
-                found.setdefault(sizes[at], []).append(i)
+    for name, found in ((name, tower.by_size(name, tower.attending)) for name in SIZES):
         if len(found) > 1:
             each = ", ".join(f"{number} in {blocks_of(few)}" for number, few in found.items())
-            yield f"Blocks of the {tower.tower} tower differ in {size}: {each}."
+            yield f"Blocks of the {tower.tower} tower differ in {name}: {each}."
 
 
 def blocks_of(layers: Iterable[int]) -> str:

@@ -32,21 +32,19 @@ class Seen:
     calls: list[tuple[torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
     wrote: list[Tensor] = field(default_factory=list)
     reads: bool | None = None
-    shapes: str = ""
     follows: bool = True
 
 
 class Watch:
-    """Hooks for one plain pass, and what they say of every block."""
+    """Hooks for one plain pass, and what they say of every block; ``packed`` is whether images share a row."""
 
-    def __init__(self, module: Any, anatomy: Anatomy) -> None:
-        self.module, self.anatomy = module, anatomy
+    def __init__(self, module: Any, anatomy: Anatomy, *, packed: bool) -> None:
+        self.module, self.anatomy, self.packed = module, anatomy, packed
         towers = (anatomy.vision, anatomy.language)
         self.seen = {(t.tower, i): Seen() for t in towers for i in range(t.n_layers)}
         self.last: dict[str, tuple[int, Tensor]] = {}
         self.inside: list[Seen] = []
         self.norm, self.clock = "", 0
-        self.read: tuple[int, ...] = ()
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -69,10 +67,9 @@ class Watch:
                             stack.enter_context(
                                 last.register_forward_pre_hook(note, with_kwargs=True)
                             )
-            head = get(self.anatomy.head).register_forward_pre_hook(self._headed)
-            stack.enter_context(head)
+            inner = tuple(f"{block}." for block in self.anatomy.language.blocks)
             for path, part in self.module.named_modules():
-                if "norm" in type(part).__name__.lower() and not self._in_block(path):
+                if "norm" in type(part).__name__.lower() and not path.startswith(inner):
                     stack.enter_context(part.register_forward_pre_hook(partial(self._normed, path)))
             spies = [
                 (one, {"get_interface": partial(self._spy, own, one.get_interface)})
@@ -80,9 +77,6 @@ class Watch:
             ]
             with lent(spies):
                 yield
-
-    def _in_block(self, path: str) -> bool:
-        return path.startswith(tuple(f"{block}." for block in self.anatomy.language.blocks))
 
     def _block(self, tower: TowerAnatomy, layer: int, block: nn.Module) -> Iterator[Any]:
         """Hooks on a block and on what its branches add."""
@@ -100,6 +94,7 @@ class Watch:
 
         def add(site: str, factors: tuple[str, ...], part: nn.Module, args: Any, out: Any) -> None:
             states = first_tensor(out)
+            site = f"{site} again" if site in seen.parts else site
             seen.parts[site] = times(states, factors_at(self.module, factors, states.device))
 
         def end(block: nn.Module, args: Any, out: Any) -> None:
@@ -107,7 +102,7 @@ class Watch:
             seen.states.append(shape_of(out))
             self.last[tower.tower] = layer, out
             if len(seen.parts) == 3:
-                seen.off, seen.shapes = _sums(seen.parts, out)
+                seen.off = _sums(seen.parts, out, self.packed and tower.tower == "vision")
             seen.parts = {}
 
         yield block.register_forward_pre_hook(begin, with_kwargs=True)
@@ -147,9 +142,6 @@ class Watch:
 
         return called
 
-    def _headed(self, head: nn.Module, args: tuple) -> None:
-        self.read = shape_of(args[0]) if args else ()
-
     def _normed(self, path: str, norm: nn.Module, args: tuple) -> None:
         """Note the norm that reads what the last block of the decoder wrote."""
         layer, made = self.last.get("language", (-1, None))
@@ -176,20 +168,15 @@ def _projects(seen: Seen, projection: nn.Module, args: tuple, kwargs: dict[str, 
     seen.wrote = []
 
 
-def _sums(parts: dict[str, Tensor], out: Tensor) -> tuple[str, str]:
-    """Why what a block reads and two parts of it do not add up to its output, or ""; and of what shapes the
-    parts are, "" if of that of the output."""
-    shapes = {site: list(part.shape) for site, part in parts.items()}
-    other = any(part.shape != out.shape for part in parts.values())
-    told = f"their shapes are {shapes}" if other else ""
-    if any(
-        part.numel() != out.numel() or part.shape[-1] != out.shape[-1] for part in parts.values()
-    ):
-        return told, told
+def _sums(parts: dict[str, Tensor], out: Tensor, packed: bool) -> str:
+    """Why what a block reads and two parts of it do not add up to its output, or ""."""
+    flat = [part.reshape(-1, part.shape[-1]) if packed else part for part in (*parts.values(), out)]
+    if any(part.shape != flat[-1].shape for part in flat):
+        return f"their shapes are { {site: list(part.shape) for site, part in parts.items()} }"
     if list(parts)[1] != "attn_out":
-        return "its MLP ran before its attention", told
-    off = rounding_errors(list(parts.values()), out)
-    return ("" if off <= LIMIT else f"in a pass they differ by {off:.3g} rounding errors"), told
+        return "its MLP ran before its attention"
+    off = rounding_errors(flat[:-1], flat[-1])
+    return "" if off <= LIMIT else f"in a pass they differ by {off:.3g} rounding errors"
 
 
 def rounding_errors(parts: list[Tensor], whole: Tensor) -> float:

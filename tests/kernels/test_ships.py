@@ -134,7 +134,7 @@ def test_there_are_no_weights_here(remote, family):
     assert {p.device.type for p in remote[family].module.parameters()} == {"meta"}
     assert not remote[family].verified
     report = remote[family].report()
-    assert report.verification == "no: the weights are elsewhere"
+    assert report.verification == "no: declared, the weights are elsewhere"
     assert any("runs go to the server" in note for note in report.notes)
     assert report.verdict("AttentionMass").status == "exact"
 
