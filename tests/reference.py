@@ -21,7 +21,7 @@ def visible(lvlm, sample, grown=0):
     places = torch.arange(tokens.ids.shape[1] + grown)
     seen = (places <= places[:, None])[None]
     live = torch.nn.functional.pad(tokens.live, (0, grown), value=True)
-    if lvlm.anatomy.family.name == "gemma3":
+    if lvlm.anatomy.model_type == "gemma3":
         image = torch.nn.functional.pad(tokens.image_index, (0, grown), value=-1)
         seen = seen | (image[:, None] == image[..., None]) & (image[:, None] >= 0)
     near = places > places[:, None] - (getattr(config, "sliding_window", None) or len(places))
