@@ -216,6 +216,8 @@ class VisionTokens(Rule):
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
     """ViT tokens of a kind, ``"cls"`` or ``"register"``; DetectorError if the projector drops them."""
     mine, used = tokens.vision.select(kind), tokens.sources >= 0
+    if tokens.unmapped:  # what becomes of the token is unknown
+        return mine
     fed = torch.zeros_like(mine)
     image = tokens.image_index[..., None].expand_as(tokens.sources)
     fed[image[used], tokens.sources[used]] = True

@@ -160,7 +160,12 @@ def by_token(detector: Detector) -> bool:
 
 
 def end_of_image(sample: Sample) -> int:
-    """The first position behind the last image token."""
+    """The first position behind the last image token; InputError if there is none."""
+    if not bool((sample.tokens.image[0] >= 0).any()):
+        raise InputError(
+            "Got a prompt in which no token is known to show an image; expected image tokens, whose keys a "
+            "sweep scales."
+        )
     return int((sample.tokens.image[0] >= 0).nonzero().max()) + 1
 
 

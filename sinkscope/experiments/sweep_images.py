@@ -136,7 +136,7 @@ def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tenso
     """V-sinks of the only row at their LLM positions, bool ``[pos]``."""
     if isinstance(detector, NoSinks):
         return torch.zeros_like(sample.tokens.live[0])
-    feeds = lvlm.anatomy.feed_layers
+    feeds = lvlm.anatomy.reaching
     found = detect(lvlm, sample, detector, tower="vision", layers=feeds)
     return carry(sample, found, list(range(len(feeds))), merge)[0]
 
@@ -169,6 +169,8 @@ def sweep_image(
     if reason:
         about = group[0][1].image_id
         notes = [f"nothing was shared by the questions about {about!r}: {reason}"]
+    if first.unmapped:
+        notes.append(f"no V-sinks are known: {first.unmapped}")
     lines = []
     for line in found:
         lines.append(line)

@@ -89,7 +89,7 @@ def find_register_neurons(
     indices.
     """
     check_whole(1, error=InterventionError, top_k=top_k)
-    last = lvlm.anatomy.vision.n_layers - 1
+    last = lvlm.anatomy.tower("vision").n_layers - 1
     if max_layer is not None:
         check_whole(0, last, error=InterventionError, max_layer=max_layer)
     if len(samples) != len(tokens):
@@ -171,7 +171,7 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 "find_register_neurons(...)."
             )
         layers = unpacked(context).layers("vision", list(self.neurons))
-        *before, last = context.anatomy.feed_layers
+        *before, last = context.anatomy.reaching
         if before:
             raise ModelError(
                 f"The projector reads blocks {(*before, last)}; expected one. Registers would reach it "

@@ -98,6 +98,7 @@ class LSG(nn.Module):
         """
         anatomy, module = lvlm.anatomy, lvlm.module
         where = check_layer(layer, anatomy.language.n_layers)
+        anatomy.tower("vision")  # whose sinks are a group
         made = {"scale": 1.0, **choices, "groups": tuple(choices.get("groups", ("V", "rest")))}
         if l_detector is not None and "L" not in made["groups"]:
             what = f"Got l_detector={l_detector!r} for a gate without an L group; expected none."
@@ -151,6 +152,9 @@ class LSG(nn.Module):
         if not (visual.any() or self.allow_noop):
             what = "Got a sample without image tokens for a gate; expected some keys to scale."
             raise NoEffectError(f"{what} Write allow_noop=True if nothing may happen.")
+        if context.tokens.unmapped:
+            what = f"Got a sample in which {context.tokens.unmapped} for a gate; expected image tokens"
+            raise InterventionError(f"{what} whose ViT tokens are known, to find V-sinks among them.")
         given = {"slot": id(self), "visual": visual, "live": context.live("language")}
         site = Site("language", "attention", self.config.edited)
         scale = Edit(site, kernels.gate_keys, given | {"groups": list(self.groups)}, "keys")

@@ -257,7 +257,7 @@ def gate_inputs(
         vision[layer] = first_tensor(output).detach()
 
     with ExitStack() as stack:
-        for layer in lvlm.anatomy.feed_layers:
+        for layer in lvlm.anatomy.reaching:
             part = lvlm.module.get_submodule(lvlm.anatomy.vision.blocks[layer])
             stack.callback(part.register_forward_hook(partial(keep, layer)).remove)
         captured = capture(lvlm, inputs, sorted(set(blocks)), whole=whole)

@@ -280,7 +280,7 @@ def check_inputs(
         raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
     needed = ("input_ids", "pixel_values")[: 1 + images]
     planes = [name for name in out if any(word in name for word in ("pixel_values", "patches"))]
-    if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes))]:
+    if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes or _of_words(ids, image_id)))]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
         raise InputError(f"{got}. Pass the processor's whole output.")
     for name in {*PER_POSITION, *WHOLE, *needed} & out.keys():
@@ -350,6 +350,12 @@ def _padded(ids: Tensor, tokenizer: Any) -> bool:
     pad, bos, eos = (getattr(tokenizer, name, None) for name in names)
     edges = ids[:, : 1 + (pad == bos)], ids[:, -1 - (pad == eos) :]
     return pad is not None and any(bool((e == pad).all(dim=1).any()) for e in edges)
+
+
+def _of_words(ids: Any, image_id: Any) -> bool:
+    """Whether a prompt shows no image, by the token that images replace."""
+    known = isinstance(ids, Tensor) and isinstance(image_id, int) and image_id >= 0
+    return known and not bool((ids == image_id).any())
 
 
 def _wrong_ids(ids: Tensor, mask: Tensor, vocab: int, image_id: int) -> str:

@@ -204,7 +204,7 @@ def sizes_of(anatomy: Anatomy) -> dict[str, Any]:
     vision, language = anatomy.vision, anatomy.language
     sizes: dict[str, Any] = {"model_type": anatomy.model_type}
     sizes |= {"vision_layers": vision.n_layers, "vision_width": vision.d_model}
-    sizes |= {"feed_layers": list(anatomy.feed_layers), "tokens_merged": anatomy.merge}
+    sizes |= {"feed_layers": list(anatomy.reaching), "tokens_merged": anatomy.merge}
     sizes |= {"language_layers": language.n_layers, "language_width": language.d_model}
     heads = {"heads": language.heads, "kv_heads": language.kv_heads, "head_dim": language.d_head}
     return sizes | heads

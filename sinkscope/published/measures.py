@@ -158,7 +158,7 @@ def outlier_tokens(
     model. ``layer`` is the block whose output is read, before any final norm; None for the last.
     """
     check_number(above=0, tau=tau)
-    last = lvlm.anatomy.vision.n_layers - 1
+    last = lvlm.anatomy.tower("vision").n_layers - 1
     check_whole(0, last, layer=last if layer is None else layer)
     probe = probes.TokenNorms([last if layer is None else layer], "vision")
     got = lvlm.run(sample, [probe], logits="last")[probe]
@@ -269,7 +269,7 @@ def test_time_registers(
     """
     check_choice(VERSIONS, version=version)
     check_whole(1, top_k=top_k)
-    check_whole(0, lvlm.anatomy.vision.n_layers - 1, max_layer=max_layer)
+    check_whole(0, lvlm.anatomy.tower("vision").n_layers - 1, max_layer=max_layer)
     seen = [outlier_tokens(lvlm, sample, tau=norm, layer=layer).outliers for sample in samples]
     found = find_register_neurons(lvlm, samples, seen, top_k=top_k, max_layer=max_layer)
     count = sum(int(mask.sum()) for mask in seen)
