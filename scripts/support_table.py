@@ -63,17 +63,22 @@ def main() -> int:
     )
     asked = parser.parse_args()
     known = {(row["kind"], row["name"]): row for row in read(asked.results)} if asked.update else {}
+    kept = asked.update or not asked.names
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join(
         sys.path
     )  # for the process that the others start from
     SERVER.set_forkserver_preload(["tiny_families", "sinkscope.models", "sinkscope.testing"])
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(asked.jobs) as pool:
         for row in pool.map(lambda one: alone(*one), chosen(asked)):
             known[row["kind"], row["name"]] = row
+            rows = [
+                known[key] for key in sorted(known, key=lambda key: (KINDS.index(key[0]), key[1]))
+            ]
+            if kept:
+                write(asked.results, rows)
             print(line(row), file=sys.stderr, flush=True)
-    kept = asked.update or not asked.names
-    rows = [known[key] for key in sorted(known, key=lambda key: (KINDS.index(key[0]), key[1]))]
     facts = {
         "Date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         **{name: version(name) for name in ("transformers", "torch", "nnsight")},
@@ -82,8 +87,6 @@ def main() -> int:
     }
     text = page(rows, json.loads(WEIGHTS.read_text(encoding="utf-8")), facts)
     out = asked.out or (PAGE if kept else None)
-    if kept:
-        write(asked.results, rows)
     if out is None:
         print(text)
     else:

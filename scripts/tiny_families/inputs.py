@@ -72,15 +72,18 @@ def _tokens(model: nn.Module, pictures: Pictures) -> tuple[int, ...]:
 
 
 def _row(runs: tuple[int, ...], image: int, *around: int) -> Tensor:
-    """One row of ids: three tokens, the runs of image tokens with a token of text between them, the other tokens."""
+    """One row of ids: text, runs of image tokens with a token of text between them, text.
+
+    An image of one token stands at an odd position, because checks edit every second token.
+    """
     before, after = around or (None, None)
     text = torch.randint(
         30, 90, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    row = [1, *text[:3]]
+    row = [1, *text[:4]]
     for place, count in enumerate(runs):
         row += [before] * bool(around) + [image] * count + [after] * bool(around) + [90 + place]
-    return torch.tensor([row + text[3:]])
+    return torch.tensor([row + text[4:]])
 
 
 def _more(model_type: str, model: nn.Module, image: Tensor, pictures: Pictures) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -68,7 +68,7 @@ def worst(checks: Iterable[Record]) -> Record | None:
 
 
 def page(
-    records: list[Record], weights: Mapping[str, Mapping[str, str]], facts: Mapping[str, str]
+    records: Sequence[Record], weights: Mapping[str, Mapping[str, str]], facts: Mapping[str, str]
 ) -> str:
     """Write the page.
 
@@ -115,7 +115,7 @@ def page(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def counts(records: list[Record]) -> list[str]:
+def counts(records: Sequence[Record]) -> list[str]:
     """How many types are right, against the aims."""
     ran = [record for record in records if not record["not_run"]]
     lines = [
@@ -130,7 +130,7 @@ def counts(records: list[Record]) -> list[str]:
     return lines
 
 
-def outcome(records: list[Record]) -> str:
+def outcome(records: Sequence[Record]) -> str:
     """How many models are right in everything, refuse something, or are wrong somewhere."""
     ran = [record for record in records if not record["not_run"]]
     bad = [max(map(rank, record["checks"]), default=-1) for record in ran]
@@ -148,7 +148,7 @@ def all_right(record: Record, names: tuple[str, ...]) -> bool:
     return all(known.get(name) in ("exact", "approximate") for name in names)
 
 
-def table(records: list[Record], weights: Mapping[str, str]) -> list[str]:
+def table(records: Sequence[Record], weights: Mapping[str, str]) -> list[str]:
     """The table of one kind of models."""
     columns = [*COLUMNS, *_unknown(records)]
     titles = ["", *(title for title, *_ in columns), "on real weights"]
@@ -163,7 +163,7 @@ def table(records: list[Record], weights: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _unknown(records: list[Record]) -> list[tuple[str, str, tuple[str, ...]]]:
+def _unknown(records: Sequence[Record]) -> list[tuple[str, str, tuple[str, ...]]]:
     """Columns for checks that no column names."""
     known = {(name, tower) for _, tower, names in COLUMNS for name in names}
     found = {
@@ -187,7 +187,7 @@ def _cell(record: Record, tower: str, names: tuple[str, ...]) -> str:
     return SHORT[shown["status"]] + " †" * partly
 
 
-def reasons(records: list[Record], title: str) -> list[str]:
+def reasons(records: Sequence[Record], title: str) -> list[str]:
     """The reasons of what does not work, one paragraph for each, with the capabilities and the models."""
     grouped: dict[str, dict[str, list[str]]] = {}
     for record in records:
