@@ -1,6 +1,7 @@
 """Read a model's anatomy from its module tree: decoder, the other list of blocks, and projector."""
 
 import inspect
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -269,8 +270,12 @@ def width_of(block: nn.Module, config: Any) -> int:
 
 def _number(names: tuple[str, ...], *things: Any) -> int | None:
     """The first whole number under one of the names in a module or config."""
-    found = (getattr(thing, name, None) for thing in things for name in names)
-    return next((int(n) for n in found if isinstance(n, int) and n > 0), None)
+    for thing in things:
+        for name in names:
+            with suppress(AttributeError, RuntimeError, ValueError):  # also if it differs by layer
+                if isinstance(value := getattr(thing, name), int) and value > 0:
+                    return int(value)
+    return None
 
 
 def _heads(attention: nn.Module, config: Any, width: int) -> tuple[int, int, int]:

@@ -58,7 +58,9 @@ def sources_of(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, str]:
             hits = reached(states[one : one + 1], weights[one : one + 1], leaves)
             lines.append(torch.stack([hit.flatten() for hit in hits]).any(dim=0).cpu())
         reads = torch.stack(lines)
-        if (reads == reads[:1]).all() and count > 1:
+        groups, sizes = reads.unique(dim=0, return_counts=True)
+        apart = int(groups.sum(dim=0).max()) == 1  # one for each image, resampled as a whole
+        if apart and bool((sizes > 1).all()) and bool((groups.sum(dim=1) > 1).all()):
             return torch.full((count, 1), -1), MIXED
     else:
         reads = torch.zeros(count, at.shape[1], dtype=torch.bool)

@@ -83,6 +83,7 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
     sizes = [image.size for row in rows for image in row] or None
     known, image_id = module.get_input_embeddings().weight.shape[0], lvlm.anatomy.image_token_id
     video = getattr(module.config, "video_token_id", None)
+    video = None if video == image_id else video
     ready = check_inputs(raw, known, image_id, video, images=not reads_words_only(module))
     if inputs is not None:
         _check_names(ready, module, processor)
@@ -280,7 +281,11 @@ def check_inputs(
         raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
     needed = ("input_ids", "pixel_values")[: 1 + images]
     planes = [name for name in out if any(word in name for word in ("pixel_values", "patches"))]
-    if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes or _of_words(ids, image_id)))]:
+    if missing := [
+        name
+        for name in needed
+        if name not in (*out, *["pixel_values"] * bool(planes or _of_words(ids, image_id)))
+    ]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
         raise InputError(f"{got}. Pass the processor's whole output.")
     for name in {*PER_POSITION, *WHOLE, *needed} & out.keys():

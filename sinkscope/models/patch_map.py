@@ -27,6 +27,13 @@ MEASURING: set[int] = set()
 """The modules, by id, of which a pass runs to measure something: hooks of gates let it go."""
 
 
+AGAIN = "the vision tower runs several times in a pass"
+
+
+class Again(Exception):  # noqa: N818  it is no error, but something to say
+    """A vision block runs a second time."""
+
+
 class _Reached(Exception):  # noqa: N818  it is no error: the pass has come as far as is needed
     """Ends a pass."""
 
@@ -158,10 +165,14 @@ class PatchMaps:
     def measure(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
         """The same, measured anew."""
         generator = torch.Generator().manual_seed(0)
-        (states, leaves), (others, _) = (self._enter(anatomy, inputs, generator) for _ in "12")
+        count, nothing = int(visual.sum()), torch.full((int(visual.sum()), 1), -1)
+        try:
+            (states, leaves), (others, _) = (self._enter(anatomy, inputs, generator) for _ in "12")
+        except Again:
+            fills, pixels = torch.ones(count, dtype=torch.bool), torch.full((0, 5), -1)
+            return PatchMap((0, 0), fills, nothing, pixels, AGAIN)
         pixels, shape = self._pixels(anatomy, inputs), tuple(leaves[0].shape[:-1])
-        count, visual = int(visual.sum()), visual.to(states.device)
-        nothing = torch.full((count, 1), -1)
+        visual = visual.to(states.device)
         if states.shape[:-1] != visual.shape:
             got = (
                 f"the decoder reads states {tuple(states.shape[:-1])} for ids {tuple(visual.shape)}"
@@ -185,6 +196,8 @@ class PatchMaps:
 
         def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             states = _states(args, kwargs)
+            if layer in leaves:
+                raise Again
             made = torch.randn(states.shape, generator=generator).to(states)
             leaves[layer] = made.requires_grad_()
             return self._alike("vision", leaves[layer])

@@ -16,18 +16,21 @@ from sinkscope.models.wrapping import Inputs, undisturbed
 WORDS = 6
 
 
-class Through(nn.Module):
-    """Stands for a block: it returns the states that it is given, in a tuple if the block does."""
+def through(block: nn.Module) -> nn.Module:
+    """A module of the block's class without weights, which returns the states that it is given, without
+    their graph; in a tuple if the block returns one."""
+    made = nn.Module.__new__(type(block))
+    nn.Module.__init__(made)
+    plain = {n: x for n, x in vars(block).items() if isinstance(x, (bool, int, float, str))}
+    returned = str(inspect.signature(type(block).forward).return_annotation)
+    in_tuple = "tuple" in returned.lower() and "None" not in returned
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        made = str(inspect.signature(type(block).forward).return_annotation)
-        self.tuple = "tuple" in made.lower() and "None" not in made
-        self.attention_type = getattr(block, "attention_type", None)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x)).detach()
+        return (states,) if in_tuple else states
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
-        return (states,) if self.tuple else states
+    vars(made).update(plain, forward=forward)
+    return made
 
 
 class Words(nn.Embedding):
@@ -40,6 +43,7 @@ class Words(nn.Embedding):
         self.weight = nn.Parameter(torch.zeros(1, self.embedding_dim), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Zeros ``[... d]`` for ids ``[...]``."""
         return torch.zeros(*input.shape, self.embedding_dim)
 
 
@@ -52,11 +56,12 @@ def stand_in(module: Any, anatomy: Anatomy) -> Any:
     """
     get, embedding = module.get_submodule, module.get_input_embeddings()
     blocks = [get(path) for path in (*anatomy.vision.blocks, *anatomy.language.blocks)]
-    memo: dict[int, Any] = {id(block): Through(block) for block in blocks}
+    memo: dict[int, Any] = {id(block): through(block) for block in blocks}
     memo |= {id(get(anatomy.head)): nn.Identity(), id(embedding): Words(embedding)}
     made = copy.deepcopy(module, memo).to_empty(device="cpu").float()
+    skip = {id(part) for part in memo.values()}  # whose weights are not there
     for part in made.modules():
-        vars(part).pop("_is_hf_initialized", None)
+        vars(part)["_is_hf_initialized"] = id(part) in skip
         if isinstance(part, Words):
             part.weight.zero_()
     made.initialize_weights()  # which also fills buffers that no checkpoint has
