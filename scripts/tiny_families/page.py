@@ -108,6 +108,8 @@ def page(
                 "",
                 f"## {title}",
                 "",
+                outcome(some),
+                "",
                 *table(some, weights.get(kind, {})),
                 "",
                 *reasons(some, title),
