@@ -58,8 +58,8 @@ def stand_in(module: Any, anatomy: Anatomy) -> Any:
     blocks = [get(path) for path in (*anatomy.vision.blocks, *anatomy.language.blocks)]
     memo: dict[int, Any] = {id(block): through(block) for block in blocks}
     memo |= {id(get(anatomy.head)): nn.Identity(), id(embedding): Words(embedding)}
-    made = copy.deepcopy(module, memo).to_empty(device="cpu").float()
     skip = {id(part) for part in memo.values()}  # whose weights are not there
+    made = copy.deepcopy(module, memo).to_empty(device="cpu").float()
     for part in made.modules():
         vars(part)["_is_hf_initialized"] = id(part) in skip
         if isinstance(part, Words):
