@@ -109,7 +109,7 @@ def make_report(lvlm: Any) -> Report:
         flash = tower.kernel if "flash" in tower.kernel else ""
         towers.append(
             Asked(
-                tower, half, HALF[dtype] if dtype in HALF else "", flash, a.feed_layers, a.lens.why
+                tower, half, HALF.get(dtype, "") if dtype else "", flash, a.feed_layers, a.lens.why
             )
         )
 
