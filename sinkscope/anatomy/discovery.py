@@ -23,6 +23,7 @@ from sinkscope.errors import ModelError, nearest
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "dense", "wo", "c_proj", "fc_out", "Wo")
 OUTPUT_PROJECTIONS += ("projection", "projection_layer")
+MLPS = ("mlp", "feed_forward", "ffn", "moe")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "attention_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "d_head", "d_kv")
@@ -253,7 +254,9 @@ def _parts(block: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     mlp = others[weights.index(max(weights))] if any(weights) else None  # in 8 bit as buffers
     if mixer is None:
         heavy = [child for child, size in zip(others, weights, strict=True) if size]
-        mixer, mlp = [*heavy[:1], None][0], [*heavy[1:], None][0]  # in the order of the block
+        named = [c for n, c in block.named_children() if any(word in n for word in MLPS)]
+        heavy.sort(key=lambda child: any(child is one for one in named))
+        mixer, mlp = [*heavy[:1], None][0], [*heavy[1:], None][0]
     return mixer, mlp
 
 

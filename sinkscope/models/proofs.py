@@ -105,7 +105,7 @@ def _off(lvlm: Any, tower: TowerAnatomy, layer: int, mass: Tensor, *, less: bool
     )
 
 
-def _tokens(watch: Watch, tower: str, sample: Sample) -> tuple[int, int]:
+def _tokens(watch: Watch, tower: str, sample: Sample) -> tuple[int, ...]:
     """How many rows and tokens the blocks of a tower are to have; (0, 0) where that is not known."""
     if tower == "language":
         return tuple(sample.tokens.ids.shape)
@@ -152,7 +152,7 @@ def _judged(watch: Watch, tower: TowerAnatomy, sample: Sample) -> tuple[BlockPro
     return tuple(out)
 
 
-def _states(seen: Seen, shape: tuple[int, int], width: int, packed: bool) -> str:
+def _states(seen: Seen, shape: tuple[int, ...], width: int, packed: bool) -> str:
     """Why a block's input and output are not one state per token, or ""."""
     for found in seen.states:
         rows = found[:-1]
@@ -163,7 +163,7 @@ def _states(seen: Seen, shape: tuple[int, int], width: int, packed: bool) -> str
     return ""
 
 
-def _calls(seen: Seen, shape: tuple[int, int], path: str) -> str:
+def _calls(seen: Seen, shape: tuple[int, ...], path: str) -> str:
     """Why a block's attention is not that of its tokens, or ""."""
     if seen.attended != 1 or not seen.calls:
         got = f"{path} ran {seen.attended} times and called attention {len(seen.calls)} times in a pass"

@@ -83,7 +83,7 @@ class Watch:
         seen = self.seen[tower.tower, layer]
 
         def begin(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            states = first_tensor(args[0] if args else next(iter(kwargs.values()), None))
+            states: Any = first_tensor(args[0] if args else next(iter(kwargs.values()), None))
             self.clock += 1
             seen.began.append(self.clock)
             seen.parts, seen.states = {"pre": states}, [shape_of(states)]
@@ -144,7 +144,7 @@ class Watch:
 
     def _normed(self, path: str, norm: nn.Module, args: tuple) -> None:
         """Note the norm that reads what the last block of the decoder wrote."""
-        layer, made = self.last.get("language", (-1, None))
+        layer, made = self.last.get("language", (-1, torch.empty(0)))
         if layer == self.anatomy.language.n_layers - 1 and args and not self.norm:
             same = shape_of(args[0]) == shape_of(made) and torch.equal(args[0].to(made), made)
             self.norm = path if same else ""

@@ -182,6 +182,7 @@ def test_blocks_in_front_of_a_merger_have_other_tokens():
         ],
     )
     want = hooked(lvlm, sample, [lvlm.anatomy.vision.blocks[2]])[0].popitem()[1]
+    assert sample.tokens.vision.layout is not None
     layout = sample.tokens.vision.layout[0]
     assert torch.equal(run[last].norms[0, 0], want.reshape(-1, 64)[layout].norm(dim=-1))
 
@@ -241,8 +242,9 @@ def test_parts_of_another_shape_than_the_stream_are_refused():
     lvlm.run(sample, [TokenNorms(tower="vision")])
 
 
-def test_the_mixer_of_a_block_without_attention_is_what_runs_first():
-    lvlm, sample, _ = made("llava+jamba")
+@pytest.mark.parametrize("decoder", ["jamba", "bamba"])
+def test_the_mixer_of_a_block_without_attention_is_what_runs_first(decoder):
+    lvlm, sample, _ = made(f"llava+{decoder}")
     sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
     probes = [ResidualStates(site=site, layers=[0]) for site in sites]
     run = lvlm.run(sample, probes)
