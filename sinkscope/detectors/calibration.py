@@ -150,7 +150,9 @@ def calibrate(
     hidden = len(samples) < 4 if progress is None else not progress
     found = {tower: TowerCalibration(tower, skipped, reason=skipped.reason) for tower in TOWERS}
     for anatomy in (lvlm.anatomy.vision, lvlm.anatomy.language):
-        why = unseen(anatomy, samples) or ("" if anatomy.attending else "none of its blocks attends")
+        why = unseen(anatomy, samples) or (
+            "" if anatomy.attending else "none of its blocks attends"
+        )
         if why and anatomy.tower in towers:
             found[anatomy.tower] = TowerCalibration(anatomy.tower, NoSinks(why), reason=why)
             towers = [tower for tower in towers if tower != anatomy.tower]

@@ -18,7 +18,7 @@ from sinkscope.checks import is_whole, plain
 from sinkscope.detectors.calibration import Calibration, calibrate
 from sinkscope.detectors.detection import Detector, check_detector, unseen
 from sinkscope.detectors.gap import DRAWS, Gap
-from sinkscope.detectors.rules import Massive, NoSinks, Norm, Rule, SinkDimensions
+from sinkscope.detectors.rules import Massive, Norm, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
 from sinkscope.kernels.gating import hashed
 from sinkscope.models.inputs import Sample

@@ -143,7 +143,11 @@ def visual_tokens(sample: Sample, tower: Tower) -> tuple[Any, Any]:
 
 def unseen(anatomy: TowerAnatomy, samples: Sequence[Sample]) -> str:
     """Why nothing can be measured in a tower, or ""."""
-    if anatomy.tower == "vision" and anatomy.blocks and not any(len(s.tokens.vision.live) for s in samples):
+    if (
+        anatomy.tower == "vision"
+        and anatomy.blocks
+        and not any(len(s.tokens.vision.live) for s in samples)
+    ):
         return "no token of the prompt is known to show an image"
     return "" if anatomy.blocks else anatomy.missing
 

@@ -220,14 +220,19 @@ class Measured:
         asked += [*halves["vision"], *halves["language"]]
         run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
         # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = ([run[half] for half in both] for both in halves.values())
+        self.vit_halves, self.llm_halves = (
+            [run[half] for half in both] for both in halves.values()
+        )
         self.language = run[own["language"]]
         found = decided(rules.l_rule, run, judged["language"], lvlm, sample)
         self.low = over_layers(found, self.language.layers)
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
             found = decided(rules.v, run, judged["vision"], lvlm, sample)
-            self.vision, self.vit_norms = run[own["vision"]], run[vit_norms].norms  # [image layer pos]
+            self.vision, self.vit_norms = (
+                run[own["vision"]],
+                run[vit_norms].norms,
+            )  # [image layer pos]
             self.v = over_layers(found, self.vision.layers)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
         self.excess = self.language.received.excess()  # [batch layer head key]

@@ -108,14 +108,19 @@ class SinkTrace(Result):
         for tower, seen in (("vision tower", self.vision), ("LLM", self.language)):
             unread = seen.received.received.isnan().all(dim=3).all(dim=2).all(dim=0)
             if blocks := unread.nonzero().flatten().tolist():
-                notes.append(f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN.")
+                notes.append(
+                    f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN."
+                )
         return tuple(notes)
 
     def _outcome(self, tower: Tower) -> str:
         rule, seen, found, layers = self._judged(tower)
         if tower == "vision" and (self.sample.tokens.unmapped or not layers):
             many = int(found.mask[:, layers].any(dim=1).sum())
-            told = f"; the rule flags {many} ViT tokens, whose places in the LLM are unknown" * bool(many)
+            told = (
+                f"; the rule flags {many} ViT tokens, whose places in the LLM are unknown"
+                * bool(many)
+            )
             return self.notes[0].partition(": ")[0] + told
         if isinstance(rule, NoSinks):
             return rule.reason

@@ -223,7 +223,11 @@ def check_inputs(inputs: Any, vocab: int, image_id: int, video_id: int | None) -
         raise InputError(f"{got}pixel_values_videos; expected still images. {write}")
     needed = ("input_ids", *["pixel_values"] * (image_id is not None))
     planes = [name for name in out if any(word in name for word in ("pixel_values", "patches"))]
-    if missing := [name for name in needed if name not in (*out, *["pixel_values"] * bool(planes or _of_words(ids, image_id)))]:
+    if missing := [
+        name
+        for name in needed
+        if name not in (*out, *["pixel_values"] * bool(planes or _of_words(ids, image_id)))
+    ]:
         got = f"Got inputs with {sorted(inputs)}; expected at least {needed}, missing {missing}"
         raise InputError(f"{got}. Pass the processor's whole output.")
     for name in {*PER_POSITION, *WHOLE, *needed} & out.keys():

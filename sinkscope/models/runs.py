@@ -77,7 +77,9 @@ def explained(*, moved: bool) -> Iterator[None]:
             raise errors.InterventionError(f"{got}; expected {wanted}.") from error
         if not str(frames[-1].line).startswith("raise"):
             got = f"{ours[-1].name} failed on what this model gives it ({type(error).__name__}: {said})"
-            raise errors.ModelError(f"{got}; expected what its anatomy says. Please report this class.") from error
+            raise errors.ModelError(
+                f"{got}; expected what its anatomy says. Please report this class."
+            ) from error
         kind = errors.AttentionCallError if isinstance(error, RuntimeError) else errors.ProbeError
         raise kind(said) from error
 
@@ -89,7 +91,9 @@ def generator_of(module: Any) -> str:
     parts = [(p, m) for p, m in module.named_modules() if isinstance(m, GenerationMixin)]
     if own is None or not parts:
         got = f"Got a {type(module).__name__}, which has no generate of transformers"
-        raise errors.ModelError(f"{got}; expected one. Write lvlm.run(sample, ...) for single passes.")
+        raise errors.ModelError(
+            f"{got}; expected one. Write lvlm.run(sample, ...) for single passes."
+        )
     inner = [path for path, _ in parts if path]
     return inner[0] if inner and own is not GenerationMixin.generate else ""
 

@@ -299,7 +299,10 @@ class SinkEvidence(Record):
 
     def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
         layers, tower = context.layers(self.tower, self.layers), context.tower(self.tower)
-        k, vision = min(16, tower.d_model), self.tower == "vision"  # k finds a spike in the first state
+        k, vision = (
+            min(16, tower.d_model),
+            self.tower == "vision",
+        )  # k finds a spike in the first state
         read = layers if vision else sorted({0, *layers})
         attended = [i for i in tower.attending if vision or i in layers]
         massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
@@ -316,8 +319,12 @@ class SinkEvidence(Record):
         massive, received = self._parts(context)
         attention = {site: answers[site] for site in answers if site.name == "attention"}
         layers, states = context.layers(self.tower, self.layers), massive.finish(answers, context)
-        drawn = received.finish(attention, context) if received.layers else _unread(self.tower, context)
-        drawn = over_layers(drawn, context.layers("vision", None) if self.tower == "vision" else layers)
+        drawn = (
+            received.finish(attention, context) if received.layers else _unread(self.tower, context)
+        )
+        drawn = over_layers(
+            drawn, context.layers("vision", None) if self.tower == "vision" else layers
+        )
         first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
         if self.tower == "vision":
             first, judged = None, context.tokens.vision.select("patch")

@@ -144,7 +144,13 @@ def over_layers(result: Any, layers: Sequence[int]) -> Any:
     at, made = [tuple(layers).index(layer) for layer in result.layers], {}
     for name, axes in axes_of(type(result)).items():
         if axes[1:2] == ("layer",) and (old := getattr(result, name)) is not None:
-            fill = float("nan") if old.is_floating_point() else False if old.dtype == torch.bool else -1
+            fill = (
+                float("nan")
+                if old.is_floating_point()
+                else False
+                if old.dtype == torch.bool
+                else -1
+            )
             made[name] = old.new_full((len(old), len(layers), *old.shape[2:]), fill)
             made[name][:, at] = old
     return replace(result, layers=tuple(layers), **made)
@@ -161,10 +167,14 @@ def stack_layers(
     for i, value in enumerate(values):
         if more := longest - value.shape[axis]:  # a sliding cache holds the last keys only
             values[i] = nn.functional.pad(value, (*after, more, 0), value=float("nan"))
-    shapes = {tuple(value.shape): site.layer for site, value in zip(sorted(answers), values, strict=True)}
+    shapes = {
+        tuple(value.shape): site.layer for site, value in zip(sorted(answers), values, strict=True)
+    }
     if len(shapes) > 1:
         got = f"Got layers that give tensors of different shapes, {[*shapes]}; expected one shape to stack"
-        raise LayerError(f"{got}. Write layers={[*shapes.values()][:1]}, and ask the other kinds apart.")
+        raise LayerError(
+            f"{got}. Write layers={[*shapes.values()][:1]}, and ask the other kinds apart."
+        )
     return torch.stack(values, dim=1)
 
 
