@@ -200,7 +200,12 @@ def test_a_model_class_that_transformers_does_not_have(own, rows, columns):
             first = 1 + 2 * row * 2 * columns + 2 * column
             wanted = [first, first + 1, first + 2 * columns, first + 2 * columns + 1]
             assert tokens.sources[0, place].tolist() == wanted
-            assert tokens.box[0, place].tolist() == [8 * column, 8 * row, 8 * column + 8, 8 * row + 8]
+            assert tokens.box[0, place].tolist() == [
+                8 * column,
+                8 * row,
+                8 * column + 8,
+                8 * row + 8,
+            ]
             assert (tokens.row[0, place], tokens.column[0, place]) == (row, column)
 
 
