@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from sinkscope.checks import check_path
 from sinkscope.errors import CheckpointError, InputError
 
 WRITING = ".writing"  # ends the name of a file that is not whole yet, behind its process
@@ -24,6 +25,14 @@ LOCK = ".lock"  # what a running process holds; the file stays behind, and nobod
 AGAIN = "Delete this file and start the same again: what is done is read, not done anew."
 SEAL = "sha256"  # the key under which data hold the digest of all that is loaded with them
 DONE = re.compile(r"part-\d{6,}\.parquet|checkpoint-\d{6,}|report")  # what runs leave; it is sealed
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    chosen = cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope"
+    check_path(cache=chosen)
+    return Path(chosen).expanduser()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

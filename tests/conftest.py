@@ -1,5 +1,6 @@
 import beartype  # noqa: F401  nnsight must be imported after beartype, never before
 
+import os
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 warnings.filterwarnings("ignore", message=".*requires torchvision.*")
 
+os.environ["SINKSCOPE_KEEP_ANATOMY"] = "0"  # every model is measured; test_kept.py keeps
 torch.set_num_threads(1)  # tests run side by side; more threads only fight
 
 import sinkscope as ss  # noqa: E402

@@ -11,6 +11,8 @@ from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.checks import check_choice, is_whole, plain
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
+MEASURED = ("projector", "feeds", "enters", "prefix", "drops", "merge", "measured")
+"""The fields of an `Anatomy` that are measured on inputs with a picture."""
 EXPECTED = (
     "expected a list of blocks that hold attention. What the language tower can do works. If this model "
     "has such a tower, name it: ss.register_family(model_type, vision_tower='path')."
@@ -248,9 +250,15 @@ class Anatomy:
 
     def again(self, read: Anatomy) -> Anatomy:
         """What was read anew, with what is measured here."""
-        names = ("projector", "feeds", "enters", "prefix", "drops", "merge", "measured")
-        vision = replace(read.vision, packed=self.vision.packed)
-        return replace(read, vision=vision, **{name: getattr(self, name) for name in names})
+        own = {name: getattr(self, name) for name in MEASURED}
+        return read.measuring(own | {"packed": self.vision.packed})
+
+    def measuring(self, found: Mapping[str, Any]) -> Anatomy:
+        """The same with what was measured: the fields of `MEASURED`, and whether the vision tower packs."""
+        plain = {name: found[name] for name in MEASURED}
+        plain |= {"feeds": tuple(plain["feeds"]), "prefix": tuple(plain["prefix"])}
+        plain["enters"] = tuple((layer, block) for layer, block in plain["enters"])
+        return replace(self, vision=replace(self.vision, packed=found["packed"]), **plain)
 
     @property
     def feed_layers(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from sinkscope.checks import check_path
 from sinkscope.errors import CheckpointError, InputError
 from sinkscope.example import sources as layout
 from sinkscope.example.sources import HUB_LANGUAGE, HUB_VISION, WHEELS, missing
-from sinkscope.files import folder_whole
+from sinkscope.files import cache_folder, folder_whole
 from sinkscope.models import loading
 from sinkscope.models.lvlm import LVLM
 
@@ -29,14 +29,6 @@ HUB_WARNING = (
     "weights rounded to four bits, so this is another model, 'example (hub)', whose accuracy nobody measured."
 )
 ELSEWHERE = "Write load_example(cache='FOLDER') or set SINKSCOPE_CACHE."
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """The folder of a cache; None for SINKSCOPE_CACHE, else ``sinkscope`` in XDG_CACHE_HOME or ``~/.cache``."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    chosen = cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope"
-    check_path(cache=chosen)
-    return Path(chosen).expanduser()
 
 
 def wheel_folder(cache: Path) -> Path:

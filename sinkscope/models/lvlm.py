@@ -16,12 +16,13 @@ from sinkscope.anatomy.attention_call import kernel_of
 from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.towers import Anatomy
-from sinkscope.checks import check_choice, check_flags, check_path, typed
+from sinkscope.checks import check_choice, check_path, typed
 from sinkscope.errors import InputError, ModelError, ProbeError, SinkscopeError
 from sinkscope.interventions import application
 from sinkscope.models import loading, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample, reads_words_only
+from sinkscope.models.kept import keep, names_of_parts, recall
 from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
@@ -45,15 +46,19 @@ class LVLM:
     Args:
         module: A ``transformers`` image-text-to-text model; ModelError if sinkscope cannot read it.
         processor: Its processor, or None: then `prepare` takes ready inputs only.
-        verify: Whether two short passes prove the anatomy now, where there is a processor and weights.
+        verify: Whether short passes measure and prove the anatomy: None once for a model of this structure
+            (what was found is kept in the cache folder), True now, False when it is first asked for,
+            without proof.
 
     Attributes:
         name: Repository id, folder, or class name.
         verified: Whether a forward pass has proven the anatomy when the model was loaded.
     """
 
-    def __init__(self, module: nn.Module, processor: Any = None, *, verify: bool = True) -> None:
-        check_flags(verify=verify)
+    def __init__(
+        self, module: nn.Module, processor: Any = None, *, verify: bool | None = None
+    ) -> None:
+        check_choice((None, True, False), error=ModelError, verify=verify)
         if isinstance(processor, type) or (processor is not None and not callable(processor)):
             raise InputError(
                 f"Got a processor of type {type(processor).__name__}; expected that of the model, or None "
@@ -66,12 +71,30 @@ class LVLM:
         self.name = str(getattr(module, "name_or_path", "") or type(module).__name__)
         self.verified = False
         self._proofs: tuple[Any, Any] = ({}, None)
-        self._unproven = verify and self.device.type != "meta"
+        self._verify = verify
+        self._parts = names_of_parts(module)
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module, stand_in)
-        self._asked = False
-        if verify and (first := self._first_sample()) is not None:
-            self._prove(first)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Measure and prove the anatomy, unless that was done for a model of this structure, or refused."""
+        self._asked, here = False, self.device.type != "meta"
+        self._unproven = self._verify is not False and here
+        if self._verify is None and here and recall(self):
+            self._asked, self._unproven, self.verified = True, False, True
+        elif self._verify is not False:
+            first = self._first_sample()
+            if first is not None:
+                self._prove(first)
+
+    def _current(self) -> None:
+        """Read the anatomy anew if a part was swapped since, as by LoRA or int8."""
+        parts = names_of_parts(self._module)
+        if parts != self._parts:
+            self._anatomy, self._parts = read_anatomy(self._module), parts
+            self._maps, self._proofs = PatchMaps(self._module, stand_in), ({}, None)
+            self._begin()
 
     @classmethod
     def from_pretrained(
@@ -85,7 +108,7 @@ class LVLM:
         quantization_config: Any = None,
         remote: bool | str = False,
         trust_remote_code: bool = False,
-        verify: bool = True,
+        verify: bool | None = None,
     ) -> LVLM:
         """Load a model and its processor from a hub repository or a folder; ``verify`` as for the class.
 
@@ -99,14 +122,16 @@ class LVLM:
             quantization_config: One of ``transformers``' configs, or the same as a dict.
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
         """
-        check_flags(verify=verify)  # before the weights are read
+        check_choice(
+            (None, True, False), error=ModelError, verify=verify
+        )  # before weights are read
         check_path(name=name)
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
         options["attn_implementation"] = attn_implementation
         options["trust_remote_code"] = trust_remote_code
         options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
-        lvlm = cls(module, processor, verify=verify and by_name is None)
+        lvlm = cls(module, processor, verify=verify if by_name is None else False)
         lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
         lvlm.name = str(name)
         return lvlm
@@ -174,6 +199,7 @@ class LVLM:
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
         """
+        self._current()
         sample = make_sample(self, images, text, inputs, rendered=rendered)
         if not self._anatomy.vision.blocks or bool((sample.tokens.image >= 0).any()):
             self._prove(sample)
@@ -186,6 +212,8 @@ class LVLM:
             self._proofs = verify_anatomy(self, sample)
             self._anatomy = self._anatomy.proven(*self._proofs)
             self.verified = True
+            if self._anatomy.measured and self._verify is None:
+                keep(self)
 
     def _first_sample(self) -> Sample | None:
         """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""
@@ -238,6 +266,7 @@ class LVLM:
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
         """
+        self._current()
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
@@ -276,6 +305,7 @@ class LVLM:
                 static cache is replaced by one that grows, which changes no number. InputError if they,
                 or the model's ``generation_config``, ask for what cannot be probed.
         """
+        self._current()
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
         at = generator_of(self._module)
@@ -313,6 +343,7 @@ class LVLM:
         The block runs while the model does, reads each `site` in forward order, and ``.save()`` keeps a
         value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
+        self._current()
         checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)

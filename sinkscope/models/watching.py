@@ -16,6 +16,7 @@ from sinkscope.kernels.attention import arguments
 from sinkscope.kernels.walk import factors_at, first_tensor, times
 from sinkscope.models.wrapping import ONE_AT_A_TIME, lent
 
+SPIED = "_sinkscope_spied"
 LIMIT = 4.0
 """Rounding errors of the states' dtype by which two additions may be off; they make at most 2."""
 
@@ -71,10 +72,12 @@ class Watch:
             for path, part in self.module.named_modules():
                 if "norm" in type(part).__name__.lower() and not path.startswith(inner):
                     stack.enter_context(part.register_forward_pre_hook(partial(self._normed, path)))
-            spies = [
-                (one, {"get_interface": partial(self._spy, own, one.get_interface)})
-                for one in registries.values()
-            ]
+            spies = []
+            for one in registries.values():
+                spies.append((one, {"get_interface": partial(self._spy, own, one.get_interface)}))
+                for name in list(one):  # forwards of earlier versions look functions up by name
+                    stack.callback(_put_back, one, name, vars(one)["_local_mapping"].get(name))
+                    one[name] = self._spied(own, one[name])
             with lent(spies):
                 yield
 
@@ -129,17 +132,22 @@ class Watch:
     def _spy(self, own: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The attention function that was asked for, which notes what it is called with."""
         function = real(*args, **kwargs)
-        if not self.inside or threading.get_ident() != own:
-            return function
-        seen = self.inside[-1]
+        return function if hasattr(function, SPIED) else self._spied(own, function)
+
+    def _spied(self, own: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that notes what it is called with in a module that is watched, in this thread."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
             out = function(*args, **kwargs)
+            if not self.inside or threading.get_ident() != own:
+                return out
+            seen = self.inside[-1]
             named, _ = arguments((function, args, kwargs))
             seen.calls.append(tuple(named[name].shape for name in ("query", "key", "value")))
             seen.wrote.append(out[0])
             return out
 
+        setattr(called, SPIED, True)
         return called
 
     def _normed(self, path: str, norm: nn.Module, args: tuple) -> None:
@@ -148,6 +156,13 @@ class Watch:
         if layer == self.anatomy.language.n_layers - 1 and args and not self.norm:
             same = shape_of(args[0]) == shape_of(made) and torch.equal(args[0].to(made), made)
             self.norm = path if same else ""
+
+
+def _put_back(registry: Any, name: str, own: Any) -> None:
+    """Give a registry of attention functions its own entry back, or none."""
+    registry._local_mapping.pop(name, None)
+    if own is not None:
+        registry[name] = own
 
 
 def shape_of(states: Any) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Which ViT tokens make an image token is measured: right for any order, newlines, pools and a class of its own."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -184,7 +185,7 @@ def own():
     return ss.LVLM(model)
 
 
-@pytest.mark.parametrize("rows, columns", [(3, 3), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 4), (4, 1)])
 def test_a_model_class_that_transformers_does_not_have(own, rows, columns):
     """No hint: blocks, the unused last one, CLS, pool, order, newlines and boxes are found."""
     sample = own.prepare(inputs=inputs_of(rows, columns))
@@ -209,6 +210,10 @@ def test_a_model_class_that_transformers_does_not_have(own, rows, columns):
             assert (tokens.row[0, place], tokens.column[0, place]) == (row, column)
 
 
+def note(seen, layer, module, args):
+    seen[layer] = module, args[0]
+
+
 def test_probes_and_edits_of_that_class_are_right(own):
     """Attention of both towers against the softmax by hand, and a mask against logits without the keys."""
     sample = own.prepare(inputs=inputs_of(2, 3))
@@ -216,8 +221,7 @@ def test_probes_and_edits_of_that_class_are_right(own):
     mass = ss.AttentionMass({"image": "image"})
     for layer in (0, 1):
         look = own.module.watcher.stages[layer].look
-        hook = lambda module, args, layer=layer: seen.update({layer: (module, args[0])})
-        look.register_forward_pre_hook(hook)
+        look.register_forward_pre_hook(partial(note, seen, layer))
     run = own.run(sample, [vision, mass])
     for layer, (look, x) in seen.items():
         q, k = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (look.q, look.k))
@@ -255,7 +259,7 @@ def test_a_map_that_no_one_can_say_is_said(own):
 def test_inputs_that_the_model_refuses_are_explained(own):
     wrong = inputs_of(2, 2)
     wrong["pixel_values"] = wrong["pixel_values"][:, :2]
-    with pytest.raises(InputError, match="does not take these inputs .*expected all that its own"):
+    with pytest.raises(InputError, match=r"does not take these inputs .*expected all that its own"):
         own.prepare(inputs=wrong)
 
 

@@ -1,0 +1,102 @@
+"""Keep what was measured of a model, so that it is measured once: a small file for every structure."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sinkscope.anatomy.families import HINTS
+from sinkscope.anatomy.towers import MEASURED, BlockProof, HeadProof
+from sinkscope.errors import CheckpointError
+from sinkscope.files import cache_folder, read_json, seal, unseal, write_whole
+
+OFF = "SINKSCOPE_KEEP_ANATOMY"
+"""The environment variable that is ``"0"`` where nothing is to be kept."""
+VERSIONS = ("torch", "transformers", "nnsight")
+ROOMS = ("anatomy", "kernels", "models")
+
+
+def recall(lvlm: Any) -> bool:
+    """Take what was kept of a model of this structure into an `LVLM`; whether there was anything."""
+    path = _file(lvlm)
+    if os.environ.get(OFF) == "0" or not path.is_file():
+        return False
+    try:
+        found = unseal(read_json(path, ""), path, "")
+        towers = {name: tuple(_proof(one) for one in few) for name, few in found["proofs"].items()}
+        proofs = towers, HeadProof(**found["head"])
+        anatomy = lvlm._anatomy.measuring(found["measured"]).proven(*proofs)
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return False  # damaged, or of another version: it is measured again, and written anew
+    lvlm._anatomy, lvlm._proofs = anatomy, proofs
+    return True
+
+
+def keep(lvlm: Any) -> None:
+    """Write what was measured of an `LVLM`, where there is a folder to write to."""
+    if os.environ.get(OFF) == "0":
+        return
+    anatomy, (towers, head) = lvlm._anatomy, lvlm._proofs
+    measured = {name: getattr(anatomy, name) for name in MEASURED} | {
+        "packed": anatomy.vision.packed
+    }
+    proofs = {name: [asdict(one) for one in few] for name, few in towers.items()}
+    path = _file(lvlm)
+    with suppress(OSError, CheckpointError):  # a read-only home: it is measured at the next load
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"measured": measured, "proofs": proofs, "head": asdict(head)}
+        write_whole(path, json.dumps(seal(data)))
+
+
+def _proof(data: dict[str, Any]) -> BlockProof:
+    sizes = data.pop("sizes")
+    return BlockProof(**data, sizes=None if sizes is None else tuple(sizes))
+
+
+def _file(lvlm: Any) -> Path:
+    """Where a structure is kept: its digest is the name."""
+    text = "\n".join([*_versions(), *_structure(lvlm.module), repr(sorted(HINTS.items()))])
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return cache_folder() / "anatomy" / f"{digest}.json"
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """Versions of the packages, and the source of what measures."""
+    here = Path(__file__).parents[1]
+    files = (file for room in ROOMS for file in sorted((here / room).glob("*.py")))
+    own = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16)
+    return (*(f"{name} {version(name)}" for name in VERSIONS), own.hexdigest())
+
+
+def _structure(module: nn.Module) -> Iterator[str]:
+    """The config, and of every part its class, hooks, kernel, and the shapes and types of its weights."""
+    yield json.dumps(getattr(module, "config").to_dict(), sort_keys=True, default=str)  # noqa: B009
+    for path, part in module.named_modules():
+        hooks = [
+            getattr(hook, "__qualname__", type(hook).__qualname__)
+            for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            if not str(getattr(hook, "__module__", "")).startswith("transformers.")  # made by a pass
+        ]
+        weights = [
+            (name, tuple(x.shape), str(x.dtype), x.device.type)
+            for few in (part._parameters, part._buffers)
+            for name, x in few.items()
+            if x is not None
+        ]
+        kernel = getattr(getattr(part, "config", None), "_attn_implementation", None)
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        yield repr((path, kind, "forward" in vars(part), hooks, kernel, weights))
+
+
+def names_of_parts(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    """Paths and classes of all parts: they differ once one was swapped, as by LoRA or int8."""
+    return tuple((path, type(part)) for path, part in module.named_modules())
