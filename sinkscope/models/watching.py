@@ -65,7 +65,7 @@ class Watch:
                             note = partial(_projects, self.seen[tower.tower, layer])
                             last = get(tower.projection[layer])
                             stack.enter_context(
-                                last.register_forward_pre_hook(note, with_kwargs=True)
+                                last.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                             )
             inner = tuple(f"{block}." for block in self.anatomy.language.blocks)
             for path, part in self.module.named_modules():
