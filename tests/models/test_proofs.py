@@ -145,7 +145,7 @@ def test_keys_of_cross_attention_are_not_the_prompts_tokens():
     length = sample.tokens.ids.shape[1]
     said = rf"cross_attn are \d+ in 1 rows; expected the {length} tokens .*Write layers=\[0, 2\]"
     with pytest.raises(AttentionCallError, match=said):
-        lvlm.run(sample, [AttentionMass(ALL)])
+        lvlm.run(sample, [AttentionMass(ALL, layers=[0, 1, 2])])
     mass = AttentionMass(ALL, layers=[0, 2], null=False)
     assert (lvlm.run(sample, [mass])[mass].mass - 1).abs().max() < 1e-5
     assert lvlm.report().verdict("AttentionMass").why.startswith("on blocks 0 and 2 of 3: ")
@@ -173,7 +173,7 @@ def test_blocks_in_front_of_a_merger_have_other_tokens():
     with pytest.raises(ModelError, match=said + r".* Write layers=\[2\] for the rest"):
         lvlm.run(sample, [TokenNorms(tower="vision")])
     with pytest.raises(AttentionCallError, match=r"are 32 in 1 rows; expected the 8 tokens"):
-        lvlm.run(sample, [ValueNorms(tower="vision")])
+        lvlm.run(sample, [ValueNorms(layers=[0, 1, 2], tower="vision")])
     run = lvlm.run(
         sample,
         [
