@@ -102,7 +102,7 @@ class Watch:
             seen.states.append(shape_of(out))
             self.last[tower.tower] = layer, out
             if len(seen.parts) == 3:
-                seen.off = _sums(seen.parts, out, self.packed and tower.tower == "vision")
+                seen.off = _sums(seen.parts, out, packed=self.packed and tower.tower == "vision")
             seen.parts = {}
 
         yield block.register_forward_pre_hook(begin, with_kwargs=True)
@@ -168,7 +168,7 @@ def _projects(seen: Seen, projection: nn.Module, args: tuple, kwargs: dict[str, 
     seen.wrote = []
 
 
-def _sums(parts: dict[str, Tensor], out: Tensor, packed: bool) -> str:
+def _sums(parts: dict[str, Tensor], out: Tensor, *, packed: bool) -> str:
     """Why what a block reads and two parts of it do not add up to its output, or ""."""
     flat = [part.reshape(-1, part.shape[-1]) if packed else part for part in (*parts.values(), out)]
     if any(part.shape != flat[-1].shape for part in flat):
