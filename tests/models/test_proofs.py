@@ -245,7 +245,7 @@ def test_parts_of_another_shape_than_the_stream_are_refused():
     assert watching._sums(parts, 3 * x, packed=False).startswith(
         "their shapes are {'pre': [1, 5, 8]"
     )
-    swapped = {name: x for name in ("pre", "mlp_out", "attn_out")}
+    swapped = dict.fromkeys(("pre", "mlp_out", "attn_out"), x)
     assert watching._sums(swapped, 3 * x, packed=False) == "its MLP ran before its attention"
 
 

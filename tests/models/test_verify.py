@@ -75,7 +75,7 @@ def test_attention_that_does_not_sum_to_one_is_refused(monkeypatch, tower, layer
 def test_nan_in_the_vision_tower_is_named():
     module, processor = tiny_llava()
     module.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="NaN or infinite (states|logits)"):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite (states|logits)"):
         ss.LVLM(module, processor)
 
 
