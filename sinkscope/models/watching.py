@@ -66,7 +66,7 @@ class Watch:
                             note = partial(_projects, self.seen[tower.tower, layer])
                             last = get(tower.projection[layer])
                             stack.enter_context(
-                                last.register_forward_pre_hook(note, with_kwargs=True)
+                                last.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                             )
             inner = tuple(f"{block}." for block in self.anatomy.language.blocks)
             for path, part in self.module.named_modules():
@@ -105,7 +105,7 @@ class Watch:
             seen.states.append(shape_of(out))
             self.last[tower.tower] = layer, out
             if len(seen.parts) == 3:
-                seen.off = _sums(seen.parts, out, self.packed and tower.tower == "vision")
+                seen.off = _sums(seen.parts, out, packed=self.packed and tower.tower == "vision")
             seen.parts = {}
 
         yield block.register_forward_pre_hook(begin, with_kwargs=True)
@@ -183,7 +183,7 @@ def _projects(seen: Seen, projection: nn.Module, args: tuple, kwargs: dict[str, 
     seen.wrote = []
 
 
-def _sums(parts: dict[str, Tensor], out: Tensor, packed: bool) -> str:
+def _sums(parts: dict[str, Tensor], out: Tensor, *, packed: bool) -> str:
     """Why what a block reads and two parts of it do not add up to its output, or ""."""
     flat = [part.reshape(-1, part.shape[-1]) if packed else part for part in (*parts.values(), out)]
     if any(part.shape != flat[-1].shape for part in flat):

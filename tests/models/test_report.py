@@ -186,7 +186,7 @@ def test_some_blocks_without_attention_are_reported():
     assert said.why.startswith("on blocks 1-2 of 3: ")
     sample = lvlm.prepare(images=random_image(), text="what")
     with pytest.raises(SinkscopeError, match=r"Write layers=\[1, 2\] for the rest"):
-        lvlm.run(sample, [ss.ValueNorms(tower="vision")])
+        lvlm.run(sample, [ss.ValueNorms(tower="vision", layers=[0, 1, 2])])
     lvlm.run(sample, [ss.ValueNorms(tower="vision", layers=[1, 2])])
 
 
