@@ -216,8 +216,29 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
     gate = ss.LSG.for_model(lvlm, layer=0, v_detector=V)
     with pytest.raises(InterventionError, match="every image token is made of all ViT tokens"):
         lvlm.run(sample, [], [gate])
+    with (
+        gate.attach(lvlm.module),
+        pytest.raises(InterventionError, match="every image token is made of all ViT tokens"),
+    ):
+        lvlm.module(**sample.inputs)
     with pytest.raises(SelectionError, match=r"trace\.plot"):
         ss.viz.plot_sinks_on_image(ss.trace_sinks(lvlm, sample, NoSinks(), L))
+
+
+@pytest.mark.parametrize("kind", ["got_ocr2", "qwen3_vl", "qwen3_5"])
+def test_an_attached_gate_is_the_traced_one(kind) -> None:
+    lvlm, sample = model_of(kind)
+    norms = states_of(lvlm, sample, "vision", before=False).norm(dim=-1).flatten(1)
+    rule = Norm(float(norms[lvlm.anatomy.feeds[-1]].median()))
+    gate = ss.LSG.for_model(lvlm, layer=1, v_detector=rule)
+    with torch.no_grad():
+        gate.outer.bias.copy_(torch.tensor([-1.0, 0.5]))
+        plain = lvlm.module(**sample.inputs).logits
+        traced = lvlm.run(sample, [], [gate]).logits
+        with gate.attach(lvlm.module):
+            attached = lvlm.module(**sample.inputs).logits
+    assert torch.allclose(attached, traced, atol=1e-5)
+    assert not torch.allclose(plain, traced, atol=1e-3)
 
 
 def test_windows_over_states_with_a_batch_axis_are_covered() -> None:
