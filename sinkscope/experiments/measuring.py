@@ -201,18 +201,20 @@ class Measured:
         a = lvlm.anatomy
         self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
         sees = not unseen(a.vision, [sample])
-        self.feeds = a.reaching if sees else ()  # vision blocks whose output reaches the decoder
-        towers, k = (a.vision, a.language) if sees else (a.language,), min(16, a.language.d_model)
-        own: dict[str, Any] = {of.tower: probes.SinkEvidence(tower=of.tower) for of in towers}
+        self.feeds: tuple[int, ...] = (
+            a.reaching if sees else ()
+        )  # vision blocks whose output reaches the decoder
+        towers: tuple[Tower, ...] = ("vision", "language") if sees else ("language",)
+        own: dict[str, Any] = {tower: probes.SinkEvidence(tower=tower) for tower in towers}
         judged, halves = {}, {"vision": [], "language": []}
-        for of in towers:
-            rule = rules.v if of is a.vision else rules.l_rule
-            judged[of.tower] = rule.probe(of.tower, None, of)
+        for tower in towers:
+            of, rule = a.tower(tower), rules.v if tower == "vision" else rules.l_rule
+            judged[tower] = rule.probe(tower, None, of)
             if isinstance(rule, Gap):  # it needs no probe of its own
-                judged[of.tower] = own[of.tower]
+                judged[tower] = own[tower]
             for site in ("attn_out", "mlp_out") if of.adding else ():
-                parts = of.adding, of.tower, min(k, of.d_model), site
-                halves[of.tower].append(probes.MassiveActivations(*parts))
+                parts = of.adding, tower, min(16, of.d_model), site
+                halves[tower].append(probes.MassiveActivations(*parts))
         vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
         llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
         writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
