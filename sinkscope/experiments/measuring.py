@@ -233,12 +233,9 @@ class Measured:
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
             found = decided(rules.v, run, judged["vision"], lvlm, sample)
-            seen, norms = run[own["vision"]], over_layers(run[vit_norms], every)
-            massive, self.vit_norms = (
-                over_layers(seen.massive, every),
-                norms.norms,
-            )  # [image layer pos]
+            seen, massive = run[own["vision"]], over_layers(run[own["vision"]].massive, every)
             self.vision = replace(seen, massive=massive, layers=every)
+            self.vit_norms = over_layers(run[vit_norms], every).norms  # [image layer pos]
             self.v = over_layers(found, every)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
         self.excess = self.language.received.excess()  # [batch layer head key]
