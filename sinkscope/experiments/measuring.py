@@ -1,7 +1,7 @@
 """One pass that measures what a trace reads, what the rules flag in it, and a record of every sink."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -185,10 +185,10 @@ def nothing_seen(rule: Any) -> tuple[Detection, probes.EvidenceResult]:
     """What is measured where there are no ViT tokens: results of no image and no block."""
     line, head = torch.zeros(0, 0, 1), torch.zeros(0, 0, 1, 1)
     judged, line_of = torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, 0)
-    found = (line.bool(), line, line_of, float("nan"), judged)
     massive = probes.MassiveResult(head, head.long(), line_of, (), STATE_SITE["vision"])
     received = probes.ReceivedResult(head, line, (), head, line)
     evidence = probes.EvidenceResult(massive, received, None, judged, ())
+    found = line.bool(), line, line_of, float("nan"), judged
     return Detection(repr(rule), "vision", (), *found), evidence
 
 
@@ -200,40 +200,43 @@ class Measured:
     ) -> None:
         a = lvlm.anatomy
         self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
-        sees = not unseen(a.vision, [sample])
-        self.feeds = a.reaching if sees else ()  # vision blocks whose output reaches the decoder
-        towers, k = (a.vision, a.language) if sees else (a.language,), min(16, a.language.d_model)
-        own: dict[str, Any] = {of.tower: probes.SinkEvidence(tower=of.tower) for of in towers}
-        judged, halves = {}, {"vision": [], "language": []}
-        for of in towers:
-            rule = rules.v if of is a.vision else rules.l_rule
-            judged[of.tower] = rule.probe(of.tower, None, of)
-            if isinstance(rule, Gap):  # it needs no probe of its own
-                judged[of.tower] = own[of.tower]
-            for site in ("attn_out", "mlp_out") if of.adding else ():
-                parts = of.adding, of.tower, min(k, of.d_model), site
-                halves[of.tower].append(probes.MassiveActivations(*parts))
-        vit_norms = probes.TokenNorms(None, "vision", STATE_SITE["vision"])
+        # Vision blocks whose output reaches the decoder, of those with one state per ViT token.
+        blocks = () if unseen(a.vision, [sample]) else a.vision.stating
+        self.feeds: tuple[int, ...] = tuple(i for i in a.reaching if i in blocks)
+        sees, every = bool(self.feeds), tuple(range(a.vision.n_layers))
+        towers: tuple[Tower, ...] = ("vision", "language") if sees else ("language",)
+        some: dict[str, Any] = {"vision": None if blocks == every else blocks, "language": None}
+        own: dict[str, Any] = {tower: probes.SinkEvidence(some[tower], tower) for tower in towers}
+        judged, halves = (
+            dict(own),
+            {"vision": [], "language": []},
+        )  # the gap rule needs none of its own
+        for tower in towers:
+            of, rule = a.tower(tower), rules.v if tower == "vision" else rules.l_rule
+            probe = rule.probe(tower, some[tower], of)
+            judged[tower] = own[tower] if isinstance(rule, Gap) else probe
+            adding = [i for i in of.adding if some[tower] is None or i in some[tower]]
+            for site in ("attn_out", "mlp_out") if adding else ():
+                parts = adding, tower, min(16, of.d_model), site
+                halves[tower].append(probes.MassiveActivations(*parts))
+        vit_norms = probes.TokenNorms(some["vision"], "vision", STATE_SITE["vision"])
         llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
         writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
         asked = [*own.values(), *[vit_norms] * sees, llm_norms, *writes, *judged.values()]
         asked += [*halves["vision"], *halves["language"]]
         run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
         # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = (
-            [run[half] for half in both] for both in halves.values()
-        )
+        self.vit_halves, self.llm_halves = ([run[x] for x in both] for both in halves.values())
         self.language = run[own["language"]]
         found = decided(rules.l_rule, run, judged["language"], lvlm, sample)
         self.low = over_layers(found, self.language.layers)
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
             found = decided(rules.v, run, judged["vision"], lvlm, sample)
-            self.vision, self.vit_norms = (
-                run[own["vision"]],
-                run[vit_norms].norms,
-            )  # [image layer pos]
-            self.v = over_layers(found, self.vision.layers)
+            seen, massive = run[own["vision"]], over_layers(run[own["vision"]].massive, every)
+            self.vision = replace(seen, massive=massive, layers=every)
+            self.vit_norms = over_layers(run[vit_norms], every).norms  # [image layer pos]
+            self.v = over_layers(found, every)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
         self.excess = self.language.received.excess()  # [batch layer head key]
         # In the layers where what a head writes is known; the ratio is [batch layer head key].

@@ -152,7 +152,7 @@ class Attachment(AbstractContextManager["Attachment"]):
     def _after_vision(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
         """After a vision block: keep what feeds the projector."""
         if self._seen is not None:
-            self._seen[1][layer] = first_tensor(output).detach()
+            self._seen[1][layer] = passes.vision_states(output)
 
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Before the decoder: find V-sinks, and send the pass along with the arguments."""

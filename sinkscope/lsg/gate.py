@@ -152,13 +152,6 @@ class LSG(nn.Module):
         if not (visual.any() or self.allow_noop):
             what = "Got a sample without image tokens for a gate; expected some keys to scale."
             raise NoEffectError(f"{what} Write allow_noop=True if nothing may happen.")
-        if context.tokens.unmapped:
-            what = (
-                f"Got a sample in which {context.tokens.unmapped} for a gate; expected image tokens"
-            )
-            raise InterventionError(
-                f"{what} whose ViT tokens are known, to find V-sinks among them."
-            )
         given = {"slot": id(self), "visual": visual, "live": context.live("language")}
         site = Site("language", "attention", self.config.edited)
         scale = Edit(site, kernels.gate_keys, given | {"groups": list(self.groups)}, "keys")

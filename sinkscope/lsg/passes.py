@@ -28,7 +28,7 @@ from sinkscope.data.batches import (
     make_batch,
 )
 from sinkscope.detectors.choice import VisionTokens, detector_of, kept_tokens, rule_of
-from sinkscope.errors import InputError
+from sinkscope.errors import InputError, InterventionError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.config import GateConfig
@@ -68,6 +68,9 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
     out = [Edit(Site("language", *place), kernels.note_coefficients, reading)]
     if step:
         return out
+    if tokens.unmapped:
+        what = f"Got a sample in which {tokens.unmapped} for a gate; expected image tokens"
+        raise InterventionError(f"{what} whose ViT tokens are known, to find V-sinks among them.")
     detector, vision = detector_of(config.v_detector), tokens.vision
     kept = isinstance(detector, VisionTokens)
     live = kept_tokens(tokens, detector.kind) if kept else vision.live
@@ -83,6 +86,12 @@ def signals_of(gate: Gate, tokens: TokenMap, step: int = 0) -> list[Edit]:
         given = {"slot": slot, "rule": rule, "live": judged}
         out.append(Edit(Site("language", "resid_pre", config.edited), kernels.note_l_sinks, given))
     return out
+
+
+def vision_states(output: Any) -> Tensor:
+    """States of a vision block, ``[image pos d]``, also where it keeps rows and columns apart."""
+    found = first_tensor(output).detach()
+    return found.flatten(1, 2) if found.ndim == 4 else found
 
 
 def placed(values: Mapping[str, Any], beside: Tensor) -> dict[str, Any]:
@@ -254,7 +263,7 @@ def gate_inputs(
     vision: dict[int, Tensor] = {}
 
     def keep(layer: int, part: nn.Module, args: tuple, output: Any) -> None:
-        vision[layer] = first_tensor(output).detach()
+        vision[layer] = vision_states(output)
 
     with ExitStack() as stack:
         for layer in lvlm.anatomy.reaching:

@@ -88,14 +88,14 @@ def generator_of(module: Any) -> str:
     """The path of the part whose passes ``generate`` makes, "" for the model itself: some models embed the
     prompt and call ``generate`` of the language model inside. ModelError if there is none."""
     own = getattr(type(module), "generate", None)
-    parts = [(p, m) for p, m in module.named_modules() if isinstance(m, GenerationMixin)]
+    parts = [path for path, part in module.named_modules() if isinstance(part, GenerationMixin)]
     if own is None or not parts:
         got = f"Got a {type(module).__name__}, which has no generate of transformers"
         raise errors.ModelError(
             f"{got}; expected one. Write lvlm.run(sample, ...) for single passes."
         )
-    inner = [path for path, _ in parts if path]
-    return inner[0] if inner and own is not GenerationMixin.generate else ""
+    usual: Any = GenerationMixin
+    return next(filter(None, parts), "") if own is not usual.generate else ""
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Traces, rules and generation on models without a map, a tower, or attention in every layer."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_families import build, inputs_of
@@ -19,15 +21,16 @@ from sinkscope.errors import (
 from sinkscope.experiments.sweep_grid import end_of_image
 
 V, L = Norm(30.0), SinkDimensions((1,), tau=1.5)
-MODELS = {}
+MODELS: dict[str, Any] = {}
 
 
-def model_of(kind):
+def model_of(kind) -> Any:
     """An LVLM and a prepared sample of a tiny type; ``"words"`` is a causal LM without images."""
     if kind not in MODELS and kind == "words":
         torch.manual_seed(0)
-        sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+        sizes: Any = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48}
+        config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+        model = LlamaForCausalLM(config).eval()
         ids = torch.arange(30, 50)[None]
         MODELS[kind] = model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif kind not in MODELS:
@@ -43,7 +46,7 @@ def states_of(lvlm, sample, tower, *, before):
     """What every block reads or writes, ``[block row pos d]``, by hooks on the plain model."""
     found, handles = [], []
 
-    def keep(part, args, kwargs, out=None):
+    def keep(part, args, kwargs, out: Any = None):
         value = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x)) if before else out
         found.append((value[0] if isinstance(value, tuple) else value).detach().float())
 
@@ -167,9 +170,8 @@ def test_sinks_on_newline_tokens_have_no_vit_token() -> None:
 @pytest.mark.parametrize("kind", ["kosmos-2", "blip-2"])
 def test_a_generate_of_the_language_model_inside_is_followed(kind) -> None:
     lvlm, sample = model_of(kind)
-    lvlm.module.get_submodule(
-        "text_model" if kind == "kosmos-2" else "language_model"
-    ).generation_config.eos_token_id = None
+    inner = lvlm.module.get_submodule("text_model" if kind == "kosmos-2" else "language_model")
+    inner.generation_config.eos_token_id = None
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         more = {"return_dict_in_generate": True, "output_logits": True}
@@ -216,8 +218,29 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
     gate = ss.LSG.for_model(lvlm, layer=0, v_detector=V)
     with pytest.raises(InterventionError, match="every image token is made of all ViT tokens"):
         lvlm.run(sample, [], [gate])
+    with (
+        gate.attach(lvlm.module),
+        pytest.raises(InterventionError, match="every image token is made of all ViT tokens"),
+    ):
+        lvlm.module(**sample.inputs)
     with pytest.raises(SelectionError, match=r"trace\.plot"):
         ss.viz.plot_sinks_on_image(ss.trace_sinks(lvlm, sample, NoSinks(), L))
+
+
+@pytest.mark.parametrize("kind", ["got_ocr2", "qwen3_vl", "qwen3_5"])
+def test_an_attached_gate_is_the_traced_one(kind) -> None:
+    lvlm, sample = model_of(kind)
+    norms = states_of(lvlm, sample, "vision", before=False).norm(dim=-1).flatten(1)
+    rule = Norm(float(norms[lvlm.anatomy.feeds[-1]].median()))
+    gate = ss.LSG.for_model(lvlm, layer=1, v_detector=rule)
+    with torch.no_grad():
+        gate.outer.bias.copy_(torch.tensor([-1.0, 0.5]))
+        plain = lvlm.module(**sample.inputs).logits
+        traced = lvlm.run(sample, [], [gate]).logits
+        with gate.attach(lvlm.module):
+            attached = lvlm.module(**sample.inputs).logits
+    assert torch.allclose(attached, traced, atol=1e-5)
+    assert not torch.allclose(plain, traced, atol=1e-3)
 
 
 def test_windows_over_states_with_a_batch_axis_are_covered() -> None:
