@@ -84,7 +84,9 @@ def _structure(module: nn.Module) -> Iterator[str]:
         hooks = [
             getattr(hook, "__qualname__", type(hook).__qualname__)
             for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-            if not str(getattr(hook, "__module__", "")).startswith("transformers.")  # made by a pass
+            if not str(getattr(hook, "__module__", "")).startswith(
+                "transformers."
+            )  # made by a pass
         ]
         weights = [
             (name, tuple(x.shape), str(x.dtype), x.device.type)
