@@ -12,6 +12,7 @@ from sinkscope.anatomy.attention_call import (
     AttentionCall,
     NoAttentionCall,
     calls_attention,
+    check_kernels,
     kernel_of,
     read_attention_call,
     source_of,
@@ -29,7 +30,6 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "d_head", "d_kv")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "layer_norm")
 SEEING = ("vision", "visual", "image", "vit")
-ENDS = ("cu_seqlens",)
 LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 
@@ -147,17 +147,6 @@ def _head(model: Any) -> nn.Module | None:
         if head is not None:
             return head
     return next((m for path, m in model.named_modules() if path.endswith("lm_head")), None)
-
-
-def check_kernels(config: Any) -> None:
-    """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others."""
-    seen = getattr(config, "vision_config", None)
-    for tower, part in (("vision", seen), ("language", config.get_text_config())):
-        if "flex" in kernel_of(part):
-            raise ModelError(
-                f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel. Write model.set_attn_implementation('sdpa')."
-            )
 
 
 def _wrong_with(model: Any) -> str:
@@ -343,7 +332,7 @@ def read_tower(
 
 def _is_packed(block: nn.Module) -> bool:
     """Whether all images share one sequence: the block is told where they end."""
-    return any(name in inspect.signature(type(block).forward).parameters for name in ENDS)
+    return "cu_seqlens" in inspect.signature(type(block).forward).parameters
 
 
 def device_of(part: nn.Module) -> torch.device:

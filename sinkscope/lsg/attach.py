@@ -31,15 +31,6 @@ CARRIED = "sinkscope_passes"
 ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
 
 
-def unless_measuring(model: int, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, which does nothing in passes that only measure a model, given by its id."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return None if model in MEASURING else hook(*args, **kwargs)
-
-    return run
-
-
 class Attachment(AbstractContextManager["Attachment"]):
     """A ``gate`` on a ``transformers`` ``model``, until `detach`."""
 
@@ -55,30 +46,41 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._now: Pass | None = None
         self._last: Pass | None = None
         self._stack = ExitStack()
-        config, part, asked = gate.config, model.get_submodule, partial(unless_measuring, id(model))
+        config, part = gate.config, model.get_submodule
         language, vision = self.anatomy.language.blocks, self.anatomy.vision.blocks
         tower, decoder = ".".join(vision[0].split(".")[:2]), language[0].rsplit(".", 2)[0]
         handles = [
-            model.register_forward_pre_hook(asked(self._begin), with_kwargs=True),
-            model.register_forward_hook(asked(self._end), always_call=True),
-            part(tower).register_forward_pre_hook(asked(self._begin_vision), with_kwargs=True),
-            part(decoder).register_forward_pre_hook(asked(self._enter), with_kwargs=True),
+            model.register_forward_pre_hook(self._asked(self._begin), with_kwargs=True),
+            model.register_forward_hook(self._asked(self._end), always_call=True),
+            part(tower).register_forward_pre_hook(
+                self._asked(self._begin_vision), with_kwargs=True
+            ),
+            part(decoder).register_forward_pre_hook(self._asked(self._enter), with_kwargs=True),
         ]
         for layer in config.model["feed_layers"]:
-            hook = asked(partial(self._after_vision, layer))
+            hook = self._asked(partial(self._after_vision, layer))
             handles.append(part(vision[layer]).register_forward_hook(hook))
         if not isinstance(config.layer, str):
             read = part(language[config.layer])
-            handles.append(read.register_forward_hook(asked(self._around), with_kwargs=True))
+            handles.append(read.register_forward_hook(self._asked(self._around), with_kwargs=True))
         if isinstance(config.layer, str) or config.l_detector is not None:
             edited = part(language[config.edited])
-            handles.append(edited.register_forward_pre_hook(asked(self._around), with_kwargs=True))
+            handles.append(
+                edited.register_forward_pre_hook(self._asked(self._around), with_kwargs=True)
+            )
         for handle in handles:
             self._stack.callback(handle.remove)
         scale: Any = WeakMethod(self._scale)  # the function that asks for it outlives the model
         end = share_keys(model, self.anatomy, config.edited, lambda key, given: scale()(key, given))
         self._stack.callback(end)
         ATTACHED.setdefault(gate, WeakSet()).add(self)
+
+    def _asked(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, which does nothing in passes that only measure the model."""
+        return partial(self._run, hook)
+
+    def _run(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return None if id(self.model) in MEASURING else hook(*args, **kwargs)
 
     @property
     def coefficients(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Keep what was measured of a model, so that it is measured once: a small file for every structure."""
+"""What is known of a model: measured on a first sample, proven, and kept in a file for every structure."""
 
 import hashlib
 import json
@@ -11,17 +11,69 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import nn
 
+from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.families import HINTS
 from sinkscope.anatomy.towers import MEASURED, BlockProof, HeadProof
 from sinkscope.errors import CheckpointError
 from sinkscope.files import cache_folder, read_json, seal, unseal, write_whole
+from sinkscope.models.inputs import Sample, reads_words_only
+from sinkscope.models.patch_map import PatchMaps
+from sinkscope.models.proofs import verify_anatomy
+from sinkscope.models.stand_ins import made_inputs, stand_in
 
 OFF = "SINKSCOPE_KEEP_ANATOMY"
 """The environment variable that is ``"0"`` where nothing is to be kept."""
 VERSIONS = ("torch", "transformers", "nnsight")
 ROOMS = ("anatomy", "kernels", "models")
+
+
+def begin(lvlm: Any) -> None:
+    """Measure and prove the anatomy of an `LVLM`, unless that was done for its structure, or refused."""
+    lvlm._asked, here = False, lvlm.device.type != "meta"
+    lvlm._unproven = lvlm._verify is not False and here
+    if lvlm._verify is None and here and recall(lvlm):
+        lvlm._asked, lvlm._unproven, lvlm.verified = True, False, True
+    elif lvlm._verify is not False and (sample := first_sample(lvlm)) is not None:
+        prove(lvlm, sample)
+
+
+def follow(lvlm: Any) -> None:
+    """Read the anatomy anew if a part of the model was swapped since, as by LoRA or int8."""
+    parts = names_of_parts(lvlm.module)
+    if parts != lvlm._parts:
+        lvlm._anatomy, lvlm._parts = read_anatomy(lvlm.module), parts
+        lvlm._maps, lvlm._proofs = PatchMaps(lvlm.module, stand_in), ({}, None)
+        begin(lvlm)
+
+
+def prove(lvlm: Any, sample: Sample) -> None:
+    """Prove the anatomy, if that was asked for and no sample before this one could do it."""
+    if lvlm._unproven:
+        lvlm._unproven = False
+        lvlm._proofs = verify_anatomy(lvlm, sample)
+        lvlm._anatomy = lvlm._anatomy.proven(*lvlm._proofs)
+        lvlm.verified = True
+        if lvlm._anatomy.measured and lvlm._verify is None:
+            keep(lvlm)
+
+
+def first_sample(lvlm: Any) -> Sample | None:
+    """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""
+    if lvlm._asked:
+        return None
+    lvlm._asked = True
+    if lvlm.processor is not None and reads_words_only(lvlm.module):
+        return lvlm.prepare(text="a few words of no meaning")
+    if lvlm.processor is not None and lvlm._anatomy.vision.blocks:
+        noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+        image = Image.fromarray(noise.to(torch.uint8).numpy())  # no two of its patches are alike
+        return lvlm.prepare(images=image, text="a")
+    made = made_inputs(lvlm)
+    return None if made is None else lvlm.prepare(inputs=made)
 
 
 def recall(lvlm: Any) -> bool:

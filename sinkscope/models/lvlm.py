@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import kernel_of
@@ -19,12 +18,10 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_path, typed
 from sinkscope.errors import InputError, ModelError, ProbeError, SinkscopeError
 from sinkscope.interventions import application
-from sinkscope.models import loading, wrapping
+from sinkscope.models import kept, loading, wrapping
 from sinkscope.models import requests as checking
-from sinkscope.models.inputs import Sample, make_sample, reads_words_only
-from sinkscope.models.kept import keep, names_of_parts, recall
+from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.patch_map import PatchMap, PatchMaps
-from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import (
     Generation,
@@ -35,7 +32,7 @@ from sinkscope.models.runs import (
     generator_of,
     run_plan,
 )
-from sinkscope.models.stand_ins import made_inputs, stand_in
+from sinkscope.models.stand_ins import stand_in
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -72,29 +69,11 @@ class LVLM:
         self.verified = False
         self._proofs: tuple[Any, Any] = ({}, None)
         self._verify = verify
-        self._parts = names_of_parts(module)
+        self._parts = kept.names_of_parts(module)
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module, stand_in)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Measure and prove the anatomy, unless that was done for a model of this structure, or refused."""
-        self._asked, here = False, self.device.type != "meta"
-        self._unproven = self._verify is not False and here
-        if self._verify is None and here and recall(self):
-            self._asked, self._unproven, self.verified = True, False, True
-        elif self._verify is not False:
-            first = self._first_sample()
-            if first is not None:
-                self._prove(first)
-
-    def _current(self) -> None:
-        """Read the anatomy anew if a part was swapped since, as by LoRA or int8."""
-        parts = names_of_parts(self._module)
-        if parts != self._parts:
-            self._anatomy, self._parts = read_anatomy(self._module), parts
-            self._maps, self._proofs = PatchMaps(self._module, stand_in), ({}, None)
-            self._begin()
+        self._asked = self._unproven = False
+        kept.begin(self)
 
     @classmethod
     def from_pretrained(
@@ -141,7 +120,7 @@ class LVLM:
         """Where the model keeps its parts, under its present attention kernel; measured when first asked."""
         if not self._asked:
             with suppress(SinkscopeError):  # then it stays as declared, until a sample comes
-                self._first_sample()
+                kept.first_sample(self)
         known, get = self._anatomy, self._module.get_submodule
         towers = [tower for tower in (known.vision, known.language) if tower.blocks]
         firsts = [get(next(filter(None, tower.attention), tower.blocks[0])) for tower in towers]
@@ -199,37 +178,11 @@ class LVLM:
             inputs: Instead of both, the processor output you made yourself.
             rendered: Whether texts are finished prompts, with one image token per image.
         """
-        self._current()
+        kept.follow(self)
         sample = make_sample(self, images, text, inputs, rendered=rendered)
         if not self._anatomy.vision.blocks or bool((sample.tokens.image >= 0).any()):
-            self._prove(sample)
+            kept.prove(self, sample)
         return sample
-
-    def _prove(self, sample: Sample) -> None:
-        """Prove the anatomy, if that was asked for and no sample before this one could do it."""
-        if self._unproven:
-            self._unproven = False
-            self._proofs = verify_anatomy(self, sample)
-            self._anatomy = self._anatomy.proven(*self._proofs)
-            self.verified = True
-            if self._anatomy.measured and self._verify is None:
-                keep(self)
-
-    def _first_sample(self) -> Sample | None:
-        """A picture of noise and a word, with which the anatomy is measured; None if none can be made."""
-        if self._asked:
-            return None
-        self._asked = True
-        if self._processor is not None and reads_words_only(self._module):
-            return self.prepare(text="a few words of no meaning")
-        if self._processor is not None and self._anatomy.vision.blocks:
-            noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
-            image = Image.fromarray(
-                noise.to(torch.uint8).numpy()
-            )  # no two of its patches are alike
-            return self.prepare(images=image, text="a")
-        made = made_inputs(self)
-        return None if made is None else self.prepare(inputs=made)
 
     def _mapped(self, ready: Mapping[str, Any], visual: Tensor) -> PatchMap | None:
         """Where ViT tokens go in inputs with some image tokens; None without a vision tower or images."""
@@ -266,7 +219,7 @@ class LVLM:
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
         """
-        self._current()
+        kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
         hint = "None is 'all' here and 'last' on remote runs."
@@ -305,7 +258,7 @@ class LVLM:
                 static cache is replaced by one that grows, which changes no number. InputError if they,
                 or the model's ``generation_config``, ask for what cannot be probed.
         """
-        self._current()
+        kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
         at = generator_of(self._module)
@@ -343,7 +296,7 @@ class LVLM:
         The block runs while the model does, reads each `site` in forward order, and ``.save()`` keeps a
         value. ``grad`` keeps a graph. The model is left as it was, also after an error.
         """
-        self._current()
+        kept.follow(self)
         checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)

@@ -248,8 +248,10 @@ class PatchMaps:
         """Run the model with its blocks taken over until one of them ends the pass."""
         loans, runs = [], self.runs(anatomy)
         for tower, take in ((anatomy.vision, vision), (anatomy.language, language)):
-            for layer, path in enumerate(tower.blocks if take else ()):
+            for layer, path in enumerate(tower.blocks):
                 block = runs.get_submodule(path)
+                if take is None:
+                    break
                 loans.append((block, {"forward": partial(take, layer, block.forward)}))
         with (
             ONE_AT_A_TIME,

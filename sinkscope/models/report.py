@@ -107,11 +107,8 @@ def make_report(lvlm: Any) -> Report:
         dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0])) if tower.blocks else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
         flash = tower.kernel if "flash" in tower.kernel else ""
-        towers.append(
-            Asked(
-                tower, half, HALF.get(dtype, "") if dtype else "", flash, a.feed_layers, a.lens.why
-            )
-        )
+        mass = HALF.get(dtype, "") if dtype else ""
+        towers.append(Asked(tower, half, mass, flash, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import SinkscopeError
-from sinkscope.models.inputs import REFUSALS, token_map, types_of
+from sinkscope.models.input_checks import types_of
+from sinkscope.models.inputs import REFUSALS, token_map
 from sinkscope.models.wrapping import Inputs, undisturbed
 
 WORDS = 6
@@ -155,7 +156,7 @@ def _count(module: Any, pixels: Inputs) -> int:
     with torch.no_grad(), undisturbed(module):
         given = {n: x for n, x in pixels.items() if n in takes or "kwargs" in takes}
         out = owner.get_image_features(**given)
-    out = getattr(out, "pooler_output", None) if hasattr(out, "pooler_output") else out
+    out: Any = getattr(out, "pooler_output", out)
     parts = out if isinstance(out, (list, tuple)) else [out]
     return sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts)
 

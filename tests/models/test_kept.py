@@ -113,7 +113,7 @@ def test_a_part_that_was_swapped_after_load_is_noticed(monkeypatch):
     proven = []
     verify = proofs.verify_anatomy
     monkeypatch.setattr(
-        "sinkscope.models.lvlm.verify_anatomy", lambda *a: proven.append(1) or verify(*a)
+        "sinkscope.models.kept.verify_anatomy", lambda *a: proven.append(1) or verify(*a)
     )
     attention = module.model.language_model.layers[1].self_attn
     attention.o_proj = Wrapped(attention.o_proj)
