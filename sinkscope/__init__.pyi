@@ -14,6 +14,7 @@ from . import (
     testing,
     viz,
 )
+from .anatomy.families import register_family
 from .bundled import load_bundled
 from .detectors import calibrate, detect
 from .errors import SinkscopeError
@@ -104,6 +105,7 @@ __all__ = [
     "models",
     "probes",
     "published",
+    "register_family",
     "sweep",
     "testing",
     "trace_generation",

@@ -21,6 +21,11 @@ WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
     "found on the images of --calibrate."
 )
+TAKEN = (
+    "Models: any type of transformers with a decoder, with or without a vision tower. What connects the towers is "
+    "measured when a model is loaded: sinkscope doctor MODEL. The table of what works on which type is "
+    "docs/support.md of the repository. A part that is not found is named by ss.register_family in Python."
+)
 app = App(
     name="sinkscope",
     help="Attention sinks in vision-language models: see, trace, measure. With --debug, any command shows "
@@ -181,12 +186,16 @@ def doctor(
 
 @app.command
 def models() -> int:
-    """Supported families and published sink constants."""
-    from sinkscope.anatomy.families import FAMILIES
+    """Which models are taken, and published sink constants."""
+    from sinkscope.anatomy.families import HINTS
     from sinkscope.detectors import KNOWN
 
-    print("Families, by model_type of the configuration:")
-    print("\n".join(f"  {name:<14} {family.name}" for name, family in FAMILIES.items()))
+    print(textwrap.fill(TAKEN, 100))
+    for name, hint in HINTS.items():
+        parts = ", ".join(
+            f"{part}={value!r}" for part, value in asdict(hint).items() if value not in ("", None)
+        )
+        print(f"  hint for {name}: {parts}")
     print("\nPublished sink constants (channels from 0, tau on the RMS score):")
     for row in KNOWN:
         use = "used by default" if row.default else "listed only, never used unasked"

@@ -13,7 +13,6 @@ import pytest
 
 import sinkscope as ss
 from sinkscope import detectors
-from sinkscope.anatomy.families import FAMILIES
 from sinkscope.bundled import draw_scene
 from sinkscope.cli import app, main
 from sinkscope.cli.recipes import FORMS, parse_detector
@@ -161,11 +160,15 @@ def test_doctor_checks_the_numbers_and_says_if_one_is_wrong(planted, capsys, mon
     assert "lens           language  wrong" in capsys.readouterr().out
 
 
-def test_models_lists_families_and_constants(capsys) -> None:
+def test_models_says_what_is_taken_and_lists_hints_and_constants(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sinkscope.anatomy.families.HINTS", {})
+    ss.register_family("my_lvlm", vision_tower="model.eye", image_token_id=0)
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    for name in (*FAMILIES, *(row.name for row in KNOWN)):
-        assert name in out
+    assert "any type of transformers with a decoder" in out
+    assert "hint for my_lvlm: vision_tower='model.eye', image_token_id=0\n" in out
+    for named in ("docs/support.md", *(row.name for row in KNOWN)):
+        assert named in out
     assert out.count("used by default") == sum(row.default for row in KNOWN)
 
 
