@@ -22,7 +22,13 @@ SETTINGS = {
     "logits_to_keep",
     "return_dict",
 }
-SETTINGS |= {"output_attentions", "output_hidden_states", "cache_position", "output_router_logits"}
+SETTINGS |= {
+    "mm_encoder_outputs",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+    "output_router_logits",
+}
 SETTINGS |= {
     "vision_feature_layer",
     "vision_feature_select_strategy",

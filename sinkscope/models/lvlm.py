@@ -143,8 +143,8 @@ class LVLM:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer, or None."""
-        return getattr(self._processor, "tokenizer", None)
+        """The processor's tokenizer, or the processor of a text-only model itself, or None."""
+        return getattr(self._processor, "tokenizer", self._processor)
 
     @property
     def device(self) -> torch.device:

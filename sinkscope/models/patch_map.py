@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sinkscope.anatomy.discovery import device_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import NonFiniteError
 from sinkscope.kernels.walk import first_tensor
@@ -87,7 +88,7 @@ class PatchMaps:
 
     def runs(self, anatomy: Anatomy) -> Any:
         """The model whose passes are measured: the module, or what stands for one without weights."""
-        if self.module.get_input_embeddings().weight.device.type != "meta":
+        if device_of(self.module.get_input_embeddings()).type != "meta":
             return self.module
         if not isinstance(self.stand_in, nn.Module):
             self.stand_in = self.stand_in(self.module, anatomy)
@@ -172,7 +173,7 @@ class PatchMaps:
             fills, pixels = torch.ones(count, dtype=torch.bool), torch.full((0, 5), -1)
             return PatchMap((0, 0), fills, nothing, pixels, AGAIN)
         pixels, shape = self._pixels(anatomy, inputs), tuple(leaves[0].shape[:-1])
-        visual = visual.to(states.device)
+        visual = visual.to(states.device).clone()  # it may be of inference mode
         if states.shape[:-1] != visual.shape:
             got = (
                 f"the decoder reads states {tuple(states.shape[:-1])} for ids {tuple(visual.shape)}"

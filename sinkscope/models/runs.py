@@ -69,7 +69,10 @@ def explained(*, moved: bool) -> Iterator[None]:
         ours = [frame for frame in frames if f"{os.sep}sinkscope{os.sep}" in frame.filename]
         said, known = str(error).strip(), (errors.SinkscopeError, torch.OutOfMemoryError)
         inside = bool(ours) and "kernels" in ours[-1].filename
-        if isinstance(error, known) or not (inside or moved):
+        last = frames[frames.index(ours[-1]) + 1 :] if ours else []
+        theirs = any("site-packages" not in frame.filename for frame in last)  # a user's own kernel
+        own = type(error) not in (ValueError, RuntimeError, IndexError)
+        if isinstance(error, known) or own or theirs or not (inside or moved):
             raise
         if not inside:
             got = f"The model fails on tokens that an edit has put in ({type(error).__name__}: {said})"

@@ -90,7 +90,8 @@ def test_a_stand_in_says_what_the_model_says(make):
     module, processor = make()
     full = ss.LVLM(module, processor)
     with torch.device("meta"):
-        bare = ss.LVLM(type(module)(module.config), processor)
+        empty = type(module)(module.config)
+    bare = ss.LVLM(empty, processor)
     for name in ("feeds", "enters", "drops", "prefix", "merge", "projector", "measured"):
         assert getattr(bare.anatomy, name) == getattr(full.anatomy, name), name
     here, there = (
@@ -102,7 +103,7 @@ def test_a_stand_in_says_what_the_model_says(make):
 
 
 def words_only():
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=400)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=500)
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
