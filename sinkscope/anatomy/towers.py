@@ -11,7 +11,7 @@ from sinkscope.anatomy.block_sum import Branch, NoBranch
 from sinkscope.checks import check_choice, is_whole, plain
 from sinkscope.errors import AttentionCallError, LayerError, ModelError, ProbeError
 
-MEASURED = ("projector", "feeds", "enters", "prefix", "drops", "merge", "measured")
+MEASURED = ("projector", "feeds", "enters", "prefix", "suffix", "drops", "merge", "measured")
 """The fields of an `Anatomy` that are measured on inputs with a picture."""
 EXPECTED = (
     "expected a list of blocks that hold attention. What the language tower can do works. If this model "
@@ -213,7 +213,7 @@ class Anatomy:
 
     ``feeds`` are the vision blocks whose ``resid_post`` feeds the projector, in the order it reads them;
     ``enters`` are pairs of a decoder layer above 0 and a vision block whose states are added to its input
-    (DeepStack). ViT tokens begin with those of the kinds ``prefix``, of which the projector does not see the
+    (DeepStack). ViT tokens begin with those of the kinds ``prefix`` and end with those of ``suffix``, of which the projector does not see the
     first ``drops``; it makes one LLM token of ``merge`` x ``merge`` patches. These are ``measured`` on inputs
     with a picture, or else declared by the config. ``decoder`` and ``projector`` are paths, "" for none;
     ``image_token_id`` is -1 where the config names none; ``vocab`` is the number of token ids. ``lens`` is how
@@ -232,6 +232,7 @@ class Anatomy:
     vocab: int
     enters: tuple[tuple[int, int], ...] = ()
     prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
     drops: int = 0
     merge: int = 1
     measured: bool = False
@@ -256,7 +257,7 @@ class Anatomy:
     def measuring(self, found: Mapping[str, Any]) -> Anatomy:
         """The same with what was measured: the fields of `MEASURED`, and whether the vision tower packs."""
         plain = {name: found[name] for name in MEASURED}
-        plain |= {"feeds": tuple(plain["feeds"]), "prefix": tuple(plain["prefix"])}
+        plain |= {name: tuple(plain[name]) for name in ("feeds", "prefix", "suffix")}
         plain["enters"] = tuple((layer, block) for layer, block in plain["enters"])
         return replace(self, vision=replace(self.vision, packed=found["packed"]), **plain)
 

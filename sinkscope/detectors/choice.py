@@ -230,7 +230,8 @@ def check_kept(detector: Any, anatomy: Anatomy, config: Any) -> None:
     """Refuse a `VisionTokens` for a model whose projector passes on no such token."""
     if isinstance(detector, VisionTokens):
         prefix, kind = anatomy.prefix, detector.kind
-        _refuse_dropped(kind, kind in prefix, kind in prefix[anatomy.drops :])
+        there = kind in (*prefix, *anatomy.suffix)
+        _refuse_dropped(kind, there, kind in prefix[anatomy.drops :])
 
 
 def _refuse_dropped(kind: str, there: bool, kept: bool) -> None:

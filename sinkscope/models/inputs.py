@@ -101,7 +101,7 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
     tokens = build_token_map(
         (ids, live, visual),
         found,
-        vision_map(found, seen, packed, grids, lvlm.anatomy.prefix),
+        vision_map(found, seen, packed, grids, lvlm.anatomy.prefix, lvlm.anatomy.suffix),
         seen,
         _groups(ready, len(seen), sizes),
         "original" if own else "input",

@@ -86,9 +86,11 @@ def recall(lvlm: Any) -> bool:
         towers = {name: tuple(_proof(one) for one in few) for name, few in found["proofs"].items()}
         proofs = towers, HeadProof(**found["head"])
         anatomy = lvlm._anatomy.measuring(found["measured"]).proven(*proofs)
-    except (CheckpointError, KeyError, TypeError, ValueError):
+        tuples = {name: bool(value) for name, value in found["tuples"].items()}
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return False  # damaged, or of another version: it is measured again, and written anew
     lvlm._anatomy, lvlm._proofs = anatomy, proofs
+    lvlm._maps.tuples.update(tuples)
     return True
 
 
@@ -105,6 +107,7 @@ def keep(lvlm: Any) -> None:
     with suppress(OSError, CheckpointError):  # a read-only home: it is measured at the next load
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {"measured": measured, "proofs": proofs, "head": asdict(head)}
+        data["tuples"] = lvlm._maps.tuples
         write_whole(path, json.dumps(seal(data)))
 
 

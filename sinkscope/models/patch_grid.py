@@ -64,6 +64,8 @@ def see(found: PatchMap, inputs: Mapping[str, Any], patch: int) -> tuple[list[Se
 
     ``patch`` is the side of a patch in pixels, where the inputs are patches and not pictures.
     """
+    if not len(found.pixels):  # the tower runs several times, and cannot be read
+        return [], False
     picture = found.pixels[:, 0]
     if _strip(found):  # one picture in which patches stand side by side
         picture = torch.where(picture < 0, -1, found.pixels[:, 2].unique(return_inverse=True)[1])

@@ -153,7 +153,9 @@ class PatchMaps:
         has_cls = any("cls" in name or "class" in name for name in names)
         prefix = (["cls"] * has_cls + ["register"] * first)[:first]
         merge = round(found.sources.shape[1] ** 0.5)
-        return replace(known, prefix=tuple(prefix), drops=drops, merge=merge)
+        ends = first == 0 and len(row) > 0 and int(row[-1]) < 0  # what reads no pixels comes last
+        more = {"suffix": ("cls",) if has_cls and ends else (), "drops": drops, "merge": merge}
+        return replace(known, prefix=tuple(prefix), **more)
 
     def of(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
         """The map of inputs whose image tokens are ``visual``, bool ``[batch pos]``."""

@@ -20,6 +20,7 @@ def vision_map(
     packed: bool,
     grids: Sequence[PatchGrid],
     names: Sequence[str],
+    last: Sequence[str] = (),
 ) -> VisionMap:
     """Describe the ViT tokens of every image or tile; `build_token_map` fills in their batch rows."""
     many, most = len(seen), max((len(one.tokens) for one in seen), default=0)
@@ -39,6 +40,8 @@ def vision_map(
         rest = torch.where(reads, VISION_KINDS.index("patch"), VISION_KINDS.index("register"))
         ended = reads.flip(0).cumsum(0).flip(0) == 0  # behind the last patch
         rest[ended & ~fed[one.tokens]] = VISION_KINDS.index("pad")
+        behind = ended.nonzero().flatten()[: len(last)]
+        rest[behind] = torch.tensor([VISION_KINDS.index(n) for n in last[: len(behind)]]).to(rest)
         kind[i, first:stop] = rest[first:].masked_fill(~one.live[first:], VISION_KINDS.index("pad"))
         row[i, :stop], column[i, :stop], layout[i, :stop] = one.row, one.column, one.tokens
         placed = (one.row >= 0) & (one.column >= 0) & one.live
@@ -72,7 +75,7 @@ def build_token_map(
     index, image, row, column, part = (torch.full(ids.shape, -1) for _ in range(5))
     box = torch.full((*ids.shape, 4), float("nan"))
     why = found.why if found else missing
-    if found is None:
+    if found is None or not seen:
         opens = visual & ~visual.roll(1, dims=1) | visual & (torch.arange(visual.shape[1]) == 0)
         image[visual] = (opens.cumsum(dim=1) - 1)[visual]  # every run of image tokens is one
     if found is not None and len(seen):

@@ -127,9 +127,7 @@ def test_a_text_only_model_is_a_baseline(tiny):
     masked = lvlm.run(sample, interventions=[ss.MaskKeys("first")]).logits
     assert not torch.equal(masked, run.logits)
     made = lvlm.generate(sample, max_new_tokens=3).sequences
-    assert torch.equal(
-        made, model.generate(**sample.inputs, max_new_tokens=3, do_sample=False)
-    )
+    assert torch.equal(made, model.generate(**sample.inputs, max_new_tokens=3, do_sample=False))
     with pytest.raises(ss.SinkscopeError, match="vision tower of a model in which there is no"):
         lvlm.run(sample, [ss.TokenNorms(tower="vision")])
     with pytest.raises(ss.SinkscopeError, match="images for a text-only model"):
@@ -152,7 +150,9 @@ def test_hints_are_followed_and_wrong_ones_refused():
         ss.register_family("llava", projector="model.multi_modal_projector")
         assert ss.LVLM(module, processor).anatomy.projector == "model.multi_modal_projector"
         ss.register_family("llava", vision_tower="model.vision_towre")
-        with pytest.raises(ss.SinkscopeError, match=r"vision_tower='model.vision_towre' for 'llava'"):
+        with pytest.raises(
+            ss.SinkscopeError, match=r"vision_tower='model.vision_towre' for 'llava'"
+        ):
             ss.LVLM(module, processor)
     finally:
         HINTS.pop("llava", None)
